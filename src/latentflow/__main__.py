@@ -1,0 +1,5 @@
+"""`python -m latentflow`."""
+
+from latentflow.cli import main
+
+main()

@@ -1,0 +1,173 @@
+"""Files that appear complete or not at all, and are never unpickled.
+
+Everything is written beside its final name, synced, and renamed into place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from latentflow.errors import ArtifactError
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success sync it and rename it to `path`.
+
+    On an exception the temporary file is removed and `path` is as before. The temporary name keeps
+    the suffix, so that libraries which look at it write the right format.
+
+    Raises:
+        ArtifactError: the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    make_folder(path.parent)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; on success rename it to `path`, replacing what was there.
+
+    Raises:
+        ArtifactError: the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    retired = path.with_name(f".{path.name}.{os.getpid()}.old")
+    make_folder(path.parent)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        if path.exists():
+            path.replace(retired)
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        if retired.exists() and not path.exists():
+            retired.replace(path)
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def make_folder(path: str | Path) -> Path:
+    """Create `path` and its parents if need be, and make sure that files can be written there.
+
+    Raises:
+        ArtifactError: a file stands in the way, or the place is read-only.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"cannot create the folder {path}: {error.strerror}; choose another place") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ArtifactError(f"cannot write into {path}: permission denied; choose another place")
+    return path
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, complete or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, complete or not at all. NaN is refused: it is not JSON."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ArtifactError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not valid JSON ({error}); the file is damaged or of another kind") from error
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write named tensors as safetensors, complete or not at all."""
+    with atomic_file(path) as temporary:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(contiguous, temporary, metadata=dict(metadata or {}))
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file, memory-mapped, on the CPU.
+
+    Raises:
+        ArtifactError: the file is missing, truncated, or not safetensors.
+    """
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+def open_tensors(path: str | Path) -> safe_open:
+    """Open a safetensors file for lazy, memory-mapped reading.
+
+    Raises:
+        ArtifactError: the file is missing, truncated, or not safetensors.
+    """
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (OSError, SafetensorError) as error:
+        if not Path(path).exists():
+            raise ArtifactError(f"{path} does not exist") from error
+        raise ArtifactError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
+def sha256_file(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """A SHA-256 over names, shapes and float32 values, independent of file format and stored precision."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        digest.update(f"{name}:{list(tensor.shape)};".encode())
+        digest.update(tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

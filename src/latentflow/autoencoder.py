@@ -1,0 +1,225 @@
+"""The frozen first stage: pixels => moments => raw latents => normalised latents, and back.
+
+Any autoencoder class of diffusers that maps [B, 3, S, S] to one latent grid will do. What it is
+(reduction factor, channels, scaling) is read from it, never assumed.
+
+Legend: B images, S image side, C latent channels, h = w = S / factor.
+    pixels    [B, 3, S, S] float in [-1, 1]
+    moments   [B, C, h, w] of a deterministic encoder, or [B, 2C, h, w]: mean, then log-variance
+    raw       [B, C, h, w] what the decoder takes
+    latents   [B, C, h, w] what the flow sees: (raw - shift) * scale, about unit variance
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from latentflow.artifacts import read_json, sha256_tensors
+from latentflow.errors import ArtifactError, ConfigError
+from latentflow.randomness import ImageRandom
+
+_PROBE_SIDE = 64  # large enough for factor 64; encoding one such image costs milliseconds
+_LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps alike
+
+
+class LatentNormalisation(BaseModel):
+    """Per-channel map between raw latents and those the flow sees; each list holds C numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shift: list[float]
+    scale: list[float]
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """raw => latents: (raw - shift) * scale, [B, C, h, w]."""
+        return (raw - self._channels(self.shift, raw)) * self._channels(self.scale, raw)
+
+    def restore(self, latents: Tensor) -> Tensor:
+        """latents => raw: latents / scale + shift, [B, C, h, w]."""
+        return latents / self._channels(self.scale, latents) + self._channels(self.shift, latents)
+
+    @staticmethod
+    def _channels(values: list[float], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)[:, None, None]
+
+
+def latent_mean(moments: Tensor, num_channels: int) -> Tensor:
+    """The mode of the posterior: moments [B, C or 2C, h, w] => raw latents [B, C, h, w]."""
+    return moments[:, :num_channels]
+
+
+def sample_latents(moments: Tensor, num_channels: int, random: ImageRandom) -> Tensor:
+    """Draw raw latents from the posterior: moments [B, C or 2C, h, w] => [B, C, h, w].
+
+    A deterministic encoder (C channels of moments) has nothing to draw and gives its output.
+    """
+    mean = latent_mean(moments, num_channels)
+    if moments.shape[1] == num_channels:
+        return mean
+    log_variance = moments[:, num_channels:].clamp(*_LOG_VARIANCE_RANGE)
+    return mean + torch.exp(0.5 * log_variance) * random.normal(*mean.shape[1:], device=mean.device)
+
+
+class Autoencoder:
+    """A diffusers autoencoder in eval mode, without gradients.
+
+    Args:
+        model: an instance with diffusers' `encode` and `decode`.
+        reference: the folder or hub id it came from.
+    """
+
+    def __init__(self, model: nn.Module, reference: str):
+        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.reference = reference
+        self.slice_size = 16
+        """Images encoded or decoded at a time; bounds the memory of large batches."""
+
+    @classmethod
+    def from_pretrained(cls, reference: str | Path) -> Autoencoder:
+        """Load from a folder, a hub id `owner/name`, or `owner/name/subfolder`; safetensors only.
+
+        Raises:
+            ArtifactError: nothing usable is there.
+        """
+        reference = str(reference)
+        place, subfolder = reference, None
+        if Path(reference).is_dir():
+            config = Path(reference) / "config.json"
+            if not config.exists() or "_class_name" not in read_json(config):
+                raise ArtifactError(
+                    f"{reference} is not a diffusers autoencoder folder: it needs a config.json with _class_name"
+                )
+        elif Path(reference).exists() or reference.startswith((".", "/", "~")) or reference.count("/") not in (1, 2):
+            raise ArtifactError(
+                f"autoencoder {reference!r}: no such folder, and not a hub id like 'stabilityai/sd-vae-ft-mse'"
+            )
+        elif reference.count("/") == 2:
+            place, _, subfolder = reference.rpartition("/")
+        import diffusers  # slow to import: only when a first stage is really loaded
+
+        try:
+            model = diffusers.AutoModel.from_pretrained(place, subfolder=subfolder, use_safetensors=True)
+        except Exception as error:  # diffusers raises OSError, ValueError, KeyError, SafetensorError, ... here
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ArtifactError(f"cannot load the autoencoder {reference!r}: {reason}") from error
+        if not (hasattr(model, "encode") and hasattr(model, "decode")):
+            raise ArtifactError(f"{reference!r} holds a {type(model).__name__}, which has no encode and decode")
+        return cls(model, reference)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config and safetensors weights in diffusers' own layout."""
+        self.model.save_pretrained(folder, safe_serialization=True)
+
+    def to(self, device: torch.device | str) -> Autoencoder:
+        """Move the weights; returns itself."""
+        self.model.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def _probe(self) -> tuple[int, int, int]:
+        """(factor, latent channels, moment channels), found by encoding and decoding one gray image."""
+        pixels = torch.zeros(1, 3, _PROBE_SIDE, _PROBE_SIDE, device=self.device)
+        moments = self.encode(pixels)
+        if moments.dim() != 4 or _PROBE_SIDE % moments.shape[2]:
+            raise ArtifactError(
+                f"{type(self.model).__name__} maps a {_PROBE_SIDE}x{_PROBE_SIDE} image to shape "
+                f"{list(moments.shape[1:])}; an image autoencoder with one latent grid is needed"
+            )
+        channels = moments.shape[1] // 2 if self._is_variational else moments.shape[1]
+        return _PROBE_SIDE // moments.shape[2], channels, moments.shape[1]
+
+    @cached_property
+    def _is_variational(self) -> bool:
+        return hasattr(self._encoded(torch.zeros(1, 3, _PROBE_SIDE, _PROBE_SIDE, device=self.device)), "parameters")
+
+    @property
+    def factor(self) -> int:
+        """Image side divided by latent side."""
+        return self._probe[0]
+
+    @property
+    def num_channels(self) -> int:
+        """Latent channels C."""
+        return self._probe[1]
+
+    @property
+    def num_moments(self) -> int:
+        """Channels of the moments: C for a deterministic encoder, 2C for a variational one."""
+        return self._probe[2]
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 over class, scaling and weights: equal for equal latent spaces, wherever the files lie."""
+        tensors = dict(self.model.state_dict())
+        normalisation = self.normalisation
+        tensors["latentflow.shift"] = torch.tensor(normalisation.shift)
+        tensors["latentflow.scale"] = torch.tensor(normalisation.scale)
+        return sha256_tensors({f"{type(self.model).__name__}.{name}": tensor for name, tensor in tensors.items()})
+
+    @cached_property
+    def normalisation(self) -> LatentNormalisation:
+        """The scaling that the autoencoder's own config asks for.
+
+        diffusers has two dialects: a scalar `scaling_factor` with an optional `shift_factor`, or lists
+        `latents_mean` and `latents_std`, on top of which the scalar still applies.
+        """
+        config = self.model.config
+        scale = float(config.get("scaling_factor") or 1.0)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            return LatentNormalisation(shift=list(mean), scale=[scale / float(s) for s in std])
+        shift = float(config.get("shift_factor") or 0.0)
+        return LatentNormalisation(shift=[shift] * self.num_channels, scale=[scale] * self.num_channels)
+
+    def latent_side(self, image_size: int) -> int:
+        """Latent height and width of square images of side `image_size` pixels.
+
+        Raises:
+            ConfigError: `image_size` is not a positive multiple of the factor.
+        """
+        if image_size < self.factor or image_size % self.factor:
+            below = max(image_size // self.factor, 1) * self.factor
+            raise ConfigError(
+                f"image size {image_size} is not a multiple of {self.factor}, the reduction factor of "
+                f"{self.reference}; use {below} or {below + self.factor}"
+            )
+        return image_size // self.factor
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """pixels [B, 3, S, S] in [-1, 1] => moments [B, C or 2C, h, w], float32."""
+        return torch.cat([self._moments(part) for part in pixels.split(self.slice_size)])
+
+    @torch.no_grad()
+    def decode(self, raw: Tensor) -> Tensor:
+        """raw latents [B, C, h, w] => pixels [B, 3, S, S] in [-1, 1], clamped, float32."""
+        parts = (self.model.decode(part, return_dict=False)[0] for part in raw.to(self.device).split(self.slice_size))
+        return torch.cat([part.float().clamp(-1, 1) for part in parts])
+
+    def _moments(self, pixels: Tensor) -> Tensor:
+        encoded = self._encoded(pixels.to(self.device))
+        return (encoded.parameters if self._is_variational else encoded).float()
+
+    def _encoded(self, pixels: Tensor):
+        """A latent tensor, or diffusers' Gaussian with its `parameters`."""
+        with torch.no_grad():
+            return self.model.encode(pixels.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """uint8 pixels in 0..255 => float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1.0
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """float pixels in [-1, 1] => uint8 in 0..255, rounded to the nearest level."""
+    return ((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)

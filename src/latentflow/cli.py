@@ -1,0 +1,219 @@
+"""The command line: parses and prints. Everything else is imported inside the subcommands, so that help is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from latentflow.errors import LatentFlowError
+
+app = typer.Typer(
+    name="latentflow",
+    help="Train, sample and serve image generators by flow matching in the latent space of a pretrained autoencoder.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+class Precision(str, Enum):
+    """How a latent cache stores its moments."""
+
+    float16 = "float16"
+    float32 = "float32"
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; otherwise a GPU if there is one.")]
+
+
+@app.command(
+    epilog="Example: latentflow encode photos/ --autoencoder stabilityai/sd-vae-ft-mse --image-size 256 --out caches/photos"
+)
+def encode(
+    data: Annotated[str, typer.Argument(help="A folder or zip of images, or synthetic:COUNT.")],
+    autoencoder: Annotated[str, typer.Option(help="A diffusers autoencoder: folder, hub id, or 'shapes'.")],
+    out: Annotated[Path, typer.Option(help="The latent cache, a folder.")],
+    image_size: Annotated[int, typer.Option(help="Side of the square images in pixels.")] = 256,
+    flips: Annotated[bool, typer.Option("--flips", help="Also encode the mirrored images.")] = False,
+    precision: Annotated[Precision, typer.Option(help="How moments are stored.")] = Precision.float16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded together.")] = 32,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images per shard, the most a kill can lose.")] = 1024,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at a broken image instead of leaving it out.")] = False,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Encode images once into a latent cache. Repeat the command to go on after a kill."""
+    from latentflow.commands.encode import encode as run
+
+    result = run(
+        data,
+        out,
+        autoencoder=autoencoder,
+        image_size=image_size,
+        flips=flips,
+        precision=precision.value,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        strict=strict,
+        device=device,
+    )
+    if result.index is None:
+        _say("this process is done; another one will finish the cache")
+        return
+    index = result.index
+    rows = {
+        "cache": str(out),
+        "images": index.num_images,
+        "classes": len(index.plan.class_names),
+        "moments": " x ".join(map(str, index.plan.moments_shape)),
+        "flips": index.plan.flips,
+        "shards": len(index.shards),
+        "broken": len(index.broken),
+        "seconds": round(result.seconds, 1),
+    }
+    _report(rows, as_json)
+    for name in index.broken:
+        _say(f"left out, cannot be read: {name}")
+
+
+@app.command(epilog="Example: latentflow train cifar10_64 data.path=caches/cifar10 autoencoder=taesd out=runs/cifar10")
+def train(
+    recipe: Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=1000")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+) -> None:
+    """Train a model. Repeat the command to resume exactly where it was stopped."""
+    from latentflow.training.config import load_recipe
+
+    resolved = load_recipe(recipe, overrides or ())
+    if not resolved.out:
+        resolved = resolved.model_copy(update={"out": f"runs/{Path(recipe).stem}"})
+    typer.echo(resolved.to_yaml())
+    if dry_run:
+        return
+    from latentflow.commands.train import train as run
+
+    result = run(resolved, cpu=cpu)
+    for name in result.broken:
+        _say(f"left out, cannot be read: {name}")
+    if not result.outcome.finished:
+        _say(f"stopped by a signal at step {result.outcome.step}, saved; repeat the command to go on")
+        raise typer.Exit(128 + (result.outcome.signal or 0))
+    _say(f"{result.outcome.step} steps done; the model is {result.run / 'model'}")
+
+
+@app.command(epilog="Example: latentflow sample runs/cifar10 --num 16 --classes cat,3 --guidance 1.5 --out samples")
+def sample(
+    model: Annotated[str, typer.Argument(help="A model folder, a run folder or a hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the PNG files.")],
+    num: Annotated[int, typer.Option(help="Number of images; image i has seed SEED + i.")] = 16,
+    classes: Annotated[str | None, typer.Option(help="Names or indices, dealt out in turn: 3,7 or cat,dog.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1: off.")] = None,
+    guidance_interval: Annotated[
+        str | None, typer.Option(help="Times between which guidance acts, for example 0.1,0.8")
+    ] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, midpoint, heun, rk4, ab2, ab3, bosh3 or dopri5.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Intervals of a fixed-step solver.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Time shift of the grid; 1: even.")] = None,
+    rtol: Annotated[float | None, typer.Option(help="Relative tolerance of bosh3 and dopri5.")] = None,
+    atol: Annotated[float | None, typer.Option(help="Absolute tolerance of bosh3 and dopri5.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images computed together; does not change them.")] = 16,
+    columns: Annotated[int | None, typer.Option(min=1, help="Columns of grid.png.")] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw images: one PNG per seed with its request in the metadata, and a grid."""
+    from latentflow.commands.sample import sample as run
+
+    result = run(
+        model,
+        out,
+        num=num,
+        classes=[name.strip() for name in classes.split(",")] if classes else None,
+        guidance=guidance,
+        guidance_interval=_pair(guidance_interval, "--guidance-interval"),
+        solver=solver,
+        steps=steps,
+        shift=shift,
+        rtol=rtol,
+        atol=atol,
+        seed=seed,
+        batch_size=batch_size,
+        columns=columns,
+        device=device,
+    )
+    rows = {
+        "folder": str(out),
+        "images": len(result.files),
+        "grid": str(result.grid),
+        "evaluations per image": round(result.evaluations, 2),
+        "seconds": round(result.seconds, 2),
+        "images per second": round(len(result.files) / result.seconds, 2),
+    }
+    _report(rows, as_json)
+
+
+@app.command(epilog="Example: latentflow recipes")
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes that come with the package."""
+    from latentflow.training.config import load_recipe, recipe_names
+
+    _report({name: load_recipe(name).description for name in recipe_names()}, as_json)
+
+
+@app.command(epilog="Example: latentflow info runs/cifar10")
+def info(
+    model: Annotated[str, typer.Argument(help="A model folder, a run folder, a hub id, or a latent cache.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a model or a latent cache is."""
+    from latentflow.commands.info import describe
+
+    _report(describe(model), as_json)
+
+
+def _pair(text: str | None, option: str) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        from latentflow.errors import ConfigError
+
+        raise ConfigError(f"{option} {text!r} is not two numbers like 0.1,0.8") from None
+    return low, high
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _report(rows: dict[str, Any], as_json: bool) -> None:
+    """A short two-column table, or JSON for a script."""
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}", str(value))
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is one line on stderr and exit code 2."""
+    try:
+        app()
+    except LatentFlowError as error:
+        _say(f"latentflow: {error}")
+        sys.exit(error.exit_code)

@@ -1,0 +1,72 @@
+"""`latentflow encode`: images => latent cache."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from latentflow.autoencoder import Autoencoder
+from latentflow.commands.processes import process_rank
+from latentflow.commands.progress import image_progress
+from latentflow.data.images import open_images
+from latentflow.data.latent_cache import CacheIndex, write_cache
+from latentflow.latent_flow import default_device
+
+
+@dataclass(frozen=True)
+class EncodeResult:
+    """What `encode` did.
+
+    Attributes:
+        index: of the finished cache; None where other processes are still encoding.
+        seconds: wall time.
+    """
+
+    index: CacheIndex | None
+    seconds: float
+
+
+def encode(
+    data: str | Path,
+    out: str | Path,
+    *,
+    autoencoder: str | Path,
+    image_size: int,
+    flips: bool = False,
+    precision: Literal["float16", "float32"] = "float16",
+    batch_size: int = 32,
+    shard_size: int = 1024,
+    strict: bool = False,
+    device: str | None = None,
+) -> EncodeResult:
+    """Encode images into a latent cache; repeating the call goes on where a kill ended it.
+
+    Args:
+        data: a folder, a zip, or 'synthetic:COUNT'.
+        flips: also encode the mirrored images, so that training can mirror.
+        strict: a broken image is an error; otherwise it is left out and listed in the index.
+
+    Raises:
+        DataError, ArtifactError, ConfigError: see `open_images`, `Autoencoder.from_pretrained` and `write_cache`.
+    """
+    began = time.perf_counter()
+    source = open_images(data, image_size)
+    process = process_rank()
+    encoder = Autoencoder.from_pretrained(autoencoder).to(device or default_device())
+    num_images = len(source) // process[1]
+    with image_progress("encoding", num_images, enabled=process[0] == 0) as on_images:
+        index = write_cache(
+            source,
+            encoder,
+            out,
+            flips=flips,
+            precision=precision,
+            batch_size=batch_size,
+            shard_size=shard_size,
+            strict=strict,
+            process=process,
+            on_images=on_images,
+        )
+    return EncodeResult(index, time.perf_counter() - began)

@@ -1,0 +1,66 @@
+"""`latentflow info`: what a model or a latent cache says about itself."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from latentflow.artifacts import open_tensors
+from latentflow.data.latent_cache import LatentCache, is_cache
+from latentflow.latent_flow import WEIGHTS_FILE, find_model, read_config
+
+
+def describe(model: str | Path) -> dict[str, Any]:
+    """Facts of a model or a cache, name => value, ready to print or to be JSON.
+
+    Raises:
+        ArtifactError: there is neither.
+    """
+    return _describe_cache(model) if is_cache(model) else _describe_model(model)
+
+
+def _describe_model(model: str | Path) -> dict[str, Any]:
+    folder = find_model(model)
+    config = read_config(folder)
+    with open_tensors(folder / WEIGHTS_FILE) as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - not a dict
+    num_parameters = sum(math.prod(shape) for shape in shapes)
+    sampling, conditioning = config.sampling, config.conditioning
+    return {
+        "model": str(folder),
+        "network": config.network.name or config.network.kind,
+        "parameters": num_parameters,
+        "image size": config.image_size,
+        "latents": list(config.latent_shape),
+        "autoencoder": config.autoencoder.reference,
+        "path": config.path.kind,
+        "classes": conditioning.class_names,
+        "guidance": "trained" if conditioning.can_guide else "not available",
+        "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}",
+        "trained on": config.training.data,
+        "training images": config.training.num_images,
+        "steps": config.training.step,
+        "images seen": config.training.images_seen,
+    }
+
+
+def _describe_cache(folder: str | Path) -> dict[str, Any]:
+    index = LatentCache(folder).index
+    plan = index.plan
+    return {
+        "latent cache": str(folder),
+        "source": plan.source,
+        "images": index.num_images,
+        "classes": plan.class_names,
+        "image size": plan.image_size,
+        "moments": list(plan.moments_shape),
+        "flips": plan.flips,
+        "precision": plan.precision,
+        "autoencoder": plan.autoencoder,
+        "autoencoder hash": plan.autoencoder_hash,
+        "channel mean": [round(value, 4) for value in index.channel_mean],
+        "channel std": [round(value, 4) for value in index.channel_std],
+        "broken": index.broken,
+        "bytes": sum(shard.num_bytes for shard in index.shards),
+    }

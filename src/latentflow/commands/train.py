@@ -1,0 +1,189 @@
+"""`latentflow train`: a recipe => a run folder with a model in it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import latentflow
+from latentflow.artifacts import make_folder, write_json, write_text
+from latentflow.autoencoder import Autoencoder, LatentNormalisation, to_unit_range
+from latentflow.commands.grid import save_grid
+from latentflow.conditioning import Conditioning
+from latentflow.data.batches import TrainingImages, epoch_order
+from latentflow.data.images import ImageSource, open_images, readable
+from latentflow.data.latent_cache import ChannelSums, LatentCache, is_cache
+from latentflow.errors import ConfigError
+from latentflow.latent_flow import AUTOENCODER_FOLDER, AutoencoderRecord, LatentFlow, ModelConfig, TrainingRecord
+from latentflow.randomness import derive_seed
+from latentflow.sampling.pipeline import SampleRequest, draw, join_samples
+from latentflow.training.config import Recipe, differences, load_recipe
+from latentflow.training.loop import Outcome, make_accelerator
+from latentflow.training.loop import train as run_loop
+
+_STATISTICS_IMAGES = 2048  # enough for per-channel means and deviations to three digits
+_PREVIEWS_PER_CLASS, _MOST_PREVIEWS = 4, 40
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` did: the run folder, the loop's outcome, names of images that could not be read."""
+
+    run: Path
+    outcome: Outcome
+    broken: list[str]
+
+
+def train(recipe: Recipe, *, cpu: bool = False) -> TrainResult:
+    """Train one recipe; repeating the call resumes exactly.
+
+    Everything that can be wrong is found before the run folder is touched.
+
+    Args:
+        recipe: checked; `out` and `data.path` must be set.
+        cpu: stay on the CPU even if there is a GPU.
+
+    Raises:
+        ConfigError, DataError, ArtifactError: before anything is written.
+        NonFiniteError: during training.
+    """
+    if not recipe.data.path:
+        raise ConfigError("data.path is not set; add data.path=FOLDER (images, a zip, or a latent cache)")
+    if not recipe.out:
+        raise ConfigError("out is not set; add out=runs/NAME")
+    run = Path(recipe.out)
+    _refuse_another_recipe(run, recipe)
+    accelerator = make_accelerator(recipe.training, cpu=cpu)
+    source = open_source(recipe)
+    autoencoder = Autoencoder.from_pretrained(recipe.autoencoder).to(accelerator.device)
+    if isinstance(source, LatentCache):
+        source.require_autoencoder(autoencoder)
+        kept, broken = None, source.index.broken
+    else:
+        kept, unreadable = readable(source)
+        broken = [error.name for error in unreadable]
+    images = TrainingImages(source, seed=recipe.training.seed, flip=recipe.data.flip, kept=kept)
+    model = build_model(recipe, autoencoder, images)
+    if accelerator.is_main_process:
+        make_folder(run)
+        write_text(run / "recipe.yaml", recipe.to_yaml())
+        write_json(run / "environment.json", _environment(accelerator.device, accelerator.num_processes))
+
+    def preview(model: LatentFlow, weights: Mapping[str, Tensor], step: int) -> None:
+        save_preview(model, weights, run / "samples" / f"step-{step:08d}.png")
+
+    outcome = run_loop(recipe, model, images, run, accelerator, preview=preview)
+    return TrainResult(run, outcome, broken)
+
+
+def open_source(recipe: Recipe) -> LatentCache | ImageSource:
+    """The recipe's data: a latent cache if the path is one, else images.
+
+    Raises:
+        ConfigError: the cache does not agree with the recipe.
+        DataError, ArtifactError: see `open_images` and `LatentCache`.
+    """
+    data = recipe.data
+    if not is_cache(data.path):
+        return open_images(data.path, data.image_size)
+    cache = LatentCache(data.path)
+    if cache.plan.image_size != data.image_size:
+        size = cache.plan.image_size
+        raise ConfigError(
+            f"data.image_size = {data.image_size}, but {data.path} holds images of {size}; set data.image_size={size}"
+        )
+    if data.flip and not cache.plan.flips:
+        raise ConfigError(
+            f"data.flip = true, but {data.path} holds no mirrored images; set data.flip=false or encode with --flips"
+        )
+    return cache
+
+
+def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages) -> LatentFlow:
+    """A fresh model for a recipe: what the data and the autoencoder decide is read from them.
+
+    Raises:
+        ConfigError: labels are asked for and there are none.
+    """
+    class_names = list(images.source.class_names) if recipe.data.labels else []
+    if isinstance(images.source, LatentCache):
+        description = images.source.plan.source
+    else:
+        description = images.source.description
+    autoencoder.latent_side(recipe.data.image_size)
+    embedded = Path(autoencoder.reference).is_dir()
+    config = ModelConfig(
+        image_size=recipe.data.image_size,
+        network=recipe.network,
+        path=recipe.path,
+        conditioning=Conditioning(
+            class_names=class_names, label_dropout=recipe.conditioning.label_dropout if class_names else 0.0
+        ),
+        autoencoder=AutoencoderRecord(
+            reference=AUTOENCODER_FOLDER if embedded else autoencoder.reference,
+            content_hash=autoencoder.content_hash,
+            factor=autoencoder.factor,
+            num_channels=autoencoder.num_channels,
+        ),
+        normalisation=autoencoder.normalisation
+        if recipe.normalise == "autoencoder"
+        else _per_channel(autoencoder, images),
+        sampling=recipe.sampling,
+        training=TrainingRecord(data=description, num_images=len(images)),
+    )
+    torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
+    return LatentFlow(config, config.build_network(), autoencoder)
+
+
+def save_preview(model: LatentFlow, weights: Mapping[str, Tensor], file: Path) -> None:
+    """Draw a fixed grid from `weights` in eval mode: rows are classes, the seeds are 0, 1, 2, ... each time."""
+    network = model.config.build_network().to(model.device)
+    network.load_state_dict(dict(weights))
+    frozen = LatentFlow(model.config, network.eval().requires_grad_(False), model.autoencoder)
+    num_classes = min(model.config.conditioning.num_classes, _MOST_PREVIEWS // _PREVIEWS_PER_CLASS)
+    labels = [label for label in range(num_classes) for _ in range(_PREVIEWS_PER_CLASS)]
+    num_images = len(labels) or _PREVIEWS_PER_CLASS**2
+    request = SampleRequest(seeds=list(range(num_images)), labels=labels, sampling=model.config.sampling)
+    save_grid(file, join_samples(list(draw(frozen, request, batch_size=num_images))).pixels, _PREVIEWS_PER_CLASS)
+
+
+def _refuse_another_recipe(run: Path, recipe: Recipe) -> None:
+    """A run folder belongs to one recipe; what does not alter the computation may change."""
+    file = run / "recipe.yaml"
+    if not file.exists():
+        return
+    changed = differences(load_recipe(file), recipe)
+    if changed:
+        raise ConfigError(
+            f"{run} was trained with another recipe ({'; '.join(changed)}); restore these values or choose another out"
+        )
+
+
+def _per_channel(autoencoder: Autoencoder, images: TrainingImages) -> LatentNormalisation:
+    """Zero mean and unit variance per channel: from the cache's statistics, or from a sample of the images."""
+    if isinstance(images.source, LatentCache):
+        mean, std = images.source.index.channel_mean, images.source.index.channel_std
+    else:
+        sums = ChannelSums(autoencoder.num_channels)
+        for index in epoch_order(0, len(images), 0)[:_STATISTICS_IMAGES].tolist():
+            pixels = torch.from_numpy(images.source[int(images.kept[index])].pixels.copy()).permute(2, 0, 1)
+            sums.add(autoencoder.encode(to_unit_range(pixels[None])))
+        mean, std = sums.mean_and_std()
+    return LatentNormalisation(shift=mean, scale=[1.0 / s for s in std])
+
+
+def _environment(device: torch.device, num_processes: int) -> dict[str, object]:
+    return {
+        "latentflow": latentflow.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "num_processes": num_processes,
+        "num_threads": torch.get_num_threads(),
+    }

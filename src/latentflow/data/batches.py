@@ -1,0 +1,162 @@
+"""The endless stream of training images, and the record of one batch.
+
+Position p of the stream is image `order_e[p mod n]` of epoch e = p div n, where order_e is a permutation
+drawn from (seed, epoch). So the order of the data depends neither on the number of processes nor on
+where a run was interrupted, and an epoch may end in the middle of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from latentflow.data.images import ImageSource
+from latentflow.data.latent_cache import LatentCache
+from latentflow.randomness import ImageRandom, derive_seed
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one training step. Exactly one of `moments` and `pixels` is there.
+
+    Attributes:
+        positions: [B] int64, places in the endless stream; they seed each image's randomness.
+        indices: [B] int64, which images of the data set these are.
+        labels: [B] int64 class indices, None for unlabelled data.
+        moments: [B, M, h, w] float32, encoded beforehand.
+        pixels: [B, 3, S, S] uint8, to be encoded in the step.
+    """
+
+    positions: Tensor
+    indices: Tensor
+    labels: Tensor | None = None
+    moments: Tensor | None = None
+    pixels: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move what is computed with; positions and indices stay on the CPU, where randomness is seeded."""
+        moved = ("labels", "moments", "pixels")
+        return self._map(lambda name, x: x.to(device, non_blocking=True) if name in moved else x)
+
+    def pin_memory(self) -> Batch:
+        """Pin every tensor, so that copies to the device do not block; called by the data loader."""
+        return self._map(lambda name, x: x.pin_memory())
+
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: None if x is None else change(name, x) for name, x in values.items()})
+
+
+class TrainingImages(Dataset):
+    """Batches by stream position, from a latent cache or straight from images.
+
+    Args:
+        source: a complete latent cache, or images that are encoded in the step.
+        seed: of the order and the flips.
+        flip: mirror each image with probability 1/2, drawn anew each time it is seen.
+        kept: which images of the source take part; None: all.
+    """
+
+    def __init__(self, source: LatentCache | ImageSource, *, seed: int, flip: bool, kept: Sequence[int] | None = None):
+        self.source = source
+        self.seed = seed
+        self.flip = flip
+        self.kept = np.arange(len(source)) if kept is None else np.asarray(kept)
+        self._order = lru_cache(maxsize=2)(partial(epoch_order, seed, len(self.kept)))
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "_order"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._order = lru_cache(maxsize=2)(partial(epoch_order, self.seed, len(self.kept)))
+
+    def indices_at(self, positions: Sequence[int]) -> list[int]:
+        """The images at some positions of the stream."""
+        return [int(self.kept[self._order(p // len(self))[p % len(self)]]) for p in positions]
+
+    def names_at(self, positions: Sequence[int]) -> list[str]:
+        """The names of the images at some positions of the stream."""
+        indices = self.indices_at(positions)
+        if isinstance(self.source, LatentCache):
+            return [self.source.names()[index] for index in indices]
+        return [self.source[index].name for index in indices]
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        indices = self.indices_at(positions)
+        flipped = [False] * len(indices)
+        if self.flip:
+            flipped = (ImageRandom.at(self.seed, "flip", positions).uniform() < 0.5).tolist()
+        batch = partial(Batch, positions=torch.tensor(positions), indices=torch.tensor(indices))
+        if isinstance(self.source, LatentCache):
+            return batch(labels=self.source.labels(indices), moments=self.source.moments(indices, flipped))
+        items = [self.source[index] for index in indices]
+        pixels = np.stack([i.pixels[:, ::-1] if flip else i.pixels for i, flip in zip(items, flipped, strict=True)])
+        labels = torch.tensor([item.label for item in items]) if self.source.class_names else None
+        return batch(labels=labels, pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
+
+
+def epoch_order(seed: int, num_images: int, epoch: int) -> Tensor:
+    """The order of one epoch: a permutation of range(num_images), int64."""
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
+
+
+class StreamPositions:
+    """The micro-batches of positions that one process reads, without end.
+
+    Step k of a run covers positions [k * batch_size, (k + 1) * batch_size); each process takes a
+    contiguous share of them, in micro-batches.
+
+    Args:
+        first_position: where to begin: the number of images seen so far.
+        batch_size: images per optimizer step, over all processes.
+        micro_batch_size: images per forward pass of one process.
+    """
+
+    def __init__(self, first_position: int, batch_size: int, micro_batch_size: int, rank: int, num_processes: int):
+        assert batch_size % (micro_batch_size * num_processes) == 0
+        self.first_position = first_position
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.share = batch_size // num_processes
+        self.rank = rank
+
+    def __iter__(self) -> Iterator[list[int]]:
+        base = self.first_position + self.rank * self.share
+        while True:
+            for start in range(base, base + self.share, self.micro_batch_size):
+                yield list(range(start, start + self.micro_batch_size))
+            base += self.batch_size
+
+
+def stream_batches(
+    images: TrainingImages, positions: StreamPositions, *, num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    """Read batches without end; with workers, ahead of time.
+
+    Args:
+        num_workers: processes that read and decode images; 0: in this process, enough for a latent cache.
+        pin_memory: for copies to a GPU that do not block.
+    """
+    loader = DataLoader(
+        images,
+        batch_sampler=positions,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=_as_is,
+        prefetch_factor=4 if num_workers else None,
+    )
+    return iter(loader)
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch

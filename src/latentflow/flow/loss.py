@@ -1,0 +1,34 @@
+"""The objective of flow matching, written once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from latentflow.flow.path import Path
+from latentflow.shapes import image_mean
+
+
+def flow_matching_loss(
+    velocity: Callable[[Tensor, Tensor], Tensor], path: Path, data: Tensor, noise: Tensor, time: Tensor
+) -> Tensor:
+    """How far `velocity` is from the velocity of the path, per image: mean over C, H, W of |v(x_t, t) - u|^2.
+
+    Eq. 6 of arXiv 2307.08698, before the expectation.
+
+    Args:
+        velocity: a function of x [B, C, H, W] and t [B].
+        path: the path between data and noise.
+        data: [B, C, H, W], clean latents.
+        noise: [B, C, H, W], standard normal.
+        time: [B] in [0, 1].
+
+    Returns:
+        [B], in float32 whatever `velocity` computes in (float64 where the data is).
+    """
+    dtype = torch.promote_types(data.dtype, torch.float32)
+    data, noise = data.to(dtype), noise.to(dtype)
+    x_t = path.interpolate(data, noise, time)
+    return image_mean((velocity(x_t, time).to(dtype) - path.target(data, noise, time)).square())

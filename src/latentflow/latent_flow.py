@@ -1,0 +1,272 @@
+"""The waist of the house: network, path, conditioning and autoencoder as one model, one folder on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from latentflow.artifacts import atomic_folder, read_json, read_tensors, write_json, write_tensors, write_text
+from latentflow.autoencoder import Autoencoder, LatentNormalisation, latent_mean, sample_latents
+from latentflow.conditioning import Conditioning
+from latentflow.errors import ArtifactError
+from latentflow.flow.path import LinearPath, PathConfig
+from latentflow.networks.dit import DiT, DiTConfig
+from latentflow.randomness import ImageRandom
+from latentflow.shapes import Condition
+
+if TYPE_CHECKING:
+    from latentflow.sampling.pipeline import Samples
+
+CONFIG_FILE, WEIGHTS_FILE, AUTOENCODER_FOLDER = "config.json", "velocity.safetensors", "autoencoder"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SamplingPreset(_Section):
+    """How a model is sampled unless the user says otherwise."""
+
+    solver: str = Field("heun", description="A name from flow.solvers.SOLVERS.")
+    steps: int = Field(25, ge=1, description="Intervals of a fixed-step solver; adaptive solvers choose their own.")
+    guidance: float = Field(1.0, ge=0, description="Classifier-free guidance scale; 1: off.")
+    guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Times at which guidance applies.")
+    shift: float = Field(1.0, gt=0, description="Time shift of the grid; above 1: more steps near the noise.")
+    rtol: float = Field(1e-5, gt=0, description="Relative tolerance of adaptive solvers, per image.")
+    atol: float = Field(1e-5, gt=0, description="Absolute tolerance of adaptive solvers, per image.")
+
+
+class AutoencoderRecord(_Section):
+    """Which first stage a model lives on."""
+
+    reference: str = Field(description=f"A hub id, or {AUTOENCODER_FOLDER!r}: the folder inside the model folder.")
+    content_hash: str
+    factor: int
+    num_channels: int
+
+
+class TrainingRecord(_Section):
+    """What a model was trained on and for how long."""
+
+    data: str = ""
+    num_images: int = 0
+    step: int = 0
+    images_seen: int = 0
+
+
+class ModelConfig(_Section):
+    """Everything a model folder says about itself."""
+
+    format_version: Literal[1] = 1
+    image_size: int
+    network: DiTConfig
+    path: PathConfig = LinearPath()
+    conditioning: Conditioning = Conditioning()
+    autoencoder: AutoencoderRecord
+    normalisation: LatentNormalisation
+    sampling: SamplingPreset = SamplingPreset()
+    training: TrainingRecord = TrainingRecord()
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one image's latents."""
+        side = self.image_size // self.autoencoder.factor
+        return self.autoencoder.num_channels, side, side
+
+    def build_network(self) -> DiT:
+        """A network with fresh weights, as this config describes it."""
+        channels = self.autoencoder.num_channels
+        return DiT(self.network, in_channels=channels, out_channels=channels, num_classes=self.conditioning.num_classes)
+
+
+class LatentFlow:
+    """A flow-matching model in the latent space of an autoencoder.
+
+    Args:
+        config: what the model is.
+        network: called as network(latents [B, C, h, w], time [B], condition) => velocity [B, C, h, w].
+        autoencoder: the frozen first stage.
+    """
+
+    def __init__(self, config: ModelConfig, network: torch.nn.Module, autoencoder: Autoencoder):
+        self.config = config
+        self.network = network
+        self.autoencoder = autoencoder
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, *, device: torch.device | str | None = None) -> LatentFlow:
+        """Load a model folder, a run folder (its `model/`), or a hub id.
+
+        Args:
+            device: where to put it; None: a GPU if there is one, else the CPU.
+
+        Raises:
+            ArtifactError: nothing usable is there, or the autoencoder is not the one the model was trained with.
+        """
+        folder = find_model(model)
+        config = read_config(folder)
+        own = folder / AUTOENCODER_FOLDER
+        autoencoder = Autoencoder.from_pretrained(own if own.is_dir() else config.autoencoder.reference)
+        if autoencoder.content_hash != config.autoencoder.content_hash:
+            raise ArtifactError(
+                f"{folder} was trained with an autoencoder of hash {config.autoencoder.content_hash[:12]}, but "
+                f"{autoencoder.reference} has hash {autoencoder.content_hash[:12]}; restore the original one"
+            )
+        network = config.build_network()
+        load_weights(network, read_tensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
+        return cls(config, network.eval().requires_grad_(False), autoencoder).to(device or default_device())
+
+    def save_pretrained(self, folder: str | Path, *, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write the model folder, complete or not at all.
+
+        Args:
+            weights: the network's state to write in place of its own, for example the EMA of it.
+        """
+        with atomic_folder(folder) as temporary:
+            write_json(temporary / CONFIG_FILE, self.config.model_dump(mode="json"))
+            write_tensors(
+                temporary / WEIGHTS_FILE, weights or self.network.state_dict(), metadata={"format": "latentflow"}
+            )
+            write_text(temporary / "README.md", _model_card(self.config))
+            if self.config.autoencoder.reference == AUTOENCODER_FOLDER:
+                self.autoencoder.save_pretrained(temporary / AUTOENCODER_FOLDER)
+
+    def to(self, device: torch.device | str) -> LatentFlow:
+        """Move network and autoencoder; returns itself."""
+        self.network.to(device)
+        self.autoencoder.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def encode(self, pixels: Tensor, random: ImageRandom | None = None) -> Tensor:
+        """pixels [B, 3, S, S] in [-1, 1] => latents [B, C, h, w]; the posterior's mode unless `random` draws from it."""
+        return self.latents(self.autoencoder.encode(pixels), random)
+
+    def latents(self, moments: Tensor, random: ImageRandom | None = None) -> Tensor:
+        """moments [B, C or 2C, h, w] => normalised latents [B, C, h, w]."""
+        channels = self.config.autoencoder.num_channels
+        raw = latent_mean(moments, channels) if random is None else sample_latents(moments, channels, random)
+        return self.config.normalisation.normalise(raw)
+
+    def velocity(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """The learned velocity at x_t = latents [B, C, h, w] and time [B] (0 data, 1 noise): [B, C, h, w]."""
+        return self.network(latents, time, condition)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B, C, h, w] => pixels [B, 3, S, S] in [-1, 1]."""
+        return self.autoencoder.decode(self.config.normalisation.restore(latents))
+
+    def sample(self, num: int = 1, **request: Any) -> Samples:
+        """Draw `num` images; the arguments are those of `latentflow.sampling.pipeline.sample`.
+
+        >>> LatentFlow.from_pretrained("runs/demo").sample(num=16, classes=[3, 7], guidance=1.5, seed=0)  # doctest: +SKIP
+        """
+        from latentflow.sampling.pipeline import sample  # the one upward import: a method for the user's convenience
+
+        return sample(self, num=num, **request)
+
+
+def default_device() -> torch.device:
+    """A CUDA or MPS device if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def find_model(model: str | Path) -> Path:
+    """The folder of a model given as a model folder, a run folder or a hub id.
+
+    Raises:
+        ArtifactError: there is no such model.
+    """
+    path = Path(model)
+    for folder in (path, path / "model"):
+        if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+            return folder
+    if path.is_file():
+        raise ArtifactError(f"{model} is a file; a model is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if path.exists():
+        raise ArtifactError(
+            f"{model} is not a model folder: it has no {CONFIG_FILE} with {WEIGHTS_FILE}, nor has {path / 'model'}"
+        )
+    if str(model).count("/") != 1 or str(model).startswith((".", "~", "/")):
+        raise ArtifactError(f"{model} does not exist; give a model folder, a run folder or a hub id like 'owner/name'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "README.md"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArtifactError(f"{model}: there is no such folder, and the hub does not give it: {reason}") from error
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The config of a model folder.
+
+    Raises:
+        ArtifactError: it is missing, damaged or of another kind.
+    """
+    file = Path(folder) / CONFIG_FILE
+    try:
+        return ModelConfig.model_validate(read_json(file))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise ArtifactError(f"{file} is not the config of a latentflow model ({where}: {first['msg']})") from error
+
+
+def load_weights(network: torch.nn.Module, weights: Mapping[str, Tensor], origin: str | Path) -> None:
+    """Copy `weights` into `network`, every key and shape accounted for.
+
+    Raises:
+        ArtifactError: a key is missing or unknown, or a shape differs.
+    """
+    expected = network.state_dict()
+    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or unknown:
+        key, what = (missing[0], "is missing") if missing else (unknown[0], "is unknown")
+        raise ArtifactError(
+            f"{origin} does not fit its config: {key!r} {what} ({len(missing)} missing, {len(unknown)} unknown)"
+        )
+    for key, tensor in expected.items():
+        if weights[key].shape != tensor.shape:
+            raise ArtifactError(
+                f"{origin}: {key!r} has shape {list(weights[key].shape)}, the config asks for {list(tensor.shape)}"
+            )
+    network.load_state_dict(dict(weights))
+
+
+def _model_card(config: ModelConfig) -> str:
+    classes = ", ".join(config.conditioning.class_names) or "none (unconditional)"
+    training = config.training
+    return f"""---
+library_name: latentflow
+tags: [flow-matching, image-generation]
+---
+# A latent flow-matching model
+
+| | |
+|---|---|
+| image size | {config.image_size} x {config.image_size} |
+| network | {config.network.name or config.network.kind} |
+| latents | {" x ".join(map(str, config.latent_shape))}, autoencoder `{config.autoencoder.reference}` |
+| classes | {classes} |
+| guidance | {"trained for it" if config.conditioning.can_guide else "not available: the null condition was not trained"} |
+| trained on | {training.data}, {training.num_images:,} images; {training.step:,} steps, {training.images_seen:,} images seen |
+
+    latentflow sample PATH_OF_THIS_FOLDER --num 16 --out samples
+
+or from Python:
+
+    from latentflow import LatentFlow
+    images = LatentFlow.from_pretrained("PATH_OF_THIS_FOLDER").sample(num=16, seed=0).images
+"""

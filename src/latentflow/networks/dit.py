@@ -1,0 +1,258 @@
+"""The diffusion transformer (DiT, arXiv 2212.09748) as a velocity network.
+
+Legend: B images, C latent channels, H and W latent height and width, p patch size, h = H / p and w = W / p the grid
+of tokens, N = h * w tokens (row after row), D hidden channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
+
+from latentflow.errors import ConfigError, nearest
+from latentflow.networks.layers import (
+    GeluMLP,
+    SelfAttention,
+    SwigluMLP,
+    TimeEmbedding,
+    add_gated,
+    kept_table,
+    modulate,
+    rotary_positions,
+    sincos_positions,
+    token_norm,
+)
+from latentflow.shapes import Condition
+
+# Table 1 of the paper.
+SIZES = {
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+PATCH_SIZES = (1, 2, 4, 8)
+NAMES = {
+    f"DiT-{size}/{patch}": {**shape, "patch_size": patch} for size, shape in SIZES.items() for patch in PATCH_SIZES
+}
+VARIANTS = {
+    "classic": {"position": "sincos", "mlp": "gelu", "norm": "layernorm", "qk_norm": False},
+    "modern": {"position": "rope", "mlp": "swiglu", "norm": "rmsnorm", "qk_norm": True},
+}
+
+
+class DiTConfig(BaseModel):
+    """A diffusion transformer. Give a `name`, or the four sizes, or a name and the sizes that differ from it.
+
+    A config is resolved when it is born: every size and option holds its value, so that what is saved stands alone.
+    What the data decide (channels, classes) is told to `DiT` itself.
+
+    Raises:
+        ConfigError: unknown name, a size missing, or sizes that do not fit together.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["dit"] = "dit"
+    name: str | None = Field(
+        None, description="published size, DiT-{S,B,L,XL}/{1,2,4,8}; None = sizes given one by one"
+    )
+    depth: int = Field(gt=0, description="number of blocks")
+    hidden_size: int = Field(gt=0, description="channels of a token, a multiple of num_heads")
+    num_heads: int = Field(gt=0, description="attention heads")
+    patch_size: int = Field(gt=0, description="side of a patch in latent pixels; halving it makes 4 times the tokens")
+    mlp_ratio: float = Field(4.0, gt=0, description="inner size of the MLP as a multiple of hidden_size")
+    time_scale: float = Field(
+        1000.0, gt=0, description="the time in [0, 1] is multiplied by this; published LFM and SiT weights need 1.0"
+    )
+    variant: Literal["classic", "modern"] = Field(
+        "classic",
+        description="default of the four options below: classic = sincos, gelu, layernorm, no qk_norm (the paper); "
+        "modern = rope, swiglu, rmsnorm, qk_norm",
+    )
+    position: Literal["sincos", "rope"] = Field(
+        description="sincos = frozen 2-D positions added to the tokens; rope = 2-D rotation of queries and keys"
+    )
+    mlp: Literal["gelu", "swiglu"] = Field(description="gelu (tanh) or swiglu, of nearly the same parameter count")
+    norm: Literal["layernorm", "rmsnorm"] = Field(description="norm before attention, MLP and output")
+    qk_norm: bool = Field(description="normalise queries and keys of every head: steadier at high learning rates")
+    gradient_checkpointing: bool = Field(
+        False, description="compute every block again in the backward pass: less memory, about a third more time"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        name = given.get("name")
+        if name is not None and name not in NAMES:
+            raise ConfigError(f"unknown network name {name!r}: {nearest(name, NAMES)}")
+        variant = VARIANTS.get(given.get("variant", "classic"), {})  # an unknown one is refused by its field
+        explicit = {key: value for key, value in given.items() if value is not None}
+        resolved = {**NAMES.get(name, {}), **variant, **explicit}
+        missing = [size for size in ("depth", "hidden_size", "num_heads", "patch_size") if size not in resolved]
+        if missing:
+            raise ConfigError(f"network without {', '.join(missing)}: give them, or a name such as 'DiT-B/2'")
+        return resolved
+
+    @model_validator(mode="after")
+    def _check(self) -> DiTConfig:
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.position == "sincos" and self.hidden_size % 4:
+            raise ConfigError(f"position 'sincos' needs a hidden_size divisible by 4, got {self.hidden_size}")
+        if self.position == "rope" and self.hidden_size // self.num_heads % 4:
+            raise ConfigError(
+                "position 'rope' needs hidden_size / num_heads divisible by 4, "
+                f"got {self.hidden_size} / {self.num_heads} = {self.hidden_size // self.num_heads}"
+            )
+        return self
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by what the image's time and label say (adaLN-Zero)."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.modulation = nn.Linear(size, 6 * size)
+        self.attention_norm = token_norm(config.norm, size)
+        self.attention = SelfAttention(size, config.num_heads, config.qk_norm)
+        self.mlp_norm = token_norm(config.norm, size)
+        self.mlp = (SwigluMLP if config.mlp == "swiglu" else GeluMLP)(size, config.mlp_ratio)
+
+    def forward(self, x: Tensor, c: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """One block: tokens `x` [B, N, D] and `c` = silu(time + label) [B, D] => [B, N, D]."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).chunk(6, dim=1)  # 6 of [B, D]
+        x = add_gated(x, gate_a, self.attention(modulate(self.attention_norm(x), shift_a, scale_a), rotary))
+        return add_gated(x, gate_m, self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m)))
+
+
+class DiT(nn.Module):
+    """Velocity network of transformer blocks over patches of the latents (arXiv 2212.09748, adaLN-Zero).
+
+    Untrained, it returns exactly zero. Latents may have any height and width that the patch size divides; positions
+    are computed for the grid at hand.
+
+    Args:
+        config: sizes and options.
+        in_channels: channels of the latents, and of whatever is concatenated to them.
+        out_channels: channels of the velocity.
+        num_classes: number of labels; the table has one more row, `null_label`. 0 = a network without labels.
+    """
+
+    def __init__(self, config: DiTConfig, *, in_channels: int, out_channels: int, num_classes: int = 0):
+        super().__init__()
+        size, patch = config.hidden_size, config.patch_size
+        self.config = config
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.num_classes = num_classes
+        self.patch_embedding = nn.Conv2d(in_channels, size, kernel_size=patch, stride=patch)
+        self.time_embedding = TimeEmbedding(size, config.time_scale)
+        self.label_embedding = nn.Embedding(num_classes + 1, size) if num_classes else None
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.final_modulation = nn.Linear(size, 2 * size)
+        self.final_norm = token_norm(config.norm, size)
+        self.final_linear = nn.Linear(size, patch * patch * out_channels)
+        self.reset_parameters()
+
+    @property
+    def null_label(self) -> int | None:
+        """Index of the label that stands for "no label"; None for a network without labels."""
+        return self.num_classes if self.num_classes else None
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, as the paper does: every block starts as the identity, the output as zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.view(self.config.hidden_size, -1))
+        nn.init.zeros_(self.patch_embedding.bias)
+        nn.init.normal_(self.time_embedding.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.time_embedding.mlp[2].weight, std=0.02)
+        if self.label_embedding is not None:
+            nn.init.normal_(self.label_embedding.weight, std=0.02)
+        for linear in (*(block.modulation for block in self.blocks), self.final_modulation, self.final_linear):
+            nn.init.zeros_(linear.weight)
+
+    def forward(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """The velocity at `latents` and `time`.
+
+        Args:
+            latents: [B, in_channels, H, W], H and W multiples of the patch size.
+            time: [B] in [0, 1], 0 at data and 1 at noise.
+            condition: labels [B] in [0, num_classes] if the network has labels, else None.
+
+        Returns:
+            [B, out_channels, H, W], dtype of `latents`.
+
+        Raises:
+            ValueError: a shape does not fit, or labels are missing, unexpected or out of range. The range is looked at
+                on the CPU only, as elsewhere it would make the device wait.
+        """
+        self._check_inputs(latents, time, condition.labels)
+        patch, size = self.config.patch_size, self.config.hidden_size
+        h, w = latents.shape[2] // patch, latents.shape[3] // patch
+
+        x = self.patch_embedding(latents).flatten(2).transpose(1, 2)  # [B, C, H, W] => [B, D, h, w] => [B, N, D]
+        x = x.to(latents.dtype)  # under autocast the sum over the blocks keeps the precision of the latents
+        rotary = None
+        if self.config.position == "sincos":
+            x = x + kept_table(sincos_positions, h, w, size, latents.device).to(x.dtype)
+        else:
+            rotary = kept_table(rotary_positions, h, w, size // self.config.num_heads, latents.device)
+
+        c = self.time_embedding(time)  # [B, D]
+        if self.label_embedding is not None:
+            c = c + self.label_embedding(condition.labels)
+        c = silu(c)
+
+        for block in self.blocks:
+            if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, rotary, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, c, rotary)
+
+        shift, scale = self.final_modulation(c).chunk(2, dim=1)
+        x = self.final_linear(modulate(self.final_norm(x), shift, scale))  # [B, N, p * p * C_out]
+        x = x.reshape(-1, h, w, patch, patch, self.out_channels)
+        x = x.permute(0, 5, 1, 3, 2, 4)  # [B, h, w, p, p, C_out] => [B, C_out, h, p, w, p]
+        return x.reshape(-1, self.out_channels, h * patch, w * patch).to(latents.dtype)
+
+    def _check_inputs(self, latents: Tensor, time: Tensor, labels: Tensor | None) -> None:
+        patch = self.config.patch_size
+        if latents.dim() != 4 or latents.shape[1] != self.in_channels:
+            raise ValueError(f"expected latents [B, {self.in_channels}, H, W], got {list(latents.shape)}")
+        if latents.shape[2] % patch or latents.shape[3] % patch:
+            raise ValueError(
+                f"latents of {latents.shape[2]} x {latents.shape[3]} cannot be cut into patches of {patch} x {patch}: "
+                f"height and width must be multiples of {patch}"
+            )
+        if time.shape != latents.shape[:1]:
+            raise ValueError(f"expected one time per image, shape [{latents.shape[0]}], got {list(time.shape)}")
+        if labels is None:
+            if self.num_classes:
+                raise ValueError(
+                    f"labels are missing; a network of {self.num_classes} classes needs one per image "
+                    f"({self.null_label} is the null label)"
+                )
+            return
+        if not self.num_classes:
+            raise ValueError(f"labels {labels.tolist()[:8]} given to a network without labels")
+        if labels.shape != latents.shape[:1]:
+            raise ValueError(f"expected one label per image, shape [{latents.shape[0]}], got {list(labels.shape)}")
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = labels[(labels < 0) | (labels > self.num_classes)]
+            if outside.numel():
+                raise ValueError(
+                    f"label {outside[0].item()} is out of range: 0 to {self.num_classes - 1}, "
+                    f"or {self.num_classes} for the null label"
+                )

@@ -1,0 +1,180 @@
+"""Layers that velocity networks share: time embedding, frozen and rotary positions, attention, MLPs, modulation.
+
+Legend: B images, N tokens (h * w, row after row), D hidden channels, K heads, E channels of a head (D = K * E),
+h and w the grid of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+def time_sinusoid(time: Tensor, channels: int = 256, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoids of `time` ([B], any unit): [B, channels] float32, cosines first, then sines.
+
+    Frequencies fall from 1 to 1 / max_period (exclusive) in a geometric series. Always in float32: in half precision
+    neighbouring times in 0..1000 would be the same number.
+    """
+    half = channels // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=time.device) / half
+    angles = time.float()[:, None] * torch.exp(-math.log(max_period) * exponents)  # [B, half]
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Time to one vector per image: sinusoid of 256 numbers, then Linear-SiLU-Linear. [B] => [B, D].
+
+    Args:
+        hidden_size: D.
+        scale: what the time in [0, 1] is multiplied by before the sinusoid.
+    """
+
+    def __init__(self, hidden_size: int, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, time: Tensor) -> Tensor:
+        return self.mlp(time_sinusoid(time * self.scale).to(self.mlp[0].weight.dtype))
+
+
+def axis_angles(
+    height: int, width: int, count: int, max_period: float, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Angles of the column and of the row of every token: two of [height * width, count], float32."""
+    steps = torch.arange(count, dtype=torch.float32, device=device)
+    frequencies = torch.exp(-math.log(max_period) / count * steps)
+    rows = torch.arange(height, dtype=torch.float32, device=device)[:, None, None] * frequencies
+    columns = torch.arange(width, dtype=torch.float32, device=device)[None, :, None] * frequencies
+    return columns.expand(height, -1, -1).flatten(0, 1), rows.expand(-1, width, -1).flatten(0, 1)
+
+
+def sincos_positions(height: int, width: int, channels: int, device: torch.device | str = "cpu") -> Tensor:
+    """Frozen 2-D positions to be added to the tokens: [height * width, channels] float32 (arXiv 2212.09748).
+
+    The first half of the channels encodes the column, the second half the row, each as [sin | cos].
+    `channels` is a multiple of 4.
+    """
+    column, row = axis_angles(height, width, channels // 4, 10_000.0, device)
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
+
+
+def rotary_positions(
+    height: int, width: int, head_channels: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the 2-D rotation of queries and keys: two of [height * width, head_channels / 2] float32.
+
+    Half of the channel pairs turn with the column, half with the row. The longest period is that of arXiv 2403.13298
+    for images (100, where text has 10000). `head_channels` is a multiple of 4.
+    """
+    angles = torch.cat(axis_angles(height, width, head_channels // 4, 100.0, device), dim=1)
+    return angles.cos(), angles.sin()
+
+
+@lru_cache(maxsize=64)
+def _kept(make: Callable[..., Any], *args: Any) -> Any:
+    with torch.inference_mode(False):  # a table made while sampling must also serve training
+        return make(*args)
+
+
+def kept_table(make: Callable[..., Any], *args: Any) -> Any:
+    """make(*args), kept for the next call with the same arguments: do not write to the result.
+
+    torch.compile traces `make` in place, so that new grid sizes need no new graph.
+    """
+    return make(*args) if torch.compiler.is_compiling() else _kept(make, *args)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + E/2) of `x` [B, K, N, E] by the angles of each token; in float32 at least."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
+
+
+def token_norm(kind: str, channels: int) -> nn.Module:
+    """Norm over the channels of a token, without weights of its own: `layernorm` or `rmsnorm`."""
+    if kind == "rmsnorm":
+        return nn.RMSNorm(channels, eps=NORM_EPS, elementwise_affine=False)
+    return nn.LayerNorm(channels, eps=NORM_EPS, elementwise_affine=False)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift, with one shift and one scale per image: [B, N, D] and two of [B, D] => [B, N, D]."""
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """x + gate * branch, with one gate per image: [B, N, D], [B, D] and [B, N, D] => [B, N, D]."""
+    return torch.addcmul(x, gate[:, None], branch)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the tokens of an image. [B, N, D] => [B, N, D].
+
+    Args:
+        hidden_size: D, a multiple of `num_heads`.
+        num_heads: K.
+        qk_norm: normalise queries and keys of every head (RMS norm with a learned weight), which bounds the logits.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False):
+        super().__init__()
+        head_channels = hidden_size // num_heads
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.query_norm = nn.RMSNorm(head_channels, eps=NORM_EPS) if qk_norm else None
+        self.key_norm = nn.RMSNorm(head_channels, eps=NORM_EPS) if qk_norm else None
+        self.out = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Attend; `rotary` is the (cosine, sine) of `rotary_positions`, None for no rotation."""
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, N, 3D] => [B, N, 3, K, E]
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 of [B, K, N, E]
+        if self.query_norm is not None:
+            wide = self.query_norm.weight.dtype  # under autocast, queries and keys come narrower than the weight
+            query, key = self.query_norm(query.to(wide)), self.key_norm(key.to(wide))
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        # Norm and rotation may have widened queries and keys; the three must agree.
+        attended = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value)
+        return self.out(attended.transpose(1, 2).flatten(2))  # [B, K, N, E] => [B, N, D]
+
+
+class GeluMLP(nn.Module):
+    """Linear, tanh GELU, Linear. [B, N, D] => [B, N, D]."""
+
+    def __init__(self, hidden_size: int, ratio: float):
+        super().__init__()
+        inner = int(hidden_size * ratio)
+        self.up = nn.Linear(hidden_size, inner)
+        self.down = nn.Linear(inner, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class SwigluMLP(nn.Module):
+    """down(silu(gate(x)) * value(x)) (arXiv 2002.05202), as many parameters as `GeluMLP` of that ratio.
+
+    The inner size is 2/3 of the other's, as there are three matrices and not two, rounded to a multiple of 8.
+    [B, N, D] => [B, N, D].
+    """
+
+    def __init__(self, hidden_size: int, ratio: float):
+        super().__init__()
+        inner = max(8, 8 * round(hidden_size * ratio * 2 / 3 / 8))
+        self.up = nn.Linear(hidden_size, 2 * inner)
+        self.down = nn.Linear(inner, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)

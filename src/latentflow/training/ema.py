@@ -1,0 +1,35 @@
+"""The exponential moving average of the weights, which is what gets sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Moving average of a network's parameters: average <- average + (1 - decay) * (weights - average).
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)) with n updates done, so that the first random
+    weights are soon forgotten.
+
+    Args:
+        network: whose weights are averaged; the average starts as a copy of them.
+        decay: in [0, 1); 0 keeps the newest weights.
+    """
+
+    def __init__(self, network: nn.Module, decay: float):
+        self.decay = decay
+        self.average = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, num_updates: int) -> None:
+        """Take in the weights after `num_updates` earlier updates."""
+        decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
+        torch._foreach_lerp_(list(self.average.values()), list(network.state_dict().values()), 1.0 - decay)
+
+    def load(self, average: Mapping[str, Tensor]) -> None:
+        """Copy a saved average in place."""
+        for name, tensor in self.average.items():
+            tensor.copy_(average[name])

@@ -1,0 +1,165 @@
+"""What a run tells: metrics.jsonl, TensorBoard, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from latentflow.flow.times import sum_by_time
+
+NUM_TIME_BINS = 10
+
+
+class LossByTime:
+    """Loss summed by time bin on the device, read once per log line."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(2, NUM_TIME_BINS, device=device)
+
+    def add(self, time: Tensor, loss: Tensor) -> None:
+        """Take in the losses [B] of images seen at `time` [B]."""
+        self.sums += torch.stack(sum_by_time(time, loss, NUM_TIME_BINS))
+
+    def means(self, reduce: Callable[[Tensor], Tensor]) -> tuple[float, dict[str, float]]:
+        """Mean loss over all images, and over those of each time bin ("0.3-0.4"); bins without images are left out.
+
+        Args:
+            reduce: sums a tensor over all processes.
+        """
+        sums, counts = reduce(self.sums).tolist()
+        bins = {
+            f"{n / NUM_TIME_BINS:.1f}-{(n + 1) / NUM_TIME_BINS:.1f}": total / count
+            for n, (total, count) in enumerate(zip(sums, counts, strict=True))
+            if count
+        }
+        return sum(sums) / sum(counts), bins
+
+
+class Clock:
+    """Images per second since it was made, pauses left out."""
+
+    def __init__(self) -> None:
+        self.start, self.num_images = time.perf_counter(), 0
+
+    def count(self, num_images: int) -> None:
+        """Take in the images of one step."""
+        self.num_images += num_images
+
+    def rate(self) -> float:
+        """Images per second."""
+        return self.num_images / (time.perf_counter() - self.start)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count: saving and previews are not training."""
+        before = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - before
+
+
+class RunLog:
+    """The log of one run folder; a process that is not the main one has a silent log.
+
+    Args:
+        run: the run folder.
+        num_steps: of the whole run.
+        first_step: steps done already; later lines of an interrupted run are removed.
+        enabled: false: write and print nothing.
+    """
+
+    def __init__(self, run: Path, *, num_steps: int, first_step: int, enabled: bool):
+        self.enabled = enabled
+        if not enabled:
+            return
+        self.file = run / "metrics.jsonl"
+        _drop_after(self.file, first_step)
+        self.console = Console(stderr=True)
+        self.progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} images/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not sys.stderr.isatty(),
+        )
+        self.task = self.progress.add_task("", total=num_steps, completed=first_step, loss="-", speed="-")
+        self.tensorboard = _tensorboard(run, first_step)
+
+    def metrics(self, step: int, values: dict[str, Any]) -> None:
+        """Write one line of numbers; nested ones (loss by time bin) go to TensorBoard as "key/subkey"."""
+        if not self.enabled:
+            return
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self.progress.update(
+            self.task, completed=step, loss=f"{values['loss']:.4f}", speed=f"{values['images_per_second']:.0f}"
+        )
+        if not sys.stderr.isatty():
+            speed, rate = values["images_per_second"], values["learning_rate"]
+            self.say(f"step {step:>7}  loss {values['loss']:.4f}  lr {rate:.2e}  {speed:.1f} images/s")
+        if self.tensorboard:
+            for key, value in values.items():
+                parts = value.items() if isinstance(value, dict) else [("", value)]
+                for part, number in parts:
+                    self.tensorboard.add_scalar(f"{key}/{part}".rstrip("/"), number, step)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        if self.enabled:
+            self.progress.update(self.task, completed=step)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self.enabled:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> RunLog:
+        if self.enabled:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.enabled:
+            self.progress.stop()
+            if self.tensorboard:
+                self.tensorboard.close()
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, oldest first; a last line cut short by a kill is left out."""
+    file = Path(run) / "metrics.jsonl"
+    if not file.exists():
+        return []
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def _drop_after(file: Path, step: int) -> None:
+    """Remove the lines that a resumed run will write again."""
+    kept = [line for line in read_metrics(file.parent) if line["step"] <= step]
+    file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def _tensorboard(run: Path, first_step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # the `track` extra is not installed
+        return None
+    return SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)

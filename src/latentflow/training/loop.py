@@ -1,0 +1,287 @@
+"""The training loop: the only file that knows accelerate.
+
+Read `train` from top to bottom: set up, restore, then for each step read, compare, step, average, log, save.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from latentflow.data.batches import Batch, StreamPositions, TrainingImages, stream_batches
+from latentflow.errors import ConfigError, NonFiniteError
+from latentflow.latent_flow import LatentFlow
+from latentflow.training.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
+from latentflow.training.config import Recipe, TrainingConfig
+from latentflow.training.ema import EMA
+from latentflow.training.log import Clock, LossByTime, RunLog
+from latentflow.training.optim import build_optimizer
+from latentflow.training.step import StepResult, training_step
+
+Preview = Callable[[LatentFlow, Mapping[str, Tensor], int], None]
+"""Called with (model, EMA weights, step) on the main process to draw a grid."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended.
+
+    Attributes:
+        step: optimizer steps done in all.
+        finished: false where a signal ended the run early; repeating the command goes on.
+        signal: the signal's number, or None.
+    """
+
+    step: int
+    finished: bool
+    signal: int | None = None
+
+
+def make_accelerator(config: TrainingConfig, *, cpu: bool = False) -> Accelerator:
+    """An Accelerator for this machine; every launcher of accelerate and torchrun works.
+
+    Raises:
+        ConfigError: sharded training is asked for, or the batch cannot be shared out evenly.
+    """
+    precision = {"fp32": "no", "auto": "bf16" if _gains_from_bf16(cpu) else "no"}.get(
+        config.precision, config.precision
+    )
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"{accelerator.distributed_type.value} shards the weights, which checkpoints here cannot hold; use DDP"
+        )
+    num_processes, micro = accelerator.num_processes, config.micro_batch_size
+    if config.batch_size % ((micro or 1) * num_processes):
+        raise ConfigError(
+            f"training.batch_size = {config.batch_size} cannot be shared by {num_processes} processes"
+            + (
+                f" in micro-batches of {micro}; use a multiple of {micro * num_processes}"
+                if micro
+                else "; use a multiple of it"
+            )
+        )
+    accelerator.gradient_accumulation_steps = config.batch_size // num_processes // micro if micro else 1
+    return accelerator
+
+
+def train(
+    recipe: Recipe,
+    model: LatentFlow,
+    images: TrainingImages,
+    run: Path,
+    accelerator: Accelerator,
+    *,
+    preview: Preview | None = None,
+) -> Outcome:
+    """Train `model.network` until the recipe's last step, or until SIGTERM or Ctrl-C.
+
+    The newest complete checkpoint in `run` is continued exactly: on the CPU the weights equal those of an
+    uninterrupted run bit for bit.
+
+    Args:
+        run: the run folder; checkpoints, metrics and the model go there.
+        preview: draws sample grids; sampling belongs to a sibling layer, so it is handed in.
+
+    Raises:
+        NonFiniteError: a gradient was not finite; the weights are those from before that step.
+    """
+    config, main = recipe.training, accelerator.is_main_process
+    model.to(accelerator.device)
+    network = model.network.train().requires_grad_()
+    ema, optimizer = EMA(network, config.ema_decay), build_optimizer(network.parameters(), recipe.optimizer)
+    newest = newest_checkpoint(run)
+    progress = load_checkpoint(newest, network, ema, optimizer) if newest else Progress()
+    wrapped, prepared = accelerator.prepare(network, optimizer)
+    if progress.loss_scale is not None and accelerator.scaler is not None:
+        accelerator.scaler.update(progress.loss_scale)
+    batches = _open_stream(recipe, images, accelerator, first_position=progress.images_seen)
+    compare = partial(
+        training_step,
+        model,
+        times=recipe.times,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        device=accelerator.device,
+    )
+    call = torch.compile(wrapped) if config.compile else wrapped
+
+    def save() -> None:
+        if main:
+            scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else None
+            save_checkpoint(
+                run, replace(progress, loss_scale=scale), network, ema, optimizer, keep=config.keep_checkpoints
+            )
+            done = {"num_images": len(images), "step": progress.step, "images_seen": progress.images_seen}
+            record = model.config.training.model_copy(update=done)
+            model.config = model.config.model_copy(update={"training": record})
+            model.save_pretrained(run / "model", weights=ema.average)
+        accelerator.wait_for_everyone()
+
+    log = RunLog(run, num_steps=config.steps, first_step=progress.step, enabled=main)
+    if newest:
+        log.say(f"resuming from step {progress.step} ({progress.images_seen:,} images seen)")
+    guard = FiniteGuard(optimizer, accelerator.device, scaled=accelerator.scaler is not None)
+    losses, clock, saved_at, stopping = LossByTime(accelerator.device), Clock(), progress.step, False
+    with log, _signals() as received:
+        while progress.step < config.steps and not stopping:
+            rate = recipe.optimizer.rate(progress.step, config.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            read = [next(batches) for _ in range(accelerator.gradient_accumulation_steps)]
+            for number, batch in enumerate(read, start=1):
+                with _exchange_gradients(accelerator, wrapped, number == len(read)):
+                    result = compare(call, batch)
+                    accelerator.backward(result.loss.mean())
+                losses.add(result.time, result.loss)
+            norm = accelerator.clip_grad_norm_(network.parameters(), recipe.optimizer.clip_norm or float("inf"))
+            guard.watch(norm, progress.step, read)
+            prepared.step()
+            prepared.zero_grad()
+            ema.update(network, progress.step)
+            progress = replace(progress, step=progress.step + 1, images_seen=progress.images_seen + config.batch_size)
+            clock.count(config.batch_size)
+
+            stopping = _all_agree_to_stop(accelerator, received, progress.step, config.log_every)
+            ends = stopping or progress.step == config.steps
+            if guard.is_due(progress.step, config.log_every) or ends:
+                guard.raise_if_bad(compare, network, images, saved_at)
+            if progress.step % config.log_every == 0 or ends:
+                loss, by_time = losses.means(accelerator.reduce)
+                speed = {"learning_rate": rate, "images_per_second": clock.rate()}
+                seen = {"images_seen": progress.images_seen, "loss": loss, "grad_norm": float(norm)}
+                log.metrics(progress.step, {**seen, **speed, "loss_by_time": by_time})
+                losses, clock = LossByTime(accelerator.device), Clock()
+            log.advance(progress.step)
+            with clock.paused():
+                if progress.step % config.checkpoint_every == 0 or ends:
+                    save()
+                    saved_at = progress.step
+                if preview and main and config.preview_every and (progress.step % config.preview_every == 0 or ends):
+                    preview(model, ema.average, progress.step)
+    return Outcome(progress.step, finished=progress.step >= config.steps, signal=received[0] if received else None)
+
+
+class FiniteGuard:
+    """Stops the update before a gradient that is not finite can reach the weights.
+
+    The check costs no synchronisation with the device: the fused optimizer itself skips its update while
+    `found_inf` is set, and the flag stays set from the first bad step on. It is read when the log is
+    written; then the bad step is computed again to say where it went wrong.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, *, scaled: bool):
+        self.optimizer = optimizer
+        self.every_step = device.type == "cpu"
+        self.scaled = scaled  # fp16 loss scaling meets infinite gradients in its normal course and skips them itself
+        self.bad = torch.zeros((), device=device)
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.batches: dict[int, list[Batch]] = {}
+
+    def watch(self, norm: Tensor, step: int, batches: list[Batch]) -> None:
+        """Look at the gradient norm of step `step` (the first is 0) before the optimizer does."""
+        if self.scaled:
+            return
+        is_bad = ~torch.isfinite(norm)
+        self.first_bad_step = torch.where((self.bad == 0) & is_bad, step, self.first_bad_step)
+        self.bad = torch.maximum(self.bad, is_bad.to(self.bad.dtype))
+        self.optimizer.found_inf = self.bad
+        self.optimizer.grad_scale = None
+        self.batches[step] = batches
+
+    def is_due(self, step: int, log_every: int) -> bool:
+        """Whether the flag is to be read now: with the log, or at once where reading costs nothing."""
+        return self.every_step or step % log_every == 0
+
+    def raise_if_bad(
+        self, compare: Callable[..., StepResult], network: nn.Module, images: TrainingImages, saved_at: int
+    ) -> None:
+        """Read the flag.
+
+        Raises:
+            NonFiniteError: it is set; the message names the step and the images or the parameter.
+        """
+        bad_step = int(self.first_bad_step)
+        if bad_step < 0:
+            self.batches.clear()
+            return
+        where = "in the gradient"
+        network.zero_grad()
+        for batch in self.batches[bad_step]:
+            result = compare(network, batch)
+            broken = ~torch.isfinite(result.loss.detach()).cpu()
+            if broken.any():
+                names = images.names_at(batch.positions[broken].tolist())
+                where = f"in the loss of {len(names)} of {len(broken)} images, for example {names[0]}"
+                break
+            result.loss.mean().backward()
+        else:
+            bad = [n for n, p in network.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+            where = f"in the gradient of {bad[0]} and {len(bad) - 1} other parameters" if bad else where
+        raise NonFiniteError(
+            f"step {bad_step + 1}: a number that is not finite appeared {where}. The step was not taken; the newest "
+            f"checkpoint is step {saved_at}. Look at these images, lower optimizer.learning_rate, or set optimizer.clip_norm"
+        )
+
+
+def _open_stream(
+    recipe: Recipe, images: TrainingImages, accelerator: Accelerator, *, first_position: int
+) -> Iterator[Batch]:
+    """The batches of this process, from the image after the last one that the run has seen."""
+    batch_size, num_processes = recipe.training.batch_size, accelerator.num_processes
+    micro_batch_size = batch_size // num_processes // accelerator.gradient_accumulation_steps
+    positions = StreamPositions(first_position, batch_size, micro_batch_size, accelerator.process_index, num_processes)
+    return stream_batches(
+        images, positions, num_workers=recipe.data.num_workers, pin_memory=accelerator.device.type == "cuda"
+    )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect the first SIGTERM or SIGINT, so that the step at hand is finished and saved; the second one kills."""
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def _all_agree_to_stop(accelerator: Accelerator, received: list[int], step: int, every: int) -> bool:
+    """Whether a signal has reached any process; processes ask each other at log steps only."""
+    if accelerator.num_processes == 1:
+        return bool(received)
+    if step % every:
+        return False
+    return bool(accelerator.reduce(torch.tensor(len(received), device=accelerator.device)))
+
+
+@contextmanager
+def _exchange_gradients(accelerator: Accelerator, wrapped: nn.Module, now: bool) -> Iterator[None]:
+    """Exchange gradients between processes now, or leave that to a later micro-batch of the step."""
+    with nullcontext() if now else accelerator.no_sync(wrapped):
+        yield
+
+
+def _gains_from_bf16(cpu: bool) -> bool:
+    return not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()

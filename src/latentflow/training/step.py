@@ -1,0 +1,60 @@
+"""One training step's mathematics: from a batch to a loss per image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentflow.autoencoder import to_unit_range
+from latentflow.data.batches import Batch
+from latentflow.flow.loss import flow_matching_loss
+from latentflow.flow.times import TrainingTimes
+from latentflow.latent_flow import LatentFlow
+from latentflow.randomness import ImageRandom
+from latentflow.shapes import Condition
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one forward pass gives.
+
+    Attributes:
+        loss: [B] float32, the flow-matching loss of each image, with its graph.
+        time: [B] float32, the time drawn for each image.
+    """
+
+    loss: Tensor
+    time: Tensor
+
+
+def training_step(
+    model: LatentFlow,
+    network: Callable[[Tensor, Tensor, Condition], Tensor],
+    batch: Batch,
+    *,
+    times: TrainingTimes,
+    batch_size: int,
+    seed: int,
+    device: torch.device | str,
+) -> StepResult:
+    """Draw time, latents, noise and dropped labels for each image, and compare velocities.
+
+    Every number is drawn from the image's own stream (seed, position), in this order.
+
+    Args:
+        network: the model's network as it is called in training (compiled, distributed).
+        batch: from the data loader.
+        batch_size: images per optimizer step over all processes, for stratified times.
+    """
+    random = ImageRandom.at(seed, "step", batch.positions)
+    time = times.draw(random.uniform(), batch.positions, batch_size).to(device)
+    batch = batch.to(device)
+    moments = model.autoencoder.encode(to_unit_range(batch.pixels)) if batch.moments is None else batch.moments
+    data = model.latents(moments, random)
+    noise = random.normal(*data.shape[1:], device=data.device)
+    condition = model.config.conditioning.for_training(batch.labels, random, data.device)
+    loss = flow_matching_loss(lambda x, t: network(x, t, condition), model.config.path, data, noise, time)
+    return StepResult(loss, time)
