@@ -35,9 +35,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; otherwise a GPU if there is one.")]
 
 
-@app.command(
-    epilog="Example: latentflow encode photos/ --autoencoder stabilityai/sd-vae-ft-mse --image-size 256 --out caches/photos"
-)
+@app.command(epilog="Example: latentflow encode photos --autoencoder stabilityai/sd-vae-ft-mse --out caches/photos")
 def encode(
     data: Annotated[str, typer.Argument(help="A folder or zip of images, or synthetic:COUNT.")],
     autoencoder: Annotated[str, typer.Option(help="A diffusers autoencoder: folder, hub id, or 'shapes'.")],
@@ -94,11 +92,12 @@ def train(
 ) -> None:
     """Train a model. Repeat the command to resume exactly where it was stopped."""
     from latentflow.training.config import load_recipe
+    from latentflow.training.settings import to_yaml
 
     resolved = load_recipe(recipe, overrides or ())
     if not resolved.out:
         resolved = resolved.model_copy(update={"out": f"runs/{Path(recipe).stem}"})
-    typer.echo(resolved.to_yaml())
+    typer.echo(to_yaml(resolved))
     if dry_run:
         return
     from latentflow.commands.train import train as run

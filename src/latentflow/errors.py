@@ -25,7 +25,7 @@ class ArtifactError(LatentFlowError):
 
 
 class NonFiniteError(LatentFlowError):
-    """Training met a loss or a gradient that is not a finite number; the weights are as before that step."""
+    """A loss, a gradient or a state of a solver is not a finite number; nothing was done with it."""
 
     exit_code = 1
 

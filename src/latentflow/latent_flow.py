@@ -147,7 +147,7 @@ class LatentFlow:
         return next(self.network.parameters()).device
 
     def encode(self, pixels: Tensor, random: ImageRandom | None = None) -> Tensor:
-        """pixels [B, 3, S, S] in [-1, 1] => latents [B, C, h, w]; the posterior's mode unless `random` draws from it."""
+        """pixels [B, 3, S, S] in [-1, 1] => latents [B, C, h, w]: the posterior's mode, or drawn by `random`."""
         return self.latents(self.autoencoder.encode(pixels), random)
 
     def latents(self, moments: Tensor, random: ImageRandom | None = None) -> Tensor:
@@ -167,7 +167,7 @@ class LatentFlow:
     def sample(self, num: int = 1, **request: Any) -> Samples:
         """Draw `num` images; the arguments are those of `latentflow.sampling.pipeline.sample`.
 
-        >>> LatentFlow.from_pretrained("runs/demo").sample(num=16, classes=[3, 7], guidance=1.5, seed=0)  # doctest: +SKIP
+        LatentFlow.from_pretrained("runs/photos").sample(num=16, classes=[3, 7], guidance=1.5, seed=0).images
         """
         from latentflow.sampling.pipeline import sample  # the one upward import: a method for the user's convenience
 
@@ -248,6 +248,8 @@ def load_weights(network: torch.nn.Module, weights: Mapping[str, Tensor], origin
 def _model_card(config: ModelConfig) -> str:
     classes = ", ".join(config.conditioning.class_names) or "none (unconditional)"
     training = config.training
+    guidance = "trained for it" if config.conditioning.can_guide else "not available: no null condition was trained"
+    seen = f"{training.step:,} steps, {training.images_seen:,} images seen"
     return f"""---
 library_name: latentflow
 tags: [flow-matching, image-generation]
@@ -260,8 +262,8 @@ tags: [flow-matching, image-generation]
 | network | {config.network.name or config.network.kind} |
 | latents | {" x ".join(map(str, config.latent_shape))}, autoencoder `{config.autoencoder.reference}` |
 | classes | {classes} |
-| guidance | {"trained for it" if config.conditioning.can_guide else "not available: the null condition was not trained"} |
-| trained on | {training.data}, {training.num_images:,} images; {training.step:,} steps, {training.images_seen:,} images seen |
+| guidance | {guidance} |
+| trained on | {training.data}; {seen} |
 
     latentflow sample PATH_OF_THIS_FOLDER --num 16 --out samples
 

@@ -92,7 +92,7 @@ def test_area_reach_and_centre_of_gravity_agree_with_the_distance_function(shape
     grid = np.arange(-2 + step / 2, 2, step)
     x, y = grid[None, :], grid[:, None]
     inside = signed_distance(shape, x, y, 1.0, angle) < 0
-    assert inside.sum() * step**2 == pytest.approx(unit_area(shape), rel=2e-3)
+    assert inside.sum() * step**2 == pytest.approx(unit_area(shape), rel=5e-3)
     assert np.hypot(x, y)[inside].max() == pytest.approx(reach(shape), abs=2 * step)
     assert (inside * x).sum() / inside.sum() == pytest.approx(0, abs=step)
     assert (inside * y).sum() / inside.sum() == pytest.approx(0, abs=step)

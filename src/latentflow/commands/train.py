@@ -22,9 +22,10 @@ from latentflow.errors import ConfigError
 from latentflow.latent_flow import AUTOENCODER_FOLDER, AutoencoderRecord, LatentFlow, ModelConfig, TrainingRecord
 from latentflow.randomness import derive_seed
 from latentflow.sampling.pipeline import SampleRequest, draw, join_samples
-from latentflow.training.config import Recipe, differences, load_recipe
+from latentflow.training.config import MAY_CHANGE_ON_RESUME, Recipe, load_recipe
 from latentflow.training.loop import Outcome, make_accelerator
 from latentflow.training.loop import train as run_loop
+from latentflow.training.settings import differences, to_yaml
 
 _STATISTICS_IMAGES = 2048  # enough for per-channel means and deviations to three digits
 _PREVIEWS_PER_CLASS, _MOST_PREVIEWS = 4, 40
@@ -71,7 +72,7 @@ def train(recipe: Recipe, *, cpu: bool = False) -> TrainResult:
     model = build_model(recipe, autoencoder, images)
     if accelerator.is_main_process:
         make_folder(run)
-        write_text(run / "recipe.yaml", recipe.to_yaml())
+        write_text(run / "recipe.yaml", to_yaml(recipe))
         write_json(run / "environment.json", _environment(accelerator.device, accelerator.num_processes))
 
     def preview(model: LatentFlow, weights: Mapping[str, Tensor], step: int) -> None:
@@ -111,10 +112,7 @@ def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages
         ConfigError: labels are asked for and there are none.
     """
     class_names = list(images.source.class_names) if recipe.data.labels else []
-    if isinstance(images.source, LatentCache):
-        description = images.source.plan.source
-    else:
-        description = images.source.description
+    source = images.source.plan.source if isinstance(images.source, LatentCache) else images.source.description
     autoencoder.latent_side(recipe.data.image_size)
     embedded = Path(autoencoder.reference).is_dir()
     config = ModelConfig(
@@ -134,7 +132,7 @@ def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages
         if recipe.normalise == "autoencoder"
         else _per_channel(autoencoder, images),
         sampling=recipe.sampling,
-        training=TrainingRecord(data=description, num_images=len(images)),
+        training=TrainingRecord(data=source, num_images=len(images)),
     )
     torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
     return LatentFlow(config, config.build_network(), autoencoder)
@@ -157,7 +155,7 @@ def _refuse_another_recipe(run: Path, recipe: Recipe) -> None:
     file = run / "recipe.yaml"
     if not file.exists():
         return
-    changed = differences(load_recipe(file), recipe)
+    changed = differences(load_recipe(file), recipe, free=MAY_CHANGE_ON_RESUME)
     if changed:
         raise ConfigError(
             f"{run} was trained with another recipe ({'; '.join(changed)}); restore these values or choose another out"

@@ -120,7 +120,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
         raise ValueError(f"{image.width} x {image.height} pixels are too long and thin for a {size} x {size} square")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    return np.array(image.crop((left, top, left + size, top + size)))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

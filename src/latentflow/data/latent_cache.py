@@ -237,9 +237,10 @@ class LatentCache:
             ArtifactError: the content hashes differ.
         """
         if autoencoder.content_hash != self.plan.autoencoder_hash:
+            made_with = f"{self.plan.autoencoder} (hash {self.plan.autoencoder_hash[:12]})"
+            given = f"{autoencoder.reference} (hash {autoencoder.content_hash[:12]})"
             raise ArtifactError(
-                f"{self.folder} was encoded with {self.plan.autoencoder} (hash {self.plan.autoencoder_hash[:12]}), not with "
-                f"{autoencoder.reference} (hash {autoencoder.content_hash[:12]}); use that autoencoder or encode a new cache"
+                f"{self.folder} was encoded with {made_with}, not with {given}; use the former or encode a new cache"
             )
 
     def _row(self, tensor: str, index: int) -> Tensor:

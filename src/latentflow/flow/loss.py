@@ -16,7 +16,7 @@ def flow_matching_loss(
 ) -> Tensor:
     """How far `velocity` is from the velocity of the path, per image: mean over C, H, W of |v(x_t, t) - u|^2.
 
-    Eq. 6 of arXiv 2307.08698, before the expectation.
+    The objective of arXiv 2307.08698 before the expectation over images, noise and time.
 
     Args:
         velocity: a function of x [B, C, H, W] and t [B].

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from torch import Tensor
 
 from latentflow.shapes import per_image
@@ -127,5 +127,11 @@ class CosinePath(Path):
         return math.pi / 2 * torch.cos(math.pi / 2 * t)
 
 
-PathConfig = Annotated[LinearPath | CosinePath, Field(discriminator="kind")]
-"""The path of a model as it stands in a config: `kind` says which."""
+def _kind(value: Any) -> str:
+    return value.get("kind", "linear") if isinstance(value, dict) else getattr(value, "kind", "linear")
+
+
+PathConfig = Annotated[
+    Annotated[LinearPath, Tag("linear")] | Annotated[CosinePath, Tag("cosine")], Discriminator(_kind)
+]
+"""The path of a model as it stands in a config: `kind` says which, "linear" where it says nothing."""

@@ -53,7 +53,7 @@ class DiTConfig(BaseModel):
     What the data decide (channels, classes) is told to `DiT` itself.
 
     Raises:
-        ConfigError: unknown name, a size missing, or sizes that do not fit together.
+        ConfigError: unknown option, name or variant, a size missing, or sizes that do not fit together.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -90,12 +90,16 @@ class DiTConfig(BaseModel):
     def _resolve(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        name = given.get("name")
-        if name is not None and name not in NAMES:
-            raise ConfigError(f"unknown network name {name!r}: {nearest(name, NAMES)}")
-        variant = VARIANTS.get(given.get("variant", "classic"), {})  # an unknown one is refused by its field
         explicit = {key: value for key, value in given.items() if value is not None}
-        resolved = {**NAMES.get(name, {}), **variant, **explicit}
+        for key in explicit:
+            if key not in cls.model_fields:
+                raise ConfigError(f"unknown network option {key!r}: {nearest(key, cls.model_fields)}")
+        name, variant = (str(explicit.get(key, default)) for key, default in (("name", ""), ("variant", "classic")))
+        if name and name not in NAMES:
+            raise ConfigError(f"unknown network name {name!r}: {nearest(name, NAMES)}")
+        if variant not in VARIANTS:
+            raise ConfigError(f"unknown network variant {variant!r}: {nearest(variant, VARIANTS)}")
+        resolved = {**NAMES.get(name, {}), **VARIANTS[variant], **explicit}
         missing = [size for size in ("depth", "hidden_size", "num_heads", "patch_size") if size not in resolved]
         if missing:
             raise ConfigError(f"network without {', '.join(missing)}: give them, or a name such as 'DiT-B/2'")

@@ -1,19 +1,15 @@
 """One training run, completely described: the recipe.
 
-A recipe is YAML; unknown keys are refused with the nearest valid one named; `key=value` overrides reach
-any depth (`training.batch_size=64`). The resolved recipe is printed and saved in the run folder.
+The resolved recipe is printed and saved in the run folder.
 """
 
 from __future__ import annotations
 
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import LinearPath, PathConfig
@@ -21,6 +17,7 @@ from latentflow.flow.times import TrainingTimes
 from latentflow.latent_flow import SamplingPreset
 from latentflow.networks.dit import DiTConfig
 from latentflow.training.optim import OptimizerConfig
+from latentflow.training.settings import load_settings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -90,10 +87,6 @@ class Recipe(_Section):
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingPreset = SamplingPreset()
 
-    def to_yaml(self) -> str:
-        """The recipe as YAML that `load_recipe` reads back to an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
 
 MAY_CHANGE_ON_RESUME = (
     "description",
@@ -128,84 +121,6 @@ def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Reci
     if str(name_or_file) in recipe_names():
         file = RECIPES / f"{name_or_file}.yaml"
     elif not file.is_file():
-        raise ConfigError(
-            f"no recipe {str(name_or_file)!r}, neither by that name nor as a file; {nearest(name_or_file, recipe_names())}"
-        )
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} must hold a mapping of recipe keys, not a {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)
-    return parse_recipe(values, origin=str(name_or_file))
-
-
-def parse_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
-    """Check nested values against the recipe's schema.
-
-    Raises:
-        ConfigError: one line with the key, the value and the remedy.
-    """
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"]]
-        if first["type"] == "extra_forbidden":
-            siblings = _keys_beside(values, where)
-            raise ConfigError(f"{origin}: unknown key {'.'.join(where)!r}; {nearest(where[-1], siblings)}") from error
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{origin}: {'.'.join(where)} = {first['input']!r}: {message}") from error
-
-
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """The keys in which two recipes differ and which alter what is computed, as "key: old, now new"."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    keys = [k for k in before.keys() | after.keys() if before.get(k) != after.get(k)]
-    fixed = [k for k in keys if not any(k == free or k.startswith(f"{free}.") for free in MAY_CHANGE_ON_RESUME)]
-    return [f"{key}: {before.get(key)!r}, now {after.get(key)!r}" for key in sorted(fixed)]
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Set one `a.b.c=value` in nested mappings; the value is read as YAML."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form key=value, for example training.batch_size=64")
-    *path, last = key.strip().split(".")
-    for part in path:
-        values = values.setdefault(part, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"override {override!r}: {part!r} is a value and has no keys of its own")
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
-
-
-def _keys_beside(values: dict[str, Any], where: list[str]) -> list[str]:
-    """The valid keys of the section in which `where` was not found."""
-    section: Any = Recipe
-    for part in where[:-1]:
-        if isinstance(section, type) and part in section.model_fields:
-            section = _section_types(section.model_fields[part].annotation)
-        elif not isinstance(section, type):  # a union of kinds: `part` is the kind that was chosen
-            section = next(c for c in section if c.model_fields["kind"].default == part)
-    return list(section.model_fields) if isinstance(section, type) else []
-
-
-def _section_types(annotation: Any) -> Any:
-    """The model class of an annotation, or the classes of a union of them."""
-    if typing.get_origin(annotation) is typing.Annotated:
-        annotation = typing.get_args(annotation)[0]
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        return typing.get_args(annotation)
-    return annotation
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        hint = nearest(name_or_file, recipe_names())
+        raise ConfigError(f"no recipe {str(name_or_file)!r}, neither by that name nor as a file; {hint}")
+    return load_settings(Recipe, file, overrides)

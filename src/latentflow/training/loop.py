@@ -228,8 +228,8 @@ class FiniteGuard:
             bad = [n for n, p in network.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
             where = f"in the gradient of {bad[0]} and {len(bad) - 1} other parameters" if bad else where
         raise NonFiniteError(
-            f"step {bad_step + 1}: a number that is not finite appeared {where}. The step was not taken; the newest "
-            f"checkpoint is step {saved_at}. Look at these images, lower optimizer.learning_rate, or set optimizer.clip_norm"
+            f"step {bad_step + 1}: a number that is not finite appeared {where}. The step was not taken; the "
+            f"newest checkpoint is step {saved_at}. Look at the images, lower optimizer.learning_rate or set optimizer.clip_norm"
         )
 
 

@@ -27,7 +27,7 @@ class OptimizerConfig(BaseModel):
     clip_norm: float | None = Field(1.0, gt=0, description="Largest gradient norm; null: no clipping.")
 
     def rate(self, step: int, num_steps: int) -> float:
-        """The learning rate of optimizer step `step` (the first is 0) of `num_steps`: a function, so there is nothing to store."""
+        """The learning rate of step `step` (the first is 0) of `num_steps`; a function has nothing to store."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":

@@ -1,0 +1,67 @@
+"""Fixtures that many tests share; each is made once per session and must not be written to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentflow.autoencoder import Autoencoder
+from latentflow.data.images import open_images
+from latentflow.data.latent_cache import write_cache
+from tests import tiny
+
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of published autoencoders and data beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def kl_folder(tmp_path_factory) -> Path:
+    """A variational autoencoder on disk."""
+    folder = tmp_path_factory.mktemp("autoencoders") / "kl"
+    tiny.kl().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def deterministic_folder(tmp_path_factory) -> Path:
+    """A deterministic autoencoder on disk."""
+    folder = tmp_path_factory.mktemp("autoencoders") / "deterministic"
+    tiny.deterministic().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kl(kl_folder) -> Autoencoder:
+    """The variational autoencoder, loaded."""
+    return Autoencoder.from_pretrained(kl_folder)
+
+
+@pytest.fixture(scope="session")
+def deterministic(deterministic_folder) -> Autoencoder:
+    """The deterministic autoencoder, loaded."""
+    return Autoencoder.from_pretrained(deterministic_folder)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """A folder of 3 classes with 6 images each."""
+    return tiny.write_images(tmp_path_factory.mktemp("images") / "fruit")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory, images, kl) -> Path:
+    """A complete latent cache of `images` with mirrored images, in shards of 5."""
+    folder = tmp_path_factory.mktemp("caches") / "fruit"
+    write_cache(open_images(images, tiny.IMAGE_SIZE), kl, folder, flips=True, shard_size=5)
+    return folder

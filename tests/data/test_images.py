@@ -1,0 +1,473 @@
+import io
+import multiprocessing
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentflow.data.images import (
+    BrokenImage,
+    ImageItem,
+    ImageSource,
+    center_crop,
+    open_images,
+    readable,
+    to_rgb,
+)
+from latentflow.errors import DataError
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def save(path: Path, image: Image.Image | None = None, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or Image.new("RGB", (10, 8), RED)).save(path, **options)
+    return path
+
+
+def picture(seed: int, width: int = 20, height: int = 16) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def pack(folder: Path, archive: Path, wrapper: str = "") -> Path:
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(folder.rglob("*"), reverse=True):
+            file.write(path, wrapper + path.relative_to(folder).as_posix())
+    return archive
+
+
+def names(source: ImageSource) -> list[str]:
+    return [item.name for item in source]
+
+
+def one(tmp_path: Path, image: Image.Image, suffix: str = ".png", size: int = 8, **options) -> np.ndarray:
+    """The pixels of an image after a trip through a file."""
+    save(tmp_path / "one" / f"image{suffix}", image, **options)
+    return open_images(tmp_path / "one", size)[0].pixels
+
+
+@pytest.fixture
+def labelled(tmp_path) -> Path:
+    folder = tmp_path / "labelled"
+    for i, name in enumerate(["dog/b.png", "dog/deep/er/a.png", "cat/z.PNG", "cat/y.png", "emu/x.png"]):
+        save(folder / name, picture(i))
+    (folder / "dog" / "notes.txt").write_text("not an image")
+    (folder / "empty class").mkdir()
+    return folder
+
+
+# Layout
+
+
+def test_class_folders_become_sorted_labels(labelled):
+    source = open_images(labelled, 16)
+    assert isinstance(source, ImageSource)
+    assert source.class_names == ("cat", "dog", "emu")
+    assert names(source) == ["cat/y.png", "cat/z.PNG", "dog/b.png", "dog/deep/er/a.png", "emu/x.png"]
+    assert [item.label for item in source] == [0, 0, 1, 1, 2]
+    assert source.description == f"5 images in 3 classes from {labelled}"
+    assert np.array_equal(source[0].pixels, center_crop(picture(3), 16))
+    assert source[0].semantic_map is None
+
+
+def test_flat_folder_is_unlabelled(tmp_path):
+    for name in ("b.png", "a.jpg"):
+        save(tmp_path / name)
+    (tmp_path / "no images here").mkdir()
+    source = open_images(str(tmp_path), 8)
+    assert source.class_names == () and names(source) == ["a.jpg", "b.png"]
+    assert source[0].label is None
+    assert source.description == f"2 images from {tmp_path}"
+
+
+@pytest.mark.parametrize("wrapper", ["train", "data/train"])
+def test_single_sub_folder_is_descended_into(tmp_path, wrapper):
+    for name in ("cat/1.png", "dog/1.png"):
+        save(tmp_path / wrapper / name)
+    source = open_images(tmp_path, 8)
+    assert source.class_names == ("cat", "dog")
+    assert names(source) == ["cat/1.png", "dog/1.png"]
+    assert source.fingerprint() == open_images(tmp_path / wrapper, 8).fingerprint()
+
+
+def test_a_prefix_of_names_is_no_wrapper(tmp_path):
+    for name in ("class1/1.png", "class12/1.png"):
+        save(tmp_path / name)
+    assert open_images(tmp_path, 8).class_names == ("class1", "class12")
+
+
+def test_images_beside_class_folders_are_refused(labelled):
+    save(labelled / "loose.png")
+    with pytest.raises(DataError, match=r"1 images beside 3 sub-folders with images \(cat, dog, emu\): put every"):
+        open_images(labelled, 8)
+
+
+def test_splits_are_not_taken_for_classes(tmp_path):
+    for name in ("train/cat/1.png", "test/cat/1.png"):
+        save(tmp_path / name)
+    with pytest.raises(DataError, match="holds the splits test, train, not classes: give one of them"):
+        open_images(tmp_path, 8)
+
+
+def test_hidden_and_system_files_are_passed_over(tmp_path):
+    save(tmp_path / "a.png")
+    for name in ("__MACOSX/a.png", "._a.png", ".cache/b.png", "Thumbs.db"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"no image")
+    assert names(open_images(tmp_path, 8)) == ["a.png"]
+    assert names(open_images(pack(tmp_path, tmp_path.with_suffix(".zip")), 8)) == ["a.png"]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    save(tmp_path / "elsewhere" / "1.png")
+    save(tmp_path / "data" / "cat" / "1.png")
+    try:
+        (tmp_path / "data" / "dog").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        (tmp_path / "data" / "cat" / "loop").symlink_to(tmp_path / "data", target_is_directory=True)
+    except OSError:
+        pytest.skip("this file system has no symbolic links")
+    assert names(open_images(tmp_path / "data", 8)) == ["cat/1.png", "dog/1.png"]
+
+
+# Zip archives
+
+
+@pytest.mark.parametrize("wrapper", ["", "labelled/", "./"])
+def test_zip_equals_folder_item_for_item(labelled, tmp_path, wrapper):
+    folder = open_images(labelled, 12)
+    archive = open_images(pack(labelled, tmp_path / "labelled.ZIP", wrapper), 12)
+    assert archive.class_names == folder.class_names
+    assert archive.fingerprint() == folder.fingerprint()
+    assert len(archive) == len(folder) == 5
+    for a, b in zip(archive, folder, strict=True):
+        assert (a.name, a.label) == (b.name, b.label)
+        assert np.array_equal(a.pixels, b.pixels)
+
+
+def test_zip_packed_on_windows(tmp_path):
+    buffer = io.BytesIO()
+    picture(0).save(buffer, "png")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for name in ("cat\\1.png", "dog\\1.png"):
+            file.writestr(zipfile.ZipInfo(name), buffer.getvalue())
+    source = open_images(tmp_path / "a.zip", 8)
+    assert source.class_names == ("cat", "dog") and names(source) == ["cat/1.png", "dog/1.png"]
+
+
+@pytest.fixture
+def many(tmp_path):
+    folder = tmp_path / "many"
+    for i in range(60):
+        save(folder / f"{i:02d}.png", picture(i))
+    return open_images(pack(folder, tmp_path / "many.zip"), 16)
+
+
+def test_zip_is_read_by_many_threads(many):
+    with ThreadPoolExecutor(8) as pool:
+        items = list(pool.map(lambda i: many[i % 60], range(300)))
+    assert all(np.array_equal(item.pixels, center_crop(picture(i % 60), 16)) for i, item in enumerate(items))
+
+
+def _read_all(source: ImageSource, queue) -> None:
+    queue.put([source[i].pixels.tobytes() for i in range(len(source))])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_zip_is_read_by_forked_processes(many):
+    expected = [item.pixels.tobytes() for item in many]  # the archive is open when the processes fork
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=_read_all, args=(many, queue)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert [queue.get(timeout=60) for _ in processes] == [expected] * 3
+    for process in processes:
+        process.join()
+
+
+def test_open_zip_can_be_sent_to_another_process(many):
+    first = many[0]
+    copy = pickle.loads(pickle.dumps(many))
+    assert np.array_equal(copy[0].pixels, first.pixels) and len(copy) == 60
+
+
+def test_damaged_zip_member_is_a_broken_image(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.write(save(tmp_path / "x.bmp", picture(0)), "x.bmp")
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[400] ^= 0xFF
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(BrokenImage, match=r"x.bmp: Bad CRC-32"):
+        open_images(tmp_path / "a.zip", 8)[0]
+
+
+def test_zip_member_that_unpacks_to_too_much_is_a_broken_image(many, monkeypatch):
+    monkeypatch.setattr("latentflow.data.images._MOST_UNPACKED_BYTES", 100)
+    with pytest.raises(BrokenImage, match=r"00.png: it claims to unpack to \d+ bytes"):
+        many[0]
+
+
+# What cannot be opened
+
+
+def test_bad_places_are_refused_with_a_remedy(tmp_path):
+    with pytest.raises(DataError, match=r"cannot open .*missing: No such file.*give a folder of images, a .zip file"):
+        open_images(tmp_path / "missing", 8)
+    with pytest.raises(DataError, match=f"no images in {tmp_path}; latentflow reads .png, .jpg"):
+        open_images(tmp_path, 8)
+    (tmp_path / "table.csv").write_text("1,2")
+    with pytest.raises(DataError, match=r"no images in .*; it has 1 other files, such as table.csv; latentflow reads"):
+        open_images(tmp_path, 8)
+    with pytest.raises(DataError, match=r"table.csv is a single file; give the folder it lies in"):
+        open_images(tmp_path / "table.csv", 8)
+    (tmp_path / "bad.zip").write_bytes(b"PK and then nonsense")
+    with pytest.raises(DataError, match=r"bad.zip is not a readable zip archive .*; pack or copy it anew"):
+        open_images(tmp_path / "bad.zip", 8)
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    with pytest.raises(DataError, match=r"no images in .*empty.zip"):
+        open_images(tmp_path / "empty.zip", 8)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_folder_is_refused(tmp_path):
+    save(tmp_path / "locked" / "a.png")
+    (tmp_path / "locked").chmod(0)
+    try:
+        with pytest.raises(DataError, match=r"cannot list .*locked: Permission denied"):
+            open_images(tmp_path, 8)
+    finally:
+        (tmp_path / "locked").chmod(0o700)
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_image_size_must_be_positive(tmp_path, size):
+    with pytest.raises(DataError, match=f"image_size must be at least 1 pixel, got {size}"):
+        open_images(tmp_path, size)
+
+
+def test_index_outside_the_source(labelled):
+    source = open_images(labelled, 8)
+    for index in (-1, 5):
+        with pytest.raises(IndexError):
+            source[index]
+
+
+# The built-in dataset
+
+
+@pytest.mark.parametrize("text, count, seed", [("synthetic", 6000, 0), ("synthetic:7", 7, 0), ("synthetic:7:3", 7, 3)])
+def test_synthetic_sources(text, count, seed):
+    source = open_images(text, 16, strict=count < 10)
+    assert (len(source), source.seed, source.image_size) == (count, seed, 16)
+    assert isinstance(source[0], ImageItem)
+
+
+@pytest.mark.parametrize("text", ["synthetic:", "synthetic:many", "synthetic:1:2:3", "synthetic:1:"])
+def test_misspelt_synthetic_sources(text):
+    with pytest.raises(DataError, match=f"cannot understand '{text}'; write synthetic, synthetic:COUNT or"):
+        open_images(text, 16)
+
+
+# Broken files
+
+
+@pytest.fixture
+def partly_broken(tmp_path) -> Path:
+    folder = tmp_path / "broken"
+    save(folder / "a good.png")
+    save(folder / "b cut.jpg", picture(0, 64, 64))
+    (folder / "b cut.jpg").write_bytes((folder / "b cut.jpg").read_bytes()[:900])
+    (folder / "c text.png").write_text("hello")
+    (folder / "d nothing.webp").write_bytes(b"")
+    save(folder / "e good.gif")
+    return folder
+
+
+def test_readable_keeps_the_good_and_names_the_broken(partly_broken):
+    source = open_images(partly_broken, 8)
+    kept, broken = readable(source, workers=3)
+    assert kept == [0, 4]
+    assert [error.name for error in broken] == ["b cut.jpg", "c text.png", "d nothing.webp"]
+    assert "truncated" in broken[0].reason
+    assert str(broken[1]) == "cannot read the image c text.png: its content is no image that Pillow can read"
+
+
+def test_strict_refuses_a_source_with_broken_files(partly_broken):
+    with pytest.raises(
+        DataError, match=r"broken: cannot read the image b cut.jpg: .* \(and 2 more\); repair or remove"
+    ):
+        open_images(partly_broken, 8, strict=True)
+    for name in ("b cut.jpg", "c text.png", "d nothing.webp"):
+        (partly_broken / name).unlink()
+    assert len(open_images(partly_broken, 8, strict=True)) == 2
+
+
+def test_file_that_vanishes_is_a_broken_image(labelled):
+    source = open_images(labelled, 8)
+    (labelled / "emu" / "x.png").unlink()
+    with pytest.raises(BrokenImage, match=r"emu/x.png: .*No such file"):
+        source[4]
+
+
+def test_broken_image_survives_a_trip_between_processes():
+    error = pickle.loads(pickle.dumps(BrokenImage("a.png", "cut short")))
+    assert isinstance(error, DataError) and (error.name, error.reason) == ("a.png", "cut short")
+
+
+def test_decompression_bomb_is_a_broken_image(tmp_path):
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 50000, 50000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    with pytest.raises(BrokenImage, match=r"bomb.png: Image size \(2500000000 pixels\) exceeds limit"):
+        open_images(tmp_path, 8)[0]
+
+
+# Fingerprint
+
+
+def test_fingerprint_follows_names_and_sizes(labelled):
+    before = open_images(labelled, 8).fingerprint()
+    assert open_images(labelled, 16).fingerprint() == before
+    (labelled / "dog" / "b.png").rename(labelled / "dog" / "c.png")
+    renamed = open_images(labelled, 8).fingerprint()
+    with (labelled / "dog" / "c.png").open("ab") as file:
+        file.write(b"x")
+    assert len({before, renamed, open_images(labelled, 8).fingerprint()}) == 3
+
+
+# The crop
+
+
+def test_crop_of_the_right_size_is_the_image_itself():
+    image = picture(0, 32, 32)
+    assert np.array_equal(center_crop(image, 32), np.asarray(image))
+
+
+def test_crop_cuts_the_middle_of_a_wide_and_a_tall_image():
+    wide, tall = picture(0, 13, 8), picture(1, 8, 12)
+    assert np.array_equal(center_crop(wide, 8), np.asarray(wide)[:, 2:10])
+    assert np.array_equal(center_crop(tall, 8), np.asarray(tall)[2:10])
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_crop_halves_with_a_box_filter(factor):
+    small = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    blocks = small.repeat(factor, 0).repeat(factor, 1)
+    assert np.array_equal(center_crop(Image.fromarray(blocks), 8), small)
+
+
+def test_crop_averages_two_by_two_pixels():
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[0, 0], pixels[0, 1], pixels[1, 0], pixels[1, 1] = 40, 80, 120, 200
+    assert center_crop(Image.fromarray(pixels), 2)[..., 0].tolist() == [[110, 0], [0, 0]]
+
+
+def test_crop_follows_the_rule_step_by_step_at_odd_sizes():
+    image = picture(2, 151, 67)
+    halved = image.resize((75, 33), Image.Resampling.BOX)  # 67 >= 2 * 32, and 33 is less
+    resized = halved.resize((round(75 * 32 / 33), 32), Image.Resampling.BICUBIC)
+    assert resized.width == 73
+    assert np.array_equal(center_crop(image, 32), np.asarray(resized)[:, 20:52])
+
+
+def test_crop_enlarges_a_small_image_bicubically():
+    image = picture(3, 32, 32)
+    assert np.array_equal(center_crop(image, 64), np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC)))
+
+
+def test_crop_of_a_strip_shows_its_middle():
+    ramp = np.repeat(np.linspace(0, 255, 500).astype(np.uint8)[:, None, None], 3, 2)
+    pixels = center_crop(Image.fromarray(ramp), 64)
+    assert pixels.shape == (64, 64, 3)
+    assert np.abs(pixels.astype(int) - 127).max() <= 1
+
+
+def test_strip_that_would_fill_the_memory_is_broken(tmp_path):
+    save(tmp_path / "strip.png", Image.new("L", (1, 60000)))
+    with pytest.raises(BrokenImage, match="1 x 60000 pixels are too long and thin for a 64 x 64 square"):
+        open_images(tmp_path, 64)[0]
+
+
+# Formats and modes
+
+
+@pytest.mark.parametrize("suffix", [".png", ".JPG", ".jpeg", ".webp", ".bmp", ".tif", ".TIFF", ".gif", ".ppm"])
+def test_common_formats_in_either_case(tmp_path, suffix):
+    pixels = one(tmp_path, Image.new("RGB", (10, 9), (200, 60, 30)), suffix)
+    assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - (200, 60, 30)).max() <= 4
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    pixels = one(tmp_path, frames[0], ".gif", save_all=True, append_images=frames[1:])
+    assert (pixels == RED).all()
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image = Image.new("RGB", (16, 8), RED)
+    image.paste((0, 0, 255), (0, 0, 8, 8))  # stored with blue at the left ...
+    exif = Image.Exif()
+    exif[0x0112] = 6  # ... to be shown turned clockwise, with blue at the top
+    save(tmp_path / "a.png", image, exif=exif)
+    upright = np.asarray(to_rgb(Image.open(tmp_path / "a.png")))
+    assert upright.shape == (16, 8, 3)
+    assert (upright[:8] == (0, 0, 255)).all() and (upright[8:] == RED).all()
+
+
+def test_sixteen_bit_grey_is_scaled_from_its_full_range(tmp_path):
+    values = np.zeros((8, 8), np.uint16)
+    values[0, :5] = (0, 257, 32768, 65278, 65535)
+    for suffix in (".png", ".tif", ".pgm"):
+        pixels = one(tmp_path / suffix, Image.fromarray(values), suffix)
+        assert pixels[0, :5].tolist() == [[0] * 3, [1] * 3, [128] * 3, [254] * 3, [255] * 3], suffix
+
+
+def test_numbers_without_a_white_are_refused(tmp_path):
+    for mode, value in (("F", 0.5), ("I", 70000), ("I", -1)):
+        save(tmp_path / "a.tif", Image.new(mode, (8, 8), value))
+        with pytest.raises(BrokenImage, match=f"pixels of mode {mode} have no defined white; save it as 8 or 16 bits"):
+            open_images(tmp_path, 8)[0]
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    image = Image.new("RGBA", (8, 8), (*RED, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 4, 8))
+    image.putpixel((7, 0), (0, 0, 0, 51))  # a fifth of black on white
+    pixels = one(tmp_path, image)
+    assert (pixels[:, :4] == WHITE).all() and (pixels[1:, 4:] == RED).all()
+    assert pixels[0, 7].tolist() == [204] * 3
+
+
+def test_transparent_palette_and_grey(tmp_path):
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 255, *RED])
+    palette.paste(0, (0, 0, 4, 8))
+    pixels = one(tmp_path / "p", palette, transparency=0)
+    assert (pixels[:, :4] == WHITE).all() and (pixels[:, 4:] == RED).all()
+    assert (one(tmp_path / "opaque", palette)[:, :4] == (0, 0, 255)).all()
+    assert (one(tmp_path / "la", Image.new("LA", (8, 8), (0, 51))) == 204).all()
+
+
+@pytest.mark.parametrize("mode, value, expected", [("L", 90, 90), ("1", 1, 255), ("CMYK", (0, 0, 0, 155), 100)])
+def test_other_modes(tmp_path, mode, value, expected):
+    pixels = one(tmp_path, Image.new(mode, (8, 8), value), ".tif")
+    assert (pixels == expected).all()
+
+
+def test_mixed_sizes_come_out_alike(tmp_path):
+    for i, (width, height) in enumerate([(10, 10), (100, 30), (7, 300), (1, 1)]):
+        save(tmp_path / f"{i}.png", picture(i, width, height))
+    assert {item.pixels.shape for item in open_images(tmp_path, 24)} == {(24, 24, 3)}

@@ -1,0 +1,127 @@
+"""Classifier-free guidance on a network whose answer is known."""
+
+import pytest
+import torch
+
+from latentflow.errors import ConfigError
+from latentflow.flow.guidance import ConditionedVelocity
+from latentflow.shapes import Condition
+
+NULL = 9
+
+
+class Network:
+    """velocity = label * x + time, and a record of the batches it was given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, latents, time, condition):
+        assert len(latents) == len(time) == len(condition.labels)
+        self.calls.append((latents, time, condition.labels))
+        return condition.labels[:, None, None, None] * latents + time[:, None, None, None]
+
+
+X = torch.arange(1.0, 13.0).reshape(3, 4, 1, 1)
+LABELS = torch.tensor([1, 2, 3])
+TIME = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+
+
+def guided(scale, interval=(0.0, 1.0)):
+    network = Network()
+    null = Condition(labels=torch.full((3,), NULL))
+    return network, ConditionedVelocity(network, Condition(labels=LABELS), null, scale, interval)
+
+
+def velocity_of(labels):
+    return labels[:, None, None, None] * X + TIME.float()[:, None, None, None]
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.5, 4.0])
+def test_formula_on_all_channels_in_one_doubled_batch(scale):
+    network, velocity = guided(scale)
+    v_cond, v_null = velocity_of(LABELS), velocity_of(torch.full((3,), NULL))
+    torch.testing.assert_close(velocity(X, TIME), v_null + scale * (v_cond - v_null))
+    ((latents, time, labels),) = network.calls
+    assert torch.equal(latents, torch.cat([X, X]))
+    assert torch.equal(time, torch.cat([TIME, TIME]).float())
+    assert labels.tolist() == [1, 2, 3, NULL, NULL, NULL]
+    assert velocity.evaluations.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("scale", "told"), [(1.0, LABELS), (0.0, torch.full((3,), NULL))])
+def test_scales_one_and_zero_call_the_network_once(scale, told):
+    network, velocity = guided(scale)
+    assert torch.equal(velocity(X, TIME), velocity_of(told))
+    ((latents, _, labels),) = network.calls
+    assert torch.equal(latents, X)
+    assert torch.equal(labels, told)
+    assert velocity.evaluations.tolist() == [1, 1, 1]
+
+
+def test_interval_is_decided_per_image_and_only_those_inside_are_doubled():
+    network, velocity = guided(2.0, interval=(0.4, 0.8))
+    v_cond, v_null = velocity_of(LABELS), velocity_of(torch.full((3,), NULL))
+    expected = torch.cat([v_cond[:1], v_null[1:] + 2 * (v_cond - v_null)[1:]])
+    torch.testing.assert_close(velocity(X, TIME), expected)
+    ((latents, time, labels),) = network.calls
+    assert torch.equal(latents, torch.cat([X, X[1:]]))
+    assert torch.equal(time, torch.cat([TIME, TIME[1:]]).float())
+    assert labels.tolist() == [1, 2, 3, NULL, NULL]
+    assert velocity.evaluations.tolist() == [1, 2, 2]
+
+
+def test_scale_zero_in_an_interval():
+    network, velocity = guided(0.0, interval=(0.4, 0.6))
+    assert torch.equal(velocity(X, TIME), velocity_of(torch.tensor([1, NULL, 3])))
+    assert len(network.calls) == 1
+    assert velocity.evaluations.tolist() == [1, 1, 1]
+
+
+def test_no_image_inside_the_interval():
+    network, velocity = guided(3.0, interval=(0.0, 0.1))
+    assert torch.equal(velocity(X, TIME), velocity_of(LABELS))
+    assert len(network.calls[0][0]) == 3
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([2, 0]), torch.tensor([True, False, True])])
+def test_selection_is_the_same_velocity_and_adds_to_the_same_counts(rows):
+    _, velocity = guided(2.0, interval=(0.5, 1.0))
+    whole = velocity(X, TIME)
+    selection = velocity.select(rows)
+    assert torch.equal(selection(X[rows], TIME[rows]), whole[rows])
+    assert velocity.evaluations.tolist() == [2, 2, 4]
+    last = selection.select(torch.tensor([0]))
+    image = rows[0].item() if rows.dtype != torch.bool else 0
+    last(X[image : image + 1], TIME[image : image + 1])
+    assert velocity.evaluations.tolist() == ([2, 2, 6] if image == 2 else [3, 2, 4])
+    assert torch.equal(selection.evaluations, velocity.evaluations)
+
+
+def test_model_without_labels():
+    velocity = ConditionedVelocity(lambda x, t, condition: 2 * x, Condition())
+    assert torch.equal(velocity(X, TIME), 2 * X)
+    assert torch.equal(velocity.select(torch.tensor([1]))(X[1:2], TIME[1:2]), 2 * X[1:2])
+    assert velocity.evaluations.tolist() == [1, 2, 1]
+
+
+def test_latents_keep_their_dtype_and_time_is_float32():
+    network, velocity = guided(2.0)
+    assert velocity(X.double(), TIME).dtype == torch.float64
+    latents, time, _ = network.calls[0]
+    assert (latents.dtype, time.dtype) == (torch.float64, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": -1.0}, "-1.0"),
+        ({"scale": float("nan")}, "nan"),
+        ({"interval": (0.8, 0.2)}, r"0\.8\.\.0\.2"),
+        ({"interval": (0.0, 1.5)}, "1.5"),
+        ({"scale": 2.0, "null": None}, "null condition"),
+    ],
+)
+def test_refuses(options, message):
+    with pytest.raises(ConfigError, match=message):
+        ConditionedVelocity(Network(), Condition(labels=LABELS), **({"null": Condition(labels=LABELS)} | options))

@@ -1,0 +1,346 @@
+"""Solvers against the exact flow of a Gaussian, against torchdiffeq, and image by image."""
+
+from pathlib import Path as File
+
+import pytest
+import torch
+import torchdiffeq
+from safetensors.torch import load_file
+
+from latentflow.errors import ConfigError, NonFiniteError
+from latentflow.flow.guidance import ConditionedVelocity
+from latentflow.flow.path import CosinePath
+from latentflow.flow.solvers import SOLVERS, AdamsBashforth, integrate, is_adaptive
+from latentflow.flow.times import sampling_times
+from latentflow.shapes import Condition
+from tests.exact import GaussianData
+
+# On the straight path Gaussian data lets midpoint look third order, by a cancellation; the cosine path is honest.
+GAUSSIAN = GaussianData(CosinePath())
+ENDS = sampling_times(1)
+ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 2, "ab3": 3}
+ADAPTIVE = ["bosh3", "dopri5"]
+FIXTURE = File(__file__).parents[3] / "shared" / "parity" / "solvers.safetensors"
+
+
+def start(batch=2, dtype=torch.float64):
+    return torch.randn(batch, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def exact_end(x, begin=1.0, end=0.0):
+    begin, end = (torch.full((len(x),), t, dtype=x.dtype) for t in (begin, end))
+    return GAUSSIAN.flow(x, begin, end)
+
+
+def wavy(x, time):
+    """A nonlinear field, elementwise; the `analytic` field of the parity fixtures."""
+    t = time.to(x.dtype)[:, None, None, None]
+    return -0.7 * x + torch.sin(4 * t + x) + 0.5 * x * torch.cos(2 * t)
+
+
+class Waves:
+    """Per image one frequency: an easy and a hard image in one batch. Records whom it was asked about, and when."""
+
+    def __init__(self, frequency, log=None, rows=None, rounding=0.0):
+        self.frequency, self.rounding = frequency, rounding
+        self.rows = torch.arange(len(frequency)) if rows is None else rows
+        self.log = [] if log is None else log
+
+    def __call__(self, x, time):
+        self.log.append((self.rows.tolist(), time.tolist()))
+        t, frequency = (values.to(x.dtype)[:, None, None, None] for values in (time, self.frequency))
+        v = frequency * torch.cos(frequency * t) * torch.sin(x + frequency * t) - 0.5 * x
+        return v * (1 + self.rounding * torch.randn_like(v))
+
+    def times_of(self, image):
+        return [t for rows, times in self.log for row, t in zip(rows, times, strict=True) if row == image]
+
+
+class SelectableWaves(Waves):
+    def select(self, rows):
+        return SelectableWaves(self.frequency[rows], self.log, self.rows[rows], self.rounding)
+
+
+FREQUENCIES = torch.tensor([1.0, 12.0, 3.0, 0.2], dtype=torch.float64)
+
+
+# ---- fixed steps
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+@pytest.mark.parametrize("solver", ORDERS)
+def test_order_of_convergence(solver, shift):
+    x = start()
+    counts = torch.tensor([160, 320, 640])
+    errors = []
+    for steps in counts.tolist():
+        solution = integrate(GAUSSIAN.velocity, x, sampling_times(steps, shift), solver=solver)
+        errors.append((solution.x - exact_end(x)).square().mean().sqrt())
+    slope = torch.stack(errors).log().diff() / counts.log().diff()
+    assert slope.mean().item() == pytest.approx(-ORDERS[solver], abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("solver", "evaluations"),
+    [("euler", 5), ("midpoint", 10), ("heun", 10), ("rk4", 20), ("ab2", 6), ("ab3", 7)],
+)
+def test_evaluations_of_five_steps(solver, evaluations):
+    velocity = Waves(FREQUENCIES)
+    solution = integrate(velocity, start(4), sampling_times(5), solver=solver)
+    assert solution.evaluations.tolist() == [evaluations] * 4
+    assert solution.evaluations.dtype == torch.int64
+    assert len(velocity.log) == evaluations
+    assert solution.steps.tolist() == [5] * 4
+    assert solution.rejected.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("solver", ORDERS)
+def test_one_step(solver):
+    solution = integrate(lambda x, t: torch.ones_like(x), start(), ENDS, solver=solver)
+    torch.testing.assert_close(solution.x, start() - 1)
+
+
+def test_adams_bashforth_weights_on_an_even_grid():
+    assert AdamsBashforth(2).weights([0.9, 0.8, 0.7]) == pytest.approx([3 / 2, -1 / 2])
+    assert AdamsBashforth(3).weights([1.0, 0.9, 0.8, 0.7]) == pytest.approx([23 / 12, -16 / 12, 5 / 12])
+
+
+def test_adams_bashforth_weights_integrate_polynomials_on_any_grid():
+    times = torch.tensor([0.9, 0.7, 0.65, 0.3], dtype=torch.float64)
+    weights = torch.tensor(AdamsBashforth(3).weights(times.tolist()), dtype=torch.float64)
+    for degree in range(3):
+        integral = (times[3] ** (degree + 1) - times[2] ** (degree + 1)) / (degree + 1)
+        torch.testing.assert_close((times[3] - times[2]) * (weights * times[:3].flip(0) ** degree).sum(), integral)
+
+
+@pytest.mark.parametrize(("solver", "method"), [("euler", "euler"), ("midpoint", "midpoint"), ("heun", "heun2")])
+def test_fixed_steps_as_in_torchdiffeq(solver, method):
+    x, times = start(), sampling_times(10, shift=2.0)
+    reference = torchdiffeq.odeint(lambda t, x: wavy(x, t.expand(len(x))), x, times, method=method)[-1]
+    torch.testing.assert_close(integrate(wavy, x, times, solver=solver).x, reference, rtol=0, atol=1e-13)
+
+
+def test_rk4_is_the_classic_one():
+    """By hand on dx/dt = -x: one step multiplies by 1 - h + h^2/2 - h^3/6 + h^4/24; at t^4 it is Simpson's rule."""
+    x, times = start(), torch.tensor([0.0, 0.5], dtype=torch.float64)
+    gain = 1 - 0.5 + 0.5**2 / 2 - 0.5**3 / 6 + 0.5**4 / 24
+    torch.testing.assert_close(integrate(lambda x, t: -x, x, times, solver="rk4").x, gain * x)
+    simpson = 0.5 * (4 * 0.25**4 + 0.5**4) / 6
+    power = integrate(lambda x, t: (t**4)[:, None, None, None].expand_as(x), x, times, solver="rk4")
+    torch.testing.assert_close(power.x, x + simpson)
+
+
+def test_callback_after_each_fixed_step():
+    seen = []
+    integrate(lambda x, t: torch.ones_like(x), start(), sampling_times(2), callback=lambda *step: seen.append(step))
+    assert [(step, time) for step, time, _ in seen] == [(1, 0.5), (2, 0.0)]
+    torch.testing.assert_close(seen[0][2], start() - 0.5)
+
+
+@pytest.mark.skipif(not FIXTURE.exists(), reason="the parity fixtures are not beside this repository")
+@pytest.mark.parametrize(("solver", "name"), [("euler", "euler"), ("midpoint", "midpoint"), ("heun", "heun2")])
+@pytest.mark.parametrize(("dtype", "atol"), [("f32", 2e-6), ("f64", 1e-12)])
+def test_fixed_steps_of_the_parity_fixtures(solver, name, dtype, atol):
+    fixture = load_file(FIXTURE)
+    expected = fixture[f"outputs/analytic/{dtype}/{name}"]
+    solution = integrate(wavy, fixture["inputs/x1"].to(expected.dtype), sampling_times(10), solver=solver)
+    torch.testing.assert_close(solution.x, expected, rtol=0, atol=atol)
+
+
+# ---- adaptive steps
+
+
+@pytest.mark.parametrize("solver", ADAPTIVE)
+def test_error_falls_with_the_tolerance(solver):
+    x = start()
+    for tolerance in (1e-3, 1e-5, 1e-7, 1e-9):
+        solution = integrate(GAUSSIAN.velocity, x, ENDS, solver=solver, rtol=tolerance, atol=tolerance)
+        assert (solution.x - exact_end(x)).abs().max() < 10 * tolerance
+
+
+@pytest.mark.parametrize(("solver", "stages"), [("bosh3", 3), ("dopri5", 6)])
+def test_counts_and_exact_times_of_adaptive_steps(solver, stages):
+    velocity = SelectableWaves(FREQUENCIES)
+    solution = integrate(velocity, start(4), ENDS, solver=solver)
+    for image in range(4):
+        times = velocity.times_of(image)
+        assert len(times) == solution.evaluations[image]
+        assert times[-1] == 0.0  # the last stage stands exactly at the end, and none beyond
+        assert min(times) == 0.0
+        assert max(times) == 1.0
+    assert torch.equal(solution.evaluations, 2 + stages * (solution.steps + solution.rejected))
+    assert solution.rejected.sum() > 0
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("solver", ADAPTIVE)
+def test_adaptive_as_in_torchdiffeq(solver, tolerance):
+    """One image, float64, the same controller. Two differences: torchdiffeq steps past the end and interpolates
+    back, with an error that may exceed the tolerance; and our steps lie on a lattice, each up to 9 % smaller."""
+    calls = []
+
+    def counted(t, x):
+        calls.append(t)
+        return wavy(x, t.expand(len(x)))
+
+    x = start(1)
+    times = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    reference = torchdiffeq.odeint(counted, x, times, method=solver, rtol=tolerance, atol=tolerance)[-1]
+    exact = torchdiffeq.odeint(counted, x, times, method="dopri8", rtol=1e-12, atol=1e-12)[-1]
+    nfe = next(i for i, t in enumerate(calls) if i > 0 and t == 1.0)  # where the second solve begins
+    solution = integrate(wavy, x, times, solver=solver, rtol=tolerance, atol=tolerance)
+    assert (solution.x - exact).abs().max() < 10 * tolerance
+    assert (solution.x - exact).abs().max() < (reference - exact).abs().max()
+    assert nfe <= solution.evaluations.item() <= 1.15 * nfe + 6
+
+
+@pytest.mark.skipif(not FIXTURE.exists(), reason="the parity fixtures are not beside this repository")
+def test_dopri5_on_the_parity_fixture():
+    fixture = load_file(FIXTURE)
+    x, exact = fixture["inputs/x1"].double(), fixture["outputs/analytic/f64/exact"]
+    solution = integrate(wavy, x, ENDS, solver="dopri5")
+    assert (solution.x - exact).abs().max() < 5e-5
+    torch.testing.assert_close(solution.x, fixture["outputs/analytic/f64/dopri5"], rtol=0, atol=5e-4)
+    reference = len(fixture["outputs/analytic/f64/dopri5/t_evals"])
+    assert all(reference <= count <= reference + 6 for count in solution.evaluations.tolist())
+
+
+@pytest.mark.parametrize("kind", [Waves, SelectableWaves])
+@pytest.mark.parametrize("solver", [*ORDERS, *ADAPTIVE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_image_is_the_same_alone_and_in_any_batch(solver, kind, dtype):
+    x = start(4, dtype)
+    together = integrate(kind(FREQUENCIES), x, sampling_times(8), solver=solver)
+    assert together.x.dtype == dtype
+    for rows in ([0], [1], [2], [3], [1, 3], [2, 0, 1]):
+        alone = integrate(kind(FREQUENCIES[rows]), x[rows], sampling_times(8), solver=solver)
+        assert torch.equal(alone.x, together.x[rows])
+        assert torch.equal(alone.evaluations, together.evaluations[rows])
+        assert torch.equal(alone.steps, together.steps[rows])
+    if is_adaptive(solver):
+        assert len(set(together.steps.tolist())) > 1
+
+
+@pytest.mark.parametrize("solver", ADAPTIVE)
+def test_rounding_noise_does_not_change_the_steps(solver):
+    """A network's matrix products differ by rounding from one batch shape to the next."""
+    torch.manual_seed(0)
+    frequencies = torch.linspace(0.5, 6, 32, dtype=torch.float64)
+    runs = [SelectableWaves(frequencies, rounding=1e-7) for _ in range(2)]
+    ends = [integrate(run, start(32, torch.float32), ENDS, solver=solver).x for run in runs]
+    assert not torch.equal(*ends)
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
+    for image in range(32):
+        assert runs[0].times_of(image) == runs[1].times_of(image)
+
+
+@pytest.mark.parametrize("solver", ADAPTIVE)
+def test_arrived_images_leave_a_velocity_that_can_be_narrowed(solver):
+    velocity = SelectableWaves(FREQUENCIES)
+    solution = integrate(velocity, start(4), ENDS, solver=solver)
+    asked = torch.zeros(4, dtype=torch.int64)
+    for rows, _ in velocity.log:
+        asked[rows] += 1
+    assert torch.equal(asked, solution.evaluations)
+    assert velocity.log[-1][0] == [solution.evaluations.argmax().item()]
+
+
+def test_velocity_without_select_always_gets_its_whole_batch():
+    velocity = Waves(FREQUENCIES)
+    solution = integrate(velocity, start(4), ENDS, solver="dopri5")
+    assert all(rows == [0, 1, 2, 3] for rows, _ in velocity.log)
+    assert len(velocity.log) == solution.evaluations.max()
+
+
+def test_guided_velocity_counts_network_calls_of_each_image():
+    labels = torch.tensor([1, 6, 2])
+
+    def network(latents, time, condition):
+        label = condition.labels[:, None, None, None]
+        return torch.cos(label * (latents + time[:, None, None, None]))
+
+    null = Condition(labels=torch.zeros_like(labels))
+    velocity = ConditionedVelocity(network, Condition(labels=labels), null, scale=2.0)
+    solution = integrate(velocity, start(3), ENDS, solver="bosh3")
+    assert len(set(solution.evaluations.tolist())) > 1
+    assert torch.equal(velocity.evaluations, 2 * solution.evaluations)
+
+
+# ---- both
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_there_and_back(solver):
+    x, atol = start(), 1e-2 if solver == "euler" else 2e-4
+    tolerances = {"rtol": 1e-8, "atol": 1e-8}
+    data = integrate(GAUSSIAN.velocity, x, sampling_times(500), solver=solver, **tolerances)
+    torch.testing.assert_close(data.x, exact_end(x), rtol=0, atol=atol)
+    noise = integrate(GAUSSIAN.velocity, data.x, sampling_times(500, start=0, end=1), solver=solver, **tolerances)
+    torch.testing.assert_close(noise.x, x, rtol=0, atol=2 * atol)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_part_of_the_way(solver):
+    x = start()
+    solution = integrate(GAUSSIAN.velocity, x, sampling_times(400, start=0.7, end=0.2), solver=solver)
+    torch.testing.assert_close(solution.x, exact_end(x, 0.7, 0.2), rtol=0, atol=5e-3 if solver == "euler" else 2e-5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_velocity_gets_float64_times_and_may_answer_in_bfloat16(solver):
+    dtypes = set()
+
+    def velocity(x, time):
+        dtypes.add((x.dtype, time.dtype, time.shape))
+        return torch.ones_like(x, dtype=torch.bfloat16)
+
+    solution = integrate(velocity, start(dtype=torch.float32), sampling_times(4), solver=solver)
+    assert dtypes == {(torch.float32, torch.float64, torch.Size([2]))}
+    torch.testing.assert_close(solution.x, start(dtype=torch.float32) - 1)
+
+
+@pytest.mark.parametrize("solver", ["heun", "dopri5"])
+def test_gradient_flows_through_the_solution(solver):
+    """The exact flow is affine in its start, with slope S(0) / S(1) = std."""
+    x = start().requires_grad_()
+    integrate(GAUSSIAN.velocity, x, sampling_times(100), solver=solver).x.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, GAUSSIAN.std), rtol=0, atol=1e-4)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("solver", ADAPTIVE)
+def test_non_finite_velocity_is_an_error_with_its_time(solver):
+    def velocity(x, time):
+        return torch.where(time < 0.5, float("nan"), 1.0).to(x)[:, None, None, None].expand_as(x)
+
+    with pytest.raises(NonFiniteError, match=r"t = 0\.[5-9]"):
+        integrate(velocity, start(), ENDS, solver=solver)
+    with pytest.raises(NonFiniteError, match="t = 1"):
+        integrate(lambda x, t: x * float("nan"), start(), ENDS, solver=solver)
+
+
+@pytest.mark.parametrize("solver", ADAPTIVE)
+def test_singularity_is_an_error_with_its_time(solver):
+    """dx/dt = -x^2 downwards from x(1) = 2: x = 1 / (t - 0.5), infinite at t = 0.5."""
+    x = torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64)
+    with pytest.raises(NonFiniteError, match=r"t = 0\.(5|4999)"):
+        integrate(lambda x, t: -(x**2), x, ENDS, solver=solver)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": "huen"}, "did you mean 'heun'"),
+        ({"times": torch.tensor([1.0])}, "at least two"),
+        ({"times": torch.tensor([1.0, 0.5, 0.7])}, "falling or rising"),
+        ({"times": torch.tensor([1.0, float("nan")])}, "falling or rising"),
+        ({"solver": "dopri5", "atol": 0.0}, "atol 0.0"),
+        ({"solver": "dopri5", "rtol": -1.0}, "rtol -1.0"),
+        ({"solver": "bosh3", "callback": print}, "fixed-step"),
+    ],
+)
+def test_refuses(options, message):
+    with pytest.raises(ConfigError, match=message):
+        integrate(wavy, start(), **({"times": ENDS} | options))

@@ -1,0 +1,178 @@
+"""The picture of the package's layers, kept true by parsing every import."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import latentflow
+
+SOURCE = Path(latentflow.__file__).parent
+
+LAYERS = {
+    "shapes": 0,
+    "randomness": 0,
+    "artifacts": 0,
+    "errors": 0,
+    "flow": 1,
+    "networks": 1,
+    "autoencoder": 1,
+    "data": 2,
+    "conditioning": 2,
+    "latent_flow": 3,
+    "training": 4,
+    "sampling": 4,
+    "metrics": 4,
+    "convert": 4,
+    "commands": 5,
+    "studio": 5,
+    "cli": 6,
+    "__main__": 7,
+}
+FLOOR = ("shapes", "randomness", "artifacts", "errors")
+"""Layer 0: these may see each other; no other rooms of one layer may."""
+
+UPWARD = {("latent_flow", "sampling.pipeline")}
+"""The one upward import: the method `LatentFlow.sample`, for the user's convenience."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """`file` imports `module`; `where` is the function it does that in, or "" at the top."""
+
+    file: str
+    module: str
+    where: str
+    types_only: bool
+
+
+def imports_of(file: Path) -> list[Import]:
+    """Every import of a file, relative ones and those inside functions included."""
+    name = ".".join(file.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+    found = []
+
+    def visit(node: ast.AST, where: str, types_only: bool) -> None:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            where = f"{where}.{node.name}".strip(".")
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            types_only = True
+        if isinstance(node, ast.Import):
+            found.extend(Import(name, alias.name, where, types_only) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name} uses a relative import"
+            for alias in node.names:
+                below = SOURCE.parent.joinpath(*node.module.split("."), alias.name)
+                is_module = below.is_dir() or below.with_suffix(".py").is_file()
+                module = f"{node.module}.{alias.name}" if is_module else node.module
+                found.append(Import(name, module, where, types_only))
+        for child in ast.iter_child_nodes(node):
+            visit(child, where, types_only)
+
+    visit(ast.parse(file.read_text(encoding="utf-8")), "", False)
+    return found
+
+
+FILES = sorted(SOURCE.rglob("*.py"))
+IMPORTS = [one for file in FILES for one in imports_of(file)]
+INNER = [
+    Import(one.file, one.module.removeprefix("latentflow").strip("."), one.where, one.types_only)
+    for one in IMPORTS
+    if one.module.split(".")[0] == "latentflow"
+]
+
+
+def room(module: str) -> str:
+    """The folder or top-level file that a module belongs to."""
+    return module.split(".")[0]
+
+
+def test_there_is_something_to_look_at():
+    assert len(FILES) > 25
+    assert len(INNER) > 80
+    assert Import("flow.loss", "shapes", "", False) in INNER
+
+
+def test_every_file_has_its_layer():
+    rooms = {room(".".join(file.relative_to(SOURCE).with_suffix("").parts)) for file in FILES} - {"__init__"}
+    assert rooms <= LAYERS.keys()
+
+
+def test_files_import_lower_layers_only():
+    wrong = [
+        one
+        for one in INNER
+        if one.file  # latentflow/__init__.py offers the public names
+        and one.module  # `import latentflow` for the version
+        and room(one.file) != room(one.module)
+        and not (room(one.file) in FLOOR and room(one.module) in FLOOR)
+        and not LAYERS[room(one.module)] < LAYERS[room(one.file)]
+        and (one.file, one.module) not in UPWARD
+    ]
+    assert wrong == []
+
+
+def test_the_one_upward_import_is_a_method():
+    upward = [one for one in INNER if (one.file, one.module) in UPWARD]
+    assert {one.where for one in upward if not one.types_only} == {"LatentFlow.sample"}
+
+
+@pytest.mark.parametrize(
+    "siblings",
+    [("flow", "networks", "autoencoder"), ("training", "sampling", "metrics", "convert"), ("data", "conditioning")],
+)
+def test_siblings_never_meet(siblings):
+    assert [
+        o for o in INNER if room(o.file) in siblings and room(o.module) in siblings and room(o.file) != room(o.module)
+    ] == []
+
+
+@pytest.mark.parametrize("folder", sorted({room(one.file) for one in INNER if "." in one.file}))
+def test_no_cycles_within_a_folder(folder):
+    graph: dict[str, set[str]] = {}
+    for one in INNER:
+        if room(one.file) == room(one.module) == folder and not one.types_only:
+            graph.setdefault(one.file, set()).add(one.module)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
+
+
+def test_flow_knows_tensors_only():
+    """No network class, no dataset, no device, no file."""
+    allowed = {"torch", "pydantic", "latentflow"}
+    outer = {one.module.split(".")[0] for one in IMPORTS if room(one.file) == "flow"}
+    assert outer - allowed <= {"__future__", "collections", "copy", "dataclasses", "itertools", "math", "typing", "abc"}
+    assert {room(one.module) for one in INNER if room(one.file) == "flow"} <= {"flow", "shapes", "errors"}
+
+
+def test_only_the_loop_knows_accelerate():
+    assert {one.file for one in IMPORTS if one.module.split(".")[0] == "accelerate"} == {"training.loop"}
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm", "scipy", "einops", "lpips", "cleanfid", "torch_fidelity"])
+def test_banned_libraries(library):
+    assert [one for one in IMPORTS if one.module.split(".")[0] == library] == []
+
+
+@pytest.mark.parametrize("library", ["pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"])
+def test_nothing_is_unpickled(library):
+    assert [one for one in IMPORTS if one.module.split(".")[0] == library] == []
+
+
+def test_torch_load_only_reads_weights():
+    """`torch.load` stands in convert/ alone, and always with weights_only=True; numpy never gets allow_pickle."""
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if ast.unparse(node.func) == "torch.load":
+                assert file.parent.name == "convert", file
+                assert options.get("weights_only") == "True", file
+            assert "allow_pickle" not in options, file
+            assert "trust_remote_code" not in options, file

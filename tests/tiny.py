@@ -1,0 +1,171 @@
+"""The smallest things that are still whole: autoencoders, images, recipes and models that take milliseconds."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from latentflow.autoencoder import Autoencoder
+from latentflow.conditioning import Conditioning
+from latentflow.flow.path import LinearPath
+from latentflow.latent_flow import AUTOENCODER_FOLDER, AutoencoderRecord, LatentFlow, ModelConfig, SamplingPreset
+from latentflow.networks.dit import DiTConfig
+from latentflow.training.config import Recipe
+
+CLASSES = ("apple", "berry", "cherry")
+IMAGES_PER_CLASS = 6
+NUM_IMAGES = len(CLASSES) * IMAGES_PER_CLASS
+IMAGE_SIZE = 16
+FACTOR = 2
+
+RECIPE: dict[str, Any] = {
+    "data": {"image_size": IMAGE_SIZE, "flip": False},
+    "network": {"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 2},
+    "optimizer": {"learning_rate": 1e-3},
+    "training": {
+        "steps": 10,
+        "batch_size": 4,
+        "precision": "fp32",
+        "ema_decay": 0.9,
+        "log_every": 1,
+        "checkpoint_every": 100,
+        "preview_every": 0,
+    },
+    "sampling": {"solver": "euler", "steps": 2},
+}
+
+
+def kl(seed: int = 0, **config: Any):
+    """A variational autoencoder of factor 2 and 4 channels, weights drawn from `seed`."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    given = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "layers_per_block": 1,
+        "mid_block_add_attention": False,
+        "scaling_factor": 0.5,
+        "shift_factor": 0.1,
+    }
+    return AutoencoderKL(**{**given, **config})
+
+
+def deterministic(seed: int = 0, **config: Any):
+    """An AutoencoderTiny of factor 2 and 4 channels."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(seed)
+    given = {
+        "encoder_block_out_channels": (8, 8),
+        "decoder_block_out_channels": (8, 8),
+        "num_encoder_blocks": (1, 1),
+        "num_decoder_blocks": (1, 1),
+        "latent_channels": 4,
+    }
+    return AutoencoderTiny(**{**given, **config})
+
+
+def deep_compression(seed: int = 0, **config: Any):
+    """An AutoencoderDC of factor 4 and 5 channels."""
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(seed)
+    blocks, channels, layers = ("ResBlock",) * 3, (8, 8, 16), (1, 1, 1)
+    given = {
+        "latent_channels": 4,
+        "attention_head_dim": 8,
+        "encoder_block_types": blocks,
+        "decoder_block_types": blocks,
+        "encoder_block_out_channels": channels,
+        "decoder_block_out_channels": channels,
+        "encoder_layers_per_block": layers,
+        "decoder_layers_per_block": layers,
+        "encoder_qkv_multiscales": ((),) * 3,
+        "decoder_qkv_multiscales": ((),) * 3,
+        "upsample_block_type": "interpolate",
+        "downsample_block_type": "stride_conv",
+        "decoder_norm_types": "rms_norm",
+        "decoder_act_fns": "silu",
+        "scaling_factor": 0.4,
+    }
+    return AutoencoderDC(**{**given, **config})
+
+
+def write_images(folder: Path, *, classes: tuple[str, ...] = CLASSES, per_class: int = IMAGES_PER_CLASS) -> Path:
+    """A class folder each with pictures of 20 x 24 pixels, no two alike; without `classes`, one flat folder."""
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(classes or ("",)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(per_class):
+            coarse = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+            coarse[..., label] |= 128
+            picture = Image.fromarray(coarse).resize((24, 20), Image.Resampling.BICUBIC)
+            picture.save(folder / name / f"{number}.png")
+    return folder
+
+
+def recipe(**given: Any) -> Recipe:
+    """The tiny recipe with some values changed: recipe(data={"path": ...}, training={"steps": 4}, out=...)."""
+    values: dict[str, Any] = {**RECIPE}
+    for key, value in given.items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+        if key in ("out", "autoencoder"):
+            values[key] = str(value)
+    if "path" in values["data"]:
+        values["data"] = {**values["data"], "path": str(values["data"]["path"])}
+    return Recipe.model_validate(values)
+
+
+def randomise(network: torch.nn.Module, *, seed: int = 0, scale: float = 1.0) -> torch.nn.Module:
+    """Draw every weight, those that start at zero included, so that the field is far from trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 16
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale / fan_in**0.5)
+    return network
+
+
+def model(
+    autoencoder: Autoencoder,
+    *,
+    class_names: tuple[str, ...] = CLASSES,
+    label_dropout: float = 0.1,
+    seed: int = 0,
+    scale: float = 1.0,
+    **sampling: Any,
+) -> LatentFlow:
+    """A model with random weights, ready to be sampled."""
+    config = ModelConfig(
+        image_size=IMAGE_SIZE,
+        network=DiTConfig(**RECIPE["network"]),
+        path=LinearPath(),
+        conditioning=Conditioning(class_names=list(class_names), label_dropout=label_dropout),
+        autoencoder=AutoencoderRecord(
+            reference=AUTOENCODER_FOLDER,
+            content_hash=autoencoder.content_hash,
+            factor=autoencoder.factor,
+            num_channels=autoencoder.num_channels,
+        ),
+        normalisation=autoencoder.normalisation,
+        sampling=SamplingPreset(**{**RECIPE["sampling"], **sampling}),
+    )
+    network = randomise(config.build_network(), seed=seed, scale=scale)
+    return LatentFlow(config, network.eval().requires_grad_(False), autoencoder)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file and folder below `folder`, hidden ones included, with a hash of its content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
