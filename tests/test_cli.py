@@ -78,7 +78,7 @@ for verb in sys.argv[1:]:
     result = CliRunner().invoke(app, [verb, "--help"] if verb else ["--help"])
     assert result.exit_code == 0, (verb, result.output)
     assert not verb or f"latentflow {verb}" in result.output.partition("Example")[2], (verb, result.output)
-    for heavy in ("torch", "diffusers", "accelerate", "numpy", "PIL", "pydantic", "yaml", "huggingface_hub"):
+    for heavy in ("torch", "diffusers", "accelerate", "numpy", "PIL", "yaml", "huggingface_hub"):
         assert heavy not in sys.modules, (verb, heavy)
 """
     done = subprocess.run(

@@ -102,11 +102,15 @@ class Autoencoder:
             place, _, subfolder = reference.rpartition("/")
         import diffusers  # slow to import: only when a first stage is really loaded
 
+        verbosity = diffusers.logging.get_verbosity()
+        diffusers.logging.set_verbosity_error()  # it warns of harmless extra keys in the config each time
         try:
             model = diffusers.AutoModel.from_pretrained(place, subfolder=subfolder, use_safetensors=True)
         except Exception as error:  # diffusers raises OSError, ValueError, KeyError, SafetensorError, ... here
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ArtifactError(f"cannot load the autoencoder {reference!r}: {reason}") from error
+        finally:
+            diffusers.logging.set_verbosity(verbosity)
         if not (hasattr(model, "encode") and hasattr(model, "decode")):
             raise ArtifactError(f"{reference!r} holds a {type(model).__name__}, which has no encode and decode")
         return cls(model, reference)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from latentflow.errors import LatentFlowError
@@ -158,7 +159,7 @@ def sample(
         "grid": str(result.grid),
         "evaluations per image": round(result.evaluations, 2),
         "seconds": round(result.seconds, 2),
-        "images per second": round(len(result.files) / result.seconds, 2),
+        "images per second": round(len(result.files) / max(result.seconds, 1e-9), 2),
     }
     _report(rows, as_json)
 
@@ -205,7 +206,7 @@ def _report(rows: dict[str, Any], as_json: bool) -> None:
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in rows.items():
-        table.add_row(f"[bold]{key}", str(value))
+        table.add_row(f"[bold]{key}", escape(str(value)))
     Console().print(table)
 
 

@@ -54,6 +54,7 @@ class TrainingRecord(_Section):
     """What a model was trained on and for how long."""
 
     data: str = ""
+    data_fingerprint: str = ""
     num_images: int = 0
     step: int = 0
     images_seen: int = 0

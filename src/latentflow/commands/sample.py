@@ -20,13 +20,13 @@ class SampleResult:
 
     Attributes:
         files: one PNG per image of this process.
-        grid: the contact sheet of this process's images.
+        grid: the contact sheet of this process's images; None where it had none to draw.
         evaluations: mean network calls per image.
         seconds: of solver and decoder.
     """
 
     files: list[Path]
-    grid: Path
+    grid: Path | None
     evaluations: float
     seconds: float
 
@@ -61,6 +61,8 @@ def sample(
         seeds=whole.seeds[rank::num_processes], labels=whole.labels[rank::num_processes], sampling=whole.sampling
     )
     folder = make_folder(out)
+    if not own.seeds:  # fewer images than processes
+        return SampleResult([], None, 0.0, 0.0)
     parts, files = [], []
     with image_progress("sampling", len(own.seeds), enabled=rank == 0) as on_images:
         for part in draw(flow, own, batch_size=batch_size, on_images=on_images):

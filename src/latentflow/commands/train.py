@@ -18,10 +18,18 @@ from latentflow.conditioning import Conditioning
 from latentflow.data.batches import TrainingImages, epoch_order
 from latentflow.data.images import ImageSource, open_images, readable
 from latentflow.data.latent_cache import ChannelSums, LatentCache, is_cache
-from latentflow.errors import ConfigError
-from latentflow.latent_flow import AUTOENCODER_FOLDER, AutoencoderRecord, LatentFlow, ModelConfig, TrainingRecord
+from latentflow.errors import ConfigError, DataError
+from latentflow.latent_flow import (
+    AUTOENCODER_FOLDER,
+    CONFIG_FILE,
+    AutoencoderRecord,
+    LatentFlow,
+    ModelConfig,
+    TrainingRecord,
+    read_config,
+)
 from latentflow.randomness import derive_seed
-from latentflow.sampling.pipeline import SampleRequest, draw, join_samples
+from latentflow.sampling.pipeline import SampleRequest, check_request, draw, join_samples
 from latentflow.training.config import MAY_CHANGE_ON_RESUME, Recipe, load_recipe
 from latentflow.training.loop import Outcome, make_accelerator
 from latentflow.training.loop import train as run_loop
@@ -68,8 +76,12 @@ def train(recipe: Recipe, *, cpu: bool = False) -> TrainResult:
     else:
         kept, unreadable = readable(source)
         broken = [error.name for error in unreadable]
+        if not kept:
+            raise DataError(f"{recipe.data.path}: none of {len(broken)} images can be read; {unreadable[0]}")
     images = TrainingImages(source, seed=recipe.training.seed, flip=recipe.data.flip, kept=kept)
     model = build_model(recipe, autoencoder, images)
+    check_request(model, _preview_request(model))
+    _refuse_other_content(run, recipe, model.config)
     if accelerator.is_main_process:
         make_folder(run)
         write_text(run / "recipe.yaml", to_yaml(recipe))
@@ -112,8 +124,16 @@ def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages
         ConfigError: labels are asked for and there are none.
     """
     class_names = list(images.source.class_names) if recipe.data.labels else []
-    source = images.source.plan.source if isinstance(images.source, LatentCache) else images.source.description
-    autoencoder.latent_side(recipe.data.image_size)
+    if isinstance(images.source, LatentCache):
+        description, fingerprint = images.source.plan.source, images.source.plan.source_fingerprint
+    else:
+        description, fingerprint = images.source.description, images.source.fingerprint()
+    side, patch = autoencoder.latent_side(recipe.data.image_size), recipe.network.patch_size
+    if side % patch:
+        raise ConfigError(
+            f"network.patch_size = {patch} does not divide latents of {side} x {side}; choose another patch size, or a "
+            f"data.image_size that is a multiple of {autoencoder.factor * patch}"
+        )
     embedded = Path(autoencoder.reference).is_dir()
     config = ModelConfig(
         image_size=recipe.data.image_size,
@@ -132,7 +152,7 @@ def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages
         if recipe.normalise == "autoencoder"
         else _per_channel(autoencoder, images),
         sampling=recipe.sampling,
-        training=TrainingRecord(data=source, num_images=len(images)),
+        training=TrainingRecord(data=description, data_fingerprint=fingerprint, num_images=len(images)),
     )
     torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
     return LatentFlow(config, config.build_network(), autoencoder)
@@ -143,11 +163,16 @@ def save_preview(model: LatentFlow, weights: Mapping[str, Tensor], file: Path) -
     network = model.config.build_network().to(model.device)
     network.load_state_dict(dict(weights))
     frozen = LatentFlow(model.config, network.eval().requires_grad_(False), model.autoencoder)
+    request = _preview_request(model)
+    parts = list(draw(frozen, request, batch_size=len(request.seeds)))
+    save_grid(file, join_samples(parts).pixels, _PREVIEWS_PER_CLASS)
+
+
+def _preview_request(model: LatentFlow) -> SampleRequest:
     num_classes = min(model.config.conditioning.num_classes, _MOST_PREVIEWS // _PREVIEWS_PER_CLASS)
     labels = [label for label in range(num_classes) for _ in range(_PREVIEWS_PER_CLASS)]
     num_images = len(labels) or _PREVIEWS_PER_CLASS**2
-    request = SampleRequest(seeds=list(range(num_images)), labels=labels, sampling=model.config.sampling)
-    save_grid(file, join_samples(list(draw(frozen, request, batch_size=num_images))).pixels, _PREVIEWS_PER_CLASS)
+    return SampleRequest(seeds=list(range(num_images)), labels=labels, sampling=model.config.sampling)
 
 
 def _refuse_another_recipe(run: Path, recipe: Recipe) -> None:
@@ -159,6 +184,24 @@ def _refuse_another_recipe(run: Path, recipe: Recipe) -> None:
     if changed:
         raise ConfigError(
             f"{run} was trained with another recipe ({'; '.join(changed)}); restore these values or choose another out"
+        )
+
+
+def _refuse_other_content(run: Path, recipe: Recipe, config: ModelConfig) -> None:
+    """Images and autoencoder may have moved since the run began; what is in them must be the same."""
+    if not (run / "model" / CONFIG_FILE).exists():
+        return
+    before = read_config(run / "model")
+    if config.autoencoder.content_hash != before.autoencoder.content_hash:
+        raise ConfigError(
+            f"{run} was trained with another autoencoder than {recipe.autoencoder} (hash "
+            f"{before.autoencoder.content_hash[:12]}, not {config.autoencoder.content_hash[:12]}); restore it or choose "
+            "another out"
+        )
+    if config.training.data_fingerprint != before.training.data_fingerprint:
+        raise ConfigError(
+            f"{run} was trained on other images ({before.training.data}) than data.path holds now "
+            f"({config.training.data}); restore them or choose another out"
         )
 
 

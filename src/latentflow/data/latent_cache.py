@@ -138,8 +138,8 @@ def write_cache(
         ArtifactError: the folder holds something else, or cannot be written.
         DataError: no image could be read, or, with `strict`, one is broken.
     """
-    folder = make_folder(folder)
     plan = _plan(source, autoencoder, flips=flips, precision=precision, shard_size=shard_size)
+    folder = make_folder(folder)
     _claim(folder, plan)
     rank, num_processes = process
     for number in range(rank, plan.num_shards, num_processes):
@@ -271,8 +271,9 @@ def _plan(source: ImageSource, autoencoder: Autoencoder, *, flips: bool, precisi
 def _claim(folder: Path, plan: CachePlan) -> None:
     """Write the plan into an empty folder, or make sure that the plan found there is the same."""
     file = folder / "plan.json"
+    # Listed before looking for the plan: what another process writes in between must not seem strange.
+    strangers = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".plan.")]
     if not file.exists():
-        strangers = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".plan.")]
         if strangers:
             raise ArtifactError(
                 f"{folder} is not empty ({strangers[0]}, ...) and not a latent cache; choose another --out"
@@ -323,7 +324,7 @@ def _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, st
         tensors["moments_flipped"] = torch.cat([*flipped, empty]).to(dtype)
     if plan.class_names:
         tensors["labels"] = torch.tensor(labels, dtype=torch.int64)
-    if not torch.isfinite(tensors["moments"]).all():
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise DataError(
             f"moments of {names[0]} ... {names[-1]} are not finite as {plan.precision}; "
             + ("store them with --precision float32" if plan.precision == "float16" else "the autoencoder is damaged")

@@ -156,8 +156,10 @@ def check_request(model: LatentFlow, request: SampleRequest) -> None:
         )
     for label in request.labels:
         conditioning.class_index(label)
-    is_adaptive(sampling.solver)
+    if is_adaptive(sampling.solver) and not (sampling.rtol > 0 and sampling.atol > 0):
+        raise ConfigError(f"rtol {sampling.rtol} and atol {sampling.atol} must both be above 0; 1e-5 is usual")
     sampling_times(sampling.steps, sampling.shift)
+    _conditioned_velocity(model, request)
 
 
 def draw(
@@ -215,16 +217,21 @@ def initial_noise(model: LatentFlow, seeds: Sequence[int]) -> Tensor:
     return random.normal(*model.config.latent_shape, device=model.device)
 
 
-@torch.inference_mode()
-def _draw_batch(model: LatentFlow, request: SampleRequest) -> Samples:
-    began, sampling, conditioning = time.perf_counter(), request.sampling, model.config.conditioning
-    velocity = ConditionedVelocity(
+def _conditioned_velocity(model: LatentFlow, request: SampleRequest) -> ConditionedVelocity:
+    conditioning = model.config.conditioning
+    return ConditionedVelocity(
         model.velocity,
         conditioning.for_labels(request.labels, model.device),
         null=conditioning.null(len(request.seeds), model.device),
-        scale=sampling.guidance,
-        interval=sampling.guidance_interval,
+        scale=request.sampling.guidance,
+        interval=request.sampling.guidance_interval,
     )
+
+
+@torch.inference_mode()
+def _draw_batch(model: LatentFlow, request: SampleRequest) -> Samples:
+    began, sampling = time.perf_counter(), request.sampling
+    velocity = _conditioned_velocity(model, request)
     solution = integrate(
         velocity,
         initial_noise(model, request.seeds),
@@ -239,6 +246,6 @@ def _draw_batch(model: LatentFlow, request: SampleRequest) -> Samples:
         latents=solution.x.float().cpu(),
         evaluations=velocity.evaluations,
         request=request,
-        class_names=tuple(conditioning.class_names),
+        class_names=tuple(model.config.conditioning.class_names),
         seconds=time.perf_counter() - began,
     )

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from latentflow.artifacts import write_text
 from latentflow.flow.times import sum_by_time
 
 NUM_TIME_BINS = 10
@@ -154,7 +155,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 def _drop_after(file: Path, step: int) -> None:
     """Remove the lines that a resumed run will write again."""
     kept = [line for line in read_metrics(file.parent) if line["step"] <= step]
-    file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _tensorboard(run: Path, first_step: int):

@@ -117,14 +117,15 @@ def train(
 
     def save() -> None:
         if main:
+            done = {"num_images": len(images), "step": progress.step, "images_seen": progress.images_seen}
+            record = model.config.training.model_copy(update=done)
+            model.config = model.config.model_copy(update={"training": record})
+            # The model goes first: killed in between, the run repeats these steps and writes both again.
+            model.save_pretrained(run / "model", weights=ema.average)
             scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else None
             save_checkpoint(
                 run, replace(progress, loss_scale=scale), network, ema, optimizer, keep=config.keep_checkpoints
             )
-            done = {"num_images": len(images), "step": progress.step, "images_seen": progress.images_seen}
-            record = model.config.training.model_copy(update=done)
-            model.config = model.config.model_copy(update={"training": record})
-            model.save_pretrained(run / "model", weights=ema.average)
         accelerator.wait_for_everyone()
 
     log = RunLog(run, num_steps=config.steps, first_step=progress.step, enabled=main)
@@ -144,7 +145,7 @@ def train(
                     accelerator.backward(result.loss.mean())
                 losses.add(result.time, result.loss)
             norm = accelerator.clip_grad_norm_(network.parameters(), recipe.optimizer.clip_norm or float("inf"))
-            guard.watch(norm, progress.step, read)
+            guard.watch(norm, result.loss, progress.step, read)
             prepared.step()
             prepared.zero_grad()
             ema.update(network, progress.step)
@@ -153,7 +154,8 @@ def train(
 
             stopping = _all_agree_to_stop(accelerator, received, progress.step, config.log_every)
             ends = stopping or progress.step == config.steps
-            if guard.is_due(progress.step, config.log_every) or ends:
+            saves = progress.step % config.checkpoint_every == 0 or ends
+            if guard.is_due(progress.step, config.log_every) or saves:
                 guard.raise_if_bad(compare, network, images, saved_at)
             if progress.step % config.log_every == 0 or ends:
                 loss, by_time = losses.means(accelerator.reduce)
@@ -163,7 +165,7 @@ def train(
                 losses, clock = LossByTime(accelerator.device), Clock()
             log.advance(progress.step)
             with clock.paused():
-                if progress.step % config.checkpoint_every == 0 or ends:
+                if saves:
                     save()
                     saved_at = progress.step
                 if preview and main and config.preview_every and (progress.step % config.preview_every == 0 or ends):
@@ -182,20 +184,19 @@ class FiniteGuard:
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, *, scaled: bool):
         self.optimizer = optimizer
         self.every_step = device.type == "cpu"
-        self.scaled = scaled  # fp16 loss scaling meets infinite gradients in its normal course and skips them itself
+        # fp16 loss scaling meets infinite gradients in its normal course and skips them itself; a bad loss is not normal
+        self.scaled = scaled
         self.bad = torch.zeros((), device=device)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.batches: dict[int, list[Batch]] = {}
 
-    def watch(self, norm: Tensor, step: int, batches: list[Batch]) -> None:
-        """Look at the gradient norm of step `step` (the first is 0) before the optimizer does."""
-        if self.scaled:
-            return
-        is_bad = ~torch.isfinite(norm)
+    def watch(self, norm: Tensor, losses: Tensor, step: int, batches: list[Batch]) -> None:
+        """Look at step `step` (the first is 0) before the optimizer does: its gradient norm, or, scaled, its losses [B]."""
+        is_bad = ~(torch.isfinite(losses.detach()).all() if self.scaled else torch.isfinite(norm))
         self.first_bad_step = torch.where((self.bad == 0) & is_bad, step, self.first_bad_step)
         self.bad = torch.maximum(self.bad, is_bad.to(self.bad.dtype))
-        self.optimizer.found_inf = self.bad
-        self.optimizer.grad_scale = None
+        if not self.scaled:
+            self.optimizer.found_inf, self.optimizer.grad_scale = self.bad, None
         self.batches[step] = batches
 
     def is_due(self, step: int, log_every: int) -> bool:

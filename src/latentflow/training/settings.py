@@ -53,14 +53,15 @@ def differences(old: BaseModel, new: BaseModel, *, free: Sequence[str] = ()) -> 
 
 
 def _explained(error: ValidationError, schema: type[BaseModel], origin: str) -> ConfigError:
+    """The first complaint of pydantic as one line for the user."""
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"]]
+    *path, last = (str(part) for part in first["loc"])
+    shown, section = _section_at(schema, path)
+    key = ".".join([*shown, last])
     if first["type"] == "extra_forbidden":
-        return ConfigError(
-            f"{origin}: unknown key {'.'.join(where)!r}; {nearest(where[-1], _keys_beside(schema, where))}"
-        )
+        return ConfigError(f"{origin}: unknown key {key!r}; {nearest(last, section.model_fields)}")
     message = first["msg"].removeprefix("Value error, ")
-    return ConfigError(f"{origin}: {'.'.join(where)} = {first['input']!r}: {message}")
+    return ConfigError(f"{origin}: {key} = {first['input']!r}: {message}")
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -79,15 +80,21 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
 
 
-def _keys_beside(schema: type[BaseModel], where: list[str]) -> list[str]:
-    """The valid keys of the section in which `where` was not found."""
+def _section_at(schema: type[BaseModel], path: Sequence[str]) -> tuple[list[str], Any]:
+    """Follow pydantic's `path` into nested sections: the keys a user writes, and the class of the last section.
+
+    Where a section may be of several kinds, pydantic's path also names the kind, which is not a key.
+    """
+    shown: list[str] = []
     section: Any = schema
-    for part in where[:-1]:
-        if isinstance(section, type) and part in section.model_fields:
-            section = _section_types(section.model_fields[part].annotation)
-        elif not isinstance(section, type):  # a union of kinds: `part` is the kind that was chosen
-            section = next(c for c in section if c.model_fields["kind"].default == part)
-    return list(section.model_fields) if isinstance(section, type) else []
+    for part in path:
+        if isinstance(section, tuple):
+            section = next(kind for kind in section if kind.model_fields["kind"].default == part)
+        else:
+            shown.append(part)
+            field = getattr(section, "model_fields", {}).get(part)
+            section = _section_types(field.annotation) if field else section
+    return shown, section
 
 
 def _section_types(annotation: Any) -> Any:
