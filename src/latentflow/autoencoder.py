@@ -23,6 +23,9 @@ from latentflow.artifacts import read_json, sha256_tensors
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.randomness import ImageRandom
 
+BUILT_IN = {"shapes": Path(__file__).parent / "assets" / "shapes_autoencoder"}
+"""Autoencoders that come with the package, by reference; "./shapes" is a folder of that name."""
+
 _PROBE_SIDE = 64  # large enough for factor 64; encoding one such image costs milliseconds
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps alike
 
@@ -70,7 +73,7 @@ class Autoencoder:
 
     Args:
         model: an instance with diffusers' `encode` and `decode`.
-        reference: the folder or hub id it came from.
+        reference: the folder, hub id or built-in name it came from.
     """
 
     def __init__(self, model: nn.Module, reference: str):
@@ -81,14 +84,16 @@ class Autoencoder:
 
     @classmethod
     def from_pretrained(cls, reference: str | Path) -> Autoencoder:
-        """Load from a folder, a hub id `owner/name`, or `owner/name/subfolder`; safetensors only.
+        """Load a folder, a hub id `owner/name` or `owner/name/subfolder`, or a name in `BUILT_IN`; safetensors only.
 
         Raises:
             ArtifactError: nothing usable is there.
         """
         reference = str(reference)
         place, subfolder = reference, None
-        if Path(reference).is_dir():
+        if reference in BUILT_IN:
+            place = BUILT_IN[reference]
+        elif Path(reference).is_dir():
             config = Path(reference) / "config.json"
             if not config.exists() or "_class_name" not in read_json(config):
                 raise ArtifactError(
@@ -96,7 +101,8 @@ class Autoencoder:
                 )
         elif Path(reference).exists() or reference.startswith((".", "/", "~")) or reference.count("/") not in (1, 2):
             raise ArtifactError(
-                f"autoencoder {reference!r}: no such folder, and not a hub id like 'stabilityai/sd-vae-ft-mse'"
+                f"autoencoder {reference!r}: no such folder, not a hub id like 'stabilityai/sd-vae-ft-mse', "
+                f"and not built in ({', '.join(BUILT_IN)})"
             )
         elif reference.count("/") == 2:
             place, _, subfolder = reference.rpartition("/")

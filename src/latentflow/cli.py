@@ -112,6 +112,43 @@ def train(
     _say(f"{result.outcome.step} steps done; the model is {result.run / 'model'}")
 
 
+@app.command(epilog="Example: latentflow train-autoencoder photos data.path=photos out=runs/photos_autoencoder")
+def train_autoencoder(
+    recipe: Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=1000")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+) -> None:
+    """Train a first stage on one device. Repeat the command to resume exactly where it was stopped."""
+    from latentflow.training.autoencoder import load_autoencoder_recipe
+    from latentflow.training.settings import to_yaml
+
+    resolved = load_autoencoder_recipe(recipe, overrides or ())
+    if not resolved.out:
+        resolved = resolved.model_copy(update={"out": f"runs/{Path(recipe).stem}_autoencoder"})
+    resolved.require_fitting_sizes()
+    typer.echo(to_yaml(resolved))
+    if dry_run:
+        return
+    from latentflow.commands.train_autoencoder import train_first_stage
+
+    result = train_first_stage(resolved, cpu=cpu)
+    for name in result.broken:
+        _say(f"left out, cannot be read: {name}")
+    if result.report is None:
+        _say(f"stopped by a signal at step {result.outcome.step}, saved; repeat the command to go on")
+        raise typer.Exit(128 + (result.outcome.signal or 0))
+    report = result.report
+    rows = {
+        "autoencoder": str(result.run / "autoencoder"),
+        "reconstruction": f"{report.psnr:.2f} dB PSNR on {report.num_held_out} held-out images",
+        "latents": f"{report.num_channels} channels, factor {report.factor}, posterior std {report.posterior_std:.3f}",
+        "parameters": f"{report.num_parameters:,} in {report.num_bytes / 1e6:.2f} MB",
+        "pictures": str(result.run / "reconstructions.png"),
+    }
+    _report(rows, as_json=False)
+
+
 @app.command(epilog="Example: latentflow sample runs/cifar10 --num 16 --classes cat,3 --guidance 1.5 --out samples")
 def sample(
     model: Annotated[str, typer.Argument(help="A model folder, a run folder or a hub id.")],
@@ -164,12 +201,34 @@ def sample(
     _report(rows, as_json)
 
 
+@app.command(epilog="Example: latentflow demo --out demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Do everything once, offline: encode, train, draw, measure. Ends in OUT/report.html; repeat to go on after a kill."""
+    from latentflow.commands.demo import Interrupted
+    from latentflow.commands.demo import demo as run
+    from latentflow.commands.demo_page import key_figures
+
+    try:
+        figures = run(out, say=_say)
+    except Interrupted as stop:
+        _say(str(stop))
+        raise typer.Exit(128 + stop.signal) from None
+    _report({**key_figures(figures), "report": str(out / "report.html")}, as_json)
+
+
 @app.command(epilog="Example: latentflow recipes")
 def recipes(as_json: AsJson = False) -> None:
     """List the recipes that come with the package."""
+    from latentflow.training.autoencoder import AUTOENCODER_RECIPES, load_autoencoder_recipe
     from latentflow.training.config import load_recipe, recipe_names
 
-    _report({name: load_recipe(name).description for name in recipe_names()}, as_json)
+    rows = {name: load_recipe(name).description for name in recipe_names()}
+    for name in recipe_names(AUTOENCODER_RECIPES):
+        rows[f"train-autoencoder {name}"] = load_autoencoder_recipe(name).description
+    _report(rows, as_json)
 
 
 @app.command(epilog="Example: latentflow info runs/cifar10")

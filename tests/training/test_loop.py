@@ -134,10 +134,13 @@ def test_the_first_loss_is_that_of_a_zero_velocity(train, cache, kl):
     assert read_metrics(run)[0]["loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_loss_falls(train):
-    run = train("run", training={"steps": 150, "log_every": 25, "batch_size": 8}, optimizer={"learning_rate": 3e-3})
+def test_loss_falls(train, images, deterministic_folder):
+    """18 images and no posterior noise can be learned by heart."""
+    steps = {"steps": 100, "log_every": 25, "batch_size": 16}
+    optimizer = {"learning_rate": 3e-3}
+    run = train("run", data=images, autoencoder=deterministic_folder, training=steps, optimizer=optimizer)
     losses = [line["loss"] for line in read_metrics(run)]
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.2 * losses[0]  # measured: 0.09
 
 
 def test_the_same_run_twice_is_the_same(train):

@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.commands.demo_figures import DemoFigures, Recognised
-from latentflow.commands.report import Series, code, contact_sheet, figure, line_chart, page, paragraph, table, tiles
+from latentflow.commands.report import (
+    Series,
+    code,
+    contact_sheet,
+    details,
+    figure,
+    line_chart,
+    page,
+    paragraph,
+    table,
+    tiles,
+)
 from latentflow.data.synthetic import CLASS_NAMES
 from latentflow.flow.solvers import is_adaptive
 
@@ -116,11 +127,12 @@ def _training(figures: DemoFigures) -> str:
         f"Training times follow the {times.distribution.replace('_', '-')} distribution, {drawn}."
     )
     loss = [(line["images_seen"], line["loss"]) for line in curve]
-    course = line_chart([Series("training loss", loss, markers=False)], "images seen", "loss", from_zero=False)
-    moments = {"first": curve[:1], "half-way": curve[len(curve) // 2 :][:1], "last": curve[-1:]}
+    course = line_chart([Series("training loss", loss, markers=False)], "images seen", "loss")
     quarter = max(len(curve) // 4, 1)
-    moments = {"first quarter": curve[:quarter], "last quarter": curve[-quarter:]}
-    by_time = [Series(f"{name} of the training", _mean_by_time(lines)) for name, lines in moments.items()]
+    by_time = [
+        Series("first quarter of the training", _mean_by_time(curve[:quarter])),
+        Series("last quarter", _mean_by_time(curve[-quarter:])),
+    ]
     chart = line_chart(by_time, "time t: 0 is data, 1 is noise", "loss")
     return (
         paragraph(text)
@@ -205,7 +217,7 @@ def _solvers(figures: DemoFigures) -> str:
     caption = (
         "Lower is nearer to the exact solution, further left is cheaper. Dashed: solvers that choose their own steps."
     )
-    return paragraph(text) + figure(chart, caption) + f"<details><summary>All figures</summary>{cells}</details>"
+    return paragraph(text) + figure(chart, caption) + details("All figures", cells)
 
 
 def _recognition(figures: DemoFigures) -> str:

@@ -55,6 +55,7 @@ tr.strong td { font-weight: 650; }
 .legend svg { width: 30px; flex: none; }
 pre { background: var(--tint); border-radius: .6rem; padding: 1rem 1.2rem; overflow-x: auto; margin: 0 0 1.2rem;
   font: .84rem/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+summary { cursor: pointer; color: var(--accent); font-size: .92rem; margin-bottom: .6rem; }
 footer { margin-top: 3.2rem; color: var(--soft); font-size: .85rem; }
 @media (max-width: 40rem) { html { font-size: 16px; } body { padding: 1.8rem 1rem 3rem; } }
 @media print { section { break-inside: avoid; } }
@@ -119,11 +120,16 @@ def tiles(figures: Sequence[tuple[str, str]]) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, strong: Collection[int] = ()) -> str:
     """A table; the first column is text, the others are numbers. The rows numbered in `strong` stand out."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = [
-        f"<tr{' class="strong"' if number in strong else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
-        for number, row in enumerate(rows)
-    ]
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    body = ""
+    for number, row in enumerate(rows):
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        body += f'<tr class="strong">{cells}</tr>' if number in strong else f"<tr>{cells}</tr>"
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def details(summary: str, html: str) -> str:
+    """Something to unfold."""
+    return f"<details><summary>{escape(summary)}</summary>{html}</details>"
 
 
 def figure(html: str, caption: str) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 import latentflow
 from latentflow.artifacts import make_folder, write_json, write_text
-from latentflow.autoencoder import Autoencoder, LatentNormalisation, to_unit_range
+from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation, to_unit_range
 from latentflow.commands.grid import save_grid
 from latentflow.conditioning import Conditioning
 from latentflow.data.batches import TrainingImages, epoch_order
@@ -30,10 +31,10 @@ from latentflow.latent_flow import (
 )
 from latentflow.randomness import derive_seed
 from latentflow.sampling.pipeline import SampleRequest, check_request, draw, join_samples
-from latentflow.training.config import MAY_CHANGE_ON_RESUME, Recipe, load_recipe
+from latentflow.training.config import MAY_CHANGE_ON_RESUME, Recipe
 from latentflow.training.loop import Outcome, make_accelerator
 from latentflow.training.loop import train as run_loop
-from latentflow.training.settings import differences, to_yaml
+from latentflow.training.settings import differences, load_settings, to_yaml
 
 _STATISTICS_IMAGES = 2048  # enough for per-channel means and deviations to three digits
 _PREVIEWS_PER_CLASS, _MOST_PREVIEWS = 4, 40
@@ -66,7 +67,7 @@ def train(recipe: Recipe, *, cpu: bool = False) -> TrainResult:
     if not recipe.out:
         raise ConfigError("out is not set; add out=runs/NAME")
     run = Path(recipe.out)
-    _refuse_another_recipe(run, recipe)
+    refuse_another_recipe(run, recipe, free=MAY_CHANGE_ON_RESUME)
     accelerator = make_accelerator(recipe.training, cpu=cpu)
     source = open_source(recipe)
     autoencoder = Autoencoder.from_pretrained(recipe.autoencoder).to(accelerator.device)
@@ -85,7 +86,7 @@ def train(recipe: Recipe, *, cpu: bool = False) -> TrainResult:
     if accelerator.is_main_process:
         make_folder(run)
         write_text(run / "recipe.yaml", to_yaml(recipe))
-        write_json(run / "environment.json", _environment(accelerator.device, accelerator.num_processes))
+        write_json(run / "environment.json", environment(accelerator.device, accelerator.num_processes))
 
     def preview(model: LatentFlow, weights: Mapping[str, Tensor], step: int) -> None:
         save_preview(model, weights, run / "samples" / f"step-{step:08d}.png")
@@ -134,7 +135,7 @@ def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages
             f"network.patch_size = {patch} does not divide latents of {side} x {side}; choose another patch size, or a "
             f"data.image_size that is a multiple of {autoencoder.factor * patch}"
         )
-    embedded = Path(autoencoder.reference).is_dir()
+    embedded = autoencoder.reference in BUILT_IN or Path(autoencoder.reference).is_dir()
     config = ModelConfig(
         image_size=recipe.data.image_size,
         network=recipe.network,
@@ -175,12 +176,16 @@ def _preview_request(model: LatentFlow) -> SampleRequest:
     return SampleRequest(seeds=list(range(num_images)), labels=labels, sampling=model.config.sampling)
 
 
-def _refuse_another_recipe(run: Path, recipe: Recipe) -> None:
-    """A run folder belongs to one recipe; what does not alter the computation may change."""
+def refuse_another_recipe(run: Path, recipe: BaseModel, *, free: Sequence[str]) -> None:
+    """A run folder belongs to one recipe; the keys in `free`, which do not alter the computation, may change.
+
+    Raises:
+        ConfigError: the run folder holds another recipe.
+    """
     file = run / "recipe.yaml"
     if not file.exists():
         return
-    changed = differences(load_recipe(file), recipe, free=MAY_CHANGE_ON_RESUME)
+    changed = differences(load_settings(type(recipe), file), recipe, free=free)
     if changed:
         raise ConfigError(
             f"{run} was trained with another recipe ({'; '.join(changed)}); restore these values or choose another out"
@@ -194,9 +199,8 @@ def _refuse_other_content(run: Path, recipe: Recipe, config: ModelConfig) -> Non
     before = read_config(run / "model")
     if config.autoencoder.content_hash != before.autoencoder.content_hash:
         raise ConfigError(
-            f"{run} was trained with another autoencoder than {recipe.autoencoder} (hash "
-            f"{before.autoencoder.content_hash[:12]}, not {config.autoencoder.content_hash[:12]}); restore it or choose "
-            "another out"
+            f"{run} was trained with an autoencoder of hash {before.autoencoder.content_hash[:12]}, but "
+            f"{recipe.autoencoder} has {config.autoencoder.content_hash[:12]}; restore that one or choose another out"
         )
     if config.training.data_fingerprint != before.training.data_fingerprint:
         raise ConfigError(
@@ -218,7 +222,8 @@ def _per_channel(autoencoder: Autoencoder, images: TrainingImages) -> LatentNorm
     return LatentNormalisation(shift=mean, scale=[1.0 / s for s in std])
 
 
-def _environment(device: torch.device, num_processes: int) -> dict[str, object]:
+def environment(device: torch.device, num_processes: int) -> dict[str, object]:
+    """What a run ran on, for environment.json."""
     return {
         "latentflow": latentflow.__version__,
         "python": platform.python_version(),

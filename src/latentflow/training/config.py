@@ -106,9 +106,24 @@ MAY_CHANGE_ON_RESUME = (
 """Keys that do not alter what is computed (the data and autoencoder themselves are compared by content)."""
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
+def recipe_names(folder: Path = RECIPES) -> list[str]:
+    """Names of the recipes that come with the package, by default those of `latentflow train`."""
+    return sorted(file.stem for file in folder.glob("*.yaml"))
+
+
+def find_recipe(name_or_file: str | Path, folder: Path = RECIPES) -> Path:
+    """The YAML file of a recipe in `folder`, given by name, or of one's own.
+
+    Raises:
+        ConfigError: no such recipe; the nearest name is given.
+    """
+    names = recipe_names(folder)
+    if str(name_or_file) in names:
+        return folder / f"{name_or_file}.yaml"
+    if not Path(name_or_file).is_file():
+        hint = nearest(name_or_file, names)
+        raise ConfigError(f"no recipe {str(name_or_file)!r}, neither by that name nor as a file; {hint}")
+    return Path(name_or_file)
 
 
 def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -117,10 +132,4 @@ def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Reci
     Raises:
         ConfigError: no such recipe; a key or value that does not exist or fit (the nearest key is named).
     """
-    file = Path(name_or_file)
-    if str(name_or_file) in recipe_names():
-        file = RECIPES / f"{name_or_file}.yaml"
-    elif not file.is_file():
-        hint = nearest(name_or_file, recipe_names())
-        raise ConfigError(f"no recipe {str(name_or_file)!r}, neither by that name nor as a file; {hint}")
-    return load_settings(Recipe, file, overrides)
+    return load_settings(Recipe, find_recipe(name_or_file), overrides)

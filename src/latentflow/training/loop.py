@@ -18,14 +18,15 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from latentflow.data.batches import Batch, StreamPositions, TrainingImages, stream_batches
-from latentflow.errors import ConfigError, NonFiniteError
+from latentflow.errors import ConfigError
 from latentflow.latent_flow import LatentFlow
 from latentflow.training.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from latentflow.training.config import Recipe, TrainingConfig
 from latentflow.training.ema import EMA
+from latentflow.training.guard import FiniteGuard
 from latentflow.training.log import Clock, LossByTime, RunLog
 from latentflow.training.optim import build_optimizer
-from latentflow.training.step import StepResult, training_step
+from latentflow.training.step import training_step
 
 Preview = Callable[[LatentFlow, Mapping[str, Tensor], int], None]
 """Called with (model, EMA weights, step) on the main process to draw a grid."""
@@ -52,25 +53,20 @@ def make_accelerator(config: TrainingConfig, *, cpu: bool = False) -> Accelerato
     Raises:
         ConfigError: sharded training is asked for, or the batch cannot be shared out evenly.
     """
-    precision = {"fp32": "no", "auto": "bf16" if _gains_from_bf16(cpu) else "no"}.get(
-        config.precision, config.precision
-    )
-    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+    precision = ("bf16" if _gains_from_bf16(cpu) else "fp32") if config.precision == "auto" else config.precision
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
             f"{accelerator.distributed_type.value} shards the weights, which checkpoints here cannot hold; use DDP"
         )
-    num_processes, micro = accelerator.num_processes, config.micro_batch_size
-    if config.batch_size % ((micro or 1) * num_processes):
+    micro_batch_size = config.micro_batch_size or max(config.batch_size // accelerator.num_processes, 1)
+    together = micro_batch_size * accelerator.num_processes
+    if config.batch_size % together:
         raise ConfigError(
-            f"training.batch_size = {config.batch_size} cannot be shared by {num_processes} processes"
-            + (
-                f" in micro-batches of {micro}; use a multiple of {micro * num_processes}"
-                if micro
-                else "; use a multiple of it"
-            )
+            f"training.batch_size = {config.batch_size} cannot be shared by {accelerator.num_processes} processes in "
+            f"micro-batches of {micro_batch_size}; use a multiple of {together}"
         )
-    accelerator.gradient_accumulation_steps = config.batch_size // num_processes // micro if micro else 1
+    accelerator.gradient_accumulation_steps = config.batch_size // together
     return accelerator
 
 
@@ -133,7 +129,7 @@ def train(
         log.say(f"resuming from step {progress.step} ({progress.images_seen:,} images seen)")
     guard = FiniteGuard(optimizer, accelerator.device, scaled=accelerator.scaler is not None)
     losses, clock, saved_at, stopping = LossByTime(accelerator.device), Clock(), progress.step, False
-    with log, _signals() as received:
+    with log, collected_signals() as received:
         while progress.step < config.steps and not stopping:
             rate = recipe.optimizer.rate(progress.step, config.steps)
             for group in optimizer.param_groups:
@@ -168,70 +164,10 @@ def train(
                 if saves:
                     save()
                     saved_at = progress.step
-                if preview and main and config.preview_every and (progress.step % config.preview_every == 0 or ends):
+                last = progress.step == config.steps
+                if preview and main and config.preview_every and (progress.step % config.preview_every == 0 or last):
                     preview(model, ema.average, progress.step)
     return Outcome(progress.step, finished=progress.step >= config.steps, signal=received[0] if received else None)
-
-
-class FiniteGuard:
-    """Stops the update before a gradient that is not finite can reach the weights.
-
-    The check costs no synchronisation with the device: the fused optimizer itself skips its update while
-    `found_inf` is set, and the flag stays set from the first bad step on. It is read when the log is
-    written; then the bad step is computed again to say where it went wrong.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, *, scaled: bool):
-        self.optimizer = optimizer
-        self.every_step = device.type == "cpu"
-        # fp16 loss scaling meets infinite gradients in its normal course and skips them itself; a bad loss is not normal
-        self.scaled = scaled
-        self.bad = torch.zeros((), device=device)
-        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self.batches: dict[int, list[Batch]] = {}
-
-    def watch(self, norm: Tensor, losses: Tensor, step: int, batches: list[Batch]) -> None:
-        """Look at step `step` (the first is 0) before the optimizer does: its gradient norm, or, scaled, its losses [B]."""
-        is_bad = ~(torch.isfinite(losses.detach()).all() if self.scaled else torch.isfinite(norm))
-        self.first_bad_step = torch.where((self.bad == 0) & is_bad, step, self.first_bad_step)
-        self.bad = torch.maximum(self.bad, is_bad.to(self.bad.dtype))
-        if not self.scaled:
-            self.optimizer.found_inf, self.optimizer.grad_scale = self.bad, None
-        self.batches[step] = batches
-
-    def is_due(self, step: int, log_every: int) -> bool:
-        """Whether the flag is to be read now: with the log, or at once where reading costs nothing."""
-        return self.every_step or step % log_every == 0
-
-    def raise_if_bad(
-        self, compare: Callable[..., StepResult], network: nn.Module, images: TrainingImages, saved_at: int
-    ) -> None:
-        """Read the flag.
-
-        Raises:
-            NonFiniteError: it is set; the message names the step and the images or the parameter.
-        """
-        bad_step = int(self.first_bad_step)
-        if bad_step < 0:
-            self.batches.clear()
-            return
-        where = "in the gradient"
-        network.zero_grad()
-        for batch in self.batches[bad_step]:
-            result = compare(network, batch)
-            broken = ~torch.isfinite(result.loss.detach()).cpu()
-            if broken.any():
-                names = images.names_at(batch.positions[broken].tolist())
-                where = f"in the loss of {len(names)} of {len(broken)} images, for example {names[0]}"
-                break
-            result.loss.mean().backward()
-        else:
-            bad = [n for n, p in network.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-            where = f"in the gradient of {bad[0]} and {len(bad) - 1} other parameters" if bad else where
-        raise NonFiniteError(
-            f"step {bad_step + 1}: a number that is not finite appeared {where}. The step was not taken; the "
-            f"newest checkpoint is step {saved_at}. Look at the images, lower optimizer.learning_rate or set optimizer.clip_norm"
-        )
 
 
 def _open_stream(
@@ -247,7 +183,7 @@ def _open_stream(
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def collected_signals() -> Iterator[list[int]]:
     """Collect the first SIGTERM or SIGINT, so that the step at hand is finished and saved; the second one kills."""
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -1,0 +1,261 @@
+"""The share of a training step and of a sampling step that is not the network itself.
+
+The real training loop runs here, and before each of its steps the bare network goes forward and backward on the same
+shapes; the real solver runs with guidance, and before each of its steps the bare network is called as often. So what
+is compared lies seconds apart. Two figures come out:
+
+    by difference    1 - bare network / whole step, the median over the steps; as noisy as the machine
+    by part          what was spent outside the network's calls, each part timed on its own; steadier, and it says where
+
+Keys of the recipe may be changed: overhead.py training.batch_size=8 'network={name: DiT-B/4}'
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import measuring
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from measuring import REST, Enough, Lap, Stopwatch, by_clock, median_and_quartiles, seconds
+
+from latentflow.commands.train import build_model
+from latentflow.conditioning import Conditioning
+from latentflow.data.batches import Batch, TrainingImages
+from latentflow.data.images import open_images
+from latentflow.data.latent_cache import LatentCache, write_cache
+from latentflow.flow.guidance import ConditionedVelocity
+from latentflow.flow.solvers import SOLVERS, integrate
+from latentflow.flow.times import TrainingTimes, sampling_times
+from latentflow.latent_flow import LatentFlow
+from latentflow.randomness import ImageRandom
+from latentflow.sampling.pipeline import initial_noise
+from latentflow.shapes import Condition
+from latentflow.training import step as step_module
+from latentflow.training.config import Recipe, load_recipe
+from latentflow.training.ema import EMA
+from latentflow.training.log import LossByTime, RunLog
+from latentflow.training.loop import FiniteGuard, make_accelerator, train
+
+NETWORK, BARE, PAUSE = "network", "bare network", "pause"
+OPTIMIZER_PARTS = ("optimizer", "gradient clipping", "EMA")
+NUM_IMAGES = 64
+GUIDANCE = 2.0
+
+
+class Hooked(TrainingImages):
+    """Images that call `before_step` whenever the loop asks for its next batch."""
+
+    before_step: Callable[[], None]
+    stopwatch: Stopwatch
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        self.before_step()
+        return self.stopwatch.timed("reading", super().__getitems__)(positions)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print and write; returns what was written."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
+    parser.add_argument("--rounds", type=int, help="training steps measured, and half as many sampling steps")
+    parser.add_argument("--solver", choices=("euler", "heun", "rk4"), default="heun")
+    parser.add_argument("--results", default=measuring.RESULTS, help="folder of the JSON file")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="of the recipe")
+    options = parser.parse_args(arguments)
+    measuring.setup(options.device, options.threads)
+    rounds = options.rounds or {"cpu": 8, "cuda": 200}[options.device]
+    recipe = load_recipe(
+        "own_images_256",
+        [
+            "network={name: DiT-S/2}",
+            "training.batch_size=16",
+            "training.precision=fp32",
+            f"training.log_every={min(50, rounds)}",
+            "training.checkpoint_every=1000000",
+            "training.preview_every=0",
+            *options.changes,
+        ],
+    )
+    device = torch.device(options.device)
+    with tempfile.TemporaryDirectory() as folder:
+        images, model = prepare(recipe, Path(folder))
+        training = training_laps(recipe, images, model, Path(folder) / "run", device, rounds)
+    sampling = sampling_laps(recipe, model, device, options.solver, max(rounds // 2, 2))
+    size, batch_size = "x".join(map(str, model.config.latent_shape)), recipe.training.batch_size
+    results = {
+        "network": recipe.network.model_dump(mode="json"),
+        "setting": f"{recipe.network.name or 'DiT'}, latents {size}, batch {batch_size}, {recipe.training.precision}",
+        "sampling_setting": f"{options.solver}, guidance {GUIDANCE:g}, decoder left out",
+        "training": summary(training, OPTIMIZER_PARTS),
+        "sampling": summary(sampling),
+    }
+    print(f"{results['setting']}, {options.device}, {torch.get_num_threads()} threads")
+    print_table("training step", results["training"])
+    print_table(f"sampling step ({results['sampling_setting']})", results["sampling"])
+    measuring.write_results("overhead", device, results, options.results)
+    return results
+
+
+def prepare(recipe: Recipe, folder: Path) -> tuple[Hooked, LatentFlow]:
+    """A cache with the latent shape of Stable Diffusion's autoencoder, and a model on it."""
+    autoencoder = measuring.variational((8, 8, 8, 8), layers_per_block=1, name="a small stand-in")
+    source = open_images(f"synthetic:{NUM_IMAGES}", recipe.data.image_size)
+    write_cache(source, autoencoder, folder / "cache", flips=True)
+    images = Hooked(LatentCache(folder / "cache"), seed=0, flip=recipe.data.flip)
+    return images, build_model(recipe, autoencoder, images)
+
+
+def training_laps(
+    recipe: Recipe, images: Hooked, model: LatentFlow, run: Path, device: torch.device, rounds: int
+) -> list[Lap]:
+    """The parts of each step of the real loop, with a bare forward and backward pass before it."""
+    accelerator = make_accelerator(recipe.training, cpu=device.type == "cpu")
+    batch_size, num_classes = recipe.training.batch_size, model.config.conditioning.num_classes
+    copied = copy.deepcopy(model.network).to(device).train().requires_grad_()
+    network = torch.compile(copied) if recipe.training.compile else copied
+    latents = torch.randn(batch_size, *model.config.latent_shape, device=device)
+    times = torch.rand(batch_size, device=device)
+    condition = Condition(torch.randint(num_classes, (batch_size,), device=device))
+    stopwatch, laps = Stopwatch(device), []
+    warm_up = warm_up_rounds(device)
+
+    def before_step() -> None:
+        laps.append(stopwatch.lap())
+        if len(laps) > warm_up + rounds:
+            raise Enough
+        with stopwatch.part(BARE):
+            with accelerator.autocast():
+                velocity = network(latents, times, condition)
+            velocity.backward(torch.ones_like(velocity))
+        with stopwatch.part(PAUSE):
+            copied.zero_grad()
+        stopwatch.fine = times_parts(device, len(laps))
+
+    images.before_step, images.stopwatch = before_step, stopwatch
+    with ExitStack() as patches:
+        for owner, name, part in (
+            (model.network, "forward", NETWORK),
+            (accelerator, "backward", NETWORK),
+            (accelerator, "clip_grad_norm_", "gradient clipping"),
+            (AcceleratedOptimizer, "step", "optimizer"),
+            (AcceleratedOptimizer, "zero_grad", "optimizer"),
+            (EMA, "update", "EMA"),
+            (ImageRandom, "at", "randomness"),
+            (ImageRandom, "normal", "randomness"),
+            (ImageRandom, "uniform", "randomness"),
+            (TrainingTimes, "draw", "randomness"),
+            (LatentFlow, "latents", "latents and condition"),
+            (Conditioning, "for_training", "latents and condition"),
+            (step_module, "flow_matching_loss", "mixing and loss"),
+            (FiniteGuard, "watch", "finite guard"),
+            (FiniteGuard, "raise_if_bad", "finite guard"),
+            (LossByTime, "add", "log"),
+            (LossByTime, "means", "log"),
+            (RunLog, "metrics", "log"),
+            (RunLog, "advance", "log"),
+        ):
+            patches.enter_context(patch.object(owner, name, stopwatch.timed(part, getattr(owner, name))))
+        try:
+            train(recipe, model, images, run, accelerator)
+        except Enough:
+            return laps[1 + warm_up :]
+    raise AssertionError("the recipe has fewer steps than are measured")
+
+
+@torch.inference_mode()
+def sampling_laps(recipe: Recipe, model: LatentFlow, device: torch.device, solver: str, rounds: int) -> list[Lap]:
+    """The parts of each step of the real solver, with the bare network's calls before it."""
+    network = model.to(device).network.eval()
+    batch_size, conditioning = recipe.training.batch_size, model.config.conditioning
+    labels = [i % conditioning.num_classes for i in range(batch_size)]
+    condition, null = conditioning.for_labels(labels, device), conditioning.null(batch_size, device)
+    noise = initial_noise(model, range(batch_size))
+    stopwatch, laps = Stopwatch(device), []
+    warm_up = warm_up_rounds(device)
+    doubled = (torch.cat([noise, noise]), torch.rand(2 * batch_size, device=device), condition.concatenate(null))
+
+    def before_step() -> None:
+        laps.append(stopwatch.lap())
+        with stopwatch.part(BARE):
+            for _ in SOLVERS[solver].nodes:
+                network(*doubled)
+        stopwatch.fine = times_parts(device, len(laps))
+
+    velocity = ConditionedVelocity(stopwatch.timed(NETWORK, model.velocity), condition, null, GUIDANCE)
+    before_step()
+    integrate(
+        stopwatch.timed("guidance", velocity),
+        noise,
+        sampling_times(warm_up + rounds),
+        solver=solver,
+        callback=lambda step, time, x: before_step(),
+    )
+    return laps[1 + warm_up :]
+
+
+def warm_up_rounds(device: torch.device) -> int:
+    """Steps that are not counted: in the first, buffers are allocated and kernels chosen."""
+    return 10 if device.type == "cuda" else 1
+
+
+def times_parts(device: torch.device, number: int) -> bool:
+    """Whether step `number` is timed by part: on an accelerator, which then has to wait, only every second one."""
+    return device.type == "cpu" or number % 2 == 0
+
+
+def summary(laps: list[Lap], optimizer_parts: Sequence[str] = ()) -> dict[str, Any]:
+    """The shares of a step: by difference from the undisturbed steps, by part from those that were timed by part."""
+    fine = [lap for lap in laps if NETWORK in lap]
+    undisturbed = [lap for lap in laps if NETWORK not in lap] or fine
+    parts = sorted({part for lap in fine for part in lap} - {BARE, PAUSE, NETWORK, REST})
+    inside = (NETWORK, *parts, REST)
+    whole, bare = seconds(undisturbed, *inside), seconds(undisturbed, BARE)
+    total = seconds(fine, *inside).sum(0)
+    share = {part: seconds(fine, part).sum(0) / total for part in (*parts, REST)}
+    others = [part for part in share if part not in optimizer_parts]
+    return {
+        "num_steps": len(undisturbed),
+        "seconds_per_step": median_and_quartiles(whole)["median"],
+        "seconds_of_bare_network": median_and_quartiles(bare)["median"],
+        "not_network_by_difference": median_and_quartiles(1 - bare / whole),
+        "not_network_by_part": by_clock(sum(share.values())),
+        "optimizer_clipping_ema": by_clock(sum((share[part] for part in optimizer_parts), 0 * total)),
+        "everything_but_these": by_clock(sum(share[part] for part in others)),
+        "milliseconds_of_part": {part: by_clock(1e3 * seconds(fine, part).mean(0)) for part in share},
+        "share_of_part": {part: by_clock(value) for part, value in share.items()},
+    }
+
+
+def print_table(title: str, figures: dict[str, Any]) -> None:
+    """A short table: one column per clock."""
+
+    def row(name: str, values: dict[str, float], form: str) -> None:
+        print(f"  {name:<42}" + "".join(f"{form.format(values[clock]):>12}" for clock in measuring.CLOCKS))
+
+    print(f"\n{title}, {figures['num_steps']} steps")
+    row("", dict(zip(measuring.CLOCKS, ("wall", "CPU time"), strict=True)), "{}")
+    row("whole step", figures["seconds_per_step"], "{:.4g} s")
+    row("bare network", figures["seconds_of_bare_network"], "{:.4g} s")
+    difference = figures["not_network_by_difference"]
+    row("not the network, by difference", difference["median"], "{:.2%}")
+    row("    middle half of the steps, from", difference["low"], "{:.2%}")
+    row("    to", difference["high"], "{:.2%}")
+    row("not the network, by part", figures["not_network_by_part"], "{:.2%}")
+    if any(figures["optimizer_clipping_ema"].values()):
+        row("    optimizer, clipping and EMA", figures["optimizer_clipping_ema"], "{:.2%}")
+        row("    everything else", figures["everything_but_these"], "{:.2%}")
+    for part, values in figures["milliseconds_of_part"].items():
+        row(part, values, "{:.2f} ms")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""Training a first stage of one's own: a small variational autoencoder of diffusers' class AutoencoderKL.
+
+With x the pixels, q(z|x) = N(mean, variance) the encoder's posterior, z drawn from it and x' the decoded z,
+
+    loss = |x' - x| + edge_weight * |grad x' - grad x| + kl_weight * KL(q(z|x) || N(0, 1))
+
+each term a mean over its elements. There is no perceptual and no adversarial loss: for small first stages of simple
+images, trained in minutes.
+
+One device, CPU or GPU, and plain torch: accelerate stays with the loop of the flow. Like there, data order and noise
+follow from (seed, images seen), so that a resumed run equals an uninterrupted one.
+
+Legend: B images, S side of the training crops, C latent channels, h = w = S / factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from latentflow.autoencoder import sample_latents, to_unit_range
+from latentflow.data.batches import Batch, StreamPositions, TrainingImages, stream_batches
+from latentflow.errors import ConfigError
+from latentflow.randomness import ImageRandom, derive_seed
+from latentflow.shapes import image_mean
+from latentflow.training.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
+from latentflow.training.config import RECIPES, find_recipe
+from latentflow.training.ema import EMA
+from latentflow.training.log import Clock, RunLog
+from latentflow.training.loop import FiniteGuard, Outcome, collected_signals
+from latentflow.training.optim import OptimizerConfig, build_optimizer
+from latentflow.training.settings import load_settings
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+AUTOENCODER_RECIPES = RECIPES / "autoencoders"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AutoencoderData(_Section):
+    """Where the images come from."""
+
+    path: str = Field("", description="A folder or zip of images, or 'synthetic:COUNT'.")
+    image_size: int = Field(64, ge=1, description="Side of the square images in pixels.")
+    crop: int | None = Field(
+        None,
+        ge=1,
+        description="Side of the random crops that are trained on; null: whole images. Small crops learn faster.",
+    )
+    flip: bool = Field(True, description="Mirror images at random.")
+    held_out: float = Field(
+        0.02, gt=0, lt=1, description="Share of the images, at most 256, that is only used to measure reconstruction."
+    )
+    num_workers: int = Field(0, ge=0, description="Processes that read images.")
+
+
+class AutoencoderNetwork(_Section):
+    """Convolutions and residual blocks, one level per entry of `channels`, half the side of the one before."""
+
+    channels: list[int] = Field([16, 32, 64], min_length=1, description="Width of each level, from the pixels inwards.")
+    latent_channels: int = Field(4, ge=1, description="Channels C of the latents.")
+    layers_per_block: int = Field(1, ge=1, description="Residual blocks per level; the decoder has one more.")
+    norm_groups: int = Field(4, ge=1, description="Groups of every group normalisation; must divide each width.")
+    attention: bool = Field(False, description="Self-attention at the lowest resolution; costly on a CPU.")
+
+    @property
+    def factor(self) -> int:
+        """Image side divided by latent side: every level but the first halves it."""
+        return 2 ** (len(self.channels) - 1)
+
+    @model_validator(mode="after")
+    def _groups_divide_widths(self) -> AutoencoderNetwork:
+        for width in self.channels:
+            if width < 1 or width % self.norm_groups:
+                raise ValueError(f"norm_groups = {self.norm_groups} does not divide the width {width} in channels")
+        return self
+
+
+class AutoencoderLoss(_Section):
+    """Weights of the terms beside the absolute error, whose weight is 1."""
+
+    edge_weight: float = Field(
+        0.5, ge=0, description="Of the absolute error of differences between neighbouring pixels."
+    )
+    kl_weight: float = Field(
+        1e-4,
+        ge=0,
+        description="Of the divergence from N(0, 1) per latent value; larger: smoother latents, less detail.",
+    )
+
+
+class AutoencoderTraining(_Section):
+    """How long, how fast, and how carefully."""
+
+    steps: int = Field(20_000, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(16, ge=1, description="Images per optimizer step.")
+    seed: int = Field(0, description="Of weights, data order, crops and noise.")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA that has it, else fp32.")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="Of the moving average that is saved; 0: no averaging.")
+    log_every: int = Field(50, ge=1, description="Steps between lines of metrics.jsonl.")
+    checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, description="How many of the newest checkpoints stay.")
+
+
+class AutoencoderRecipe(_Section):
+    """Everything `latentflow train-autoencoder` needs to know."""
+
+    description: str = Field("", description="One line, shown by `latentflow recipes`.")
+    out: str = Field("", description="The run folder; empty: runs/NAME_autoencoder, with the NAME of the recipe.")
+    data: AutoencoderData = AutoencoderData()
+    network: AutoencoderNetwork = AutoencoderNetwork()
+    loss: AutoencoderLoss = AutoencoderLoss()
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=1e-3, betas=(0.9, 0.99), warmup_steps=100, schedule="cosine"
+    )
+    training: AutoencoderTraining = AutoencoderTraining()
+    save_dtype: Literal["float32", "float16"] = Field("float32", description="Of the weights in the finished folder.")
+
+    def require_fitting_sizes(self) -> None:
+        """Check the sizes of images and crops against the reduction factor.
+
+        Raises:
+            ConfigError: a size is not a multiple of it, or the crop is larger than the image.
+        """
+        size, crop, factor = self.data.image_size, self.data.crop, self.network.factor
+        for key, value in (("image_size", size), ("crop", crop or size)):
+            if value % factor:
+                above = (value // factor + 1) * factor
+                raise ConfigError(
+                    f"data.{key} = {value} is not a multiple of {factor}, the reduction factor of "
+                    f"{len(self.network.channels)} levels; use {max(above - factor, factor)} or {above}"
+                )
+        if crop and crop > size:
+            raise ConfigError(f"data.crop = {crop} is larger than data.image_size = {size}; use null for whole images")
+
+
+MAY_CHANGE_ON_RESUME = (
+    "description",
+    "out",
+    "data.path",
+    "data.num_workers",
+    "training.log_every",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "save_dtype",
+)
+"""Keys that do not alter what is learned."""
+
+
+def load_autoencoder_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> AutoencoderRecipe:
+    """A named recipe or a YAML file, with `key=value` overrides applied.
+
+    Raises:
+        ConfigError: no such recipe; a key or value that does not exist or fit (the nearest key is named).
+    """
+    return load_settings(AutoencoderRecipe, find_recipe(name_or_file, AUTOENCODER_RECIPES), overrides)
+
+
+def build_autoencoder(config: AutoencoderNetwork, image_size: int, seed: int) -> AutoencoderKL:
+    """A fresh AutoencoderKL in training mode, its weights drawn from `seed`."""
+    from diffusers import AutoencoderKL  # slow to import
+
+    num_levels = len(config.channels)
+    torch.manual_seed(derive_seed(seed, "weights"))
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * num_levels,
+        up_block_types=("UpDecoderBlock2D",) * num_levels,
+        block_out_channels=tuple(config.channels),
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_groups,
+        mid_block_add_attention=config.attention,
+        sample_size=image_size,
+        scaling_factor=1.0,
+        force_upcast=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).train()
+
+
+@dataclass(frozen=True)
+class AutoencoderStep:
+    """The loss of each image of one batch and what it is made of, all [B] float32.
+
+    Attributes:
+        loss: the weighted sum, with its graph.
+        reconstruction: mean absolute error of the pixels, which lie in [-1, 1].
+        edges: mean absolute error of differences between neighbouring pixels.
+        kl: divergence of the posterior from N(0, 1) in nats per latent value.
+        posterior_std: mean standard deviation of the posterior.
+    """
+
+    loss: Tensor
+    reconstruction: Tensor
+    edges: Tensor
+    kl: Tensor
+    posterior_std: Tensor
+
+
+def autoencoder_step(network: AutoencoderKL, batch: Batch, *, recipe: AutoencoderRecipe, bf16: bool) -> AutoencoderStep:
+    """Encode, draw from the posterior, decode, compare."""
+    seed, device = recipe.training.seed, next(network.parameters()).device
+    pixels = to_unit_range(_random_crops(batch, recipe.data.crop, seed).to(device, non_blocking=True))
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        moments = network.encode(pixels).latent_dist.parameters.float()
+        latents = sample_latents(
+            moments, recipe.network.latent_channels, ImageRandom.at(seed, "posterior", batch.positions)
+        )
+        decoded = network.decode(latents).sample.float()
+    reconstruction = image_mean((decoded - pixels).abs())
+    edges = sum(image_mean((ours - theirs).abs()) for ours, theirs in zip(_edges(decoded), _edges(pixels), strict=True))
+    mean, log_variance = moments.chunk(2, dim=1)
+    kl = image_mean(0.5 * (mean**2 + log_variance.exp() - 1 - log_variance))  # KL(N(mean, variance) || N(0, 1))
+    loss = reconstruction + recipe.loss.edge_weight * edges + recipe.loss.kl_weight * kl
+    return AutoencoderStep(loss, reconstruction, edges, kl, image_mean((0.5 * log_variance).exp()))
+
+
+def train_autoencoder(
+    recipe: AutoencoderRecipe,
+    network: AutoencoderKL,
+    images: TrainingImages,
+    run: Path,
+    device: torch.device | str,
+) -> Outcome:
+    """Train `network` until the recipe's last step, or until SIGTERM or Ctrl-C; it ends with its average weights.
+
+    The newest complete checkpoint in `run` is continued exactly: on the CPU the weights equal those of an
+    uninterrupted run bit for bit.
+
+    Raises:
+        NonFiniteError: a gradient was not finite; the checkpoints are from before that step.
+    """
+    config, device = recipe.training, torch.device(device)
+    network.to(device)
+    ema, optimizer = EMA(network, config.ema_decay), build_optimizer(network.parameters(), recipe.optimizer)
+    newest = newest_checkpoint(run)
+    progress = load_checkpoint(newest, network, ema, optimizer) if newest else Progress()
+    positions = StreamPositions(progress.images_seen, config.batch_size, config.batch_size, rank=0, num_processes=1)
+    batches = stream_batches(images, positions, num_workers=recipe.data.num_workers, pin_memory=device.type == "cuda")
+    bf16 = config.precision == "bf16" or (
+        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    compare = partial(autoencoder_step, recipe=recipe, bf16=bf16)
+    guard = FiniteGuard(optimizer, device, scaled=False)
+    log = RunLog(run, num_steps=config.steps, first_step=progress.step, enabled=True)
+    if newest:
+        log.say(f"resuming from step {progress.step} ({progress.images_seen:,} images seen)")
+    means, clock, saved_at, ends = _Means(device), Clock(), progress.step, False
+    with log, collected_signals() as received:
+        while progress.step < config.steps and not ends:
+            rate = recipe.optimizer.rate(progress.step, config.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batch = next(batches)
+            result = compare(network, batch)
+            result.loss.mean().backward()
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.optimizer.clip_norm or float("inf"))
+            guard.watch(norm, progress.step, [batch])
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update(network, progress.step)
+            means.add(result)
+            progress = replace(progress, step=progress.step + 1, images_seen=progress.images_seen + config.batch_size)
+            clock.count(config.batch_size)
+
+            ends = bool(received) or progress.step == config.steps
+            saves = ends or progress.step % config.checkpoint_every == 0
+            if saves or guard.is_due(progress.step, config.log_every):
+                guard.raise_if_bad(compare, network, images, saved_at)
+            if ends or progress.step % config.log_every == 0:
+                numbers = {"images_seen": progress.images_seen, **means.read(), "grad_norm": float(norm)}
+                speed = {"learning_rate": rate, "images_per_second": clock.rate()}
+                log.metrics(progress.step, {**numbers, **speed})
+                means, clock = _Means(device), Clock()
+            log.advance(progress.step)
+            if saves:
+                with clock.paused():
+                    save_checkpoint(run, progress, network, ema, optimizer, keep=config.keep_checkpoints)
+                saved_at = progress.step
+    network.load_state_dict(ema.average)
+    return Outcome(progress.step, finished=progress.step >= config.steps, signal=received[0] if received else None)
+
+
+def _random_crops(batch: Batch, side: int | None, seed: int) -> Tensor:
+    """Cut a square of `side` pixels out of each image, each time elsewhere: pixels [B, 3, S, S] uint8."""
+    assert batch.pixels is not None
+    if side is None:
+        return batch.pixels
+    room = batch.pixels.shape[-1] - side + 1
+    corners = (ImageRandom.at(seed, "crop", batch.positions).uniform(2) * room).long().tolist()
+    return torch.stack(
+        [x[:, top : top + side, left : left + side] for x, (top, left) in zip(batch.pixels, corners, strict=True)]
+    )
+
+
+def _edges(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences between vertical and horizontal neighbours."""
+    return pixels[..., 1:, :] - pixels[..., :-1, :], pixels[..., 1:] - pixels[..., :-1]
+
+
+class _Means:
+    """Means of the terms of the loss since it was made, summed on the device and read once per log line."""
+
+    def __init__(self, device: torch.device):
+        self.names = [field.name for field in fields(AutoencoderStep)]
+        self.sums = torch.zeros(len(self.names), device=device)
+        self.num_steps = 0
+
+    def add(self, step: AutoencoderStep) -> None:
+        self.sums += torch.stack([getattr(step, name).detach().mean() for name in self.names])
+        self.num_steps += 1
+
+    def read(self) -> dict[str, float]:
+        return dict(zip(self.names, (self.sums / self.num_steps).tolist(), strict=True))
