@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--solver", choices=("euler", "heun", "rk4"), default="heun")
     parser.add_argument("--results", default=measuring.RESULTS, help="folder of the JSON file")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="of the recipe")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     measuring.setup(options.device, options.threads)
     rounds = options.rounds or {"cpu": 8, "cuda": 200}[options.device]
     recipe = load_recipe(
@@ -106,12 +106,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def prepare(recipe: Recipe, folder: Path) -> tuple[Hooked, LatentFlow]:
-    """A cache with the latent shape of Stable Diffusion's autoencoder, and a model on it."""
+    """A cache with the latent shape of Stable Diffusion's autoencoder, and a model that has left its zeros.
+
+    The gates of a fresh network are zero, and so close to zero are its first gradients that AdamW computes with
+    denormal numbers, several times slower than ever after.
+    """
     autoencoder = measuring.variational((8, 8, 8, 8), layers_per_block=1, name="a small stand-in")
     source = open_images(f"synthetic:{NUM_IMAGES}", recipe.data.image_size)
     write_cache(source, autoencoder, folder / "cache", flips=True)
     images = Hooked(LatentCache(folder / "cache"), seed=0, flip=recipe.data.flip)
-    return images, build_model(recipe, autoencoder, images)
+    model = build_model(recipe, autoencoder, images)
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return images, model
 
 
 def training_laps(

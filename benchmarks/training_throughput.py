@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
     parser.add_argument("--results", default=measuring.RESULTS, help="folder of the JSON file")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="of the recipe")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     measuring.setup(options.device, options.threads)
     device = torch.device(options.device)
     autoencoder = load_autoencoder(options.autoencoder or load_recipe(options.recipe).autoencoder).to(device)
@@ -155,7 +155,9 @@ def measure(
     }
     return {
         "recipe": " ".join([options.recipe, *options.changes]),
-        "autoencoder": autoencoder.reference,
+        "autoencoder": Path(autoencoder.reference).name
+        if Path(autoencoder.reference).is_dir()
+        else autoencoder.reference,
         "image_size": recipe.data.image_size,
         "latent_shape": list(model.config.latent_shape),
         "batch_size": batch_size,

@@ -139,10 +139,12 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(command, tmp_path, recipe_
 
 
 def test_recipes_are_listed_and_valid(command):
+    from latentflow.training.autoencoder import AUTOENCODER_RECIPES
     from latentflow.training.config import recipe_names
 
     listed = json.loads(command("recipes", "--json").out)
-    assert sorted(listed) == recipe_names()
+    first_stages = [f"train-autoencoder {name}" for name in recipe_names(AUTOENCODER_RECIPES)]
+    assert list(listed) == recipe_names() + first_stages
     assert all(listed.values()), "a recipe without a description"
 
 

@@ -142,12 +142,13 @@ def model(
     label_dropout: float = 0.1,
     seed: int = 0,
     scale: float = 1.0,
+    time_scale: float = 1000.0,
     **sampling: Any,
 ) -> LatentFlow:
-    """A model with random weights, ready to be sampled."""
+    """A model with random weights, ready to be sampled; its field changes the faster in time the larger `time_scale`."""
     config = ModelConfig(
         image_size=IMAGE_SIZE,
-        network=DiTConfig(**RECIPE["network"]),
+        network=DiTConfig(**RECIPE["network"], time_scale=time_scale),
         path=LinearPath(),
         conditioning=Conditioning(class_names=list(class_names), label_dropout=label_dropout),
         autoencoder=AutoencoderRecord(

@@ -92,7 +92,7 @@ class Autoencoder:
         reference = str(reference)
         place, subfolder = reference, None
         if reference in BUILT_IN:
-            place = BUILT_IN[reference]
+            place = str(BUILT_IN[reference])
         elif Path(reference).is_dir():
             config = Path(reference) / "config.json"
             if not config.exists() or "_class_name" not in read_json(config):

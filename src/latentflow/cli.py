@@ -206,7 +206,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("demo"),
     as_json: AsJson = False,
 ) -> None:
-    """Do everything once, offline: encode, train, draw, measure. Ends in OUT/report.html; repeat to go on after a kill."""
+    """Do everything once, offline, and end in OUT/report.html. Repeat the command to go on after a kill."""
     from latentflow.commands.demo import Interrupted
     from latentflow.commands.demo import demo as run
     from latentflow.commands.demo_page import key_figures

@@ -49,7 +49,10 @@ def demo_page(figures: DemoFigures, out: Path) -> str:
         ("Are they what was asked for?", _recognition(figures)),
         ("How to go on", _how_to_go_on(out)),
     ]
-    lead = "A class-conditional image generator, trained by flow matching in the latent space of an autoencoder, on this machine."
+    lead = (
+        "A class-conditional image generator, trained on this machine by flow matching in the latent space of an "
+        "autoencoder, and then measured."
+    )
     footer = "Written by latentflow demo. Every figure on this page is in report.json beside it."
     return page("latentflow: the demo", lead, sections, footer)
 
@@ -75,17 +78,18 @@ def _summary(figures: DemoFigures) -> str:
     shape = " × ".join(map(str, encoding.latent_shape))
     text = (
         f"{encoding.num_images:,} pictures of coloured shapes, {encoding.image_size} × {encoding.image_size} pixels, "
-        f"were encoded once to latents of {shape} ({encoding.seconds:.0f} s, {encoding.images_per_second:,.0f} images/s). "
-        f"A diffusion transformer of {training.num_parameters / 1e6:.1f} million parameters ({network.depth} blocks of "
-        f"{network.hidden_size} channels, {_num_tokens(figures)} tokens an image) then learned the velocity that carries "
-        f"noise to these latents, from {training.images_seen:,} images in {training.seconds:.0f} s "
-        f"({training.images_per_second:,.0f} images/s). "
-        f"{sampling.recognised.num_images} new pictures were drawn with {preset.solver}, {preset.steps} steps and "
-        f"guidance {preset.guidance:g}, in {sampling.drawing_seconds:.0f} s ({_drawn_per_second(figures):,.1f} images/s); "
-        f"in {_share(sampling.recognised)} of them a program finds the shape and the colour that were asked for. "
-        f"The autoencoder was looked at in {figures.first_stage.seconds:.0f} s, the guidance scales took "
-        f"{figures.guidance.seconds:.0f} s and the solvers {figures.solvers.seconds:.0f} s. It all ran on "
-        f"{_device(figures)}, and took {_total_seconds(figures):,.0f} s of work."
+        f"were encoded once to latents of {shape}, in {encoding.seconds:.0f} s "
+        f"({encoding.images_per_second:,.0f} images/s). A diffusion transformer of "
+        f"{training.num_parameters / 1e6:.1f} million parameters ({network.depth} blocks, {network.hidden_size} "
+        f"channels, {_num_tokens(figures)} tokens an image) learned the velocity that carries noise to these latents, "
+        f"from {training.images_seen:,} images in {training.seconds:.0f} s ({training.images_per_second:,.0f} "
+        f"images/s). {sampling.recognised.num_images} new pictures were drawn with {preset.solver}, {preset.steps} "
+        f"steps and guidance {preset.guidance:g}, in {sampling.drawing_seconds:.0f} s "
+        f"({_drawn_per_second(figures):,.1f} images/s). In {_share(sampling.recognised)} of them a program that knows "
+        f"nothing of the model finds the shape and the colour asked for; in real pictures it is "
+        f"{_share(figures.first_stage.real)}. To look at the autoencoder took {figures.first_stage.seconds:.0f} s, the "
+        f"guidance scales {figures.guidance.seconds:.0f} s and the solvers {figures.solvers.seconds:.0f} s: "
+        f"{_total_seconds(figures):,.0f} s in all, on {_device(figures)}."
     )
     key = [
         (_share(sampling.recognised), "of the samples have the shape and the colour asked for"),
@@ -101,9 +105,9 @@ def _autoencoder(figures: DemoFigures, out: Path) -> str:
     side, latent_values = figures.encoding.image_size, shape[0] * shape[1] * shape[2]
     text = (
         f"The generator never sees pixels. A frozen autoencoder turns each picture into {latent_values:,} numbers, "
-        f"{3 * side**2 / latent_values:.0f} times fewer than it has pixel values, and turns what the generator "
-        f"makes back into pixels. What it loses no generator can bring back: over {stage.real.num_images} pictures that "
-        f"nothing was trained on, its mean PSNR is {stage.psnr:.1f} dB, the lowest {stage.worst_psnr:.1f} dB."
+        f"{3 * side**2 / latent_values:.0f} times fewer than it has pixel values, and what the generator makes back "
+        f"into pixels. What it loses no generator can bring back: over {stage.real.num_images} pictures that nothing "
+        f"was trained on, its mean PSNR is {stage.psnr:.1f} dB, the lowest {stage.worst_psnr:.1f} dB."
     )
     sheet = contact_sheet(
         out / "samples" / "reconstructions.png",
@@ -121,10 +125,11 @@ def _training(figures: DemoFigures) -> str:
     times = figures.recipe.times
     drawn = "spread evenly over each batch" if times.stratified else "drawn independently"
     text = (
-        f"The loss is the mean squared distance between the predicted and the true velocity. It cannot reach zero: many "
-        f"pictures pass through the same noisy point, and the best answer is their mean. Here it fell from "
-        f"{curve[0]['loss']:.3f} to {curve[-1]['loss']:.3f}, each the mean of {figures.recipe.training.log_every} steps. "
-        f"Training times follow the {times.distribution.replace('_', '-')} distribution, {drawn}."
+        f"The loss is the mean squared distance between the predicted and the true velocity. It cannot reach zero: "
+        f"many pictures pass through the same noisy point, and the best answer is their mean. Here it fell from "
+        f"{curve[0]['loss']:.3f} to {curve[-1]['loss']:.3f}, each the mean of "
+        f"{figures.recipe.training.log_every} steps. Training times follow the "
+        f"{times.distribution.replace('_', '-')} distribution, {drawn}."
     )
     loss = [(line["images_seen"], line["loss"]) for line in curve]
     course = line_chart([Series("training loss", loss, markers=False)], "images seen", "loss")
@@ -193,10 +198,10 @@ def _solvers(figures: DemoFigures) -> str:
     guidance = figures.recipe.sampling.guidance
     text = (
         f"Sampling means solving an ordinary differential equation, and solvers differ in how near they come to its "
-        f"exact solution for their price. Each was given the same {scale.num_solved} noises and guidance {guidance:g}. "
-        f"The reference is rk4 with {scale.reference_steps} steps ({figures.solvers.reference_evaluations:,.0f} network "
-        f"calls an image). Distances are root mean squares over the latents, relative to the size of the reference; "
-        f"a straight line in the chart is an order of convergence."
+        f"exact solution for their price. Each was given the same {scale.num_solved} noises and guidance "
+        f"{guidance:g}. The reference is rk4 with {scale.reference_steps} steps "
+        f"({figures.solvers.reference_evaluations:,.0f} network calls an image). Distances are root mean squares over "
+        f"the latents, relative to the reference; a straight line in the chart is an order of convergence."
     )
     names = list(dict.fromkeys(run.solver for run in runs))
     series = [
@@ -223,10 +228,11 @@ def _solvers(figures: DemoFigures) -> str:
 def _recognition(figures: DemoFigures) -> str:
     stage, recognised = figures.first_stage, figures.sampling.recognised
     text = (
-        f"A program without any learning looks for the one coloured shape in a picture and names its shape and colour, or "
-        f"says that there is none to be named. It finds both as labelled in {_share(stage.real)} of {stage.real.num_images} "
-        f"real pictures, which is the most that can be expected, and in {_share(stage.reconstructed)} of the same pictures "
-        f"after a trip through the autoencoder. Of the {recognised.num_images} samples it is {_share(recognised)}."
+        f"A program without any learning looks for the one coloured shape in a picture and names its shape and "
+        f"colour, or says that there is none to be named. It finds both as labelled in {_share(stage.real)} of "
+        f"{stage.real.num_images} real pictures, which is the most that can be expected, and in "
+        f"{_share(stage.reconstructed)} of the same pictures after a trip through the autoencoder. "
+        f"Of {recognised.num_images} samples, {_share(recognised)} show both as asked for."
     )
     judged = {
         "real pictures": stage.real,
@@ -304,7 +310,8 @@ def _drawn_per_second(figures: DemoFigures) -> float:
 
 def _device(figures: DemoFigures) -> str:
     training = figures.training
-    return f"the CPU, with {training.num_threads} threads" if training.device == "cpu" else training.device
+    threads = f"{training.num_threads} thread{'s' if training.num_threads > 1 else ''}"
+    return f"the CPU with {threads}" if training.device == "cpu" else training.device
 
 
 def _total_seconds(figures: DemoFigures) -> float:

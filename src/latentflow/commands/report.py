@@ -15,6 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
+_WIDTH, _LABEL_WIDTH, _LARGEST_CELL = 960, 118, 104  # of pictures and charts, in CSS pixels
+_INK, _SOFT = "#1d2530", "#5b6675"
 # Okabe and Ito's colours, told apart by everyone; a series also has a marker of its own.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#3b3b3b", "#7a5195")
 _MARKERS = ("circle", "square", "triangle", "diamond")
@@ -155,32 +157,29 @@ def contact_sheet(
     """
     with Image.open(file) as image:
         width, height = image.size
-    label_width, label_height, size = 118, 24 if columns else 0, 960 - 118
-    scale = size / width
+    left, top = _LABEL_WIDTH, 24 if columns else 0
+    total_width = min(_WIDTH, left + num_columns * _LARGEST_CELL)
+    scale = (total_width - left) / width
     cell_x, cell_y = (width + gap) / num_columns * scale, (height + gap) / len(rows) * scale
-    total = label_height + height * scale
+    total_height = top + height * scale
     data = base64.b64encode(file.read_bytes()).decode()
     parts = [
-        f'<image href="data:image/png;base64,{data}" x="{label_width}" y="{label_height}" '
-        f'width="{size}" height="{_number(height * scale)}"/>'
+        f'<image href="data:image/png;base64,{data}" x="{left}" y="{top}" '
+        f'width="{total_width - left}" height="{_number(height * scale)}"/>'
     ]
     for row, label in enumerate(rows):
-        y = label_height + (row + 0.5) * cell_y - gap * scale / 2
-        parts.append(f'<text x="0" y="{_number(y)}" dy=".35em" font-size="15" fill="#1d2530">{escape(label)}</text>')
+        y = top + row * cell_y + (cell_y - gap * scale) / 2
+        parts.append(f'<text x="0" y="{_number(y)}" dy=".35em" font-size="15" fill="{_INK}">{escape(label)}</text>')
     for column, label in enumerate(columns):
-        x = label_width + (column + 0.5) * cell_x - gap * scale / 2
-        parts.append(
-            f'<text x="{_number(x)}" y="14" text-anchor="middle" font-size="12.5" fill="#5b6675">{escape(label)}</text>'
-        )
+        x = left + column * cell_x + (cell_x - gap * scale) / 2
+        place = f'x="{_number(x)}" y="14" text-anchor="middle" font-size="12.5"'
+        parts.append(f'<text {place} fill="{_SOFT}">{escape(label)}</text>')
     for row, column in sorted(marked):
-        x, y = label_width + column * cell_x + 1, label_height + row * cell_y + 1
-        w, h = cell_x - gap * scale - 2, cell_y - gap * scale - 2
-        parts.append(
-            f'<rect x="{_number(x)}" y="{_number(y)}" width="{_number(w)}" height="{_number(h)}" '
-            'fill="none" stroke="#d01c3f" stroke-width="3"/>'
-        )
-    view = f"0 0 960 {_number(total)}"
-    return f'<div class="scroll"><svg viewBox="{view}" role="img">{"".join(parts)}</svg></div>'
+        place = f'x="{_number(left + column * cell_x + 1)}" y="{_number(top + row * cell_y + 1)}"'
+        size = f'width="{_number(cell_x - gap * scale - 2)}" height="{_number(cell_y - gap * scale - 2)}"'
+        parts.append(f'<rect {place} {size} fill="none" stroke="#d01c3f" stroke-width="3"/>')
+    view = f'viewBox="0 0 {total_width} {_number(total_height)}" style="max-width: {total_width}px"'
+    return f'<div class="scroll"><svg {view} role="img">{"".join(parts)}</svg></div>'
 
 
 def line_chart(
@@ -222,7 +221,7 @@ def line_chart(
         dot = f'<path d="{marker}" transform="translate(15 7)" fill="{colour}"/>' if one.markers else ""
         swatch = f'<svg viewBox="0 0 30 14"><path d="M0 7H30" {style}/>{dot}</svg>'
         legend.append(f"<li>{swatch}{escape(one.name)}</li>")
-    chart = f'<svg viewBox="0 0 960 386" role="img" font-size="13.5" fill="#5b6675">{"".join(parts)}</svg>'
+    chart = f'<svg viewBox="0 0 960 386" role="img" font-size="13.5" fill="{_SOFT}">{"".join(parts)}</svg>'
     return f'<div class="scroll">{chart}</div><ul class="legend">{"".join(legend)}</ul>'
 
 

@@ -28,7 +28,7 @@ from latentflow.training.autoencoder import (
     build_autoencoder,
     train_autoencoder,
 )
-from latentflow.training.loop import Outcome
+from latentflow.training.interruption import Outcome
 from latentflow.training.settings import to_yaml
 
 if TYPE_CHECKING:
@@ -161,8 +161,8 @@ def finish(
     places = epoch_order(recipe.training.seed, len(kept), epoch=0)[:_STATISTICS_IMAGES].tolist()
     scaling = _set_scaling(autoencoder, source, [kept[place] for place in places])
     with atomic_folder(run / AUTOENCODER_FOLDER) as temporary:
-        network.to(dtype).save_pretrained(temporary, safe_serialization=True)
-    network.float()
+        torch.nn.Module.to(network, dtype).save_pretrained(temporary, safe_serialization=True)
+    torch.nn.Module.float(network)
 
     decibels, pictures = [], []
     for pixels in _pixels(source, held_out):

@@ -11,7 +11,9 @@ Legend: N images of a shard, M moment channels (C or 2C), h and w latent height 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +24,8 @@ from torch import Tensor
 
 from latentflow.artifacts import make_folder, open_tensors, read_json, sha256_file, write_json, write_tensors
 from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
-from latentflow.data.images import BrokenImage, ImageSource
+from latentflow.data.images import BrokenImage
+from latentflow.data.items import ImageItem, ImageSource
 from latentflow.errors import ArtifactError, DataError
 
 SCHEMA_VERSION = 1
@@ -297,18 +300,15 @@ def _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, st
     """Encode the images of `rows` into one shard; its record is written last and makes it count."""
     sums = ChannelSums(plan.num_channels)
     moments, flipped, labels, names, broken = [], [], [], [], []
-    for start in range(rows.start, rows.stop, batch_size):
-        batch = range(start, min(start + batch_size, rows.stop))
-        items = []
-        for row in batch:
-            try:
-                items.append(source[row])
-            except BrokenImage as error:
-                if strict:
-                    raise
-                broken.append(error.name)
+    for read in _read_ahead(source, rows, batch_size):
+        items = [item for item in read if isinstance(item, ImageItem)]
+        failures = [error for error in read if isinstance(error, BrokenImage)]
+        if failures and strict:
+            raise failures[0]
+        broken += [error.name for error in failures]
         if items:
-            pixels = to_unit_range(torch.from_numpy(np.stack([item.pixels for item in items])).permute(0, 3, 1, 2))
+            pixels = torch.from_numpy(np.stack([item.pixels for item in items])).to(autoencoder.device)
+            pixels = to_unit_range(pixels.permute(0, 3, 1, 2))
             encoded = autoencoder.encode(pixels).cpu()
             sums.add(encoded)
             moments.append(encoded)
@@ -316,7 +316,7 @@ def _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, st
                 flipped.append(autoencoder.encode(pixels.flip(-1)).cpu())
             labels += [item.label for item in items]
             names += [item.name for item in items]
-        on_images(len(batch))
+        on_images(len(read))
     dtype = _PRECISIONS[plan.precision]
     empty = torch.empty(0, *plan.moments_shape)
     tensors = {"moments": torch.cat([*moments, empty]).to(dtype)}
@@ -342,6 +342,24 @@ def _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, st
         broken=broken,
     )
     write_json(folder / f"{_shard_name(number)}.json", record.model_dump(mode="json"))
+
+
+def _read_ahead(source: ImageSource, rows: range, batch_size: int) -> Iterator[list[ImageItem | BrokenImage]]:
+    """Batches of decoded images in order; threads decode the next batch while the encoder works on this one."""
+
+    def read(row: int) -> ImageItem | BrokenImage:
+        try:
+            return source[row]
+        except BrokenImage as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        batches = (pool.map(read, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
+        current = next(batches, None)
+        while current is not None:
+            following = next(batches, None)
+            yield list(current)
+            current = following
 
 
 def _finished(folder: Path, number: int) -> ShardRecord | None:

@@ -33,8 +33,9 @@ from latentflow.shapes import image_mean
 from latentflow.training.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from latentflow.training.config import RECIPES, find_recipe
 from latentflow.training.ema import EMA
+from latentflow.training.guard import FiniteGuard
+from latentflow.training.interruption import Outcome, collected_signals
 from latentflow.training.log import Clock, RunLog
-from latentflow.training.loop import FiniteGuard, Outcome, collected_signals
 from latentflow.training.optim import OptimizerConfig, build_optimizer
 from latentflow.training.settings import load_settings
 
@@ -267,7 +268,7 @@ def train_autoencoder(
             result = compare(network, batch)
             result.loss.mean().backward()
             norm = torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.optimizer.clip_norm or float("inf"))
-            guard.watch(norm, progress.step, [batch])
+            guard.watch(norm, result.loss, progress.step, [batch])
             optimizer.step()
             optimizer.zero_grad()
             ema.update(network, progress.step)

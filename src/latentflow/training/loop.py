@@ -5,10 +5,9 @@ Read `train` from top to bottom: set up, restore, then for each step read, compa
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,27 +23,13 @@ from latentflow.training.checkpoint import Progress, load_checkpoint, newest_che
 from latentflow.training.config import Recipe, TrainingConfig
 from latentflow.training.ema import EMA
 from latentflow.training.guard import FiniteGuard
+from latentflow.training.interruption import Outcome, collected_signals
 from latentflow.training.log import Clock, LossByTime, RunLog
 from latentflow.training.optim import build_optimizer
 from latentflow.training.step import training_step
 
 Preview = Callable[[LatentFlow, Mapping[str, Tensor], int], None]
 """Called with (model, EMA weights, step) on the main process to draw a grid."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a call of `train` ended.
-
-    Attributes:
-        step: optimizer steps done in all.
-        finished: false where a signal ended the run early; repeating the command goes on.
-        signal: the signal's number, or None.
-    """
-
-    step: int
-    finished: bool
-    signal: int | None = None
 
 
 def make_accelerator(config: TrainingConfig, *, cpu: bool = False) -> Accelerator:
@@ -180,28 +165,6 @@ def _open_stream(
     return stream_batches(
         images, positions, num_workers=recipe.data.num_workers, pin_memory=accelerator.device.type == "cuda"
     )
-
-
-@contextmanager
-def collected_signals() -> Iterator[list[int]]:
-    """Collect the first SIGTERM or SIGINT, so that the step at hand is finished and saved; the second one kills."""
-    received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: object) -> None:
-        received.append(number)
-        restore()
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        restore()
 
 
 def _all_agree_to_stop(accelerator: Accelerator, received: list[int], step: int, every: int) -> bool:

@@ -1,0 +1,329 @@
+"""A first stage of one's own: it learns, resumes exactly, and ends as a folder that the rest of the package takes."""
+
+from __future__ import annotations
+
+import math
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from latentflow.artifacts import read_json
+from latentflow.autoencoder import Autoencoder, latent_mean, sample_latents, to_uint8, to_unit_range
+from latentflow.commands.train_autoencoder import psnr, split, train_first_stage
+from latentflow.data.batches import Batch
+from latentflow.data.images import open_images
+from latentflow.data.synthetic import SyntheticShapes
+from latentflow.errors import ConfigError, DataError, NonFiniteError
+from latentflow.randomness import ImageRandom
+from latentflow.training import autoencoder as training
+from latentflow.training.autoencoder import (
+    AUTOENCODER_RECIPES,
+    AutoencoderRecipe,
+    autoencoder_step,
+    build_autoencoder,
+    load_autoencoder_recipe,
+)
+from latentflow.training.checkpoint import newest_checkpoint
+from latentflow.training.config import recipe_names
+from latentflow.training.log import read_metrics
+from latentflow.training.settings import load_settings, to_yaml
+from tests import tiny
+from tests.processes import run_here
+
+SMALL = {
+    "data": {"path": "synthetic:40", "image_size": 16, "crop": 8, "held_out": 0.1},
+    "network": {"channels": [8, 8], "norm_groups": 2},
+    "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2, "schedule": "cosine"},
+    "training": {"steps": 6, "batch_size": 4, "log_every": 1, "checkpoint_every": 100, "ema_decay": 0.9},
+}
+STATE = ("network.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+
+
+def recipe(out, **given) -> AutoencoderRecipe:
+    """The small recipe with some values changed."""
+    sections = {key: {**SMALL.get(key, {}), **value} for key, value in given.items() if isinstance(value, dict)}
+    return AutoencoderRecipe.model_validate({**SMALL, **given, **sections, "out": str(out)})
+
+
+def batch_of(num_images: int, image_size: int = 16) -> Batch:
+    source = SyntheticShapes(num_images, image_size)
+    pixels = torch.from_numpy(np.stack([item.pixels for item in source])).permute(0, 3, 1, 2)
+    return Batch(positions=torch.arange(num_images), indices=torch.arange(num_images), pixels=pixels)
+
+
+def interrupt_at(step: int, monkeypatch, number: signal.Signals) -> None:
+    """Send a signal to this process while step `step` (the first is 1) is computed."""
+    calls = []
+
+    def compute(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == step:
+            signal.raise_signal(number)
+        return autoencoder_step(*args, **kwargs)
+
+    monkeypatch.setattr(training, "autoencoder_step", compute)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run long enough to have learned something, and what it returned."""
+    run = tmp_path_factory.mktemp("runs") / "long"
+    given = recipe(
+        run,
+        data={"crop": None},
+        optimizer={"learning_rate": 1e-2},
+        training={"steps": 80, "batch_size": 8},
+        save_dtype="float16",
+    )
+    return run, train_first_stage(given, cpu=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A short run in one go."""
+    run = tmp_path_factory.mktemp("runs") / "short"
+    assert train_first_stage(recipe(run), cpu=True).outcome.finished
+    return run
+
+
+# What is computed
+
+
+def test_the_loss_is_the_sum_its_weights_say():
+    given = recipe("unused", data={"crop": None}, loss={"edge_weight": 0.25, "kl_weight": 0.125})
+    network, batch = build_autoencoder(given.network, 16, seed=0), batch_of(3)
+    step = autoencoder_step(network, batch, recipe=given, bf16=False)
+
+    pixels = to_unit_range(batch.pixels)
+    posterior = network.encode(pixels).latent_dist
+    latents = sample_latents(posterior.parameters, 4, ImageRandom.at(0, "posterior", batch.positions))
+    decoded = network.decode(latents).sample
+    torch.testing.assert_close(step.reconstruction, (decoded - pixels).abs().mean((1, 2, 3)))
+    across = (decoded.diff(dim=3) - pixels.diff(dim=3)).abs().mean((1, 2, 3))
+    down = (decoded.diff(dim=2) - pixels.diff(dim=2)).abs().mean((1, 2, 3))
+    torch.testing.assert_close(step.edges, across + down)
+    torch.testing.assert_close(step.kl, posterior.kl() / posterior.mean[0].numel())  # diffusers sums over the latents
+    torch.testing.assert_close(step.posterior_std, posterior.std.mean((1, 2, 3)))
+    torch.testing.assert_close(step.loss, step.reconstruction + 0.25 * step.edges + 0.125 * step.kl)
+
+
+def test_an_image_has_the_same_loss_in_any_batch():
+    given = recipe("unused")
+    network, batch = build_autoencoder(given.network, 16, seed=0), batch_of(4)
+    alone = Batch(positions=batch.positions[2:3], indices=batch.indices[2:3], pixels=batch.pixels[2:3])
+    together = autoencoder_step(network, batch, recipe=given, bf16=False).loss
+    torch.testing.assert_close(autoencoder_step(network, alone, recipe=given, bf16=False).loss, together[2:3])
+
+
+def test_crops_are_parts_of_the_images_and_move():
+    batch = batch_of(1)
+    seen = set()
+    for position in range(64):
+        moved = Batch(positions=torch.tensor([position]), indices=batch.indices, pixels=batch.pixels)
+        crop = training._random_crops(moved, 14, seed=0)[0]
+        places = [
+            (y, x) for y in range(3) for x in range(3) if (batch.pixels[0, :, y : y + 14, x : x + 14] == crop).all()
+        ]
+        assert len(places) == 1
+        seen.add(places[0])
+    assert len(seen) == 9, "some places, the far edges among them, are never cut out"
+
+
+def test_bf16_is_near_fp32():
+    given = recipe("unused")
+    network, batch = build_autoencoder(given.network, 16, seed=0), batch_of(4)
+    exact, rough = (autoencoder_step(network, batch, recipe=given, bf16=bf16) for bf16 in (False, True))
+    assert rough.loss.dtype == torch.float32
+    assert not torch.equal(rough.loss, exact.loss)
+    torch.testing.assert_close(rough.loss, exact.loss, rtol=0.02, atol=0)
+
+
+def test_loss_falls(trained):
+    losses = [line["loss"] for line in read_metrics(trained[0])]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])  # measured: 0.52
+
+
+def test_psnr_has_its_exact_value():
+    pixels = torch.full((3, 3, 4, 4), 100, dtype=torch.uint8)
+    rebuilt = pixels.clone()
+    rebuilt[1] += 5
+    rebuilt[2] -= 100
+    expected = [20 * math.log10(255) + 10 * math.log10(3 * 4 * 4), 20 * math.log10(255 / 5), 20 * math.log10(255 / 100)]
+    torch.testing.assert_close(psnr(pixels, rebuilt), torch.tensor(expected, dtype=torch.float64))
+
+
+# What is saved
+
+
+def test_the_folder_loads_and_round_trips(trained):
+    run, result = trained
+    autoencoder = Autoencoder.from_pretrained(run / "autoencoder")
+    assert (autoencoder.factor, autoencoder.num_channels, autoencoder.num_moments) == (2, 4, 8)
+    source = open_images("synthetic:40", 16)
+    _, held_out = split(range(40), 0.1, seed=0)
+    pixels = torch.from_numpy(np.stack([source[i].pixels for i in held_out])).permute(0, 3, 1, 2)
+    rebuilt = to_uint8(autoencoder.decode(latent_mean(autoencoder.encode(to_unit_range(pixels)), 4)))
+    assert psnr(pixels, rebuilt).mean().item() == pytest.approx(result.report.psnr, abs=1e-6)
+    assert result.report.psnr > 16.5  # measured: 17.2; one gray for all reaches 15.6
+
+
+def test_float16_is_what_lies_on_disk(trained, uninterrupted):
+    def num_bytes(run):
+        return (run / "autoencoder" / "diffusion_pytorch_model.safetensors").stat().st_size
+
+    assert num_bytes(trained[0]) < 0.6 * num_bytes(uninterrupted)
+
+
+def test_the_latents_have_unit_variance(trained):
+    run, result = trained
+    autoencoder = Autoencoder.from_pretrained(run / "autoencoder")
+    source = open_images("synthetic:40", 16)
+    pixels = torch.from_numpy(np.stack([item.pixels for item in source])).permute(0, 3, 1, 2)
+    raw = sample_latents(autoencoder.encode(to_unit_range(pixels)), 4, ImageRandom(range(40)))
+    latents = autoencoder.normalisation.normalise(raw)
+    assert latents.std().item() == pytest.approx(1, abs=0.03)
+    assert latents.mean().item() == pytest.approx(0, abs=0.03)
+    assert latents.mean((0, 2, 3)).tolist() == pytest.approx(result.report.channel_mean, abs=0.05)
+    assert latents.std((0, 2, 3)).tolist() == pytest.approx(result.report.channel_std, rel=0.05)
+
+
+def test_the_run_folder_tells_what_was_done(trained):
+    run, result = trained
+    report = read_json(run / "metrics" / "report.json")
+    assert report["psnr"] == result.report.psnr
+    assert report["num_bytes"] == sum(file.stat().st_size for file in (run / "autoencoder").iterdir())
+    assert load_settings(AutoencoderRecipe, run / "recipe.yaml").training.steps == 80
+    assert (run / "reconstructions.png").exists()
+    assert read_json(run / "autoencoder" / "config.json")["scaling_factor"] == report["scaling_factor"]
+
+
+def test_the_images_are_dealt_out_once():
+    kept, held_out = split(range(0, 200, 2), 0.1, seed=0)
+    assert sorted(kept + held_out) == list(range(0, 200, 2))
+    assert len(held_out) == 10
+    assert split(range(0, 200, 2), 0.1, seed=1)[1] != held_out
+    assert len(split(range(100_000), 0.5, seed=0)[1]) == 256
+    assert len(split(range(2), 0.01, seed=0)[1]) == 1
+
+
+# Resume
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, uninterrupted, number):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(4, patch, number)
+        stopped = train_first_stage(recipe(run), cpu=True)
+    assert (stopped.outcome.step, stopped.outcome.finished, stopped.outcome.signal) == (4, False, number)
+    assert stopped.report is None
+    assert not (run / "autoencoder").exists()
+
+    assert train_first_stage(recipe(run), cpu=True).outcome.finished
+    for file in STATE:
+        ours, theirs = (newest_checkpoint(folder) / file for folder in (run, uninterrupted))
+        assert ours.read_bytes() == theirs.read_bytes(), file
+    for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (run / "autoencoder" / file).read_bytes() == (uninterrupted / "autoencoder" / file).read_bytes()
+    losses = [[line["loss"] for line in read_metrics(folder)] for folder in (run, uninterrupted)]
+    assert losses[0] == losses[1]
+
+
+def test_a_finished_run_is_measured_again(uninterrupted):
+    before = tiny.tree(uninterrupted / "autoencoder")
+    result = train_first_stage(recipe(uninterrupted), cpu=True)
+    assert result.outcome.finished
+    assert tiny.tree(uninterrupted / "autoencoder") == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        step = autoencoder_step(*args, **kwargs)
+        step.loss.data[0] = math.nan
+        return training.AutoencoderStep(step.loss * step.loss.detach(), *(step.kl.detach(),) * 4)
+
+    monkeypatch.setattr(training, "autoencoder_step", broken)
+    with pytest.raises(NonFiniteError, match=r"step 1: .* synthetic/"):
+        train_first_stage(recipe(tmp_path / "run"), cpu=True)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"data": {"path": ""}}, ConfigError, "data.path is not set"),
+        ({"data": {"path": "nowhere"}}, DataError, "cannot open nowhere"),
+        ({"data": {"path": "synthetic:1"}}, DataError, "one to train on and one to hold out"),
+        ({"data": {"image_size": 17}}, ConfigError, "image_size = 17 is not a multiple of 2.*use 16 or 18"),
+        ({"data": {"crop": 9}}, ConfigError, "crop = 9 is not a multiple of 2"),
+        ({"data": {"crop": 32}}, ConfigError, "crop = 32 is larger than data.image_size = 16"),
+    ],
+)
+def test_bad_settings_leave_nothing_behind(tmp_path, given, error, message):
+    with pytest.raises(error, match=message):
+        train_first_stage(recipe(tmp_path / "run", **given), cpu=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_latent_cache_is_no_data(tmp_path, cache):
+    with pytest.raises(ConfigError, match="is a latent cache"):
+        train_first_stage(recipe(tmp_path / "run", data={"path": str(cache)}), cpu=True)
+
+
+def test_a_run_folder_belongs_to_one_recipe(uninterrupted):
+    with pytest.raises(ConfigError, match=r"loss.kl_weight: 0.0001, now 0.5"):
+        train_first_stage(recipe(uninterrupted, loss={"kl_weight": 0.5}), cpu=True)
+
+
+def test_an_unknown_key_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"unknown key 'loss.kl_wieght'; did you mean 'kl_weight'"):
+        load_autoencoder_recipe("shapes", ["loss.kl_wieght=1"])
+    with pytest.raises(ConfigError, match="did you mean 'shapes'"):
+        load_autoencoder_recipe("shape")
+    with pytest.raises(ConfigError, match="norm_groups = 3 does not divide the width 16"):
+        load_autoencoder_recipe("shapes", ["network.norm_groups=3"])
+
+
+@pytest.mark.parametrize("name", recipe_names(AUTOENCODER_RECIPES))
+def test_recipes_are_valid(name, tmp_path):
+    given = load_autoencoder_recipe(name)
+    given.require_fitting_sizes()
+    assert given.description
+    (tmp_path / "again.yaml").write_text(to_yaml(given), encoding="utf-8")
+    assert load_autoencoder_recipe(tmp_path / "again.yaml") == given
+
+
+# The command line
+
+
+def test_the_command_trains_and_encode_takes_the_result(tmp_path, capsys, monkeypatch, images):
+    file = tmp_path / "small.yaml"
+    file.write_text(to_yaml(recipe(tmp_path / "run", data={"path": str(images)})), encoding="utf-8")
+    assert run_here(["train-autoencoder", file, "--dry-run"], capsys, monkeypatch).code == 0
+    assert not (tmp_path / "run").exists()
+    result = run_here(["train-autoencoder", file, "training.steps=2", "--cpu"], capsys, monkeypatch)
+    assert result.code == 0, result.err
+    assert "dB PSNR on 2 held-out images" in result.out
+    encode = ["encode", images, "--autoencoder", tmp_path / "run" / "autoencoder", "--image-size", 16]
+    encoded = run_here([*encode, "--out", tmp_path / "cache"], capsys, monkeypatch)
+    assert encoded.code == 0, encoded.err
+    assert "8 x 8 x 8" in encoded.out
+
+
+def test_the_command_reports_a_signal(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "small.yaml"
+    file.write_text(to_yaml(recipe(tmp_path / "run")), encoding="utf-8")
+    interrupt_at(2, monkeypatch, signal.SIGTERM)
+    result = run_here(["train-autoencoder", file, "--cpu"], capsys, monkeypatch)
+    assert result.code == 128 + signal.SIGTERM
+    assert "stopped by a signal at step 2, saved" in result.err
+
+
+def test_bad_input_is_one_line(capsys, monkeypatch):
+    result = run_here(["train-autoencoder", "shapes", "data.image_size=30"], capsys, monkeypatch)
+    assert result.code == 2
+    assert "data.image_size = 30 is not a multiple of 4" in result.error
