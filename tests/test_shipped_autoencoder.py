@@ -28,7 +28,7 @@ def shapes() -> Autoencoder:
 @pytest.fixture(scope="module")
 def pixels() -> torch.Tensor:
     """32 images of a seed that nothing was trained on, uint8."""
-    source = SyntheticShapes(32, 64, seed=20_000)
+    source = SyntheticShapes(32, 32, seed=20_000)
     return torch.from_numpy(np.stack([item.pixels for item in source])).permute(0, 3, 1, 2)
 
 
@@ -61,7 +61,7 @@ def test_its_latents_suit_the_flow(shapes, pixels):
     latents = shapes.normalisation.normalise(latent_mean(shapes.encode(to_unit_range(pixels)), 4))
     assert latents.std().item() == pytest.approx(1, abs=0.1)
     assert latents.std((0, 2, 3)).tolist() == pytest.approx([1] * 4, abs=0.4)
-    assert latents.mean((0, 2, 3)).tolist() == pytest.approx([0] * 4, abs=0.4)
+    assert latents.mean((0, 2, 3)).tolist() == pytest.approx([0] * 4, abs=0.6)
     assert latents.abs().max() < 8
 
 

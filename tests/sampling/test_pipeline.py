@@ -20,6 +20,7 @@ from latentflow.errors import ConfigError
 from latentflow.flow.solvers import SOLVERS, integrate
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
+from latentflow.sampling import pipeline
 from latentflow.sampling.pipeline import (
     SampleRequest,
     check_request,
@@ -89,17 +90,30 @@ def test_a_picture_does_not_depend_on_its_batch(model, solver, guidance):
         same_pictures(sample(model, batch_size=batch_size, **request), whole)
 
 
-def test_a_tight_tolerance_does_not_depend_on_the_batch(model):
-    request = {"num": 16, "seed": 5, "solver": "dopri5", "rtol": 1e-5, "atol": 1e-5}
-    same_pictures(sample(model, batch_size=3, **request), sample(model, batch_size=16, **request))
+def test_tight_tolerances_do_not_depend_on_the_batch(kl, monkeypatch):
+    """In float64, where no error estimate comes near a threshold by rounding: the batch has no say at all."""
+    model = tiny.model(kl, time_scale=20.0)
+    model.network.double()
+    noise = pipeline.initial_noise
+    monkeypatch.setattr(pipeline, "initial_noise", lambda model, seeds: noise(model, seeds).double())
+    monkeypatch.setattr(type(model), "decode", lambda self, latents: latents.float())
+    solutions = []
+    monkeypatch.setattr(pipeline, "integrate", lambda *a, **b: solutions.append(integrate(*a, **b)) or solutions[-1])
+    drawn = {}
+    for size in (1, 3, 8):
+        solutions.clear()
+        sample(model, num=8, batch_size=size, seed=5, guidance=3.0, solver="dopri5", rtol=1e-5, atol=1e-5)
+        drawn[size] = [torch.cat([getattr(part, of) for part in solutions]) for of in ("x", "evaluations", "rejected")]
+    for size in (1, 3):
+        torch.testing.assert_close(drawn[size][0], drawn[8][0], rtol=0, atol=1e-12)
+        assert torch.equal(drawn[size][1], drawn[8][1])
+        assert torch.equal(drawn[size][2], drawn[8][2])
 
 
-def test_adaptive_images_have_steps_of_their_own(model):
+def test_adaptive_images_have_steps_of_their_own(kl):
     """Or the tests above would say little about adaptive solvers."""
-    evaluations = sample(
-        model, num=16, seed=5, guidance=3.0, guidance_interval=(0.2, 0.7), solver="dopri5", rtol=1e-3, atol=1e-3
-    ).evaluations
-    assert len(evaluations.unique()) > 4
+    drawn = sample(tiny.model(kl), num=8, seed=5, solver="dopri5", rtol=1e-3, atol=1e-3)
+    assert len(drawn.evaluations.unique()) > 2
 
 
 def test_a_picture_does_not_depend_on_its_neighbours(model):
@@ -338,19 +352,10 @@ def test_two_processes_draw_what_one_draws(model_folder, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
+    # Without "--" torchrun itself stumbles over --num, which it takes for the beginning of one of its own options.
+    command = ("-m", "--", "latentflow", "sample", model_folder, *arguments, "--out", tmp_path / "two")
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            *launcher,
-            "-m",
-            "latentflow",
-            "sample",
-            model_folder,
-            *arguments,
-            "--out",
-            tmp_path / "two",
-        ],
+        [sys.executable, "-m", *launcher, *command],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

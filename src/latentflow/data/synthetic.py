@@ -28,6 +28,7 @@ MAP_CLASS_NAMES = ("ground", *SHAPES)  # what the indices of a semantic map mean
 _SIZES = {"circle": 1.0, "square": 0.9, "triangle": 1.22, "cross": 1.06}  # alike in weight to the eye, not in extent
 _CROSS_ARM = 0.36  # half width of an arm of the cross, against its half length
 _MARGIN = 0.03  # least distance of a shape from the border
+_ROAMING = 0.7  # share of the free room that is used; 1: shapes may touch the margin
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float, angle: float) -> np.ndarray:
@@ -104,7 +105,7 @@ class SyntheticShapes:
         return f"{self.count} synthetic shapes at {self.image_size} x {self.image_size} (seed {self.seed})"
 
     def fingerprint(self) -> str:
-        text = f"synthetic shapes v1: {self.count} images, size {self.image_size}, seed {self.seed}"
+        text = f"synthetic shapes v2: {self.count} images, size {self.image_size}, seed {self.seed}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -132,10 +133,10 @@ def draw(label: int, random: np.random.Generator, image_size: int) -> tuple[np.n
     x, y = centres[None, :], centres[:, None]
     canvas = _ground(x, y, random)
 
-    radius = _between(random, 0.18, 0.36)
-    room = radius * reach(shape) + _MARGIN
-    centre_x, centre_y = _between(random, room, 1 - room), _between(random, room, 1 - room)
-    angle = _between(random, -0.3, 0.3)
+    radius = _between(random, 0.24, 0.36)
+    freedom = _ROAMING * (0.5 - radius * reach(shape) - _MARGIN)  # how far the centre may stray from the middle
+    centre_x, centre_y = (0.5 + _between(random, -freedom, freedom) for _ in range(2))
+    angle = _between(random, -0.2, 0.2)
 
     shadow = signed_distance(shape, x - centre_x - 0.016, y - centre_y - 0.028, radius, angle)
     canvas *= 1 - 0.3 * _smooth(0.5 - shadow / 0.1)[..., None]

@@ -222,7 +222,8 @@ def _integrate_fixed(
     return Solution(x, counts + evaluations, counts + len(grid) - 1, counts)
 
 
-_SAFETY, _MIN_FACTOR, _MAX_FACTOR = 0.9, 0.2, 10.0  # as in torchdiffeq
+_SAFETY, _MIN_FACTOR = 0.9, 0.2  # as in torchdiffeq
+_MAX_FACTOR = 4.0  # lies on the lattice below: a step that grows by it is free of the rounding of a tiny estimate
 _SMALLEST_STEP = 1e-12  # relative to the whole span
 # A network's matrix products round differently in batches of another shape, so the error estimate of an image is
 # not quite the same there. Step sizes are rounded down to the lattice span / 2^(n / 8), and an estimate counts no

@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from latentflow.artifacts import (
+    atomic_file,
+    atomic_folder,
+    make_folder,
+    read_json,
+    read_tensors,
+    sha256_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from latentflow.errors import ArtifactError
+
+
+def test_an_interrupted_file_leaves_the_old_one_and_nothing_else(tmp_path):
+    file = tmp_path / "a.txt"
+    write_text(file, "old")
+    with pytest.raises(RuntimeError, match="power cut"), atomic_file(file) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("power cut")
+    assert file.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_an_interrupted_folder_leaves_the_old_one_and_nothing_else(tmp_path):
+    folder = tmp_path / "model"
+    with atomic_folder(folder) as temporary:
+        write_text(temporary / "a.txt", "old")
+    with pytest.raises(RuntimeError, match="power cut"), atomic_folder(folder) as temporary:
+        write_text(temporary / "a.txt", "new")
+        raise RuntimeError("power cut")
+    assert (folder / "a.txt").read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    folder = tmp_path / "model"
+    for name in ("first", "second"):
+        with atomic_folder(folder) as temporary:
+            write_text(temporary / name, name)
+    assert [entry.name for entry in folder.iterdir()] == ["second"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path):
+    write_text(tmp_path / "file", "")
+    with pytest.raises(ArtifactError, match=r"cannot create the folder .*file/below"):
+        make_folder(tmp_path / "file" / "below")
+
+
+def test_json_round_trip_and_refusal_of_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"name": "épée", "values": [1, 2.5, None]})
+    assert read_json(tmp_path / "a.json") == {"name": "épée", "values": [1, 2.5, None]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "b.json", float("nan"))
+    assert not (tmp_path / "b.json").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "\x00\x01"])
+def test_damaged_json_is_named(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"a\.json is not valid JSON"):
+        read_json(tmp_path / "a.json")
+
+
+def test_tensors_round_trip_bit_for_bit(tmp_path):
+    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.tensor(1.5, dtype=torch.float16)}
+    write_tensors(tmp_path / "t.safetensors", tensors)
+    found = read_tensors(tmp_path / "t.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in tensors)
+
+
+def test_a_truncated_tensor_file_is_named(tmp_path):
+    file = tmp_path / "t.safetensors"
+    write_tensors(file, {"a": torch.randn(100)})
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ArtifactError, match=r"t\.safetensors is truncated or not a safetensors file"):
+        read_tensors(file)
+
+
+def test_a_missing_tensor_file_is_named(tmp_path):
+    with pytest.raises(ArtifactError, match=r"absent\.safetensors does not exist"):
+        read_tensors(tmp_path / "absent.safetensors")
+
+
+def test_the_hash_of_tensors_is_of_their_values_not_of_their_storage():
+    values = torch.randn(4, 4).half()
+    assert sha256_tensors({"w": values}) == sha256_tensors({"w": values.float()})
+    assert sha256_tensors({"w": values}) == sha256_tensors({"w": values.t().contiguous().t()})
+    assert sha256_tensors({"w": values}) != sha256_tensors({"v": values})
+    assert sha256_tensors({"w": values}) != sha256_tensors({"w": values.reshape(2, 8)})
+    assert sha256_tensors({"w": values}) != sha256_tensors({"w": values + 1})
