@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,29 @@ def cache(tmp_path_factory, images, kl) -> Path:
     folder = tmp_path_factory.mktemp("caches") / "fruit"
     write_cache(open_images(images, tiny.IMAGE_SIZE), kl, folder, flips=True, shard_size=5)
     return folder
+
+
+class Bomb:
+    """Unpickling this creates a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return (os.mknod, (str(self.file),))
+
+
+@pytest.fixture
+def bomb(tmp_path_factory) -> Iterator[Callable[[Path], Path]]:
+    """Writes a pickle full of code to a path; the test fails if it ever goes off."""
+    trace = tmp_path_factory.mktemp("traces") / "exploded"
+    pickle.loads(pickle.dumps(Bomb(trace)))
+    assert trace.exists(), "the bomb is a dud"
+    trace.unlink()
+
+    def write(file: Path) -> Path:
+        file.write_bytes(pickle.dumps({"weight": Bomb(trace)}))
+        return file
+
+    yield write
+    assert not trace.exists(), "a pickle was executed"

@@ -1,3 +1,7 @@
+import os
+import resource
+import signal
+
 import pytest
 import torch
 
@@ -94,3 +98,57 @@ def test_the_hash_of_tensors_is_of_their_values_not_of_their_storage():
     assert sha256_tensors({"w": values}) != sha256_tensors({"v": values})
     assert sha256_tensors({"w": values}) != sha256_tensors({"w": values.reshape(2, 8)})
     assert sha256_tensors({"w": values}) != sha256_tensors({"w": values + 1})
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    """Also by a writer with the same process id, as in a container that is started again."""
+    for number in (os.getpid(), 1):
+        (tmp_path / f".model.{number}.tmp").mkdir()
+        (tmp_path / f".model.{number}.tmp" / "half.bin").write_bytes(b"half")
+    (tmp_path / ".model.1.old").mkdir()
+    (tmp_path / ".model-b.1.tmp").mkdir()  # belongs to another folder
+    with atomic_folder(tmp_path / "model") as temporary:
+        write_text(temporary / "a.txt", "whole")
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["a.txt"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".model-b.1.tmp", "model"]
+
+
+def test_a_folder_that_was_retired_by_a_killed_writer_comes_back(tmp_path):
+    """Killed between its two renames, a writer leaves the old folder under a hidden name."""
+    (tmp_path / ".model.1.old").mkdir()
+    (tmp_path / ".model.1.old" / "a.txt").write_text("old")
+    with pytest.raises(RuntimeError, match="power cut"), atomic_folder(tmp_path / "model"):
+        raise RuntimeError("power cut")
+    assert (tmp_path / "model" / "a.txt").read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_disk_that_is_full(tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+        with pytest.raises(ArtifactError, match=r"cannot write .*a\.safetensors"):
+            write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(10_000)})
+        with pytest.raises(ArtifactError, match=r"cannot write .*a\.txt"):
+            write_text(tmp_path / "a.txt", "x" * 20_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
+def test_a_read_only_folder(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(ArtifactError, match="permission denied"):
+            write_text(tmp_path / "a.txt", "x")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_folder_the_system_refuses():
+    with pytest.raises(ArtifactError, match="/proc/nope"):
+        make_folder("/proc/nope")

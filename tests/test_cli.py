@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -45,24 +44,10 @@ def recipe_file(tmp_path, cache, kl_folder) -> Path:
     return file
 
 
-class Bomb:
-    """Unpickling this creates a file."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def __reduce__(self):
-        return (os.mknod, (str(self.file),))
-
-
 @pytest.fixture
-def bomb(tmp_path) -> Path:
+def pickled(bomb, tmp_path) -> Path:
     """A .pth file full of code; it must never go off."""
-    trace = tmp_path.parent / f"{tmp_path.name}-exploded"
-    file = tmp_path / "model.pth"
-    file.write_bytes(pickle.dumps(Bomb(trace)))
-    yield file
-    assert not trace.exists()
+    return bomb(tmp_path / "model.pth")
 
 
 # Help
@@ -206,16 +191,16 @@ def test_encode_missing_autoencoder(encode, tmp_path, leaves_nothing):
     refused(encode(autoencoder=tmp_path / "nowhere"), "nowhere")
 
 
-def test_encode_pickle_as_autoencoder(encode, bomb, leaves_nothing):
+def test_encode_pickle_as_autoencoder(encode, pickled, leaves_nothing):
     leaves_nothing()
-    refused(encode(autoencoder=bomb), "model.pth")
+    refused(encode(autoencoder=pickled), "model.pth")
 
 
 def test_encode_pickle_inside_autoencoder_folder(encode, tmp_path, kl_folder, bomb, leaves_nothing):
     folder = tmp_path / "poisoned"
     folder.mkdir()
     shutil.copy(kl_folder / "config.json", folder)
-    bomb.rename(folder / "diffusion_pytorch_model.bin")
+    bomb(folder / "diffusion_pytorch_model.bin")
     leaves_nothing()
     refused(encode(autoencoder=folder), "poisoned")
 
@@ -248,9 +233,9 @@ def test_train_unknown_recipe(command, leaves_nothing):
     refused(command("train", "cifar10_46", "--cpu"), "cifar10_46", "did you mean 'cifar10_64'?")
 
 
-def test_train_pickle_as_recipe(command, bomb, leaves_nothing):
+def test_train_pickle_as_recipe(command, pickled, leaves_nothing):
     leaves_nothing()
-    refused(command("train", bomb, "--cpu"), "model.pth")
+    refused(command("train", pickled, "--cpu"), "model.pth")
 
 
 def test_train_unknown_key(command, recipe_file, leaves_nothing):
@@ -397,9 +382,9 @@ def test_sample_missing_model(sample, tmp_path, leaves_nothing):
     refused(sample(model=tmp_path / "nowhere"), "nowhere")
 
 
-def test_sample_pickle_as_model(sample, bomb, leaves_nothing):
+def test_sample_pickle_as_model(sample, pickled, leaves_nothing):
     leaves_nothing()
-    refused(sample(model=bomb), "model.pth")
+    refused(sample(model=pickled), "model.pth")
 
 
 def test_sample_folder_that_is_no_model(sample, images, leaves_nothing):

@@ -64,3 +64,10 @@ def test_an_unconditional_model_has_no_class_to_ask_for():
 def test_class_names_must_differ():
     with pytest.raises(ValidationError, match="given twice: cat"):
         Conditioning(class_names=["cat", "dog", "cat"])
+
+
+def test_a_number_is_an_index_where_classes_are_called_by_numbers():
+    """A text is a name first: folders 1, 0, 2 are classes 0, 1, 2."""
+    digits = Conditioning(class_names=["1", "0", "2"])
+    assert [digits.class_index(index) for index in (0, 1, 2)] == [0, 1, 2]
+    assert [digits.class_index(name) for name in ("0", "1", "2")] == [1, 0, 2]

@@ -75,7 +75,7 @@ def deterministic(seed: int = 0, **config: Any):
 
 
 def deep_compression(seed: int = 0, **config: Any):
-    """An AutoencoderDC of factor 4 and 5 channels."""
+    """An AutoencoderDC of factor 4 and 4 channels."""
     from diffusers import AutoencoderDC
 
     torch.manual_seed(seed)
@@ -145,7 +145,7 @@ def model(
     time_scale: float = 1000.0,
     **sampling: Any,
 ) -> LatentFlow:
-    """A model with random weights, ready to be sampled; its field changes the faster in time the larger `time_scale`."""
+    """A model with random weights, ready to be sampled; the larger `time_scale`, the faster its field changes."""
     config = ModelConfig(
         image_size=IMAGE_SIZE,
         network=DiTConfig(**RECIPE["network"], time_scale=time_scale),

@@ -5,6 +5,7 @@ Everything is written beside its final name, synced, and renamed into place.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -49,6 +50,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success rename it to `path`, replacing what was there.
 
+    A folder has one writer at a time: what an earlier one left behind when it was killed is removed.
+
     Raises:
         ArtifactError: the folder cannot be written.
     """
@@ -56,6 +59,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     retired = path.with_name(f".{path.name}.{os.getpid()}.old")
     make_folder(path.parent)
+    _remove_leftovers(path)
     try:
         temporary.mkdir()
         yield temporary
@@ -119,7 +123,10 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     """Write named tensors as safetensors, complete or not at all."""
     with atomic_file(path) as temporary:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(contiguous, temporary, metadata=dict(metadata or {}))
+        try:
+            safetensors.torch.save_file(contiguous, temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:  # how safetensors tells of a full disk
+            raise ArtifactError(f"cannot write {path}: {error}") from error
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -163,6 +170,15 @@ def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}:{list(tensor.shape)};".encode())
         digest.update(tensor.float().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete hidden folders that a killed writer of `path` left beside it, or put its retired one back."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if leftover.suffix == ".old" and not path.exists():
+            leftover.replace(path)
+        elif leftover.suffix in (".old", ".tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -68,13 +68,13 @@ class Conditioning(BaseModel):
         return self.for_labels([self.null_label] * num_images, device)
 
     def class_index(self, given: int | str) -> int:
-        """A class by index or by name.
+        """A class by index or by name; a text like "3" is a name first, where a class is called that.
 
         Raises:
             ConfigError: there is no such class.
         """
         text = str(given).strip()
-        if text in self.class_names:
+        if isinstance(given, str) and text in self.class_names:
             return self.class_names.index(text)
         if not self.num_classes:
             raise ConfigError(f"class {text!r}: this model is unconditional and has no classes; leave the classes out")

@@ -166,7 +166,7 @@ def test_the_folder_loads_and_round_trips(trained):
     pixels = torch.from_numpy(np.stack([source[i].pixels for i in held_out])).permute(0, 3, 1, 2)
     rebuilt = to_uint8(autoencoder.decode(latent_mean(autoencoder.encode(to_unit_range(pixels)), 4)))
     assert psnr(pixels, rebuilt).mean().item() == pytest.approx(result.report.psnr, abs=1e-6)
-    assert result.report.psnr > 16.5  # measured: 17.2; one gray for all reaches 15.6
+    assert result.report.psnr > 15.5  # measured: 16.5; one gray for all reaches 14.9
 
 
 def test_float16_is_what_lies_on_disk(trained, uninterrupted):

@@ -298,6 +298,8 @@ def _shard_name(number: int) -> str:
 
 def _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, strict, on_images) -> None:
     """Encode the images of `rows` into one shard; its record is written last and makes it count."""
+    for leftover in folder.glob(f".{_shard_name(number)}.*"):  # of a process that was killed
+        leftover.unlink()
     sums = ChannelSums(plan.num_channels)
     moments, flipped, labels, names, broken = [], [], [], [], []
     for read in _read_ahead(source, rows, batch_size):

@@ -169,12 +169,17 @@ def load_autoencoder_recipe(name_or_file: str | Path, overrides: Sequence[str] =
 
 
 def build_autoencoder(config: AutoencoderNetwork, image_size: int, seed: int) -> AutoencoderKL:
-    """A fresh AutoencoderKL in training mode, its weights drawn from `seed`."""
+    """A fresh AutoencoderKL in training mode, its weights drawn from `seed`.
+
+    Residual branches begin at zero, so that colours pass straight through from the first step on (Fixup, Zhang et al.,
+    arXiv 1901.09321); short runs gain by it.
+    """
     from diffusers import AutoencoderKL  # slow to import
+    from diffusers.models.resnet import ResnetBlock2D
 
     num_levels = len(config.channels)
     torch.manual_seed(derive_seed(seed, "weights"))
-    return AutoencoderKL(
+    network = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * num_levels,
         up_block_types=("UpDecoderBlock2D",) * num_levels,
         block_out_channels=tuple(config.channels),
@@ -187,7 +192,12 @@ def build_autoencoder(config: AutoencoderNetwork, image_size: int, seed: int) ->
         force_upcast=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
-    ).train()
+    )
+    for module in network.modules():
+        if isinstance(module, ResnetBlock2D):
+            torch.nn.init.zeros_(module.conv2.weight)
+            torch.nn.init.zeros_(module.conv2.bias)
+    return network.train()
 
 
 @dataclass(frozen=True)
