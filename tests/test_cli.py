@@ -18,7 +18,7 @@ from latentflow.training.settings import to_yaml
 from tests import tiny
 from tests.processes import Result, run_here
 
-VERBS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
+VERBS = sorted(command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands)
 
 
 @pytest.fixture

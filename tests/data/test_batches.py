@@ -4,9 +4,9 @@ import pickle
 import pytest
 import torch
 
-from latentflow.data.batches import StreamPositions, TrainingImages, epoch_order, stream_batches
+from latentflow.data.batches import Batch, StreamPositions, TrainingImages, epoch_order, stream_batches
 from latentflow.data.images import open_images
-from latentflow.data.latent_cache import LatentCache
+from latentflow.data.latent_cache import LatentCache, write_cache
 from latentflow.flow.times import TrainingTimes
 from latentflow.training.step import training_step
 from tests import tiny
@@ -109,3 +109,65 @@ def test_training_images_can_be_sent_to_a_worker(cache):
     images = TrainingImages(LatentCache(cache), seed=2, flip=False)
     images.__getitems__([0])
     assert pickle.loads(pickle.dumps(images)).indices_at(range(30)) == images.indices_at(range(30))
+
+
+def test_another_number_of_processes_goes_on_where_the_others_stopped():
+    before = [p for batch in first(StreamPositions(0, 6, 6, 0, 1), 3) for p in batch]
+    after = [p for rank in range(2) for batch in first(StreamPositions(18, 6, 3, rank, 2), 2) for p in batch]
+    assert sorted(before + after) == list(range(30))
+
+
+def test_cache_and_images_have_the_same_order_names_and_flips(images, cache):
+    source, spots = open_images(images, tiny.IMAGE_SIZE), list(range(60))
+    pixels, moments = (TrainingImages(s, seed=3, flip=True) for s in (source, LatentCache(cache)))
+    assert pixels.indices_at(spots) == moments.indices_at(spots)
+    assert pixels.names_at(spots) == moments.names_at(spots) == [source[i].name for i in pixels.indices_at(spots)]
+    batch = pixels.__getitems__(spots)
+    plain = torch.stack([torch.from_numpy(source[i].pixels).permute(2, 0, 1) for i in batch.indices.tolist()])
+    flipped = (batch.pixels == plain.flip(-1)).flatten(1).all(1)
+    assert torch.equal(batch.pixels, torch.where(flipped[:, None, None, None], plain.flip(-1), plain))
+    assert 0 < flipped.sum() < 60
+    stored = LatentCache(cache).moments(batch.indices.tolist(), flipped.tolist())
+    assert torch.equal(moments.__getitems__(spots).moments, stored)
+
+
+def test_moving_a_batch_keeps_positions_on_the_cpu():
+    batch = Batch(torch.tensor([1]), torch.tensor([2]), pixels=torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).to("meta")
+    assert batch.pixels.device.type == "meta"
+    assert batch.positions.device.type == batch.indices.device.type == "cpu"
+    assert batch.labels is None
+
+
+def losses(model, images, spots):
+    given = {"times": TrainingTimes(stratified=True), "batch_size": 6, "seed": 7, "device": "cpu"}
+    return training_step(model, model.network, images.__getitems__(spots), **given).loss
+
+
+def test_float32_moments_give_the_step_of_pixels(images, cache, kl, tmp_path):
+    """The same posterior draw, noise, time and label: the losses agree to rounding."""
+    source, model, spots = open_images(images, tiny.IMAGE_SIZE), tiny.model(kl), list(range(12, 24))
+    write_cache(source, kl, tmp_path / "exact", flips=True, precision="float32")
+    pixels, exact, rounded = (
+        losses(model, TrainingImages(s, seed=7, flip=True), spots)
+        for s in (source, LatentCache(tmp_path / "exact"), LatentCache(cache))
+    )
+    assert torch.allclose(exact, pixels, rtol=1e-5)
+    assert torch.allclose(rounded, pixels, rtol=1e-4)  # float16, measured: 6e-6
+
+
+def test_an_image_has_its_own_step_whatever_the_batch(cache, kl):
+    """Time, posterior draw, noise and dropped label come from the position, not from the neighbours."""
+    model, images = tiny.model(kl), TrainingImages(LatentCache(cache), seed=7, flip=True)
+    whole = losses(model, images, list(range(12)))
+    assert torch.allclose(whole, torch.cat([losses(model, images, [p]) for p in range(12)]), rtol=1e-5)
+    assert torch.allclose(whole.flip(0), losses(model, images, list(range(11, -1, -1))), rtol=1e-5)
+
+
+def test_stratified_times_fill_every_batch(cache, kl):
+    """One time in each sixth of [0, 1] per global batch of 6, read in halves by two processes."""
+    model, images = tiny.model(kl), TrainingImages(LatentCache(cache), seed=7, flip=False)
+    given = {"times": TrainingTimes(stratified=True), "batch_size": 6, "seed": 7, "device": "cpu"}
+    for step in range(3):
+        shares = [first(StreamPositions(6 * step, 6, 3, rank, 2), 1)[0] for rank in range(2)]
+        times = [training_step(model, model.network, images.__getitems__(s), **given).time for s in shares]
+        assert sorted((torch.cat(times) * 6).long().tolist()) == [0, 1, 2, 3, 4, 5]

@@ -1,14 +1,19 @@
 import json
 import os
+import pickle
+import random
 import shutil
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from latentflow.artifacts import read_json
-from latentflow.autoencoder import latent_mean, to_unit_range
+from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
 from latentflow.data.images import BrokenImage, open_images
+from latentflow.data.items import ImageItem
 from latentflow.data.latent_cache import LatentCache, write_cache
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from tests import processes, tiny
@@ -172,12 +177,12 @@ def test_a_folder_of_other_things_is_refused(tmp_path, source, kl):
 
 def test_another_autoencoder_is_refused(cache, kl, deterministic):
     LatentCache(cache).require_autoencoder(kl)
-    with pytest.raises(ArtifactError, match="was encoded with .* not with .*; use the former or encode a new cache"):
+    with pytest.raises(ArtifactError, match=r"was encoded with .* not with .*; use the former or encode a new cache"):
         LatentCache(cache).require_autoencoder(deterministic)
 
 
 def test_an_image_size_that_does_not_fit_is_refused(tmp_path, images, kl):
-    with pytest.raises(ConfigError, match="image size 15 is not a multiple of 2.*use 14 or 16"):
+    with pytest.raises(ConfigError, match=r"image size 15 is not a multiple of 2.*use 14 or 16"):
         write_cache(open_images(images, 15), kl, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
@@ -189,3 +194,179 @@ def test_a_newer_schema_is_refused(tmp_path, cache):
     (newer / "index.json").write_text(json.dumps(index))
     with pytest.raises(ArtifactError, match="does not fit latent cache schema 1"):
         LatentCache(newer)
+
+
+def test_each_image_may_be_mirrored_on_its_own_and_read_in_any_order(cache, source):
+    stored = LatentCache(cache)
+    plain, mirrored = (stored.moments(range(len(source)), [flip] * len(source)) for flip in (False, True))
+    assert (plain.flip(-1) - mirrored).abs().max() > 0.01  # an encoder does not commute with mirroring
+    order, flips = [17, 0, 5, 4, 17], [True, False, True, True, False]
+    expected = torch.stack([(mirrored if flip else plain)[i] for i, flip in zip(order, flips, strict=True)])
+    assert torch.equal(stored.moments(order, flips), expected)
+    assert stored.labels(order).tolist() == [source[i].label for i in order]
+
+
+def test_the_index_says_what_the_cache_is(cache, kl, source):
+    stored = LatentCache(cache)
+    plan, shards = stored.plan, stored.index.shards
+    assert (plan.autoencoder_hash, plan.source_fingerprint) == (kl.content_hash, source.fingerprint())
+    assert (plan.image_size, plan.num_channels, plan.moments_shape) == (16, 4, (8, 8, 8))
+    assert (plan.flips, plan.precision, plan.pixel_range) == (True, "float16", (-1.0, 1.0))
+    assert [shard.num_images for shard in shards] == [5, 5, 5, 3]
+    assert [shard.num_bytes for shard in shards] == [(cache / shard.file).stat().st_size for shard in shards]
+    stored.verify()
+
+
+def test_worker_processes_map_the_files_themselves(cache):
+    stored = LatentCache(cache)
+    before = stored.moments([7], [False])
+    sent = pickle.dumps(stored)
+    assert len(sent) < 10_000
+    assert torch.equal(pickle.loads(sent).moments([7], [False]), before)
+
+
+def test_a_shard_of_broken_images_only(tmp_path, images, kl):
+    folder = shutil.copytree(images, tmp_path / "images")
+    for number in range(5):
+        (folder / "apple" / f"{number}.png").write_bytes(b"no picture")
+    index = write_cache(open_images(folder, tiny.IMAGE_SIZE), kl, tmp_path / "cache", flips=True, shard_size=5)
+    assert [shard.num_images for shard in index.shards] == [0, 5, 5, 3]
+    stored = LatentCache(tmp_path / "cache")
+    assert stored.moments([0], [True]).shape == (1, 8, 8, 8)
+    assert (stored.names()[0], stored.labels([0, 1]).tolist()) == ("apple/5.png", [0, 1])
+
+
+@pytest.mark.parametrize("mirrored_alone", [False, True])
+def test_moments_beyond_float16_are_refused(tmp_path, source, kl, monkeypatch, mirrored_alone):
+    true_encode, calls = Autoencoder.encode, []
+
+    def huge(self, pixels):
+        calls.append(1)
+        too_large = not mirrored_alone or len(calls) % 2 == 0  # the mirrored images follow the plain ones
+        return true_encode(self, pixels) * (1e6 if too_large else 1)
+
+    assert kl.num_moments == 8  # probed before `encode` is replaced
+    monkeypatch.setattr(Autoencoder, "encode", huge)
+    with pytest.raises(DataError, match="not finite as float16; store them with --precision float32"):
+        write_cache(source, kl, tmp_path / "cache", flips=True)
+
+
+class Counting:
+    """A source that counts how often each image is decoded."""
+
+    class_names = ()
+    image_size = tiny.IMAGE_SIZE
+    description = "counted"
+
+    def __init__(self):
+        self.counts = [0] * 10
+
+    def __len__(self):
+        return len(self.counts)
+
+    def __getitem__(self, index):
+        self.counts[index] += 1
+        return ImageItem(np.full((16, 16, 3), index, dtype=np.uint8), None, str(index))
+
+    def fingerprint(self):
+        return "counted"
+
+
+def test_every_image_is_decoded_once(tmp_path, kl):
+    source, seen = Counting(), []
+    write_cache(source, kl, tmp_path / "cache", flips=True, batch_size=3, shard_size=7, on_images=seen.append)
+    assert source.counts == [1] * 10
+    assert sum(seen) == 10
+
+
+def test_names_are_kept_whatever_they_are(tmp_path, kl):
+    folder = tiny.write_images(tmp_path / "odd", classes=("b", "über \u96ea 'x'"), per_class=1)
+    write_cache(open_images(folder, tiny.IMAGE_SIZE), kl, tmp_path / "cache")
+    assert LatentCache(tmp_path / "cache").names() == ["b/0.png", "über \u96ea 'x'/0.png"]
+
+
+def test_kill_9_at_random_moments(tmp_path, kl_folder):
+    """Killed three times wherever it happens to be; what was complete is never encoded again."""
+    options, killed, log = {"flips": True, "shard_size": 4}, tmp_path / "killed", tmp_path / "log"
+    source, autoencoder = open_images("synthetic:400", 16), Autoencoder.from_pretrained(kl_folder)
+    write_cache(source, autoencoder, tmp_path / "whole", **options)
+    command = ("encode", "synthetic:400", "--out", killed, "--autoencoder", kl_folder, "--image-size", 16)
+    command += ("--shard-size", 4, "--flips", "--device", "cpu")
+
+    def complete() -> dict[str, int]:
+        """Finished shards and when they were written."""
+        records = sorted(killed.glob("shard-*.json"))
+        return {record.stem: record.with_suffix(".safetensors").stat().st_mtime_ns for record in records}
+
+    kept: dict[str, int] = {}
+    for _ in range(3):
+        process, before = processes.start(command, log), len(kept)
+        processes.wait_until(lambda before=before: len(complete()) > before + 2, process)
+        process.join(random.uniform(0, 0.1))
+        assert process.is_alive(), f"too quick to be killed: {log.read_text()}"
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert kept.items() <= complete().items()
+        kept = complete()
+    assert 9 <= len(kept) < 100
+    seen: list[int] = []
+    write_cache(source, autoencoder, killed, **options, on_images=seen.append)
+    assert sum(seen) == 400  # the progress bar ends where it should
+    assert kept.items() <= complete().items()
+    assert tiny.tree(killed) == tiny.tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("missing", ["shard-00002.safetensors", "shard-00002.json"])
+def test_a_missing_file_is_made_anew_and_nothing_else(tmp_path, cache, source, kl, missing):
+    damaged = shutil.copytree(cache, tmp_path / "damaged")
+    others = {file: file.stat().st_mtime_ns for file in damaged.glob("shard-*") if "00002" not in file.name}
+    (damaged / missing).unlink()
+    write_cache(source, kl, damaged, flips=True, shard_size=5)
+    assert tiny.tree(damaged) == tiny.tree(cache)
+    assert {file: file.stat().st_mtime_ns for file in others} == others
+
+
+def test_two_processes_at_once(tmp_path, kl_folder):
+    """As under torchrun; they speak to each other through the folder alone."""
+    write_cache(open_images("synthetic:60", 16), Autoencoder.from_pretrained(kl_folder), tmp_path / "one", shard_size=4)
+    command = ("encode", "synthetic:60", "--out", tmp_path / "two", "--autoencoder", kl_folder, "--image-size", 16)
+    workers = processes.start_processes([*command, "--shard-size", 4, "--device", "cpu"], tmp_path / "log", 2, 1)
+    for rank, worker in enumerate(workers):
+        log = tmp_path / f"log.{rank}"
+        assert processes.finish(worker, log) == 0, log.read_text()
+    assert tiny.tree(tmp_path / "two") == tiny.tree(tmp_path / "one")
+
+
+def test_processes_that_begin_together_do_not_refuse_each_other(tmp_path, source, kl, monkeypatch):
+    """Another process writes its plan and its shards while this one looks at the folder."""
+    true_iterdir, raced = Path.iterdir, []
+
+    def iterdir(self):
+        listed = list(true_iterdir(self))
+        if self == tmp_path / "raced" and not raced:
+            raced.append(1)
+            write_cache(source, kl, self, shard_size=5, process=(1, 2))
+        return iter(listed)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert write_cache(source, kl, tmp_path / "raced", shard_size=5, process=(0, 2)) is not None
+    assert raced
+
+
+def test_the_same_images_and_autoencoder_elsewhere_continue_a_cache(tmp_path, cache, images, kl):
+    """A plan is compared by content: where things lie has no say."""
+    copied = shutil.copytree(cache, tmp_path / "copied")
+    moved = open_images(shutil.copytree(images, tmp_path / "moved"), tiny.IMAGE_SIZE)
+    write_cache(moved, Autoencoder(kl.model, "elsewhere"), copied, flips=True, shard_size=5)
+    changed = {name for name, content in tiny.tree(copied).items() if tiny.tree(cache)[name] != content}
+    assert changed == {"index.json"}  # where the source lies
+
+
+def test_a_shard_that_is_a_pickle_is_not_executed(tmp_path, cache, bomb):
+    poisoned = shutil.copytree(cache, tmp_path / "poisoned")
+    shard = poisoned / "shard-00001.safetensors"
+    size = shard.stat().st_size
+    os.truncate(bomb(shard), size)
+    with pytest.raises(ArtifactError, match=r"shard-00001\.safetensors"):
+        LatentCache(poisoned).moments([6], [False])
