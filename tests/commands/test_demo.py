@@ -253,7 +253,7 @@ def test_line_chart_places_points_by_their_values():
     chart = line_chart([Series("a <b>", [(1, 1), (10, 0.1), (100, 0.01)])], "x", "y", log_x=True, log_y=True)
     places = [tuple(map(float, place)) for place in re.findall(r"translate\(([\d.]+) ([\d.]+)\)\" fill", chart)][:3]
     (x0, y0), (x1, y1), (x2, y2) = places
-    assert (x0, x2) == (70, 940) and (y0, y2) == (14, 330)
+    assert (x0, x2) == (70, 920) and (y0, y2) == (14, 330)
     assert x1 == pytest.approx((x0 + x2) / 2, abs=0.1) and y1 == pytest.approx((y0 + y2) / 2, abs=0.1)
     assert "a &lt;b&gt;" in chart and "<b>" not in chart
 

@@ -28,7 +28,7 @@ class DemoScale(_Record):
     num_solved: int = Field(6, ge=1, description="Images on which solvers are compared.")
     budgets: tuple[int, ...] = Field((8, 16, 32, 64), description="Velocity calls granted to fixed-step solvers.")
     tolerances: tuple[float, ...] = Field((1e-1, 1e-2, 1e-3, 1e-4), description="Of adaptive solvers, rtol = atol.")
-    reference_steps: int = Field(100, ge=1, description="Steps of rk4 for the solution that others are held against.")
+    reference_steps: int = Field(200, ge=1, description="Steps of rk4 for the solution that others are held against.")
 
     @property
     def num_shown(self) -> int:

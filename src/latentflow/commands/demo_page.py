@@ -112,7 +112,7 @@ def _autoencoder(figures: DemoFigures, out: Path) -> str:
     sheet = contact_sheet(
         out / "samples" / "reconstructions.png",
         ["original", "reconstruction"],
-        [f"{value:.1f} dB" for value in stage.shown_psnr],
+        [f"{value:.1f}\N{NO-BREAK SPACE}dB" for value in stage.shown_psnr],
         num_columns=len(stage.shown_psnr),
     )
     return paragraph(text) + figure(

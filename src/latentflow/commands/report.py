@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 _WIDTH, _LABEL_WIDTH, _LARGEST_CELL = 960, 118, 104  # of pictures and charts, in CSS pixels
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 920, 14, 330  # the frame of a chart of 960 x 386
 _INK, _SOFT = "#1d2530", "#5b6675"
 # Okabe and Ito's colours, told apart by everyone; a series also has a marker of its own.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#3b3b3b", "#7a5195")
@@ -157,7 +158,8 @@ def contact_sheet(
     """
     with Image.open(file) as image:
         width, height = image.size
-    left, top = _LABEL_WIDTH, 24 if columns else 0
+    lines = max((len(label.split(" ")) for label in columns), default=0)  # one word a line: columns are narrow
+    left, top = _LABEL_WIDTH, 15 * lines + 8 if columns else 0
     total_width = min(_WIDTH, left + num_columns * _LARGEST_CELL)
     scale = (total_width - left) / width
     cell_x, cell_y = (width + gap) / num_columns * scale, (height + gap) / len(rows) * scale
@@ -171,9 +173,9 @@ def contact_sheet(
         y = top + row * cell_y + (cell_y - gap * scale) / 2
         parts.append(f'<text x="0" y="{_number(y)}" dy=".35em" font-size="15" fill="{_INK}">{escape(label)}</text>')
     for column, label in enumerate(columns):
-        x = left + column * cell_x + (cell_x - gap * scale) / 2
-        place = f'x="{_number(x)}" y="14" text-anchor="middle" font-size="12.5"'
-        parts.append(f'<text {place} fill="{_SOFT}">{escape(label)}</text>')
+        x = _number(left + column * cell_x + (cell_x - gap * scale) / 2)
+        words = [f'<tspan x="{x}" y="{13 + 15 * n}">{escape(word)}</tspan>' for n, word in enumerate(label.split(" "))]
+        parts.append(f'<text text-anchor="middle" font-size="12.5" fill="{_SOFT}">{"".join(words)}</text>')
     for row, column in sorted(marked):
         place = f'x="{_number(left + column * cell_x + 1)}" y="{_number(top + row * cell_y + 1)}"'
         size = f'width="{_number(cell_x - gap * scale - 2)}" height="{_number(cell_y - gap * scale - 2)}"'
@@ -192,19 +194,19 @@ def line_chart(
         )
         for s in series
     ]
-    x_axis = _Axis([x for s in series for x, _ in s.points], 70, 940, log=log_x)
-    y_axis = _Axis([y for s in series for _, y in s.points], 330, 14, log=log_y)
+    x_axis = _Axis([x for s in series for x, _ in s.points], _LEFT, _RIGHT, log=log_x)
+    y_axis = _Axis([y for s in series for _, y in s.points], _BOTTOM, _TOP, log=log_y)
     parts = []
     for value in y_axis.ticks:
         y = _number(y_axis.place(value))
-        parts.append(f'<path d="M70 {y}H940" stroke="#e6eaee"/>')
+        parts.append(f'<path d="M{_LEFT} {y}H{_RIGHT}" stroke="#e6eaee"/>')
         parts.append(f'<text x="60" y="{y}" dy=".35em" text-anchor="end">{_tick(value, log_y)}</text>')
     for value in x_axis.ticks:
         x = _number(x_axis.place(value))
-        parts.append(f'<path d="M{x} 14V330" stroke="#e6eaee"/>')
+        parts.append(f'<path d="M{x} {_TOP}V{_BOTTOM}" stroke="#e6eaee"/>')
         parts.append(f'<text x="{x}" y="350" text-anchor="middle">{_tick(value, log_x)}</text>')
-    parts.append('<path d="M70 330H940" stroke="#9aa5b1"/>')
-    parts.append(f'<text x="505" y="378" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<path d="M{_LEFT} {_BOTTOM}H{_RIGHT}" stroke="#9aa5b1"/>')
+    parts.append(f'<text x="{(_LEFT + _RIGHT) // 2}" y="378" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(f'<text transform="translate(14 172) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
     legend = []
     for number, one in enumerate(series):
