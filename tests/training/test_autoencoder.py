@@ -142,7 +142,7 @@ def test_bf16_is_near_fp32():
 
 def test_loss_falls(trained):
     losses = [line["loss"] for line in read_metrics(trained[0])]
-    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])  # measured: 0.52
+    assert sum(losses[-5:]) / 5 < 0.6 * losses[0]  # measured: 0.45; the first five steps alone bring it to 0.48
 
 
 def test_psnr_has_its_exact_value():
