@@ -26,6 +26,8 @@ _CONTEXT.set_forkserver_preload(
     ]
 )
 
+_STORES = []  # they live as long as the tests
+
 
 @dataclass(frozen=True)
 class Result:
@@ -65,9 +67,22 @@ def start(args: Sequence[object], log: Path, environment: Mapping[str, str] | No
     return process
 
 
-def start_processes(args: Sequence[object], log: Path, num_processes: int, port: int) -> list[BaseProcess]:
-    """The same command in several processes that know of each other as under torchrun."""
-    common = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def start_processes(args: Sequence[object], log: Path, num_processes: int) -> list[BaseProcess]:
+    """The same command in several processes that know of each other as under torchrun.
+
+    As torchrun does, this process keeps the store by which they find each other: any of them may end first.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    _STORES.append(store)
+    common = {
+        "WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     return [
         start(args, log.with_name(f"{log.name}.{rank}"), {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(num_processes)

@@ -331,7 +331,7 @@ def test_two_processes_at_once(tmp_path, kl_folder):
     """As under torchrun; they speak to each other through the folder alone."""
     write_cache(open_images("synthetic:60", 16), Autoencoder.from_pretrained(kl_folder), tmp_path / "one", shard_size=4)
     command = ("encode", "synthetic:60", "--out", tmp_path / "two", "--autoencoder", kl_folder, "--image-size", 16)
-    workers = processes.start_processes([*command, "--shard-size", 4, "--device", "cpu"], tmp_path / "log", 2, 1)
+    workers = processes.start_processes([*command, "--shard-size", 4, "--device", "cpu"], tmp_path / "log", 2)
     for rank, worker in enumerate(workers):
         log = tmp_path / f"log.{rank}"
         assert processes.finish(worker, log) == 0, log.read_text()

@@ -473,7 +473,7 @@ def test_two_processes_take_up_what_one_began(recipe, train, recipe_file, tmp_pa
     whole = train("whole")
     train("run", training={"steps": 4})
     command = ("train", recipe_file(recipe("run", training={"steps": 6})), "--cpu")
-    workers = processes.start_processes(command, tmp_path / "log", 2, free_port())
+    workers = processes.start_processes(command, tmp_path / "log", 2)
     for rank, worker in enumerate(workers):
         log = tmp_path / f"log.{rank}"
         assert processes.finish(worker, log) == 0, log.read_text()
@@ -485,7 +485,7 @@ def test_two_processes_take_up_what_one_began(recipe, train, recipe_file, tmp_pa
 def test_a_signal_to_one_of_two_processes_stops_both(recipe, recipe_file, tmp_path):
     given = {"training": {"steps": 100_000, "log_every": 5}}
     command, run = ("train", recipe_file(recipe("run", **given)), "--cpu"), tmp_path / "run"
-    workers = processes.start_processes(command, tmp_path / "log", 2, free_port())
+    workers = processes.start_processes(command, tmp_path / "log", 2)
     processes.wait_until(lambda: len(read_metrics(run)) > 1, workers[0])
     os.kill(workers[1].pid, signal.SIGTERM)
     codes = [processes.finish(worker, tmp_path / f"log.{rank}") for rank, worker in enumerate(workers)]
@@ -498,7 +498,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(recipe, recipe_file, tmp_pa
 
 def test_an_uneven_share_is_refused_in_every_process(recipe, recipe_file, tmp_path):
     command = ("train", recipe_file(recipe("run", training={"batch_size": 5})), "--cpu")
-    workers = processes.start_processes(command, tmp_path / "log", 2, free_port())
+    workers = processes.start_processes(command, tmp_path / "log", 2)
     for rank, worker in enumerate(workers):
         log = tmp_path / f"log.{rank}"
         assert processes.finish(worker, log) == 2
