@@ -121,8 +121,10 @@ def open_source(recipe: Recipe) -> LatentCache | ImageSource:
 def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages) -> LatentFlow:
     """A fresh model for a recipe: what the data and the autoencoder decide is read from them.
 
+    Unlabelled images make an unconditional model.
+
     Raises:
-        ConfigError: labels are asked for and there are none.
+        ConfigError: the image size or the patch size does not fit the latents.
     """
     class_names = list(images.source.class_names) if recipe.data.labels else []
     if isinstance(images.source, LatentCache):
