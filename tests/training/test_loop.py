@@ -283,6 +283,133 @@ def recipe_file(tmp_path):
 
 def test_kill_9_at_random_moments(recipe, train, recipe_file, tmp_path):
     """A process of its own is killed again and again, wherever it is: in a step, in a save, in a resume."""
+    endless = {"training": {"steps": 100_000, "checkpoint_every": 4}}  # no machine is so fast that it ends by itself
+    command, run = ("train", recipe_file(recipe("killed", **endless)), "--cpu"), tmp_path / "killed"
+    log = tmp_path / "log"
+    for attempt in range(5):
+        before = newest_checkpoint(run)
+        process = processes.start(command, log)
+        processes.wait_until(lambda before=before: newest_checkpoint(run) != before, process)
+        process.join(random.uniform(0, 0.15))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
+        assert newest_checkpoint(run) not in (None, before), f"attempt {attempt}: {log.read_text()}"
+
+    steps = read_metrics(run)[-1]["step"] + 3
+    ended = {"training": {"steps": steps, "checkpoint_every": 4}}
+    assert final(train("killed", **ended)) == final(train("whole", **ended))
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, steps + 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_resume_is_exact(recipe, train, monkeypatch, number):
+    whole = train("whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "training_step", at_step(4, lambda: signal.raise_signal(number)))
+        before = signal.getsignal(number)
+        outcome = train_command(recipe("parts"), cpu=True).outcome
+        assert signal.getsignal(number) == before
+    assert (outcome.step, outcome.finished, outcome.signal) == (4, False, number)
+    assert newest_checkpoint(whole.with_name("parts")).name == "step-00000004"
+    assert final(train("parts")) == final(whole)
+
+
+def test_resume_with_everything_switched_on(train):
+    """Schedule, flips, stratified times, per-channel scaling, accumulation, dropout, stopped twice."""
+    given = {
+        "optimizer": {"schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.1},
+        "source": {"flip": True},
+        "times": {"distribution": "logit_normal", "stratified": True},
+        "normalise": "per_channel",
+        "conditioning": {"label_dropout": 0.5},
+    }
+    steps = {"micro_batch_size": 2, "checkpoint_every": 2}
+    whole = train("whole", training=steps, **given)
+    with pytest.MonkeyPatch.context() as patched:
+        for stop in (5, 11):  # micro-batches: within step 3, and within step 6 of the rest
+            patched.setattr(loop, "training_step", at_step(stop, partial(signal.raise_signal, signal.SIGTERM)))
+            train("parts", training=steps, **given)
+            patched.undo()
+    assert newest_checkpoint(whole.with_name("parts")).name == "step-00000009"
+    assert final(train("parts", training=steps, **given)) == final(whole)
+
+
+def test_resume_of_images_encoded_in_the_step(train, images):
+    whole = train("whole", data=images, training={"steps": 6})
+    train("parts", data=images, training={"steps": 3})
+    assert final(train("parts", data=images, training={"steps": 6})) == final(whole)
+
+
+def test_resume_with_worker_processes(train, images):
+    """Workers read ahead; what they read ahead is not lost and not repeated."""
+    whole = train("whole", data=images, training={"steps": 6})
+    train("parts", data=images, training={"steps": 3}, source={"num_workers": 1})
+    assert final(train("parts", data=images, training={"steps": 6}, source={"num_workers": 1})) == final(whole)
+
+
+def test_metrics_after_resume_are_not_doubled(train, monkeypatch):
+    """A run dies at step 8 with a checkpoint of step 6; its lines 7 and 8 are written again, once."""
+
+    def die():
+        raise KeyError("the power failed")
+
+    whole = train("whole", training={"checkpoint_every": 6})
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "training_step", at_step(9, die))
+        with pytest.raises(KeyError):
+            train("parts", training={"checkpoint_every": 6})
+    parts = whole.with_name("parts")
+    assert [line["step"] for line in read_metrics(parts)] == list(range(1, 9))
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # and the last line was cut short
+    train("parts", training={"checkpoint_every": 6})
+    timeless = [[{**line, "images_per_second": 0} for line in read_metrics(run)] for run in (whole, parts)]
+    assert timeless[0] == timeless[1]
+    assert (parts / "metrics.jsonl").read_bytes().count(b"\n") == 10
+
+
+def test_repeating_a_finished_run_changes_nothing(train):
+    run = train("run")
+    before = {name: content for name, content in tiny.tree(run).items() if "tensorboard" not in name}
+    train("run")
+    assert {name: content for name, content in tiny.tree(run).items() if "tensorboard" not in name} == before
+
+
+def test_killed_between_model_and_checkpoint(train, monkeypatch):
+    """At any moment the model in the run folder is at least as new as the checkpoint, so that none is ever lost."""
+    whole = train("whole")
+
+    def die(*args, **options):
+        raise KeyError("killed here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "save_checkpoint", die)
+        with pytest.raises(KeyError):
+            train("parts")
+    assert final(train("parts")) == final(whole)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LatentFlow, "save_pretrained", die)
+        with pytest.raises(KeyError):
+            train("other")
+    assert final(train("other")) == final(whole)
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    """A recipe on disk, for a command."""
+
+    def write(recipe) -> Path:
+        file = tmp_path / f"{Path(recipe.out).name}.yaml"
+        file.write_text(to_yaml(recipe), encoding="utf-8")
+        return file
+
+    return write
+
+
+def test_kill_9_at_random_moments(recipe, train, recipe_file, tmp_path):
+    """A process of its own is killed again and again, wherever it is: in a step, in a save, in a resume."""
     given = {"training": {"steps": 60, "checkpoint_every": 4}}
     whole = train("whole", **given)
     command, run, kills = ("train", recipe_file(recipe("killed", **given)), "--cpu"), tmp_path / "killed", 0
