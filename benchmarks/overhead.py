@@ -30,7 +30,8 @@ from latentflow.commands.train import build_model
 from latentflow.conditioning import Conditioning
 from latentflow.data.batches import Batch, TrainingImages
 from latentflow.data.images import open_images
-from latentflow.data.latent_cache import LatentCache, write_cache
+from latentflow.data.cache_writer import write_cache
+from latentflow.data.latent_cache import LatentCache
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import SOLVERS, integrate
 from latentflow.flow.times import TrainingTimes, sampling_times

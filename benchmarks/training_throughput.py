@@ -26,7 +26,8 @@ from latentflow.autoencoder import Autoencoder
 from latentflow.commands.train import build_model
 from latentflow.data.batches import Batch, StreamPositions, TrainingImages, stream_batches
 from latentflow.data.images import open_images
-from latentflow.data.latent_cache import LatentCache, write_cache
+from latentflow.data.cache_writer import write_cache
+from latentflow.data.latent_cache import LatentCache
 from latentflow.data.synthetic import SyntheticShapes
 from latentflow.training.config import load_recipe
 from latentflow.training.loop import make_accelerator, train

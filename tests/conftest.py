@@ -12,7 +12,7 @@ import torch
 
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.images import open_images
-from latentflow.data.latent_cache import write_cache
+from latentflow.data.cache_writer import write_cache
 from tests import tiny
 
 torch.set_num_threads(1)

@@ -32,6 +32,16 @@ class Precision(str, Enum):
     float32 = "float32"
 
 
+class MaskPolicy(str, Enum):
+    """Which holes are drawn for inpainting."""
+
+    mixed = "mixed"
+    strokes = "strokes"
+    boxes = "boxes"
+    halves = "halves"
+    borders = "borders"
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; otherwise a GPU if there is one.")]
 
@@ -46,12 +56,17 @@ def encode(
     precision: Annotated[Precision, typer.Option(help="How moments are stored.")] = Precision.float16,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded together.")] = 32,
     shard_size: Annotated[int, typer.Option(min=1, help="Images per shard, the most a kill can lose.")] = 1024,
+    mask_variants: Annotated[
+        int, typer.Option(min=0, help="Images with holes encoded of each image, for inpainting; 0: none.")
+    ] = 0,
+    mask_policy: Annotated[MaskPolicy, typer.Option(help="How their holes are drawn.")] = MaskPolicy.mixed,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a broken image instead of leaving it out.")] = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Encode images once into a latent cache. Repeat the command to go on after a kill."""
     from latentflow.commands.encode import encode as run
+    from latentflow.data.masks import MaskRules
 
     result = run(
         data,
@@ -62,6 +77,8 @@ def encode(
         precision=precision.value,
         batch_size=batch_size,
         shard_size=shard_size,
+        masks=MaskRules(policy=mask_policy.value),
+        mask_variants=mask_variants,
         strict=strict,
         device=device,
     )
@@ -74,6 +91,8 @@ def encode(
         "images": index.num_images,
         "classes": len(index.plan.class_names),
         "moments": " x ".join(map(str, index.plan.moments_shape)),
+        "map classes": len(index.plan.map_class_names),
+        "mask variants": index.plan.mask_variants,
         "flips": index.plan.flips,
         "shards": len(index.shards),
         "broken": len(index.broken),
@@ -82,6 +101,21 @@ def encode(
     _report(rows, as_json)
     for name in index.broken:
         _say(f"left out, cannot be read: {name}")
+
+
+@app.command(epilog="Example: latentflow prepare camvid camvid.zip --out data/camvid")
+def prepare(
+    kind: Annotated[str, typer.Argument(help="camvid, celebamask-hq, ade20k or coco-stuff.")],
+    source: Annotated[Path, typer.Argument(help="The data set as published: a folder or a zip.")],
+    out: Annotated[Path, typer.Option(help="A new folder; it gets one folder per split.")],
+    as_json: AsJson = False,
+) -> None:
+    """Bring a published data set of images and semantic maps into the layout that is read here."""
+    from latentflow.commands.prepare import prepare as run
+
+    result = run(kind, source, out)
+    splits = {str(out / split): f"{number} images with maps" for split, number in result.num_images.items()}
+    _report({**splits, "map classes": result.num_map_classes, "seconds": round(result.seconds, 1)}, as_json)
 
 
 @app.command(epilog="Example: latentflow train cifar10_64 data.path=caches/cifar10 autoencoder=taesd out=runs/cifar10")

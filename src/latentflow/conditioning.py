@@ -1,8 +1,22 @@
-"""What the network is told besides latents and time, built the same way in training and sampling."""
+"""What the network is told besides latents and time, built the same way in training and sampling.
+
+A model may hear any set of three conditions. Each has a null, "nothing is said", which training puts in its
+place now and then (dropout), each condition on its own. So any subset of them can be asked for, and
+classifier-free guidance works for each.
+
+    condition       what it is                                              its null
+    label           a class index                                           the null label, behind the last class
+    inpainting      latents of the image without its hole, and the mask     latents 0, mask 1: all is to be painted
+    semantic_map    shares of map classes in each latent pixel              0: no class is named
+
+Legend: B images, C latent channels, h and w latent height and width, K classes of the semantic map.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -10,7 +24,12 @@ from torch import Tensor
 
 from latentflow.errors import ConfigError, nearest
 from latentflow.randomness import ImageRandom
-from latentflow.shapes import Condition
+from latentflow.shapes import Condition, per_image
+
+ConditionName = Literal["label", "inpainting", "semantic_map"]
+CONDITION_NAMES: tuple[ConditionName, ...] = get_args(ConditionName)
+
+_FIELDS = {"label": ("labels",), "inpainting": ("masked_latents", "mask"), "semantic_map": ("class_fractions",)}
 
 
 class Conditioning(BaseModel):
@@ -19,26 +38,44 @@ class Conditioning(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     class_names: list[str] = Field(
-        default_factory=list, description="One name per class; empty: an unconditional model."
+        default_factory=list, description="One name per class; empty: a model without labels."
     )
     label_dropout: float = Field(
-        0.1,
-        ge=0,
-        lt=1,
-        description="Share of training images whose label is replaced by the null label; 0: no guidance.",
+        0.1, ge=0, lt=1, description="Share of training images whose label is dropped; 0: no guidance by it."
+    )
+    inpainting: bool = Field(False, description="Whether the model is told the known part of an image and a mask.")
+    inpainting_dropout: float = Field(
+        0.1, ge=0, lt=1, description="Share of training images that are all hole; 0: no guidance by the known part."
+    )
+    map_class_names: list[str] = Field(
+        default_factory=list, description="One name per class of the semantic map; empty: a model without maps."
+    )
+    map_palette: list[tuple[int, int, int]] = Field(
+        default_factory=list, description="The RGB colour of each map class, 0 to 255."
+    )
+    map_dropout: float = Field(
+        0.1, ge=0, lt=1, description="Share of training images whose map is dropped; 0: no guidance by it."
     )
 
     @model_validator(mode="after")
-    def _names_are_unique(self) -> Conditioning:
-        doubled = sorted({name for name in self.class_names if self.class_names.count(name) > 1})
-        if doubled:
-            raise ValueError(f"class names must differ; given twice: {', '.join(doubled)}")
+    def _check(self) -> Conditioning:
+        for names in (self.class_names, self.map_class_names):
+            doubled = sorted({name for name in names if names.count(name) > 1})
+            if doubled:
+                raise ValueError(f"class names must differ; given twice: {', '.join(doubled)}")
+        if len(self.map_palette) != len(self.map_class_names):
+            raise ValueError(f"{len(self.map_palette)} colours for {len(self.map_class_names)} map classes")
         return self
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; 0 for an unconditional model."""
+        """Number of classes; 0 for a model without labels."""
         return len(self.class_names)
+
+    @property
+    def num_map_classes(self) -> int:
+        """Number of classes of the semantic map; 0 for a model without maps."""
+        return len(self.map_class_names)
 
     @property
     def null_label(self) -> int:
@@ -46,26 +83,92 @@ class Conditioning(BaseModel):
         return self.num_classes
 
     @property
-    def can_guide(self) -> bool:
-        """Whether the null condition was trained, so that classifier-free guidance means something."""
-        return self.num_classes > 0 and self.label_dropout > 0
+    def dropout(self) -> dict[ConditionName, float]:
+        """The conditions of this model, each with the share of training images that were not told it."""
+        conditions = {
+            "label": (self.num_classes > 0, self.label_dropout),
+            "inpainting": (self.inpainting, self.inpainting_dropout),
+            "semantic_map": (self.num_map_classes > 0, self.map_dropout),
+        }
+        return {name: share for name, (is_there, share) in conditions.items() if is_there}
 
-    def for_training(self, labels: Tensor | None, random: ImageRandom, device: torch.device | str) -> Condition:
-        """The condition of training images: labels [B], each dropped to the null label on its own."""
-        if not self.num_classes:
-            return Condition()
-        dropped = random.uniform() < self.label_dropout
-        return Condition(labels.masked_fill(dropped.to(labels.device), self.null_label)).to(device)
+    @property
+    def can_guide(self) -> list[ConditionName]:
+        """The conditions whose null was trained, so that classifier-free guidance by them means something."""
+        return [name for name, share in self.dropout.items() if share > 0]
 
-    def for_labels(self, labels: Sequence[int], device: torch.device | str) -> Condition:
-        """The condition of images to be drawn: one class index per image; ignored by an unconditional model."""
-        if not self.num_classes:
-            return Condition()
-        return Condition(torch.tensor(list(labels), dtype=torch.int64, device=device))
+    def draw_dropped(self, random: ImageRandom) -> dict[ConditionName, Tensor]:
+        """Which training images are not told which condition: [B] bool each, drawn independently."""
+        return {name: random.uniform() < share for name, share in self.dropout.items()}
 
-    def null(self, num_images: int, device: torch.device | str) -> Condition:
-        """The null condition of `num_images` images: the twin that guidance compares with."""
-        return self.for_labels([self.null_label] * num_images, device)
+    def build(
+        self,
+        latents_shape: Sequence[int],
+        device: torch.device | str,
+        *,
+        labels: Tensor | None = None,
+        masked_latents: Tensor | None = None,
+        mask: Tensor | None = None,
+        class_fractions: Tensor | None = None,
+    ) -> Condition:
+        """The condition of images whose latents have the shape [B, C, h, w]; what is not given is null.
+
+        Args:
+            labels: [B] int64 in [0, num_classes].
+            masked_latents, mask: [B, C, h, w] and [B, 1, h, w], given together.
+            class_fractions: [B, K, h, w].
+
+        Raises:
+            ConfigError: the model does not have a condition that is given.
+        """
+        num_images, channels, height, width = latents_shape
+        given = {
+            "labels": labels,
+            "masked_latents": masked_latents,
+            "mask": mask,
+            "class_fractions": class_fractions,
+        }
+        shapes = {
+            "labels": (num_images,),
+            "masked_latents": (num_images, channels, height, width),
+            "mask": (num_images, 1, height, width),
+            "class_fractions": (num_images, self.num_map_classes, height, width),
+        }
+        built = {}
+        for condition, names in _FIELDS.items():
+            for name in names:
+                if condition in self.dropout:
+                    dtype = torch.int64 if name == "labels" else torch.float32
+                    null = torch.full(shapes[name], self._null(name), dtype=dtype, device=device)
+                    built[name] = null if given[name] is None else given[name].to(null)
+                    assert built[name].shape == null.shape, (name, built[name].shape, null.shape)
+                elif given[name] is not None:
+                    self.require(condition)
+        return Condition(**built)
+
+    def drop(self, condition: Condition, dropped: dict[ConditionName, Tensor]) -> Condition:
+        """Put nulls in the place of what is `dropped`: for each condition a [B] bool, true where it is not told."""
+        changed = {}
+        for kind, rows in dropped.items():
+            for name in _FIELDS[kind]:
+                value = getattr(condition, name)
+                changed[name] = value.masked_fill(per_image(rows, value).bool(), self._null(name))
+        return replace(condition, **changed)
+
+    def without(self, condition: Condition, kinds: Collection[ConditionName]) -> Condition:
+        """The same images told nothing of `kinds`: the null twin that guidance compares with."""
+        num_images = len(getattr(condition, condition.names[0])) if condition.names else 0
+        return self.drop(condition, {kind: torch.ones(num_images, dtype=torch.bool) for kind in kinds})
+
+    def require(self, kind: ConditionName) -> None:
+        """Refuse a condition that the model was not trained with.
+
+        Raises:
+            ConfigError: saying which conditions it has.
+        """
+        if kind not in self.dropout:
+            told = ", ".join(self.dropout) or "nothing: it is unconditional"
+            raise ConfigError(f"this model was not trained with the condition {kind}; it is told {told}")
 
     def class_index(self, given: int | str) -> int:
         """A class by index or by name; a text like "3" is a name first, where a class is called that.
@@ -77,7 +180,7 @@ class Conditioning(BaseModel):
         if isinstance(given, str) and text in self.class_names:
             return self.class_names.index(text)
         if not self.num_classes:
-            raise ConfigError(f"class {text!r}: this model is unconditional and has no classes; leave the classes out")
+            raise ConfigError(f"class {text!r}: this model has no classes; leave the classes out")
         try:
             index = int(text)
         except ValueError:
@@ -85,3 +188,6 @@ class Conditioning(BaseModel):
         if not 0 <= index < self.num_classes:
             raise ConfigError(f"class {index} does not exist; this model has classes 0 to {self.num_classes - 1}")
         return index
+
+    def _null(self, field: str) -> float:
+        return {"labels": self.null_label, "masked_latents": 0, "mask": 1, "class_fractions": 0}[field]

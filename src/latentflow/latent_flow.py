@@ -12,7 +12,8 @@ from torch import Tensor
 
 from latentflow.artifacts import atomic_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from latentflow.autoencoder import Autoencoder, LatentNormalisation, latent_mean, sample_latents
-from latentflow.conditioning import Conditioning
+from latentflow.conditioning import Conditioning, ConditionName
+from latentflow.data.masks import MaskRules
 from latentflow.errors import ArtifactError
 from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.networks.dit import DiT, DiTConfig
@@ -36,6 +37,9 @@ class SamplingPreset(_Section):
     steps: int = Field(25, ge=1, description="Intervals of a fixed-step solver; adaptive solvers choose their own.")
     guidance: float = Field(1.0, ge=0, description="Classifier-free guidance scale; 1: off.")
     guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Times at which guidance applies.")
+    guided_by: list[ConditionName] | None = Field(
+        None, description="Conditions that guidance strengthens; null: all that an image is told."
+    )
     shift: float = Field(1.0, gt=0, description="Time shift of the grid; above 1: more steps near the noise.")
     rtol: float = Field(1e-5, gt=0, description="Relative tolerance of adaptive solvers, per image.")
     atol: float = Field(1e-5, gt=0, description="Absolute tolerance of adaptive solvers, per image.")
@@ -68,6 +72,7 @@ class ModelConfig(_Section):
     network: DiTConfig
     path: PathConfig = LinearPath()
     conditioning: Conditioning = Conditioning()
+    masks: MaskRules | None = Field(None, description="Which holes an inpainting model learned to fill.")
     autoencoder: AutoencoderRecord
     normalisation: LatentNormalisation
     sampling: SamplingPreset = SamplingPreset()
@@ -82,7 +87,14 @@ class ModelConfig(_Section):
     def build_network(self) -> DiT:
         """A network with fresh weights, as this config describes it."""
         channels = self.autoencoder.num_channels
-        return DiT(self.network, in_channels=channels, out_channels=channels, num_classes=self.conditioning.num_classes)
+        return DiT(
+            self.network,
+            in_channels=channels,
+            out_channels=channels,
+            num_classes=self.conditioning.num_classes,
+            inpainting=self.conditioning.inpainting,
+            num_map_classes=self.conditioning.num_map_classes,
+        )
 
 
 class LatentFlow:
@@ -249,7 +261,9 @@ def load_weights(network: torch.nn.Module, weights: Mapping[str, Tensor], origin
 def _model_card(config: ModelConfig) -> str:
     classes = ", ".join(config.conditioning.class_names) or "none (unconditional)"
     training = config.training
-    guidance = "trained for it" if config.conditioning.can_guide else "not available: no null condition was trained"
+    told = ", ".join(config.conditioning.dropout) or "nothing (unconditional)"
+    guided = ", ".join(config.conditioning.can_guide)
+    guidance = f"trained for it, by {guided}" if guided else "not available: no null condition was trained"
     seen = f"{training.step:,} steps, {training.images_seen:,} images seen"
     return f"""---
 library_name: latentflow
@@ -262,6 +276,7 @@ tags: [flow-matching, image-generation]
 | image size | {config.image_size} x {config.image_size} |
 | network | {config.network.name or config.network.kind} |
 | latents | {" x ".join(map(str, config.latent_shape))}, autoencoder `{config.autoencoder.reference}` |
+| told | {told} |
 | classes | {classes} |
 | guidance | {guidance} |
 | trained on | {training.data}; {seen} |

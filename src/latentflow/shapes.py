@@ -5,7 +5,8 @@ Legend: B images, C latent channels, H and W latent height and width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -32,25 +33,38 @@ def image_mean(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a velocity network is told beside latents and time, one row per image.
+    """What a velocity network is told beside latents and time, one row per image; None: the model has no such input.
 
     Attributes:
         labels: [B] int64, class index in [0, num_classes]; `num_classes` itself is the null label.
-            None for a model without labels.
+        masked_latents: [B, C, H, W], latents of the image whose hole is painted over with gray.
+        mask: [B, 1, H, W] in [0, 1], share of each latent pixel that lies in the hole; goes with `masked_latents`.
+        class_fractions: [B, K, H, W] in [0, 1], share of each latent pixel that belongs to each of K map classes.
     """
 
     labels: Tensor | None = None
+    masked_latents: Tensor | None = None
+    mask: Tensor | None = None
+    class_fractions: Tensor | None = None
 
     def select(self, rows: Tensor) -> Condition:
         """Keep the images at `rows` ([b] int64 or [B] bool)."""
-        return Condition(labels=None if self.labels is None else self.labels[rows.to(self.labels.device)])
+        return self._map(lambda name, x: x[rows.to(x.device)])
 
     def concatenate(self, other: Condition) -> Condition:
         """Stack the images of `other` behind these; both must carry the same fields."""
-        if (self.labels is None) != (other.labels is None):
-            raise ValueError("cannot join a condition with labels and one without")
-        return Condition(labels=None if self.labels is None else torch.cat([self.labels, other.labels]))
+        if self.names != other.names:
+            raise ValueError(f"cannot join a condition with {self.names} and one with {other.names}")
+        return self._map(lambda name, x: torch.cat([x, getattr(other, name)]))
 
     def to(self, device: torch.device | str) -> Condition:
         """Move every tensor to `device`."""
-        return Condition(labels=None if self.labels is None else self.labels.to(device, non_blocking=True))
+        return self._map(lambda name, x: x.to(device, non_blocking=True))
+
+    @property
+    def names(self) -> list[str]:
+        """The fields that are there."""
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> Condition:
+        return replace(self, **{name: change(name, getattr(self, name)) for name in self.names})

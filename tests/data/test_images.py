@@ -21,6 +21,7 @@ from latentflow.data.images import (
     readable,
     to_rgb,
 )
+from latentflow.data.semantic_maps import UNLABELLED, MapClasses, colour_map, crop_map, default_palette
 from latentflow.errors import DataError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -74,7 +75,7 @@ def test_class_folders_become_sorted_labels(labelled):
     assert [item.label for item in source] == [0, 0, 1, 1, 2]
     assert source.description == f"5 images in 3 classes from {labelled}"
     assert np.array_equal(source[0].pixels, center_crop(picture(3), 16))
-    assert source[0].semantic_map is None
+    assert source[0].semantic_map is None and source.map_class_names == source.map_palette == ()
 
 
 def test_flat_folder_is_unlabelled(tmp_path):
@@ -135,6 +136,214 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     except OSError:
         pytest.skip("this file system has no symbolic links")
     assert names(open_images(tmp_path / "data", 8)) == ["cat/1.png", "dog/1.png"]
+
+
+@pytest.mark.parametrize("index", [-1, 5])
+def test_names_need_no_decoding(labelled, index):
+    source = open_images(labelled, 16)
+    listed = names(source)
+    for path in labelled.rglob("*.png"):
+        path.write_bytes(b"")
+    assert [source.name(i) for i in range(5)] == listed
+    with pytest.raises(IndexError):
+        source.name(index)
+
+
+# Semantic maps
+
+TOWN = MapClasses(("sky", "road", "tree"), ((128, 128, 128), (128, 64, 128), (128, 128, 0)))
+
+
+def semantic_map(seed: int, width: int = 20, height: int = 16) -> np.ndarray:
+    values = np.random.default_rng(seed).integers(0, len(TOWN), (height, width), np.uint8)
+    values[3:6, 8:12] = UNLABELLED
+    return values
+
+
+@pytest.fixture
+def mapped(tmp_path) -> Path:
+    """Images in two class folders with maps as indices, in a palette's place, and in colours."""
+    folder = tmp_path / "mapped"
+    for i, name in enumerate(["town/a", "town/b", "wood/deep/c"]):
+        save(folder / "images" / f"{name}.{('jpg', 'png', 'PNG')[i]}", picture(i))
+        values = semantic_map(i)
+        image = Image.fromarray(colour_map(values, TOWN.palette) if i == 2 else values)
+        if i == 1:
+            image = Image.new("P", (20, 16))
+            image.putpalette([100] * 768)
+            image.putdata(values.reshape(-1).tolist())
+        save(folder / "masks" / f"{name}.png", image)
+    TOWN.write(folder / "classes.json")
+    return folder
+
+
+def test_images_and_maps_are_paired_by_path(mapped):
+    source = open_images(mapped, 16, strict=True)
+    assert isinstance(source, ImageSource)
+    assert names(source) == ["town/a.jpg", "town/b.png", "wood/deep/c.PNG"]
+    assert source.class_names == ("town", "wood") and [item.label for item in source] == [0, 0, 1]
+    assert source.map_class_names == TOWN.names and source.map_palette == TOWN.palette
+    assert source.description == f"3 images in 2 classes with semantic maps of 3 classes from {mapped}"
+    for i, item in enumerate(source):
+        assert item.semantic_map.dtype == np.uint8
+        assert np.array_equal(item.semantic_map, crop_map(semantic_map(i), 16))
+        assert (item.semantic_map == UNLABELLED).sum() == 12
+    assert np.array_equal(source[1].pixels, center_crop(picture(1), 16))
+
+
+@pytest.mark.parametrize("wrapper", ["", "data/town/"])
+def test_zip_of_maps_equals_folder(mapped, tmp_path, wrapper):
+    folder, archive = open_images(mapped, 12), open_images(pack(mapped, tmp_path / "a.zip", wrapper), 12)
+    assert archive.fingerprint() == folder.fingerprint()
+    for a, b in zip(archive, folder, strict=True):
+        assert (a.name, a.label) == (b.name, b.label)
+        assert np.array_equal(a.pixels, b.pixels) and np.array_equal(a.semantic_map, b.semantic_map)
+    copy = pickle.loads(pickle.dumps(archive))
+    assert np.array_equal(copy[0].semantic_map, folder[0].semantic_map)
+
+
+@pytest.mark.parametrize("inner", ["", "only/one/"])
+def test_maps_without_labels(tmp_path, inner):
+    for i in range(2):
+        save(tmp_path / "images" / f"{inner}{i}.png", picture(i))
+        save(tmp_path / "masks" / f"{inner}{i}.png", Image.fromarray(semantic_map(i)))
+    (tmp_path / "classes.json").write_text('["sky", "road", "tree"]')
+    source = open_images(tmp_path, 16)
+    assert source.class_names == () and names(source) == ["0.png", "1.png"] and source[0].label is None
+    assert source.map_palette == default_palette(3)
+    assert source.description == f"2 images with semantic maps of 3 classes from {tmp_path}"
+    assert np.array_equal(source[1].semantic_map, crop_map(semantic_map(1), 16))
+
+
+def test_map_that_is_the_painted_image_is_aligned_with_it(tmp_path):
+    painted = Image.fromarray(colour_map(np.kron(np.eye(3, dtype=np.uint8), np.ones((31, 43), np.uint8)), TOWN.palette))
+    save(tmp_path / "images/a.png", painted)
+    save(tmp_path / "masks/a.png", painted)
+    TOWN.write(tmp_path / "classes.json")
+    item = open_images(tmp_path, 24)[0]
+    wrong = np.abs(item.pixels.astype(int) - colour_map(item.semantic_map, TOWN.palette)).max(-1) > 20
+    inner = np.ones_like(wrong)
+    edges = [tuple(np.argwhere(np.diff(item.semantic_map.astype(int), axis=axis))) for axis in (0, 1)]
+    for row, column in (edge for both in edges for edge in both):
+        inner[max(row - 1, 0) : row + 3, max(column - 1, 0) : column + 3] = False
+    assert inner.mean() > 0.5 and not wrong[inner].any()
+
+
+def test_maps_without_classes_are_refused_with_an_example(mapped):
+    (mapped / "classes.json").unlink()
+    with pytest.raises(DataError, match=r"images/ and masks/ but beside them no classes.json, .* for example \["):
+        open_images(mapped, 16)
+    (mapped / "classes.json").write_text("[]")
+    with pytest.raises(DataError, match=r"mapped: classes.json: 0 classes of semantic maps; there must be 1 to 255"):
+        open_images(mapped, 16)
+
+
+def test_images_without_map_and_maps_without_image_are_named(mapped):
+    for i in range(4):
+        save(mapped / f"images/town/new{i}.png")
+    with pytest.raises(
+        DataError,
+        match=r"mapped: 4 images have no map \(town/new0.png, town/new1.png, town/new2.png, ...\); an image a/x.jpg",
+    ):
+        open_images(mapped, 16)
+    for i in range(1, 4):
+        (mapped / f"images/town/new{i}.png").unlink()
+    (mapped / "images/town/a.jpg").unlink()
+    with pytest.raises(
+        DataError, match=r"1 images have no map \(town/new0.png\); 1 maps have no image \(town/a.png\); an image"
+    ):
+        open_images(mapped, 16)
+
+
+@pytest.mark.parametrize("top, kind", [("images", "images"), ("masks", "maps")])
+def test_two_files_for_one_place_are_refused(mapped, top, kind):
+    save(mapped / top / "town" / "a.bmp")
+    with pytest.raises(DataError, match=rf"mapped: {kind} town/a.\w+ and town/a.\w+ differ in their suffix only; re"):
+        open_images(mapped, 16)
+
+
+def test_images_beside_images_and_maps_are_refused(mapped):
+    save(mapped / "previews" / "a.png")
+    with pytest.raises(DataError, match=r"images/ and masks/, and more images beside them \(previews\): move those"):
+        open_images(mapped, 16)
+
+
+def test_splits_of_maps_are_sent_to_prepare(tmp_path):
+    for split in ("train", "val"):
+        save(tmp_path / "images" / split / "a.png")
+        save(tmp_path / "masks" / split / "a.png")
+    with pytest.raises(DataError) as caught:
+        open_images(tmp_path, 8)
+    remedy = f"run `latentflow prepare camvid {tmp_path} --out DST` and give DST/train"
+    assert str(caught.value) == f"{tmp_path} holds the splits train, val, not classes: {remedy}"
+
+
+def test_broken_maps_make_broken_images(mapped):
+    values = semantic_map(0)
+    values[0, :3] = 3
+    save(mapped / "masks/town/a.png", Image.fromarray(values))
+    save(mapped / "masks/town/b.png", Image.fromarray(semantic_map(1, 10, 8)))
+    (mapped / "masks/wood/deep/c.png").write_bytes(b"no image")
+    save(mapped / "images/town/d.png", picture(4))
+    save(mapped / "masks/town/d.png", Image.fromarray(semantic_map(4)))
+    source = open_images(mapped, 16)
+    kept, broken = readable(source)
+    assert [source.name(i) for i in kept] == ["town/d.png"]
+    assert [str(error) for error in broken] == [
+        "cannot read the image town/a.jpg: its map masks/town/a.png: class 3 in 3 pixels, "
+        "but there are 3 classes, 0 to 2; 255 means unlabelled",
+        "cannot read the image town/b.png: its map masks/town/b.png has 10 x 8 pixels, the image 20 x 16; "
+        "resize one of them, a map with nearest neighbour only",
+        "cannot read the image wood/deep/c.PNG: its map masks/wood/deep/c.png: its content is no image that Pillow "
+        "can read; save the map as a PNG",
+    ]
+    with pytest.raises(DataError, match=r"mapped: cannot read the image town/a.jpg: its map .* \(and 2 more\); repair"):
+        open_images(mapped, 16, strict=True)
+
+
+def test_rotated_image_needs_a_map_as_it_is_shown(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise
+    save(tmp_path / "images/a.png", picture(0), exif=exif)
+    save(tmp_path / "masks/a.png", Image.fromarray(semantic_map(0)))
+    TOWN.write(tmp_path / "classes.json")
+    source = open_images(tmp_path, 16)
+    with pytest.raises(BrokenImage, match=r"masks/a.png has 20 x 16 pixels, the image 16 x 20; resize"):
+        source[0]
+    save(tmp_path / "masks/a.png", Image.fromarray(np.rot90(semantic_map(0), -1)))
+    assert np.array_equal(source[0].semantic_map, crop_map(np.rot90(semantic_map(0), -1), 16))
+
+
+def test_fingerprint_follows_maps_and_classes(mapped):
+    prints = [open_images(mapped, 16).fingerprint(), open_images(mapped / "images", 16).fingerprint()]
+    with (mapped / "masks/town/a.png").open("ab") as file:
+        file.write(b"x")
+    prints.append(open_images(mapped, 16).fingerprint())
+    (mapped / "masks/town/b.png").rename(mapped / "masks/town/b.PNG")
+    prints.append(open_images(mapped, 16).fingerprint())
+    MapClasses(TOWN.names).write(mapped / "classes.json")
+    prints.append(open_images(mapped, 16).fingerprint())
+    MapClasses(("sky", "road", "bush")).write(mapped / "classes.json")
+    prints.append(open_images(mapped, 16).fingerprint())
+    assert len(set(prints)) == 6
+    (mapped / "classes.json").write_text('["sky","road","bush"]')  # the same classes, written otherwise
+    assert open_images(mapped, 16).fingerprint() == prints[-1]
+
+
+@pytest.mark.parametrize("damage", ["member", "encrypted"])
+def test_damaged_classes_in_a_zip_are_named(mapped, tmp_path, damage):
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(pack(mapped, tmp_path / "whole.zip")) as whole, zipfile.ZipFile(archive, "w") as file:
+        for member in whole.namelist():
+            file.writestr(member, whole.read(member))
+    data = bytearray(archive.read_bytes())
+    if damage == "member":
+        data[data.index(b'"names"') + 2] ^= 0xFF
+    else:
+        data[data.rindex(b"classes.json") - 46 + 8] |= 1  # the flag in the central directory
+    archive.write_bytes(data)
+    with pytest.raises(DataError, match=r"a.zip: classes.json cannot be read \(.*\); it should hold \["):
+        open_images(archive, 16)
 
 
 # Zip archives
@@ -210,7 +419,7 @@ def test_damaged_zip_member_is_a_broken_image(tmp_path):
 
 
 def test_zip_member_that_unpacks_to_too_much_is_a_broken_image(many, monkeypatch):
-    monkeypatch.setattr("latentflow.data.images._MOST_UNPACKED_BYTES", 100)
+    monkeypatch.setattr("latentflow.data.stores._MOST_UNPACKED_BYTES", 100)
     with pytest.raises(BrokenImage, match=r"00.png: it claims to unpack to \d+ bytes"):
         many[0]
 

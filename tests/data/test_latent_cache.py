@@ -14,7 +14,8 @@ from latentflow.artifacts import read_json
 from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
 from latentflow.data.images import BrokenImage, open_images
 from latentflow.data.items import ImageItem
-from latentflow.data.latent_cache import LatentCache, write_cache
+from latentflow.data.cache_writer import write_cache
+from latentflow.data.latent_cache import LatentCache
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from tests import processes, tiny
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from latentflow.data.items import ImageSource
+from latentflow.data.semantic_maps import UNLABELLED_COLOUR, MapClasses, check_map
 from latentflow.data.synthetic import (
     CLASS_NAMES,
     COLOURS,
@@ -44,6 +45,25 @@ def test_record_has_the_promised_shapes_and_ranges(size):
     assert item.pixels.shape == (size, size, 3) and item.pixels.dtype == np.uint8
     assert item.semantic_map.shape == (size, size) and item.semantic_map.dtype == np.uint8
     assert item.name == "synthetic/000002"
+
+
+def test_name_needs_no_drawing():
+    source = SyntheticShapes(30)
+    assert [source.name(i) for i in range(30)] == [item.name for item in source]
+    for index in (-1, 30):
+        with pytest.raises(IndexError):
+            source.name(index)
+
+
+def test_maps_have_a_colour_for_each_class():
+    source = SyntheticShapes(1)
+    classes = MapClasses(source.map_class_names, source.map_palette)
+    assert classes.names == MAP_CLASS_NAMES and UNLABELLED_COLOUR not in classes.palette
+    item = source[0]
+    check_map(item.semantic_map, classes, item.name)
+    colours = np.array([*classes.palette, UNLABELLED_COLOUR])
+    distances = np.abs(colours[:, None] - colours).sum(-1)
+    assert distances[~np.eye(len(colours), dtype=bool)].min() > 100  # told apart at a glance
 
 
 def test_every_run_of_twelve_holds_every_class_once_in_changing_order():

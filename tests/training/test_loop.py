@@ -514,7 +514,7 @@ def test_a_checkpoint_half_written_does_not_count(train, tmp_path):
 
 def test_the_data_may_move_but_not_change(train, cache, tmp_path, kl):
     from latentflow.data.images import open_images
-    from latentflow.data.latent_cache import write_cache
+    from latentflow.data.cache_writer import write_cache
 
     whole = train("whole")
     train("parts", training={"steps": 4})

@@ -10,8 +10,10 @@ from typing import Literal
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands.processes import process_rank
 from latentflow.commands.progress import image_progress
+from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import open_images
-from latentflow.data.latent_cache import CacheIndex, write_cache
+from latentflow.data.latent_cache import CacheIndex
+from latentflow.data.masks import MaskRules
 from latentflow.latent_flow import default_device
 
 
@@ -38,6 +40,8 @@ def encode(
     precision: Literal["float16", "float32"] = "float16",
     batch_size: int = 32,
     shard_size: int = 1024,
+    masks: MaskRules | None = None,
+    mask_variants: int = 0,
     strict: bool = False,
     device: str | None = None,
 ) -> EncodeResult:
@@ -46,6 +50,8 @@ def encode(
     Args:
         data: a folder, a zip, or 'synthetic:COUNT'.
         flips: also encode the mirrored images, so that training can mirror.
+        masks: which holes are drawn; None: those of the usual policy.
+        mask_variants: images with holes that are encoded of each image, for inpainting; 0: none.
         strict: a broken image is an error; otherwise it is left out and listed in the index.
 
     Raises:
@@ -65,6 +71,8 @@ def encode(
             precision=precision,
             batch_size=batch_size,
             shard_size=shard_size,
+            masks=masks,
+            mask_variants=mask_variants,
             strict=strict,
             process=process,
             on_images=on_images,

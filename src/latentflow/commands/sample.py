@@ -11,7 +11,7 @@ from latentflow.commands.grid import save_grid
 from latentflow.commands.processes import process_rank
 from latentflow.commands.progress import image_progress
 from latentflow.latent_flow import LatentFlow
-from latentflow.sampling.pipeline import SampleRequest, draw, join_samples, make_request
+from latentflow.sampling.pipeline import draw, join_samples, make_request
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ def sample(
     flow = LatentFlow.from_pretrained(model, device=device)
     whole = make_request(flow, num=num, classes=classes, seed=seed, **preset)
     rank, num_processes = process_rank()
-    own = SampleRequest(
-        seeds=whole.seeds[rank::num_processes], labels=whole.labels[rank::num_processes], sampling=whole.sampling
-    )
+    own = whole.at(slice(rank, None, num_processes))
     folder = make_folder(out)
     if not own.seeds:  # fewer images than processes
         return SampleResult([], None, 0.0, 0.0)

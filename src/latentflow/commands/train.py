@@ -14,10 +14,11 @@ from torch import Tensor
 import latentflow
 from latentflow.artifacts import make_folder, write_json, write_text
 from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation, to_unit_range
-from latentflow.commands.grid import save_grid
+from latentflow.commands.preview import preview_request, save_preview
 from latentflow.conditioning import Conditioning
-from latentflow.data.batches import TrainingImages, epoch_order
-from latentflow.data.images import ImageSource, open_images, readable
+from latentflow.data.batches import SpatialData, TrainingImages, epoch_order
+from latentflow.data.images import open_images, readable
+from latentflow.data.items import ImageSource
 from latentflow.data.latent_cache import ChannelSums, LatentCache, is_cache
 from latentflow.errors import ConfigError, DataError
 from latentflow.latent_flow import (
@@ -30,14 +31,13 @@ from latentflow.latent_flow import (
     read_config,
 )
 from latentflow.randomness import derive_seed
-from latentflow.sampling.pipeline import SampleRequest, check_request, draw, join_samples
+from latentflow.sampling.pipeline import check_request
 from latentflow.training.config import MAY_CHANGE_ON_RESUME, Recipe
 from latentflow.training.loop import Outcome, make_accelerator
 from latentflow.training.loop import train as run_loop
 from latentflow.training.settings import differences, load_settings, to_yaml
 
 _STATISTICS_IMAGES = 2048  # enough for per-channel means and deviations to three digits
-_PREVIEWS_PER_CLASS, _MOST_PREVIEWS = 4, 40
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,10 @@ def train(recipe: Recipe, *, cpu: bool = False) -> TrainResult:
         broken = [error.name for error in unreadable]
         if not kept:
             raise DataError(f"{recipe.data.path}: none of {len(broken)} images can be read; {unreadable[0]}")
-    images = TrainingImages(source, seed=recipe.training.seed, flip=recipe.data.flip, kept=kept)
+    spatial = spatial_data(recipe, source, autoencoder.factor)
+    images = TrainingImages(source, seed=recipe.training.seed, flip=recipe.data.flip, kept=kept, spatial=spatial)
     model = build_model(recipe, autoencoder, images)
-    check_request(model, _preview_request(model))
+    check_request(model, preview_request(model))
     _refuse_other_content(run, recipe, model.config)
     if accelerator.is_main_process:
         make_folder(run)
@@ -89,7 +90,7 @@ def train(recipe: Recipe, *, cpu: bool = False) -> TrainResult:
         write_json(run / "environment.json", environment(accelerator.device, accelerator.num_processes))
 
     def preview(model: LatentFlow, weights: Mapping[str, Tensor], step: int) -> None:
-        save_preview(model, weights, run / "samples" / f"step-{step:08d}.png")
+        save_preview(model, weights, images, run / "samples" / f"step-{step:08d}.png")
 
     outcome = run_loop(recipe, model, images, run, accelerator, preview=preview)
     return TrainResult(run, outcome, broken)
@@ -118,6 +119,39 @@ def open_source(recipe: Recipe) -> LatentCache | ImageSource:
     return cache
 
 
+def spatial_data(recipe: Recipe, source: LatentCache | ImageSource, factor: int) -> SpatialData | None:
+    """Where holes and semantic maps come from; None for a model that is told neither.
+
+    Raises:
+        ConfigError: the data have no maps, or no holes can be had.
+        DataError: `data.images` are not the images of the latent cache.
+    """
+    told, data = recipe.conditioning, recipe.data
+    if told.semantic_map and not source.map_class_names:
+        raise ConfigError(
+            f"conditioning.semantic_map = true, but {data.path} has no semantic maps; lay the data out as images/, "
+            "masks/ and classes.json (`latentflow prepare --help`), or set it to false"
+        )
+    if not told.inpainting:
+        return SpatialData(factor, maps=True) if told.semantic_map else None
+    if not isinstance(source, LatentCache):
+        return SpatialData(factor, holes=data.masks, maps=told.semantic_map)
+    if data.images:
+        pictures = open_images(data.images, source.plan.image_size)
+        if pictures.fingerprint() != source.plan.source_fingerprint:
+            raise DataError(
+                f"data.images = {data.images} ({pictures.description}) are not the images that {data.path} was made "
+                f"from ({source.plan.source})"
+            )
+        return SpatialData(factor, holes=data.masks, maps=told.semantic_map, pictures=pictures)
+    if not source.plan.mask_variants:
+        raise ConfigError(
+            f"conditioning.inpainting = true, but {data.path} holds no images with holes; set data.images to the "
+            "images it was made from, or encode with --mask-variants 4"
+        )
+    return SpatialData(factor, holes=source.plan.masks, cached_holes=True, maps=told.semantic_map)
+
+
 def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages) -> LatentFlow:
     """A fresh model for a recipe: what the data and the autoencoder decide is read from them.
 
@@ -126,11 +160,12 @@ def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages
     Raises:
         ConfigError: the image size or the patch size does not fit the latents.
     """
-    class_names = list(images.source.class_names) if recipe.data.labels else []
-    if isinstance(images.source, LatentCache):
-        description, fingerprint = images.source.plan.source, images.source.plan.source_fingerprint
+    source, told, spatial = images.source, recipe.conditioning, images.spatial
+    class_names = list(source.class_names) if recipe.data.labels else []
+    if isinstance(source, LatentCache):
+        description, fingerprint = source.plan.source, source.plan.source_fingerprint
     else:
-        description, fingerprint = images.source.description, images.source.fingerprint()
+        description, fingerprint = source.description, source.fingerprint()
     side, patch = autoencoder.latent_side(recipe.data.image_size), recipe.network.patch_size
     if side % patch:
         raise ConfigError(
@@ -143,8 +178,15 @@ def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages
         network=recipe.network,
         path=recipe.path,
         conditioning=Conditioning(
-            class_names=class_names, label_dropout=recipe.conditioning.label_dropout if class_names else 0.0
+            class_names=class_names,
+            label_dropout=told.label_dropout,
+            inpainting=told.inpainting,
+            inpainting_dropout=told.inpainting_dropout,
+            map_class_names=list(source.map_class_names) if told.semantic_map else [],
+            map_palette=list(source.map_palette) if told.semantic_map else [],
+            map_dropout=told.map_dropout,
         ),
+        masks=spatial.holes if spatial else None,
         autoencoder=AutoencoderRecord(
             reference=AUTOENCODER_FOLDER if embedded else autoencoder.reference,
             content_hash=autoencoder.content_hash,
@@ -159,23 +201,6 @@ def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages
     )
     torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
     return LatentFlow(config, config.build_network(), autoencoder)
-
-
-def save_preview(model: LatentFlow, weights: Mapping[str, Tensor], file: Path) -> None:
-    """Draw a fixed grid from `weights` in eval mode: rows are classes, the seeds are 0, 1, 2, ... each time."""
-    network = model.config.build_network().to(model.device)
-    network.load_state_dict(dict(weights))
-    frozen = LatentFlow(model.config, network.eval().requires_grad_(False), model.autoencoder)
-    request = _preview_request(model)
-    parts = list(draw(frozen, request, batch_size=len(request.seeds)))
-    save_grid(file, join_samples(parts).pixels, _PREVIEWS_PER_CLASS)
-
-
-def _preview_request(model: LatentFlow) -> SampleRequest:
-    num_classes = min(model.config.conditioning.num_classes, _MOST_PREVIEWS // _PREVIEWS_PER_CLASS)
-    labels = [label for label in range(num_classes) for _ in range(_PREVIEWS_PER_CLASS)]
-    num_images = len(labels) or _PREVIEWS_PER_CLASS**2
-    return SampleRequest(seeds=list(range(num_images)), labels=labels, sampling=model.config.sampling)
 
 
 def refuse_another_recipe(run: Path, recipe: BaseModel, *, free: Sequence[str]) -> None:

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from latentflow.data.images import ImageSource
+from latentflow.data.items import ImageSource
 from latentflow.data.latent_cache import LatentCache
+from latentflow.data.latent_size import class_counts, hide, hole_counts, shares
+from latentflow.data.masks import MaskRules, draw_mask
 from latentflow.randomness import ImageRandom, derive_seed
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one training step. Exactly one of `moments` and `pixels` is there.
+    """Images of one training step. One of `moments` and `pixels` is there, and what the model is to be told.
 
     Attributes:
         positions: [B] int64, places in the endless stream; they seed each image's randomness.
@@ -31,6 +33,10 @@ class Batch:
         labels: [B] int64 class indices, None for unlabelled data.
         moments: [B, M, h, w] float32, encoded beforehand.
         pixels: [B, 3, S, S] uint8, to be encoded in the step.
+        mask: [B, 1, h, w] float32, share of each latent pixel in the hole, for inpainting.
+        known_moments: [B, M, h, w] float32, of the images without their holes, encoded beforehand.
+        known_pixels: [B, 3, S, S] uint8, images without their holes, to be encoded in the step.
+        class_fractions: [B, K, h, w] float32, share of each map class in each latent pixel.
     """
 
     positions: Tensor
@@ -38,11 +44,15 @@ class Batch:
     labels: Tensor | None = None
     moments: Tensor | None = None
     pixels: Tensor | None = None
+    mask: Tensor | None = None
+    known_moments: Tensor | None = None
+    known_pixels: Tensor | None = None
+    class_fractions: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Move what is computed with; positions and indices stay on the CPU, where randomness is seeded."""
-        moved = ("labels", "moments", "pixels")
-        return self._map(lambda name, x: x.to(device, non_blocking=True) if name in moved else x)
+        stay = ("positions", "indices")
+        return self._map(lambda name, x: x if name in stay else x.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Pin every tensor, so that copies to the device do not block; called by the data loader."""
@@ -53,22 +63,54 @@ class Batch:
         return Batch(**{name: None if x is None else change(name, x) for name, x in values.items()})
 
 
+@dataclass(frozen=True)
+class SpatialData:
+    """What spatial conditions training reads beside the images.
+
+    Attributes:
+        factor: image side divided by latent side.
+        holes: which holes there are, for inpainting; None: no holes. They are drawn anew each time an image is seen.
+        cached_holes: take the mask variants that the latent cache holds instead.
+        maps: read semantic maps.
+        pictures: the images of a latent cache, from which holes are cut; None: the source itself holds pixels.
+    """
+
+    factor: int
+    holes: MaskRules | None = None
+    cached_holes: bool = False
+    maps: bool = False
+    pictures: ImageSource | None = None
+
+
 class TrainingImages(Dataset):
     """Batches by stream position, from a latent cache or straight from images.
 
     Args:
         source: a complete latent cache, or images that are encoded in the step.
-        seed: of the order and the flips.
+        seed: of the order, the flips and the holes.
         flip: mirror each image with probability 1/2, drawn anew each time it is seen.
         kept: which images of the source take part; None: all.
+        spatial: holes and semantic maps; None: neither.
     """
 
-    def __init__(self, source: LatentCache | ImageSource, *, seed: int, flip: bool, kept: Sequence[int] | None = None):
+    def __init__(
+        self,
+        source: LatentCache | ImageSource,
+        *,
+        seed: int,
+        flip: bool,
+        kept: Sequence[int] | None = None,
+        spatial: SpatialData | None = None,
+    ):
         self.source = source
         self.seed = seed
         self.flip = flip
         self.kept = np.arange(len(source)) if kept is None else np.asarray(kept)
+        self.spatial = spatial
         self._order = lru_cache(maxsize=2)(partial(epoch_order, seed, len(self.kept)))
+        if spatial is not None and spatial.pictures is not None:
+            rows = {spatial.pictures.name(row): row for row in range(len(spatial.pictures))}
+            self._picture_of = np.array([rows[name] for name in source.names()])
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -89,20 +131,67 @@ class TrainingImages(Dataset):
         indices = self.indices_at(positions)
         if isinstance(self.source, LatentCache):
             return [self.source.names()[index] for index in indices]
-        return [self.source[index].name for index in indices]
+        return [self.source.name(index) for index in indices]
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         indices = self.indices_at(positions)
         flipped = [False] * len(indices)
         if self.flip:
             flipped = (ImageRandom.at(self.seed, "flip", positions).uniform() < 0.5).tolist()
-        batch = partial(Batch, positions=torch.tensor(positions), indices=torch.tensor(indices))
-        if isinstance(self.source, LatentCache):
-            return batch(labels=self.source.labels(indices), moments=self.source.moments(indices, flipped))
+        read = self._encoded if isinstance(self.source, LatentCache) else self._pictures
+        return Batch(torch.tensor(positions), torch.tensor(indices), **read(positions, indices, flipped))
+
+    def _encoded(self, positions: Sequence[int], indices: list[int], flipped: list[bool]) -> dict[str, Tensor | None]:
+        """What a latent cache gives."""
+        cache, spatial = self.source, self.spatial
+        batch = {"labels": cache.labels(indices), "moments": cache.moments(indices, flipped)}
+        if spatial is None:
+            return batch
+        if spatial.maps:
+            batch["class_fractions"] = cache.class_fractions(indices, flipped)
+        if spatial.cached_holes:
+            drawn = ImageRandom.at(self.seed, "mask variant", positions).uniform()
+            variants = (drawn * cache.plan.mask_variants).long().tolist()
+            batch["known_moments"], batch["mask"] = cache.known(indices, variants, flipped)
+        elif spatial.holes:
+            items = [spatial.pictures[int(self._picture_of[index])] for index in indices]
+            batch |= self._holes(positions, _mirrored([item.pixels for item in items], flipped))
+        return batch
+
+    def _pictures(self, positions: Sequence[int], indices: list[int], flipped: list[bool]) -> dict[str, Tensor | None]:
+        """What images give."""
         items = [self.source[index] for index in indices]
-        pixels = np.stack([i.pixels[:, ::-1] if flip else i.pixels for i, flip in zip(items, flipped, strict=True)])
+        pixels = _mirrored([item.pixels for item in items], flipped)
         labels = torch.tensor([item.label for item in items]) if self.source.class_names else None
-        return batch(labels=labels, pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
+        batch = {"labels": labels, "pixels": _to_tensor(pixels)}
+        if self.spatial is None:
+            return batch
+        if self.spatial.maps:
+            factor, num_classes = self.spatial.factor, len(self.source.map_class_names)
+            maps = _mirrored([item.semantic_map for item in items], flipped)
+            counts = torch.stack([class_counts(semantic_map, num_classes, factor) for semantic_map in maps])
+            batch["class_fractions"] = shares(counts, factor)
+        if self.spatial.holes:
+            batch |= self._holes(positions, pixels)
+        return batch
+
+    def _holes(self, positions: Sequence[int], pixels: list[np.ndarray]) -> dict[str, Tensor]:
+        """Cut a hole into each image, drawn by its position."""
+        seeds = [derive_seed(self.seed, "mask", int(position)) for position in positions]
+        holes = [draw_mask(self.spatial.holes, *p.shape[:2], seed) for p, seed in zip(pixels, seeds, strict=True)]
+        counts = torch.stack([hole_counts(hole, self.spatial.factor) for hole in holes])
+        hidden = [hide(picture, hole) for picture, hole in zip(pixels, holes, strict=True)]
+        return {"known_pixels": _to_tensor(hidden), "mask": shares(counts, self.spatial.factor)}
+
+
+def _mirrored(arrays: Sequence[np.ndarray], flipped: Sequence[bool]) -> list[np.ndarray]:
+    """Pictures or maps ([S, S, ...]), mirrored where `flipped`."""
+    return [array[:, ::-1] if flip else array for array, flip in zip(arrays, flipped, strict=True)]
+
+
+def _to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
+    """Pictures [S, S, 3] uint8 => [B, 3, S, S] uint8."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
 def epoch_order(seed: int, num_images: int, epoch: int) -> Tensor:

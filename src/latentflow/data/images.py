@@ -1,4 +1,4 @@
-"""Images from a folder, a zip archive or the built-in dataset, as square RGB pixels with labels.
+"""Images from a folder, a zip archive or the built-in dataset, as square RGB pixels with labels and semantic maps.
 
 What every source does to a picture, in this order: the EXIF rotation is applied, transparent parts are
 laid on white, every mode becomes 8-bit RGB (16-bit grey is scaled from its full range), and `center_crop`
@@ -9,30 +9,32 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import posixpath
-import stat
-import threading
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from latentflow.data.crop import center_crop, crop_map
 from latentflow.data.items import ImageItem, ImageSource
+from latentflow.data.map_files import MapFiles
+from latentflow.data.stores import SUFFIXES, FolderStore, StoredFile, ZipStore, is_image, open_store, wrapper
 from latentflow.data.synthetic import SyntheticShapes
 from latentflow.errors import DataError
 
-__all__ = ["BrokenImage", "ImageFiles", "ImageItem", "ImageSource", "center_crop", "open_images", "readable", "to_rgb"]
+__all__ = [
+    "BrokenImage",
+    "ImageFiles",
+    "ImageItem",
+    "ImageSource",
+    "center_crop",
+    "open_images",
+    "readable",
+    "to_rgb",
+]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".avif")
 SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "eval"])
-
-_MOST_RESIZED_PIXELS = 1 << 26  # a long, thin strip grows beyond this before it is cropped
-_MOST_UNPACKED_BYTES = 1 << 30  # a zip member that claims more is no photograph
 
 
 class BrokenImage(DataError):
@@ -59,6 +61,10 @@ def open_images(path: str | Path, image_size: int, *, strict: bool = False) -> I
     with nothing beside it is a wrapper, not a class, and is descended into. A .zip archive follows the
     same rules. Hidden files, `__MACOSX` and files that are not images are passed over.
 
+    A folder of `images/`, `masks/` and `classes.json` has semantic maps: images/a/x.jpg goes with
+    masks/a/x.png, of the same size, and classes.json names the classes (see `MapClasses.read`); the rules
+    above hold below `images/`. An image whose map cannot be used counts as broken.
+
     Args:
         path: a folder, a .zip file, or "synthetic[:COUNT[:SEED]]" for the built-in shapes (6000 images of
             seed 0 unless told otherwise). Write "./synthetic" for a folder of that name.
@@ -73,7 +79,7 @@ def open_images(path: str | Path, image_size: int, *, strict: bool = False) -> I
         raise DataError(f"image_size must be at least 1 pixel, got {image_size}; 64 or 256 are usual")
     if str(path) == "synthetic" or str(path).startswith("synthetic:"):
         return _open_synthetic(str(path), image_size)
-    source = ImageFiles(_open_store(Path(path)), image_size)
+    source = ImageFiles(open_store(Path(path)), image_size)
     if strict:
         _, broken = readable(source)
         if broken:
@@ -96,31 +102,6 @@ def readable(source: ImageSource, workers: int = 8) -> tuple[list[int], list[Bro
         problems = list(pool.map(problem, range(len(source))))
     kept = [index for index, found in enumerate(problems) if found is None]
     return kept, [found for found in problems if found is not None]
-
-
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The square middle of an image: [size, size, 3] uint8.
-
-    The rule of ADM (Dhariwal & Nichol, arXiv 2105.05233), which published FID figures assume: halve with a
-    box filter while the shorter side is at least twice `size`, make it exactly `size` with a bicubic
-    filter, and cut out the middle. Smaller images are enlarged.
-
-    Args:
-        image: RGB.
-        size: height and width of the result in pixels.
-
-    Raises:
-        ValueError: the image is so long and thin that it cannot be enlarged before the cut.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    if width * height > _MOST_RESIZED_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are too long and thin for a {size} x {size} square")
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.array(image.crop((left, top, left + size, top + size)))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -150,136 +131,87 @@ class ImageFiles:
     Reading is safe from several threads, and from processes that are forked or spawned.
 
     Raises:
-        DataError: no images, or a layout whose labels would be nonsense.
+        DataError: no images, or a layout whose labels or maps would be nonsense.
     """
 
-    def __init__(self, store: _Folder | _Zip, image_size: int):
+    def __init__(self, store: FolderStore | ZipStore, image_size: int):
         self.image_size = image_size
         self._store = store
-        files = {_tidy(name): (name, num_bytes) for name, num_bytes in store.files()}
-        images = {name: file for name, file in files.items() if _is_image(name)}
+        files = store.files()
+        images = {name: file for name, file in files.items() if is_image(name)}
         if not images:
             some = f"; it has {len(files)} other files, such as {min(files)}" if files else ""
             raise DataError(f"no images in {store.path}{some}; latentflow reads {', '.join(SUFFIXES)}")
 
-        prefix = _wrapper(list(images))
-        self._names = sorted(name[len(prefix) :] for name in images)
-        self._files = [images[prefix + name][0] for name in self._names]
-        self._num_bytes = [images[prefix + name][1] for name in self._names]
-        self.class_names = _class_names(self._names, store.path)
+        top = wrapper(images)
+        has_maps = _has_maps(_below(top, images), store.path)
+        folder = f"{top}images/" if has_maps else top
+        prefix = folder + wrapper(_below(folder, images))
+        self._names = sorted(_below(prefix, images))
+        self._files = [images[prefix + name] for name in self._names]
+        self.class_names = _class_names(self._names, store.path, has_maps)
         self._label_of = {name: label for label, name in enumerate(self.class_names)}
+        self._maps = None
+        if has_maps:
+            below_images = [prefix.removeprefix(folder) + name for name in self._names]
+            self._maps = MapFiles(store, files.get(f"{top}classes.json"), _below(f"{top}masks/", images), below_images)
+
+    @property
+    def map_class_names(self) -> tuple[str, ...]:
+        return self._maps.classes.names if self._maps else ()
+
+    @property
+    def map_palette(self) -> tuple[tuple[int, int, int], ...]:
+        return self._maps.classes.palette if self._maps else ()
 
     @property
     def description(self) -> str:
         classes = f" in {len(self.class_names)} classes" if self.class_names else ""
-        return f"{len(self)} images{classes} from {self._store.path}"
+        maps = f" with semantic maps of {len(self.map_class_names)} classes" if self._maps else ""
+        return f"{len(self)} images{classes}{maps} from {self._store.path}"
 
     def fingerprint(self) -> str:
-        """A hash of names and file sizes; the same for a folder and for its zip archive."""
+        """A hash of names and file sizes, and of the maps' classes; the same for a folder and for its zip archive."""
         digest = hashlib.sha256()
-        for name, num_bytes in zip(self._names, self._num_bytes, strict=True):
-            digest.update(f"{name}\0{num_bytes}\0".encode("utf-8", "surrogateescape"))
+        for name, file in zip(self._names, self._files, strict=True):
+            digest.update(f"{name}\0{file.num_bytes}\0".encode("utf-8", "surrogateescape"))
+        if self._maps:
+            digest.update(self._maps.fingerprint().encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, index: int) -> ImageItem:
-        """Decode image `index`.
-
-        Raises:
-            BrokenImage: the file has vanished, is damaged, or is not an image.
-            IndexError: `index` is not in [0, len).
-        """
+    def name(self, index: int) -> str:
+        """The path of image `index` below the class folders' folder, without decoding it."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of a source of {len(self)}")
-        name = self._names[index]
+        return self._names[index]
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Decode image `index` and its map.
+
+        Raises:
+            BrokenImage: a file has vanished, is damaged, or is not an image; or the map does not fit.
+            IndexError: `index` is not in [0, len).
+        """
+        name, semantic_map = self.name(index), None
         try:
-            with Image.open(io.BytesIO(self._store.read(self._files[index]))) as image:
-                pixels = center_crop(to_rgb(image), self.image_size)
+            with Image.open(io.BytesIO(self._store.read(self._files[index].path))) as image:
+                upright = to_rgb(image)
+            pixels = center_crop(upright, self.image_size)
+            if self._maps:
+                semantic_map = crop_map(self._maps.read(index, upright.size), self.image_size)
         except Image.UnidentifiedImageError:
             raise BrokenImage(name, "its content is no image that Pillow can read") from None
         except Exception as error:  # decoders of damaged files raise nearly anything
             raise BrokenImage(name, str(error) or type(error).__name__) from error
-        return ImageItem(pixels, self._label_of[name.partition("/")[0]] if self.class_names else None, name)
+        label = self._label_of[name.partition("/")[0]] if self.class_names else None
+        return ImageItem(pixels, label, name, semantic_map)
 
 
-class _Folder:
-    """Files below a folder."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def files(self) -> Iterator[tuple[str, int]]:
-        """Path inside the folder and size in bytes of every file that is not hidden."""
-        yield from self._walk(self.path, "", frozenset([self.path.resolve()]))
-
-    def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
-
-    def _walk(self, folder: Path, prefix: str, parents: frozenset[Path]) -> Iterator[tuple[str, int]]:
-        try:
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            raise DataError(f"cannot list {folder}: {error.strerror}") from error
-        for entry in entries:
-            if _is_hidden(entry.name):
-                continue
-            if entry.is_dir():
-                real = Path(entry.path).resolve()
-                if real not in parents:  # a link to a folder above would never end
-                    yield from self._walk(Path(entry.path), f"{prefix}{entry.name}/", parents | {real})
-            elif not _is_image(entry.name):
-                yield prefix + entry.name, 0
-            else:
-                yield prefix + entry.name, _file_size(entry)
-
-
-class _Zip:
-    """Members of a zip archive. Every process opens its own handle: a fork would share the file position."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._opened: tuple[int, zipfile.ZipFile, threading.Lock] | None = None
-
-    def files(self) -> Iterator[tuple[str, int]]:
-        """Path inside the archive and unpacked size in bytes of every file that is not hidden."""
-        for member in self._archive()[0].infolist():
-            if not member.is_dir() and not any(map(_is_hidden, _tidy(member.filename).split("/"))):
-                yield member.filename, member.file_size
-
-    def read(self, name: str) -> bytes:
-        archive, lock = self._archive()
-        if archive.getinfo(name).file_size > _MOST_UNPACKED_BYTES:
-            raise ValueError(f"it claims to unpack to {archive.getinfo(name).file_size} bytes")
-        with lock:
-            return archive.read(name)
-
-    def _archive(self) -> tuple[zipfile.ZipFile, threading.Lock]:
-        opened = self._opened
-        if opened is None or opened[0] != os.getpid():
-            try:
-                self._opened = opened = (os.getpid(), zipfile.ZipFile(self.path), threading.Lock())
-            except (OSError, zipfile.BadZipFile) as error:
-                raise DataError(f"{self.path} is not a readable zip archive ({error}); pack or copy it anew") from error
-        return opened[1:]
-
-    def __getstate__(self) -> dict:
-        return {"path": self.path, "_opened": None}
-
-
-def _open_store(path: Path) -> _Folder | _Zip:
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise DataError(
-            f"cannot open {path}: {error.strerror}; give a folder of images, a .zip file, or 'synthetic'"
-        ) from error
-    if stat.S_ISDIR(mode):
-        return _Folder(path)
-    if path.suffix.lower() == ".zip":
-        return _Zip(path)
-    raise DataError(f"{path} is a single file; give the folder it lies in, or a .zip file, or 'synthetic'")
+def _below(prefix: str, files: dict[str, StoredFile]) -> dict[str, StoredFile]:
+    return {name[len(prefix) :]: file for name, file in files.items() if name.startswith(prefix)}
 
 
 def _open_synthetic(text: str, image_size: int) -> SyntheticShapes:
@@ -292,33 +224,20 @@ def _open_synthetic(text: str, image_size: int) -> SyntheticShapes:
     return SyntheticShapes(count, image_size, seed)
 
 
-def _file_size(entry: os.DirEntry) -> int:
-    try:
-        return entry.stat().st_size
-    except OSError:  # a dangling link is listed, and reported as broken when it is read
-        return 0
+def _has_maps(names: Iterable[str], path: Path) -> bool:
+    """Whether the files are laid out as images/ and masks/."""
+    tops = {name.partition("/")[0] for name in names}
+    if not tops >= {"images", "masks"}:
+        return False
+    if others := sorted(tops - {"images", "masks"}):
+        raise DataError(
+            f"{path} has images/ and masks/, and more images beside them ({', '.join(others[:5])}): "
+            "move those elsewhere, or rename masks/ if it is a class like the others"
+        )
+    return True
 
 
-def _tidy(name: str) -> str:
-    """Forward slashes only, and no "./" in front, whatever program packed the archive."""
-    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 - ten times as fast as Path
-
-
-def _wrapper(names: list[str]) -> str:
-    """The path that all names have in front, where a single folder wraps everything, with its last slash."""
-    folder = posixpath.commonpath([posixpath.dirname(name) for name in names])
-    return f"{folder}/" if folder else ""
-
-
-def _class_names(names: list[str], path: Path) -> tuple[str, ...]:
+def _class_names(names: list[str], path: Path, has_maps: bool) -> tuple[str, ...]:
     """The sorted class folders of `names`; none when they all lie at the top."""
     tops = sorted({name.partition("/")[0] for name in names if "/" in name})
     loose = sum("/" not in name for name in names)
@@ -328,7 +247,8 @@ def _class_names(names: list[str], path: Path) -> tuple[str, ...]:
             "put every image into a class folder, or all of them into one folder without labels"
         )
     if tops and SPLITS.issuperset(top.lower() for top in tops):
-        raise DataError(
-            f"{path} holds the splits {', '.join(tops)}, not classes: give one of them, unpacked if need be"
-        )
+        remedy = "give one of them, unpacked if need be"
+        if has_maps:
+            remedy = f"run `latentflow prepare camvid {path} --out DST` and give DST/{tops[0]}"
+        raise DataError(f"{path} holds the splits {', '.join(tops)}, not classes: {remedy}")
     return tuple(tops)

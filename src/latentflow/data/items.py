@@ -10,6 +10,9 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+UNLABELLED = 255
+"""The value of a semantic map that says nothing about a pixel."""
+
 
 @dataclass(frozen=True)
 class ImageItem:
@@ -19,7 +22,8 @@ class ImageItem:
         pixels: [S, S, 3] uint8, RGB.
         label: index into the source's `class_names`; None in an unlabelled source.
         name: the path inside the source, with forward slashes, or "synthetic/000017".
-        semantic_map: [S, S] uint8 class index of each pixel; None where the source has no maps.
+        semantic_map: [S, S] uint8, an index into the source's `map_class_names` for each pixel, or
+            `UNLABELLED` where nothing is known; None where the source has no maps.
     """
 
     pixels: np.ndarray
@@ -34,17 +38,25 @@ class ImageSource(Protocol):
 
     Attributes:
         class_names: one name per label; empty when the source is unlabelled.
+        map_class_names: one name per class of the semantic maps; empty when there are no maps.
+        map_palette: the colour that a class of the maps is shown in, RGB in 0..255, one per `map_class_names`.
         image_size: height and width of every item in pixels.
         description: one line for people: where the images come from and how many there are.
     """
 
     class_names: tuple[str, ...]
+    map_class_names: tuple[str, ...]
+    map_palette: tuple[tuple[int, int, int], ...]
     image_size: int
     description: str
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> ImageItem: ...
+
+    def name(self, index: int) -> str:
+        """The name of item `index`, without decoding it."""
+        ...
 
     def fingerprint(self) -> str:
         """A stable hash of what is in the source: equal for equal contents, on every machine."""

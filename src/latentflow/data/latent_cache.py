@@ -1,19 +1,24 @@
-"""Encode images once, read their moments back memory-mapped.
+"""Images encoded once, read back memory-mapped.
 
 A cache is a folder: `plan.json` (what is being encoded), `shard-*.safetensors` with a `shard-*.json`
 beside each (counts, checksum, sums), and at the end `index.json`, which makes the cache complete.
-Moments are stored raw, so that scaling can change without encoding anew. A shard appears complete or
-not at all; repeating the command encodes what is missing or damaged and nothing else.
+Moments are stored raw, so that scaling can change without encoding anew; semantic maps and masks are stored at
+latent size, as counts of pixels. `cache_writer.py` fills a cache, this file knows what is in it.
 
-Legend: N images of a shard, M moment channels (C or 2C), h and w latent height and width.
+Legend: N images of a shard, M moment channels (C or 2C), h and w latent height and width, K classes of the semantic
+map, V mask variants of an image.
+
+    moments, moments_flipped                    [N, M, h, w] float16 or float32
+    labels                                      [N] int64
+    class_counts                                [N, K, h, w] uint8 or int16
+    known_moments, known_moments_flipped        [N, V, M, h, w], of the images without their holes
+    hole_counts                                 [N, V, 1, h, w] uint8 or int16
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +27,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from latentflow.artifacts import make_folder, open_tensors, read_json, sha256_file, write_json, write_tensors
-from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
-from latentflow.data.images import BrokenImage
-from latentflow.data.items import ImageItem, ImageSource
+from latentflow.artifacts import open_tensors, read_json, sha256_file
+from latentflow.autoencoder import Autoencoder, latent_mean
+from latentflow.data.latent_size import shares
+from latentflow.data.masks import MaskRules
 from latentflow.errors import ArtifactError, DataError
 
 SCHEMA_VERSION = 1
 CROP_RULE = "adm-center"
-_PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 
 
 class _Record(BaseModel):
@@ -55,6 +59,15 @@ class CachePlan(_Record):
     num_channels: int
     moments_shape: tuple[int, int, int]
     class_names: list[str]
+    map_class_names: list[str] = []
+    map_palette: list[tuple[int, int, int]] = []
+    masks: MaskRules | None = None
+    mask_variants: int = 0
+
+    @property
+    def factor(self) -> int:
+        """Image side divided by latent side."""
+        return self.image_size // self.moments_shape[-1]
 
     @property
     def num_shards(self) -> int:
@@ -111,49 +124,6 @@ class ChannelSums:
         return mean.tolist(), variance.sqrt().tolist()
 
 
-def write_cache(
-    source: ImageSource,
-    autoencoder: Autoencoder,
-    folder: str | Path,
-    *,
-    flips: bool = False,
-    precision: Literal["float16", "float32"] = "float16",
-    shard_size: int = 1024,
-    batch_size: int = 32,
-    strict: bool = False,
-    process: tuple[int, int] = (0, 1),
-    on_images: Callable[[int], None] = lambda num_images: None,
-) -> CacheIndex | None:
-    """Encode every image of `source` into `folder`, leaving out what is already there.
-
-    Args:
-        flips: also encode the mirrored images (an encoder does not commute with mirroring).
-        precision: how moments are stored; float16 rounds by at most 1 part in 2048.
-        shard_size: images per shard, the unit of work that is lost by a kill.
-        strict: a broken image is an error, not an omission.
-        process: (rank, number of processes); process r encodes shards r, r + n, r + 2n, ...
-        on_images: told the number of images just finished, shards found complete included.
-
-    Returns:
-        The index, or None where other processes are still at work; the last one to finish writes it.
-
-    Raises:
-        ArtifactError: the folder holds something else, or cannot be written.
-        DataError: no image could be read, or, with `strict`, one is broken.
-    """
-    plan = _plan(source, autoencoder, flips=flips, precision=precision, shard_size=shard_size)
-    folder = make_folder(folder)
-    _claim(folder, plan)
-    rank, num_processes = process
-    for number in range(rank, plan.num_shards, num_processes):
-        rows = range(number * shard_size, min((number + 1) * shard_size, len(source)))
-        if _finished(folder, number) is None:
-            _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, strict, on_images)
-        else:
-            on_images(len(rows))
-    return _finish(folder, plan)
-
-
 def is_cache(path: str | Path) -> bool:
     """Whether `path` is a folder that encoding has begun to fill."""
     return (Path(path) / "plan.json").is_file()
@@ -176,10 +146,10 @@ class LatentCache:
             raise ArtifactError(
                 f"{folder} is not a complete latent cache: {unfinished}; run `latentflow encode` (again)"
             )
-        self.index = _parse(CacheIndex, self.folder / "index.json")
+        self.index = parse_record(CacheIndex, self.folder / "index.json")
         self.plan = self.index.plan
         for shard in self.index.shards:
-            _check_size(self.folder, shard)
+            check_size(self.folder, shard)
         self._first_rows = np.cumsum([0] + [shard.num_images for shard in self.index.shards])
         self._open: dict[tuple[int, str], Tensor] = {}
         self._names: list[str] | None = None
@@ -194,6 +164,14 @@ class LatentCache:
     def class_names(self) -> tuple[str, ...]:
         return tuple(self.plan.class_names)
 
+    @property
+    def map_class_names(self) -> tuple[str, ...]:
+        return tuple(self.plan.map_class_names)
+
+    @property
+    def map_palette(self) -> tuple[tuple[int, int, int], ...]:
+        return tuple(self.plan.map_palette)
+
     def moments(self, indices: Sequence[int], flipped: Sequence[bool]) -> Tensor:
         """The stored moments of some images, as float32 [B, M, h, w].
 
@@ -205,10 +183,24 @@ class LatentCache:
             raise DataError(
                 f"{self.folder} holds no mirrored images; encode it with --flips, or train with data.flip=false"
             )
-        rows = [
-            self._row("moments_flipped" if flip else "moments", i) for i, flip in zip(indices, flipped, strict=True)
-        ]
+        rows = [self._row(_moments("moments", flip), i) for i, flip in zip(indices, flipped, strict=True)]
         return torch.stack(rows).float()
+
+    def class_fractions(self, indices: Sequence[int], flipped: Sequence[bool]) -> Tensor:
+        """Shares of the map's classes in each latent pixel, [B, K, h, w] float32; for a cache with semantic maps."""
+        rows = [self._row("class_counts", i) for i in indices]
+        return shares(_mirrored(rows, flipped), self.plan.factor)
+
+    def known(self, indices: Sequence[int], variants: Sequence[int], flipped: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Images without a hole: moments [B, M, h, w], and the share of each latent pixel in the hole [B, 1, h, w].
+
+        Args:
+            variants: per image, which of its `plan.mask_variants` holes.
+        """
+        chosen = list(zip(indices, variants, flipped, strict=True))
+        moments = torch.stack([self._row(_moments("known_moments", flip), i)[v] for i, v, flip in chosen])
+        rows = [self._row("hole_counts", i)[v] for i, v, _ in chosen]
+        return moments.float(), shares(_mirrored(rows, flipped), self.plan.factor)
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
         """Class indices [B] int64; None for an unlabelled cache."""
@@ -253,154 +245,21 @@ class LatentCache:
         return self._open[shard, tensor][index - int(self._first_rows[shard])]
 
 
-def _plan(source: ImageSource, autoencoder: Autoencoder, *, flips: bool, precision: str, shard_size: int) -> CachePlan:
-    side = autoencoder.latent_side(source.image_size)
-    return CachePlan(
-        autoencoder=autoencoder.reference,
-        autoencoder_hash=autoencoder.content_hash,
-        image_size=source.image_size,
-        flips=flips,
-        precision=precision,
-        source=source.description,
-        source_fingerprint=source.fingerprint(),
-        num_source_images=len(source),
-        shard_size=shard_size,
-        num_channels=autoencoder.num_channels,
-        moments_shape=(autoencoder.num_moments, side, side),
-        class_names=list(source.class_names),
-    )
+def _moments(name: str, flipped: bool) -> str:
+    return f"{name}_flipped" if flipped else name
 
 
-def _claim(folder: Path, plan: CachePlan) -> None:
-    """Write the plan into an empty folder, or make sure that the plan found there is the same."""
-    file = folder / "plan.json"
-    # Listed before looking for the plan: what another process writes in between must not seem strange.
-    strangers = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".plan.")]
-    if not file.exists():
-        if strangers:
-            raise ArtifactError(
-                f"{folder} is not empty ({strangers[0]}, ...) and not a latent cache; choose another --out"
-            )
-        write_json(file, plan.model_dump(mode="json"))
-        return
-    found = _parse(CachePlan, file).model_dump(exclude={"autoencoder", "source"})
-    wanted = plan.model_dump(exclude={"autoencoder", "source"})
-    differing = [f"{key} {found[key]!r}, not {wanted[key]!r}" for key in wanted if found[key] != wanted[key]]
-    if differing:
-        raise ArtifactError(
-            f"{folder} was begun with {'; '.join(differing)}; choose another --out or delete the folder"
-        )
+def _mirrored(rows: Sequence[Tensor], flipped: Sequence[bool]) -> Tensor:
+    """Stack maps, mirrored where `flipped`: unlike an encoder, counting commutes with mirroring."""
+    return torch.stack([row.flip(-1) if flip else row for row, flip in zip(rows, flipped, strict=True)])
 
 
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}"
+def check_size(folder: Path, shard: ShardRecord) -> None:
+    """Refuse a shard whose file is missing or of another size.
 
-
-def _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, strict, on_images) -> None:
-    """Encode the images of `rows` into one shard; its record is written last and makes it count."""
-    for leftover in folder.glob(f".{_shard_name(number)}.*"):  # of a process that was killed
-        leftover.unlink()
-    sums = ChannelSums(plan.num_channels)
-    moments, flipped, labels, names, broken = [], [], [], [], []
-    for read in _read_ahead(source, rows, batch_size):
-        items = [item for item in read if isinstance(item, ImageItem)]
-        failures = [error for error in read if isinstance(error, BrokenImage)]
-        if failures and strict:
-            raise failures[0]
-        broken += [error.name for error in failures]
-        if items:
-            pixels = torch.from_numpy(np.stack([item.pixels for item in items])).to(autoencoder.device)
-            pixels = to_unit_range(pixels.permute(0, 3, 1, 2))
-            encoded = autoencoder.encode(pixels).cpu()
-            sums.add(encoded)
-            moments.append(encoded)
-            if plan.flips:
-                flipped.append(autoencoder.encode(pixels.flip(-1)).cpu())
-            labels += [item.label for item in items]
-            names += [item.name for item in items]
-        on_images(len(read))
-    dtype = _PRECISIONS[plan.precision]
-    empty = torch.empty(0, *plan.moments_shape)
-    tensors = {"moments": torch.cat([*moments, empty]).to(dtype)}
-    if plan.flips:
-        tensors["moments_flipped"] = torch.cat([*flipped, empty]).to(dtype)
-    if plan.class_names:
-        tensors["labels"] = torch.tensor(labels, dtype=torch.int64)
-    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise DataError(
-            f"moments of {names[0]} ... {names[-1]} are not finite as {plan.precision}; "
-            + ("store them with --precision float32" if plan.precision == "float16" else "the autoencoder is damaged")
-        )
-    file = folder / f"{_shard_name(number)}.safetensors"
-    write_tensors(file, tensors, metadata={"names": json.dumps(names)})
-    record = ShardRecord(
-        file=file.name,
-        num_images=len(names),
-        num_bytes=file.stat().st_size,
-        sha256=sha256_file(file),
-        num_values=sums.num_values,
-        channel_sum=sums.sum.tolist(),
-        channel_sum_of_squares=sums.sum_of_squares.tolist(),
-        broken=broken,
-    )
-    write_json(folder / f"{_shard_name(number)}.json", record.model_dump(mode="json"))
-
-
-def _read_ahead(source: ImageSource, rows: range, batch_size: int) -> Iterator[list[ImageItem | BrokenImage]]:
-    """Batches of decoded images in order; threads decode the next batch while the encoder works on this one."""
-
-    def read(row: int) -> ImageItem | BrokenImage:
-        try:
-            return source[row]
-        except BrokenImage as error:
-            return error
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        batches = (pool.map(read, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
-        current = next(batches, None)
-        while current is not None:
-            following = next(batches, None)
-            yield list(current)
-            current = following
-
-
-def _finished(folder: Path, number: int) -> ShardRecord | None:
-    """The record of a shard that is complete and undamaged, else None."""
-    record = folder / f"{_shard_name(number)}.json"
-    if not record.exists():
-        return None
-    shard = _parse(ShardRecord, record)
-    try:
-        _check_size(folder, shard)
-    except ArtifactError:
-        return None
-    return shard if sha256_file(folder / shard.file) == shard.sha256 else None
-
-
-def _finish(folder: Path, plan: CachePlan) -> CacheIndex | None:
-    """Write the index once every shard is there. Processes that get here together write the same bytes."""
-    records = [folder / f"{_shard_name(number)}.json" for number in range(plan.num_shards)]
-    if not all(record.exists() for record in records):
-        return None
-    shards = [_parse(ShardRecord, record) for record in records]
-    broken = [name for shard in shards for name in shard.broken]
-    sums = ChannelSums(plan.num_channels)
-    for shard in shards:
-        sums.num_values += shard.num_values
-        sums.sum += torch.tensor(shard.channel_sum, dtype=torch.float64)
-        sums.sum_of_squares += torch.tensor(shard.channel_sum_of_squares, dtype=torch.float64)
-    if not sums.num_values:
-        raise DataError(f"none of the {len(broken)} images of {plan.source} can be read, for example {broken[0]}")
-    mean, std = sums.mean_and_std()
-    num_images = sum(shard.num_images for shard in shards)
-    index = CacheIndex(
-        plan=plan, num_images=num_images, channel_mean=mean, channel_std=std, shards=shards, broken=broken
-    )
-    write_json(folder / "index.json", index.model_dump(mode="json"))
-    return index
-
-
-def _check_size(folder: Path, shard: ShardRecord) -> None:
+    Raises:
+        ArtifactError: with the remedy.
+    """
     file = folder / shard.file
     num_bytes = file.stat().st_size if file.exists() else 0
     if num_bytes != shard.num_bytes:
@@ -410,7 +269,12 @@ def _check_size(folder: Path, shard: ShardRecord) -> None:
         )
 
 
-def _parse(record: type[_Record], file: Path) -> Any:
+def parse_record(record: type[_Record], file: Path) -> Any:
+    """The `record` in a JSON file of a cache.
+
+    Raises:
+        ArtifactError: the file is damaged or of another schema.
+    """
     try:
         return record.model_validate(read_json(file))
     except ValidationError as error:

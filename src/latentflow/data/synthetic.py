@@ -24,6 +24,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {"red": (0.99, 0.78, 0.88), "green": (0.39, 0.74, 0.70), "blue": (0.60, 0.78, 0.86)}  # HSV, each in [0, 1]
 CLASS_NAMES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)  # label = shape * 3 + colour
 MAP_CLASS_NAMES = ("ground", *SHAPES)  # what the indices of a semantic map mean
+MAP_PALETTE = ((88, 88, 96), (240, 180, 40), (70, 150, 220), (90, 190, 110), (200, 90, 180))  # none is a colour above
 
 _SIZES = {"circle": 1.0, "square": 0.9, "triangle": 1.22, "cross": 1.06}  # alike in weight to the eye, not in extent
 _CROSS_ARM = 0.36  # half width of an arm of the cross, against its half length
@@ -93,6 +94,7 @@ class SyntheticShapes:
 
     class_names = CLASS_NAMES
     map_class_names = MAP_CLASS_NAMES
+    map_palette = MAP_PALETTE
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -111,17 +113,21 @@ class SyntheticShapes:
     def __len__(self) -> int:
         return self.count
 
+    def name(self, index: int) -> str:
+        """The name of image `index`, without drawing it."""
+        if not 0 <= index < self.count:  # IndexError also ends a plain `for item in source`
+            raise IndexError(f"image {index} of a source of {self.count}")
+        return f"synthetic/{index:06d}"
+
     def label(self, index: int) -> int:
         """The label of image `index`, without drawing it."""
         block, place = divmod(index, len(CLASS_NAMES))
         return int(_random(self.seed, "labels", block).permutation(len(CLASS_NAMES))[place])
 
     def __getitem__(self, index: int) -> ImageItem:
-        if not 0 <= index < self.count:  # IndexError also ends a plain `for item in source`
-            raise IndexError(f"image {index} of a source of {self.count}")
-        label = self.label(index)
+        name, label = self.name(index), self.label(index)
         pixels, semantic_map = draw(label, _random(self.seed, "image", index), self.image_size)
-        return ImageItem(pixels, label, f"synthetic/{index:06d}", semantic_map)
+        return ImageItem(pixels, label, name, semantic_map)
 
 
 def draw(label: int, random: np.random.Generator, image_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,7 @@ from latentflow.networks.layers import (
     sincos_positions,
     token_norm,
 )
+from latentflow.networks.spatial_encoder import SpatialInputs
 from latentflow.shapes import Condition
 
 # Table 1 of the paper.
@@ -146,19 +147,31 @@ class DiT(nn.Module):
 
     Args:
         config: sizes and options.
-        in_channels: channels of the latents, and of whatever is concatenated to them.
+        in_channels: channels of the latents.
         out_channels: channels of the velocity.
         num_classes: number of labels; the table has one more row, `null_label`. 0 = a network without labels.
+        inpainting: whether masked latents and mask are concatenated to the latents.
+        num_map_classes: classes of the semantic map whose encoding is concatenated to the latents; 0 = no map.
     """
 
-    def __init__(self, config: DiTConfig, *, in_channels: int, out_channels: int, num_classes: int = 0):
+    def __init__(
+        self,
+        config: DiTConfig,
+        *,
+        in_channels: int,
+        out_channels: int,
+        num_classes: int = 0,
+        inpainting: bool = False,
+        num_map_classes: int = 0,
+    ):
         super().__init__()
         size, patch = config.hidden_size, config.patch_size
         self.config = config
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.num_classes = num_classes
-        self.patch_embedding = nn.Conv2d(in_channels, size, kernel_size=patch, stride=patch)
+        self.spatial = SpatialInputs(in_channels, inpainting=inpainting, num_map_classes=num_map_classes)
+        self.patch_embedding = nn.Conv2d(self.spatial.num_channels, size, kernel_size=patch, stride=patch)
         self.time_embedding = TimeEmbedding(size, config.time_scale)
         self.label_embedding = nn.Embedding(num_classes + 1, size) if num_classes else None
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
@@ -193,7 +206,8 @@ class DiT(nn.Module):
         Args:
             latents: [B, in_channels, H, W], H and W multiples of the patch size.
             time: [B] in [0, 1], 0 at data and 1 at noise.
-            condition: labels [B] in [0, num_classes] if the network has labels, else None.
+            condition: labels [B] in [0, num_classes] if the network has labels, else None; the spatial fields as
+                `SpatialInputs` wants them.
 
         Returns:
             [B, out_channels, H, W], dtype of `latents`.
@@ -206,7 +220,8 @@ class DiT(nn.Module):
         patch, size = self.config.patch_size, self.config.hidden_size
         h, w = latents.shape[2] // patch, latents.shape[3] // patch
 
-        x = self.patch_embedding(latents).flatten(2).transpose(1, 2)  # [B, C, H, W] => [B, D, h, w] => [B, N, D]
+        x = self.spatial(latents, condition)
+        x = self.patch_embedding(x).flatten(2).transpose(1, 2)  # [B, C, H, W] => [B, D, h, w] => [B, N, D]
         x = x.to(latents.dtype)  # under autocast the sum over the blocks keeps the precision of the latents
         rotary = None
         if self.config.position == "sincos":

@@ -8,10 +8,12 @@ Nothing here looks across images: image i of a request is the same in any batch 
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, PngImagePlugin
@@ -20,12 +22,25 @@ from torch import Tensor
 
 from latentflow.artifacts import atomic_file
 from latentflow.autoencoder import to_uint8
-from latentflow.errors import ConfigError
+from latentflow.conditioning import CONDITION_NAMES, ConditionName
+from latentflow.errors import ConfigError, nearest
+from latentflow.flow.composition import BlendedVelocity, KnownRegionVelocity
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import integrate, is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow, SamplingPreset
 from latentflow.randomness import ImageRandom, derive_seed
+from latentflow.shapes import Condition, per_image
+
+
+class Blend(BaseModel):
+    """What a picture is mixed with: the noise of another seed, and the velocity of another class."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: int
+    weight: float = Field(ge=0, le=1, description="0: the picture's own seed and class; 1: the other ones.")
+    label: int | None = Field(None, description="The other class; null: the picture's own.")
 
 
 class SampleRequest(BaseModel):
@@ -36,11 +51,49 @@ class SampleRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    task: str = Field("sample", description="The verb that drew it.")
     seeds: list[int] = Field(description="One per image; equal seeds start from equal noise.")
-    labels: list[int] = Field(
-        default_factory=list, description="One class index per image; empty: unconditional model."
-    )
+    labels: list[int] = Field(default_factory=list, description="One class index per image; empty: no class is told.")
+    blends: list[Blend] = Field(default_factory=list, description="One per image, or none.")
+    told: list[ConditionName] = Field(default_factory=list, description="Conditions that are not null.")
+    inputs: dict[str, str] = Field(default_factory=dict, description="Images, masks and maps it was drawn from.")
+    start: float = Field(1.0, gt=0, le=1, description="Time at which drawing starts; 1: from noise alone.")
+    image_size: tuple[int, int] | None = Field(None, description="Height and width in pixels; null: the model's own.")
     sampling: SamplingPreset = SamplingPreset()
+
+    def at(self, rows: slice) -> SampleRequest:
+        """The request reduced to some images."""
+        lists = {"seeds": self.seeds[rows], "labels": self.labels[rows], "blends": self.blends[rows]}
+        return self.model_copy(update=lists)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What images are drawn from besides seeds and classes, on the CPU; one row per image, or one row for all.
+
+    Attributes:
+        masked_latents: [B, C, h, w], what the model is told of the known part of an image.
+        mask: [B, 1, h, w], share of each latent pixel in the hole; with `masked_latents`.
+        class_fractions: [B, K, h, w], the semantic map.
+        noise: [B, C, h, w], in place of the seeds' own.
+        latents: [B, C, h, w] of an image to start from: x_t of the path at the request's `start`.
+        hole: [B, 1, h, w] of 0 and 1; outside it the path to `latents` is followed.
+    """
+
+    masked_latents: Tensor | None = None
+    mask: Tensor | None = None
+    class_fractions: Tensor | None = None
+    noise: Tensor | None = None
+    latents: Tensor | None = None
+    hole: Tensor | None = None
+
+    def at(self, rows: slice, num_images: int, device: torch.device) -> dict[str, Tensor | None]:
+        """Each tensor for the `num_images` images of `rows`, on `device`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            name: None if x is None else (x if len(x) == 1 else x[rows]).to(device).expand(num_images, -1, -1, -1)
+            for name, x in tensors.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -48,7 +101,7 @@ class Samples:
     """What came out.
 
     Attributes:
-        pixels: [B, 3, S, S] uint8.
+        pixels: [B, 3, H, W] uint8.
         latents: [B, C, h, w] float32, normalised, at t = 0.
         evaluations: [B] int64, network calls of each image; a guided call counts twice.
         request: what was asked for.
@@ -68,26 +121,36 @@ class Samples:
         return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in self.pixels]
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write one PNG per image, named by number, class and seed, with its request in the metadata."""
-        return [self._save_one(Path(folder), row, image) for row, image in enumerate(self.images)]
+        """Write one PNG per image, named by class and seed, with its request in the metadata."""
+        return [self._write(Path(folder) / self.name(row), row) for row in range(len(self.pixels))]
 
-    def _save_one(self, folder: Path, row: int, image: Image.Image) -> Path:
-        labels = self.request.labels[row : row + 1]
-        own = self.request.model_copy(update={"seeds": [self.request.seeds[row]], "labels": labels})
+    def save_as(self, file: str | Path) -> list[Path]:
+        """Write one image to `file`, several to files named like it and by what sets them apart."""
+        file = Path(file)
+        if len(self.pixels) == 1:
+            return [self._write(file, 0)]
+        return [self._write(file.with_name(f"{file.stem}_{self.name(row)}"), row) for row in range(len(self.pixels))]
+
+    def name(self, row: int) -> str:
+        """The file name of one image: "class-003_seed-00000017.png"."""
+        own = self.request.at(slice(row, row + 1))
+        parts = [f"class-{label:03d}" for label in own.labels] + [f"seed-{seed:08d}" for seed in own.seeds]
+        for blend in own.blends:
+            parts += [f"to-class-{blend.label:03d}"] if blend.label is not None else []
+            parts += [f"to-seed-{blend.seed:08d}"] if [blend.seed] != own.seeds else []
+            parts += [f"at-{blend.weight:.3f}"]
+        return "_".join(parts) + ".png"
+
+    def _write(self, file: Path, row: int) -> Path:
+        own = self.request.at(slice(row, row + 1))
         metadata = {**own.model_dump(mode="json"), "evaluations": int(self.evaluations[row])}
-        if labels:
-            metadata["class_name"] = self.class_names[labels[0]]
+        if own.labels:
+            metadata["class_name"] = self.class_names[own.labels[0]]
         text = PngImagePlugin.PngInfo()
         text.add_text("latentflow", json.dumps(metadata))
-        file = folder / image_name(own.seeds[0], labels[0] if labels else None)
         with atomic_file(file) as temporary:
-            image.save(temporary, pnginfo=text)
+            self.images[row].save(temporary, format="PNG", pnginfo=text)
         return file
-
-
-def image_name(seed: int, label: int | None) -> str:
-    """The file name of one image: "class-003_seed-00000017.png"."""
-    return (f"class-{label:03d}_" if label is not None else "") + f"seed-{seed:08d}.png"
 
 
 def make_request(
@@ -96,19 +159,21 @@ def make_request(
     num: int = 1,
     classes: Sequence[int | str] | None = None,
     seed: int = 0,
-    solver: str | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    guidance_interval: tuple[float, float] | None = None,
-    shift: float | None = None,
-    rtol: float | None = None,
-    atol: float | None = None,
+    task: str = "sample",
+    told: Sequence[ConditionName] = (),
+    inputs: Mapping[str, str] | None = None,
+    start: float = 1.0,
+    image_size: tuple[int, int] | None = None,
+    **preset: object,
 ) -> SampleRequest:
-    """One checked request; what is None comes from the preset in the model folder.
+    """One checked request; what is left out or None comes from the preset in the model folder.
 
     Args:
         num: number of images; image i has seed `seed + i`.
-        classes: by index or name, dealt out in turn (image i gets class i mod their number); None: all classes in turn.
+        classes: by index or name, dealt out in turn (image i gets class i mod their number); an empty list: no
+            class is told; None: all classes in turn where that is all the model is told, else no class.
+        told: conditions besides the class that are given.
+        preset: fields of `SamplingPreset`: solver, steps, guidance, guidance_interval, guided_by, shift, rtol, atol.
 
     Raises:
         ConfigError: a class, solver or value that does not exist or that the model was not trained for.
@@ -116,21 +181,23 @@ def make_request(
     if num < 1:
         raise ConfigError(f"number of images {num}: at least 1 is needed")
     conditioning = model.config.conditioning
-    chosen = [conditioning.class_index(c) for c in classes] if classes else list(range(conditioning.num_classes))
-    given = {
-        "solver": solver,
-        "steps": steps,
-        "guidance": guidance,
-        "guidance_interval": guidance_interval,
-        "shift": shift,
-        "rtol": rtol,
-        "atol": atol,
-    }
-    preset = model.config.sampling.model_copy(update={key: value for key, value in given.items() if value is not None})
+    if classes is None:
+        chosen = list(range(conditioning.num_classes)) if task == "sample" and not told else []
+    else:
+        chosen = [conditioning.class_index(c) for c in classes]
+    given = {key: value for key, value in preset.items() if value is not None}
+    unknown = given.keys() - SamplingPreset.model_fields.keys()
+    if unknown:
+        raise TypeError(f"unknown argument {min(unknown)!r}; {nearest(min(unknown), SamplingPreset.model_fields)}")
     request = SampleRequest(
+        task=task,
         seeds=list(range(seed, seed + num)),
         labels=[chosen[i % len(chosen)] for i in range(num)] if chosen else [],
-        sampling=preset,
+        told=[*(["label"] if chosen else []), *told],
+        inputs=dict(inputs or {}),
+        start=start,
+        image_size=image_size,
+        sampling=model.config.sampling.model_copy(update=given),
     )
     check_request(model, request)
     return request
@@ -143,28 +210,67 @@ def check_request(model: LatentFlow, request: SampleRequest) -> None:
         ConfigError: with the value and the remedy.
     """
     sampling, conditioning = request.sampling, model.config.conditioning
-    if sampling.guidance < 0:
-        raise ConfigError(f"guidance {sampling.guidance} is below zero; 1 switches it off, 1.5 to 4 are usual")
-    if sampling.guidance != 1 and not conditioning.can_guide:
-        why = "is unconditional" if not conditioning.num_classes else "was trained with conditioning.label_dropout = 0"
-        raise ConfigError(
-            f"guidance {sampling.guidance}: the model {why}, so its null condition means nothing; use guidance 1"
-        )
-    if len(request.labels) != (len(request.seeds) if conditioning.num_classes else 0):
-        raise ConfigError(
-            f"{len(request.labels)} labels for {len(request.seeds)} seeds; a conditional model needs one per image"
-        )
+    if len(request.labels) != (len(request.seeds) if "label" in request.told else 0):
+        raise ConfigError(f"{len(request.labels)} labels for {len(request.seeds)} seeds; give one per image, or none")
+    if request.blends and len(request.blends) != len(request.seeds):
+        raise ConfigError(f"{len(request.blends)} blends for {len(request.seeds)} seeds; give one per image, or none")
     for label in request.labels:
         conditioning.class_index(label)
+    for name in request.told:
+        conditioning.require(name)
+    for name, share in conditioning.dropout.items():
+        if share == 0 and name not in request.told:
+            remedy = {
+                "label": "give --classes",
+                "inpainting": "it can only fill holes: use `latentflow inpaint`",
+                "semantic_map": "it can only paint maps: use `latentflow mask-to-image`",
+            }
+            raise ConfigError(f"the model never learned to do without the condition {name}; {remedy[name]}")
+    if sampling.guidance < 0:
+        raise ConfigError(f"guidance {sampling.guidance} is below zero; 1 switches it off, 1.5 to 4 are usual")
+    if sampling.guidance != 1:
+        guided_by(model, request)
     if is_adaptive(sampling.solver) and not (sampling.rtol > 0 and sampling.atol > 0):
         raise ConfigError(f"rtol {sampling.rtol} and atol {sampling.atol} must both be above 0; 1e-5 is usual")
-    sampling_times(sampling.steps, sampling.shift)
-    _conditioned_velocity(model, request)
+    if not 0 < request.start <= 1:
+        raise ConfigError(f"start {request.start}: drawing starts at a time above 0 (the image) and at most 1 (noise)")
+    sampling_times(sampling.steps, sampling.shift, start=request.start)
+    _conditioned_velocity(model, request, Condition(), Condition())
+
+
+def guided_by(model: LatentFlow, request: SampleRequest) -> list[ConditionName]:
+    """The conditions that guidance strengthens: those that its null twin is not told.
+
+    Raises:
+        ConfigError: there are none, or one is not given or has an untrained null.
+    """
+    conditioning, scale = model.config.conditioning, request.sampling.guidance
+    if request.sampling.guided_by is None:
+        names = [name for name in request.told if name in conditioning.can_guide]
+        if not names:
+            if not conditioning.dropout:
+                why = "the model is unconditional"
+            elif not request.told:
+                why = "the images are told nothing that it could strengthen"
+            else:
+                why = f"the model was trained with dropout 0 of {', '.join(request.told)}"
+            raise ConfigError(f"guidance {scale}: {why}, so its null condition means nothing; use guidance 1")
+        return names
+    for name in request.sampling.guided_by:
+        if name not in CONDITION_NAMES:
+            raise ConfigError(f"guided by {name!r}: no such condition; {nearest(name, CONDITION_NAMES)}")
+        if name not in conditioning.can_guide:
+            able = ", ".join(conditioning.can_guide) or "nothing"
+            raise ConfigError(f"guided by {name}: its null was never trained in this model, which can guide by {able}")
+        if name not in request.told:
+            raise ConfigError(f"guided by {name}, which the images are not told; they are told {request.told}")
+    return list(request.sampling.guided_by)
 
 
 def draw(
     model: LatentFlow,
     request: SampleRequest,
+    given: Given = Given(),
     *,
     batch_size: int = 16,
     on_images: Callable[[int], None] = lambda num_images: None,
@@ -172,70 +278,128 @@ def draw(
     """Draw a request batch by batch.
 
     Args:
+        given: what it is drawn from besides seeds and classes.
         batch_size: images computed together; it changes speed and memory, not the pictures.
         on_images: told the number of images just finished.
     """
     check_request(model, request)
     for start in range(0, len(request.seeds), batch_size):
         rows = slice(start, start + batch_size)
-        part = request.model_copy(update={"seeds": request.seeds[rows], "labels": request.labels[rows]})
-        yield _draw_batch(model, part)
+        part = request.at(rows)
+        yield _draw_batch(model, part, given.at(rows, len(part.seeds), model.device))
         on_images(len(part.seeds))
 
 
-def sample(model: LatentFlow, *, num: int = 1, batch_size: int = 16, **request: object) -> Samples:
+def draw_all(model: LatentFlow, request: SampleRequest, given: Given = Given(), **options: Any) -> Samples:
+    """Draw a request at once into memory; the options are those of `draw`."""
+    return join_samples(list(draw(model, request, given, **options)))
+
+
+def sample(
+    model: LatentFlow, *, num: int = 1, batch_size: int = 16, noise: Tensor | None = None, **request: Any
+) -> Samples:
     """Draw `num` images at once into memory; the arguments are those of `make_request`.
 
+    Args:
+        noise: [num, C, h, w] to start from instead of the seeds' noise, for example from `invert`.
+
     Raises:
-        ConfigError: see `make_request`.
+        ConfigError: see `make_request`; also for noise of another shape.
     """
-    parts = list(draw(model, make_request(model, num=num, **request), batch_size=batch_size))
-    return join_samples(parts)
+    made = make_request(model, num=num, **request)
+    wanted = (num, *model.config.latent_shape)
+    if noise is not None and tuple(noise.shape) != wanted:
+        raise ConfigError(f"noise of shape {list(noise.shape)}; {num} images of this model need {list(wanted)}")
+    return draw_all(model, made, Given(noise=noise), batch_size=batch_size)
 
 
 def join_samples(parts: Sequence[Samples]) -> Samples:
     """One record of several batches, in their order."""
-    request = parts[0].request.model_copy(
-        update={
-            "seeds": [seed for part in parts for seed in part.request.seeds],
-            "labels": [label for part in parts for label in part.request.labels],
-        }
-    )
+    requests = [part.request for part in parts]
+    lists = {name: [x for r in requests for x in getattr(r, name)] for name in ("seeds", "labels", "blends")}
     return Samples(
         pixels=torch.cat([part.pixels for part in parts]),
         latents=torch.cat([part.latents for part in parts]),
         evaluations=torch.cat([part.evaluations for part in parts]),
-        request=request,
+        request=requests[0].model_copy(update=lists),
         class_names=parts[0].class_names,
         seconds=sum(part.seconds for part in parts),
     )
 
 
-def initial_noise(model: LatentFlow, seeds: Sequence[int]) -> Tensor:
-    """The Gaussian noise of each seed, [B, C, h, w] float32; equal on every device."""
+def initial_noise(model: LatentFlow, request: SampleRequest) -> Tensor:
+    """The Gaussian noise each image of a request starts from, [B, C, h, w] float32; equal on every device.
+
+    A blend lies between the noises of two seeds on a great circle, where Gaussian noise has its usual length:
+    cos(w pi/2) a + sin(w pi/2) b is again standard normal, as a and b are independent.
+    """
+    own = _noise(model, request.seeds, request.image_size)
+    if not request.blends:
+        return own
+    other = _noise(model, [blend.seed for blend in request.blends], request.image_size)
+    same = torch.tensor([b.seed == seed for b, seed in zip(request.blends, request.seeds, strict=True)])
+    angle = torch.tensor([blend.weight for blend in request.blends]).masked_fill(same, 0) * (math.pi / 2)
+    return per_image(angle.cos(), own) * own + per_image(angle.sin(), own) * other
+
+
+def _noise(model: LatentFlow, seeds: Sequence[int], image_size: tuple[int, int] | None) -> Tensor:
     random = ImageRandom(derive_seed("sample", seed) for seed in seeds)
-    return random.normal(*model.config.latent_shape, device=model.device)
+    channels, *sides = model.config.latent_shape
+    if image_size is not None:
+        sides = [side // model.config.autoencoder.factor for side in image_size]
+    return random.normal(channels, *sides, device=model.device)
 
 
-def _conditioned_velocity(model: LatentFlow, request: SampleRequest) -> ConditionedVelocity:
-    conditioning = model.config.conditioning
+def _conditioned_velocity(
+    model: LatentFlow, request: SampleRequest, condition: Condition, null: Condition | None
+) -> ConditionedVelocity:
+    sampling = request.sampling
     return ConditionedVelocity(
-        model.velocity,
-        conditioning.for_labels(request.labels, model.device),
-        null=conditioning.null(len(request.seeds), model.device),
-        scale=request.sampling.guidance,
-        interval=request.sampling.guidance_interval,
+        model.velocity, condition, null=null, scale=sampling.guidance, interval=sampling.guidance_interval
+    )
+
+
+def conditioned_velocity(
+    model: LatentFlow, request: SampleRequest, given: Mapping[str, Tensor | None], latents_shape: Sequence[int]
+) -> ConditionedVelocity | BlendedVelocity:
+    """The guided velocity of a request's images; `given` as from `Given.at`."""
+    conditioning = model.config.conditioning
+
+    def told(labels: Sequence[int]) -> ConditionedVelocity:
+        condition = conditioning.build(
+            latents_shape,
+            model.device,
+            labels=torch.tensor(labels) if labels else None,
+            **{name: given.get(name) for name in ("masked_latents", "mask", "class_fractions")},
+        )
+        guided = guided_by(model, request) if request.sampling.guidance != 1 else []
+        null = conditioning.without(condition, guided) if guided else None
+        return _conditioned_velocity(model, request, condition, null)
+
+    others = [
+        own if blend.label is None else blend.label
+        for blend, own in zip(request.blends, request.labels or [None] * len(request.blends), strict=True)
+    ]
+    if others == request.labels or not any(label is not None for label in others):
+        return told(request.labels)
+    return BlendedVelocity(
+        told(request.labels), told(others), torch.tensor([b.weight for b in request.blends], device=model.device)
     )
 
 
 @torch.inference_mode()
-def _draw_batch(model: LatentFlow, request: SampleRequest) -> Samples:
-    began, sampling = time.perf_counter(), request.sampling
-    velocity = _conditioned_velocity(model, request)
+def _draw_batch(model: LatentFlow, request: SampleRequest, given: Mapping[str, Tensor | None]) -> Samples:
+    began, sampling, path = time.perf_counter(), request.sampling, model.config.path
+    noise = initial_noise(model, request) if given["noise"] is None else given["noise"]
+    velocity, x = conditioned_velocity(model, request, given, noise.shape), noise
+    if given["latents"] is not None:
+        x = path.interpolate(given["latents"], noise, torch.full((len(noise),), request.start))
+    if given["hole"] is not None:
+        velocity = KnownRegionVelocity(velocity, path, given["latents"], noise, given["hole"])
     solution = integrate(
         velocity,
-        initial_noise(model, request.seeds),
-        sampling_times(sampling.steps, sampling.shift),
+        x,
+        sampling_times(sampling.steps, sampling.shift, start=request.start),
         solver=sampling.solver,
         rtol=sampling.rtol,
         atol=sampling.atol,

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from latentflow.data.masks import MaskRules
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.flow.times import TrainingTimes
@@ -30,6 +31,12 @@ class DataConfig(_Section):
     """Where the images come from."""
 
     path: str = Field("", description="A latent cache, a folder or zip of images, or 'synthetic:COUNT'.")
+    images: str = Field(
+        "",
+        description="For inpainting from a latent cache: the images it was made from, to cut new holes into each time; "
+        "empty: the holes stored in the cache.",
+    )
+    masks: MaskRules = Field(MaskRules(), description="Holes for inpainting; those stored in a cache go first.")
     image_size: int = Field(256, ge=1, description="Side of the square images in pixels; a cache must agree.")
     flip: bool = Field(True, description="Mirror images at random; a cache must hold the mirrored images.")
     labels: bool = Field(True, description="Use class sub-folders as labels; false: train unconditionally.")
@@ -37,11 +44,13 @@ class DataConfig(_Section):
 
 
 class ConditioningConfig(_Section):
-    """What of the condition is dropped in training."""
+    """What the model is told, and how often it is not, so that guidance by it means something."""
 
-    label_dropout: float = Field(
-        0.1, ge=0, lt=1, description="Share of labels replaced by the null label; 0: no guidance."
-    )
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="Share of labels left out; 0: no guidance by them.")
+    inpainting: bool = Field(False, description="Tell the known part of an image and a mask.")
+    inpainting_dropout: float = Field(0.1, ge=0, lt=1, description="Share of images that are all hole.")
+    semantic_map: bool = Field(False, description="Tell the semantic map, which the data must have.")
+    map_dropout: float = Field(0.1, ge=0, lt=1, description="Share of maps left out; 0: no guidance by them.")
 
 
 class TrainingConfig(_Section):

@@ -40,7 +40,7 @@ def training_step(
     seed: int,
     device: torch.device | str,
 ) -> StepResult:
-    """Draw time, latents, noise and dropped labels for each image, and compare velocities.
+    """Draw time, latents, noise and dropped conditions for each image, and compare velocities.
 
     Every number is drawn from the image's own stream (seed, position), in this order.
 
@@ -55,6 +55,29 @@ def training_step(
     moments = model.autoencoder.encode(to_unit_range(batch.pixels)) if batch.moments is None else batch.moments
     data = model.latents(moments, random)
     noise = random.normal(*data.shape[1:], device=data.device)
-    condition = model.config.conditioning.for_training(batch.labels, random, data.device)
+    condition = _condition(model, batch, data, random)
     loss = flow_matching_loss(lambda x, t: network(x, t, condition), model.config.path, data, noise, time)
     return StepResult(loss, time)
+
+
+def _condition(model: LatentFlow, batch: Batch, data: Tensor, random: ImageRandom) -> Condition:
+    """What each image is told, each condition dropped on its own. Images that are all hole are not encoded."""
+    conditioning = model.config.conditioning
+    dropped = conditioning.draw_dropped(random)
+    masked_latents = None
+    if batch.known_moments is not None:
+        masked_latents = model.latents(batch.known_moments)
+    elif batch.known_pixels is not None:
+        told = (~dropped["inpainting"]).nonzero().flatten().to(data.device, non_blocking=True)
+        masked_latents = torch.zeros_like(data)
+        if len(told):
+            masked_latents[told] = model.encode(to_unit_range(batch.known_pixels[told]))
+    condition = conditioning.build(
+        data.shape,
+        data.device,
+        labels=batch.labels if conditioning.num_classes else None,
+        masked_latents=masked_latents,
+        mask=batch.mask,
+        class_fractions=batch.class_fractions,
+    )
+    return conditioning.drop(condition, dropped)

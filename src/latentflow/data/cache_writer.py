@@ -1,0 +1,268 @@
+"""Encode images into a latent cache, resumable after a kill, shared between processes.
+
+A shard appears complete or not at all; repeating the command encodes what is missing or damaged and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentflow.artifacts import make_folder, sha256_file, write_json, write_tensors
+from latentflow.autoencoder import Autoencoder, to_unit_range
+from latentflow.data.images import BrokenImage
+from latentflow.data.items import ImageItem, ImageSource
+from latentflow.data.latent_cache import CacheIndex, CachePlan, ChannelSums, ShardRecord, check_size, parse_record
+from latentflow.data.latent_size import class_counts, hide, hole_counts
+from latentflow.data.masks import MaskRules, draw_mask
+from latentflow.errors import ArtifactError, DataError
+from latentflow.randomness import derive_seed
+
+_PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
+
+
+def write_cache(
+    source: ImageSource,
+    autoencoder: Autoencoder,
+    folder: str | Path,
+    *,
+    flips: bool = False,
+    precision: Literal["float16", "float32"] = "float16",
+    shard_size: int = 1024,
+    batch_size: int = 32,
+    masks: MaskRules | None = None,
+    mask_variants: int = 0,
+    strict: bool = False,
+    process: tuple[int, int] = (0, 1),
+    on_images: Callable[[int], None] = lambda num_images: None,
+) -> CacheIndex | None:
+    """Encode every image of `source` into `folder`, leaving out what is already there.
+
+    Args:
+        flips: also encode the mirrored images (an encoder does not commute with mirroring).
+        precision: how moments are stored; float16 rounds by at most 1 part in 2048.
+        shard_size: images per shard, the unit of work that is lost by a kill.
+        masks: which holes are drawn for inpainting.
+        mask_variants: holes per image, each with the image encoded without it; 0: none are stored.
+        strict: a broken image is an error, not an omission.
+        process: (rank, number of processes); process r encodes shards r, r + n, r + 2n, ...
+        on_images: told the number of images just finished, shards found complete included.
+
+    Returns:
+        The index, or None where other processes are still at work; the last one to finish writes it.
+
+    Raises:
+        ArtifactError: the folder holds something else, or cannot be written.
+        DataError: no image could be read, or, with `strict`, one is broken.
+    """
+    variants = {"masks": masks or MaskRules(), "mask_variants": mask_variants} if mask_variants else {}
+    plan = _plan(source, autoencoder, flips=flips, precision=precision, shard_size=shard_size, **variants)
+    folder = make_folder(folder)
+    _claim(folder, plan)
+    rank, num_processes = process
+    for number in range(rank, plan.num_shards, num_processes):
+        rows = range(number * shard_size, min((number + 1) * shard_size, len(source)))
+        if _finished(folder, number) is None:
+            _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, strict, on_images)
+        else:
+            on_images(len(rows))
+    return _finish(folder, plan)
+
+
+def _plan(source: ImageSource, autoencoder: Autoencoder, **options: Any) -> CachePlan:
+    side = autoencoder.latent_side(source.image_size)
+    return CachePlan(
+        autoencoder=autoencoder.reference,
+        autoencoder_hash=autoencoder.content_hash,
+        image_size=source.image_size,
+        source=source.description,
+        source_fingerprint=source.fingerprint(),
+        num_source_images=len(source),
+        num_channels=autoencoder.num_channels,
+        moments_shape=(autoencoder.num_moments, side, side),
+        class_names=list(source.class_names),
+        map_class_names=list(source.map_class_names),
+        map_palette=list(source.map_palette),
+        **options,
+    )
+
+
+def _claim(folder: Path, plan: CachePlan) -> None:
+    """Write the plan into an empty folder, or make sure that the plan found there is the same."""
+    file = folder / "plan.json"
+    # Listed before looking for the plan: what another process writes in between must not seem strange.
+    strangers = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".plan.")]
+    if not file.exists():
+        if strangers:
+            raise ArtifactError(
+                f"{folder} is not empty ({strangers[0]}, ...) and not a latent cache; choose another --out"
+            )
+        write_json(file, plan.model_dump(mode="json"))
+        return
+    found = parse_record(CachePlan, file).model_dump(exclude={"autoencoder", "source"})
+    wanted = plan.model_dump(exclude={"autoencoder", "source"})
+    differing = [f"{key} {found[key]!r}, not {wanted[key]!r}" for key in wanted if found[key] != wanted[key]]
+    if differing:
+        raise ArtifactError(
+            f"{folder} was begun with {'; '.join(differing)}; choose another --out or delete the folder"
+        )
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}"
+
+
+def _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, strict, on_images) -> None:
+    """Encode the images of `rows` into one shard; its record is written last and makes it count."""
+    for leftover in folder.glob(f".{_shard_name(number)}.*"):  # of a process that was killed
+        leftover.unlink()
+    sums = ChannelSums(plan.num_channels)
+    parts: dict[str, list[Tensor]] = {name: [empty] for name, empty in _empty_tensors(plan).items()}
+    names, broken = [], []
+    for start, read in _read_ahead(source, rows, batch_size):
+        failures = [error for error in read if isinstance(error, BrokenImage)]
+        if failures and strict:
+            raise failures[0]
+        broken += [error.name for error in failures]
+        items = [(start + n, item) for n, item in enumerate(read) if isinstance(item, ImageItem)]
+        if items:
+            encoded = _encode(items, autoencoder, plan)
+            sums.add(encoded["moments"])
+            for name, part in parts.items():
+                part.append(encoded[name].to(part[0].dtype))
+            names += [item.name for _, item in items]
+        on_images(len(read))
+    tensors = {name: torch.cat(part) for name, part in parts.items()}
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise DataError(
+            f"moments of {names[0]} ... {names[-1]} are not finite as {plan.precision}; "
+            + ("store them with --precision float32" if plan.precision == "float16" else "the autoencoder is damaged")
+        )
+    file = folder / f"{_shard_name(number)}.safetensors"
+    write_tensors(file, tensors, metadata={"names": json.dumps(names)})
+    record = ShardRecord(
+        file=file.name,
+        num_images=len(names),
+        num_bytes=file.stat().st_size,
+        sha256=sha256_file(file),
+        num_values=sums.num_values,
+        channel_sum=sums.sum.tolist(),
+        channel_sum_of_squares=sums.sum_of_squares.tolist(),
+        broken=broken,
+    )
+    write_json(folder / f"{_shard_name(number)}.json", record.model_dump(mode="json"))
+
+
+def _empty_tensors(plan: CachePlan) -> dict[str, Tensor]:
+    """The tensors of a shard, without images, each in the dtype it is stored in."""
+    counts = torch.uint8 if plan.factor**2 <= 255 else torch.int16
+    precision, moments, side = _PRECISIONS[plan.precision], plan.moments_shape, plan.moments_shape[1:]
+    tensors = {"moments": torch.empty(0, *moments, dtype=precision)}
+    if plan.class_names:
+        tensors["labels"] = torch.empty(0, dtype=torch.int64)
+    if plan.map_class_names:
+        tensors["class_counts"] = torch.empty(0, len(plan.map_class_names), *side, dtype=counts)
+    if plan.mask_variants:
+        tensors["known_moments"] = torch.empty(0, plan.mask_variants, *moments, dtype=precision)
+        tensors["hole_counts"] = torch.empty(0, plan.mask_variants, 1, *side, dtype=counts)
+    if plan.flips:
+        encoded = [name for name in tensors if name.endswith("moments")]
+        tensors |= {f"{name}_flipped": tensors[name] for name in encoded}
+    return tensors
+
+
+def _encode(items: Sequence[tuple[int, ImageItem]], autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
+    """Everything a cache stores of some images, given with their rows in the source."""
+    pixels = [item.pixels for _, item in items]
+    encoded = _moments("moments", pixels, autoencoder, plan)
+    if plan.class_names:
+        encoded["labels"] = torch.tensor([item.label for _, item in items])
+    if plan.map_class_names:
+        num_classes = len(plan.map_class_names)
+        maps = [class_counts(item.semantic_map, num_classes, plan.factor) for _, item in items]
+        encoded["class_counts"] = torch.stack(maps)
+    if plan.mask_variants:
+        seeds = [derive_seed("mask variant", row, v) for row, _ in items for v in range(plan.mask_variants)]
+        holes = [draw_mask(plan.masks, plan.image_size, plan.image_size, seed) for seed in seeds]
+        hidden = [hide(pixels[n // plan.mask_variants], hole) for n, hole in enumerate(holes)]
+        grouped = (len(items), plan.mask_variants)
+        known = _moments("known_moments", hidden, autoencoder, plan)
+        encoded |= {name: moments.unflatten(0, grouped) for name, moments in known.items()}
+        encoded["hole_counts"] = torch.stack([hole_counts(hole, plan.factor) for hole in holes]).unflatten(0, grouped)
+    return encoded
+
+
+def _moments(name: str, pictures: Sequence[np.ndarray], autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
+    """Moments of uint8 pictures, and of their mirror images where the plan wants them."""
+    pixels = to_unit_range(torch.from_numpy(np.stack(pictures)).to(autoencoder.device).permute(0, 3, 1, 2))
+    encoded = {name: autoencoder.encode(pixels).cpu()}
+    if plan.flips:
+        encoded[f"{name}_flipped"] = autoencoder.encode(pixels.flip(-1)).cpu()
+    return encoded
+
+
+def _read_ahead(
+    source: ImageSource, rows: range, batch_size: int
+) -> Iterator[tuple[int, list[ImageItem | BrokenImage]]]:
+    """Batches of decoded images in order, each with the row of its first.
+
+    Threads decode the next batch while the encoder works on this one.
+    """
+
+    def read(row: int) -> ImageItem | BrokenImage:
+        try:
+            return source[row]
+        except BrokenImage as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        batches = (pool.map(read, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
+        current = next(batches, None)
+        for start in range(rows.start, rows.stop, batch_size):
+            following = next(batches, None)
+            yield start, list(current)
+            current = following
+
+
+def _finished(folder: Path, number: int) -> ShardRecord | None:
+    """The record of a shard that is complete and undamaged, else None."""
+    record = folder / f"{_shard_name(number)}.json"
+    if not record.exists():
+        return None
+    shard = parse_record(ShardRecord, record)
+    try:
+        check_size(folder, shard)
+    except ArtifactError:
+        return None
+    return shard if sha256_file(folder / shard.file) == shard.sha256 else None
+
+
+def _finish(folder: Path, plan: CachePlan) -> CacheIndex | None:
+    """Write the index once every shard is there. Processes that get here together write the same bytes."""
+    records = [folder / f"{_shard_name(number)}.json" for number in range(plan.num_shards)]
+    if not all(record.exists() for record in records):
+        return None
+    shards = [parse_record(ShardRecord, record) for record in records]
+    broken = [name for shard in shards for name in shard.broken]
+    sums = ChannelSums(plan.num_channels)
+    for shard in shards:
+        sums.num_values += shard.num_values
+        sums.sum += torch.tensor(shard.channel_sum, dtype=torch.float64)
+        sums.sum_of_squares += torch.tensor(shard.channel_sum_of_squares, dtype=torch.float64)
+    if not sums.num_values:
+        raise DataError(f"none of the {len(broken)} images of {plan.source} can be read, for example {broken[0]}")
+    mean, std = sums.mean_and_std()
+    num_images = sum(shard.num_images for shard in shards)
+    index = CacheIndex(
+        plan=plan, num_images=num_images, channel_mean=mean, channel_std=std, shards=shards, broken=broken
+    )
+    write_json(folder / "index.json", index.model_dump(mode="json"))
+    return index

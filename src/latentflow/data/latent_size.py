@@ -1,0 +1,44 @@
+"""Masks and semantic maps at latent size, and images with a hole.
+
+Both shrink by area: a latent pixel that covers factor x factor pixels holds the share of them that lies in the hole, or
+that belongs to each class. Nothing thin vanishes, as it would by nearest neighbour.
+
+Legend: S image height and width, h = w = S / factor, K map classes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HOLE_GRAY = 128
+"""What a hole is painted with before the encoder sees the image, of 255: the middle, which looks like neither end."""
+
+
+def hide(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """An image without its hole: pixels [S, S, 3] uint8, gray where mask [S, S] is 1."""
+    return np.where(mask[..., None] > 0, np.uint8(HOLE_GRAY), pixels)
+
+
+def hole_counts(mask: np.ndarray, factor: int) -> Tensor:
+    """How many pixels of each latent pixel lie in the hole: mask [S, S] of 0 and 1 => [1, h, w] int64."""
+    return class_counts(1 - mask, 1, factor)
+
+
+def class_counts(semantic_map: np.ndarray, num_classes: int, factor: int) -> Tensor:
+    """How many pixels of each latent pixel belong to each class: [S, S] uint8 => [K, h, w] int64.
+
+    Indices of `num_classes` and more, such as that of unlabelled pixels, count for no class.
+    """
+    height, width = semantic_map.shape[0] // factor, semantic_map.shape[1] // factor
+    cells = semantic_map[: height * factor, : width * factor].reshape(height, factor, width, factor)
+    named = np.minimum(cells.astype(np.int64), num_classes)
+    place = np.arange(height)[:, None, None, None] * width + np.arange(width)[None, None, :, None]
+    counts = np.bincount((named * (height * width) + place).ravel(), minlength=(num_classes + 1) * height * width)
+    return torch.from_numpy(counts[: num_classes * height * width].reshape(num_classes, height, width))
+
+
+def shares(counts: Tensor, factor: int) -> Tensor:
+    """Counts of pixels => shares of latent pixels in [0, 1], float32 of the same shape."""
+    return counts.float() / factor**2

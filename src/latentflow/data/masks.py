@@ -1,0 +1,340 @@
+"""Masks for inpainting: random holes for training, drawn from a seed, and a user's mask file for sampling.
+
+A mask is uint8 [H, W]: 0 is known and stays, 1 is painted anew. In a file white is painted anew.
+
+Random holes follow the large masks of LaMa (Suvorov et al., arXiv 2109.07161, the "mixed" policy that
+arXiv 2307.08698 trains with), and go further: halves and borders teach a model to paint on beyond an edge,
+no mask is empty, and lengths are shares of the image, so that any image size works.
+
+Legend: H height and W width in pixels. Positions are shares of width and height, in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from latentflow.errors import ConfigError, DataError
+
+HoleKind = Literal["strokes", "boxes", "halves", "borders"]
+
+MIXTURE: dict[HoleKind, float] = {"strokes": 0.4, "boxes": 0.4, "halves": 0.1, "borders": 0.1}  # the policy "mixed"
+
+# LaMa's numbers, which are pixels of a 256 px image there.
+_MOST_PIECES: dict[HoleKind, int] = {"strokes": 5, "boxes": 4}  # 1 up to so many are drawn, evenly
+_MOST_SEGMENTS = 5
+_STROKE_LENGTHS = (10 / 256, 200 / 256)  # of one segment
+_NARROWEST_STROKE = 5 / 100  # of the widest
+_MOST_ANGLE = 4.0  # radians off the heading
+_SMALLEST_BOX_SIDE = 30 / 150  # of the largest
+_MARGIN = 10 / 256  # of boxes
+
+# Least and most share of an image that each kind can paint anew.
+REACH: dict[HoleKind, tuple[float, float]] = {
+    "strokes": (0.0, 1.0),
+    "boxes": (0.0, (1 - 2 * _MARGIN) ** 2),
+    "halves": (1 / 3, 2 / 3),
+    "borders": (1 / 8, 3 / 4),
+}
+
+_PATIENCE = 300  # pieces drawn for one mask, over all attempts; the default rules need 2.5 on average
+
+
+class MaskRules(BaseModel):
+    """How random holes are drawn, as a recipe, a latent cache and a model folder store it.
+
+    Raises:
+        ConfigError: no mask can meet these rules.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    policy: Literal["mixed", HoleKind] = Field(
+        "mixed",
+        description="strokes: thick brush strokes; boxes: rectangles; halves: one side of a straight cut; borders: "
+        "all but a rectangle, for outpainting; mixed: "
+        + ", ".join(f"{weight:.0%} {kind}" for kind, weight in MIXTURE.items())
+        + ", without those that the shares rule out.",
+    )
+    least_share: float = Field(0.05, ge=0, le=1, description="Least share of the image that is painted anew.")
+    most_share: float = Field(0.75, ge=0, le=1, description="Most of the image that is painted anew.")
+    widest_stroke: float = Field(
+        100 / 256, ge=0.02, le=1, description="Width of the widest stroke, as a share of the image's shorter side."
+    )
+    largest_box: float = Field(
+        150 / 256, ge=0.05, le=0.9, description="Longest side of a box, as a share of the image's width or height."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> MaskRules:
+        least, most = self.least_share, self.most_share
+        if least >= most:
+            raise ConfigError(f"least_share {least:g} is not below most_share {most:g}; 0.05 and 0.75 are usual")
+        if not _weights(self):
+            low, high = REACH[self.policy]
+            raise ConfigError(
+                f"masks of the policy {self.policy!r} paint {low:.3g} to {high:.3g} of the image anew, never "
+                f"{least:g} to {most:g}; widen least_share and most_share, or use 'strokes'"
+            )
+        return self
+
+
+def draw_mask(rules: MaskRules, height: int, width: int, seed: int) -> np.ndarray:
+    """Draw one random mask, the same for the same arguments; another size nearly always shows the same scene.
+
+    Strokes and boxes are added beyond the number drawn for as long as too little is painted anew, and a mask
+    that paints too much is drawn afresh. Where `rules` cannot be met (few pixels, shares close together), the
+    mask is a box in the middle, as near to them as whole pixels allow. It is neither empty nor full, ever.
+
+    Args:
+        rules: what the holes are like.
+        height, width: in pixels, >= 2.
+        seed: >= 0.
+
+    Returns:
+        [H, W] uint8: 1 is painted anew, 0 is known.
+
+    Raises:
+        DataError: a side is shorter than 2 pixels.
+    """
+    if min(height, width) < 2:
+        raise DataError(f"a mask of {width} x {height} pixels (width x height) has no room: give at least 2 x 2")
+    random = _random(seed)
+    kind = _kind(rules, random)
+    num_pixels = height * width
+    least = max(rules.least_share * num_pixels, 1)
+    most = min(rules.most_share * num_pixels, num_pixels - 1)
+    pieces_left = 0
+    for _ in range(_PATIENCE):
+        if pieces_left == 0:
+            mask = np.zeros((height, width), np.uint8)
+            pieces_left = 1 + int(_MOST_PIECES.get(kind, 1) * random.random())
+        _PAINT[kind](rules, random, mask)
+        pieces_left -= 1
+        painted = np.count_nonzero(mask)
+        if pieces_left == 0 and least <= painted <= most:
+            return mask
+        if painted > most:
+            pieces_left = 0
+        elif pieces_left == 0 and kind in _MOST_PIECES:
+            pieces_left = 1
+    return _middle_box((least + most) / 2, height, width)
+
+
+def hole_kind(rules: MaskRules, seed: int) -> HoleKind:
+    """Which kind of hole `draw_mask` draws for `seed`, whatever the size.
+
+    "mixed" chooses by the weights of `MIXTURE`, without the kinds that `rules` leave no room for. A mixed
+    mask is the very mask that the policy of its kind draws for the seed.
+    """
+    return _kind(rules, _random(seed))
+
+
+def read_mask(file: str | Path | Image.Image, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Read a mask that a user painted: black is known, white is painted anew.
+
+    Any black-and-white image will do: 1, 8 or 16 bits, gray, palette or RGB, with values 0 and full white or
+    0 and 1, without transparency. The EXIF rotation is applied.
+
+    Args:
+        file: a path, or an image in memory.
+        size: (height, width) of the image that it belongs to, in pixels; None: any.
+
+    Returns:
+        [H, W] uint8: 1 is painted anew, 0 is known.
+
+    Raises:
+        DataError: the file cannot be read, has another size, has transparent, coloured or gray pixels, or is
+            all black or all white.
+    """
+    in_memory = isinstance(file, Image.Image)
+    name = str((getattr(file, "filename", "") or "in memory") if in_memory else file)
+    try:
+        if in_memory:
+            image = ImageOps.exif_transpose(file)
+        else:
+            with Image.open(file) as opened:
+                image = ImageOps.exif_transpose(opened)
+        channels, opaque = _channels(image)
+    except Image.UnidentifiedImageError:
+        raise DataError(f"cannot read the mask {name}: it is no image that Pillow can read; give a PNG") from None
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"cannot read the mask {name}: {reason}; give a whole PNG file") from error
+
+    height, width = channels.shape[:2]
+    if size is not None and (height, width) != tuple(size):
+        wanted = f"({size[1]}, {size[0]})"
+        raise DataError(
+            f"the mask {name} is {width} x {height} pixels (width x height), its image {size[1]} x {size[0]}: resize "
+            f"the mask with nearest neighbour, in Pillow mask.resize({wanted}, Image.Resampling.NEAREST)"
+        )
+    if not opaque:
+        raise DataError(
+            f"the mask {name} has transparent pixels, which may mean known or painted anew: save it without alpha, "
+            "black where the image is known and white where it is painted anew"
+        )
+    return _black_and_white(channels, name)
+
+
+def _channels(image: Image.Image) -> tuple[np.ndarray, bool]:
+    """The pixels as numbers, [H, W, 1 or 3], and whether all of them are opaque."""
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    if image.mode.startswith(("I", "F")):
+        return np.asarray(image)[..., None], "transparency" not in image.info
+    if image.has_transparency_data:
+        pixels = np.asarray(image.convert("RGBA"))
+        return pixels[..., :3], bool((pixels[..., 3] == 255).all())
+    if image.mode in ("1", "L"):
+        return np.asarray(image, np.uint8)[..., None], True
+    return np.asarray(image.convert("RGB")), True
+
+
+def _black_and_white(channels: np.ndarray, name: str) -> np.ndarray:
+    """The mask in [H, W, 1 or 3] numbers, checked; `name` is for the messages."""
+    values = channels[..., 0]
+    deep = values.max() > 255
+    threshold = "at 32768" if deep else 'at 128, in Pillow mask.convert("L").point(lambda v: 255 * (v > 127))'
+    remedy = f"threshold it {threshold}, and save it as PNG, since JPEG makes gray of sharp edges"
+
+    coloured = (channels[..., 1:] != values[..., None]).any(-1)
+    if coloured.any():
+        colour = tuple(channels[coloured][0].tolist())
+        raise DataError(
+            f"the mask {name} has {coloured.sum()} coloured pixels, such as RGB {colour}, but a mask is black (known) "
+            f"and white (painted anew): {remedy}"
+        )
+    white = 65535 if deep else 1 if values.max() == 1 else 255
+    gray = (values != 0) & (values != white)
+    if gray.any():
+        raise DataError(
+            f"the mask {name} has {gray.sum()} gray pixels, such as {values[gray][0]:g}, but a mask is black "
+            f"(0, known) and white ({white:g}, painted anew): {remedy}"
+        )
+    mask = (values != 0).astype(np.uint8)
+    if not mask.any():
+        raise DataError(f"the mask {name} is all black, nothing is painted anew: make white what is to be painted anew")
+    if mask.all():
+        raise DataError(
+            f"the mask {name} is all white, nothing of the image is kept: make black what is to stay, or paint a whole "
+            "new image with latentflow sample"
+        )
+    return mask
+
+
+# Kinds of holes. Each paints one piece onto `mask` and draws as many random numbers for every image size.
+
+
+def _paint_stroke(rules: MaskRules, random: np.random.Generator, mask: np.ndarray) -> None:
+    """A thick polyline with round joints, whose segments swing from side to side of a heading."""
+    height, width = mask.shape
+    thickness = _between(random, _NARROWEST_STROKE, 1) * rules.widest_stroke * min(height, width)
+    points = [(random.random(), random.random())]
+    heading, side = 2 * math.pi * random.random(), 1
+    for _ in range(1 + int(_MOST_SEGMENTS * random.random())):
+        angle, length = heading + side * _MOST_ANGLE * random.random(), _between(random, *_STROKE_LENGTHS)
+        x, y = points[-1][0] + length * math.cos(angle), points[-1][1] + length * math.sin(angle)
+        points.append((min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)))
+        side = -side
+
+    image = Image.new("L", (width, height))
+    pen = ImageDraw.Draw(image)
+    corners = [(x * width - 0.5, y * height - 0.5) for x, y in points]  # pixel i spans i - 0.5 to i + 0.5
+    pen.line(corners, fill=1, width=max(1, round(thickness)))
+    radius = (thickness - 1) / 2
+    if radius > 0:
+        for x, y in corners:
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=1)
+    mask |= np.asarray(image)
+
+
+def _paint_box(rules: MaskRules, random: np.random.Generator, mask: np.ndarray) -> None:
+    spans = []
+    for pixels in mask.shape:
+        length = _between(random, _SMALLEST_BOX_SIDE, 1) * rules.largest_box
+        spans.append(_span(_between(random, _MARGIN, 1 - _MARGIN - length), length, pixels))
+    mask[spans[0], spans[1]] = 1
+
+
+def _paint_half(rules: MaskRules, random: np.random.Generator, mask: np.ndarray) -> None:
+    """The left, right, top or bottom, to an exact half every other time, else to a cut drawn evenly in `REACH`."""
+    low, high = _reach("halves", rules)
+    exact, side = random.random() < 0.5, int(4 * random.random())
+    share = _between(random, low, high)
+    if exact:
+        share = min(max(0.5, low), high)
+    span = _span(0.0 if side % 2 else 1 - share, share, mask.shape[side // 2])
+    mask[(span, slice(None)) if side < 2 else (slice(None), span)] = 1
+
+
+def _paint_border(rules: MaskRules, random: np.random.Generator, mask: np.ndarray) -> None:
+    """All but a rectangle: a frame every other time, else any of the 15 sets of sides."""
+    known = 1 - _between(random, *_reach("borders", rules))
+    frame, choice = random.random() < 0.5, 1 + int(15 * random.random())
+    sides = (3, 3) if frame else divmod(choice, 4)  # of each axis; bit 1: top or left, bit 2: bottom or right
+    # The known part is the product of two lengths; an axis without a border keeps its whole length.
+    split = _between(random, 0.3, 0.7) if all(sides) else float(sides[0] > 0)
+    spans = []
+    for side, exponent, pixels in zip(sides, (split, 1 - split), mask.shape, strict=True):
+        length = known**exponent
+        before = _between(random, 0.25, 0.75) if side == 3 else float(side == 1)  # share of the border, top or left
+        spans.append(_span(before * (1 - length), length, pixels))
+    mask[:] = 1
+    mask[spans[0], spans[1]] = 0
+
+
+_PAINT = {"strokes": _paint_stroke, "boxes": _paint_box, "halves": _paint_half, "borders": _paint_border}
+
+
+def _middle_box(num_pixels: float, height: int, width: int) -> np.ndarray:
+    """A box of about `num_pixels` in the middle of an image of at least 2 x 2, never all of it."""
+    mask = np.zeros((height, width), np.uint8)
+    rows = min(max(round(height * math.sqrt(num_pixels / (height * width))), 1), height)
+    columns = min(max(round(num_pixels / rows), 1), width - (rows == height))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    mask[top : top + rows, left : left + columns] = 1
+    return mask
+
+
+def _weights(rules: MaskRules) -> dict[HoleKind, float]:
+    """How often each kind is drawn, up to a common factor; kinds that cannot meet the shares are left out."""
+    weights = MIXTURE if rules.policy == "mixed" else {rules.policy: 1.0}
+    possible = {}
+    for kind, weight in weights.items():
+        low, high = _reach(kind, rules)
+        if low <= high:
+            possible[kind] = weight
+    return possible
+
+
+def _reach(kind: HoleKind, rules: MaskRules) -> tuple[float, float]:
+    """Least and most share that holes of a kind paint anew under these rules; least > most where there is none."""
+    low, high = REACH[kind]
+    return max(low, rules.least_share), min(high, rules.most_share)
+
+
+def _kind(rules: MaskRules, random: np.random.Generator) -> HoleKind:
+    weights = _weights(rules)
+    ends = list(accumulate(weights.values()))
+    return list(weights)[bisect(ends, random.random() * ends[-1], hi=len(ends) - 1)]
+
+
+def _random(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def _between(random: np.random.Generator, low: float, high: float) -> float:
+    return low + (high - low) * random.random()
+
+
+def _span(start: float, length: float, pixels: int) -> slice:
+    """The pixels of an interval that is given in shares of the side."""
+    return slice(round(start * pixels), round((start + length) * pixels))

@@ -1,0 +1,340 @@
+"""Published data sets of images and semantic maps, brought into the layout that `open_images` reads.
+
+The result holds one folder per split, each with images/, masks/ and classes.json. Files are hard-linked
+where the file system can and copied otherwise, never encoded anew; only CelebAMask-HQ's maps, which are
+published as one file per part of the face, are painted.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import posixpath
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from latentflow.artifacts import atomic_folder
+from latentflow.data.map_files import pair_maps, read_classes
+from latentflow.data.semantic_maps import MapClasses
+from latentflow.data.stores import StoredFile, ZipStore, is_image, open_store, wrapper
+from latentflow.errors import DataError, nearest
+
+CAMVID = {
+    "sky": (128, 128, 128),
+    "building": (128, 0, 0),
+    "pole": (192, 192, 128),
+    "road": (128, 64, 128),
+    "pavement": (60, 40, 222),
+    "tree": (128, 128, 0),
+    "sign_symbol": (192, 128, 128),
+    "fence": (64, 64, 128),
+    "car": (64, 0, 128),
+    "pedestrian": (64, 64, 0),
+    "bicyclist": (0, 128, 192),
+    "unlabelled": (0, 0, 0),
+}
+"""The classes of CamVid in the 12-class form of the SegNet tutorial, with their customary colours."""
+
+CELEBAMASK_HQ = ("background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear")
+CELEBAMASK_HQ += ("mouth", "u_lip", "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth")
+"""The parts of a face in the order they are painted: a later one covers an earlier one."""
+
+_CELEBAMASK_HQ_TRAIN = 27000  # images; the 3,000 behind them are for validation
+_ADE20K_CLASSES = 150
+_COCO_STUFF_CLASSES = 182
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image and its map, on the way into a prepared folder.
+
+    Attributes:
+        image: path below images/, for example "a/x.jpg".
+        semantic_map: path below masks/, for example "a/x.png".
+        place_image, place_map: put the file at the path they are given.
+    """
+
+    image: str
+    semantic_map: str
+    place_image: Callable[[Path], None]
+    place_map: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class PublishedData:
+    """A published data set that was found complete; nothing is written yet.
+
+    Attributes:
+        classes: of the maps.
+        splits: the pairs of each split that is there, by the name of its folder: train, val, ...
+    """
+
+    classes: MapClasses
+    splits: dict[str, list[Pair]]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.splits.values()))
+
+    def write(self, out: str | Path, on_images: Callable[[int], None] = lambda num_images: None) -> None:
+        """Write out/SPLIT/{images, masks, classes.json} for every split, complete or not at all.
+
+        Args:
+            out: a folder that does not exist yet, or is empty.
+            on_images: told the number of images just finished.
+
+        Raises:
+            DataError: there is something at `out`, or a file of the data set cannot be read.
+            ArtifactError: `out` cannot be written.
+        """
+        out = Path(out)
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            raise DataError(f"{out} exists already; choose another place, or delete it to prepare the data anew")
+        with atomic_folder(out) as folder, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for split, pairs in self.splits.items():
+                (folder / split).mkdir()
+                self.classes.write(folder / split / "classes.json")
+                for _ in pool.map(partial(_write_pair, folder / split), pairs):
+                    on_images(1)
+
+
+def find_dataset(kind: str, path: str | Path) -> PublishedData:
+    """Find the pairs of a published data set as it is downloaded: a folder or a .zip file.
+
+    Args:
+        kind: one of `KINDS`.
+        path: the folder that holds what `KINDS` lists, or one around it.
+
+    Raises:
+        DataError: there is no such kind, the files are not laid out as `kind` is, or an image and its map
+            are not both there.
+    """
+    if kind not in KINDS:
+        raise DataError(f"unknown data set {kind!r}; {nearest(kind, KINDS)}")
+    source = _Source(Path(path))
+    classes, splits = KINDS[kind](source)
+    splits = {split: pairs for split, pairs in splits.items() if pairs}
+    if not splits:
+        raise DataError(f"{path} does not hold {kind}, which has {_LAYOUTS[kind]}")
+    return PublishedData(classes, splits)
+
+
+class _Source:
+    """The files of a published data set, below whatever single folder wraps its images."""
+
+    def __init__(self, path: Path):
+        self.store = open_store(path)
+        self.path = path
+        files = self.store.files()
+        top = wrapper([name for name in files if is_image(name)] or [""])
+        self.files = {name.removeprefix(top): file for name, file in files.items() if name.startswith(top)}
+
+    def images(self, folder: str) -> dict[str, StoredFile]:
+        """Every image at any depth below a folder, by its path there, sorted."""
+        found = {name[len(folder) + 1 :]: f for name, f in self.files.items() if name.startswith(f"{folder}/")}
+        return {name: found[name] for name in sorted(found) if is_image(name)}
+
+    def first_with_images(self, folders: Sequence[str]) -> str:
+        """The first of some folders that holds images, or else the last."""
+        return next((folder for folder in folders if self.images(folder)), folders[-1])
+
+    def pairs(self, images: str, maps: str) -> list[Pair]:
+        """The images below one folder with the maps below another, which are taken as they are."""
+        image_files, map_files = self.images(images), self.images(maps)
+        map_of = pair_maps(image_files, map_files, f"{self.path}: {images} and {maps}")
+        return [
+            Pair(image, map_of[image], partial(self.place, file), partial(self.place, map_files[map_of[image]]))
+            for image, file in image_files.items()
+        ]
+
+    def place(self, file: StoredFile, destination: Path) -> None:
+        """Put a file at `destination`: a hard link where the file system can, else a copy."""
+        if isinstance(self.store, ZipStore):
+            destination.write_bytes(self.read(file))
+            return
+        with self._named(file):
+            original = (self.path / file.path).resolve(strict=True)
+        try:
+            destination.hardlink_to(original)
+        except OSError:
+            shutil.copyfile(original, destination)
+
+    def read(self, file: StoredFile) -> bytes:
+        with self._named(file):
+            return self.store.read(file.path)
+
+    def lines(self, name: str) -> list[str]:
+        with self._named(self.files[name]):
+            return self.read(self.files[name]).decode("utf-8-sig").splitlines()
+
+    def mask(self, file: StoredFile) -> np.ndarray:
+        """A black and white picture, [H, W] bool, true where it is white."""
+        with self._named(file), Image.open(io.BytesIO(self.read(file))) as image:
+            return np.asarray(image.convert("L")) > 127
+
+    def image_size(self, file: StoredFile) -> tuple[int, int]:
+        """Width and height of an image, which is not decoded."""
+        with self._named(file), Image.open(io.BytesIO(self.read(file))) as image:
+            return image.size
+
+    @contextmanager
+    def _named(self, file: StoredFile) -> Iterator[None]:
+        """Name the file in whatever goes wrong with it."""
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:  # decoders and damaged archives raise nearly anything
+            reason = getattr(error, "strerror", None) or str(error)
+            reason = "it is no image" if isinstance(error, UnidentifiedImageError) else reason
+            raise DataError(f"{self.path}: cannot read {file.path} ({reason}); download or unpack it anew") from error
+
+
+_Found = tuple[MapClasses, dict[str, list[Pair]]]
+
+
+def _camvid(source: _Source) -> _Found:
+    if "classes.json" not in source.files:
+        raise DataError(f"{source.path} does not hold camvid, which has {_LAYOUTS['camvid']}")
+    classes = read_classes(source.store, source.files["classes.json"])
+    if classes == MapClasses(tuple(CAMVID)):  # names alone, without colours of their own
+        classes = MapClasses(tuple(CAMVID), tuple(CAMVID.values()))
+    splits = sorted({name.split("/")[0] for top in ("images", "masks") for name in source.images(top) if "/" in name})
+    return classes, {split: source.pairs(f"images/{split}", f"masks/{split}") for split in splits}
+
+
+def _ade20k(source: _Source) -> _Found:
+    splits = {"train": "training", "val": "validation"}
+    found = {
+        split: source.pairs(f"images/{folder}", f"annotations/{folder}")
+        for split, folder in splits.items()
+        if source.images(f"images/{folder}")
+    }
+    return MapClasses(("other", *_ade20k_names(source))), found
+
+
+def _ade20k_names(source: _Source) -> list[str]:
+    """The names of classes 1 to 150; value 0 of a map is anything else."""
+    file = "objectInfo150.txt"
+    if file not in source.files:
+        raise DataError(f"{source.path} has no {file}, which names the classes; it comes with ADEChallengeData2016")
+    rows = [[cell.strip() for cell in line.split("\t")] for line in source.lines(file) if line.strip()]
+    if not rows or "Name" not in rows[0]:
+        raise DataError(f"{source.path}: {file} has no tab-separated column Name; take the file as it was published")
+    column = rows[0].index("Name")
+    names = [row[column] for row in rows[1:] if len(row) > column]
+    if len(names) != _ADE20K_CLASSES:
+        raise DataError(f"{source.path}: {file} names {len(names)} classes, not {_ADE20K_CLASSES}")
+    return names
+
+
+def _coco_stuff(source: _Source) -> _Found:
+    found = {}
+    for split in ("train", "val"):
+        images = source.first_with_images([f"images/{split}2017", f"{split}2017"])
+        maps = source.first_with_images([f"stuffthingmaps/{split}2017", f"annotations/{split}2017"])
+        if source.images(images):
+            found[split] = source.pairs(images, maps)
+    return MapClasses(_coco_stuff_names(source)), found
+
+
+def _coco_stuff_names(source: _Source) -> tuple[str, ...]:
+    """The names of values 0 to 181 of the maps.
+
+    labels.txt counts from 1, as 0 is "unlabeled" there; the maps count from 0 and leave 255 unlabelled.
+    """
+    if "labels.txt" not in source.files:
+        return tuple(f"class_{index:03d}" for index in range(_COCO_STUFF_CLASSES))
+    lines = (line.partition(":") for line in source.lines("labels.txt"))
+    name_of = {int(number): name.strip() for number, _, name in lines if number.strip().isdigit()}
+    first = 1 if name_of.get(0) == "unlabeled" else 0
+    wanted = range(first, first + _COCO_STUFF_CLASSES)
+    if missing := [number for number in wanted if not name_of.get(number)]:
+        raise DataError(
+            f'{source.path}: labels.txt has no line "{missing[0]}: NAME"; take the file of the cocostuff repository, '
+            "or remove it to do without names"
+        )
+    return tuple(name_of[number] for number in wanted)
+
+
+def _celebamask_hq(source: _Source) -> _Found:
+    parts: dict[int, dict[int, StoredFile]] = defaultdict(dict)
+    for name, file in source.images("CelebAMask-HQ-mask-anno").items():
+        index, part = _celebamask_hq_part(name, source)
+        parts[index][part] = file
+    images = {_celebamask_hq_index(name, source): (name, file) for name, file in source.images("CelebA-HQ-img").items()}
+    if unpaired := sorted(images.keys() ^ parts.keys()):
+        index, others = unpaired[0], f" (and {len(unpaired) - 1} more)" if len(unpaired) > 1 else ""
+        problem = "no part masks" if index in images else "part masks and no image"
+        raise DataError(f"{source.path}: there are {problem} for image {index}{others}; unpack the data set anew")
+    splits: dict[str, list[Pair]] = {"train": [], "val": []}
+    for index in sorted(images):
+        name, file = images[index]
+        paint = partial(_paint_parts, source, file, sorted(parts[index].items()))
+        image = f"{index:05d}{posixpath.splitext(name)[1]}"
+        split = splits["train" if index < _CELEBAMASK_HQ_TRAIN else "val"]
+        split.append(Pair(image, f"{index:05d}.png", partial(source.place, file), paint))
+    return MapClasses(CELEBAMASK_HQ), splits
+
+
+def _celebamask_hq_index(name: str, source: _Source) -> int:
+    if match := re.fullmatch(r"(\d+)\.\w+", name):
+        return int(match[1])
+    raise DataError(f"{source.path}: CelebA-HQ-img/{name} should be called NUMBER.jpg; rename or remove it")
+
+
+def _celebamask_hq_part(name: str, source: _Source) -> tuple[int, int]:
+    """The image and the class that a file like 0/00017_l_brow.png belongs to."""
+    match = re.fullmatch(r"(\d+)_(\w+)\.\w+", posixpath.basename(name))
+    if match and match[2] in CELEBAMASK_HQ[1:]:
+        return int(match[1]), CELEBAMASK_HQ.index(match[2])
+    hint = nearest(match[2], CELEBAMASK_HQ[1:]) if match else "it should be called NUMBER_PART.png"
+    raise DataError(f"{source.path}: CelebAMask-HQ-mask-anno/{name} is no part of a face; {hint}")
+
+
+def _paint_parts(source: _Source, image: StoredFile, parts: list[tuple[int, StoredFile]], destination: Path) -> None:
+    """Paint part masks over each other and enlarge the map to the size of its image, 512 => 1024 as published."""
+    semantic_map = None
+    for part, file in parts:
+        mask = source.mask(file)
+        if semantic_map is None:
+            semantic_map = np.zeros(mask.shape, np.uint8)
+        if mask.shape != semantic_map.shape:
+            raise DataError(f"{source.path}: {file.path} is of another size than the other parts; unpack it anew")
+        semantic_map[mask] = part
+    enlarged = Image.fromarray(semantic_map).resize(source.image_size(image), Image.Resampling.NEAREST)
+    enlarged.save(destination, "PNG")
+
+
+def _write_pair(folder: Path, pair: Pair) -> None:
+    for place, destination in (
+        (pair.place_image, folder / "images" / pair.image),
+        (pair.place_map, folder / "masks" / pair.semantic_map),
+    ):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        place(destination)
+
+
+KINDS: dict[str, Callable[[_Source], _Found]] = {
+    "camvid": _camvid,
+    "celebamask-hq": _celebamask_hq,
+    "ade20k": _ade20k,
+    "coco-stuff": _coco_stuff,
+}
+"""What can be prepared; each finds classes and pairs in the files as they are published."""
+
+_LAYOUTS = {
+    "camvid": "images/{train,val}, masks/{train,val} and classes.json",
+    "celebamask-hq": "CelebA-HQ-img/0.jpg ... and CelebAMask-HQ-mask-anno/0/00000_skin.png ...",
+    "ade20k": "images/{training,validation}, annotations/{training,validation} and objectInfo150.txt",
+    "coco-stuff": "images/{train2017,val2017} and stuffthingmaps/{train2017,val2017}",
+}

@@ -1,0 +1,76 @@
+"""What a velocity network reads beside the noisy latents, pixel for pixel: a known part and a semantic map.
+
+Legend: B images, C latent channels, H and W latent height and width, K classes of the semantic map.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from latentflow.shapes import Condition
+
+
+class SpatialEncoder(nn.Module):
+    """The learned encoder of a semantic map: shares of K classes in each latent pixel => C channels.
+
+    The published encoder halves a one-hot map with a linear filter until it has latent size, and then mixes the
+    classes with a 1x1 convolution. Halving an even size is averaging, so the shares of the classes in each latent
+    pixel are all that is left of the map; they are computed once with the data, and what is learned is the mixing.
+    Without a bias: where no class is named, the encoding is zero.
+    """
+
+    def __init__(self, num_map_classes: int, channels: int):
+        super().__init__()
+        self.mix = nn.Conv2d(num_map_classes, channels, kernel_size=1, bias=False)
+        nn.init.normal_(self.mix.weight)  # each class starts as a vector as long as the latents it stands beside
+
+    def forward(self, class_fractions: Tensor) -> Tensor:
+        """class_fractions [B, K, H, W] in [0, 1] => [B, C, H, W]."""
+        return self.mix(class_fractions)
+
+
+class SpatialInputs(nn.Module):
+    """Joins latents and spatial conditions along channels: latents, masked latents, mask, encoded map (LFM, section 4).
+
+    Args:
+        channels: C.
+        inpainting: whether masked latents and mask are read (C + 1 channels more).
+        num_map_classes: K; 0: no semantic map (else C channels more).
+    """
+
+    def __init__(self, channels: int, *, inpainting: bool = False, num_map_classes: int = 0):
+        super().__init__()
+        self.channels = channels
+        self.inpainting = inpainting
+        self.num_map_classes = num_map_classes
+        self.map_encoder = SpatialEncoder(num_map_classes, channels) if num_map_classes else None
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the result: C, C + C + 1, C + C, or C + C + 1 + C."""
+        return self.channels * (2 if self.num_map_classes else 1) + (self.channels + 1 if self.inpainting else 0)
+
+    def forward(self, latents: Tensor, condition: Condition) -> Tensor:
+        """latents [B, C, H, W] and the condition's spatial fields => [B, num_channels, H, W].
+
+        Raises:
+            ValueError: a field is missing, unexpected or of another shape.
+        """
+        num_images, _, height, width = latents.shape
+        shapes = {
+            "masked_latents": self.channels if self.inpainting else 0,
+            "mask": 1 if self.inpainting else 0,
+            "class_fractions": self.num_map_classes,
+        }
+        joined = [latents]
+        for name, channels in shapes.items():
+            value = getattr(condition, name)
+            wanted = (num_images, channels, height, width) if channels else None
+            found = None if value is None else tuple(value.shape)
+            if found != wanted:
+                raise ValueError(f"condition.{name}: this network wants {wanted or 'none'}, got {found or 'none'}")
+            if value is not None:
+                value = value.to(latents.dtype)
+                joined.append(self.map_encoder(value) if name == "class_fractions" else value)
+        return torch.cat(joined, dim=1) if len(joined) > 1 else latents
