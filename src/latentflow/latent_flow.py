@@ -84,6 +84,11 @@ class ModelConfig(_Section):
         side = self.image_size // self.autoencoder.factor
         return self.autoencoder.num_channels, side, side
 
+    @property
+    def pixel_multiple(self) -> int:
+        """What height and width of an image must be multiples of: one patch of latent pixels."""
+        return self.autoencoder.factor * self.network.patch_size
+
     def build_network(self) -> DiT:
         """A network with fresh weights, as this config describes it."""
         channels = self.autoencoder.num_channels
@@ -185,6 +190,21 @@ class LatentFlow:
         from latentflow.sampling.pipeline import sample  # the one upward import: a method for the user's convenience
 
         return sample(self, num=num, **request)
+
+    def inpaint(self, image: Any, mask: Any, **request: Any) -> Samples:
+        """Fill the hole of an image; the arguments are those of `latentflow.sampling.inpaint.inpaint`.
+
+        model.inpaint("street.jpg", "hole.png", num=4, seed=0).images
+        """
+        from latentflow.sampling.inpaint import inpaint
+
+        return inpaint(self, image, mask, **request)
+
+    def mask_to_image(self, semantic_map: Any, **request: Any) -> Samples:
+        """Paint a semantic map; the arguments are those of `latentflow.sampling.mask_to_image.mask_to_image`."""
+        from latentflow.sampling.mask_to_image import mask_to_image
+
+        return mask_to_image(self, semantic_map, **request)
 
 
 def default_device() -> torch.device:

@@ -214,7 +214,10 @@ def check_request(model: LatentFlow, request: SampleRequest) -> None:
         raise ConfigError(f"{len(request.labels)} labels for {len(request.seeds)} seeds; give one per image, or none")
     if request.blends and len(request.blends) != len(request.seeds):
         raise ConfigError(f"{len(request.blends)} blends for {len(request.seeds)} seeds; give one per image, or none")
-    for label in request.labels:
+    others = [blend.label for blend in request.blends if blend.label is not None]
+    if others and not request.labels:
+        raise ConfigError(f"a blend towards class {others[0]} needs a class to begin with; give both")
+    for label in [*request.labels, *others]:
         conditioning.class_index(label)
     for name in request.told:
         conditioning.require(name)
@@ -376,15 +379,12 @@ def conditioned_velocity(
         null = conditioning.without(condition, guided) if guided else None
         return _conditioned_velocity(model, request, condition, null)
 
-    others = [
-        own if blend.label is None else blend.label
-        for blend, own in zip(request.blends, request.labels or [None] * len(request.blends), strict=True)
-    ]
-    if others == request.labels or not any(label is not None for label in others):
+    if all(blend.label is None for blend in request.blends):
         return told(request.labels)
-    return BlendedVelocity(
-        told(request.labels), told(others), torch.tensor([b.weight for b in request.blends], device=model.device)
-    )
+    pairs = zip(request.labels, request.blends, strict=True)
+    others = [own if blend.label is None else blend.label for own, blend in pairs]
+    weights = torch.tensor([blend.weight for blend in request.blends], device=model.device)
+    return BlendedVelocity(told(request.labels), told(others), weights)
 
 
 @torch.inference_mode()

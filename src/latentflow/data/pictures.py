@@ -1,0 +1,72 @@
+"""Single pictures that a user hands over, by the rules of `data.images`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentflow.artifacts import sha256_file
+from latentflow.data.crop import center_crop
+from latentflow.data.images import to_rgb
+from latentflow.errors import DataError
+
+
+def read_picture(file: str | Path) -> Image.Image:
+    """The picture in a file, as upright 8-bit RGB.
+
+    Raises:
+        DataError: the file is missing, damaged, or no image.
+    """
+    _require_file(file)
+    try:
+        with Image.open(file) as image:
+            return to_rgb(image)
+    except Image.UnidentifiedImageError:
+        raise DataError(f"{file} is no image that Pillow can read; give a PNG, JPEG or WebP file") from None
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        raise DataError(f"cannot read the image {file}: {error or type(error).__name__}") from error
+
+
+def describe_file(file: str | Path) -> str:
+    """A file as a request remembers it: "photo.jpg sha256:0123456789ab".
+
+    Raises:
+        DataError: the file is missing or cannot be read.
+    """
+    _require_file(file)
+    try:
+        return f"{Path(file).name} sha256:{sha256_file(file)[:12]}"
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from error
+
+
+def square_picture(image: Image.Image, size: int, *, least_side: int = 1) -> Tensor:
+    """The square middle of a picture of any mode, by `to_rgb` and `center_crop`: [1, 3, size, size] uint8.
+
+    Args:
+        size: height and width of the result in pixels; a smaller picture is enlarged.
+        least_side: the shortest side that is accepted. Below the autoencoder's factor, a picture does not even
+            fill one latent pixel.
+
+    Raises:
+        DataError: the picture is too small, too long and thin, or of a mode without a defined white.
+    """
+    if min(image.size) < least_side:
+        raise DataError(
+            f"the image has {image.width} x {image.height} pixels: that is less than one latent pixel "
+            f"({least_side} x {least_side}), so there is nothing to see in it; give a larger one"
+        )
+    try:
+        pixels = center_crop(to_rgb(image), size)
+    except ValueError as error:
+        raise DataError(f"the image cannot be used: {error}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def _require_file(file: str | Path) -> None:
+    if not Path(file).is_file():
+        what = "is a folder" if Path(file).is_dir() else "does not exist"
+        raise DataError(f"{file} {what}; give an image file")

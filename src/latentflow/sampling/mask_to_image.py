@@ -1,0 +1,73 @@
+"""Mask-to-image: paint a semantic map.
+
+Legend: H and W map height and width, S size of the training images, K classes, h and w latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latentflow.data.latent_size import class_counts, shares
+from latentflow.data.pictures import describe_file
+from latentflow.data.semantic_maps import MapClasses, check_map, crop_map, read_map
+from latentflow.latent_flow import LatentFlow
+from latentflow.sampling.inpaint import native_size, require_latent_pixel
+from latentflow.sampling.pipeline import Given, Samples, draw_all, make_request
+
+
+def mask_to_image(
+    model: LatentFlow,
+    semantic_map: str | Path | Image.Image | np.ndarray,
+    *,
+    num: int = 1,
+    classes: Sequence[int | str] | None = None,
+    seed: int = 0,
+    native: bool = False,
+    batch_size: int = 16,
+    on_images: Callable[[int], None] = lambda num_images: None,
+    **preset: Any,
+) -> Samples:
+    """Paint one semantic map, once for each of `num` seeds.
+
+    Args:
+        semantic_map: class indices [H, W], or a picture of them as `read_map` takes it.
+        classes: as for `make_request`; None: no class is told.
+        native: paint the map at its own size, which must be a multiple of what the network can take; otherwise its
+            square middle is scaled to the size of the training images, as in training.
+        preset: fields of `SamplingPreset`.
+
+    Raises:
+        ConfigError, DataError: before anything is computed.
+    """
+    conditioning, factor = model.config.conditioning, model.config.autoencoder.factor
+    conditioning.require("semantic_map")
+    known = MapClasses(tuple(conditioning.map_class_names), tuple(conditioning.map_palette))
+    inputs = {"map": describe_file(semantic_map)} if isinstance(semantic_map, str | Path) else {}
+    if isinstance(semantic_map, np.ndarray):
+        check_map(semantic_map, known, "the semantic map")
+        indices = semantic_map.astype(np.uint8)
+    else:
+        indices = read_map(semantic_map, known)
+    require_latent_pixel(model, *indices.shape)
+    if native:
+        native_size(model, *indices.shape)
+    else:
+        indices = crop_map(indices, model.config.image_size)
+    request = make_request(
+        model,
+        num=num,
+        classes=classes,
+        seed=seed,
+        task="mask-to-image",
+        told=["semantic_map"],
+        inputs=inputs,
+        image_size=indices.shape,
+        **preset,
+    )
+    fractions = shares(class_counts(indices, len(known), factor), factor)[None]
+    return draw_all(model, request, Given(class_fractions=fractions), batch_size=batch_size, on_images=on_images)
