@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -25,16 +27,32 @@ def test_image_mean_keeps_the_batch():
     assert image_mean(x).tolist() == [5.5, 17.5]
 
 
-def test_condition_selects_and_joins_rows():
-    condition = Condition(torch.tensor([4, 5, 6]))
-    assert condition.select(torch.tensor([2, 0])).labels.tolist() == [6, 4]
-    assert condition.select(torch.tensor([False, True, True])).labels.tolist() == [5, 6]
-    assert condition.concatenate(Condition(torch.tensor([9]))).labels.tolist() == [4, 5, 6, 9]
+def condition_of(*labels: int) -> Condition:
+    """All fields, each holding its image's label."""
+    values = torch.tensor(labels, dtype=torch.float32).reshape(-1, 1, 1, 1)
+    shapes = {"masked_latents": (4, 2, 2), "mask": (1, 2, 2), "class_fractions": (3, 2, 2)}
+    return Condition(torch.tensor(labels), **{name: values.expand(-1, *shape) for name, shape in shapes.items()})
 
 
-def test_condition_without_labels_stays_so():
-    empty = Condition()
-    assert empty.select(torch.tensor([0])).labels is None
-    assert empty.concatenate(Condition()).labels is None
-    with pytest.raises(ValueError, match="with labels and one without"):
-        empty.concatenate(Condition(torch.tensor([1])))
+def test_condition_selects_and_joins_the_rows_of_every_field():
+    def same(one: Condition, other: Condition) -> bool:
+        return all(torch.equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(Condition))
+
+    condition = condition_of(4, 5, 6)
+    assert condition.names == ["labels", "masked_latents", "mask", "class_fractions"] == [f.name for f in fields(Condition)]
+    assert same(condition.select(torch.tensor([2, 0])), condition_of(6, 4))
+    assert same(condition.select(torch.tensor([False, True, True])), condition_of(5, 6))
+    assert same(condition.concatenate(condition_of(9)), condition_of(4, 5, 6, 9))
+    assert not same(condition, condition_of(4, 5, 7))
+    moved = condition.to("meta")
+    assert all(getattr(moved, name).device.type == "meta" for name in condition.names)
+
+
+def test_what_a_model_is_not_told_stays_none():
+    labels_only, empty = Condition(torch.tensor([4, 5])), Condition()
+    assert labels_only.select(torch.tensor([1])).names == labels_only.to("meta").names == ["labels"]
+    assert empty.names == empty.select(torch.tensor([0])).names == empty.concatenate(Condition()).names == []
+    with pytest.raises(ValueError, match=r"cannot join a condition with \[\] and one with \['labels'\]"):
+        empty.concatenate(labels_only)
+    with pytest.raises(ValueError, match="class_fractions"):
+        labels_only.concatenate(condition_of(4, 5))

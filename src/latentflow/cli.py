@@ -45,6 +45,24 @@ class MaskPolicy(str, Enum):
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; otherwise a GPU if there is one.")]
 
+# What every verb that draws understands; what is left out comes from the model's preset.
+Model = Annotated[str, typer.Argument(help="A model folder, a run folder or a hub id.")]
+Classes = Annotated[
+    str | None, typer.Option(help="Names or indices, dealt out in turn: 3,7 or cat,dog; 'none': told no class.")
+]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1: off.")]
+GuidanceInterval = Annotated[str | None, typer.Option(help="Times between which guidance acts, for example 0.1,0.8")]
+GuidedBy = Annotated[
+    str | None, typer.Option(help="What guidance strengthens: label, inpainting, semantic_map; else all that is told.")
+]
+Solver = Annotated[str | None, typer.Option(help="euler, midpoint, heun, rk4, ab2, ab3, bosh3 or dopri5.")]
+Steps = Annotated[int | None, typer.Option(help="Intervals of a fixed-step solver.")]
+Shift = Annotated[float | None, typer.Option(help="Time shift of the grid; 1: even.")]
+Rtol = Annotated[float | None, typer.Option(help="Relative tolerance of bosh3 and dopri5.")]
+Atol = Annotated[float | None, typer.Option(help="Absolute tolerance of bosh3 and dopri5.")]
+Seed = Annotated[int, typer.Option(help="Seed of the first image; image i has seed SEED + i.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images computed together; does not change them.")]
+
 
 @app.command(epilog="Example: latentflow encode photos --autoencoder stabilityai/sd-vae-ft-mse --out caches/photos")
 def encode(
@@ -185,21 +203,20 @@ def train_autoencoder(
 
 @app.command(epilog="Example: latentflow sample runs/cifar10 --num 16 --classes cat,3 --guidance 1.5 --out samples")
 def sample(
-    model: Annotated[str, typer.Argument(help="A model folder, a run folder or a hub id.")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")],
-    num: Annotated[int, typer.Option(help="Number of images; image i has seed SEED + i.")] = 16,
-    classes: Annotated[str | None, typer.Option(help="Names or indices, dealt out in turn: 3,7 or cat,dog.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1: off.")] = None,
-    guidance_interval: Annotated[
-        str | None, typer.Option(help="Times between which guidance acts, for example 0.1,0.8")
-    ] = None,
-    solver: Annotated[str | None, typer.Option(help="euler, midpoint, heun, rk4, ab2, ab3, bosh3 or dopri5.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Intervals of a fixed-step solver.")] = None,
-    shift: Annotated[float | None, typer.Option(help="Time shift of the grid; 1: even.")] = None,
-    rtol: Annotated[float | None, typer.Option(help="Relative tolerance of bosh3 and dopri5.")] = None,
-    atol: Annotated[float | None, typer.Option(help="Absolute tolerance of bosh3 and dopri5.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images computed together; does not change them.")] = 16,
+    num: Annotated[int, typer.Option(help="Number of images.")] = 16,
+    classes: Classes = None,
+    guidance: Guidance = None,
+    guidance_interval: GuidanceInterval = None,
+    guided_by: GuidedBy = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    shift: Shift = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
     columns: Annotated[int | None, typer.Option(min=1, help="Columns of grid.png.")] = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -211,9 +228,10 @@ def sample(
         model,
         out,
         num=num,
-        classes=[name.strip() for name in classes.split(",")] if classes else None,
+        classes=_names(classes),
         guidance=guidance,
         guidance_interval=_pair(guidance_interval, "--guidance-interval"),
+        guided_by=_names(guided_by),
         solver=solver,
         steps=steps,
         shift=shift,
@@ -231,6 +249,140 @@ def sample(
         "evaluations per image": round(result.evaluations, 2),
         "seconds": round(result.seconds, 2),
         "images per second": round(len(result.files) / max(result.seconds, 1e-9), 2),
+    }
+    _report(rows, as_json)
+
+
+@app.command(epilog="Example: latentflow inpaint runs/streets street.jpg hole.png --num 4 --feather 8 --out filled.png")
+def inpaint(
+    model: Model,
+    image: Annotated[Path, typer.Argument(help="An image of any size.")],
+    mask: Annotated[Path, typer.Argument(help="Of the image's size; white is painted anew, black is kept.")],
+    out: Annotated[Path, typer.Option(help="The PNG file; several are named like it, with their seeds.")],
+    num: Annotated[int, typer.Option(help="Number of seeds, for variety.")] = 1,
+    semantic_map: Annotated[
+        Path | None, typer.Option("--map", help="A semantic map of the image's size, for a model that is told maps.")
+    ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            help="What the model sees: 'window', a square around the hole scaled to the training size (the default "
+            "where there is one); 'whole', the whole image, its shorter side scaled to that size; 'native', as it is."
+        ),
+    ] = None,
+    feather: Annotated[int, typer.Option(help="Pixels inside the hole over which colours meet the border's.")] = 0,
+    method: Annotated[
+        str | None,
+        typer.Option(help="'condition' (a model trained for it) or 'replacement' (any model); else the best there is."),
+    ] = None,
+    classes: Classes = None,
+    guidance: Guidance = None,
+    guidance_interval: GuidanceInterval = None,
+    guided_by: GuidedBy = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    shift: Shift = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 4,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Paint the white part of a mask anew; every other pixel stays as it is, to the bit."""
+    from latentflow.commands.inpaint import inpaint as run
+
+    result = run(
+        model,
+        image,
+        mask,
+        out,
+        num=num,
+        semantic_map=semantic_map,
+        fit=fit,
+        feather=feather,
+        method=method,
+        classes=_names(classes),
+        guidance=guidance,
+        guidance_interval=_pair(guidance_interval, "--guidance-interval"),
+        guided_by=_names(guided_by),
+        solver=solver,
+        steps=steps,
+        shift=shift,
+        rtol=rtol,
+        atol=atol,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+    )
+    if result.method == "replacement" and method is None:
+        _say("the model was not trained for inpainting: what is known was put in its place along the path")
+    left, top, right, bottom = result.frame
+    height, width = result.seen_size
+    rows = {
+        "files": ", ".join(map(str, result.files)),
+        "method": result.method,
+        "seen": f"{right - left} x {bottom - top} pixels from ({left}, {top}), at {width} x {height}",
+        "evaluations per image": round(result.evaluations, 2),
+        "seconds": round(result.seconds, 2),
+    }
+    _report(rows, as_json)
+
+
+@app.command(epilog="Example: latentflow mask-to-image runs/streets map.png --num 4 --out street.png")
+def mask_to_image(
+    model: Model,
+    semantic_map: Annotated[
+        Path, typer.Argument(metavar="MAP", help="A PNG of class indices, or of the colours of the model's palette.")
+    ],
+    out: Annotated[Path, typer.Option(help="The PNG file; several are named like it, with their seeds.")],
+    num: Annotated[int, typer.Option(help="Number of seeds, for variety.")] = 1,
+    native: Annotated[
+        bool,
+        typer.Option(
+            "--native", help="Paint the map at its own size; otherwise its square middle, scaled as in training."
+        ),
+    ] = False,
+    classes: Classes = None,
+    guidance: Guidance = None,
+    guidance_interval: GuidanceInterval = None,
+    guided_by: GuidedBy = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    shift: Shift = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Paint a semantic map; its classes are checked against those of the model."""
+    from latentflow.commands.mask_to_image import mask_to_image as run
+
+    result = run(
+        model,
+        semantic_map,
+        out,
+        num=num,
+        native=native,
+        classes=_names(classes),
+        guidance=guidance,
+        guidance_interval=_pair(guidance_interval, "--guidance-interval"),
+        guided_by=_names(guided_by),
+        solver=solver,
+        steps=steps,
+        shift=shift,
+        rtol=rtol,
+        atol=atol,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+    )
+    rows = {
+        "files": ", ".join(map(str, result.files)),
+        "evaluations per image": round(result.evaluations, 2),
+        "seconds": round(result.seconds, 2),
     }
     _report(rows, as_json)
 
@@ -274,6 +426,11 @@ def info(
     from latentflow.commands.info import describe
 
     _report(describe(model), as_json)
+
+
+def _names(text: str | None) -> list[str] | None:
+    """What a list with commas names; None where it was left out."""
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def _pair(text: str | None, option: str) -> tuple[float, float] | None:

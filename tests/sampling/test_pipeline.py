@@ -22,10 +22,11 @@ from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling import pipeline
 from latentflow.sampling.pipeline import (
+    Blend,
     SampleRequest,
+    Samples,
     check_request,
     draw,
-    image_name,
     initial_noise,
     join_samples,
     make_request,
@@ -95,7 +96,7 @@ def test_tight_tolerances_do_not_depend_on_the_batch(kl, monkeypatch):
     model = tiny.model(kl, time_scale=20.0)
     model.network.double()
     noise = pipeline.initial_noise
-    monkeypatch.setattr(pipeline, "initial_noise", lambda model, seeds: noise(model, seeds).double())
+    monkeypatch.setattr(pipeline, "initial_noise", lambda *given: noise(*given).double())
     monkeypatch.setattr(type(model), "decode", lambda self, latents: latents.float())
     solutions = []
     monkeypatch.setattr(pipeline, "integrate", lambda *a, **b: solutions.append(integrate(*a, **b)) or solutions[-1])
@@ -119,8 +120,8 @@ def test_adaptive_images_have_steps_of_their_own(kl):
 def test_a_picture_does_not_depend_on_its_neighbours(model):
     """The same two seeds and classes amid others, and in another order."""
     preset = make_request(model, num=1, guidance=2.0, solver="dopri5", rtol=1e-3, atol=1e-3).sampling
-    alone = SampleRequest(seeds=[7, 8], labels=[2, 0], sampling=preset)
-    amid = SampleRequest(seeds=[1, 8, 2, 7, 3], labels=[0, 0, 1, 2, 1], sampling=preset)
+    alone = SampleRequest(seeds=[7, 8], labels=[2, 0], told=["label"], sampling=preset)
+    amid = SampleRequest(seeds=[1, 8, 2, 7, 3], labels=[0, 0, 1, 2, 1], told=["label"], sampling=preset)
     one, other = (join_samples(list(draw(model, request))) for request in (alone, amid))
     torch.testing.assert_close(one.latents, other.latents[[3, 1]], rtol=0, atol=ROUNDING)
     assert torch.equal(one.evaluations, other.evaluations[[3, 1]])
@@ -128,7 +129,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(model):
 
 def test_seeds_and_labels_make_the_picture(model):
     preset = make_request(model).sampling
-    request = SampleRequest(seeds=[3, 3, 3, 4], labels=[1, 1, 2, 1], sampling=preset)
+    request = SampleRequest(seeds=[3, 3, 3, 4], labels=[1, 1, 2, 1], told=["label"], sampling=preset)
     latents = join_samples(list(draw(model, request))).latents
     torch.testing.assert_close(latents[0], latents[1], rtol=0, atol=ROUNDING)
     assert (latents[0] - latents[2]).abs().max() > 0.1
@@ -152,11 +153,11 @@ def test_the_global_generator_has_no_say(model):
 
 
 def test_noise_is_standard_normal_and_its_own(model):
-    noise = initial_noise(model, range(200))
+    noise = initial_noise(model, SampleRequest(seeds=range(200)))
     assert noise.shape == (200, *model.config.latent_shape)
     assert abs(noise.mean().item()) < 4 / noise.numel() ** 0.5
     assert abs(noise.std().item() - 1) < 4 / (2 * noise.numel()) ** 0.5
-    assert torch.equal(initial_noise(model, [17])[0], noise[17])
+    assert torch.equal(initial_noise(model, SampleRequest(seeds=[17]))[0], noise[17])
     assert (noise[0] - noise[1]).abs().max() > 1
 
 
@@ -174,7 +175,7 @@ def test_sampling_is_the_flow_from_noise_to_data(model):
         return null + 2.0 * (cond - null)
 
     with torch.inference_mode():
-        x = integrate(velocity, initial_noise(model, [3, 4]), sampling_times(4), solver="heun").x
+        x = integrate(velocity, initial_noise(model, drawn.request), sampling_times(4), solver="heun").x
     torch.testing.assert_close(drawn.latents, x, rtol=0, atol=ROUNDING)
     raw = x / 0.5 + 0.1  # the autoencoder's scaling and shift factors, undone
     pixels = model.autoencoder.model.decode(raw).sample.clamp(-1, 1)
@@ -283,20 +284,20 @@ def test_requests_that_cannot_be_drawn(model, given, said):
 
 def test_guidance_needs_a_null_condition_that_was_trained(kl):
     never_dropped = tiny.model(kl, label_dropout=0.0)
-    with pytest.raises(ConfigError, match="label_dropout = 0"):
+    with pytest.raises(ConfigError, match="trained with dropout 0 of label"):
         sample(never_dropped, guidance=1.5)
     assert sample(never_dropped, guidance=1.0).pixels.shape[0] == 1
     unconditional = tiny.model(kl, class_names=(), label_dropout=0.0)
     with pytest.raises(ConfigError, match="unconditional"):
         sample(unconditional, guidance=1.5)
-    with pytest.raises(ConfigError, match="unconditional"):
+    with pytest.raises(ConfigError, match="this model has no classes"):
         sample(unconditional, classes=[0])
 
 
 @pytest.mark.parametrize("labels", [[], [0], [0, 1, 2], [0, 3]])
 def test_labels_that_do_not_fit_the_seeds(model, labels):
     with pytest.raises(ConfigError):
-        check_request(model, SampleRequest(seeds=[0, 1], labels=labels))
+        check_request(model, SampleRequest(seeds=[0, 1], labels=labels, told=["label"]))
 
 
 def test_every_solver_draws(model):
@@ -312,7 +313,7 @@ def test_a_png_holds_its_request_and_can_be_made_again(model, tmp_path):
     request = {"solver": "heun", "steps": 3, "guidance": 2.0, "guidance_interval": (0.1, 0.9), "shift": 2.0}
     drawn = sample(model, num=3, classes=["cherry", "apple"], seed=40, **request)
     files = drawn.save(tmp_path)
-    assert [file.name for file in files] == [image_name(40, 2), image_name(41, 0), image_name(42, 2)]
+    assert [file.name for file in files] == [f"class-00{c}_seed-000000{s}.png" for c, s in ((2, 40), (0, 41), (2, 42))]
     for row, file in enumerate(files):
         with Image.open(file) as image:
             told = json.loads(image.text["latentflow"])
@@ -328,9 +329,21 @@ def test_a_png_holds_its_request_and_can_be_made_again(model, tmp_path):
         assert np.abs(np.array(redrawn.images[0]).astype(int) - pixels).max() <= 1
 
 
-def test_names_of_files():
-    assert image_name(17, 3) == "class-003_seed-00000017.png"
-    assert image_name(17, None) == "seed-00000017.png"
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [
+        ({"labels": [3]}, "class-003_seed-00000017.png"),
+        ({}, "seed-00000017.png"),
+        ({"blends": [Blend(seed=18, weight=0.25)]}, "seed-00000017_to-seed-00000018_at-0.250.png"),
+        (
+            {"labels": [3], "blends": [Blend(seed=17, weight=0.5, label=12)]},
+            "class-003_seed-00000017_to-class-012_at-0.500.png",
+        ),
+    ],
+)
+def test_names_of_files(of, name):
+    nothing = torch.zeros(1, 0)
+    assert Samples(nothing, nothing, nothing, SampleRequest(seeds=[17], **of)).name(0) == name
 
 
 def read_pngs(folder: Path) -> dict[str, np.ndarray]:

@@ -170,8 +170,8 @@ def make_request(
 
     Args:
         num: number of images; image i has seed `seed + i`.
-        classes: by index or name, dealt out in turn (image i gets class i mod their number); an empty list: no
-            class is told; None: all classes in turn where that is all the model is told, else no class.
+        classes: by index or name, dealt out in turn (image i gets class i mod their number); an empty list or
+            "none": no class is told; None: all classes in turn where that is all the model is told, else no class.
         told: conditions besides the class that are given.
         preset: fields of `SamplingPreset`: solver, steps, guidance, guidance_interval, guided_by, shift, rtol, atol.
 
@@ -183,6 +183,8 @@ def make_request(
     conditioning = model.config.conditioning
     if classes is None:
         chosen = list(range(conditioning.num_classes)) if task == "sample" and not told else []
+    elif list(classes) == ["none"] and "none" not in conditioning.class_names:
+        chosen = []
     else:
         chosen = [conditioning.class_index(c) for c in classes]
     given = {key: value for key, value in preset.items() if value is not None}
