@@ -1,45 +1,158 @@
+"""Conditions and their nulls: built one way, dropped each on its own, refused where a model has none."""
+
 import pytest
 import torch
 from pydantic import ValidationError
 
-from latentflow.conditioning import Conditioning
+from latentflow.conditioning import CONDITION_NAMES, Conditioning
 from latentflow.errors import ConfigError
 from latentflow.randomness import ImageRandom
+from latentflow.shapes import Condition
 
 ANIMALS = Conditioning(class_names=["cat", "dog", "owl"], label_dropout=0.25)
+ALL = Conditioning(
+    class_names=["cat", "dog", "owl"],
+    label_dropout=0.25,
+    inpainting=True,
+    inpainting_dropout=0.5,
+    map_class_names=["sky", "sea"],
+    map_palette=[(0, 0, 255), (0, 255, 0)],
+    map_dropout=0.1,
+)
+LATENTS = (4, 3, 2)  # channels, height, width
+FIELDS = {"label": ["labels"], "inpainting": ["masked_latents", "mask"], "semantic_map": ["class_fractions"]}
+NULLS = {"labels": 3, "masked_latents": 0, "mask": 1, "class_fractions": 0}
+
+
+def given(num_images: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Everything that `ALL` can be told of some images; no value of it is that of a null."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"masked_latents": LATENTS, "mask": (1, 3, 2), "class_fractions": (2, 3, 2)}
+    drawn = {name: 0.1 + 0.8 * torch.rand(num_images, *shape, generator=generator) for name, shape in shapes.items()}
+    return {"labels": torch.randint(3, (num_images,), generator=generator), **drawn}
+
+
+def is_null(condition: Condition, name: str) -> torch.Tensor:
+    """Which images are not told a field: [B] bool."""
+    return (getattr(condition, name) == NULLS[name]).reshape(len(condition.labels), -1).all(1)
 
 
 def test_the_null_label_is_the_index_behind_the_last_class():
     assert ANIMALS.null_label == 3
-    assert ANIMALS.null(2, "cpu").labels.tolist() == [3, 3]
+    built = ANIMALS.build((2, *LATENTS), "cpu")
+    assert built.names == ["labels"]
+    assert built.labels.tolist() == [3, 3]
 
 
-def test_labels_are_dropped_one_by_one_at_the_given_rate():
-    labels = torch.arange(4000) % 3
-    told = ANIMALS.for_training(labels, ImageRandom(range(4000)), "cpu").labels
-    dropped = told == ANIMALS.null_label
-    assert torch.equal(told[~dropped], labels[~dropped])
-    # binomial: standard error sqrt(0.25 * 0.75 / 4000) = 0.0068
-    assert abs(dropped.double().mean() - 0.25) < 4 * 0.0068
+def test_what_is_given_is_taken_and_the_rest_is_null():
+    told, nothing = ALL.build((2, *LATENTS), "cpu", **given(2)), ALL.build((2, *LATENTS), "cpu")
+    assert told.names == nothing.names == list(NULLS)
+    for name, value in given(2).items():
+        assert torch.equal(getattr(told, name), value)
+        null = getattr(nothing, name)
+        assert (null.shape, null.dtype) == (value.shape, value.dtype)
+        assert (null == NULLS[name]).all()
 
 
-def test_training_and_sampling_build_the_same_condition():
-    kept = Conditioning(class_names=["cat", "dog"], label_dropout=0.0)
-    labels = torch.tensor([1, 0, 1])
-    trained = kept.for_training(labels, ImageRandom(range(3)), "cpu")
-    assert torch.equal(trained.labels, kept.for_labels(labels.tolist(), "cpu").labels)
+@pytest.mark.parametrize("name", NULLS)
+def test_one_field_may_be_given_alone(name):
+    some = given(2)
+    built = ALL.build((2, *LATENTS), "cpu", **{name: some[name]})
+    assert torch.equal(getattr(built, name), some[name])
+    assert all(is_null(built, other).all() for other in NULLS if other != name)
+
+
+def test_fields_get_the_dtype_of_training():
+    halves = {name: value.half() if value.is_floating_point() else value.int() for name, value in given(2).items()}
+    built = ALL.build((2, *LATENTS), "cpu", **halves)
+    assert [getattr(built, name).dtype for name in built.names] == [torch.int64] + [torch.float32] * 3
+
+
+@pytest.mark.parametrize(
+    ("told", "name", "said"),
+    [
+        (Conditioning(), "labels", "it is told nothing: it is unconditional"),
+        (ANIMALS, "mask", "not trained with the condition inpainting; it is told label"),
+        (ANIMALS, "masked_latents", "not trained with the condition inpainting; it is told label"),
+        (Conditioning(inpainting=True), "class_fractions", "the condition semantic_map; it is told inpainting"),
+    ],
+)
+def test_a_condition_that_the_model_does_not_have_is_refused(told, name, said):
+    with pytest.raises(ConfigError, match=said):
+        told.build((2, *LATENTS), "cpu", **{name: given(2)[name]})
+
+
+def test_require_and_can_guide():
+    assert list(ALL.dropout.items()) == [("label", 0.25), ("inpainting", 0.5), ("semantic_map", 0.1)]
+    for name in CONDITION_NAMES:
+        ALL.require(name)
+        with pytest.raises(ConfigError, match=f"the condition {name}; it is told nothing"):
+            Conditioning().require(name)
+    assert ALL.can_guide == list(CONDITION_NAMES)
+    assert ALL.model_copy(update={"inpainting_dropout": 0}).can_guide == ["label", "semantic_map"]
+    assert Conditioning(class_names=["cat"], label_dropout=0.0, inpainting=True).can_guide == ["inpainting"]
+    assert Conditioning().can_guide == []
+
+
+def test_each_condition_is_dropped_on_its_own_at_its_rate():
+    num_images = 4000
+    dropped = ALL.draw_dropped(ImageRandom(range(num_images)))
+    assert list(dropped) == list(CONDITION_NAMES)
+    for name, share in ALL.dropout.items():  # standard errors of binomials
+        assert abs(dropped[name].double().mean() - share) < 4 * (share * (1 - share) / num_images) ** 0.5
+    for one, other in (("label", "inpainting"), ("label", "semantic_map"), ("inpainting", "semantic_map")):
+        together = ALL.dropout[one] * ALL.dropout[other]
+        share = (dropped[one] & dropped[other]).double().mean()
+        assert abs(share - together) < 4 * (together * (1 - together) / num_images) ** 0.5
+    again = ALL.draw_dropped(ImageRandom([17, 5]))
+    assert all(torch.equal(again[name], dropped[name][[17, 5]]) for name in dropped)
+
+
+def test_a_rate_of_zero_drops_nothing_and_draws_as_many_numbers():
+    """So that the noise of a run does not depend on what is dropped in it."""
+    never = ALL.model_copy(update={"label_dropout": 0.0, "inpainting_dropout": 0.0, "map_dropout": 0.0})
+    streams = [ImageRandom(range(500)) for _ in range(2)]
+    assert not any(rows.any() for rows in never.draw_dropped(streams[0]).values())
+    ALL.draw_dropped(streams[1])
+    assert torch.equal(*(random.normal(2) for random in streams))
+
+
+@pytest.mark.parametrize("kinds", [[], ["label"], ["inpainting"], ["semantic_map"], list(CONDITION_NAMES)])
+def test_dropping_puts_nulls_in_those_rows_and_nowhere_else(kinds):
+    told = ALL.build((4, *LATENTS), "cpu", **given(4))
+    rows = {kind: torch.arange(4) % (2 + place) == 0 for place, kind in enumerate(kinds)}
+    changed = ALL.drop(told, rows)
+    for kind, names in FIELDS.items():
+        expected = rows.get(kind, torch.zeros(4, dtype=torch.bool))
+        for name in names:
+            assert torch.equal(is_null(changed, name), expected)
+            assert torch.equal(getattr(changed, name)[~expected], getattr(told, name)[~expected])
+
+
+def test_without_is_the_null_twin():
+    told, nothing = ALL.build((2, *LATENTS), "cpu", **given(2)), ALL.build((2, *LATENTS), "cpu")
+    twin = ALL.without(told, CONDITION_NAMES)
+    assert all(torch.equal(getattr(twin, name), getattr(nothing, name)) for name in NULLS)
+    partly = ALL.without(told, ["inpainting"])
+    assert is_null(partly, "masked_latents").all()
+    assert is_null(partly, "mask").all()
+    assert torch.equal(partly.labels, told.labels)
+    assert torch.equal(partly.class_fractions, told.class_fractions)
+    assert Conditioning().without(Condition(), []) == Condition()
 
 
 def test_an_unconditional_model_has_empty_conditions():
     nothing = Conditioning()
-    assert nothing.for_training(None, ImageRandom([0]), "cpu").labels is None
-    assert nothing.null(3, "cpu").labels is None
-    assert not nothing.can_guide
+    assert nothing.build((3, *LATENTS), "cpu").names == []
+    assert nothing.draw_dropped(ImageRandom([0])) == {}
+    assert nothing.drop(Condition(), {}).names == []
 
 
-def test_guidance_needs_a_trained_null_label():
-    assert ANIMALS.can_guide
-    assert not Conditioning(class_names=["cat", "dog"], label_dropout=0.0).can_guide
+def test_maps_need_a_colour_for_each_class():
+    with pytest.raises(ValidationError, match="1 colours for 2 map classes"):
+        Conditioning(map_class_names=["sky", "sea"], map_palette=[(0, 0, 0)])
+    with pytest.raises(ValidationError, match="given twice: sky"):
+        Conditioning(map_class_names=["sky", "sky"], map_palette=[(0, 0, 0), (1, 1, 1)])
 
 
 @pytest.mark.parametrize(("given", "index"), [("dog", 1), (2, 2), ("0", 0), (" owl ", 2)])
@@ -57,7 +170,7 @@ def test_a_class_that_does_not_exist_is_refused_with_the_nearest(given, message)
 
 
 def test_an_unconditional_model_has_no_class_to_ask_for():
-    with pytest.raises(ConfigError, match="unconditional"):
+    with pytest.raises(ConfigError, match="class 'cat': this model has no classes; leave the classes out"):
         Conditioning().class_index("cat")
 
 

@@ -43,27 +43,26 @@ def describe_file(file: str | Path) -> str:
         raise DataError(f"cannot read {file}: {error.strerror}") from error
 
 
-def square_picture(image: Image.Image, size: int, *, least_side: int = 1) -> Tensor:
+def square_picture(image: Image.Image, size: int) -> Tensor:
     """The square middle of a picture of any mode, by `to_rgb` and `center_crop`: [1, 3, size, size] uint8.
 
-    Args:
-        size: height and width of the result in pixels; a smaller picture is enlarged.
-        least_side: the shortest side that is accepted. Below the autoencoder's factor, a picture does not even
-            fill one latent pixel.
-
     Raises:
-        DataError: the picture is too small, too long and thin, or of a mode without a defined white.
+        DataError: the picture is too long and thin, or of a mode without a defined white.
     """
-    if min(image.size) < least_side:
-        raise DataError(
-            f"the image has {image.width} x {image.height} pixels: that is less than one latent pixel "
-            f"({least_side} x {least_side}), so there is nothing to see in it; give a larger one"
-        )
     try:
         pixels = center_crop(to_rgb(image), size)
     except ValueError as error:
         raise DataError(f"the image cannot be used: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def psnr(pixels: Tensor, other: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of 8-bit images, 10 log10(255^2 / mean squared error): [B, 3, S, S] => [B].
+
+    Equal images count as an error of 1 in a single value, since infinity has no mean.
+    """
+    squares = (pixels.double() - other.double()).square().flatten(1)
+    return 10 * torch.log10(255**2 / squares.mean(1).clamp(min=1 / squares.shape[1]))
 
 
 def _require_file(file: str | Path) -> None:
