@@ -29,15 +29,15 @@ from measuring import REST, Enough, Lap, Stopwatch, by_clock, median_and_quartil
 from latentflow.commands.train import build_model
 from latentflow.conditioning import Conditioning
 from latentflow.data.batches import Batch, TrainingImages
-from latentflow.data.images import open_images
 from latentflow.data.cache_writer import write_cache
+from latentflow.data.images import open_images
 from latentflow.data.latent_cache import LatentCache
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import SOLVERS, integrate
 from latentflow.flow.times import TrainingTimes, sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.randomness import ImageRandom
-from latentflow.sampling.pipeline import initial_noise
+from latentflow.sampling.pipeline import SampleRequest, initial_noise
 from latentflow.shapes import Condition
 from latentflow.training import step as step_module
 from latentflow.training.config import Recipe, load_recipe
@@ -163,7 +163,9 @@ def training_laps(
             (ImageRandom, "uniform", "randomness"),
             (TrainingTimes, "draw", "randomness"),
             (LatentFlow, "latents", "latents and condition"),
-            (Conditioning, "for_training", "latents and condition"),
+            (Conditioning, "draw_dropped", "latents and condition"),
+            (Conditioning, "build", "latents and condition"),
+            (Conditioning, "drop", "latents and condition"),
             (step_module, "flow_matching_loss", "mixing and loss"),
             (FiniteGuard, "watch", "finite guard"),
             (FiniteGuard, "raise_if_bad", "finite guard"),
@@ -185,9 +187,10 @@ def sampling_laps(recipe: Recipe, model: LatentFlow, device: torch.device, solve
     """The parts of each step of the real solver, with the bare network's calls before it."""
     network = model.to(device).network.eval()
     batch_size, conditioning = recipe.training.batch_size, model.config.conditioning
-    labels = [i % conditioning.num_classes for i in range(batch_size)]
-    condition, null = conditioning.for_labels(labels, device), conditioning.null(batch_size, device)
-    noise = initial_noise(model, range(batch_size))
+    noise = initial_noise(model, SampleRequest(seeds=range(batch_size)))
+    labels = torch.arange(batch_size) % conditioning.num_classes
+    condition = conditioning.build(noise.shape, device, labels=labels)
+    null = conditioning.without(condition, ["label"])
     stopwatch, laps = Stopwatch(device), []
     warm_up = warm_up_rounds(device)
     doubled = (torch.cat([noise, noise]), torch.rand(2 * batch_size, device=device), condition.concatenate(null))

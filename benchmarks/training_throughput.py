@@ -25,8 +25,8 @@ from PIL import Image
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands.train import build_model
 from latentflow.data.batches import Batch, StreamPositions, TrainingImages, stream_batches
-from latentflow.data.images import open_images
 from latentflow.data.cache_writer import write_cache
+from latentflow.data.images import open_images
 from latentflow.data.latent_cache import LatentCache
 from latentflow.data.synthetic import SyntheticShapes
 from latentflow.training.config import load_recipe

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from latentflow.autoencoder import Autoencoder
-from latentflow.data.images import open_images
 from latentflow.data.cache_writer import write_cache
+from latentflow.data.images import open_images
 from tests import tiny
 
 torch.set_num_threads(1)

@@ -39,7 +39,11 @@ def test_condition_selects_and_joins_the_rows_of_every_field():
         return all(torch.equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(Condition))
 
     condition = condition_of(4, 5, 6)
-    assert condition.names == ["labels", "masked_latents", "mask", "class_fractions"] == [f.name for f in fields(Condition)]
+    assert (
+        condition.names
+        == ["labels", "masked_latents", "mask", "class_fractions"]
+        == [f.name for f in fields(Condition)]
+    )
     assert same(condition.select(torch.tensor([2, 0])), condition_of(6, 4))
     assert same(condition.select(torch.tensor([False, True, True])), condition_of(5, 6))
     assert same(condition.concatenate(condition_of(9)), condition_of(4, 5, 6, 9))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -384,6 +385,26 @@ def mask_to_image(
         "evaluations per image": round(result.evaluations, 2),
         "seconds": round(result.seconds, 2),
     }
+    _report(rows, as_json)
+
+
+@app.command(epilog="Example: latentflow loss runs/streets --data streets/val")
+def loss(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Images as for `encode`, or a latent cache.")],
+    num: Annotated[int, typer.Option(help="Draws of image, time and noise.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images computed together.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of images, times, noises and holes.")] = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the loss on images, held out or not: told nothing, each condition alone, and everything."""
+    from latentflow.commands.loss import loss as run
+
+    results = run(model, data, num=num, batch_size=batch_size, seed=seed, device=device)
+    rows = {" + ".join(r.told) or "nothing": f"{r.loss:.4f} +- {r.standard_error:.4f}" for r in results}
+    if as_json:
+        rows = {name: asdict(result) for name, result in zip(rows, results, strict=True)}
     _report(rows, as_json)
 
 

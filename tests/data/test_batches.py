@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from latentflow.data.batches import Batch, StreamPositions, TrainingImages, epoch_order, stream_batches
-from latentflow.data.images import open_images
 from latentflow.data.cache_writer import write_cache
+from latentflow.data.images import open_images
 from latentflow.data.latent_cache import LatentCache
 from latentflow.flow.times import TrainingTimes
 from latentflow.training.step import training_step

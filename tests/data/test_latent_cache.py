@@ -12,9 +12,9 @@ import torch
 
 from latentflow.artifacts import read_json
 from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
+from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import BrokenImage, open_images
 from latentflow.data.items import ImageItem
-from latentflow.data.cache_writer import write_cache
 from latentflow.data.latent_cache import LatentCache
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from tests import processes, tiny
@@ -255,7 +255,7 @@ def test_moments_beyond_float16_are_refused(tmp_path, source, kl, monkeypatch, m
 class Counting:
     """A source that counts how often each image is decoded."""
 
-    class_names = ()
+    class_names = map_class_names = map_palette = ()
     image_size = tiny.IMAGE_SIZE
     description = "counted"
 

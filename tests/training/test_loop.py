@@ -21,7 +21,8 @@ from torch import nn
 
 from latentflow.artifacts import read_json, read_tensors
 from latentflow.autoencoder import Autoencoder
-from latentflow.commands.train import build_model, open_source, save_preview
+from latentflow.commands.preview import save_preview
+from latentflow.commands.train import build_model, open_source
 from latentflow.commands.train import train as train_command
 from latentflow.data.batches import TrainingImages
 from latentflow.data.latent_cache import LatentCache
@@ -513,8 +514,8 @@ def test_a_checkpoint_half_written_does_not_count(train, tmp_path):
 
 
 def test_the_data_may_move_but_not_change(train, cache, tmp_path, kl):
-    from latentflow.data.images import open_images
     from latentflow.data.cache_writer import write_cache
+    from latentflow.data.images import open_images
 
     whole = train("whole")
     train("parts", training={"steps": 4})
@@ -790,13 +791,14 @@ def test_the_rate_reaches_the_optimizer(train):
     assert moved.max().item() == pytest.approx(2e-4, rel=1e-3)
 
 
-def test_previews_show_the_average_and_leave_no_trace(train, tmp_path):
+def test_previews_show_the_average_and_leave_no_trace(train, cache, tmp_path):
     """A run with previews ends as one without; the grid is a function of the weights."""
     plain, shown = train("plain"), train("shown", training={"preview_every": 3})
     assert final(plain) == final(shown)
     model = LatentFlow.from_pretrained(shown, device="cpu")
     weights = read_tensors(newest_checkpoint(shown) / "ema.safetensors")
-    save_preview(model, weights, tmp_path / "again.png")
+    images = TrainingImages(LatentCache(cache), seed=0, flip=False)
+    save_preview(model, weights, images, tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (shown / "samples" / "step-00000010.png").read_bytes()
 
 

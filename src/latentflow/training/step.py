@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from latentflow.autoencoder import to_unit_range
+from latentflow.conditioning import ConditionName
 from latentflow.data.batches import Batch
 from latentflow.flow.loss import flow_matching_loss
 from latentflow.flow.times import TrainingTimes
@@ -39,6 +40,7 @@ def training_step(
     batch_size: int,
     seed: int,
     device: torch.device | str,
+    told: Collection[ConditionName] | None = None,
 ) -> StepResult:
     """Draw time, latents, noise and dropped conditions for each image, and compare velocities.
 
@@ -48,6 +50,7 @@ def training_step(
         network: the model's network as it is called in training (compiled, distributed).
         batch: from the data loader.
         batch_size: images per optimizer step over all processes, for stratified times.
+        told: the conditions that every image is told; None: each is dropped at random, as training wants it.
     """
     random = ImageRandom.at(seed, "step", batch.positions)
     time = times.draw(random.uniform(), batch.positions, batch_size).to(device)
@@ -55,15 +58,17 @@ def training_step(
     moments = model.autoencoder.encode(to_unit_range(batch.pixels)) if batch.moments is None else batch.moments
     data = model.latents(moments, random)
     noise = random.normal(*data.shape[1:], device=data.device)
-    condition = _condition(model, batch, data, random)
+    dropped = model.config.conditioning.draw_dropped(random)
+    if told is not None:
+        dropped = {name: torch.full(rows.shape, name not in told) for name, rows in dropped.items()}
+    condition = _condition(model, batch, data, dropped)
     loss = flow_matching_loss(lambda x, t: network(x, t, condition), model.config.path, data, noise, time)
     return StepResult(loss, time)
 
 
-def _condition(model: LatentFlow, batch: Batch, data: Tensor, random: ImageRandom) -> Condition:
-    """What each image is told, each condition dropped on its own. Images that are all hole are not encoded."""
+def _condition(model: LatentFlow, batch: Batch, data: Tensor, dropped: dict[ConditionName, Tensor]) -> Condition:
+    """What each image is told, less what is `dropped`. Images that are all hole are not encoded."""
     conditioning = model.config.conditioning
-    dropped = conditioning.draw_dropped(random)
     masked_latents = None
     if batch.known_moments is not None:
         masked_latents = model.latents(batch.known_moments)

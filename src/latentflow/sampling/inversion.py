@@ -1,0 +1,236 @@
+"""Inversion: the noise that an image would have been drawn from.
+
+    image => latents z => noise => z' => image        the same velocity, integrated from t = 0 to t = 1 and back
+
+The flow is an ordinary differential equation, so nothing but the solver stands between z and z'.
+
+Legend: B images, C latent channels, h and w latent height and width, S side of the square images in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentflow.autoencoder import to_uint8
+from latentflow.data.pictures import psnr
+from latentflow.errors import ConfigError
+from latentflow.flow.solvers import integrate, is_adaptive
+from latentflow.flow.times import sampling_times
+from latentflow.latent_flow import LatentFlow
+from latentflow.sampling.edits import encode_input, one_class, read_input
+from latentflow.sampling.pipeline import (
+    Given,
+    SampleRequest,
+    Samples,
+    conditioned_velocity,
+    draw_all,
+    make_request,
+    sample,
+)
+
+ROUND_TRIPS: tuple[dict[str, Any], ...] = (
+    *({"solver": "euler", "steps": steps} for steps in (8, 16, 32, 64)),
+    *({"solver": "heun", "steps": steps} for steps in (4, 8, 16, 32)),
+    *({"solver": "rk4", "steps": steps} for steps in (2, 4, 8, 16)),
+    *({"solver": "ab2", "steps": steps} for steps in (7, 15, 31, 63)),
+    *({"solver": "dopri5", "rtol": tolerance, "atol": tolerance} for tolerance in (1e-2, 1e-3, 1e-4, 1e-5)),
+)
+"""What `compare_round_trips` tries unless told otherwise: 8, 16, 32 and 64 evaluations, or four tolerances."""
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """The noise that an image would have been drawn from; all tensors on the CPU.
+
+    Attributes:
+        noise: [1, C, h, w] float32, x_t at t = 1.
+        latents: [1, C, h, w] float32, the encoded image, x_t at t = 0.
+        pixels: [1, 3, S, S] uint8, the image as the model sees it.
+        evaluations: network calls from data to noise.
+        request: the solver and the class of the way there.
+    """
+
+    noise: Tensor
+    latents: Tensor
+    pixels: Tensor
+    evaluations: int
+    request: SampleRequest
+
+    def round_trip(self, model: LatentFlow) -> RoundTrip:
+        """Draw the image again from its noise, with the same solver and class."""
+        own = self.request
+        drawn = sample(
+            model, noise=self.noise, classes=own.labels, task=own.task, inputs=own.inputs, **dict(own.sampling)
+        )
+        autoencoded = _decode(model, self.latents)
+        return RoundTrip(
+            samples=drawn,
+            autoencoded=autoencoded,
+            evaluations=int(drawn.evaluations),
+            latent_error=float(_relative_error(drawn.latents, self.latents)),
+            solver_psnr=float(psnr(autoencoded, drawn.pixels)),
+            autoencoder_psnr=float(psnr(self.pixels, autoencoded)),
+            image_psnr=float(psnr(self.pixels, drawn.pixels)),
+        )
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """How well an image comes back: z its latents, z' those drawn again from its noise, g the decoder.
+
+    Attributes:
+        samples: the image drawn again, z' and g(z').
+        autoencoded: [1, 3, S, S] uint8, g(z): all that any inversion can reach.
+        evaluations: network calls from noise to data.
+        latent_error: |z' - z| / |z|.
+        solver_psnr: dB between g(z) and g(z'), what the two integrations lose.
+        autoencoder_psnr: dB between the image and g(z), what the autoencoder loses.
+        image_psnr: dB between the image and g(z'), both losses together.
+    """
+
+    samples: Samples
+    autoencoded: Tensor
+    evaluations: int
+    latent_error: float
+    solver_psnr: float
+    autoencoder_psnr: float
+    image_psnr: float
+
+
+def invert(
+    model: LatentFlow,
+    image: str | Path | Image.Image,
+    *,
+    classes: Sequence[int | str] | None = None,
+    guidance: float | None = None,
+    **preset: Any,
+) -> Inversion:
+    """Find the noise that an image would have been drawn from: its latents, integrated from t = 0 to t = 1.
+
+    `model.sample(noise=inversion.noise, classes=[], guidance=1)` draws the image again; told another class than the
+    inversion was, it draws an edit of the image.
+
+    Args:
+        image: of any size; its square middle is scaled to the size of the training images.
+        classes: at most one; None: no class is told.
+        guidance: 1 or None, which mean the same here.
+        preset: the other fields of `SamplingPreset`; the more evaluations, the nearer the image comes back.
+
+    Raises:
+        ConfigError, DataError: before anything is computed.
+    """
+    if guidance not in (None, 1):
+        raise ConfigError(
+            f"guidance {guidance:g}: an inversion needs guidance 1; the guided velocity does not carry noise to the "
+            "data but beyond, so that an image leads back to something that is not noise"
+        )
+    pixels, inputs = read_input(model, image)
+    request = make_request(
+        model, classes=one_class(classes), task="invert", inputs=inputs, **{**preset, "guidance": 1.0}
+    )
+    latents = encode_input(model, pixels)
+    noise, evaluations = _to_noise(model, latents, request)
+    return Inversion(noise, latents, pixels, int(evaluations), request)
+
+
+@dataclass(frozen=True)
+class RoundTripRow:
+    """One solver there and back, the mean over some images; see `RoundTrip`.
+
+    Attributes:
+        steps: of a fixed-step solver, else None.
+        tolerance: rtol of an adaptive solver, else None.
+        evaluations_there, evaluations_back: network calls per image to the noise, and from it.
+    """
+
+    solver: str
+    steps: int | None
+    tolerance: float | None
+    evaluations_there: float
+    evaluations_back: float
+    latent_error: float
+    solver_psnr: float
+
+
+def compare_round_trips(
+    model: LatentFlow,
+    images: Sequence[str | Path | Image.Image],
+    settings: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    classes: Sequence[int | str] | None = None,
+    batch_size: int = 16,
+    on_images: Callable[[int], None] = lambda num_images: None,
+) -> list[RoundTripRow]:
+    """Invert images and draw them again, once for each setting: the error against solver and evaluations.
+
+    Args:
+        settings: fields of `SamplingPreset` but guidance; None: `ROUND_TRIPS`.
+        classes: dealt out in turn; None: no class is told.
+        on_images: told the number of images just drawn again.
+
+    Raises:
+        ConfigError, DataError: before anything is computed.
+    """
+    if not images:
+        raise ConfigError("no images to invert; give at least one")
+    settings = ROUND_TRIPS if settings is None else settings
+    requests = [
+        make_request(model, num=len(images), classes=classes, task="invert", **{**setting, "guidance": 1.0})
+        for setting in settings
+    ]
+    pixels = torch.cat([read_input(model, image)[0] for image in images])
+    latents = encode_input(model, pixels)
+    autoencoded = _decode(model, latents)
+    rows = []
+    for request in requests:
+        noise, there = _to_noise(model, latents, request, batch_size)
+        drawn = draw_all(model, request, Given(noise=noise), batch_size=batch_size, on_images=on_images)
+        sampling = request.sampling
+        adaptive = is_adaptive(sampling.solver)
+        rows.append(
+            RoundTripRow(
+                solver=sampling.solver,
+                steps=None if adaptive else sampling.steps,
+                tolerance=sampling.rtol if adaptive else None,
+                evaluations_there=float(there.double().mean()),
+                evaluations_back=float(drawn.evaluations.double().mean()),
+                latent_error=float(_relative_error(drawn.latents, latents).mean()),
+                solver_psnr=float(psnr(autoencoded, drawn.pixels).mean()),
+            )
+        )
+    return rows
+
+
+@torch.inference_mode()
+def _to_noise(
+    model: LatentFlow, latents: Tensor, request: SampleRequest, batch_size: int = 16
+) -> tuple[Tensor, Tensor]:
+    """dx/dt = velocity(x, t) from x = latents at t = 0 to t = 1: noise [B, C, h, w] and evaluations [B], on the CPU."""
+    noise, evaluations = [], []
+    sampling = request.sampling
+    times = sampling_times(sampling.steps, sampling.shift, start=0.0, end=1.0)
+    for start in range(0, len(latents), batch_size):
+        rows = slice(start, start + batch_size)
+        x = latents[rows].to(model.device)
+        velocity = conditioned_velocity(model, request.at(rows), {}, x.shape)
+        solution = integrate(velocity, x, times, solver=sampling.solver, rtol=sampling.rtol, atol=sampling.atol)
+        noise.append(solution.x.cpu())
+        evaluations.append(velocity.evaluations)
+    return torch.cat(noise), torch.cat(evaluations)
+
+
+def _decode(model: LatentFlow, latents: Tensor) -> Tensor:
+    """latents [B, C, h, w] => pixels [B, 3, S, S] uint8, on the CPU."""
+    return to_uint8(model.decode(latents.to(model.device))).cpu()
+
+
+def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """|found - wanted| / |wanted| of each image: [B, C, h, w] => [B]."""
+    return (found - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
