@@ -48,6 +48,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; otherwise a GP
 
 # What every verb that draws understands; what is left out comes from the model's preset.
 Model = Annotated[str, typer.Argument(help="A model folder, a run folder or a hub id.")]
+Picture = Annotated[
+    Path, typer.Argument(help="An image; its square middle is scaled to the size of the training images.")
+]
 Classes = Annotated[
     str | None, typer.Option(help="Names or indices, dealt out in turn: 3,7 or cat,dog; 'none': told no class.")
 ]
@@ -408,6 +411,222 @@ def loss(
     _report(rows, as_json)
 
 
+@app.command(epilog="Example: latentflow image-to-image runs/pets cat.png --strength 0.6 --classes cat --out new.png")
+def image_to_image(
+    model: Model,
+    image: Picture,
+    out: Annotated[Path, typer.Option(help="The PNG file; several are named like it, with their seeds.")],
+    strength: Annotated[
+        float, typer.Option(help="The time at which drawing starts: near 0 little changes; 1: nothing is left of it.")
+    ] = 0.6,
+    num: Annotated[int, typer.Option(help="Number of seeds, for variety.")] = 1,
+    classes: Classes = None,
+    guidance: Guidance = None,
+    guidance_interval: GuidanceInterval = None,
+    guided_by: GuidedBy = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    shift: Shift = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Redraw an image: mix noise into it, and take it out again. No class is told unless one is given."""
+    from latentflow.commands.image_to_image import image_to_image as run
+
+    result = run(
+        model,
+        image,
+        out,
+        strength=strength,
+        num=num,
+        classes=_names(classes),
+        guidance=guidance,
+        guidance_interval=_pair(guidance_interval, "--guidance-interval"),
+        guided_by=_names(guided_by),
+        solver=solver,
+        steps=steps,
+        shift=shift,
+        rtol=rtol,
+        atol=atol,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+    )
+    rows = {
+        "files": ", ".join(map(str, result.files)),
+        "evaluations per image": round(result.evaluations, 2),
+        "seconds": round(result.seconds, 2),
+    }
+    _report(rows, as_json)
+
+
+@app.command(epilog="Example: latentflow interpolate runs/cifar10 --seeds 3,8 --classes cat,dog --num 9 --out frames")
+def interpolate(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the frames and grid.png, which shows them in a row.")],
+    seeds: Annotated[str, typer.Option(help="From, to; twice the same to change the class alone.")] = "0,1",
+    num: Annotated[int, typer.Option(help="Number of frames, the two ends included.")] = 9,
+    classes: Annotated[
+        str | None, typer.Option(help="None; one, by name or index, for all frames; or two: from, to.")
+    ] = None,
+    guidance: Guidance = None,
+    guidance_interval: GuidanceInterval = None,
+    guided_by: GuidedBy = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    shift: Shift = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the frames between two seeds, and between two classes."""
+    from latentflow.commands.interpolate import interpolate as run
+
+    result = run(
+        model,
+        out,
+        seeds=_two_seeds(seeds),
+        num=num,
+        classes=_names(classes),
+        guidance=guidance,
+        guidance_interval=_pair(guidance_interval, "--guidance-interval"),
+        guided_by=_names(guided_by),
+        solver=solver,
+        steps=steps,
+        shift=shift,
+        rtol=rtol,
+        atol=atol,
+        batch_size=batch_size,
+        device=device,
+    )
+    rows = {
+        "folder": str(out),
+        "frames": len(result.files),
+        "grid": str(result.grid),
+        "evaluations per image": round(result.evaluations, 2),
+        "seconds": round(result.seconds, 2),
+    }
+    _report(rows, as_json)
+
+
+@app.command(epilog="Example: latentflow vary runs/cifar10 --seed 5 --classes cat --amount 0.3 --num 8 --out near")
+def vary(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and grid.png, which begins with the original.")],
+    seed: Annotated[int, typer.Option(help="Seed of the original.")] = 0,
+    amount: Annotated[
+        float, typer.Option(help="How far to go: 0: the original itself; 1: pictures that have nothing to do with it.")
+    ] = 0.3,
+    num: Annotated[int, typer.Option(help="Number of variations.")] = 8,
+    classes: Annotated[str | None, typer.Option(help="At most one, by name or index.")] = None,
+    guidance: Guidance = None,
+    guidance_interval: GuidanceInterval = None,
+    guided_by: GuidedBy = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    shift: Shift = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the picture of one seed, and others near it."""
+    from latentflow.commands.vary import vary as run
+
+    result = run(
+        model,
+        out,
+        seed=seed,
+        num=num,
+        amount=amount,
+        classes=_names(classes),
+        guidance=guidance,
+        guidance_interval=_pair(guidance_interval, "--guidance-interval"),
+        guided_by=_names(guided_by),
+        solver=solver,
+        steps=steps,
+        shift=shift,
+        rtol=rtol,
+        atol=atol,
+        batch_size=batch_size,
+        device=device,
+    )
+    rows = {
+        "folder": str(out),
+        "original": str(result.original),
+        "variations": len(result.files),
+        "grid": str(result.grid),
+        "evaluations per image": round(result.evaluations, 2),
+        "seconds": round(result.seconds, 2),
+    }
+    _report(rows, as_json)
+
+
+@app.command(epilog="Example: latentflow invert runs/cifar10 cat.png --classes cat --table --out inverted")
+def invert(
+    model: Model,
+    image: Picture,
+    out: Annotated[
+        Path, typer.Option(help="Folder for input.png, autoencoder.png, round_trip.png and noise.safetensors.")
+    ],
+    classes: Annotated[str | None, typer.Option(help="At most one, by name or index.")] = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    shift: Shift = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
+    table: Annotated[bool, typer.Option("--table", help="Also compare solvers, steps and tolerances.")] = False,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the noise an image would have been drawn from, draw it again, and say how near it comes. Guidance is off."""
+    from dataclasses import asdict
+
+    from latentflow.commands.invert import invert as run
+
+    result = run(
+        model,
+        image,
+        out,
+        classes=_names(classes),
+        solver=solver,
+        steps=steps,
+        shift=shift,
+        rtol=rtol,
+        atol=atol,
+        table=table,
+        device=device,
+    )
+    trip = result.round_trip
+    rows = {
+        "folder": str(out),
+        "evaluations there": result.inversion.evaluations,
+        "evaluations back": trip.evaluations,
+        "relative latent error": float(f"{trip.latent_error:.3g}"),
+        "PSNR of the solver": round(trip.solver_psnr, 2),
+        "PSNR of the autoencoder": round(trip.autoencoder_psnr, 2),
+        "PSNR of both": round(trip.image_psnr, 2),
+        "standard deviation of the noise": round(float(result.inversion.noise.std()), 3),
+    }
+    if as_json:
+        _report({**rows, "table": [asdict(row) for row in result.table]}, as_json)
+        return
+    for row in result.table:
+        setting = f"{row.steps} steps" if row.tolerance is None else f"tolerance {row.tolerance:g}"
+        rows[f"{row.solver}, {setting}"] = (
+            f"{row.evaluations_there:g} + {row.evaluations_back:g} evaluations, "
+            f"relative latent error {row.latent_error:.3g}, {row.solver_psnr:.2f} dB"
+        )
+    _report(rows, as_json)
+
+
 @app.command(epilog="Example: latentflow demo --out demo")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("demo"),
@@ -452,6 +671,16 @@ def info(
 def _names(text: str | None) -> list[str] | None:
     """What a list with commas names; None where it was left out."""
     return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def _two_seeds(text: str) -> tuple[int, int]:
+    try:
+        first, second = (int(part) for part in text.split(","))
+    except ValueError:
+        from latentflow.errors import ConfigError
+
+        raise ConfigError(f"--seeds {text!r} is not two whole numbers like 3,8") from None
+    return first, second
 
 
 def _pair(text: str | None, option: str) -> tuple[float, float] | None:

@@ -21,6 +21,7 @@ from latentflow.randomness import ImageRandom
 from latentflow.shapes import Condition
 
 if TYPE_CHECKING:
+    from latentflow.sampling.inversion import Inversion
     from latentflow.sampling.pipeline import Samples
 
 CONFIG_FILE, WEIGHTS_FILE, AUTOENCODER_FOLDER = "config.json", "velocity.safetensors", "autoencoder"
@@ -187,7 +188,7 @@ class LatentFlow:
 
         LatentFlow.from_pretrained("runs/photos").sample(num=16, classes=[3, 7], guidance=1.5, seed=0).images
         """
-        from latentflow.sampling.pipeline import sample  # the one upward import: a method for the user's convenience
+        from latentflow.sampling.pipeline import sample  # upward, as below: methods for the user's convenience
 
         return sample(self, num=num, **request)
 
@@ -205,6 +206,40 @@ class LatentFlow:
         from latentflow.sampling.mask_to_image import mask_to_image
 
         return mask_to_image(self, semantic_map, **request)
+
+    def image_to_image(self, image: Any, **request: Any) -> Samples:
+        """Redraw an image; the arguments are those of `latentflow.sampling.edits.image_to_image`.
+
+        model.image_to_image("cat.jpg", strength=0.6, classes=["dog"], num=4).images
+        """
+        from latentflow.sampling.edits import image_to_image
+
+        return image_to_image(self, image, **request)
+
+    def interpolate(self, **request: Any) -> Samples:
+        """Draw frames between two seeds or classes; the arguments are those of `latentflow.sampling.edits.interpolate`.
+
+        model.interpolate(seeds=(3, 8), classes=["cat", "dog"], num=9).images
+        """
+        from latentflow.sampling.edits import interpolate
+
+        return interpolate(self, **request)
+
+    def vary(self, **request: Any) -> Samples:
+        """Draw pictures near that of one seed; the arguments are those of `latentflow.sampling.edits.vary`."""
+        from latentflow.sampling.edits import vary
+
+        return vary(self, **request)
+
+    def invert(self, image: Any, **request: Any) -> Inversion:
+        """Find the noise of an image; the arguments are those of `latentflow.sampling.inversion.invert`.
+
+        inversion = model.invert("cat.jpg", classes=["cat"])
+        model.sample(noise=inversion.noise, classes=["dog"], guidance=1).images
+        """
+        from latentflow.sampling.inversion import invert
+
+        return invert(self, image, **request)
 
 
 def default_device() -> torch.device:

@@ -20,6 +20,7 @@ from latentflow.artifacts import make_folder, read_json, write_json, write_text
 from latentflow.autoencoder import Autoencoder, latent_mean, to_uint8, to_unit_range
 from latentflow.commands.demo_figures import DemoFigures, DemoScale, judge
 from latentflow.commands.demo_page import demo_page
+from latentflow.commands.demo_painting import HELD_OUT_SEED, compare_losses, fill_holes, paint_maps
 from latentflow.commands.encode import encode
 from latentflow.commands.grid import save_grid
 from latentflow.commands.info import describe
@@ -34,8 +35,8 @@ from latentflow.training.config import load_recipe
 from latentflow.training.log import read_metrics
 from latentflow.training.settings import differences
 
-HELD_OUT_SEED = 20240612  # of real images that neither the autoencoder nor the velocity network was trained on
 _BATCH = 64
+_MASK_VARIANTS = 1  # a hole for each image: encoding them anew in each step would cost more than the step
 
 
 class Interrupted(Exception):
@@ -110,6 +111,8 @@ def _encode(figures: DemoFigures, out: Path) -> dict[str, Any]:
         autoencoder=figures.recipe.autoencoder,
         image_size=data.image_size,
         flips=data.flip,
+        masks=data.masks,
+        mask_variants=_MASK_VARIANTS,
         batch_size=_BATCH,
     )
     plan, num_images = result.index.plan, result.index.num_images
@@ -243,5 +246,8 @@ STAGES = (
     ),
     Stage("sampling", "draw samples of every class", _sample, ("samples/classes.png",)),
     Stage("guidance", "draw the same seeds at several guidance scales", _sweep_guidance, ("samples/guidance.png",)),
+    Stage("maps", "paint semantic maps", paint_maps, ("samples/maps.png",)),
+    Stage("holes", "fill holes", fill_holes, ("samples/holes.png",)),
+    Stage("losses", "measure what each condition is worth", compare_losses),
     Stage("solvers", "compare the solvers", _compare_solvers),
 )

@@ -25,6 +25,9 @@ class DemoScale(_Record):
     num_judged: int = Field(200, ge=12, description="Samples, and as many real images, that are recognised.")
     guidance_scales: tuple[float, ...] = Field((0.0, 1.0, 1.5, 2.0, 3.0, 5.0), description="Of the guidance sweep.")
     num_per_scale: int = Field(96, ge=12, description="Samples per guidance scale; the same seeds for each.")
+    num_painted: int = Field(100, ge=8, description="Held-out maps that are painted, and images with holes.")
+    painting_scales: tuple[float, ...] = Field((1.0, 1.5, 2.0, 3.0), description="Guidance by maps and known parts.")
+    num_draws: int = Field(1024, ge=8, description="Draws of image, time and noise for a held-out loss.")
     num_solved: int = Field(6, ge=1, description="Images on which solvers are compared.")
     budgets: tuple[int, ...] = Field((8, 16, 32, 64), description="Velocity calls granted to fixed-step solvers.")
     tolerances: tuple[float, ...] = Field((1e-1, 1e-2, 1e-3, 1e-4), description="Of adaptive solvers, rtol = atol.")
@@ -133,6 +136,58 @@ class GuidanceSweep(_Record):
     runs: list[GuidanceRun]
 
 
+class MapRun(_Record):
+    """Held-out semantic maps, painted at one guidance scale."""
+
+    scale: float
+    evaluations: float
+    iou: float = Field(description="Mean over maps of the mean IoU of their classes, asked for against recovered.")
+
+
+class MapPainting(_Record):
+    """Mask-to-image: the map is recovered from the picture by a program and held against the one asked for."""
+
+    seconds: float
+    num_images: int
+    real_iou: float = Field(description="Of the real images of these maps: the ceiling.")
+    reconstructed_iou: float = Field(description="Of what the autoencoder makes of these.")
+    runs: list[MapRun]
+
+
+class HoleRun(_Record):
+    """Images with holes, filled in one way."""
+
+    name: str
+    evaluations: float
+    rmse: float = Field(description="Root mean square error inside the holes, in levels of 255.")
+    known_changed: int = Field(description="Values outside the holes that differ from the image.")
+
+
+class HoleFilling(_Record):
+    """Inpainting of held-out images, against the image that the hole covered."""
+
+    seconds: float
+    num_images: int
+    share: float = Field(description="Mean share of the image in the hole.")
+    runs: list[HoleRun]
+
+
+class ConditionLoss(_Record):
+    """The loss on held-out images told this or that."""
+
+    told: list[str]
+    loss: float
+    standard_error: float
+
+
+class ConditionLosses(_Record):
+    """What each condition is worth to the network."""
+
+    seconds: float
+    num_draws: int
+    runs: list[ConditionLoss]
+
+
 class SolverRun(_Record):
     """One solver at one setting, against the fine reference."""
 
@@ -161,4 +216,7 @@ class DemoFigures(_Record):
     training: Training | None = None
     sampling: Sampling | None = None
     guidance: GuidanceSweep | None = None
+    maps: MapPainting | None = None
+    holes: HoleFilling | None = None
+    losses: ConditionLosses | None = None
     solvers: SolverComparison | None = None

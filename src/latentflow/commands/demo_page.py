@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.commands.demo_figures import DemoFigures, Recognised
+from latentflow.commands.demo_painting_page import holes_section, losses_section, maps_section
 from latentflow.commands.report import (
     Series,
     code,
@@ -34,6 +35,8 @@ latentflow sample runs/photos --num 16 --guidance 1.5 --seed 0 --out samples"""
 _THIS_MODEL = """\
 latentflow info {run}
 latentflow sample {run} --classes "red circle,blue cross" --num 16 --guidance 3 --out more
+latentflow mask-to-image {run} map.png --num 4 --out painted.png       # 0: ground, 1: circle, 2: square, ...
+latentflow inpaint {run} picture.png hole.png --out filled.png         # white is painted anew
 latentflow sample {run} --solver dopri5 --rtol 1e-3 --atol 1e-3 --out accurate"""
 
 
@@ -45,13 +48,16 @@ def demo_page(figures: DemoFigures, out: Path) -> str:
         ("Training", _training(figures)),
         ("Samples of every class", _samples(figures, out)),
         ("Guidance", _guidance(figures, out)),
+        ("Painting semantic maps", maps_section(figures, out)),
+        ("Filling holes", holes_section(figures, out)),
+        ("What each condition is worth", losses_section(figures)),
         ("Solvers", _solvers(figures)),
         ("Are they what was asked for?", _recognition(figures)),
         ("How to go on", _how_to_go_on(out)),
     ]
     lead = (
-        "A class-conditional image generator, trained on this machine by flow matching in the latent space of an "
-        "autoencoder, and then measured."
+        "One image generator for four tasks (pictures of nothing in particular, of a class, of a semantic map, and in "
+        "holes), trained on this machine by flow matching in the latent space of an autoencoder, and then measured."
     )
     footer = "Written by latentflow demo. Every figure on this page is in report.json beside it."
     return page("latentflow: the demo", lead, sections, footer)
@@ -63,6 +69,9 @@ def key_figures(figures: DemoFigures) -> dict[str, str]:
     assert encoding and training and sampling
     return {
         "samples with the right shape and colour": f"{_share(sampling.recognised)} of {sampling.recognised.num_images}",
+        "maps asked for and recovered": f"mean IoU {max(run.iou for run in figures.maps.runs):.3f} "
+        f"(real images {figures.maps.real_iou:.3f})",
+        "error inside holes": f"{figures.holes.runs[0].rmse:.1f} of 255, told nothing {_told_nothing(figures):.1f}",
         "real images, judged alike": _share(figures.first_stage.real),
         "their reconstructions": f"{_share(figures.first_stage.reconstructed)}, {figures.first_stage.psnr:.1f} dB",
         "encoding": f"{encoding.images_per_second:,.0f} images/s",
@@ -88,12 +97,14 @@ def _summary(figures: DemoFigures) -> str:
         f"({_drawn_per_second(figures):,.1f} images/s). In {_share(sampling.recognised)} of them a program that knows "
         f"nothing of the model finds the shape and the colour asked for; in real pictures it is "
         f"{_share(figures.first_stage.real)}. To look at the autoencoder took {figures.first_stage.seconds:.0f} s, the "
-        f"guidance scales {figures.guidance.seconds:.0f} s and the solvers {figures.solvers.seconds:.0f} s: "
+        f"guidance scales {figures.guidance.seconds:.0f} s, painting maps and holes "
+        f"{figures.maps.seconds + figures.holes.seconds:.0f} s, the losses {figures.losses.seconds:.0f} s and the "
+        f"solvers {figures.solvers.seconds:.0f} s: "
         f"{_total_seconds(figures):,.0f} s in all, on {_device(figures)}."
     )
     key = [
         (_share(sampling.recognised), "of the samples have the shape and the colour asked for"),
-        (f"{figures.first_stage.psnr:.1f} dB", "mean PSNR of the autoencoder"),
+        (f"{max(run.iou for run in figures.maps.runs):.2f}", "mean IoU of maps asked for and recovered"),
         (f"{training.seconds / 60:.1f} min", f"of training, {training.images_per_second:,.0f} images/s"),
         (f"{_drawn_per_second(figures):,.1f} /s", f"images drawn, {sampling.evaluations:.0f} network calls each"),
     ]
@@ -269,6 +280,10 @@ def _how_to_go_on(out: Path) -> str:
     )
 
 
+def _told_nothing(figures: DemoFigures) -> float:
+    return next(run.rmse for run in figures.holes.runs if run.name == "told nothing")
+
+
 def _share(recognised: Recognised) -> str:
     return _percent(recognised.both)
 
@@ -315,5 +330,5 @@ def _device(figures: DemoFigures) -> str:
 
 
 def _total_seconds(figures: DemoFigures) -> float:
-    names = ("encoding", "first_stage", "training", "sampling", "guidance", "solvers")
+    names = ("encoding", "first_stage", "training", "sampling", "guidance", "maps", "holes", "losses", "solvers")
     return sum(getattr(figures, name).seconds for name in names)

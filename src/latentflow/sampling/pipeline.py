@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from latentflow.artifacts import atomic_file
+from latentflow.artifacts import atomic_file, sha256_tensors
 from latentflow.autoencoder import to_uint8
 from latentflow.conditioning import CONDITION_NAMES, ConditionName
 from latentflow.errors import ConfigError, nearest
@@ -168,6 +168,8 @@ def make_request(
 ) -> SampleRequest:
     """One checked request; what is left out or None comes from the preset in the model folder.
 
+    The preset's guidance is left out where nothing is told that it could strengthen; asked for, it is refused there.
+
     Args:
         num: number of images; image i has seed `seed + i`.
         classes: by index or name, dealt out in turn (image i gets class i mod their number); an empty list or
@@ -191,11 +193,15 @@ def make_request(
     unknown = given.keys() - SamplingPreset.model_fields.keys()
     if unknown:
         raise TypeError(f"unknown argument {min(unknown)!r}; {nearest(min(unknown), SamplingPreset.model_fields)}")
+    told = [*(["label"] if chosen else []), *told]
+    strengthened = set(told).intersection(conditioning.can_guide, model.config.sampling.guided_by or CONDITION_NAMES)
+    if not strengthened and not given.keys() & {"guidance", "guided_by"}:
+        given["guidance"] = 1.0
     request = SampleRequest(
         task=task,
         seeds=list(range(seed, seed + num)),
         labels=[chosen[i % len(chosen)] for i in range(num)] if chosen else [],
-        told=[*(["label"] if chosen else []), *told],
+        told=told,
         inputs=dict(inputs or {}),
         start=start,
         image_size=image_size,
@@ -312,9 +318,12 @@ def sample(
         ConfigError: see `make_request`; also for noise of another shape.
     """
     made = make_request(model, num=num, **request)
-    wanted = (num, *model.config.latent_shape)
-    if noise is not None and tuple(noise.shape) != wanted:
-        raise ConfigError(f"noise of shape {list(noise.shape)}; {num} images of this model need {list(wanted)}")
+    if noise is not None:
+        wanted = (num, *model.config.latent_shape)
+        if tuple(noise.shape) != wanted:
+            raise ConfigError(f"noise of shape {list(noise.shape)}; {num} images of this model need {list(wanted)}")
+        origin = f"sha256:{sha256_tensors({'noise': noise})[:12]}"
+        made = made.model_copy(update={"inputs": {**made.inputs, "noise": origin}})
     return draw_all(model, made, Given(noise=noise), batch_size=batch_size)
 
 

@@ -1,0 +1,75 @@
+"""`latentflow invert`: a model and an image => the noise it would have been drawn from, and how well it comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentflow.artifacts import write_tensors
+from latentflow.commands.grid import save_grid
+from latentflow.commands.progress import image_progress
+from latentflow.latent_flow import LatentFlow
+from latentflow.sampling.inversion import (
+    ROUND_TRIPS,
+    Inversion,
+    RoundTrip,
+    RoundTripRow,
+    compare_round_trips,
+)
+from latentflow.sampling.inversion import invert as find_noise
+
+
+@dataclass(frozen=True)
+class InvertResult:
+    """What `invert` found; the files are in the folder.
+
+    Attributes:
+        inversion: the noise, and what it took to get there.
+        round_trip: the image drawn again from it.
+        table: other solvers, steps and tolerances; empty if it was not asked for.
+    """
+
+    inversion: Inversion
+    round_trip: RoundTrip
+    table: list[RoundTripRow]
+
+
+def invert(
+    model: str | Path,
+    image: str | Path,
+    out: str | Path,
+    *,
+    classes: Sequence[int | str] | None = None,
+    table: bool = False,
+    device: str | None = None,
+    **preset: Any,
+) -> InvertResult:
+    """Invert an image and draw it again; the arguments are those of `latentflow.sampling.inversion.invert`.
+
+    Args:
+        out: a folder; it gets input.png (what the model sees), autoencoder.png (that, encoded and decoded),
+            round_trip.png (that, with the inversion between the two) and noise.safetensors (`noise` and `latents`).
+        table: also compare solvers, see `compare_round_trips`.
+
+    Raises:
+        ArtifactError, ConfigError, DataError: before anything is written.
+    """
+    flow = LatentFlow.from_pretrained(model, device=device)
+    inversion = find_noise(flow, image, classes=classes, **preset)
+    round_trip = inversion.round_trip(flow)
+    rows = []
+    if table:
+        with image_progress("comparing", len(ROUND_TRIPS)) as on_images:
+            rows = compare_round_trips(flow, [image], classes=classes, on_images=on_images)
+    folder = Path(out)
+    save_grid(folder / "input.png", inversion.pixels, 1)
+    save_grid(folder / "autoencoder.png", round_trip.autoencoded, 1)
+    round_trip.samples.save_as(folder / "round_trip.png")
+    write_tensors(
+        folder / "noise.safetensors",
+        {"noise": inversion.noise, "latents": inversion.latents},
+        metadata={"latentflow": inversion.request.model_dump_json()},
+    )
+    return InvertResult(inversion, round_trip, rows)
