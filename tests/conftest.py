@@ -70,6 +70,20 @@ def cache(tmp_path_factory, images, kl) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def segmented(tmp_path_factory) -> Path:
+    """Images of 3 classes with 4 images each, and their semantic maps."""
+    return tiny.write_segmented(tmp_path_factory.mktemp("segmented") / "fruit")
+
+
+@pytest.fixture(scope="session")
+def segmented_cache(tmp_path_factory, segmented, kl) -> Path:
+    """A latent cache of `segmented` with mirrored images and 3 mask variants, in shards of 5."""
+    folder = tmp_path_factory.mktemp("caches") / "segmented"
+    write_cache(open_images(segmented, tiny.IMAGE_SIZE), kl, folder, flips=True, shard_size=5, mask_variants=3)
+    return folder
+
+
 class Bomb:
     """Unpickling this creates a file."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from PIL import Image
 
 from latentflow.autoencoder import Autoencoder
 from latentflow.conditioning import Conditioning
+from latentflow.data.items import UNLABELLED
+from latentflow.data.semantic_maps import MapClasses
 from latentflow.flow.path import LinearPath
 from latentflow.latent_flow import AUTOENCODER_FOLDER, AutoencoderRecord, LatentFlow, ModelConfig, SamplingPreset
 from latentflow.networks.dit import DiTConfig
@@ -22,6 +26,15 @@ IMAGES_PER_CLASS = 6
 NUM_IMAGES = len(CLASSES) * IMAGES_PER_CLASS
 IMAGE_SIZE = 16
 FACTOR = 2
+
+MAP_CLASSES = ("sky", "road", "tree")
+MAP_PALETTE = ((70, 130, 180), (128, 64, 128), (107, 142, 35))
+SPATIAL: dict[str, Any] = {
+    "inpainting": True,
+    "map_class_names": list(MAP_CLASSES),
+    "map_palette": list(MAP_PALETTE),
+}
+"""Of `Conditioning`: what a model is told besides labels if it is told everything."""
 
 RECIPE: dict[str, Any] = {
     "data": {"image_size": IMAGE_SIZE, "flip": False},
@@ -113,6 +126,21 @@ def write_images(folder: Path, *, classes: tuple[str, ...] = CLASSES, per_class:
     return folder
 
 
+def write_segmented(folder: Path, *, classes: tuple[str, ...] = CLASSES, per_class: int = 4) -> Path:
+    """The pictures of `write_images` with semantic maps of blocks, thin lines and unlabelled pixels."""
+    write_images(folder / "images", classes=classes, per_class=per_class)
+    generator = np.random.default_rng(1)
+    for name in classes or ("",):
+        (folder / "masks" / name).mkdir(parents=True, exist_ok=True)
+        for number in range(per_class):
+            semantic_map = np.kron(generator.choice([0, 1, 2, UNLABELLED], (5, 6)), np.ones((4, 4))).astype(np.uint8)
+            semantic_map[generator.integers(20)] = 2
+            semantic_map[:, generator.integers(24)] = 1
+            Image.fromarray(semantic_map).save(folder / "masks" / name / f"{number}.png")
+    MapClasses(MAP_CLASSES, MAP_PALETTE).write(folder / "classes.json")
+    return folder
+
+
 def recipe(**given: Any) -> Recipe:
     """The tiny recipe with some values changed: recipe(data={"path": ...}, training={"steps": 4}, out=...)."""
     values: dict[str, Any] = {**RECIPE}
@@ -120,8 +148,8 @@ def recipe(**given: Any) -> Recipe:
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
         if key in ("out", "autoencoder"):
             values[key] = str(value)
-    if "path" in values["data"]:
-        values["data"] = {**values["data"], "path": str(values["data"]["path"])}
+    for key in values["data"].keys() & {"path", "images"}:
+        values["data"] = {**values["data"], key: str(values["data"][key])}
     return Recipe.model_validate(values)
 
 
@@ -143,14 +171,18 @@ def model(
     seed: int = 0,
     scale: float = 1.0,
     time_scale: float = 1000.0,
+    conditioning: Mapping[str, Any] = MappingProxyType({}),
     **sampling: Any,
 ) -> LatentFlow:
-    """A model with random weights, ready to be sampled; the larger `time_scale`, the faster its field changes."""
+    """A model with random weights, ready to be sampled; the larger `time_scale`, the faster its field changes.
+
+    `conditioning` is what it is told besides labels, for example `SPATIAL`.
+    """
     config = ModelConfig(
         image_size=IMAGE_SIZE,
         network=DiTConfig(**RECIPE["network"], time_scale=time_scale),
         path=LinearPath(),
-        conditioning=Conditioning(class_names=list(class_names), label_dropout=label_dropout),
+        conditioning=Conditioning(class_names=list(class_names), label_dropout=label_dropout, **conditioning),
         autoencoder=AutoencoderRecord(
             reference=AUTOENCODER_FOLDER,
             content_hash=autoencoder.content_hash,

@@ -35,7 +35,7 @@ def holes_section(figures: DemoFigures, out: Path) -> str:
     text = (
         f"The same network again, told what lies outside a hole, and the hole. The holes of {stage.num_images} "
         f"held-out images (strokes, boxes, halves and borders; on average {100 * stage.share:.0f} % of the image) were "
-        "filled and pasted into the image. Errors are against what the hole covered, in levels of 255; that is one right "
+        "filled and pasted into the image. Errors are against what the hole covered, in levels of 255: one right "
         "answer among many, so that even a perfect model does not reach zero. A model that is told "
         "nothing is the same network with its condition nulled. Replacing the known part along the path needs no "
         "training for inpainting and works with every model."
