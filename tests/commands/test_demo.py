@@ -17,6 +17,7 @@ from latentflow.commands import demo as demo_command
 from latentflow.commands.demo import STAGES, Interrupted, demo, steps_within
 from latentflow.commands.demo_figures import DemoScale, Recognised, judge
 from latentflow.commands.demo_page import key_figures
+from latentflow.commands.demo_painting import mean_iou
 from latentflow.commands.report import Series, line_chart, table
 from latentflow.commands.train import TrainResult
 from latentflow.data.recognition import recognise
@@ -32,6 +33,9 @@ SCALE = DemoScale(
     num_judged=25,
     guidance_scales=(0.0, 1.0, 3.0),
     num_per_scale=13,
+    num_painted=8,
+    painting_scales=(1.0, 2.0),
+    num_draws=12,
     num_solved=2,
     budgets=(4, 8),
     tolerances=(0.1,),
@@ -91,11 +95,14 @@ def test_page_holds_every_section(page):
         "3. Training",
         "4. Samples of every class",
         "5. Guidance",
-        "6. Solvers",
-        "7. Are they what was asked for?",
-        "8. How to go on",
+        "6. Painting semantic maps",
+        "7. Filling holes",
+        "8. What each condition is worth",
+        "9. Solvers",
+        "10. Are they what was asked for?",
+        "11. How to go on",
     ]
-    assert page.tags.count("image") == 3  # reconstructions, classes, guidance
+    assert page.tags.count("image") == 5  # reconstructions, classes, guidance, maps, holes
     for name in (*CLASS_NAMES, *SOLVERS):
         assert name in page.text
 
@@ -103,7 +110,7 @@ def test_page_holds_every_section(page):
 def test_page_needs_nothing_from_elsewhere(made, page):
     html = (made[0] / "report.html").read_text(encoding="utf-8")
     assert "http://" not in html and "https://" not in html
-    assert len(page.links) == 3 and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert len(page.links) == 5 and all(link.startswith("data:image/png;base64,") for link in page.links)
     assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
     assert "url(" not in html and "@import" not in html
 
@@ -156,6 +163,52 @@ def test_guidance_counts_its_calls(made, page):
     assert all(run.recognised.num_images == SCALE.num_per_scale for run in runs)
 
 
+def test_maps_are_recovered_from_the_pictures(made, page):
+    out, figures = made
+    maps = figures.maps
+    source = list(SyntheticShapes(SCALE.num_painted, 32, demo_command.HELD_OUT_SEED))
+    assert maps.num_images == 8 and [(run.scale, run.evaluations) for run in maps.runs] == [(1.0, 4), (2.0, 8)]
+    real = torch.from_numpy(np.stack([item.pixels for item in source])).permute(0, 3, 1, 2)
+    wanted = [item.semantic_map for item in source]
+    assert maps.real_iou == mean_iou(wanted, real) > 0.9
+    with Image.open(out / "samples" / "maps.png") as image:
+        cells = np.asarray(image)
+    for column, item in enumerate(source):  # below the map and two guidance scales, the real image
+        assert np.array_equal(cells[3 * 34 : 3 * 34 + 32, column * 34 : column * 34 + 32], item.pixels)
+    assert f"{maps.real_iou:.3f}" in page.text
+
+
+def test_iou_is_the_mean_over_maps_of_the_mean_over_their_classes():
+    """A picture of nothing: the ground is found everywhere, the shape nowhere."""
+    wanted = SyntheticShapes(1, 32, 1)[0].semantic_map
+    nothing = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+    assert mean_iou([wanted], nothing) == pytest.approx((wanted == 0).mean() / 2)
+
+
+def test_holes_are_filled_and_nothing_else_is_touched(made, page):
+    out, figures = made
+    runs = figures.holes.runs
+    names = ["told the known part, guidance 1", "told the known part, guidance 2", "replaced along the path"]
+    assert [run.name for run in runs] == [*names, "told nothing", "mean colour of the known part"]
+    assert all(run.known_changed == 0 and run.rmse > 0 for run in runs)
+    assert [run.evaluations for run in runs] == [4, 8, 4, 4, 0]
+    with Image.open(out / "samples" / "holes.png") as image:
+        cells = np.asarray(image, dtype=np.int64)
+    real, hidden = cells[:32], cells[34:66]
+    inside = (hidden == 128).all(-1)
+    for row in range(2, 6):
+        filled = cells[row * 34 : row * 34 + 32]
+        assert np.array_equal(filled[~inside], real[~inside])
+    assert f"were changed, over all of these: {sum(run.known_changed for run in runs)}" in page.text
+
+
+def test_each_condition_is_told_alone(made, page):
+    runs = made[1].losses.runs
+    everything = ["label", "inpainting", "semantic_map"]
+    assert [run.told for run in runs] == [[], *([name] for name in everything), everything]
+    assert all(run.loss > 0 and f"{run.loss:.4f}" in page.text for run in runs)
+
+
 def test_solvers_are_held_against_the_reference(made, page):
     solvers = made[1].solvers
     assert solvers.reference_evaluations == 5 * 4 * 2
@@ -187,7 +240,7 @@ def test_a_repeated_call_redoes_nothing(made, kl_folder):
     told = []
     before = (out / "report.html").read_bytes()
     assert demo(out, scale=SCALE, overrides=overrides(kl_folder), say=told.append) == figures
-    assert told == [f"{n}/6 {stage.title}: done before" for n, stage in enumerate(STAGES, start=1)]
+    assert told == [f"{n}/{len(STAGES)} {stage.title}: done before" for n, stage in enumerate(STAGES, start=1)]
     assert (out / "report.html").read_bytes() == before
 
 
@@ -196,7 +249,7 @@ def test_a_lost_stage_is_done_again_with_all_that_follow(made, tmp_path, kl_fold
     (out / "samples" / "guidance.png").unlink()
     told = []
     again = demo(out, scale=SCALE, overrides=overrides(kl_folder), say=told.append)
-    assert [text.endswith("done before") for text in told] == [True] * 4 + [False] * 2
+    assert [text.endswith("done before") for text in told] == [True] * 4 + [False] * 5
     assert again.guidance.runs == made[1].guidance.runs and again.solvers.runs == made[1].solvers.runs
 
 

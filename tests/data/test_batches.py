@@ -1,16 +1,24 @@
 import itertools
 import pickle
+import shutil
+from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.functional import avg_pool2d
 
-from latentflow.data.batches import Batch, StreamPositions, TrainingImages, epoch_order, stream_batches
+from latentflow.data import batches
+from latentflow.data.batches import Batch, SpatialData, StreamPositions, TrainingImages, epoch_order, stream_batches
 from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import open_images
 from latentflow.data.latent_cache import LatentCache
+from latentflow.data.masks import MaskRules, draw_mask
 from latentflow.flow.times import TrainingTimes
 from latentflow.training.step import training_step
 from tests import tiny
+
+SPOTS = list(range(60))  # five epochs of the segmented images
 
 
 def first(stream, count):
@@ -98,12 +106,10 @@ def test_cache_and_images_give_the_same_training_step(images, cache, kl):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_come_in_order_from_any_number_of_workers(cache, num_workers):
     images = TrainingImages(LatentCache(cache), seed=2, flip=True)
-    batches = first(
-        stream_batches(images, StreamPositions(3, 5, 5, 0, 1), num_workers=num_workers, pin_memory=False), 4
-    )
-    assert torch.cat([batch.positions for batch in batches]).tolist() == list(range(3, 23))
+    read = first(stream_batches(images, StreamPositions(3, 5, 5, 0, 1), num_workers=num_workers, pin_memory=False), 4)
+    assert torch.cat([batch.positions for batch in read]).tolist() == list(range(3, 23))
     whole = images.__getitems__(list(range(3, 23)))
-    assert torch.equal(torch.cat([batch.moments for batch in batches]), whole.moments)
+    assert torch.equal(torch.cat([batch.moments for batch in read]), whole.moments)
 
 
 def test_training_images_can_be_sent_to_a_worker(cache):
@@ -172,3 +178,124 @@ def test_stratified_times_fill_every_batch(cache, kl):
         shares = [first(StreamPositions(6 * step, 6, 3, rank, 2), 1)[0] for rank in range(2)]
         times = [training_step(model, model.network, images.__getitems__(s), **given).time for s in shares]
         assert sorted((torch.cat(times) * 6).long().tolist()) == [0, 1, 2, 3, 4, 5]
+
+
+# Spatial conditions
+
+
+def spatial_images(source, *, flip: bool = True, **spatial) -> TrainingImages:
+    return TrainingImages(source, seed=3, flip=flip, spatial=SpatialData(tiny.FACTOR, **spatial))
+
+
+@pytest.fixture
+def pictures(segmented):
+    return open_images(segmented, tiny.IMAGE_SIZE)
+
+
+@pytest.fixture
+def holes(monkeypatch) -> list[np.ndarray]:
+    """The holes that are cut while batches are read, in their order."""
+    cut = []
+
+    def draw(*given):
+        cut.append(draw_mask(*given))
+        return cut[-1]
+
+    monkeypatch.setattr(batches, "draw_mask", draw)
+    return cut
+
+
+def mirrored_rows(images: TrainingImages) -> list[bool]:
+    """Which images are mirrored at `SPOTS`, told from their pixels."""
+    batch, source = images.__getitems__(SPOTS), images.source
+    straight = torch.stack([torch.from_numpy(source[i].pixels).permute(2, 0, 1) for i in batch.indices.tolist()])
+    flipped = (batch.pixels == straight.flip(-1)).flatten(1).all(1)
+    assert (flipped | (batch.pixels == straight).flatten(1).all(1)).all()
+    assert 0 < flipped.sum() < len(SPOTS)
+    return flipped.tolist()
+
+
+def same(one: Batch, other: Batch, *names: str) -> None:
+    for name in names:
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_holes_are_cut_into_the_mirrored_picture(pictures, holes):
+    images = spatial_images(pictures, holes=MaskRules(), maps=True)
+    batch = images.__getitems__(SPOTS)
+    assert len(holes) == len(SPOTS)
+    hole = torch.from_numpy(np.stack(holes))[:, None].bool()
+    assert torch.equal(batch.known_pixels, batch.pixels.masked_fill(hole, 128))
+    counted = avg_pool2d(hole.double(), tiny.FACTOR)
+    assert torch.equal(batch.mask, counted.float())
+    assert len({one.tobytes() for one in holes}) > 50  # drawn anew each time; two halves may be alike
+
+
+def test_image_map_moments_known_part_and_mask_are_of_one_mirror(pictures, segmented_cache, kl):
+    flipped = mirrored_rows(spatial_images(pictures))
+    images = spatial_images(LatentCache(segmented_cache), cached_holes=True, maps=True)
+    batch, cache = images.__getitems__(SPOTS), images.source
+    indices = batch.indices.tolist()
+    assert torch.equal(batch.moments, cache.moments(indices, flipped))
+    assert torch.equal(batch.class_fractions, cache.class_fractions(indices, flipped))
+    variants = [cache.known(indices, [v] * len(indices), flipped) for v in range(3)]
+    chosen = [(batch.known_moments == moments).flatten(1).all(1) for moments, _ in variants]
+    for rows, (_, mask) in zip(chosen, variants, strict=True):
+        assert torch.equal(batch.mask[rows], mask[rows])
+        assert 8 <= rows.sum() <= 32  # a third of 60; binomial: 20 +- 3.7
+    assert sum(rows.int() for rows in chosen).eq(1).all()
+
+
+def test_cache_and_images_give_the_same_maps_and_holes(pictures, segmented_cache):
+    """One order, one mirror, one hole for each position, wherever the moments come from."""
+    cache = LatentCache(segmented_cache)
+    encoded = spatial_images(cache, holes=MaskRules(), maps=True, pictures=pictures).__getitems__(SPOTS)
+    direct = spatial_images(pictures, holes=MaskRules(), maps=True).__getitems__(SPOTS)
+    same(encoded, direct, "positions", "indices", "labels", "known_pixels", "mask", "class_fractions")
+    assert encoded.pixels is None
+    assert direct.moments is None
+
+
+@pytest.mark.parametrize("of", ["cached holes", "holes in pictures", "holes in images"])
+def test_an_image_is_told_the_same_in_any_batch(pictures, segmented_cache, of):
+    """Read alone, in the shares of two processes, or by a worker."""
+    cache, options = LatentCache(segmented_cache), {"maps": True}
+    source = pictures if of == "holes in images" else cache
+    options |= {"cached_holes": True} if of == "cached holes" else {"holes": MaskRules()}
+    images = spatial_images(source, **options, **({"pictures": pictures} if of == "holes in pictures" else {}))
+    whole = images.__getitems__(list(range(24)))
+    names = [f.name for f in fields(Batch) if getattr(whole, f.name) is not None]
+    assert len(names) == 7
+    for position in (0, 7, 23):
+        alone = images.__getitems__([position])
+        assert all(torch.equal(getattr(alone, name)[0], getattr(whole, name)[position]) for name in names)
+    shares = [first(StreamPositions(0, 12, 3, rank, 2), 4) for rank in range(2)]
+    for positions in itertools.chain(*shares):
+        part = images.__getitems__(positions)
+        assert all(torch.equal(getattr(part, name), getattr(whole, name)[positions]) for name in names)
+    sent = pickle.loads(pickle.dumps(images)).__getitems__([5, 2])
+    assert all(torch.equal(getattr(sent, name), getattr(whole, name)[[5, 2]]) for name in names)
+
+
+def test_pictures_are_found_by_name_where_broken_images_were_left_out(tmp_path, segmented, kl):
+    folder = shutil.copytree(segmented, tmp_path / "images")
+    (folder / "images" / "apple" / "1.png").write_bytes(b"no picture")
+    source = open_images(folder, tiny.IMAGE_SIZE)
+    write_cache(source, kl, tmp_path / "cache")
+    images = spatial_images(LatentCache(tmp_path / "cache"), flip=False, holes=MaskRules(), pictures=source)
+    assert len(images) == len(source) - 1
+    positions = list(range(len(images)))
+    batch, at = images.__getitems__(positions), {source.name(row): row for row in range(len(source))}
+    for row, name in enumerate(images.names_at(positions)):
+        picture = torch.from_numpy(source[at[name]].pixels).permute(2, 0, 1)
+        known = (batch.mask[row] == 0).repeat_interleave(2, 1).repeat_interleave(2, 2).expand(3, -1, -1)
+        assert known.any()
+        assert torch.equal(batch.known_pixels[row][known], picture[known])
+
+
+def test_a_batch_without_spatial_data_has_none(pictures, segmented_cache):
+    for source in (pictures, LatentCache(segmented_cache)):
+        batch = TrainingImages(source, seed=3, flip=True).__getitems__([0, 1])
+        assert [getattr(batch, name) for name in ("mask", "known_moments", "known_pixels", "class_fractions")] == (
+            [None] * 4
+        )

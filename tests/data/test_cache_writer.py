@@ -142,7 +142,8 @@ def test_resumed_after_a_kill_it_is_the_same_to_the_byte(tmp_path, source, segme
     write_cache(source, kl, tmp_path / "cache", on_images=die, **options)
     assert tiny.tree(tmp_path / "cache") == tiny.tree(segmented_cache)
     (tmp_path / "cache" / "index.json").unlink()
-    (tmp_path / "cache" / "shard-00001.safetensors").unlink()
+    for suffix in ("json", "safetensors"):
+        (tmp_path / "cache" / f"shard-00001.{suffix}").unlink()
     assert write_cache(source, kl, tmp_path / "cache", process=(0, 2), **options) is None
     assert write_cache(source, kl, tmp_path / "cache", process=(1, 2), **options) is not None
     assert tiny.tree(tmp_path / "cache") == tiny.tree(segmented_cache)
@@ -208,9 +209,7 @@ def test_counts_beyond_a_byte(tmp_path, levels, dtype):
     fractions = stored.class_fractions([0], [False])[0]
     assert torch.equal(fractions[1], expected)
     assert torch.equal(fractions[0], 1 - expected)
-    mask = stored.known([0], [0], [False])[1]
-    assert mask.max() == 1
-    assert mask.min() == 0
+    assert stored.known([0], [0], [False])[1].max() == 1
 
 
 def test_info_describes_it(segmented_cache):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentflow.artifacts import make_folder
 from latentflow.commands.progress import image_progress
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.inpaint import inpaint as fill_hole
@@ -54,7 +53,6 @@ def inpaint(
     flow = LatentFlow.from_pretrained(model, device=device)
     with image_progress("inpainting", num) as on_images:
         samples = fill_hole(flow, image, mask, num=num, on_images=on_images, **request)
-    make_folder(Path(out).parent)
     inputs = samples.request.inputs
     return InpaintResult(
         files=samples.save_as(out),

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentflow.artifacts import make_folder
 from latentflow.commands.progress import image_progress
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.mask_to_image import mask_to_image as paint_map
@@ -47,5 +46,4 @@ def mask_to_image(
     flow = LatentFlow.from_pretrained(model, device=device)
     with image_progress("painting", num) as on_images:
         samples = paint_map(flow, semantic_map, num=num, on_images=on_images, **request)
-    make_folder(Path(out).parent)
     return PaintResult(samples.save_as(out), float(samples.evaluations.double().mean()), samples.seconds)

@@ -64,20 +64,25 @@ def save_preview(model: LatentFlow, weights: Mapping[str, Tensor], images: Train
         rows.append(map_pictures(batch.class_fractions, model.config.conditioning.map_palette, model.config.image_size))
     if request.labels:
         request = request.model_copy(update={"labels": batch.labels.tolist()})
-    needed = [name for name, share in model.config.conditioning.dropout.items() if share == 0]
+    conditioning = model.config.conditioning
+    needed = [name for name, share in conditioning.dropout.items() if share == 0]
     alone = [[name for name in request.told if name == chosen or name in needed] for chosen in request.told]
     for told in [*alone, request.told] if len(request.told) > 1 else [request.told]:
         labels = request.labels if "label" in told else []
         fields = {"inpainting": ("masked_latents", "mask"), "semantic_map": ("class_fractions",)}
         kept = {key: value for name in told for key, value in given.items() if key in fields.get(name, ())}
-        part = request.model_copy(update={"told": told, "labels": labels})
+        able = [name for name in request.sampling.guided_by or told if name in told and name in conditioning.can_guide]
+        guidance = {"guided_by": able} if able else {"guided_by": None, "guidance": 1.0}
+        sampling = request.sampling.model_copy(update=guidance)
+        part = request.model_copy(update={"told": told, "labels": labels, "sampling": sampling})
         rows.append(draw_all(frozen, part, Given(**kept), batch_size=len(part.seeds)).pixels)
     save_grid(file, torch.cat(rows), len(request.seeds))
 
 
 def map_pictures(class_fractions: Tensor, palette: list[tuple[int, int, int]], image_size: int) -> Tensor:
     """The commonest class of each latent pixel in its colour: [B, K, h, w] => [B, 3, S, S] uint8."""
-    indices = class_fractions.argmax(1).byte().cpu().numpy()
+    unlabelled = 1 - class_fractions.sum(1, keepdim=True)  # as class K, which has no colour
+    indices = torch.cat([class_fractions, unlabelled], 1).argmax(1).byte().cpu().numpy()
     coloured = np.stack([colour_map(one, palette) for one in indices])
     pixels = torch.from_numpy(coloured).permute(0, 3, 1, 2)
     return torch.nn.functional.interpolate(pixels, size=(image_size, image_size), mode="nearest")

@@ -1,9 +1,10 @@
 """Inpainting: fill the hole of an image of any size, keep the rest to the bit.
 
-    choose a frame  ->  scale it to what the model sees  ->  draw  ->  scale back  ->  paste into the hole
+    choose a frame  ->  hide the hole, scale to what the model sees  ->  draw  ->  scale back, paste into the hole
 
 A model trained for it is told the known part and the mask. Any other model can do it too: outside the hole, its
-velocity is replaced by the path to the known image (`KnownRegionVelocity`).
+velocity is replaced by the path to the known image (`KnownRegionVelocity`). Either way, nothing of what the hole
+covers is looked at.
 
 Legend: H and W image height and width, h and w latent height and width; a mask is 1 where the image is painted anew.
 """
@@ -23,10 +24,10 @@ from torch.nn.functional import avg_pool2d
 
 from latentflow.autoencoder import to_unit_range
 from latentflow.data.images import to_rgb
-from latentflow.data.latent_size import class_counts, hide, hole_counts, shares
+from latentflow.data.latent_size import HOLE_GRAY, class_counts, hole_counts, shares
 from latentflow.data.masks import read_mask
 from latentflow.data.pictures import describe_file, read_picture
-from latentflow.data.semantic_maps import MapClasses, read_map
+from latentflow.data.semantic_maps import MapClasses, check_map, read_map
 from latentflow.errors import ConfigError, DataError, nearest
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.pipeline import Given, Samples, draw_all, make_request
@@ -37,6 +38,10 @@ FITS: dict[str, str] = {
     "window": "a square around the hole with as much again beside it, scaled to the size of the training images",
     "whole": "the whole image, its shorter side scaled to the size of the training images",
     "native": "the whole image as it is; its sides must be multiples of what the network can take",
+}
+METHODS: dict[str, str] = {
+    "condition": "the model is told the known part; it was trained for that",
+    "replacement": "what the model paints outside the hole is replaced by the known part, at every step",
 }
 _CONTEXT = 2  # side of the window, in sides of the hole
 
@@ -53,39 +58,56 @@ class Frame:
     box: tuple[int, int, int, int]
     size: tuple[int, int]
 
-    def cut(self, image: Image.Image) -> np.ndarray:
-        """The frame of an image as the model sees it: [h, w, 3] uint8."""
-        return np.array(image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=self.box))
+    def cut(self, image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The frame of an image [H, W, 3] uint8 and of a mask [H, W] as the model sees them.
 
-    def cut_mask(self, mask: np.ndarray) -> np.ndarray:
-        """The frame of a mask: [h, w] uint8, 1 wherever any of the hole is."""
-        scaled = Image.fromarray(mask.astype(np.float32)).resize(self.size[::-1], Image.Resampling.BOX, box=self.box)
-        return (np.asarray(scaled) > 1e-6).astype(np.uint8)
+        Scaling mixes neighbours. So colours are weighted by what is known, R(known * image) / R(known) with the
+        bicubic resize R: nothing that the hole covers gets into its neighbours.
+
+        Returns:
+            [h, w, 3] uint8, `HOLE_GRAY` in the hole; [h, w] uint8, 1 wherever any of the hole is.
+        """
+        hole = self._inside(mask) > 0
+        seen_hole = _covered(hole, self.size)
+        known = np.where(hole, np.float32(0), np.float32(1))
+        weight = np.maximum(self._scaled(known), 1e-3)  # where it is small, the hole is
+        channels = [self._scaled(known * channel) / weight for channel in np.moveaxis(self._inside(image), -1, 0)]
+        seen = np.rint(np.clip(np.stack(channels, -1), 0, 255)).astype(np.uint8)
+        return np.where(seen_hole[..., None], np.uint8(HOLE_GRAY), seen), seen_hole.astype(np.uint8)
 
     def cut_map(self, semantic_map: np.ndarray) -> np.ndarray:
         """The frame of a semantic map: [h, w] uint8, the class at each pixel's centre."""
-        scaled = Image.fromarray(semantic_map).resize(self.size[::-1], Image.Resampling.NEAREST, box=self.box)
-        return np.asarray(scaled)
+        inside = Image.fromarray(self._inside(semantic_map))
+        return np.asarray(inside.resize(self.size[::-1], Image.Resampling.NEAREST))
 
     def paste(self, picture: np.ndarray, image: np.ndarray, mask: np.ndarray, feather: int) -> np.ndarray:
         """The image with the hole filled from `picture` [h, w, 3]; known pixels are those of the image, to the bit."""
-        left, top, right, bottom = self.box
-        filled = Image.fromarray(picture).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
-        generated = image.copy()
-        generated[top:bottom, left:right] = np.asarray(filled)
+        known, hole = self._inside(image), self._inside(mask)
+        filled = np.asarray(Image.fromarray(picture).resize(known.shape[1::-1], Image.Resampling.BICUBIC))
         if feather:
-            generated = _feathered(generated, image, mask, feather)
-        return np.where(mask[..., None] > 0, generated, image)
+            filled = _feathered(filled, known, hole, feather)
+        pasted = image.copy()
+        self._inside(pasted)[:] = np.where(hole[..., None] > 0, filled, known)
+        return pasted
+
+    def _inside(self, array: np.ndarray) -> np.ndarray:
+        """A view of the frame of an array [H, W, ...]."""
+        left, top, right, bottom = self.box
+        return array[top:bottom, left:right]
+
+    def _scaled(self, values: np.ndarray) -> np.ndarray:
+        """Float32 values of the frame at the size the model sees: [h, w]."""
+        return np.asarray(Image.fromarray(values).resize(self.size[::-1], Image.Resampling.BICUBIC))
 
 
 def inpaint(
     model: LatentFlow,
-    image: str | Path | Image.Image,
+    image: str | Path | Image.Image | np.ndarray,
     mask: str | Path | Image.Image | np.ndarray,
     *,
     num: int = 1,
     classes: Sequence[int | str] | None = None,
-    semantic_map: str | Path | Image.Image | None = None,
+    semantic_map: str | Path | Image.Image | np.ndarray | None = None,
     seed: int = 0,
     fit: Fit | None = None,
     feather: int = 0,
@@ -97,14 +119,14 @@ def inpaint(
     """Fill the hole of one image, once for each of `num` seeds.
 
     Args:
-        image: of any size whose sides are at least one latent pixel.
-        mask: of the image's size, white (1 in an array) where it is painted anew.
+        image: of any size whose sides are at least one latent pixel; an array is [H, W, 3] uint8.
+        mask: of the image's size, white where it is painted anew; an array is [H, W], above 0 there.
         classes: as for `make_request`; None: no class is told.
-        semantic_map: of the image's size, for a model that is told maps as well.
-        fit: which part of the image the model sees, one of `FITS`; None: "window" where the hole fits into a square
-            with something known beside it, else "whole".
+        semantic_map: of the image's size, for a model that is told maps as well; an array holds class indices.
+        fit: which part of the image the model sees, one of `FITS`; None: "window" where there is one, else "whole".
         feather: width in pixels of the band inside the hole in which its colours are drawn towards the known border.
-        method: "condition" needs a model trained for inpainting; "replacement" works with any; None: the best there is.
+        method: one of `METHODS`; "condition" needs a model trained for inpainting, "replacement" works with any; None:
+            the best there is.
         preset: fields of `SamplingPreset`.
 
     Returns:
@@ -113,41 +135,56 @@ def inpaint(
     Raises:
         ConfigError, DataError: before anything is computed.
     """
-    conditioning = model.config.conditioning
+    conditioning, factor = model.config.conditioning, model.config.autoencoder.factor
     method = method or ("condition" if conditioning.inpainting else "replacement")
-    if method == "condition":
-        conditioning.require("inpainting")
-    if semantic_map is not None:
-        conditioning.require("semantic_map")
+    if method not in METHODS:
+        raise ConfigError(f"method {method!r}: there is no such method; {nearest(method, METHODS)}")
+    told = ["inpainting"] if method == "condition" else []
+    told += ["semantic_map"] if semantic_map is not None else []
+    for name in told:
+        conditioning.require(name)
     if feather < 0:
         raise ConfigError(f"feather {feather} is below zero; 0 switches it off, 8 pixels are usual")
+
     files = {"image": image, "mask": mask, "map": semantic_map}
     inputs = {name: describe_file(file) for name, file in files.items() if isinstance(file, str | Path)}
-    picture = to_rgb(image) if isinstance(image, Image.Image) else read_picture(image)
-    mask = Image.fromarray(np.where(mask > 0, np.uint8(255), np.uint8(0))) if isinstance(mask, np.ndarray) else mask
-    hole = read_mask(mask, (picture.height, picture.width))
+    original = np.asarray(_rgb(image))
+    hole = _hole(mask, original.shape[:2])
     frame = choose_frame(model, hole, fit)
-    seen, seen_hole = frame.cut(picture), frame.cut_mask(hole)
-    if seen_hole.all():
-        raise DataError("at the size the model sees, nothing of the image is kept; use a smaller hole or another fit")
-
-    given = _known_part(model, seen, seen_hole, method)
-    if semantic_map is not None:
-        given = replace(given, class_fractions=_fractions(model, semantic_map, hole.shape, frame))
-    told = ["inpainting"] if method == "condition" else []
+    seen, seen_hole = frame.cut(original, hole)
+    hole_share = shares(hole_counts(seen_hole, factor), factor)[None]
+    if (hole_share == 1 if method == "condition" else hole_share > 0).all():
+        height, width = frame.size
+        raise DataError(
+            f"at {width} x {height} pixels, as the model sees the image, the hole leaves nothing of it; "
+            "use a smaller hole or another fit"
+        )
     request = make_request(
         model,
         num=num,
         classes=classes,
         seed=seed,
         task="inpaint",
-        told=told + (["semantic_map"] if semantic_map is not None else []),
+        told=told,
         inputs={**inputs, "method": method, "frame": "{} {} {} {}".format(*frame.box), "feather": str(feather)},
         image_size=frame.size,
         **preset,
     )
+    fractions = None
+    if semantic_map is not None:
+        indices = map_indices(model, semantic_map)
+        if indices.shape != hole.shape:
+            found, wanted = (f"{width} x {height}" for height, width in (indices.shape, hole.shape))
+            raise DataError(f"the semantic map has {found} pixels and the image {wanted}; they must be of one size")
+        fractions = shares(class_counts(frame.cut_map(indices), conditioning.num_map_classes, factor), factor)[None]
+
+    pixels = torch.from_numpy(seen).permute(2, 0, 1)[None].to(model.device)
+    latents = model.encode(to_unit_range(pixels)).cpu()
+    if method == "condition":
+        given = Given(masked_latents=latents, mask=hole_share, class_fractions=fractions)
+    else:
+        given = Given(latents=latents, hole=(hole_share > 0).float(), class_fractions=fractions)
     samples = draw_all(model, request, given, batch_size=batch_size, on_images=on_images)
-    original = np.asarray(picture)
     drawn = samples.pixels.permute(0, 2, 3, 1).numpy()
     finished = np.stack([frame.paste(one, original, hole, feather) for one in drawn])
     return replace(samples, pixels=torch.from_numpy(finished).permute(0, 3, 1, 2))
@@ -166,7 +203,7 @@ def choose_frame(model: LatentFlow, mask: np.ndarray, fit: Fit | None = None) ->
     require_latent_pixel(model, height, width)
     window = _window(mask, model.config.image_size)
     if fit == "window" and window is None:
-        raise ConfigError("fit 'window': no square of this image holds the hole and something known; use fit 'whole'")
+        raise ConfigError("fit 'window': no square of this image holds the hole and what adjoins it; use fit 'whole'")
     if window is not None and fit in (None, "window"):
         return Frame(window, (model.config.image_size,) * 2)
     if fit == "native":
@@ -193,6 +230,23 @@ def native_size(model: LatentFlow, height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
+def map_indices(model: LatentFlow, semantic_map: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+    """A semantic map of the model's classes: [H, W] uint8.
+
+    Args:
+        semantic_map: a picture as `read_map` takes it, or an array of class indices.
+
+    Raises:
+        DataError: it cannot be read, or holds a class or colour that the model does not know.
+    """
+    conditioning = model.config.conditioning
+    classes = MapClasses(tuple(conditioning.map_class_names), tuple(conditioning.map_palette))
+    if not isinstance(semantic_map, np.ndarray):
+        return read_map(semantic_map, classes)
+    check_map(semantic_map, classes, "the semantic map")
+    return semantic_map.astype(np.uint8)
+
+
 def require_latent_pixel(model: LatentFlow, height: int, width: int) -> None:
     """Refuse an image or map smaller than one latent pixel.
 
@@ -207,60 +261,69 @@ def require_latent_pixel(model: LatentFlow, height: int, width: int) -> None:
 
 
 def _window(mask: np.ndarray, image_size: int) -> tuple[int, int, int, int] | None:
-    """A square that holds the hole and something known: left, top, right, bottom; None if there is none."""
+    """A square that holds the hole and what adjoins it: left, top, right, bottom; None if there is none."""
     spans = [np.flatnonzero(mask.any(axis)) for axis in (1, 0)]  # rows, columns
     extents = [int(span[-1] - span[0]) + 1 for span in spans]
     shorter = min(mask.shape)
-    if max(extents) > shorter:
-        return None
     side = min(max(_CONTEXT * max(extents), min(image_size, shorter)), shorter)
-    top, left = (
-        min(max((int(span[0] + span[-1]) + 1 - side) // 2, 0), pixels - side)
-        for span, pixels in zip(spans, mask.shape, strict=True)
-    )
-    return None if mask[top : top + side, left : left + side].all() else (left, top, left + side, top + side)
+    starts = []
+    for span, extent, pixels in zip(spans, extents, mask.shape, strict=True):
+        start = min(max(int(span[0]) - (side - extent) // 2, 0), pixels - side)
+        cut_before, cut_after = start > 0 and span[0] <= start, start + side < pixels and span[-1] + 1 >= start + side
+        if extent > side or cut_before or cut_after:
+            return None
+        starts.append(start)
+    top, left = starts
+    return left, top, left + side, top + side
 
 
-def _known_part(model: LatentFlow, seen: np.ndarray, hole: np.ndarray, method: Method) -> Given:
-    """What is known of the image [h, w, 3], as the method needs it."""
-    mask = shares(hole_counts(hole, model.config.autoencoder.factor), model.config.autoencoder.factor)[None]
-    shown = hide(seen, hole) if method == "condition" else seen
-    pixels = torch.from_numpy(shown).permute(2, 0, 1)[None].to(model.device)
-    latents = model.encode(to_unit_range(pixels)).cpu()
-    if method == "condition":
-        return Given(masked_latents=latents, mask=mask)
-    return Given(latents=latents, hole=(mask > 0).float())
+def _covered(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask [H, W] of bool at another size [h, w]: true wherever any of it is, however thin."""
+    for axis, length in enumerate(size):
+        edges = np.arange(length + 1) * mask.shape[axis]
+        before, behind = edges[:-1] // length, -(-edges[1:] // length)
+        sums = np.insert(np.cumsum(mask, axis, dtype=np.int32), 0, 0, axis)
+        mask = np.take(sums, behind, axis) > np.take(sums, before, axis)
+    return mask
 
 
-def _fractions(model: LatentFlow, semantic_map: Any, size: tuple[int, int], frame: Frame) -> Tensor:
-    conditioning, factor = model.config.conditioning, model.config.autoencoder.factor
-    classes = MapClasses(tuple(conditioning.map_class_names), tuple(conditioning.map_palette))
-    indices = read_map(semantic_map, classes)
-    if indices.shape != size:
-        found, wanted = (f"{shape[1]} x {shape[0]}" for shape in (indices.shape, size))
-        raise DataError(f"the semantic map has {found} pixels and the image {wanted}; they must be of one size")
-    return shares(class_counts(frame.cut_map(indices), len(classes), factor), factor)[None]
+def _rgb(image: Any) -> Image.Image:
+    if isinstance(image, str | Path):
+        return read_picture(image)
+    try:
+        return to_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the image cannot be used: {error}; give 8-bit RGB") from error
 
 
-def _feathered(generated: np.ndarray, image: np.ndarray, mask: np.ndarray, feather: int) -> np.ndarray:
-    """Draw the colours of the hole towards those of its border, within `feather` pixels.
+def _hole(mask: Any, size: tuple[int, int]) -> np.ndarray:
+    if isinstance(mask, np.ndarray):
+        if mask.ndim != 2:
+            raise DataError(f"the mask is an array of shape {list(mask.shape)}; give [height, width]")
+        mask = Image.fromarray(np.where(mask > 0, np.uint8(255), np.uint8(0)))
+    return read_mask(mask, size)
+
+
+def _feathered(filled: np.ndarray, image: np.ndarray, mask: np.ndarray, feather: int) -> np.ndarray:
+    """Draw the colours of the hole towards those of its border, within `feather` pixels: [h, w, 3] uint8.
 
     What the model paints differs a little from the known pixels at the border. That difference is carried into the
     hole (normalised convolution: blurred where it is known, over how much is known) and fades out. Nothing of what
     the hole covered is used.
     """
     known = torch.from_numpy((mask == 0).astype(np.float32))[None, None]
-    difference = torch.from_numpy(image.astype(np.float32) - generated).permute(2, 0, 1)[None]
     weight = _blur(known, feather)
-    carried = _blur(difference * known, feather) / weight.clamp(min=1e-6)
-    fading = (2 * weight).clamp(max=1)  # 1 at a straight border, where half of the neighbourhood is known
-    filled = generated + (fading * carried)[0].permute(1, 2, 0).numpy()
-    return np.rint(np.clip(filled, 0, 255)).astype(np.uint8)
+    difference = torch.from_numpy(image.astype(np.float32) - filled).permute(2, 0, 1)[None]
+    carried = _blur(difference.mul_(known), feather).div_(weight.clamp(min=1e-6))
+    fading = (2 * weight).clamp_(max=1)  # 1 at a straight border, where half of the neighbourhood is known
+    blended = filled + carried.mul_(fading)[0].permute(1, 2, 0).numpy()
+    return np.rint(np.clip(blended, 0, 255)).astype(np.uint8)
 
 
 def _blur(x: Tensor, reach: int) -> Tensor:
-    """Three box filters, which make a bell of half width `reach`: [B, C, H, W]."""
-    radius = max(1, round(reach / 3))
-    for _ in range(3):
-        x = avg_pool2d(x, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False)
+    """Three box filters, which together make a bell of half width `reach`: [B, C, H, W]."""
+    for part in range(3):
+        radius = (reach + part) // 3
+        for kernel, padding in (((2 * radius + 1, 1), (radius, 0)), ((1, 2 * radius + 1), (0, radius))):
+            x = avg_pool2d(x, kernel, stride=1, padding=padding, count_include_pad=False)
     return x

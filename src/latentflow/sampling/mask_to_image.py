@@ -14,9 +14,9 @@ from PIL import Image
 
 from latentflow.data.latent_size import class_counts, shares
 from latentflow.data.pictures import describe_file
-from latentflow.data.semantic_maps import MapClasses, check_map, crop_map, read_map
+from latentflow.data.semantic_maps import crop_map
 from latentflow.latent_flow import LatentFlow
-from latentflow.sampling.inpaint import native_size, require_latent_pixel
+from latentflow.sampling.inpaint import map_indices, native_size, require_latent_pixel
 from latentflow.sampling.pipeline import Given, Samples, draw_all, make_request
 
 
@@ -46,13 +46,8 @@ def mask_to_image(
     """
     conditioning, factor = model.config.conditioning, model.config.autoencoder.factor
     conditioning.require("semantic_map")
-    known = MapClasses(tuple(conditioning.map_class_names), tuple(conditioning.map_palette))
     inputs = {"map": describe_file(semantic_map)} if isinstance(semantic_map, str | Path) else {}
-    if isinstance(semantic_map, np.ndarray):
-        check_map(semantic_map, known, "the semantic map")
-        indices = semantic_map.astype(np.uint8)
-    else:
-        indices = read_map(semantic_map, known)
+    indices = map_indices(model, semantic_map)
     require_latent_pixel(model, *indices.shape)
     if native:
         native_size(model, *indices.shape)
@@ -69,5 +64,5 @@ def mask_to_image(
         image_size=indices.shape,
         **preset,
     )
-    fractions = shares(class_counts(indices, len(known), factor), factor)[None]
+    fractions = shares(class_counts(indices, conditioning.num_map_classes, factor), factor)[None]
     return draw_all(model, request, Given(class_fractions=fractions), batch_size=batch_size, on_images=on_images)

@@ -256,7 +256,7 @@ def guided_by(model: LatentFlow, request: SampleRequest) -> list[ConditionName]:
         ConfigError: there are none, or one is not given or has an untrained null.
     """
     conditioning, scale = model.config.conditioning, request.sampling.guidance
-    if request.sampling.guided_by is None:
+    if not request.sampling.guided_by:
         names = [name for name in request.told if name in conditioning.can_guide]
         if not names:
             if not conditioning.dropout:
