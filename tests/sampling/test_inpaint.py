@@ -1,0 +1,601 @@
+"""Inpainting: what is known stays to the bit, what the hole covers is never looked at, the model sees what it learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from latentflow.autoencoder import to_uint8
+from latentflow.conditioning import CONDITION_NAMES
+from latentflow.data.batches import SpatialData, TrainingImages
+from latentflow.data.images import open_images
+from latentflow.data.items import UNLABELLED
+from latentflow.data.latent_size import HOLE_GRAY, class_counts, shares
+from latentflow.data.masks import MaskRules, draw_mask
+from latentflow.data.semantic_maps import colour_map
+from latentflow.errors import ConfigError, DataError
+from latentflow.flow.times import TrainingTimes
+from latentflow.latent_flow import LatentFlow
+from latentflow.randomness import derive_seed
+from latentflow.sampling.inpaint import FITS, METHODS, Frame, choose_frame, inpaint
+from latentflow.shapes import Condition
+from latentflow.training.step import training_step
+from tests import tiny
+
+SIZE = tiny.IMAGE_SIZE
+MULTIPLE = tiny.FACTOR * tiny.RECIPE["network"]["patch_size"]
+TOLD = {"condition": ["inpainting"], "replacement": []}
+
+
+class Attentive(LatentFlow):
+    """A model that keeps what it is told."""
+
+    def velocity(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        self.conditions.append(condition)
+        return super().velocity(latents, time, condition)
+
+
+@pytest.fixture(scope="module")
+def model(kl) -> Attentive:
+    """A model that is told labels, the known part, and maps."""
+    made = tiny.model(kl, conditioning=tiny.SPATIAL, time_scale=20.0)
+    attentive = Attentive(made.config, made.network, made.autoencoder)
+    attentive.conditions = []
+    return attentive
+
+
+@pytest.fixture(scope="module")
+def plain(kl) -> LatentFlow:
+    """A model that is told labels alone."""
+    return tiny.model(kl, time_scale=20.0)
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """An image without two equal neighbours."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def scene(height: int, width: int) -> np.ndarray:
+    """A smooth image."""
+    rows, columns = np.mgrid[:height, :width]
+    channels = 60 + 120 * rows / height, 200 - 100 * columns / width, 90 + 60 * (rows + columns) / (height + width)
+    return np.stack(channels, -1).astype(np.uint8)
+
+
+def box(height: int, width: int, top: int, left: int, bottom: int, right: int) -> np.ndarray:
+    mask = np.zeros((height, width), np.uint8)
+    mask[top:bottom, left:right] = 1
+    return mask
+
+
+def middle(height: int, width: int) -> np.ndarray:
+    """A hole of about a third of each side."""
+    return box(height, width, height // 3, width // 3, max(2 * height // 3, 1), max(2 * width // 3, 1))
+
+
+def pixels_of(samples) -> np.ndarray:
+    return samples.pixels.permute(0, 2, 3, 1).numpy()
+
+
+def images_of(*arrays: np.ndarray) -> list[Image.Image]:
+    return [Image.fromarray(array) for array in arrays]
+
+
+# What is known stays
+
+
+SIZES = [(9, 7), (16, 16), (20, 16), (23, 41), (48, 48), (44, 36), (17, 64)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("feather", [0, 3])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_known_pixels_stay_to_the_bit(model, size, feather, method):
+    image, mask = picture(*size), middle(*size)
+    fits = ["window", "whole"] + (["native"] if size[0] % MULTIPLE == size[1] % MULTIPLE == 0 else [])
+    for fit in fits:
+        result = inpaint(model, image, mask, fit=fit, feather=feather, method=method, num=2)
+        assert result.pixels.dtype == torch.uint8
+        filled = pixels_of(result)
+        assert filled.shape == (2, *size, 3)
+        assert (filled == image)[:, mask == 0].all()
+        assert (filled != image)[:, mask == 1].mean() > 0.5
+
+
+@settings(max_examples=25, deadline=None)
+@given(height=st.integers(4, 50), width=st.integers(4, 50), seed=st.integers(0, 10**6), feather=st.integers(0, 5))
+def test_known_pixels_stay_for_any_hole(model, height, width, seed, feather):
+    mask = draw_mask(MaskRules(most_share=0.5), height, width, seed)
+    image = picture(height, width, seed)
+    try:
+        result = inpaint(model, image, mask, feather=feather)
+    except DataError as error:  # of few pixels with holes all over, nothing may be left
+        assert "leaves nothing" in str(error)
+        return
+    assert (pixels_of(result)[0] == image)[mask == 0].all()
+
+
+def test_what_was_drawn_is_pasted_where_nothing_is_scaled(model):
+    image, mask = picture(SIZE, SIZE), middle(SIZE, SIZE)
+    result = inpaint(model, image, mask)
+    drawn = to_uint8(model.decode(result.latents))[0].permute(1, 2, 0).numpy()
+    assert (pixels_of(result)[0] == np.where(mask[..., None] == 1, drawn, image)).all()
+    assert result.request.image_size == (SIZE, SIZE)
+
+
+def test_replacement_follows_the_path_to_the_known_image(plain):
+    """At the end of the path, latents outside the hole are those of the image without its hole."""
+    image, mask = picture(24, 24), box(24, 24, 6, 8, 14, 18)
+    frame = choose_frame(plain, mask, "native")
+    seen, _ = frame.cut(image, mask)
+    result = inpaint(plain, image, mask, fit="native")
+    known = plain.encode(torch.from_numpy(seen).permute(2, 0, 1)[None] / 127.5 - 1)
+    outside = torch.ones(12, 12, dtype=torch.bool)
+    outside[3:7, 4:9] = False
+    torch.testing.assert_close(result.latents[0][:, outside], known[0][:, outside], atol=1e-5, rtol=1e-5)
+    assert ((result.latents - known).abs().amax(1)[0] > 1e-2)[~outside].all()
+
+
+# What the model sees
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), height=st.integers(2, 90), width=st.integers(2, 90))
+def test_the_window_is_a_square_around_the_hole(plain, data, height, width):
+    top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    bottom, right = data.draw(st.integers(top + 1, height)), data.draw(st.integers(left + 1, width))
+    mask = box(height, width, top, left, bottom, right)
+    if mask.all():
+        return
+    frame, shorter, extent = choose_frame(plain, mask), min(height, width), max(bottom - top, right - left)
+    x0, y0, x1, y1 = frame.box
+    assert 0 <= x0 < x1 <= width
+    assert 0 <= y0 < y1 <= height
+    assert x0 <= left < right <= x1
+    assert y0 <= top < bottom <= y1
+    sides_seen = (x0 == 0 or x0 < left, y0 == 0 or y0 < top, x1 == width or x1 > right, y1 == height or y1 > bottom)
+    assert all(sides_seen), "what adjoins the hole is seen"
+    assert not mask[y0:y1, x0:x1].all()
+    if frame.size == (SIZE, SIZE) and x1 - x0 == y1 - y0:
+        assert x1 - x0 == min(max(2 * extent, SIZE), shorter)
+    else:
+        assert extent >= shorter - 1
+        assert frame.box == (0, 0, width, height)
+        with pytest.raises(ConfigError, match="whole"):
+            choose_frame(plain, mask, "window")
+
+
+@pytest.mark.parametrize(
+    ("size", "hole", "frame"),
+    [
+        ((100, 150), (40, 60, 44, 64), (54, 34, 70, 50)),  # a small hole: the training size, not scaled
+        ((100, 150), (40, 60, 60, 64), (42, 30, 82, 70)),  # as much again beside it
+        ((100, 150), (99, 149, 100, 150), (134, 84, 150, 100)),  # one pixel in the corner
+        ((100, 150), (0, 10, 80, 90), (0, 0, 100, 100)),  # no more room than the image's height
+        ((100, 150), (0, 70, 100, 90), (30, 0, 130, 100)),  # as tall as the image
+        ((10, 12), (4, 4, 6, 6), (0, 0, 10, 10)),  # an image that is less than the training size
+    ],
+)
+def test_windows(plain, size, hole, frame):
+    assert choose_frame(plain, box(*size, *hole)) == Frame(frame, (SIZE, SIZE))
+
+
+@pytest.mark.parametrize(
+    "hole",
+    [
+        (40, 0, 60, 150),  # as wide as the image
+        (0, 20, 100, 120),  # a square as tall as the image
+        (40, 20, 60, 120),  # a square would end where the hole ends
+        (40, 20, 60, 119),
+    ],
+)
+def test_a_hole_that_leaves_no_window_room_is_seen_with_the_whole_image(plain, hole):
+    mask = box(100, 150, *hole)
+    assert choose_frame(plain, mask) == Frame((0, 0, 150, 100), (16, 24))
+    with pytest.raises(ConfigError, match="fit 'window'"):
+        choose_frame(plain, mask, "window")
+
+
+@given(height=st.integers(2, 300), width=st.integers(2, 300))
+@settings(max_examples=60, deadline=None)
+def test_the_whole_image_is_seen_in_multiples_near_its_shape(plain, height, width):
+    frame = choose_frame(plain, box(height, width, 0, 0, 1, 1), "whole")
+    assert frame.box == (0, 0, width, height)
+    assert min(frame.size) == SIZE
+    for side, seen in zip((height, width), frame.size, strict=True):
+        assert seen % MULTIPLE == 0
+        assert abs(seen - SIZE * side / min(height, width)) <= MULTIPLE / 2
+
+
+def test_native_is_the_image_as_it_is(plain):
+    assert choose_frame(plain, middle(20, 28), "native") == Frame((0, 0, 28, 20), (20, 28))
+    with pytest.raises(ConfigError, match=r"27 x 20 pixels .* multiples of 4; resize to 28 x 20"):
+        choose_frame(plain, middle(20, 27), "native")
+
+
+def test_no_thin_stroke_vanishes():
+    """Every single pixel of a row, at every size that a row may be scaled to."""
+    for width in [*range(1, 40), 134, 136, 137, 480]:  # 134, 136, 137: where filters in floating point lose one
+        for seen_width in (4, 16, 48, 80, 96):
+            frame = Frame((0, 0, width, 1), (1, seen_width))
+            for column in range(width):
+                _, seen = frame.cut(np.zeros((1, width, 3), np.uint8), box(1, width, 0, column, 1, column + 1))
+                first, last = column * seen_width // width, -(-(column + 1) * seen_width // width)
+                assert np.flatnonzero(seen[0]).tolist() == list(range(first, last))
+
+
+def test_a_hairline_on_a_large_image_is_told(model):
+    image, mask = picture(300, 300), np.zeros((300, 300), np.uint8)
+    np.fill_diagonal(mask, 1)
+    mask[200, :] = 1
+    model.conditions.clear()
+    result = inpaint(model, image, mask)
+    assert (pixels_of(result)[0] == image)[mask == 0].all()
+    told = model.conditions[0].mask[0, 0]
+    assert (told.diagonal() > 0).all()
+    assert (told[200 * 8 // 300] > 0).all()
+
+
+def test_scaling_keeps_plain_colours_plain():
+    """Neither gray of the hole nor ringing beside it: colours are weighted by what is known."""
+    colour = np.array([250, 3, 128], np.uint8)
+    image = np.broadcast_to(colour, (45, 37, 3)).copy()
+    for seed in range(10):
+        mask = draw_mask(MaskRules(), 45, 37, seed)
+        for size in ((16, 16), (12, 40), (90, 80), (45, 37)):
+            seen, hole = Frame((0, 0, 37, 45), size).cut(np.where(mask[..., None] == 1, 77, image), mask)
+            assert (seen[hole == 0] == colour).all()
+            assert (seen[hole == 1] == HOLE_GRAY).all()
+
+
+def test_scaling_is_bicubic_far_from_the_hole():
+    image, mask = picture(40, 60), box(40, 60, 0, 0, 4, 4)
+    seen, _ = Frame((0, 0, 60, 40), (16, 24)).cut(image, mask)
+    plain = np.asarray(Image.fromarray(image).resize((24, 16), Image.Resampling.BICUBIC)).astype(int)
+    assert abs(seen.astype(int) - plain)[8:, 8:].max() <= 1  # rounded once, and not after each axis
+
+
+def test_the_model_is_told_what_training_tells_it(model, segmented):
+    """The batch that training would make of the same image, hole and map; equal to the bit."""
+    source, rules, seed = open_images(segmented, SIZE), MaskRules(), 5
+    spatial = SpatialData(factor=tiny.FACTOR, holes=rules, maps=True)
+    stream = TrainingImages(source, seed=seed, flip=False, spatial=spatial)
+    for position in range(4):
+        batch = stream.__getitems__([position])
+        in_training = []
+
+        def network(x, t, condition, seen=in_training):
+            seen.append(condition)
+            return torch.zeros_like(x)
+
+        training_step(
+            model,
+            network,
+            batch,
+            times=TrainingTimes(),
+            batch_size=1,
+            seed=seed,
+            device="cpu",
+            told=CONDITION_NAMES,
+        )
+        item = source[int(batch.indices[0])]
+        mask = draw_mask(rules, SIZE, SIZE, derive_seed(seed, "mask", position))
+        model.conditions.clear()
+        inpaint(model, item.pixels, mask, classes=[item.label], semantic_map=item.semantic_map, fit="native")
+        assert in_training[0].names == ["labels", "masked_latents", "mask", "class_fractions"]
+        for name in in_training[0].names:
+            assert torch.equal(getattr(model.conditions[0], name), getattr(in_training[0], name)), name
+
+
+def test_the_map_is_seen_through_the_same_frame(model):
+    """Each class of the map stands where its colour stands in the image."""
+    height, width = 60, 100
+    indices = np.full((height, width), UNLABELLED, np.uint8)
+    indices[:, 30:60], indices[20:40, 60:] = 1, 2
+    mask = box(height, width, 25, 45, 35, 60)
+    for fit in ("window", "whole"):
+        frame = choose_frame(model, mask, fit)
+        left, top, right, bottom = frame.box
+        rows = (top + (np.arange(frame.size[0]) + 0.5) * (bottom - top) / frame.size[0]).astype(int)
+        columns = (left + (np.arange(frame.size[1]) + 0.5) * (right - left) / frame.size[1]).astype(int)
+        wanted = shares(class_counts(indices[rows][:, columns], 3, tiny.FACTOR), tiny.FACTOR)
+        for given_map in (indices, Image.fromarray(indices), Image.fromarray(colour_map(indices, tiny.MAP_PALETTE))):
+            model.conditions.clear()
+            inpaint(model, scene(height, width), mask, fit=fit, semantic_map=given_map)
+            assert torch.equal(model.conditions[0].class_fractions[0], wanted)
+        assert wanted.sum(0).min() == 0  # unlabelled pixels
+
+
+# Nothing of what the hole covers is used
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("feather", [0, 4])
+@pytest.mark.parametrize("size", [(16, 16), (40, 40), (13, 11), (37, 90), (44, 36)], ids=str)
+def test_the_hole_hides_what_it_covers(model, size, feather, method):
+    image, other, mask = picture(*size), picture(*size, seed=1), middle(*size)
+    other = np.where(mask[..., None] == 1, other, image)
+    assert (image != other)[mask == 1].mean() > 0.9
+    fits = [fit for fit in FITS if fit != "native" or size[0] % MULTIPLE == size[1] % MULTIPLE == 0]
+    for fit in fits:
+        results = [inpaint(model, x, mask, fit=fit, feather=feather, method=method) for x in (image, other)]
+        assert torch.equal(results[0].pixels, results[1].pixels)
+        assert torch.equal(results[0].latents, results[1].latents)
+
+
+# Feather
+
+
+def across_the_border(image: np.ndarray) -> float:
+    """Mean difference of neighbours across the border of `middle(48, 48)`."""
+    x = image.astype(float)
+    pairs = [(x[16, 16:32], x[15, 16:32]), (x[31, 16:32], x[32, 16:32])]
+    pairs += [(x[16:32, 16], x[16:32, 15]), (x[16:32, 31], x[16:32, 32])]
+    return float(np.mean([abs(inside - outside).mean() for inside, outside in pairs]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_feather_closes_the_seam_and_stays_in_its_band(model, method):
+    image, mask, feather = scene(48, 48), middle(48, 48), 5
+    sharp, soft = (pixels_of(inpaint(model, image, mask, method=method, feather=f))[0] for f in (0, feather))
+    assert across_the_border(image) < 4
+    assert across_the_border(soft) < 0.6 * across_the_border(sharp)
+    deep = box(48, 48, 16 + feather, 16 + feather, 32 - feather, 32 - feather)
+    assert (soft == sharp)[deep == 1].all()
+    ring = box(48, 48, 17, 17, 31, 31) == 0
+    assert (soft != sharp)[ring & (mask == 1)].mean() > 0.5
+
+
+@pytest.mark.parametrize("feather", [1, 2, 3, 7, 8])
+def test_the_band_is_as_wide_as_it_is_called(feather):
+    """A hole to the right of column 19, painted 100 levels too bright."""
+    image, mask = np.full((30, 50, 3), 50, np.uint8), box(30, 50, 0, 20, 30, 50)
+    frame = Frame((0, 0, 50, 30), (30, 50))
+    drawn = np.where(mask[..., None] == 1, image + 100, image)
+    row = frame.paste(drawn, image, mask, feather)[15, :, 0].astype(int)
+    assert (row[:20] == 50).all()
+    assert (row[20 + feather :] == 150).all()
+    assert (row[20 : 20 + feather] < 150).all()
+    assert (np.diff(row[19:]) >= 0).all()
+
+
+def test_feather_looks_at_known_pixels_of_the_frame_alone():
+    """Beside a constant difference, whatever the size of the hole and wherever it lies, the border is met."""
+    image, mask = np.full((40, 60, 3), 50, np.uint8), box(40, 60, 10, 10, 20, 20)
+    frame = Frame((5, 5, 25, 25), (20, 20))
+    drawn = np.full((20, 20, 3), 90, np.uint8)
+    pasted = frame.paste(drawn, image, mask, 9)
+    assert (pasted[mask == 0] == 50).all()
+    assert (pasted[10, 10:20] < 60).all()
+    assert (pasted[14:16, 14:16] > 70).all()
+
+
+# Seeds
+
+
+def test_seeds_differ_inside_the_hole_and_do_not_depend_on_the_batch(model):
+    image, mask = picture(30, 22), middle(30, 22)
+    together = inpaint(model, image, mask, num=5, seed=3, batch_size=2)
+    assert together.request.seeds == [3, 4, 5, 6, 7]
+    filled = pixels_of(together)
+    for first in range(5):
+        for second in range(first):
+            assert (filled[first] != filled[second])[mask == 1].mean() > 0.5
+    for row in range(5):
+        alone = inpaint(model, image, mask, seed=3 + row)
+        torch.testing.assert_close(alone.latents[0], together.latents[row], atol=1e-5, rtol=1e-5)
+        assert abs(pixels_of(alone)[0].astype(int) - filled[row].astype(int)).max() <= 1
+
+
+def test_progress_is_told(plain):
+    seen = []
+    inpaint(plain, picture(16, 16), middle(16, 16), num=5, batch_size=2, on_images=seen.append)
+    assert seen == [2, 2, 1]
+
+
+# Files and memory
+
+
+def test_paths_pictures_and_arrays_are_the_same(model, tmp_path):
+    image, mask, indices = picture(20, 26), middle(20, 26), np.full((20, 26), 2, np.uint8)
+    files = [tmp_path / name for name in ("image.png", "mask.png", "map.png")]
+    for array, file in zip((image, mask * 255, indices), files, strict=True):
+        Image.fromarray(array).save(file)
+    known, hole, semantic_map = images_of(image, mask * 255, indices)
+    ways = [
+        (files[0], files[1], files[2]),
+        (str(files[0]), str(files[1]), str(files[2])),
+        (known, hole, semantic_map),
+        (image, mask, indices),
+        (image, mask > 0, indices.astype(np.int64)),
+        (known.convert("RGBA"), hole.convert("1"), Image.fromarray(colour_map(indices, tiny.MAP_PALETTE))),
+    ]
+    results = [model.inpaint(*way[:2], semantic_map=way[2], num=2, feather=2).pixels for way in ways]
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+def test_a_rotated_photograph_comes_out_upright(model):
+    upright, mask = picture(20, 30), middle(20, 30)
+    turned = Image.fromarray(np.rot90(upright).copy())
+    turned.getexif()[0x0112] = 6  # to be turned clockwise
+    assert torch.equal(inpaint(model, turned, mask).pixels, inpaint(model, upright, mask).pixels)
+
+
+def test_what_the_png_says_draws_it_again(model, tmp_path):
+    image, mask = tmp_path / "photo.png", tmp_path / "hole.png"
+    Image.fromarray(picture(26, 34)).save(image)
+    Image.fromarray(middle(26, 34) * 255).save(mask)
+    asked = {"classes": ["berry"], "seed": 7, "feather": 2, "guidance": 2.0, "guided_by": ["inpainting"], "steps": 3}
+    samples = model.inpaint(image, mask, num=2, **asked)
+    first, second = samples.save_as(tmp_path / "out" / "filled.png")
+    assert [file.name for file in (first, second)] == [
+        "filled_class-001_seed-00000007.png",
+        "filled_class-001_seed-00000008.png",
+    ]
+    said = json.loads(Image.open(second).text["latentflow"])
+    assert (said["task"], said["seeds"], said["labels"], said["class_name"]) == ("inpaint", [8], [1], "berry")
+    assert said["told"] == ["label", "inpainting"]
+    assert said["evaluations"] == 6
+    assert said["image_size"] == [SIZE, SIZE]
+    inputs = said["inputs"]
+    assert inputs["method"] == "condition"
+    assert inputs["feather"] == "2"
+    assert tuple(map(int, inputs["frame"].split())) == choose_frame(model, middle(26, 34)).box
+    for name, file in (("image", image), ("mask", mask)):
+        assert inputs[name].startswith(f"{file.name} sha256:")
+    assert inputs["image"].split(":")[1] != inputs["mask"].split(":")[1]
+
+    again = model.inpaint(
+        *(tmp_path / inputs[name].split()[0] for name in ("image", "mask")),
+        classes=said["labels"],
+        seed=said["seeds"][0],
+        feather=int(inputs["feather"]),
+        method=inputs["method"],
+        **said["sampling"],
+    )
+    difference = np.asarray(again.images[0]).astype(int) - np.asarray(Image.open(second))
+    assert abs(difference).max() <= 1  # in a batch of another size
+    twice = model.inpaint(image, mask, num=2, **asked)
+    assert torch.equal(twice.pixels, samples.pixels)
+
+
+# Guidance
+
+
+@pytest.mark.parametrize("guided_by", ["inpainting", "label", "semantic_map"])
+def test_guidance_by_each_condition(model, guided_by):
+    image, mask = picture(16, 16), middle(16, 16)
+    told = {"classes": ["apple"], "semantic_map": np.ones((16, 16), np.uint8)}
+    plain = inpaint(model, image, mask, **told)
+    model.conditions.clear()
+    guided = inpaint(model, image, mask, **told, guidance=3.0, guided_by=[guided_by])
+    assert plain.evaluations.tolist() == [2]
+    assert guided.evaluations.tolist() == [4]
+    assert (plain.pixels != guided.pixels).any()
+    both = model.conditions[0]  # conditioned and its null twin, in one batch
+    fields = {"label": "labels", "inpainting": "mask", "semantic_map": "class_fractions"}
+    for name, field in fields.items():
+        first, second = getattr(both, field)
+        assert torch.equal(first, second) == (name != guided_by)
+
+
+def test_guidance_by_all_that_is_told_and_by_nothing(model, plain):
+    image, mask = picture(16, 16), middle(16, 16)
+    assert inpaint(model, image, mask, guidance=2.0).evaluations.tolist() == [4]
+    for refused, message in [
+        ({"guidance": 2.0, "guided_by": ["semantic_map"]}, "not told"),
+        ({"guidance": 2.0, "guided_by": ["label"]}, "not told"),
+        ({"guidance": 2.0, "method": "replacement"}, "told nothing"),
+        ({"guidance": 2.0, "method": "replacement", "guided_by": ["inpainting"]}, "not told"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            inpaint(model, image, mask, **refused)
+    with pytest.raises(ConfigError, match="never trained"):
+        inpaint(plain, image, mask, guidance=2.0, guided_by=["inpainting"])
+    assert inpaint(plain, image, mask, classes=["apple"], guidance=2.0).evaluations.tolist() == [4]
+
+
+@pytest.mark.parametrize("solver", ["heun", "ab2", "dopri5"])
+@pytest.mark.parametrize("method", METHODS)
+def test_solvers(model, method, solver):
+    result = inpaint(model, scene(20, 20), middle(20, 20), method=method, solver=solver, rtol=1e-3, atol=1e-3, num=2)
+    assert (result.evaluations > 2).all()
+    assert result.request.told == TOLD[method]
+
+
+# Bad input
+
+
+def test_a_model_that_is_not_told_the_condition(plain):
+    image, mask = picture(16, 16), middle(16, 16)
+    assert inpaint(plain, image, mask).request.inputs["method"] == "replacement"
+    with pytest.raises(ConfigError, match="not trained with the condition inpainting"):
+        inpaint(plain, image, mask, method="condition")
+    with pytest.raises(ConfigError, match="not trained with the condition semantic_map"):
+        inpaint(plain, image, mask, semantic_map=mask)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"method": "conditon"}, "did you mean 'condition'"),
+        ({"method": "magic"}, "valid: condition, replacement"),
+        ({"fit": "windows"}, "did you mean 'window'"),
+        ({"fit": ""}, "valid: window, whole, native"),
+        ({"feather": -1}, "feather -1"),
+        ({"num": 0}, "number of images 0"),
+        ({"classes": ["kiwi"]}, "kiwi"),
+        ({"solver": "huen"}, "heun"),
+    ],
+)
+def test_requests_that_are_refused(model, request_, message):
+    model.conditions.clear()
+    with pytest.raises(ConfigError, match=message):
+        inpaint(model, picture(16, 16), middle(16, 16), **request_)
+    assert not model.conditions
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "semantic_map", "message"),
+    [
+        (picture(16, 16), middle(16, 18), None, "18 x 16"),
+        (picture(16, 16), np.zeros((16, 16)), None, "all black"),
+        (picture(16, 16), np.ones((16, 16)), None, "all white"),
+        (picture(16, 16), np.ones((16, 16, 1)), None, r"\[16, 16, 1\]"),
+        (picture(16, 16), Image.new("L", (16, 16), 90), None, "gray"),
+        (picture(1, 16), box(1, 16, 0, 3, 1, 5), None, "less than one latent pixel"),
+        (picture(16, 16).astype(np.float64), middle(16, 16), None, "8-bit RGB"),
+        (Image.fromarray(np.ones((16, 16), np.float32)), middle(16, 16), None, "8-bit RGB"),
+        (picture(16, 16), middle(16, 16), np.zeros((16, 20), np.uint8), "20 x 16"),
+        (picture(16, 16), middle(16, 16), np.full((16, 16), 3), "class 3"),
+        (picture(16, 16), middle(16, 16), Image.new("RGB", (16, 16), (1, 2, 3)), "of no class"),
+    ],
+)
+def test_images_masks_and_maps_that_are_refused(model, image, mask, semantic_map, message):
+    model.conditions.clear()
+    with pytest.raises(DataError, match=message):
+        inpaint(model, image, mask, semantic_map=semantic_map)
+    assert not model.conditions
+
+
+def test_a_hole_that_leaves_nothing_at_the_size_the_model_sees(model):
+    grid = np.ones((160, 160), np.uint8)
+    grid[::10, ::10] = 0
+    with pytest.raises(DataError, match="at 16 x 16 pixels.*leaves nothing"):
+        inpaint(model, picture(160, 160), grid)
+    result = inpaint(model, picture(160, 160), grid, fit="native")
+    assert (pixels_of(result)[0] == picture(160, 160))[grid == 0].all()
+    comb = np.zeros((16, 16), np.uint8)
+    comb[:, ::2] = 1  # a hole in every latent pixel: known to a model that is told shares, and to no other
+    assert inpaint(model, picture(16, 16), comb).request.told == ["inpainting"]
+    with pytest.raises(DataError, match="leaves nothing"):
+        inpaint(model, picture(16, 16), comb, method="replacement")
+
+
+def test_a_model_that_never_learned_to_paint_without_a_hole(kl):
+    only = tiny.model(kl, conditioning={"inpainting": True, "inpainting_dropout": 0.0})
+    image, mask = picture(16, 16), middle(16, 16)
+    assert inpaint(only, image, mask).request.told == ["inpainting"]
+    with pytest.raises(ConfigError, match="latentflow inpaint"):
+        only.sample(num=1)
+    with pytest.raises(ConfigError, match="dropout 0"):
+        inpaint(only, image, mask, guidance=2.0)
+
+
+def test_a_missing_file(model, tmp_path):
+    Path(tmp_path / "text.png").write_text("no image")
+    with pytest.raises(DataError, match="does not exist"):
+        inpaint(model, tmp_path / "none.png", middle(16, 16))
+    with pytest.raises(DataError, match="does not exist"):
+        inpaint(model, picture(16, 16), tmp_path / "none.png")
+    with pytest.raises(DataError, match="no image that Pillow can read"):
+        inpaint(model, tmp_path / "text.png", middle(16, 16))
