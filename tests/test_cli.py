@@ -115,6 +115,35 @@ def test_encode_train_sample_info(command, tmp_path, images, kl_folder, recipe_f
     assert "fruit" in command("info", run).out  # the table for people
 
 
+def test_encode_train_sample_info_with_conditions_of_space(command, tmp_path, segmented, kl_folder, recipe_file):
+    cache, run, pictures = tmp_path / "cache", tmp_path / "run", tmp_path / "pictures"
+    where = ("--autoencoder", kl_folder, "--image-size", tiny.IMAGE_SIZE, "--out", cache, "--device", "cpu", "--json")
+    encoded = command("encode", segmented, *where, "--mask-variants", 2, "--mask-policy", "boxes")
+    assert encoded.code == 0, encoded.err
+    report = json.loads(encoded.out)
+    assert (report["images"], report["map classes"], report["mask variants"]) == (12, 3, 2)
+
+    overrides = ("conditioning.inpainting=true", "conditioning.semantic_map=true", "training.preview_every=2")
+    trained = command("train", recipe_file, f"data.path={cache}", *overrides, "--cpu")
+    assert trained.code == 0, trained.err
+    assert (run / "samples" / "step-00000002.png").is_file()
+
+    guided = ("--guidance", 2, "--guided-by", "label", "--classes", "cherry", "--device", "cpu", "--json")
+    sampled = command("sample", run, "--num", 2, "--out", pictures, *guided)
+    assert sampled.code == 0, sampled.err
+    assert json.loads(sampled.out)["evaluations per image"] == 4
+    refused(command("sample", run, "--out", pictures, *guided[:2], "--guided-by", "semantic_mop"), "semantic_map")
+    unconditional = command("sample", run, "--num", 1, "--out", pictures, "--classes", "none", "--device", "cpu")
+    assert unconditional.code == 0, unconditional.err
+    assert (pictures / "seed-00000000.png").is_file()
+
+    facts = json.loads(command("info", run, "--json").out)
+    assert facts["told"] == ["label", "inpainting", "semantic_map"]
+    assert (facts["map classes"], facts["holes"]) == (list(tiny.MAP_CLASSES), "boxes")
+    facts = json.loads(command("info", cache, "--json").out)
+    assert (facts["map classes"], facts["mask variants"]) == (list(tiny.MAP_CLASSES), 2)
+
+
 def test_dry_run_prints_the_recipe_and_writes_nothing(command, tmp_path, recipe_file):
     before = tiny.tree(tmp_path)
     result = command("train", recipe_file, "training.batch_size=6", "--dry-run")

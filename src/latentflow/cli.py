@@ -82,6 +82,9 @@ def encode(
         int, typer.Option(min=0, help="Images with holes encoded of each image, for inpainting; 0: none.")
     ] = 0,
     mask_policy: Annotated[MaskPolicy, typer.Option(help="How their holes are drawn.")] = MaskPolicy.mixed,
+    mask_folder: Annotated[
+        Path | None, typer.Option(help="Mask files to choose from instead; white is painted anew.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a broken image instead of leaving it out.")] = False,
     device: Device = None,
     as_json: AsJson = False,
@@ -99,7 +102,7 @@ def encode(
         precision=precision.value,
         batch_size=batch_size,
         shard_size=shard_size,
-        masks=MaskRules(policy=mask_policy.value),
+        masks=MaskRules(policy=mask_policy.value, folder=str(mask_folder or "")),
         mask_variants=mask_variants,
         strict=strict,
         device=device,

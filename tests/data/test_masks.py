@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from latentflow.data.masks import MIXTURE, REACH, MaskRules, draw_mask, hole_kind, read_mask
+from latentflow.data.masks import MIXTURE, REACH, MaskRules, check_masks, draw_mask, hole_kind, read_mask
 from latentflow.errors import ConfigError, DataError
 
 POLICIES = ["mixed", *MIXTURE]
@@ -451,3 +451,43 @@ def test_masks_that_keep_nothing_are_refused(tmp_path, white):
     message = refusal(path)
     assert message.startswith(f"the mask {path} is all white, nothing of the image is kept: make black")
     assert message.endswith("latentflow sample")
+
+
+# Given holes
+
+
+@pytest.fixture
+def mask_folder(tmp_path):
+    folder = tmp_path / "holes"
+    folder.mkdir()
+    for number in range(3):
+        mask = np.zeros((20, 30), np.uint8)
+        mask[number * 5, :] = 255  # one thin line each
+        Image.fromarray(mask).save(folder / f"{number}.png")
+    return folder
+
+
+def test_given_masks_are_chosen_by_seed_and_stretched_without_losing_a_line(mask_folder):
+    rules = MaskRules(folder=str(mask_folder))
+    check_masks(rules, 8, 8)
+    drawn = [draw_mask(rules, 8, 8, seed) for seed in range(30)]
+    rows = [tuple(np.flatnonzero(mask.any(1)).tolist()) for mask in drawn]
+    assert set(rows) == {(0,), (2,), (4,)}  # pixels 0, 5 and 10 of 20 rows, each within one of 8
+    assert all(mask.dtype == np.uint8 and set(np.unique(mask)) == {0, 1} for mask in drawn)
+    assert all(np.array_equal(mask, draw_mask(rules, 8, 8, seed)) for seed, mask in enumerate(drawn))
+
+
+def test_a_folder_without_masks_or_with_a_bad_one_is_refused_before_it_is_used(mask_folder, tmp_path):
+    with pytest.raises(DataError, match="no mask files in .*nowhere"):
+        check_masks(MaskRules(folder=str(tmp_path / "nowhere")), 8, 8)
+    Image.fromarray(np.full((20, 30), 77, np.uint8)).save(mask_folder / "9.png")
+    with pytest.raises(DataError, match=r"9\.png has 600 gray pixels"):
+        check_masks(MaskRules(folder=str(mask_folder)), 8, 8)
+
+
+def test_a_given_mask_that_keeps_nothing_at_that_size_is_refused(tmp_path):
+    mask = np.full((64, 64), 255, np.uint8)
+    mask[::2] = 0
+    Image.fromarray(mask).save(tmp_path / "stripes.png")
+    with pytest.raises(DataError, match=r"stripes\.png keeps nothing of an image of 8 x 8 pixels"):
+        check_masks(MaskRules(folder=str(tmp_path)), 8, 8)

@@ -1,4 +1,4 @@
-"""Inpainting: what is known stays to the bit, what the hole covers is never looked at, the model sees what it learned."""
+"""Inpainting: the known part stays to the bit, the hole hides what it covers, the model sees what it learned."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def images_of(*arrays: np.ndarray) -> list[Image.Image]:
 # What is known stays
 
 
-SIZES = [(9, 7), (16, 16), (20, 16), (23, 41), (48, 48), (44, 36), (17, 64)]
+SIZES = [(9, 7), (16, 16), (20, 16), (23, 41), (48, 48), (44, 36), (20, 52)]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -132,7 +132,7 @@ def test_what_was_drawn_is_pasted_where_nothing_is_scaled(model):
 
 
 def test_replacement_follows_the_path_to_the_known_image(plain):
-    """At the end of the path, latents outside the hole are those of the image without its hole."""
+    """At its end, where sigma_min = 1e-5 of the noise is left, latents outside the hole are those of the image."""
     image, mask = picture(24, 24), box(24, 24, 6, 8, 14, 18)
     frame = choose_frame(plain, mask, "native")
     seen, _ = frame.cut(image, mask)
@@ -140,7 +140,7 @@ def test_replacement_follows_the_path_to_the_known_image(plain):
     known = plain.encode(torch.from_numpy(seen).permute(2, 0, 1)[None] / 127.5 - 1)
     outside = torch.ones(12, 12, dtype=torch.bool)
     outside[3:7, 4:9] = False
-    torch.testing.assert_close(result.latents[0][:, outside], known[0][:, outside], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result.latents[0][:, outside], known[0][:, outside], atol=1e-4, rtol=0)
     assert ((result.latents - known).abs().amax(1)[0] > 1e-2)[~outside].all()
 
 
@@ -222,14 +222,16 @@ def test_native_is_the_image_as_it_is(plain):
 
 
 def test_no_thin_stroke_vanishes():
-    """Every single pixel of a row, at every size that a row may be scaled to."""
-    for width in [*range(1, 40), 134, 136, 137, 480]:  # 134, 136, 137: where filters in floating point lose one
+    """Every single pixel of a row, at every size that a row may be scaled to; row i has its hole at column i."""
+    for width in [*range(1, 40), 134, 136, 137, 480]:  # 134, 136, 137: where a filter in floating point loses one
+        image, holes = np.zeros((width, width, 3), np.uint8), np.eye(width, dtype=np.uint8)
         for seen_width in (4, 16, 48, 80, 96):
-            frame = Frame((0, 0, width, 1), (1, seen_width))
-            for column in range(width):
-                _, seen = frame.cut(np.zeros((1, width, 3), np.uint8), box(1, width, 0, column, 1, column + 1))
-                first, last = column * seen_width // width, -(-(column + 1) * seen_width // width)
-                assert np.flatnonzero(seen[0]).tolist() == list(range(first, last))
+            _, seen = Frame((0, 0, width, width), (width, seen_width)).cut(image, holes)
+            columns = np.arange(width)[:, None]
+            first, behind = columns * seen_width // width, -(-(columns + 1) * seen_width // width)
+            wanted = (np.arange(seen_width) >= first) & (np.arange(seen_width) < behind)
+            assert (seen == wanted).all(), (width, seen_width)
+            assert seen.any(1).all()
 
 
 def test_a_hairline_on_a_large_image_is_told(model):
@@ -347,7 +349,7 @@ def test_feather_closes_the_seam_and_stays_in_its_band(model, method):
     image, mask, feather = scene(48, 48), middle(48, 48), 5
     sharp, soft = (pixels_of(inpaint(model, image, mask, method=method, feather=f))[0] for f in (0, feather))
     assert across_the_border(image) < 4
-    assert across_the_border(soft) < 0.6 * across_the_border(sharp)
+    assert across_the_border(soft) < 0.8 * across_the_border(sharp)  # random weights draw noise, which stays
     deep = box(48, 48, 16 + feather, 16 + feather, 32 - feather, 32 - feather)
     assert (soft == sharp)[deep == 1].all()
     ring = box(48, 48, 17, 17, 31, 31) == 0
@@ -356,26 +358,34 @@ def test_feather_closes_the_seam_and_stays_in_its_band(model, method):
 
 @pytest.mark.parametrize("feather", [1, 2, 3, 7, 8])
 def test_the_band_is_as_wide_as_it_is_called(feather):
-    """A hole to the right of column 19, painted 100 levels too bright."""
+    """A hole to the right of column 19, in a picture that came out 100 levels too bright."""
     image, mask = np.full((30, 50, 3), 50, np.uint8), box(30, 50, 0, 20, 30, 50)
-    frame = Frame((0, 0, 50, 30), (30, 50))
-    drawn = np.where(mask[..., None] == 1, image + 100, image)
-    row = frame.paste(drawn, image, mask, feather)[15, :, 0].astype(int)
+    pasted = Frame((0, 0, 50, 30), (30, 50)).paste(image + 100, image, mask, feather)
+    assert (pasted == pasted[:1, :, :1]).all()
+    row = pasted[0, :, 0].astype(int)
     assert (row[:20] == 50).all()
     assert (row[20 + feather :] == 150).all()
     assert (row[20 : 20 + feather] < 150).all()
-    assert (np.diff(row[19:]) >= 0).all()
+    assert (np.diff(row) >= 0).all()
+    assert row[20] - 50 <= 100 / (feather + 1) ** 0.5
 
 
-def test_feather_looks_at_known_pixels_of_the_frame_alone():
-    """Beside a constant difference, whatever the size of the hole and wherever it lies, the border is met."""
-    image, mask = np.full((40, 60, 3), 50, np.uint8), box(40, 60, 10, 10, 20, 20)
-    frame = Frame((5, 5, 25, 25), (20, 20))
-    drawn = np.full((20, 20, 3), 90, np.uint8)
-    pasted = frame.paste(drawn, image, mask, 9)
-    assert (pasted[mask == 0] == 50).all()
-    assert (pasted[10, 10:20] < 60).all()
-    assert (pasted[14:16, 14:16] > 70).all()
+def test_a_right_picture_needs_no_feather():
+    """Where the known part comes out as it is, the hole stays as it was painted."""
+    image, mask = picture(30, 50), middle(30, 50)
+    drawn = np.where(mask[..., None] == 1, picture(30, 50, seed=1), image)
+    frame = Frame((0, 0, 50, 30), (30, 50))
+    assert (frame.paste(drawn, image, mask, 6) == drawn).all()
+
+
+def test_feather_looks_at_nothing_outside_the_frame():
+    """What lies there was not painted, so it says nothing of how far the colours are off."""
+    image, mask = picture(40, 60), box(40, 60, 10, 10, 20, 20)
+    other = picture(40, 60, seed=1)
+    other[5:25, 5:25] = image[5:25, 5:25]
+    frame, drawn = Frame((5, 5, 25, 25), (20, 20)), scene(20, 20)
+    first, second = (frame.paste(drawn, x, mask, 9) for x in (image, other))
+    assert (first == second)[mask == 1].all()
 
 
 # Seeds
@@ -570,7 +580,7 @@ def test_images_masks_and_maps_that_are_refused(model, image, mask, semantic_map
 def test_a_hole_that_leaves_nothing_at_the_size_the_model_sees(model):
     grid = np.ones((160, 160), np.uint8)
     grid[::10, ::10] = 0
-    with pytest.raises(DataError, match="at 16 x 16 pixels.*leaves nothing"):
+    with pytest.raises(DataError, match=r"at 16 x 16 pixels.*leaves nothing"):
         inpaint(model, picture(160, 160), grid)
     result = inpaint(model, picture(160, 160), grid, fit="native")
     assert (pixels_of(result)[0] == picture(160, 160))[grid == 0].all()

@@ -65,7 +65,7 @@ def test_the_map_encoder_learns_and_is_kept(recipe, train, kl, source):
         assert (average[key] != before[key]).all(), key
         assert not torch.equal(average[key], after[key])
         assert torch.equal(kept[key], average[key])
-    assert (after[ENCODER] - before[ENCODER]).abs().min() > 1e-4
+    assert (after[ENCODER] - before[ENCODER]).abs().max() > 1e-3
     assert moments[f"{ENCODER}/step"] == 10
 
 

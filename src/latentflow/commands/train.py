@@ -20,6 +20,7 @@ from latentflow.data.batches import SpatialData, TrainingImages, epoch_order
 from latentflow.data.images import open_images, readable
 from latentflow.data.items import ImageSource
 from latentflow.data.latent_cache import ChannelSums, LatentCache, is_cache
+from latentflow.data.masks import check_masks
 from latentflow.errors import ConfigError, DataError
 from latentflow.latent_flow import (
     AUTOENCODER_FOLDER,
@@ -134,6 +135,8 @@ def spatial_data(recipe: Recipe, source: LatentCache | ImageSource, factor: int)
         )
     if not told.inpainting:
         return SpatialData(factor, maps=True) if told.semantic_map else None
+    if data.images or not isinstance(source, LatentCache):
+        check_masks(data.masks, data.image_size, data.image_size)
     if not isinstance(source, LatentCache):
         return SpatialData(factor, holes=data.masks, maps=told.semantic_map)
     if data.images:

@@ -22,7 +22,7 @@ from latentflow.data.images import BrokenImage
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.latent_cache import CacheIndex, CachePlan, ChannelSums, ShardRecord, check_size, parse_record
 from latentflow.data.latent_size import class_counts, hide, hole_counts
-from latentflow.data.masks import MaskRules, draw_mask
+from latentflow.data.masks import MaskRules, check_masks, draw_mask
 from latentflow.errors import ArtifactError, DataError
 from latentflow.randomness import derive_seed
 
@@ -64,6 +64,8 @@ def write_cache(
         DataError: no image could be read, or, with `strict`, one is broken.
     """
     variants = {"masks": masks or MaskRules(), "mask_variants": mask_variants} if mask_variants else {}
+    if variants:
+        check_masks(variants["masks"], source.image_size, source.image_size)
     plan = _plan(source, autoencoder, flips=flips, precision=precision, shard_size=shard_size, **variants)
     folder = make_folder(folder)
     _claim(folder, plan)

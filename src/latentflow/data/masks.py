@@ -1,4 +1,4 @@
-"""Masks for inpainting: random holes for training, drawn from a seed, and a user's mask file for sampling.
+"""Masks for inpainting: holes for training, drawn from a seed, and a user's mask file for sampling.
 
 A mask is uint8 [H, W]: 0 is known and stays, 1 is painted anew. In a file white is painted anew.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
@@ -44,6 +45,7 @@ REACH: dict[HoleKind, tuple[float, float]] = {
     "borders": (1 / 8, 3 / 4),
 }
 
+_MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 _PATIENCE = 300  # pieces drawn for one mask, over all attempts; the default rules need 2.5 on average
 
 
@@ -70,6 +72,10 @@ class MaskRules(BaseModel):
     )
     largest_box: float = Field(
         150 / 256, ge=0.05, le=0.9, description="Longest side of a box, as a share of the image's width or height."
+    )
+
+    folder: str = Field(
+        "", description="A folder of mask files to choose from in place of all this; empty: holes are drawn at random."
     )
 
     @model_validator(mode="after")
@@ -102,10 +108,13 @@ def draw_mask(rules: MaskRules, height: int, width: int, seed: int) -> np.ndarra
         [H, W] uint8: 1 is painted anew, 0 is known.
 
     Raises:
-        DataError: a side is shorter than 2 pixels.
+        DataError: a side is shorter than 2 pixels, or a mask file of `rules.folder` cannot be used.
     """
     if min(height, width) < 2:
         raise DataError(f"a mask of {width} x {height} pixels (width x height) has no room: give at least 2 x 2")
+    if rules.folder:
+        files = mask_files(rules.folder)
+        return _fitted(files[int(len(files) * _random(seed).random())], height, width)
     random = _random(seed)
     kind = _kind(rules, random)
     num_pixels = height * width
@@ -126,6 +135,29 @@ def draw_mask(rules: MaskRules, height: int, width: int, seed: int) -> np.ndarra
         elif pieces_left == 0 and kind in _MOST_PIECES:
             pieces_left = 1
     return _middle_box((least + most) / 2, height, width)
+
+
+def mask_files(folder: str | Path) -> list[Path]:
+    """The mask files of a folder, sorted by name.
+
+    Raises:
+        DataError: there are none.
+    """
+    found = _listed(str(folder))
+    if not found:
+        raise DataError(f"no mask files in {folder}; put PNG masks there, white where an image is painted anew")
+    return found
+
+
+def check_masks(rules: MaskRules, height: int, width: int) -> None:
+    """Read every mask file that `draw_mask` might choose for images of this size; random holes need no check.
+
+    Raises:
+        DataError: there are none, or one cannot be used.
+    """
+    if rules.folder:
+        for file in mask_files(rules.folder):
+            _fitted(file, height, width)
 
 
 def hole_kind(rules: MaskRules, seed: int) -> HoleKind:
@@ -227,6 +259,22 @@ def _black_and_white(channels: np.ndarray, name: str) -> np.ndarray:
             f"the mask {name} is all white, nothing of the image is kept: make black what is to stay, or paint a whole "
             "new image with latentflow sample"
         )
+    return mask
+
+
+@lru_cache(maxsize=4)
+def _listed(folder: str) -> list[Path]:
+    return sorted(file for file in Path(folder).glob("*") if file.suffix.lower() in _MASK_SUFFIXES)
+
+
+@lru_cache(maxsize=4096)
+def _fitted(file: Path, height: int, width: int) -> np.ndarray:
+    """A mask file stretched to a size: 1 wherever any of the hole is. The result is shared, and read-only."""
+    whole = Image.fromarray(read_mask(file).astype(np.float32))
+    mask = (np.asarray(whole.resize((width, height), Image.Resampling.BOX)) > 0).astype(np.uint8)
+    if mask.all():
+        raise DataError(f"the mask {file} keeps nothing of an image of {width} x {height} pixels; remove it")
+    mask.flags.writeable = False
     return mask
 
 
