@@ -4,6 +4,9 @@ Same images in the same order, same recipe, same network, same loop: the real tr
 in turn from the cache and from the image files, which it then encodes in the step. The figure to keep is the median
 over the rounds of (seconds of the encoding steps / seconds of the cached steps): other load on the machine meets both.
 
+With --holes it is an inpainting model that is trained, latents come from the cache on both sides, and the two sides are
+the images without their holes: stored in the cache, or cut anew and encoded in the step.
+
 Keys of the recipe may be changed: training_throughput.py 'network={name: DiT-S/2}' training.batch_size=16
 """
 
@@ -24,7 +27,7 @@ from PIL import Image
 
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands.train import build_model
-from latentflow.data.batches import Batch, StreamPositions, TrainingImages, stream_batches
+from latentflow.data.batches import Batch, SpatialData, StreamPositions, TrainingImages, stream_batches
 from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import open_images
 from latentflow.data.latent_cache import LatentCache
@@ -33,6 +36,7 @@ from latentflow.training.config import load_recipe
 from latentflow.training.loop import make_accelerator, train
 
 CACHED, ENCODING = "latent cache", "encoding in the loop"
+STORED, ANEW = "holes stored in the cache", "holes cut anew"
 READING = "reading"
 SD_ARCHITECTURE = "sd-architecture"
 
@@ -53,7 +57,7 @@ class InTurn(TrainingImages):
         num_rounds: int,
         steps_per_round: int,
     ):
-        super().__init__(like.source, seed=like.seed, flip=like.flip)
+        super().__init__(like.source, seed=like.seed, flip=like.flip, spatial=like.spatial)
         self.streams, self.stopwatch = streams, stopwatch
         self.num_rounds, self.steps_per_round = num_rounds, steps_per_round
         self.laps: dict[str, list[Lap]] = {side: [] for side in streams}
@@ -82,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--data", help="a folder or zip of images; default: --num-images synthetic PNG files")
     parser.add_argument("--num-images", type=int, default=256)
+    parser.add_argument("--holes", action="store_true", help="compare two sources of images with holes")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps-per-round", type=int, default=1)
     parser.add_argument(
@@ -101,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         results = measure(options, autoencoder, device, Path(folder))
     print_table(results)
-    measuring.write_results("training_throughput", device, results, options.results)
+    name = "training_throughput_holes" if options.holes else "training_throughput"
+    measuring.write_results(name, device, results, options.results)
     return results
 
 
@@ -125,6 +131,8 @@ def measure(
             "training.checkpoint_every=1000000",
             "training.preview_every=0",
             "data.flip=false",
+            "conditioning.semantic_map=false",
+            f"conditioning.inpainting={str(options.holes).lower()}",
             *options.changes,
         ],
     )
@@ -133,17 +141,26 @@ def measure(
         recipe.data.image_size,
     )
     began = time.perf_counter()
-    write_cache(source, autoencoder, folder / "cache")
+    write_cache(source, autoencoder, folder / "cache", mask_variants=int(options.holes))
     encoding_seconds = time.perf_counter() - began
 
     batch_size, training = recipe.training.batch_size, {"seed": recipe.training.seed, "flip": recipe.data.flip}
-    cached, files = TrainingImages(LatentCache(folder / "cache"), **training), TrainingImages(source, **training)
+    cache, factor, holes = LatentCache(folder / "cache"), autoencoder.factor, recipe.data.masks
+    if options.holes:
+        (fast, stored), (slow, anew) = (
+            (STORED, SpatialData(factor, holes=holes, cached_holes=True)),
+            (ANEW, SpatialData(factor, holes=holes, pictures=source)),
+        )
+        cached, files = (TrainingImages(cache, **training, spatial=spatial) for spatial in (stored, anew))
+    else:
+        fast, slow = CACHED, ENCODING
+        cached, files = TrainingImages(cache, **training), TrainingImages(source, **training)
 
     def stream(images: TrainingImages, num_workers: int) -> Iterator[Batch]:
         positions = StreamPositions(0, batch_size, batch_size, rank=0, num_processes=1)
         return stream_batches(images, positions, num_workers=num_workers, pin_memory=device.type == "cuda")
 
-    streams = {CACHED: stream(cached, 0), ENCODING: stream(files, options.workers)}
+    streams = {fast: stream(cached, 0), slow: stream(files, options.workers)}
     batches = InTurn(
         cached, streams, Stopwatch(device), num_rounds=options.rounds, steps_per_round=options.steps_per_round
     )
@@ -170,7 +187,7 @@ def measure(
             side: by_clock(seconds(laps, READING).sum(0) / seconds(laps, READING, REST).sum(0))
             for side, laps in batches.laps.items()
         },
-        "times_faster_from_the_cache": median_and_quartiles(rounds[ENCODING] / rounds[CACHED]),
+        "times_faster_from_the_cache": median_and_quartiles(rounds[slow] / rounds[fast]),
         "images_per_second_of_writing_the_cache": len(source) / encoding_seconds,
     }
 

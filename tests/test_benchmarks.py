@@ -55,15 +55,22 @@ def test_overhead(benchmark, tmp_path, capsys):
     assert "not the network, by part" in capsys.readouterr().out
 
 
-def test_training_throughput(benchmark, tmp_path, capsys, kl_folder):
-    arguments = ["--autoencoder", str(kl_folder), "--num-images", "12", "--results", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("option", "name", "sides"),
+    [
+        ([], "training_throughput", {"latent cache", "encoding in the loop"}),
+        (["--holes"], "training_throughput_holes", {"holes stored in the cache", "holes cut anew"}),
+    ],
+)
+def test_training_throughput(benchmark, tmp_path, capsys, kl_folder, option, name, sides):
+    arguments = [*option, "--autoencoder", str(kl_folder), "--num-images", "12", "--results", str(tmp_path)]
     rounds = ["--rounds", "2", "--steps-per-round", "2"]
     changes = [TINY_NETWORK, "data.image_size=16", "training.batch_size=4"]
     results = benchmark("training_throughput").main([*arguments, *rounds, *changes])
-    written = read_json(tmp_path / "training_throughput-cpu.json")
+    written = read_json(tmp_path / f"{name}-cpu.json")
     assert {key: written[key] for key in results} == results
     assert results["latent_shape"] == [4, 8, 8]
-    assert results["images_per_second"].keys() == {"latent cache", "encoding in the loop"}
+    assert results["images_per_second"].keys() == sides
     measured = ("images_per_second", "share_of_reading", "times_faster_from_the_cache")
     figures = [number for key in measured for number in numbers(results[key])]
     assert all(math.isfinite(number) and number > 0 for number in figures)

@@ -15,6 +15,7 @@ from PIL import Image
 from latentflow.autoencoder import Autoencoder
 from latentflow.conditioning import Conditioning
 from latentflow.data.items import UNLABELLED
+from latentflow.data.masks import MaskRules
 from latentflow.data.semantic_maps import MapClasses
 from latentflow.flow.path import LinearPath
 from latentflow.latent_flow import AUTOENCODER_FOLDER, AutoencoderRecord, LatentFlow, ModelConfig, SamplingPreset
@@ -183,6 +184,7 @@ def model(
         network=DiTConfig(**RECIPE["network"], time_scale=time_scale),
         path=LinearPath(),
         conditioning=Conditioning(class_names=list(class_names), label_dropout=label_dropout, **conditioning),
+        masks=MaskRules() if conditioning.get("inpainting") else None,
         autoencoder=AutoencoderRecord(
             reference=AUTOENCODER_FOLDER,
             content_hash=autoencoder.content_hash,

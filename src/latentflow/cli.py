@@ -580,6 +580,9 @@ def invert(
         Path, typer.Option(help="Folder for input.png, autoencoder.png, round_trip.png and noise.safetensors.")
     ],
     classes: Annotated[str | None, typer.Option(help="At most one, by name or index.")] = None,
+    guidance: Guidance = None,
+    guidance_interval: GuidanceInterval = None,
+    guided_by: GuidedBy = None,
     solver: Solver = None,
     steps: Steps = None,
     shift: Shift = None,
@@ -589,7 +592,7 @@ def invert(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find the noise an image would have been drawn from, draw it again, and say how near it comes. Guidance is off."""
+    """Find the noise an image would have been drawn from, and draw it again. Guidance is 1 unless it is given."""
     from dataclasses import asdict
 
     from latentflow.commands.invert import invert as run
@@ -599,6 +602,9 @@ def invert(
         image,
         out,
         classes=_names(classes),
+        guidance=guidance,
+        guidance_interval=_pair(guidance_interval, "--guidance-interval"),
+        guided_by=_names(guided_by),
         solver=solver,
         steps=steps,
         shift=shift,

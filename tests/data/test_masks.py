@@ -478,7 +478,7 @@ def test_given_masks_are_chosen_by_seed_and_stretched_without_losing_a_line(mask
 
 
 def test_a_folder_without_masks_or_with_a_bad_one_is_refused_before_it_is_used(mask_folder, tmp_path):
-    with pytest.raises(DataError, match="no mask files in .*nowhere"):
+    with pytest.raises(DataError, match=r"no mask files in .*nowhere"):
         check_masks(MaskRules(folder=str(tmp_path / "nowhere")), 8, 8)
     Image.fromarray(np.full((20, 30), 77, np.uint8)).save(mask_folder / "9.png")
     with pytest.raises(DataError, match=r"9\.png has 600 gray pixels"):

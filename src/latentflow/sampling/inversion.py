@@ -125,21 +125,16 @@ def invert(
     Args:
         image: of any size; its square middle is scaled to the size of the training images.
         classes: at most one; None: no class is told.
-        guidance: 1 or None, which mean the same here.
+        guidance: None: 1, whatever the preset says. It is the velocity without guidance that carries noise to the
+            data; the larger the scale, the less the noise of a real image is like drawn noise.
         preset: the other fields of `SamplingPreset`; the more evaluations, the nearer the image comes back.
 
     Raises:
         ConfigError, DataError: before anything is computed.
     """
-    if guidance not in (None, 1):
-        raise ConfigError(
-            f"guidance {guidance:g}: an inversion needs guidance 1; the guided velocity does not carry noise to the "
-            "data but beyond, so that an image leads back to something that is not noise"
-        )
     pixels, inputs = read_input(model, image)
-    request = make_request(
-        model, classes=one_class(classes), task="invert", inputs=inputs, **{**preset, "guidance": 1.0}
-    )
+    guidance = 1.0 if guidance is None else guidance
+    request = make_request(model, classes=one_class(classes), task="invert", inputs=inputs, guidance=guidance, **preset)
     latents = encode_input(model, pixels)
     noise, evaluations = _to_noise(model, latents, request)
     return Inversion(noise, latents, pixels, int(evaluations), request)
@@ -178,7 +173,7 @@ def compare_round_trips(
     """Invert images and draw them again, once for each setting: the error against solver and evaluations.
 
     Args:
-        settings: fields of `SamplingPreset` but guidance; None: `ROUND_TRIPS`.
+        settings: fields of `SamplingPreset`; None: `ROUND_TRIPS`. Guidance is 1 in all.
         classes: dealt out in turn; None: no class is told.
         on_images: told the number of images just drawn again.
 

@@ -58,7 +58,7 @@ def held_out_loss(
             model.velocity,
             images.__getitems__(positions),
             times=TrainingTimes(stratified=True),
-            batch_size=batch_size,
+            batch_size=len(positions),  # the last batch, too, spreads its times over all of [0, 1]
             seed=seed,
             device=model.device,
             told=told,
