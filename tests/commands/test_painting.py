@@ -1,4 +1,4 @@
-"""`latentflow inpaint` and `latentflow mask-to-image`: files in, files out, and bad input that leaves nothing behind."""
+"""`latentflow inpaint` and `latentflow mask-to-image`: files in, files out; bad input leaves nothing behind."""
 
 from __future__ import annotations
 

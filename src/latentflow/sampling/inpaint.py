@@ -19,8 +19,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 from latentflow.autoencoder import to_unit_range
 from latentflow.data.images import to_rgb
@@ -262,7 +260,7 @@ def require_latent_pixel(model: LatentFlow, height: int, width: int) -> None:
 
 def _window(mask: np.ndarray, image_size: int) -> tuple[int, int, int, int] | None:
     """A square that holds the hole and what adjoins it: left, top, right, bottom; None if there is none."""
-    spans = [np.flatnonzero(mask.any(axis)) for axis in (1, 0)]  # rows, columns
+    spans = _spans(mask)
     extents = [int(span[-1] - span[0]) + 1 for span in spans]
     shorter = min(mask.shape)
     side = min(max(_CONTEXT * max(extents), min(image_size, shorter)), shorter)
@@ -281,9 +279,7 @@ def _covered(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A mask [H, W] of bool at another size [h, w]: true wherever any of it is, however thin."""
     for axis, length in enumerate(size):
         edges = np.arange(length + 1) * mask.shape[axis]
-        before, behind = edges[:-1] // length, -(-edges[1:] // length)
-        sums = np.insert(np.cumsum(mask, axis, dtype=np.int32), 0, 0, axis)
-        mask = np.take(sums, behind, axis) > np.take(sums, before, axis)
+        mask = _sums(mask, edges[:-1] // length, -(-edges[1:] // length), axis) > 0
     return mask
 
 
@@ -311,19 +307,36 @@ def _feathered(filled: np.ndarray, image: np.ndarray, mask: np.ndarray, feather:
     hole (normalised convolution: blurred where it is known, over how much is known) and fades out. Nothing of what
     the hole covered is used.
     """
-    known = torch.from_numpy((mask == 0).astype(np.float32))[None, None]
+    near = tuple(slice(max(int(span[0]) - feather, 0), int(span[-1]) + feather + 1) for span in _spans(mask))
+    known = (mask[near] == 0).astype(np.float64)
     weight = _blur(known, feather)
-    difference = torch.from_numpy(image.astype(np.float32) - filled).permute(2, 0, 1)[None]
-    carried = _blur(difference.mul_(known), feather).div_(weight.clamp(min=1e-6))
-    fading = (2 * weight).clamp_(max=1)  # 1 at a straight border, where half of the neighbourhood is known
-    blended = filled + carried.mul_(fading)[0].permute(1, 2, 0).numpy()
-    return np.rint(np.clip(blended, 0, 255)).astype(np.uint8)
+    fading = np.minimum(2 * weight, 1)  # 1 at a straight border, where half of the neighbourhood is known
+    strength = fading / np.maximum(weight, 1e-6)
+    blended = filled.copy()
+    for channel in range(3):
+        painted = filled[near][..., channel].astype(np.float64)
+        carried = _blur((image[near][..., channel] - painted) * known, feather) * strength
+        blended[near][..., channel] = np.rint(np.clip(painted + carried, 0, 255))
+    return blended
 
 
-def _blur(x: Tensor, reach: int) -> Tensor:
-    """Three box filters, which together make a bell of half width `reach`: [B, C, H, W]."""
+def _blur(x: np.ndarray, reach: int) -> np.ndarray:
+    """Three box filters, which together make a bell of half width `reach`; at the edges they are cut off: [h, w]."""
     for part in range(3):
         radius = (reach + part) // 3
-        for kernel, padding in (((2 * radius + 1, 1), (radius, 0)), ((1, 2 * radius + 1), (0, radius))):
-            x = avg_pool2d(x, kernel, stride=1, padding=padding, count_include_pad=False)
+        for axis in (0, 1):
+            places = np.arange(x.shape[axis])
+            first, behind = np.maximum(places - radius, 0), np.minimum(places + radius + 1, len(places))
+            x = _sums(x, first, behind, axis) / np.expand_dims(behind - first, 1 - axis)
     return x
+
+
+def _sums(x: np.ndarray, first: np.ndarray, behind: np.ndarray, axis: int) -> np.ndarray:
+    """The sum of each stretch x[first:behind] along an axis of x [h, w]."""
+    sums = np.insert(np.cumsum(x, axis), 0, 0, axis)
+    return np.take(sums, behind, axis) - np.take(sums, first, axis)
+
+
+def _spans(mask: np.ndarray) -> list[np.ndarray]:
+    """The rows and the columns, in order, in which a mask has a hole."""
+    return [np.flatnonzero(mask.any(axis)) for axis in (1, 0)]

@@ -1,0 +1,288 @@
+"""Edits without training: exact where the velocity is known, and one seed, one picture as everywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentflow.autoencoder import to_unit_range
+from latentflow.data.crop import center_crop
+from latentflow.errors import ConfigError, DataError
+from latentflow.latent_flow import LatentFlow
+from latentflow.sampling.edits import image_to_image, interpolate, variation_seed, vary
+from latentflow.sampling.pipeline import Given, SampleRequest, draw_all, initial_noise, sample
+from tests import tiny
+from tests.fields import LinearField
+
+ROUNDING = 1e-5
+"""As in test_pipeline: matrix products round differently in batches of different sizes."""
+
+
+@pytest.fixture(scope="module")
+def model(kl) -> LatentFlow:
+    return tiny.model(kl, time_scale=20.0)
+
+
+@pytest.fixture
+def still(kl) -> LatentFlow:
+    """A model whose velocity is zero: what drawing starts from is what comes out."""
+    return LatentFlow(tiny.model(kl).config, LinearField(), kl)
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory) -> Path:
+    """A picture of 40 x 30 pixels."""
+    file = tmp_path_factory.mktemp("photos") / "photo.png"
+    coarse = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((40, 30), Image.Resampling.BICUBIC).save(file)
+    return file
+
+
+def latents_of(model: LatentFlow, photo: Path) -> torch.Tensor:
+    pixels = center_crop(Image.open(photo).convert("RGB"), tiny.IMAGE_SIZE)
+    return model.encode(to_unit_range(torch.from_numpy(pixels).permute(2, 0, 1)[None]))
+
+
+def noise_of(model: LatentFlow, *seeds: int) -> torch.Tensor:
+    return initial_noise(model, SampleRequest(seeds=list(seeds)))
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=ROUNDING)
+
+
+# Image-to-image
+
+
+@pytest.mark.parametrize("strength", [0.01, 0.3, 1.0])
+def test_drawing_starts_on_the_path(still, photo, strength):
+    drawn = image_to_image(still, photo, strength=strength, num=3, seed=4)
+    latents, noise = latents_of(still, photo).expand(3, -1, -1, -1), noise_of(still, 4, 5, 6)
+    close(drawn.latents, still.config.path.interpolate(latents, noise, torch.full((3,), strength)))
+
+
+def test_full_strength_leaves_nothing_of_the_image(model, photo):
+    drawn = image_to_image(model, photo, strength=1.0, num=2, classes=["berry"], seed=4)
+    close(drawn.latents, sample(model, num=2, classes=["berry"], seed=4).latents)
+
+
+def test_little_strength_leaves_the_image(model, photo):
+    drawn = image_to_image(model, photo, strength=1e-4, classes=["berry"])
+    assert (drawn.latents - latents_of(model, photo)).abs().max() < 1e-2
+
+
+def test_the_solver_starts_at_the_strength(kl, photo):
+    """v = x: one Euler step from s to 0 multiplies x_s by 1 - s."""
+    model = LatentFlow(tiny.model(kl).config, LinearField(rate=1.0), kl)
+    drawn = image_to_image(model, photo, strength=0.25, seed=4, solver="euler", steps=1)
+    x = model.config.path.interpolate(latents_of(model, photo), noise_of(model, 4), torch.tensor([0.25]))
+    close(drawn.latents, x * (1 - 0.25))
+
+
+def test_an_image_in_memory_is_one_in_a_file(model, photo):
+    with Image.open(photo) as image:
+        one, other = image_to_image(model, image, seed=2), image_to_image(model, photo, seed=2)
+    assert torch.equal(one.latents, other.latents)
+    assert one.request.inputs == {}
+    assert list(other.request.inputs) == ["image"]
+    assert other.request.inputs["image"].startswith("photo.png sha256:")
+
+
+def test_small_pictures_are_enlarged_but_not_from_nothing(model):
+    red = Image.new("RGB", (tiny.FACTOR, tiny.FACTOR), "red")
+    large = Image.new("RGB", (50, 50), "red")
+    assert torch.equal(image_to_image(model, red).latents, image_to_image(model, large).latents)
+    with pytest.raises(DataError, match="latent pixel"):
+        image_to_image(model, red.resize((tiny.FACTOR - 1, 50)))
+
+
+@pytest.mark.parametrize("strength", [0.0, -0.1, 1.5, math.nan])
+def test_strengths_that_mean_nothing(model, photo, strength):
+    with pytest.raises(ConfigError, match="strength"):
+        image_to_image(model, photo, strength=strength)
+
+
+# Interpolation
+
+
+def test_noise_goes_along_a_great_circle(still):
+    drawn = interpolate(still, seeds=(3, 8), num=5)
+    a, b = noise_of(still, 3, 8)
+    for frame, w in enumerate([0, 0.25, 0.5, 0.75, 1]):
+        close(drawn.latents[frame], math.cos(w * math.pi / 2) * a + math.sin(w * math.pi / 2) * b)
+
+
+def test_velocities_are_mixed_in_proportion(kl):
+    """v = c_label: each frame ends in noise - (1 - w) c_from - w c_to."""
+    levels = torch.tensor([0.0, 1.0, 5.0, 100.0])
+    model = LatentFlow(tiny.model(kl).config, LinearField(levels=levels), kl)
+    drawn = interpolate(model, seeds=(3, 3), classes=["berry", "cherry"], num=5)
+    expected = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).reshape(5, 1, 1, 1)
+    close(drawn.latents, noise_of(model, 3) - expected)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "classes", "ends"),
+    [
+        ((3, 8), None, ([], [])),
+        ((3, 8), ["berry"], (["berry"], ["berry"])),
+        ((3, 3), ["berry", "apple"], (["berry"], ["apple"])),
+        ((3, 8), ["berry", 0], (["berry"], ["apple"])),
+    ],
+)
+def test_the_ends_are_plain_samples(model, seeds, classes, ends):
+    drawn = interpolate(model, seeds=seeds, classes=classes, num=3, steps=4)
+    for row, seed, told in ((0, seeds[0], ends[0]), (2, seeds[1], ends[1])):
+        close(drawn.latents[row], sample(model, seed=seed, classes=told, steps=4).latents[0])
+    assert (drawn.latents[1] - drawn.latents[0]).abs().max() > 0.1
+    assert (drawn.latents[1] - drawn.latents[2]).abs().max() > 0.1
+
+
+def test_guidance_holds_for_both_classes(model):
+    drawn = interpolate(model, seeds=(3, 8), classes=["berry", "apple"], num=2, guidance=3.0)
+    close(drawn.latents[1], sample(model, seed=8, classes=["apple"], guidance=3.0).latents[0])
+    assert drawn.evaluations.tolist() == [8, 8]  # two Euler steps, guided, for two classes
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"seeds": (1,)}, "1 seeds"),
+        ({"seeds": (1, 2, 3)}, "3 seeds"),
+        ({"num": 1}, "at least 2"),
+        ({"classes": ["apple", "berry", "cherry"]}, "3 classes"),
+        ({"classes": ["aple", "berry"]}, "did you mean 'apple'?"),
+        ({"classes": ["apple", "bery"]}, "did you mean 'berry'?"),
+        ({"classes": ["none", "berry"]}, "a class to begin with"),
+    ],
+)
+def test_interpolations_that_cannot_be_drawn(model, given, said):
+    with pytest.raises(ConfigError) as caught:
+        interpolate(model, **given)
+    assert said in str(caught.value)
+
+
+# Variation
+
+
+def test_variations_turn_the_noise(still):
+    drawn = vary(still, seed=3, num=2, amount=0.3)
+    own, first, second = noise_of(still, 3, variation_seed(3, 0), variation_seed(3, 1))
+    turned = [math.cos(0.15 * math.pi) * own + math.sin(0.15 * math.pi) * other for other in (first, second)]
+    close(drawn.latents, torch.stack(turned))
+
+
+def test_variation_seeds_are_fixed():
+    """Written in PNG files, so they may never change."""
+    assert [variation_seed(5, number) for number in range(3)] == [1590563709, 2049325538, 3408987535]
+
+
+def test_no_variation_is_the_picture_itself(model):
+    close(
+        vary(model, seed=3, num=2, amount=0.0).latents, sample(model, seed=3, classes=[]).latents.expand(2, -1, -1, -1)
+    )
+
+
+def test_more_variation_is_farther_away(model):
+    own = sample(model, seed=3, classes=["berry"]).latents
+    far = [
+        (vary(model, seed=3, num=8, amount=amount, classes=["berry"]).latents - own).square().mean()
+        for amount in (0.05, 0.2, 0.6)
+    ]
+    assert 0 < far[0] < far[1] < far[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"amount": 2.0}, "amount 2"),
+        ({"amount": -0.1}, "amount -0.1"),
+        ({"amount": math.nan}, "amount nan"),
+        ({"num": 0}, "at least 1"),
+        ({"classes": ["apple", "berry"]}, "2 classes"),
+    ],
+)
+def test_variations_that_cannot_be_drawn(model, given, said):
+    with pytest.raises(ConfigError) as caught:
+        vary(model, **given)
+    assert said in str(caught.value)
+
+
+# All of them
+
+
+def edits(model: LatentFlow, photo: Path, **options):
+    """One of each kind."""
+    return {
+        "image-to-image": image_to_image(model, photo, num=5, classes=["berry", "apple"], seed=3, **options),
+        "interpolate": interpolate(model, seeds=(3, 8), num=5, classes=["berry", "apple"], **options),
+        "vary": vary(model, seed=3, num=5, classes=["berry"], **options),
+    }
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [{"solver": "heun", "steps": 3}, {"solver": "dopri5", "rtol": 1e-2, "atol": 1e-2}],
+    ids=lambda given: given["solver"],
+)
+def test_an_edit_does_not_depend_on_its_batch(model, photo, solver):
+    whole, parts = (edits(model, photo, batch_size=size, guidance=2.0, **solver) for size in (16, 2))
+    for task in whole:
+        close(parts[task].latents, whole[task].latents)
+        assert torch.equal(parts[task].evaluations, whole[task].evaluations)
+
+
+def test_a_png_holds_what_draws_it_again(model, photo, tmp_path):
+    given = {"image-to-image": Given(latents=latents_of(model, photo))}
+    for task, drawn in edits(model, photo, guidance=2.0, solver="heun", steps=3).items():
+        files = drawn.save(tmp_path)
+        assert len(set(files)) == 5
+        for row in (0, 3):
+            with Image.open(files[row]) as image:
+                told = json.loads(image.text["latentflow"])
+                pixels = np.array(image).astype(int)
+            assert told["task"] == task
+            assert told["evaluations"] == drawn.evaluations[row]
+            request = SampleRequest.model_validate({key: told[key] for key in SampleRequest.model_fields})
+            again = draw_all(model, request, given.get(task, Given()))
+            close(again.latents[0], drawn.latents[row])
+            assert np.abs(np.array(again.images[0]).astype(int) - pixels).max() <= 1
+
+
+def test_the_presets_guidance_is_for_pictures_that_are_told_something(kl, photo):
+    model = tiny.model(kl, time_scale=20.0, guidance=3.0)
+    assert interpolate(model, seeds=(3, 8), num=2).request.sampling.guidance == 1
+    assert interpolate(model, seeds=(3, 8), num=2, classes=["apple"]).request.sampling.guidance == 3
+    assert sample(model, classes=[]).request.sampling.guidance == 1
+    with pytest.raises(ConfigError, match="use guidance 1"):
+        vary(model, guidance=3.0)
+
+
+def test_conditions_of_space_are_null(kl, photo):
+    model = tiny.model(kl, time_scale=20.0, conditioning=tiny.SPATIAL)
+    for drawn in edits(model, photo).values():
+        assert drawn.request.told == ["label"]
+        assert drawn.latents.isfinite().all()
+
+
+def test_a_condition_that_cannot_be_done_without(kl, photo):
+    model = tiny.model(kl, conditioning={**tiny.SPATIAL, "map_dropout": 0.0})
+    for draw in (lambda: image_to_image(model, photo), lambda: interpolate(model), lambda: vary(model)):
+        with pytest.raises(ConfigError, match="mask-to-image"):
+            draw()
+    labelled = tiny.model(kl, label_dropout=0.0)
+    with pytest.raises(ConfigError, match="give --classes"):
+        vary(labelled)
+    assert len(vary(labelled, classes=["apple"], num=1).pixels) == 1
+
+
+def test_the_methods_of_the_model(model, photo):
+    assert torch.equal(model.image_to_image(photo, seed=2).pixels, image_to_image(model, photo, seed=2).pixels)
+    assert torch.equal(model.interpolate(num=2).pixels, interpolate(model, num=2).pixels)
+    assert torch.equal(model.vary(num=2).pixels, vary(model, num=2).pixels)
