@@ -131,7 +131,7 @@ def test_the_map_matters(model):
 
 def test_every_way_to_store_a_map_gives_the_same_picture(model, tmp_path):
     indices = a_map(30, 22)
-    grey, palette = Image.fromarray(indices), Image.fromarray(indices, mode="P")
+    grey, palette = Image.fromarray(indices), Image.fromarray(indices)
     palette.putpalette([value for index in range(256) for value in (index, 255 - index, 7)])  # colours do not matter
     colours = Image.fromarray(colour_map(indices, tiny.MAP_PALETTE))
     wanted = mask_to_image(model, indices, num=2)
