@@ -94,6 +94,31 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
+def require_writable(path: str | Path, *, suffix: str | None = None) -> Path:
+    """Refuse a file, or with `suffix` None a folder, that could not be written; nothing is created.
+
+    Args:
+        suffix: what the file's name must end in, for example ".png".
+
+    Raises:
+        ArtifactError: another suffix, something else is in the way, or the place is read-only.
+    """
+    path = Path(path)
+    if suffix is not None:
+        if path.suffix.lower() != suffix:
+            raise ArtifactError(f"{path} must end in {suffix}: the file is written in that format, whatever its name")
+        if path.is_dir():
+            raise ArtifactError(f"cannot write the file {path}: it is a folder; choose another name")
+    folder = path if suffix is None else path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ArtifactError(f"cannot create the folder {path.parent}: {folder} is a file; choose another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ArtifactError(f"cannot write into {folder}: permission denied; choose another place")
+    return path
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8, complete or not at all."""
     with atomic_file(path) as temporary:

@@ -714,6 +714,8 @@ def _report(rows: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(rows))
         return
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path that is cut short is of no use
     for key, value in rows.items():
         table.add_row(f"[bold]{key}", escape(str(value)))
     Console().print(table)

@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from latentflow.artifacts import make_folder, read_json, write_json, write_text
-from latentflow.autoencoder import Autoencoder, latent_mean, to_uint8, to_unit_range
+from latentflow.autoencoder import Autoencoder
 from latentflow.commands.demo_figures import DemoFigures, DemoScale, judge
 from latentflow.commands.demo_page import demo_page
 from latentflow.commands.demo_painting import HELD_OUT_SEED, compare_losses, fill_holes, paint_maps
@@ -26,6 +26,8 @@ from latentflow.commands.grid import save_grid
 from latentflow.commands.info import describe
 from latentflow.commands.progress import image_progress
 from latentflow.commands.train import train
+from latentflow.commands.train_autoencoder import reconstruct
+from latentflow.data.pictures import psnr
 from latentflow.data.synthetic import CLASS_NAMES, SyntheticShapes
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.flow.solvers import SOLVERS, AdamsBashforth, is_adaptive
@@ -129,16 +131,14 @@ def _reconstruct(figures: DemoFigures, out: Path) -> dict[str, Any]:
     source = SyntheticShapes(figures.scale.num_judged, figures.recipe.data.image_size, HELD_OUT_SEED)
     labels = [source.label(index) for index in range(len(source))]
     real = torch.from_numpy(np.stack([item.pixels for item in source])).permute(0, 3, 1, 2)
-    moments = autoencoder.encode(to_unit_range(real))
-    decoded = to_uint8(autoencoder.decode(latent_mean(moments, autoencoder.num_channels))).cpu()
-    mean_square = (real.double() - decoded.double()).square().flatten(1).mean(1)
-    psnr = 10 * torch.log10(255**2 / mean_square)
+    decoded = reconstruct(autoencoder, real)
+    decibels = psnr(real, decoded)
     shown = np.argsort(labels[: len(CLASS_NAMES)])  # the first of each class, in the order of the classes
     save_grid(out / "samples" / "reconstructions.png", torch.cat([real[shown], decoded[shown]]), len(shown))
     return {
-        "psnr": psnr.mean().item(),
-        "worst_psnr": psnr.min().item(),
-        "shown_psnr": psnr[shown].tolist(),
+        "psnr": decibels.mean().item(),
+        "worst_psnr": decibels.min().item(),
+        "shown_psnr": decibels[shown].tolist(),
         "real": judge(real, labels),
         "reconstructed": judge(decoded, labels),
     }

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentflow.autoencoder import Autoencoder, latent_mean, to_uint8, to_unit_range
+from latentflow.autoencoder import to_unit_range
 from latentflow.commands.demo_figures import DemoFigures
 from latentflow.commands.grid import save_grid
 from latentflow.commands.loss import condition_sets, held_out_images
+from latentflow.commands.train_autoencoder import reconstruct
 from latentflow.conditioning import ConditionName
 from latentflow.data.items import ImageItem
 from latentflow.data.latent_size import class_counts, hide, hole_counts, shares
@@ -49,7 +50,7 @@ def paint_maps(figures: DemoFigures, out: Path) -> dict[str, Any]:
     return {
         "num_images": len(items),
         "real_iou": mean_iou(maps, real),
-        "reconstructed_iou": mean_iou(maps, _reconstructed(model.autoencoder, real)),
+        "reconstructed_iou": mean_iou(maps, reconstruct(model.autoencoder, real)),
         "runs": runs,
     }
 
@@ -121,11 +122,6 @@ def _draw(model: LatentFlow, num: int, told: list[ConditionName], given: Given, 
 def _pixels(pictures: Sequence[np.ndarray]) -> Tensor:
     """Pictures [S, S, 3] uint8 => [B, 3, S, S] uint8."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-
-
-def _reconstructed(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
-    moments = autoencoder.encode(to_unit_range(pixels))
-    return to_uint8(autoencoder.decode(latent_mean(moments, autoencoder.num_channels))).cpu()
 
 
 def _errors(filled: Tensor, real: Tensor, inside: Tensor) -> dict[str, float | int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentflow.artifacts import require_writable
 from latentflow.commands.progress import image_progress
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.edits import image_to_image as redraw
@@ -43,6 +44,7 @@ def image_to_image(
     Raises:
         ArtifactError, ConfigError, DataError: before anything is written.
     """
+    require_writable(out, suffix=".png")
     flow = LatentFlow.from_pretrained(model, device=device)
     with image_progress("redrawing", num) as on_images:
         samples = redraw(flow, image, num=num, on_images=on_images, **request)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentflow.artifacts import require_writable
 from latentflow.commands.progress import image_progress
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.inpaint import inpaint as fill_hole
@@ -50,6 +51,7 @@ def inpaint(
     Raises:
         ArtifactError, ConfigError, DataError: before anything is written.
     """
+    require_writable(out, suffix=".png")
     flow = LatentFlow.from_pretrained(model, device=device)
     with image_progress("inpainting", num) as on_images:
         samples = fill_hole(flow, image, mask, num=num, on_images=on_images, **request)

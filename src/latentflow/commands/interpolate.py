@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentflow.artifacts import require_writable
 from latentflow.commands.grid import save_grid
 from latentflow.commands.progress import image_progress
 from latentflow.latent_flow import LatentFlow
@@ -37,6 +38,7 @@ def interpolate(
     Raises:
         ArtifactError, ConfigError: before anything is written.
     """
+    require_writable(out)
     flow = LatentFlow.from_pretrained(model, device=device)
     with image_progress("interpolating", num) as on_images:
         samples = draw_frames(flow, num=num, on_images=on_images, **request)

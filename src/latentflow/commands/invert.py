@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentflow.artifacts import write_tensors
+from latentflow.artifacts import require_writable, write_tensors
 from latentflow.commands.grid import save_grid
 from latentflow.commands.progress import image_progress
 from latentflow.latent_flow import LatentFlow
@@ -56,6 +56,7 @@ def invert(
     Raises:
         ArtifactError, ConfigError, DataError: before anything is written.
     """
+    require_writable(out)
     flow = LatentFlow.from_pretrained(model, device=device)
     inversion = find_noise(flow, image, classes=classes, **preset)
     round_trip = inversion.round_trip(flow)

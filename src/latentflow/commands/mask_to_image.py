@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentflow.artifacts import require_writable
 from latentflow.commands.progress import image_progress
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.mask_to_image import mask_to_image as paint_map
@@ -43,6 +44,7 @@ def mask_to_image(
     Raises:
         ArtifactError, ConfigError, DataError: before anything is written.
     """
+    require_writable(out, suffix=".png")
     flow = LatentFlow.from_pretrained(model, device=device)
     with image_progress("painting", num) as on_images:
         samples = paint_map(flow, semantic_map, num=num, on_images=on_images, **request)

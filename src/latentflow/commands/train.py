@@ -232,6 +232,8 @@ def _refuse_other_content(run: Path, recipe: Recipe, config: ModelConfig) -> Non
             f"{run} was trained with an autoencoder of hash {before.autoencoder.content_hash[:12]}, but "
             f"{recipe.autoencoder} has {config.autoencoder.content_hash[:12]}; restore that one or choose another out"
         )
+    if config.masks != before.masks:
+        raise ConfigError(f"{run} was trained with the holes {before.masks}, not {config.masks}; choose another out")
     if config.training.data_fingerprint != before.training.data_fingerprint:
         raise ConfigError(
             f"{run} was trained on other images ({before.training.data}) than data.path holds now "

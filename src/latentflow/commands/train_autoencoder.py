@@ -191,15 +191,6 @@ def reconstruct(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
     return to_uint8(autoencoder.decode(latent_mean(moments, autoencoder.num_channels))).cpu()
 
 
-def psnr(pixels: Tensor, rebuilt: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of 8-bit images, 10 log10(255^2 / mean squared error): [B, 3, S, S] => [B].
-
-    A perfect reconstruction counts as an error of 1 in a single value, since infinity has no mean.
-    """
-    squares = (pixels.double() - rebuilt.double()).square().flatten(1)
-    return 10 * torch.log10(255**2 / squares.mean(1).clamp(min=1 / squares.shape[1]))
-
-
 def _set_scaling(autoencoder: Autoencoder, source: ImageSource, indices: Sequence[int]) -> dict[str, object]:
     """Write 1 / std and mean of the latents into the config, as Stable Diffusion does; returns parts of the report."""
     sums, deviations, lowest, highest = ChannelSums(autoencoder.num_channels), [], math.inf, -math.inf

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from latentflow.artifacts import require_writable
 from latentflow.commands.grid import save_grid
 from latentflow.commands.progress import image_progress
 from latentflow.latent_flow import LatentFlow
@@ -52,6 +53,7 @@ def vary(
     Raises:
         ArtifactError, ConfigError: before anything is written.
     """
+    require_writable(out)
     flow = LatentFlow.from_pretrained(model, device=device)
     common = {"seed": seed, "classes": classes or [], **preset}
     with image_progress("varying", num) as on_images:

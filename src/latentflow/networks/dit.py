@@ -197,6 +197,8 @@ class DiT(nn.Module):
         nn.init.normal_(self.time_embedding.mlp[2].weight, std=0.02)
         if self.label_embedding is not None:
             nn.init.normal_(self.label_embedding.weight, std=0.02)
+        if self.spatial.map_encoder is not None:
+            self.spatial.map_encoder.reset_parameters()
         for linear in (*(block.modulation for block in self.blocks), self.final_modulation, self.final_linear):
             nn.init.zeros_(linear.weight)
 

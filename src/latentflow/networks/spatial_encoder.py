@@ -23,7 +23,11 @@ class SpatialEncoder(nn.Module):
     def __init__(self, num_map_classes: int, channels: int):
         super().__init__()
         self.mix = nn.Conv2d(num_map_classes, channels, kernel_size=1, bias=False)
-        nn.init.normal_(self.mix.weight)  # each class starts as a vector as long as the latents it stands beside
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew: each class starts as a vector as long as the latents it stands beside."""
+        nn.init.normal_(self.mix.weight)
 
     def forward(self, class_fractions: Tensor) -> Tensor:
         """class_fractions [B, K, H, W] in [0, 1] => [B, C, H, W]."""

@@ -56,9 +56,11 @@ class SampleRequest(BaseModel):
     labels: list[int] = Field(default_factory=list, description="One class index per image; empty: no class is told.")
     blends: list[Blend] = Field(default_factory=list, description="One per image, or none.")
     told: list[ConditionName] = Field(default_factory=list, description="Conditions that are not null.")
-    inputs: dict[str, str] = Field(default_factory=dict, description="Images, masks and maps it was drawn from.")
+    inputs: dict[str, str] = Field(
+        default_factory=dict, description="Files it was drawn from, with their hashes, and how they were used."
+    )
     start: float = Field(1.0, gt=0, le=1, description="Time at which drawing starts; 1: from noise alone.")
-    image_size: tuple[int, int] | None = Field(None, description="Height and width in pixels; null: the model's own.")
+    image_size: tuple[int, int] | None = Field(None, description="Height and width drawn at; null: the model's.")
     sampling: SamplingPreset = SamplingPreset()
 
     def at(self, rows: slice) -> SampleRequest:
@@ -118,7 +120,7 @@ class Samples:
     @property
     def images(self) -> list[Image.Image]:
         """The pictures, as RGB images of Pillow."""
-        return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in self.pixels]
+        return [self._image(row) for row in range(len(self.pixels))]
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write one PNG per image, named by class and seed, with its request in the metadata."""
@@ -141,6 +143,9 @@ class Samples:
             parts += [f"at-{blend.weight:.3f}"]
         return "_".join(parts) + ".png"
 
+    def _image(self, row: int) -> Image.Image:
+        return Image.fromarray(self.pixels[row].permute(1, 2, 0).numpy())
+
     def _write(self, file: Path, row: int) -> Path:
         own = self.request.at(slice(row, row + 1))
         metadata = {**own.model_dump(mode="json"), "evaluations": int(self.evaluations[row])}
@@ -149,7 +154,7 @@ class Samples:
         text = PngImagePlugin.PngInfo()
         text.add_text("latentflow", json.dumps(metadata))
         with atomic_file(file) as temporary:
-            self.images[row].save(temporary, format="PNG", pnginfo=text)
+            self._image(row).save(temporary, format="PNG", pnginfo=text)
         return file
 
 
@@ -197,6 +202,8 @@ def make_request(
     strengthened = set(told).intersection(conditioning.can_guide, model.config.sampling.guided_by or CONDITION_NAMES)
     if not strengthened and not given.keys() & {"guidance", "guided_by"}:
         given["guidance"] = 1.0
+    if model.config.sampling.guided_by:  # a preset's wish holds as far as it can
+        given.setdefault("guided_by", [name for name in told if name in strengthened] or None)
     request = SampleRequest(
         task=task,
         seeds=list(range(seed, seed + num)),
@@ -233,9 +240,13 @@ def check_request(model: LatentFlow, request: SampleRequest) -> None:
         if share == 0 and name not in request.told:
             remedy = {
                 "label": "give --classes",
-                "inpainting": "it can only fill holes: use `latentflow inpaint`",
-                "semantic_map": "it can only paint maps: use `latentflow mask-to-image`",
+                "inpainting": "it can only fill holes: `latentflow inpaint` with the method 'condition'",
+                "semantic_map": "give a map: `latentflow inpaint --map`"
+                if "inpainting" in request.told
+                else "it can only paint maps: `latentflow mask-to-image`",
             }
+            if name == "inpainting" and "semantic_map" in request.told:
+                remedy[name] += " and --map"
             raise ConfigError(f"the model never learned to do without the condition {name}; {remedy[name]}")
     if sampling.guidance < 0:
         raise ConfigError(f"guidance {sampling.guidance} is below zero; 1 switches it off, 1.5 to 4 are usual")
@@ -264,7 +275,8 @@ def guided_by(model: LatentFlow, request: SampleRequest) -> list[ConditionName]:
             elif not request.told:
                 why = "the images are told nothing that it could strengthen"
             else:
-                why = f"the model was trained with dropout 0 of {', '.join(request.told)}"
+                keys = {"label": "label_dropout", "inpainting": "inpainting_dropout", "semantic_map": "map_dropout"}
+                why = f"the model was trained with conditioning.{keys[request.told[0]]} = 0"
             raise ConfigError(f"guidance {scale}: {why}, so its null condition means nothing; use guidance 1")
         return names
     for name in request.sampling.guided_by:
