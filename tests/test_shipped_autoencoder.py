@@ -10,8 +10,9 @@ import torch
 
 from latentflow.autoencoder import BUILT_IN, Autoencoder, latent_mean, to_unit_range
 from latentflow.commands.train import build_model
-from latentflow.commands.train_autoencoder import psnr, reconstruct
+from latentflow.commands.train_autoencoder import reconstruct
 from latentflow.data.batches import TrainingImages
+from latentflow.data.pictures import psnr
 from latentflow.data.synthetic import SyntheticShapes
 from latentflow.latent_flow import AUTOENCODER_FOLDER, LatentFlow
 from latentflow.training.autoencoder import load_autoencoder_recipe

@@ -19,6 +19,7 @@ from latentflow.commands.train import environment, refuse_another_recipe
 from latentflow.data.batches import TrainingImages, epoch_order
 from latentflow.data.images import ImageSource, open_images, readable
 from latentflow.data.latent_cache import ChannelSums, is_cache
+from latentflow.data.pictures import psnr
 from latentflow.errors import ConfigError, DataError
 from latentflow.latent_flow import default_device
 from latentflow.randomness import derive_seed
