@@ -11,6 +11,7 @@ from latentflow.artifacts import (
     make_folder,
     read_json,
     read_tensors,
+    require_writable,
     sha256_tensors,
     write_json,
     write_tensors,
@@ -152,3 +153,20 @@ def test_a_read_only_folder(tmp_path):
 def test_a_folder_the_system_refuses():
     with pytest.raises(ArtifactError, match="/proc/nope"):
         make_folder("/proc/nope")
+
+
+def test_a_place_is_looked_at_without_touching_it(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "folder.png").mkdir()
+    require_writable(tmp_path / "new" / "deep" / "picture.PNG", suffix=".png")
+    require_writable(tmp_path / "new" / "folder")
+    require_writable("relative.png", suffix=".png")
+    for path, suffix, said in (
+        (tmp_path / "picture.jpg", ".png", r"picture\.jpg must end in \.png"),
+        (tmp_path / "folder.png", ".png", r"folder\.png: it is a folder"),
+        (tmp_path / "file" / "below.png", ".png", "file is a file"),
+        (tmp_path / "file" / "below", None, "file is a file"),
+    ):
+        with pytest.raises(ArtifactError, match=said):
+            require_writable(path, suffix=suffix)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]

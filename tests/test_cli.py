@@ -298,7 +298,7 @@ def test_train_bad_values(command, recipe_file, leaves_nothing, override, said):
 def test_train_guided_preview_of_a_model_that_cannot_be_guided(command, recipe_file, leaves_nothing):
     leaves_nothing()
     overrides = ("conditioning.label_dropout=0", "sampling.guidance=2", "training.preview_every=1")
-    refused(command("train", recipe_file, *overrides, "--cpu"), "guidance 2", "trained with dropout 0 of label")
+    refused(command("train", recipe_file, *overrides, "--cpu"), "guidance 2", "conditioning.label_dropout = 0")
 
 
 def test_train_wrong_autoencoder_for_the_cache(command, recipe_file, deterministic_folder, leaves_nothing):

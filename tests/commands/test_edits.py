@@ -214,7 +214,8 @@ def test_images_that_cannot_be_used(command, model_folder, tmp_path, verb, what,
 )
 def test_values_that_cannot_be_drawn(command, model_folder, photo, tmp_path, args, said):
     verb, *options = (photo if arg == "PHOTO" else arg for arg in args)
-    refused(command(verb, model_folder, *options, "--out", tmp_path / "out"), said)
+    out = tmp_path / ("out.png" if verb == "image-to-image" else "out")
+    refused(command(verb, model_folder, *options, "--out", out), said)
     assert names(tmp_path) == []
 
 
@@ -222,5 +223,5 @@ def test_values_that_cannot_be_drawn(command, model_folder, photo, tmp_path, arg
 def test_output_that_cannot_be_written(command, model_folder, photo, tmp_path, verb):
     (tmp_path / "file.txt").write_text("a regular file")
     image = (photo,) if verb in ("image-to-image", "invert") else ()
-    refused(command(verb, model_folder, *image, "--out", tmp_path / "file.txt" / "below"), "file.txt")
+    refused(command(verb, model_folder, *image, "--out", tmp_path / "file.txt" / "below.png"), "file.txt is a file")
     assert names(tmp_path) == ["file.txt"]

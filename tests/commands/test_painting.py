@@ -242,7 +242,7 @@ def test_inpaint_bad_files(paint, leaves_nothing, files, said):
         ("classes", ("--method", "condition"), "not trained with the condition inpainting"),
         ("classes", ("--map", "map"), "not trained with the condition semantic_map"),
         ("classes", ("--guidance", "2", "--guided-by", "inpainting"), "never trained"),
-        ("unguided", ("--map", "map", "--guidance", "2"), "dropout 0"),
+        ("unguided", ("--map", "map", "--guidance", "2"), r"_dropout = 0"),
         ("unguided", ("--map", "map", "--guidance", "2", "--guided-by", "inpainting"), "never trained"),
         ("unguided", (), "semantic_map"),
         ("holes", ("--method", "replacement"), "inpainting"),
@@ -282,10 +282,11 @@ def test_a_place_that_cannot_be_written(paint, place, leaves_nothing, out):
 
 
 def test_a_folder_in_the_place_of_the_picture(paint, place):
-    (place / "pictures").mkdir()
+    (place / "pictures.png").mkdir()
     before = tiny.tree(place)
     for verb, files in (("inpaint", ("image", "mask")), ("mask-to-image", ("map",))):
-        refused(paint(verb, "all", *files, "--out", str(place / "pictures")), "cannot write")
+        refused(paint(verb, "all", *files, "--out", str(place / "pictures.png")), "it is a folder")
+        refused(paint(verb, "all", *files, "--out", str(place / "picture.jpg")), "must end in .png")
     assert tiny.tree(place) == before
 
 

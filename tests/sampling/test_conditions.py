@@ -210,7 +210,7 @@ def test_without_further_words_all_that_is_told_guides(model, told):
             ["semantic_map"],
             "never trained in this model, which can guide by label, in",
         ),
-        ({"map_dropout": 0.0}, ["semantic_map"], None, "the model was trained with dropout 0 of semantic_map"),
+        ({"map_dropout": 0.0}, ["semantic_map"], None, "the model was trained with conditioning.map_dropout = 0"),
         ({}, EVERYTHING, ["semantic_mop"], "guided by 'semantic_mop': no such condition; did you mean 'semantic_map'?"),
         ({"inpainting": False}, ["label"], ["inpainting"], "guided by inpainting: its null was never trained"),
     ],
@@ -226,8 +226,8 @@ def test_guidance_that_means_nothing_is_refused(kl, made, told, by, said):
     ("missing", "said"),
     [
         ("label", "never learned to do without the condition label; give --classes"),
-        ("inpainting", "it can only fill holes: use `latentflow inpaint`"),
-        ("semantic_map", "it can only paint maps: use `latentflow mask-to-image`"),
+        ("inpainting", "it can only fill holes: `latentflow inpaint` with the method 'condition'"),
+        ("semantic_map", "give a map: `latentflow inpaint --map`"),
     ],
 )
 def test_a_condition_that_was_never_dropped_must_be_told(kl, missing, said):
