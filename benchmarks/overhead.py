@@ -37,7 +37,8 @@ from latentflow.flow.solvers import SOLVERS, integrate
 from latentflow.flow.times import TrainingTimes, sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.randomness import ImageRandom
-from latentflow.sampling.pipeline import SampleRequest, initial_noise
+from latentflow.sampling.pipeline import initial_noise
+from latentflow.sampling.request import SampleRequest
 from latentflow.shapes import Condition
 from latentflow.training import step as step_module
 from latentflow.training.config import Recipe, load_recipe

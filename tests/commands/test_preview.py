@@ -14,7 +14,8 @@ from latentflow.data.images import open_images
 from latentflow.data.latent_cache import LatentCache
 from latentflow.data.masks import MaskRules
 from latentflow.data.semantic_maps import UNLABELLED_COLOUR
-from latentflow.sampling.pipeline import Given, SampleRequest, check_request, draw_all
+from latentflow.sampling.pipeline import Given, draw_all
+from latentflow.sampling.request import SampleRequest, check_request
 from tests import tiny
 
 COLUMNS, GAP = 8, 2

@@ -11,17 +11,8 @@ from latentflow.errors import ConfigError
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
-from latentflow.sampling.pipeline import (
-    Given,
-    SampleRequest,
-    check_request,
-    conditioned_velocity,
-    draw_all,
-    guided_by,
-    initial_noise,
-    make_request,
-    sample,
-)
+from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, initial_noise, sample
+from latentflow.sampling.request import SampleRequest, check_request, guided_by, make_request
 from tests import tiny
 from tests.sampling.test_pipeline import ROUNDING, same_pictures
 

@@ -16,7 +16,8 @@ from latentflow.data.crop import center_crop
 from latentflow.errors import ConfigError, DataError
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.edits import image_to_image, interpolate, variation_seed, vary
-from latentflow.sampling.pipeline import Given, SampleRequest, draw_all, initial_noise, sample
+from latentflow.sampling.pipeline import Given, draw_all, initial_noise, sample
+from latentflow.sampling.request import SampleRequest
 from tests import tiny
 from tests.fields import LinearField
 

@@ -21,17 +21,8 @@ from latentflow.flow.solvers import SOLVERS, integrate
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling import pipeline
-from latentflow.sampling.pipeline import (
-    Blend,
-    SampleRequest,
-    Samples,
-    check_request,
-    draw,
-    initial_noise,
-    join_samples,
-    make_request,
-    sample,
-)
+from latentflow.sampling.pipeline import Samples, draw, initial_noise, join_samples, sample
+from latentflow.sampling.request import Blend, SampleRequest, check_request, make_request
 from latentflow.shapes import Condition
 from tests import processes, tiny
 

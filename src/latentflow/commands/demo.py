@@ -32,7 +32,8 @@ from latentflow.data.synthetic import CLASS_NAMES, SyntheticShapes
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.flow.solvers import SOLVERS, AdamsBashforth, is_adaptive
 from latentflow.latent_flow import LatentFlow, default_device
-from latentflow.sampling.pipeline import Samples, draw, join_samples, make_request
+from latentflow.sampling.pipeline import Samples, draw, join_samples
+from latentflow.sampling.request import make_request
 from latentflow.training.config import load_recipe
 from latentflow.training.log import read_metrics
 from latentflow.training.settings import differences

@@ -24,7 +24,8 @@ from latentflow.data.semantic_maps import colour_map
 from latentflow.data.synthetic import SyntheticShapes
 from latentflow.latent_flow import LatentFlow
 from latentflow.randomness import derive_seed
-from latentflow.sampling.pipeline import Given, Samples, draw_all, make_request
+from latentflow.sampling.pipeline import Given, Samples, draw_all
+from latentflow.sampling.request import make_request
 from latentflow.training.held_out import held_out_loss
 
 HELD_OUT_SEED = 20240612  # of real images that neither the autoencoder nor the velocity network was trained on

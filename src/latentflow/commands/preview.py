@@ -14,7 +14,8 @@ from latentflow.commands.grid import save_grid
 from latentflow.data.batches import TrainingImages
 from latentflow.data.semantic_maps import colour_map
 from latentflow.latent_flow import LatentFlow
-from latentflow.sampling.pipeline import Given, SampleRequest, draw_all
+from latentflow.sampling.pipeline import Given, draw_all
+from latentflow.sampling.request import SampleRequest
 
 _PER_CLASS, _MOST_IMAGES, _COLUMNS = 4, 40, 8
 

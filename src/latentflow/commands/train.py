@@ -32,7 +32,7 @@ from latentflow.latent_flow import (
     read_config,
 )
 from latentflow.randomness import derive_seed
-from latentflow.sampling.pipeline import check_request
+from latentflow.sampling.request import check_request
 from latentflow.training.config import MAY_CHANGE_ON_RESUME, Recipe
 from latentflow.training.loop import Outcome, make_accelerator
 from latentflow.training.loop import train as run_loop

@@ -24,7 +24,8 @@ from latentflow.errors import ConfigError
 from latentflow.latent_flow import LatentFlow
 from latentflow.randomness import derive_seed
 from latentflow.sampling.inpaint import require_latent_pixel
-from latentflow.sampling.pipeline import Blend, Given, Samples, draw_all, make_request
+from latentflow.sampling.pipeline import Given, Samples, draw_all
+from latentflow.sampling.request import Blend, make_request
 
 
 def image_to_image(

@@ -28,7 +28,8 @@ from latentflow.data.pictures import describe_file, read_picture
 from latentflow.data.semantic_maps import MapClasses, check_map, read_map
 from latentflow.errors import ConfigError, DataError, nearest
 from latentflow.latent_flow import LatentFlow
-from latentflow.sampling.pipeline import Given, Samples, draw_all, make_request
+from latentflow.sampling.pipeline import Given, Samples, draw_all
+from latentflow.sampling.request import make_request
 
 Fit = Literal["window", "whole", "native"]
 Method = Literal["condition", "replacement"]

@@ -27,15 +27,8 @@ from latentflow.flow.solvers import integrate, is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.edits import encode_input, one_class, read_input
-from latentflow.sampling.pipeline import (
-    Given,
-    SampleRequest,
-    Samples,
-    conditioned_velocity,
-    draw_all,
-    make_request,
-    sample,
-)
+from latentflow.sampling.pipeline import Given, Samples, conditioned_velocity, draw_all, sample
+from latentflow.sampling.request import SampleRequest, make_request
 
 ROUND_TRIPS: tuple[dict[str, Any], ...] = (
     *({"solver": "euler", "steps": steps} for steps in (8, 16, 32, 64)),
