@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from latentflow.errors import LatentFlowError
+
+if TYPE_CHECKING:
+    from latentflow.commands.pictures import Pictures
 
 app = typer.Typer(
     name="latentflow",
@@ -46,7 +51,6 @@ class MaskPolicy(str, Enum):
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; otherwise a GPU if there is one.")]
 
-# What every verb that draws understands; what is left out comes from the model's preset.
 Model = Annotated[str, typer.Argument(help="A model folder, a run folder or a hub id.")]
 Picture = Annotated[
     Path, typer.Argument(help="An image; its square middle is scaled to the size of the training images.")
@@ -54,18 +58,57 @@ Picture = Annotated[
 Classes = Annotated[
     str | None, typer.Option(help="Names or indices, dealt out in turn: 3,7 or cat,dog; 'none': told no class.")
 ]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1: off.")]
-GuidanceInterval = Annotated[str | None, typer.Option(help="Times between which guidance acts, for example 0.1,0.8")]
-GuidedBy = Annotated[
-    str | None, typer.Option(help="What guidance strengthens: label, inpainting, semantic_map; else all that is told.")
-]
-Solver = Annotated[str | None, typer.Option(help="euler, midpoint, heun, rk4, ab2, ab3, bosh3 or dopri5.")]
-Steps = Annotated[int | None, typer.Option(help="Intervals of a fixed-step solver.")]
-Shift = Annotated[float | None, typer.Option(help="Time shift of the grid; 1: even.")]
-Rtol = Annotated[float | None, typer.Option(help="Relative tolerance of bosh3 and dopri5.")]
-Atol = Annotated[float | None, typer.Option(help="Absolute tolerance of bosh3 and dopri5.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first image; image i has seed SEED + i.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images computed together; does not change them.")]
+
+
+Preset = dict[str, Any] | None
+"""Stands in a verb's signature for the options of `_preset`."""
+
+
+def _preset(
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1: off.")] = None,
+    guidance_interval: Annotated[
+        str | None, typer.Option(help="Times between which guidance acts, for example 0.1,0.8")
+    ] = None,
+    guided_by: Annotated[
+        str | None,
+        typer.Option(help="What guidance strengthens: label, inpainting, semantic_map; else all that is told."),
+    ] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, midpoint, heun, rk4, ab2, ab3, bosh3 or dopri5.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Intervals of a fixed-step solver.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Time shift of the grid; 1: even.")] = None,
+    rtol: Annotated[float | None, typer.Option(help="Relative tolerance of bosh3 and dopri5.")] = None,
+    atol: Annotated[float | None, typer.Option(help="Absolute tolerance of bosh3 and dopri5.")] = None,
+) -> dict[str, Any]:
+    """What every verb that draws understands; what is left out comes from the model's preset."""
+    return {
+        "guidance": guidance,
+        "guidance_interval": _pair(guidance_interval, "--guidance-interval"),
+        "guided_by": _names(guided_by),
+        "solver": solver,
+        "steps": steps,
+        "shift": shift,
+        "rtol": rtol,
+        "atol": atol,
+    }
+
+
+def _draws(verb: Callable[..., None]) -> Callable[..., None]:
+    """Put the options of `_preset` in the place of a verb's parameter `preset`, which receives what they say."""
+    shared = inspect.signature(_preset, eval_str=True).parameters
+    parameters = []
+    for name, parameter in inspect.signature(verb, eval_str=True).parameters.items():
+        parameters += shared.values() if name == "preset" else [parameter]
+
+    def command(**options: Any) -> None:
+        preset = _preset(**{name: options.pop(name) for name in shared})
+        verb(**options, preset=preset)
+
+    command.__name__, command.__doc__ = verb.__name__, verb.__doc__
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__signature__ = inspect.Signature(parameters)
+    return command
 
 
 @app.command(epilog="Example: latentflow encode photos --autoencoder stabilityai/sd-vae-ft-mse --out caches/photos")
@@ -209,19 +252,13 @@ def train_autoencoder(
 
 
 @app.command(epilog="Example: latentflow sample runs/cifar10 --num 16 --classes cat,3 --guidance 1.5 --out samples")
+@_draws
 def sample(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")],
     num: Annotated[int, typer.Option(help="Number of images.")] = 16,
     classes: Classes = None,
-    guidance: Guidance = None,
-    guidance_interval: GuidanceInterval = None,
-    guided_by: GuidedBy = None,
-    solver: Solver = None,
-    steps: Steps = None,
-    shift: Shift = None,
-    rtol: Rtol = None,
-    atol: Atol = None,
+    preset: Preset = None,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
     columns: Annotated[int | None, typer.Option(min=1, help="Columns of grid.png.")] = None,
@@ -236,14 +273,7 @@ def sample(
         out,
         num=num,
         classes=_names(classes),
-        guidance=guidance,
-        guidance_interval=_pair(guidance_interval, "--guidance-interval"),
-        guided_by=_names(guided_by),
-        solver=solver,
-        steps=steps,
-        shift=shift,
-        rtol=rtol,
-        atol=atol,
+        **preset,
         seed=seed,
         batch_size=batch_size,
         columns=columns,
@@ -261,6 +291,7 @@ def sample(
 
 
 @app.command(epilog="Example: latentflow inpaint runs/streets street.jpg hole.png --num 4 --feather 8 --out filled.png")
+@_draws
 def inpaint(
     model: Model,
     image: Annotated[Path, typer.Argument(help="An image of any size.")],
@@ -283,14 +314,7 @@ def inpaint(
         typer.Option(help="'condition' (a model trained for it) or 'replacement' (any model); else the best there is."),
     ] = None,
     classes: Classes = None,
-    guidance: Guidance = None,
-    guidance_interval: GuidanceInterval = None,
-    guided_by: GuidedBy = None,
-    solver: Solver = None,
-    steps: Steps = None,
-    shift: Shift = None,
-    rtol: Rtol = None,
-    atol: Atol = None,
+    preset: Preset = None,
     seed: Seed = 0,
     batch_size: BatchSize = 4,
     device: Device = None,
@@ -310,33 +334,24 @@ def inpaint(
         feather=feather,
         method=method,
         classes=_names(classes),
-        guidance=guidance,
-        guidance_interval=_pair(guidance_interval, "--guidance-interval"),
-        guided_by=_names(guided_by),
-        solver=solver,
-        steps=steps,
-        shift=shift,
-        rtol=rtol,
-        atol=atol,
+        **preset,
         seed=seed,
         batch_size=batch_size,
         device=device,
     )
-    if result.method == "replacement" and method is None:
+    used, (height, width) = result.request.inputs, result.request.image_size
+    if used["method"] == "replacement" and method is None:
         _say("the model was not trained for inpainting: what is known was put in its place along the path")
-    left, top, right, bottom = result.frame
-    height, width = result.seen_size
+    left, top, right, bottom = map(int, used["frame"].split())
     rows = {
-        "files": ", ".join(map(str, result.files)),
-        "method": result.method,
+        "method": used["method"],
         "seen": f"{right - left} x {bottom - top} pixels from ({left}, {top}), at {width} x {height}",
-        "evaluations per image": round(result.evaluations, 2),
-        "seconds": round(result.seconds, 2),
     }
-    _report(rows, as_json)
+    _report({**rows, **_picture_rows(result)}, as_json)
 
 
 @app.command(epilog="Example: latentflow mask-to-image runs/streets map.png --num 4 --out street.png")
+@_draws
 def mask_to_image(
     model: Model,
     semantic_map: Annotated[
@@ -351,14 +366,7 @@ def mask_to_image(
         ),
     ] = False,
     classes: Classes = None,
-    guidance: Guidance = None,
-    guidance_interval: GuidanceInterval = None,
-    guided_by: GuidedBy = None,
-    solver: Solver = None,
-    steps: Steps = None,
-    shift: Shift = None,
-    rtol: Rtol = None,
-    atol: Atol = None,
+    preset: Preset = None,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
     device: Device = None,
@@ -374,24 +382,12 @@ def mask_to_image(
         num=num,
         native=native,
         classes=_names(classes),
-        guidance=guidance,
-        guidance_interval=_pair(guidance_interval, "--guidance-interval"),
-        guided_by=_names(guided_by),
-        solver=solver,
-        steps=steps,
-        shift=shift,
-        rtol=rtol,
-        atol=atol,
+        **preset,
         seed=seed,
         batch_size=batch_size,
         device=device,
     )
-    rows = {
-        "files": ", ".join(map(str, result.files)),
-        "evaluations per image": round(result.evaluations, 2),
-        "seconds": round(result.seconds, 2),
-    }
-    _report(rows, as_json)
+    _report(_picture_rows(result), as_json)
 
 
 @app.command(epilog="Example: latentflow loss runs/streets --data streets/val")
@@ -415,6 +411,7 @@ def loss(
 
 
 @app.command(epilog="Example: latentflow image-to-image runs/pets cat.png --strength 0.6 --classes cat --out new.png")
+@_draws
 def image_to_image(
     model: Model,
     image: Picture,
@@ -424,14 +421,7 @@ def image_to_image(
     ] = 0.6,
     num: Annotated[int, typer.Option(help="Number of seeds, for variety.")] = 1,
     classes: Classes = None,
-    guidance: Guidance = None,
-    guidance_interval: GuidanceInterval = None,
-    guided_by: GuidedBy = None,
-    solver: Solver = None,
-    steps: Steps = None,
-    shift: Shift = None,
-    rtol: Rtol = None,
-    atol: Atol = None,
+    preset: Preset = None,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
     device: Device = None,
@@ -447,27 +437,16 @@ def image_to_image(
         strength=strength,
         num=num,
         classes=_names(classes),
-        guidance=guidance,
-        guidance_interval=_pair(guidance_interval, "--guidance-interval"),
-        guided_by=_names(guided_by),
-        solver=solver,
-        steps=steps,
-        shift=shift,
-        rtol=rtol,
-        atol=atol,
+        **preset,
         seed=seed,
         batch_size=batch_size,
         device=device,
     )
-    rows = {
-        "files": ", ".join(map(str, result.files)),
-        "evaluations per image": round(result.evaluations, 2),
-        "seconds": round(result.seconds, 2),
-    }
-    _report(rows, as_json)
+    _report(_picture_rows(result), as_json)
 
 
 @app.command(epilog="Example: latentflow interpolate runs/cifar10 --seeds 3,8 --classes cat,dog --num 9 --out frames")
+@_draws
 def interpolate(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the frames and grid.png, which shows them in a row.")],
@@ -476,14 +455,7 @@ def interpolate(
     classes: Annotated[
         str | None, typer.Option(help="None; one, by name or index, for all frames; or two: from, to.")
     ] = None,
-    guidance: Guidance = None,
-    guidance_interval: GuidanceInterval = None,
-    guided_by: GuidedBy = None,
-    solver: Solver = None,
-    steps: Steps = None,
-    shift: Shift = None,
-    rtol: Rtol = None,
-    atol: Atol = None,
+    preset: Preset = None,
     batch_size: BatchSize = 16,
     device: Device = None,
     as_json: AsJson = False,
@@ -497,14 +469,7 @@ def interpolate(
         seeds=_two_seeds(seeds),
         num=num,
         classes=_names(classes),
-        guidance=guidance,
-        guidance_interval=_pair(guidance_interval, "--guidance-interval"),
-        guided_by=_names(guided_by),
-        solver=solver,
-        steps=steps,
-        shift=shift,
-        rtol=rtol,
-        atol=atol,
+        **preset,
         batch_size=batch_size,
         device=device,
     )
@@ -519,6 +484,7 @@ def interpolate(
 
 
 @app.command(epilog="Example: latentflow vary runs/cifar10 --seed 5 --classes cat --amount 0.3 --num 8 --out near")
+@_draws
 def vary(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the pictures and grid.png, which begins with the original.")],
@@ -528,14 +494,7 @@ def vary(
     ] = 0.3,
     num: Annotated[int, typer.Option(help="Number of variations.")] = 8,
     classes: Annotated[str | None, typer.Option(help="At most one, by name or index.")] = None,
-    guidance: Guidance = None,
-    guidance_interval: GuidanceInterval = None,
-    guided_by: GuidedBy = None,
-    solver: Solver = None,
-    steps: Steps = None,
-    shift: Shift = None,
-    rtol: Rtol = None,
-    atol: Atol = None,
+    preset: Preset = None,
     batch_size: BatchSize = 16,
     device: Device = None,
     as_json: AsJson = False,
@@ -550,14 +509,7 @@ def vary(
         num=num,
         amount=amount,
         classes=_names(classes),
-        guidance=guidance,
-        guidance_interval=_pair(guidance_interval, "--guidance-interval"),
-        guided_by=_names(guided_by),
-        solver=solver,
-        steps=steps,
-        shift=shift,
-        rtol=rtol,
-        atol=atol,
+        **preset,
         batch_size=batch_size,
         device=device,
     )
@@ -573,6 +525,7 @@ def vary(
 
 
 @app.command(epilog="Example: latentflow invert runs/cifar10 cat.png --classes cat --table --out inverted")
+@_draws
 def invert(
     model: Model,
     image: Picture,
@@ -580,21 +533,12 @@ def invert(
         Path, typer.Option(help="Folder for input.png, autoencoder.png, round_trip.png and noise.safetensors.")
     ],
     classes: Annotated[str | None, typer.Option(help="At most one, by name or index.")] = None,
-    guidance: Guidance = None,
-    guidance_interval: GuidanceInterval = None,
-    guided_by: GuidedBy = None,
-    solver: Solver = None,
-    steps: Steps = None,
-    shift: Shift = None,
-    rtol: Rtol = None,
-    atol: Atol = None,
+    preset: Preset = None,
     table: Annotated[bool, typer.Option("--table", help="Also compare solvers, steps and tolerances.")] = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the noise an image would have been drawn from, and draw it again. Guidance is 1 unless it is given."""
-    from dataclasses import asdict
-
     from latentflow.commands.invert import invert as run
 
     result = run(
@@ -602,14 +546,7 @@ def invert(
         image,
         out,
         classes=_names(classes),
-        guidance=guidance,
-        guidance_interval=_pair(guidance_interval, "--guidance-interval"),
-        guided_by=_names(guided_by),
-        solver=solver,
-        steps=steps,
-        shift=shift,
-        rtol=rtol,
-        atol=atol,
+        **preset,
         table=table,
         device=device,
     )
@@ -675,6 +612,14 @@ def info(
     from latentflow.commands.info import describe
 
     _report(describe(model), as_json)
+
+
+def _picture_rows(result: Pictures) -> dict[str, Any]:
+    return {
+        "files": ", ".join(map(str, result.files)),
+        "evaluations per image": round(result.evaluations, 2),
+        "seconds": round(result.seconds, 2),
+    }
 
 
 def _names(text: str | None) -> list[str] | None:

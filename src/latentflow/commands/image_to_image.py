@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latentflow.artifacts import require_writable
+from latentflow.commands.pictures import Pictures, write_pictures
 from latentflow.commands.progress import image_progress
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.edits import image_to_image as redraw
-
-
-@dataclass(frozen=True)
-class RedrawResult:
-    """What `image_to_image` wrote.
-
-    Attributes:
-        files: one picture per seed.
-        evaluations: mean network calls per picture.
-        seconds: of solver and decoder.
-    """
-
-    files: list[Path]
-    evaluations: float
-    seconds: float
 
 
 def image_to_image(
@@ -35,7 +20,7 @@ def image_to_image(
     num: int = 1,
     device: str | None = None,
     **request: Any,
-) -> RedrawResult:
+) -> Pictures:
     """Redraw an image once per seed; the request is that of `latentflow.sampling.edits.image_to_image`.
 
     Args:
@@ -47,5 +32,4 @@ def image_to_image(
     require_writable(out, suffix=".png")
     flow = LatentFlow.from_pretrained(model, device=device)
     with image_progress("redrawing", num) as on_images:
-        samples = redraw(flow, image, num=num, on_images=on_images, **request)
-    return RedrawResult(samples.save_as(out), float(samples.evaluations.double().mean()), samples.seconds)
+        return write_pictures(redraw(flow, image, num=num, on_images=on_images, **request), out)

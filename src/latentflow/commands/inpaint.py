@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latentflow.artifacts import require_writable
+from latentflow.commands.pictures import Pictures, write_pictures
 from latentflow.commands.progress import image_progress
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.inpaint import inpaint as fill_hole
-
-
-@dataclass(frozen=True)
-class InpaintResult:
-    """What `inpaint` wrote.
-
-    Attributes:
-        files: one picture per seed.
-        method: "condition" where the model was trained to inpaint, else "replacement".
-        frame: left, top, right, bottom of the part of the image that the model saw, in pixels.
-        seen_size: height and width it saw it at.
-        evaluations: mean network calls per picture.
-        seconds: of solver and decoder.
-    """
-
-    files: list[Path]
-    method: str
-    frame: tuple[int, ...]
-    seen_size: tuple[int, int]
-    evaluations: float
-    seconds: float
 
 
 def inpaint(
@@ -42,7 +21,7 @@ def inpaint(
     num: int = 1,
     device: str | None = None,
     **request: Any,
-) -> InpaintResult:
+) -> Pictures:
     """Fill the hole of an image once per seed; the request is that of `latentflow.sampling.inpaint.inpaint`.
 
     Args:
@@ -54,13 +33,4 @@ def inpaint(
     require_writable(out, suffix=".png")
     flow = LatentFlow.from_pretrained(model, device=device)
     with image_progress("inpainting", num) as on_images:
-        samples = fill_hole(flow, image, mask, num=num, on_images=on_images, **request)
-    inputs = samples.request.inputs
-    return InpaintResult(
-        files=samples.save_as(out),
-        method=inputs["method"],
-        frame=tuple(map(int, inputs["frame"].split())),
-        seen_size=samples.request.image_size,
-        evaluations=float(samples.evaluations.double().mean()),
-        seconds=samples.seconds,
-    )
+        return write_pictures(fill_hole(flow, image, mask, num=num, on_images=on_images, **request), out)

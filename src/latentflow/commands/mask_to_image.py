@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latentflow.artifacts import require_writable
+from latentflow.commands.pictures import Pictures, write_pictures
 from latentflow.commands.progress import image_progress
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.mask_to_image import mask_to_image as paint_map
-
-
-@dataclass(frozen=True)
-class PaintResult:
-    """What `mask_to_image` wrote.
-
-    Attributes:
-        files: one picture per seed.
-        evaluations: mean network calls per picture.
-        seconds: of solver and decoder.
-    """
-
-    files: list[Path]
-    evaluations: float
-    seconds: float
 
 
 def mask_to_image(
@@ -35,7 +20,7 @@ def mask_to_image(
     num: int = 1,
     device: str | None = None,
     **request: Any,
-) -> PaintResult:
+) -> Pictures:
     """Paint a semantic map once per seed; the request is that of `latentflow.sampling.mask_to_image.mask_to_image`.
 
     Args:
@@ -47,5 +32,4 @@ def mask_to_image(
     require_writable(out, suffix=".png")
     flow = LatentFlow.from_pretrained(model, device=device)
     with image_progress("painting", num) as on_images:
-        samples = paint_map(flow, semantic_map, num=num, on_images=on_images, **request)
-    return PaintResult(samples.save_as(out), float(samples.evaluations.double().mean()), samples.seconds)
+        return write_pictures(paint_map(flow, semantic_map, num=num, on_images=on_images, **request), out)
