@@ -4,6 +4,7 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from latentflow.artifacts import (
     atomic_file,
@@ -170,3 +171,17 @@ def test_a_place_is_looked_at_without_touching_it(tmp_path):
         with pytest.raises(ArtifactError, match=said):
             require_writable(path, suffix=suffix)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_files_get_the_usual_permissions(tmp_path):
+    """safetensors alone would make them readable by their owner only."""
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    write_tensors(tmp_path / "one.safetensors", {"x": torch.zeros(1)})
+    with atomic_folder(tmp_path / "folder") as folder:
+        save_file({"x": torch.zeros(1)}, folder / "raw.safetensors")
+        (folder / "below").mkdir()
+        (folder / "below" / "text").write_text("x")
+    files = [tmp_path / "one.safetensors", tmp_path / "folder" / "raw.safetensors", tmp_path / "folder/below/text"]
+    assert [file.stat().st_mode for file in files] == [usual] * 3
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["below", "raw.safetensors"]

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     make_folder(path.parent)
     try:
+        mode = _usual_mode(temporary)
         yield temporary
+        temporary.chmod(mode)  # safetensors makes files that only their owner may read
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
@@ -62,8 +65,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     _remove_leftovers(path)
     try:
         temporary.mkdir()
+        mode = _usual_mode(temporary / ".mode")
         yield temporary
         for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
             _sync(file)
         if path.exists():
             path.replace(retired)
@@ -94,6 +100,14 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
+def _usual_mode(unused: Path) -> int:
+    """The permissions that a new file gets here; `unused` is the name of a file that is not there."""
+    unused.touch()
+    mode = stat.S_IMODE(unused.stat().st_mode)
+    unused.unlink()
+    return mode
+
+
 def require_writable(path: str | Path, *, suffix: str | None = None) -> Path:
     """Refuse a file, or with `suffix` None a folder, that could not be written; nothing is created.
 
@@ -105,15 +119,16 @@ def require_writable(path: str | Path, *, suffix: str | None = None) -> Path:
     """
     path = Path(path)
     if suffix is not None:
+        if path.is_dir():
+            raise ArtifactError(f"cannot write the file {path}: it is a folder; give the name of a {suffix} file")
         if path.suffix.lower() != suffix:
             raise ArtifactError(f"{path} must end in {suffix}: the file is written in that format, whatever its name")
-        if path.is_dir():
-            raise ArtifactError(f"cannot write the file {path}: it is a folder; choose another name")
     folder = path if suffix is None else path.parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
-        raise ArtifactError(f"cannot create the folder {path.parent}: {folder} is a file; choose another place")
+        wanted = path if suffix is None else path.parent
+        raise ArtifactError(f"cannot create the folder {wanted}: {folder} is a file; choose another place")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ArtifactError(f"cannot write into {folder}: permission denied; choose another place")
     return path

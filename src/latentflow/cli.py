@@ -168,7 +168,7 @@ def encode(
     }
     _report(rows, as_json)
     for name in index.broken:
-        _say(f"left out, cannot be read: {name}")
+        _say(f"left out: {name}")
 
 
 @app.command(epilog="Example: latentflow prepare camvid camvid.zip --out data/camvid")
@@ -207,7 +207,7 @@ def train(
 
     result = run(resolved, cpu=cpu)
     for name in result.broken:
-        _say(f"left out, cannot be read: {name}")
+        _say(f"left out: {name}")
     if not result.outcome.finished:
         _say(f"stopped by a signal at step {result.outcome.step}, saved; repeat the command to go on")
         raise typer.Exit(128 + (result.outcome.signal or 0))
@@ -236,7 +236,7 @@ def train_autoencoder(
 
     result = train_first_stage(resolved, cpu=cpu)
     for name in result.broken:
-        _say(f"left out, cannot be read: {name}")
+        _say(f"left out: {name}")
     if result.report is None:
         _say(f"stopped by a signal at step {result.outcome.step}, saved; repeat the command to go on")
         raise typer.Exit(128 + (result.outcome.signal or 0))

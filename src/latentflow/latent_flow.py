@@ -14,7 +14,7 @@ from latentflow.artifacts import atomic_folder, read_json, read_tensors, write_j
 from latentflow.autoencoder import Autoencoder, LatentNormalisation, latent_mean, sample_latents
 from latentflow.conditioning import Conditioning, ConditionName
 from latentflow.data.masks import MaskRules
-from latentflow.errors import ArtifactError
+from latentflow.errors import ArtifactError, ConfigError
 from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.networks.dit import DiT, DiTConfig
 from latentflow.randomness import ImageRandom
@@ -116,6 +116,8 @@ class LatentFlow:
         self.config = config
         self.network = network
         self.autoencoder = autoencoder
+        self.reference = ""
+        """The folder or hub id it was loaded from."""
 
     @classmethod
     def from_pretrained(cls, model: str | Path, *, device: torch.device | str | None = None) -> LatentFlow:
@@ -126,10 +128,14 @@ class LatentFlow:
 
         Raises:
             ArtifactError: nothing usable is there, or the autoencoder is not the one the model was trained with.
+            ConfigError: there is no such device.
         """
+        device = usable_device(device)
         folder = find_model(model)
         config = read_config(folder)
         own = folder / AUTOENCODER_FOLDER
+        if config.autoencoder.reference == AUTOENCODER_FOLDER and not own.is_dir():
+            raise ArtifactError(f"{folder} lacks its folder {AUTOENCODER_FOLDER}/; copy the model folder whole")
         autoencoder = Autoencoder.from_pretrained(own if own.is_dir() else config.autoencoder.reference)
         if autoencoder.content_hash != config.autoencoder.content_hash:
             raise ArtifactError(
@@ -138,7 +144,9 @@ class LatentFlow:
             )
         network = config.build_network()
         load_weights(network, read_tensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
-        return cls(config, network.eval().requires_grad_(False), autoencoder).to(device or default_device())
+        loaded = cls(config, network.eval().requires_grad_(False), autoencoder).to(device)
+        loaded.reference = str(model)
+        return loaded
 
     def save_pretrained(self, folder: str | Path, *, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write the model folder, complete or not at all.
@@ -242,6 +250,21 @@ class LatentFlow:
         return invert(self, image, **request)
 
 
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device that is asked for, or `default_device` for None.
+
+    Raises:
+        ConfigError: it is unknown, or not there.
+    """
+    if device is None:
+        return default_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {str(device)!r} cannot be used here; {default_device()} can") from error
+    return torch.device(device)
+
+
 def default_device() -> torch.device:
     """A CUDA or MPS device if there is one, else the CPU."""
     if torch.cuda.is_available():
@@ -319,6 +342,11 @@ def _model_card(config: ModelConfig) -> str:
     told = ", ".join(config.conditioning.dropout) or "nothing (unconditional)"
     guided = ", ".join(config.conditioning.can_guide)
     guidance = f"trained for it, by {guided}" if guided else "not available: no null condition was trained"
+    usage = "latentflow sample PATH_OF_THIS_FOLDER --num 16 --out samples"
+    if config.conditioning.inpainting:
+        usage += "\n    latentflow inpaint PATH_OF_THIS_FOLDER IMAGE HOLE --out filled.png"
+    if config.conditioning.num_map_classes:
+        usage += "\n    latentflow mask-to-image PATH_OF_THIS_FOLDER MAP --out painted.png"
     seen = f"{training.step:,} steps, {training.images_seen:,} images seen"
     return f"""---
 library_name: latentflow
@@ -336,7 +364,7 @@ tags: [flow-matching, image-generation]
 | guidance | {guidance} |
 | trained on | {training.data}; {seen} |
 
-    latentflow sample PATH_OF_THIS_FOLDER --num 16 --out samples
+    {usage}
 
 or from Python:
 

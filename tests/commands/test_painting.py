@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from latentflow.data.semantic_maps import colour_map
-from latentflow.latent_flow import LatentFlow
+from latentflow.errors import ConfigError
+from latentflow.latent_flow import LatentFlow, usable_device
 from tests import tiny
 from tests.processes import Result, run_here
 
@@ -293,3 +294,22 @@ def test_a_folder_in_the_place_of_the_picture(paint, place):
 def test_a_model_that_always_saw_a_known_part_cannot_sample(paint, place, leaves_nothing):
     refused(paint("sample", "holes", "--out", str(place / "samples")), "latentflow inpaint")
     refused(paint("sample", "unguided", "--out", str(place / "samples")), "latentflow inpaint")
+
+
+def test_an_input_is_never_overwritten(paint, place):
+    before = tiny.tree(place)
+    refused(paint("inpaint", "all", "image", "mask", "--out", str(place / "image.png")), "would be lost")
+    refused(paint("mask-to-image", "all", "map", "--out", str(place / "map.png")), "would be lost")
+    assert tiny.tree(place) == before
+
+
+def test_a_seed_below_zero_is_refused(paint, place):
+    before = tiny.tree(place)
+    refused(paint("inpaint", "all", "image", "mask", "--out", str(place / "filled.png"), "--seed", "-1"), "seed -1")
+    assert tiny.tree(place) == before
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="device 'foo' cannot be used here; .* can"):
+        usable_device("foo")
+    assert usable_device("cpu").type == "cpu"

@@ -116,9 +116,11 @@ def test_holes_of_the_others_do_not_change_where_an_image_is_broken(tmp_path, se
     (folder / "images" / "apple" / "2.png").write_bytes(b"no picture")
     (folder / "masks" / "berry" / "1.png").write_bytes(b"no map")
     index = write_cache(open_images(folder, tiny.IMAGE_SIZE), kl, tmp_path / "cache", mask_variants=3, flips=True)
-    assert index.broken == ["apple/2.png", "berry/1.png"]
+    image, semantic_map = index.broken
+    assert image == "apple/2.png: its content is no image that Pillow can read"
+    assert semantic_map.startswith("berry/1.png: its map masks/berry/1.png")  # the file that is at fault is named
     whole, fewer = LatentCache(segmented_cache), LatentCache(tmp_path / "cache")
-    assert fewer.names() == [name for name in whole.names() if name not in index.broken]
+    assert fewer.names() == [name for name in whole.names() if name not in ("apple/2.png", "berry/1.png")]
     for row, name in enumerate(fewer.names()):
         before = whole.names().index(name)
         assert torch.equal(fewer.known([row], [2], [True])[1], whole.known([before], [2], [True])[1])

@@ -680,3 +680,11 @@ def test_mixed_sizes_come_out_alike(tmp_path):
     for i, (width, height) in enumerate([(10, 10), (100, 30), (7, 300), (1, 1)]):
         save(tmp_path / f"{i}.png", picture(i, width, height))
     assert {item.pixels.shape for item in open_images(tmp_path, 24)} == {(24, 24, 3)}
+
+
+def test_classes_without_masks_are_no_plain_images(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "classes.json").write_text('["sky", "road"]')
+    with pytest.raises(DataError, match=r"has a classes\.json, but not images/ and masks/ with images in both"):
+        open_images(tmp_path, 8)

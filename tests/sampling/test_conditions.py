@@ -192,7 +192,12 @@ def test_without_further_words_all_that_is_told_guides(model, told):
 @pytest.mark.parametrize(
     ("made", "told", "by", "said"),
     [
-        ({}, ["label"], ["inpainting"], "guided by inpainting, which the images are not told; they are told ['label']"),
+        (
+            {},
+            ["label"],
+            ["inpainting"],
+            "guided by inpainting, which the images are not told (they are told label);",
+        ),
         ({}, [], ["label"], "guided by label, which the images are not told"),
         ({}, [], None, "the images are told nothing that it could strengthen"),
         (

@@ -14,7 +14,7 @@ from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import open_images
 from latentflow.data.latent_cache import CacheIndex
 from latentflow.data.masks import MaskRules
-from latentflow.latent_flow import default_device
+from latentflow.latent_flow import usable_device
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def encode(
     began = time.perf_counter()
     source = open_images(data, image_size)
     process = process_rank()
-    encoder = Autoencoder.from_pretrained(autoencoder).to(device or default_device())
+    encoder = Autoencoder.from_pretrained(autoencoder).to(usable_device(device))
     num_images = len(source) // process[1]
     with image_progress("encoding", num_images, enabled=process[0] == 0) as on_images:
         index = write_cache(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from latentflow.artifacts import require_writable
-from latentflow.commands.pictures import Pictures, write_pictures
+from latentflow.commands.pictures import Pictures, require_picture_file, write_pictures
 from latentflow.commands.progress import image_progress
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.edits import image_to_image as redraw
@@ -29,7 +28,7 @@ def image_to_image(
     Raises:
         ArtifactError, ConfigError, DataError: before anything is written.
     """
-    require_writable(out, suffix=".png")
+    require_picture_file(out, image)
     flow = LatentFlow.from_pretrained(model, device=device)
     with image_progress("redrawing", num) as on_images:
         return write_pictures(redraw(flow, image, num=num, on_images=on_images, **request), out)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from latentflow.artifacts import require_writable
-from latentflow.commands.pictures import Pictures, write_pictures
+from latentflow.commands.pictures import Pictures, require_picture_file, write_pictures
 from latentflow.commands.progress import image_progress
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.mask_to_image import mask_to_image as paint_map
@@ -29,7 +28,7 @@ def mask_to_image(
     Raises:
         ArtifactError, ConfigError, DataError: before anything is written.
     """
-    require_writable(out, suffix=".png")
+    require_picture_file(out, semantic_map)
     flow = LatentFlow.from_pretrained(model, device=device)
     with image_progress("painting", num) as on_images:
         return write_pictures(paint_map(flow, semantic_map, num=num, on_images=on_images, **request), out)

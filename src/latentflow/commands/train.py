@@ -77,7 +77,7 @@ def train(recipe: Recipe, *, cpu: bool = False) -> TrainResult:
         kept, broken = None, source.index.broken
     else:
         kept, unreadable = readable(source)
-        broken = [error.name for error in unreadable]
+        broken = [f"{error.name}: {error.reason}" for error in unreadable]
         if not kept:
             raise DataError(f"{recipe.data.path}: none of {len(broken)} images can be read; {unreadable[0]}")
     spatial = spatial_data(recipe, source, autoencoder.factor)

@@ -133,7 +133,7 @@ def _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, st
         failures = [error for error in read if isinstance(error, BrokenImage)]
         if failures and strict:
             raise failures[0]
-        broken += [error.name for error in failures]
+        broken += [f"{error.name}: {error.reason}" for error in failures]
         items = [(start + n, item) for n, item in enumerate(read) if isinstance(item, ImageItem)]
         if items:
             encoded = _encode(items, autoencoder, plan)
@@ -260,7 +260,7 @@ def _finish(folder: Path, plan: CachePlan) -> CacheIndex | None:
         sums.sum += torch.tensor(shard.channel_sum, dtype=torch.float64)
         sums.sum_of_squares += torch.tensor(shard.channel_sum_of_squares, dtype=torch.float64)
     if not sums.num_values:
-        raise DataError(f"none of the {len(broken)} images of {plan.source} can be read, for example {broken[0]}")
+        raise DataError(f"{plan.source}: none can be read, for example {broken[0]}")
     mean, std = sums.mean_and_std()
     num_images = sum(shard.num_images for shard in shards)
     index = CacheIndex(

@@ -145,6 +145,11 @@ class ImageFiles:
 
         top = wrapper(images)
         has_maps = _has_maps(_below(top, images), store.path)
+        if not has_maps and any(name.rpartition("/")[2] == "classes.json" for name in files):
+            raise DataError(
+                f"{store.path} has a classes.json, but not images/ and masks/ with images in both; add what is "
+                "missing, or take classes.json away"
+            )
         folder = f"{top}images/" if has_maps else top
         prefix = folder + wrapper(_below(folder, images))
         self._names = sorted(_below(prefix, images))

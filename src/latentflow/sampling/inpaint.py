@@ -224,7 +224,7 @@ def native_size(model: LatentFlow, height: int, width: int) -> tuple[int, int]:
         near = " x ".join(str(max(round(side / multiple), 1) * multiple) for side in (width, height))
         raise ConfigError(
             f"{width} x {height} pixels cannot be taken as they are: both sides must be multiples of {multiple}; "
-            f"resize to {near}, or leave the fit to the program"
+            f"resize to {near}, or let it be scaled by not asking for the native size"
         )
     return height, width
 

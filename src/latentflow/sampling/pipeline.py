@@ -19,6 +19,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+import latentflow
 from latentflow.artifacts import atomic_file, sha256_tensors
 from latentflow.autoencoder import to_uint8
 from latentflow.errors import ConfigError
@@ -70,6 +71,8 @@ class Samples:
         latents: [B, C, h, w] float32, normalised, at t = 0.
         evaluations: [B] int64, network calls of each image; a guided call counts twice.
         request: what was asked for.
+        class_names: of the model.
+        drawn_by: which model, and which version of this program.
         seconds: wall time of solver and decoder.
     """
 
@@ -78,6 +81,7 @@ class Samples:
     evaluations: Tensor
     request: SampleRequest
     class_names: Sequence[str] = field(default=())
+    drawn_by: Mapping[str, str | int] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -112,6 +116,7 @@ class Samples:
     def _write(self, file: Path, row: int) -> Path:
         own = self.request.at(slice(row, row + 1))
         metadata = {**own.model_dump(mode="json"), "evaluations": int(self.evaluations[row])}
+        metadata["drawn_by"] = dict(self.drawn_by)
         if own.labels:
             metadata["class_name"] = self.class_names[own.labels[0]]
         text = PngImagePlugin.PngInfo()
@@ -180,6 +185,7 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
         evaluations=torch.cat([part.evaluations for part in parts]),
         request=requests[0].model_copy(update=lists),
         class_names=parts[0].class_names,
+        drawn_by=parts[0].drawn_by,
         seconds=sum(part.seconds for part in parts),
     )
 
@@ -234,6 +240,16 @@ def conditioned_velocity(
     return BlendedVelocity(told(request.labels), told(others), weights)
 
 
+def _drawn_by(model: LatentFlow) -> dict[str, str | int]:
+    training = model.config.training
+    return {
+        "latentflow": latentflow.__version__,
+        "model": model.reference,
+        "trained_on": training.data_fingerprint[:12],
+        "images_seen": training.images_seen,
+    }
+
+
 @torch.inference_mode()
 def _draw_batch(model: LatentFlow, request: SampleRequest, given: Mapping[str, Tensor | None]) -> Samples:
     began, sampling, path = time.perf_counter(), request.sampling, model.config.path
@@ -258,5 +274,6 @@ def _draw_batch(model: LatentFlow, request: SampleRequest, given: Mapping[str, T
         evaluations=velocity.evaluations,
         request=request,
         class_names=tuple(model.config.conditioning.class_names),
+        drawn_by=_drawn_by(model),
         seconds=time.perf_counter() - began,
     )

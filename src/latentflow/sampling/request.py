@@ -80,6 +80,8 @@ def make_request(
     """
     if num < 1:
         raise ConfigError(f"number of images {num}: at least 1 is needed")
+    if seed < 0:
+        raise ConfigError(f"seed {seed} is below zero; give 0 or more")
     conditioning = model.config.conditioning
     if classes is None:
         chosen = list(range(conditioning.num_classes)) if task == "sample" and not told else []
@@ -179,5 +181,6 @@ def guided_by(model: LatentFlow, request: SampleRequest) -> list[ConditionName]:
             able = ", ".join(conditioning.can_guide) or "nothing"
             raise ConfigError(f"guided by {name}: its null was never trained in this model, which can guide by {able}")
         if name not in request.told:
-            raise ConfigError(f"guided by {name}, which the images are not told; they are told {request.told}")
+            told = ", ".join(request.told) or "nothing"
+            raise ConfigError(f"guided by {name}, which the images are not told (they are told {told}); give it, too")
     return list(request.sampling.guided_by)
