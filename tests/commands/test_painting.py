@@ -310,6 +310,6 @@ def test_a_seed_below_zero_is_refused(paint, place):
 
 
 def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(ConfigError, match="device 'foo' cannot be used here; .* can"):
+    with pytest.raises(ConfigError, match=r"device 'foo' cannot be used here; .* can"):
         usable_device("foo")
     assert usable_device("cpu").type == "cpu"
