@@ -24,14 +24,14 @@ class DemoScale(_Record):
 
     num_judged: int = Field(200, ge=12, description="Samples, and as many real images, that are recognised.")
     guidance_scales: tuple[float, ...] = Field((0.0, 1.0, 1.5, 2.0, 3.0, 5.0), description="Of the guidance sweep.")
-    num_per_scale: int = Field(96, ge=12, description="Samples per guidance scale; the same seeds for each.")
+    num_per_scale: int = Field(60, ge=12, description="Samples per guidance scale; the same seeds for each.")
     num_painted: int = Field(100, ge=8, description="Held-out maps that are painted, and images with holes.")
     painting_scales: tuple[float, ...] = Field((1.0, 2.0, 3.0), description="Guidance by maps and known parts.")
     num_draws: int = Field(512, ge=8, description="Draws of image, time and noise for a held-out loss.")
     num_solved: int = Field(6, ge=1, description="Images on which solvers are compared.")
     budgets: tuple[int, ...] = Field((8, 16, 32, 64), description="Velocity calls granted to fixed-step solvers.")
     tolerances: tuple[float, ...] = Field((1e-1, 1e-2, 1e-3, 1e-4), description="Of adaptive solvers, rtol = atol.")
-    reference_steps: int = Field(200, ge=1, description="Steps of rk4 for the solution that others are held against.")
+    reference_steps: int = Field(120, ge=1, description="Steps of rk4 for the solution that others are held against.")
 
     @property
     def num_shown(self) -> int:
