@@ -29,7 +29,12 @@ from latentflow.shapes import Condition, per_image
 ConditionName = Literal["label", "inpainting", "semantic_map"]
 CONDITION_NAMES: tuple[ConditionName, ...] = get_args(ConditionName)
 
-_FIELDS = {"label": ("labels",), "inpainting": ("masked_latents", "mask"), "semantic_map": ("class_fractions",)}
+CONDITION_FIELDS: dict[ConditionName, tuple[str, ...]] = {
+    "label": ("labels",),
+    "inpainting": ("masked_latents", "mask"),
+    "semantic_map": ("class_fractions",),
+}
+"""The fields of `Condition` that each condition fills."""
 
 
 class Conditioning(BaseModel):
@@ -135,7 +140,7 @@ class Conditioning(BaseModel):
             "class_fractions": (num_images, self.num_map_classes, height, width),
         }
         built = {}
-        for condition, names in _FIELDS.items():
+        for condition, names in CONDITION_FIELDS.items():
             for name in names:
                 if condition in self.dropout:
                     dtype = torch.int64 if name == "labels" else torch.float32
@@ -150,7 +155,7 @@ class Conditioning(BaseModel):
         """Put nulls in the place of what is `dropped`: for each condition a [B] bool, true where it is not told."""
         changed = {}
         for kind, rows in dropped.items():
-            for name in _FIELDS[kind]:
+            for name in CONDITION_FIELDS[kind]:
                 value = getattr(condition, name)
                 changed[name] = value.masked_fill(per_image(rows, value).bool(), self._null(name))
         return replace(condition, **changed)

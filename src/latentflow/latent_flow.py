@@ -260,7 +260,7 @@ def usable_device(device: torch.device | str | None) -> torch.device:
         return default_device()
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of these
         raise ConfigError(f"device {str(device)!r} cannot be used here; {default_device()} can") from error
     return torch.device(device)
 

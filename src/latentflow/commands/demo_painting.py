@@ -24,6 +24,7 @@ from latentflow.data.semantic_maps import colour_map
 from latentflow.data.synthetic import SyntheticShapes
 from latentflow.latent_flow import LatentFlow
 from latentflow.randomness import derive_seed
+from latentflow.sampling.inpaint import Frame
 from latentflow.sampling.pipeline import Given, Samples, draw_all
 from latentflow.sampling.request import make_request
 from latentflow.training.held_out import held_out_loss
@@ -77,7 +78,7 @@ def fill_holes(figures: DemoFigures, out: Path) -> dict[str, Any]:
     runs, rows = [], [real[:NUM_COLUMNS], hidden[:NUM_COLUMNS]]
     for name, conditions, given, scale in ways:
         samples = _draw(model, len(items), conditions, given, guidance=scale)
-        filled = torch.where(inside, samples.pixels, real)
+        filled = _pasted(samples.pixels, pictures, holes)
         evaluations = samples.evaluations.double().mean().item()
         runs.append({"name": name, "evaluations": evaluations, **_errors(filled, real, inside)})
         rows.append(filled[:NUM_COLUMNS])
@@ -123,6 +124,13 @@ def _draw(model: LatentFlow, num: int, told: list[ConditionName], given: Given, 
 def _pixels(pictures: Sequence[np.ndarray]) -> Tensor:
     """Pictures [S, S, 3] uint8 => [B, 3, S, S] uint8."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+def _pasted(drawn: Tensor, pictures: Sequence[np.ndarray], holes: Sequence[np.ndarray]) -> Tensor:
+    """Pictures [S, S, 3] with their holes filled from `drawn` [B, 3, S, S], as `inpaint` does it: [B, 3, S, S]."""
+    frame = Frame((0, 0, *drawn.shape[:1:-1]), tuple(drawn.shape[2:]))
+    fills = drawn.permute(0, 2, 3, 1).numpy()
+    return _pixels([frame.paste(*one, feather=0) for one in zip(fills, pictures, holes, strict=True)])
 
 
 def _errors(filled: Tensor, real: Tensor, inside: Tensor) -> dict[str, float | int]:

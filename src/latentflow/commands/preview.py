@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latentflow.autoencoder import to_uint8, to_unit_range
 from latentflow.commands.grid import save_grid
+from latentflow.conditioning import CONDITION_FIELDS
 from latentflow.data.batches import TrainingImages
 from latentflow.data.semantic_maps import colour_map
 from latentflow.latent_flow import LatentFlow
@@ -70,8 +71,7 @@ def save_preview(model: LatentFlow, weights: Mapping[str, Tensor], images: Train
     alone = [[name for name in request.told if name == chosen or name in needed] for chosen in request.told]
     for told in [*alone, request.told] if len(request.told) > 1 else [request.told]:
         labels = request.labels if "label" in told else []
-        fields = {"inpainting": ("masked_latents", "mask"), "semantic_map": ("class_fractions",)}
-        kept = {key: value for name in told for key, value in given.items() if key in fields.get(name, ())}
+        kept = {field: given[field] for name in told for field in CONDITION_FIELDS[name] if field in given}
         able = [name for name in request.sampling.guided_by or told if name in told and name in conditioning.can_guide]
         guidance = {"guided_by": able} if able else {"guided_by": None, "guidance": 1.0}
         sampling = request.sampling.model_copy(update=guidance)
