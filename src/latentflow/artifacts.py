@@ -5,18 +5,22 @@ Everything is written beside its final name, synced, and renamed into place.
 
 from __future__ import annotations
 
+import argparse
 import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -191,6 +195,35 @@ def open_tensors(path: str | Path) -> safe_open:
         if not Path(path).exists():
             raise ArtifactError(f"{path} does not exist") from error
         raise ArtifactError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
+def read_torch_file(path: str | Path) -> Any:
+    """Read a foreign .pth or .pt file as plain data: tensors, numbers, text, lists, dicts, argparse's namespaces.
+
+    Nothing in it is executed; a file that holds anything else is refused. This is the only place where torch's own
+    format is read.
+
+    Raises:
+        ArtifactError: the file is missing, truncated, of another kind, or wants to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist; give the path of a checkpoint file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():  # attributes, no more
+            warnings.simplefilter("ignore")  # of pickles that are then refused
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # readers of damaged files raise nearly anything
+        wanted = re.search(r"(?:GLOBAL|Unsupported class|global:?) ([\w.]+\.[\w.]+)", str(error))
+        if wanted:
+            raise ArtifactError(
+                f"{path} wants to run {wanted[1]} while it is read, which is refused; save its weights alone "
+                "(a state_dict, best as .safetensors) with the program that wrote it"
+            ) from error
+        raise ArtifactError(
+            f"{path} is truncated, or not a file of tensors written by torch.save (a pickle of anything else is never "
+            "run); fetch it again, or save its weights alone with the program that wrote it"
+        ) from error
 
 
 def sha256_file(path: str | Path) -> str:

@@ -77,10 +77,11 @@ class Autoencoder:
     """
 
     def __init__(self, model: nn.Module, reference: str):
-        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.model = model.eval().requires_grad_(False)
         self.reference = reference
         self.slice_size = 16
         """Images encoded or decoded at a time; bounds the memory of large batches."""
+        self.to(self.device)
 
     @classmethod
     def from_pretrained(cls, reference: str | Path) -> Autoencoder:
@@ -128,7 +129,14 @@ class Autoencoder:
     def to(self, device: torch.device | str) -> Autoencoder:
         """Move the weights; returns itself."""
         self.model.to(device)
+        self.model.to(memory_format=self._layout)
         return self
+
+    @property
+    def _layout(self) -> torch.memory_format:
+        """Channels last, where convolutions are fastest, except where torch's GroupNorm is inexact: on the CPU."""
+        exact = self.device.type != "cpu" or not any(isinstance(m, nn.GroupNorm) for m in self.model.modules())
+        return torch.channels_last if exact else torch.contiguous_format
 
     @property
     def device(self) -> torch.device:
@@ -222,7 +230,7 @@ class Autoencoder:
     def _encoded(self, pixels: Tensor):
         """A latent tensor, or diffusers' Gaussian with its `parameters`."""
         with torch.no_grad():
-            return self.model.encode(pixels.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
+            return self.model.encode(pixels.contiguous(memory_format=self._layout), return_dict=False)[0]
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:

@@ -75,6 +75,9 @@ def _preset(
         str | None,
         typer.Option(help="What guidance strengthens: label, inpainting, semantic_map; else all that is told."),
     ] = None,
+    guided_channels: Annotated[
+        int | None, typer.Option(min=1, help="Guidance acts on the first latent channels alone; otherwise on all.")
+    ] = None,
     solver: Annotated[str | None, typer.Option(help="euler, midpoint, heun, rk4, ab2, ab3, bosh3 or dopri5.")] = None,
     steps: Annotated[int | None, typer.Option(help="Intervals of a fixed-step solver.")] = None,
     shift: Annotated[float | None, typer.Option(help="Time shift of the grid; 1: even.")] = None,
@@ -86,6 +89,7 @@ def _preset(
         "guidance": guidance,
         "guidance_interval": _pair(guidance_interval, "--guidance-interval"),
         "guided_by": _names(guided_by),
+        "guided_channels": guided_channels,
         "solver": solver,
         "steps": steps,
         "shift": shift,
@@ -117,6 +121,9 @@ def encode(
     autoencoder: Annotated[str, typer.Option(help="A diffusers autoencoder: folder, hub id, or 'shapes'.")],
     out: Annotated[Path, typer.Option(help="The latent cache, a folder.")],
     image_size: Annotated[int, typer.Option(help="Side of the square images in pixels.")] = 256,
+    first: Annotated[
+        int | None, typer.Option(help="Encode the first so many images, in the source's order; otherwise all.")
+    ] = None,
     flips: Annotated[bool, typer.Option("--flips", help="Also encode the mirrored images.")] = False,
     precision: Annotated[Precision, typer.Option(help="How moments are stored.")] = Precision.float16,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded together.")] = 32,
@@ -141,6 +148,7 @@ def encode(
         out,
         autoencoder=autoencoder,
         image_size=image_size,
+        first=first,
         flips=flips,
         precision=precision.value,
         batch_size=batch_size,
@@ -589,6 +597,73 @@ def demo(
         _say(str(stop))
         raise typer.Exit(128 + stop.signal) from None
     _report({**key_figures(figures), "report": str(out / "report.html")}, as_json)
+
+
+@app.command(epilog="Example: latentflow convert lfm model_475.pth --experiment ffhq_f8_dit --out models/ffhq")
+def convert(
+    family: Annotated[str, typer.Argument(help="Whose weights they are: lfm, sit, dit or edm.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A .pth, .pt or .safetensors file.")],
+    out: Annotated[Path, typer.Option(help="The model folder, new.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(help="key=value, arguments of the published program: name=SiT-XL/2")
+    ] = None,
+    experiment: Annotated[str | None, typer.Option(help="Of lfm: ffhq_f8_dit and the like.")] = None,
+    autoencoder: Annotated[
+        str, typer.Option(help="The autoencoder it was trained with.")
+    ] = "stabilityai/sd-vae-ft-mse",
+    image_size: Annotated[int | None, typer.Option(help="Side of its images in pixels; otherwise as it says.")] = None,
+    class_names: Annotated[Path | None, typer.Option(help="A text file of one class name per line.")] = None,
+    encoder: Annotated[
+        Path | None, typer.Option(help="Of lfm: the file of the encoder of semantic maps, where it stands apart.")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="Probe whether it flows the right way.")] = True,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn published weights into a model folder. Nothing in the file is ever run."""
+    from latentflow.commands.convert import convert as run
+
+    result = run(
+        family,
+        checkpoint,
+        out,
+        experiment=experiment,
+        options=options or (),
+        autoencoder=autoencoder,
+        image_size=image_size,
+        class_names=class_names,
+        encoder=encoder,
+        check=check,
+        device=device,
+    )
+    config = result.model.config
+    rows = {
+        "model": str(out),
+        "network": config.network.title,
+        "parameters": f"{result.num_parameters:,}",
+        "weights of": result.part or "the file itself",
+        "classes": config.conditioning.num_classes,
+        "self-check": result.check.verdict if result.check else "left out",
+        "seconds": round(result.seconds, 1),
+    }
+    _report(rows, as_json)
+    for note in result.notes:
+        _say(note)
+
+
+@app.command(epilog="Example: latentflow push runs/streets me/streets --private")
+def push(
+    model: Model,
+    repo_id: Annotated[str, typer.Argument(metavar="NAME", help="On the hub: owner/name, or owner/name@branch.")],
+    private: Annotated[bool, typer.Option("--private", help="Create it for yourself and those you invite.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a latentflow model",
+    as_json: AsJson = False,
+) -> None:
+    """Put a model on the Hugging Face hub, once it has been found to load; nothing else of a run is sent."""
+    from latentflow.commands.push import push as run
+
+    url = run(model, repo_id, private=private, message=message)
+    _report({"model": url}, as_json)
 
 
 @app.command(epilog="Example: latentflow recipes")

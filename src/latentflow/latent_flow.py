@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from latentflow.artifacts import atomic_folder, read_json, read_tensors, write_json, write_tensors, write_text
-from latentflow.autoencoder import Autoencoder, LatentNormalisation, latent_mean, sample_latents
+from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation, latent_mean, sample_latents
 from latentflow.conditioning import Conditioning, ConditionName
 from latentflow.data.masks import MaskRules
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.flow.path import LinearPath, PathConfig
-from latentflow.networks.dit import DiT, DiTConfig
+from latentflow.hub import CARD_FILE, HubId, fetch, looks_like, push_folder, require_token
+from latentflow.model_card import listed, model_card
+from latentflow.networks.velocity_network import (
+    DenoiserPrediction,
+    NetworkConfig,
+    NoisePrediction,
+    PredictionConfig,
+    VelocityPrediction,
+    build_network,
+)
 from latentflow.randomness import ImageRandom
 from latentflow.shapes import Condition
 
@@ -25,6 +35,14 @@ if TYPE_CHECKING:
     from latentflow.sampling.pipeline import Samples
 
 CONFIG_FILE, WEIGHTS_FILE, AUTOENCODER_FOLDER = "config.json", "velocity.safetensors", "autoencoder"
+MODEL_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CARD_FILE,
+    f"{AUTOENCODER_FOLDER}/*.json",
+    f"{AUTOENCODER_FOLDER}/*.safetensors",
+)
+"""What a model folder consists of, as patterns; nothing else travels to the hub or from it."""
 
 
 class _Section(BaseModel):
@@ -41,6 +59,9 @@ class SamplingPreset(_Section):
     guided_by: list[ConditionName] | None = Field(
         None, description="Conditions that guidance strengthens; null: all that an image is told."
     )
+    guided_channels: int | None = Field(
+        None, ge=1, description="Guidance acts on the first latent channels alone; null: on all, as it should."
+    )
     shift: float = Field(1.0, gt=0, description="Time shift of the grid; above 1: more steps near the noise.")
     rtol: float = Field(1e-5, gt=0, description="Relative tolerance of adaptive solvers, per image.")
     atol: float = Field(1e-5, gt=0, description="Absolute tolerance of adaptive solvers, per image.")
@@ -53,6 +74,17 @@ class AutoencoderRecord(_Section):
     content_hash: str
     factor: int
     num_channels: int
+
+    @classmethod
+    def of(cls, autoencoder: Autoencoder) -> AutoencoderRecord:
+        """The record of a first stage; one that is no hub id is kept inside the model folder."""
+        embedded = autoencoder.reference in BUILT_IN or Path(autoencoder.reference).is_dir()
+        return cls(
+            reference=AUTOENCODER_FOLDER if embedded else autoencoder.reference,
+            content_hash=autoencoder.content_hash,
+            factor=autoencoder.factor,
+            num_channels=autoencoder.num_channels,
+        )
 
 
 class TrainingRecord(_Section):
@@ -70,7 +102,8 @@ class ModelConfig(_Section):
 
     format_version: Literal[1] = 1
     image_size: int
-    network: DiTConfig
+    network: NetworkConfig
+    prediction: PredictionConfig = VelocityPrediction()
     path: PathConfig = LinearPath()
     conditioning: Conditioning = Conditioning()
     masks: MaskRules | None = Field(None, description="Which holes an inpainting model learned to fill.")
@@ -87,16 +120,23 @@ class ModelConfig(_Section):
 
     @property
     def pixel_multiple(self) -> int:
-        """What height and width of an image must be multiples of: one patch of latent pixels."""
-        return self.autoencoder.factor * self.network.patch_size
+        """What height and width of an image must be multiples of."""
+        return self.autoencoder.factor * self.network.size_multiple
 
-    def build_network(self) -> DiT:
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if isinstance(self.prediction, NoisePrediction) and self.path.kind != "cosine":
+            raise ValueError(f"a network that predicts noise needs the cosine path, not {self.path.kind}")
+        if isinstance(self.prediction, DenoiserPrediction) and self.path != LinearPath(sigma_min=0):
+            raise ValueError("a denoiser needs the linear path with sigma_min 0")
+        return self
+
+    def build_network(self) -> torch.nn.Module:
         """A network with fresh weights, as this config describes it."""
-        channels = self.autoencoder.num_channels
-        return DiT(
+        return build_network(
             self.network,
-            in_channels=channels,
-            out_channels=channels,
+            self.prediction,
+            channels=self.autoencoder.num_channels,
             num_classes=self.conditioning.num_classes,
             inpainting=self.conditioning.inpainting,
             num_map_classes=self.conditioning.num_map_classes,
@@ -117,21 +157,24 @@ class LatentFlow:
         self.network = network
         self.autoencoder = autoencoder
         self.reference = ""
-        """The folder or hub id it was loaded from."""
+        """The folder it was loaded from, or the hub id with the commit: owner/name@commit."""
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, *, device: torch.device | str | None = None) -> LatentFlow:
-        """Load a model folder, a run folder (its `model/`), or a hub id.
+    def from_pretrained(
+        cls, model: str | Path, *, revision: str | None = None, device: torch.device | str | None = None
+    ) -> LatentFlow:
+        """Load a model folder, a run folder (its `model/`), or a hub id: owner/name or owner/name@revision.
 
         Args:
+            revision: a branch, tag or commit on the hub; None: the default branch.
             device: where to put it; None: a GPU if there is one, else the CPU.
 
         Raises:
             ArtifactError: nothing usable is there, or the autoencoder is not the one the model was trained with.
-            ConfigError: there is no such device.
+            ConfigError: there is no such device, or a revision is given for a folder.
         """
         device = usable_device(device)
-        folder = find_model(model)
+        folder = find_model(model, revision)
         config = read_config(folder)
         own = folder / AUTOENCODER_FOLDER
         if config.autoencoder.reference == AUTOENCODER_FOLDER and not own.is_dir():
@@ -145,7 +188,8 @@ class LatentFlow:
         network = config.build_network()
         load_weights(network, read_tensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
         loaded = cls(config, network.eval().requires_grad_(False), autoencoder).to(device)
-        loaded.reference = str(model)
+        is_local = Path(model).exists()
+        loaded.reference = str(model) if is_local else HubId.parse(str(model), revision).pinned(folder)
         return loaded
 
     def save_pretrained(self, folder: str | Path, *, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -159,13 +203,51 @@ class LatentFlow:
             write_tensors(
                 temporary / WEIGHTS_FILE, weights or self.network.state_dict(), metadata={"format": "latentflow"}
             )
-            write_text(temporary / "README.md", _model_card(self.config))
+            write_text(temporary / CARD_FILE, _model_card(self.config))
             if self.config.autoencoder.reference == AUTOENCODER_FOLDER:
                 self.autoencoder.save_pretrained(temporary / AUTOENCODER_FOLDER)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        commit_message: str = "Upload a latentflow model",
+        token: str | None = None,
+    ) -> str:
+        """Put the model on the Hugging Face hub in one commit; returns its page.
+
+        Args:
+            repo_id: owner/name or owner/name@branch; created if it is not there.
+            private: create it private; one that is there and public is refused.
+            revision: the branch, created if it is not there; None: the default branch.
+            token: one that may write; None: that of HF_TOKEN or of `hf auth login`.
+
+        Raises:
+            ConfigError: the id is none, or there is no token. Nothing was sent.
+            ArtifactError: the hub refuses, cannot be reached, or has something else under that name.
+        """
+        target, token = HubId.parse(repo_id, revision), require_token(token)
+        with TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            self.save_pretrained(folder)
+            return push_folder(
+                *(folder, target, MODEL_FILES),
+                marker=WEIGHTS_FILE,
+                private=private,
+                message=commit_message,
+                token=token,
+            )
+
     def to(self, device: torch.device | str) -> LatentFlow:
-        """Move network and autoencoder; returns itself."""
-        self.network.to(device)
+        """Move network and autoencoder; returns itself.
+
+        On CUDA the weights of convolutions lie channels last, as tensor cores want them. On the CPU they do not: it
+        gains nothing, and torch's GroupNorm loses up to three digits there (1e-4 of the output of a small U-Net).
+        """
+        layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+        self.network.to(device, memory_format=layout)
         self.autoencoder.to(device)
         return self
 
@@ -272,15 +354,18 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def find_model(model: str | Path) -> Path:
-    """The folder of a model given as a model folder, a run folder or a hub id.
+def find_model(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model given as a model folder, a run folder or a hub id; what is here wins over the hub.
 
     Raises:
         ArtifactError: there is no such model.
+        ConfigError: a revision is given for a folder.
     """
     path = Path(model)
     for folder in (path, path / "model"):
-        if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+        if _is_model(folder):
+            if revision is not None:
+                raise ConfigError(f"{model} is a folder here, and folders have no revision {revision!r}; leave it out")
             return folder
     if path.is_file():
         raise ArtifactError(f"{model} is a file; a model is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
@@ -288,16 +373,25 @@ def find_model(model: str | Path) -> Path:
         raise ArtifactError(
             f"{model} is not a model folder: it has no {CONFIG_FILE} with {WEIGHTS_FILE}, nor has {path / 'model'}"
         )
-    if str(model).count("/") != 1 or str(model).startswith((".", "~", "/")):
-        raise ArtifactError(f"{model} does not exist; give a model folder, a run folder or a hub id like 'owner/name'")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "README.md"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ArtifactError(f"{model}: there is no such folder, and the hub does not give it: {reason}") from error
+        hub_id = HubId.parse(str(model), revision)
+    except ConfigError as error:
+        raise ArtifactError(
+            f"{model} does not exist; give a model folder, a run folder or a hub id ({error})"
+        ) from error
+    try:
+        folder = fetch(hub_id, MODEL_FILES)
+    except ArtifactError as error:
+        raise ArtifactError(f"{model}: there is no such folder here, and {error}") from error
+    if not _is_model(folder):
+        raise ArtifactError(
+            f"{hub_id.url} is not a latentflow model: it has no {CONFIG_FILE} with {WEIGHTS_FILE}; {looks_like(folder)}"
+        )
+    return folder
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -337,37 +431,19 @@ def load_weights(network: torch.nn.Module, weights: Mapping[str, Tensor], origin
 
 
 def _model_card(config: ModelConfig) -> str:
-    classes = ", ".join(config.conditioning.class_names) or "none (unconditional)"
-    training = config.training
-    told = ", ".join(config.conditioning.dropout) or "nothing (unconditional)"
-    guided = ", ".join(config.conditioning.can_guide)
-    guidance = f"trained for it, by {guided}" if guided else "not available: no null condition was trained"
-    usage = "latentflow sample PATH_OF_THIS_FOLDER --num 16 --out samples"
-    if config.conditioning.inpainting:
-        usage += "\n    latentflow inpaint PATH_OF_THIS_FOLDER IMAGE HOLE --out filled.png"
-    if config.conditioning.num_map_classes:
-        usage += "\n    latentflow mask-to-image PATH_OF_THIS_FOLDER MAP --out painted.png"
-    seen = f"{training.step:,} steps, {training.images_seen:,} images seen"
-    return f"""---
-library_name: latentflow
-tags: [flow-matching, image-generation]
----
-# A latent flow-matching model
-
-| | |
-|---|---|
-| image size | {config.image_size} x {config.image_size} |
-| network | {config.network.name or config.network.kind} |
-| latents | {" x ".join(map(str, config.latent_shape))}, autoencoder `{config.autoencoder.reference}` |
-| told | {told} |
-| classes | {classes} |
-| guidance | {guidance} |
-| trained on | {training.data}; {seen} |
-
-    {usage}
-
-or from Python:
-
-    from latentflow import LatentFlow
-    images = LatentFlow.from_pretrained("PATH_OF_THIS_FOLDER").sample(num=16, seed=0).images
-"""
+    told, training, sampling = config.conditioning, config.training, config.sampling
+    guided = ", ".join(told.can_guide)
+    facts = {
+        "image size": f"{config.image_size} x {config.image_size}",
+        "network": config.network.title,
+        "latents": f"{' x '.join(map(str, config.latent_shape))}, autoencoder `{config.autoencoder.reference}`",
+        "told": ", ".join(told.dropout) or "nothing (unconditional)",
+        "classes": listed(told.class_names) or "none (unconditional)",
+        "map classes": listed(told.map_class_names),
+        "holes": config.masks.policy if config.masks else "",
+        "guidance": f"trained for it, by {guided}" if guided else "not available: no null condition was trained",
+        "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}",
+        "trained on": training.data or "not known",
+        "training": f"{training.step:,} steps, {training.images_seen:,} images seen",
+    }
+    return model_card(facts, labels=bool(told.class_names), inpainting=told.inpainting, maps=bool(told.map_class_names))

@@ -29,7 +29,7 @@ def _describe_model(model: str | Path) -> dict[str, Any]:
     sampling, conditioning = config.sampling, config.conditioning
     return {
         "model": str(folder),
-        "network": config.network.name or config.network.kind,
+        "network": config.network.title,
         "parameters": num_parameters,
         "image size": config.image_size,
         "latents": list(config.latent_shape),

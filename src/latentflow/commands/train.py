@@ -13,7 +13,7 @@ from torch import Tensor
 
 import latentflow
 from latentflow.artifacts import make_folder, write_json, write_text
-from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation, to_unit_range
+from latentflow.autoencoder import Autoencoder, LatentNormalisation, to_unit_range
 from latentflow.commands.preview import preview_request, save_preview
 from latentflow.conditioning import Conditioning
 from latentflow.data.batches import SpatialData, TrainingImages, epoch_order
@@ -23,7 +23,6 @@ from latentflow.data.latent_cache import ChannelSums, LatentCache, is_cache
 from latentflow.data.masks import check_masks
 from latentflow.errors import ConfigError, DataError
 from latentflow.latent_flow import (
-    AUTOENCODER_FOLDER,
     CONFIG_FILE,
     AutoencoderRecord,
     LatentFlow,
@@ -161,7 +160,7 @@ def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages
     Unlabelled images make an unconditional model.
 
     Raises:
-        ConfigError: the image size or the patch size does not fit the latents.
+        ConfigError: the network does not fit the latents.
     """
     source, told, spatial = images.source, recipe.conditioning, images.spatial
     class_names = list(source.class_names) if recipe.data.labels else []
@@ -169,13 +168,13 @@ def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages
         description, fingerprint = source.plan.source, source.plan.source_fingerprint
     else:
         description, fingerprint = source.description, source.fingerprint()
-    side, patch = autoencoder.latent_side(recipe.data.image_size), recipe.network.patch_size
-    if side % patch:
+    side, multiple = autoencoder.latent_side(recipe.data.image_size), recipe.network.size_multiple
+    if side % multiple:
         raise ConfigError(
-            f"network.patch_size = {patch} does not divide latents of {side} x {side}; choose another patch size, or a "
-            f"data.image_size that is a multiple of {autoencoder.factor * patch}"
+            f"network: latents of {side} x {side} do not fit a {recipe.network.title}, which needs multiples of "
+            f"{multiple}; choose another patch_size or fewer levels, or a data.image_size that is a multiple of "
+            f"{autoencoder.factor * multiple}"
         )
-    embedded = autoencoder.reference in BUILT_IN or Path(autoencoder.reference).is_dir()
     config = ModelConfig(
         image_size=recipe.data.image_size,
         network=recipe.network,
@@ -190,12 +189,7 @@ def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages
             map_dropout=told.map_dropout,
         ),
         masks=spatial.holes if spatial else None,
-        autoencoder=AutoencoderRecord(
-            reference=AUTOENCODER_FOLDER if embedded else autoencoder.reference,
-            content_hash=autoencoder.content_hash,
-            factor=autoencoder.factor,
-            num_channels=autoencoder.num_channels,
-        ),
+        autoencoder=AutoencoderRecord.of(autoencoder),
         normalisation=autoencoder.normalisation
         if recipe.normalise == "autoencoder"
         else _per_channel(autoencoder, images),

@@ -15,6 +15,7 @@ from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from latentflow.errors import ConfigError, nearest
+from latentflow.networks.inputs import check_inputs
 from latentflow.networks.layers import (
     GeluMLP,
     SelfAttention,
@@ -119,6 +120,16 @@ class DiTConfig(BaseModel):
             )
         return self
 
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return self.name or f"DiT of {self.depth} blocks, {self.hidden_size} channels"
+
+    @property
+    def size_multiple(self) -> int:
+        """What height and width of the latents must be multiples of."""
+        return self.patch_size
+
 
 class DiTBlock(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by what the image's time and label say (adaLN-Zero)."""
@@ -215,11 +226,17 @@ class DiT(nn.Module):
             [B, out_channels, H, W], dtype of `latents`.
 
         Raises:
-            ValueError: a shape does not fit, or labels are missing, unexpected or out of range. The range is looked at
-                on the CPU only, as elsewhere it would make the device wait.
+            ValueError: see `check_inputs` and `SpatialInputs`.
         """
-        self._check_inputs(latents, time, condition.labels)
         patch, size = self.config.patch_size, self.config.hidden_size
+        check_inputs(
+            latents,
+            time,
+            condition.labels,
+            channels=self.in_channels,
+            multiple=self.config.size_multiple,
+            num_classes=self.num_classes,
+        )
         h, w = latents.shape[2] // patch, latents.shape[3] // patch
 
         x = self.spatial(latents, condition)
@@ -247,33 +264,3 @@ class DiT(nn.Module):
         x = x.reshape(-1, h, w, patch, patch, self.out_channels)
         x = x.permute(0, 5, 1, 3, 2, 4)  # [B, h, w, p, p, C_out] => [B, C_out, h, p, w, p]
         return x.reshape(-1, self.out_channels, h * patch, w * patch).to(latents.dtype)
-
-    def _check_inputs(self, latents: Tensor, time: Tensor, labels: Tensor | None) -> None:
-        patch = self.config.patch_size
-        if latents.dim() != 4 or latents.shape[1] != self.in_channels:
-            raise ValueError(f"expected latents [B, {self.in_channels}, H, W], got {list(latents.shape)}")
-        if latents.shape[2] % patch or latents.shape[3] % patch:
-            raise ValueError(
-                f"latents of {latents.shape[2]} x {latents.shape[3]} cannot be cut into patches of {patch} x {patch}: "
-                f"height and width must be multiples of {patch}"
-            )
-        if time.shape != latents.shape[:1]:
-            raise ValueError(f"expected one time per image, shape [{latents.shape[0]}], got {list(time.shape)}")
-        if labels is None:
-            if self.num_classes:
-                raise ValueError(
-                    f"labels are missing; a network of {self.num_classes} classes needs one per image "
-                    f"({self.null_label} is the null label)"
-                )
-            return
-        if not self.num_classes:
-            raise ValueError(f"labels {labels.tolist()[:8]} given to a network without labels")
-        if labels.shape != latents.shape[:1]:
-            raise ValueError(f"expected one label per image, shape [{latents.shape[0]}], got {list(labels.shape)}")
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            outside = labels[(labels < 0) | (labels > self.num_classes)]
-            if outside.numel():
-                raise ValueError(
-                    f"label {outside[0].item()} is out of range: 0 to {self.num_classes - 1}, "
-                    f"or {self.num_classes} for the null label"
-                )

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 NORM_EPS = 1e-6
 
 
-def time_sinusoid(time: Tensor, channels: int = 256, max_period: float = 10_000.0) -> Tensor:
+def time_sinusoid(time: Tensor, channels: int = 256, max_period: float = 10_000.0, *, endpoint: bool = False) -> Tensor:
     """Sinusoids of `time` ([B], any unit): [B, channels] float32, cosines first, then sines.
 
-    Frequencies fall from 1 to 1 / max_period (exclusive) in a geometric series. Always in float32: in half precision
-    neighbouring times in 0..1000 would be the same number.
+    Frequencies fall from 1 to 1 / max_period in a geometric series, the last one left out unless `endpoint`. Always in
+    float32: in half precision neighbouring times in 0..1000 would be the same number.
     """
     half = channels // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=time.device) / half
+    exponents = torch.arange(half, dtype=torch.float32, device=time.device) / (half - 1 if endpoint else half)
     angles = time.float()[:, None] * torch.exp(-math.log(max_period) * exponents)  # [B, half]
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 

@@ -228,8 +228,9 @@ def conditioned_velocity(
         )
         guided = guided_by(model, request) if request.sampling.guidance != 1 else []
         null = conditioning.without(condition, guided) if guided else None
+        sampling = request.sampling
         return ConditionedVelocity(
-            model.velocity, condition, null, request.sampling.guidance, request.sampling.guidance_interval
+            model.velocity, condition, null, sampling.guidance, sampling.guidance_interval, sampling.guided_channels
         )
 
     if all(blend.label is None for blend in request.blends):

@@ -73,7 +73,8 @@ def make_request(
         classes: by index or name, dealt out in turn (image i gets class i mod their number); an empty list or
             "none": no class is told; None: all classes in turn where that is all the model is told, else no class.
         told: conditions besides the class that are given.
-        preset: fields of `SamplingPreset`: solver, steps, guidance, guidance_interval, guided_by, shift, rtol, atol.
+        preset: fields of `SamplingPreset`: solver, steps, guidance, guidance_interval, guided_by,
+            guided_channels, shift, rtol, atol.
 
     Raises:
         ConfigError: a class, solver or value that does not exist or that the model was not trained for.
@@ -152,7 +153,14 @@ def check_request(model: LatentFlow, request: SampleRequest) -> None:
     if not 0 < request.start <= 1:
         raise ConfigError(f"start {request.start}: drawing starts at a time above 0 (the image) and at most 1 (noise)")
     sampling_times(sampling.steps, sampling.shift, start=request.start)
-    ConditionedVelocity(model.velocity, Condition(), Condition(), sampling.guidance, sampling.guidance_interval)
+    ConditionedVelocity(
+        model.velocity,
+        Condition(),
+        Condition(),
+        sampling.guidance,
+        sampling.guidance_interval,
+        sampling.guided_channels,
+    )
 
 
 def guided_by(model: LatentFlow, request: SampleRequest) -> list[ConditionName]:

@@ -96,5 +96,7 @@ def _load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tensor
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
         parameter = parameters[name]
-        # Copied out of the memory-mapped file, whose pages must not be written to.
-        optimizer.state[parameter][entry] = value.to(parameter.device, copy=True)
+        # Copied out of the memory-mapped file, whose pages must not be written to; moments lie in memory as their
+        # parameter does (channels last, for a convolution), as the fused optimizer wants them.
+        like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
+        optimizer.state[parameter][entry] = like.to(parameter.device, value.dtype).copy_(value)

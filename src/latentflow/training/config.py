@@ -17,6 +17,7 @@ from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.flow.times import TrainingTimes
 from latentflow.latent_flow import SamplingPreset
 from latentflow.networks.dit import DiTConfig
+from latentflow.networks.velocity_network import NetworkConfig
 from latentflow.training.optim import OptimizerConfig
 from latentflow.training.settings import load_settings
 
@@ -88,7 +89,7 @@ class Recipe(_Section):
         "autoencoder",
         description="Latent scaling: as the autoencoder's config says, or to zero mean and unit variance per channel.",
     )
-    network: DiTConfig = DiTConfig(name="DiT-S/2")
+    network: NetworkConfig = DiTConfig(name="DiT-S/2")
     path: PathConfig = LinearPath()
     times: TrainingTimes = TrainingTimes()
     conditioning: ConditioningConfig = ConditioningConfig()

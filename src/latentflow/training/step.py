@@ -14,7 +14,7 @@ from latentflow.data.batches import Batch
 from latentflow.flow.loss import flow_matching_loss
 from latentflow.flow.times import TrainingTimes
 from latentflow.latent_flow import LatentFlow
-from latentflow.randomness import ImageRandom
+from latentflow.randomness import ImageRandom, derive_seed
 from latentflow.shapes import Condition
 
 
@@ -62,6 +62,8 @@ def training_step(
     if told is not None:
         dropped = {name: torch.full(rows.shape, name not in told) for name, rows in dropped.items()}
     condition = _condition(model, batch, data, dropped)
+    # Dropout inside a network draws from torch's own generator; a resumed run must drop the same again.
+    torch.manual_seed(derive_seed(seed, "dropout", int(batch.positions[0])))
     loss = flow_matching_loss(lambda x, t: network(x, t, condition), model.config.path, data, noise, time)
     return StepResult(loss, time)
 

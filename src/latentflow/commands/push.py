@@ -1,0 +1,26 @@
+"""`latentflow push`: a model on disk => a repository on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from latentflow.hub import HubId, push_folder, require_token
+from latentflow.latent_flow import MODEL_FILES, WEIGHTS_FILE, LatentFlow, find_model
+
+
+def push(model: str | Path, repo_id: str, *, private: bool = False, message: str = "Upload a latentflow model") -> str:
+    """Push the files of a model folder as they are, once they have been found to load; returns the page.
+
+    Args:
+        model: a model folder, a run folder, of which only `model/` is sent, or another hub id.
+        repo_id: owner/name or owner/name@branch.
+
+    Raises:
+        ConfigError: the id is none, or there is no token.
+        ArtifactError: the model is not complete, or the hub does not take it.
+    """
+    target, token = HubId.parse(repo_id), require_token()
+    LatentFlow.from_pretrained(model, device="cpu")
+    return push_folder(
+        *(find_model(model), target, MODEL_FILES), marker=WEIGHTS_FILE, private=private, message=message, token=token
+    )

@@ -1,0 +1,104 @@
+"""A published network as one of ours: its config, and where each of its weights goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from torch import Tensor, nn
+
+from latentflow.convert.keymap import KeyMap
+from latentflow.errors import ConfigError, nearest
+from latentflow.networks.dit import DiTConfig
+from latentflow.networks.unet import UNetConfig
+from latentflow.networks.velocity_network import NETWORKS
+
+
+class PublishedOptions(BaseModel):
+    """Arguments of a published class, under the names it gives them.
+
+    Raises:
+        ConfigError: an argument it does not have (the nearest is named), or a value that cannot be.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: dict) -> dict:
+        names = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
+        for key in given:
+            if key not in names:
+                raise ConfigError(f"unknown option {key!r} of the published network; {nearest(key, sorted(names))}")
+        lists = {key for key, field in cls.model_fields.items() if "tuple" in str(field.annotation)}
+        return {key: _numbers(value) if key in lists else value for key, value in given.items()}
+
+    @classmethod
+    def read(cls, values: Mapping[str, object]):
+        """The options in `values`, checked.
+
+        Raises:
+            ConfigError: see the class.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            message = first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"option {where} of the published network: {message}") from error
+
+
+def _numbers(value: object) -> object:
+    """Lists as people write them on a command line: 16 8, or 16,8, or 16."""
+    if isinstance(value, int):
+        return (value,)
+    if isinstance(value, str):
+        return tuple(value.replace(",", " ").split())
+    return value
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A published network, rebuilt.
+
+    Attributes:
+        network: our config.
+        channels: of the latents.
+        out_channels: of the network's output.
+        keys: where the published weights go.
+        num_classes, inpainting, num_map_classes: what it is told; see `DiT` and `UNet`.
+    """
+
+    network: DiTConfig | UNetConfig
+    channels: int
+    out_channels: int
+    keys: KeyMap
+    num_classes: int = 0
+    inpainting: bool = False
+    num_map_classes: int = 0
+
+    def empty(self, device: torch.device | str = "meta") -> nn.Module:
+        """The network without the published weights; on the meta device it takes no memory."""
+        with torch.device(device):
+            return NETWORKS[self.network.kind](
+                self.network,
+                in_channels=self.channels,
+                out_channels=self.out_channels,
+                num_classes=self.num_classes,
+                inpainting=self.inpainting,
+                num_map_classes=self.num_map_classes,
+            )
+
+    def load(self, weights: Mapping[str, Tensor], origin: str = "the checkpoint") -> nn.Module:
+        """The network with published weights, in evaluation mode and without gradients.
+
+        Raises:
+            ArtifactError: they do not fit; see `KeyMap.ours`.
+        """
+        network = self.empty()
+        state = self.keys.ours(weights, network.state_dict(), origin)
+        network.load_state_dict(state, assign=True)
+        return network.eval().requires_grad_(False)

@@ -1,0 +1,101 @@
+"""Reading foreign checkpoint files: weights alone, whatever they are wrapped in."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from latentflow.artifacts import read_tensors, read_torch_file
+from latentflow.errors import ArtifactError
+
+WRAPPERS = ("ema", "model_dict", "state_dict", "model")
+"""Where training states keep the network, the best first: SiT and DiT have "ema" and "model", LFM "model_dict"."""
+
+PREFIXES = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put in front of every key."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a foreign file holds.
+
+    Attributes:
+        weights: by key, without prefixes.
+        options: the training program's own arguments, where the file or a config.yaml beside it has them.
+        origin: the file, for messages.
+        part: which of the file's parts the weights are, "" for a file of weights alone.
+    """
+
+    weights: dict[str, Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+    origin: str = ""
+    part: str = ""
+
+
+def read_checkpoint(path: str | Path, *, encoder: str | Path | None = None, prefix: str = "") -> Checkpoint:
+    """Read a .safetensors, .pth, .pt or .ckpt file; nothing in it is ever run.
+
+    Args:
+        encoder: the file of LFM's encoder of semantic maps, where it stands apart.
+        prefix: one more prefix that the keys may have, such as "model." of a wrapped network.
+
+    Raises:
+        ArtifactError: missing, truncated, wants to run code, or holds no weights.
+    """
+    path = Path(path)
+    content = read_tensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
+    if not isinstance(content, Mapping):
+        raise ArtifactError(f"{path} holds a {type(content).__name__}, not a state_dict of named tensors")
+    part = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), "")
+    weights = _weights(content[part] if part else content, path, prefix)
+    if isinstance(content.get("cond_stage_model_dict"), Mapping):
+        weights |= _encoder(content["cond_stage_model_dict"], path)
+    if encoder is not None:
+        found = read_checkpoint(encoder)
+        weights |= _encoder(found.weights, Path(encoder))
+    return Checkpoint(weights, _options(content, path), str(path), part)
+
+
+def _weights(content: Mapping[str, Any], path: Path, prefix: str = "") -> dict[str, Tensor]:
+    others = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    if others or not content:
+        what = f"has {others[0]!r}, which is no tensor" if others else "is empty"
+        raise ArtifactError(f"{path} is not a state_dict of named tensors: it {what}")
+    weights = dict(content)
+    for start in (*PREFIXES, prefix):
+        with_it = [key for key in weights if start and key.startswith(start)]
+        if with_it and len(with_it) < len(weights):
+            odd = next(key for key in weights if not key.startswith(start))
+            raise ArtifactError(f"{path}: {with_it[0]!r} has the prefix {start!r}, but {odd!r} has not")
+        if with_it:
+            weights = {key.removeprefix(start): value for key, value in weights.items()}
+    for key, tensor in weights.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise ArtifactError(f"{path}: {key!r} is not a dense tensor")
+    return weights
+
+
+def _encoder(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    return {f"cond_stage_model.{key}": tensor for key, tensor in _weights(content, path).items()}
+
+
+def _options(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The arguments kept in a training state, or in the config.yaml that LFM writes beside its checkpoints."""
+    args = content.get("args")
+    if isinstance(args, Namespace):
+        return vars(args)
+    if isinstance(args, Mapping):
+        return dict(args)
+    beside = path.parent / "config.yaml"
+    try:
+        found = yaml.safe_load(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,159 @@
+"""Diffusion transformers of DiT, SiT and LFM: one architecture, three conventions.
+
+    family   output                             time            table of labels
+    lfm      velocity                           1 = noise       a null row only where labels were dropped
+    sit      velocity the other way, maybe a    0 = noise       with a null row
+             second half that is not used
+    dit      noise and its variance             step 0 to 999   with a null row
+
+What differs can be said by weights alone: time turned round turns the sinusoids by a fixed angle, a sign or a half that
+is not used belongs to the last layer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from latentflow.convert.architecture import Architecture, PublishedOptions
+from latentflow.convert.keymap import Constant, KeyMap, Rule
+from latentflow.networks.dit import DiTConfig
+from latentflow.networks.layers import sincos_positions
+
+Family = Literal["lfm", "sit", "dit"]
+
+
+class DiTOptions(PublishedOptions):
+    """Arguments of the published classes; where LFM has another name than DiT and SiT, both are understood."""
+
+    input_size: int = Field(32, gt=0, alias="img_resolution", description="height and width of the latents")
+    patch_size: int = Field(2, gt=0)
+    in_channels: int = Field(4, gt=0)
+    hidden_size: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    mlp_ratio: float = Field(4.0, gt=0)
+    class_dropout_prob: float = Field(0.1, ge=0, lt=1, alias="label_dropout")
+    num_classes: int = Field(1000, gt=0)
+    learn_sigma: bool = Field(True, description="twice as many output channels; LFM never has them")
+
+
+def dit(options: DiTOptions, family: Family, *, keep_variance: bool = False) -> Architecture:
+    """A published transformer as our `DiT`.
+
+    Args:
+        keep_variance: of the family "dit": keep the output's second half, the variance, which no velocity needs.
+    """
+    has_null = options.class_dropout_prob > 0 or family != "lfm"
+    constant_label = options.num_classes == 1 and not has_null
+    doubled = options.learn_sigma and family != "lfm"
+    keeps = doubled and keep_variance and family == "dit"
+    channels = options.in_channels
+    config = DiTConfig(
+        depth=options.depth,
+        hidden_size=options.hidden_size,
+        num_heads=options.num_heads,
+        patch_size=options.patch_size,
+        mlp_ratio=options.mlp_ratio,
+        time_scale=1.0,
+    )
+    rules = [*_linear("patch_embedding", "x_embedder.proj"), *_time_rules(family, constant_label)]
+    if not constant_label:
+        rules.append(_table(has_null))
+    for index in range(options.depth):
+        ours, theirs = f"blocks.{index}", f"blocks.{index}"
+        rules += _linear(f"{ours}.modulation", f"{theirs}.adaLN_modulation.1")
+        rules += _linear(f"{ours}.attention.qkv", f"{theirs}.attn.qkv")  # both [q|k|v][head][channel]
+        rules += _linear(f"{ours}.attention.out", f"{theirs}.attn.proj")
+        rules += _linear(f"{ours}.mlp.up", f"{theirs}.mlp.fc1")
+        rules += _linear(f"{ours}.mlp.down", f"{theirs}.mlp.fc2")
+    rules += _linear("final_modulation", "final_layer.adaLN_modulation.1")
+    last = _LastLayer(channels, drops=doubled and not keeps, sign=-1 if family == "sit" else 1)
+    rules += [
+        Rule(f"final_linear.{part}", (f"final_layer.linear.{part}",), last.forth, last.back, not last.drops)
+        for part in ("weight", "bias")
+    ]
+    side = options.input_size // options.patch_size
+    positions = Constant("pos_embed", sincos_positions(side, side, options.hidden_size)[None])
+    return Architecture(
+        config,
+        channels,
+        out_channels=2 * channels if keeps else channels,
+        keys=KeyMap(rules, [positions]),
+        num_classes=0 if constant_label else options.num_classes,
+    )
+
+
+def _linear(ours: str, theirs: str) -> list[Rule]:
+    return [Rule(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in ("weight", "bias")]
+
+
+def _time_rules(family: Family, constant_label: bool) -> list[Rule]:
+    ours, theirs = "time_embedding.mlp", "t_embedder.mlp"
+    turn = {"forth": turn_time, "back": lambda weight: (turn_time(weight),)} if family == "sit" else {}
+    rules = [
+        Rule(f"{ours}.0.weight", (f"{theirs}.0.weight",), **turn),
+        Rule(f"{ours}.0.bias", (f"{theirs}.0.bias",)),
+        Rule(f"{ours}.2.weight", (f"{theirs}.2.weight",)),
+    ]
+    if not constant_label:
+        return [*rules, Rule(f"{ours}.2.bias", (f"{theirs}.2.bias",))]
+    # A table of one row is a constant: part of what is added to it.
+    return [
+        *rules,
+        Rule(
+            f"{ours}.2.bias",
+            (f"{theirs}.2.bias", "y_embedder.embedding_table.weight"),
+            forth=lambda bias, row: bias + row[0],
+            back=lambda bias: (bias, torch.zeros_like(bias)[None]),
+            exact_back=False,
+        ),
+    ]
+
+
+def turn_time(weight: Tensor) -> Tensor:
+    """The layer on the time's sinusoids [D, 256] so that it sees t where it saw 1 - t; its own inverse.
+
+    With cosines first: cos(w (1 - t)) = cos w cos wt + sin w sin wt, and sin(w (1 - t)) = sin w cos wt - cos w sin wt.
+    """
+    half = weight.shape[1] // 2
+    exponents = torch.arange(half, dtype=torch.float64, device=weight.device) / half
+    frequencies = torch.exp(-math.log(10_000.0) * exponents)
+    cosine, sine = frequencies.cos().to(weight.dtype), frequencies.sin().to(weight.dtype)
+    on_cosines, on_sines = weight[:, :half], weight[:, half:]
+    return torch.cat([on_cosines * cosine + on_sines * sine, on_cosines * sine - on_sines * cosine], dim=1)
+
+
+def _table(has_null: bool) -> Rule:
+    theirs = ("y_embedder.embedding_table.weight",)
+    if has_null:
+        return Rule("label_embedding.weight", theirs)
+    # Asked without a label, the published network takes the last row, which here is a class.
+    return Rule(
+        "label_embedding.weight",
+        theirs,
+        forth=lambda table: torch.cat([table, table[-1:]]),
+        back=lambda table: (table[:-1],),
+    )
+
+
+class _LastLayer:
+    """The rows of the last layer: [row in patch][column in patch][channel], perhaps less their second half."""
+
+    def __init__(self, channels: int, *, drops: bool, sign: int):
+        self.channels, self.drops, self.sign = channels, drops, sign
+
+    def forth(self, theirs: Tensor) -> Tensor:
+        kept = theirs.unflatten(0, (-1, 2 * self.channels))[:, : self.channels].flatten(0, 1) if self.drops else theirs
+        return self.sign * kept
+
+    def back(self, ours: Tensor) -> tuple[Tensor, ...]:
+        ours = self.sign * ours
+        if not self.drops:
+            return (ours,)
+        rows = ours.unflatten(0, (-1, self.channels))
+        return (torch.cat([rows, torch.zeros_like(rows)], dim=1).flatten(0, 1),)

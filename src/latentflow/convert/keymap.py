@@ -1,0 +1,150 @@
+"""Rename rules between a foreign checkpoint and our weights, both ways, with every key accounted for.
+
+A key map lists every tensor of our network with the foreign tensors it is made of. Shapes are not written down: what a
+foreign tensor must look like follows from ours by the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from latentflow.errors import ArtifactError, nearest
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _same_back(tensor: Tensor) -> tuple[Tensor, ...]:
+    return (tensor,)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one tensor of ours is made of foreign ones.
+
+    Attributes:
+        ours: our key.
+        theirs: the foreign keys.
+        forth: foreign tensors (float64) => ours.
+        back: ours => the foreign tensors, of the right shapes; values are exact only where `exact_back`.
+        exact_back: whether the way back gives the foreign values, up to rounding.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    forth: Callable[..., Tensor] = _same
+    back: Callable[[Tensor], tuple[Tensor, ...]] = _same_back
+    exact_back: bool = True
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A foreign tensor that is no weight: what it must be, or None for one that is not looked at."""
+
+    theirs: str
+    value: Tensor | None = None
+    tolerance: float = 1e-5
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """All rules of one architecture.
+
+    Attributes:
+        rules: one per tensor of ours.
+        constants: foreign tensors beside the weights; the file need not have them.
+        unused: foreign keys that our network has no place for, with the reason.
+    """
+
+    rules: Sequence[Rule]
+    constants: Sequence[Constant] = ()
+    unused: Mapping[str, str] = field(default_factory=dict)
+
+    def ours(self, foreign: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+        """Our weights from foreign ones.
+
+        Args:
+            foreign: by foreign key, any floating-point precision.
+            expected: our network's state, whose shapes and dtypes the result has; may live on the meta device.
+            origin: the file, for messages.
+
+        Raises:
+            ArtifactError: a key is missing, unknown or doubled, a shape differs, a value is not finite, or a constant
+                has another value.
+        """
+        assert {rule.ours for rule in self.rules} == expected.keys(), "the key map does not match the network"
+        shapes = self.foreign_shapes(expected)
+        known = {*shapes, *self.unused, *(constant.theirs for constant in self.constants)}
+        missing, unknown = sorted(shapes.keys() - foreign.keys()), sorted(foreign.keys() - known)
+        if missing or unknown:
+            raise ArtifactError(f"{origin} is not a checkpoint of this network: {_complaint(missing, unknown)}")
+        for key, shape in shapes.items():
+            if foreign[key].shape != shape:
+                raise ArtifactError(
+                    f"{origin}: {key!r} has the shape {list(foreign[key].shape)}, this network needs {list(shape)}; "
+                    "check the experiment and its options"
+                )
+            if not foreign[key].isfinite().all():
+                raise ArtifactError(f"{origin}: {key!r} holds values that are not finite; fetch the file again")
+        for constant in self.constants:
+            self._check_constant(constant, foreign, origin)
+        made = {}
+        for rule in self.rules:
+            tensor = rule.forth(*(foreign[key].double() for key in rule.theirs))
+            made[rule.ours] = tensor.to(expected[rule.ours].dtype).contiguous()
+        return made
+
+    def theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Foreign weights from ours; `constants` with a value are put in."""
+        made = {constant.theirs: constant.value for constant in self.constants if constant.value is not None}
+        for rule in self.rules:
+            parts = rule.back(ours[rule.ours].double())
+            made |= {
+                key: part.to(ours[rule.ours].dtype).contiguous() for key, part in zip(rule.theirs, parts, strict=True)
+            }
+        return made
+
+    def foreign_shapes(self, expected: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+        """The shape of every foreign weight, from our network's state."""
+        shapes = {}
+        for rule in self.rules:
+            parts = rule.back(torch.empty(expected[rule.ours].shape, device="meta"))
+            shapes |= {key: part.shape for key, part in zip(rule.theirs, parts, strict=True)}
+        return shapes
+
+    def _check_constant(self, constant: Constant, foreign: Mapping[str, Tensor], origin: str) -> None:
+        if constant.value is None or constant.theirs not in foreign:
+            return
+        found = foreign[constant.theirs]
+        if found.shape != constant.value.shape:
+            raise ArtifactError(
+                f"{origin}: {constant.theirs!r} has the shape {list(found.shape)}, this network needs "
+                f"{list(constant.value.shape)}; check the image size"
+            )
+        error = (found.double() - constant.value.double()).abs().max().item()
+        if error > constant.tolerance:
+            raise ArtifactError(
+                f"{origin}: {constant.theirs!r}, which is no weight, differs by {error:.1e} from what this network "
+                "computes; it comes from another architecture"
+            )
+
+
+def _complaint(missing: list[str], unknown: list[str]) -> str:
+    """One line about keys that should not be so."""
+    parts = []
+    if missing:
+        parts.append(f"it lacks {_some(missing)}")
+    if unknown:
+        parts.append(f"it has {_some(unknown)}, which this network does not know")
+    if len(missing) == len(unknown) == 1:
+        parts.append(nearest(unknown[0], missing))
+    return "; ".join(parts)
+
+
+def _some(keys: list[str]) -> str:
+    return repr(keys[0]) + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")

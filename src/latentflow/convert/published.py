@@ -1,0 +1,201 @@
+"""What is known of a foreign checkpoint beside its weights: its network, its path, how it was drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from latentflow.convert.architecture import Architecture
+from latentflow.convert.dit import DiTOptions, dit
+from latentflow.convert.edm_unet import EdmUNetOptions, edm_unet
+from latentflow.convert.families import FAMILIES
+from latentflow.convert.lfm import PROTOCOL, Experiment, LfmFlags, find_experiment, lfm
+from latentflow.errors import ConfigError, nearest
+from latentflow.flow.path import CosinePath, LinearPath, PathConfig
+from latentflow.latent_flow import SamplingPreset, TrainingRecord
+from latentflow.networks.dit import NAMES
+from latentflow.networks.velocity_network import (
+    DenoiserPrediction,
+    NoisePrediction,
+    PredictionConfig,
+    VelocityPrediction,
+)
+
+_DOPRI5 = {"solver": "dopri5", "rtol": 1e-5, "atol": 1e-5}
+_IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Published:
+    """A foreign model but for its weights and its autoencoder.
+
+    Attributes:
+        architecture: its network, and where its weights go.
+        image_size: height and width of its images in pixels; None: what its latents make with the autoencoder.
+        latent_scale: what raw latents are multiplied by; None: as the autoencoder's config says.
+        label_dropout: share of labels left out in training; 0: no guidance.
+        map_class_names: of the semantic maps it paints.
+        path, prediction: what its output means.
+        sampling: how its published samples were drawn.
+        training: what it was trained on.
+        notes: what a user should know.
+    """
+
+    architecture: Architecture
+    image_size: int
+    latent_scale: float | None = None
+    label_dropout: float = 0.0
+    map_class_names: tuple[str, ...] = ()
+    path: PathConfig = field(default_factory=LinearPath)
+    prediction: PredictionConfig = field(default_factory=VelocityPrediction)
+    sampling: SamplingPreset = field(default_factory=SamplingPreset)
+    training: TrainingRecord = field(default_factory=TrainingRecord)
+    notes: list[str] = field(default_factory=list)
+
+
+def published(
+    family: str,
+    options: Mapping[str, Any],
+    *,
+    experiment: str | None = None,
+    found: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
+    factor: int = 8,
+) -> Published:
+    """What a checkpoint of `family` is.
+
+    Args:
+        options: of the published network, under its own names; "name" of "sit" and "dit" is SiT-XL/2 and the like.
+        experiment: of "lfm", by name; `options` replace its flags.
+        found: what the file says about itself; used where there is no experiment.
+        image_size: in pixels; None: 256, or what the options say.
+        factor: pixels per latent pixel of the autoencoder.
+
+    Raises:
+        ConfigError: an unknown family, experiment or option, or too few of them.
+    """
+    if experiment is not None and family != "lfm":
+        raise ConfigError(f"--experiment names one of LFM's; of {family}, give options such as name={family}-XL/2")
+    if family == "lfm":
+        return _lfm(options, experiment, found or {}, image_size)
+    if family in ("sit", "dit"):
+        return _transformer(family, dict(options), image_size or 256, factor)
+    if family == "edm":
+        return _edm(dict(options), factor)
+    raise ConfigError(f"unknown family {family!r}: {nearest(family, FAMILIES)}")
+
+
+def imagenet_synsets() -> list[str]:
+    """The 1000 classes of ImageNet in the order of their labels, as its folders are called."""
+    return files("latentflow").joinpath("assets", "imagenet_synsets.txt").read_text(encoding="utf-8").split()
+
+
+def class_names_of(architecture: Architecture) -> list[str]:
+    """ImageNet's names where there are 1000 classes; else none."""
+    return imagenet_synsets() if architecture.num_classes == _IMAGENET_CLASSES else []
+
+
+def _lfm(
+    options: Mapping[str, Any], experiment: str | None, found: Mapping[str, Any], image_size: int | None
+) -> Published:
+    if image_size is not None:
+        options = {**options, "image_size": image_size}
+    if experiment is not None:
+        known = find_experiment(experiment)
+        flags = LfmFlags.read({**known.flags, **options})
+        return _from_flags(flags, known.architecture(**options), known, experiment)
+    if "hidden_size" in options:
+        sizes = DiTOptions.read({key: value for key, value in options.items() if key != "image_size"})
+        side = image_size or 8 * sizes.input_size
+        dropout = sizes.class_dropout_prob
+        return Published(dit(sizes, "lfm"), side, label_dropout=dropout, sampling=SamplingPreset(**_DOPRI5))
+    own = {key: value for key, value in found.items() if key in LfmFlags.model_fields and value is not None}
+    if not own and not options:
+        raise ConfigError(
+            "the file does not say which network it is; give --experiment NAME, or the flags of its training as "
+            "key=value, for example model_type=DiT-L/2 num_classes=1 image_size=256 num_in_channels=4 "
+            "num_out_channels=4"
+        )
+    flags = LfmFlags.read({**own, **options})
+    task: dict[str, Any] = {}
+    if flags.model_type is None:  # the scripts for painting are told apart by the channels of their input
+        task["inpainting"] = flags.num_in_channels == 2 * flags.num_out_channels + 1
+        if flags.num_in_channels == 2 * flags.num_out_channels:
+            raise ConfigError("a painter of semantic maps needs --experiment semantic_kl, which names its classes")
+    return _from_flags(flags, lfm(flags.model_dump(exclude_none=True), **task), None, str(found.get("exp", "")))
+
+
+def _from_flags(flags: LfmFlags, architecture: Architecture, known: Experiment | None, name: str) -> Published:
+    guidance = known.guidance if known else 1.0
+    record = TrainingRecord()
+    notes = []
+    if known:
+        record = TrainingRecord(data=f"{known.data} (LFM's {name})", num_images=known.num_images)
+        if known.fid is not None:
+            notes.append(f"published FID {known.fid}: {PROTOCOL}")
+        if name == "imnet_f8_adm":
+            notes.append("the published command drops no labels, so its null label may never have been trained")
+        if name == "semantic_kl":
+            notes.append("the published training left its encoder of semantic maps at its random start")
+    return Published(
+        architecture,
+        flags.image_size,
+        latent_scale=flags.scale_factor,
+        label_dropout=flags.label_dropout if architecture.num_classes else 0.0,
+        map_class_names=known.map_class_names if known else (),
+        sampling=SamplingPreset(**_DOPRI5, guidance=guidance),
+        training=record,
+        notes=notes,
+    )
+
+
+def _transformer(family: str, options: dict[str, Any], image_size: int, factor: int) -> Published:
+    name = options.pop("name", None)
+    if name is not None:
+        names = {other.replace("DiT", {"sit": "SiT", "dit": "DiT"}[family]): size for other, size in NAMES.items()}
+        if name not in names:
+            raise ConfigError(f"no {family} network {name!r}; {nearest(name, names)}")
+        options = {**names[name], **options}
+    prediction, path = options.pop("prediction", "velocity"), options.pop("path_type", "Linear")
+    if family == "sit" and prediction != "velocity":
+        raise ConfigError(
+            f"prediction {prediction!r}: of SiT, networks that predict the velocity are converted; its networks for "
+            "noise and score divide by what vanishes at an end of the path"
+        )
+    paths: dict[str, PathConfig] = {"Linear": LinearPath(sigma_min=0), "GVP": CosinePath()}
+    if family == "sit" and path not in paths:
+        raise ConfigError(f"path_type {path!r}: {nearest(path, paths)}; the VP path of SiT does not end in data here")
+    sizes = DiTOptions.read({"input_size": image_size // factor, **options})
+    # Both published their samples with guidance on the first three of four channels.
+    sampling = {"guidance": 1.5, "guided_channels": 3} if sizes.class_dropout_prob else {}
+    common = {
+        "image_size": factor * sizes.input_size,
+        "label_dropout": sizes.class_dropout_prob,
+        "training": TrainingRecord(data="ImageNet" if sizes.num_classes == _IMAGENET_CLASSES else ""),
+    }
+    if family == "sit":
+        return Published(dit(sizes, "sit"), path=paths[path], sampling=SamplingPreset(**_DOPRI5, **sampling), **common)
+    return Published(
+        dit(sizes, "dit"),
+        path=CosinePath(),
+        prediction=NoisePrediction(),
+        sampling=SamplingPreset(solver="heun", steps=50, **sampling),
+        notes=["a chain of 1000 steps, drawn from along its probability flow; its learned variance is left out"],
+        **common,
+    )
+
+
+def _edm(options: dict[str, Any], factor: int) -> Published:
+    denoiser = {key: options.pop(key) for key in ("sigma_data", "sigma_min", "sigma_max") if key in options}
+    sizes = EdmUNetOptions.read(options)
+    return Published(
+        edm_unet(sizes),
+        image_size=factor * sizes.img_resolution,
+        label_dropout=sizes.label_dropout if sizes.label_dim else 0.0,
+        path=LinearPath(sigma_min=0),
+        prediction=DenoiserPrediction(**denoiser),
+        sampling=SamplingPreset(solver="heun", steps=18),
+        notes=["EDM's preconditioned denoiser, drawn from along its probability flow"],
+    )

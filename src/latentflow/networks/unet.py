@@ -1,0 +1,472 @@
+"""The convolutional U-Net as a velocity network: one class for the networks that the paper calls ADM.
+
+Four published U-Nets differ in small things, which are options here, named after what they do; a `variant` sets them:
+
+    adm        guided-diffusion's UNetModel (arXiv 2105.05233)
+    dhariwal   EDM's rebuilding of it, DhariwalUNet (arXiv 2206.00364): residual blocks change the size
+    ddpm++     EDM's SongUNet (arXiv 2011.13456), positional time features, sums scaled by sqrt(1/2)
+    ncsn++     the same with Fourier time features, binomial resampling and the input on every level
+
+Legend: B images, C latent channels, H and W latent height and width, D channels of a feature map, E channels of the
+embedding of time and label.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
+
+from latentflow.errors import ConfigError, nearest
+from latentflow.networks.inputs import check_inputs
+from latentflow.networks.layers import time_sinusoid
+from latentflow.networks.spatial_encoder import SpatialInputs
+from latentflow.networks.unet_blocks import Downsample, InputBranch, MapAttention, ResidualBlock, Upsample, group_norm
+from latentflow.shapes import Condition
+
+_ADM = {
+    "num_heads": 4,
+    "decoder_attention": "every",
+    "resample": "conv",
+    "resample_filter": "box",
+    "resample_skip_conv": False,
+    "modulation": "scale_shift",
+    "time_features": "sinusoid",
+    "sinusoid_endpoint": False,
+    "label_joins": "embedding",
+    "input_on_every_level": False,
+    "residual_scale": 1.0,
+    "norm_group_channels": 1,
+    "norm_eps": 1e-5,
+}
+_DDPMPP = {
+    **_ADM,
+    "num_heads": 1,
+    "decoder_attention": "last",
+    "resample": "block",
+    "resample_skip_conv": True,
+    "modulation": "shift",
+    "sinusoid_endpoint": True,
+    "label_joins": "features",
+    "residual_scale": math.sqrt(0.5),
+    "norm_group_channels": 4,
+    "norm_eps": 1e-6,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adm": _ADM,
+    "dhariwal": {
+        **{key: value for key, value in _ADM.items() if key != "num_heads"},
+        "head_channels": 64,
+        "resample": "block",
+        "norm_group_channels": 4,
+    },
+    "ddpm++": _DDPMPP,
+    "ncsn++": {**_DDPMPP, "time_features": "fourier", "resample_filter": "binomial", "input_on_every_level": True},
+}
+
+
+class UNetConfig(BaseModel):
+    """A U-Net: its sizes, and a `variant` that sets the options not given.
+
+    A config is resolved when it is born: every size and option holds its value, so that what is saved stands alone.
+    Where blocks attend may be given as `attention_factors`, or as `attention_sizes` together with the `latent_size`
+    (height and width of the latents) that they are to be understood for; the factors are what is kept.
+
+    Raises:
+        ConfigError: unknown option or variant, or sizes that do not fit together.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["unet"] = "unet"
+    channels: int = Field(gt=0, description="of the feature maps, times the multiplier of their level")
+    multipliers: tuple[int, ...] = Field(min_length=1, description="one per level, from full size downwards")
+    blocks_per_level: int = Field(2, gt=0, description="residual blocks on the way down; one more on the way up")
+    attention_factors: tuple[int, ...] = Field(
+        (), description="blocks attend where maps are smaller than the latents by these factors: 1, 2, 4, ..."
+    )
+    middle_attention: bool = Field(True, description="whether the first block between the two ways attends")
+    variant: Literal["adm", "dhariwal", "ddpm++", "ncsn++"] = Field(
+        "adm", description="default of the options below: a published U-Net"
+    )
+    num_heads: int | None = Field(None, gt=0, description="attention heads; null: by head_channels")
+    num_decoder_heads: int | None = Field(None, gt=0, description="heads on the way up; null: as everywhere")
+    head_channels: int | None = Field(
+        None, gt=0, description="least channels of a head, in place of num_heads: as many heads as there is room for"
+    )
+    decoder_attention: Literal["every", "last"] = Field(
+        description="which blocks of an attending level attend on the way up"
+    )
+    resample: Literal["conv", "block", "plain"] = Field(
+        description="what changes the size between levels: conv = a convolution, block = a residual block, "
+        "plain = means of 2 x 2 and repeated pixels"
+    )
+    resample_filter: Literal["box", "binomial"] = Field(
+        description="how a residual block changes the size: box = means and repeated pixels, binomial = 1 3 3 1"
+    )
+    resample_skip_conv: bool = Field(description="a 1x1 convolution on the skip of every block that changes the size")
+    modulation: Literal["scale_shift", "shift"] = Field(
+        description="what time and label do: scale and shift normalised channels, or shift them before the norm"
+    )
+    time_features: Literal["sinusoid", "fourier"] = Field(
+        description="sinusoid = periods 2 pi to 20,000 pi; fourier = random frequencies, drawn once"
+    )
+    time_channels: int = Field(
+        default_factory=lambda values: values["channels"] * (2 if values["time_features"] == "fourier" else 1),
+        gt=0,
+        multiple_of=2,
+        description="number of time features",
+    )
+    time_scale: float = Field(
+        1000.0, gt=0, description="the time in [0, 1] is multiplied by this; published LFM weights need 1.0"
+    )
+    sinusoid_endpoint: bool = Field(description="whether the longest period is reached, or just not")
+    label_joins: Literal["features", "embedding"] = Field(
+        description="what the label's vector is added to: the time features, or what the MLP makes of them"
+    )
+    input_on_every_level: bool = Field(description="add the input, brought to size, behind every change of size")
+    residual_scale: float = Field(gt=0, le=1, description="every sum is multiplied by this; sqrt(1/2) keeps variances")
+    stem_channels: int = Field(
+        default_factory=lambda values: values["channels"] * values["multipliers"][0],
+        gt=0,
+        description="channels of the first convolution",
+    )
+    norm_groups: int = Field(32, gt=0, description="most groups of a norm")
+    norm_group_channels: int = Field(gt=0, description="least channels of a group; narrow maps have fewer groups")
+    norm_eps: float = Field(gt=0, description="added to variances")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of channels values left out in training, in every block")
+    gradient_checkpointing: bool = Field(
+        False, description="compute every block again in the backward pass: less memory, about a third more time"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        explicit = {key: value for key, value in given.items() if value is not None}
+        for key in explicit:
+            if key not in {*cls.model_fields, "attention_sizes", "latent_size"}:
+                raise ConfigError(f"unknown network option {key!r}: {nearest(key, cls.model_fields)}")
+        missing = [key for key in ("channels", "multipliers") if key not in explicit]
+        if missing:
+            raise ConfigError(
+                f"network without {', '.join(missing)}: give them, for example channels: 256, multipliers: [1, 2, 3, 4]"
+            )
+        variant = str(explicit.get("variant", "adm"))
+        if variant not in VARIANTS:
+            raise ConfigError(f"unknown network variant {variant!r}: {nearest(variant, VARIANTS)}")
+        preset = dict(VARIANTS[variant])
+        if explicit.keys() & {"num_heads", "head_channels"}:
+            preset = {key: value for key, value in preset.items() if key not in ("num_heads", "head_channels")}
+        return {**preset, **_factors_from_sizes(explicit)}
+
+    @model_validator(mode="after")
+    def _check(self) -> UNetConfig:
+        if (self.num_heads is None) == (self.head_channels is None):
+            raise ConfigError(
+                f"network.num_heads = {self.num_heads} and network.head_channels = {self.head_channels}: give one"
+            )
+        factors = [2**level for level in range(len(self.multipliers))]
+        for factor in self.attention_factors:
+            if factor not in factors:
+                raise ConfigError(
+                    f"network.attention_factors: no level is smaller by {factor}; the {len(factors)} levels of "
+                    f"multipliers {list(self.multipliers)} are smaller by {', '.join(map(str, factors))}"
+                )
+        for level, multiplier in enumerate(self.multipliers):
+            attends = 2**level in self.attention_factors
+            if attends or (self.middle_attention and level == len(self.multipliers) - 1):
+                for decoder in (False, True):
+                    self.heads(self.channels * multiplier, decoder=decoder)
+        return self
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return f"U-Net ({self.variant}) of {self.channels} x {', '.join(map(str, self.multipliers))} channels"
+
+    @property
+    def size_multiple(self) -> int:
+        """What height and width of the latents must be multiples of."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def embedding_channels(self) -> int:
+        """E."""
+        return 4 * self.channels
+
+    def heads(self, channels: int, *, decoder: bool = False) -> int:
+        """Attention heads of a map of so many channels.
+
+        Raises:
+            ConfigError: they do not divide the channels.
+        """
+        if self.head_channels is not None:
+            count = channels // self.head_channels
+        else:
+            count = (self.num_decoder_heads if decoder else None) or self.num_heads
+        if not count or channels % count:
+            raise ConfigError(
+                f"network: {channels} channels cannot be shared by {count} attention heads "
+                f"(num_heads {self.num_heads}, head_channels {self.head_channels}); let fewer levels attend or change "
+                "the heads"
+            )
+        return count
+
+
+def _factors_from_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`attention_sizes` of latents of `latent_size` as `attention_factors`."""
+    rest = {key: value for key, value in given.items() if key not in ("attention_sizes", "latent_size")}
+    if len(rest) == len(given):
+        return rest
+    sizes, side = given.get("attention_sizes"), given.get("latent_size")
+    if sizes is None or side is None or "attention_factors" in given:
+        raise ConfigError(
+            "network.attention_sizes and network.latent_size go together, in place of network.attention_factors"
+        )
+    for size in sizes:
+        if not isinstance(size, int) or not isinstance(side, int) or size < 1 or side % size:
+            raise ConfigError(f"network.attention_sizes: no level of latents of {side} x {side} has the size {size}")
+    return {**rest, "attention_factors": [side // size for size in sizes]}
+
+
+class Embedding(nn.Module):
+    """Time and label as one vector per image, past its activation: [B] and [B] => [B, E]."""
+
+    def __init__(self, config: UNetConfig, num_classes: int):
+        super().__init__()
+        self.config = config
+        features, size = config.time_channels, config.embedding_channels
+        self.label_joins_features = config.label_joins == "features"
+        if config.time_features == "fourier":  # the scale of arXiv 2011.13456
+            self.register_buffer("frequencies", 16 * torch.randn(features // 2))
+        width = features if self.label_joins_features else size
+        self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.linear1 = nn.Linear(features, size)
+        self.linear2 = nn.Linear(size, size)
+
+    def forward(self, time: Tensor, labels: Tensor | None) -> Tensor:
+        x = self._features(time * self.config.time_scale).to(self.linear1.weight.dtype)
+        said = self.label(labels) if self.label is not None else None
+        if said is not None and self.label_joins_features:
+            x = x + said
+        x = self.linear2(silu(self.linear1(x)))
+        if said is not None and not self.label_joins_features:
+            x = x + said
+        return silu(x)
+
+    def _features(self, time: Tensor) -> Tensor:
+        if self.config.time_features == "sinusoid":
+            return time_sinusoid(time, self.config.time_channels, endpoint=self.config.sinusoid_endpoint)
+        # Phases reach hundreds of radians: in half precision they would be noise.
+        wide = torch.promote_types(torch.float32, time.dtype)
+        phases = time.to(wide)[:, None] * (2 * math.pi * self.frequencies).to(wide)
+        return torch.cat([phases.cos(), phases.sin()], dim=1)
+
+
+class Stage(nn.Module):
+    """The modules of one level on one of the two ways: its blocks, and what changes the size before or after them."""
+
+    def __init__(self, resize: nn.Module | None, blocks: list[nn.Module], input_branch: nn.Module | None = None):
+        super().__init__()
+        self.resize = resize
+        self.input_branch = input_branch
+        self.blocks = nn.ModuleList(blocks)
+
+
+class UNet(nn.Module):
+    """Velocity network of residual blocks on feature maps of falling and again rising size.
+
+    Untrained, it returns exactly zero. Latents may have any height and width that are multiples of
+    `config.size_multiple`.
+
+    Args:
+        config: sizes and options.
+        in_channels: channels of the latents.
+        out_channels: channels of the velocity.
+        num_classes: number of labels; the table has one more row, `null_label`. 0 = a network without labels.
+        inpainting: whether masked latents and mask are concatenated to the latents.
+        num_map_classes: classes of the semantic map whose encoding is concatenated to the latents; 0 = no map.
+
+    Raises:
+        ConfigError: norms or heads do not divide the channels.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        *,
+        in_channels: int,
+        out_channels: int,
+        num_classes: int = 0,
+        inpainting: bool = False,
+        num_map_classes: int = 0,
+    ):
+        super().__init__()
+        self.config = config
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.num_classes = num_classes
+        self.spatial = SpatialInputs(in_channels, inpainting=inpainting, num_map_classes=num_map_classes)
+        self.embedding = Embedding(config, num_classes)
+        self.stem = nn.Conv2d(self.spatial.num_channels, config.stem_channels, 3, padding=1)
+
+        width, aside = config.stem_channels, self.spatial.num_channels
+        skips = [width]
+        self.encoder = nn.ModuleList()
+        for level, multiplier in enumerate(config.multipliers):
+            resize = self._resize(width, "halve") if level else None
+            branch = None
+            if level and config.input_on_every_level:
+                branch, aside = InputBranch(aside, width, config.resample_filter), width
+            skips += [width] if level else []
+            blocks = []
+            for _ in range(config.blocks_per_level):
+                blocks.append(self._block(width, config.channels * multiplier, attends=self._attends(level)))
+                width = config.channels * multiplier
+                skips.append(width)
+            self.encoder.append(Stage(resize, blocks, branch))
+
+        self.middle = nn.ModuleList(
+            [self._block(width, width, attends=config.middle_attention), self._block(width, width, attends=False)]
+        )
+
+        self.decoder = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(config.multipliers))):
+            blocks = []
+            for index in range(config.blocks_per_level + 1):
+                may = config.decoder_attention == "every" or index == config.blocks_per_level
+                attends = may and self._attends(level)
+                blocks.append(
+                    self._block(width + skips.pop(), config.channels * multiplier, attends=attends, decoder=True)
+                )
+                width = config.channels * multiplier
+            self.decoder.append(Stage(self._resize(width, "double") if level else None, blocks))
+
+        self.out_norm = self._norm(width)
+        self.out_conv = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.reset_parameters()
+
+    @property
+    def null_label(self) -> int | None:
+        """Index of the label that stands for "no label"; None for a network without labels."""
+        return self.num_classes if self.num_classes else None
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew: every block starts as its skip, every attention as nothing, the output as zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.GroupNorm):
+                module.reset_parameters()
+        if self.embedding.label is not None:
+            nn.init.normal_(self.embedding.label.weight, std=0.02)
+        if self.spatial.map_encoder is not None:
+            self.spatial.map_encoder.reset_parameters()
+        last = [self.out_conv]
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                last.append(module.conv2)
+            if isinstance(module, MapAttention):
+                last.append(module.attention.out)
+        for layer in last:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """The velocity at `latents` and `time`.
+
+        Args:
+            latents: [B, in_channels, H, W], H and W multiples of `config.size_multiple`.
+            time: [B] in [0, 1], 0 at data and 1 at noise.
+            condition: labels [B] in [0, num_classes] if the network has labels, else None; the spatial fields as
+                `SpatialInputs` wants them.
+
+        Returns:
+            [B, out_channels, H, W], dtype of `latents`.
+
+        Raises:
+            ValueError: see `check_inputs` and `SpatialInputs`.
+        """
+        check_inputs(
+            latents,
+            time,
+            condition.labels,
+            channels=self.in_channels,
+            multiple=self.config.size_multiple,
+            num_classes=self.num_classes,
+        )
+        c = self.embedding(time, condition.labels)  # [B, E]
+        x = aside = self.spatial(latents, condition)
+
+        x = self.stem(x)
+        skips = [x]
+        for stage in self.encoder:
+            if stage.resize is not None:
+                x = self._run(stage.resize, x, c)
+                if stage.input_branch is not None:
+                    x = aside = (x + stage.input_branch(aside)) * self.config.residual_scale
+                skips.append(x)
+            for block in stage.blocks:
+                x = self._run(block, x, c)
+                skips.append(x)
+        for block in self.middle:
+            x = self._run(block, x, c)
+        for stage in self.decoder:
+            for block in stage.blocks:
+                x = self._run(block, torch.cat([x, skips.pop()], dim=1), c)
+            if stage.resize is not None:
+                x = self._run(stage.resize, x, c)
+        return self.out_conv(silu(self.out_norm(x))).to(latents.dtype)
+
+    def _run(self, module: Callable[[Tensor, Tensor], Tensor], x: Tensor, c: Tensor) -> Tensor:
+        if self.config.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, x, c, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+        return module(x, c)
+
+    def _attends(self, level: int) -> bool:
+        return 2**level in self.config.attention_factors
+
+    def _norm(self, channels: int) -> nn.GroupNorm:
+        config = self.config
+        return group_norm(
+            channels, groups=config.norm_groups, group_channels=config.norm_group_channels, eps=config.norm_eps
+        )
+
+    def _block(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        attends: bool = False,
+        decoder: bool = False,
+        resize: str | None = None,
+    ) -> ResidualBlock:
+        config = self.config
+        attention = None
+        if attends:
+            heads = config.heads(out_channels, decoder=decoder)
+            attention = MapAttention(self._norm(out_channels), heads, config.residual_scale)
+        return ResidualBlock(
+            self._norm(in_channels),
+            self._norm(out_channels),
+            config.embedding_channels,
+            attention=attention,
+            modulation=config.modulation,
+            resize=resize,
+            resample_filter=config.resample_filter,
+            skip_conv=config.resample_skip_conv and resize is not None,
+            residual_scale=config.residual_scale,
+            dropout=config.dropout,
+        )
+
+    def _resize(self, channels: int, direction: str) -> nn.Module:
+        if self.config.resample == "block":
+            return self._block(channels, channels, resize=direction)
+        change = Downsample if direction == "halve" else Upsample
+        return change(channels, learned=self.config.resample == "conv")

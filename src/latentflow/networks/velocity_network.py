@@ -1,0 +1,175 @@
+"""Which velocity network a model has, and what its output means.
+
+Models trained here predict the velocity. Networks from elsewhere may predict something else along another path, from
+which the velocity follows exactly: they are wrapped, so that all others need to know nothing of it.
+
+Legend: B images, C latent channels, H and W latent height and width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from torch import Tensor, nn
+
+from latentflow.networks.dit import DiT, DiTConfig
+from latentflow.networks.unet import UNet, UNetConfig
+from latentflow.shapes import Condition, per_image
+
+
+def _kind(default: str) -> Any:
+    return Discriminator(
+        lambda value: value.get("kind", default) if isinstance(value, dict) else getattr(value, "kind", default)
+    )
+
+
+NetworkConfig = Annotated[Annotated[DiTConfig, Tag("dit")] | Annotated[UNetConfig, Tag("unet")], _kind("dit")]
+"""A velocity network as it stands in a config: `kind` says which, "dit" where it says nothing."""
+
+NETWORKS: dict[str, type[DiT | UNet]] = {"dit": DiT, "unet": UNet}
+
+
+class _Prediction(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class VelocityPrediction(_Prediction):
+    """The network's output is the velocity."""
+
+    kind: Literal["velocity"] = "velocity"
+
+
+class NoisePrediction(_Prediction):
+    """The output is the noise, on a variance-preserving chain of discrete steps (DDPM, DiT); the path is the cosine.
+
+    A chain's x_k = sqrt(abar_k) data + sqrt(1 - abar_k) noise lies on the cosine path, whose coefficients are cos and
+    sin of an angle: only the time is read off another clock.
+    """
+
+    kind: Literal["noise"] = "noise"
+    num_steps: int = Field(1000, ge=2, description="Steps of the chain; the network is told 0 to num_steps - 1.")
+    first_beta: float = Field(1e-4, gt=0, lt=1, description="Variance added by the first step.")
+    last_beta: float = Field(0.02, gt=0, lt=1, description="Variance added by the last; between them it grows evenly.")
+
+
+class DenoiserPrediction(_Prediction):
+    """The output is the inner network of EDM's preconditioned denoiser (arXiv 2206.00364, table 1); linear path."""
+
+    kind: Literal["edm"] = "edm"
+    sigma_data: float = Field(0.5, gt=0, description="Deviation of the data that the denoiser was made for.")
+    sigma_min: float = Field(0.002, gt=0, description="Least noise level the network was told of.")
+    sigma_max: float = Field(80.0, gt=0, description="Greatest noise level the network was told of.")
+
+
+PredictionConfig = Annotated[
+    Annotated[VelocityPrediction, Tag("velocity")]
+    | Annotated[NoisePrediction, Tag("noise")]
+    | Annotated[DenoiserPrediction, Tag("edm")],
+    _kind("velocity"),
+]
+"""What a network's output means, as it stands in a config."""
+
+
+def build_network(
+    config: DiTConfig | UNetConfig,
+    prediction: VelocityPrediction | NoisePrediction | DenoiserPrediction,
+    *,
+    channels: int,
+    num_classes: int = 0,
+    inpainting: bool = False,
+    num_map_classes: int = 0,
+) -> nn.Module:
+    """A network with fresh weights, called as network(latents [B, C, H, W], time [B], condition) => velocity.
+
+    Args:
+        channels: C.
+        num_classes, inpainting, num_map_classes: what it is told; see `DiT` and `UNet`.
+    """
+    network = NETWORKS[config.kind](
+        config,
+        in_channels=channels,
+        out_channels=channels,
+        num_classes=num_classes,
+        inpainting=inpainting,
+        num_map_classes=num_map_classes,
+    )
+    return wrap_network(network, prediction)
+
+
+def wrap_network(
+    network: nn.Module, prediction: VelocityPrediction | NoisePrediction | DenoiserPrediction
+) -> nn.Module:
+    """A network whose output is `prediction`, as one whose output is the velocity."""
+    if isinstance(prediction, NoisePrediction):
+        return NoisePredictor(network, prediction)
+    if isinstance(prediction, DenoiserPrediction):
+        return Denoiser(network, prediction)
+    return network
+
+
+class NoisePredictor(nn.Module):
+    """The velocity on the cosine path, from a network that predicts the noise of a chain of discrete steps.
+
+    With angle = pi t / 2, x = cos(angle) data + sin(angle) noise, the velocity is the noise's prediction put into
+    dx/dt:
+
+        v = pi/2 (cos(angle) noise - sin(angle) data) = pi/2 (noise - sin(angle) x) / cos(angle)
+
+    The chain ends a little before the pure noise of t = 1; behind its end the velocity stays what it is there. Between
+    two steps the network is told the fraction of a step.
+
+    Args:
+        network: called as network(latents, step [B] in [0, num_steps - 1], condition) => noise.
+    """
+
+    def __init__(self, network: nn.Module, config: NoisePrediction):
+        super().__init__()
+        self.network = network
+        betas = torch.linspace(config.first_beta, config.last_beta, config.num_steps, dtype=torch.float64)
+        angles = torch.acos((1 - betas).cumprod(0).sqrt())  # alpha of step k is cos(angles[k])
+        self.register_buffer("angles", angles.float(), persistent=False)
+
+    def forward(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """latents [B, C, H, W] and time [B] in [0, 1] => velocity [B, C, H, W]."""
+        angle = (time * (math.pi / 2)).to(self.angles.dtype).clamp(max=self.angles[-1])
+        noise = self.network(latents, self._step(angle), condition)
+        sine, cosine = per_image(angle.sin(), latents), per_image(angle.cos(), latents)
+        return (math.pi / 2) * (noise - sine * latents) / cosine
+
+    def _step(self, angle: Tensor) -> Tensor:
+        """The fractional step of the chain at `angle` [B]; 0 below the first."""
+        above = torch.searchsorted(self.angles, angle.contiguous()).clamp(1, len(self.angles) - 1)
+        low, high = self.angles[above - 1], self.angles[above]
+        return (above - 1 + (angle - low) / (high - low)).clamp(min=0)
+
+
+class Denoiser(nn.Module):
+    """The velocity on the linear path (sigma_min = 0), from the inner network F of EDM's preconditioned denoiser.
+
+    EDM's noisy image y = data + sigma noise is x / (1 - t) with sigma = t / (1 - t). Its denoiser
+    D = c_skip y + c_out F(c_in y, ln(sigma) / 4) put into v = (x - D) / t gives, with d = sigma_data and
+    n = t^2 + d^2 (1 - t)^2,
+
+        v = (t - d^2 (1 - t)) / n x - d / sqrt(n) F(x / sqrt(n), ln(sigma) / 4),
+
+    which is finite at both ends; there sigma, as the network is told it, stays within what it was trained for.
+
+    Args:
+        network: called as network(latents, ln(sigma) / 4 [B], condition) => F.
+    """
+
+    def __init__(self, network: nn.Module, config: DenoiserPrediction):
+        super().__init__()
+        self.network = network
+        self.config = config
+
+    def forward(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """latents [B, C, H, W] and time [B] in [0, 1] => velocity [B, C, H, W]."""
+        d = self.config.sigma_data
+        sigma = (time / (1 - time)).clamp(self.config.sigma_min, self.config.sigma_max)
+        n = time**2 + d**2 * (1 - time) ** 2
+        inner = self.network(latents / per_image(n.sqrt(), latents), sigma.log() / 4, condition)
+        return per_image((time - d**2 * (1 - time)) / n, latents) * latents - per_image(d / n.sqrt(), latents) * inner

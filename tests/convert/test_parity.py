@@ -1,0 +1,132 @@
+"""Converted networks against the numbers that the published implementations gave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentflow.convert.edm_unet import block_rules
+from latentflow.convert.families import architecture
+from latentflow.convert.keymap import KeyMap
+from latentflow.flow.guidance import ConditionedVelocity
+from latentflow.networks.spatial_encoder import SpatialEncoder
+from latentflow.networks.unet_blocks import MapAttention, ResidualBlock, group_norm
+from latentflow.shapes import Condition
+from tests.convert.parity import (
+    FAMILY_OF_KIND,
+    dtype_of,
+    find,
+    fixtures,
+    needs_parity,
+    relative_error,
+    tensors,
+    weights,
+)
+
+LIMIT = 1e-5
+
+GUIDED = {"sit": 3, "dit": 3}
+"""The first channels that the published guidance acts on; None: all."""
+
+
+def task_of(fixture: dict[str, Any]) -> dict[str, Any]:
+    """What the network is told beside labels, which the published constructors do not say."""
+    if fixture["kind"] == "fbdit":
+        return {"keep_variance": True}
+    return {"inpainting": True} if fixture["constructor"].get("num_in_channels") == 9 else {}
+
+
+def condition(network: torch.nn.Module, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Condition]:
+    """A published input as latents and condition."""
+    if not network.spatial.inpainting:
+        return x, Condition(labels)
+    c = network.in_channels
+    return x[:, :c], Condition(labels, masked_latents=x[:, c : 2 * c], mask=x[:, 2 * c :])
+
+
+def cases():
+    return [
+        pytest.param(fixture, case, id=f"{fixture['id']}-{case['name']}")
+        for fixture in fixtures()
+        for case in fixture["cases"]
+    ]
+
+
+@needs_parity
+@pytest.mark.parametrize(("fixture", "case"), cases())
+@torch.no_grad()
+def test_networks(fixture, case):
+    family, dtype, given = FAMILY_OF_KIND[fixture["kind"]], dtype_of(case), tensors(fixture)
+    published = architecture(family, fixture["constructor"], **task_of(fixture))
+    network = published.load(weights(fixture, case.get("weight_gain", 1)), fixture["file"]).to(dtype)
+    x = given[case["inputs"]["x"]].to(dtype)
+    time = given[case["inputs"]["t"]].expand(len(x))
+    if time.is_floating_point():
+        time = time.to(dtype)
+    if family == "sit":
+        time = 1 - time
+    labels = None
+    if network.num_classes:
+        labels = given[case["inputs"]["y"]] if "y" in case["inputs"] else torch.full((len(x),), network.null_label)
+    if case.get("kwargs", {}).get("drop_half_label"):
+        labels = labels.clone()
+        labels[len(x) // 2 :] = network.null_label
+
+    if case["method"] == "forward_with_cfg":
+        half = len(x) // 2
+        null = Condition(torch.full((half,), network.null_label))
+        scale = case["kwargs"]["cfg_scale"]
+
+        def at_their_times(x: Tensor, _: Tensor, told: Condition) -> Tensor:
+            return network(x, time, told)  # these cases ask the two halves at different times
+
+        told = Condition(labels[:half])
+        guided = ConditionedVelocity(at_their_times, told, null, scale, guided_channels=GUIDED.get(family))
+        found, expected = guided(x[:half], time[:half]), given[case["output"]][:half]
+    else:
+        latents, told = condition(network, x, labels)
+        found, expected = network(latents, time, told), given[case["output"]]
+    if family == "sit":
+        found = -found
+    error = relative_error(found, expected)
+    print(f"parity {fixture['id']} {case['name']}: largest error {error:.1e} of the largest value")
+    assert found.dtype == dtype
+    assert error <= LIMIT
+
+
+@needs_parity
+@pytest.mark.parametrize("case", ["base", "gain2"])
+@torch.no_grad()
+def test_block_of_two_heads(case):
+    fixture = find("lfm_edm_block_2heads")
+    made, given = fixture["constructor"], tensors(fixture)
+    channels, heads = made["out_channels"], made["out_channels"] // made["channels_per_head"]
+
+    def norm():
+        return group_norm(channels, groups=32, group_channels=4, eps=1e-5)
+
+    block = ResidualBlock(norm(), norm(), made["emb_channels"], attention=MapAttention(norm(), heads, 1.0)).eval()
+    keys = KeyMap(block_rules("", "", num_heads=heads))
+    gain = next(c for c in fixture["cases"] if c["name"] == case).get("weight_gain", 1)
+    block.load_state_dict(keys.ours(weights(fixture, gain), block.state_dict(), fixture["file"]))
+    error = relative_error(block(given["inputs/x"], given["inputs/emb"]), given[f"outputs/{case}"])
+    print(f"parity lfm_edm_block_2heads {case}: largest error {error:.1e} of the largest value")
+    assert error <= LIMIT
+
+
+@needs_parity
+@pytest.mark.parametrize(("case", "source"), [("base", "inputs/x"), ("odd", "inputs/x_odd")])
+@torch.no_grad()
+def test_spatial_encoder(case, source):
+    """Their halvings are the shares of the classes in each latent pixel, which come with the data here."""
+    fixture = find("lfm_spatial_rescaler")
+    given, made = tensors(fixture), fixture["constructor"]
+    encoder = SpatialEncoder(made["in_channels"], made["out_channels"])
+    encoder.mix.weight.copy_(weights(fixture)["channel_mapper.weight"])
+    shares = torch.nn.functional.avg_pool2d(given[source], 2 ** made["n_stages"])
+    error = relative_error(encoder(shares), given[f"outputs/{case}"])
+    print(f"parity lfm_spatial_rescaler {case}: largest error {error:.1e} of the largest value")
+    assert error <= LIMIT
