@@ -18,10 +18,10 @@ LAYERS = {
     "randomness": 0,
     "artifacts": 0,
     "errors": 0,
+    "hub": 0,
     "flow": 1,
     "networks": 1,
     "autoencoder": 1,
-    "hub": 1,
     "data": 2,
     "conditioning": 2,
     "model_card": 2,
@@ -35,7 +35,7 @@ LAYERS = {
     "cli": 6,
     "__main__": 7,
 }
-FLOOR = ("shapes", "randomness", "artifacts", "errors")
+FLOOR = ("shapes", "randomness", "artifacts", "errors", "hub")
 """Layer 0: these may see each other; no other rooms of one layer may."""
 
 UPWARD = {

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from latentflow.artifacts import read_json, sha256_tensors
 from latentflow.errors import ArtifactError, ConfigError
+from latentflow.hub import HubId, fetch
 from latentflow.randomness import ImageRandom
 
 BUILT_IN = {"shapes": Path(__file__).parent / "assets" / "shapes_autoencoder"}
@@ -105,8 +106,12 @@ class Autoencoder:
                 f"autoencoder {reference!r}: no such folder, not a hub id like 'stabilityai/sd-vae-ft-mse', "
                 f"and not built in ({', '.join(BUILT_IN)})"
             )
-        elif reference.count("/") == 2:
-            place, _, subfolder = reference.rpartition("/")
+        else:
+            repo, subfolder = reference, None
+            if reference.count("/") == 2:
+                repo, _, subfolder = reference.rpartition("/")
+            within = f"{subfolder}/" if subfolder else ""
+            place = str(fetch(HubId.parse(repo), [f"{within}*.json", f"{within}*.safetensors"]))
         import diffusers  # slow to import: only when a first stage is really loaded
 
         verbosity = diffusers.logging.get_verbosity()

@@ -39,6 +39,7 @@ class Condition:
         labels: [B] int64, class index in [0, num_classes]; `num_classes` itself is the null label.
         masked_latents: [B, C, H, W], latents of the image whose hole is painted over with gray.
         mask: [B, 1, H, W] in [0, 1], share of each latent pixel that lies in the hole; goes with `masked_latents`.
+            Models that are told so hear -1 and 1 instead (`MaskRules.told_as`).
         class_fractions: [B, K, H, W] in [0, 1], share of each latent pixel that belongs to each of K map classes.
     """
 

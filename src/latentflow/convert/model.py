@@ -63,7 +63,7 @@ def assemble(
             map_palette=list(default_palette(len(maps))),
             map_dropout=0,
         ),
-        masks=MaskRules() if architecture.inpainting else None,
+        masks=MaskRules(told_as="sign") if architecture.inpainting else None,
         autoencoder=AutoencoderRecord.of(autoencoder),
         normalisation=normalisation,
         sampling=published.sampling,

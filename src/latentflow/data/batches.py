@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from latentflow.data.items import ImageSource
 from latentflow.data.latent_cache import LatentCache
-from latentflow.data.latent_size import class_counts, hide, hole_counts, shares
+from latentflow.data.latent_size import class_counts, hide, hole_counts, shares, told_mask
 from latentflow.data.masks import MaskRules, draw_mask
 from latentflow.randomness import ImageRandom, derive_seed
 
@@ -179,9 +179,10 @@ class TrainingImages(Dataset):
         """Cut a hole into each image, drawn by its position."""
         seeds = [derive_seed(self.seed, "mask", int(position)) for position in positions]
         holes = [draw_mask(self.spatial.holes, *p.shape[:2], seed) for p, seed in zip(pixels, seeds, strict=True)]
-        counts = torch.stack([hole_counts(hole, self.spatial.factor) for hole in holes])
-        hidden = [hide(picture, hole) for picture, hole in zip(pixels, holes, strict=True)]
-        return {"known_pixels": _to_tensor(hidden), "mask": shares(counts, self.spatial.factor)}
+        told_as, factor = self.spatial.holes.told_as, self.spatial.factor
+        counts = torch.stack([hole_counts(hole, factor, told_as) for hole in holes])
+        hidden = [hide(picture, hole, told_as) for picture, hole in zip(pixels, holes, strict=True)]
+        return {"known_pixels": _to_tensor(hidden), "mask": told_mask(shares(counts, factor), told_as)}
 
 
 def _mirrored(arrays: Sequence[np.ndarray], flipped: Sequence[bool]) -> list[np.ndarray]:

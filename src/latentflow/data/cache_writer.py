@@ -194,11 +194,13 @@ def _encode(items: Sequence[tuple[int, ImageItem]], autoencoder: Autoencoder, pl
     if plan.mask_variants:
         seeds = [derive_seed("mask variant", row, v) for row, _ in items for v in range(plan.mask_variants)]
         holes = [draw_mask(plan.masks, plan.image_size, plan.image_size, seed) for seed in seeds]
-        hidden = [hide(pixels[n // plan.mask_variants], hole) for n, hole in enumerate(holes)]
+        told_as = plan.masks.told_as
+        hidden = [hide(pixels[n // plan.mask_variants], hole, told_as) for n, hole in enumerate(holes)]
         grouped = (len(items), plan.mask_variants)
         known = _moments("known_moments", hidden, autoencoder, plan)
         encoded |= {name: moments.unflatten(0, grouped) for name, moments in known.items()}
-        encoded["hole_counts"] = torch.stack([hole_counts(hole, plan.factor) for hole in holes]).unflatten(0, grouped)
+        counts = torch.stack([hole_counts(hole, plan.factor, told_as) for hole in holes])
+        encoded["hole_counts"] = counts.unflatten(0, grouped)
     return encoded
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from latentflow.artifacts import open_tensors, read_json, sha256_file
 from latentflow.autoencoder import Autoencoder, latent_mean
-from latentflow.data.latent_size import shares
+from latentflow.data.latent_size import shares, told_mask
 from latentflow.data.masks import MaskRules
 from latentflow.errors import ArtifactError, DataError
 
@@ -192,7 +192,7 @@ class LatentCache:
         return shares(_mirrored(rows, flipped), self.plan.factor)
 
     def known(self, indices: Sequence[int], variants: Sequence[int], flipped: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Images without a hole: moments [B, M, h, w], and the share of each latent pixel in the hole [B, 1, h, w].
+        """Images without a hole: moments [B, M, h, w], and what is told of the hole in each latent pixel [B, 1, h, w].
 
         Args:
             variants: per image, which of its `plan.mask_variants` holes.
@@ -200,7 +200,8 @@ class LatentCache:
         chosen = list(zip(indices, variants, flipped, strict=True))
         moments = torch.stack([self._row(_moments("known_moments", flip), i)[v] for i, v, flip in chosen])
         rows = [self._row("hole_counts", i)[v] for i, v, _ in chosen]
-        return moments.float(), shares(_mirrored(rows, flipped), self.plan.factor)
+        hole_shares = shares(_mirrored(rows, flipped), self.plan.factor)
+        return moments.float(), told_mask(hole_shares, self.plan.masks.told_as)
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
         """Class indices [B] int64; None for an unlabelled cache."""

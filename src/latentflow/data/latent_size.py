@@ -8,22 +8,37 @@ Legend: S image height and width, h = w = S / factor, K map classes.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
+
+ToldAs = Literal["share", "sign"]
+"""How a model is told of a hole; see `MaskRules.told_as`."""
 
 HOLE_GRAY = 128
 """What a hole is painted with before the encoder sees the image, of 255: the middle, which looks like neither end."""
 
 
-def hide(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """An image without its hole: pixels [S, S, 3] uint8, gray where mask [S, S] is 1."""
-    return np.where(mask[..., None] > 0, np.uint8(HOLE_GRAY), pixels)
+def hide(pixels: np.ndarray, mask: np.ndarray, told_as: ToldAs = "share") -> np.ndarray:
+    """An image without its hole: pixels [S, S, 3] uint8, painted over where mask [S, S] is 1."""
+    return np.where(mask[..., None] > 0, np.uint8(0 if told_as == "sign" else HOLE_GRAY), pixels)
 
 
-def hole_counts(mask: np.ndarray, factor: int) -> Tensor:
-    """How many pixels of each latent pixel lie in the hole: mask [S, S] of 0 and 1 => [1, h, w] int64."""
+def hole_counts(mask: np.ndarray, factor: int, told_as: ToldAs = "share") -> Tensor:
+    """How many pixels of each latent pixel count as hole: mask [S, S] of 0 and 1 => [1, h, w] int64.
+
+    Told as "sign", all of them do where the first one lies in the hole.
+    """
+    if told_as == "sign":
+        mask = mask[::factor, ::factor].repeat(factor, 0).repeat(factor, 1)[: mask.shape[0], : mask.shape[1]]
     return class_counts(1 - mask, 1, factor)
+
+
+def told_mask(hole_shares: Tensor, told_as: ToldAs) -> Tensor:
+    """Shares of the hole in [0, 1] as the network hears them: as they are, or as -1 and 1."""
+    return 2 * hole_shares - 1 if told_as == "sign" else hole_shares
 
 
 def class_counts(semantic_map: np.ndarray, num_classes: int, factor: int) -> Tensor:

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from latentflow.data.latent_size import ToldAs
 from latentflow.errors import ConfigError, DataError
 
 HoleKind = Literal["strokes", "boxes", "halves", "borders"]
@@ -74,6 +75,11 @@ class MaskRules(BaseModel):
         150 / 256, ge=0.05, le=0.9, description="Longest side of a box, as a share of the image's width or height."
     )
 
+    told_as: ToldAs = Field(
+        "share",
+        description="How a model is told of a hole. share: painted gray, and how much of each latent pixel lies in it, "
+        "0 to 1; sign: painted black, and 1 or -1 by the first pixel of each latent pixel, as published.",
+    )
     folder: str = Field(
         "", description="A folder of mask files to choose from in place of all this; empty: holes are drawn at random."
     )

@@ -22,7 +22,7 @@ from PIL import Image
 
 from latentflow.autoencoder import to_unit_range
 from latentflow.data.images import to_rgb
-from latentflow.data.latent_size import HOLE_GRAY, class_counts, hole_counts, shares
+from latentflow.data.latent_size import ToldAs, class_counts, hide, hole_counts, shares, told_mask
 from latentflow.data.masks import read_mask
 from latentflow.data.pictures import describe_file, read_picture
 from latentflow.data.semantic_maps import MapClasses, check_map, read_map
@@ -57,14 +57,14 @@ class Frame:
     box: tuple[int, int, int, int]
     size: tuple[int, int]
 
-    def cut(self, image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def cut(self, image: np.ndarray, mask: np.ndarray, told_as: ToldAs = "share") -> tuple[np.ndarray, np.ndarray]:
         """The frame of an image [H, W, 3] uint8 and of a mask [H, W] as the model sees them.
 
         Scaling mixes neighbours. So colours are weighted by what is known, R(known * image) / R(known) with the
         bicubic resize R: nothing that the hole covers gets into its neighbours.
 
         Returns:
-            [h, w, 3] uint8, `HOLE_GRAY` in the hole; [h, w] uint8, 1 wherever any of the hole is.
+            [h, w, 3] uint8, painted over in the hole; [h, w] uint8, 1 wherever any of the hole is.
         """
         hole = self._inside(mask) > 0
         seen_hole = _covered(hole, self.size)
@@ -72,7 +72,7 @@ class Frame:
         weight = np.maximum(self._scaled(known), 1e-3)  # where it is small, the hole is
         channels = [self._scaled(known * channel) / weight for channel in np.moveaxis(self._inside(image), -1, 0)]
         seen = np.rint(np.clip(np.stack(channels, -1), 0, 255)).astype(np.uint8)
-        return np.where(seen_hole[..., None], np.uint8(HOLE_GRAY), seen), seen_hole.astype(np.uint8)
+        return hide(seen, seen_hole, told_as), seen_hole.astype(np.uint8)
 
     def cut_map(self, semantic_map: np.ndarray) -> np.ndarray:
         """The frame of a semantic map: [h, w] uint8, the class at each pixel's centre."""
@@ -150,8 +150,9 @@ def inpaint(
     original = np.asarray(_rgb(image))
     hole = _hole(mask, original.shape[:2])
     frame = choose_frame(model, hole, fit)
-    seen, seen_hole = frame.cut(original, hole)
-    hole_share = shares(hole_counts(seen_hole, factor), factor)[None]
+    told_as = model.config.masks.told_as if method == "condition" and model.config.masks else "share"
+    seen, seen_hole = frame.cut(original, hole, told_as)
+    hole_share = shares(hole_counts(seen_hole, factor, told_as), factor)[None]
     if (hole_share == 1 if method == "condition" else hole_share > 0).all():
         height, width = frame.size
         raise DataError(
@@ -180,7 +181,7 @@ def inpaint(
     pixels = torch.from_numpy(seen).permute(2, 0, 1)[None].to(model.device)
     latents = model.encode(to_unit_range(pixels)).cpu()
     if method == "condition":
-        given = Given(masked_latents=latents, mask=hole_share, class_fractions=fractions)
+        given = Given(masked_latents=latents, mask=told_mask(hole_share, told_as), class_fractions=fractions)
     else:
         given = Given(latents=latents, hole=(hole_share > 0).float(), class_fractions=fractions)
     samples = draw_all(model, request, given, batch_size=batch_size, on_images=on_images)

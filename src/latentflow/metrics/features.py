@@ -1,0 +1,241 @@
+"""What images are compared by: feature networks with one way to be called.
+
+Legend: B images, H and W image height and width in pixels, D features of an image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latentflow.artifacts import sha256_tensors
+from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
+from latentflow.errors import ArtifactError, ConfigError, DataError, nearest
+from latentflow.metrics.inception import InceptionV3, download_weights, load_inception
+from latentflow.metrics.random_features import RandomPyramid
+
+NAMES = ("inception", "dinov2", "latents", "random")
+DINOV2 = "facebook/dinov2-large"
+
+_RELATIVE = "a relative measure: compare models by it, never with published figures"
+
+
+class FeatureExtractor(Protocol):
+    """A frozen network that turns images into rows of numbers.
+
+    Features of an image depend on no other image; another batch size moves them by rounding errors only.
+
+    Attributes:
+        name: one of `NAMES`.
+        label: what a Fréchet distance of these features is called, and what it may be compared with.
+        dim: D.
+        hash: SHA-256 over the weights and everything that is done to the images before.
+        device: where features are computed and returned.
+    """
+
+    name: str
+    label: str
+    dim: int
+    hash: str
+    device: torch.device
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 RGB images [B, 3, H, W] on any device => [B, D] float32 on `device`.
+
+        Raises:
+            DataError: the images are not uint8 RGB, or of a size that does not fit.
+        """
+        ...
+
+
+def open_features(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    autoencoder: Autoencoder | None = None,
+    image_size: int | None = None,
+    device: torch.device | str = "cpu",
+) -> FeatureExtractor:
+    """A feature network by name.
+
+    Args:
+        name: "inception" (FID), "dinov2" (FD-DINOv2), "latents" (means of the model's own first stage), or "random"
+            (a fixed random network, which needs no download).
+        weights: of "inception": the published .pth file or a .safetensors copy; None: download them if need be. Of
+            "dinov2": a folder or a hub id; None: `DINOV2`.
+        autoencoder: of "latents", which needs it.
+        image_size: of "latents", which needs it: height and width of the images in pixels.
+
+    Raises:
+        ConfigError: no such name, something that "latents" needs is missing, or the `transformers` library is.
+        ArtifactError: the weights cannot be read or downloaded.
+    """
+    device = torch.device(device)
+    if name == "inception":
+        return InceptionFeatures(load_inception(weights or download_weights()), device)
+    if name == "dinov2":
+        return DinoFeatures(str(weights or DINOV2), device)
+    if name == "random":
+        return RandomFeatures(device)
+    if name != "latents":
+        raise ConfigError(f"there are no features {name!r}: {nearest(name, NAMES)}")
+    if autoencoder is None or image_size is None:
+        raise ConfigError("features 'latents' are those of a model's autoencoder: give a model, or choose 'random'")
+    return LatentFeatures(autoencoder.to(device), image_size)
+
+
+class InceptionFeatures:
+    """The pooled features of the FID Inception network: the ones that published FID, KID and Inception Score take."""
+
+    name = "inception"
+    label = "FID"
+    dim = 2048
+
+    def __init__(self, network: InceptionV3, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.network = network.to(self.device)
+
+    @cached_property
+    def hash(self) -> str:
+        weights = {name: x for name, x in self.network.state_dict().items() if not name.endswith("num_batches_tracked")}
+        return _hash("bilinear 299, no antialias, no rounding, [-1, 1]; last block, spatial mean", weights)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        with full_float32():
+            return self.network(_checked(images).to(self.device))
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """[B, 2048] features => [B, 1008] logits without bias, which the Inception Score is defined by."""
+        with full_float32():
+            return self.network.logits(features.to(self.device), bias=False)
+
+
+class DinoFeatures:
+    """The class token of DINOv2 after its last norm, at 224 pixels: FD-DINOv2 of arXiv 2306.04675.
+
+    Args:
+        model: a folder or a hub id of a DINOv2 model with safetensors weights.
+
+    Raises:
+        ConfigError: the `transformers` library is not installed.
+        ArtifactError: the model cannot be loaded.
+    """
+
+    name = "dinov2"
+    label = "FD-DINOv2"
+    side = 224
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # of ImageNet
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+    def __init__(self, model: str = DINOV2, device: torch.device | str = "cpu"):
+        try:
+            from transformers import Dinov2Model  # slow to import, and an extra
+        except ImportError as error:
+            raise ConfigError(
+                "features 'dinov2' need the transformers library: pip install transformers, or choose other features"
+            ) from error
+        try:
+            network = Dinov2Model.from_pretrained(model, use_safetensors=True)
+        except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, ... here
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ArtifactError(f"cannot load DINOv2 from {model}: {reason}") from error
+        self.device = torch.device(device)
+        self.network = network.eval().requires_grad_(False).float().to(self.device)
+        self.dim: int = network.config.hidden_size
+
+    @cached_property
+    def hash(self) -> str:
+        rule = f"bicubic {self.side} with antialias, clipped, ImageNet mean and std; class token after the norm"
+        return _hash(rule, self.network.state_dict())
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        pixels = _checked(images).to(self.device).float()
+        resized = F.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True, align_corners=False)
+        normal = (resized.clamp(0, 255) / 255 - self.mean.to(self.device)) / self.std.to(self.device)
+        with full_float32():
+            return self.network(pixel_values=normal).last_hidden_state[:, 0]
+
+
+class LatentFeatures:
+    """The means of the first stage's posterior, as the flow sees them, flattened."""
+
+    name = "latents"
+    label = f"Fréchet distance of latents, {_RELATIVE}"
+
+    def __init__(self, autoencoder: Autoencoder, image_size: int):
+        self.autoencoder = autoencoder
+        self.image_size = image_size
+        self.dim = autoencoder.num_channels * autoencoder.latent_side(image_size) ** 2
+
+    @property
+    def device(self) -> torch.device:
+        return self.autoencoder.device
+
+    @cached_property
+    def hash(self) -> str:
+        text = f"posterior means, normalised, {self.image_size} pixels, {self.autoencoder.content_hash}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        size = (self.image_size, self.image_size)
+        if _checked(images).shape[2:] != size:
+            raise DataError(f"images of {list(images.shape[2:])} pixels do not fit features of latents at {list(size)}")
+        with full_float32():
+            moments = self.autoencoder.encode(to_unit_range(images.to(self.device)))
+        raw = latent_mean(moments, self.autoencoder.num_channels)
+        return self.autoencoder.normalisation.normalise(raw).flatten(1)
+
+
+class RandomFeatures:
+    """Means and spreads of a fixed random convolution pyramid: no download, and the same numbers everywhere."""
+
+    name = "random"
+    label = f"Fréchet distance of random features, {_RELATIVE}"
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.network = RandomPyramid().to(self.device)
+        self.dim = self.network.dim
+        self.hash = hashlib.sha256(self.network.recipe.encode()).hexdigest()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        with full_float32():
+            return self.network(_checked(images).to(self.device))
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Convolutions and products on a GPU without TF32, autocast off: features would move by 1e-3 otherwise."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.conv.fp32_precision, matmul.fp32_precision
+    cudnn.conv.fp32_precision = matmul.fp32_precision = "ieee"
+    try:
+        with contextlib.ExitStack() as stack:
+            for kind in ("cuda", "cpu"):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        cudnn.conv.fp32_precision, matmul.fp32_precision = before
+
+
+def _checked(images: Tensor) -> Tensor:
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+        raise DataError(f"features are of uint8 images [B, 3, H, W], not of {images.dtype} {list(images.shape)}")
+    return images
+
+
+def _hash(rule: str, tensors: dict[str, Any]) -> str:
+    return hashlib.sha256(f"{rule}; {sha256_tensors(tensors)}".encode()).hexdigest()

@@ -1,0 +1,147 @@
+"""Precision, recall, density and coverage: how two sets of features lie among each other.
+
+Legend: N generated images, M real images, D features of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentflow.errors import ConfigError
+from latentflow.metrics.scores import Resampled, require_enough
+from latentflow.metrics.statistics import require_features
+
+_BLOCK = 2048  # rows and columns of a distance matrix held at a time: 16 MiB in float32
+SCORES = ("precision", "recall", "density", "coverage")
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What each image contributes to the four scores. The radius of an image is the distance to its k-th neighbour.
+
+    Attributes:
+        precision_of: [N] 1 where a generated image lies within the radius of some real image, else 0.
+        recall_of: [M] 1 where a real image lies within the radius of some generated image, else 0.
+        density_of: [N] number of real images within whose radius a generated image lies, divided by k.
+        coverage_of: [M] 1 where some generated image lies within a real image's radius, else 0.
+    """
+
+    precision_of: Tensor
+    recall_of: Tensor
+    density_of: Tensor
+    coverage_of: Tensor
+
+    @property
+    def precision(self) -> float:
+        """Share of generated images that look real; arXiv 1904.06991."""
+        return float(self.precision_of.mean())
+
+    @property
+    def recall(self) -> float:
+        """Share of real images that the generator could have made; arXiv 1904.06991."""
+        return float(self.recall_of.mean())
+
+    @property
+    def density(self) -> float:
+        """Like precision, but in crowded places counted more often; may pass 1; arXiv 2002.09797."""
+        return float(self.density_of.mean())
+
+    @property
+    def coverage(self) -> float:
+        """Share of real images that have a generated one near; arXiv 2002.09797."""
+        return float(self.coverage_of.mean())
+
+    @property
+    def f_score(self) -> float:
+        """Harmonic mean of precision and recall."""
+        return 2 * self.precision * self.recall / max(1e-5, self.precision + self.recall)
+
+    def resampled(self, score: str) -> Resampled:
+        """For `bootstrap`: one of the four scores, radii and neighbours held fixed.
+
+        Precision and density resample the N generated images, recall and coverage the M real ones.
+        """
+        contributions = getattr(self, f"{score}_of")
+        return lambda counts: counts @ contributions / counts.sum(1)
+
+
+def neighbour_scores(generated: Tensor, real: Tensor, *, k: int = 3, k_density: int = 5) -> Neighbours:
+    """Precision and recall with `k` neighbours, density and coverage with `k_density`; see `Neighbours`.
+
+    An image is not its own neighbour; "within" includes the radius itself. Distances are computed block by block in
+    the features' own precision, from coordinates relative to the mean of the real images: memory beside the features
+    is two copies of them and a few dozen MiB.
+
+    Args:
+        generated: [N, D].
+        real: [M, D].
+
+    Raises:
+        DataError: features that are not finite or do not match, or no more images than neighbours.
+        ConfigError: a number of neighbours below 1.
+    """
+    most = max(k, k_density)
+    if min(k, k_density) < 1:
+        raise ConfigError(f"k = {k} and k_density = {k_density}: count at least one neighbour")
+    require_features(real, "real")
+    require_features(generated, "generated", real.shape[1])
+    for features in (real, generated):
+        require_enough("precision", len(features), neighbours=most)
+    center = real.mean(0)
+    generated, real = generated.to(real) - center, real - center
+    real_radii, generated_radii = _radii(real, most), _radii(generated, most)
+    k_radii, density_radii = real_radii[:, k - 1], real_radii[:, k_density - 1]
+
+    count = {"dtype": torch.float64, "device": real.device}
+    precision, density = torch.zeros(len(generated), **count), torch.zeros(len(generated), **count)
+    recall, coverage = torch.zeros(len(real), **count), torch.zeros(len(real), **count)
+    for rows, columns, squares in _blocks(generated, real):
+        within = squares <= k_radii[columns]
+        precision[rows] += within.any(1)
+        recall[columns] += (squares <= generated_radii[rows, k - 1, None]).any(0)
+        within = squares <= density_radii[columns] if k_density != k else within
+        density[rows] += within.sum(1)
+        coverage[columns] += within.any(0)
+    found = (precision.clamp(max=1), recall.clamp(max=1), density / k_density, coverage.clamp(max=1))
+    return Neighbours(*(x.cpu() for x in found))
+
+
+def radii(features: Tensor, k: int) -> Tensor:
+    """Distance of each image to its k-th neighbour of the same set, itself not counted: [N, D] => [N].
+
+    Raises:
+        DataError: features that are not finite, or no more images than k.
+    """
+    require_enough("precision", len(require_features(features, "given")), neighbours=k)
+    return _radii(features - features.mean(0), k)[:, -1].sqrt()
+
+
+def _radii(x: Tensor, k: int) -> Tensor:
+    """Squared distances to the 1st, ... k-th neighbour: [N, D] => [N, k]. A block serves its rows and its columns."""
+    best = torch.full((len(x), k), torch.inf, dtype=x.dtype, device=x.device)
+
+    def take(rows: slice, squares: Tensor) -> None:
+        nearest = squares.topk(min(k, squares.shape[1]), dim=1, largest=False).values
+        best[rows] = torch.cat([best[rows], nearest], 1).topk(k, dim=1, largest=False).values.sort(1).values
+
+    for rows, columns, squares in _blocks(x, x, upper=True):
+        if rows == columns:
+            squares.fill_diagonal_(torch.inf)
+        else:
+            take(columns, squares.T)
+        take(rows, squares)
+    return best
+
+
+def _blocks(first: Tensor, second: Tensor, *, upper: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Squared distances |x|^2 + |y|^2 - 2 x.y, block by block; with `upper` only blocks on and above the diagonal."""
+    first_norms, second_norms = first.square().sum(1), second.square().sum(1)
+    for i in range(0, len(first), _BLOCK):
+        for j in range(i if upper else 0, len(second), _BLOCK):
+            rows, columns = slice(i, min(i + _BLOCK, len(first))), slice(j, min(j + _BLOCK, len(second)))
+            norms = first_norms[rows, None] + second_norms[columns]
+            yield rows, columns, norms.addmm_(first[rows], second[columns].T, alpha=-2).clamp_(min=0)

@@ -1,0 +1,74 @@
+"""Intervals of scores by resampling images.
+
+Legend: N images, R resamples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentflow.errors import ConfigError
+from latentflow.metrics.scores import Resampled
+
+_AT_A_TIME = 50  # resamples handed over together; bounds the memory of their counts
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score and how far chance in the choice of the images carries it.
+
+    Attributes:
+        estimate: the score of the images themselves.
+        low, high: bounds of the interval.
+        standard_error: standard deviation of the resampled scores.
+        level: the share of such intervals that hold the score's expectation at this number of images.
+        num_resamples: R.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    standard_error: float
+    level: float
+    num_resamples: int
+
+
+def bootstrap(
+    scores: Resampled, n: int, *, estimate: float | None = None, num: int = 200, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """The interval of a score over resamples of its N images, each of N draws with replacement.
+
+    Drawing an image twice makes distances such as FID larger, by about what the finite number of images does anyway.
+    The resampled scores therefore give the width only, and are shifted so that their mean is the estimate.
+
+    Args:
+        scores: scores of [R, N] counts; see `resampled_frechet`, `resampled_kernel`, `resampled_inception_score` and
+            `Neighbours.resampled`.
+        n: N.
+        estimate: the score itself where it is known; None: that of counts of 1.
+        num: R; 100 are enough for the standard error, 1000 for the bounds' second digit.
+        level: strictly between 0 and 1.
+        seed: of the draws; the same on every device.
+
+    Raises:
+        ConfigError: `num` or `level` are out of range.
+    """
+    if num < 2 or not 0 < level < 1:
+        raise ConfigError(f"{num} resamples at level {level}; take 2 or more, and a level between 0 and 1 such as 0.95")
+    if estimate is None:
+        estimate = float(scores(torch.ones(1, n, dtype=torch.float64)))
+    generator = torch.Generator().manual_seed(seed)
+    parts = [min(_AT_A_TIME, num - start) for start in range(0, num, _AT_A_TIME)]
+    values = torch.cat([scores(draw_counts(n, size, generator)).double().cpu() for size in parts])
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = (torch.quantile(values, tails) - values.mean() + estimate).tolist()
+    return Interval(estimate, low, high, float(values.std()), level, num)
+
+
+def draw_counts(n: int, num: int, generator: torch.Generator) -> Tensor:
+    """How often each of N images comes up in N draws with replacement: [num, N] float64, each row of sum N."""
+    draws = torch.randint(n, (num, n), generator=generator)
+    return torch.zeros(num, n, dtype=torch.float64).scatter_add_(1, draws, torch.ones(num, n, dtype=torch.float64))

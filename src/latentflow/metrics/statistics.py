@@ -1,0 +1,205 @@
+"""Mean and covariance of features, gathered in batches of any size, in float64.
+
+Legend: N images, B images of a batch, D features of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from latentflow.errors import DataError
+
+_CHUNK = 2048
+"""Rows that are summed at once: fixed, so that a result does not depend on how the images were batched."""
+
+
+def require_features(features: Tensor, what: str, dim: int | None = None) -> Tensor:
+    """Return [N, D] features if they are finite numbers, and D of them an image where `dim` is given.
+
+    Args:
+        what: whose features they are, for the message, such as "generated".
+
+    Raises:
+        DataError: no rows, another shape, NaN or infinite values, or another D than `dim`.
+    """
+    if features.dim() != 2 or not features.shape[0] or not features.shape[1]:
+        raise DataError(f"the {what} features have shape {list(features.shape)}; a row of numbers per image is needed")
+    if dim is not None and features.shape[1] != dim:
+        raise DataError(
+            f"the {what} images have {features.shape[1]} features and the others {dim}: "
+            "take both from the same feature network"
+        )
+    if not features.is_floating_point():
+        raise DataError(f"the {what} features are of type {features.dtype}; floating-point numbers are needed")
+    if not torch.isfinite(features.sum()):  # overflows rather than miss one; the exact count follows
+        bad = int((~torch.isfinite(features)).any(1).sum())
+        if bad:
+            raise DataError(
+                f"{bad} of {len(features)} {what} images have features that are NaN or infinite; "
+                "look at these images, and at the network's precision"
+            )
+    return features
+
+
+class FeatureStatistics:
+    """Number, mean and covariance of feature vectors, gathered in one pass.
+
+    Rows are collected to chunks of a fixed size, so batches of any size give the same result to the last bit; chunks
+    are joined by the update of Chan, Golub and LeVeque (1979), which subtracts means before it squares.
+
+    Args:
+        dim: D.
+        device: where sums are kept. A device without float64 (MPS) must not be named; features may come from any.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu"):
+        self.dim = dim
+        self._n = 0
+        self._mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # sum of (x - mean)(x - mean)^T
+        self._waiting: list[Tensor] = []
+        self._num_waiting = 0
+
+    @classmethod
+    def of(cls, features: Tensor) -> FeatureStatistics:
+        """The statistics of [N, D] features that are all there; kept on the CPU, or on their CUDA device."""
+        device = features.device if features.device.type == "cuda" else "cpu"
+        return cls(features.shape[-1], device).update(features)
+
+    @classmethod
+    def from_moments(cls, mean: Tensor, covariance: Tensor, n: int) -> FeatureStatistics:
+        """Statistics known from elsewhere: mean [D], covariance [D, D] with N - 1 below, and N (0: not known).
+
+        Raises:
+            DataError: shapes do not fit, a value is not finite, or the covariance is not symmetric.
+        """
+        if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
+            raise DataError(
+                f"a mean of shape {list(mean.shape)} and a covariance of shape {list(covariance.shape)} "
+                "do not belong together"
+            )
+        if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
+            raise DataError("the statistics hold values that are NaN or infinite; compute them again")
+        covariance = covariance.double()
+        if (covariance - covariance.T).abs().amax() > 1e-6 * covariance.abs().amax():
+            raise DataError("the covariance is not symmetric; the statistics are damaged or of another kind")
+        made = cls(len(mean), mean.device)
+        made._n, made._mean = n, mean.double().clone()
+        made._scatter = (covariance + covariance.T) * (0.5 * max(n - 1, 1))
+        return made
+
+    @property
+    def n(self) -> int:
+        """Images seen; 0 where a file did not say."""
+        return self._n + self._num_waiting
+
+    @property
+    def mean(self) -> Tensor:
+        """[D] float64."""
+        self._flush()
+        return self._mean
+
+    @property
+    def sum(self) -> Tensor:
+        """[D] float64."""
+        return self.mean * self.n
+
+    @property
+    def covariance(self) -> Tensor:
+        """[D, D] float64, the unbiased estimate (divided by N - 1) that FID takes; zero for a single image."""
+        self._flush()
+        return self._scatter / max(self._n - 1, 1)
+
+    def update(self, features: Tensor) -> FeatureStatistics:
+        """Add [B, D] features of B >= 0 images; returns itself.
+
+        Raises:
+            DataError: NaN or infinite values, or another D; nothing of the batch was added.
+        """
+        if not len(features):
+            return self
+        rows = require_features(features.detach(), "given", self.dim).to(self._mean.device)
+        while len(rows):
+            taken, rows = rows[: _CHUNK - self._num_waiting], rows[_CHUNK - self._num_waiting :]
+            self._waiting.append(taken.clone())  # the caller may write over its batch
+            self._num_waiting += len(taken)
+            if self._num_waiting == _CHUNK:
+                self._flush()
+        return self
+
+    def merge(self, other: FeatureStatistics) -> FeatureStatistics:
+        """Add the images of `other`, gathered elsewhere; returns itself.
+
+        Raises:
+            DataError: another D, or one of the two does not know its N.
+        """
+        if other.dim != self.dim:
+            raise DataError(f"cannot join statistics of {self.dim} and of {other.dim} features")
+        self._flush()
+        mean, scatter = other.mean.to(self._mean.device), other._scatter.to(self._mean.device)
+        if (not self._n and self._scatter.any()) or (not other.n and scatter.any()):
+            raise DataError("cannot join statistics that do not say of how many images they are")
+        if other.n:
+            shift = self._join(mean, other.n)
+            self._scatter += scatter
+            self._scatter.addr_(shift, shift)
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything in three float64 or int64 tensors on the CPU, for a file: mean, covariance, n."""
+        n = torch.tensor(self.n, dtype=torch.int64)
+        return {"mean": self.mean.cpu(), "covariance": self.covariance.cpu(), "n": n}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> FeatureStatistics:
+        """The inverse of `state`.
+
+        Raises:
+            DataError: something is missing or does not fit.
+        """
+        if missing := {"mean", "covariance", "n"} - state.keys():
+            raise DataError(f"the statistics lack {', '.join(sorted(missing))}; compute them again")
+        return cls.from_moments(state["mean"], state["covariance"], int(state["n"]))
+
+    def to(self, device: torch.device | str) -> FeatureStatistics:
+        """Move the sums; returns itself."""
+        self._flush()
+        self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
+        return self
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        rows = torch.cat(self._waiting).double()
+        self._waiting, self._num_waiting = [], 0
+        mean = rows.mean(0)
+        rows -= mean
+        shift = self._join(mean, len(rows))
+        gram(rows, into=self._scatter)
+        self._scatter.addr_(shift, shift)
+
+    def _join(self, mean: Tensor, n: int) -> Tensor:
+        """Take in the mean and number of n further images: the vector whose outer product the scatter still lacks.
+
+        S = S_a + S_b + n_a n_b / (n_a + n_b) (mean_b - mean_a)(mean_b - mean_a)^T
+        """
+        total = self._n + n
+        delta = mean - self._mean
+        shift = (self._n * n / total) ** 0.5 * delta
+        self._mean = self._mean + delta * (n / total)
+        self._n = total
+        return shift
+
+
+def gram(rows: Tensor, *, into: Tensor | None = None) -> Tensor:
+    """rows^T rows of float64 [n, d] rows: [d, d], added to `into` if that is given.
+
+    On the CPU numpy computes it: it sees that the product is symmetric, and does half of the work.
+    """
+    if rows.device.type == "cpu":
+        product = torch.from_numpy(rows.numpy().T @ rows.numpy())
+        return product if into is None else into.add_(product)
+    return rows.T @ rows if into is None else into.addmm_(rows.T, rows)

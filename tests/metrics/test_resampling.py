@@ -1,0 +1,109 @@
+"""Intervals of scores: resampled scores are those of the repeated images, and the width is the right one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from latentflow.errors import ConfigError
+from latentflow.metrics.resampling import bootstrap, draw_counts
+from latentflow.metrics.scores import (
+    frechet_distance,
+    inception_score,
+    kernel_distance_of_all,
+    resampled_frechet,
+    resampled_inception_score,
+    resampled_kernel,
+)
+from latentflow.metrics.statistics import FeatureStatistics
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def mean_of(x: torch.Tensor):
+    return lambda counts: counts @ x / counts.sum(1)
+
+
+def repeated(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return x.repeat_interleave(counts.long(), 0)
+
+
+@pytest.fixture
+def counts():
+    return draw_counts(60, 3, torch.Generator().manual_seed(1))
+
+
+def test_counts_are_draws_with_replacement():
+    counts = draw_counts(1000, 40, torch.Generator().manual_seed(0))
+    assert torch.equal(counts.sum(1), torch.full((40,), 1000.0, dtype=torch.float64))
+    assert float((counts == 0).double().mean()) == pytest.approx(0.3679, abs=0.005)  # 1/e are never drawn
+
+
+def test_the_interval_of_a_mean_is_that_of_the_textbook():
+    x = normal(400)
+    found = bootstrap(mean_of(x), 400, num=1000)
+    assert found.estimate == pytest.approx(float(x.mean()))
+    assert found.standard_error == pytest.approx(float(x.std()) / 20, rel=0.1)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * float(x.std()) / 20, rel=0.1)
+    assert found.low < found.estimate < found.high
+    assert (found.level, found.num_resamples) == (0.95, 1000)
+
+
+def test_seed_and_level():
+    x = normal(50)
+    found = bootstrap(mean_of(x), 50, num=120)
+    assert found == bootstrap(mean_of(x), 50, num=120)
+    assert found != bootstrap(mean_of(x), 50, num=120, seed=1)
+    narrow = bootstrap(mean_of(x), 50, num=120, level=0.5)
+    assert found.low < narrow.low < narrow.high < found.high
+    for wrong in ({"num": 1}, {"level": 1.0}):
+        with pytest.raises(ConfigError, match="take 2 or more"):
+            bootstrap(mean_of(x), 50, **wrong)
+
+
+@pytest.mark.parametrize("dim", [5, 100])  # fewer and more features than images
+def test_a_resampled_frechet_distance_is_that_of_the_repeated_images(counts, dim):
+    x, reference = normal(60, dim) * 2 + 10, FeatureStatistics.of(normal(300, dim, seed=1) + 10)
+    values = resampled_frechet(x, reference)(counts)
+    expected = [frechet_distance(FeatureStatistics.of(repeated(x, row)), reference) for row in counts]
+    assert values.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_interval_of_a_frechet_distance_stands_around_the_estimate():
+    x, reference = normal(200, 8) + 0.5, FeatureStatistics.of(normal(1000, 8, seed=1))
+    estimate = frechet_distance(FeatureStatistics.of(x), reference)
+    scores = resampled_frechet(x, reference)
+    found = bootstrap(scores, 200, num=100)
+    assert found.estimate == pytest.approx(estimate, rel=1e-9)
+    assert found.low < estimate < found.high
+    raised = scores(draw_counts(200, 100, torch.Generator().manual_seed(0))).mean()
+    assert raised > estimate + 0.5 * found.standard_error, "there would be no need to shift the interval"
+    # the same over fresh images: what the interval is to foretell
+    fresh = [frechet_distance(FeatureStatistics.of(normal(200, 8, seed=s) + 0.5), reference) for s in range(2, 62)]
+    assert found.standard_error == pytest.approx(float(torch.tensor(fresh).std()), rel=0.35)
+
+
+def test_a_resampled_kernel_distance_leaves_out_pairs_of_an_image_with_itself(counts):
+    x, real = normal(60, 4) + 0.3, normal(50, 4, seed=1)
+    scores = resampled_kernel(x, real)
+    whole = kernel_distance_of_all(x, real)
+    assert scores(torch.ones(1, 60, dtype=torch.float64)).item() == pytest.approx(whole, rel=1e-10)
+
+    def kernel(a, b):
+        return (a @ b.T / 4 + 1) ** 3
+
+    for row, value in zip(counts, scores(counts), strict=True):
+        pairs = torch.outer(row, row).fill_diagonal_(0)
+        distinct = kernel(real, real)
+        expected = (pairs * kernel(x, x)).sum() / pairs.sum() - 2 * (row / 60) @ kernel(x, real).mean(1)
+        expected += (distinct.sum() - distinct.trace()) / (50 * 49)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_a_resampled_inception_score_is_that_of_the_repeated_images(counts):
+    logits = 3 * normal(60, 10)
+    values = resampled_inception_score(logits)(counts)
+    expected = [inception_score(repeated(logits, row), splits=1).mean for row in counts]
+    assert values.tolist() == pytest.approx(expected, rel=1e-12)
