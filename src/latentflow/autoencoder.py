@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from latentflow.artifacts import read_json, sha256_tensors
+from latentflow.artifacts import read_json, sha256_tensors, write_json
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.hub import HubId, fetch
 from latentflow.randomness import ImageRandom
@@ -130,6 +130,9 @@ class Autoencoder:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and safetensors weights in diffusers' own layout."""
         self.model.save_pretrained(folder, safe_serialization=True)
+        config = read_json(Path(folder) / "config.json")
+        config.pop("_name_or_path", None)  # a path of this machine, more often than not
+        write_json(Path(folder) / "config.json", config)
 
     def to(self, device: torch.device | str) -> Autoencoder:
         """Move the weights; returns itself."""

@@ -48,6 +48,12 @@ class MaskPolicy(str, Enum):
     borders = "borders"
 
 
+class ExportFormat(str, Enum):
+    """What a model is exported for."""
+
+    diffusers = "diffusers"
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; otherwise a GPU if there is one.")]
 
@@ -117,7 +123,7 @@ def _draws(verb: Callable[..., None]) -> Callable[..., None]:
 
 @app.command(epilog="Example: latentflow encode photos --autoencoder stabilityai/sd-vae-ft-mse --out caches/photos")
 def encode(
-    data: Annotated[str, typer.Argument(help="A folder or zip of images, or synthetic:COUNT.")],
+    data: Annotated[str, typer.Argument(help="A folder or zip of images, an LMDB, or synthetic:COUNT.")],
     autoencoder: Annotated[str, typer.Option(help="A diffusers autoencoder: folder, hub id, or 'shapes'.")],
     out: Annotated[Path, typer.Option(help="The latent cache, a folder.")],
     image_size: Annotated[int, typer.Option(help="Side of the square images in pixels.")] = 256,
@@ -664,6 +670,29 @@ def push(
 
     url = run(model, repo_id, private=private, message=message)
     _report({"model": url}, as_json)
+
+
+@app.command(epilog="Example: latentflow export runs/streets --out streets-diffusers")
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    format: Annotated[ExportFormat, typer.Option(help="What it is for.")] = ExportFormat.diffusers,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model for diffusers, once diffusers has been seen to compute the same; refused where it cannot."""
+    from latentflow.commands.export import export as run
+    from latentflow.convert.diffusers_export import SCHEDULER
+
+    result = run(model, out)
+    folder, class_name = result.network
+    rows = {
+        "folder": str(result.folder),
+        folder: class_name,
+        "scheduler": SCHEDULER,
+        "vae": result.autoencoder,
+        "largest relative error": float(f"{result.error:.1e}") if as_json else f"exact to {result.error:.0e}",
+    }
+    _report(rows, as_json)
 
 
 @app.command(epilog="Example: latentflow recipes")

@@ -73,7 +73,7 @@ def test_class_folders_become_sorted_labels(labelled):
     assert source.class_names == ("cat", "dog", "emu")
     assert names(source) == ["cat/y.png", "cat/z.PNG", "dog/b.png", "dog/deep/er/a.png", "emu/x.png"]
     assert [item.label for item in source] == [0, 0, 1, 1, 2]
-    assert source.description == f"5 images in 3 classes from {labelled}"
+    assert source.description == f"5 images in 3 classes from {labelled.name}"
     assert np.array_equal(source[0].pixels, center_crop(picture(3), 16))
     assert source[0].semantic_map is None and source.map_class_names == source.map_palette == ()
 
@@ -85,7 +85,7 @@ def test_flat_folder_is_unlabelled(tmp_path):
     source = open_images(str(tmp_path), 8)
     assert source.class_names == () and names(source) == ["a.jpg", "b.png"]
     assert source[0].label is None
-    assert source.description == f"2 images from {tmp_path}"
+    assert source.description == f"2 images from {tmp_path.name}"
 
 
 @pytest.mark.parametrize("wrapper", ["train", "data/train"])
@@ -115,6 +115,41 @@ def test_splits_are_not_taken_for_classes(tmp_path):
         save(tmp_path / name)
     with pytest.raises(DataError, match="holds the splits test, train, not classes: give one of them"):
         open_images(tmp_path, 8)
+
+
+def test_imagenet_is_its_train_folder(tmp_path):
+    pixels = Image.fromarray(np.asarray(picture(0)))
+    top = tmp_path / "imagenet" / "train"
+    save(top / "n02119789" / "n02119789_1.JPEG", pixels, format="JPEG")
+    save(top / "n01440764" / "n01440764_10026.JPEG", pixels.convert("CMYK"), format="JPEG")
+    save(top / "n01440764" / "n01440764_10027.JPEG", pixels, format="PNG")  # ImageNet has one: n02105855_2933.JPEG
+    save(tmp_path / "imagenet" / "val" / "ILSVRC2012_val_00000001.JPEG", pixels, format="JPEG")
+    source = open_images(top, 16)
+    assert source.class_names == ("n01440764", "n02119789")
+    assert [(item.name, item.label) for item in source] == [
+        ("n01440764/n01440764_10026.JPEG", 0),
+        ("n01440764/n01440764_10027.JPEG", 0),
+        ("n02119789/n02119789_1.JPEG", 1),
+    ]
+    assert np.array_equal(source[1].pixels, center_crop(pixels, 16))
+    with Image.open(top / "n01440764" / "n01440764_10026.JPEG") as cmyk:
+        assert cmyk.mode == "CMYK"
+        assert np.array_equal(source[0].pixels, center_crop(cmyk.convert("RGB"), 16))
+    with pytest.raises(DataError) as refused:
+        open_images(tmp_path / "imagenet", 16)
+    assert str(refused.value) == (
+        f"{tmp_path / 'imagenet'} holds the splits train, val, not classes: give one of them, such as {top}, "
+        "unpacked if need be"
+    )
+
+
+def test_the_remedy_for_splits_is_below_what_wraps_them(tmp_path):
+    for name in ("train/n1/1.JPEG", "train/n2/1.JPEG", "val/1.JPEG", "test/1.JPEG"):
+        save(tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / name)
+    train = tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "train"
+    with pytest.raises(DataError, match=f"holds the splits test, train, val, .* such as {train}, unpacked"):
+        open_images(tmp_path, 8)
+    assert open_images(train, 8).class_names == ("n1", "n2")
 
 
 def test_hidden_and_system_files_are_passed_over(tmp_path):
@@ -183,7 +218,7 @@ def test_images_and_maps_are_paired_by_path(mapped):
     assert names(source) == ["town/a.jpg", "town/b.png", "wood/deep/c.PNG"]
     assert source.class_names == ("town", "wood") and [item.label for item in source] == [0, 0, 1]
     assert source.map_class_names == TOWN.names and source.map_palette == TOWN.palette
-    assert source.description == f"3 images in 2 classes with semantic maps of 3 classes from {mapped}"
+    assert source.description == f"3 images in 2 classes with semantic maps of 3 classes from {mapped.name}"
     for i, item in enumerate(source):
         assert item.semantic_map.dtype == np.uint8
         assert np.array_equal(item.semantic_map, crop_map(semantic_map(i), 16))
@@ -211,7 +246,7 @@ def test_maps_without_labels(tmp_path, inner):
     source = open_images(tmp_path, 16)
     assert source.class_names == () and names(source) == ["0.png", "1.png"] and source[0].label is None
     assert source.map_palette == default_palette(3)
-    assert source.description == f"2 images with semantic maps of 3 classes from {tmp_path}"
+    assert source.description == f"2 images with semantic maps of 3 classes from {tmp_path.name}"
     assert np.array_equal(source[1].semantic_map, crop_map(semantic_map(1), 16))
 
 
@@ -422,6 +457,60 @@ def test_zip_member_that_unpacks_to_too_much_is_a_broken_image(many, monkeypatch
     monkeypatch.setattr("latentflow.data.stores._MOST_UNPACKED_BYTES", 100)
     with pytest.raises(BrokenImage, match=r"00.png: it claims to unpack to \d+ bytes"):
         many[0]
+
+
+# The first images
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_first_images_are_those_by_name_and_keep_their_labels(labelled, tmp_path, packed):
+    path = pack(labelled, tmp_path / "labelled.zip") if packed else labelled
+    source, everything = open_images(path, 16, first=3), open_images(path, 16)
+    assert len(source) == 3 and names(source) == ["cat/y.png", "cat/z.PNG", "dog/b.png"]
+    assert source.class_names == everything.class_names
+    for item, same in zip(source, everything, strict=False):
+        assert item.label == same.label and np.array_equal(item.pixels, same.pixels)
+    assert source.description == f"first 3 of 5 images in 3 classes from {path.name}"
+    with pytest.raises(IndexError):
+        source[3]
+
+
+def test_first_images_have_their_own_maps(mapped):
+    source, everything = open_images(mapped, 16, first=2), open_images(mapped, 16)
+    assert names(source) == names(everything)[:2]
+    assert all(np.array_equal(source[i].semantic_map, everything[i].semantic_map) for i in range(2))
+
+
+def test_fingerprint_of_first_images_is_that_of_a_folder_of_them(labelled):
+    found = {first: open_images(labelled, 8, first=first).fingerprint() for first in (3, 4, 5)}
+    assert len(set(found.values())) == 3
+    assert found[5] == open_images(labelled, 8).fingerprint()
+    (labelled / "emu" / "x.png").unlink()
+    assert found[4] == open_images(labelled, 8).fingerprint()
+
+
+def test_strict_looks_at_the_first_images_only(tmp_path):
+    for i in range(3):
+        save(tmp_path / f"{i}.png", picture(i))
+    (tmp_path / "9.png").write_bytes(b"broken")
+    assert len(open_images(tmp_path, 8, first=3, strict=True)) == 3
+    with pytest.raises(DataError, match=r"9.png"):
+        open_images(tmp_path, 8, strict=True)
+
+
+def test_first_of_the_built_in_dataset_is_a_smaller_one():
+    source = open_images("synthetic:40:3", 16, first=4)
+    assert source.fingerprint() == open_images("synthetic:4:3", 16).fingerprint() and len(source) == 4
+
+
+@pytest.mark.parametrize("where", ["folder", "synthetic:5"])
+def test_first_must_be_there(labelled, where):
+    path = labelled if where == "folder" else where
+    for first in (0, -1):
+        with pytest.raises(DataError, match=f"first must be at least 1 image, got {first}; leave it out for all 5"):
+            open_images(path, 8, first=first)
+    with pytest.raises(DataError, match=f"first = 6, but {path} has 5 images; give at most 5"):
+        open_images(path, 8, first=6)
 
 
 # What cannot be opened

@@ -139,7 +139,7 @@ def spatial_data(recipe: Recipe, source: LatentCache | ImageSource, factor: int)
     if not isinstance(source, LatentCache):
         return SpatialData(factor, holes=data.masks, maps=told.semantic_map)
     if data.images:
-        pictures = open_images(data.images, source.plan.image_size)
+        pictures = open_images(data.images, source.plan.image_size, first=source.plan.num_source_images)
         if pictures.fingerprint() != source.plan.source_fingerprint:
             raise DataError(
                 f"data.images = {data.images} ({pictures.description}) are not the images that {data.path} was made "

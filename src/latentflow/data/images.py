@@ -1,4 +1,6 @@
-"""Images from a folder, a zip archive or the built-in dataset, as square RGB pixels with labels and semantic maps.
+"""Images from a folder, a zip archive, an LMDB environment or the built-in dataset, as square RGB pixels.
+
+A folder, a zip archive and the built-in dataset may have labels and semantic maps.
 
 What every source does to a picture, in this order: the EXIF rotation is applied, transparent parts are
 laid on white, every mode becomes 8-bit RGB (16-bit grey is scaled from its full range), and `center_crop`
@@ -9,15 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable
+import posixpath
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote_from_bytes
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from latentflow.data.crop import center_crop, crop_map
 from latentflow.data.items import ImageItem, ImageSource
+from latentflow.data.lmdb_store import LmdbStore, check_first, environment_file
 from latentflow.data.map_files import MapFiles
 from latentflow.data.stores import SUFFIXES, FolderStore, StoredFile, ZipStore, is_image, open_store, wrapper
 from latentflow.data.synthetic import SyntheticShapes
@@ -28,12 +35,14 @@ __all__ = [
     "ImageFiles",
     "ImageItem",
     "ImageSource",
+    "LmdbImages",
     "center_crop",
     "open_images",
     "readable",
     "to_rgb",
 ]
 
+_PRINTABLE = bytes(sorted({*range(0x20, 0x7F)} - {ord("%")}))
 SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "eval"])
 
 
@@ -53,7 +62,7 @@ class BrokenImage(DataError):
         return f"cannot read the image {self.name}: {self.reason}"
 
 
-def open_images(path: str | Path, image_size: int, *, strict: bool = False) -> ImageSource:
+def open_images(path: str | Path, image_size: int, *, first: int | None = None, strict: bool = False) -> ImageSource:
     """Open a set of images; only the listing is read, pictures are decoded when asked for.
 
     A folder with sub-folders is labelled: each sub-folder that holds images, at any depth below it, is a
@@ -65,21 +74,28 @@ def open_images(path: str | Path, image_size: int, *, strict: bool = False) -> I
     masks/a/x.png, of the same size, and classes.json names the classes (see `MapClasses.read`); the rules
     above hold below `images/`. An image whose map cannot be used counts as broken.
 
+    An LMDB environment, a folder that holds data.mdb or a single .mdb or .lmdb file, has neither labels nor
+    maps; `lmdb_store` says which layouts are read, and in which order.
+
     Args:
-        path: a folder, a .zip file, or "synthetic[:COUNT[:SEED]]" for the built-in shapes (6000 images of
-            seed 0 unless told otherwise). Write "./synthetic" for a folder of that name.
+        path: a folder, a .zip file, an LMDB environment, or "synthetic[:COUNT[:SEED]]" for the built-in shapes
+            (6000 images of seed 0 unless told otherwise). Write "./synthetic" for a folder of that name.
         image_size: height and width of every item in pixels, >= 1.
+        first: take the first so many images, in the source's order; None: all of them.
         strict: decode every image now, and refuse the source if any is broken.
 
     Raises:
-        DataError: there are no images at `path`, they are not laid out as above, or `image_size` < 1;
-            with `strict`, also when a file is broken.
+        DataError: there are no images at `path`, they are not laid out as above, there are fewer than `first`,
+            or a number is below 1; with `strict`, also when a file is broken.
     """
     if image_size < 1:
         raise DataError(f"image_size must be at least 1 pixel, got {image_size}; 64 or 256 are usual")
     if str(path) == "synthetic" or str(path).startswith("synthetic:"):
-        return _open_synthetic(str(path), image_size)
-    source = ImageFiles(open_store(Path(path)), image_size)
+        return _open_synthetic(str(path), image_size, first)
+    if environment_file(Path(path)):
+        source = LmdbImages(LmdbStore(Path(path), first), image_size)
+    else:
+        source = ImageFiles(open_store(Path(path)), image_size, first)
     if strict:
         _, broken = readable(source)
         if broken:
@@ -128,18 +144,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 class ImageFiles:
     """The images of a folder or an archive; see `open_images` for the layout and `ImageSource` for the attributes.
 
-    Reading is safe from several threads, and from processes that are forked or spawned.
+    Reading is safe from several threads, and from processes that are forked or spawned. The first images keep the
+    labels that they have among all.
 
     Raises:
-        DataError: no images, or a layout whose labels or maps would be nonsense.
+        DataError: no images or fewer than `first`, or a layout whose labels or maps would be nonsense.
     """
 
-    def __init__(self, store: FolderStore | ZipStore, image_size: int):
+    def __init__(self, store: FolderStore | ZipStore, image_size: int, first: int | None = None):
         self.image_size = image_size
         self._store = store
         files = store.files()
         images = {name: file for name, file in files.items() if is_image(name)}
         if not images:
+            _refuse_environments(files, store.path)
             some = f"; it has {len(files)} other files, such as {min(files)}" if files else ""
             raise DataError(f"no images in {store.path}{some}; latentflow reads {', '.join(SUFFIXES)}")
 
@@ -152,14 +170,17 @@ class ImageFiles:
             )
         folder = f"{top}images/" if has_maps else top
         prefix = folder + wrapper(_below(folder, images))
-        self._names = sorted(_below(prefix, images))
-        self._files = [images[prefix + name] for name in self._names]
-        self.class_names = _class_names(self._names, store.path, has_maps)
+        names = sorted(_below(prefix, images))
+        self.class_names = _class_names(names, store.path, prefix, has_maps)
         self._label_of = {name: label for label, name in enumerate(self.class_names)}
         self._maps = None
         if has_maps:
-            below_images = [prefix.removeprefix(folder) + name for name in self._names]
+            below_images = [prefix.removeprefix(folder) + name for name in names]
             self._maps = MapFiles(store, files.get(f"{top}classes.json"), _below(f"{top}masks/", images), below_images)
+        check_first(first, len(names), store.path)
+        self._num_available = len(names)
+        self._names = names[:first]
+        self._files = [images[prefix + name] for name in self._names]
 
     @property
     def map_class_names(self) -> tuple[str, ...]:
@@ -173,7 +194,7 @@ class ImageFiles:
     def description(self) -> str:
         classes = f" in {len(self.class_names)} classes" if self.class_names else ""
         maps = f" with semantic maps of {len(self.map_class_names)} classes" if self._maps else ""
-        return f"{len(self)} images{classes}{maps} from {self._store.path}"
+        return f"{_how_many(self, self._num_available)}{classes}{maps} from {self._store.path.resolve().name}"
 
     def fingerprint(self) -> str:
         """A hash of names and file sizes, and of the maps' classes; the same for a folder and for its zip archive."""
@@ -189,9 +210,7 @@ class ImageFiles:
 
     def name(self, index: int) -> str:
         """The path of image `index` below the class folders' folder, without decoding it."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of a source of {len(self)}")
-        return self._names[index]
+        return self._names[_checked(index, self)]
 
     def __getitem__(self, index: int) -> ImageItem:
         """Decode image `index` and its map.
@@ -201,32 +220,98 @@ class ImageFiles:
             IndexError: `index` is not in [0, len).
         """
         name, semantic_map = self.name(index), None
-        try:
-            with Image.open(io.BytesIO(self._store.read(self._files[index].path))) as image:
-                upright = to_rgb(image)
+        with _decoding(name):
+            upright = _upright(self._store.read(self._files[index].path))
             pixels = center_crop(upright, self.image_size)
             if self._maps:
                 semantic_map = crop_map(self._maps.read(index, upright.size), self.image_size)
-        except Image.UnidentifiedImageError:
-            raise BrokenImage(name, "its content is no image that Pillow can read") from None
-        except Exception as error:  # decoders of damaged files raise nearly anything
-            raise BrokenImage(name, str(error) or type(error).__name__) from error
         label = self._label_of[name.partition("/")[0]] if self.class_names else None
         return ImageItem(pixels, label, name, semantic_map)
+
+
+class LmdbImages:
+    """The images of an LMDB environment, unlabelled; see `lmdb_store` for layouts and order.
+
+    A name is the key, with bytes that are not printable ASCII, and "%", written as %xx.
+    """
+
+    class_names = map_class_names = map_palette = ()
+
+    def __init__(self, store: LmdbStore, image_size: int):
+        self.image_size = image_size
+        self._store = store
+
+    @property
+    def description(self) -> str:
+        return f"{_how_many(self, self._store.num_entries)} from {self._store.path.resolve().name}"
+
+    def fingerprint(self) -> str:
+        """See `LmdbStore.fingerprint`."""
+        return self._store.fingerprint()
+
+    def __len__(self) -> int:
+        return len(self._store.keys)
+
+    def name(self, index: int) -> str:
+        """The key of image `index` as text, without decoding it."""
+        return quote_from_bytes(self._store.keys[_checked(index, self)], safe=_PRINTABLE)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Decode image `index`; raises what `ImageFiles` raises."""
+        name = self.name(index)
+        with _decoding(name):
+            pixels = center_crop(_upright(self._store.read(self._store.keys[index])), self.image_size)
+        return ImageItem(pixels, None, name)
+
+
+def _upright(file: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(file)) as image:
+        return to_rgb(image)
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Whatever goes wrong in here makes `name` a broken image."""
+    try:
+        yield
+    except Image.UnidentifiedImageError:
+        raise BrokenImage(name, "its content is no image that Pillow can read") from None
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        raise BrokenImage(name, str(error) or type(error).__name__) from error
+
+
+def _checked(index: int, source: ImageSource) -> int:
+    if not 0 <= index < len(source):
+        raise IndexError(f"image {index} of a source of {len(source)}")
+    return index
+
+
+def _how_many(source: ImageSource, available: int) -> str:
+    return f"{len(source)} images" if len(source) == available else f"first {len(source)} of {available} images"
+
+
+def _refuse_environments(files: Iterable[str], path: Path) -> None:
+    """Name the LMDB environments that lie below a folder without images, or in an archive."""
+    found = sorted(posixpath.dirname(name) or "." for name in files if posixpath.basename(name) == "data.mdb")
+    if found:
+        remedy = "unpack it and give one of them" if path.is_file() else f"give one of them, such as {path / found[0]}"
+        raise DataError(f"{path} holds LMDB environments ({', '.join(found[:5])}), not images: {remedy}")
 
 
 def _below(prefix: str, files: dict[str, StoredFile]) -> dict[str, StoredFile]:
     return {name[len(prefix) :]: file for name, file in files.items() if name.startswith(prefix)}
 
 
-def _open_synthetic(text: str, image_size: int) -> SyntheticShapes:
+def _open_synthetic(text: str, image_size: int, first: int | None) -> SyntheticShapes:
     try:
         count, seed = (*map(int, text.split(":")[1:]), *(6000, 0)[text.count(":") :])
     except ValueError:
         raise DataError(
             f"cannot understand {text!r}; write synthetic, synthetic:COUNT or synthetic:COUNT:SEED"
         ) from None
-    return SyntheticShapes(count, image_size, seed)
+    source = SyntheticShapes(count, image_size, seed)
+    check_first(first, count, text)
+    return source if first is None else replace(source, count=first)
 
 
 def _has_maps(names: Iterable[str], path: Path) -> bool:
@@ -242,7 +327,7 @@ def _has_maps(names: Iterable[str], path: Path) -> bool:
     return True
 
 
-def _class_names(names: list[str], path: Path, has_maps: bool) -> tuple[str, ...]:
+def _class_names(names: list[str], path: Path, prefix: str, has_maps: bool) -> tuple[str, ...]:
     """The sorted class folders of `names`; none when they all lie at the top."""
     tops = sorted({name.partition("/")[0] for name in names if "/" in name})
     loose = sum("/" not in name for name in names)
@@ -252,7 +337,8 @@ def _class_names(names: list[str], path: Path, has_maps: bool) -> tuple[str, ...
             "put every image into a class folder, or all of them into one folder without labels"
         )
     if tops and SPLITS.issuperset(top.lower() for top in tops):
-        remedy = "give one of them, unpacked if need be"
+        train = next((top for top in tops if top.lower().startswith("train")), tops[0])
+        remedy = f"give one of them, such as {path / prefix / train}, unpacked if need be"
         if has_maps:
             remedy = f"run `latentflow prepare camvid {path} --out DST` and give DST/{tops[0]}"
         raise DataError(f"{path} holds the splits {', '.join(tops)}, not classes: {remedy}")

@@ -41,7 +41,8 @@ class ImageSource(Protocol):
         map_class_names: one name per class of the semantic maps; empty when there are no maps.
         map_palette: the colour that a class of the maps is shown in, RGB in 0..255, one per `map_class_names`.
         image_size: height and width of every item in pixels.
-        description: one line for people: where the images come from and how many there are.
+        description: one line for people: what the images come from and how many there are. It stands in models that
+            are given away, so it tells the last part of a path alone.
     """
 
     class_names: tuple[str, ...]

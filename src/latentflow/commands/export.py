@@ -1,0 +1,25 @@
+"""`latentflow export`: a model => a folder that diffusers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from latentflow.convert.diffusers_export import Exported, export_diffusers, require_new
+from latentflow.convert.diffusers_keys import diffusers_network
+from latentflow.latent_flow import LatentFlow, find_model, read_config
+
+
+def export(model: str | Path, out: str | Path) -> Exported:
+    """Write a model for diffusers, after diffusers has been seen to compute the same with it.
+
+    Args:
+        model: a model folder, a run folder or a hub id.
+        out: a new folder.
+
+    Raises:
+        ArtifactError: no such model, a folder that is not empty, or a network that no class of diffusers is the same
+            function as. Nothing was written.
+    """
+    require_new(out)
+    diffusers_network(read_config(find_model(model)))  # refused before any weights are read
+    return export_diffusers(LatentFlow.from_pretrained(model, device="cpu"), out)
