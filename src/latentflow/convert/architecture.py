@@ -45,6 +45,12 @@ class PublishedOptions(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
+            missing = [str(e["loc"][-1]) for e in error.errors() if e["type"] == "missing"]
+            if missing:
+                raise ConfigError(
+                    f"the published network needs {', '.join(missing)}; give them as key=value"
+                    + (", or its name, such as name=SiT-XL/2" if "hidden_size" in missing else "")
+                ) from error
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             message = first["msg"].removeprefix("Value error, ")
