@@ -14,7 +14,8 @@ from latentflow.commands.train_autoencoder import reconstruct
 from latentflow.data.batches import TrainingImages
 from latentflow.data.pictures import psnr
 from latentflow.data.synthetic import SyntheticShapes
-from latentflow.latent_flow import AUTOENCODER_FOLDER, LatentFlow
+from latentflow.latent_flow import LatentFlow
+from latentflow.model_config import AUTOENCODER_FOLDER
 from latentflow.training.autoencoder import load_autoencoder_recipe
 from tests import tiny
 

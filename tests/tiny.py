@@ -18,7 +18,8 @@ from latentflow.data.items import UNLABELLED
 from latentflow.data.masks import MaskRules
 from latentflow.data.semantic_maps import MapClasses
 from latentflow.flow.path import LinearPath
-from latentflow.latent_flow import AUTOENCODER_FOLDER, AutoencoderRecord, LatentFlow, ModelConfig, SamplingPreset
+from latentflow.latent_flow import LatentFlow
+from latentflow.model_config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig, SamplingPreset
 from latentflow.networks.dit import DiTConfig
 from latentflow.training.config import Recipe
 

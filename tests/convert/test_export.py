@@ -19,7 +19,8 @@ from latentflow.convert.diffusers_export import LIMIT, export_diffusers, told_by
 from latentflow.convert.diffusers_keys import diffusers_network
 from latentflow.errors import ArtifactError
 from latentflow.flow.path import CosinePath, LinearPath
-from latentflow.latent_flow import AUTOENCODER_FOLDER, AutoencoderRecord, LatentFlow, ModelConfig, SamplingPreset
+from latentflow.latent_flow import LatentFlow
+from latentflow.model_config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig, SamplingPreset
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.unet import UNetConfig
 from latentflow.networks.velocity_network import DenoiserPrediction, NoisePrediction

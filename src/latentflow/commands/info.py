@@ -35,6 +35,7 @@ def _describe_model(model: str | Path) -> dict[str, Any]:
         "latents": list(config.latent_shape),
         "autoencoder": config.autoencoder.reference,
         "path": config.path.kind,
+        "output": config.prediction.kind,
         "told": list(conditioning.dropout),
         "classes": conditioning.class_names,
         "map classes": conditioning.map_class_names,

@@ -22,14 +22,8 @@ from latentflow.data.items import ImageSource
 from latentflow.data.latent_cache import ChannelSums, LatentCache, is_cache
 from latentflow.data.masks import check_masks
 from latentflow.errors import ConfigError, DataError
-from latentflow.latent_flow import (
-    CONFIG_FILE,
-    AutoencoderRecord,
-    LatentFlow,
-    ModelConfig,
-    TrainingRecord,
-    read_config,
-)
+from latentflow.latent_flow import CONFIG_FILE, LatentFlow, read_config
+from latentflow.model_config import AutoencoderRecord, ModelConfig, TrainingRecord
 from latentflow.randomness import derive_seed
 from latentflow.sampling.request import check_request
 from latentflow.training.config import MAY_CHANGE_ON_RESUME, Recipe

@@ -26,7 +26,8 @@ from latentflow.autoencoder import Autoencoder
 from latentflow.convert.diffusers_keys import DiffusersNetwork, diffusers_network
 from latentflow.data.latent_size import HOLE_GRAY
 from latentflow.errors import ArtifactError
-from latentflow.latent_flow import AUTOENCODER_FOLDER, LatentFlow, ModelConfig
+from latentflow.latent_flow import LatentFlow
+from latentflow.model_config import AUTOENCODER_FOLDER, ModelConfig
 from latentflow.shapes import Condition
 
 LIMIT = 1e-5

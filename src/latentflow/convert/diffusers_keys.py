@@ -18,7 +18,7 @@ from torch import Tensor
 from latentflow.convert.keymap import Constant, KeyMap, Rule
 from latentflow.convert.unet_rules import layer
 from latentflow.errors import ArtifactError
-from latentflow.latent_flow import ModelConfig
+from latentflow.model_config import ModelConfig
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.layers import NORM_EPS
 from latentflow.networks.unet import UNet, UNetConfig

@@ -12,7 +12,8 @@ from latentflow.convert.published import Published
 from latentflow.data.masks import MaskRules
 from latentflow.data.semantic_maps import default_palette
 from latentflow.errors import ConfigError
-from latentflow.latent_flow import AutoencoderRecord, LatentFlow, ModelConfig
+from latentflow.latent_flow import LatentFlow
+from latentflow.model_config import AutoencoderRecord, ModelConfig
 from latentflow.networks.velocity_network import wrap_network
 
 

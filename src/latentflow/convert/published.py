@@ -14,7 +14,7 @@ from latentflow.convert.families import FAMILIES
 from latentflow.convert.lfm import PROTOCOL, Experiment, LfmFlags, find_experiment, lfm
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import CosinePath, LinearPath, PathConfig
-from latentflow.latent_flow import SamplingPreset, TrainingRecord
+from latentflow.model_config import SamplingPreset, TrainingRecord
 from latentflow.networks.dit import NAMES
 from latentflow.networks.velocity_network import (
     DenoiserPrediction,

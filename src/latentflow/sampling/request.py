@@ -11,7 +11,8 @@ from latentflow.errors import ConfigError, nearest
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import is_adaptive
 from latentflow.flow.times import sampling_times
-from latentflow.latent_flow import LatentFlow, SamplingPreset
+from latentflow.latent_flow import LatentFlow
+from latentflow.model_config import SamplingPreset
 from latentflow.shapes import Condition
 
 

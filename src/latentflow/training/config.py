@@ -15,7 +15,7 @@ from latentflow.data.masks import MaskRules
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.flow.times import TrainingTimes
-from latentflow.latent_flow import SamplingPreset
+from latentflow.model_config import SamplingPreset
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.velocity_network import NetworkConfig
 from latentflow.training.optim import OptimizerConfig
