@@ -30,6 +30,13 @@ def numbers(values):
         yield values
 
 
+def test_unet(benchmark, tmp_path):
+    sizes = ["--channels", "32", "--multipliers", "1", "2", "--latent-size", "8", "--batch-size", "2"]
+    results = benchmark("unet").main([*sizes, "--rounds", "2", "--no-compile", "--results", str(tmp_path)])
+    assert all(math.isfinite(number) for number in numbers(results))
+    assert (tmp_path / "unet-cpu.json").is_file()
+
+
 def test_overhead(benchmark, tmp_path, capsys):
     arguments = ["--rounds", "3", "--results", str(tmp_path)]
     changes = [TINY_NETWORK, "data.image_size=32", "training.batch_size=2"]

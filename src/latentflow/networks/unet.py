@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -38,6 +38,7 @@ _ADM = {
     "resample_skip_conv": False,
     "modulation": "scale_shift",
     "time_features": "sinusoid",
+    "time_scale": 1000.0,
     "sinusoid_endpoint": False,
     "label_joins": "embedding",
     "input_on_every_level": False,
@@ -67,7 +68,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "norm_group_channels": 4,
     },
     "ddpm++": _DDPMPP,
-    "ncsn++": {**_DDPMPP, "time_features": "fourier", "resample_filter": "binomial", "input_on_every_level": True},
+    "ncsn++": {
+        **_DDPMPP,
+        "time_features": "fourier",
+        "time_scale": 1.0,
+        "resample_filter": "binomial",
+        "input_on_every_level": True,
+    },
 }
 
 
@@ -82,11 +89,13 @@ class UNetConfig(BaseModel):
         ConfigError: unknown option or variant, or sizes that do not fit together.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     kind: Literal["unet"] = "unet"
     channels: int = Field(gt=0, description="of the feature maps, times the multiplier of their level")
-    multipliers: tuple[int, ...] = Field(min_length=1, description="one per level, from full size downwards")
+    multipliers: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        min_length=1, description="one per level, from full size downwards"
+    )
     blocks_per_level: int = Field(2, gt=0, description="residual blocks on the way down; one more on the way up")
     attention_factors: tuple[int, ...] = Field(
         (), description="blocks attend where maps are smaller than the latents by these factors: 1, 2, 4, ..."
@@ -124,7 +133,8 @@ class UNetConfig(BaseModel):
         description="number of time features",
     )
     time_scale: float = Field(
-        1000.0, gt=0, description="the time in [0, 1] is multiplied by this; published LFM weights need 1.0"
+        gt=0,
+        description="the time in [0, 1] is multiplied by this; Fourier features and published LFM weights need 1.0",
     )
     sinusoid_endpoint: bool = Field(description="whether the longest period is reached, or just not")
     label_joins: Literal["features", "embedding"] = Field(
@@ -151,9 +161,10 @@ class UNetConfig(BaseModel):
         if not isinstance(given, dict):
             return given
         explicit = {key: value for key, value in given.items() if value is not None}
+        names = [*cls.model_fields, "attention_sizes", "latent_size"]
         for key in explicit:
-            if key not in {*cls.model_fields, "attention_sizes", "latent_size"}:
-                raise ConfigError(f"unknown network option {key!r}: {nearest(key, cls.model_fields)}")
+            if key not in names:
+                raise ConfigError(f"unknown network option {key!r}: {nearest(key, names)}")
         missing = [key for key in ("channels", "multipliers") if key not in explicit]
         if missing:
             raise ConfigError(
@@ -173,6 +184,10 @@ class UNetConfig(BaseModel):
             raise ConfigError(
                 f"network.num_heads = {self.num_heads} and network.head_channels = {self.head_channels}: give one"
             )
+        if self.head_channels is not None and self.num_decoder_heads is not None:
+            raise ConfigError("network.num_decoder_heads goes with num_heads, not with head_channels")
+        if self.sinusoid_endpoint and self.time_channels < 4:
+            raise ConfigError(f"network.sinusoid_endpoint needs time_channels of 4 or more, not {self.time_channels}")
         factors = [2**level for level in range(len(self.multipliers))]
         for factor in self.attention_factors:
             if factor not in factors:
@@ -183,8 +198,9 @@ class UNetConfig(BaseModel):
         for level, multiplier in enumerate(self.multipliers):
             attends = 2**level in self.attention_factors
             if attends or (self.middle_attention and level == len(self.multipliers) - 1):
-                for decoder in (False, True):
-                    self.heads(self.channels * multiplier, decoder=decoder)
+                self.heads(self.channels * multiplier)
+            if attends:
+                self.heads(self.channels * multiplier, decoder=True)
         return self
 
     @property
@@ -231,6 +247,8 @@ def _factors_from_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             "network.attention_sizes and network.latent_size go together, in place of network.attention_factors"
         )
+    if not isinstance(sizes, list | tuple):
+        raise ConfigError(f"network.attention_sizes = {sizes!r}: give a list, for example [16, 8]")
     for size in sizes:
         if not isinstance(size, int) or not isinstance(side, int) or size < 1 or side % size:
             raise ConfigError(f"network.attention_sizes: no level of latents of {side} x {side} has the size {size}")

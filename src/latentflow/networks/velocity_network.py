@@ -15,18 +15,27 @@ import torch
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from torch import Tensor, nn
 
+from latentflow.errors import ConfigError, nearest
 from latentflow.networks.dit import DiT, DiTConfig
 from latentflow.networks.unet import UNet, UNetConfig
 from latentflow.shapes import Condition, per_image
 
 
-def _kind(default: str) -> Any:
-    return Discriminator(
-        lambda value: value.get("kind", default) if isinstance(value, dict) else getattr(value, "kind", default)
-    )
+def _by_kind(*kinds: str) -> Discriminator:
+    """Tells the configs of a union apart by their `kind`, the first of `kinds` where it is not said."""
+
+    def kind_of(value: Any) -> str:
+        kind = value.get("kind", kinds[0]) if isinstance(value, dict) else getattr(value, "kind", kinds[0])
+        if kind not in kinds:
+            raise ConfigError(f"unknown kind {kind!r}; {nearest(kind, kinds)}")
+        return kind
+
+    return Discriminator(kind_of)
 
 
-NetworkConfig = Annotated[Annotated[DiTConfig, Tag("dit")] | Annotated[UNetConfig, Tag("unet")], _kind("dit")]
+NetworkConfig = Annotated[
+    Annotated[DiTConfig, Tag("dit")] | Annotated[UNetConfig, Tag("unet")], _by_kind("dit", "unet")
+]
 """A velocity network as it stands in a config: `kind` says which, "dit" where it says nothing."""
 
 NETWORKS: dict[str, type[DiT | UNet]] = {"dit": DiT, "unet": UNet}
@@ -68,7 +77,7 @@ PredictionConfig = Annotated[
     Annotated[VelocityPrediction, Tag("velocity")]
     | Annotated[NoisePrediction, Tag("noise")]
     | Annotated[DenoiserPrediction, Tag("edm")],
-    _kind("velocity"),
+    _by_kind("velocity", "noise", "edm"),
 ]
 """What a network's output means, as it stands in a config."""
 
