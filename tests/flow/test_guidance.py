@@ -125,3 +125,20 @@ def test_latents_keep_their_dtype_and_time_is_float32():
 def test_refuses(options, message):
     with pytest.raises(ConfigError, match=message):
         ConditionedVelocity(Network(), Condition(labels=LABELS), **({"null": Condition(labels=LABELS)} | options))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.5])
+def test_guidance_on_the_first_channels_alone(scale):
+    """As the published samples of DiT and SiT were drawn; the other channels are those of the condition."""
+    network = Network()
+    null = Condition(labels=torch.full((3,), NULL))
+    velocity = ConditionedVelocity(network, Condition(labels=LABELS), null, scale, guided_channels=3)
+    v_cond, v_null = velocity_of(LABELS), velocity_of(torch.full((3,), NULL))
+    expected = torch.cat([(v_null + scale * (v_cond - v_null))[:, :3], v_cond[:, 3:]], dim=1)
+    torch.testing.assert_close(velocity(X, TIME), expected)
+    assert velocity.evaluations.tolist() == [2, 2, 2]
+
+
+def test_guided_channels_must_be_there():
+    with pytest.raises(ConfigError, match="guided channels: 0; give 1 or more"):
+        ConditionedVelocity(Network(), Condition(labels=LABELS), Condition(labels=LABELS), 1.5, guided_channels=0)

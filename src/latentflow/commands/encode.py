@@ -36,6 +36,7 @@ def encode(
     *,
     autoencoder: str | Path,
     image_size: int,
+    first: int | None = None,
     flips: bool = False,
     precision: Literal["float16", "float32"] = "float16",
     batch_size: int = 32,
@@ -48,7 +49,8 @@ def encode(
     """Encode images into a latent cache; repeating the call goes on where a kill ended it.
 
     Args:
-        data: a folder, a zip, or 'synthetic:COUNT'.
+        data: a folder, a zip, an LMDB environment, or 'synthetic:COUNT'.
+        first: encode the first so many images, in the source's order; None: all of them.
         flips: also encode the mirrored images, so that training can mirror.
         masks: which holes are drawn; None: those of the usual policy.
         mask_variants: images with holes that are encoded of each image, for inpainting; 0: none.
@@ -58,7 +60,7 @@ def encode(
         DataError, ArtifactError, ConfigError: see `open_images`, `Autoencoder.from_pretrained` and `write_cache`.
     """
     began = time.perf_counter()
-    source = open_images(data, image_size)
+    source = open_images(data, image_size, first=first)
     process = process_rank()
     encoder = Autoencoder.from_pretrained(autoencoder).to(usable_device(device))
     num_images = len(source) // process[1]
