@@ -20,6 +20,7 @@ from latentflow.errors import LatentFlowError
 
 if TYPE_CHECKING:
     from latentflow.commands.pictures import Pictures
+    from latentflow.latent_flow import SamplingPreset
 
 app = typer.Typer(
     name="latentflow",
@@ -424,6 +425,279 @@ def loss(
     _report(rows, as_json)
 
 
+@app.command(epilog="Example: latentflow benchmark runs/cifar10 --batch-sizes 1,8,32 --solver euler --steps 20")
+@_draws
+def benchmark(
+    model: Model,
+    num: Annotated[int, typer.Option(help="Images of each repeat, rounded up to whole batches.")] = 8,
+    batch_sizes: Annotated[str, typer.Option(help="Numbers of images computed together.")] = "1,8",
+    repeats: Annotated[int, typer.Option(help="Timed repeats, after one that warms up.")] = 3,
+    preset: Preset = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what drawing an image costs: network calls, milliseconds and memory."""
+    from latentflow.commands.benchmark import benchmark as run
+
+    sizes = _numbers(batch_sizes, "--batch-sizes", int)
+    result = run(model, num=num, batch_sizes=sizes, repeats=repeats, seed=seed, device=device, **preset)
+    if as_json:
+        batches = [{**asdict(batch), "images_per_second": batch.images_per_second} for batch in result.batches]
+        _report({**asdict(result), "sampling": result.sampling.model_dump(mode="json"), "batches": batches}, as_json)
+        return
+    sampling, spread = result.sampling, f"{result.fewest} to {result.most}"
+    rows = {
+        "drawn": f"{result.num} images, {sampling.solver}, guidance {sampling.guidance:g}",
+        "told": ", ".join(result.told) or "nothing",
+        "evaluations per image": f"{result.evaluations:g}" + (f", {spread}" if len(result.histogram) > 1 else ""),
+    }
+    if len(result.histogram) > 1:
+        rows["images by evaluations"] = ", ".join(f"{calls}: {n}" for calls, n in result.histogram.items())
+    for batch in result.batches:
+        memory = "" if batch.peak_bytes is None else f", {batch.peak_bytes / 2**20:,.0f} MiB"
+        rows[f"batch of {batch.batch_size}"] = (
+            f"{batch.network_milliseconds:.2f} ms network + {batch.decoder_milliseconds:.2f} ms decoder per image, "
+            f"{batch.images_per_second:.2f} images/s{memory}"
+        )
+    calls = "not countable" if result.multiply_adds is None else f"{result.multiply_adds / 1e9:.4g} G multiply-adds"
+    rows |= {
+        "network": f"{result.parameters:,} parameters, {calls} per evaluation",
+        "decoder": f"{result.decoder_parameters:,} parameters",
+        "device": f"{result.device}; torch has {result.threads} CPU thread" + ("s" if result.threads > 1 else ""),
+        "precision": result.precision,
+        "memory": result.memory,
+    }
+    _report(rows, as_json)
+
+
+@app.command(epilog="Example: latentflow sweep runs/cifar10 --data caches/cifar10.safetensors --budget 600 --write")
+def sweep(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Images as for `encode`, or a file of reference statistics.")],
+    out: Annotated[Path, typer.Option(help="Folder for page.html, sweep.json, sweep.svg and the candidates.")] = Path(
+        "sweep"
+    ),
+    features: Annotated[str, typer.Option(help="What images are compared by: random, latents, inception, dinov2.")] = (
+        "random"
+    ),
+    weights: Annotated[
+        str | None, typer.Option(help="Of inception, a file; of dinov2, a folder or hub id; otherwise the usual ones.")
+    ] = None,
+    solvers: Annotated[str | None, typer.Option(help="Otherwise euler,heun,ab2,dopri5")] = None,
+    steps: Annotated[str | None, typer.Option(help="Of fixed-step solvers; otherwise 4,8,16,32")] = None,
+    tolerances: Annotated[str | None, typer.Option(help="Of bosh3 and dopri5; otherwise 1e-2,1e-3")] = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="Scales; otherwise 1,1.5,2,3, or 1 alone where the model cannot be guided.")
+    ] = None,
+    intervals: Annotated[str, typer.Option(help="Times between which guidance acts: 0:1,0.1:0.8")] = "0:1",
+    shifts: Annotated[str, typer.Option(help="Time shifts of the grid; 1: even.")] = "1",
+    num: Annotated[int, typer.Option(help="Images per candidate, in the last round.")] = 1000,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds after which nothing more is begun. All candidates then draw few images, the promising half "
+            "twice as many, and so on; without a budget all of them draw --num."
+        ),
+    ] = None,
+    margin: Annotated[
+        float, typer.Option(help="A difference that does not matter, as a share of the best distance.")
+    ] = 0.01,
+    write: Annotated[bool, typer.Option("--write", help="Make the best preset that of the model.")] = False,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure quality against cost, and name the best sampling preset. Repeat the command to go on."""
+    from latentflow.commands.sweep import sweep as run
+    from latentflow.commands.sweep_page import HEADER, rows, summary
+
+    given = {
+        "solvers": _names(solvers),
+        "steps": _numbers(steps, "--steps", int),
+        "tolerances": _numbers(tolerances, "--tolerances"),
+        "guidances": _numbers(guidance, "--guidance"),
+        "intervals": [_pair(text, "--intervals", ":") for text in _names(intervals)],
+        "shifts": _numbers(shifts, "--shifts"),
+    }
+    result = run(
+        model,
+        data,
+        out,
+        features=features,
+        weights=weights,
+        **{name: value for name, value in given.items() if value is not None},
+        num=num,
+        budget=budget,
+        margin=margin,
+        batch_size=batch_size,
+        seed=seed,
+        write=write,
+        device=device,
+    )
+    if as_json:
+        _report(summary(result), as_json)
+        return
+    table = Table(*HEADER, box=None, pad_edge=False)
+    for row in rows(result):
+        table.add_row(*map(escape, row), style="bold" if row[0] == result.best else None)
+    Console().print(table)
+    name = "new preset" if result.written else "best preset"
+    presets = {"old preset": _preset_line(result.old), name: _preset_line(result.new)}
+    _report({**presets, "page": str(out / "page.html"), "seconds": round(result.seconds, 1)}, as_json)
+    for note in [*result.notes, *(f"{name} could not be measured: {why}" for name, why in result.failed.items())]:
+        _say(note)
+
+
+@app.command(epilog="Example: latentflow evaluate runs/pets --data pets --num 10000 --guidance 1.5 --out pets.json")
+@_draws
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(help="A model; a folder or zip of PNG samples; with --reconstruction, also an autoencoder."),
+    ],
+    data: Annotated[
+        str, typer.Option(help="Real images as for `encode`, or statistics of them: .safetensors, .npz or .npy.")
+    ],
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="fid, kid, is, precision, recall, density, coverage; psnr, ssim of pairs; psnr-hole, ssim-hole, "
+            "p-ids, u-ids of holes; miou of maps. Otherwise the usual ones of the task."
+        ),
+    ] = None,
+    num: Annotated[
+        int | None, typer.Option(help="Number of images; otherwise 50,000 drawn ones, or all there are.")
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="sample; inpaint, which fills holes in DATA; mask-to-image, which paints its maps.")
+    ] = "sample",
+    reconstruction: Annotated[
+        bool, typer.Option("--reconstruction", help="Score what the autoencoder gives back of DATA: the floor.")
+    ] = False,
+    features: Annotated[
+        str, typer.Option(help="inception (FID); dinov2; latents or random, which need no download.")
+    ] = "inception",
+    weights: Annotated[str | None, typer.Option(help="Of the features: a file; otherwise downloaded once.")] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Class of image i: balanced (the default), uniform, data (as often as in DATA) or none."),
+    ] = None,
+    preset: Preset = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    masks: Annotated[
+        str | None,
+        typer.Option(help="Holes: a folder of masks, or mixed, strokes, boxes, halves, borders; else as trained."),
+    ] = None,
+    segmenter: Annotated[
+        str | None, typer.Option(help="For miou: package.module:function, uint8 [B, 3, H, W] to classes [B, H, W].")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="Of an autoencoder on its own.")] = None,
+    resamples: Annotated[
+        int | None, typer.Option(help="Resamples of each interval; 0: none; otherwise 200, or what a minute allows.")
+    ] = None,
+    reference_out: Annotated[
+        Path | None, typer.Option(help="File for the statistics of DATA, .safetensors; otherwise next to OUT.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder, or a .json file; repeat the command to go on after a kill.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Another report, to compare with; refused where it was not found alike.")
+    ] = None,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Compare all the same.")] = False,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score the images of a model, or images in files, against real ones; the result says what it depends on."""
+    from latentflow.commands.evaluate import evaluate as run
+    from latentflow.commands.evaluate import evaluation_rows
+
+    result = run(
+        model,
+        data,
+        task=task,
+        reconstruction=reconstruction,
+        metrics=_names(metrics),
+        num=num,
+        features=features,
+        weights=weights,
+        labels=labels,
+        masks=masks,
+        segmenter=segmenter,
+        image_size=image_size,
+        **preset,
+        seed=seed,
+        batch_size=batch_size,
+        resamples=resamples,
+        reference_out=reference_out,
+        out=out,
+        against=against,
+        anyway=anyway,
+        device=device,
+    )
+    if result is None:
+        _say("this process is done; the first one computes the scores")
+        return
+    report, comparison = result.report, result.comparison
+    if as_json:
+        compared = {"comparison": asdict(comparison)} if comparison else {}
+        _report({**report.model_dump(mode="json"), **compared}, as_json)
+        return
+    _report(evaluation_rows(result), as_json)
+    for note in [*(comparison.differing if comparison else []), *report.warnings]:
+        _say(note)
+
+
+@app.command(epilog="Example: latentflow bound runs/pets --data pets --out bound")
+def bound(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Images as for `encode`; best those that the model was not trained on.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for page.html, bound.json and the charts.")] = None,
+    num: Annotated[int, typer.Option(help="Images to reconstruct, and draws for the loss in each bin of time.")] = 256,
+    num_data: Annotated[
+        int, typer.Option(min=1, help="Images whose latents stand for the data, if there are as many.")
+    ] = 4096,
+    points: Annotated[int, typer.Option(help="States of each kind at which derivatives are taken.")] = 64,
+    bins: Annotated[int, typer.Option(help="Bins of time.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images computed together; less needs less memory.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of images, times and noises.")] = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the paper's bound on how far the model's images can be from the data, term by term."""
+    from latentflow.commands.bound import bound as run
+    from latentflow.commands.bound_page import bound_record, looseness, term_rows, total_rows, verdict
+
+    measured = run(
+        model,
+        data,
+        out,
+        num=num,
+        num_data=num_data,
+        points=points,
+        bins=bins,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+    )
+    if as_json:
+        _report(bound_record(measured), as_json)
+        return
+    rows = {}
+    for name, value, spread, _, kind in term_rows(measured):
+        rows[name] = f"{value}{f' +- {spread}' if spread else ''}  ({kind})"
+    for variant, error, factor, flow, total, *_ in total_rows(measured):
+        rows[f"bound: {variant}, {error}"] = f"{total}  (flow {flow} in latents, errors grow {factor} times)"
+    if out is not None:
+        rows["page"] = str(out / "page.html")
+    _report(rows, as_json)
+    _say(verdict(measured))
+    _say(looseness(measured))
+
+
 @app.command(epilog="Example: latentflow image-to-image runs/pets cat.png --strength 0.6 --classes cat --out new.png")
 @_draws
 def image_to_image(
@@ -731,6 +1005,31 @@ def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
 
 
+def _numbers(text: str | None, option: str, kind: type = float) -> list[Any] | None:
+    """The numbers of a list with commas; None where it was left out."""
+    try:
+        return None if text is None else [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        from latentflow.errors import ConfigError
+
+        example = "4,8,16" if kind is int else "1,1.5,2"
+        raise ConfigError(f"{option} {text!r} is not a list of numbers like {example}") from None
+
+
+def _preset_line(preset: SamplingPreset) -> str:
+    """What a preset does, in a line."""
+    from latentflow.flow.solvers import is_adaptive
+
+    adaptive = is_adaptive(preset.solver)
+    parts = [f"{preset.solver}, " + (f"tolerance {preset.rtol:g}" if adaptive else f"{preset.steps} steps")]
+    parts.append(f"guidance {preset.guidance:g}")
+    if preset.guidance != 1 and preset.guidance_interval != (0.0, 1.0):
+        parts.append("between {:g} and {:g}".format(*preset.guidance_interval))
+    if preset.shift != 1 and not adaptive:
+        parts.append(f"shift {preset.shift:g}")
+    return ", ".join(parts)
+
+
 def _two_seeds(text: str) -> tuple[int, int]:
     try:
         first, second = (int(part) for part in text.split(","))
@@ -741,15 +1040,15 @@ def _two_seeds(text: str) -> tuple[int, int]:
     return first, second
 
 
-def _pair(text: str | None, option: str) -> tuple[float, float] | None:
+def _pair(text: str | None, option: str, separator: str = ",") -> tuple[float, float] | None:
     if text is None:
         return None
     try:
-        low, high = (float(part) for part in text.split(","))
+        low, high = (float(part) for part in text.split(separator))
     except ValueError:
         from latentflow.errors import ConfigError
 
-        raise ConfigError(f"{option} {text!r} is not two numbers like 0.1,0.8") from None
+        raise ConfigError(f"{option} {text!r} is not two numbers like 0.1{separator}0.8") from None
     return low, high
 
 

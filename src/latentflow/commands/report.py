@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -74,12 +74,18 @@ class Series:
         points: (x, y) pairs, drawn in this order.
         dashed: a second way to tell lines apart.
         markers: whether each point is marked.
+        line: whether the points are joined.
+        errors: half the length of each point's error bar, in units of y; none: no bars.
+        tips: what is said of each point under the pointer; none: its numbers.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     dashed: bool = False
     markers: bool = True
+    line: bool = True
+    errors: Sequence[float] = ()
+    tips: Sequence[str] = ()
 
 
 def page(title: str, lead: str, sections: Sequence[tuple[str, str]], footer: str) -> str:
@@ -188,14 +194,36 @@ def line_chart(
     series: Sequence[Series], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
 ) -> str:
     """Lines over x with axes and a legend; a logarithmic axis leaves out what is not positive."""
-    series = [
-        Series(
-            s.name, [p for p in s.points if (p[0] > 0 or not log_x) and (p[1] > 0 or not log_y)], s.dashed, s.markers
-        )
-        for s in series
-    ]
+    parts, keys = _chart(series, x_label, y_label, log_x=log_x, log_y=log_y)
+    legend = [f'<li><svg viewBox="0 0 30 14">{swatch}</svg>{escape(name)}</li>' for name, swatch in keys]
+    chart = f'<svg viewBox="0 0 960 386" role="img" font-size="13.5" fill="{_SOFT}">{"".join(parts)}</svg>'
+    return f'<div class="scroll">{chart}</div><ul class="legend">{"".join(legend)}</ul>'
+
+
+def chart_file(
+    series: Sequence[Series], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
+) -> str:
+    """The chart of `line_chart` as an SVG file of its own, with the legend below."""
+    parts, keys = _chart(series, x_label, y_label, log_x=log_x, log_y=log_y)
+    per_row = 5
+    for number, (name, swatch) in enumerate(keys):
+        x, y = _LEFT + number % per_row * (_RIGHT - _LEFT) // per_row, 400 + number // per_row * 22
+        label = f'<text x="36" y="7" dy=".35em">{escape(name)}</text>'
+        parts.append(f'<g transform="translate({x} {y})">{swatch}{label}</g>')
+    height = 400 + 22 * math.ceil(len(keys) / per_row)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 {height}" width="960" height="{height}"'
+    style = f'font-family="system-ui, sans-serif" font-size="13.5" fill="{_SOFT}"'
+    return f'{head} role="img" {style}><rect width="960" height="{height}" fill="#fff"/>{"".join(parts)}</svg>\n'
+
+
+def _chart(
+    series: Sequence[Series], x_label: str, y_label: str, *, log_x: bool, log_y: bool
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """What a chart of 960 x 386 consists of, and the name and swatch (30 x 14) of each series."""
+    series = [_positive(s, log_x, log_y) for s in series]
     x_axis = _Axis([x for s in series for x, _ in s.points], _LEFT, _RIGHT, log=log_x)
-    y_axis = _Axis([y for s in series for _, y in s.points], _BOTTOM, _TOP, log=log_y)
+    tops = [y + error for s in series for (_, y), error in zip(s.points, s.errors, strict=False)]
+    y_axis = _Axis([*(y for s in series for _, y in s.points), *tops], _BOTTOM, _TOP, log=log_y)
     parts = []
     for value in y_axis.ticks:
         y = _number(y_axis.place(value))
@@ -208,23 +236,37 @@ def line_chart(
     parts.append(f'<path d="M{_LEFT} {_BOTTOM}H{_RIGHT}" stroke="#9aa5b1"/>')
     parts.append(f'<text x="{(_LEFT + _RIGHT) // 2}" y="378" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(f'<text transform="translate(14 172) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
-    legend = []
+    keys = []
     for number, one in enumerate(series):
         colour, marker = _COLOURS[number % len(_COLOURS)], _MARKER_PATHS[_MARKERS[number % len(_MARKERS)]]
         dashes = ' stroke-dasharray="6 4"' if one.dashed else ""
         style = f'fill="none" stroke="{colour}" stroke-width="2"{dashes}'
         places = [(x_axis.place(x), y_axis.place(y)) for x, y in one.points]
-        parts.append(f'<path d="M{"L".join(f"{_number(x)} {_number(y)}" for x, y in places)}" {style}/>')
+        if one.line:
+            parts.append(f'<path d="M{"L".join(f"{_number(x)} {_number(y)}" for x, y in places)}" {style}/>')
+        for (x, _), (_, value), error in zip(places, one.points, one.errors, strict=False):
+            ends = [_number(y_axis.place(end)) for end in (max(value - error, y_axis.least), value + error)]
+            parts.append(f'<path d="M{_number(x)} {ends[0]}V{ends[1]}" stroke="{colour}" stroke-opacity=".5"/>')
         if one.markers:
-            for (x, y), (x_value, y_value) in zip(places, one.points, strict=True):
-                tip = escape(f"{one.name}: {_short(x_value)}, {_short(y_value)}")
+            tips = one.tips or [f"{one.name}: {_short(x)}, {_short(y)}" for x, y in one.points]
+            for (x, y), tip in zip(places, map(escape, tips), strict=True):
                 place = f'transform="translate({_number(x)} {_number(y)})"'
                 parts.append(f'<path d="{marker}" {place} fill="{colour}"><title>{tip}</title></path>')
         dot = f'<path d="{marker}" transform="translate(15 7)" fill="{colour}"/>' if one.markers else ""
-        swatch = f'<svg viewBox="0 0 30 14"><path d="M0 7H30" {style}/>{dot}</svg>'
-        legend.append(f"<li>{swatch}{escape(one.name)}</li>")
-    chart = f'<svg viewBox="0 0 960 386" role="img" font-size="13.5" fill="{_SOFT}">{"".join(parts)}</svg>'
-    return f'<div class="scroll">{chart}</div><ul class="legend">{"".join(legend)}</ul>'
+        stroke = f'<path d="M0 7H30" {style}/>' if one.line else ""
+        keys.append((one.name, stroke + dot))
+    return parts, keys
+
+
+def _positive(series: Series, log_x: bool, log_y: bool) -> Series:
+    """Without the points that have no place on a logarithmic axis."""
+    kept = [n for n, (x, y) in enumerate(series.points) if (x > 0 or not log_x) and (y > 0 or not log_y)]
+    return replace(
+        series,
+        points=[series.points[n] for n in kept],
+        errors=[series.errors[n] for n in kept] if series.errors else (),
+        tips=[series.tips[n] for n in kept] if series.tips else (),
+    )
 
 
 class _Axis:
@@ -247,6 +289,11 @@ class _Axis:
             step = _nice_step((high - low) / 6 or 1.0)
             self.ticks = [n * step for n in range(math.floor(low / step), math.ceil(high / step - 1e-9) + 1)]
             self.low, self.high = self.ticks[0], self.ticks[-1]
+
+    @property
+    def least(self) -> float:
+        """The lowest value on the axis."""
+        return 10**self.low if self.log else self.low
 
     def place(self, value: float) -> float:
         """The pixel of a value."""

@@ -1,0 +1,276 @@
+"""`latentflow benchmark`: what drawing an image costs, in network calls, milliseconds and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from latentflow.autoencoder import to_uint8
+from latentflow.commands.progress import image_progress
+from latentflow.errors import ConfigError
+from latentflow.flow.solvers import integrate
+from latentflow.flow.times import sampling_times
+from latentflow.latent_flow import LatentFlow
+from latentflow.model_config import SamplingPreset
+from latentflow.sampling.pipeline import conditioned_velocity, initial_noise
+from latentflow.sampling.request import SampleRequest, make_request
+
+
+@dataclass(frozen=True)
+class BatchCost:
+    """What an image costs in batches of one size.
+
+    Attributes:
+        batch_size: images computed together.
+        network_milliseconds: of the solver with its network calls, per image; the median of the repeats.
+        decoder_milliseconds: from latents to 8-bit pixels on the CPU, per image; the median of the repeats.
+        peak_bytes: most memory a batch needed at a time, as `BenchmarkResult.memory` says; None: not measured.
+    """
+
+    batch_size: int
+    network_milliseconds: float
+    decoder_milliseconds: float
+    peak_bytes: int | None
+
+    @property
+    def images_per_second(self) -> float:
+        return 1000 / max(self.network_milliseconds + self.decoder_milliseconds, 1e-9)
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """What drawing costs.
+
+    Attributes:
+        sampling: how the images were drawn.
+        told: the conditions they were told; of what they were told of maps and holes, nothing was known.
+        num: images drawn for each figure.
+        repeats: timed repeats, after one that warms up.
+        evaluations: mean network calls per image; a guided call counts twice.
+        fewest, most: of any image.
+        histogram: number of images by their network calls, rising.
+        batches: the cost at each batch size, rising.
+        parameters: of the network.
+        decoder_parameters: of the autoencoder's decoder, or of the whole where it has no part of that name.
+        multiply_adds: of one network call for one image; None: torch cannot count them.
+        device: its name.
+        precision: of the network's weights, and how float32 products are computed.
+        threads: that torch computes with on the CPU.
+        memory: what `BatchCost.peak_bytes` are.
+    """
+
+    sampling: SamplingPreset
+    told: list[str]
+    num: int
+    repeats: int
+    evaluations: float
+    fewest: int
+    most: int
+    histogram: dict[int, int]
+    batches: list[BatchCost]
+    parameters: int
+    decoder_parameters: int
+    multiply_adds: int | None
+    device: str
+    precision: str
+    threads: int
+    memory: str
+
+
+def benchmark(
+    model: str | Path,
+    *,
+    num: int = 8,
+    batch_sizes: Sequence[int] = (1, 8),
+    repeats: int = 3,
+    seed: int = 0,
+    device: str | None = None,
+    **preset: object,
+) -> BenchmarkResult:
+    """Draw images several times over and say what they cost; nothing is written.
+
+    A model is told all that it can be told, so that guidance costs what it costs: its classes in turn, and of maps and
+    holes that nothing is known.
+
+    Args:
+        num: images of each repeat, rounded up to whole batches.
+        batch_sizes: images computed together.
+        repeats: timed ones; the figure is their median.
+        preset: what differs from the model's sampling preset: solver, steps, guidance, guidance_interval, ...
+
+    Raises:
+        ArtifactError, ConfigError: see `LatentFlow.from_pretrained` and `make_request`; numbers below 1.
+    """
+    if not batch_sizes:
+        raise ConfigError("no batch sizes; give one or more, such as 1,8")
+    for name, value in (("images", num), ("repeats", repeats), *(("images in a batch", size) for size in batch_sizes)):
+        if value < 1:
+            raise ConfigError(f"number of {name} {value}: at least 1 is needed")
+    flow = LatentFlow.from_pretrained(model, device=device)
+    whole = {size: _request(flow, math.ceil(num / size) * size, seed, preset) for size in sorted(set(batch_sizes))}
+    counts: Tensor = torch.zeros(0)
+    costs = []
+    total = (1 + repeats) * sum(len(request.seeds) for request in whole.values())
+    with image_progress("drawing", total) as on_images:
+        for size, request in whole.items():
+            batches = [request.at(slice(at, at + size)) for at in range(0, len(request.seeds), size)]
+            seconds = []
+            peak = _PeakMemory(flow.device)
+            for _ in range(1 + repeats):
+                drawn = [_draw_timed(flow, batch) for batch in batches]
+                seconds.append([sum(batch.network for batch in drawn), sum(batch.decoder for batch in drawn)])
+                on_images(len(request.seeds))
+            counts = torch.cat([batch.evaluations for batch in drawn])
+            network, decoder = (median(times) * 1000 / len(counts) for times in zip(*seconds[1:], strict=True))
+            costs.append(BatchCost(size, network, decoder, peak.grown()))
+    histogram = Counter(counts.tolist())
+    autoencoder = flow.autoencoder.model
+    return BenchmarkResult(
+        sampling=request.sampling,
+        told=list(request.told),
+        num=len(counts),
+        repeats=repeats,
+        evaluations=float(counts.double().mean()),
+        fewest=min(histogram),
+        most=max(histogram),
+        histogram=dict(sorted(histogram.items())),
+        batches=costs,
+        parameters=_num_parameters(flow.network),
+        decoder_parameters=_num_parameters(getattr(autoencoder, "decoder", autoencoder)),
+        multiply_adds=multiply_adds(flow, request),
+        device=device_name(flow.device),
+        precision=_precision(flow),
+        threads=torch.get_num_threads(),
+        memory=peak.what,
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called by its maker, as far as that is known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def multiply_adds(model: LatentFlow, request: SampleRequest) -> int | None:
+    """Multiplications with an addition in one network call for the first image of `request`, by torch's own count.
+
+    The count is of matrix products and convolutions. None: torch cannot count them.
+    """
+    noise = initial_noise(model, request.at(slice(0, 1)))
+    velocity = conditioned_velocity(model, request.at(slice(0, 1)), {}, noise.shape)
+    time_ = torch.ones(1, device=noise.device)
+    try:
+        # fused attention is not counted on every device; taken apart it is
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model.velocity(noise, time_, velocity.condition)
+    except Exception:  # a count is not worth failing for, and a dispatch mode may meet anything
+        return None
+    return counter.get_total_flops() // 2 or None
+
+
+@dataclass(frozen=True)
+class _Timed:
+    evaluations: Tensor
+    network: float
+    decoder: float
+
+
+def _request(model: LatentFlow, num: int, seed: int, preset: dict[str, object]) -> SampleRequest:
+    """Images that are told everything the model knows of; what maps and holes say makes no difference to the cost."""
+    conditioning = model.config.conditioning
+    return make_request(
+        model,
+        num=num,
+        classes=list(range(conditioning.num_classes)),
+        seed=seed,
+        task="benchmark",
+        told=[name for name in conditioning.dropout if name != "label"],
+        **preset,
+    )
+
+
+@torch.inference_mode()
+def _draw_timed(model: LatentFlow, request: SampleRequest) -> _Timed:
+    sampling = request.sampling
+    noise = initial_noise(model, request)
+    velocity = conditioned_velocity(model, request, {}, noise.shape)
+    times = sampling_times(sampling.steps, sampling.shift)
+    began = _now(model.device)
+    solution = integrate(velocity, noise, times, solver=sampling.solver, rtol=sampling.rtol, atol=sampling.atol)
+    arrived = _now(model.device)
+    to_uint8(model.decode(solution.x)).cpu()
+    return _Timed(velocity.evaluations, arrived - began, _now(model.device) - arrived)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was told so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+class _PeakMemory:
+    """The most memory in use since it was made, above what was in use then.
+
+    Attributes:
+        what: which memory that is.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            self.what = "allocated on the GPU, weights included (torch.cuda.max_memory_allocated)"
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        self.what = "growth of the process's peak resident memory while drawing (ru_maxrss)"
+        with contextlib.suppress(OSError):  # Linux: forget the peak so far, which loading the model may have made
+            Path("/proc/self/clear_refs").write_text("5")
+        self.before = _resident_peak()
+        if device.type != "cpu" or self.before is None:
+            self.what, self.before = f"not measured on {device.type} with {platform.system()}", None
+
+    def grown(self) -> int | None:
+        """Bytes; None: not measured."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return None if self.before is None else _resident_peak() - self.before
+
+
+def _resident_peak() -> int | None:
+    """The largest resident memory of this process so far in bytes; None where the system does not tell."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _num_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _precision(model: LatentFlow) -> str:
+    dtype = str(next(model.network.parameters()).dtype).removeprefix("torch.")
+    return f"{dtype}, products of float32: {torch.get_float32_matmul_precision()}"

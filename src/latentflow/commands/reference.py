@@ -1,0 +1,295 @@
+"""The real images of an evaluation: their features, computed once, kept beside the results, and used again.
+
+Legend: M real images that can be read, D features of an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentflow.artifacts import read_json, require_writable, sha256_file
+from latentflow.commands.drawn_set import OnImages, compute_in_shards
+from latentflow.data.images import BrokenImage, open_images
+from latentflow.data.items import ImageItem, ImageSource
+from latentflow.data.latent_cache import CROP_RULE
+from latentflow.errors import ArtifactError, DataError
+from latentflow.metrics.features import FeatureExtractor
+from latentflow.metrics.reference import FOREIGN_SUFFIXES, Provenance, Reference, load_reference
+from latentflow.metrics.report import ReferenceFacts
+from latentflow.metrics.statistics import FeatureStatistics, require_features
+
+_OWN_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The reference of an evaluation, as far as it is known before its features are.
+
+    Attributes:
+        data: what the user gave.
+        source: the images; None where only statistics are there.
+        stored: the statistics; None where they are still to be computed.
+        fingerprint: of the images; of a foreign file of statistics, its SHA-256.
+        image_size: height and width in pixels; 0: not known.
+        notes: warnings for people.
+    """
+
+    data: str
+    source: ImageSource | None
+    stored: Reference | None
+    fingerprint: str
+    image_size: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_images(self) -> int:
+        """M, broken images included; 0: not known."""
+        return self.stored.statistics.n if self.source is None else len(self.source)
+
+    def facts(self, statistics: FeatureStatistics) -> ReferenceFacts:
+        """What a report says of it."""
+        made = None if self.stored is None else self.stored.provenance
+        return ReferenceFacts(
+            data=made.data if made else self.source.description,
+            fingerprint=self.fingerprint,
+            num_images=statistics.n,
+            image_size=self.image_size,
+            resize=made.resize if made else CROP_RULE,
+        )
+
+
+@dataclass(frozen=True)
+class RealFeatures:
+    """The reference of an evaluation.
+
+    Attributes:
+        statistics: mean and covariance.
+        features: [M, D] float32; None where only statistics are there.
+        rows: [M] int64, which images of the source these are: the others cannot be read.
+        labels: [M] int64, -1 where there are none.
+        notes: warnings for people.
+    """
+
+    statistics: FeatureStatistics
+    features: Tensor | None = None
+    rows: Tensor | None = None
+    labels: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+
+def open_reference(data: str | Path, image_size: int) -> RealImages:
+    """Open images, or a file of statistics; no image is decoded.
+
+    Raises:
+        DataError, ArtifactError: there is nothing usable, or the statistics are of images of another size.
+    """
+    file = Path(data)
+    if file.suffix not in (_OWN_SUFFIX, *FOREIGN_SUFFIXES) or file.is_dir():
+        source = open_images(data, image_size)
+        return RealImages(str(data), source, None, source.fingerprint(), image_size)
+    stored = load_reference(file)
+    made = stored.provenance
+    if made.image_size and made.image_size != image_size:
+        raise DataError(
+            f"{data} is of images of {made.image_size} pixels and the others have {image_size}: FID depends on it; "
+            "give the reference images instead"
+        )
+    notes = () if made.image_size else (f"{file.name} does not say at which size its images were: it is taken to fit",)
+    return RealImages(str(data), None, stored, made.fingerprint or f"sha256:{sha256_file(file)}", image_size, notes)
+
+
+def reference_file(real: RealImages, extractor: FeatureExtractor, beside: Path) -> Path:
+    """Where the statistics of a reference lie unless the user says: next to a result, named by what they are of."""
+    key = hashlib.sha256(json.dumps(_plan(real, extractor), sort_keys=True).encode()).hexdigest()
+    return beside.parent / f"reference-{key[:12]}{_OWN_SUFFIX}"
+
+
+def reference_features(
+    real: RealImages,
+    extractor: FeatureExtractor,
+    *,
+    file: Path | None = None,
+    batch_size: int = 32,
+    process: tuple[int, int] = (0, 1),
+    on_images: OnImages = lambda num_images: None,
+) -> RealFeatures:
+    """The features of a reference; what `file` and the folder of features beside it hold already is used again.
+
+    Args:
+        file: where statistics go, a .safetensors file; features go to the folder of that name with .features. None:
+            nothing is kept.
+
+    Raises:
+        DataError: other features than those of a file of statistics, or no image can be read.
+        ArtifactError: `file` is the reference of something else.
+    """
+    if real.source is None:
+        warning = real.stored.require_same_features(extractor.name, extractor.hash, extractor.dim)
+        found = _companion(real, extractor)
+        notes = (*real.notes, *([warning] if warning else []))
+        return RealFeatures(real.stored.statistics, *(found or (None, None, None)), notes=notes)
+    provenance = Provenance(
+        data=real.source.description,
+        fingerprint=real.fingerprint,
+        image_size=real.image_size,
+        resize=CROP_RULE,
+        feature_name=extractor.name,
+        feature_hash=extractor.hash,
+    )
+    kept = None
+    if file is not None:
+        require_writable(file, suffix=_OWN_SUFFIX)
+        kept = _stored(file, provenance)
+    columns = image_features(
+        real.source,
+        range(len(real.source)),
+        extractor,
+        plan=_plan(real, extractor),
+        folder=None if file is None else file.with_suffix(".features"),
+        batch_size=batch_size,
+        process=process,
+        on_images=on_images,
+    )
+    if not len(columns["rows"]):
+        raise DataError(f"{real.source.description}: none can be read")
+    statistics = kept.statistics if kept else FeatureStatistics.of(columns["features"])
+    if file is not None and kept is None and process[0] == 0:
+        Reference(statistics, provenance).save(file)
+    missing = len(real.source) - len(columns["rows"])
+    notes = (f"{missing} of {len(real.source)} reference images cannot be read, and are left out",) if missing else ()
+    return RealFeatures(statistics, columns["features"], columns["rows"], columns["labels"], (*real.notes, *notes))
+
+
+def image_features(
+    source: ImageSource,
+    rows: Sequence[int],
+    extractor: FeatureExtractor,
+    *,
+    plan: dict[str, Any],
+    folder: Path | None = None,
+    batch_size: int = 32,
+    process: tuple[int, int] = (0, 1),
+    on_images: OnImages = lambda num_images: None,
+    change: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] | None = None,
+) -> dict[str, Tensor]:
+    """Features [M, D], `rows` [M] and labels [M] of those images of a source that can be read.
+
+    Args:
+        rows: which images; every one of them is tried.
+        change: what becomes of uint8 images [B, 3, H, W] before their features are taken; returns such images, and
+            further numbers [B, ...] of each.
+    """
+
+    whose = "generated" if change else "real"
+
+    def compute(places: range) -> dict[str, Tensor]:
+        parts = [_empty(extractor)]
+        for items in read_batches(source, [rows[place] for place in places], batch_size):
+            good = [(row, item) for row, item in items if isinstance(item, ImageItem)]
+            if good:
+                pixels, more = stack_pixels([item.pixels for _, item in good]), {}
+                if change:
+                    pixels, more = change(pixels)
+                parts.append(
+                    {
+                        "features": require_features(extractor(pixels).float().cpu(), whose),
+                        "rows": torch.tensor([row for row, _ in good]),
+                        "labels": torch.tensor([-1 if item.label is None else item.label for _, item in good]),
+                        **more,
+                    }
+                )
+            on_images(len(items))
+        names = parts[-1].keys()
+        return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+
+    return compute_in_shards(len(rows), compute, plan=plan, folder=folder, process=process, on_images=on_images)
+
+
+def read_batches(
+    source: ImageSource, rows: Sequence[int], batch_size: int
+) -> Iterator[list[tuple[int, ImageItem | BrokenImage]]]:
+    """Batches of (row, item or what is wrong with it), in order; threads decode ahead."""
+
+    def read(row: int) -> tuple[int, ImageItem | BrokenImage]:
+        try:
+            return row, source[row]
+        except BrokenImage as error:
+            return row, error
+
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(read, rows)
+        for start in range(0, len(rows), batch_size):
+            yield [next(found) for _ in rows[start : start + batch_size]]
+
+
+def stack_pixels(pictures: Sequence[np.ndarray]) -> Tensor:
+    """Pictures [H, W, 3] uint8 => [B, 3, H, W] uint8."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def _empty(extractor: FeatureExtractor) -> dict[str, Tensor]:
+    none = torch.zeros(0, dtype=torch.int64)
+    return {"features": torch.zeros(0, extractor.dim), "rows": none, "labels": none}
+
+
+def _plan(real: RealImages, extractor: FeatureExtractor) -> dict[str, Any]:
+    return {
+        "data": real.fingerprint,
+        "num_images": real.num_images if real.source is not None else None,
+        "image_size": real.image_size,
+        "resize": CROP_RULE,
+        "features": extractor.hash,
+    }
+
+
+def _stored(file: Path, wanted: Provenance) -> Reference | None:
+    """The statistics in `file`; None where there is none yet.
+
+    Raises:
+        ArtifactError: they are of something else.
+    """
+    if not file.exists():
+        return None
+    found = load_reference(file)
+    keys = ("fingerprint", "image_size", "resize", "feature_name", "feature_hash")
+    differing = [key for key in keys if getattr(found.provenance, key) != getattr(wanted, key)]
+    if differing:
+        raise ArtifactError(
+            f"{file} is the reference of something else ({found.provenance.data}; another {', '.join(differing)}); "
+            "choose another --reference-out, or delete it"
+        )
+    return found
+
+
+def _companion(real: RealImages, extractor: FeatureExtractor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Features, rows and labels from the folder beside an own file of statistics, if they are there and fit it."""
+    folder = Path(real.data).with_suffix(".features")
+    if not (folder / "plan.json").is_file():
+        return None
+    plan = read_json(folder / "plan.json")
+    wanted = _plan(real, extractor) | {"num_images": plan.get("num_images"), "shard_size": plan.get("shard_size")}
+    if plan != wanted:
+        return None
+
+    def compute(rows: range) -> dict[str, Tensor]:
+        raise ArtifactError(f"{folder} lacks the images {rows.start} to {rows.stop - 1}")
+
+    try:
+        columns = compute_in_shards(plan["num_images"], compute, plan=_without(plan, "shard_size"), folder=folder)
+    except ArtifactError:
+        return None
+    return columns["features"], columns["rows"], columns["labels"]
+
+
+def _without(plan: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in plan.items() if name != key}

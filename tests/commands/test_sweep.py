@@ -1,0 +1,534 @@
+"""`latentflow sweep`: its rules on made-up numbers, its rounds with a made-up clock, and the command on tiny models."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from latentflow.artifacts import read_json, write_json
+from latentflow.commands import sweep as sweep_module
+from latentflow.commands import sweep_rounds
+from latentflow.commands.sweep import sweep, write_preset
+from latentflow.commands.sweep_rounds import Candidates, SweepPlan, measure_rounds
+from latentflow.commands.sweep_rules import (
+    Point,
+    affordable,
+    combinations,
+    knee,
+    marks,
+    round_sizes,
+    worth_keeping,
+)
+from latentflow.data.images import open_images
+from latentflow.errors import ArtifactError, ConfigError, DataError, NonFiniteError
+from latentflow.latent_flow import LatentFlow, SamplingPreset, read_config
+from latentflow.metrics.features import RandomFeatures
+from latentflow.metrics.reference import Provenance, Reference
+from latentflow.metrics.scores import frechet_distance
+from latentflow.metrics.statistics import FeatureStatistics
+from latentflow.sampling.pipeline import sample
+from tests import tiny
+from tests.processes import Result, run_here
+
+GRID = {"tolerances": [0.01], "guidances": [1.0], "intervals": [(0.0, 1.0)], "shifts": [1.0], "steps": [4]}
+
+
+def points(*pairs: tuple[float, float], noise: float = 0.0) -> list[Point]:
+    """Candidates a, b, c, ... of (evaluations, distance), each with noise of its own in two resamples."""
+    made = []
+    for n, (evaluations, distance) in enumerate(pairs):
+        resamples = tuple(distance + noise * sign for sign in ((1, -1), (-1, 1))[n % 2])
+        made.append(Point("abcdefgh"[n], evaluations, distance, resamples))
+    return made
+
+
+def names(chosen: list[Point]) -> str:
+    return "".join(point.name for point in chosen)
+
+
+# Candidates
+
+
+def test_combinations_leave_out_what_makes_no_difference():
+    made = combinations(
+        solvers=["heun", "dopri5"],
+        steps=[1, 4],
+        tolerances=[0.01, 0.001],
+        guidances=[1.0, 2.0],
+        intervals=[(0.0, 1.0), (0.1, 0.8)],
+        shifts=[1.0, 2.0],
+    )
+    heun = {f"heun-{rest}" for rest in ("1", "4", "4_s2")} | {
+        f"heun-{steps}_g2{interval}{shift}"
+        for steps, shift in (("1", ""), ("4", ""), ("4", "_s2"))
+        for interval in ("", "_i0.1-0.8")
+    }
+    dopri5 = {f"dopri5-{tol}{rest}" for tol in ("0.01", "0.001") for rest in ("", "_g2", "_g2_i0.1-0.8")}
+    assert set(made) == heun | dopri5
+    assert made["heun-4_g2_i0.1-0.8_s2"] == {
+        "solver": "heun",
+        "guidance": 2.0,
+        "guidance_interval": (0.1, 0.8),
+        "steps": 4,
+        "shift": 2.0,
+    }
+    assert made["dopri5-0.01"]["rtol"] == made["dopri5-0.01"]["atol"] == 0.01
+    assert "steps" not in made["dopri5-0.01"]
+
+
+def test_cheap_candidates_come_first():
+    made = combinations(solvers=["rk4", "heun", "ab2"], **{**GRID, "steps": [8, 2], "guidances": [2.0, 1.0]})
+    assert list(made) == [
+        *("ab2-2", "heun-2", "ab2-2_g2", "rk4-2", "heun-2_g2", "ab2-8"),
+        *("rk4-2_g2", "heun-8", "ab2-8_g2", "rk4-8", "heun-8_g2", "rk4-8_g2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"solvers": ["huen"]}, "did you mean 'heun'"),
+        ({"solvers": []}, "no candidates"),
+        ({"solvers": ["heun"], "steps": []}, "no candidates"),
+        ({"solvers": ["dopri5"], "tolerances": []}, "no candidates"),
+        ({"solvers": ["heun"], "steps": [0]}, "steps 0 must be above 0"),
+        ({"solvers": ["dopri5"], "tolerances": [-1e-3]}, "tolerance -0.001"),
+        ({"solvers": ["heun"], "shifts": [0.0]}, "shift 0"),
+    ],
+)
+def test_combinations_refuse_bad_input(changed, message):
+    with pytest.raises(ConfigError, match=message):
+        combinations(**{**GRID, **changed})
+
+
+# Rounds
+
+
+def test_rounds_double_and_end_at_num():
+    assert round_sizes(1000, 56) == [125, 250, 500, 1000]
+    assert round_sizes(1000, 7) == [1000]
+    assert round_sizes(1000, 8) == [500, 1000]
+    assert round_sizes(101, 1000) == [51, 101]  # no round below 32
+    assert round_sizes(8, 1000) == [8]
+
+
+def test_what_is_missed_least_is_dropped():
+    rising = points((4, 100), (8, 50), (16, 30), (32, 29), (64, 28.5))
+    assert names(worth_keeping(rising, 5)) == "abcde"
+    assert names(worth_keeping(rising, 4)) == "abce"  # d improves least on what costs no more
+    assert names(worth_keeping(rising, 2)) == "ae"
+    assert names(worth_keeping(rising, 1)) == "e"
+
+
+def test_dominated_candidates_go_first_and_the_best_and_the_cheapest_stay():
+    mixed = points((64, 10), (8, 50), (16, 60), (8, 90), (4, 100), (64, 11))
+    # e 4:100, b 8:50, d 8:90, c 16:60, a 64:10, f 64:11; compared with the best before: d -0.44, c -0.17, f -0.09
+    assert names(worth_keeping(mixed, 5)) == "ebcaf"
+    assert names(worth_keeping(mixed, 4)) == "ebaf"
+    assert names(worth_keeping(mixed, 3)) == "eba"
+    assert names(worth_keeping(mixed, 2)) == "ea"
+
+
+def test_small_gains_that_add_up_survive():
+    """None of them gains much on its neighbour; together they gain a third."""
+    slow = points((1, 100), (2, 95), (3, 90), (4, 85), (5, 80), (6, 75))
+    kept = worth_keeping(slow, 3)
+    assert names(kept)[0] == "a"
+    assert names(kept)[-1] == "f"
+
+
+def test_as_many_are_kept_as_can_be_paid_for():
+    rising = points((4, 100), (8, 50), (16, 30), (32, 29), (64, 28.5))
+
+    def price(point: Point) -> float:
+        return point.evaluations
+
+    assert names(affordable(rising, 5, 124, price)) == "abcde"
+    assert names(affordable(rising, 4, 92, price)) == "abce"
+    assert names(affordable(rising, 4, 91, price)) == "abe"
+    assert names(affordable(rising, 4, 75, price)) == "ae"
+    assert affordable(rising, 4, 67, price) == []
+    assert names(affordable(rising[:1], 2, 4, price)) == "a"
+
+
+# Marks and the knee
+
+
+def test_front_without_noise_is_that_of_pareto():
+    found = marks(points((4, 10), (8, 5), (8, 6), (16, 5.5), (32, 4)))
+    assert found == {"a": "front", "b": "front", "c": "beaten", "d": "beaten", "e": "front"}
+
+
+def test_noise_puts_nothing_on_the_front_and_throws_nothing_off_it():
+    # resamples of a and b move against each other, so their difference is by sqrt(2) uncertain; a and c move together
+    found = marks(points((4, 10), (8, 9), (16, 11), (32, 12), (64, 2), noise=0.5))
+    assert found == {"a": "front", "b": "undecided", "c": "beaten", "d": "beaten", "e": "front"}
+    assert marks(points((4, 10), (8, 9), (16, 11), (32, 12), noise=2.0))["d"] == "beaten"  # by b, which moves like it
+
+
+def test_what_two_candidates_have_in_common_is_no_noise():
+    shared = [9.0, 11.0, 10.0]
+    cheap = Point("cheap", 4, 10.0, tuple(shared))
+    good = Point("good", 8, 9.9, tuple(x - 0.1 for x in shared))
+    assert cheap.standard_error == 1.0
+    gap, standard_error = cheap.worse_by(good)
+    assert (round(gap, 12), round(standard_error, 12)) == (0.1, 0.0)
+    assert marks([cheap, good]) == {"cheap": "front", "good": "front"}
+
+
+def test_knee_is_the_cheapest_that_is_as_good_as_the_best():
+    falling = [(4, 10.0), (8, 5.0), (16, 4.04), (32, 4.0)]
+    assert knee(points(*falling), 0.0).name == "d"
+    assert knee(points(*falling), 0.011).name == "c"  # 0.04 of 4 does not matter
+    assert knee(points(*falling, noise=0.5), 0.0).name == "c"  # nor is it more than chance
+    assert knee(points((8, 3.0), (4, 3.0)), 0.0).name == "b"
+
+
+def test_knee_is_nothing_that_measured_worse_than_something_cheaper():
+    good = Point("good", 32, 4.0, (4.5, 3.5))
+    sure, vague, better = (
+        Point("sure", 4, 5.0, (5.5, 4.5)),
+        Point("vague", 8, 6.0, (4.0, 8.0)),
+        Point("better", 16, 4.5, (4.0, 5.0)),
+    )
+    assert not vague.surely_worse_than(good)
+    assert sure.surely_worse_than(good)
+    assert knee([good, sure, vague, better], 0.0).name == "better"
+
+
+# Measuring
+
+
+class Clock:
+    """Time that passes only when something is drawn."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class FakeDraw:
+    """Images whose features come nearer to a standard normal cloud with the steps; one second per step and image."""
+
+    def __init__(self, clock: Clock):
+        self.clock, self.calls = clock, []
+
+    def __call__(self, *, num: int, seed: int, preset: dict, on_images: Callable[[int], None] = lambda n: None):
+        steps = preset["steps"]
+        if preset["solver"] == "rk4":
+            raise NonFiniteError("the state is not finite")
+        if steps > 1:  # not the one that warms up
+            self.calls.append((f"{preset['solver']}-{steps}", seed, num))
+            self.clock.now += steps * num
+        rows = [torch.randn(3, generator=torch.Generator().manual_seed(seed + i)) for i in range(num)]
+        features = torch.stack(rows) + 10 / steps
+        return SimpleNamespace(
+            features=features, evaluations=torch.full((num,), steps), drawing_seconds=float(steps * num), num=num
+        )
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Candidates of 2, 4, 8, ... steps in `tmp_path`, what was drawn of them, and how to measure them."""
+    clock = Clock()
+    monkeypatch.setattr(sweep_rounds, "time", clock)
+    reference = FeatureStatistics.from_moments(torch.zeros(3).double(), torch.eye(3).double(), 1000)
+
+    def run(steps: list[int], sizes: list[int], budget: float | None = None, solvers=("euler",)):
+        plan = SweepPlan(
+            weights="",
+            model={},
+            guided={},
+            data="",
+            features="fake",
+            feature_hash="",
+            device="cpu",
+            batch_size=1,
+            seed=5,
+            sizes=sizes,
+            candidates=combinations(solvers=solvers, **{**GRID, "steps": steps}),
+        )
+        draw = FakeDraw(clock)
+        candidates = Candidates(tmp_path / "candidates", plan, draw, reference)
+        return measure_rounds(candidates, budget), draw.calls, candidates
+
+    return run
+
+
+def test_without_a_budget_all_are_measured_once(fake):
+    (only,), calls, _ = fake([2, 4, 8], [6])
+    assert calls == [("euler-2", 5, 6), ("euler-4", 5, 6), ("euler-8", 5, 6)]
+    assert [(p.name, p.evaluations) for p in only.points] == [("euler-2", 2), ("euler-4", 4), ("euler-8", 8)]
+    assert only.missing == []
+    assert [p.distance for p in only.points] == sorted((p.distance for p in only.points), reverse=True)
+
+
+def test_later_rounds_draw_only_what_is_new_and_score_all(fake, tmp_path):
+    rounds, calls, candidates = fake([2, 4, 8, 16], [4, 8])
+    assert [sorted(one.measured) for one in rounds] == [
+        ["euler-16", "euler-2", "euler-4", "euler-8"],
+        ["euler-16", "euler-2"],
+    ]
+    assert calls[4:] == [("euler-2", 9, 4), ("euler-16", 9, 4)]
+    whole = FakeDraw(Clock())(num=8, seed=5, preset={"solver": "euler", "steps": 16})
+    exact = frechet_distance(FeatureStatistics.of(whole.features), candidates.reference)
+    assert rounds[1].measured["euler-16"].distance == pytest.approx(exact, rel=1e-9)
+    assert rounds[1].measured["euler-16"].evaluations == [16] * 8
+    assert rounds[1].measured["euler-16"].drawing_seconds == 8 * 16
+
+
+def test_resamples_are_the_same_for_every_candidate(fake):
+    """Shifted clouds of equal noise: the covariance part of each resampled distance is equal."""
+    (only,), _, _ = fake([2, 4], [16])
+    first, second = (torch.tensor(only.measured[name].resamples) for name in ("euler-2", "euler-4"))
+    assert first.std() > 0
+    # |m + a|^2 - |m + b|^2 is linear in the resampled mean m of the noise; nothing else differs
+    slope = 2 * (10 / 2 - 10 / 4)
+    assert (first - second).std() < slope * 3
+    assert torch.corrcoef(torch.stack([first, second]))[0, 1] > 0.9
+
+
+def test_a_budget_ends_the_first_round_and_repeating_goes_on(fake):
+    (first,), calls, _ = fake([2, 4, 8], [10], budget=60)  # 20 s, 40 s, and then it is spent
+    assert [name for name, _, _ in calls] == ["euler-2", "euler-4"]
+    assert first.missing == ["euler-8"]
+    (second,), calls, _ = fake([2, 4, 8], [10], budget=60)
+    assert [name for name, _, _ in calls] == ["euler-8"]
+    assert second.missing == []
+    (_,), calls, _ = fake([2, 4, 8], [10], budget=60)
+    assert calls == []
+
+
+def test_a_budget_takes_fewer_into_the_next_round_or_none(fake):
+    """Round one takes 10 * (2 + 4 + 8 + 16 + 32 + 64) = 1260 s; the next takes as long for those it keeps."""
+    steps = [2, 4, 8, 16, 32, 64]
+    rounds, _, _ = fake(steps, [10, 20], budget=1260 + 100)
+    assert len(rounds) == 1
+    rounds, calls, _ = fake(steps, [10, 20], budget=10 * (2 + 64))
+    assert [sorted(one.measured) for one in rounds][1] == ["euler-2", "euler-64"]
+    assert len(calls) == 2
+    rounds, calls, _ = fake(steps, [10, 20])
+    assert len(rounds[1].measured) == 3
+    assert len(calls) == 1
+
+
+def test_a_candidate_that_fails_is_left_out_and_not_tried_again(fake):
+    (only,), _, candidates = fake([4, 8], [6], solvers=("euler", "rk4"))
+    assert sorted(only.measured) == ["euler-4", "euler-8"]
+    assert candidates.kept["rk4-4"].failed == "the state is not finite"
+    assert only.missing == []
+    _, calls, again = fake([4, 8], [6], solvers=("euler", "rk4"))
+    assert calls == []
+    assert again.kept["rk4-8"].failed
+
+
+def test_a_damaged_record_is_named(fake, tmp_path):
+    fake([4], [6])
+    write_json(tmp_path / "candidates" / "euler-4.json", {"name": 3})
+    with pytest.raises(ArtifactError, match=r"euler-4.json is damaged"):
+        fake([4], [6])
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, deterministic) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    tiny.model(deterministic).save_pretrained(folder / "classes")
+    tiny.model(deterministic, class_names=()).save_pretrained(folder / "nothing")
+    return {name: folder / name for name in ("classes", "nothing")}
+
+
+@pytest.fixture(scope="module")
+def small(models, images, tmp_path_factory) -> Callable[..., object]:
+    """A sweep of two candidates with a few images."""
+
+    def run(model: str = "classes", data: object = images, **given: object):
+        out = given.pop("out", None) or tmp_path_factory.mktemp("sweeps") / "out"
+        options = {"num": 8, "solvers": ["euler"], "steps": [1, 2], "guidances": [1.0], "device": "cpu", **given}
+        return sweep(models.get(model, model), data, out, **options)
+
+    return run
+
+
+@pytest.fixture
+def command(capsys, monkeypatch, models, images, tmp_path) -> Callable[..., Result]:
+    """Run `latentflow sweep` on a model with a few images of few candidates, unless it is told otherwise."""
+
+    def run(model: str = "classes", *args: object) -> Result:
+        given = {"--data": images, "--num": 8, "--solvers": "euler", "--steps": "1,2", "--guidance": "1"}
+        given |= {"--out": tmp_path / "out", "--device": "cpu"}
+        own = {name: value for name, value in given.items() if name not in args}
+        return run_here(
+            ["sweep", models.get(model, model), *(x for pair in own.items() for x in pair), *args], capsys, monkeypatch
+        )
+
+    return run
+
+
+def test_distances_are_those_of_the_images(small, models, images):
+    result = small(num=12)
+    extractor, source = RandomFeatures(), open_images(images, tiny.IMAGE_SIZE)
+    real = torch.stack([torch.from_numpy(source[i].pixels.copy()).permute(2, 0, 1) for i in range(len(source))])
+    flow = LatentFlow.from_pretrained(models["classes"], device="cpu")
+    drawn = sample(flow, num=12, solver="euler", steps=2, guidance=1.0)
+    exact = frechet_distance(FeatureStatistics.of(extractor(drawn.pixels)), FeatureStatistics.of(extractor(real)))
+    assert result.final.measured["euler-2"].distance == pytest.approx(exact, rel=1e-4)
+    assert result.final.measured["euler-2"].evaluations == [2] * 12
+
+
+def test_a_sweep_writes_json_picture_and_a_page_without_links(command, tmp_path):
+    result = command("classes", "--guidance", "1,2", "--intervals", "0:1,0.1:0.6")
+    assert result.code == 0, result.err
+    assert "BEST" in result.out
+    assert "singular covariance" in result.err
+    out = tmp_path / "out"
+    found = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
+    assert [c["name"] for c in found["candidates"][:1]] == ["euler-1"]
+    assert {c["name"] for c in found["candidates"]} == {
+        *("euler-1", "euler-2", "euler-1_g2", "euler-2_g2", "euler-1_g2_i0.1-0.6", "euler-2_g2_i0.1-0.6")
+    }
+    costs = {c["name"]: c["evaluations"] for c in found["candidates"]}
+    assert (costs["euler-2"], costs["euler-2_g2"], costs["euler-2_g2_i0.1-0.6"]) == (2, 4, 3)
+    assert list(costs.values()) == sorted(costs.values())
+    page = (out / "page.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|<script|<link|src=", page)
+    assert all(name in page for name in costs)
+    picture = (out / "sweep.svg").read_text(encoding="utf-8")
+    assert re.findall(r"https?://[^\"]*", picture) == ["http://www.w3.org/2000/svg"]
+    assert "Pareto front" in picture
+
+
+def test_repeating_draws_nothing_and_ends_the_same(small, monkeypatch, tmp_path):
+    first = small(out=tmp_path / "out")
+    monkeypatch.setattr(sweep_module, "draw_set", lambda *args, **given: pytest.fail("drawn again"))
+    monkeypatch.setattr(RandomFeatures, "__call__", lambda *args: pytest.fail("computed again"))
+    again = small(out=tmp_path / "out")
+    assert again.final == first.final
+    assert (again.best, again.marks, again.new) == (first.best, first.marks, first.new)
+
+
+def test_halving_under_a_budget(small, tmp_path):
+    """Eight candidates of 32 images, then four of 64."""
+    result = small(num=64, steps=[1, 2, 3, 4, 5, 6, 7, 8], budget=1e6, out=tmp_path / "out")
+    assert [one.num for one in result.rounds] == [32, 64]
+    assert [len(one.measured) for one in result.rounds] == [8, 4]
+    assert result.final is result.rounds[1]
+    assert result.best in result.final.measured
+    page = (tmp_path / "out" / "page.html").read_text(encoding="utf-8")
+    assert "32 images each, 8 presets" in page
+
+
+def test_a_spent_budget_is_told_and_nothing_is_written_to_the_model(command, models, tmp_path):
+    before = read_config(models["nothing"])
+    result = command("nothing", "--budget", "1e-9")
+    assert result.code == 2
+    assert "was spent before a candidate was measured" in result.err
+    assert read_config(models["nothing"]) == before
+
+
+def test_other_settings_do_not_mix(command, tmp_path):
+    assert command().code == 0
+    result = command("classes", "--num", "9")
+    assert result.code == 2
+    assert "holds a sweep with other settings (sizes: [8], now [9])" in result.err
+    assert command("nothing").code == 2
+
+
+def test_write_changes_the_preset_and_nothing_else(command, deterministic, tmp_path):
+    folder = tmp_path / "model"
+    tiny.model(deterministic, solver="rk4", steps=7, rtol=0.25, guided_channels=2).save_pretrained(folder)
+    others, before = tiny.tree(folder), read_json(folder / "config.json")
+    result = command(folder, "--write", "--steps", "3", "--guidance", "2", "--intervals", "0.1:0.5")
+    assert result.code == 0, result.err
+    assert "rk4, 7 steps, guidance 1" in result.out
+    assert "euler, 3 steps, guidance 2, between 0.1 and 0.5" in result.out
+    after = read_json(folder / "config.json")
+    assert {**after, "sampling": None} == {**before, "sampling": None}
+    assert read_config(folder).sampling == SamplingPreset(
+        solver="euler", steps=3, guidance=2.0, guidance_interval=(0.1, 0.5), rtol=0.25, guided_channels=2
+    )
+    assert {name: hash for name, hash in tiny.tree(folder).items() if others[name] != hash}.keys() == {"config.json"}
+    # the preset is no part of the plan: the same command goes on
+    assert command(folder, "--write", "--steps", "3", "--guidance", "2", "--intervals", "0.1:0.5").code == 0
+
+
+def test_write_preset_keeps_keys_it_does_not_know(tmp_path):
+    write_json(tmp_path / "config.json", {"future": [1, 2], "sampling": {"steps": 3}})
+    write_preset(tmp_path, SamplingPreset(steps=9))
+    assert read_json(tmp_path / "config.json") == {
+        "future": [1, 2],
+        "sampling": SamplingPreset(steps=9).model_dump(mode="json"),
+    }
+
+
+def test_write_to_a_hub_id_is_refused_before_anything(command, tmp_path):
+    result = command("someone/streets", "--write")
+    assert result.code == 2
+    assert "someone/streets is no folder here" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "message"),
+    [
+        ("classes", ["--solvers", "huen"], "did you mean 'heun'"),
+        ("nothing", ["--guidance", "1,2"], "the model is unconditional"),
+        ("classes", ["--budget", "0"], "budget 0 s: it must be above 0"),
+        ("classes", ["--steps", ""], "no candidates"),
+        ("classes", ["--steps", "four"], "--steps 'four' is not a list of numbers"),
+        ("classes", ["--intervals", "0.5"], "--intervals '0.5' is not two numbers like 0.1:0.8"),
+        ("classes", ["--guidance", "2", "--intervals", "0.8:0.1"], "guidance interval is 0.8..0.1"),
+        ("classes", ["--features", "rnadom"], "did you mean 'random'"),
+        ("classes", ["--num", "1"], "a covariance needs two"),
+        ("classes", ["--margin", "1"], "margin 1"),
+        ("classes", ["--data", "nowhere"], "nowhere"),
+        ("nowhere", [], "nowhere"),
+    ],
+)
+def test_bad_input_costs_one_line_and_leaves_nothing(command, tmp_path, model, args, message):
+    result = command(model, *args)
+    assert result.code == 2
+    assert message in result.err
+    assert len(result.err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reference_of_another_size_or_kind_is_refused(small, cache, tmp_path):
+    extractor = RandomFeatures()
+    made = Provenance(
+        data="some",
+        fingerprint="",
+        image_size=32,
+        resize="",
+        feature_name="random",
+        feature_hash=extractor.hash,
+    )
+    statistics = FeatureStatistics.of(torch.randn(8, extractor.dim, generator=torch.Generator().manual_seed(0)))
+    file = tmp_path / "reference.safetensors"
+    Reference(statistics, made).save(file)
+    with pytest.raises(DataError, match="of images of 32 pixels and the others have 16"):
+        small(data=file)
+    Reference(statistics, made.model_copy(update={"image_size": 16, "feature_hash": "other"})).save(file)
+    with pytest.raises(DataError, match="scores would mean nothing"):
+        small(data=file)
+    Reference(statistics, made.model_copy(update={"image_size": 16})).save(file)
+    assert small(data=file, steps=[1]).best == "euler-1"
+    with pytest.raises(DataError, match="is a latent cache"):
+        small(data=cache)
+
+
+def test_a_folder_with_something_else_is_left_alone(small, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is not empty, and no sweep"):
+        small(out=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["letter.txt"]
