@@ -214,7 +214,7 @@ def read_torch_file(path: str | Path) -> Any:
             warnings.simplefilter("ignore")  # of pickles that are then refused
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # readers of damaged files raise nearly anything
-        wanted = re.search(r"(?:GLOBAL|Unsupported class|global:?) ([\w.]+\.[\w.]+)", str(error))
+        wanted = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if wanted:
             raise ArtifactError(
                 f"{path} wants to run {wanted[1]} while it is read, which is refused; save its weights alone "

@@ -14,7 +14,7 @@ import torch
 from latentflow.artifacts import read_json, write_json
 from latentflow.commands import sweep as sweep_module
 from latentflow.commands import sweep_rounds
-from latentflow.commands.sweep import sweep, write_preset
+from latentflow.commands.sweep import sweep
 from latentflow.commands.sweep_rounds import Candidates, SweepPlan, measure_rounds
 from latentflow.commands.sweep_rules import (
     Point,
@@ -457,18 +457,11 @@ def test_write_changes_the_preset_and_nothing_else(command, deterministic, tmp_p
     assert read_config(folder).sampling == SamplingPreset(
         solver="euler", steps=3, guidance=2.0, guidance_interval=(0.1, 0.5), rtol=0.25, guided_channels=2
     )
-    assert {name: hash for name, hash in tiny.tree(folder).items() if others[name] != hash}.keys() == {"config.json"}
+    changed = {name for name, digest in tiny.tree(folder).items() if others[name] != digest}
+    assert changed == {"config.json", "README.md"}
+    assert "| sampling preset | euler, 3 steps, guidance 2 |" in (folder / "README.md").read_text(encoding="utf-8")
     # the preset is no part of the plan: the same command goes on
     assert command(folder, "--write", "--steps", "3", "--guidance", "2", "--intervals", "0.1:0.5").code == 0
-
-
-def test_write_preset_keeps_keys_it_does_not_know(tmp_path):
-    write_json(tmp_path / "config.json", {"future": [1, 2], "sampling": {"steps": 3}})
-    write_preset(tmp_path, SamplingPreset(steps=9))
-    assert read_json(tmp_path / "config.json") == {
-        "future": [1, 2],
-        "sampling": SamplingPreset(steps=9).model_dump(mode="json"),
-    }
 
 
 def test_write_to_a_hub_id_is_refused_before_anything(command, tmp_path):

@@ -13,6 +13,7 @@ import yaml
 from latentflow.artifacts import require_writable
 from latentflow.autoencoder import Autoencoder
 from latentflow.convert.checkpoint import read_checkpoint
+from latentflow.convert.families import FAMILIES
 from latentflow.convert.lfm import AUTOENCODER
 from latentflow.convert.model import assemble
 from latentflow.convert.published import class_names_of, published
@@ -77,7 +78,8 @@ def convert(
     if Path(out).is_dir() and any(Path(out).iterdir()):
         raise ArtifactError(f"{out} is there already; choose a new folder")
     given = dict(_key_value(option) for option in options)
-    if experiment is not None:  # a wrong name is told before gigabytes are read
+    named = _read_names(class_names)
+    if experiment is not None or family not in FAMILIES:  # a wrong name is told before gigabytes are read
         published(family, given, experiment=experiment, image_size=image_size)
     file = read_checkpoint(checkpoint, encoder=encoder, prefix="model." if family == "edm" else "")
     first_stage = Autoencoder.from_pretrained(autoencoder)
@@ -85,7 +87,7 @@ def convert(
         family, given, experiment=experiment, found=file.options, image_size=image_size, factor=first_stage.factor
     )
     network = known.architecture.load(file.weights, file.origin)
-    names = _read_names(class_names) or class_names_of(known.architecture)
+    names = named or class_names_of(known.architecture)
     model = assemble(known, network, first_stage, class_names=names).to(usable_device(device))
     num_classes = model.config.conditioning.num_classes
     labels = [0, num_classes - 1] if num_classes else None

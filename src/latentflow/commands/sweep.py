@@ -173,9 +173,9 @@ def write_preset(folder: str | Path, preset: SamplingPreset) -> None:
     Raises:
         ArtifactError: the config cannot be read or written.
     """
-    file = Path(folder) / CONFIG_FILE
-    write_json(file, {**read_json(file), "sampling": preset.model_dump(mode="json")})
-    write_text(Path(folder) / CARD_FILE, model_card(read_config(folder)))
+    config = read_config(folder).model_copy(update={"sampling": preset})
+    write_json(Path(folder) / CONFIG_FILE, config.model_dump(mode="json"))
+    write_text(Path(folder) / CARD_FILE, model_card(config))
 
 
 def _notes(result_of: Sequence[Round], final: Round, plan: SweepPlan, dim: int, budget: float | None) -> list[str]:

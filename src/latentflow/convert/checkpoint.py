@@ -69,13 +69,13 @@ def _weights(content: Mapping[str, Any], path: Path, prefix: str = "") -> dict[s
         what = f"has {others[0]!r}, which is no tensor" if others else "is empty"
         raise ArtifactError(f"{path} is not a state_dict of named tensors: it {what}")
     weights = dict(content)
-    for start in (*PREFIXES, prefix):
-        with_it = [key for key in weights if start and key.startswith(start)]
-        if with_it and len(with_it) < len(weights):
-            odd = next(key for key in weights if not key.startswith(start))
-            raise ArtifactError(f"{path}: {with_it[0]!r} has the prefix {start!r}, but {odd!r} has not")
-        if with_it:
-            weights = {key.removeprefix(start): value for key, value in weights.items()}
+    starts = [start for start in (*PREFIXES, prefix) if start]
+    while start := next((start for start in starts if any(key.startswith(start) for key in weights)), ""):
+        odd = next((key for key in weights if not key.startswith(start)), None)
+        if odd is not None:
+            with_it = next(key for key in weights if key.startswith(start))
+            raise ArtifactError(f"{path}: {with_it!r} has the prefix {start!r}, but {odd!r} has not")
+        weights = {key.removeprefix(start): value for key, value in weights.items()}
     for key, tensor in weights.items():
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise ArtifactError(f"{path}: {key!r} is not a dense tensor")

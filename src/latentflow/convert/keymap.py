@@ -127,7 +127,7 @@ class KeyMap:
                 f"{list(constant.value.shape)}; check the image size"
             )
         error = (found.double() - constant.value.double()).abs().max().item()
-        if error > constant.tolerance:
+        if not error <= constant.tolerance:
             raise ArtifactError(
                 f"{origin}: {constant.theirs!r}, which is no weight, differs by {error:.1e} from what this network "
                 "computes; it comes from another architecture"

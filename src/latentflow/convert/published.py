@@ -62,7 +62,7 @@ def published(
     experiment: str | None = None,
     found: Mapping[str, Any] | None = None,
     image_size: int | None = None,
-    factor: int = 8,
+    factor: int | None = None,
 ) -> Published:
     """What a checkpoint of `family` is.
 
@@ -71,19 +71,19 @@ def published(
         experiment: of "lfm", by name; `options` replace its flags.
         found: what the file says about itself; used where there is no experiment.
         image_size: in pixels; None: 256, or what the options say.
-        factor: pixels per latent pixel of the autoencoder.
+        factor: pixels per latent pixel of the autoencoder; None: not known yet, taken for the published 8.
 
     Raises:
-        ConfigError: an unknown family, experiment or option, or too few of them.
+        ConfigError: an unknown family, experiment or option, too few of them, or sizes that contradict each other.
     """
     if experiment is not None and family != "lfm":
         raise ConfigError(f"--experiment names one of LFM's; of {family}, give options such as name={family}-XL/2")
     if family == "lfm":
-        return _lfm(options, experiment, found or {}, image_size)
+        return _lfm(options, experiment, found or {}, image_size, factor)
     if family in ("sit", "dit"):
-        return _transformer(family, dict(options), image_size or 256, factor)
+        return _transformer(family, dict(options), image_size, factor or 8)
     if family == "edm":
-        return _edm(dict(options), factor)
+        return _edm(dict(options), image_size, factor or 8)
     raise ConfigError(f"unknown family {family!r}: {nearest(family, FAMILIES)}")
 
 
@@ -98,19 +98,28 @@ def class_names_of(architecture: Architecture) -> list[str]:
 
 
 def _lfm(
-    options: Mapping[str, Any], experiment: str | None, found: Mapping[str, Any], image_size: int | None
+    options: Mapping[str, Any],
+    experiment: str | None,
+    found: Mapping[str, Any],
+    image_size: int | None,
+    factor: int | None,
 ) -> Published:
-    if image_size is not None:
-        options = {**options, "image_size": image_size}
+    if experiment is None and "hidden_size" in options:
+        factor = factor or 8
+        if image_size is not None and not options.keys() & {"input_size", "img_resolution"}:
+            options = {**options, "input_size": image_size // factor}
+        sizes = DiTOptions.read(options)
+        return Published(
+            dit(sizes, "lfm"),
+            _pixels(sizes.input_size, factor, image_size),
+            label_dropout=sizes.class_dropout_prob,
+            sampling=SamplingPreset(**_DOPRI5),
+        )
+    size = {} if image_size is None else {"image_size": image_size}
     if experiment is not None:
         known = find_experiment(experiment)
-        flags = LfmFlags.read({**known.flags, **options})
-        return _from_flags(flags, known.architecture(**options), known, experiment)
-    if "hidden_size" in options:
-        sizes = DiTOptions.read({key: value for key, value in options.items() if key != "image_size"})
-        side = image_size or 8 * sizes.input_size
-        dropout = sizes.class_dropout_prob
-        return Published(dit(sizes, "lfm"), side, label_dropout=dropout, sampling=SamplingPreset(**_DOPRI5))
+        flags = LfmFlags.read({**known.flags, **options, **size})
+        return _from_flags(flags, known.architecture(**options, **size), known, experiment, factor)
     own = {key: value for key, value in found.items() if key in LfmFlags.model_fields and value is not None}
     if not own and not options:
         raise ConfigError(
@@ -118,16 +127,38 @@ def _lfm(
             "key=value, for example model_type=DiT-L/2 num_classes=1 image_size=256 num_in_channels=4 "
             "num_out_channels=4"
         )
-    flags = LfmFlags.read({**own, **options})
+    flags = LfmFlags.read({**own, **options, **size})
     task: dict[str, Any] = {}
     if flags.model_type is None:  # the scripts for painting are told apart by the channels of their input
         task["inpainting"] = flags.num_in_channels == 2 * flags.num_out_channels + 1
         if flags.num_in_channels == 2 * flags.num_out_channels:
             raise ConfigError("a painter of semantic maps needs --experiment semantic_kl, which names its classes")
-    return _from_flags(flags, lfm(flags.model_dump(exclude_none=True), **task), None, str(found.get("exp", "")))
+    return _from_flags(flags, lfm(flags.model_dump(exclude_none=True), **task), None, "", factor)
 
 
-def _from_flags(flags: LfmFlags, architecture: Architecture, known: Experiment | None, name: str) -> Published:
+def _pixels(latent_side: int, factor: int, image_size: int | None) -> int:
+    """Side of the images whose latents a network was made for.
+
+    Raises:
+        ConfigError: `image_size` is another.
+    """
+    side = factor * latent_side
+    if image_size not in (None, side):
+        raise ConfigError(
+            f"image size {image_size}: with an autoencoder of factor {factor}, latents of {latent_side} x "
+            f"{latent_side} are images of {side} pixels; leave one of the two out"
+        )
+    return side
+
+
+def _from_flags(
+    flags: LfmFlags, architecture: Architecture, known: Experiment | None, name: str, factor: int | None
+) -> Published:
+    if factor not in (None, flags.f):
+        raise ConfigError(
+            f"the network was trained with an autoencoder of factor {flags.f}, this one has {factor}; give the one it "
+            "was trained with (--autoencoder)"
+        )
     guidance = known.guidance if known else 1.0
     record = TrainingRecord()
     notes = []
@@ -151,7 +182,7 @@ def _from_flags(flags: LfmFlags, architecture: Architecture, known: Experiment |
     )
 
 
-def _transformer(family: str, options: dict[str, Any], image_size: int, factor: int) -> Published:
+def _transformer(family: str, options: dict[str, Any], image_size: int | None, factor: int) -> Published:
     name = options.pop("name", None)
     if name is not None:
         names = {other.replace("DiT", {"sit": "SiT", "dit": "DiT"}[family]): size for other, size in NAMES.items()}
@@ -167,11 +198,11 @@ def _transformer(family: str, options: dict[str, Any], image_size: int, factor: 
     paths: dict[str, PathConfig] = {"Linear": LinearPath(sigma_min=0), "GVP": CosinePath()}
     if family == "sit" and path not in paths:
         raise ConfigError(f"path_type {path!r}: {nearest(path, paths)}; the VP path of SiT does not end in data here")
-    sizes = DiTOptions.read({"input_size": image_size // factor, **options})
+    sizes = DiTOptions.read({"input_size": (image_size or 256) // factor, **options})
     # Both published their samples with guidance on the first three of four channels.
     sampling = {"guidance": 1.5, "guided_channels": 3} if sizes.class_dropout_prob else {}
     common = {
-        "image_size": factor * sizes.input_size,
+        "image_size": _pixels(sizes.input_size, factor, image_size),
         "label_dropout": sizes.class_dropout_prob,
         "training": TrainingRecord(data="ImageNet" if sizes.num_classes == _IMAGENET_CLASSES else ""),
     }
@@ -187,12 +218,12 @@ def _transformer(family: str, options: dict[str, Any], image_size: int, factor: 
     )
 
 
-def _edm(options: dict[str, Any], factor: int) -> Published:
+def _edm(options: dict[str, Any], image_size: int | None, factor: int) -> Published:
     denoiser = {key: options.pop(key) for key in ("sigma_data", "sigma_min", "sigma_max") if key in options}
     sizes = EdmUNetOptions.read(options)
     return Published(
         edm_unet(sizes),
-        image_size=factor * sizes.img_resolution,
+        image_size=_pixels(sizes.img_resolution, factor, image_size),
         label_dropout=sizes.label_dropout if sizes.label_dim else 0.0,
         path=LinearPath(sigma_min=0),
         prediction=DenoiserPrediction(**denoiser),
