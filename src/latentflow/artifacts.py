@@ -138,6 +138,18 @@ def require_writable(path: str | Path, *, suffix: str | None = None) -> Path:
     return path
 
 
+def require_new(folder: str | Path) -> Path:
+    """Refuse a folder that has something in it, or cannot be made; nothing is created.
+
+    Raises:
+        ArtifactError: saying which.
+    """
+    folder = require_writable(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ArtifactError(f"{folder} is not empty; give a new folder")
+    return folder
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8, complete or not at all."""
     with atomic_file(path) as temporary:

@@ -688,7 +688,7 @@ def bound(
         return
     rows = {}
     for name, value, spread, _, kind in term_rows(measured):
-        rows[name] = f"{value}{f' +- {spread}' if spread else ''}  ({kind})"
+        rows[name] = f"{value}{f' ± {spread}' if spread else ''}  ({kind})"
     for variant, error, factor, flow, total, *_ in total_rows(measured):
         rows[f"bound: {variant}, {error}"] = f"{total}  (flow {flow} in latents, errors grow {factor} times)"
     if out is not None:
@@ -696,6 +696,48 @@ def bound(
     _report(rows, as_json)
     _say(verdict(measured))
     _say(looseness(measured))
+
+
+@app.command(epilog="Example: latentflow diagnose runs/pets --data pets/val --train pets/train --out diagnosis")
+def diagnose(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Images as for `encode`; best those that the model was not trained on.")],
+    out: Annotated[Path, typer.Option(help="Folder for page.html, diagnose.json and pictures.")] = Path("diagnosis"),
+    train: Annotated[
+        str | None, typer.Option(help="Images it was trained on, to look for copies; otherwise half of DATA.")
+    ] = None,
+    num: Annotated[int, typer.Option(help="Images of DATA; half as many are drawn.")] = 512,
+    num_train: Annotated[int, typer.Option(help="Images of --train, if there are as many.")] = 4096,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; otherwise the model's preset.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images computed together.")] = 16,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is right and wrong with a model: loss, trajectories, latents, copies, and the autoencoder's share."""
+    from latentflow.commands.diagnose import diagnose as run
+    from latentflow.commands.diagnose_figures import verdicts
+
+    diagnosis = run(
+        model,
+        data,
+        out,
+        train=train,
+        num=num,
+        num_train=num_train,
+        guidance=guidance,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+    )
+    page = str(out / "page.html")
+    if as_json:
+        found = {one.topic: one.model_dump() for one in verdicts(diagnosis)}
+        _report({"page": page, "seconds": diagnosis.seconds, "verdicts": found}, as_json)
+        return
+    words = {"good": "fine", "look": "look here", "bad": "trouble"}
+    rows = {one.topic: f"{words[one.mark]}. {one.text}" for one in verdicts(diagnosis)}
+    _report({**rows, "page": page}, as_json)
 
 
 @app.command(epilog="Example: latentflow image-to-image runs/pets cat.png --strength 0.6 --classes cat --out new.png")

@@ -16,8 +16,8 @@ from latentflow.convert.architecture import Architecture
 from latentflow.convert.dit import turn_time
 from latentflow.convert.edm_unet import swap_halves
 from latentflow.convert.families import architecture
-from latentflow.convert.keymap import Constant, KeyMap, Rule
-from latentflow.convert.unet_rules import attention
+from latentflow.convert.keymap import KeyMap
+from latentflow.convert.rules import attention
 from latentflow.errors import ArtifactError
 from latentflow.networks.layers import TimeEmbedding
 from latentflow.networks.unet_blocks import MapAttention
@@ -374,11 +374,3 @@ def test_constants_are_those_of_the_published_programs():
         assert constants
         for constant in constants:
             torch.testing.assert_close(constant.value, expected[None, None])
-
-
-def test_a_constant_of_no_value_is_not_looked_at():
-    keys = KeyMap([Rule("w", ("v",))], [Constant("counter")])
-    expected = {"w": torch.zeros(2)}
-    theirs = {"v": torch.tensor([1.0, 2.0]), "counter": torch.tensor(math.nan)}
-    assert keys.ours(theirs, expected, "file")["w"].tolist() == [1, 2]
-    assert keys.theirs(expected).keys() == {"v"}

@@ -209,9 +209,10 @@ def test_edm():
     [
         ({"model_type": "adm++"}, "option model_type"),
         ({"channel_mult_emb": 2}, "channel_mult_emb 2"),
-        ({"encoder_type": "skip"}, "'skip' are not supported"),
+        ({"model_type": "ddpm++", "encoder_type": "skip"}, "'skip' are not supported"),
         ({"decoder_type": "skip"}, "'skip' are not supported"),
-        ({"resample_filter": "1 2 1"}, "resample_filter (1, 2, 1)"),
+        ({"encoder_type": "residual"}, "arguments of SongUNet"),
+        ({"model_type": "ddpm++", "resample_filter": "1 2 1"}, "resample_filter (1, 2, 1)"),
         ({"num_block": 1}, "did you mean 'num_blocks'?"),
         ({"attn_resolutions": "wide"}, "option attn_resolutions"),
     ],
@@ -261,3 +262,27 @@ def test_an_image_size_that_the_network_cannot_take():
         network = known.architecture.empty()
     with pytest.raises(ConfigError, match="latents of 12 x 12; this network needs multiples of 8"):
         assemble(known, network, Autoencoder(foreign.vae(), "somewhere"))
+
+
+def test_a_training_state_of_sit_says_what_it_is():
+    found = {"model": "SiT-S/2", "image_size": 256, "num_classes": 10, "path_type": "GVP", "prediction": "velocity"}
+    known = published("sit", {}, found=found)
+    assert known.path.kind == "cosine" and known.image_size == 256 and known.architecture.num_classes == 10
+    assert known.architecture.network.hidden_size == 384
+    with pytest.raises(ConfigError, match="prediction 'noise': of SiT, networks that predict the velocity"):
+        published("sit", {}, found={**found, "prediction": "noise"})
+    with pytest.raises(ConfigError, match="path_type=Linear: the file says that it was trained with GVP"):
+        published("sit", {"path_type": "Linear"}, found=found)
+
+
+def test_a_table_without_a_null_row_cannot_guide():
+    flags = {"num_in_channels": 4, "num_out_channels": 4, "num_classes": 10, "nf": 32, "ch_mult": "1 2"}
+    known = published("lfm", {**flags, "use_origin_adm": True, "model_type": "adm", "label_dropout": 0.1})
+    assert known.architecture.num_classes == 10 and known.label_dropout == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_files_in_half_precision(dtype):
+    network = architecture("sit", {"hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 3, "input_size": 8})
+    theirs = network.keys.theirs(network.empty("cpu").state_dict())
+    assert network.load({key: tensor.to(dtype) for key, tensor in theirs.items()}) is not None

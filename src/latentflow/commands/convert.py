@@ -10,15 +10,15 @@ from typing import Any
 
 import yaml
 
-from latentflow.artifacts import require_writable
+from latentflow.artifacts import require_new
 from latentflow.autoencoder import Autoencoder
 from latentflow.convert.checkpoint import read_checkpoint
-from latentflow.convert.families import FAMILIES
+from latentflow.convert.families import require_family
 from latentflow.convert.lfm import AUTOENCODER
 from latentflow.convert.model import assemble
 from latentflow.convert.published import class_names_of, published
 from latentflow.convert.selfcheck import SelfCheck, check_flow
-from latentflow.errors import ArtifactError, ConfigError, DataError
+from latentflow.errors import ConfigError, DataError
 from latentflow.latent_flow import LatentFlow, usable_device
 
 
@@ -74,15 +74,14 @@ def convert(
         ConfigError: an unknown family, experiment or option, or an autoencoder that does not fit.
     """
     began = time.perf_counter()
-    require_writable(out)
-    if Path(out).is_dir() and any(Path(out).iterdir()):
-        raise ArtifactError(f"{out} is there already; choose a new folder")
+    require_new(out)
     given = dict(_key_value(option) for option in options)
     named = _read_names(class_names)
-    if experiment is not None or family not in FAMILIES:  # a wrong name is told before gigabytes are read
+    require_family(family)
+    if experiment is not None:  # what is wrong with names is told before gigabytes are read
         published(family, given, experiment=experiment, image_size=image_size)
-    file = read_checkpoint(checkpoint, encoder=encoder, prefix="model." if family == "edm" else "")
     first_stage = Autoencoder.from_pretrained(autoencoder)
+    file = read_checkpoint(checkpoint, encoder=encoder, prefix="model." if family == "edm" else "")
     known = published(
         family, given, experiment=experiment, found=file.options, image_size=image_size, factor=first_stage.factor
     )

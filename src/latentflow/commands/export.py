@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latentflow.convert.diffusers_export import Exported, export_diffusers, require_new
+from latentflow.artifacts import require_new
+from latentflow.convert.diffusers_export import Exported, export_diffusers
 from latentflow.convert.diffusers_keys import diffusers_network
 from latentflow.latent_flow import LatentFlow, find_model, read_config
 

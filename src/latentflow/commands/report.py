@@ -58,6 +58,11 @@ tr.strong td { font-weight: 650; }
 .legend svg { width: 30px; flex: none; }
 pre { background: var(--tint); border-radius: .6rem; padding: 1rem 1.2rem; overflow-x: auto; margin: 0 0 1.2rem;
   font: .84rem/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.verdicts { list-style: none; margin: 0; padding: 0; }
+.verdicts li { border-left: .3rem solid #009e73; padding: .1rem 0 .1rem 1rem; margin: 0 0 1.1rem; max-width: 44rem; }
+.verdicts li.look { border-color: #e69f00; }
+.verdicts li.bad { border-color: var(--bad); }
+.verdicts span { display: block; color: var(--soft); font-size: .88rem; line-height: 1.5; }
 summary { cursor: pointer; color: var(--accent); font-size: .92rem; margin-bottom: .6rem; }
 footer { margin-top: 3.2rem; color: var(--soft); font-size: .85rem; }
 @media (max-width: 40rem) { html { font-size: 16px; } body { padding: 1.8rem 1rem 3rem; } }
@@ -134,6 +139,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, strong: Colle
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
         body += f'<tr class="strong">{cells}</tr>' if number in strong else f"<tr>{cells}</tr>"
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def verdicts(lines: Sequence[tuple[str, str, str, str]]) -> str:
+    """A list of findings: tuples of mark ("good", "look" or "bad"), topic, what was found, and the rule it follows."""
+    words = {"good": "fine", "look": "look here", "bad": "trouble"}
+    items = [
+        f'<li class="{mark}"><b>{escape(topic)}: {words[mark]}.</b> {escape(text)}<span>{escape(rule)}</span></li>'
+        for mark, topic, text, rule in lines
+    ]
+    return f'<ul class="verdicts">{"".join(items)}</ul>'
 
 
 def details(summary: str, html: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args, get_origin
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -32,7 +33,7 @@ class PublishedOptions(BaseModel):
         for key in given:
             if key not in names:
                 raise ConfigError(f"unknown option {key!r} of the published network; {nearest(key, sorted(names))}")
-        lists = {key for key, field in cls.model_fields.items() if "tuple" in str(field.annotation)}
+        lists = {key for key, field in cls.model_fields.items() if _is_list(field.annotation)}
         return {key: _numbers(value) if key in lists else value for key, value in given.items()}
 
     @classmethod
@@ -45,16 +46,23 @@ class PublishedOptions(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            missing = [str(e["loc"][-1]) for e in error.errors() if e["type"] == "missing"]
-            if missing:
-                raise ConfigError(
-                    f"the published network needs {', '.join(missing)}; give them as key=value"
-                    + (", or its name, such as name=SiT-XL/2" if "hidden_size" in missing else "")
-                ) from error
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            message = first["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"option {where} of the published network: {message}") from error
+            raise explained(error) from error
+
+
+def explained(error: ValidationError) -> ConfigError:
+    """The first complaint about a published network as one line."""
+    missing = [str(e["loc"][-1]) for e in error.errors() if e["type"] == "missing"]
+    if missing:
+        name = ", or its name, such as name=SiT-XL/2" if "hidden_size" in missing else ""
+        return ConfigError(f"the published network needs {', '.join(missing)}; give them as key=value{name}")
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return ConfigError(f"option {where} of the published network: {message}" if where else message)
+
+
+def _is_list(annotation: object) -> bool:
+    return tuple in (get_origin(annotation), *map(get_origin, get_args(annotation)))
 
 
 def _numbers(value: object) -> object:

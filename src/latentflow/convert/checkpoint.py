@@ -64,9 +64,9 @@ def read_checkpoint(path: str | Path, *, encoder: str | Path | None = None, pref
 
 
 def _weights(content: Mapping[str, Any], path: Path, prefix: str = "") -> dict[str, Tensor]:
-    others = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    others = [key for key, value in content.items() if not (isinstance(value, Tensor) and isinstance(key, str))]
     if others or not content:
-        what = f"has {others[0]!r}, which is no tensor" if others else "is empty"
+        what = f"has {others[0]!r}, which is no tensor with a name" if others else "is empty"
         raise ArtifactError(f"{path} is not a state_dict of named tensors: it {what}")
     weights = dict(content)
     starts = [start for start in (*PREFIXES, prefix) if start]
@@ -77,7 +77,7 @@ def _weights(content: Mapping[str, Any], path: Path, prefix: str = "") -> dict[s
             raise ArtifactError(f"{path}: {with_it!r} has the prefix {start!r}, but {odd!r} has not")
         weights = {key.removeprefix(start): value for key, value in weights.items()}
     for key, tensor in weights.items():
-        if tensor.layout != torch.strided or tensor.is_quantized:
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise ArtifactError(f"{path}: {key!r} is not a dense tensor")
     return weights
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from latentflow.artifacts import atomic_folder, require_writable, write_json, write_text
+from latentflow.artifacts import atomic_folder, require_new, write_json, write_text
 from latentflow.autoencoder import Autoencoder
 from latentflow.convert.diffusers_keys import DiffusersNetwork, diffusers_network
 from latentflow.data.latent_size import HOLE_GRAY
@@ -51,18 +51,6 @@ class Exported:
     network: tuple[str, str]
     autoencoder: str
     error: float
-
-
-def require_new(folder: str | Path) -> Path:
-    """Refuse a folder that has something in it, or cannot be made; nothing is created.
-
-    Raises:
-        ArtifactError: saying which.
-    """
-    folder = require_writable(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ArtifactError(f"{folder} is not empty; give a new folder")
-    return folder
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from latentflow.convert.keymap import Constant, KeyMap, Rule
-from latentflow.convert.unet_rules import layer
+from latentflow.convert.rules import layer
 from latentflow.errors import ArtifactError
 from latentflow.model_config import ModelConfig
 from latentflow.networks.dit import DiTConfig

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from latentflow.convert.architecture import Architecture, PublishedOptions
 from latentflow.convert.keymap import Constant, KeyMap, Rule
+from latentflow.convert.rules import layer
+from latentflow.errors import ConfigError
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.layers import sincos_positions
 
@@ -47,11 +49,16 @@ def dit(options: DiTOptions, family: Family, *, keep_variance: bool = False) -> 
 
     Args:
         keep_variance: of the family "dit": keep the output's second half, the variance, which no velocity needs.
+
+    Raises:
+        ConfigError: there is no variance to keep.
     """
+    if keep_variance and (family != "dit" or not options.learn_sigma):
+        raise ConfigError(f"keep_variance: networks of {family} without a learned variance have none to keep")
     has_null = options.class_dropout_prob > 0 or family != "lfm"
     constant_label = options.num_classes == 1 and not has_null
     doubled = options.learn_sigma and family != "lfm"
-    keeps = doubled and keep_variance and family == "dit"
+    keeps = doubled and keep_variance
     channels = options.in_channels
     config = DiTConfig(
         depth=options.depth,
@@ -61,17 +68,17 @@ def dit(options: DiTOptions, family: Family, *, keep_variance: bool = False) -> 
         mlp_ratio=options.mlp_ratio,
         time_scale=1.0,
     )
-    rules = [*_linear("patch_embedding", "x_embedder.proj"), *_time_rules(family, constant_label)]
+    rules = [*layer("patch_embedding", "x_embedder.proj"), *_time_rules(family, constant_label)]
     if not constant_label:
         rules.append(_table(has_null))
     for index in range(options.depth):
         ours, theirs = f"blocks.{index}", f"blocks.{index}"
-        rules += _linear(f"{ours}.modulation", f"{theirs}.adaLN_modulation.1")
-        rules += _linear(f"{ours}.attention.qkv", f"{theirs}.attn.qkv")  # both [q|k|v][head][channel]
-        rules += _linear(f"{ours}.attention.out", f"{theirs}.attn.proj")
-        rules += _linear(f"{ours}.mlp.up", f"{theirs}.mlp.fc1")
-        rules += _linear(f"{ours}.mlp.down", f"{theirs}.mlp.fc2")
-    rules += _linear("final_modulation", "final_layer.adaLN_modulation.1")
+        rules += layer(f"{ours}.modulation", f"{theirs}.adaLN_modulation.1")
+        rules += layer(f"{ours}.attention.qkv", f"{theirs}.attn.qkv")  # both [q|k|v][head][channel]
+        rules += layer(f"{ours}.attention.out", f"{theirs}.attn.proj")
+        rules += layer(f"{ours}.mlp.up", f"{theirs}.mlp.fc1")
+        rules += layer(f"{ours}.mlp.down", f"{theirs}.mlp.fc2")
+    rules += layer("final_modulation", "final_layer.adaLN_modulation.1")
     last = _LastLayer(channels, drops=doubled and not keeps, sign=-1 if family == "sit" else 1)
     rules += [
         Rule(f"final_linear.{part}", (f"final_layer.linear.{part}",), last.forth, last.back, not last.drops)
@@ -86,10 +93,6 @@ def dit(options: DiTOptions, family: Family, *, keep_variance: bool = False) -> 
         keys=KeyMap(rules, [positions]),
         num_classes=0 if constant_label else options.num_classes,
     )
-
-
-def _linear(ours: str, theirs: str) -> list[Rule]:
-    return [Rule(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in ("weight", "bias")]
 
 
 def _time_rules(family: Family, constant_label: bool) -> list[Rule]:

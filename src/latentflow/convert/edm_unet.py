@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from latentflow.convert.architecture import Architecture, PublishedOptions
 from latentflow.convert.keymap import Constant, KeyMap, Rule
-from latentflow.convert.unet_rules import attention, layer
+from latentflow.convert.rules import attention, layer
 from latentflow.errors import ConfigError
 from latentflow.networks.unet import UNetConfig
 
@@ -27,12 +27,12 @@ class EdmUNetOptions(PublishedOptions):
     label_dim: int = Field(0, ge=0)
     augment_dim: int = Field(0, ge=0, description="labels of augmentation; sampling has none, so they are left out")
     model_channels: int = Field(gt=0)
-    channel_mult: tuple[int, ...]
+    channel_mult: tuple[PositiveInt, ...] = Field(min_length=1)
     channel_mult_emb: int = 4
     num_blocks: int = Field(gt=0)
     attn_resolutions: tuple[int, ...] = Field(description="feature-map sizes; those of no level mean nothing")
-    dropout: float = 0.0
-    label_dropout: float = 0.0
+    dropout: float = Field(0.0, ge=0, lt=1)
+    label_dropout: float = Field(0.0, ge=0, lt=1)
     embedding_type: Literal["positional", "fourier"] | None = None
     channel_mult_noise: int | None = None
     encoder_type: Literal["standard", "residual", "skip"] | None = None
@@ -43,6 +43,12 @@ class EdmUNetOptions(PublishedOptions):
     def _supported(self) -> EdmUNetOptions:
         if self.channel_mult_emb != 4:
             raise ConfigError(f"channel_mult_emb {self.channel_mult_emb}: only 4 is supported, as published")
+        song_only = [self.embedding_type, self.channel_mult_noise, self.encoder_type, self.resample_filter]
+        if self.model_type == "adm" and any(value is not None for value in song_only):
+            raise ConfigError(
+                "embedding_type, channel_mult_noise, encoder_type and resample_filter are arguments of SongUNet "
+                "(model_type ddpm++ or ncsn++); DhariwalUNet (adm) has none of them"
+            )
         if self.encoder_type == "skip" or self.decoder_type == "skip":
             raise ConfigError("encoders and decoders of type 'skip' are not supported; the published ones have none")
         if self.resample_filter not in (None, (1, 1), (1, 3, 3, 1)):
@@ -52,7 +58,7 @@ class EdmUNetOptions(PublishedOptions):
 
 def edm_unet(options: EdmUNetOptions) -> Architecture:
     """A network of EDM as our `UNet`."""
-    song, fourier = options.model_type != "adm", options.model_type == "ncsn++"
+    song = options.model_type != "adm"
     sides = [options.img_resolution >> level for level in range(len(options.channel_mult))]
     wide_enough = [song or options.model_channels * m >= _CHANNELS_PER_HEAD for m in options.channel_mult]
     factors = [2**level for level, side in enumerate(sides) if side in options.attn_resolutions and wide_enough[level]]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from latentflow.convert.architecture import Architecture, PublishedOptions
 from latentflow.convert.keymap import KeyMap, Rule
-from latentflow.convert.unet_rules import attention, layer
+from latentflow.convert.rules import attention, layer
 from latentflow.networks.unet import UNetConfig
 
 
@@ -19,11 +19,11 @@ class GuidedUNetOptions(PublishedOptions):
     out_channels: int = Field(gt=0)
     num_res_blocks: int = Field(gt=0)
     attention_resolutions: tuple[int, ...] = Field(description="downsampling factors; those of no level mean nothing")
-    dropout: float = 0.0
-    channel_mult: tuple[int, ...] = (1, 2, 4, 8)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 4, 8), min_length=1)
     conv_resample: bool = True
     num_classes: int | None = None
-    num_heads: int = 1
+    num_heads: int = Field(1, gt=0)
     num_head_channels: int = -1
     num_heads_upsample: int = -1
     use_scale_shift_norm: bool = False

@@ -44,10 +44,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Constant:
-    """A foreign tensor that is no weight: what it must be, or None for one that is not looked at."""
+    """A foreign tensor that is no weight: what it must be."""
 
     theirs: str
-    value: Tensor | None = None
+    value: Tensor
     tolerance: float = 1e-5
 
 
@@ -89,6 +89,8 @@ class KeyMap:
                     f"{origin}: {key!r} has the shape {list(foreign[key].shape)}, this network needs {list(shape)}; "
                     "check the experiment and its options"
                 )
+            if not foreign[key].is_floating_point():
+                raise ArtifactError(f"{origin}: {key!r} holds {foreign[key].dtype} and no floating-point numbers")
             if not foreign[key].isfinite().all():
                 raise ArtifactError(f"{origin}: {key!r} holds values that are not finite; fetch the file again")
         for constant in self.constants:
@@ -100,8 +102,8 @@ class KeyMap:
         return made
 
     def theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Foreign weights from ours; `constants` with a value are put in."""
-        made = {constant.theirs: constant.value for constant in self.constants if constant.value is not None}
+        """Foreign weights and constants from our weights."""
+        made = {constant.theirs: constant.value for constant in self.constants}
         for rule in self.rules:
             parts = rule.back(ours[rule.ours].double())
             made |= {
@@ -118,7 +120,7 @@ class KeyMap:
         return shapes
 
     def _check_constant(self, constant: Constant, foreign: Mapping[str, Tensor], origin: str) -> None:
-        if constant.value is None or constant.theirs not in foreign:
+        if constant.theirs not in foreign:
             return
         found = foreign[constant.theirs]
         if found.shape != constant.value.shape:
@@ -127,7 +129,8 @@ class KeyMap:
                 f"{list(constant.value.shape)}; check the image size"
             )
         error = (found.double() - constant.value.double()).abs().max().item()
-        if not error <= constant.tolerance:
+        rounding = torch.finfo(found.dtype).eps * constant.value.abs().max().item()  # of a file in half precision
+        if not error <= constant.tolerance + rounding:
             raise ArtifactError(
                 f"{origin}: {constant.theirs!r}, which is no weight, differs by {error:.1e} from what this network "
                 "computes; it comes from another architecture"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from latentflow.convert.architecture import Architecture, PublishedOptions
 from latentflow.convert.dit import DiTOptions, dit
@@ -29,25 +29,30 @@ class LfmFlags(PublishedOptions):
     layout: bool = False
     image_size: int = Field(32, gt=0)
     f: int = Field(8, gt=0, description="pixels per latent pixel")
-    scale_factor: float = 0.18215
+    scale_factor: float = Field(0.18215, gt=0)
     num_in_channels: int = Field(3, gt=0)
     num_out_channels: int = Field(3, gt=0)
     nf: int = Field(256, gt=0)
     num_res_blocks: int = Field(2, gt=0)
     num_blocks: int | None = Field(None, description="what ncsn++ reads in place of num_res_blocks")
     attn_resolutions: tuple[int, ...] = (16,)
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4, 4)
-    dropout: float = 0.0
+    ch_mult: tuple[PositiveInt, ...] = Field((1, 1, 2, 2, 4, 4), min_length=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
     label_dim: int = Field(0, ge=0)
     num_classes: int | None = None
-    label_dropout: float = 0.0
+    label_dropout: float = Field(0.0, ge=0, lt=1)
     use_scale_shift_norm: bool = True
     resblock_updown: bool = False
     use_new_attention_order: bool = False
     resamp_with_conv: bool = True
-    num_heads: int = 4
+    num_heads: int = Field(4, gt=0)
     num_head_upsample: int = -1
     num_head_channels: int = -1
+
+    @property
+    def builds_guided_unet(self) -> bool:
+        """Whether they build guided-diffusion's U-Net."""
+        return self.use_origin_adm or self.model_type is None
 
     @model_validator(mode="after")
     def _built(self) -> LfmFlags:
@@ -162,7 +167,7 @@ def lfm(options: Mapping[str, Any], *, inpainting: bool = False, num_map_classes
     if "hidden_size" in options:
         return dit(DiTOptions.read(options), "lfm")
     flags = LfmFlags.read(options)
-    if flags.use_origin_adm or flags.model_type is None:
+    if flags.builds_guided_unet:
         return _origin(flags, inpainting, num_map_classes)
     if inpainting or num_map_classes:
         raise ConfigError(f"the published system does not paint with model_type {flags.model_type}; leave it out")
@@ -177,7 +182,7 @@ def lfm(options: Mapping[str, Any], *, inpainting: bool = False, num_map_classes
             label_dim=flags.label_dim,
             model_channels=flags.nf,
             channel_mult=flags.ch_mult,
-            num_blocks=flags.num_blocks or flags.num_res_blocks,
+            num_blocks=(flags.num_blocks if flags.model_type == "ncsn++" else None) or flags.num_res_blocks,
             attn_resolutions=flags.attn_resolutions,
             dropout=flags.dropout,
             label_dropout=flags.label_dropout,

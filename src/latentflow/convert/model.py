@@ -31,6 +31,14 @@ def assemble(
         ConfigError: the autoencoder, the image size or the class names do not fit the network.
     """
     architecture, image_size = published.architecture, published.image_size
+    if architecture.out_channels != architecture.channels:
+        raise ConfigError(
+            f"a velocity has the channels of its latents, but the network takes {architecture.channels} and gives "
+            f"{architecture.out_channels}; check num_in_channels and num_out_channels"
+        )
+    if len(set(class_names)) != len(class_names):
+        doubled = sorted({name for name in class_names if list(class_names).count(name) > 1})
+        raise ConfigError(f"class names must differ; given twice: {', '.join(doubled)}")
     if autoencoder.num_channels != architecture.channels:
         raise ConfigError(
             f"autoencoder {autoencoder.reference} has {autoencoder.num_channels} latent channels, the network "

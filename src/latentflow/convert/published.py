@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
-from latentflow.convert.architecture import Architecture
+from pydantic import ValidationError
+
+from latentflow.convert.architecture import Architecture, explained
 from latentflow.convert.dit import DiTOptions, dit
 from latentflow.convert.edm_unet import EdmUNetOptions, edm_unet
-from latentflow.convert.families import FAMILIES
+from latentflow.convert.families import require_family
 from latentflow.convert.lfm import PROTOCOL, Experiment, LfmFlags, find_experiment, lfm
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import CosinePath, LinearPath, PathConfig
@@ -33,7 +35,7 @@ class Published:
 
     Attributes:
         architecture: its network, and where its weights go.
-        image_size: height and width of its images in pixels; None: what its latents make with the autoencoder.
+        image_size: height and width of its images in pixels.
         latent_scale: what raw latents are multiplied by; None: as the autoencoder's config says.
         label_dropout: share of labels left out in training; 0: no guidance.
         map_class_names: of the semantic maps it paints.
@@ -76,15 +78,17 @@ def published(
     Raises:
         ConfigError: an unknown family, experiment or option, too few of them, or sizes that contradict each other.
     """
+    require_family(family)
     if experiment is not None and family != "lfm":
         raise ConfigError(f"--experiment names one of LFM's; of {family}, give options such as name={family}-XL/2")
-    if family == "lfm":
-        return _lfm(options, experiment, found or {}, image_size, factor)
-    if family in ("sit", "dit"):
-        return _transformer(family, dict(options), image_size, factor or 8)
-    if family == "edm":
-        return _edm(dict(options), image_size, factor or 8)
-    raise ConfigError(f"unknown family {family!r}: {nearest(family, FAMILIES)}")
+    try:
+        if family == "lfm":
+            return _lfm(options, experiment, found or {}, image_size, factor)
+        if family == "edm":
+            return _edm(dict(options), image_size, factor or 8)
+        return _transformer(family, dict(options), found or {}, image_size, factor or 8)
+    except ValidationError as error:  # of the network that these options describe
+        raise explained(error) from error
 
 
 def imagenet_synsets() -> list[str]:
@@ -106,9 +110,7 @@ def _lfm(
 ) -> Published:
     if experiment is None and "hidden_size" in options:
         factor = factor or 8
-        if image_size is not None and not options.keys() & {"input_size", "img_resolution"}:
-            options = {**options, "input_size": image_size // factor}
-        sizes = DiTOptions.read(options)
+        sizes = _sizes(options, image_size, factor)
         return Published(
             dit(sizes, "lfm"),
             _pixels(sizes.input_size, factor, image_size),
@@ -134,6 +136,14 @@ def _lfm(
         if flags.num_in_channels == 2 * flags.num_out_channels:
             raise ConfigError("a painter of semantic maps needs --experiment semantic_kl, which names its classes")
     return _from_flags(flags, lfm(flags.model_dump(exclude_none=True), **task), None, "", factor)
+
+
+def _sizes(options: Mapping[str, Any], image_size: int | None, factor: int) -> DiTOptions:
+    """Options of a transformer, made for latents of `image_size` where they do not say."""
+    own = options.keys() & {"input_size", "img_resolution"}
+    if len(own) == 2:
+        raise ConfigError("input_size and img_resolution are the same thing; give one of them")
+    return DiTOptions.read(options if own or image_size is None else {**options, "input_size": image_size // factor})
 
 
 def _pixels(latent_side: int, factor: int, image_size: int | None) -> int:
@@ -174,7 +184,8 @@ def _from_flags(
         architecture,
         flags.image_size,
         latent_scale=flags.scale_factor,
-        label_dropout=flags.label_dropout if architecture.num_classes else 0.0,
+        # guidance needs a null row, which guided-diffusion's network does not have
+        label_dropout=flags.label_dropout if architecture.num_classes and not flags.builds_guided_unet else 0.0,
         map_class_names=known.map_class_names if known else (),
         sampling=SamplingPreset(**_DOPRI5, guidance=guidance),
         training=record,
@@ -182,23 +193,42 @@ def _from_flags(
     )
 
 
-def _transformer(family: str, options: dict[str, Any], image_size: int | None, factor: int) -> Published:
+def _transformer(
+    family: str, options: dict[str, Any], found: Mapping[str, Any], image_size: int | None, factor: int
+) -> Published:
+    # The training states of SiT and DiT keep their arguments.
+    own = {"name": found.get("model"), "num_classes": found.get("num_classes")}
+    if family == "sit":
+        own |= {key: found.get(key) for key in ("prediction", "path_type")}
+        for key in ("prediction", "path_type"):
+            if own[key] is not None and options.get(key, own[key]) != own[key]:
+                raise ConfigError(f"{key}={options[key]}: the file says that it was trained with {own[key]}")
+    if options.keys() & {"name", "hidden_size"}:
+        del own["name"]
+    options = {**{key: value for key, value in own.items() if value is not None}, **options}
     name = options.pop("name", None)
     if name is not None:
         names = {other.replace("DiT", {"sit": "SiT", "dit": "DiT"}[family]): size for other, size in NAMES.items()}
-        if name not in names:
+        if str(name) not in names:
             raise ConfigError(f"no {family} network {name!r}; {nearest(name, names)}")
-        options = {**names[name], **options}
-    prediction, path = options.pop("prediction", "velocity"), options.pop("path_type", "Linear")
-    if family == "sit" and prediction != "velocity":
-        raise ConfigError(
-            f"prediction {prediction!r}: of SiT, networks that predict the velocity are converted; its networks for "
-            "noise and score divide by what vanishes at an end of the path"
-        )
-    paths: dict[str, PathConfig] = {"Linear": LinearPath(sigma_min=0), "GVP": CosinePath()}
-    if family == "sit" and path not in paths:
-        raise ConfigError(f"path_type {path!r}: {nearest(path, paths)}; the VP path of SiT does not end in data here")
-    sizes = DiTOptions.read({"input_size": (image_size or 256) // factor, **options})
+        options = {**names[str(name)], **options}
+    path = LinearPath(sigma_min=0) if family == "sit" else CosinePath()
+    if family == "sit":
+        prediction, path_type = str(options.pop("prediction", "velocity")), str(options.pop("path_type", "Linear"))
+        if prediction != "velocity":
+            raise ConfigError(
+                f"prediction {prediction!r}: of SiT, networks that predict the velocity are converted; those for "
+                "noise and score divide by what vanishes at an end of the path"
+            )
+        paths: dict[str, PathConfig] = {"Linear": path, "GVP": CosinePath()}
+        if path_type not in paths:
+            raise ConfigError(
+                f"path_type {path_type!r}: {nearest(path_type, paths)}; the VP path of SiT does not end in data here"
+            )
+        path = paths[path_type]
+    if image_size is None and not options.keys() & {"input_size", "img_resolution"}:
+        image_size = int(found.get("image_size") or 256)
+    sizes = _sizes(options, image_size, factor)
     # Both published their samples with guidance on the first three of four channels.
     sampling = {"guidance": 1.5, "guided_channels": 3} if sizes.class_dropout_prob else {}
     common = {
@@ -207,10 +237,10 @@ def _transformer(family: str, options: dict[str, Any], image_size: int | None, f
         "training": TrainingRecord(data="ImageNet" if sizes.num_classes == _IMAGENET_CLASSES else ""),
     }
     if family == "sit":
-        return Published(dit(sizes, "sit"), path=paths[path], sampling=SamplingPreset(**_DOPRI5, **sampling), **common)
+        return Published(dit(sizes, "sit"), path=path, sampling=SamplingPreset(**_DOPRI5, **sampling), **common)
     return Published(
         dit(sizes, "dit"),
-        path=CosinePath(),
+        path=path,
         prediction=NoisePrediction(),
         sampling=SamplingPreset(solver="heun", steps=50, **sampling),
         notes=["a chain of 1000 steps, drawn from along its probability flow; its learned variance is left out"],

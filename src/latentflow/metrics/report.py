@@ -17,7 +17,7 @@ from latentflow.artifacts import read_json, write_json
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.metrics.neighbours import SCORES as NEIGHBOUR_SCORES
 from latentflow.metrics.neighbours import neighbour_scores
-from latentflow.metrics.resampling import Interval, bootstrap
+from latentflow.metrics.resampling import bootstrap
 from latentflow.metrics.scores import (
     Resampled,
     frechet_distance,
@@ -305,9 +305,11 @@ def feature_scores(
 
     def put(name: str, label: str, value: float, rows: Resampled | None, n: int, num: int, **more: Any) -> None:
         counted = min(num, _RESAMPLES) if resamples is None else resamples
-        interval = None if rows is None or not counted else bootstrap(rows, n, estimate=value, num=counted)
+        if rows is not None and counted:
+            found = bootstrap(rows, n, estimate=value, num=counted)
+            more |= {"low": found.low, "high": found.high, "standard_error": found.standard_error, "resamples": counted}
         notes = [warnings[metric]] if (metric := "fid" if name == "fd" else name) in warnings else []
-        scores[name] = _score(label, value, interval, notes=notes + more.pop("notes", []), **more)
+        scores[name] = Score(label=label, value=value, notes=notes + more.pop("notes", []), **more)
 
     for metric in metrics:
         if metric == "fid":
@@ -336,21 +338,6 @@ def feature_scores(
             n = len(generated if metric in ("precision", "density") else real)
             put(metric, f"{metric}{of}", getattr(near, metric), near.resampled(metric), n, _RESAMPLES)
     return scores
-
-
-def mean_score(label: str, values: Tensor, **more: Any) -> Score:
-    """The mean over images of one number each, with the interval that its spread gives: [N] => a score."""
-    values = values.double()
-    mean, error = float(values.mean()), float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
-    bounds = {"low": mean - 1.96 * error, "high": mean + 1.96 * error, "standard_error": error}
-    return Score(label=label, value=mean, **bounds, **more)
-
-
-def _score(label: str, value: float, interval: Interval | None, **more: Any) -> Score:
-    if interval is None:
-        return Score(label=label, value=value, **more)
-    bounds = {"low": interval.low, "high": interval.high, "standard_error": interval.standard_error}
-    return Score(label=label, value=value, resamples=interval.num_resamples, **bounds, **more)
 
 
 def _affordable(n: int, dim: int) -> int:

@@ -285,7 +285,7 @@ class Embedding(nn.Module):
             return time_sinusoid(time, self.config.time_channels, endpoint=self.config.sinusoid_endpoint)
         # Phases reach hundreds of radians: in half precision they would be noise.
         wide = torch.promote_types(torch.float32, time.dtype)
-        phases = time.to(wide)[:, None] * (2 * math.pi * self.frequencies).to(wide)
+        phases = time.to(wide)[:, None] * (2 * math.pi * self.frequencies.float()).to(wide)
         return torch.cat([phases.cos(), phases.sin()], dim=1)
 
 

@@ -12,7 +12,7 @@ import math
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
 from latentflow.errors import ConfigError, nearest
@@ -71,6 +71,12 @@ class DenoiserPrediction(_Prediction):
     sigma_data: float = Field(0.5, gt=0, description="Deviation of the data that the denoiser was made for.")
     sigma_min: float = Field(0.002, gt=0, description="Least noise level the network was told of.")
     sigma_max: float = Field(80.0, gt=0, description="Greatest noise level the network was told of.")
+
+    @model_validator(mode="after")
+    def _check(self) -> DenoiserPrediction:
+        if self.sigma_min >= self.sigma_max:
+            raise ConfigError(f"sigma_min {self.sigma_min:g} is not below sigma_max {self.sigma_max:g}")
+        return self
 
 
 PredictionConfig = Annotated[

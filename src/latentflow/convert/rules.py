@@ -1,4 +1,4 @@
-"""What the key maps of the published U-Nets share."""
+"""What the key maps of the published networks share."""
 
 from __future__ import annotations
 

@@ -1,0 +1,319 @@
+"""`latentflow evaluate`: a model, images or an autoencoder, and real images => scores with all that they depend on."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import latentflow
+from latentflow.artifacts import require_writable
+from latentflow.commands.drawn_set import OnImages, draw_set, logits_of
+from latentflow.commands.evaluate_autoencoder import pair_scores, reconstructed
+from latentflow.commands.evaluate_inputs import (
+    JUDGED,
+    ImagePlan,
+    Subject,
+    check_scores,
+    checked_words,
+    open_extractor,
+    open_subject,
+    plan_images,
+    usual_metrics,
+)
+from latentflow.commands.evaluate_painting import map_scores, painted, paired_images
+from latentflow.commands.processes import process_rank
+from latentflow.commands.progress import image_progress
+from latentflow.commands.reference import (
+    RealFeatures,
+    RealImages,
+    image_features,
+    open_reference,
+    reference_features,
+    reference_file,
+)
+from latentflow.errors import ConfigError, DataError
+from latentflow.metrics.features import FeatureExtractor
+from latentflow.metrics.pairs import discriminative_scores
+from latentflow.metrics.report import (
+    FEATURE_METRICS,
+    Comparison,
+    EvaluationCounts,
+    EvaluationProtocol,
+    EvaluationReport,
+    FeatureFacts,
+    Score,
+    compare,
+    feature_scores,
+    require_comparable,
+)
+from latentflow.metrics.scores import require_enough
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        report: scores and protocol.
+        comparison: with the report of `against`; None without it.
+        file: where the report is; None where nothing was to be written.
+    """
+
+    report: EvaluationReport
+    comparison: Comparison | None = None
+    file: Path | None = None
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    *,
+    task: str = "sample",
+    reconstruction: bool = False,
+    metrics: Sequence[str] | None = None,
+    num: int | None = None,
+    features: str = "inception",
+    weights: str | Path | None = None,
+    labels: str | None = None,
+    masks: str | None = None,
+    segmenter: str | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    resamples: int | None = None,
+    reference_out: str | Path | None = None,
+    out: str | Path | None = None,
+    against: str | Path | None = None,
+    anyway: bool = False,
+    device: str | None = None,
+    **preset: Any,
+) -> Evaluation | None:
+    """Score images against real ones. Repeating the call with the same `out` goes on after a kill.
+
+    Args:
+        model: a model, whose images are drawn and never written; or a folder or zip of PNG images; or, with
+            `reconstruction`, a model or an autoencoder.
+        data: real images as for `encode`, or stored statistics of them (.safetensors, .npz, .npy).
+        task: "sample", "inpaint" or "mask-to-image".
+        metrics: names of `METRICS`; None: the usual ones of the task.
+        num: images; None: 50,000 for drawn samples, else all there are.
+        features: a name of `metrics.features.NAMES`.
+        weights: of the features; see `open_features`.
+        labels: see `draw_set`; None: "balanced", and "none" for painting.
+        masks, segmenter: see `plan_painting`.
+        image_size: of an autoencoder on its own.
+        resamples: see `feature_scores`.
+        reference_out: a .safetensors file for the statistics of the reference; None: next to `out`.
+        out: a folder, or the .json file of the report; features are kept beside it.
+        against: another report; `anyway`: although something differs that must not.
+        preset: fields of `SamplingPreset`.
+
+    Returns:
+        None in all but the first of several processes.
+
+    Raises:
+        ConfigError, DataError, ArtifactError: before anything is drawn, as far as that can be known.
+    """
+    process = process_rank()
+    first = process[0] == 0
+    task, wanted = checked_words(task, reconstruction, metrics, num, features, labels, resamples)
+    report_file, work = _places(out)
+    other = EvaluationReport.load(against) if against else None
+    subject = open_subject(str(model), task, image_size, device)
+    if report_file is None and process[1] > 1:
+        raise ConfigError(f"{process[1]} processes share their work through files: give --out")
+    real = open_reference(data, subject.image_size)
+    wanted = wanted or usual_metrics(subject, real)
+    plan = plan_images(subject, real, wanted, num, labels, masks, segmenter, seed, preset)
+    check_scores(wanted, plan.num, real, data, features)
+    extractor = open_extractor(features, weights, subject)
+
+    seconds: dict[str, float] = {}
+    file = Path(reference_out) if reference_out else reference_file(real, extractor, Path(out)) if out else None
+    options = {"batch_size": batch_size, "process": process}
+    with _timed(seconds, "reference"), image_progress("reference", real.num_images, enabled=first) as on_images:
+        reference = reference_features(real, extractor, file=file, on_images=on_images, **options)
+    if reference.features is None and (needing := [name for name in wanted if name not in ("fid", "is")]):
+        raise DataError(f"{data} holds statistics alone, which are enough for fid: for {needing[0]} give the images")
+    protocol = EvaluationProtocol(
+        task="images" if subject.samples is not None and task == "sample" else subject.task,
+        num_images=plan.num,
+        image_size=subject.image_size,
+        first_seed=None if subject.flow is None else seed,
+        label_policy=plan.labels,
+        features=FeatureFacts(name=extractor.name, hash=extractor.hash, label=extractor.label),
+        reference=real.facts(reference.statistics),
+        inputs=plan.painting.inputs if plan.painting else {},
+        model=subject.facts(),
+        sampling=plan.sampling,
+        device=_device_name(subject.device),
+        versions={
+            "latentflow": latentflow.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    )
+    if other and not anyway:
+        require_comparable(protocol, other.protocol)
+
+    with image_progress("evaluating", plan.num // process[1], enabled=first) as on_images:
+        folder = work.with_suffix(".features") if work else None
+        run = partial(_images, extractor=extractor, folder=folder, seed=seed, preset=preset, **options)
+        columns = run(subject, plan, real, reference, wanted, on_images=on_images)
+    if not first:
+        return None
+    with _timed(seconds, "scoring"):
+        scores = _scores(wanted, columns, reference, extractor, resamples)
+    report = EvaluationReport(
+        protocol=protocol.model_copy(update=_measured(columns, subject, seconds)),
+        scores=scores,
+        notes=list(reference.notes),
+    )
+    if report_file:
+        report.save(report_file)
+    return Evaluation(report, compare(report, other, anyway=anyway) if other else None, report_file)
+
+
+def _images(
+    subject: Subject,
+    plan: ImagePlan,
+    real: RealImages,
+    reference: RealFeatures,
+    metrics: Sequence[str],
+    *,
+    extractor: FeatureExtractor,
+    folder: Path | None,
+    seed: int,
+    preset: dict[str, Any],
+    batch_size: int,
+    process: tuple[int, int],
+    on_images: OnImages,
+) -> dict[str, Tensor]:
+    """The columns of the images to be scored, whoever made them: see `drawn_columns`, `image_features`, `painted`."""
+    options = {"batch_size": batch_size, "folder": folder, "process": process, "on_images": on_images}
+    with_ssim = "ssim" in metrics
+    rows = [] if reference.rows is None else reference.rows[: plan.num].tolist()
+    if subject.task == "reconstruction":
+        keys = {"data": real.fingerprint, "image_size": subject.image_size, "features": extractor.hash}
+        given = (subject.autoencoder, real.source, rows, extractor)
+        return reconstructed(*given, with_ssim=with_ssim, plan=keys, **options)
+    if plan.painting is not None:
+        return painted(subject.flow, plan.painting, real.source, rows, extractor, **options)
+    if subject.samples is not None and subject.task == "inpaint":
+        how = {"with_ssim": with_ssim, "batch_size": batch_size, "on_images": on_images}
+        return paired_images(subject.samples, subject.sample_rows, real.source, rows, extractor, **how)
+    if subject.samples is not None:
+        keys = {"samples": subject.samples.fingerprint(), "features": extractor.hash}
+        columns = image_features(subject.samples, subject.sample_rows[: plan.num], extractor, plan=keys, **options)
+        if len(columns["rows"]) < plan.num:
+            raise DataError(f"{plan.num - len(columns['rows'])} of the generated images cannot be read; draw them anew")
+        return columns
+    shares = None
+    if plan.labels == "data":
+        num_classes = subject.flow.config.conditioning.num_classes
+        shares = torch.bincount(reference.labels, minlength=num_classes).tolist()
+    drawn = draw_set(
+        *(subject.flow, extractor),
+        num=plan.num,
+        seed=seed,
+        labels=plan.labels,
+        label_shares=shares,
+        preset=preset,
+        **options,
+    )
+    spent = torch.tensor([[drawn.drawing_seconds, drawn.seconds - drawn.drawing_seconds]])
+    return {"features": drawn.features, "evaluations": drawn.evaluations, "labels": drawn.labels, "seconds": spent}
+
+
+def _scores(
+    metrics: Sequence[str],
+    columns: dict[str, Tensor],
+    reference: RealFeatures,
+    extractor: FeatureExtractor,
+    resamples: int | None,
+) -> dict[str, Score]:
+    generated, real = columns["features"], reference.features
+    logits = logits_of(extractor, generated) if "is" in metrics else None
+    of_features = [name for name in metrics if name in FEATURE_METRICS]
+    given = (of_features, generated, reference.statistics, real)
+    scores = feature_scores(*given, features=extractor.name, logits=logits, resamples=resamples)
+    if judged := [name for name in metrics if name in JUDGED]:
+        found = discriminative_scores(generated, real[: len(generated)])
+        warning = require_enough("p_ids", len(generated), dim=generated.shape[1])
+        for name in judged:
+            value, notes = getattr(found, name.replace("-", "_")), [warning] if warning else []
+            scores[name] = Score(label=name.upper(), value=value, notes=notes)
+    scores |= pair_scores(metrics, columns)
+    return scores | (map_scores(columns) if "miou" in metrics else {})
+
+
+def _measured(columns: dict[str, Tensor], subject: Subject, seconds: dict[str, float]) -> dict[str, Any]:
+    """What a protocol says of images once they are there."""
+    drawing = columns["seconds"].sum(0).tolist() if "seconds" in columns else []
+    spent = {**seconds, **dict(zip(("drawing", "features"), drawing, strict=False))}
+    measured: dict[str, Any] = {
+        "num_images": len(columns["features"]),
+        "seconds": {name: round(value, 3) for name, value in spent.items()},
+    }
+    if subject.flow is not None:
+        calls = columns["evaluations"]
+        measured["evaluations"] = EvaluationCounts(
+            mean=float(calls.double().mean()), min=int(calls.min()), max=int(calls.max())
+        )
+        told = columns["labels"]
+        if (told >= 0).all():
+            num_classes = subject.flow.config.conditioning.num_classes
+            measured["label_counts"] = torch.bincount(told, minlength=num_classes).tolist()
+    return measured
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def evaluation_rows(result: Evaluation) -> dict[str, str]:
+    """The short table for people: scores, what they are of, and what they cost."""
+    report, protocol = result.report, result.report.protocol
+    rows = {score.label: score.text for score in report.scores.values()}
+    if result.comparison is not None:
+        for change in result.comparison.scores.values():
+            error = "" if change.standard_error is None else f" +- {change.standard_error:.2g}"
+            rows[f"{change.label}, against"] = f"{change.other:.5g}: {change.difference:+.3g}{error}"
+    labels = "" if protocol.label_policy in ("none", "not known") else f", labels {protocol.label_policy}"
+    rows["images"] = f"{protocol.num_images} of {protocol.image_size} pixels{labels}"
+    rows["reference"] = f"{protocol.reference.data}, {protocol.reference.resize}"
+    rows["features"] = f"{protocol.features.name} {protocol.features.hash[:12]}"
+    if protocol.evaluations is not None:
+        calls, how = protocol.evaluations, protocol.sampling
+        rows["drawn by"] = f"{how['solver']}, {how['steps']} steps, guidance {how['guidance']:g}"
+        rows["evaluations per image"] = f"{calls.mean:.5g} ({calls.min} to {calls.max})"
+    rows["seconds"] = ", ".join(f"{what} {value:.1f}" for what, value in protocol.seconds.items())
+    return {**rows, "report": str(result.file)} if result.file else rows
+
+
+def _places(out: str | Path | None) -> tuple[Path | None, Path | None]:
+    """The file of the report, and the name beside which features are kept."""
+    if out is None:
+        return None, None
+    out = Path(out)
+    if out.suffix == ".json":
+        require_writable(out, suffix=".json")
+        return out, out
+    require_writable(out)
+    return out / "report.json", out / "report"
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[what] = time.perf_counter() - began

@@ -1,0 +1,96 @@
+"""The part of `latentflow evaluate` that sets the floor: how well an autoencoder gives real images back.
+
+Legend: B and N images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentflow.autoencoder import BUILT_IN, Autoencoder
+from latentflow.commands.reference import image_features
+from latentflow.commands.train_autoencoder import reconstruct
+from latentflow.data.items import ImageSource
+from latentflow.errors import ArtifactError, ConfigError
+from latentflow.latent_flow import CONFIG_FILE, LatentFlow, find_model, usable_device
+from latentflow.metrics.features import FeatureExtractor
+from latentflow.metrics.pairs import psnr, ssim
+from latentflow.metrics.report import Score
+
+
+def open_autoencoder(reference: str, image_size: int | None, device: str | None) -> tuple[Autoencoder, int]:
+    """The autoencoder of a model, or one on its own, and the size of images to be evaluated at.
+
+    Raises:
+        ArtifactError: there is neither.
+        ConfigError: no size is given for one on its own, or one that is not its model's, or that does not fit.
+    """
+    path = Path(reference)
+    alone = reference in BUILT_IN or ((path / CONFIG_FILE).is_file() and not _is_model(reference))
+    if alone or not (path.exists() or _is_model(reference)):
+        autoencoder = Autoencoder.from_pretrained(reference).to(usable_device(device))
+        if image_size is None:
+            raise ConfigError("an autoencoder on its own has no size of images: give --image-size, for example 256")
+        autoencoder.latent_side(image_size)
+        return autoencoder, image_size
+    model = LatentFlow.from_pretrained(reference, device=device)
+    if image_size not in (None, model.config.image_size):
+        raise ConfigError(f"--image-size {image_size}: the model has {model.config.image_size}; leave it out")
+    return model.autoencoder, model.config.image_size
+
+
+def _is_model(reference: str) -> bool:
+    try:
+        find_model(reference)
+    except ArtifactError:
+        return False
+    return True
+
+
+def reconstructed(
+    autoencoder: Autoencoder,
+    source: ImageSource,
+    rows: Sequence[int],
+    extractor: FeatureExtractor,
+    *,
+    with_ssim: bool,
+    plan: dict[str, Any],
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Features of reconstructions, and PSNR and SSIM [N] against the images; the options are `image_features`'."""
+
+    def change(pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        given_back = torch.cat([reconstruct(autoencoder, part) for part in pixels.split(autoencoder.slice_size)])
+        return given_back, pair_values(given_back, pixels, with_ssim=with_ssim)
+
+    plan = {**plan, "autoencoder": autoencoder.content_hash, "ssim": with_ssim}
+    return image_features(source, rows, extractor, plan=plan, change=change, **options)
+
+
+def pair_values(images: Tensor, real: Tensor, *, with_ssim: bool) -> dict[str, Tensor]:
+    """PSNR and SSIM of pairs of uint8 images [B, 3, H, W]: [B] each."""
+    return {"psnr": psnr(images, real), **({"ssim": ssim(images, real)} if with_ssim else {})}
+
+
+def pair_scores(metrics: Sequence[str], columns: dict[str, Tensor]) -> dict[str, Score]:
+    """The means of those columns that are asked for."""
+    labels = {
+        "psnr": "PSNR in dB",
+        "ssim": "SSIM",
+        "psnr-hole": "PSNR in dB in the hole",
+        "ssim-hole": "SSIM of windows that touch the hole",
+    }
+    return {name: mean_score(labels[name], columns[name]) for name in metrics if name in labels}
+
+
+def mean_score(label: str, values: Tensor, **more: Any) -> Score:
+    """The mean over images of one number each, with the interval that its spread gives: [N] => a score."""
+    values = values.double()
+    mean, error = float(values.mean()), float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+    bounds = {"low": mean - 1.96 * error, "high": mean + 1.96 * error, "standard_error": error}
+    return Score(label=label, value=mean, **bounds, **more)

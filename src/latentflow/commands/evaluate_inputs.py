@@ -1,0 +1,297 @@
+"""What `latentflow evaluate` is given, checked before anything heavy: metrics, subject, and how its images are made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from latentflow.artifacts import sha256_tensors
+from latentflow.autoencoder import Autoencoder
+from latentflow.commands.drawn_set import LABEL_POLICIES, set_request
+from latentflow.commands.evaluate_autoencoder import open_autoencoder
+from latentflow.commands.evaluate_painting import Painting, plan_painting, require_same_classes
+from latentflow.commands.reference import RealImages
+from latentflow.data.images import open_images
+from latentflow.data.items import ImageSource
+from latentflow.data.stores import is_image, open_store
+from latentflow.errors import ArtifactError, ConfigError, DataError, nearest
+from latentflow.latent_flow import CONFIG_FILE, LatentFlow, usable_device
+from latentflow.metrics.features import NAMES, FeatureExtractor, open_features
+from latentflow.metrics.report import FEATURE_METRICS, ModelFacts, check_metrics
+from latentflow.metrics.scores import require_enough
+
+PAIRS = ("psnr", "ssim")
+JUDGED = ("p-ids", "u-ids")
+METRICS: dict[str, tuple[str, ...]] = {
+    "sample": FEATURE_METRICS,
+    "reconstruction": (*FEATURE_METRICS, *PAIRS),
+    "inpaint": (*FEATURE_METRICS, *JUDGED, *PAIRS, "psnr-hole", "ssim-hole"),
+    "mask-to-image": (*FEATURE_METRICS, "miou"),
+}
+"""What can be asked for, by task; "fd" is another name of "fid"."""
+
+_USUAL = {
+    "sample": ("fid", "precision", "recall"),
+    "reconstruction": ("fid", *PAIRS),
+    "inpaint": ("fid", *JUDGED, *PAIRS, "psnr-hole", "ssim-hole"),
+    "mask-to-image": ("fid",),
+}
+USUAL_NUM = 50_000  # images of a published FID
+_GRID = re.compile(r"(^|/)grid(-\d+-of-\d+)?\.png$")  # what `latentflow sample` writes beside its images
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whose images are scored.
+
+    Attributes:
+        task: as in `EvaluationProtocol`, "images" aside.
+        image_size: height and width of its images in pixels.
+        device: where it is computed.
+        facts: what a report says of it; weights are hashed when this is called.
+        flow: the model that draws; None: nothing is drawn.
+        samples: generated images in files; None: there are none.
+        sample_rows: which of them.
+        autoencoder: of the model, or on its own.
+    """
+
+    task: str
+    image_size: int
+    device: torch.device
+    facts: Callable[[], ModelFacts]
+    flow: LatentFlow | None = None
+    samples: ImageSource | None = None
+    sample_rows: Sequence[int] = ()
+    autoencoder: Autoencoder | None = None
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """How the images are made.
+
+    Attributes:
+        num: how many.
+        labels: the policy, "none" where no class is told, "not known" of images in files.
+        sampling: the preset, for the report.
+        painting: of the tasks with pairs.
+    """
+
+    num: int
+    labels: str
+    sampling: dict[str, Any] = field(default_factory=dict)
+    painting: Painting | None = None
+
+
+def checked_words(
+    task: str,
+    reconstruction: bool,
+    metrics: Sequence[str] | None,
+    num: int | None,
+    features: str,
+    labels: str | None,
+    resamples: int | None,
+) -> tuple[str, list[str]]:
+    """The task and the metrics (none: the usual ones); the arguments are those of `evaluate`.
+
+    Raises:
+        ConfigError: one does not, naming the nearest that does.
+    """
+    tasks = ("sample", "inpaint", "mask-to-image")
+    if task not in tasks:
+        raise ConfigError(f"there is no task {task!r}: {nearest(task, tasks)}")
+    if reconstruction and task != "sample":
+        raise ConfigError(f"--reconstruction is of the autoencoder alone: leave --task {task} out")
+    task = "reconstruction" if reconstruction else task
+    asked = list(dict.fromkeys("fid" if name == "fd" else name for name in metrics or ()))
+    for name in asked:
+        if name not in METRICS[task]:
+            raise ConfigError(f"there is no metric {name!r} of the task {task}: {nearest(name, METRICS[task])}")
+    if features not in NAMES:
+        raise ConfigError(f"there are no features {features!r}: {nearest(features, NAMES)}")
+    if "is" in asked and features != "inception":
+        raise ConfigError(f"the Inception Score is of the features 'inception', not of {features!r}: leave 'is' out")
+    if num is not None and num < 2:
+        raise ConfigError(f"number of images {num}: scores compare sets of images, so at least 2 are needed")
+    if labels is not None and labels not in LABEL_POLICIES:
+        raise ConfigError(f"there is no label policy {labels!r}: {nearest(labels, LABEL_POLICIES)}")
+    if resamples is not None and (resamples < 0 or resamples == 1):
+        raise ConfigError(f"{resamples} resamples: give 0 for none, or 2 and more; 200 are usual")
+    return task, asked
+
+
+def open_subject(model: str, task: str, image_size: int | None, device: str | None) -> Subject:
+    """A model, images or an autoencoder by name; the arguments are those of `evaluate`.
+
+    Raises:
+        ArtifactError, ConfigError, DataError: there is none, or not of the kind that the task needs.
+    """
+    if task == "reconstruction":
+        autoencoder, image_size = open_autoencoder(model, image_size, device)
+        facts = ModelFacts(name=autoencoder.reference, weights=autoencoder.content_hash)
+        return Subject(task, image_size, autoencoder.device, lambda: facts, autoencoder=autoencoder)
+    if image_size is not None:
+        raise ConfigError("--image-size is of an autoencoder on its own, with --reconstruction; leave it out")
+    if _holds_images(model):
+        if task == "mask-to-image":
+            raise ConfigError(f"{model} is a set of images; the task mask-to-image draws its own: give a model")
+        samples = _open_samples(model)
+        rows = [row for row in range(len(samples)) if not _GRID.search(samples.name(row))]
+        facts = ModelFacts(name=samples.description, weights=samples.fingerprint())
+        given = (task, samples.image_size, usable_device(device), lambda: facts)
+        return Subject(*given, samples=samples, sample_rows=rows)
+    flow = LatentFlow.from_pretrained(model, device=device)
+
+    def described() -> ModelFacts:
+        training = flow.config.training.model_dump(mode="json")
+        return ModelFacts(name=flow.reference, weights=sha256_tensors(flow.network.state_dict()), training=training)
+
+    size = flow.config.image_size
+    return Subject(task, size, flow.device, described, flow=flow, autoencoder=flow.autoencoder)
+
+
+def _holds_images(model: str) -> bool:
+    """Whether this is a set of images rather than a model: a zip, or a folder with images and without a model."""
+    path = Path(model)
+    if path.suffix.lower() == ".zip":
+        return True
+    marks = (path / CONFIG_FILE, path / "model" / CONFIG_FILE, path / "recipe.yaml")
+    return path.is_dir() and not any(mark.exists() for mark in marks) and any(map(is_image, open_store(path).files()))
+
+
+def _open_samples(model: str) -> ImageSource:
+    """Generated images in files, at their own size.
+
+    Raises:
+        DataError: they are not PNG, not square, or of several sizes.
+    """
+    store = open_store(Path(model))
+    files = {name: file for name, file in sorted(store.files().items()) if is_image(name) and not _GRID.search(name)}
+    side = 0
+    for name, file in files.items():
+        if not name.lower().endswith(".png"):
+            raise DataError(
+                f"{model}: {name} is no PNG: what JPEG and its like lose changes every score; save samples as PNG"
+            )
+        try:
+            with Image.open(BytesIO(store.read(file.path))) as image:
+                width, height = image.size
+        except Exception as error:  # decoders of damaged files raise nearly anything
+            raise DataError(f"{model}: cannot read {name}: {error}; draw it anew") from error
+        side = side or width
+        if (width, height) != (side, side):
+            raise DataError(
+                f"{model}: {name} has {width} x {height} pixels; samples must be square and of one size, "
+                f"here {side} x {side}"
+            )
+    return open_images(model, side or 1)
+
+
+def usual_metrics(subject: Subject, real: RealImages) -> list[str]:
+    """What is computed unless the user says: all of it that can be."""
+    usual = list(_USUAL[subject.task])
+    if real.source is None:
+        return ["fid"]
+    return usual if subject.flow is not None else [name for name in usual if not name.endswith("-hole")]
+
+
+def plan_images(
+    subject: Subject,
+    real: RealImages,
+    metrics: Sequence[str],
+    num: int | None,
+    labels: str | None,
+    masks: str | None,
+    segmenter: str | None,
+    seed: int,
+    preset: dict[str, Any],
+) -> ImagePlan:
+    """How the images are made; the arguments are those of `evaluate`.
+
+    Raises:
+        ConfigError, DataError: options that do not fit the task, the model or the images.
+    """
+    task, flow, paired = subject.task, subject.flow, subject.task != "sample"
+    given = {
+        "--masks": (masks, task == "inpaint" and flow is not None),
+        "--segmenter": (segmenter, task == "mask-to-image"),
+        "--labels": (labels, flow is not None),
+        **{f"--{key.replace('_', '-')}": (value, flow is not None) for key, value in preset.items()},
+    }
+    for option, (value, fits) in given.items():
+        if value is not None and not fits:
+            raise ConfigError(f"{option} says nothing about this evaluation; leave it out")
+    if flow is None and (alone := [name for name in metrics if name.endswith("-hole")]):
+        raise ConfigError(f"{alone[0]}: images in files do not say where their holes were; leave it out")
+    if "miou" in metrics and segmenter is None:
+        raise ConfigError("miou needs a network that finds maps in pictures: --segmenter package.module:function")
+    if paired and real.source is None:
+        raise ConfigError(f"the task {task} needs the images themselves, not {real.data}, their statistics")
+    available = len(real.source) if paired else len(subject.sample_rows) if subject.samples is not None else None
+    if available is not None and num is not None and num > available:
+        raise DataError(f"--num {num}, but there are {available} images; leave it out to take all")
+    chosen = num or available or USUAL_NUM
+    if flow is None:
+        return ImagePlan(chosen, "none" if paired else "not known")
+    if paired:
+        made = plan_painting(
+            *(flow, real.source, task),
+            labels=labels or "none",
+            masks=masks,
+            segmenter=segmenter,
+            with_ssim="ssim" in metrics or "ssim-hole" in metrics,
+            seed=seed,
+            preset=preset,
+        )
+        policy = "data" if made.own_labels else "none"
+        return ImagePlan(chosen, policy, made.request.sampling.model_dump(mode="json"), made)
+    policy = labels or "balanced"
+    shares = None
+    if policy == "data" and flow.config.conditioning.num_classes:
+        if real.source is None:
+            raise ConfigError(f"labels 'data' need the labelled images themselves, not {real.data}, their statistics")
+        require_same_classes(flow, real.source)
+        shares = [1.0] * flow.config.conditioning.num_classes  # the true ones follow with the features
+    request, label_of = set_request(flow, labels=policy, label_shares=shares, seed=seed, preset=preset)
+    return ImagePlan(chosen, "none" if label_of(0) is None else policy, request.sampling.model_dump(mode="json"))
+
+
+def check_scores(metrics: Sequence[str], num: int, real: RealImages, data: str | Path, features: str) -> None:
+    """Refuse what cannot be computed, before features are.
+
+    Raises:
+        DataError: too few images for a score, or statistics of other features.
+    """
+    if real.source is None and real.stored.provenance.feature_name not in (features, "not known"):
+        raise DataError(f"{data} was made with features {real.stored.provenance.feature_name}, not {features}")
+    check_metrics(metrics, num, real.num_images)
+    for name in metrics:
+        if name in JUDGED:
+            require_enough(name.replace("-", "_"), num)
+
+
+def open_extractor(features: str, weights: str | Path | None, subject: Subject) -> FeatureExtractor:
+    """The feature network, on the subject's device; the arguments are those of `open_features`.
+
+    Raises:
+        ArtifactError: its weights are not there; names the features that need none.
+        ConfigError: see `open_features`.
+    """
+    try:
+        return open_features(
+            features,
+            weights=weights,
+            autoencoder=subject.autoencoder,
+            image_size=subject.image_size,
+            device=subject.device,
+        )
+    except ArtifactError as error:
+        if weights is not None:
+            raise
+        raise ArtifactError(f"{error}; or choose --features random or latents, which need no download") from error
