@@ -133,7 +133,9 @@ def spatial_data(recipe: Recipe, source: LatentCache | ImageSource, factor: int)
     if not isinstance(source, LatentCache):
         return SpatialData(factor, holes=data.masks, maps=told.semantic_map)
     if data.images:
-        pictures = open_images(data.images, source.plan.image_size, first=source.plan.num_source_images)
+        pictures, wanted = open_images(data.images, source.plan.image_size), source.plan.num_source_images
+        if len(pictures) > wanted:  # the cache may hold the first of them
+            pictures = open_images(data.images, source.plan.image_size, first=wanted)
         if pictures.fingerprint() != source.plan.source_fingerprint:
             raise DataError(
                 f"data.images = {data.images} ({pictures.description}) are not the images that {data.path} was made "
