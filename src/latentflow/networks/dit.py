@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from latentflow.errors import ConfigError, nearest
-from latentflow.networks.inputs import check_inputs
+from latentflow.networks.inputs import VelocityNetwork
 from latentflow.networks.layers import (
     GeluMLP,
     SelfAttention,
@@ -28,7 +28,6 @@ from latentflow.networks.layers import (
     sincos_positions,
     token_norm,
 )
-from latentflow.networks.spatial_encoder import SpatialInputs
 from latentflow.shapes import Condition
 
 # Table 1 of the paper.
@@ -150,7 +149,7 @@ class DiTBlock(nn.Module):
         return add_gated(x, gate_m, self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m)))
 
 
-class DiT(nn.Module):
+class DiT(VelocityNetwork):
     """Velocity network of transformer blocks over patches of the latents (arXiv 2212.09748, adaLN-Zero).
 
     Untrained, it returns exactly zero. Latents may have any height and width that the patch size divides; positions
@@ -158,43 +157,20 @@ class DiT(nn.Module):
 
     Args:
         config: sizes and options.
-        in_channels: channels of the latents.
-        out_channels: channels of the velocity.
-        num_classes: number of labels; the table has one more row, `null_label`. 0 = a network without labels.
-        inpainting: whether masked latents and mask are concatenated to the latents.
-        num_map_classes: classes of the semantic map whose encoding is concatenated to the latents; 0 = no map.
+        told: see `VelocityNetwork`.
     """
 
-    def __init__(
-        self,
-        config: DiTConfig,
-        *,
-        in_channels: int,
-        out_channels: int,
-        num_classes: int = 0,
-        inpainting: bool = False,
-        num_map_classes: int = 0,
-    ):
-        super().__init__()
+    def __init__(self, config: DiTConfig, **told: Any):
+        super().__init__(config, **told)
         size, patch = config.hidden_size, config.patch_size
-        self.config = config
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.num_classes = num_classes
-        self.spatial = SpatialInputs(in_channels, inpainting=inpainting, num_map_classes=num_map_classes)
         self.patch_embedding = nn.Conv2d(self.spatial.num_channels, size, kernel_size=patch, stride=patch)
         self.time_embedding = TimeEmbedding(size, config.time_scale)
-        self.label_embedding = nn.Embedding(num_classes + 1, size) if num_classes else None
+        self.label_embedding = nn.Embedding(self.num_classes + 1, size) if self.num_classes else None
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_modulation = nn.Linear(size, 2 * size)
         self.final_norm = token_norm(config.norm, size)
-        self.final_linear = nn.Linear(size, patch * patch * out_channels)
+        self.final_linear = nn.Linear(size, patch * patch * self.out_channels)
         self.reset_parameters()
-
-    @property
-    def null_label(self) -> int | None:
-        """Index of the label that stands for "no label"; None for a network without labels."""
-        return self.num_classes if self.num_classes else None
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, as the paper does: every block starts as the identity, the output as zero."""
@@ -226,20 +202,12 @@ class DiT(nn.Module):
             [B, out_channels, H, W], dtype of `latents`.
 
         Raises:
-            ValueError: see `check_inputs` and `SpatialInputs`.
+            ValueError: see `joined`.
         """
         patch, size = self.config.patch_size, self.config.hidden_size
-        check_inputs(
-            latents,
-            time,
-            condition.labels,
-            channels=self.in_channels,
-            multiple=self.config.size_multiple,
-            num_classes=self.num_classes,
-        )
         h, w = latents.shape[2] // patch, latents.shape[3] // patch
 
-        x = self.spatial(latents, condition)
+        x = self.joined(latents, time, condition)
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)  # [B, C, H, W] => [B, D, h, w] => [B, N, D]
         x = x.to(latents.dtype)  # under autocast the sum over the blocks keeps the precision of the latents
         rotary = None

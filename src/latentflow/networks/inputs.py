@@ -1,12 +1,68 @@
-"""What every velocity network asks of its inputs.
+"""What every velocity network is told, and asks of its inputs.
 
 Legend: B images, C latent channels, H and W latent height and width.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from latentflow.networks.spatial_encoder import SpatialInputs
+from latentflow.shapes import Condition
+
+
+class VelocityNetwork(nn.Module):
+    """What all velocity networks share: called as network(latents, time, condition) => velocity.
+
+    Args:
+        config: sizes and options, with `size_multiple`.
+        in_channels: channels of the latents.
+        out_channels: channels of the velocity.
+        num_classes: number of labels; the table has one more row, `null_label`. 0 = a network without labels.
+        inpainting: whether masked latents and mask are concatenated to the latents.
+        num_map_classes: classes of the semantic map whose encoding is concatenated to the latents; 0 = no map.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        in_channels: int,
+        out_channels: int,
+        num_classes: int = 0,
+        inpainting: bool = False,
+        num_map_classes: int = 0,
+    ):
+        super().__init__()
+        self.config = config
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.num_classes = num_classes
+        self.spatial = SpatialInputs(in_channels, inpainting=inpainting, num_map_classes=num_map_classes)
+
+    @property
+    def null_label(self) -> int | None:
+        """Index of the label that stands for "no label"; None for a network without labels."""
+        return self.num_classes if self.num_classes else None
+
+    def joined(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """Latents and what is told of their pixels along channels: [B, C, H, W] => [B, spatial.num_channels, H, W].
+
+        Raises:
+            ValueError: see `check_inputs` and `SpatialInputs`.
+        """
+        check_inputs(
+            latents,
+            time,
+            condition.labels,
+            channels=self.in_channels,
+            multiple=self.config.size_multiple,
+            num_classes=self.num_classes,
+        )
+        return self.spatial(latents, condition)
 
 
 def check_inputs(

@@ -24,9 +24,8 @@ from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from latentflow.errors import ConfigError, nearest
-from latentflow.networks.inputs import check_inputs
+from latentflow.networks.inputs import VelocityNetwork
 from latentflow.networks.layers import time_sinusoid
-from latentflow.networks.spatial_encoder import SpatialInputs
 from latentflow.networks.unet_blocks import Downsample, InputBranch, MapAttention, ResidualBlock, Upsample, group_norm
 from latentflow.shapes import Condition
 
@@ -299,7 +298,7 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
 
-class UNet(nn.Module):
+class UNet(VelocityNetwork):
     """Velocity network of residual blocks on feature maps of falling and again rising size.
 
     Untrained, it returns exactly zero. Latents may have any height and width that are multiples of
@@ -307,33 +306,15 @@ class UNet(nn.Module):
 
     Args:
         config: sizes and options.
-        in_channels: channels of the latents.
-        out_channels: channels of the velocity.
-        num_classes: number of labels; the table has one more row, `null_label`. 0 = a network without labels.
-        inpainting: whether masked latents and mask are concatenated to the latents.
-        num_map_classes: classes of the semantic map whose encoding is concatenated to the latents; 0 = no map.
+        told: see `VelocityNetwork`.
 
     Raises:
         ConfigError: norms or heads do not divide the channels.
     """
 
-    def __init__(
-        self,
-        config: UNetConfig,
-        *,
-        in_channels: int,
-        out_channels: int,
-        num_classes: int = 0,
-        inpainting: bool = False,
-        num_map_classes: int = 0,
-    ):
-        super().__init__()
-        self.config = config
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.num_classes = num_classes
-        self.spatial = SpatialInputs(in_channels, inpainting=inpainting, num_map_classes=num_map_classes)
-        self.embedding = Embedding(config, num_classes)
+    def __init__(self, config: UNetConfig, **told: Any):
+        super().__init__(config, **told)
+        self.embedding = Embedding(config, self.num_classes)
         self.stem = nn.Conv2d(self.spatial.num_channels, config.stem_channels, 3, padding=1)
 
         width, aside = config.stem_channels, self.spatial.num_channels
@@ -369,13 +350,8 @@ class UNet(nn.Module):
             self.decoder.append(Stage(self._resize(width, "double") if level else None, blocks))
 
         self.out_norm = self._norm(width)
-        self.out_conv = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.out_conv = nn.Conv2d(width, self.out_channels, 3, padding=1)
         self.reset_parameters()
-
-    @property
-    def null_label(self) -> int | None:
-        """Index of the label that stands for "no label"; None for a network without labels."""
-        return self.num_classes if self.num_classes else None
 
     def reset_parameters(self) -> None:
         """Draw the weights anew: every block starts as its skip, every attention as nothing, the output as zero."""
@@ -409,18 +385,10 @@ class UNet(nn.Module):
             [B, out_channels, H, W], dtype of `latents`.
 
         Raises:
-            ValueError: see `check_inputs` and `SpatialInputs`.
+            ValueError: see `joined`.
         """
-        check_inputs(
-            latents,
-            time,
-            condition.labels,
-            channels=self.in_channels,
-            multiple=self.config.size_multiple,
-            num_classes=self.num_classes,
-        )
+        x = aside = self.joined(latents, time, condition)
         c = self.embedding(time, condition.labels)  # [B, E]
-        x = aside = self.spatial(latents, condition)
 
         x = self.stem(x)
         skips = [x]
