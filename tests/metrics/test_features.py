@@ -140,7 +140,7 @@ def test_distances_grow_with_dropped_classes(reference, undamaged):
 
 def test_dinov2_without_its_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigError, match="pip install transformers"):
+    with pytest.raises(ConfigError, match=r"pip install 'latentflow\[dinov2\]'"):
         open_features("dinov2")
 
 
