@@ -563,8 +563,8 @@ def evaluate(
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="fid, kid, is, precision, recall, density, coverage; psnr, ssim of pairs; psnr-hole, ssim-hole, "
-            "p-ids, u-ids of holes; miou of maps. Otherwise the usual ones of the task."
+            help="fid, kid, is, precision, recall, density, coverage; psnr, ssim, lpips of pairs; psnr-hole, "
+            "ssim-hole, p-ids, u-ids of holes; miou of maps. Otherwise the usual ones of the task."
         ),
     ] = None,
     num: Annotated[
@@ -593,6 +593,10 @@ def evaluate(
     ] = None,
     segmenter: Annotated[
         str | None, typer.Option(help="For miou: package.module:function, uint8 [B, 3, H, W] to classes [B, H, W].")
+    ] = None,
+    lpips: Annotated[
+        Path | None,
+        typer.Option(help="For lpips: a folder with alexnet-owt-7be5be79.pth and alex.pth, or one file of both."),
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="Of an autoencoder on its own.")] = None,
     resamples: Annotated[
@@ -627,6 +631,7 @@ def evaluate(
         labels=labels,
         masks=masks,
         segmenter=segmenter,
+        lpips=lpips,
         image_size=image_size,
         **preset,
         seed=seed,

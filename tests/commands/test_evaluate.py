@@ -20,12 +20,14 @@ from latentflow.data.images import open_images
 from latentflow.errors import DataError
 from latentflow.latent_flow import LatentFlow
 from latentflow.metrics.features import RandomFeatures, open_features
-from latentflow.metrics.pairs import psnr, ssim
+from latentflow.metrics.lpips import load_lpips
+from latentflow.metrics.pairs import PairJudge, psnr, ssim
 from latentflow.metrics.reference import load_reference
 from latentflow.metrics.report import EvaluationReport
 from latentflow.metrics.scores import frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
 from tests import tiny
+from tests.metrics.test_lpips import published
 from tests.processes import finish, run_here, start, start_processes, wait_until
 
 FAST = ("--features", "random", "--device", "cpu", "--resamples", 0)
@@ -269,6 +271,19 @@ def test_reconstruction(command, tmp_path, kl, kl_folder, model_folder, images):
     assert (refused.code, "--image-size" in refused.error) == (2, True)
 
 
+def test_lpips_of_reconstructions(command, tmp_path, kl, kl_folder):
+    alexnet, linear = published()
+    torch.save({**alexnet, **linear}, tmp_path / "lpips.pth")
+    args = ("--data", "synthetic:8", "--features", "random", "--resamples", 0, "--reconstruction", "--image-size", 32)
+    report = found(command(kl_folder, *args, "--metrics", "lpips", "--lpips", tmp_path / "lpips.pth", "--json"))
+    images = open_images("synthetic:8", 32)
+    real = torch.from_numpy(np.stack([item.pixels for item in images])).permute(0, 3, 1, 2)
+    wanted = load_lpips(tmp_path / "lpips.pth")(reconstruct(kl, real), real)
+    assert report["scores"]["lpips"]["value"] == pytest.approx(float(wanted.mean()), rel=1e-4)
+    refused = command(kl_folder, *args, "--metrics", "lpips")
+    assert (refused.code, "lpips needs the weights" in refused.error) == (2, True)
+
+
 def test_inpainting(command, tmp_path, painter_folder, model_folder, segmented):
     args = ("--data", segmented, *FAST, "--task", "inpaint", "--json")
     report = found(command(painter_folder, *args, "--out", tmp_path / "a"))
@@ -311,13 +326,13 @@ def test_holes_of_files(command, tmp_path, painter_folder, segmented):
 def test_values_in_the_hole_are_those_of_the_whole_where_all_is_hole():
     generator = torch.Generator().manual_seed(0)
     filled, real = torch.randint(0, 256, (2, 3, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    values = hole_values(filled, real, [np.ones((16, 16), np.uint8)] * 3, with_ssim=True)
+    values = hole_values(filled, real, [np.ones((16, 16), np.uint8)] * 3, judge=PairJudge(with_ssim=True))
     torch.testing.assert_close(values["psnr-hole"], values["psnr"])
     torch.testing.assert_close(values["ssim-hole"], values["ssim"])
     corner = np.zeros((16, 16), np.uint8)
     corner[0, 0] = 1
     filled = torch.where(torch.from_numpy(corner) > 0, filled, real)
-    values = hole_values(filled, real, [corner] * 3, with_ssim=True)
+    values = hole_values(filled, real, [corner] * 3, judge=PairJudge(with_ssim=True))
     torch.testing.assert_close(1 - values["ssim-hole"], 36 * (1 - values["ssim"]))  # one of 6 x 6 windows
 
 

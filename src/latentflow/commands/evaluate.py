@@ -42,7 +42,8 @@ from latentflow.commands.reference import (
 )
 from latentflow.errors import ConfigError, DataError
 from latentflow.metrics.features import FeatureExtractor
-from latentflow.metrics.pairs import discriminative_scores
+from latentflow.metrics.lpips import load_lpips
+from latentflow.metrics.pairs import PairJudge, discriminative_scores
 from latentflow.metrics.report import (
     FEATURE_METRICS,
     Comparison,
@@ -86,6 +87,7 @@ def evaluate(
     labels: str | None = None,
     masks: str | None = None,
     segmenter: str | None = None,
+    lpips: str | Path | None = None,
     image_size: int | None = None,
     seed: int = 0,
     batch_size: int = 32,
@@ -110,6 +112,7 @@ def evaluate(
         weights: of the features; see `open_features`.
         labels: see `draw_set`; None: "balanced", and "none" for painting.
         masks, segmenter: see `plan_painting`.
+        lpips: weights of LPIPS; see `load_lpips`.
         image_size: of an autoencoder on its own.
         resamples: see `feature_scores`.
         reference_out: a .safetensors file for the statistics of the reference; None: next to `out`.
@@ -132,8 +135,9 @@ def evaluate(
     if report_file is None and process[1] > 1:
         raise ConfigError(f"{process[1]} processes share their work through files: give --out")
     real = open_reference(data, subject.image_size)
-    wanted = wanted or usual_metrics(subject, real)
-    plan = plan_images(subject, real, wanted, num, labels, masks, segmenter, seed, preset)
+    wanted = wanted or [*usual_metrics(subject, real), *(["lpips"] if lpips else [])]
+    judge = PairJudge(bool({"ssim", "ssim-hole"} & {*wanted}), load_lpips(lpips, subject.device) if lpips else None)
+    plan = plan_images(subject, real, wanted, num, labels, masks, segmenter, judge, seed, preset)
     check_scores(wanted, plan.num, real, data, features)
     extractor = open_extractor(features, weights, subject)
 
@@ -167,7 +171,7 @@ def evaluate(
 
     with image_progress("evaluating", plan.num // process[1], enabled=first) as on_images:
         folder = work.with_suffix(".features") if work else None
-        run = partial(_images, extractor=extractor, folder=folder, seed=seed, preset=preset, **options)
+        run = partial(_images, extractor=extractor, judge=judge, folder=folder, seed=seed, preset=preset, **options)
         columns = run(subject, plan, real, reference, wanted, on_images=on_images)
     if not first:
         return None
@@ -191,6 +195,7 @@ def _images(
     metrics: Sequence[str],
     *,
     extractor: FeatureExtractor,
+    judge: PairJudge,
     folder: Path | None,
     seed: int,
     preset: dict[str, Any],
@@ -200,16 +205,15 @@ def _images(
 ) -> dict[str, Tensor]:
     """The columns of the images to be scored, whoever made them: see `drawn_columns`, `image_features`, `painted`."""
     options = {"batch_size": batch_size, "folder": folder, "process": process, "on_images": on_images}
-    with_ssim = "ssim" in metrics
     rows = [] if reference.rows is None else reference.rows[: plan.num].tolist()
     if subject.task == "reconstruction":
         keys = {"data": real.fingerprint, "image_size": subject.image_size, "features": extractor.hash}
         given = (subject.autoencoder, real.source, rows, extractor)
-        return reconstructed(*given, with_ssim=with_ssim, plan=keys, **options)
+        return reconstructed(*given, judge=judge, plan=keys, **options)
     if plan.painting is not None:
         return painted(subject.flow, plan.painting, real.source, rows, extractor, **options)
     if subject.samples is not None and subject.task == "inpaint":
-        how = {"with_ssim": with_ssim, "batch_size": batch_size, "on_images": on_images}
+        how = {"judge": judge, "batch_size": batch_size, "on_images": on_images}
         return paired_images(subject.samples, subject.sample_rows, real.source, rows, extractor, **how)
     if subject.samples is not None:
         keys = {"samples": subject.samples.fingerprint(), "features": extractor.hash}

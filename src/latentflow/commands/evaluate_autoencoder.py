@@ -19,7 +19,7 @@ from latentflow.data.items import ImageSource
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.latent_flow import CONFIG_FILE, LatentFlow, find_model, usable_device
 from latentflow.metrics.features import FeatureExtractor
-from latentflow.metrics.pairs import psnr, ssim
+from latentflow.metrics.pairs import PairJudge
 from latentflow.metrics.report import Score
 
 
@@ -58,23 +58,18 @@ def reconstructed(
     rows: Sequence[int],
     extractor: FeatureExtractor,
     *,
-    with_ssim: bool,
+    judge: PairJudge,
     plan: dict[str, Any],
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Features of reconstructions, and PSNR and SSIM [N] against the images; the options are `image_features`'."""
+    """Features of reconstructions, and what `judge` says of them, [N]; the options are `image_features`'."""
 
     def change(pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         given_back = torch.cat([reconstruct(autoencoder, part) for part in pixels.split(autoencoder.slice_size)])
-        return given_back, pair_values(given_back, pixels, with_ssim=with_ssim)
+        return given_back, judge(given_back, pixels)
 
-    plan = {**plan, "autoencoder": autoencoder.content_hash, "ssim": with_ssim}
+    plan = {**plan, "autoencoder": autoencoder.content_hash, "pairs": judge.key}
     return image_features(source, rows, extractor, plan=plan, change=change, **options)
-
-
-def pair_values(images: Tensor, real: Tensor, *, with_ssim: bool) -> dict[str, Tensor]:
-    """PSNR and SSIM of pairs of uint8 images [B, 3, H, W]: [B] each."""
-    return {"psnr": psnr(images, real), **({"ssim": ssim(images, real)} if with_ssim else {})}
 
 
 def pair_scores(metrics: Sequence[str], columns: dict[str, Tensor]) -> dict[str, Score]:
@@ -82,6 +77,7 @@ def pair_scores(metrics: Sequence[str], columns: dict[str, Tensor]) -> dict[str,
     labels = {
         "psnr": "PSNR in dB",
         "ssim": "SSIM",
+        "lpips": "LPIPS",
         "psnr-hole": "PSNR in dB in the hole",
         "ssim-hole": "SSIM of windows that touch the hole",
     }

@@ -24,6 +24,7 @@ from latentflow.data.stores import is_image, open_store
 from latentflow.errors import ArtifactError, ConfigError, DataError, nearest
 from latentflow.latent_flow import CONFIG_FILE, LatentFlow, usable_device
 from latentflow.metrics.features import NAMES, FeatureExtractor, open_features
+from latentflow.metrics.pairs import PairJudge
 from latentflow.metrics.report import FEATURE_METRICS, ModelFacts, check_metrics
 from latentflow.metrics.scores import require_enough
 
@@ -31,8 +32,8 @@ PAIRS = ("psnr", "ssim")
 JUDGED = ("p-ids", "u-ids")
 METRICS: dict[str, tuple[str, ...]] = {
     "sample": FEATURE_METRICS,
-    "reconstruction": (*FEATURE_METRICS, *PAIRS),
-    "inpaint": (*FEATURE_METRICS, *JUDGED, *PAIRS, "psnr-hole", "ssim-hole"),
+    "reconstruction": (*FEATURE_METRICS, *PAIRS, "lpips"),
+    "inpaint": (*FEATURE_METRICS, *JUDGED, *PAIRS, "lpips", "psnr-hole", "ssim-hole"),
     "mask-to-image": (*FEATURE_METRICS, "miou"),
 }
 """What can be asked for, by task; "fd" is another name of "fid"."""
@@ -209,6 +210,7 @@ def plan_images(
     labels: str | None,
     masks: str | None,
     segmenter: str | None,
+    judge: PairJudge,
     seed: int,
     preset: dict[str, Any],
 ) -> ImagePlan:
@@ -229,6 +231,8 @@ def plan_images(
             raise ConfigError(f"{option} says nothing about this evaluation; leave it out")
     if flow is None and (alone := [name for name in metrics if name.endswith("-hole")]):
         raise ConfigError(f"{alone[0]}: images in files do not say where their holes were; leave it out")
+    if "lpips" in metrics and judge.lpips is None:
+        raise ConfigError("lpips needs the weights of its network: --lpips FILE, or a folder (see metrics/lpips.py)")
     if "miou" in metrics and segmenter is None:
         raise ConfigError("miou needs a network that finds maps in pictures: --segmenter package.module:function")
     if paired and real.source is None:
@@ -245,7 +249,7 @@ def plan_images(
             labels=labels or "none",
             masks=masks,
             segmenter=segmenter,
-            with_ssim="ssim" in metrics or "ssim-hole" in metrics,
+            judge=judge,
             seed=seed,
             preset=preset,
         )

@@ -20,7 +20,6 @@ from torch import Tensor
 from latentflow.artifacts import sha256_file
 from latentflow.autoencoder import to_unit_range
 from latentflow.commands.drawn_set import OnImages, compute_in_shards, drawn_columns, model_plan
-from latentflow.commands.evaluate_autoencoder import pair_values
 from latentflow.commands.reference import image_features, read_batches, stack_pixels
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.latent_size import class_counts, hide, hole_counts, shares, told_mask
@@ -28,7 +27,7 @@ from latentflow.data.masks import MaskRules, check_masks, draw_mask, mask_files
 from latentflow.errors import ConfigError, DataError, nearest
 from latentflow.latent_flow import LatentFlow
 from latentflow.metrics.features import FeatureExtractor
-from latentflow.metrics.pairs import confusion, iou, pair_order
+from latentflow.metrics.pairs import PairJudge, confusion, iou, pair_order
 from latentflow.metrics.report import Score
 from latentflow.randomness import derive_seed
 from latentflow.sampling.inpaint import Frame
@@ -51,7 +50,7 @@ class Painting:
         own_labels: whether each image is told the class of its real one.
         rules: which holes are drawn; None: the task is to paint semantic maps.
         segmenter: what finds maps in pictures; None: mean IoU is not wanted.
-        with_ssim: whether SSIM is wanted.
+        judge: what is measured of the pairs.
         inputs: holes or segmenter, for the report.
     """
 
@@ -59,7 +58,7 @@ class Painting:
     own_labels: bool
     rules: MaskRules | None = None
     segmenter: Segmenter | None = None
-    with_ssim: bool = False
+    judge: PairJudge = field(default_factory=PairJudge)
     inputs: dict[str, str] = field(default_factory=dict)
 
 
@@ -71,7 +70,7 @@ def plan_painting(
     labels: str,
     masks: str | None,
     segmenter: str | None,
-    with_ssim: bool,
+    judge: PairJudge,
     seed: int,
     preset: dict[str, Any],
 ) -> Painting:
@@ -109,7 +108,7 @@ def plan_painting(
     rules = _rules(model, masks)
     check_masks(rules, model.config.image_size, model.config.image_size)
     inputs = {"holes": _described(rules)}
-    return Painting(request, own_labels, rules=rules, with_ssim=with_ssim, inputs=inputs)
+    return Painting(request, own_labels, rules=rules, judge=judge, inputs=inputs)
 
 
 def require_same_classes(model: LatentFlow, source: ImageSource) -> None:
@@ -162,7 +161,7 @@ def painted(
             if painting.rules is None:
                 return samples.pixels, _confusions(painting.segmenter, samples.pixels, real[part], maps[part], model)
             filled = _pasted(samples.pixels, real[part], holes[part])
-            return filled, hole_values(filled, real[part], holes[part], with_ssim=painting.with_ssim)
+            return filled, hole_values(filled, real[part], holes[part], judge=painting.judge)
 
         given = _given(model, painting, real, holes, maps)
         how = {"batch_size": batch_size, "on_images": on_images, "finish": finish}
@@ -174,7 +173,7 @@ def painted(
         "data": source.fingerprint(),
         "features": extractor.hash,
         "own_labels": painting.own_labels,
-        "ssim": painting.with_ssim,
+        "pairs": painting.judge.key,
         **painting.inputs,
     }
     return compute_in_shards(len(rows), compute, plan=plan, folder=folder, process=process, on_images=on_images)
@@ -187,7 +186,7 @@ def paired_images(
     rows: Sequence[int],
     extractor: FeatureExtractor,
     *,
-    with_ssim: bool,
+    judge: PairJudge,
     batch_size: int,
     on_images: OnImages,
 ) -> dict[str, Tensor]:
@@ -204,7 +203,7 @@ def paired_images(
 
     def change(pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         real = stack_pixels([source[next(next_row)].pixels for _ in range(len(pixels))])
-        return pixels, pair_values(pixels, real, with_ssim=with_ssim)
+        return pixels, judge(pixels, real)
 
     how = {"plan": {}, "batch_size": batch_size, "on_images": on_images, "change": change}
     columns = image_features(samples, order, extractor, **how)
@@ -219,18 +218,20 @@ def map_scores(columns: dict[str, Tensor]) -> dict[str, Score]:
     return {"miou": Score(label="mean IoU of maps", value=reached.mean, limit=limit.mean)}
 
 
-def hole_values(filled: Tensor, real: Tensor, holes: Sequence[np.ndarray], *, with_ssim: bool) -> dict[str, Tensor]:
-    """PSNR and SSIM of the whole and in the hole, [B] each, of uint8 images [B, 3, S, S] and holes [S, S].
+def hole_values(filled: Tensor, real: Tensor, holes: Sequence[np.ndarray], *, judge: PairJudge) -> dict[str, Tensor]:
+    """What `judge` says of the whole, and PSNR and SSIM in the hole: [B] each.
+
+    Images are uint8 [B, 3, S, S], holes [S, S].
 
     Outside the hole images are equal to the bit, so a window that does not touch it has an SSIM of 1: the mean over
     the windows that do follows from the mean over all.
     """
     inside = torch.from_numpy(np.stack(holes))[:, None] > 0
-    values = pair_values(filled, real, with_ssim=with_ssim)
+    values = judge(filled, real)
     squares = (filled.double() - real.double()).square() * inside
     count = 3 * inside.flatten(1).sum(1)
     values["psnr-hole"] = 10 * torch.log10(255**2 * count / squares.flatten(1).sum(1).clamp(min=1))
-    if with_ssim:
+    if "ssim" in values:
         touching = F.max_pool2d(inside.double(), _WINDOW, stride=1).flatten(1).mean(1)
         values["ssim-hole"] = 1 - (1 - values["ssim"]) / touching
     return values

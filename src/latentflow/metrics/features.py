@@ -142,7 +142,8 @@ class DinoFeatures:
             from transformers import Dinov2Model  # slow to import, and an extra
         except ImportError as error:
             raise ConfigError(
-                "features 'dinov2' need the transformers library: pip install 'latentflow[dinov2]', or choose other features"
+                "features 'dinov2' need the transformers library: pip install 'latentflow[dinov2]', "
+                "or choose other features"
             ) from error
         try:
             network = Dinov2Model.from_pretrained(model, use_safetensors=True)

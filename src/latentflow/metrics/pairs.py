@@ -1,7 +1,6 @@
 """Scores of pairs: an image and the one it should have become, or a map and the one it should be.
 
-SSIM is torchmetrics'. PSNR is `latentflow.data.pictures.psnr`, which gives equal images a finite value. LPIPS is not
-offered: its weights come with libraries that this package does without.
+SSIM is torchmetrics'. PSNR is `latentflow.data.pictures.psnr`, which gives equal images a finite value.
 
 Legend: B or N images, H and W height and width in pixels, D features of an image, K classes.
 """
@@ -18,13 +17,46 @@ from torch import Tensor
 from latentflow.data.items import UNLABELLED
 from latentflow.data.pictures import psnr
 from latentflow.errors import ConfigError, DataError
+from latentflow.metrics.lpips import Lpips
 from latentflow.metrics.scores import require_enough
 from latentflow.metrics.statistics import require_features
 
-__all__ = ["DiscriminativeScores", "MapIoU", "confusion", "discriminative_scores", "iou", "pair_order", "psnr", "ssim"]
+__all__ = [
+    "DiscriminativeScores",
+    "MapIoU",
+    "PairJudge",
+    "confusion",
+    "discriminative_scores",
+    "iou",
+    "pair_order",
+    "psnr",
+    "ssim",
+]
 
 _SSIM_WINDOW = 11  # pixels: a Gaussian of standard deviation 1.5
 _EXTRA = "pip install 'latentflow[eval]'"
+
+
+@dataclass(frozen=True)
+class PairJudge:
+    """What is measured of every pair besides its PSNR."""
+
+    with_ssim: bool = False
+    lpips: Lpips | None = None
+
+    def __call__(self, images: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """Values of pairs of uint8 images [B, 3, H, W]: [B] each, on the CPU."""
+        values = {"psnr": psnr(images, real)}
+        if self.with_ssim:
+            values["ssim"] = ssim(images, real)
+        if self.lpips is not None:
+            values["lpips"] = self.lpips(images, real).cpu()
+        return values
+
+    @property
+    def key(self) -> str:
+        """Equal for judges that measure the same."""
+        return f"ssim {self.with_ssim}, lpips {self.lpips.hash[:12] if self.lpips else None}"
 
 
 def pair_order(names: Sequence[str], other_names: Sequence[str]) -> list[int]:
