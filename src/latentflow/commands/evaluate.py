@@ -164,6 +164,7 @@ def evaluate(
             "latentflow": latentflow.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
+            **({"lpips weights": judge.lpips.hash} if judge.lpips else {}),
         },
     )
     if other and not anyway:
