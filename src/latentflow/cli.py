@@ -20,7 +20,7 @@ from latentflow.errors import LatentFlowError
 
 if TYPE_CHECKING:
     from latentflow.commands.pictures import Pictures
-    from latentflow.latent_flow import SamplingPreset
+    from latentflow.model_config import SamplingPreset
 
 app = typer.Typer(
     name="latentflow",

@@ -16,13 +16,7 @@ from latentflow.autoencoder import Autoencoder, latent_mean, sample_latents
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.hub import CARD_FILE, HubId, fetch, looks_like, push_folder, require_token
 from latentflow.model_card import model_card
-from latentflow.model_config import (  # noqa: F401
-    AUTOENCODER_FOLDER,
-    AutoencoderRecord,
-    ModelConfig,
-    SamplingPreset,
-    TrainingRecord,
-)
+from latentflow.model_config import AUTOENCODER_FOLDER, ModelConfig
 from latentflow.randomness import ImageRandom
 from latentflow.shapes import Condition
 

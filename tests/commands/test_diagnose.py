@@ -32,7 +32,8 @@ from latentflow.commands.diagnose_figures import (
 from latentflow.data.images import open_images
 from latentflow.errors import ArtifactError, ConfigError, DataError, NonFiniteError
 from latentflow.flow.path import CosinePath, LinearPath
-from latentflow.latent_flow import LatentFlow, TrainingRecord
+from latentflow.latent_flow import LatentFlow
+from latentflow.model_config import TrainingRecord
 from tests import tiny
 from tests.processes import run_here
 

@@ -27,11 +27,12 @@ from latentflow.commands.sweep_rules import (
 )
 from latentflow.data.images import open_images
 from latentflow.errors import ArtifactError, ConfigError, DataError, NonFiniteError
-from latentflow.latent_flow import LatentFlow, SamplingPreset, read_config
+from latentflow.latent_flow import LatentFlow, read_config
 from latentflow.metrics.features import RandomFeatures
 from latentflow.metrics.reference import Provenance, Reference
 from latentflow.metrics.scores import frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
+from latentflow.model_config import SamplingPreset
 from latentflow.sampling.pipeline import sample
 from tests import tiny
 from tests.processes import Result, run_here

@@ -11,7 +11,7 @@ from latentflow.commands.report import Series, chart_file, code, details, figure
 from latentflow.commands.report import table as html_table
 from latentflow.commands.sweep_rounds import Round
 from latentflow.commands.sweep_rules import SIGMAS, Candidate, Point
-from latentflow.latent_flow import SamplingPreset
+from latentflow.model_config import SamplingPreset
 
 HEADER = ("preset", "evaluations", "distance", "std error", "ms per image", "")
 _MARKS = {"front": "front", "undecided": "undecided", "beaten": ""}

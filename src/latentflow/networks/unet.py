@@ -149,7 +149,7 @@ class UNetConfig(BaseModel):
     norm_groups: int = Field(32, gt=0, description="most groups of a norm")
     norm_group_channels: int = Field(gt=0, description="least channels of a group; narrow maps have fewer groups")
     norm_eps: float = Field(gt=0, description="added to variances")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of channels values left out in training, in every block")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of values left out in training, in every block")
     gradient_checkpointing: bool = Field(
         False, description="compute every block again in the backward pass: less memory, about a third more time"
     )
