@@ -206,7 +206,7 @@ def _images(
 ) -> dict[str, Tensor]:
     """The columns of the images to be scored, whoever made them: see `drawn_columns`, `image_features`, `painted`."""
     options = {"batch_size": batch_size, "folder": folder, "process": process, "on_images": on_images}
-    rows = [] if reference.rows is None else reference.rows[: plan.num].tolist()
+    rows = [] if reference.rows is None else reference.rows[_chosen(len(reference.rows), plan.num)].tolist()
     if subject.task == "reconstruction":
         keys = {"data": real.fingerprint, "image_size": subject.image_size, "features": extractor.hash}
         given = (subject.autoencoder, real.source, rows, extractor)
@@ -239,6 +239,11 @@ def _images(
     return {"features": drawn.features, "evaluations": drawn.evaluations, "labels": drawn.labels, "seconds": spent}
 
 
+def _chosen(available: int, num: int) -> Tensor:
+    """Which `num` of `available` images: always the same, drawn from all of them, as folders are sorted by class."""
+    return torch.randperm(available, generator=torch.Generator().manual_seed(0))[:num].sort().values
+
+
 def _scores(
     metrics: Sequence[str],
     columns: dict[str, Tensor],
@@ -252,7 +257,7 @@ def _scores(
     given = (of_features, generated, reference.statistics, real)
     scores = feature_scores(*given, features=extractor.name, logits=logits, resamples=resamples)
     if judged := [name for name in metrics if name in JUDGED]:
-        found = discriminative_scores(generated, real[: len(generated)])
+        found = discriminative_scores(generated, real[_chosen(len(real), len(generated))])
         warning = require_enough("p_ids", len(generated), dim=generated.shape[1])
         for name in judged:
             value, notes = getattr(found, name.replace("-", "_")), [warning] if warning else []
