@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from latentflow import console
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import open_images
@@ -26,6 +27,20 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not here")
     return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_folder(tmp_path_factory) -> Iterator[None]:
+    """What is remembered of files goes into a folder of the session's own, also in the commands that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LATENTFLOW_CACHE", str(tmp_path_factory.mktemp("remembered")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def untold() -> None:
+    """Every test hears the notices that an earlier one has heard."""
+    console._told.clear()
 
 
 @pytest.fixture(scope="session")

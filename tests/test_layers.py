@@ -17,8 +17,10 @@ LAYERS = {
     "shapes": 0,
     "randomness": 0,
     "artifacts": 0,
+    "console": 0,
     "errors": 0,
     "hub": 0,
+    "ledger": 0,
     "flow": 1,
     "networks": 1,
     "autoencoder": 1,
@@ -36,7 +38,7 @@ LAYERS = {
     "cli": 6,
     "__main__": 7,
 }
-FLOOR = ("shapes", "randomness", "artifacts", "errors", "hub")
+FLOOR = ("shapes", "randomness", "artifacts", "console", "errors", "hub", "ledger")
 """Layer 0: these may see each other."""
 WAIST = ("model_config", "model_card", "latent_flow")
 """Layer 3: each may see those before it. No other rooms of one layer may see each other."""

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from latentflow.console import open_streams, printable, say
 from latentflow.errors import LatentFlowError
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def encode(
         device=device,
     )
     if result.index is None:
-        _say("this process is done; another one will finish the cache")
+        say("this process is done; another one will finish the cache")
         return
     index = result.index
     rows = {
@@ -183,7 +184,7 @@ def encode(
     }
     _report(rows, as_json)
     for name in index.broken:
-        _say(f"left out: {name}")
+        say(f"left out: {name}")
 
 
 @app.command(epilog="Example: latentflow prepare camvid camvid.zip --out data/camvid")
@@ -222,11 +223,11 @@ def train(
 
     result = run(resolved, cpu=cpu)
     for name in result.broken:
-        _say(f"left out: {name}")
+        say(f"left out: {name}")
     if not result.outcome.finished:
-        _say(f"stopped by a signal at step {result.outcome.step}, saved; repeat the command to go on")
+        say(f"stopped by a signal at step {result.outcome.step}, saved; repeat the command to go on")
         raise typer.Exit(128 + (result.outcome.signal or 0))
-    _say(f"{result.outcome.step} steps done; the model is {result.run / 'model'}")
+    say(f"{result.outcome.step} steps done; the model is {result.run / 'model'}")
 
 
 @app.command(epilog="Example: latentflow train-autoencoder photos data.path=photos out=runs/photos_autoencoder")
@@ -251,9 +252,9 @@ def train_autoencoder(
 
     result = train_first_stage(resolved, cpu=cpu)
     for name in result.broken:
-        _say(f"left out: {name}")
+        say(f"left out: {name}")
     if result.report is None:
-        _say(f"stopped by a signal at step {result.outcome.step}, saved; repeat the command to go on")
+        say(f"stopped by a signal at step {result.outcome.step}, saved; repeat the command to go on")
         raise typer.Exit(128 + (result.outcome.signal or 0))
     report = result.report
     rows = {
@@ -356,7 +357,7 @@ def inpaint(
     )
     used, (height, width) = result.request.inputs, result.request.image_size
     if used["method"] == "replacement" and method is None:
-        _say("the model was not trained for inpainting: what is known was put in its place along the path")
+        say("the model was not trained for inpainting: what is known was put in its place along the path")
     left, top, right, bottom = map(int, used["frame"].split())
     rows = {
         "method": used["method"],
@@ -547,7 +548,7 @@ def sweep(
     presets = {"old preset": _preset_line(result.old), name: _preset_line(result.new)}
     _report({**presets, "page": str(out / "page.html"), "seconds": round(result.seconds, 1)}, as_json)
     for note in [*result.notes, *(f"{name} could not be measured: {why}" for name, why in result.failed.items())]:
-        _say(note)
+        say(note)
 
 
 @app.command(epilog="Example: latentflow evaluate runs/pets --data pets --num 10000 --guidance 1.5 --out pets.json")
@@ -644,7 +645,7 @@ def evaluate(
         device=device,
     )
     if result is None:
-        _say("this process is done; the first one computes the scores")
+        say("this process is done; the first one computes the scores")
         return
     report, comparison = result.report, result.comparison
     if as_json:
@@ -653,7 +654,7 @@ def evaluate(
         return
     _report(evaluation_rows(result), as_json)
     for note in [*(comparison.differing if comparison else []), *report.warnings]:
-        _say(note)
+        say(note)
 
 
 @app.command(epilog="Example: latentflow bound runs/pets --data pets --out bound")
@@ -699,8 +700,8 @@ def bound(
     if out is not None:
         rows["page"] = str(out / "page.html")
     _report(rows, as_json)
-    _say(verdict(measured))
-    _say(looseness(measured))
+    say(verdict(measured))
+    say(looseness(measured))
 
 
 @app.command(epilog="Example: latentflow diagnose runs/pets --data pets/val --train pets/train --out diagnosis")
@@ -919,9 +920,9 @@ def demo(
     from latentflow.commands.demo_page import key_figures
 
     try:
-        figures = run(out, say=_say)
+        figures = run(out, say=say)
     except Interrupted as stop:
-        _say(str(stop))
+        say(str(stop))
         raise typer.Exit(128 + stop.signal) from None
     _report({**key_figures(figures), "report": str(out / "report.html")}, as_json)
 
@@ -975,7 +976,7 @@ def convert(
     }
     _report(rows, as_json)
     for note in result.notes:
-        _say(note)
+        say(note)
 
 
 @app.command(epilog="Example: latentflow push runs/streets me/streets --private")
@@ -1099,10 +1100,6 @@ def _pair(text: str | None, option: str, separator: str = ",") -> tuple[float, f
     return low, high
 
 
-def _say(text: str) -> None:
-    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 def _report(rows: dict[str, Any], as_json: bool) -> None:
     """A short two-column table, or JSON for a script."""
     if as_json:
@@ -1112,14 +1109,15 @@ def _report(rows: dict[str, Any], as_json: bool) -> None:
     table.add_column()
     table.add_column(overflow="fold")  # a path that is cut short is of no use
     for key, value in rows.items():
-        table.add_row(f"[bold]{key}", escape(str(value)))
+        table.add_row(f"[bold]{escape(printable(key))}", escape(printable(value)))
     Console().print(table)
 
 
 def main() -> None:
     """Run the command line; what the user can mend is one line on stderr and exit code 2."""
+    open_streams()
     try:
         app()
     except LatentFlowError as error:
-        _say(f"latentflow: {error}")
+        say(f"latentflow: {error}")
         sys.exit(error.exit_code)

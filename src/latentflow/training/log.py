@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 from latentflow.artifacts import write_text
+from latentflow.console import printable
 from latentflow.flow.times import sum_by_time
 
 NUM_TIME_BINS = 10
@@ -124,7 +125,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self.enabled:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> RunLog:
         if self.enabled:

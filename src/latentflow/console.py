@@ -1,0 +1,71 @@
+"""What is said to a person: the one place that prints lines.
+
+Names of files, classes and devices come from other people's disks. They may hold escape codes, newlines or bytes that
+are no text, so nothing reaches a terminal or a log before `printable` has made it visible.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from rich.console import Console
+
+_LOGGER = logging.getLogger("latentflow")
+_JOINERS = "\u200c\u200d"  # invisible, but part of correctly spelt Persian words and of some emoji
+_told: set[str] = set()
+
+
+def printable(text: object) -> str:
+    r"""`text` on one line, with everything that could steer a terminal written out.
+
+    >>> printable("a\x1b[2Jb\nc")
+    'a\\x1b[2Jb\\nc'
+
+    A byte of a file name that is no text, which Python holds as a lone surrogate, becomes its value: \xe9.
+    """
+    return "".join(
+        character if character.isprintable() or character in _JOINERS else _written_out(character)
+        for character in str(text)
+    )
+
+
+def say(text: object) -> None:
+    """Print one line on stderr."""
+    Console(stderr=True).print(printable(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def notice(text: str) -> None:
+    """Tell the user something that is no error, once per process.
+
+    It goes to the logger "latentflow" as a warning, so that programs which use the library can handle it. Of several
+    processes started by one launcher only the first one tells.
+    """
+    line = printable(text)
+    if line not in _told and os.environ.get("RANK", "0") == "0":
+        _told.add(line)
+        _LOGGER.warning("%s", line)
+
+
+def open_streams() -> None:
+    """Prepare stdout and stderr of a command: what their encoding lacks is written out, and notices become lines.
+
+    A terminal or a log may be ASCII or cp1252, whatever the names in a data set are.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if not any(isinstance(handler, _Lines) for handler in _LOGGER.handlers):
+        _LOGGER.addHandler(_Lines())
+        _LOGGER.propagate = False
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"note: {record.getMessage()}")
+
+
+def _written_out(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
