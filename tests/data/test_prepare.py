@@ -190,7 +190,10 @@ def test_what_fails_halfway_leaves_nothing(tmp_path, made):
     folder = made("celebamask-hq")
     broken = folder / "CelebAMask-HQ-mask-anno/13/27000_nose.png"
     broken.write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"source: cannot read .*13/27000_nose.png \(it is no image\); download or unp"):
+    with pytest.raises(
+        DataError,
+        match=r"source: cannot read .*13/27000_nose.png \(its content is no image that Pillow .*\); download or unp",
+    ):
         prepare("celebamask-hq", folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -233,7 +233,7 @@ def test_file_that_is_missing_is_named(tmp_path):
     file = tmp_path / "map.png"
     with refused(f"{file}: it cannot be read (No such file or directory); save or copy the map anew"):
         read_map(file, TOWN)
-    with pytest.raises(DataError, match=r"^the semantic map: its content is no image"):
+    with pytest.raises(DataError, match=r"^the semantic map: it cannot be read \(its content is no image"):
         read_map(b"no image", TOWN)
 
 

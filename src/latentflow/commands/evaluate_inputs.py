@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from latentflow.artifacts import sha256_tensors
 from latentflow.autoencoder import Autoencoder
@@ -18,6 +16,7 @@ from latentflow.commands.drawn_set import LABEL_POLICIES, set_request
 from latentflow.commands.evaluate_autoencoder import open_autoencoder
 from latentflow.commands.evaluate_painting import Painting, plan_painting, require_same_classes
 from latentflow.commands.reference import RealImages
+from latentflow.data.decode import open_image, reason
 from latentflow.data.images import open_images
 from latentflow.data.items import ImageSource
 from latentflow.data.stores import is_image, open_store
@@ -181,10 +180,10 @@ def _open_samples(model: str) -> ImageSource:
                 f"{model}: {name} is no PNG: what JPEG and its like lose changes every score; save samples as PNG"
             )
         try:
-            with Image.open(BytesIO(store.read(file.path))) as image:
+            with open_image(store.read(file.path), name) as image:
                 width, height = image.size
-        except Exception as error:  # decoders of damaged files raise nearly anything
-            raise DataError(f"{model}: cannot read {name}: {error}; draw it anew") from error
+        except Exception as error:  # damaged archives raise nearly anything
+            raise DataError(f"{model}: cannot read {name}: {reason(error)}; draw it anew") from error
         side = side or width
         if (width, height) != (side, side):
             raise DataError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-from PIL import Image
+from latentflow.data.decode import open_image
 
 _WIDTH, _LABEL_WIDTH, _LARGEST_CELL = 960, 118, 104  # of pictures and charts, in CSS pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 920, 14, 330  # the frame of a chart of 960 x 386
@@ -177,7 +177,7 @@ def contact_sheet(
         gap: pixels between the pictures.
         marked: (row, column) of the pictures to frame in red.
     """
-    with Image.open(file) as image:
+    with open_image(file) as image:
         width, height = image.size
     lines = max((len(label.split(" ")) for label in columns), default=0)  # one word a line: columns are narrow
     left, top = _LABEL_WIDTH, 15 * lines + 8 if columns else 0

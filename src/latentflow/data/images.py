@@ -10,7 +10,6 @@ makes it square. FID depends on these rules, so they are the same for training i
 from __future__ import annotations
 
 import hashlib
-import io
 import posixpath
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,15 +19,16 @@ from pathlib import Path
 from urllib.parse import quote_from_bytes
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from latentflow.data.crop import center_crop, crop_map
+from latentflow.data.decode import BrokenImage, open_image, reason, upright
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.lmdb_store import LmdbStore, check_first, environment_file
 from latentflow.data.map_files import MapFiles
 from latentflow.data.stores import SUFFIXES, FolderStore, StoredFile, ZipStore, is_image, open_store, wrapper
 from latentflow.data.synthetic import SyntheticShapes
-from latentflow.errors import DataError
+from latentflow.errors import ConfigError, DataError
 
 __all__ = [
     "BrokenImage",
@@ -44,22 +44,6 @@ __all__ = [
 
 _PRINTABLE = bytes(sorted({*range(0x20, 0x7F)} - {ord("%")}))
 SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "eval"])
-
-
-class BrokenImage(DataError):
-    """One file of a source cannot be read as an image; the others may be fine.
-
-    Attributes:
-        name: the item's path inside the source.
-        reason: what is wrong with it.
-    """
-
-    def __init__(self, name: str, reason: str):
-        super().__init__(name, reason)
-        self.name, self.reason = name, reason
-
-    def __str__(self) -> str:
-        return f"cannot read the image {self.name}: {self.reason}"
 
 
 def open_images(path: str | Path, image_size: int, *, first: int | None = None, strict: bool = False) -> ImageSource:
@@ -129,7 +113,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: the pixels are floating-point or 32-bit numbers, whose white is not defined.
     """
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
@@ -221,10 +205,11 @@ class ImageFiles:
         """
         name, semantic_map = self.name(index), None
         with _decoding(name):
-            upright = _upright(self._store.read(self._files[index].path))
-            pixels = center_crop(upright, self.image_size)
+            with open_image(self._store.read(self._files[index].path), name) as image:
+                rgb = to_rgb(image)
+                pixels, size = center_crop(rgb, self.image_size), rgb.size
             if self._maps:
-                semantic_map = crop_map(self._maps.read(index, upright.size), self.image_size)
+                semantic_map = crop_map(self._maps.read(index, size), self.image_size)
         label = self._label_of[name.partition("/")[0]] if self.class_names else None
         return ImageItem(pixels, label, name, semantic_map)
 
@@ -259,14 +244,9 @@ class LmdbImages:
     def __getitem__(self, index: int) -> ImageItem:
         """Decode image `index`; raises what `ImageFiles` raises."""
         name = self.name(index)
-        with _decoding(name):
-            pixels = center_crop(_upright(self._store.read(self._store.keys[index])), self.image_size)
+        with _decoding(name), open_image(self._store.read(self._store.keys[index]), name) as image:
+            pixels = center_crop(to_rgb(image), self.image_size)
         return ImageItem(pixels, None, name)
-
-
-def _upright(file: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(file)) as image:
-        return to_rgb(image)
 
 
 @contextmanager
@@ -274,10 +254,10 @@ def _decoding(name: str) -> Iterator[None]:
     """Whatever goes wrong in here makes `name` a broken image."""
     try:
         yield
-    except Image.UnidentifiedImageError:
-        raise BrokenImage(name, "its content is no image that Pillow can read") from None
-    except Exception as error:  # decoders of damaged files raise nearly anything
-        raise BrokenImage(name, str(error) or type(error).__name__) from error
+    except (BrokenImage, ConfigError):
+        raise
+    except Exception as error:  # damaged archives raise nearly anything
+        raise BrokenImage(name, reason(error)) from error
 
 
 def _checked(index: int, source: ImageSource) -> int:

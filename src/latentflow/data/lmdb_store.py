@@ -12,7 +12,6 @@ order in which the first N images of LSUN are counted. Nothing is ever unpickled
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 import threading
@@ -23,14 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from PIL import Image
-
+from latentflow.data.decode import BrokenImage, open_image
 from latentflow.errors import DataError
 
 if TYPE_CHECKING:
     import lmdb
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # each begins with a mark that raw pixels hardly ever have
 _LEAST_SIDE = 8  # fewer raw pixels are no picture but a number or a label
 _NUM_LOOKED_AT = 16  # values that decide the layout
 _NUM_HASHED = 64  # values in the fingerprint
@@ -193,8 +190,9 @@ def _is_raw(path: Path, values: dict[bytes, bytes]) -> bool:
     pickled = value[:1] == b"\x80" and value[-1:] == b"."
     what = "a pickled object, which latentflow does not load: it could run any code" if pickled else "neither"
     raise DataError(
-        f"{path} has no values that are image files ({', '.join(_FORMATS)}) or square RGB pixels (3 x side x side "
-        f"bytes): the first, {key!r} of {len(value)} bytes, is {what}; write image files into it, or into a folder"
+        f"{path} has no values that are image files (JPEG, PNG, WebP, BMP, GIF, TIFF) or square RGB pixels "
+        f"(3 x side x side bytes): the first, {key!r} of {len(value)} bytes, is {what}; "
+        "write image files into it, or into a folder"
     )
 
 
@@ -206,7 +204,7 @@ def _side(value: bytes) -> int:
 
 def _is_file(value: bytes) -> bool:
     try:
-        Image.open(io.BytesIO(value), formats=_FORMATS).close()
-    except Exception:  # decoders of damaged files raise nearly anything
+        with open_image(value) as image:
+            return image.format != "PPM"  # whose mark, two letters, raw pixels may well begin with
+    except BrokenImage:
         return False
-    return True

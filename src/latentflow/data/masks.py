@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from latentflow.data.decode import BrokenImage, open_image, upright
 from latentflow.data.latent_size import ToldAs
 from latentflow.errors import ConfigError, DataError
 
@@ -192,20 +193,12 @@ def read_mask(file: str | Path | Image.Image, size: tuple[int, int] | None = Non
         DataError: the file cannot be read, has another size, has transparent, coloured or gray pixels, or is
             all black or all white.
     """
-    in_memory = isinstance(file, Image.Image)
-    name = str((getattr(file, "filename", "") or "in memory") if in_memory else file)
+    name = str((getattr(file, "filename", "") or "in memory") if isinstance(file, Image.Image) else file)
     try:
-        if in_memory:
-            image = ImageOps.exif_transpose(file)
-        else:
-            with Image.open(file) as opened:
-                image = ImageOps.exif_transpose(opened)
-        channels, opaque = _channels(image)
-    except Image.UnidentifiedImageError:
-        raise DataError(f"cannot read the mask {name}: it is no image that Pillow can read; give a PNG") from None
-    except Exception as error:  # decoders of damaged files raise nearly anything
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"cannot read the mask {name}: {reason}; give a whole PNG file") from error
+        with open_image(file, name) as image:
+            channels, opaque = _channels(upright(image))
+    except BrokenImage as error:
+        raise DataError(f"cannot read the mask {name}: {error.reason}; give a whole PNG file") from error
 
     height, width = channels.shape[:2]
     if size is not None and (height, width) != tuple(size):

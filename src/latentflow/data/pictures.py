@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latentflow.artifacts import sha256_file
 from latentflow.data.crop import center_crop
+from latentflow.data.decode import open_image
 from latentflow.data.images import to_rgb
 from latentflow.errors import DataError
 
@@ -21,13 +22,8 @@ def read_picture(file: str | Path) -> Image.Image:
         DataError: the file is missing, damaged, or no image.
     """
     _require_file(file)
-    try:
-        with Image.open(file) as image:
-            return to_rgb(image)
-    except Image.UnidentifiedImageError:
-        raise DataError(f"{file} is no image that Pillow can read; give a PNG, JPEG or WebP file") from None
-    except Exception as error:  # decoders of damaged files raise nearly anything
-        raise DataError(f"cannot read the image {file}: {error or type(error).__name__}") from error
+    with open_image(file) as image:
+        return to_rgb(image)
 
 
 def describe_file(file: str | Path) -> str:
@@ -66,6 +62,7 @@ def psnr(pixels: Tensor, other: Tensor) -> Tensor:
 
 
 def _require_file(file: str | Path) -> None:
-    if not Path(file).is_file():
-        what = "is a folder" if Path(file).is_dir() else "does not exist"
+    path = Path(file)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
         raise DataError(f"{file} {what}; give an image file")

@@ -7,7 +7,6 @@ published as one file per part of the face, are painted.
 
 from __future__ import annotations
 
-import io
 import os
 import posixpath
 import re
@@ -21,9 +20,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from latentflow.artifacts import atomic_folder
+from latentflow.data.decode import BrokenImage, open_image, reason
 from latentflow.data.map_files import pair_maps, read_classes
 from latentflow.data.semantic_maps import MapClasses
 from latentflow.data.stores import StoredFile, ZipStore, is_image, open_store, wrapper
@@ -178,12 +178,12 @@ class _Source:
 
     def mask(self, file: StoredFile) -> np.ndarray:
         """A black and white picture, [H, W] bool, true where it is white."""
-        with self._named(file), Image.open(io.BytesIO(self.read(file))) as image:
+        with self._named(file), open_image(self.read(file), file.path) as image:
             return np.asarray(image.convert("L")) > 127
 
     def image_size(self, file: StoredFile) -> tuple[int, int]:
         """Width and height of an image, which is not decoded."""
-        with self._named(file), Image.open(io.BytesIO(self.read(file))) as image:
+        with self._named(file), open_image(self.read(file), file.path) as image:
             return image.size
 
     @contextmanager
@@ -191,12 +191,11 @@ class _Source:
         """Name the file in whatever goes wrong with it."""
         try:
             yield
-        except DataError:
-            raise
         except Exception as error:  # decoders and damaged archives raise nearly anything
-            reason = getattr(error, "strerror", None) or str(error)
-            reason = "it is no image" if isinstance(error, UnidentifiedImageError) else reason
-            raise DataError(f"{self.path}: cannot read {file.path} ({reason}); download or unpack it anew") from error
+            if isinstance(error, DataError) and not isinstance(error, BrokenImage):
+                raise
+            why = f"{self.path}: cannot read {file.path} ({reason(error)})"
+            raise DataError(f"{why}; download or unpack it anew") from error
 
 
 _Found = tuple[MapClasses, dict[str, list[Pair]]]

@@ -7,17 +7,17 @@ Legend: K number of classes; H, W height and width in pixels.
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile
 
 from latentflow.artifacts import write_text
 from latentflow.data.crop import crop_map
+from latentflow.data.decode import BrokenImage, open_image, upright
 from latentflow.data.items import UNLABELLED
 from latentflow.errors import DataError
 
@@ -133,18 +133,10 @@ def read_map(file: str | Path | bytes | Image.Image, classes: MapClasses, *, nam
     """
     name = name or (str(file) if isinstance(file, str | Path) else "the semantic map")
     try:
-        if isinstance(file, Image.Image):
-            values = _values(file, name)
-        else:
-            with Image.open(file if isinstance(file, str | Path) else io.BytesIO(file)) as image:
-                values = _values(image, name)
-    except DataError:
-        raise
-    except UnidentifiedImageError:
-        raise DataError(f"{name}: its content is no image that Pillow can read; save the map as a PNG") from None
-    except Exception as error:  # decoders of damaged files raise nearly anything
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise DataError(f"{name}: it cannot be read ({reason}); save or copy the map anew") from error
+        with open_image(file, name) as image:
+            values = _values(image, name)
+    except BrokenImage as error:
+        raise DataError(f"{name}: it cannot be read ({error.reason}); save or copy the map anew") from error
     if values.ndim == 3:
         return _classes_of_colours(values, classes, name)
     check_map(values, classes, name)
@@ -204,7 +196,7 @@ def _values(image: Image.Image, name: str) -> np.ndarray:
     mode = _OPAQUE_TWINS.get(image.mode, image.mode)
     if mode != "RGB" and image.format in ("JPEG", "MPO"):
         raise DataError(f"{name}: JPEG smears class indices into their neighbours'; save the map as a PNG")
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if mode != image.mode:
         clear = int((np.asarray(image.getchannel("A")) < 255).sum())
         if clear:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from latentflow.data.decode import read_file
 from latentflow.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -62,7 +63,7 @@ class FolderStore:
         return {name: StoredFile(name, num_bytes) for name, num_bytes in found}
 
     def read(self, path: str) -> bytes:
-        return (self.path / path).read_bytes()
+        return read_file(self.path / path)
 
     def _walk(self, folder: Path, prefix: str, parents: frozenset[Path]) -> Iterator[tuple[str, int]]:
         try:
