@@ -115,6 +115,26 @@ def test_dit_predicts_the_noise_of_a_chain(run, tmp_path, case):
         assert error <= 2e-4
 
 
+@pytest.mark.parametrize("told", [(), ("learn_sigma=true",)])
+@torch.no_grad()
+def test_the_velocity_is_the_first_half_of_what_lfm_learned_with_sigma(run, tmp_path, told):
+    """The file's shapes say so; both halves of the last layer hold [row][column][velocity, sigma]."""
+    options = {**SIZES, "input_size": 8, "label_dropout": 0.1}
+    both = foreign.draw(architecture("lfm", {**options, "learn_sigma": True}))
+    both["final_layer.linear.weight"] = torch.randn(both["final_layer.linear.weight"].shape)
+    both["final_layer.linear.bias"] = torch.randn(both["final_layer.linear.bias"].shape)
+    alone = {
+        key: value.unflatten(0, (4, 8))[:, :4].flatten(0, 1) if key.startswith("final_layer.linear") else value
+        for key, value in both.items()
+    }
+    given = [f"{key}={value}" for key, value in options.items()]
+    run("lfm", foreign.save(both, tmp_path / "both.pth"), options=[*given, *told], image_size=None)
+    run("lfm", foreign.save(alone, tmp_path / "alone.pth"), tmp_path / "other", options=given, image_size=None)
+    model, other = reloaded(tmp_path / "model"), reloaded(tmp_path / "other")
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([0, 2])
+    assert torch.equal(model.velocity(x, t, Condition(y)), other.velocity(x, t, Condition(y)))
+
+
 @torch.no_grad()
 def test_edm_is_a_preconditioned_denoiser(run, tmp_path):
     """D(y, sigma) = c_skip y + c_out F(c_in y, ln(sigma) / 4) of arXiv 2206.00364, table 1; v = (x - D) / t."""

@@ -42,6 +42,11 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "lfm DiT, 1 class or none": ("lfm", {**_LFM_DIT, "num_classes": 1, "label_dropout": 0.1}, {}),
     "lfm DiT, 10 classes": ("lfm", {**_LFM_DIT, "num_classes": 10, "label_dropout": 0.1}, {}),
     "lfm DiT, 10 classes, none dropped": ("lfm", {**_LFM_DIT, "num_classes": 10, "label_dropout": 0}, {}),
+    "lfm DiT, half of its output unused": (
+        "lfm",
+        {**_LFM_DIT, "num_classes": 10, "label_dropout": 0.1, "learn_sigma": True},
+        {},
+    ),
     "sit": ("sit", _META_DIT, {}),
     "sit, velocity alone": ("sit", {**_META_DIT, "learn_sigma": False}, {}),
     "dit": ("dit", _META_DIT, {}),

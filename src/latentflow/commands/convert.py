@@ -13,6 +13,7 @@ import yaml
 from latentflow.artifacts import require_new
 from latentflow.autoencoder import Autoencoder
 from latentflow.convert.checkpoint import read_checkpoint
+from latentflow.convert.dit import learns_sigma
 from latentflow.convert.families import require_family
 from latentflow.convert.lfm import AUTOENCODER
 from latentflow.convert.model import assemble
@@ -82,18 +83,19 @@ def convert(
         published(family, given, experiment=experiment, image_size=image_size)
     first_stage = Autoencoder.from_pretrained(autoencoder)
     file = read_checkpoint(checkpoint, encoder=encoder, prefix="model." if family == "edm" else "")
+    found = {**file.options, "learn_sigma": learns_sigma(file.weights)}
     known = published(
-        family, given, experiment=experiment, found=file.options, image_size=image_size, factor=first_stage.factor
+        family, given, experiment=experiment, found=found, image_size=image_size, factor=first_stage.factor
     )
     network = known.architecture.load(file.weights, file.origin)
     names = named or class_names_of(known.architecture)
     model = assemble(known, network, first_stage, class_names=names).to(usable_device(device))
     num_classes = model.config.conditioning.num_classes
     labels = [0, num_classes - 1] if num_classes else None
-    found = check_flow(model, labels) if check else None
+    checked = check_flow(model, labels) if check else None
     model.save_pretrained(out)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    return ConvertResult(model, num_parameters, file.part, found, known.notes, time.perf_counter() - began)
+    return ConvertResult(model, num_parameters, file.part, checked, known.notes, time.perf_counter() - began)
 
 
 def _key_value(option: str) -> tuple[str, Any]:

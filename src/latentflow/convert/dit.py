@@ -4,6 +4,7 @@
     lfm      velocity                           1 = noise       a null row only where labels were dropped
     sit      velocity the other way, maybe a    0 = noise       with a null row
              second half that is not used
+             (of lfm, too, where it was trained so)
     dit      noise and its variance             step 0 to 999   with a null row
 
 What differs can be said by weights alone: time turned round turns the sinusoids by a fixed angle, a sign or a half that
@@ -13,6 +14,7 @@ is not used belongs to the last layer.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -41,7 +43,9 @@ class DiTOptions(PublishedOptions):
     mlp_ratio: float = Field(4.0, gt=0)
     class_dropout_prob: float = Field(0.1, ge=0, lt=1, alias="label_dropout")
     num_classes: int = Field(1000, gt=0)
-    learn_sigma: bool = Field(True, description="twice as many output channels; LFM never has them")
+    learn_sigma: bool | None = Field(
+        None, description="twice as many output channels; otherwise true of DiT and SiT, false of LFM"
+    )
 
 
 def dit(options: DiTOptions, family: Family, *, keep_variance: bool = False) -> Architecture:
@@ -53,11 +57,11 @@ def dit(options: DiTOptions, family: Family, *, keep_variance: bool = False) -> 
     Raises:
         ConfigError: there is no variance to keep.
     """
-    if keep_variance and (family != "dit" or not options.learn_sigma):
+    doubled = family != "lfm" if options.learn_sigma is None else options.learn_sigma
+    if keep_variance and (family != "dit" or not doubled):
         raise ConfigError(f"keep_variance: networks of {family} without a learned variance have none to keep")
     has_null = options.class_dropout_prob > 0 or family != "lfm"
     constant_label = options.num_classes == 1 and not has_null
-    doubled = options.learn_sigma and family != "lfm"
     keeps = doubled and keep_variance
     channels = options.in_channels
     config = DiTConfig(
@@ -93,6 +97,17 @@ def dit(options: DiTOptions, family: Family, *, keep_variance: bool = False) -> 
         keys=KeyMap(rules, [positions]),
         num_classes=0 if constant_label else options.num_classes,
     )
+
+
+def learns_sigma(weights: Mapping[str, Tensor]) -> bool | None:
+    """Whether a published transformer gives twice as many channels as it takes, by the shapes of its weights.
+
+    None where the weights are not those of such a transformer.
+    """
+    first, last = weights.get("x_embedder.proj.weight"), weights.get("final_layer.linear.weight")
+    if first is None or last is None or first.dim() != 4:
+        return None
+    return last.shape[0] == 2 * first[0].numel()  # patch x patch x channels of the input
 
 
 def _time_rules(family: Family, constant_label: bool) -> list[Rule]:

@@ -41,6 +41,7 @@ class LfmFlags(PublishedOptions):
     label_dim: int = Field(0, ge=0)
     num_classes: int | None = None
     label_dropout: float = Field(0.0, ge=0, lt=1)
+    learn_sigma: bool | None = Field(None, description="of a transformer: the velocity is the output's first half")
     use_scale_shift_norm: bool = True
     resblock_updown: bool = False
     use_new_attention_order: bool = False
@@ -198,6 +199,7 @@ def _dit_options(flags: LfmFlags) -> DiTOptions:
         in_channels=flags.num_in_channels,
         class_dropout_prob=flags.label_dropout,
         num_classes=flags.num_classes,
+        learn_sigma=flags.learn_sigma,
         **NAMES[flags.model_type],
     )
 

@@ -71,7 +71,7 @@ def published(
     Args:
         options: of the published network, under its own names; "name" of "sit" and "dit" is SiT-XL/2 and the like.
         experiment: of "lfm", by name; `options` replace its flags.
-        found: what the file says about itself; used where there is no experiment.
+        found: what the file says about itself; all but "learn_sigma" is used only where there is no experiment.
         image_size: in pixels; None: 256, or what the options say.
         factor: pixels per latent pixel of the autoencoder; None: not known yet, taken for the published 8.
 
@@ -108,6 +108,8 @@ def _lfm(
     image_size: int | None,
     factor: int | None,
 ) -> Published:
+    if (sigma := found.get("learn_sigma")) is not None:
+        options = {"learn_sigma": sigma, **options}
     if experiment is None and "hidden_size" in options:
         factor = factor or 8
         sizes = _sizes(options, image_size, factor)
@@ -122,8 +124,9 @@ def _lfm(
         known = find_experiment(experiment)
         flags = LfmFlags.read({**known.flags, **options, **size})
         return _from_flags(flags, known.architecture(**options, **size), known, experiment, factor)
-    own = {key: value for key, value in found.items() if key in LfmFlags.model_fields and value is not None}
-    if not own and not options:
+    flag_names = LfmFlags.model_fields.keys() - {"learn_sigma"}
+    own = {key: value for key, value in found.items() if key in flag_names and value is not None}
+    if not own and options.keys() <= {"learn_sigma"}:
         raise ConfigError(
             "the file does not say which network it is; give --experiment NAME, or the flags of its training as "
             "key=value, for example model_type=DiT-L/2 num_classes=1 image_size=256 num_in_channels=4 "
@@ -197,7 +200,7 @@ def _transformer(
     family: str, options: dict[str, Any], found: Mapping[str, Any], image_size: int | None, factor: int
 ) -> Published:
     # The training states of SiT and DiT keep their arguments.
-    own = {"name": found.get("model"), "num_classes": found.get("num_classes")}
+    own = {"name": found.get("model"), **{key: found.get(key) for key in ("num_classes", "learn_sigma")}}
     if family == "sit":
         own |= {key: found.get(key) for key in ("prediction", "path_type")}
         for key in ("prediction", "path_type"):
