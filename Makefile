@@ -1,6 +1,7 @@
 # `make demo` and `make test` work on a fresh machine with Python 3.10 to 3.13: each makes its own environment first.
 PYTHON ?= python3
 BIN := .venv/bin
+REMEDY = install one of these, and name it: make PYTHON=python3.11 $(MAKECMDGOALS)
 
 .PHONY: demo test lint clean
 
@@ -14,8 +15,12 @@ lint: .venv/installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
+# An environment that was not finished, or was made by another Python, is made anew.
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+	@command -v "$(PYTHON)" >/dev/null || { echo "there is no $(PYTHON) here; $(REMEDY)" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
+		"latentflow needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d; $(REMEDY)" % v)'
+	"$(PYTHON)" -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 

@@ -1,0 +1,88 @@
+"""`make` looks at Python before it makes anything, and makes a half-made environment anew."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+PYTHON = """#!/bin/sh
+# A Python that says which version it is, and whose environments hold a Python that installs nothing.
+case "$2" in
+*version_info*) exec "{python}" -c "import sys; sys.version_info = {version} + (0, 'final', 0); $2" ;;
+venv) rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo "made by {version}" > .venv/made ;;
+pip) echo "$@" >> .venv/made ;;
+esac
+"""
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """What `make` needs of the project, in a place with a space and an umlaut."""
+    folder = tmp_path / "ein Pfad mit ü"
+    folder.mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def make(project: Path, version: tuple[int, int] | None) -> subprocess.CompletedProcess:
+    """`make .venv/installed` by a Python of some version, or by one that is not there."""
+    if version is not None:
+        file = project / "python"
+        file.write_text(PYTHON.format(python=sys.executable, version=version), encoding="utf-8")
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    return subprocess.run(
+        ["make", "PYTHON=./python", ".venv/installed"],
+        cwd=project,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env=environment,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("version", [(2, 7), (3, 9), (3, 14)])
+def test_another_python_is_refused_before_anything_is_made(project, version):
+    done = make(project, version)
+    assert done.returncode == 2
+    said = f"latentflow needs Python 3.10 to 3.13, and ./python is {version[0]}.{version[1]}; "
+    assert done.stderr.splitlines()[0].startswith(said)
+    assert "make PYTHON=python3.11 .venv/installed" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (project / ".venv").exists()
+
+
+def test_no_python_is_told(project):
+    done = make(project, None)
+    assert done.returncode == 2
+    assert done.stderr.startswith("there is no ./python here; ")
+    assert not (project / ".venv").exists()
+
+
+@pytest.mark.parametrize("version", [(3, 10), (3, 13)])
+def test_a_half_made_environment_is_made_anew(project, version):
+    (project / ".venv" / "bin").mkdir(parents=True)
+    (project / ".venv" / "bin" / "python").write_text("of another Python", encoding="utf-8")
+    done = make(project, version)
+    assert done.returncode == 0, done.stderr
+    made = (project / ".venv" / "made").read_text(encoding="utf-8").splitlines()
+    assert made[0] == f"made by {version}"
+    assert "--constraint constraints.txt" in made[1]
+    assert (project / ".venv" / "installed").exists()
+
+
+def test_a_finished_environment_stays(project):
+    assert make(project, (3, 11)).returncode == 0
+    again = make(project, (3, 11))
+    assert again.returncode == 0
+    assert "up to date" in again.stdout

@@ -1,0 +1,360 @@
+"""A hundred things that people get wrong, through the command line: one line that names the value, and no trace.
+
+Each case is a command, words that its one line must hold, and, where the line advises a command or an edit that can be
+tried here, the command that follows the advice; it must work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from latentflow.training.settings import to_yaml
+from tests import tiny
+from tests.processes import run_here
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A wrong command.
+
+    Attributes:
+        command: what is typed after `latentflow`; {w} is the folder of the world's files, {out} one that is not there.
+        said: words of the line.
+        advised: what following the advice comes to, if that is a command; it must succeed.
+    """
+
+    command: str
+    said: tuple[str, ...]
+    advised: str = ""
+
+
+def wrong(command: str, *said: str, advised: str = "") -> Wrong:
+    return Wrong(command, said, advised)
+
+
+ENCODE = "encode {w}/photos --autoencoder {w}/kl --image-size 16 --out {out}"
+TRAIN = "train {w}/recipe.yaml data.path={w}/cache autoencoder={w}/kl out={out}"
+SAMPLE = "sample {w}/model --num 2 --steps 2 --solver euler --out {out}"
+INPAINT = "inpaint {w}/painter {w}/photo.png {w}/hole.png --steps 2 --out {out}/filled.png"
+PAINT = "mask-to-image {w}/painter {w}/map.png --steps 2 --out {out}/painted.png"
+EVALUATE = "evaluate {w}/model --data {w}/photos --features random --metrics fid --num 12 --steps 2 --out {out}"
+
+CASES = {
+    "verbs and options": [
+        wrong("smaple {w}/model --out {out}", "smaple", "sample"),
+        wrong("sample {w}/model --outt {out}", "--outt", "--out"),
+        wrong("sample {w}/model", "--out"),
+        wrong("sample --out {out}", "MODEL"),
+        wrong("sample {w}/model --num two --out {out}", "--num", "two"),
+        wrong("sample {w}/model --num 0 --out {out}", "0", advised=SAMPLE),
+        wrong("sample {w}/model --num -3 --out {out}", "-3"),
+        wrong("sample {w}/model --batch-size 0 --out {out}", "0"),
+        wrong(SAMPLE + " --device toaster", "toaster", advised=SAMPLE + " --device cpu"),
+        wrong(SAMPLE + " --device cuda:99", "cuda:99", advised=SAMPLE + " --device cpu"),
+    ],
+    "encode": [
+        wrong(ENCODE.replace("photos", "photoss"), "photoss"),
+        wrong(ENCODE.replace("photos", "empty"), "empty"),
+        wrong(ENCODE.replace("photos", "photo.png"), "photo.png"),
+        wrong(ENCODE.replace("photos", "text.txt"), "text.txt"),
+        wrong(ENCODE.replace("photos", "text.zip"), "text.zip"),
+        wrong(ENCODE.replace("photos", "mixed"), "mixed"),
+        wrong(ENCODE.replace("photos", "splits"), "splits", "train", advised=ENCODE.replace("photos", "splits/train")),
+        wrong(ENCODE.replace("photos", "coco"), "train2017", advised=ENCODE.replace("photos", "coco/train2017")),
+        wrong(ENCODE.replace("photos", "unreadable"), "unreadable"),
+        wrong(ENCODE.replace("photos", "one_class_broken") + " --strict", "berry"),
+        wrong(ENCODE.replace("photos", "eps"), "picture.jpg"),
+        wrong(ENCODE.replace("photos", "lonely_map"), "b.png"),
+        wrong(ENCODE.replace("photos", "no_classes"), "classes.json"),
+        wrong(ENCODE.replace("photos", "bad_classes"), "classes.json"),
+        wrong(ENCODE.replace("{w}/photos", "synthetic:many"), "synthetic:many"),
+        wrong(ENCODE.replace("{w}/photos", "synthetic:0"), "0"),
+        wrong(ENCODE.replace("16", "15"), "15", advised=ENCODE),
+        wrong(ENCODE.replace("16", "0"), "0"),
+        wrong(ENCODE.replace("16", "-16"), "-16"),
+        wrong(ENCODE.replace("16", "1000000"), "1000000"),
+        wrong(ENCODE + " --first 99", "99", "18", advised=ENCODE + " --first 18"),
+        wrong(ENCODE + " --first 0", "0"),
+        wrong(ENCODE + " --mask-variants 2 --mask-folder {w}/empty", "empty"),
+        wrong(ENCODE + " --mask-variants 2 --mask-folder {w}/nowhere", "nowhere"),
+        wrong(ENCODE.replace("kl", "klll"), "klll"),
+        wrong(ENCODE.replace("kl", "photos"), "photos"),
+        wrong(ENCODE.replace("kl", "text.txt"), "text.txt"),
+        wrong(ENCODE.replace("kl", "decoder_only"), "decoder_only"),
+        wrong(ENCODE.replace("{out}", "{w}/photos/cache"), "photos"),
+        wrong(ENCODE.replace("{out}", "{w}/text.txt"), "text.txt"),
+        wrong(ENCODE.replace("{out}", "{w}/flat"), "flat"),
+    ],
+    "train": [
+        wrong(TRAIN.replace("recipe", "recipee"), "recipee"),
+        wrong("train own_imagez data.path={w}/cache out={out}", "own_imagez", "own_images"),
+        wrong(TRAIN.replace("recipe.yaml", "list.yaml"), "list"),
+        wrong(TRAIN.replace("recipe.yaml", "twice.yaml"), "twice", "optimizer"),
+        wrong(TRAIN.replace("recipe.yaml", "bomb.yaml"), "bomb"),
+        wrong(TRAIN.replace("recipe.yaml", "latin.yaml"), "latin"),
+        wrong(TRAIN.replace("recipe.yaml", "photo.png"), "photo.png"),
+        wrong(TRAIN + " training.step=4", "training.step", "steps", advised=TRAIN + " training.steps=1"),
+        wrong(TRAIN + " trainning.steps=4", "trainning", "training"),
+        wrong(TRAIN + " training.steps", "training.steps"),
+        wrong(TRAIN + " training.steps=0", "0"),
+        wrong(TRAIN + " training.steps=4.5", "4.5"),
+        wrong(TRAIN + " training.steps=1:30", "1:30"),
+        wrong(TRAIN + " training.steps=ten", "ten"),
+        wrong(TRAIN + " training.steps=1 training.steps=2", "training.steps"),
+        wrong(TRAIN + " training.batch_size=-1", "-1"),
+        wrong(TRAIN + " training.precision=fp8", "fp8"),
+        wrong(TRAIN + " optimizer.learning_rate=nan", "nan"),
+        wrong(TRAIN + " optimizer.learning_rate=-1", "-1"),
+        wrong(TRAIN + " optimizer.betas=0.9", "0.9"),
+        wrong(TRAIN + " network.depth=1000000", "1000000"),
+        wrong(TRAIN + " network.hidden_size=33", "33"),
+        wrong(TRAIN + " network.patch_size=3", "patch_size"),
+        wrong(TRAIN + " data.image_size=32", "32", "16", advised=TRAIN),
+        wrong(TRAIN + " data.image_size=1000000000", "1000000000"),
+        wrong(TRAIN + " conditioning.label_dropout=2", "2"),
+        wrong(TRAIN + " conditioning.semantic_map=true", "semantic_map"),
+        wrong(TRAIN + " sampling.solver=huen", "huen", "heun"),
+        wrong(TRAIN.replace("cache", "cachee"), "cachee"),
+        wrong(TRAIN.replace("data.path={w}/cache ", ""), "data.path"),
+        wrong(TRAIN.replace("/kl", "/other_kl"), "other_kl", advised=TRAIN + " training.steps=1"),
+        wrong(TRAIN.replace("out={out}", "out={w}/text.txt"), "text.txt"),
+        wrong(TRAIN.replace("{w}/cache", "{w}/photos").replace("{out}", "{w}/photos/run"), "photos"),
+    ],
+    "sample": [
+        wrong(SAMPLE.replace("w}/model", "w}/modell"), "modell"),
+        wrong(SAMPLE.replace("w}/model", "w}/photos"), "photos"),
+        wrong(SAMPLE.replace("w}/model", "w}/text.txt"), "text.txt"),
+        wrong(SAMPLE.replace("w}/model", "w}/truncated"), "velocity.safetensors"),
+        wrong(SAMPLE.replace("w}/model", "w}/flipped"), "velocity.safetensors"),
+        wrong(SAMPLE.replace("w}/model", "w}/nan"), "velocity.safetensors"),
+        wrong(SAMPLE.replace("w}/model", "w}/huge"), "config.json"),
+        wrong(SAMPLE + " --classes aple", "aple", "apple", advised=SAMPLE + " --classes apple"),
+        wrong(SAMPLE + " --classes 1", "1", "#1", advised=SAMPLE + " --classes '#1'"),
+        wrong(SAMPLE + " --classes '#3'", "3"),
+        wrong(SAMPLE + " --classes '#-1'", "-1"),
+        wrong(SAMPLE + " --classes 'apple,#1'", "#1"),
+        wrong(SAMPLE + " --guidance -1", "-1"),
+        wrong(SAMPLE + " --guidance nan", "nan"),
+        wrong(SAMPLE + " --guidance 1e30", "1e+30"),
+        wrong(SAMPLE + " --guidance 2 --guidance-interval 0.8,0.1", "0.8"),
+        wrong(SAMPLE + " --guidance 2 --guidance-interval low,high", "low,high"),
+        wrong(SAMPLE + " --guidance 2 --guided-by colour", "colour"),
+        wrong(SAMPLE + " --guidance 2 --guided-by semantic_map", "semantic_map"),
+        wrong(SAMPLE.replace("model", "unconditional") + " --guidance 2", "guidance"),
+        wrong(SAMPLE.replace("model", "unconditional") + " --classes apple", "apple"),
+        wrong(SAMPLE.replace("euler", "huen"), "huen", "heun", advised=SAMPLE.replace("euler", "heun")),
+        wrong(SAMPLE.replace("euler", "dopri5"), "dopri5", "steps"),
+        wrong(SAMPLE + " --rtol 1e-3", "rtol"),
+        wrong(SAMPLE.replace("--steps 2", "--steps 0"), "0"),
+        wrong(SAMPLE.replace("--steps 2", "--steps 1000000000"), "1000000000"),
+        wrong(SAMPLE + " --shift 0", "0"),
+        wrong(SAMPLE + " --seed -1", "-1"),
+        wrong(SAMPLE.replace("{out}", "{w}/flat"), "flat"),
+        wrong(SAMPLE.replace("{out}", "{w}/samples_of_another"), "samples_of_another"),
+        wrong("sample {w}/painter --num 1 --out {out} --classes pear", "pear"),
+    ],
+    "paint": [
+        wrong(INPAINT.replace("photo.png", "nothing.png"), "nothing.png"),
+        wrong(INPAINT.replace("photo.png", "text.txt"), "text.txt"),
+        wrong(INPAINT.replace("photo.png", "fifo.png"), "fifo.png"),
+        wrong(INPAINT.replace("photo.png", "eps/picture.jpg"), "picture.jpg"),
+        wrong(INPAINT.replace("hole.png", "black.png"), "black.png"),
+        wrong(INPAINT.replace("hole.png", "white.png"), "white.png"),
+        wrong(INPAINT.replace("hole.png", "hole_small.png"), "hole_small.png"),
+        wrong(INPAINT.replace("hole.png", "hole_gray.png"), "hole_gray.png"),
+        wrong(INPAINT + " --feather -1", "-1"),
+        wrong(INPAINT + " --fit stretched", "stretched", "window", advised=INPAINT + " --fit window"),
+        wrong(INPAINT + " --method magic", "magic"),
+        wrong(INPAINT.replace("painter", "model") + " --method condition", "condition"),
+        wrong(INPAINT.replace("{out}/filled.png", "{w}/photo.png"), "photo.png"),
+        wrong(INPAINT.replace("filled.png", "filled.jpg"), "filled.jpg", advised=INPAINT),
+        wrong(PAINT.replace("painter", "model"), "semantic_map"),
+        wrong(PAINT.replace("map.png", "map_strange.png"), "map_strange.png"),
+        wrong(PAINT.replace("map.png", "map.jpg"), "map.jpg"),
+        wrong(PAINT.replace("map.png", "map_unknown.png"), "map_unknown.png", "9"),
+        wrong("image-to-image {w}/model {w}/photo.png --strength 0 --out {out}/a.png", "0"),
+        wrong("image-to-image {w}/model {w}/photo.png --strength 1.5 --out {out}/a.png", "1.5"),
+        wrong("interpolate {w}/model --seeds 1 --out {out}", "1"),
+        wrong("interpolate {w}/model --seeds 1,2 --num 1 --out {out}", "1"),
+        wrong("vary {w}/model --amount 2 --out {out}", "2"),
+        wrong("invert {w}/model {w}/nothing.png --out {out}", "nothing.png"),
+    ],
+    "measure and convert": [
+        wrong(EVALUATE.replace("w}/photos", "w}/nowhere"), "nowhere"),
+        wrong(EVALUATE.replace("fid", "fidd"), "fidd", "fid"),
+        wrong(EVALUATE.replace("random", "vgg"), "vgg", "random"),
+        wrong(EVALUATE.replace("--num 12", "--num 1"), "1"),
+        wrong(EVALUATE + " --task draw", "task", "draw"),
+        wrong(EVALUATE + " --labels some", "some"),
+        wrong(EVALUATE + " --against {w}/text.txt", "text.txt"),
+        wrong(EVALUATE.replace("w}/model", "w}/mixed_samples"), "mixed_samples"),
+        wrong("loss {w}/model --data {w}/photos --num 0", "0"),
+        wrong("sweep {w}/model --data {w}/photos --solvers eulerr --out {out}", "eulerr", "euler"),
+        wrong("sweep {w}/model --data {w}/photos --steps four --out {out}", "four"),
+        wrong("benchmark {w}/model --batch-sizes 0", "0"),
+        wrong("info {w}/empty", "empty"),
+        wrong("convert lfmm {w}/text.txt --out {out}", "lfmm", "lfm"),
+        wrong("convert sit {w}/text.txt --autoencoder {w}/kl --out {out} name=SiT-S/2", "text.txt"),
+        wrong("convert sit {w}/nothing.pth --autoencoder {w}/kl --out {out}", "nothing.pth"),
+        wrong("export {w}/nothing --out {out}", "nothing"),
+        wrong("push {w}/model ../../etc", "../../etc"),
+        wrong("prepare camvidd {w}/scenes --out {out}", "camvidd", "camvid"),
+        wrong("prepare camvid {w}/photos --out {out}", "photos"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, kl, kl_folder, cache) -> Path:
+    """The files that the commands speak of. No case may change any of them."""
+    w = tmp_path_factory.mktemp("world")
+    shutil.copytree(kl_folder, w / "kl")
+    tiny.kl(seed=7).save_pretrained(w / "other_kl")
+    shutil.copytree(cache, w / "cache")
+    _data(w)
+    _pictures(w)
+    _recipes(w)
+    _models(w, kl)
+    return w
+
+
+def _data(w: Path) -> None:
+    tiny.write_images(w / "photos")
+    tiny.write_images(w / "flat", classes=())
+    tiny.write_segmented(w / "scenes")
+    (w / "empty").mkdir()
+    (w / "text.txt").write_text("neither an image nor a model", encoding="utf-8")
+    (w / "text.zip").write_text("no archive", encoding="utf-8")
+    for split in ("train", "val"):
+        tiny.write_images(w / "splits" / split, per_class=2)
+    for split in ("train2017", "val2017"):
+        tiny.write_images(w / "coco" / split, classes=())
+    shutil.copytree(w / "flat", w / "mixed")
+    shutil.copytree(w / "photos" / "apple", w / "mixed" / "apple")
+    tiny.write_images(w / "unreadable", classes=())
+    for file in (w / "unreadable").iterdir():
+        file.write_text("<html>404</html>", encoding="utf-8")
+    shutil.copytree(w / "photos", w / "one_class_broken")
+    for file in (w / "one_class_broken" / "berry").iterdir():
+        file.write_bytes(b"")
+    (w / "eps").mkdir()
+    (w / "eps" / "picture.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    )
+    shutil.copytree(w / "scenes", w / "lonely_map")
+    shutil.copy(next((w / "scenes" / "masks").rglob("*.png")), w / "lonely_map" / "masks" / "b.png")
+    shutil.copytree(w / "scenes", w / "no_classes")
+    (w / "no_classes" / "classes.json").unlink()
+    shutil.copytree(w / "scenes", w / "bad_classes")
+    (w / "bad_classes" / "classes.json").write_text('{"names": ["sky", "sky", 3]}', encoding="utf-8")
+
+
+def _pictures(w: Path) -> None:
+    photo = Image.open(w / "photos" / "apple" / "0.png").convert("RGB")
+    photo.save(w / "photo.png")
+    size = photo.size
+    hole = Image.new("L", size)
+    ImageDraw.Draw(hole).rectangle((6, 6, 12, 12), fill=255)
+    hole.save(w / "hole.png")
+    hole.resize((size[0] // 2, size[1] // 2), Image.Resampling.NEAREST).save(w / "hole_small.png")
+    Image.new("L", size, 100).save(w / "hole_gray.png")
+    Image.new("L", size).save(w / "black.png")
+    Image.new("L", size, 255).save(w / "white.png")
+    classes = Image.fromarray((np.arange(size[0] * size[1]).reshape(size[::-1]) % 3).astype(np.uint8))
+    classes.save(w / "map.png")
+    classes.save(w / "map.jpg")
+    classes.point(lambda value: value * 3 + 3).save(w / "map_unknown.png")
+    Image.new("RGB", size, (1, 2, 3)).save(w / "map_strange.png")
+    os.mkfifo(w / "fifo.png")
+
+
+def _recipes(w: Path) -> None:
+    (w / "recipe.yaml").write_text(to_yaml(tiny.recipe()), encoding="utf-8")
+    (w / "list.yaml").write_text("- steps\n- 10\n", encoding="utf-8")
+    twice = "optimizer: {learning_rate: 1e-3}\ntraining: {steps: 10}\noptimizer: {weight_decay: 0.01}\n"
+    (w / "twice.yaml").write_text(twice, encoding="utf-8")
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    (w / "bomb.yaml").write_text("\n".join(levels), encoding="utf-8")
+    (w / "latin.yaml").write_bytes("description: caf\xe9".encode("latin-1"))
+
+
+def _models(w: Path, kl) -> None:
+    model = tiny.model(kl)
+    model.save_pretrained(w / "model")
+    tiny.model(kl, class_names=()).save_pretrained(w / "unconditional")
+    tiny.model(kl, conditioning=tiny.SPATIAL).save_pretrained(w / "painter")
+    for name in ("truncated", "flipped", "nan", "huge"):
+        shutil.copytree(w / "model", w / name)
+    weights = (w / "model" / "velocity.safetensors").read_bytes()
+    (w / "truncated" / "velocity.safetensors").write_bytes(weights[:-8])
+    flipped = bytearray(weights)
+    flipped[-6] ^= 64
+    (w / "flipped" / "velocity.safetensors").write_bytes(flipped)
+    broken = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    next(iter(broken.values())).view(-1)[0] = float("nan")
+    model.save_pretrained(w / "nan", weights=broken)
+    config = json.loads((w / "huge" / "config.json").read_text(encoding="utf-8"))
+    config["network"]["hidden_size"] = 2_000_000_000
+    (w / "huge" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    partial = tiny.kl().state_dict()
+    from safetensors.torch import save_file
+
+    shutil.copytree(w / "kl", w / "decoder_only")
+    kept = {name: tensor.contiguous() for name, tensor in partial.items() if name.startswith("decoder")}
+    save_file(kept, w / "decoder_only" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def drawn(world) -> Path:
+    """Pictures of two models, one folder each and one of both."""
+    from latentflow.commands.sample import sample
+
+    sample(str(world / "unconditional"), world / "samples_of_another", num=2, steps=1, solver="euler")
+    sample(str(world / "model"), world / "mixed_samples", num=2, steps=1, solver="euler")
+    for file in (world / "samples_of_another").glob("*.png"):
+        shutil.copy(file, world / "mixed_samples" / f"another-{file.name}")
+    return world
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=f"{kind}: {case.command[:90]}") for kind, cases in CASES.items() for case in cases]
+)
+def test_wrong_input_costs_one_line(case, drawn, tmp_path, capsys, monkeypatch):
+    """Exit code 2, one line with the value, nothing written anywhere; and the advice works."""
+    monkeypatch.chdir(tmp_path)
+    before = _snapshot(drawn)
+    result = _run(case.command, drawn, tmp_path, capsys, monkeypatch)
+    assert result.code == 2, result
+    line = result.error
+    assert line.startswith("latentflow: "), line
+    for words in case.said:
+        assert words in line
+    assert len(line) < 700
+    assert _snapshot(drawn) == before
+    assert list(tmp_path.iterdir()) == []
+    if case.advised:
+        assert _run(case.advised, drawn, tmp_path, capsys, monkeypatch).code == 0
+
+
+def test_there_are_a_hundred():
+    assert sum(map(len, CASES.values())) >= 100
+
+
+def _run(command: str, world: Path, tmp_path: Path, capsys, monkeypatch):
+    args = [part.format(w=world, out=tmp_path / "out") for part in shlex.split(command)]
+    return run_here(args, capsys, monkeypatch)
+
+
+def _snapshot(folder: Path) -> dict[str, object]:
+    """Every path below `folder` with what changes when it is written."""
+    return {str(p.relative_to(folder)): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in sorted(folder.rglob("*"))}
