@@ -18,6 +18,7 @@ LAYERS = {
     "randomness": 0,
     "artifacts": 0,
     "console": 0,
+    "door": 0,
     "errors": 0,
     "hub": 0,
     "ledger": 0,
@@ -38,7 +39,7 @@ LAYERS = {
     "cli": 6,
     "__main__": 7,
 }
-FLOOR = ("shapes", "randomness", "artifacts", "console", "errors", "hub", "ledger")
+FLOOR = ("shapes", "randomness", "artifacts", "console", "door", "errors", "hub", "ledger")
 """Layer 0: these may see each other."""
 WAIST = ("model_config", "model_card", "latent_flow")
 """Layer 3: each may see those before it. No other rooms of one layer may see each other."""
@@ -199,3 +200,27 @@ def test_torch_load_only_reads_weights():
                 assert options.get("weights_only") == "True", file
             assert "allow_pickle" not in options, file
             assert "trust_remote_code" not in options, file
+
+
+def test_text_files_are_utf_8_wherever_they_are_read_and_written():
+    """`open`, `read_text` and `write_text` take the locale's encoding where none is said, which is ASCII or cp1252."""
+    wrong = []
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+                continue
+            called = ast.unparse(node.func)
+            name, is_method = called.rpartition(".")[2], isinstance(node.func, ast.Attribute)
+            modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            modes += [k.value.value for k in node.keywords if k.arg == "mode" and isinstance(k.value, ast.Constant)]
+            is_binary = any(set(mode) <= set("rwabx+") and "b" in mode for mode in modes)
+            opens = called == "open" or (is_method and name == "open" and _opens_a_path(node))
+            if (opens and not is_binary) or (is_method and name in ("read_text", "write_text")):
+                wrong.append(f"{file.relative_to(SOURCE)}:{node.lineno}: {ast.unparse(node)}")
+    assert wrong == []
+
+
+def _opens_a_path(call: ast.Call) -> bool:
+    """Whether `x.open(...)` looks like that of a path: no argument, or a mode."""
+    modes = [a.value if isinstance(a, ast.Constant) else None for a in call.args]
+    return all(isinstance(mode, str) and set(mode) <= set("rwabxt+") for mode in modes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,7 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from latentflow.console import open_streams, printable, say
-from latentflow.errors import LatentFlowError
+from latentflow.door import guarded, hush_libraries
+from latentflow.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from latentflow.commands.pictures import Pictures
@@ -1058,8 +1060,6 @@ def _numbers(text: str | None, option: str, kind: type = float) -> list[Any] | N
     try:
         return None if text is None else [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        from latentflow.errors import ConfigError
-
         example = "4,8,16" if kind is int else "1,1.5,2"
         raise ConfigError(f"{option} {text!r} is not a list of numbers like {example}") from None
 
@@ -1082,8 +1082,6 @@ def _two_seeds(text: str) -> tuple[int, int]:
     try:
         first, second = (int(part) for part in text.split(","))
     except ValueError:
-        from latentflow.errors import ConfigError
-
         raise ConfigError(f"--seeds {text!r} is not two whole numbers like 3,8") from None
     return first, second
 
@@ -1094,8 +1092,6 @@ def _pair(text: str | None, option: str, separator: str = ",") -> tuple[float, f
     try:
         low, high = (float(part) for part in text.split(separator))
     except ValueError:
-        from latentflow.errors import ConfigError
-
         raise ConfigError(f"{option} {text!r} is not two numbers like 0.1{separator}0.8") from None
     return low, high
 
@@ -1114,10 +1110,38 @@ def _report(rows: dict[str, Any], as_json: bool) -> None:
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one line on stderr and exit code 2."""
+    """Run the command line; whatever goes wrong is one line on stderr and an exit code: see `latentflow.door`."""
     open_streams()
+    hush_libraries()
+    sys.exit(guarded(_run))
+
+
+def _run() -> int:
+    command = typer.main.get_command(app)
     try:
-        app()
-    except LatentFlowError as error:
-        say(f"latentflow: {error}")
-        sys.exit(error.exit_code)
+        with command.make_context("latentflow", sys.argv[1:] or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as ended:
+        return ended.exit_code
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except _USAGE_ERROR as error:
+        raise ConfigError(_usage_line(error)) from error
+    return 0
+
+
+_USAGE_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""What the parser raises; typer brings its own copy of click, or uses the one that is installed."""
+
+
+def _usage_line(error: Any) -> str:
+    """What is wrong with a command line, and the nearest that would be right."""
+    message = error.format_message().rstrip(".").replace("Value error, ", "")
+    command = error.ctx.command if error.ctx else None
+    path = error.ctx.command_path if error.ctx else "latentflow"
+    if unknown := re.match(r"No such command '(.*?)'", message):
+        return f"there is no {path} {unknown[1]!r}; {nearest(unknown[1], command.list_commands(error.ctx))}"
+    if hasattr(error, "possibilities"):
+        options = [name for parameter in command.params for name in parameter.opts if name.startswith("--")]
+        return f"{path} has no option {error.option_name}; {nearest(error.option_name, [*options, '--help'])}"
+    return f"{message}; see `{path} --help`"

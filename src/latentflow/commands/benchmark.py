@@ -246,7 +246,7 @@ class _PeakMemory:
             return
         self.what = "growth of the process's peak resident memory while drawing (ru_maxrss)"
         with contextlib.suppress(OSError):  # Linux: forget the peak so far, which loading the model may have made
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_bytes(b"5")
         self.before = _resident_peak()
         if device.type != "cpu" or self.before is None:
             self.what, self.before = f"not measured on {device.type} with {platform.system()}", None
