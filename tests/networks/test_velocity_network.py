@@ -80,7 +80,7 @@ def test_what_is_no_section_is_refused(value):
     [
         ("{kind: unte}", "unknown kind 'unte'; did you mean 'unet'"),
         ("{kind: unet, channels: 8}", "network without multipliers"),
-        ("{kind: unet, channels: x, multipliers: [1]}", r"network\.channels = 'x'.*integer"),
+        ("{kind: unet, channels: x, multipliers: [1]}", r"network\.channels = 'x' is not a whole number"),
         ("{kind: unet, channels: 8, multipliers: [1], depth: 3}", "unknown network option 'depth'"),
         ("unet", "'unet'"),
     ],

@@ -207,9 +207,8 @@ def refuse_another_recipe(run: Path, recipe: BaseModel, *, free: Sequence[str]) 
         return
     changed = differences(load_settings(type(recipe), file), recipe, free=free)
     if changed:
-        raise ConfigError(
-            f"{run} was trained with another recipe ({'; '.join(changed)}); restore these values or choose another out"
-        )
+        told = "; ".join(f"{key}: {old!r}, now {new!r}" for key, (old, new) in changed.items())
+        raise ConfigError(f"{run} was trained with another recipe ({told}); restore these values or choose another out")
 
 
 def _refuse_other_content(run: Path, recipe: Recipe, config: ModelConfig) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -89,6 +89,7 @@ class UNetConfig(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    also_given: ClassVar[Mapping[str, Any]] = {"attention_sizes": tuple[int, ...], "latent_size": int | None}
 
     kind: Literal["unet"] = "unet"
     channels: int = Field(gt=0, description="of the feature maps, times the multiplier of their level")
@@ -160,7 +161,7 @@ class UNetConfig(BaseModel):
         if not isinstance(given, dict):
             return given
         explicit = {key: value for key, value in given.items() if value is not None}
-        names = [*cls.model_fields, "attention_sizes", "latent_size"]
+        names = [*cls.model_fields, *cls.also_given]
         for key in explicit:
             if key not in names:
                 raise ConfigError(f"unknown network option {key!r}: {nearest(key, names)}")

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -31,7 +31,7 @@ from latentflow.errors import ConfigError
 from latentflow.randomness import ImageRandom, derive_seed
 from latentflow.shapes import image_mean
 from latentflow.training.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
-from latentflow.training.config import RECIPES, find_recipe
+from latentflow.training.config import LARGEST_IMAGE, LARGEST_SEED, MOST_STEPS, RECIPES, find_recipe
 from latentflow.training.ema import EMA
 from latentflow.training.guard import FiniteGuard
 from latentflow.training.interruption import Outcome, collected_signals
@@ -46,14 +46,14 @@ AUTOENCODER_RECIPES = RECIPES / "autoencoders"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class AutoencoderData(_Section):
     """Where the images come from."""
 
     path: str = Field("", description="A folder or zip of images, or 'synthetic:COUNT'.")
-    image_size: int = Field(64, ge=1, description="Side of the square images in pixels.")
+    image_size: int = Field(64, ge=1, le=LARGEST_IMAGE, description="Side of the square images in pixels.")
     crop: int | None = Field(
         None,
         ge=1,
@@ -63,16 +63,20 @@ class AutoencoderData(_Section):
     held_out: float = Field(
         0.02, gt=0, lt=1, description="Share of the images, at most 256, that is only used to measure reconstruction."
     )
-    num_workers: int = Field(0, ge=0, description="Processes that read images.")
+    num_workers: int = Field(0, ge=0, le=256, description="Processes that read images.")
 
 
 class AutoencoderNetwork(_Section):
     """Convolutions and residual blocks, one level per entry of `channels`, half the side of the one before."""
 
-    channels: list[int] = Field([16, 32, 64], min_length=1, description="Width of each level, from the pixels inwards.")
-    latent_channels: int = Field(4, ge=1, description="Channels C of the latents.")
-    layers_per_block: int = Field(1, ge=1, description="Residual blocks per level; the decoder has one more.")
-    norm_groups: int = Field(4, ge=1, description="Groups of every group normalisation; must divide each width.")
+    channels: list[Annotated[int, Field(ge=1, le=4096)]] = Field(
+        [16, 32, 64], min_length=1, max_length=8, description="Width of each level, from the pixels inwards."
+    )
+    latent_channels: int = Field(4, ge=1, le=1024, description="Channels C of the latents.")
+    layers_per_block: int = Field(1, ge=1, le=16, description="Residual blocks per level; the decoder has one more.")
+    norm_groups: int = Field(
+        4, ge=1, le=4096, description="Groups of every group normalisation; must divide each width."
+    )
     attention: bool = Field(False, description="Self-attention at the lowest resolution; costly on a CPU.")
 
     @property
@@ -83,7 +87,7 @@ class AutoencoderNetwork(_Section):
     @model_validator(mode="after")
     def _groups_divide_widths(self) -> AutoencoderNetwork:
         for width in self.channels:
-            if width < 1 or width % self.norm_groups:
+            if width % self.norm_groups:
                 raise ValueError(f"norm_groups = {self.norm_groups} does not divide the width {width} in channels")
         return self
 
@@ -92,11 +96,12 @@ class AutoencoderLoss(_Section):
     """Weights of the terms beside the absolute error, whose weight is 1."""
 
     edge_weight: float = Field(
-        0.5, ge=0, description="Of the absolute error of differences between neighbouring pixels."
+        0.5, ge=0, le=1e6, description="Of the absolute error of differences between neighbouring pixels."
     )
     kl_weight: float = Field(
         1e-4,
         ge=0,
+        le=1e6,
         description="Of the divergence from N(0, 1) per latent value; larger: smoother latents, less detail.",
     )
 
@@ -104,14 +109,14 @@ class AutoencoderLoss(_Section):
 class AutoencoderTraining(_Section):
     """How long, how fast, and how carefully."""
 
-    steps: int = Field(20_000, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(16, ge=1, description="Images per optimizer step.")
-    seed: int = Field(0, description="Of weights, data order, crops and noise.")
+    steps: int = Field(20_000, ge=1, le=MOST_STEPS, description="Optimizer steps.")
+    batch_size: int = Field(16, ge=1, le=2**20, description="Images per optimizer step.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Of weights, data order, crops and noise.")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA that has it, else fp32.")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="Of the moving average that is saved; 0: no averaging.")
-    log_every: int = Field(50, ge=1, description="Steps between lines of metrics.jsonl.")
-    checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, description="How many of the newest checkpoints stay.")
+    log_every: int = Field(50, ge=1, le=MOST_STEPS, description="Steps between lines of metrics.jsonl.")
+    checkpoint_every: int = Field(500, ge=1, le=MOST_STEPS, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, le=MOST_STEPS, description="How many of the newest checkpoints stay.")
 
 
 class AutoencoderRecipe(_Section):

@@ -24,8 +24,13 @@ from latentflow.training.settings import load_settings
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
+MOST_STEPS = 10**9
+LARGEST_IMAGE = 8192
+LARGEST_SEED = 2**63 - 1
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(_Section):
@@ -38,10 +43,12 @@ class DataConfig(_Section):
         "empty: the holes stored in the cache.",
     )
     masks: MaskRules = Field(MaskRules(), description="Holes for inpainting; those stored in a cache go first.")
-    image_size: int = Field(256, ge=1, description="Side of the square images in pixels; a cache must agree.")
+    image_size: int = Field(
+        256, ge=1, le=LARGEST_IMAGE, description="Side of the square images in pixels; a cache must agree."
+    )
     flip: bool = Field(True, description="Mirror images at random; a cache must hold the mirrored images.")
     labels: bool = Field(True, description="Use class sub-folders as labels; false: train unconditionally.")
-    num_workers: int = Field(0, ge=0, description="Processes that read images; 0 is right for a latent cache.")
+    num_workers: int = Field(0, ge=0, le=256, description="Processes that read images; 0 is right for a latent cache.")
 
 
 class ConditioningConfig(_Section):
@@ -57,12 +64,12 @@ class ConditioningConfig(_Section):
 class TrainingConfig(_Section):
     """How long, how fast, and how carefully."""
 
-    steps: int = Field(100_000, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(64, ge=1, description="Images per optimizer step, over all processes.")
+    steps: int = Field(100_000, ge=1, le=MOST_STEPS, description="Optimizer steps.")
+    batch_size: int = Field(64, ge=1, le=2**20, description="Images per optimizer step, over all processes.")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="Images per forward pass of a process; null: no accumulation."
+        None, ge=1, le=2**20, description="Images per forward pass of a process; null: no accumulation."
     )
-    seed: int = Field(0, description="Of weights, data order and every random number.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Of weights, data order and every random number.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on CUDA that has it, else fp32."
     )
@@ -70,10 +77,10 @@ class TrainingConfig(_Section):
     ema_decay: float = Field(
         0.9999, ge=0, lt=1, description="Of the moving average that is sampled from; 0: no averaging."
     )
-    log_every: int = Field(50, ge=1, description="Steps between lines of metrics.jsonl.")
-    checkpoint_every: int = Field(1000, ge=1, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, description="How many of the newest checkpoints stay.")
-    preview_every: int = Field(1000, ge=0, description="Steps between preview grids; 0: none.")
+    log_every: int = Field(50, ge=1, le=MOST_STEPS, description="Steps between lines of metrics.jsonl.")
+    checkpoint_every: int = Field(1000, ge=1, le=MOST_STEPS, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, le=MOST_STEPS, description="How many of the newest checkpoints stay.")
+    preview_every: int = Field(1000, ge=0, le=MOST_STEPS, description="Steps between preview grids; 0: none.")
 
 
 class Recipe(_Section):
@@ -127,13 +134,19 @@ def find_recipe(name_or_file: str | Path, folder: Path = RECIPES) -> Path:
     Raises:
         ConfigError: no such recipe; the nearest name is given.
     """
-    names = recipe_names(folder)
-    if str(name_or_file) in names:
-        return folder / f"{name_or_file}.yaml"
-    if not Path(name_or_file).is_file():
-        hint = nearest(name_or_file, names)
-        raise ConfigError(f"no recipe {str(name_or_file)!r}, neither by that name nor as a file; {hint}")
+    names, given = recipe_names(folder), str(name_or_file)
+    if given in names:
+        return folder / f"{given}.yaml"
+    if not _is_file(name_or_file):
+        raise ConfigError(f"no recipe {given!r}, neither by that name nor as a file; {nearest(given, names)}")
     return Path(name_or_file)
+
+
+def _is_file(path: str | Path) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,17 +14,17 @@ from torch import Tensor
 class OptimizerConfig(BaseModel):
     """AdamW and the course of its learning rate."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    learning_rate: float = Field(1e-4, gt=0, description="At its highest, after the warm-up.")
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear rise from zero.")
+    learning_rate: float = Field(1e-4, gt=0, le=1e9, description="At its highest, after the warm-up.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0, le=1e3)
+    warmup_steps: int = Field(0, ge=0, le=10**9, description="Steps of linear rise from zero.")
     schedule: Literal["constant", "cosine"] = Field(
         "constant", description="cosine: fall to final_learning_rate at the last step."
     )
-    final_learning_rate: float = Field(1e-5, ge=0, description="Where the cosine ends.")
-    clip_norm: float | None = Field(1.0, gt=0, description="Largest gradient norm; null: no clipping.")
+    final_learning_rate: float = Field(1e-5, ge=0, le=1e9, description="Where the cosine ends.")
+    clip_norm: float | None = Field(1.0, gt=0, le=1e9, description="Largest gradient norm; null: no clipping.")
 
     def rate(self, step: int, num_steps: int) -> float:
         """The learning rate of step `step` (the first is 0) of `num_steps`; a function has nothing to store."""

@@ -1,22 +1,40 @@
-"""Checked settings from YAML: unknown keys are refused with the nearest valid one named.
+"""Checked settings from YAML files and `key=value` overrides, read by the types of their fields.
 
-`key=value` overrides reach any depth (`training.batch_size=64`).
+Nothing is guessed from how a value looks: the field that it is meant for says what it is. Files and overrides are read
+by the same rules.
+
+    text             as it stands: #, =, @, no, 2024 and 007 are just that (a file has YAML's quotes and comments)
+    whole numbers    decimal: 10, 010 (which is 10), 100_000, 1e5
+    numbers          decimal: 0.1, 1e-4; neither nan nor inf
+    switches         true or false
+    lists            [0.9, 0.99] or 0.9,0.99
+    sections         keys of their own; in an override network.depth=3, or network={name: DiT-S/2} for all of it
+    null, ~          nothing, where a field may be empty (in quotes they are text)
+
+An override reaches any depth (`training.batch_size=64`). One that changes a section's `kind` begins it anew.
 """
 
 from __future__ import annotations
 
+import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from latentflow.errors import ConfigError, nearest
+from latentflow.training.plain_yaml import Node, Scalar, read_file, read_text
 
 Schema = TypeVar("Schema", bound=BaseModel)
+
+_NULL = ("null", "~", "")
+_NUMBER = re.compile(r"[+-]?(\d+(_\d{3})*(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_MOST_DIGITS = 18
 
 
 def load_settings(schema: type[Schema], file: Path, overrides: Sequence[str] = ()) -> Schema:
@@ -25,31 +43,227 @@ def load_settings(schema: type[Schema], file: Path, overrides: Sequence[str] = (
     Raises:
         ConfigError: one line with the key, the value and the remedy.
     """
+    values = read_file(file)
+    pairs = [_split(override) for override in overrides]
+    _refuse_twice(pairs)
+    for key, value in sorted(pairs, key=lambda pair: pair[0][-1] != "kind"):
+        _apply(schema, values, key, value)
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} must hold a mapping of keys, not a {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)
-    try:
-        return schema.model_validate(values)
+        return schema.model_validate(_read_section((schema,), values, ""))
     except ValidationError as error:
         raise _explained(error, schema, file.stem) from error
 
 
 def to_yaml(settings: BaseModel) -> str:
     """Settings as YAML that `load_settings` reads back to equal ones."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(settings.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def differences(old: BaseModel, new: BaseModel, *, free: Sequence[str] = ()) -> list[str]:
-    """The keys in which two settings differ, as "key: old, now new"; keys and sections in `free` do not count."""
+class _Dumper(yaml.SafeDumper):
+    """Writes text with line separators and other unprintable characters in escapes, which alone bring them back."""
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _text)
+
+
+def differences(old: BaseModel, new: BaseModel, *, free: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two settings differ, each with its old and new value, but for keys and sections in `free`."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    keys = [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
-    fixed = [key for key in keys if not any(key == name or key.startswith(f"{name}.") for name in free)]
-    return [f"{key}: {before.get(key)!r}, now {after.get(key)!r}" for key in sorted(fixed)]
+    keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return {key: (before.get(key), after.get(key)) for key in keys if not is_within(key, free)}
+
+
+def is_within(key: str, names: Sequence[str]) -> bool:
+    """Whether `key` is one of `names`, or stands in a section that is."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def keys_of(settings: BaseModel) -> list[str]:
+    """Every key, sections included, as an override names it."""
+    flat = _flat(settings.model_dump(mode="json"))
+    parts = (key.split(".") for key in flat)
+    return list(dict.fromkeys(".".join(part[: n + 1]) for part in parts for n in range(len(part))))
+
+
+def _split(override: str) -> tuple[list[str], Scalar]:
+    """The path of keys and the text of one `a.b.c=value`."""
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise ConfigError(f"override {override!r} is not of the form key=value, for example training.batch_size=64")
+    return path, Scalar(text, quoted=False, where=f"override {override!r}")
+
+
+def _refuse_twice(pairs: Iterable[tuple[list[str], Scalar]]) -> None:
+    """Refuse an override that is given twice, or is part of another one."""
+    before: list[tuple[list[str], Scalar]] = []
+    for path, value in pairs:
+        for other, first in before:
+            common = min(len(path), len(other))
+            if path[:common] == other[:common]:
+                raise ConfigError(f"{first.where} and {value.where} say the same key twice; keep one of them")
+        before.append((path, value))
+
+
+def _apply(schema: type[BaseModel], values: dict[str, Node], path: list[str], value: Scalar) -> None:
+    """Set one override in nested mappings."""
+    sections: tuple[type[BaseModel], ...] = (schema,)
+    for number, part in enumerate(path[:-1], start=1):
+        annotation = _field_type(_one_of(sections, values), part)
+        sections = _sections(annotation)
+        inner = values.setdefault(part, {})
+        if isinstance(inner, Scalar) and not inner.quoted and not inner.text:
+            inner = values[part] = {}
+        if not isinstance(inner, dict) or (annotation is not None and not sections):
+            raise ConfigError(f"{value.where}: {'.'.join(path[:number])} is a value and has no keys of its own")
+        if annotation is None:
+            return  # an unknown key, which the check of the whole names
+        values = inner
+    told = values.get("kind")
+    before = told.text if isinstance(told, Scalar) else _default_kind(sections[0])
+    if path[-1] == "kind" and before != value.text:
+        values.clear()
+    values[path[-1]] = value
+
+
+def _read(annotation: Any, node: Node, key: str) -> Any:
+    """The value of `node` for the field `key`, whose type says how it is to be read."""
+    kinds = _alternatives(annotation)
+    empty = isinstance(node, Scalar) and not node.quoted and node.text.strip() in _NULL
+    if type(None) in kinds and empty:
+        return None
+    kinds = [kind for kind in kinds if kind is not type(None)]
+    if _sections(annotation):
+        return _read_section(_sections(annotation), node, key)
+    kind = kinds[0] if len(kinds) == 1 else str
+    if typing.get_origin(kind) in (list, tuple):
+        return _read_list(kind, node, key)
+    if not isinstance(node, Scalar):
+        found = "a list" if isinstance(node, list) else "a section"
+        raise ConfigError(f"{_first_place(node)}{key} is {found}; write one value")
+    if kind in (int, float):
+        return _read_number(kind, node, key)
+    if kind is bool:
+        if node.text.strip().lower() not in ("true", "false"):
+            raise ConfigError(f"{node.where}: {key} = {node.text!r} is not true or false; write one of them")
+        return node.text.strip().lower() == "true"
+    return _read_word(kind, node, key)
+
+
+def _read_section(schemas: Sequence[type[BaseModel]], node: Node, key: str) -> dict[str, Any]:
+    """A section that is of one of `schemas`; keys that it has not are left for the check of the whole."""
+    if isinstance(node, Scalar) and not node.quoted and node.text.strip().startswith("{"):
+        node = read_text(node.text, node.where)
+    if isinstance(node, Scalar) and not node.text:
+        node = {}
+    schema = _one_of(schemas, node)
+    if not isinstance(node, dict):
+        found, example = _plain(node), next(iter(schema.model_fields))
+        raise ConfigError(
+            f"{_first_place(node)}{key} = {found!r} is a section with keys of its own, like {key}.{example}"
+        )
+    kinds, told = [_default_kind(one) for one in schemas], node.get("kind")
+    if len(schemas) > 1 and isinstance(told, Scalar) and told.text not in kinds:
+        raise ConfigError(f"{told.where}: {key}: unknown kind {told.text!r}; {nearest(told.text, kinds)}")
+    return {
+        name: _plain(value)
+        if (annotation := _field_type(schema, name)) is None
+        else _read(annotation, value, f"{key}.{name}".lstrip("."))
+        for name, value in node.items()
+    }
+
+
+def _read_list(kind: Any, node: Node, key: str) -> list[Any]:
+    if isinstance(node, Scalar):
+        if not node.quoted and node.text.strip().startswith("["):
+            node = read_text(node.text, node.where)
+        else:
+            parts = node.text.split(",") if node.text.strip() else []
+            node = [Scalar(part.strip(), node.quoted, node.where) for part in parts]
+    if not isinstance(node, list):
+        raise ConfigError(f"{_first_place(node)}{key} is a section; write a list like [0.9, 0.99]")
+    types_of = [one for one in typing.get_args(kind) if one is not Ellipsis]
+    return [_read(types_of[min(n, len(types_of) - 1)], entry, key) for n, entry in enumerate(node)]
+
+
+def _read_number(kind: type, node: Scalar, key: str) -> int | float:
+    text = node.text.strip()
+    what, example = ("a whole number", "10, 100_000 or 1e5") if kind is int else ("a number", "10, 0.1 or 1e-4")
+    if not _NUMBER.fullmatch(text):
+        raise ConfigError(f"{node.where}: {key} = {node.text!r} is not {what}; write it like {example}")
+    number = Decimal(text.replace("_", ""))
+    if number and abs(number.adjusted()) > (_MOST_DIGITS if kind is int else 300):
+        raise ConfigError(f"{node.where}: {key} = {node.text!r} is too large or too small")
+    if kind is int and number != number.to_integral_value():
+        raise ConfigError(f"{node.where}: {key} = {node.text!r} is not a whole number")
+    return kind(number)
+
+
+def _read_word(kind: Any, node: Scalar, key: str) -> str:
+    if "\0" in node.text:
+        raise ConfigError(f"{node.where}: {key} = {node.text!r} holds a zero byte, which no name may have")
+    if any("\ud800" <= character <= "\udfff" for character in node.text):
+        raise ConfigError(
+            f"{node.where}: {key} = {node.text!r} is not text in UTF-8; rename it, or give a symbolic link to it"
+        )
+    if typing.get_origin(kind) is Literal:
+        options = typing.get_args(kind)
+        text = node.text.strip()
+        if text not in options:
+            raise ConfigError(f"{node.where}: {key} = {text!r} is unknown; {nearest(text, options)}")
+        return text
+    return node.text
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The types that an annotation allows, unions taken apart."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _alternatives(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        return [kind for one in typing.get_args(annotation) for kind in _alternatives(one)]
+    return [annotation]
+
+
+def _sections(annotation: Any) -> tuple[type[BaseModel], ...]:
+    """The kinds of section that an annotation allows; none for a value."""
+    return tuple(kind for kind in _alternatives(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel))
+
+
+def _one_of(schemas: Sequence[type[BaseModel]], node: Node) -> type[BaseModel]:
+    """The kind of section that `node` says it is, the first one where it says nothing known."""
+    told = node.get("kind") if isinstance(node, dict) else None
+    named = [schema for schema in schemas if isinstance(told, Scalar) and _default_kind(schema) == told.text]
+    return [*named, *schemas][0]
+
+
+def _default_kind(schema: type[BaseModel]) -> str | None:
+    return schema.model_fields["kind"].default if "kind" in schema.model_fields else None
+
+
+def _field_type(schema: type[BaseModel], name: str) -> Any:
+    """The annotation of a field, or of a key that the schema turns into fields; None: there is none."""
+    field = schema.model_fields.get(name)
+    return field.annotation if field else getattr(schema, "also_given", {}).get(name)
+
+
+def _first_place(node: Node) -> str:
+    """Where a node begins, as the beginning of a message."""
+    while not isinstance(node, Scalar):
+        inner = list(node.values()) if isinstance(node, dict) else node
+        if not inner:
+            return ""
+        node = inner[0]
+    return f"{node.where}: "
+
+
+def _plain(node: Node) -> Any:
+    if isinstance(node, dict):
+        return {key: _plain(value) for key, value in node.items()}
+    return [_plain(entry) for entry in node] if isinstance(node, list) else node.text
 
 
 def _explained(error: ValidationError, schema: type[BaseModel], origin: str) -> ConfigError:
@@ -64,46 +278,20 @@ def _explained(error: ValidationError, schema: type[BaseModel], origin: str) -> 
     return ConfigError(f"{origin}: {key} = {first['input']!r}: {message}")
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Set one `a.b.c=value` in nested mappings; the value is read as YAML."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form key=value, for example training.batch_size=64")
-    *path, last = key.strip().split(".")
-    for part in path:
-        values = values.setdefault(part, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"override {override!r}: {part!r} is a value and has no keys of its own")
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
-
-
 def _section_at(schema: type[BaseModel], path: Sequence[str]) -> tuple[list[str], Any]:
     """Follow pydantic's `path` into nested sections: the keys a user writes, and the class of the last section.
 
     Where a section may be of several kinds, pydantic's path also names the kind, which is not a key.
     """
     shown: list[str] = []
-    section: Any = schema
+    sections: tuple[type[BaseModel], ...] = (schema,)
     for part in path:
-        if isinstance(section, tuple):
-            section = next(kind for kind in section if kind.model_fields["kind"].default == part)
+        if len(sections) > 1:
+            sections = tuple(kind for kind in sections if _default_kind(kind) == part)
         else:
             shown.append(part)
-            field = getattr(section, "model_fields", {}).get(part)
-            section = _section_types(field.annotation) if field else section
-    return shown, section
-
-
-def _section_types(annotation: Any) -> Any:
-    """The model class of an annotation, or the classes of a union of them."""
-    if typing.get_origin(annotation) is typing.Annotated:
-        annotation = typing.get_args(annotation)[0]
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        return tuple(_section_types(kind) for kind in typing.get_args(annotation))
-    return annotation
+            sections = _sections(_field_type(sections[0], part)) or sections
+    return shown, sections[0]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
