@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 
 from rich.console import Console
 
@@ -36,15 +37,17 @@ def say(text: object) -> None:
     Console(stderr=True).print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
-def notice(text: str) -> None:
+def notice(text: str, kind: str = "") -> None:
     """Tell the user something that is no error, once per process.
+
+    Of notices of one `kind`, such as those that name one file of many, only the first is told.
 
     It goes to the logger "latentflow" as a warning, so that programs which use the library can handle it. Of several
     processes started by one launcher only the first one tells.
     """
     line = printable(text)
-    if line not in _told and os.environ.get("RANK", "0") == "0":
-        _told.add(line)
+    if (kind or line) not in _told and os.environ.get("RANK", "0") == "0":
+        _told.add(kind or line)
         _LOGGER.warning("%s", line)
 
 
@@ -56,6 +59,7 @@ def open_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata; what cannot be read is an error anyway
     if not any(isinstance(handler, _Lines) for handler in _LOGGER.handlers):
         _LOGGER.addHandler(_Lines())
         _LOGGER.propagate = False

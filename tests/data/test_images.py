@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentflow.data.colour import to_rgb
 from latentflow.data.images import (
     BrokenImage,
     ImageItem,
@@ -19,7 +20,6 @@ from latentflow.data.images import (
     center_crop,
     open_images,
     readable,
-    to_rgb,
 )
 from latentflow.data.semantic_maps import UNLABELLED, MapClasses, colour_map, crop_map, default_palette
 from latentflow.errors import DataError

@@ -24,9 +24,20 @@ from pathlib import Path
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.ImageFile import SAFEBLOCK, ImageFile
 
+from latentflow.console import notice
 from latentflow.errors import ConfigError, DataError, LatentFlowError
 
-__all__ = ["BrokenImage", "most_bytes", "most_pixels", "open_image", "orientation", "read_file", "reason", "upright"]
+__all__ = [
+    "BrokenImage",
+    "most_bytes",
+    "most_pixels",
+    "open_image",
+    "orientation",
+    "read_file",
+    "reason",
+    "stored_mode",
+    "upright",
+]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # JPEG includes MPO
 _PIXELS = 1 << 28  # 16,384 x 16,384; a phone's 200 megapixels are 16,320 x 12,240
@@ -77,6 +88,7 @@ _STRANGERS = (
     (0, b"\x1f\x8b", "gzip", "unpack it"),
     (0, b"version https://git-lfs", "a Git LFS pointer and not yet the file", "run git lfs pull"),
 )
+_DAMAGED = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
 _MARKUP = ((b"<svg", "SVG", _AS_PNG), (b"<html", "a web page", "download the image anew"))
 
 
@@ -121,6 +133,8 @@ def open_image(file: bytes | str | Path | Image.Image, name: str | None = None) 
             return
         content = file if isinstance(file, bytes) else read_file(file)
         with _identified(content, name) as image, _decoded.counting(_checked(image.width * image.height)):
+            if _holds_more(image):
+                notice(f"{name} holds several pictures, of which the first is read", kind="several pictures")
             yield image
     except LatentFlowError:
         raise
@@ -138,6 +152,14 @@ def orientation(image: Image.Image) -> int:
     except Exception:  # damaged EXIF says nothing
         return 1
     return turn if turn in _TURNS else 1
+
+
+def stored_mode(image: Image.Image) -> str:
+    """How the pixels lie in the file of an image that is not decoded yet, in Pillow's terms, such as "RGB;16B"."""
+    if not isinstance(image, ImageFile) or not image.tile:
+        return image.mode
+    details = image.tile[0][3]
+    return details if isinstance(details, str) else str(details[0]) if details else image.mode
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -203,6 +225,8 @@ def reason(error: Exception) -> str:
     if isinstance(error, BrokenImage):
         return error.reason
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    if text.startswith("decoder error"):  # a number of libtiff's or Pillow's
+        return "its data is damaged"
     return text or ("there is not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
 
 
@@ -280,6 +304,15 @@ def _identified(content: bytes, name: str) -> ImageFile:
     return image
 
 
+def _holds_more(image: ImageFile) -> bool:
+    """Whether a file holds pictures beside the first: an animation, or pages; not the previews that cameras add."""
+    try:
+        return image.format != "MPO" and getattr(image, "is_animated", False)
+    except Exception:  # the first may be whole where the second is damaged
+        image.seek(0)
+        return False
+
+
 def _strange(content: bytes) -> str:
     """What a file is that Pillow does not read."""
     for place, mark, what, remedy in _STRANGERS:
@@ -289,6 +322,8 @@ def _strange(content: bytes) -> str:
     for mark, what, remedy in _MARKUP:
         if mark in start:
             return f"its content is {what}, which is not read: {remedy}"
+    if content.startswith(_DAMAGED):
+        return "its content is damaged, or of a kind that Pillow does not know: copy it anew, or save it as 8-bit PNG"
     if not any(content[:4096]):
         return "its content is zeros, as after a copy that failed: copy it anew"
     return "its content is no image that Pillow can read"

@@ -2,9 +2,9 @@
 
 A folder, a zip archive and the built-in dataset may have labels and semantic maps.
 
-What every source does to a picture, in this order: the EXIF rotation is applied, transparent parts are
-laid on white, every mode becomes 8-bit RGB (16-bit grey is scaled from its full range), and `center_crop`
-makes it square. FID depends on these rules, so they are the same for training images and references.
+What every source does to a picture: `open_image` says which files are read, `to_rgb` makes upright 8-bit sRGB of it, by
+its colour profile and on white, and `center_crop` makes it square. FID depends on these rules, so they are the same for
+training images and references.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote_from_bytes
 
-import numpy as np
-from PIL import Image
-
+from latentflow.data.colour import to_rgb
 from latentflow.data.crop import center_crop, crop_map
-from latentflow.data.decode import BrokenImage, open_image, reason, upright
+from latentflow.data.decode import BrokenImage, open_image, reason
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.lmdb_store import LmdbStore, check_first, environment_file
 from latentflow.data.map_files import MapFiles
@@ -39,7 +37,6 @@ __all__ = [
     "center_crop",
     "open_images",
     "readable",
-    "to_rgb",
 ]
 
 _PRINTABLE = bytes(sorted({*range(0x20, 0x7F)} - {ord("%")}))
@@ -102,27 +99,6 @@ def readable(source: ImageSource, workers: int = 8) -> tuple[list[int], list[Bro
         problems = list(pool.map(problem, range(len(source))))
     kept = [index for index, found in enumerate(problems) if found is None]
     return kept, [found for found in problems if found is not None]
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as upright 8-bit RGB.
-
-    The EXIF rotation is applied. Transparency is composited on white. 16-bit grey is scaled so that 65535
-    is white.
-
-    Raises:
-        ValueError: the pixels are floating-point or 32-bit numbers, whose white is not defined.
-    """
-    image = upright(image)
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"pixels of mode {image.mode} have no defined white; save it as 8 or 16 bits a channel")
-        return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 class ImageFiles:
@@ -206,7 +182,7 @@ class ImageFiles:
         name, semantic_map = self.name(index), None
         with _decoding(name):
             with open_image(self._store.read(self._files[index].path), name) as image:
-                rgb = to_rgb(image)
+                rgb = to_rgb(image, name)
                 pixels, size = center_crop(rgb, self.image_size), rgb.size
             if self._maps:
                 semantic_map = crop_map(self._maps.read(index, size), self.image_size)
@@ -245,7 +221,7 @@ class LmdbImages:
         """Decode image `index`; raises what `ImageFiles` raises."""
         name = self.name(index)
         with _decoding(name), open_image(self._store.read(self._store.keys[index]), name) as image:
-            pixels = center_crop(to_rgb(image), self.image_size)
+            pixels = center_crop(to_rgb(image, name), self.image_size)
         return ImageItem(pixels, None, name)
 
 

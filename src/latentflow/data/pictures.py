@@ -9,21 +9,21 @@ from PIL import Image
 from torch import Tensor
 
 from latentflow.artifacts import sha256_file
+from latentflow.data.colour import to_rgb
 from latentflow.data.crop import center_crop
 from latentflow.data.decode import open_image
-from latentflow.data.images import to_rgb
 from latentflow.errors import DataError
 
 
 def read_picture(file: str | Path) -> Image.Image:
-    """The picture in a file, as upright 8-bit RGB.
+    """The picture in a file, as upright 8-bit sRGB.
 
     Raises:
         DataError: the file is missing, damaged, or no image.
     """
     _require_file(file)
     with open_image(file) as image:
-        return to_rgb(image)
+        return to_rgb(image, Path(file).name)
 
 
 def describe_file(file: str | Path) -> str:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image
 
 from latentflow.artifacts import write_text
 from latentflow.data.crop import crop_map
-from latentflow.data.decode import BrokenImage, open_image, upright
+from latentflow.data.decode import BrokenImage, open_image, stored_mode, upright
 from latentflow.data.items import UNLABELLED
 from latentflow.errors import DataError
 
@@ -192,7 +192,7 @@ def _names_and_palette(content: Any) -> tuple[tuple[str, ...], tuple[Colour, ...
 
 def _values(image: Image.Image, name: str) -> np.ndarray:
     """The pixels of a map as they are stored: [H, W] integers, or [H, W, 3] uint8 colours."""
-    step = _GREY_STEPS.get(_stored_mode(image), 1)
+    step = _GREY_STEPS.get(stored_mode(image), 1)
     mode = _OPAQUE_TWINS.get(image.mode, image.mode)
     if mode != "RGB" and image.format in ("JPEG", "MPO"):
         raise DataError(f"{name}: JPEG smears class indices into their neighbours'; save the map as a PNG")
@@ -207,14 +207,6 @@ def _values(image: Image.Image, name: str) -> np.ndarray:
     if mode in ("L", "P", "RGB") or mode.startswith("I"):
         return np.asarray(image) // step if step > 1 else np.asarray(image)
     raise DataError(f"{name}: pixels of mode {mode} are neither class indices nor colours; save it as an 8-bit PNG")
-
-
-def _stored_mode(image: Image.Image) -> str:
-    """How the pixels lie in the file of an image that is not decoded yet, in Pillow's terms."""
-    if not isinstance(image, ImageFile.ImageFile) or not image.tile:
-        return image.mode
-    details = image.tile[0][3]
-    return details if isinstance(details, str) else str(details[0]) if details else image.mode
 
 
 def _classes_of_colours(pixels: np.ndarray, classes: MapClasses, name: str) -> np.ndarray:

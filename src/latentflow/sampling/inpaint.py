@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from latentflow.autoencoder import to_unit_range
-from latentflow.data.images import to_rgb
+from latentflow.data.colour import to_rgb
 from latentflow.data.latent_size import ToldAs, class_counts, hide, hole_counts, shares, told_mask
 from latentflow.data.masks import read_mask
 from latentflow.data.pictures import describe_file, read_picture
