@@ -369,7 +369,9 @@ def test_train_truncated_checkpoint(command, tmp_path, recipe_file, leaves_nothi
 def test_train_another_recipe_in_the_same_folder(command, recipe_file, leaves_nothing, change):
     assert command("train", recipe_file, "--cpu").code == 0
     leaves_nothing()
-    refused(command("train", recipe_file, change, "--cpu"), change.partition("=")[0], "another recipe")
+    refused(
+        command("train", recipe_file, change, "--cpu"), change.partition("=")[0], "another recipe", "choose another out"
+    )
 
 
 @pytest.fixture

@@ -61,6 +61,13 @@ class ExportFormat(str, Enum):
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; otherwise a GPU if there is one.")]
 
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY", help="Go on although this key of the recipe has changed since the run began; may be repeated."
+    ),
+]
+
 Model = Annotated[str, typer.Argument(help="A model folder, a run folder or a hub id.")]
 Picture = Annotated[
     Path, typer.Argument(help="An image; its square middle is scaled to the size of the training images.")
@@ -209,6 +216,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=1000")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
+    allow_change: AllowChange = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
 ) -> None:
     """Train a model. Repeat the command to resume exactly where it was stopped."""
@@ -223,7 +231,7 @@ def train(
         return
     from latentflow.commands.train import train as run
 
-    result = run(resolved, cpu=cpu)
+    result = run(resolved, cpu=cpu, allow_change=allow_change or ())
     for name in result.broken:
         say(f"left out: {name}")
     if not result.outcome.finished:
@@ -237,6 +245,7 @@ def train_autoencoder(
     recipe: Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=1000")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
+    allow_change: AllowChange = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
 ) -> None:
     """Train a first stage on one device. Repeat the command to resume exactly where it was stopped."""
@@ -252,7 +261,7 @@ def train_autoencoder(
         return
     from latentflow.commands.train_autoencoder import train_first_stage
 
-    result = train_first_stage(resolved, cpu=cpu)
+    result = train_first_stage(resolved, cpu=cpu, allow_change=allow_change or ())
     for name in result.broken:
         say(f"left out: {name}")
     if result.report is None:

@@ -11,8 +11,10 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from latentflow.errors import ConfigError
-from latentflow.training.config import MAY_CHANGE_ON_RESUME, RECIPES, Recipe, load_recipe, recipe_names
-from latentflow.training.settings import differences, load_settings, to_yaml
+from latentflow.training import autoencoder
+from latentflow.training.autoencoder import AutoencoderRecipe
+from latentflow.training.config import CHANGES, RECIPES, Recipe, load_recipe, recipe_names
+from latentflow.training.settings import differences, keys_of, load_settings, to_yaml
 from tests import tiny
 
 
@@ -157,15 +159,12 @@ def test_differences():
     old, new = tiny.recipe(), tiny.recipe(training={"steps": 11, "seed": 5}, sampling={"steps": 9})
     assert differences(old, old) == {}
     assert differences(old, new) == {"sampling.steps": (2, 9), "training.seed": (0, 5), "training.steps": (10, 11)}
-    assert differences(old, new, free=MAY_CHANGE_ON_RESUME) == {"training.seed": (0, 5)}
 
 
-def test_what_may_change_exists():
-    valid = set(Recipe.model_fields)
-    for key in MAY_CHANGE_ON_RESUME:
-        section, _, entry = key.partition(".")
-        assert section in valid
-        assert not entry or entry in type(getattr(Recipe(), section)).model_fields
+@pytest.mark.parametrize("recipe", [Recipe(), AutoencoderRecipe()], ids=["train", "train-autoencoder"])
+def test_what_the_rules_of_change_name_exists(recipe):
+    rules = {Recipe: CHANGES, AutoencoderRecipe: autoencoder.CHANGES}[type(recipe)]
+    assert {*rules.free, *rules.fixed} <= set(keys_of(recipe))
 
 
 # One notation: the field says what a value is

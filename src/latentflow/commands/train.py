@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel
 from torch import Tensor
 
 import latentflow
@@ -26,10 +25,11 @@ from latentflow.latent_flow import CONFIG_FILE, LatentFlow, read_config
 from latentflow.model_config import AutoencoderRecord, ModelConfig, TrainingRecord
 from latentflow.randomness import derive_seed
 from latentflow.sampling.request import check_request
-from latentflow.training.config import MAY_CHANGE_ON_RESUME, Recipe
+from latentflow.training.changes import RECIPE_FILE, check_changes
+from latentflow.training.config import CHANGES, Recipe
 from latentflow.training.loop import Outcome, make_accelerator
 from latentflow.training.loop import train as run_loop
-from latentflow.training.settings import differences, load_settings, to_yaml
+from latentflow.training.settings import to_yaml
 
 _STATISTICS_IMAGES = 2048  # enough for per-channel means and deviations to three digits
 
@@ -43,7 +43,7 @@ class TrainResult:
     broken: list[str]
 
 
-def train(recipe: Recipe, *, cpu: bool = False) -> TrainResult:
+def train(recipe: Recipe, *, cpu: bool = False, allow_change: Sequence[str] = ()) -> TrainResult:
     """Train one recipe; repeating the call resumes exactly.
 
     Everything that can be wrong is found before the run folder is touched.
@@ -51,6 +51,7 @@ def train(recipe: Recipe, *, cpu: bool = False) -> TrainResult:
     Args:
         recipe: checked; `out` and `data.path` must be set.
         cpu: stay on the CPU even if there is a GPU.
+        allow_change: keys of the recipe that may differ from the run's although they alter what is computed.
 
     Raises:
         ConfigError, DataError, ArtifactError: before anything is written.
@@ -61,7 +62,7 @@ def train(recipe: Recipe, *, cpu: bool = False) -> TrainResult:
     if not recipe.out:
         raise ConfigError("out is not set; add out=runs/NAME")
     run = Path(recipe.out)
-    refuse_another_recipe(run, recipe, free=MAY_CHANGE_ON_RESUME)
+    changes = check_changes(run, recipe, CHANGES, allow_change)
     accelerator = make_accelerator(recipe.training, cpu=cpu)
     source = open_source(recipe)
     autoencoder = Autoencoder.from_pretrained(recipe.autoencoder).to(accelerator.device)
@@ -80,7 +81,10 @@ def train(recipe: Recipe, *, cpu: bool = False) -> TrainResult:
     _refuse_other_content(run, recipe, model.config)
     if accelerator.is_main_process:
         make_folder(run)
-        write_text(run / "recipe.yaml", to_yaml(recipe))
+        if changes:
+            changes.tell()
+            changes.record()
+        write_text(run / RECIPE_FILE, to_yaml(recipe))
         write_json(run / "environment.json", environment(accelerator.device, accelerator.num_processes))
 
     def preview(model: LatentFlow, weights: Mapping[str, Tensor], step: int) -> None:
@@ -194,21 +198,6 @@ def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages
     )
     torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
     return LatentFlow(config, config.build_network(), autoencoder)
-
-
-def refuse_another_recipe(run: Path, recipe: BaseModel, *, free: Sequence[str]) -> None:
-    """A run folder belongs to one recipe; the keys in `free`, which do not alter the computation, may change.
-
-    Raises:
-        ConfigError: the run folder holds another recipe.
-    """
-    file = run / "recipe.yaml"
-    if not file.exists():
-        return
-    changed = differences(load_settings(type(recipe), file), recipe, free=free)
-    if changed:
-        told = "; ".join(f"{key}: {old!r}, now {new!r}" for key, (old, new) in changed.items())
-        raise ConfigError(f"{run} was trained with another recipe ({told}); restore these values or choose another out")
 
 
 def _refuse_other_content(run: Path, recipe: Recipe, config: ModelConfig) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from latentflow.artifacts import atomic_folder, make_folder, write_json, write_text
 from latentflow.autoencoder import Autoencoder, latent_mean, to_uint8, to_unit_range
 from latentflow.commands.grid import save_grid
-from latentflow.commands.train import environment, refuse_another_recipe
+from latentflow.commands.train import environment
 from latentflow.data.batches import TrainingImages, epoch_order
 from latentflow.data.images import ImageSource, open_images, readable
 from latentflow.data.latent_cache import ChannelSums, is_cache
@@ -24,11 +24,12 @@ from latentflow.errors import ConfigError, DataError
 from latentflow.latent_flow import default_device
 from latentflow.randomness import derive_seed
 from latentflow.training.autoencoder import (
-    MAY_CHANGE_ON_RESUME,
+    CHANGES,
     AutoencoderRecipe,
     build_autoencoder,
     train_autoencoder,
 )
+from latentflow.training.changes import RECIPE_FILE, check_changes
 from latentflow.training.interruption import Outcome
 from latentflow.training.settings import to_yaml
 
@@ -92,7 +93,9 @@ class AutoencoderResult:
     report: AutoencoderReport | None
 
 
-def train_first_stage(recipe: AutoencoderRecipe, *, cpu: bool = False) -> AutoencoderResult:
+def train_first_stage(
+    recipe: AutoencoderRecipe, *, cpu: bool = False, allow_change: Sequence[str] = ()
+) -> AutoencoderResult:
     """Train an autoencoder, scale its latents to unit variance, measure and save it; a repeated call resumes exactly.
 
     Everything that can be wrong is found before the run folder is touched.
@@ -100,6 +103,7 @@ def train_first_stage(recipe: AutoencoderRecipe, *, cpu: bool = False) -> Autoen
     Args:
         recipe: checked; `out` and `data.path` must be set.
         cpu: stay on the CPU even if there is a GPU.
+        allow_change: keys of the recipe that may differ from the run's although they alter what is computed.
 
     Raises:
         ConfigError, DataError: before anything is written.
@@ -113,14 +117,17 @@ def train_first_stage(recipe: AutoencoderRecipe, *, cpu: bool = False) -> Autoen
     if is_cache(recipe.data.path):
         raise ConfigError(f"data.path = {recipe.data.path!r} is a latent cache; an autoencoder is trained on images")
     run = Path(recipe.out)
-    refuse_another_recipe(run, recipe, free=MAY_CHANGE_ON_RESUME)
+    changes = check_changes(run, recipe, CHANGES, allow_change)
     source = open_images(recipe.data.path, recipe.data.image_size)
     usable, unreadable = readable(source)
     kept, held_out = split(usable, recipe.data.held_out, recipe.training.seed)
     device = torch.device("cpu") if cpu else default_device()
     network = build_autoencoder(recipe.network, recipe.data.image_size, recipe.training.seed)
     make_folder(run)
-    write_text(run / "recipe.yaml", to_yaml(recipe))
+    if changes:
+        changes.tell()
+        changes.record()
+    write_text(run / RECIPE_FILE, to_yaml(recipe))
     write_json(run / "environment.json", environment(device, num_processes=1))
 
     images = TrainingImages(source, seed=recipe.training.seed, flip=recipe.data.flip, kept=kept)

@@ -30,6 +30,7 @@ from latentflow.data.batches import Batch, StreamPositions, TrainingImages, stre
 from latentflow.errors import ConfigError
 from latentflow.randomness import ImageRandom, derive_seed
 from latentflow.shapes import image_mean
+from latentflow.training.changes import ChangeRules
 from latentflow.training.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from latentflow.training.config import LARGEST_IMAGE, LARGEST_SEED, MOST_STEPS, RECIPES, find_recipe
 from latentflow.training.ema import EMA
@@ -151,17 +152,26 @@ class AutoencoderRecipe(_Section):
             raise ConfigError(f"data.crop = {crop} is larger than data.image_size = {size}; use null for whole images")
 
 
-MAY_CHANGE_ON_RESUME = (
-    "description",
-    "out",
-    "data.path",
-    "data.num_workers",
-    "training.log_every",
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-    "save_dtype",
+CHANGES = ChangeRules(
+    free=(
+        "description",
+        "out",
+        "data.path",
+        "data.num_workers",
+        "training.steps",
+        "training.log_every",
+        "training.checkpoint_every",
+        "training.keep_checkpoints",
+        "save_dtype",
+    ),
+    fixed={
+        "network": "its weights would not fit",
+        "data.image_size": "the held-out images would be others",
+        "data.held_out": "images that were held out would be trained on",
+        "training.seed": "images that were held out would be trained on",
+    },
 )
-"""Keys that do not alter what is learned."""
+"""What may change in a run of `latentflow train-autoencoder`."""
 
 
 def load_autoencoder_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> AutoencoderRecipe:
@@ -269,7 +279,7 @@ def train_autoencoder(
         config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
     compare = partial(autoencoder_step, recipe=recipe, bf16=bf16)
-    guard = FiniteGuard(optimizer, device, scaled=False)
+    guard = FiniteGuard(optimizer, device, scaled=False, remedy=recipe.optimizer.gentler)
     log = RunLog(run, num_steps=config.steps, first_step=progress.step, enabled=True)
     if newest:
         log.say(f"resuming from step {progress.step} ({progress.images_seen:,} images seen)")

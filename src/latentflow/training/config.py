@@ -18,6 +18,7 @@ from latentflow.flow.times import TrainingTimes
 from latentflow.model_config import SamplingPreset
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.velocity_network import NetworkConfig
+from latentflow.training.changes import ChangeRules
 from latentflow.training.optim import OptimizerConfig
 from latentflow.training.settings import load_settings
 
@@ -105,22 +106,35 @@ class Recipe(_Section):
     sampling: SamplingPreset = SamplingPreset()
 
 
-MAY_CHANGE_ON_RESUME = (
-    "description",
-    "out",
-    "data.path",
-    "data.num_workers",
-    "autoencoder",
-    "training.steps",
-    "training.micro_batch_size",
-    "training.compile",
-    "training.log_every",
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-    "training.preview_every",
-    "sampling",
+_OTHER_DATA = "the model would be told of other images than it learned from"
+CHANGES = ChangeRules(
+    free=(
+        "description",
+        "out",
+        "data.path",  # what is in it is compared
+        "data.num_workers",
+        "autoencoder",  # likewise
+        "training.steps",
+        "training.micro_batch_size",
+        "training.compile",
+        "training.log_every",
+        "training.checkpoint_every",
+        "training.keep_checkpoints",
+        "training.preview_every",
+        "sampling",
+    ),
+    fixed={
+        "network": "its weights would not fit",
+        "path": "the network has learned the velocities of the other one",
+        "conditioning": "the network has learned to be told the other things",
+        "normalise": "the network has learned latents of the other scale",
+        "data.image_size": _OTHER_DATA,
+        "data.labels": _OTHER_DATA,
+        "data.images": _OTHER_DATA,
+        "data.masks": _OTHER_DATA,
+    },
 )
-"""Keys that do not alter what is computed (the data and autoencoder themselves are compared by content)."""
+"""What may change in a run of `latentflow train`."""
 
 
 def recipe_names(folder: Path = RECIPES) -> list[str]:

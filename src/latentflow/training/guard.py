@@ -20,8 +20,9 @@ class FiniteGuard:
     written; then the bad step is computed again to say where it went wrong.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, *, scaled: bool):
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, *, scaled: bool, remedy: str):
         self.optimizer = optimizer
+        self.remedy = remedy
         self.every_step = device.type == "cpu"
         # fp16 loss scaling meets infinite gradients in its normal course and skips them itself, but not a bad loss.
         self.scaled = scaled
@@ -74,5 +75,5 @@ class FiniteGuard:
             where = f"in the gradient of {bad[0]} and {len(bad) - 1} other parameters" if bad else where
         raise NonFiniteError(
             f"step {bad_step + 1}: a number that is not finite appeared {where}. The step was not taken; the newest "
-            f"checkpoint is step {saved_at}. Look at the images, lower optimizer.learning_rate or clip the gradient"
+            f"checkpoint is step {saved_at}. Look at the images, or {self.remedy}"
         )

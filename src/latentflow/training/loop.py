@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
@@ -39,6 +40,7 @@ def make_accelerator(config: TrainingConfig, *, cpu: bool = False) -> Accelerato
         ConfigError: sharded training is asked for, or the batch cannot be shared out evenly.
     """
     precision = ("bf16" if _gains_from_bf16(cpu) else "fp32") if config.precision == "auto" else config.precision
+    AcceleratorState._reset_state()  # a program may train twice, the second time in another precision
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
@@ -112,7 +114,9 @@ def train(
     log = RunLog(run, num_steps=config.steps, first_step=progress.step, enabled=main)
     if newest:
         log.say(f"resuming from step {progress.step} ({progress.images_seen:,} images seen)")
-    guard = FiniteGuard(optimizer, accelerator.device, scaled=accelerator.scaler is not None)
+    guard = FiniteGuard(
+        optimizer, accelerator.device, scaled=accelerator.scaler is not None, remedy=recipe.optimizer.gentler
+    )
     losses, clock, saved_at, stopping = LossByTime(accelerator.device), Clock(), progress.step, False
     with log, collected_signals() as received:
         while progress.step < config.steps and not stopping:

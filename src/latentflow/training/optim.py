@@ -36,6 +36,15 @@ class OptimizerConfig(BaseModel):
         height = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * height
 
+    @property
+    def gentler(self) -> str:
+        """What to add to the command of a run that met a number which is not finite."""
+        changes = {"optimizer.learning_rate": self.learning_rate / 10}
+        if self.clip_norm is None:
+            changes["optimizer.clip_norm"] = 1.0
+        told = " ".join(f"{key}={value:g} --allow-change {key}" for key, value in changes.items())
+        return f"repeat the command with {told} in place of the old values"
+
 
 def build_optimizer(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW with the fused update of every device that has one."""

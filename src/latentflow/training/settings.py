@@ -70,11 +70,11 @@ def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def differences(old: BaseModel, new: BaseModel, *, free: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
-    """The keys in which two settings differ, each with its old and new value, but for keys and sections in `free`."""
+def differences(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two settings differ, each with its old and new value."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-    return {key: (before.get(key), after.get(key)) for key in keys if not is_within(key, free)}
+    return {key: (before.get(key), after.get(key)) for key in keys}
 
 
 def is_within(key: str, names: Sequence[str]) -> bool:

@@ -1,0 +1,133 @@
+"""Going on with a run whose recipe was changed: what may change, what must be asked for, what cannot be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from latentflow.artifacts import write_text
+from latentflow.console import notice
+from latentflow.errors import ConfigError, nearest
+from latentflow.training.checkpoint import newest_checkpoint
+from latentflow.training.settings import differences, is_within, keys_of, load_settings
+
+RECIPE_FILE = "recipe.yaml"
+CHANGES_FILE = "changes.jsonl"
+
+
+@dataclass(frozen=True)
+class ChangeRules:
+    """What may change between the parts of one run. Keys may be sections; all others change when they are allowed to.
+
+    Attributes:
+        free: keys that may change at any time.
+        fixed: keys that never may, each with the reason.
+    """
+
+    free: tuple[str, ...]
+    fixed: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How the recipe of a run changed after some steps.
+
+    Attributes:
+        run: the run folder.
+        step: steps that were done with the old recipe.
+        old, new: the recipes.
+        values: each changed key with its old and its new value.
+    """
+
+    run: Path
+    step: int
+    old: BaseModel
+    new: BaseModel
+    values: dict[str, tuple[Any, Any]]
+
+    def record(self) -> None:
+        """Add the changes to the run's history, changes.jsonl, once."""
+        file = self.run / CHANGES_FILE
+        before = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        entries = ({"step": self.step, "key": key, "old": old, "new": new} for key, (old, new) in self.values.items())
+        lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+        added = [line for line in lines if line not in before]  # all but those of a command that was killed here
+        if added:
+            write_text(file, "".join(f"{line}\n" for line in [*before, *added]))
+
+    def rates(self) -> tuple[float, float]:
+        """The learning rate of the next step by the old and by the new recipe."""
+        old, new = ((one.optimizer, one.training.steps) for one in (self.old, self.new))
+        return old[0].rate(self.step, old[1]), new[0].rate(self.step, new[1])
+
+    def tell(self) -> None:
+        """Say what changed, and what that does to the learning rate."""
+        if self.values:
+            notice(f"from step {self.step + 1} on with another recipe: {_told(self.values)}")
+        before, now = self.rates()
+        if before != now:
+            last = self.old.optimizer.rate(max(self.step - 1, 0), self.old.training.steps)
+            notice(
+                f"the learning rate was {last:.3g} at step {self.step} and is {now:.3g} from step {self.step + 1} on"
+            )
+
+
+def check_changes(run: Path, recipe: BaseModel, rules: ChangeRules, allowed: Sequence[str] = ()) -> Changes | None:
+    """How `recipe` differs from the one that `run` was trained with so far; nothing is written.
+
+    A folder in which nothing was learned yet can be begun with any recipe: None.
+
+    Args:
+        allowed: keys that may change although they alter what is computed.
+
+    Raises:
+        ConfigError: a key changed that was not allowed to, or never can; `allowed` names a key that does not exist.
+    """
+    keys = keys_of(recipe)
+    for key in allowed:
+        if key not in keys:
+            raise ConfigError(f"--allow-change {key}: no such key; {nearest(key, keys)}")
+    step = trained_steps(run)
+    if step is None:
+        return None
+    old = load_settings(type(recipe), run / RECIPE_FILE)
+    changed = differences(old, recipe)
+    for key, values in changed.items():
+        reason = next((reason for name, reason in rules.fixed.items() if is_within(key, [name])), None)
+        if reason:
+            raise ConfigError(
+                f"{run} was trained with another recipe ({_told({key: values})}), and {key} cannot change: {reason}; "
+                "restore it, or choose another out"
+            )
+    refused = {key: values for key, values in changed.items() if not is_within(key, [*rules.free, *allowed])}
+    if refused:
+        flags = " ".join(f"--allow-change {key}" for key in refused)
+        raise ConfigError(
+            f"{run} was trained with another recipe ({_told(refused)}); add {flags} to go on with the new one, restore "
+            "the old one, or choose another out"
+        )
+    return Changes(run, step, old, recipe, changed)
+
+
+def trained_steps(run: Path) -> int | None:
+    """Steps of a run that are saved; None where there is none."""
+    newest = newest_checkpoint(run)
+    if not (run / RECIPE_FILE).exists():
+        return None
+    if newest is None:
+        return 0 if (run / "model").exists() else None
+    return int(newest.name.removeprefix("step-"))
+
+
+def _told(values: Mapping[str, tuple[Any, Any]]) -> str:
+    """Changes as they are said: keys and values as in a recipe."""
+    lines = (
+        f"{key}: {json.dumps(old, ensure_ascii=False)}, now {json.dumps(new, ensure_ascii=False)}"
+        for key, (old, new) in values.items()
+    )
+    return "; ".join(lines)
