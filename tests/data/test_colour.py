@@ -181,7 +181,7 @@ def test_inks_without_a_profile_are_said_once(notices):
         (b"garbage", "cannot open profile from string"),
         (rgb_profile(DISPLAY_P3, 2.2)[:200], ""),
         (bytes(500), "cannot open profile"),
-        (gray_profile(2.2), "it is for GRAY, and the picture is RGB"),
+        (gray_profile(2.2), "it is for gray, and the picture is RGB"),
         (cmyk_profile(lambda *_: np.ones(3)), "it is for CMYK, and the picture is RGB"),
     ],
 )

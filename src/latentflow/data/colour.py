@@ -3,33 +3,25 @@
 In this order: the EXIF rotation is applied; numbers of 16 bits become 8 bits; the colours of an embedded profile become
 those of sRGB; transparent parts are laid on white.
 
-Profiles are applied relative to white with black point compensation: colours that sRGB has stay as they are, and the
-darkest black of a printer's profile becomes black. (For the profiles of cameras and screens, which are a matrix and
-curves, all intents are the same.) A picture without a profile, or whose profile is sRGB within 2 levels, keeps its
-numbers. A profile that is damaged, or for another kind of colours than its picture's, is passed over with a notice. Not
-looked at: PNG's gAMA, cHRM and cICP, and colours that only EXIF names.
+A picture without a profile, or whose profile is sRGB within 2 levels, keeps its numbers. A profile that is damaged, or
+for another kind of colours than its picture's, is passed over with a notice. Not looked at: PNG's gAMA, cHRM and cICP,
+and colours that only EXIF names.
 
 Of 16 bits 65535 is white. Gray is rounded, and of colours Pillow reads the upper half.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
-from functools import lru_cache
-
 import numpy as np
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image
 
 from latentflow.console import notice
-from latentflow.data.decode import reason, stored_mode, upright
+from latentflow.data.decode import stored_mode, upright
+from latentflow.data.profiles import open_profile
 
 PIXEL_RULES = "srgb"
 """The name of these rules; it changes when they make other pixels of a file. Before it, profiles were passed over."""
 
-_SAME = 2  # levels of 255
-_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # by the colours that a profile is for
-_CUBE = np.stack(np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * 3), -1).reshape(-1, 3)  # colours to try
 _DARKEST = 65536 // 8  # a picture whose numbers stay below may hold 12 bits, or 8, in a wider file
 
 
@@ -59,6 +51,11 @@ def to_rgb(image: Image.Image, name: str = "a picture") -> Image.Image:
     return rgb
 
 
+def zero_is_white(image: Image.Image) -> bool:
+    """Whether the 16-bit numbers of a TIFF file count from white to black; Pillow turns those of 8 bits around only."""
+    return getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0
+
+
 def _apart(image: Image.Image) -> tuple[Image.Image, Image.Image]:
     """A picture with any kind of transparency as its colours, L or RGB, and its alpha channel."""
     if image.mode == "La":  # gray multiplied by alpha, which Pillow converts to nothing but this
@@ -83,7 +80,7 @@ def _eight_bits(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image
             kind="dark numbers",
         )
     table = np.rint(np.arange(65536) / 257).astype(np.uint8)
-    if getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0:  # of TIFF: 0 is white
+    if zero_is_white(image):
         table = table[::-1]
     clear = image.info.get("transparency")
     alpha = None if clear is None else Image.fromarray(np.where(values == clear, np.uint8(0), np.uint8(255)))
@@ -111,39 +108,11 @@ def _in_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Imag
         )
     if profile and image.mode != "LAB":  # whose numbers are colours without a profile
         try:
-            return _converter(profile, mode)(image.convert(mode))
-        except Exception as error:  # of damaged profiles nearly anything
+            return open_profile(profile).to_srgb(image.convert(mode))
+        except ValueError as error:
             notice(
-                f"the colour profile of {name} cannot be used ({reason(error)}) and is passed over, like others of the "
-                "kind; save such files as sRGB if their colours come out wrong",
+                f"the colour profile of {name} cannot be used ({error}) and is passed over, like others of the kind; "
+                "save such files as sRGB if their colours come out wrong",
                 kind="profile",
             )
     return image.convert("RGB")
-
-
-@lru_cache(maxsize=64)
-def _converter(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image]:
-    """What makes sRGB of pictures of a mode, L, RGB or CMYK, that have this profile.
-
-    Raises:
-        Exception: of many kinds: the profile is damaged, or for other colours.
-    """
-    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    space = source.profile.xcolor_space.strip()
-    taken = _MODES.get(space)
-    if taken != mode and (taken, mode) != ("RGB", "L"):  # gray in a space of colours is a gray of that space
-        raise ValueError(f"it is for {space}, and the picture is {mode}")
-    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
-    flags |= ImageCms.Flags.NOOPTIMIZE if taken == "L" else ImageCms.Flags.NONE  # exact, for the 256 levels of a curve
-    transform = ImageCms.buildTransform(
-        source, ImageCms.createProfile("sRGB"), taken, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC, flags
-    )
-    levels = np.arange(256, dtype=np.uint8) if taken == "L" else _CUBE
-    if taken != "CMYK":
-        converted = np.asarray(ImageCms.applyTransform(Image.fromarray(levels[None]), transform))[0]
-        curve = converted[:, 1] if taken == "L" else converted
-        if np.abs(curve.astype(int) - levels).max() <= _SAME:
-            return lambda image: image.convert("RGB")
-        if taken == "L":
-            return lambda image: image.point(curve.tolist()).convert("RGB")
-    return lambda image: ImageCms.applyTransform(image.convert(taken), transform)
