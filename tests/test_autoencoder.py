@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -288,3 +290,303 @@ def test_code_that_a_config_points_to(kl_folder, tmp_path):
     with contextlib.suppress(ArtifactError):  # refused or passed over: both will do
         Autoencoder.from_pretrained(folder)
     assert not (tmp_path / "exploded").exists()
+
+
+# Folders and files of other kinds
+
+
+@pytest.fixture
+def folder(kl_folder, tmp_path) -> Path:
+    """A copy of the autoencoder, to be changed."""
+    return shutil.copytree(kl_folder, tmp_path / "changed")
+
+
+def change_weights(folder: Path, change) -> Path:
+    """Write the folder's weights anew, as `change` gives them back."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(file).items()}
+    write_tensors(file, change(tensors), {"format": "pt"})
+    return folder
+
+
+def change_config(folder: Path, **values) -> Path:
+    """Change values of the folder's config; None takes one out."""
+    config = {**json.loads((folder / "config.json").read_text(encoding="utf-8")), **values}
+    kept = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+    return folder
+
+
+def in_shards(folder: Path) -> dict[str, str]:
+    """Split the folder's weights into two shards with an index; returns its weight map."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(file).items()}
+    places = {name: f"diffusion_pytorch_model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for place in set(places.values()):
+        write_tensors(folder / place, {name: tensors[name] for name in tensors if places[name] == place})
+    file.unlink()
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
+    return places
+
+
+@pytest.mark.parametrize("prefix", ["vae.", "first_stage_model.", "module.", "_orig_mod.module."])
+def test_a_prefix_of_all_weights_is_taken_off(kl, folder, prefix):
+    change_weights(folder, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
+    assert Autoencoder.from_pretrained(folder).content_hash == kl.content_hash
+
+
+def test_shards_are_one_autoencoder(kl, folder):
+    in_shards(folder)
+    assert Autoencoder.from_pretrained(folder).content_hash == kl.content_hash
+
+
+def test_the_vae_of_a_pipeline(kl, folder, tmp_path):
+    pipeline = tmp_path / "pipeline"
+    pipeline.mkdir()
+    (pipeline / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}', encoding="utf-8")
+    folder.rename(pipeline / "vae")
+    assert Autoencoder.from_pretrained(pipeline).content_hash == kl.content_hash
+
+
+def test_the_only_variant_is_read_and_said(kl, folder, caplog):
+    change_weights(folder, lambda tensors: {name: tensor.half() for name, tensor in tensors.items()})
+    rounded = Autoencoder.from_pretrained(folder).content_hash
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    loaded = Autoencoder.from_pretrained(folder)
+    assert loaded.content_hash == rounded != kl.content_hash
+    assert next(loaded.model.parameters()).dtype == torch.float32
+    assert "has its weights in fp16 alone" in caplog.text
+
+
+def test_the_whole_weights_win_over_a_variant(kl, folder):
+    shutil.copy(folder / "diffusion_pytorch_model.safetensors", folder / "diffusion_pytorch_model.non_ema.safetensors")
+    assert Autoencoder.from_pretrained(folder).content_hash == kl.content_hash
+
+
+def test_attention_layers_under_their_old_names(tmp_path):
+    made = tiny.kl(mid_block_add_attention=True)
+    made.save_pretrained(tmp_path / "new")
+    old = shutil.copytree(tmp_path / "new", tmp_path / "old")
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def aged(name: str) -> str:
+        for new, before in names.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
+        return name
+
+    change_weights(old, lambda tensors: {aged(name): tensor for name, tensor in tensors.items()})
+    assert Autoencoder.from_pretrained(old).content_hash == Autoencoder.from_pretrained(tmp_path / "new").content_hash
+
+
+def _decoder_alone(folder: Path) -> None:
+    change_weights(folder, lambda t: {name: tensor for name, tensor in t.items() if name.startswith("decoder.")})
+
+
+def _lfs_pointer(folder: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 334643276\n"
+    (folder / "diffusion_pytorch_model.safetensors").write_text(pointer, encoding="utf-8")
+
+
+def _without_weights(folder: Path) -> None:
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def _two_variants(folder: Path) -> None:
+    file = folder / "diffusion_pytorch_model.safetensors"
+    shutil.copy(file, folder / "diffusion_pytorch_model.bf16.safetensors")
+    file.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+
+
+def _a_shard_less(folder: Path) -> None:
+    (folder / next(iter(in_shards(folder).values()))).unlink()
+
+
+def _a_shard_elsewhere(folder: Path) -> None:
+    places = in_shards(folder)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    places["encoder.conv_in.weight"] = "../kl/diffusion_pytorch_model.safetensors"
+    index.write_text(json.dumps({"weight_map": places}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_decoder_alone, "lacks the weights of the encoder: its file holds the decoder alone; get the one with both"),
+        (_lfs_pointer, "is a Git LFS pointer and not the file itself; run `git lfs pull` in its folder"),
+        (_without_weights, "has no diffusion_pytorch_model.safetensors; get the whole folder"),
+        (_two_variants, "rename the one you want to diffusion_pytorch_model.safetensors"),
+        (_a_shard_less, "lacks diffusion_pytorch_model-00001-of-00002.safetensors"),
+        (_a_shard_elsewhere, "which is no safetensors file in its folder"),
+        (lambda f: change_weights(f, lambda t: dict(list(t.items())[1:])), "is missing (1 missing, 0 unknown)"),
+        (lambda f: change_weights(f, lambda t: {**t, "extra": torch.ones(3)}), "'extra' is unknown"),
+        (lambda f: change_weights(f, lambda t: {**t, "decoder.conv_in.bias": torch.ones(3)}), "has shape [3]"),
+        (
+            lambda f: change_weights(f, lambda t: {**t, "encoder.conv_in.bias": t["encoder.conv_in.bias"] / 0}),
+            "not finite",
+        ),
+        (lambda f: change_config(f, _class_name="UNet2DConditionModel"), "UNet2DConditionModel"),
+        (lambda f: change_config(f, _class_name="AutoencoderKLl"), "did you mean 'AutoencoderKL'?"),
+        (lambda f: change_config(f, _class_name=["AutoencoderKL"]), "none of diffusers' autoencoders"),
+        (lambda f: change_config(f, _class_name="AutoencoderTiny"), "does not fit config.json"),
+        (lambda f: change_config(f, block_out_channels=[8, 10**9]), "beyond what any autoencoder has"),
+        (lambda f: change_config(f, block_out_channels=[8, 2**19]), "asks for [524288"),
+        (lambda f: change_config(f, block_out_channels=[8, -16]), "changed"),
+        (lambda f: change_config(f, block_out_channels=[8, 0]), "changed"),
+        (lambda f: change_config(f, block_out_channels=[8, "16"]), "describes no AutoencoderKL"),
+        (lambda f: change_config(f, block_out_channels=[8] * 5000), "nested too deeply or too long"),
+        (lambda f: change_config(f, layers_per_block=10**6), "asks for 1000000 layers"),
+        (lambda f: change_config(f, layers_per_block=0), "does not fit config.json"),
+        (lambda f: change_config(f, norm_num_groups=3), "describes no AutoencoderKL"),
+        (lambda f: change_config(f, norm_num_groups=0), "describes no AutoencoderKL"),
+        (lambda f: change_config(f, down_block_types=["NoBlock"] * 2), "describes no AutoencoderKL"),
+        (lambda f: change_config(f, scaling_factor=float("nan")), "scaling_factor = nan is not a finite number"),
+        (lambda f: change_config(f, scaling_factor=0), "scaling_factor = 0 must be above 0"),
+        (lambda f: change_config(f, scaling_factor=-0.18), "must be above 0"),
+        (lambda f: change_config(f, scaling_factor="much"), "scaling_factor = 'much' is not a number"),
+        (lambda f: change_config(f, latents_mean=0.5, latents_std=["a"] * 4), "latents_std = ['a', 'a', 'a', 'a']"),
+        (lambda f: change_config(f, shift_factor=float("inf")), "shift_factor = inf is not a finite number"),
+        (lambda f: change_config(f, latents_mean=[0.0] * 4, latents_std=[1.0, 1.0, 0.0, 1.0]), "must be above 0"),
+        (lambda f: change_config(f, latents_mean=[0.0] * 3, latents_std=[1.0] * 3), "3 numbers for 4 channels"),
+        (lambda f: (f / "config.json").write_text("[" * 100_000, encoding="utf-8"), "config.json"),
+        (lambda f: (f / "config.json").write_text(" " * 2**21, encoding="utf-8"), "larger than 1 MiB"),
+        (lambda f: (f / "config.json").write_text("[]", encoding="utf-8"), "holds no settings"),
+        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"), "config.json"),
+    ],
+)
+def test_folders_that_are_refused(folder, change, said):
+    change(folder)
+    assert said in refusal(folder)
+
+
+def test_a_model_folder_names_its_autoencoder(folder, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"image_size": 16}', encoding="utf-8")
+    inside = folder.rename(tmp_path / "model" / "autoencoder")
+    assert refusal(tmp_path / "model").endswith(f"give {inside}")
+    assert Autoencoder.from_pretrained(inside).factor == 2
+
+
+def test_a_pickle_becomes_safetensors_as_the_line_says(kl, folder):
+    tensors = read_tensors(folder / "diffusion_pytorch_model.safetensors")
+    torch.save(tensors, folder / "diffusion_pytorch_model.bin")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    line = refusal(folder)
+    assert "diffusion_pytorch_model.bin, a pickle, which is never read here" in line
+    _follow(line)
+    assert Autoencoder.from_pretrained(folder).content_hash == kl.content_hash
+
+
+def test_one_file_of_a_folder_names_the_folder(folder):
+    assert refusal(folder / "diffusion_pytorch_model.safetensors").endswith(f"give its folder {folder}")
+
+
+def test_weights_alone_become_a_folder_as_the_line_says(kl, kl_folder, tmp_path):
+    single = shutil.copy(kl_folder / "diffusion_pytorch_model.safetensors", tmp_path / "vae-ft-mse.safetensors")
+    assert "put it into a folder as diffusion_pytorch_model.safetensors, together with the config.json" in refusal(
+        single
+    )
+    (tmp_path / "vae").mkdir()
+    shutil.move(single, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    shutil.copy(kl_folder / "config.json", tmp_path / "vae")
+    assert Autoencoder.from_pretrained(tmp_path / "vae").content_hash == kl.content_hash
+
+
+@pytest.mark.parametrize("name", ["kl-f8.safetensors", "model.ckpt"])
+def test_a_file_of_the_latent_diffusion_program_becomes_a_folder_as_the_line_says(tmp_path, monkeypatch, name):
+    made = tiny.kl(mid_block_add_attention=True)
+    made.save_pretrained(tmp_path / "like")
+    expected = Autoencoder.from_pretrained(tmp_path / "like")
+    weights = {f"first_stage_model.{name}": tensor for name, tensor in _in_old_layout(made.state_dict()).items()}
+    file = tmp_path / name
+    if file.suffix == ".ckpt":
+        torch.save({"state_dict": weights}, file)
+    else:
+        write_tensors(file, weights)
+    monkeypatch.chdir(tmp_path)
+    _follow(refusal(file).replace("config=LIKE", "config='like'"))
+    assert Autoencoder.from_pretrained("vae").content_hash == expected.content_hash
+
+
+def _in_old_layout(weights: dict) -> dict:
+    """Names and shapes of CompVis' latent-diffusion."""
+    rules = [
+        (r"encoder\.down_blocks\.(\d)\.resnets\.(\d)", r"encoder.down.\1.block.\2"),
+        (r"encoder\.down_blocks\.(\d)\.downsamplers\.0", r"encoder.down.\1.downsample"),
+        (r"mid_block\.resnets\.0", "mid.block_1"),
+        (r"mid_block\.resnets\.1", "mid.block_2"),
+        (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+        (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
+        (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+        ("conv_norm_out", "norm_out"),
+        ("conv_shortcut", "nin_shortcut"),
+    ]
+    renamed = {}
+    for name, tensor in weights.items():
+        for pattern, instead in rules:
+            name = re.sub(pattern, instead, name)
+        name = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"up.{1 - int(m[1])}.block.{m[2]}", name)
+        name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{1 - int(m[1])}.upsample", name)
+        is_linear = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name)
+        renamed[name] = tensor[:, :, None, None].contiguous() if is_linear else tensor
+    return renamed
+
+
+def _follow(line: str) -> None:
+    """Do what a line advises: the program behind python -c."""
+    exec(re.search(r'python -c "(.*?)"(?:;| with|$)', line)[1], {})
+
+
+def test_code_in_the_folder_never_runs(kl, folder, tmp_path, monkeypatch):
+    """Whatever the config calls for: files beside it, `auto_map`, a class or a library of another name."""
+    code = f"open({str(tmp_path / 'exploded')!r}, 'w')\nfrom diffusers import AutoencoderKL as Mine\n"
+    for name in ("payload.py", "modeling_payload.py", "AutoencoderKL.py", "diffusers.py"):
+        (folder / name).write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(folder))
+    named = {"auto_map": {"AutoModel": "payload.Mine"}, "custom_pipeline": "payload", "_library_name": "payload"}
+    change_config(folder, **named)
+    (folder / "model_index.json").write_text('{"": ["payload", "Mine"], "vae": ["payload", "Mine"]}', encoding="utf-8")
+    assert Autoencoder.from_pretrained(folder).content_hash == kl.content_hash
+    for name in ("payload.Mine", "modeling_payload", "Mine", "PosixPath"):
+        change_config(folder, _class_name=name)
+        refusal(folder)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_videos_and_sounds_are_no_images(tmp_path):
+    from diffusers import AutoencoderKLTemporalDecoder, AutoencoderKLWan, AutoencoderOobleck
+
+    blocks = {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2}
+    makers = {
+        "frames": lambda: AutoencoderKLTemporalDecoder(latent_channels=4, **blocks),
+        "videos": lambda: AutoencoderKLWan(base_dim=8, z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4),
+        "sounds": lambda: AutoencoderOobleck(
+            encoder_hidden_size=8, downsampling_ratios=[2], channel_multiples=[1], decoder_channels=8
+        ),
+    }
+    for name, make in makers.items():
+        make().save_pretrained(tmp_path / name)
+        assert "does not map images [B, 3, 64, 64] to one latent grid and back" in refusal(tmp_path / name)
+
+
+def test_loading_draws_nothing_from_torch(kl_folder):
+    """A program's own random numbers are the same whether it loads one or not."""
+    torch.manual_seed(0)
+    Autoencoder.from_pretrained(kl_folder)
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_eight_threads_load_and_encode_at_once(kl, kl_folder, deterministic, deterministic_folder):
+    images = pixels(2)
+    expected = {kl_folder: kl.encode(images), deterministic_folder: deterministic.encode(images)}
+
+    def load(number: int) -> None:
+        folder = (kl_folder, deterministic_folder)[number % 2]
+        assert torch.equal(Autoencoder.from_pretrained(folder).encode(images), expected[folder])
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(load, range(32)))
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+    assert torch.empty(1).device.type == "cpu"

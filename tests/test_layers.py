@@ -17,11 +17,13 @@ LAYERS = {
     "shapes": 0,
     "randomness": 0,
     "artifacts": 0,
+    "autoencoder_files": 0,
     "console": 0,
     "door": 0,
     "errors": 0,
     "hub": 0,
     "ledger": 0,
+    "weights": 0,
     "flow": 1,
     "networks": 1,
     "autoencoder": 1,
@@ -39,7 +41,7 @@ LAYERS = {
     "cli": 6,
     "__main__": 7,
 }
-FLOOR = ("shapes", "randomness", "artifacts", "console", "door", "errors", "hub", "ledger")
+FLOOR = tuple(name for name, layer in LAYERS.items() if layer == 0)
 """Layer 0: these may see each other."""
 WAIST = ("model_config", "model_card", "latent_flow")
 """Layer 3: each may see those before it. No other rooms of one layer may see each other."""

@@ -15,7 +15,7 @@ import shutil
 import stat
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not valid JSON ({error}); the file is damaged or of another kind") from error
 
 
@@ -206,6 +206,7 @@ def open_tensors(path: str | Path) -> safe_open:
     except (OSError, SafetensorError) as error:
         if not Path(path).exists():
             raise ArtifactError(f"{path} does not exist") from error
+        _refuse_pointer(path)
         raise ArtifactError(f"{path} is truncated or not a safetensors file ({error})") from error
 
 
@@ -226,6 +227,7 @@ def read_torch_file(path: str | Path) -> Any:
             warnings.simplefilter("ignore")  # of pickles that are then refused
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # readers of damaged files raise nearly anything
+        _refuse_pointer(path)
         wanted = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if wanted:
             raise ArtifactError(
@@ -236,6 +238,15 @@ def read_torch_file(path: str | Path) -> Any:
             f"{path} is truncated, or not a file of tensors written by torch.save (a pickle of anything else is never "
             "run); fetch it again, or save its weights alone with the program that wrote it"
         ) from error
+
+
+def _refuse_pointer(path: str | Path) -> None:
+    """What Git leaves in the place of a large file that it has not fetched."""
+    with suppress(OSError), Path(path).open("rb") as file:
+        if file.read(64).startswith(b"version https://git-lfs"):
+            raise ArtifactError(
+                f"{path} is a Git LFS pointer and not the file itself; run `git lfs pull` in its folder"
+            )
 
 
 def sha256_file(path: str | Path) -> str:

@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from latentflow.artifacts import read_json, sha256_tensors, write_json
+from latentflow.autoencoder_files import load_first_stage
 from latentflow.errors import ArtifactError, ConfigError
-from latentflow.hub import HubId, fetch
 from latentflow.randomness import ImageRandom
 
 BUILT_IN = {"shapes": Path(__file__).parent / "assets" / "shapes_autoencoder"}
@@ -88,44 +88,14 @@ class Autoencoder:
     def from_pretrained(cls, reference: str | Path) -> Autoencoder:
         """Load a folder, a hub id `owner/name` or `owner/name/subfolder`, or a name in `BUILT_IN`; safetensors only.
 
+        Of a pipeline its `vae/` is taken.
+
         Raises:
             ArtifactError: nothing usable is there.
         """
-        reference = str(reference)
-        place, subfolder = reference, None
-        if reference in BUILT_IN:
-            place = str(BUILT_IN[reference])
-        elif Path(reference).is_dir():
-            config = Path(reference) / "config.json"
-            if not config.exists() or "_class_name" not in read_json(config):
-                raise ArtifactError(
-                    f"{reference} is not a diffusers autoencoder folder: it needs a config.json with _class_name"
-                )
-        elif Path(reference).exists() or reference.startswith((".", "/", "~")) or reference.count("/") not in (1, 2):
-            raise ArtifactError(
-                f"autoencoder {reference!r}: no such folder, not a hub id like 'stabilityai/sd-vae-ft-mse', "
-                f"and not built in ({', '.join(BUILT_IN)})"
-            )
-        else:
-            repo, subfolder = reference, None
-            if reference.count("/") == 2:
-                repo, _, subfolder = reference.rpartition("/")
-            within = f"{subfolder}/" if subfolder else ""
-            place = str(fetch(HubId.parse(repo), [f"{within}*.json", f"{within}*.safetensors"]))
-        import diffusers  # slow to import: only when a first stage is really loaded
-
-        verbosity = diffusers.logging.get_verbosity()
-        diffusers.logging.set_verbosity_error()  # it warns of harmless extra keys in the config each time
-        try:
-            model = diffusers.AutoModel.from_pretrained(place, subfolder=subfolder, use_safetensors=True)
-        except Exception as error:  # diffusers raises OSError, ValueError, KeyError, SafetensorError, ... here
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ArtifactError(f"cannot load the autoencoder {reference!r}: {reason}") from error
-        finally:
-            diffusers.logging.set_verbosity(verbosity)
-        if not (hasattr(model, "encode") and hasattr(model, "decode")):
-            raise ArtifactError(f"{reference!r} holds a {type(model).__name__}, which has no encode and decode")
-        return cls(model, reference)
+        loaded = cls(load_first_stage(str(reference), BUILT_IN), str(reference))
+        loaded.require_images()
+        return loaded
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and safetensors weights in diffusers' own layout."""
@@ -144,7 +114,8 @@ class Autoencoder:
     def _layout(self) -> torch.memory_format:
         """Channels last, where convolutions are fastest, except where torch's GroupNorm is inexact: on the CPU."""
         exact = self.device.type != "cpu" or not any(isinstance(m, nn.GroupNorm) for m in self.model.modules())
-        return torch.channels_last if exact else torch.contiguous_format
+        flat = all(parameter.dim() <= 4 for parameter in self.model.parameters())
+        return torch.channels_last if exact and flat else torch.contiguous_format
 
     @property
     def device(self) -> torch.device:
@@ -154,14 +125,20 @@ class Autoencoder:
     def _probe(self) -> tuple[int, int, int]:
         """(factor, latent channels, moment channels), found by encoding and decoding one gray image."""
         pixels = torch.zeros(1, 3, _PROBE_SIDE, _PROBE_SIDE, device=self.device)
-        moments = self.encode(pixels)
-        if moments.dim() != 4 or _PROBE_SIDE % moments.shape[2]:
+        try:
+            moments = self.encode(pixels)
+            shape = list(moments.shape[1:])
+            fits = len(shape) == 3 and _PROBE_SIDE % shape[1] == 0
+            channels = shape[0] // 2 if self._is_variational else shape[0]
+            fits = fits and self.decode(moments[:, :channels]).shape == pixels.shape
+        except Exception as error:  # of videos or sounds: their shapes break at any place inside
+            shape, fits = str(error).strip().partition("\n")[0] or type(error).__name__, False
+        if not fits:
             raise ArtifactError(
-                f"{type(self.model).__name__} maps a {_PROBE_SIDE}x{_PROBE_SIDE} image to shape "
-                f"{list(moments.shape[1:])}; an image autoencoder with one latent grid is needed"
+                f"{self.reference} holds a model of the class {type(self.model).__name__}, which does not map images "
+                f"[B, 3, {_PROBE_SIDE}, {_PROBE_SIDE}] to one latent grid and back ({shape}); give one for images"
             )
-        channels = moments.shape[1] // 2 if self._is_variational else moments.shape[1]
-        return _PROBE_SIDE // moments.shape[2], channels, moments.shape[1]
+        return _PROBE_SIDE // shape[1], channels, shape[0]
 
     @cached_property
     def _is_variational(self) -> bool:
@@ -202,9 +179,22 @@ class Autoencoder:
         scale = float(config.get("scaling_factor") or 1.0)
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
+            if not len(mean) == len(std) == self.num_channels:
+                raise ArtifactError(
+                    f"{self.reference}: latents_mean and latents_std hold {len(mean)} and {len(std)} numbers for "
+                    f"{self.num_channels} channels; restore the original config.json"
+                )
             return LatentNormalisation(shift=list(mean), scale=[scale / float(s) for s in std])
         shift = float(config.get("shift_factor") or 0.0)
         return LatentNormalisation(shift=[shift] * self.num_channels, scale=[scale] * self.num_channels)
+
+    def require_images(self) -> None:
+        """Refuse an autoencoder of something else than images, such as videos, or one whose scaling does not fit.
+
+        Raises:
+            ArtifactError: saying which.
+        """
+        _ = self.normalisation
 
     def latent_side(self, image_size: int) -> int:
         """Latent height and width of square images of side `image_size` pixels.

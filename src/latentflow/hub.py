@@ -19,7 +19,7 @@ CARD_FILE = "README.md"
 CARD_NAME = "PATH_OF_THIS_FOLDER"
 """How a model card calls its model until a push puts the hub id in its place."""
 
-_PIPELINE_FILE = "model_index.json"  # every diffusers pipeline has it
+PIPELINE_FILE = "model_index.json"  # every diffusers pipeline has it
 _LOG_IN = "`hf auth login`, or set HF_TOKEN"
 
 
@@ -73,19 +73,19 @@ def fetch(source: HubId, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     with _explained(source, "read"):
-        wanted = [*patterns, _PIPELINE_FILE]
+        wanted = [*patterns, PIPELINE_FILE]
         return Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted))
 
 
 def looks_like(folder: Path) -> str:
     """What a fetched folder without a model of ours seems to hold, for an error message."""
-    for name in (_PIPELINE_FILE, "config.json"):
+    for name in (PIPELINE_FILE, "config.json"):
         if not (folder / name).is_file():
             continue
         config = read_json(folder / name)
         config = config if isinstance(config, dict) else {}
         if "_class_name" in config:
-            kind = "pipeline" if name == _PIPELINE_FILE else "model"
+            kind = "pipeline" if name == PIPELINE_FILE else "model"
             return f"it looks like the diffusers {kind} {config['_class_name']}"
         if "model_type" in config:
             return f"it looks like the transformers model {config['model_type']}"
@@ -139,7 +139,7 @@ def push_folder(
         if target.revision:
             api.create_branch(target.repo, branch=target.revision, exist_ok=True)
         there = set(api.list_repo_files(target.repo, revision=target.revision))
-        if there & {"config.json", _PIPELINE_FILE} and marker not in there:
+        if there & {"config.json", PIPELINE_FILE} and marker not in there:
             raise ArtifactError(f"{target.url} holds something else; nothing was sent, choose another name")
         stale = sorted(name for name in there - files.keys() - {CARD_FILE} if _matches(name, patterns))
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]

@@ -19,6 +19,7 @@ from latentflow.model_card import model_card
 from latentflow.model_config import AUTOENCODER_FOLDER, ModelConfig
 from latentflow.randomness import ImageRandom
 from latentflow.shapes import Condition
+from latentflow.weights import filled, require_fit, tensor_shapes
 
 if TYPE_CHECKING:
     from latentflow.sampling.inversion import Inversion
@@ -67,7 +68,8 @@ class LatentFlow:
         """
         device = usable_device(device)
         folder = find_model(model, revision)
-        config = read_config(folder)
+        config, weights = read_config(folder), folder / WEIGHTS_FILE
+        require_fit(config.build_network, tensor_shapes(weights), weights)
         own = folder / AUTOENCODER_FOLDER
         if config.autoencoder.reference == AUTOENCODER_FOLDER and not own.is_dir():
             raise ArtifactError(f"{folder} lacks its folder {AUTOENCODER_FOLDER}/; copy the model folder whole")
@@ -77,8 +79,7 @@ class LatentFlow:
                 f"{folder} was trained with an autoencoder of hash {config.autoencoder.content_hash[:12]}, but "
                 f"{autoencoder.reference} has hash {autoencoder.content_hash[:12]}; restore the original one"
             )
-        network = config.build_network()
-        load_weights(network, read_tensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
+        network = filled(config.build_network, read_tensors(weights), weights)
         loaded = cls(config, network.eval().requires_grad_(False), autoencoder).to(device)
         is_local = Path(model).exists()
         loaded.reference = str(model) if is_local else HubId.parse(str(model), revision).pinned(folder)
@@ -299,24 +300,3 @@ def read_config(folder: str | Path) -> ModelConfig:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise ArtifactError(f"{file} is not the config of a latentflow model ({where}: {first['msg']})") from error
-
-
-def load_weights(network: torch.nn.Module, weights: Mapping[str, Tensor], origin: str | Path) -> None:
-    """Copy `weights` into `network`, every key and shape accounted for.
-
-    Raises:
-        ArtifactError: a key is missing or unknown, or a shape differs.
-    """
-    expected = network.state_dict()
-    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    if missing or unknown:
-        key, what = (missing[0], "is missing") if missing else (unknown[0], "is unknown")
-        raise ArtifactError(
-            f"{origin} does not fit its config: {key!r} {what} ({len(missing)} missing, {len(unknown)} unknown)"
-        )
-    for key, tensor in expected.items():
-        if weights[key].shape != tensor.shape:
-            raise ArtifactError(
-                f"{origin}: {key!r} has shape {list(weights[key].shape)}, the config asks for {list(tensor.shape)}"
-            )
-    network.load_state_dict(dict(weights))

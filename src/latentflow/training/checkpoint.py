@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from latentflow.artifacts import atomic_folder, read_json, read_tensors, write_json, write_tensors
 from latentflow.errors import ArtifactError
-from latentflow.latent_flow import load_weights
 from latentflow.training.ema import EMA
+from latentflow.weights import load_weights
 
 _FOLDER = re.compile(r"step-(\d{8})")
 _STATE = "state.json"

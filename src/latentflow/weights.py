@@ -1,0 +1,98 @@
+"""Filling a network with weights from files: every key and shape is accounted for before memory is taken."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from latentflow.artifacts import open_tensors
+from latentflow.errors import ArtifactError
+
+LOADING = threading.RLock()
+"""Held while a library builds modules: several keep what they change for that in globals of the process."""
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules that are built inside lie on the meta device: they have shapes, and take no memory."""
+    with LOADING, torch.device("meta"):  # torch keeps one global device of these contexts for all threads
+        yield
+
+
+class _WithoutStart(TorchFunctionMode):
+    """Leaves out the drawing of first weights, in the thread that enters it; loading overwrites every one of them."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def tensor_shapes(path: Any) -> dict[str, list[int]]:
+    """The shape of every tensor of a safetensors file, from its header.
+
+    Raises:
+        ArtifactError: see `open_tensors`.
+    """
+    with open_tensors(path) as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+def require_fit(
+    make: Callable[[], nn.Module], shapes: Mapping[str, Sequence[int]], origin: object, config: str = "its config"
+) -> None:
+    """Refuse weights of other names or shapes than the network that `make` builds; no memory is taken.
+
+    Raises:
+        ArtifactError: a key is missing or unknown, or a shape differs.
+    """
+    with without_memory():
+        expected = make().state_dict()
+    _compare({name: list(tensor.shape) for name, tensor in expected.items()}, shapes, origin, config)
+
+
+def filled(make: Callable[[], nn.Module], weights: Mapping[str, Tensor], origin: object) -> nn.Module:
+    """The network that `make` builds, with `weights`; it draws nothing from torch's generators for them.
+
+    Raises:
+        ArtifactError: see `load_weights`.
+    """
+    with LOADING, _WithoutStart():
+        network = make()
+    load_weights(network, weights, origin)
+    return network
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], origin: object) -> None:
+    """Copy `weights` into `network`, every key and shape accounted for.
+
+    Raises:
+        ArtifactError: a key is missing or unknown, a shape differs, or a value is not a finite number.
+    """
+    expected = network.state_dict()
+    shapes = {name: list(tensor.shape) for name, tensor in expected.items()}
+    _compare(shapes, {name: list(tensor.shape) for name, tensor in weights.items()}, origin, "its config")
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ArtifactError(f"{origin}: {name!r} holds values that are not finite; copy or fetch the file again")
+    network.load_state_dict(dict(weights))
+
+
+def _compare(
+    expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], origin: object, config: str
+) -> None:
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unknown:
+        key, what = (missing[0], "is missing") if missing else (unknown[0], "is unknown")
+        raise ArtifactError(
+            f"{origin} does not fit {config}: {key!r} {what} ({len(missing)} missing, {len(unknown)} unknown)"
+        )
+    for key, shape in expected.items():
+        if list(found[key]) != list(shape):
+            raise ArtifactError(f"{origin}: {key!r} has shape {list(found[key])}, {config} asks for {list(shape)}")
