@@ -43,7 +43,6 @@ def place(tmp_path) -> Path:
     mask = np.zeros((26, 30), np.uint8)
     mask[8:17, 10:21] = 255
     indices = np.kron(random.choice([0, 1, 2, 255], (13, 15)), np.ones((2, 2))).astype(np.uint8)
-    half = np.where(np.arange(30) < 15, mask, 100).astype(np.uint8)
     unknown = indices.copy()
     unknown[3, 4] = 3
     pictures = {
@@ -55,7 +54,7 @@ def place(tmp_path) -> Path:
         "small_map": indices[:, :-2],
         "empty": np.zeros_like(mask),
         "full": np.full_like(mask, 255),
-        "gray": half,
+        "coloured": np.stack([mask, 0 * mask, 0 * mask], -1),
         "unknown_class": unknown,
         "unknown_colours": colour_map(indices, tuple((b, r, g) for r, g, b in tiny.MAP_PALETTE)),
         "line": pixels[:1],
@@ -203,7 +202,7 @@ def test_an_old_file_is_replaced_whole(paint, place):
         (("image", "small_mask"), "30 x 25 pixels"),
         (("image", "empty"), "all black"),
         (("image", "full"), "all white"),
-        (("image", "gray"), "gray pixels"),
+        (("image", "coloured"), "coloured pixels"),
         (("image", "text"), "no image that Pillow can read"),
         (("text", "mask"), "no image that Pillow can read"),
         (("half", "mask"), "half.png"),

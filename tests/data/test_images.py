@@ -21,6 +21,7 @@ from latentflow.data.images import (
     open_images,
     readable,
 )
+from latentflow.data.orientation import turned
 from latentflow.data.semantic_maps import UNLABELLED, MapClasses, colour_map, crop_map, default_palette
 from latentflow.errors import DataError
 
@@ -327,26 +328,34 @@ def test_broken_maps_make_broken_images(mapped):
     assert [str(error) for error in broken] == [
         "cannot read the image town/a.jpg: its map masks/town/a.png: class 3 in 3 pixels, "
         "but there are 3 classes, 0 to 2; 255 means unlabelled",
-        "cannot read the image town/b.png: its map masks/town/b.png has 10 x 8 pixels, the image 20 x 16; "
-        "resize one of them, a map with nearest neighbour only",
+        "cannot read the image town/b.png: its map masks/town/b.png has 10 x 8 pixels (width x height), "
+        "its image 20 x 16: resize the map with nearest neighbour, in Pillow map.resize((20, 16), "
+        "Image.Resampling.NEAREST)",
         "cannot read the image wood/deep/c.PNG: its map masks/wood/deep/c.png: it cannot be read (its content is no "
-        "image that Pillow can read); save or copy the map anew",
+        "image that Pillow can read); save the map anew, as a PNG",
     ]
     with pytest.raises(DataError, match=r"mapped: cannot read the image town/a.jpg: its map .* \(and 2 more\); repair"):
         open_images(mapped, 16, strict=True)
 
 
-def test_rotated_image_needs_a_map_as_it_is_shown(tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_maps_of_turned_images_may_be_of_the_stored_pixels_or_of_the_upright_ones(tmp_path, suffix, turn):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned clockwise
-    save(tmp_path / "images/a.png", picture(0), exif=exif)
-    save(tmp_path / "masks/a.png", Image.fromarray(semantic_map(0)))
+    exif[0x0112] = turn
+    options = {"tiffinfo": {0x0112: turn}} if suffix == "tif" else {"exif": exif}
+    stored = semantic_map(0)
+    save(tmp_path / f"images/a.{suffix}", picture(0), **options)
     TOWN.write(tmp_path / "classes.json")
-    source = open_images(tmp_path, 16)
-    with pytest.raises(BrokenImage, match=r"masks/a.png has 20 x 16 pixels, the image 16 x 20; resize"):
-        source[0]
-    save(tmp_path / "masks/a.png", Image.fromarray(np.rot90(semantic_map(0), -1)))
-    assert np.array_equal(source[0].semantic_map, crop_map(np.rot90(semantic_map(0), -1), 16))
+    exif[0x0112] = 1
+    for pixels, own in ((stored, {}), (turned(stored, turn), {}), (turned(stored, turn), {"exif": exif})):
+        save(tmp_path / "masks/a.png", Image.fromarray(pixels), **own)
+        source = open_images(tmp_path, 16)
+        if turn in (2, 3, 4) and not own:
+            with pytest.raises(BrokenImage, match=rf"may belong to its image as it is shown .* orientation {turn}\)"):
+                source[0]
+        else:
+            assert np.array_equal(source[0].semantic_map, crop_map(turned(stored, turn), 16))
 
 
 def test_fingerprint_follows_maps_and_classes(mapped):

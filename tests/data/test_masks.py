@@ -1,14 +1,20 @@
-import os
-import re
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from latentflow.data.masks import MIXTURE, REACH, MaskRules, check_masks, draw_mask, hole_kind, read_mask
+from latentflow.data.masks import (
+    MIXTURE,
+    REACH,
+    MaskRules,
+    _packed,
+    check_masks,
+    draw_mask,
+    hole_kind,
+    mask_files,
+)
 from latentflow.errors import ConfigError, DataError
 
 POLICIES = ["mixed", *MIXTURE]
@@ -260,200 +266,6 @@ def test_shares_out_of_reach_of_a_policy_are_refused(policy, least, most):
         MaskRules(policy=policy, least_share=least, most_share=most)
 
 
-# Files
-
-HOLE = np.zeros((6, 10), np.uint8)
-HOLE[1:4, 2:9] = 1
-
-
-def save(path: Path, image: Image.Image | np.ndarray, **options) -> Path:
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)
-    return path
-
-
-def palette(colours: list[int], **info) -> Image.Image:
-    image = Image.fromarray(HOLE).convert("P")
-    image.putdata(HOLE.ravel().tolist())
-    image.putpalette(colours)
-    image.info.update(info)
-    return image
-
-
-ACCEPTED = {
-    "1 bit": Image.fromarray(HOLE.astype(bool)),
-    "gray": Image.fromarray(HOLE * 255),
-    "gray 0 and 1": Image.fromarray(HOLE),
-    "16 bits": Image.fromarray(HOLE.astype(np.uint16) * 65535),
-    "16 bits, 0 and 255": Image.fromarray(HOLE.astype(np.uint16) * 255),
-    "16 bits, 0 and 1": Image.fromarray(HOLE.astype(np.uint16)),
-    "palette": palette([0, 0, 0, 255, 255, 255]),
-    "palette, white first": palette([255, 255, 255, 0, 0, 0]),
-    "palette with an opaque entry": palette([0, 0, 0, 255, 255, 255], transparency=b"\xff\xff"),
-    "RGB": Image.fromarray(HOLE * 255).convert("RGB"),
-    "RGB 0 and 1": Image.fromarray(HOLE).convert("RGB"),
-    "RGBA": Image.fromarray(HOLE * 255).convert("RGBA"),
-    "gray with alpha": Image.fromarray(HOLE * 255).convert("LA"),
-}
-
-
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_black_and_white_is_read_in_any_mode(tmp_path, name):
-    expected = 1 - HOLE if "white first" in name else HOLE
-    path = save(tmp_path / "mask.png", ACCEPTED[name])
-    for file in (path, str(path), ACCEPTED[name], Image.open(path)):
-        mask = read_mask(file, (6, 10))
-        assert mask.dtype == np.uint8 and np.array_equal(mask, expected)
-    mask[:] = 0  # writable
-
-
-@pytest.mark.parametrize("values", [HOLE.astype(np.float32), HOLE * np.float32(255), HOLE.astype(np.int32) * 65535])
-def test_deep_tiffs_are_read(tmp_path, values):
-    assert np.array_equal(read_mask(save(tmp_path / "mask.tiff", values)), HOLE)
-
-
-def test_drawn_masks_survive_a_file(tmp_path):
-    for seed, mask in enumerate(masks("mixed", 5, 40, 24)):
-        path = save(tmp_path / f"{seed}.png", mask * 255)
-        assert np.array_equal(read_mask(path, mask.shape), mask)
-
-
-def test_exif_rotation_is_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn clockwise
-    path = save(tmp_path / "mask.png", HOLE * 255, exif=exif)
-    assert np.array_equal(read_mask(path, (10, 6)), np.rot90(HOLE, -1))
-
-
-def refusal(file, size: tuple[int, int] | None = None) -> str:
-    """The message with which a mask is refused, on one line."""
-    with pytest.raises(DataError) as caught:
-        read_mask(file, size)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_missing_files_and_folders_are_named(tmp_path):
-    path = tmp_path / "none.png"
-    assert refusal(path) == f"cannot read the mask {path}: No such file or directory; give a whole PNG file"
-    assert refusal(tmp_path).startswith(f"cannot read the mask {tmp_path}: ")
-
-
-def test_files_that_are_no_images_are_refused(tmp_path):
-    path = tmp_path / "mask.png"
-    path.write_text("no image")
-    reason = "its content is no image that Pillow can read"
-    assert refusal(path) == f"cannot read the mask {path}: {reason}; give a whole PNG file"
-    path.write_bytes(b"")
-    assert refusal(path) == f"cannot read the mask {path}: it is empty (0 bytes); give a whole PNG file"
-
-
-def test_truncated_files_are_refused(tmp_path):
-    path = save(tmp_path / "mask.png", np.random.default_rng(0).integers(0, 2, (64, 64), np.uint8) * 255)
-    path.write_bytes(path.read_bytes()[: os.path.getsize(path) // 2])  # noqa: PTH202
-    assert re.fullmatch(rf"cannot read the mask {path}: .*truncated.*; give a whole PNG file", refusal(path))
-
-
-def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
-    path = save(tmp_path / "mask.png", HOLE * 255)
-    monkeypatch.setenv("LATENTFLOW_MAX_PIXELS", "59")
-    assert "its 60 pixels are more than 59; make it smaller, or allow more with LATENTFLOW" in refusal(path)
-
-
-def test_images_without_pixels_are_refused():
-    assert refusal(Image.new("L", (0, 4))) == "cannot read the mask in memory: it has no pixels; give a whole PNG file"
-
-
-def test_other_sizes_are_refused_with_a_remedy_that_works(tmp_path):
-    path = save(tmp_path / "mask.png", HOLE * 255)
-    message = refusal(path, (12, 20))
-    assert message.startswith(f"the mask {path} is 10 x 6 pixels (width x height), its image 20 x 12: resize")
-    remedy = re.search(r"in Pillow (mask\..*\))$", message)[1]
-    resized = eval(remedy, {"mask": Image.open(path), "Image": Image})
-    assert np.array_equal(read_mask(resized, (12, 20)), HOLE.repeat(2, 0).repeat(2, 1))
-    assert "is 10 x 6 pixels" in refusal(path, (10, 6))  # height and width swapped
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_gray_pixels_are_refused_with_a_remedy_that_works(tmp_path, mode):
-    values = HOLE * 255
-    values[0, 0], values[1, 2] = 37, 254
-    path = save(tmp_path / "mask.png", Image.fromarray(values).convert(mode))
-    message = refusal(path)
-    assert message.startswith(
-        f"the mask {path} has 2 gray pixels, such as 37, but a mask is black (0, known) and white"
-    )
-    assert "white (255, painted anew): threshold it at 128" in message and "save it as PNG" in message
-    remedy = re.search(r"in Pillow (mask\..*\)\)), and", message)[1]
-    assert np.array_equal(read_mask(eval(remedy, {"mask": Image.open(path)})), HOLE)
-
-
-def test_jpeg_masks_are_pointed_to_png(tmp_path):
-    path = save(tmp_path / "mask.jpg", HOLE * 255)
-    assert re.search(r"has \d+ gray pixels, such as \d+, .* save it as PNG, since JPEG", refusal(path))
-
-
-@pytest.mark.parametrize(
-    ("values", "num", "example"),
-    [
-        (HOLE * 255 + (1 - HOLE), 39, "1"),  # 1 and 255: neither is black
-        (HOLE * 2, 21, "2"),
-        (HOLE.astype(np.uint16) * 40000, 21, "40000"),
-        (HOLE.astype(np.float32) * 0.5, 21, "0.5"),
-        (np.where(HOLE, np.float32("nan"), np.float32(0)), 21, "nan"),
-        (HOLE.astype(np.int32) * 2 - 1, 39, "-1"),
-    ],
-)
-def test_gray_is_what_is_neither_black_nor_white(values, num, example):
-    assert f"the mask in memory has {num} gray pixels, such as {example}, but" in refusal(Image.fromarray(values))
-
-
-def test_deep_gray_has_its_own_threshold():
-    assert "white (65535, painted anew): threshold it at 32768" in refusal(
-        Image.fromarray(HOLE.astype(np.uint16) * 300)
-    )
-
-
-def test_coloured_masks_are_refused(tmp_path):
-    path = save(tmp_path / "mask.png", palette([0, 0, 0, 128, 0, 0]))
-    message = refusal(path)
-    assert message.startswith(f"the mask {path} has 21 coloured pixels, such as RGB (128, 0, 0), but a mask is black")
-    assert "threshold it at 128" in message
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-@pytest.mark.parametrize("alpha", [0, 254])
-def test_transparency_is_ambiguous(tmp_path, mode, alpha):
-    image = Image.fromarray(HOLE * 255).convert(mode)
-    opacity = Image.new("L", image.size, 255)
-    opacity.putpixel((0, 0), alpha)
-    image.putalpha(opacity)
-    path = save(tmp_path / "mask.png", image)
-    assert refusal(path).startswith(
-        f"the mask {path} has transparent pixels, which may mean known or painted anew: save"
-    )
-
-
-@pytest.mark.parametrize("image", [palette([0, 0, 0, 255, 255, 255]), ACCEPTED["gray"], ACCEPTED["16 bits"]])
-def test_a_transparent_colour_is_ambiguous(tmp_path, image):
-    path = save(tmp_path / "mask.png", image, transparency=0)
-    assert "has transparent pixels" in refusal(path)
-
-
-def test_masks_with_nothing_to_paint_are_refused(tmp_path):
-    path = save(tmp_path / "mask.png", HOLE * 0)
-    assert refusal(path) == (
-        f"the mask {path} is all black, nothing is painted anew: make white what is to be painted anew"
-    )
-
-
-@pytest.mark.parametrize("white", [1, 255])
-def test_masks_that_keep_nothing_are_refused(tmp_path, white):
-    path = save(tmp_path / "mask.png", np.full((6, 10), white, np.uint8))
-    message = refusal(path)
-    assert message.startswith(f"the mask {path} is all white, nothing of the image is kept: make black")
-    assert message.endswith("latentflow sample")
-
-
 # Given holes
 
 
@@ -482,7 +294,7 @@ def test_a_folder_without_masks_or_with_a_bad_one_is_refused_before_it_is_used(m
     with pytest.raises(DataError, match=r"no mask files in .*nowhere"):
         check_masks(MaskRules(folder=str(tmp_path / "nowhere")), 8, 8)
     Image.fromarray(np.full((20, 30), 77, np.uint8)).save(mask_folder / "9.png")
-    with pytest.raises(DataError, match=r"9\.png has 600 gray pixels"):
+    with pytest.raises(DataError, match=r"9\.png is darker than half white, 77 to 77 of 255"):
         check_masks(MaskRules(folder=str(mask_folder)), 8, 8)
 
 
@@ -492,3 +304,28 @@ def test_a_given_mask_that_keeps_nothing_at_that_size_is_refused(tmp_path):
     Image.fromarray(mask).save(tmp_path / "stripes.png")
     with pytest.raises(DataError, match=r"stripes\.png keeps nothing of an image of 8 x 8 pixels"):
         check_masks(MaskRules(folder=str(tmp_path)), 8, 8)
+
+
+def test_what_a_mac_and_others_leave_beside_masks_is_passed_over(mask_folder):
+    (mask_folder / "._0.png").write_bytes(b"\0\5\26\7")
+    (mask_folder / ".DS_Store").write_bytes(b"\0")
+    (mask_folder / "notes.txt").write_text("three lines")
+    check_masks(MaskRules(folder=str(mask_folder)), 8, 8)
+    assert [file.name for file in mask_files(mask_folder)] == ["0.png", "1.png", "2.png"]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "bmp", "TIF", "gif", "pgm", "jp2"])
+def test_every_format_of_images_is_read_for_masks(tmp_path, suffix):
+    (tmp_path / "below").mkdir()
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:32, 16:48] = 255
+    Image.fromarray(mask).save(tmp_path / "below" / f"mask.{suffix}")
+    assert np.array_equal(draw_mask(MaskRules(folder=str(tmp_path)), 64, 64, 0), mask > 0)
+
+
+def test_many_large_masks_are_not_all_kept_in_memory(tmp_path):
+    mask = np.zeros((1024, 1024), np.uint8)
+    mask[:512] = 255
+    Image.fromarray(mask).save(tmp_path / "0.png")
+    kept = _packed(mask_files(tmp_path)[0], 1024, 1024)
+    assert kept.nbytes * _packed.cache_info().maxsize <= 1 << 26

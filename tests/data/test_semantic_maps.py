@@ -1,10 +1,5 @@
-import io
 import json
 import re
-import struct
-import zipfile
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +14,6 @@ from latentflow.data.semantic_maps import (
     colour_map,
     crop_map,
     default_palette,
-    read_map,
 )
 from latentflow.errors import DataError
 
@@ -31,12 +25,6 @@ def a_map(height: int = 9, width: int = 7, seed: int = 0, unlabelled: bool = Tru
     if unlabelled:
         semantic_map[2, 3] = UNLABELLED
     return semantic_map
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def refused(message: str):
@@ -140,156 +128,6 @@ def test_missing_classes_json(tmp_path):
         MapClasses.read(tmp_path / "classes.json")
 
 
-# Reading what is right
-
-
-def test_grey_values_are_classes(tmp_path):
-    semantic_map = a_map()
-    Image.fromarray(semantic_map).save(tmp_path / "map.png")
-    for file in (tmp_path / "map.png", str(tmp_path / "map.png"), (tmp_path / "map.png").read_bytes()):
-        read = read_map(file, TOWN)
-        assert read.dtype == np.uint8 and np.array_equal(read, semantic_map)
-    assert np.array_equal(read_map(Image.fromarray(semantic_map), TOWN), semantic_map)
-
-
-@pytest.mark.parametrize("dtype, kind", [(np.uint16, "PNG"), (np.uint16, "TIFF"), (np.int32, "TIFF")])
-def test_sixteen_and_more_bits(dtype, kind):
-    semantic_map = a_map()
-    assert np.array_equal(read_map(encoded(Image.fromarray(semantic_map.astype(dtype)), kind), TOWN), semantic_map)
-
-
-def grey_png(values: np.ndarray, bits: int) -> bytes:
-    """A grey PNG of 1, 2 or 4 bits, as programs that make files small write it; Pillow cannot."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    planes = (values[..., None] >> np.arange(bits - 1, -1, -1)) & 1
-    rows = [b"\0" + np.packbits(row.reshape(-1)).tobytes() for row in planes]
-    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
-
-
-@pytest.mark.parametrize("bits, most", [(1, 2), (2, 4), (4, 16)])
-def test_few_bits_are_not_stretched(bits, most):
-    values = np.arange(5 * 7).reshape(5, 7) % most
-    classes = MapClasses(tuple(map(str, range(most))))
-    assert read_map(grey_png(values, bits), classes).tolist() == values.tolist()
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_places_in_a_palette_are_classes_whatever_the_colours(bits):
-    semantic_map = a_map(unlabelled=False)
-    image = Image.new("P", (7, 9))
-    image.putdata(semantic_map.reshape(-1).tolist())
-    image.putpalette([7, 7, 7] * 3 + [9, 9, 9])
-    assert np.array_equal(read_map(encoded(image, bits=bits), TOWN), semantic_map)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_colours_of_the_palette_are_classes(mode):
-    semantic_map = a_map()
-    image = Image.fromarray(colour_map(semantic_map, TOWN.palette)).convert(mode)
-    assert np.array_equal(read_map(encoded(image), TOWN), semantic_map)
-    assert np.array_equal(read_map(encoded(image, "WEBP", lossless=True), TOWN), semantic_map)
-
-
-def test_every_colour_of_a_full_palette_is_found():
-    classes = MapClasses(tuple(map(str, range(255))))
-    semantic_map = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    assert np.array_equal(read_map(Image.fromarray(colour_map(semantic_map, classes.palette)), classes), semantic_map)
-
-
-def test_class_of_the_unlabelled_colour_is_a_class():
-    classes = MapClasses(("a", "b"), ((0, 0, 0), UNLABELLED_COLOUR))
-    assert read_map(Image.new("RGB", (2, 1), UNLABELLED_COLOUR), classes).tolist() == [[1, 1]]
-
-
-def test_opaque_alpha_beside_classes():
-    semantic_map = a_map()
-    assert np.array_equal(read_map(encoded(Image.fromarray(semantic_map).convert("LA")), TOWN), semantic_map)
-
-
-def test_exif_rotation_is_applied_as_to_images(tmp_path):
-    semantic_map = a_map()
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned clockwise
-    assert np.array_equal(read_map(encoded(Image.fromarray(semantic_map), exif=exif), TOWN), np.rot90(semantic_map, -1))
-
-
-# Refusing what is wrong
-
-
-@pytest.mark.parametrize("content", [b"", b"no image", encoded(Image.fromarray(a_map(64, 64)))[:100]])
-def test_file_that_cannot_be_read_is_named(tmp_path, content):
-    (tmp_path / "map.png").write_bytes(content)
-    with pytest.raises(DataError, match=r"map.png: .*; save (the map as a PNG|or copy the map anew)$") as caught:
-        read_map(tmp_path / "map.png", TOWN)
-    assert "\n" not in str(caught.value)
-
-
-def test_file_that_is_missing_is_named(tmp_path):
-    file = tmp_path / "map.png"
-    with refused(f"{file}: it cannot be read (No such file or directory); save or copy the map anew"):
-        read_map(file, TOWN)
-    with pytest.raises(DataError, match=r"^the semantic map: it cannot be read \(its content is no image"):
-        read_map(b"no image", TOWN)
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_unknown_class_is_refused(dtype):
-    semantic_map = a_map().astype(dtype)
-    semantic_map[4, :5] = 37
-    with refused("m.png: class 37 in 5 pixels, but there are 4 classes, 0 to 3; 255 means unlabelled"):
-        read_map(encoded(Image.fromarray(semantic_map)), TOWN, name="m.png")
-    semantic_map[5, 5] = 4
-    message = "class 4 in 1 pixel (and 1 more unknown classes), but there are 4 classes, 0 to 3; 255 means unlabelled"
-    with refused(f"m.png: {message}"):
-        read_map(encoded(Image.fromarray(semantic_map)), TOWN, name="m.png")
-
-
-def test_class_beyond_a_byte_does_not_wrap_around():
-    with refused("the semantic map: class 257 in 6 pixels, but there are 4 classes, 0 to 3; 255 means unlabelled"):
-        read_map(Image.fromarray(np.full((2, 3), 257, np.uint16)), TOWN)
-
-
-def test_unknown_colour_is_refused_with_the_nearest_class():
-    pixels = colour_map(a_map(unlabelled=False), TOWN.palette)
-    pixels[6, 2] = (126, 66, 130)
-    message = (
-        "the colour (126, 66, 130) at column 2, row 6 is of no class; the nearest is (128, 64, 128), class 1 'road'"
-    )
-    with refused(f"m.png: {message}"):
-        read_map(encoded(Image.fromarray(pixels)), TOWN, name="m.png")
-
-
-def test_smeared_colours_are_refused():
-    painted = Image.fromarray(colour_map(a_map(32, 32), TOWN.palette))
-    for smeared in (encoded(painted, "JPEG"), encoded(painted.resize((50, 50), Image.Resampling.BICUBIC))):
-        with pytest.raises(DataError, match=r"\d+ such colours: was it resized or compressed with loss\?$"):
-            read_map(smeared, TOWN)
-
-
-def test_smeared_indices_are_refused():
-    with refused("m.jpg: JPEG smears class indices into their neighbours'; save the map as a PNG"):
-        read_map(encoded(Image.fromarray(a_map()), "JPEG"), TOWN, name="m.jpg")
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparent_pixels_are_refused(mode):
-    image = Image.fromarray(colour_map(a_map(unlabelled=False), TOWN.palette)).convert(mode)
-    image.putalpha(Image.fromarray(np.where(np.arange(63).reshape(9, 7) < 3, 254, 255).astype(np.uint8)))
-    with refused("m.png: 3 pixels not opaque; save the map without alpha"):
-        read_map(encoded(image), TOWN, name="m.png")
-
-
-@pytest.mark.parametrize("mode", ["F", "CMYK", "YCbCr"])
-def test_other_modes_are_refused(mode):
-    with refused(f"m: pixels of mode {mode} are neither class indices nor colours; save it as an 8-bit PNG"):
-        read_map(Image.new(mode, (3, 3)), TOWN, name="m")
-
-
 @pytest.mark.parametrize(
     "semantic_map, form",
     [
@@ -379,16 +217,3 @@ def test_crop_is_the_crop_of_the_painted_map_within_a_pixel(width, height):
     assert pure.mean() > 0.3
     assert np.logical_or.reduce(near)[pure].all()
     assert (taken[1:-1, 1:-1] == seen)[pure].mean() > 0.98
-
-
-CAMVID = Path(__file__).parents[3] / "shared" / "data" / "camvid.zip"
-
-
-@pytest.mark.skipif(not CAMVID.is_file(), reason="the CamVid pack is not there")
-def test_a_map_of_camvid():
-    with zipfile.ZipFile(CAMVID) as archive:
-        classes = MapClasses.parse(archive.read("classes.json"), "classes.json")
-        semantic_map = read_map(archive.read("masks/train/0001TP_006690.png"), classes)
-    assert len(classes) == 12 and classes.names[3] == "road"
-    assert semantic_map.shape == (360, 480)
-    assert np.unique(semantic_map).tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 11]

@@ -24,6 +24,7 @@ from latentflow.data.decode import BrokenImage, open_image, reason
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.lmdb_store import LmdbStore, check_first, environment_file
 from latentflow.data.map_files import MapFiles
+from latentflow.data.orientation import as_photo
 from latentflow.data.stores import SUFFIXES, FolderStore, StoredFile, ZipStore, is_image, open_store, wrapper
 from latentflow.data.synthetic import SyntheticShapes
 from latentflow.errors import ConfigError, DataError
@@ -182,10 +183,10 @@ class ImageFiles:
         name, semantic_map = self.name(index), None
         with _decoding(name):
             with open_image(self._store.read(self._files[index].path), name) as image:
-                rgb = to_rgb(image, name)
-                pixels, size = center_crop(rgb, self.image_size), rgb.size
+                rgb, photo = as_photo(image, name)
+                pixels = center_crop(rgb, self.image_size)
             if self._maps:
-                semantic_map = crop_map(self._maps.read(index, size), self.image_size)
+                semantic_map = crop_map(self._maps.read(index, photo), self.image_size)
         label = self._label_of[name.partition("/")[0]] if self.class_names else None
         return ImageItem(pixels, label, name, semantic_map)
 

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from latentflow.data.semantic_maps import EXAMPLE, MapClasses, read_map
+from latentflow.data.map_reader import read_map
+from latentflow.data.orientation import Photo
+from latentflow.data.semantic_maps import EXAMPLE, MapClasses
 from latentflow.data.stores import FolderStore, StoredFile, ZipStore
 from latentflow.errors import DataError
 
@@ -43,19 +45,14 @@ class MapFiles:
         self._names = [pairs[image] for image in images]
         self._files = [maps[name] for name in self._names]
 
-    def read(self, index: int, image_size: tuple[int, int]) -> np.ndarray:
-        """Map `index`, [H, W] uint8, of an image of `image_size` (W, H).
+    def read(self, index: int, photo: Photo) -> np.ndarray:
+        """Map `index`, [H, W] uint8, of an image that is `photo`.
 
         Raises:
-            DataError: the map cannot be read, knows other classes, or is of another size.
+            DataError: the map cannot be read, knows other classes, or does not fit the image.
         """
         name = f"its map masks/{self._names[index]}"
-        semantic_map = read_map(self._store.read(self._files[index].path), self.classes, name=name)
-        if semantic_map.shape[::-1] != image_size:
-            height, width = semantic_map.shape
-            sizes = f"{width} x {height} pixels, the image {image_size[0]} x {image_size[1]}"
-            raise DataError(f"{name} has {sizes}; resize one of them, a map with nearest neighbour only")
-        return semantic_map
+        return read_map(self._store.read(self._files[index].path), self.classes, name=name, photo=photo)
 
     def fingerprint(self) -> str:
         """Everything that tells these maps from others: names, file sizes, classes and colours."""

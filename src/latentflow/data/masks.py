@@ -1,6 +1,6 @@
-"""Masks for inpainting: holes for training, drawn from a seed, and a user's mask file for sampling.
+"""Masks for inpainting: holes for training, drawn from a seed or chosen from a folder of mask files.
 
-A mask is uint8 [H, W]: 0 is known and stays, 1 is painted anew. In a file white is painted anew.
+A mask is uint8 [H, W]: 0 is known and stays, 1 is painted anew.
 
 Random holes follow the large masks of LaMa (Suvorov et al., arXiv 2109.07161, the "mixed" policy that
 arXiv 2307.08698 trains with), and go further: halves and borders teach a model to paint on beyond an edge,
@@ -22,8 +22,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from latentflow.data.decode import BrokenImage, open_image, upright
 from latentflow.data.latent_size import ToldAs
+from latentflow.data.mask_reader import read_mask
+from latentflow.data.stores import FolderStore, is_image
 from latentflow.errors import ConfigError, DataError
 
 HoleKind = Literal["strokes", "boxes", "halves", "borders"]
@@ -47,7 +48,6 @@ REACH: dict[HoleKind, tuple[float, float]] = {
     "borders": (1 / 8, 3 / 4),
 }
 
-_MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 _PATIENCE = 300  # pieces drawn for one mask, over all attempts; the default rules need 2.5 on average
 
 
@@ -145,7 +145,7 @@ def draw_mask(rules: MaskRules, height: int, width: int, seed: int) -> np.ndarra
 
 
 def mask_files(folder: str | Path) -> list[Path]:
-    """The mask files of a folder, sorted by name.
+    """The mask files of a folder and its sub-folders, of any format that is read for images, sorted by name.
 
     Raises:
         DataError: there are none.
@@ -176,105 +176,25 @@ def hole_kind(rules: MaskRules, seed: int) -> HoleKind:
     return _kind(rules, _random(seed))
 
 
-def read_mask(file: str | Path | Image.Image, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Read a mask that a user painted: black is known, white is painted anew.
-
-    Any black-and-white image will do: 1, 8 or 16 bits, gray, palette or RGB, with values 0 and full white or
-    0 and 1, without transparency. The EXIF rotation is applied.
-
-    Args:
-        file: a path, or an image in memory.
-        size: (height, width) of the image that it belongs to, in pixels; None: any.
-
-    Returns:
-        [H, W] uint8: 1 is painted anew, 0 is known.
-
-    Raises:
-        DataError: the file cannot be read, has another size, has transparent, coloured or gray pixels, or is
-            all black or all white.
-    """
-    name = str((getattr(file, "filename", "") or "in memory") if isinstance(file, Image.Image) else file)
-    try:
-        with open_image(file, name) as image:
-            channels, opaque = _channels(upright(image))
-    except BrokenImage as error:
-        raise DataError(f"cannot read the mask {name}: {error.reason}; give a whole PNG file") from error
-
-    height, width = channels.shape[:2]
-    if size is not None and (height, width) != tuple(size):
-        wanted = f"({size[1]}, {size[0]})"
-        raise DataError(
-            f"the mask {name} is {width} x {height} pixels (width x height), its image {size[1]} x {size[0]}: resize "
-            f"the mask with nearest neighbour, in Pillow mask.resize({wanted}, Image.Resampling.NEAREST)"
-        )
-    if not opaque:
-        raise DataError(
-            f"the mask {name} has transparent pixels, which may mean known or painted anew: save it without alpha, "
-            "black where the image is known and white where it is painted anew"
-        )
-    return _black_and_white(channels, name)
-
-
-def _channels(image: Image.Image) -> tuple[np.ndarray, bool]:
-    """The pixels as numbers, [H, W, 1 or 3], and whether all of them are opaque."""
-    if 0 in image.size:
-        raise ValueError("it has no pixels")
-    if image.mode.startswith(("I", "F")):
-        return np.asarray(image)[..., None], "transparency" not in image.info
-    if image.has_transparency_data:
-        pixels = np.asarray(image.convert("RGBA"))
-        return pixels[..., :3], bool((pixels[..., 3] == 255).all())
-    if image.mode in ("1", "L"):
-        return np.asarray(image, np.uint8)[..., None], True
-    return np.asarray(image.convert("RGB")), True
-
-
-def _black_and_white(channels: np.ndarray, name: str) -> np.ndarray:
-    """The mask in [H, W, 1 or 3] numbers, checked; `name` is for the messages."""
-    values = channels[..., 0]
-    deep = values.max() > 255
-    threshold = "at 32768" if deep else 'at 128, in Pillow mask.convert("L").point(lambda v: 255 * (v > 127))'
-    remedy = f"threshold it {threshold}, and save it as PNG, since JPEG makes gray of sharp edges"
-
-    coloured = (channels[..., 1:] != values[..., None]).any(-1)
-    if coloured.any():
-        colour = tuple(channels[coloured][0].tolist())
-        raise DataError(
-            f"the mask {name} has {coloured.sum()} coloured pixels, such as RGB {colour}, but a mask is black (known) "
-            f"and white (painted anew): {remedy}"
-        )
-    white = 65535 if deep else 1 if values.max() == 1 else 255
-    gray = (values != 0) & (values != white)
-    if gray.any():
-        raise DataError(
-            f"the mask {name} has {gray.sum()} gray pixels, such as {values[gray][0]:g}, but a mask is black "
-            f"(0, known) and white ({white:g}, painted anew): {remedy}"
-        )
-    mask = (values != 0).astype(np.uint8)
-    if not mask.any():
-        raise DataError(f"the mask {name} is all black, nothing is painted anew: make white what is to be painted anew")
-    if mask.all():
-        raise DataError(
-            f"the mask {name} is all white, nothing of the image is kept: make black what is to stay, or paint a whole "
-            "new image with latentflow sample"
-        )
-    return mask
-
-
 @lru_cache(maxsize=4)
 def _listed(folder: str) -> list[Path]:
-    return sorted(file for file in Path(folder).glob("*") if file.suffix.lower() in _MASK_SUFFIXES)
+    if not Path(folder).is_dir():
+        return []
+    return [Path(folder) / name for name in sorted(FolderStore(Path(folder)).files()) if is_image(name)]
 
 
-@lru_cache(maxsize=4096)
 def _fitted(file: Path, height: int, width: int) -> np.ndarray:
-    """A mask file stretched to a size: 1 wherever any of the hole is. The result is shared, and read-only."""
+    """A mask file stretched to a size: [H, W] uint8, 1 wherever any of the hole is."""
+    return np.unpackbits(_packed(file, height, width), count=height * width).reshape(height, width)
+
+
+@lru_cache(maxsize=512)  # 64 MB of masks of 1024 x 1024
+def _packed(file: Path, height: int, width: int) -> np.ndarray:
     whole = Image.fromarray(read_mask(file).astype(np.float32))
-    mask = (np.asarray(whole.resize((width, height), Image.Resampling.BOX)) > 0).astype(np.uint8)
+    mask = np.asarray(whole.resize((width, height), Image.Resampling.BOX)) > 0
     if mask.all():
         raise DataError(f"the mask {file} keeps nothing of an image of {width} x {height} pixels; remove it")
-    mask.flags.writeable = False
-    return mask
+    return np.packbits(mask)
 
 
 # Kinds of holes. Each paints one piece onto `mask` and draws as many random numbers for every image size.

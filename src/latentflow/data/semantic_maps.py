@@ -1,4 +1,4 @@
-"""Semantic maps: a class for every pixel. Their classes, reading them from files, and showing them in colours.
+"""Semantic maps: a class for every pixel. Their classes, and showing them in colours.
 
 A map is [H, W] uint8; a value is the index of a class, or `UNLABELLED` (255), which says nothing about the pixel.
 
@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from latentflow.artifacts import write_text
 from latentflow.data.crop import crop_map
-from latentflow.data.decode import BrokenImage, open_image, stored_mode, upright
 from latentflow.data.items import UNLABELLED
 from latentflow.errors import DataError
 
@@ -30,7 +28,6 @@ __all__ = [
     "colour_map",
     "crop_map",
     "default_palette",
-    "read_map",
 ]
 
 Colour = tuple[int, int, int]
@@ -39,9 +36,6 @@ UNLABELLED_COLOUR: Colour = (224, 224, 192)
 """What unlabelled pixels are shown as, after Pascal VOC; no default palette has it."""
 
 EXAMPLE = '["sky", "road", "tree"] or {"names": ["sky", "road"], "palette": [[128, 128, 128], [128, 64, 128]]}'
-
-_GREY_STEPS = {"L;2": 85, "L;4": 17}  # Pillow stretches grey of 2 and 4 bits to 0..255
-_OPAQUE_TWINS = {"LA": "L", "PA": "P", "RGBA": "RGB"}
 
 
 @dataclass(frozen=True)
@@ -117,32 +111,6 @@ def default_palette(num_classes: int) -> tuple[Colour, ...]:
     return tuple(colours)
 
 
-def read_map(file: str | Path | bytes | Image.Image, classes: MapClasses, *, name: str | None = None) -> np.ndarray:
-    """Read a semantic map: [H, W] uint8 class indices.
-
-    In a grey image of any depth a value is the class index. In an image with a palette it is the place in
-    that palette, whose colours do not matter (as in Pascal VOC). In an RGB image a pixel has the colour of
-    its class, or `UNLABELLED_COLOUR`. Transparency is refused. An EXIF rotation is applied, as to images.
-
-    Args:
-        file: a path, the content of a file, or a Pillow image.
-        name: what to call it in errors; the path unless given.
-
-    Raises:
-        DataError: the file cannot be read, an index is not one of `classes`, or a colour is of no class.
-    """
-    name = name or (str(file) if isinstance(file, str | Path) else "the semantic map")
-    try:
-        with open_image(file, name) as image:
-            values = _values(image, name)
-    except BrokenImage as error:
-        raise DataError(f"{name}: it cannot be read ({error.reason}); save or copy the map anew") from error
-    if values.ndim == 3:
-        return _classes_of_colours(values, classes, name)
-    check_map(values, classes, name)
-    return values.astype(np.uint8)
-
-
 def check_map(semantic_map: np.ndarray, classes: MapClasses, name: str) -> None:
     """Make sure that a map is [H, W] of integers, each the index of a class or `UNLABELLED`.
 
@@ -165,7 +133,7 @@ def check_map(semantic_map: np.ndarray, classes: MapClasses, name: str) -> None:
 def colour_map(semantic_map: np.ndarray, palette: tuple[Colour, ...]) -> np.ndarray:
     """Paint a map [H, W] uint8 in the colours of its classes: [H, W, 3] uint8.
 
-    `UNLABELLED` and any other index without a colour become `UNLABELLED_COLOUR`; `read_map` reads it back.
+    `UNLABELLED` and any other index without a colour become `UNLABELLED_COLOUR`; `map_reader.read_map` reads it back.
     """
     table = np.full((256, 3), UNLABELLED_COLOUR, np.uint8)
     table[: len(palette)] = palette
@@ -188,57 +156,6 @@ def _names_and_palette(content: Any) -> tuple[tuple[str, ...], tuple[Colour, ...
         if not in_range or len(colour) != 3:
             raise DataError(f"{json.dumps(colour)} is no colour; write [red, green, blue], each from 0 to 255")
     return tuple(names), tuple(map(tuple, palette))
-
-
-def _values(image: Image.Image, name: str) -> np.ndarray:
-    """The pixels of a map as they are stored: [H, W] integers, or [H, W, 3] uint8 colours."""
-    step = _GREY_STEPS.get(stored_mode(image), 1)
-    mode = _OPAQUE_TWINS.get(image.mode, image.mode)
-    if mode != "RGB" and image.format in ("JPEG", "MPO"):
-        raise DataError(f"{name}: JPEG smears class indices into their neighbours'; save the map as a PNG")
-    image = upright(image)
-    if mode != image.mode:
-        clear = int((np.asarray(image.getchannel("A")) < 255).sum())
-        if clear:
-            raise DataError(f"{name}: {_pixels(clear)} not opaque; save the map without alpha")
-        image = image.convert("RGB") if mode == "RGB" else image.getchannel(0)
-    if mode == "1":
-        return np.asarray(image).astype(np.uint8)
-    if mode in ("L", "P", "RGB") or mode.startswith("I"):
-        return np.asarray(image) // step if step > 1 else np.asarray(image)
-    raise DataError(f"{name}: pixels of mode {mode} are neither class indices nor colours; save it as an 8-bit PNG")
-
-
-def _classes_of_colours(pixels: np.ndarray, classes: MapClasses, name: str) -> np.ndarray:
-    """Colours [H, W, 3] uint8 => class indices [H, W] uint8."""
-    table = {_packed(np.array(UNLABELLED_COLOUR)).item(): UNLABELLED}
-    table |= {_packed(np.array(colour)).item(): index for index, colour in enumerate(classes.palette)}
-    known = np.array(sorted(table))
-    packed = _packed(pixels)
-    places = np.searchsorted(known, packed).clip(max=len(known) - 1)
-    strange = known[places] != packed
-    if strange.any():
-        _refuse_colour(packed, strange, classes, name)
-    return np.array([table[key] for key in known.tolist()], np.uint8)[places]
-
-
-def _refuse_colour(packed: np.ndarray, strange: np.ndarray, classes: MapClasses, name: str) -> None:
-    colours, counts = np.unique(packed[strange], return_counts=True)
-    key = int(colours[counts.argmax()])
-    colour = (key >> 16, key >> 8 & 255, key & 255)
-    row, column = np.argwhere(packed == key)[0]
-    index = int(((np.array(classes.palette) - colour) ** 2).sum(1).argmin())
-    smeared = f"; {len(colours)} such colours: was it resized or compressed with loss?" if len(colours) > 1 else ""
-    raise DataError(
-        f"{name}: the colour {colour} at column {column}, row {row} is of no class; "
-        f"the nearest is {classes.palette[index]}, class {index} {classes.names[index]!r}{smeared}"
-    )
-
-
-def _packed(colours: np.ndarray) -> np.ndarray:
-    """RGB [..., 3] in 0..255 => one number of 24 bits each, int32."""
-    red, green, blue = (colours[..., channel].astype(np.int32) for channel in range(3))
-    return red << 16 | green << 8 | blue
 
 
 def _pixels(count: int) -> str:

@@ -21,11 +21,13 @@ import torch
 from PIL import Image
 
 from latentflow.autoencoder import to_unit_range
-from latentflow.data.colour import to_rgb
+from latentflow.data.decode import open_image
 from latentflow.data.latent_size import ToldAs, class_counts, hide, hole_counts, shares, told_mask
-from latentflow.data.masks import read_mask
-from latentflow.data.pictures import describe_file, read_picture
-from latentflow.data.semantic_maps import MapClasses, check_map, read_map
+from latentflow.data.map_reader import read_map
+from latentflow.data.mask_reader import Mask, read_mask
+from latentflow.data.orientation import Photo, as_photo, upright_as
+from latentflow.data.pictures import describe_file
+from latentflow.data.semantic_maps import MapClasses, check_map
 from latentflow.errors import ConfigError, DataError, nearest
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.pipeline import Given, Samples, draw_all
@@ -102,7 +104,7 @@ class Frame:
 def inpaint(
     model: LatentFlow,
     image: str | Path | Image.Image | np.ndarray,
-    mask: str | Path | Image.Image | np.ndarray,
+    mask: Mask,
     *,
     num: int = 1,
     classes: Sequence[int | str] | None = None,
@@ -119,7 +121,7 @@ def inpaint(
 
     Args:
         image: of any size whose sides are at least one latent pixel; an array is [H, W, 3] uint8.
-        mask: of the image's size, white where it is painted anew; an array is [H, W], above 0 there.
+        mask: of the image's size, white where it is painted anew; see `read_mask`.
         classes: as for `make_request`; None: no class is told.
         semantic_map: of the image's size, for a model that is told maps as well; an array holds class indices.
         fit: which part of the image the model sees, one of `FITS`; None: "window" where there is one, else "whole".
@@ -147,8 +149,8 @@ def inpaint(
 
     files = {"image": image, "mask": mask, "map": semantic_map}
     inputs = {name: describe_file(file) for name, file in files.items() if isinstance(file, str | Path)}
-    original = np.asarray(_rgb(image))
-    hole = _hole(mask, original.shape[:2])
+    original, photo = _photo(image)
+    hole = read_mask(mask, photo)
     frame = choose_frame(model, hole, fit)
     told_as = model.config.masks.told_as if method == "condition" and model.config.masks else "share"
     seen, seen_hole = frame.cut(original, hole, told_as)
@@ -172,10 +174,7 @@ def inpaint(
     )
     fractions = None
     if semantic_map is not None:
-        indices = map_indices(model, semantic_map)
-        if indices.shape != hole.shape:
-            found, wanted = (f"{width} x {height}" for height, width in (indices.shape, hole.shape))
-            raise DataError(f"the semantic map has {found} pixels and the image {wanted}; they must be of one size")
+        indices = map_indices(model, semantic_map, photo)
         fractions = shares(class_counts(frame.cut_map(indices), conditioning.num_map_classes, factor), factor)[None]
 
     pixels = torch.from_numpy(seen).permute(2, 0, 1)[None].to(model.device)
@@ -230,21 +229,25 @@ def native_size(model: LatentFlow, height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
-def map_indices(model: LatentFlow, semantic_map: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+def map_indices(
+    model: LatentFlow, semantic_map: str | Path | Image.Image | np.ndarray, photo: Photo | None = None
+) -> np.ndarray:
     """A semantic map of the model's classes: [H, W] uint8.
 
     Args:
         semantic_map: a picture as `read_map` takes it, or an array of class indices.
+        photo: the photograph that it belongs to; None: any.
 
     Raises:
-        DataError: it cannot be read, or holds a class or colour that the model does not know.
+        DataError: it cannot be read, holds a class or colour that the model does not know, or does not fit `photo`.
     """
     conditioning = model.config.conditioning
     classes = MapClasses(tuple(conditioning.map_class_names), tuple(conditioning.map_palette))
     if not isinstance(semantic_map, np.ndarray):
-        return read_map(semantic_map, classes)
+        return read_map(semantic_map, classes, photo=photo)
     check_map(semantic_map, classes, "the semantic map")
-    return semantic_map.astype(np.uint8)
+    indices = semantic_map.astype(np.uint8)
+    return indices if photo is None else upright_as(indices, None, photo, "the semantic map", "map")
 
 
 def require_latent_pixel(model: LatentFlow, height: int, width: int) -> None:
@@ -285,21 +288,19 @@ def _covered(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return mask
 
 
-def _rgb(image: Any) -> Image.Image:
-    if isinstance(image, str | Path):
-        return read_picture(image)
-    try:
-        return to_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"the image cannot be used: {error}; give 8-bit RGB") from error
-
-
-def _hole(mask: Any, size: tuple[int, int]) -> np.ndarray:
-    if isinstance(mask, np.ndarray):
-        if mask.ndim != 2:
-            raise DataError(f"the mask is an array of shape {list(mask.shape)}; give [height, width]")
-        mask = Image.fromarray(np.where(mask > 0, np.uint8(255), np.uint8(0)))
-    return read_mask(mask, size)
+def _photo(image: str | Path | Image.Image | np.ndarray) -> tuple[np.ndarray, Photo]:
+    """An image as upright RGB [H, W, 3] uint8, and how it lay in its file."""
+    if isinstance(image, np.ndarray):
+        try:
+            image = Image.fromarray(image)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the image cannot be used: {error}; give [height, width, 3] uint8") from error
+    if not isinstance(image, str | Path | Image.Image):
+        raise DataError(f"the image is of the type {type(image).__name__}; give a file, a Pillow image or an array")
+    name = str(image) if isinstance(image, str | Path) else "in memory"
+    with open_image(image, name) as opened:
+        rgb, photo = as_photo(opened, name)
+    return np.asarray(rgb), photo
 
 
 def _feathered(filled: np.ndarray, image: np.ndarray, mask: np.ndarray, feather: int) -> np.ndarray:
