@@ -72,7 +72,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         mode = _usual_mode(temporary / ".mode")
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():
+            if file.is_file() and file.stat().st_nlink == 1:  # a linked file is somebody else's as well
                 file.chmod(mode)
             _sync(file)
         if path.exists():

@@ -201,12 +201,15 @@ def prepare(
     kind: Annotated[str, typer.Argument(help="camvid, celebamask-hq, ade20k or coco-stuff.")],
     source: Annotated[Path, typer.Argument(help="The data set as published: a folder or a zip.")],
     out: Annotated[Path, typer.Option(help="A new folder; it gets one folder per split.")],
+    link: Annotated[
+        bool, typer.Option("--link", help="Hard links instead of copies: editing one then edits the original as well.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Bring a published data set of images and semantic maps into the layout that is read here."""
     from latentflow.commands.prepare import prepare as run
 
-    result = run(kind, source, out)
+    result = run(kind, source, out, link=link)
     splits = {str(out / split): f"{number} images with maps" for split, number in result.num_images.items()}
     _report({**splits, "map classes": result.num_map_classes, "seconds": round(result.seconds, 1)}, as_json)
 

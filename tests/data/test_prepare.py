@@ -1,4 +1,7 @@
+import os
 import re
+import shlex
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -124,28 +127,117 @@ def test_zip_and_folder_and_wrapper_give_the_same(tmp_path, made, kind, wrapper)
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_images_are_kept_to_the_byte_and_linked(tmp_path, made, kind):
+def test_files_are_copied_to_the_byte(tmp_path, made, kind):
     folder = made(kind)
     before = contents(folder)
     prepare(kind, folder, tmp_path / "out")
     images = sorted((tmp_path / "out").glob("*/images/*.jpg"))
     assert len(images) == 3
-    for image in images:
-        assert image.read_bytes() in before.values()
-        assert image.stat().st_nlink == 2
+    assert all(image.read_bytes() in before.values() for image in images)
+    for copy in (tmp_path / "out").rglob("*.*"):
+        assert copy.stat().st_nlink == 1 and not copy.is_symlink()
+        copy.write_bytes(b"edited in place")
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("kind", MAKE)
-def test_files_are_copied_where_links_are_impossible(tmp_path, made, kind, monkeypatch):
-    def impossible(self, target):
-        raise OSError("other device")
+def states(folder: Path) -> dict[str, tuple[int, int]]:
+    """Permissions and time of change of the content of every file and folder."""
+    found = {path: path.stat() for path in sorted([folder, *folder.rglob("*")])}
+    return {str(path): (state.st_mode, state.st_mtime_ns) for path, state in found.items()}
 
-    prepare(kind, made(kind), tmp_path / "linked")
+
+@pytest.mark.parametrize("link", [False, True], ids=["copied", "linked"])
+def test_permissions_and_times_of_the_originals_stay(tmp_path, made, link):
+    folder = made("camvid")
+    (folder / "images/train/a.jpg").chmod(0o400)
+    (folder / "masks/train/a.png").chmod(0o664)
+    os.utime(folder / "masks/train/b.png", ns=(1, 1))
+    before = states(folder)
+    prepare("camvid", folder, tmp_path / "out", link=link)
+    assert states(folder) == before
+    usual = (tmp_path / "out/train/classes.json").stat().st_mode
+    copies = [path for path in (tmp_path / "out").rglob("*.*") if path.suffix in (".png", ".jpg")]
+    assert link or all(copy.stat().st_mode == usual for copy in copies)
+
+
+def test_links_only_when_asked_for(tmp_path, made, monkeypatch, caplog):
+    folder = made("camvid")
+    prepare("camvid", folder, tmp_path / "linked", link=True)
+    assert (tmp_path / "linked/train/images/a.jpg").samefile(folder / "images/train/a.jpg")
+
+    def impossible(self, target):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("latentflow.console._told", set())
     monkeypatch.setattr(Path, "hardlink_to", impossible)
-    prepare(kind, made(kind), tmp_path / "copied")
+    prepare("camvid", folder, tmp_path / "copied", link=True)
     assert contents(tmp_path / "linked") == contents(tmp_path / "copied")
-    assert all(path.stat().st_nlink == 1 for path in (tmp_path / "copied").rglob("*.*"))
+    assert [r.message for r in caplog.records] == [
+        "files are copied, as they cannot be linked here (Invalid cross-device link)"
+    ]
+
+
+def test_blocks_are_shared_where_the_file_system_can(tmp_path, made, monkeypatch):
+    import fcntl
+
+    def clone(target, request, source):
+        assert request == 0x40049409
+        os.write(target.fileno(), os.pread(source, 1 << 20, 0))
+
+    folder = made("camvid")
+    prepare("camvid", folder, tmp_path / "copied")
+    monkeypatch.setattr(fcntl, "ioctl", clone)
+    monkeypatch.setattr("shutil.copyfile", None)
+    prepare("camvid", folder, tmp_path / "cloned")
+    assert contents(tmp_path / "copied") == contents(tmp_path / "cloned")
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["images/train/a.jpg", "masks/train/a.png", "images/train", "masks", "classes.json", "images/train/a.jpg/.."],
+)
+def test_links_out_of_the_data_are_refused_with_a_remedy_that_works(tmp_path, made, place):
+    folder = made("camvid")
+    private = tmp_path / "private"
+    path = folder / place.removesuffix("/..")
+    path.rename(private)
+    path.symlink_to(f"../../../{private.name}" if place.endswith("..") else private)
+    private.chmod(private.stat().st_mode & 0o700)
+    before = private.stat().st_mode
+    with pytest.raises(DataError, match=rf"source: .* is a link out of it, to {private}.*; nothing is taken") as caught:
+        prepare("camvid", folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and private.stat().st_mode == before
+    remedy = re.search(r"(cp -rL .*) COPY$", str(caught.value))[1]
+    subprocess.run([*shlex.split(remedy), str(tmp_path / "copy")], check=True)
+    prepare("camvid", tmp_path / "copy", tmp_path / "out")
+    assert len(list((tmp_path / "out/train/images").iterdir())) == 2
+
+
+def test_links_inside_the_data_are_followed(tmp_path, made):
+    folder = made("camvid")
+    (folder / "store").mkdir()
+    (folder / "images/train/a.jpg").rename(folder / "store/0001")
+    (folder / "images/train/a.jpg").symlink_to("../../store/0001")
+    (tmp_path / "alias").symlink_to(folder)
+    prepare("camvid", tmp_path / "alias", tmp_path / "out")
+    copy = tmp_path / "out/train/images/a.jpg"
+    assert copy.read_bytes() == (folder / "store/0001").read_bytes() and not copy.is_symlink()
+
+
+def test_pipes_are_refused(tmp_path, made):
+    folder = made("camvid")
+    (folder / "images/train/a.jpg").unlink()
+    os.mkfifo(folder / "images/train/a.jpg")
+    with pytest.raises(DataError, match=r"source: images/train/a.jpg is no regular file; remove it"):
+        prepare("camvid", folder, tmp_path / "out")
+
+
+def test_a_place_inside_the_data_is_refused(tmp_path, made):
+    folder = made("camvid")
+    for out in (folder, folder / "prepared", folder / "images" / "new"):
+        with pytest.raises(DataError, match=r"lies inside .*source and would become part of it; choose another --out"):
+            prepare("camvid", folder, out)
+    assert not (folder / "prepared").exists()
 
 
 @pytest.mark.parametrize("kind", MAKE)
@@ -211,10 +303,7 @@ def test_damaged_archive_is_named(tmp_path, made):
 def test_dangling_link_is_named(tmp_path, made):
     folder = made("camvid")
     (folder / "images/train/a.jpg").unlink()
-    try:
-        (folder / "images/train/a.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    except OSError:
-        pytest.skip("this file system has no symbolic links")
+    (folder / "images/train/a.jpg").symlink_to(tmp_path / "nowhere.jpg")
     with pytest.raises(DataError, match=r"source: cannot read images/train/a.jpg \(No such file or directory\)"):
         prepare("camvid", folder, tmp_path / "out")
 

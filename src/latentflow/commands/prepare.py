@@ -8,6 +8,7 @@ from pathlib import Path
 
 from latentflow.commands.progress import image_progress
 from latentflow.data.prepare import find_dataset
+from latentflow.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,22 @@ class PrepareResult:
     seconds: float
 
 
-def prepare(kind: str, source: str | Path, out: str | Path) -> PrepareResult:
+def prepare(kind: str, source: str | Path, out: str | Path, *, link: bool = False) -> PrepareResult:
     """Bring a published data set into folders that can be trained on: out/train, out/val, ...
 
     Args:
         kind: one of `latentflow.data.prepare.KINDS`.
         source: the data set as published: a folder or a zip.
-        out: a new folder.
+        out: a new folder, outside of `source`.
+        link: hard links instead of copies; see `find_dataset`.
 
     Raises:
         DataError, ArtifactError: see `find_dataset` and `PublishedData.write`.
     """
     began = time.perf_counter()
-    dataset = find_dataset(kind, source)
+    if Path(out).resolve().is_relative_to(Path(source).resolve()):
+        raise DataError(f"{out} lies inside {source} and would become part of it; choose another --out")
+    dataset = find_dataset(kind, source, link=link)
     with image_progress("preparing", len(dataset)) as on_images:
         dataset.write(out, on_images)
     num_images = {split: len(pairs) for split, pairs in dataset.splits.items()}

@@ -1,8 +1,8 @@
 """Published data sets of images and semantic maps, brought into the layout that `open_images` reads.
 
-The result holds one folder per split, each with images/, masks/ and classes.json. Files are hard-linked
-where the file system can and copied otherwise, never encoded anew; only CelebAMask-HQ's maps, which are
-published as one file per part of the face, are painted.
+The result holds one folder per split, each with images/, masks/ and classes.json. Files are copied, never encoded anew;
+only CelebAMask-HQ's maps, which are published as one file per part of the face, are painted. Nothing is taken from
+outside the data set, whatever links in it say, and none of its files is changed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import posixpath
 import re
 import shutil
+import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from latentflow.artifacts import atomic_folder
+from latentflow.console import notice
 from latentflow.data.decode import BrokenImage, open_image, reason
 from latentflow.data.map_files import pair_maps, read_classes
 from latentflow.data.semantic_maps import MapClasses
@@ -51,6 +53,7 @@ CELEBAMASK_HQ += ("mouth", "u_lip", "l_lip", "hair", "hat", "ear_r", "neck_l", "
 
 _CELEBAMASK_HQ_TRAIN = 27000  # images; the 3,000 behind them are for validation
 _ADE20K_CLASSES = 150
+_FICLONE = 0x40049409  # ioctl_ficlone(2) of Linux
 _COCO_STUFF_CLASSES = 182
 
 
@@ -107,20 +110,22 @@ class PublishedData:
                     on_images(1)
 
 
-def find_dataset(kind: str, path: str | Path) -> PublishedData:
+def find_dataset(kind: str, path: str | Path, *, link: bool = False) -> PublishedData:
     """Find the pairs of a published data set as it is downloaded: a folder or a .zip file.
 
     Args:
         kind: one of `KINDS`.
         path: the folder that holds what `KINDS` lists, or one around it.
+        link: hard links instead of copies, where the file system can. Whatever is done to one name of a file is then
+            done to the other.
 
     Raises:
-        DataError: there is no such kind, the files are not laid out as `kind` is, or an image and its map
-            are not both there.
+        DataError: there is no such kind, the files are not laid out as `kind` is, an image and its map are not both
+            there, or a file is a link that leads out of `path`.
     """
     if kind not in KINDS:
         raise DataError(f"unknown data set {kind!r}; {nearest(kind, KINDS)}")
-    source = _Source(Path(path))
+    source = _Source(Path(path), link)
     classes, splits = KINDS[kind](source)
     splits = {split: pairs for split, pairs in splits.items() if pairs}
     if not splits:
@@ -131,17 +136,25 @@ def find_dataset(kind: str, path: str | Path) -> PublishedData:
 class _Source:
     """The files of a published data set, below whatever single folder wraps its images."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, link: bool):
         self.store = open_store(path)
         self.path = path
+        self._link = link
+        self._checked: dict[str, Path] = {}
         files = self.store.files()
         top = wrapper([name for name in files if is_image(name)] or [""])
         self.files = {name.removeprefix(top): file for name, file in files.items() if name.startswith(top)}
+        for name in ("classes.json", "objectInfo150.txt", "labels.txt"):
+            if name in self.files:
+                self._require_own(self.files[name])
 
     def images(self, folder: str) -> dict[str, StoredFile]:
         """Every image at any depth below a folder, by its path there, sorted."""
         found = {name[len(folder) + 1 :]: f for name, f in self.files.items() if name.startswith(f"{folder}/")}
-        return {name: found[name] for name in sorted(found) if is_image(name)}
+        images = {name: found[name] for name in sorted(found) if is_image(name)}
+        for file in images.values():
+            self._require_own(file)
+        return images
 
     def first_with_images(self, folders: Sequence[str]) -> str:
         """The first of some folders that holds images, or else the last."""
@@ -157,16 +170,44 @@ class _Source:
         ]
 
     def place(self, file: StoredFile, destination: Path) -> None:
-        """Put a file at `destination`: a hard link where the file system can, else a copy."""
+        """Put a file at `destination`."""
         if isinstance(self.store, ZipStore):
             destination.write_bytes(self.read(file))
             return
         with self._named(file):
             original = (self.path / file.path).resolve(strict=True)
-        try:
-            destination.hardlink_to(original)
-        except OSError:
+            original.open("rb").close()  # what goes wrong from here on is the copy's
+        if self._link:
+            try:
+                destination.hardlink_to(original)
+                return
+            except OSError as error:
+                notice(f"files are copied, as they cannot be linked here ({error.strerror})")
+        if not _cloned(original, destination):
             shutil.copyfile(original, destination)
+
+    def _require_own(self, file: StoredFile) -> None:
+        """Refuse what is no regular file of the data set's own.
+
+        Raises:
+            DataError: it lies outside, where a link leads to, or is no regular file.
+        """
+        if isinstance(self.store, ZipStore):
+            return
+        folder, name = posixpath.split(file.path)
+        with self._named(file):
+            if folder not in self._checked:
+                self._checked[folder] = (self.path / folder).resolve(strict=True)
+            path = self._checked[folder] / name
+            if path.is_symlink():
+                path = path.resolve(strict=True)
+            if not path.is_relative_to(self._checked.setdefault("", self.path.resolve())):
+                raise DataError(
+                    f"{self.path}: {file.path} is a link out of it, to {path}; nothing is taken from outside. If you "
+                    f"know what its links lead to, copy it with that: cp -rL {self.path} COPY"
+                )
+            if not stat.S_ISREG(path.lstat().st_mode):
+                raise DataError(f"{self.path}: {file.path} is no regular file; remove it")
 
     def read(self, file: StoredFile) -> bytes:
         with self._named(file):
@@ -312,6 +353,18 @@ def _paint_parts(source: _Source, image: StoredFile, parts: list[tuple[int, Stor
         semantic_map[mask] = part
     enlarged = Image.fromarray(semantic_map).resize(source.image_size(image), Image.Resampling.NEAREST)
     enlarged.save(destination, "PNG")
+
+
+def _cloned(original: Path, destination: Path) -> bool:
+    """Copy a file without its blocks, which both then share until one is written to, where the file system can."""
+    try:
+        import fcntl
+
+        with original.open("rb") as source, destination.open("wb") as target:
+            fcntl.ioctl(target, _FICLONE, source.fileno())
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def _write_pair(folder: Path, pair: Pair) -> None:
