@@ -294,8 +294,21 @@ def test_images_without_map_and_maps_without_image_are_named(mapped):
 @pytest.mark.parametrize("top, kind", [("images", "images"), ("masks", "maps")])
 def test_two_files_for_one_place_are_refused(mapped, top, kind):
     save(mapped / top / "town" / "a.bmp")
-    with pytest.raises(DataError, match=rf"mapped: {kind} town/a.\w+ and town/a.\w+ differ in their suffix only; re"):
+    with pytest.raises(
+        DataError, match=rf"mapped: {kind} town/a.\w+ and town/a.\w+ differ in their suffix, or how acc"
+    ):
         open_images(mapped, 16)
+
+
+def test_names_are_paired_however_their_accents_are_written(tmp_path):
+    for one, other in (("caf\xe9", "cafe\u0301"), ("\u304b\u3099", "\u304c"), ("plain", "plain")):
+        save(tmp_path / f"images/{one}.png", picture(0))
+        save(tmp_path / f"masks/{other}.png", Image.fromarray(semantic_map(0)))
+    TOWN.write(tmp_path / "classes.json")
+    assert len(readable(open_images(tmp_path, 16))[0]) == 3
+    save(tmp_path / "masks/caf\xe9.png", Image.fromarray(semantic_map(1)))
+    with pytest.raises(DataError, match="or how accents are written, only; rename or remove one"):
+        open_images(tmp_path, 16)
 
 
 def test_images_beside_images_and_maps_are_refused(mapped):

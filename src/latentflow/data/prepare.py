@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+import shlex
 import shutil
 import stat
 from collections import defaultdict
@@ -204,7 +205,7 @@ class _Source:
             if not path.is_relative_to(self._checked.setdefault("", self.path.resolve())):
                 raise DataError(
                     f"{self.path}: {file.path} is a link out of it, to {path}; nothing is taken from outside. If you "
-                    f"know what its links lead to, copy it with that: cp -rL {self.path} COPY"
+                    f"know what its links lead to, copy it with that: cp -rL {shlex.quote(str(self.path))} COPY"
                 )
             if not stat.S_ISREG(path.lstat().st_mode):
                 raise DataError(f"{self.path}: {file.path} is no regular file; remove it")
