@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from latentflow.artifacts import read_json, sha256_tensors, write_json
@@ -34,10 +35,10 @@ _LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution c
 class LatentNormalisation(BaseModel):
     """Per-channel map between raw latents and those the flow sees; each list holds C numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     shift: list[float]
-    scale: list[float]
+    scale: list[Annotated[float, Field(gt=0)]]
 
     def normalise(self, raw: Tensor) -> Tensor:
         """raw => latents: (raw - shift) * scale, [B, C, h, w]."""

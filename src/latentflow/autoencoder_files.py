@@ -57,13 +57,10 @@ def load_first_stage(reference: str, built_in: Mapping[str, Path]) -> nn.Module:
             diffusers.logging.set_verbosity_error()  # it warns of harmless extra keys in the config each time
             try:
                 return kind.from_config(dict(config))
-            except Exception as error:  # constructors raise anything
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise ArtifactError(f"{folder / _CONFIG} describes no {kind.__name__} ({reason})") from error
             finally:
                 diffusers.logging.set_verbosity(verbosity)
 
-        require_fit(build, shapes, folder, _CONFIG)
+        require_fit(build, shapes, folder, folder / _CONFIG)
         return filled(build, weights, folder)
 
 

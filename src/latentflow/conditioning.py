@@ -14,9 +14,10 @@ Legend: B images, C latent channels, h and w latent height and width, K classes 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -37,13 +38,17 @@ CONDITION_FIELDS: dict[ConditionName, tuple[str, ...]] = {
 """The fields of `Condition` that each condition fills."""
 
 
+ClassName = Annotated[str, Field(max_length=1000)]
+Channel = Annotated[int, Field(ge=0, le=255)]
+
+
 class Conditioning(BaseModel):
     """The conditions of a model, as its config stores them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    class_names: list[str] = Field(
-        default_factory=list, description="One name per class; empty: a model without labels."
+    class_names: list[ClassName] = Field(
+        default_factory=list, max_length=1_000_000, description="One name per class; empty: a model without labels."
     )
     label_dropout: float = Field(
         0.1, ge=0, lt=1, description="Share of training images whose label is dropped; 0: no guidance by it."
@@ -52,11 +57,13 @@ class Conditioning(BaseModel):
     inpainting_dropout: float = Field(
         0.1, ge=0, lt=1, description="Share of training images that are all hole; 0: no guidance by the known part."
     )
-    map_class_names: list[str] = Field(
-        default_factory=list, description="One name per class of the semantic map; empty: a model without maps."
+    map_class_names: list[ClassName] = Field(
+        default_factory=list,
+        max_length=255,
+        description="One name per class of the semantic map; empty: a model without maps.",
     )
-    map_palette: list[tuple[int, int, int]] = Field(
-        default_factory=list, description="The RGB colour of each map class, 0 to 255."
+    map_palette: list[tuple[Channel, Channel, Channel]] = Field(
+        default_factory=list, max_length=255, description="The RGB colour of each map class, 0 to 255."
     )
     map_dropout: float = Field(
         0.1, ge=0, lt=1, description="Share of training images whose map is dropped; 0: no guidance by it."
@@ -65,7 +72,7 @@ class Conditioning(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Conditioning:
         for names in (self.class_names, self.map_class_names):
-            doubled = sorted({name for name in names if names.count(name) > 1})
+            doubled = sorted(name for name, count in Counter(names).items() if count > 1)
             if doubled:
                 raise ValueError(f"class names must differ; given twice: {', '.join(doubled)}")
         if len(self.map_palette) != len(self.map_class_names):

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from latentflow.artifacts import atomic_folder, read_json, read_tensors, write_json, write_tensors, write_text
+from latentflow.artifacts import (
+    atomic_folder,
+    open_tensors,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from latentflow.autoencoder import Autoencoder, latent_mean, sample_latents
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.hub import CARD_FILE, HubId, fetch, looks_like, push_folder, require_token
@@ -26,6 +36,7 @@ if TYPE_CHECKING:
     from latentflow.sampling.pipeline import Samples
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "velocity.safetensors"
+_MOST_CONFIG_BYTES = 64 << 20  # a million class names fit
 MODEL_FILES = (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -69,7 +80,8 @@ class LatentFlow:
         device = usable_device(device)
         folder = find_model(model, revision)
         config, weights = read_config(folder), folder / WEIGHTS_FILE
-        require_fit(config.build_network, tensor_shapes(weights), weights)
+        require_fit(config.build_network, tensor_shapes(weights), weights, folder / CONFIG_FILE)
+        _require_written_with(config, weights)
         own = folder / AUTOENCODER_FOLDER
         if config.autoencoder.reference == AUTOENCODER_FOLDER and not own.is_dir():
             raise ArtifactError(f"{folder} lacks its folder {AUTOENCODER_FOLDER}/; copy the model folder whole")
@@ -79,6 +91,13 @@ class LatentFlow:
                 f"{folder} was trained with an autoencoder of hash {config.autoencoder.content_hash[:12]}, but "
                 f"{autoencoder.reference} has hash {autoencoder.content_hash[:12]}; restore the original one"
             )
+        found = {"factor": autoencoder.factor, "num_channels": autoencoder.num_channels}
+        for name, number in found.items():
+            if number != getattr(config.autoencoder, name):
+                raise ArtifactError(
+                    f"{folder / CONFIG_FILE}: autoencoder.{name} is {getattr(config.autoencoder, name)}, but that of "
+                    f"{autoencoder.reference} is {number}; restore the original {CONFIG_FILE}"
+                )
         network = filled(config.build_network, read_tensors(weights), weights)
         loaded = cls(config, network.eval().requires_grad_(False), autoencoder).to(device)
         is_local = Path(model).exists()
@@ -93,9 +112,8 @@ class LatentFlow:
         """
         with atomic_folder(folder) as temporary:
             write_json(temporary / CONFIG_FILE, self.config.model_dump(mode="json"))
-            write_tensors(
-                temporary / WEIGHTS_FILE, weights or self.network.state_dict(), metadata={"format": "latentflow"}
-            )
+            metadata = {"format": "latentflow", "config": json.dumps(self.config.computation)}
+            write_tensors(temporary / WEIGHTS_FILE, weights or self.network.state_dict(), metadata)
             write_text(temporary / CARD_FILE, model_card(self.config))
             if self.config.autoencoder.reference == AUTOENCODER_FOLDER:
                 self.autoencoder.save_pretrained(temporary / AUTOENCODER_FOLDER)
@@ -294,9 +312,35 @@ def read_config(folder: str | Path) -> ModelConfig:
         ArtifactError: it is missing, damaged or of another kind.
     """
     file = Path(folder) / CONFIG_FILE
+    if file.is_file() and file.stat().st_size > _MOST_CONFIG_BYTES:
+        raise ArtifactError(f"{file} is larger than {_MOST_CONFIG_BYTES >> 20} MiB, which no config is; restore it")
     try:
         return ModelConfig.model_validate(read_json(file))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise ArtifactError(f"{file} is not the config of a latentflow model ({where}: {first['msg']})") from error
+        where = ".".join(str(part) for part in first["loc"])
+        reason = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+    except ConfigError as error:  # of a section that says itself what is wrong
+        reason = str(error)
+    raise ArtifactError(f"{file} is not the config of a latentflow model ({shorten(reason, 400, placeholder=' ...')})")
+
+
+def _require_written_with(config: ModelConfig, weights: Path) -> None:
+    """Refuse a config that is not the one which the weights were written with, where shapes cannot tell."""
+    with open_tensors(weights) as file:
+        written = (file.metadata() or {}).get("config")
+    difference = written and _first_difference(json.loads(written), config.computation)
+    if difference:
+        name, then, now = difference
+        raise ArtifactError(
+            f"{weights.parent / CONFIG_FILE} says {name} = {now}, but {weights.name} was written with {then}; restore "
+            "the two files that belong together"
+        )
+
+
+def _first_difference(then: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """Name and values of what differs between two JSON values; keys that `then` has not are no difference."""
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return None if then == now else (name, then, now)
+    pairs = (_first_difference(value, now.get(key), f"{name}.{key}".strip(".")) for key, value in then.items())
+    return next((pair for pair in pairs if pair), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,15 +26,17 @@ AUTOENCODER_FOLDER = "autoencoder"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SamplingPreset(_Section):
     """How a model is sampled unless the user says otherwise."""
 
     solver: str = Field("heun", description="A name from flow.solvers.SOLVERS.")
-    steps: int = Field(25, ge=1, description="Intervals of a fixed-step solver; adaptive solvers choose their own.")
-    guidance: float = Field(1.0, ge=0, description="Classifier-free guidance scale; 1: off.")
+    steps: int = Field(
+        25, ge=1, le=10_000, description="Intervals of a fixed-step solver; adaptive solvers choose their own."
+    )
+    guidance: float = Field(1.0, ge=0, le=1000, description="Classifier-free guidance scale; 1: off.")
     guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Times at which guidance applies.")
     guided_by: list[ConditionName] | None = Field(
         None, description="Conditions that guidance strengthens; null: all that an image is told."
@@ -42,18 +44,20 @@ class SamplingPreset(_Section):
     guided_channels: int | None = Field(
         None, ge=1, description="Guidance acts on the first latent channels alone; null: on all, as it should."
     )
-    shift: float = Field(1.0, gt=0, description="Time shift of the grid; above 1: more steps near the noise.")
-    rtol: float = Field(1e-5, gt=0, description="Relative tolerance of adaptive solvers, per image.")
-    atol: float = Field(1e-5, gt=0, description="Absolute tolerance of adaptive solvers, per image.")
+    shift: float = Field(1.0, gt=0, le=1e4, description="Time shift of the grid; above 1: more steps near the noise.")
+    rtol: float = Field(1e-5, gt=0, le=1, description="Relative tolerance of adaptive solvers, per image.")
+    atol: float = Field(1e-5, gt=0, le=100, description="Absolute tolerance of adaptive solvers, per image.")
 
 
 class AutoencoderRecord(_Section):
     """Which first stage a model lives on."""
 
-    reference: str = Field(description=f"A hub id, or {AUTOENCODER_FOLDER!r}: the folder inside the model folder.")
-    content_hash: str
-    factor: int
-    num_channels: int
+    reference: str = Field(
+        max_length=1000, description=f"A hub id, or {AUTOENCODER_FOLDER!r}: the folder inside the model folder."
+    )
+    content_hash: str = Field(pattern="^[0-9a-f]{64}$")
+    factor: int = Field(ge=1, le=4096)
+    num_channels: int = Field(ge=1, le=65_536)
 
     @classmethod
     def of(cls, autoencoder: Autoencoder) -> AutoencoderRecord:
@@ -70,18 +74,18 @@ class AutoencoderRecord(_Section):
 class TrainingRecord(_Section):
     """What a model was trained on and for how long."""
 
-    data: str = ""
-    data_fingerprint: str = ""
-    num_images: int = 0
-    step: int = 0
-    images_seen: int = 0
+    data: str = Field("", max_length=10_000)
+    data_fingerprint: str = Field("", max_length=1000)
+    num_images: int = Field(0, ge=0)
+    step: int = Field(0, ge=0)
+    images_seen: int = Field(0, ge=0)
 
 
 class ModelConfig(_Section):
     """Everything a model folder says about itself."""
 
     format_version: Literal[1] = 1
-    image_size: int
+    image_size: int = Field(ge=1, le=16_384)
     network: NetworkConfig
     prediction: PredictionConfig = VelocityPrediction()
     path: PathConfig = LinearPath()
@@ -109,7 +113,28 @@ class ModelConfig(_Section):
             raise ValueError(f"a network that predicts noise needs the cosine path, not {self.path.kind}")
         if isinstance(self.prediction, DenoiserPrediction) and self.path != LinearPath(sigma_min=0):
             raise ValueError("a denoiser needs the linear path with sigma_min 0")
+        channels, multiple = self.autoencoder.num_channels, self.pixel_multiple
+        if self.image_size % multiple:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of {multiple}, as the network needs it")
+        lengths = len(self.normalisation.shift), len(self.normalisation.scale)
+        if lengths != (channels, channels):
+            raise ValueError(f"normalisation has {lengths[0]} and {lengths[1]} numbers for {channels} latent channels")
+        if (self.sampling.guided_channels or 1) > channels:
+            raise ValueError(f"sampling.guided_channels {self.sampling.guided_channels}: there are {channels} channels")
         return self
+
+    @property
+    def computation(self) -> dict[str, Any]:
+        """What changes the numbers that come out, and cannot be seen from the weights' shapes, as JSON holds it."""
+        fields = {
+            "image_size": True,
+            "network": True,
+            "prediction": True,
+            "path": True,
+            "normalisation": True,
+            "autoencoder": {"content_hash", "factor", "num_channels"},
+        }
+        return self.model_dump(mode="json", include=fields, exclude={"network": {"gradient_checkpointing", "dropout"}})
 
     def build_network(self) -> torch.nn.Module:
         """A network with fresh weights, as this config describes it."""

@@ -52,8 +52,12 @@ def require_fit(
     Raises:
         ArtifactError: a key is missing or unknown, or a shape differs.
     """
-    with without_memory():
-        expected = make().state_dict()
+    try:
+        with without_memory():
+            expected = make().state_dict()
+    except Exception as error:  # of our networks ConfigError, of torch and diffusers anything
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ArtifactError(f"{config} describes no network that can be built: {reason}") from error
     _compare({name: list(tensor.shape) for name, tensor in expected.items()}, shapes, origin, config)
 
 
@@ -79,7 +83,9 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], origin: obje
     shapes = {name: list(tensor.shape) for name, tensor in expected.items()}
     _compare(shapes, {name: list(tensor.shape) for name, tensor in weights.items()}, origin, "its config")
     for name, tensor in weights.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise ArtifactError(f"{origin}: {name!r} holds {tensor.dtype}, and {expected[name].dtype} is needed")
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise ArtifactError(f"{origin}: {name!r} holds values that are not finite; copy or fetch the file again")
     network.load_state_dict(dict(weights))
 

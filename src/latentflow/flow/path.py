@@ -23,7 +23,7 @@ from latentflow.shapes import per_image
 class Path(BaseModel):
     """A path between data and noise, given by its two coefficients as functions of time."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:

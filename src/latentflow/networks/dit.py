@@ -57,19 +57,24 @@ class DiTConfig(BaseModel):
         ConfigError: unknown option, name or variant, a size missing, or sizes that do not fit together.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     kind: Literal["dit"] = "dit"
     name: str | None = Field(
         None, description="published size, DiT-{S,B,L,XL}/{1,2,4,8}; None = sizes given one by one"
     )
-    depth: int = Field(gt=0, description="number of blocks")
-    hidden_size: int = Field(gt=0, description="channels of a token, a multiple of num_heads")
-    num_heads: int = Field(gt=0, description="attention heads")
-    patch_size: int = Field(gt=0, description="side of a patch in latent pixels; halving it makes 4 times the tokens")
-    mlp_ratio: float = Field(4.0, gt=0, description="inner size of the MLP as a multiple of hidden_size")
+    depth: int = Field(gt=0, le=512, description="number of blocks")
+    hidden_size: int = Field(gt=0, le=65_536, description="channels of a token, a multiple of num_heads")
+    num_heads: int = Field(gt=0, le=4096, description="attention heads")
+    patch_size: int = Field(
+        gt=0, le=256, description="side of a patch in latent pixels; halving it makes 4 times the tokens"
+    )
+    mlp_ratio: float = Field(4.0, gt=0, le=64, description="inner size of the MLP as a multiple of hidden_size")
     time_scale: float = Field(
-        1000.0, gt=0, description="the time in [0, 1] is multiplied by this; published LFM and SiT weights need 1.0"
+        1000.0,
+        gt=0,
+        le=1e6,
+        description="the time in [0, 1] is multiplied by this; published LFM and SiT weights need 1.0",
     )
     variant: Literal["classic", "modern"] = Field(
         "classic",

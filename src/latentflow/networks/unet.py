@@ -88,26 +88,31 @@ class UNetConfig(BaseModel):
         ConfigError: unknown option or variant, or sizes that do not fit together.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
     also_given: ClassVar[Mapping[str, Any]] = {"attention_sizes": tuple[int, ...], "latent_size": int | None}
 
     kind: Literal["unet"] = "unet"
-    channels: int = Field(gt=0, description="of the feature maps, times the multiplier of their level")
-    multipliers: tuple[Annotated[int, Field(gt=0)], ...] = Field(
-        min_length=1, description="one per level, from full size downwards"
+    channels: int = Field(gt=0, le=65_536, description="of the feature maps, times the multiplier of their level")
+    multipliers: tuple[Annotated[int, Field(gt=0, le=1024)], ...] = Field(
+        min_length=1, max_length=12, description="one per level, from full size downwards"
     )
-    blocks_per_level: int = Field(2, gt=0, description="residual blocks on the way down; one more on the way up")
+    blocks_per_level: int = Field(2, gt=0, le=64, description="residual blocks on the way down; one more on the way up")
     attention_factors: tuple[int, ...] = Field(
-        (), description="blocks attend where maps are smaller than the latents by these factors: 1, 2, 4, ..."
+        (),
+        max_length=12,
+        description="blocks attend where maps are smaller than the latents by these factors: 1, 2, 4, ...",
     )
     middle_attention: bool = Field(True, description="whether the first block between the two ways attends")
     variant: Literal["adm", "dhariwal", "ddpm++", "ncsn++"] = Field(
         "adm", description="default of the options below: a published U-Net"
     )
-    num_heads: int | None = Field(None, gt=0, description="attention heads; null: by head_channels")
-    num_decoder_heads: int | None = Field(None, gt=0, description="heads on the way up; null: as everywhere")
+    num_heads: int | None = Field(None, gt=0, le=4096, description="attention heads; null: by head_channels")
+    num_decoder_heads: int | None = Field(None, gt=0, le=4096, description="heads on the way up; null: as everywhere")
     head_channels: int | None = Field(
-        None, gt=0, description="least channels of a head, in place of num_heads: as many heads as there is room for"
+        None,
+        gt=0,
+        le=65_536,
+        description="least channels of a head, in place of num_heads: as many heads as there is room for",
     )
     decoder_attention: Literal["every", "last"] = Field(
         description="which blocks of an attending level attend on the way up"
@@ -129,11 +134,13 @@ class UNetConfig(BaseModel):
     time_channels: int = Field(
         default_factory=lambda values: values["channels"] * (2 if values["time_features"] == "fourier" else 1),
         gt=0,
+        le=131_072,
         multiple_of=2,
         description="number of time features",
     )
     time_scale: float = Field(
         gt=0,
+        le=1e6,
         description="the time in [0, 1] is multiplied by this; Fourier features and published LFM weights need 1.0",
     )
     sinusoid_endpoint: bool = Field(description="whether the longest period is reached, or just not")
@@ -145,11 +152,14 @@ class UNetConfig(BaseModel):
     stem_channels: int = Field(
         default_factory=lambda values: values["channels"] * values["multipliers"][0],
         gt=0,
+        le=2**26,
         description="channels of the first convolution",
     )
-    norm_groups: int = Field(32, gt=0, description="most groups of a norm")
-    norm_group_channels: int = Field(gt=0, description="least channels of a group; narrow maps have fewer groups")
-    norm_eps: float = Field(gt=0, description="added to variances")
+    norm_groups: int = Field(32, gt=0, le=65_536, description="most groups of a norm")
+    norm_group_channels: int = Field(
+        gt=0, le=65_536, description="least channels of a group; narrow maps have fewer groups"
+    )
+    norm_eps: float = Field(gt=0, le=1, description="added to variances")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of values left out in training, in every block")
     gradient_checkpointing: bool = Field(
         False, description="compute every block again in the backward pass: less memory, about a third more time"

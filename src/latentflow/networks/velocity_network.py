@@ -42,7 +42,7 @@ NETWORKS: dict[str, type[DiT | UNet]] = {"dit": DiT, "unet": UNet}
 
 
 class _Prediction(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class VelocityPrediction(_Prediction):
@@ -59,7 +59,9 @@ class NoisePrediction(_Prediction):
     """
 
     kind: Literal["noise"] = "noise"
-    num_steps: int = Field(1000, ge=2, description="Steps of the chain; the network is told 0 to num_steps - 1.")
+    num_steps: int = Field(
+        1000, ge=2, le=100_000, description="Steps of the chain; the network is told 0 to num_steps - 1."
+    )
     first_beta: float = Field(1e-4, gt=0, lt=1, description="Variance added by the first step.")
     last_beta: float = Field(0.02, gt=0, lt=1, description="Variance added by the last; between them it grows evenly.")
 
@@ -68,9 +70,9 @@ class DenoiserPrediction(_Prediction):
     """The output is the inner network of EDM's preconditioned denoiser (arXiv 2206.00364, table 1); linear path."""
 
     kind: Literal["edm"] = "edm"
-    sigma_data: float = Field(0.5, gt=0, description="Deviation of the data that the denoiser was made for.")
-    sigma_min: float = Field(0.002, gt=0, description="Least noise level the network was told of.")
-    sigma_max: float = Field(80.0, gt=0, description="Greatest noise level the network was told of.")
+    sigma_data: float = Field(0.5, gt=0, le=1e6, description="Deviation of the data that the denoiser was made for.")
+    sigma_min: float = Field(0.002, gt=0, le=1e6, description="Least noise level the network was told of.")
+    sigma_max: float = Field(80.0, gt=0, le=1e6, description="Greatest noise level the network was told of.")
 
     @model_validator(mode="after")
     def _check(self) -> DenoiserPrediction:
