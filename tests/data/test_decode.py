@@ -6,6 +6,8 @@ import ast
 import io
 import os
 import struct
+import subprocess
+import sys
 import threading
 import zipfile
 import zlib
@@ -202,6 +204,7 @@ def test_huge_sparse_file_is_refused_without_being_read(tmp_path):
 # Pixels
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [20000, 50000])  # below and above what Pillow itself refuses
 def test_bombs_are_refused_by_their_header(side):
     wanted = f"its {side * side:,} pixels are more than 268,435,456; make it smaller, or allow more with "
@@ -290,12 +293,28 @@ def test_a_forked_process_does_not_wait_for_its_parents_threads(monkeypatch):
     if not child:
         status = 1
         try:
-            status = 0 if decode._decoded._pixels == 0 and pixels(file).shape == (16, 20, 3) else 1
+            status = 0 if decode._pixels._held == 0 and pixels(file).shape == (16, 20, 3) else 1
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     done.set()
     thread.join()
+
+
+def test_memory_of_many_threads_is_that_of_few_pictures(tmp_path):
+    """Eight threads, each with a file of 48 MB, the picture's 64 MB and a copy of them, would take 1.4 GB."""
+    Image.new("RGB", (4000, 4000), (10, 20, 30)).save(tmp_path / "0.bmp")
+    for index in range(1, 8):
+        (tmp_path / f"{index}.bmp").symlink_to("0.bmp")
+    code = (
+        "import resource, sys; from latentflow.data.images import open_images, readable\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak(); kept, broken = readable(open_images(sys.argv[1], 8)); print(len(kept), peak() - before)"
+    )
+    env = {**os.environ, "LATENTFLOW_MAX_PIXELS": "16000000"}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, check=True)
+    count, kilobytes = map(int, done.stdout.split())
+    assert count == 8 and kilobytes < 500_000
 
 
 # What a PNG carries
@@ -365,6 +384,7 @@ def test_files_cut_short_are_broken(kind, share):
     assert refusal(whole[: int(len(whole) * share)])
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_says_nothing():
     png = encoded(picture())
     for exif in (

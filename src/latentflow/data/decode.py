@@ -4,7 +4,8 @@ What a file claims to be is not believed. Of Pillow's formats those of photograp
 none that starts another program (EPS starts Ghostscript). Only regular files are read. A picture's header is checked
 before its pixels are decoded, and what a PNG carries beside its pixels never decides whether it is read.
 
-One limit, `most_pixels`, bounds a single picture, the bytes of its file, and all pictures that threads decode at once.
+One limit, `most_pixels`, bounds a single picture and the bytes of its file, and as much as that is what all threads
+together may hold at once.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import stat
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -35,12 +36,13 @@ __all__ = [
     "orientation",
     "read_file",
     "reason",
+    "room_for",
     "stored_mode",
     "upright",
 ]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # JPEG includes MPO
-_PIXELS = 1 << 28  # 16,384 x 16,384; a phone's 200 megapixels are 16,320 x 12,240
+_MOST_PIXELS = 1 << 28  # 16,384 x 16,384; a phone's 200 megapixels are 16,320 x 12,240
 _VARIABLE = "LATENTFLOW_MAX_PIXELS"
 _BYTES_PER_PIXEL = 4
 
@@ -49,6 +51,11 @@ _PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
 _PNG_KEPT = (b"tRNS", b"eXIf", b"iCCP", b"cHRM", b"gAMA", b"sRGB", b"acTL", b"fcTL", b"fdAT")
 _MOST_TEXT = 32 * SAFEBLOCK  # half of what Pillow takes of a whole file
 _MOST_PROFILE = 32 * SAFEBLOCK  # the largest profiles of printers have some 4 MiB
+
+if "PILLOW_BLOCK_SIZE" not in os.environ:
+    # Pillow keeps pictures in blocks, of 16 MiB by default. Those above 32 MiB go back to the system when they are
+    # free; of smaller ones each thread's heap keeps all that it ever had.
+    Image.core.set_block_size(1 << 26)
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -132,7 +139,7 @@ def open_image(file: bytes | str | Path | Image.Image, name: str | None = None) 
             yield file
             return
         content = file if isinstance(file, bytes) else read_file(file)
-        with _identified(content, name) as image, _decoded.counting(_checked(image.width * image.height)):
+        with _identified(content, name) as image, _pixels.holding(_checked(image.width * image.height)):
             if _holds_more(image):
                 notice(f"{name} holds several pictures, of which the first is read", kind="several pictures")
             yield image
@@ -183,9 +190,7 @@ def read_file(path: str | Path) -> bytes:
     with open(path, "rb") as file:  # noqa: PTH123
         size = os.fstat(file.fileno()).st_size
         check_bytes(size)
-        content = file.read(most_bytes() + 1)  # of what grows meanwhile, or has no size at all, not more either
-    check_bytes(len(content))
-    return content
+        return file.read(size)  # and no more, should it be growing
 
 
 def check_bytes(num_bytes: int) -> None:
@@ -209,9 +214,9 @@ def most_pixels() -> int:
     """
     text = os.environ.get(_VARIABLE, "")
     if not text:
-        return _PIXELS
+        return _MOST_PIXELS
     if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise ConfigError(f"{_VARIABLE}={text!r} is no whole number above 0; unset it for {_PIXELS}")
+        raise ConfigError(f"{_VARIABLE}={text!r} is no whole number above 0; unset it for {_MOST_PIXELS}")
     return int(text)
 
 
@@ -230,41 +235,46 @@ def reason(error: Exception) -> str:
     return text or ("there is not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
 
 
-class _Decoded:
-    """Counts the pixels of all pictures that are open, and lets a thread wait where they would be too many."""
+class _Budget:
+    """What all threads may hold at once; a thread waits where there is no room for more."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: Callable[[], int]) -> None:
+        self._limit = limit
+        self.reset()
+
+    def reset(self) -> None:
         self._change = threading.Condition()
-        self._pixels = 0
+        self._held = 0
         self._thread = threading.local()
 
     @contextmanager
-    def counting(self, pixels: int) -> Iterator[None]:
-        """Count a picture; a thread that has one open already does not wait, since it could wait for itself."""
-        outer = getattr(self._thread, "open", 0)
+    def holding(self, amount: int) -> Iterator[None]:
+        """Hold so much; a thread that holds something already does not wait, since it could wait for itself."""
+        outer = getattr(self._thread, "depth", 0)
         with self._change:
-            self._change.wait_for(lambda: outer or not self._pixels or self._pixels + pixels <= most_pixels())
-            self._pixels += pixels
-        self._thread.open = outer + 1
+            self._change.wait_for(lambda: outer or not self._held or self._held + amount <= self._limit())
+            self._held += amount
+        self._thread.depth = outer + 1
         try:
             yield
         finally:
-            self._thread.open = outer
+            self._thread.depth = outer
             with self._change:
-                self._pixels -= pixels
+                self._held -= amount
                 self._change.notify_all()
 
 
-_decoded = _Decoded()
+_bytes, _pixels = _Budget(most_bytes), _Budget(most_pixels)
 
 
-def _reset() -> None:
-    global _decoded
-    _decoded = _Decoded()
+def room_for(num_bytes: int) -> AbstractContextManager[None]:
+    """Wait until a file of so many bytes may be held, beside those that other threads hold within their `room_for`."""
+    return _bytes.holding(num_bytes)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset)  # the threads whose pictures are counted do not exist there
+if hasattr(os, "register_at_fork"):  # the threads that hold something do not exist in a child
+    os.register_at_fork(after_in_child=_bytes.reset)
+    os.register_at_fork(after_in_child=_pixels.reset)
 
 
 @cache

@@ -20,7 +20,7 @@ from urllib.parse import quote_from_bytes
 
 from latentflow.data.colour import to_rgb
 from latentflow.data.crop import center_crop, crop_map
-from latentflow.data.decode import BrokenImage, open_image, reason
+from latentflow.data.decode import BrokenImage, open_image, reason, room_for
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.lmdb_store import LmdbStore, check_first, environment_file
 from latentflow.data.map_files import MapFiles
@@ -180,9 +180,9 @@ class ImageFiles:
             BrokenImage: a file has vanished, is damaged, or is not an image; or the map does not fit.
             IndexError: `index` is not in [0, len).
         """
-        name, semantic_map = self.name(index), None
+        name, file, semantic_map = self.name(index), self._files[index], None
         with _decoding(name):
-            with open_image(self._store.read(self._files[index].path), name) as image:
+            with room_for(file.num_bytes), open_image(self._store.read(file.path), name) as image:
                 rgb, photo = as_photo(image, name)
                 pixels = center_crop(rgb, self.image_size)
             if self._maps:
