@@ -211,6 +211,14 @@ def test_bombs_are_refused_by_their_header(side):
     assert refusal(bomb(side, side)) == f"{wanted}LATENTFLOW_MAX_PIXELS={side * side}"
 
 
+def test_bombs_inside_an_image_are_refused_with_the_same_words():
+    """The frame of a GIF, and a tile of a TIFF, may be larger than the picture says it is."""
+    gif = bytearray(encoded(Image.new("L", (8, 8)), "GIF"))
+    place = gif.index(b",")
+    gif[place + 5 : place + 9] = struct.pack("<HH", 60000, 60000)
+    assert refusal(bytes(gif)).startswith("its 3,600,000,000 pixels are more than 268,435,456; make it smaller, or ")
+
+
 def test_photograph_of_two_hundred_megapixels_is_within_the_limit():
     with open_image(bomb(16320, 12240)) as image:
         assert image.size == (16320, 12240)
@@ -229,8 +237,11 @@ def test_the_limit_is_raised_as_the_message_says(monkeypatch):
 def test_a_limit_that_is_no_number(tmp_path, monkeypatch, text):
     (tmp_path / "a.png").write_bytes(encoded(picture()))
     monkeypatch.setenv("LATENTFLOW_MAX_PIXELS", text)
-    with pytest.raises(ConfigError, match=f"LATENTFLOW_MAX_PIXELS='{text}' is no whole number above 0; unset it for "):
-        open_images(tmp_path, 8)[0]
+    said = f"LATENTFLOW_MAX_PIXELS='{text}' is no whole number above 0; unset it for "
+    with pytest.raises(ConfigError, match=said):
+        open_images(tmp_path, 8)
+    with pytest.raises(ConfigError, match=said):
+        pixels(tmp_path / "a.png")
     monkeypatch.setenv("LATENTFLOW_MAX_PIXELS", "")
     assert most_pixels() == 1 << 28 and most_bytes() == 1 << 30
 

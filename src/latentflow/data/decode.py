@@ -95,7 +95,17 @@ _STRANGERS = (
     (0, b"\x1f\x8b", "gzip", "unpack it"),
     (0, b"version https://git-lfs", "a Git LFS pointer and not yet the file", "run git lfs pull"),
 )
-_DAMAGED = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
+_DAMAGED = (
+    b"\x89PNG",
+    b"\xff\xd8\xff",
+    b"GIF8",
+    b"RIFF",
+    b"BM",
+    b"II*\0",
+    b"MM\0*",
+    b"\0\0\0\x0cjP  ",
+    b"\xff\x4f\xff\x51",
+)
 _MARKUP = ((b"<svg", "SVG", _AS_PNG), (b"<html", "a web page", "download the image anew"))
 
 
@@ -145,6 +155,8 @@ def open_image(file: bytes | str | Path | Image.Image, name: str | None = None) 
             yield image
     except LatentFlowError:
         raise
+    except Image.DecompressionBombError as error:  # its message begins with the number of pixels
+        raise BrokenImage(name, _too_many(int(re.search(r"\d+", str(error))[0]))) from error
     except Exception as error:
         raise BrokenImage(name, reason(error)) from error
 
@@ -286,11 +298,15 @@ def _formats() -> tuple[str, ...]:
 
 def _checked(num_pixels: int) -> int:
     if num_pixels > most_pixels():
-        raise ValueError(
-            f"its {num_pixels:,} pixels are more than {most_pixels():,}; make it smaller, or allow more with "
-            f"{_VARIABLE}={num_pixels}"
-        )
+        raise ValueError(_too_many(num_pixels))
     return num_pixels
+
+
+def _too_many(num_pixels: int) -> str:
+    return (
+        f"its {num_pixels:,} pixels are more than {most_pixels():,}; make it smaller, or allow more with "
+        f"{_VARIABLE}={num_pixels}"
+    )
 
 
 def _identified(content: bytes, name: str) -> ImageFile:
@@ -304,9 +320,6 @@ def _identified(content: bytes, name: str) -> ImageFile:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, most_pixels())
     try:
         image = Image.open(io.BytesIO(lean), formats=formats)
-    except Image.DecompressionBombError as error:  # its message begins with the number of pixels
-        _checked(int(re.search(r"\d+", str(error))[0]))
-        raise
     except UnidentifiedImageError:
         raise ValueError(_strange(content)) from None
     if profile:
@@ -332,7 +345,7 @@ def _strange(content: bytes) -> str:
     for mark, what, remedy in _MARKUP:
         if mark in start:
             return f"its content is {what}, which is not read: {remedy}"
-    if content.startswith(_DAMAGED):
+    if content.startswith(_DAMAGED) or content[4:12] == b"ftypavif":
         return "its content is damaged, or of a kind that Pillow does not know: copy it anew, or save it as 8-bit PNG"
     if not any(content[:4096]):
         return "its content is zeros, as after a copy that failed: copy it anew"

@@ -20,7 +20,7 @@ from urllib.parse import quote_from_bytes
 
 from latentflow.data.colour import to_rgb
 from latentflow.data.crop import center_crop, crop_map
-from latentflow.data.decode import BrokenImage, open_image, reason, room_for
+from latentflow.data.decode import BrokenImage, most_pixels, open_image, reason, room_for
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.lmdb_store import LmdbStore, check_first, environment_file
 from latentflow.data.map_files import MapFiles
@@ -72,6 +72,7 @@ def open_images(path: str | Path, image_size: int, *, first: int | None = None, 
     """
     if image_size < 1:
         raise DataError(f"image_size must be at least 1 pixel, got {image_size}; 64 or 256 are usual")
+    most_pixels()  # a limit that is none is refused now, and not for each image
     if str(path) == "synthetic" or str(path).startswith("synthetic:"):
         return _open_synthetic(str(path), image_size, first)
     if environment_file(Path(path)):
