@@ -173,8 +173,9 @@ def test_every_verb_stands_behind_the_net(command, monkeypatch, own_logs):
     [
         (["smaple"], "there is no latentflow 'smaple'; did you mean 'sample'?"),
         (["--versio"], "latentflow has no option --versio"),
-        (["sample"], "Missing argument"),
-        (["sample", "runs/x"], "Missing option '--out'; see `latentflow sample --help`"),
+        (["sample"], "latentflow sample needs MODEL; see `latentflow sample --help`"),
+        (["push", "runs/x"], "latentflow push needs NAME; see `latentflow push --help`"),
+        (["sample", "runs/x"], "latentflow sample needs --out; see `latentflow sample --help`"),
         (["sample", "runs/x", "--clases", "3"], "latentflow sample has no option --clases; did you mean '--classes'?"),
         (["sample", "runs/x", "--out", "o", "--num", "abc"], "Invalid value for '--num'"),
         (["sample", "runs/x", "too", "much", "--out", "o"], "unexpected extra argument"),

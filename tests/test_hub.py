@@ -337,7 +337,7 @@ def test_revisions(hub, model, kl):
 def test_a_push_replaces_the_model_and_leaves_the_rest(hub, model, deterministic, branch):
     model.push_to_hub("me/fruit", revision=branch)
     commits = hub.repos["me/fruit"].branches[branch]
-    commits[-1] |= {"teaser.png": b"png", "autoencoder/old.safetensors": b"old"}
+    commits[-1] |= {"teaser.png": b"png", "autoencoder/diffusion_pytorch_model.fp16.safetensors": b"old"}
     tiny.model(deterministic).push_to_hub("me/fruit", revision=branch)
     assert commits[-1].keys() == {*MODEL_FILES, "teaser.png", ".gitattributes"}
     load("me/fruit", revision=branch)
@@ -411,7 +411,22 @@ except ArtifactError as error:
 
 @pytest.mark.parametrize(
     "text",
-    ["fruit", "a/b/c", "./me/fruit", "/me/fruit", "~/fruit", "me/fruit.git", "me/fr uit", "me/--", "me/fruit@", ""],
+    [
+        "fruit",
+        "a/b/c",
+        "./me/fruit",
+        "/me/fruit",
+        "~/fruit",
+        "me/fruit.git",
+        "me/fr uit",
+        "me/--",
+        "me/fruit@",
+        "me/fruit@../../x",
+        "me/fruit@/etc",
+        "me/..",
+        "../me",
+        "",
+    ],
 )
 def test_no_id(hub, text, model):
     refused(lambda: HubId.parse(text), "is not a hub id like 'owner/name'", error=ConfigError)
@@ -562,6 +577,48 @@ def test_push_keeps_a_card_that_was_written_by_hand(hub, command, run_folder):
     (run_folder / "model" / "README.md").unlink()
     assert command("push", run_folder, "me/fruit@ripe").code == 0
     assert hub.repos["me/fruit"].at("ripe")[1]["README.md"].decode() == card
+
+
+def _link(path: Path, target: Path) -> None:
+    path.rename(path.with_name("aside")) if path.exists() else None
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "config.json", "velocity.safetensors", "autoencoder", "autoencoder/config.json"]
+)
+def test_push_follows_no_link_out_of_the_model(hub, command, run_folder, tmp_path, name):
+    model, elsewhere = run_folder / "model", tmp_path / "elsewhere"
+    shutil.copytree(model, elsewhere)
+    _link(model / name, elsewhere / name)
+    done = command("push", run_folder, "me/fruit")
+    assert done.code == 2
+    assert f"{model / name}" in done.error
+    assert f"is a link to {elsewhere / name}" in done.error
+    assert hub.written == []
+    (model / name).unlink()  # what the line advises
+    copy = shutil.copytree if (elsewhere / name).is_dir() else shutil.copy
+    copy(elsewhere / name, model / name)
+    assert command("push", run_folder, "me/fruit").code == 0
+    assert set(hub.repos["me/fruit"].files) == MODEL_FILES
+
+
+def test_push_follows_links_inside_the_model(hub, command, run_folder):
+    model = run_folder / "model"
+    (model / "card.md").write_text("---\nlicense: mit\n---\n# Fruit\n", encoding="utf-8")
+    _link(model / "README.md", Path("card.md"))
+    assert command("push", run_folder, "me/fruit").code == 0
+    assert hub.repos["me/fruit"].files["README.md"].endswith(b"# Fruit\n")
+
+
+def test_push_sends_no_other_files_of_the_folders(hub, command, run_folder):
+    model = run_folder / "model"
+    (model / "autoencoder" / "private").mkdir()
+    for name in ("autoencoder/private/config.json", "autoencoder/credentials.json", "secret.safetensors"):
+        (model / name).write_bytes(b"mine")
+    (model / "link.txt").symlink_to("/etc/passwd")
+    assert command("push", run_folder, "me/fruit").code == 0
+    assert set(hub.repos["me/fruit"].files) == MODEL_FILES
 
 
 def test_verbs_take_hub_ids(hub, command, model, tmp_path):

@@ -137,7 +137,7 @@ def refused_or_same(folder: Path, sound: dict, path: tuple, value: Any) -> bool:
     ("name", "place"), cases(), ids=lambda value: ".".join(value) if isinstance(value, tuple) else value
 )
 def test_hostile_configs(folders, stranger, name, place):
-    """Some 700 of them."""
+    """Some 800 of them."""
     sound = json.loads((folders[name] / CONFIG_FILE).read_text(encoding="utf-8"))
     value = sound
     for key in place:

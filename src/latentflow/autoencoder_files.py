@@ -23,7 +23,9 @@ from latentflow.weights import LOADING, filled, require_fit, tensor_shapes
 _CONFIG = "config.json"
 _STEM = "diffusion_pytorch_model"
 _WEIGHTS = f"{_STEM}.safetensors"
-_FILES = (_CONFIG, f"{_STEM}*.json", f"{_STEM}*.safetensors")
+AUTOENCODER_FILES = (_CONFIG, f"{_STEM}*.json", f"{_STEM}*.safetensors")
+"""What an autoencoder's folder consists of, as patterns."""
+
 _PIPELINE_FOLDERS = ("vae", "vqvae", "movq")
 _WRAPPERS = ("vae.", "first_stage_model.", "model.", "module.", "_orig_mod.")
 _ONCE_NAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -84,7 +86,7 @@ def _folder(reference: str, built_in: Mapping[str, Path]) -> Path:
     except ConfigError as error:
         raise ArtifactError(f"autoencoder {reference!r}: no such folder, and {error}") from error
     below = parts[2:] or ["", *_PIPELINE_FOLDERS]
-    fetched = fetch(repo, [f"{folder}/{file}".lstrip("/") for folder in below for file in _FILES])
+    fetched = fetch(repo, [f"{folder}/{file}".lstrip("/") for folder in below for file in AUTOENCODER_FILES])
     return _inside(fetched.joinpath(*parts[2:]))
 
 

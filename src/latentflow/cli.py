@@ -1156,4 +1156,8 @@ def _usage_line(error: Any) -> str:
     if hasattr(error, "possibilities"):
         options = [name for parameter in command.params for name in parameter.opts if name.startswith("--")]
         return f"{path} has no option {error.option_name}; {nearest(error.option_name, [*options, '--help'])}"
+    parameter = getattr(error, "param", None)
+    if message.startswith("Missing ") and parameter is not None:
+        named = [name for name in parameter.opts if name.startswith("--")]
+        message = f"{path} needs {named[0] if named else (parameter.metavar or parameter.name).upper()}"
     return f"{message}; see `{path} --help`"

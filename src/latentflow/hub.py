@@ -5,6 +5,7 @@ Endpoint, cache, token and offline mode are those of huggingface_hub: HF_ENDPOIN
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ class HubId:
             validate_repo_id(repo)
         except HFValidationError:
             repo = ""
-        if "/" not in repo or (at and not inner):
+        revisions = [name for name in (inner, revision) if name]
+        if "/" not in repo or (at and not inner) or not all(_is_ref(name) for name in revisions):
             raise ConfigError(f"{text!r} is not a hub id like 'owner/name' or 'owner/name@revision'")
         if inner and revision and inner != revision:
             raise ConfigError(f"{text!r} and revision {revision!r} are two revisions; give one")
@@ -119,12 +121,12 @@ def push_folder(
         private: create it private; one that is there and public is refused.
 
     Raises:
-        ArtifactError: the hub refuses, cannot be reached, or has something else under that name.
+        ArtifactError: a file is a link out of `folder`, or the hub refuses, cannot be reached, or has something else
+            under that name.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    files = {name: file for name, file in files.items() if _matches(name, patterns)}
+    files = _files_to_send(folder, patterns)
     contents: dict[str, bytes | str] = {name: str(file) for name, file in files.items()}
     if CARD_FILE in files:
         contents[CARD_FILE] = files[CARD_FILE].read_text(encoding="utf-8").replace(CARD_NAME, str(target)).encode()
@@ -148,8 +150,36 @@ def push_folder(
     return target.url
 
 
+def _files_to_send(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
+    """The files of `folder` that match `patterns`, by their names in it; none of them lies elsewhere.
+
+    Raises:
+        ArtifactError: one is, or lies behind, a link that leads out of the folder.
+    """
+    inside = [folder.resolve()]
+    if folder.parent.name == "snapshots":  # in the hub's cache the files of all revisions lie together, under links
+        inside.append(folder.parent.parent.resolve() / "blobs")
+    files = {}
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            target = path.resolve()
+            if not any(target.is_relative_to(place) for place in inside):
+                raise ArtifactError(
+                    f"{path} is a link to {target}, outside the folder; it might be private, and nothing was sent. "
+                    "Put a copy in its place, or delete it"
+                )
+            if target.is_file():
+                files[path.relative_to(folder).as_posix()] = path
+    return dict(sorted(files.items()))
+
+
+def _is_ref(name: str) -> bool:
+    """Whether a branch, tag or commit may be called so; the hub's cache makes a path of it."""
+    return re.fullmatch(r"[\w][\w./+-]{0,249}", name) is not None and ".." not in name
+
+
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _endpoint() -> str:

@@ -23,6 +23,7 @@ from latentflow.artifacts import (
     write_text,
 )
 from latentflow.autoencoder import Autoencoder, latent_mean, sample_latents
+from latentflow.autoencoder_files import AUTOENCODER_FILES
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.hub import CARD_FILE, HubId, fetch, looks_like, push_folder, require_token
 from latentflow.model_card import model_card
@@ -41,8 +42,7 @@ MODEL_FILES = (
     CONFIG_FILE,
     WEIGHTS_FILE,
     CARD_FILE,
-    f"{AUTOENCODER_FOLDER}/*.json",
-    f"{AUTOENCODER_FOLDER}/*.safetensors",
+    *(f"{AUTOENCODER_FOLDER}/{name}" for name in AUTOENCODER_FILES),
 )
 """What a model folder consists of, as patterns; nothing else travels to the hub or from it."""
 
