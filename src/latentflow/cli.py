@@ -1160,4 +1160,16 @@ def _usage_line(error: Any) -> str:
     if message.startswith("Missing ") and parameter is not None:
         named = [name for name in parameter.opts if name.startswith("--")]
         message = f"{path} needs {named[0] if named else (parameter.metavar or parameter.name).upper()}"
+    elif message.startswith("Invalid value for ") and parameter is not None:
+        value = _typed_behind(parameter.opts)
+        message = f"{parameter.opts[0]}{'' if value is None else f' {value!r}'}: {message.partition(': ')[2]}"
     return f"{message}; see `{path} --help`"
+
+
+def _typed_behind(options: list[str]) -> str | None:
+    """The value that was given for an option; None for what is no option."""
+    for word, following in zip(sys.argv, [*sys.argv[1:], None], strict=True):
+        name, equals, value = word.partition("=")
+        if name in options:
+            return value if equals else following
+    return None
