@@ -350,7 +350,7 @@ def inpaint(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Paint the white part of a mask anew; every other pixel stays as it is, to the bit."""
+    """Paint the white part of a mask anew; every other pixel stays as it is, to the bit, with alpha and profile."""
     from latentflow.commands.inpaint import inpaint as run
 
     result = run(

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from latentflow.data.orientation import Photo, as_photo, own_turn, turned, upright_as
+from latentflow.data.colour import to_rgb
+from latentflow.data.decode import stored_mode
+from latentflow.data.orientation import Photo, own_turn, turned, upright_as, with_turn
 from latentflow.errors import DataError
 
 STORED = np.arange(6, dtype=np.uint8).reshape(2, 3)
@@ -128,6 +130,9 @@ def test_swapped_sides_and_other_shapes():
 
 def test_how_a_picture_lies_in_its_file():
     for kind in ("PNG", "JPEG", "TIFF"):
-        rgb, photo = as_photo(tagged(STORED, 6, kind))
-        assert rgb.size == (2, 3) and photo == Photo(3, 2, 6)
-    assert as_photo(Image.fromarray(STORED))[1] == Photo(2, 3, 1)
+        for turn in TURNS:
+            rgb, found = with_turn(tagged(STORED, turn, kind), to_rgb)
+            assert rgb.size == turned(STORED, turn).shape[::-1] and found == turn
+    assert with_turn(Image.fromarray(STORED), to_rgb)[1] == 1
+    deep = tagged(STORED.astype(np.uint16) * 300, None)
+    assert with_turn(deep, stored_mode) == ("I;16B", 1)  # asked before it is decoded

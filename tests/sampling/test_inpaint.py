@@ -16,10 +16,12 @@ from torch import Tensor
 from latentflow.autoencoder import to_uint8
 from latentflow.conditioning import CONDITION_NAMES
 from latentflow.data.batches import SpatialData, TrainingImages
+from latentflow.data.colour import to_rgb
 from latentflow.data.images import open_images
 from latentflow.data.items import UNLABELLED
 from latentflow.data.latent_size import HOLE_GRAY, class_counts, shares
 from latentflow.data.masks import MaskRules, draw_mask
+from latentflow.data.orientation import turned
 from latentflow.data.semantic_maps import colour_map
 from latentflow.errors import ConfigError, DataError
 from latentflow.flow.times import TrainingTimes
@@ -29,6 +31,7 @@ from latentflow.sampling.inpaint import FITS, METHODS, Frame, choose_frame, inpa
 from latentflow.shapes import Condition
 from latentflow.training.step import training_step
 from tests import tiny
+from tests.profiles import DISPLAY_P3, rgb_profile
 
 SIZE = tiny.IMAGE_SIZE
 MULTIPLE = tiny.FACTOR * tiny.RECIPE["network"]["patch_size"]
@@ -90,6 +93,102 @@ def images_of(*arrays: np.ndarray) -> list[Image.Image]:
 
 
 # What is known stays
+
+
+def alpha_of(size: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(5).choice([0, 90, 255], size).astype(np.uint8)
+
+
+FORMS = {
+    "RGB": ("RGB", lambda rgb: Image.fromarray(rgb)),
+    "RGBA": ("RGBA", lambda rgb: Image.fromarray(np.dstack([rgb, alpha_of(rgb.shape[:2])]))),
+    "gray": ("L", lambda rgb: Image.fromarray(rgb[..., 0])),
+    "gray and alpha": ("LA", lambda rgb: Image.fromarray(np.dstack([rgb[..., 0], alpha_of(rgb.shape[:2])]))),
+    "16-bit gray": ("I;16", lambda rgb: Image.fromarray(rgb[..., 0].astype(np.uint16) * 256 + rgb[..., 1])),
+    "palette": ("RGB", lambda rgb: Image.fromarray(rgb).quantize(16)),
+    "1 bit": ("L", lambda rgb: Image.fromarray(rgb[..., 0] > 99)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("profile", [None, rgb_profile(DISPLAY_P3, 2.2)], ids=["sRGB", "Display P3"])
+@pytest.mark.parametrize("feather", [0, 3])
+def test_files_keep_the_form_of_the_image_and_its_known_numbers(model, tmp_path, form, profile, feather):
+    mode, make = FORMS[form]
+    image, mask = make(scene(23, 41)), middle(23, 41)
+    image.save(tmp_path / "in.png", icc_profile=profile)
+    result = inpaint(model, tmp_path / "in.png", mask, feather=feather, num=2)
+    seen = np.asarray(to_rgb(Image.open(tmp_path / "in.png")))
+    assert (pixels_of(result) == seen)[:, mask == 0].all()  # in memory: 8-bit sRGB, on white
+    for row, file in enumerate(result.save_as(tmp_path / "out.png")):
+        with Image.open(file) as saved:
+            assert (saved.mode, saved.info.get("icc_profile")) == (mode, profile)
+            numbers, expected = np.asarray(saved), np.asarray(image.convert(mode) if mode != "I;16" else image)
+            assert np.array_equal(numbers[mask == 0], expected[mask == 0])
+            if saved.mode.endswith("A"):
+                assert (numbers[..., -1][mask == 1] == 255).all()
+            shown = np.asarray(to_rgb(saved)).astype(int)
+        painted = pixels_of(result)[row]
+        if mode in ("RGB", "RGBA"):
+            assert np.abs(shown - painted)[mask == 1].max() <= (4 if profile else 0)
+        else:
+            gray = np.asarray(Image.fromarray(painted).convert("L"))
+            assert np.abs(shown - gray[..., None])[mask == 1].max() <= (2 if profile else 0)
+
+
+@pytest.mark.parametrize(
+    "image, kind, told",
+    [
+        (Image.new("CMYK", (41, 23), (9, 80, 120, 30)), "JPEG", "its CMYK colours"),
+        (Image.new("RGB", (41, 23), (9, 80, 120)), "PNG", ""),
+    ],
+)
+def test_what_a_png_cannot_keep_is_told(model, tmp_path, caplog, monkeypatch, image, kind, told):
+    monkeypatch.setattr("latentflow.console._told", set())
+    image.save(tmp_path / "in", kind)
+    inpaint(model, tmp_path / "in", middle(23, 41))
+    messages = [record.message for record in caplog.records if "does not keep" in record.message]
+    assert messages == ([f"the result does not keep all of {tmp_path / 'in'}: {told}"] if told else [])
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_turned_photos_with_masks_and_maps_of_either_kind(model, tmp_path, turn, suffix):
+    """Masks and maps of the upright picture and of the stored pixels, by size or by an orientation of their own."""
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    stored, hole = scene(20, 32), box(20, 32, 4, 6, 9, 20)
+    indices = np.random.default_rng(0).integers(0, 3, (20, 32), np.uint8)
+    options = {"tiffinfo": {0x0112: turn}} if suffix == "tif" else {"exif": exif}
+    Image.fromarray(stored).save(tmp_path / f"in.{suffix}", **options)
+    seen = np.asarray(to_rgb(Image.open(tmp_path / f"in.{suffix}")))
+    results = []
+    for kind in ("stored", "upright"):
+        exif[0x0112] = turn if kind == "stored" else 1
+        own = {"exif": exif} if turn in (2, 3, 4) else {}
+        pictures = {"mask": hole * 255, "map": indices}
+        for name, pixels in pictures.items():
+            pixels = turned(pixels, turn) if kind == "upright" else pixels
+            Image.fromarray(pixels).save(tmp_path / f"{name}.png", **own)
+        result = inpaint(model, tmp_path / f"in.{suffix}", tmp_path / "mask.png", semantic_map=tmp_path / "map.png")
+        changed = (pixels_of(result)[0] != seen).any(-1)
+        assert not changed[turned(hole, turn) == 0].any() and changed[turned(hole, turn) == 1].mean() > 0.5
+        (file,) = result.save_as(tmp_path / "out.png")
+        with Image.open(file) as saved:
+            assert 0x0112 not in saved.getexif() and np.array_equal(np.asarray(saved), pixels_of(result)[0])
+        results.append(result.pixels)
+    assert torch.equal(*results)
+
+
+def test_what_fits_a_turned_photo_both_ways_is_refused(model, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(scene(20, 32)).save(tmp_path / "in.png", exif=exif)
+    hole, either = box(20, 32, 4, 6, 9, 20), box(20, 32, 4, 6, 16, 26)
+    with pytest.raises(DataError, match=r"the mask may belong to its image as it is shown or .* orientation 3\)"):
+        inpaint(model, tmp_path / "in.png", hole)
+    with pytest.raises(DataError, match="the semantic map may belong to its image as it is shown or"):
+        inpaint(model, tmp_path / "in.png", either, semantic_map=hole)
 
 
 SIZES = [(9, 7), (16, 16), (20, 16), (23, 41), (48, 48), (44, 36), (20, 52)]

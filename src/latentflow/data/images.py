@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote_from_bytes
 
@@ -24,7 +25,7 @@ from latentflow.data.decode import BrokenImage, most_pixels, open_image, reason,
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.lmdb_store import LmdbStore, check_first, environment_file
 from latentflow.data.map_files import MapFiles
-from latentflow.data.orientation import as_photo
+from latentflow.data.orientation import Photo, with_turn
 from latentflow.data.stores import SUFFIXES, FolderStore, StoredFile, ZipStore, is_image, open_store, wrapper
 from latentflow.data.synthetic import SyntheticShapes
 from latentflow.errors import ConfigError, DataError
@@ -184,10 +185,10 @@ class ImageFiles:
         name, file, semantic_map = self.name(index), self._files[index], None
         with _decoding(name):
             with room_for(file.num_bytes), open_image(self._store.read(file.path), name) as image:
-                rgb, photo = as_photo(image, name)
+                rgb, turn = with_turn(image, partial(to_rgb, name=name))
                 pixels = center_crop(rgb, self.image_size)
             if self._maps:
-                semantic_map = crop_map(self._maps.read(index, photo), self.image_size)
+                semantic_map = crop_map(self._maps.read(index, Photo(rgb.height, rgb.width, turn)), self.image_size)
         label = self._label_of[name.partition("/")[0]] if self.class_names else None
         return ImageItem(pixels, label, name, semantic_map)
 

@@ -7,14 +7,16 @@ labelme and Pillow hand them out when asked to, or not told otherwise).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from latentflow.data.colour import to_rgb
 from latentflow.data.decode import orientation
 from latentflow.errors import DataError
+
+T = TypeVar("T")
 
 _TURNS = {
     1: "as it is",
@@ -41,11 +43,14 @@ class Photo(NamedTuple):
     turn: int = 1
 
 
-def as_photo(image: Image.Image, name: str = "a picture") -> tuple[Image.Image, Photo]:
-    """A picture as `to_rgb` makes it, which is upright, and how it lies in its file; raises what `to_rgb` raises."""
-    turn = orientation(image) if image.format == "TIFF" else 0  # forgotten as it is decoded
-    rgb = to_rgb(image, name)
-    return rgb, Photo(rgb.height, rgb.width, turn or orientation(image))
+def with_turn(image: Image.Image, make: Callable[[Image.Image], T]) -> tuple[T, int]:
+    """What `make` makes of a picture that was just opened, and the picture's EXIF orientation.
+
+    A TIFF forgets its orientation as it is decoded, and a PNG may be decoded when it is asked.
+    """
+    turn = orientation(image) if image.format == "TIFF" else 0
+    made = make(image)
+    return made, turn or orientation(image)
 
 
 def own_turn(image: Image.Image) -> int | None:

@@ -64,6 +64,8 @@ class Profile:
         Raises:
             ValueError: the profile leads to sRGB, but not back.
         """
+        if mode == "L":  # before the colours change: what is shown then is the gray of what was painted
+            image = image.convert("L").convert("RGB")
         if not self.is_srgb:
             image = ImageCms.applyTransform(image, self._from_srgb)
         return image.convert(mode)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +22,13 @@ import torch
 from PIL import Image
 
 from latentflow.autoencoder import to_unit_range
+from latentflow.console import notice
 from latentflow.data.decode import open_image
 from latentflow.data.latent_size import ToldAs, class_counts, hide, hole_counts, shares, told_mask
 from latentflow.data.map_reader import read_map
 from latentflow.data.mask_reader import Mask, read_mask
-from latentflow.data.orientation import Photo, as_photo, upright_as
+from latentflow.data.orientation import Photo, upright_as, with_turn
+from latentflow.data.originals import Original, original_of
 from latentflow.data.pictures import describe_file
 from latentflow.data.semantic_maps import MapClasses, check_map
 from latentflow.errors import ConfigError, DataError, nearest
@@ -131,7 +134,8 @@ def inpaint(
         preset: fields of `SamplingPreset`.
 
     Returns:
-        Samples whose pixels have the size of the image.
+        Samples whose pixels, 8-bit sRGB on white, have the size of the image. They are saved in the form of the image,
+        with what is known as it is stored: see `Original`.
 
     Raises:
         ConfigError, DataError: before anything is computed.
@@ -149,11 +153,12 @@ def inpaint(
 
     files = {"image": image, "mask": mask, "map": semantic_map}
     inputs = {name: describe_file(file) for name, file in files.items() if isinstance(file, str | Path)}
-    original, photo = _photo(image)
+    original, turn = _opened(image)
+    photo = Photo(*original.rgb.shape[:2], turn)
     hole = read_mask(mask, photo)
     frame = choose_frame(model, hole, fit)
     told_as = model.config.masks.told_as if method == "condition" and model.config.masks else "share"
-    seen, seen_hole = frame.cut(original, hole, told_as)
+    seen, seen_hole = frame.cut(original.rgb, hole, told_as)
     hole_share = shares(hole_counts(seen_hole, factor, told_as), factor)[None]
     if (hole_share == 1 if method == "condition" else hole_share > 0).all():
         height, width = frame.size
@@ -185,8 +190,9 @@ def inpaint(
         given = Given(latents=latents, hole=(hole_share > 0).float(), class_fractions=fractions)
     samples = draw_all(model, request, given, batch_size=batch_size, on_images=on_images)
     drawn = samples.pixels.permute(0, 2, 3, 1).numpy()
-    finished = np.stack([frame.paste(one, original, hole, feather) for one in drawn])
-    return replace(samples, pixels=torch.from_numpy(finished).permute(0, 3, 1, 2))
+    finished = np.stack([frame.paste(one, original.rgb, hole, feather) for one in drawn])
+    pixels = torch.from_numpy(finished).permute(0, 3, 1, 2)
+    return replace(samples, pixels=pixels, finish=partial(original.painted, hole=hole))
 
 
 def choose_frame(model: LatentFlow, mask: np.ndarray, fit: Fit | None = None) -> Frame:
@@ -288,8 +294,8 @@ def _covered(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return mask
 
 
-def _photo(image: str | Path | Image.Image | np.ndarray) -> tuple[np.ndarray, Photo]:
-    """An image as upright RGB [H, W, 3] uint8, and how it lay in its file."""
+def _opened(image: str | Path | Image.Image | np.ndarray) -> tuple[Original, int]:
+    """An image, and the EXIF orientation that its pixels were stored in."""
     if isinstance(image, np.ndarray):
         try:
             image = Image.fromarray(image)
@@ -299,8 +305,10 @@ def _photo(image: str | Path | Image.Image | np.ndarray) -> tuple[np.ndarray, Ph
         raise DataError(f"the image is of the type {type(image).__name__}; give a file, a Pillow image or an array")
     name = str(image) if isinstance(image, str | Path) else "in memory"
     with open_image(image, name) as opened:
-        rgb, photo = as_photo(opened, name)
-    return np.asarray(rgb), photo
+        original, turn = with_turn(opened, partial(original_of, name=name))
+    if original.lost:
+        notice(f"the result does not keep all of {name}: {original.lost}")
+    return original, turn
 
 
 def _feathered(filled: np.ndarray, image: np.ndarray, mask: np.ndarray, feather: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
@@ -74,6 +75,7 @@ class Samples:
         class_names: of the model.
         drawn_by: which model, and which version of this program.
         seconds: wall time of solver and decoder.
+        finish: makes of the pixels of a picture, [H, W, 3], the image that is written.
     """
 
     pixels: Tensor
@@ -83,11 +85,12 @@ class Samples:
     class_names: Sequence[str] = field(default=())
     drawn_by: Mapping[str, str | int] = field(default_factory=dict)
     seconds: float = 0.0
+    finish: Callable[[np.ndarray], Image.Image] = Image.fromarray
 
     @property
     def images(self) -> list[Image.Image]:
         """The pictures, as RGB images of Pillow."""
-        return [self._image(row) for row in range(len(self.pixels))]
+        return [Image.fromarray(self._array(row)) for row in range(len(self.pixels))]
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write one PNG per image, named by class and seed, with its request in the metadata."""
@@ -110,8 +113,8 @@ class Samples:
             parts += [f"at-{blend.weight:.3f}"]
         return "_".join(parts) + ".png"
 
-    def _image(self, row: int) -> Image.Image:
-        return Image.fromarray(self.pixels[row].permute(1, 2, 0).numpy())
+    def _array(self, row: int) -> np.ndarray:
+        return self.pixels[row].permute(1, 2, 0).numpy()
 
     def _write(self, file: Path, row: int) -> Path:
         own = self.request.at(slice(row, row + 1))
@@ -122,7 +125,7 @@ class Samples:
         text = PngImagePlugin.PngInfo()
         text.add_text("latentflow", json.dumps(metadata))
         with atomic_file(file) as temporary:
-            self._image(row).save(temporary, format="PNG", pnginfo=text)
+            self.finish(self._array(row)).save(temporary, format="PNG", pnginfo=text)
         return file
 
 
