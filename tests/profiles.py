@@ -27,11 +27,16 @@ def linear_to_srgb(values: np.ndarray) -> np.ndarray:
     return np.where(values <= 0.0031308, values * 12.92, 1.055 * np.abs(values) ** (1 / 2.4) - 0.055)
 
 
-def stored_in(space: Sequence[Sequence[float]], gamma: float, pixels: np.ndarray) -> np.ndarray:
-    """The numbers [..., 3] uint8 with which a space stores the sRGB colours of `pixels` [..., 3] uint8."""
+def stored_in(space: Sequence[Sequence[float]], gamma: float | None, pixels: np.ndarray) -> np.ndarray:
+    """The numbers [..., 3] uint8 with which a space stores the sRGB colours of `pixels` [..., 3] uint8.
+
+    Args:
+        gamma: None: the curve of sRGB.
+    """
     xyz = srgb_to_linear(pixels / 255) @ np.array(SRGB)
     linear = xyz @ np.linalg.inv(np.array(space))
-    return np.rint(255 * linear.clip(0, 1) ** (1 / gamma)).astype(np.uint8)
+    linear = linear.clip(0, 1)
+    return np.rint(255 * (linear ** (1 / gamma) if gamma else linear_to_srgb(linear))).astype(np.uint8)
 
 
 def rgb_profile(space: Sequence[Sequence[float]], gamma: float | None) -> bytes:
@@ -49,11 +54,20 @@ def gray_profile(gamma: float) -> bytes:
 
 def cmyk_profile(corner) -> bytes:
     """A printer whose full inks print the sRGB colours `corner(c, m, y, k)`, [3] in 0 to 1, and the rest in between."""
-    table = b"".join(bytes(_lab(np.array(corner(*inks)))) for inks in product((0, 1), repeat=4))
+    return _table_profile(b"CMYK", b"prtr", corner, 4)
+
+
+def rgb_table_profile(corner) -> bytes:
+    """A scanner whose full numbers mean the sRGB colours `corner(r, g, b)`, [3] in 0 to 1; no way leads back."""
+    return _table_profile(b"RGB ", b"scnr", corner, 3)
+
+
+def _table_profile(colours: bytes, kind: bytes, corner, num_channels: int) -> bytes:
+    table = b"".join(bytes(_lab(np.array(corner(*full)))) for full in product((0, 1), repeat=num_channels))
     identity = struct.pack(">9i", *(65536 * (n % 4 == 0) for n in range(9)))
     ramp = bytes(range(256))
-    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + identity + ramp * 4 + table + ramp * 3
-    return _profile(b"CMYK", b"Lab ", {b"wtpt": _xyz(D50), b"A2B0": lut, b"A2B1": lut}, kind=b"prtr")
+    lut = b"mft1" + bytes(4) + bytes([num_channels, 3, 2, 0]) + identity + ramp * num_channels + table + ramp * 3
+    return _profile(colours, b"Lab ", {b"wtpt": _xyz(D50), b"A2B0": lut, b"A2B1": lut}, kind)
 
 
 def _lab(srgb: np.ndarray) -> tuple[int, int, int]:

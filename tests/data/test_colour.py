@@ -26,6 +26,7 @@ from tests.profiles import (
     gray_profile,
     linear_to_srgb,
     rgb_profile,
+    rgb_table_profile,
     stored_in,
 )
 
@@ -108,6 +109,99 @@ def test_profiles_count_alike_for_sets_and_for_single_pictures(tmp_path):
 def test_srgb_profile_changes_no_bit(profile, mode):
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)).convert(mode)
     assert np.array_equal(read(encoded(image, icc_profile=profile)), read(encoded(image)))
+
+
+def test_profile_that_is_a_table():
+    """The corners of a space whose red and blue are swapped, and whose colours are dull."""
+    corners = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (1, 1, 0)]
+
+    def corner(r, g, b):
+        return np.array([0.7 * b, 0.8 * g, 0.6 * r]) if (r, g, b) != (1, 1, 1) else np.ones(3)
+
+    image = Image.fromarray(255 * np.array([corners], np.uint8))
+    pixels = read(encoded(image, icc_profile=rgb_table_profile(corner)))[0]
+    assert off(pixels, [np.rint(255 * corner(*full)) for full in corners]) <= 12  # 8 bits of Lab
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def saying(pixels: np.ndarray, *chunks: bytes, **options) -> bytes:
+    """A PNG with more chunks behind its header."""
+    png = encoded(Image.fromarray(pixels), **options)
+    return png[:33] + b"".join(chunks) + png[33:]
+
+
+P3_CORNERS = chunk(b"cHRM", struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000))
+SRGB_CORNERS = chunk(b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000))
+GAMMA = {gamma: chunk(b"gAMA", struct.pack(">I", round(100000 / gamma))) for gamma in (1.0, 1.8, 2.2)}
+
+
+@pytest.mark.parametrize(
+    "chunks, primaries, gamma",
+    [
+        ([chunk(b"cICP", bytes([12, 13, 0, 1]))], DISPLAY_P3, None),
+        ([chunk(b"cICP", bytes([12, 8, 0, 1]))], DISPLAY_P3, 1.0),
+        ([P3_CORNERS], DISPLAY_P3, None),
+        ([GAMMA[2.2], P3_CORNERS], DISPLAY_P3, None),
+        ([GAMMA[1.0], SRGB_CORNERS], SRGB, 1.0),
+        ([GAMMA[1.8]], SRGB, 1.8),
+    ],
+    ids=["cICP P3", "cICP linear P3", "cHRM P3", "gAMA and cHRM P3", "gAMA linear", "gAMA alone"],
+)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_what_a_png_says_without_a_profile(chunks, primaries, gamma, bits):
+    stored = stored_in(primaries, gamma, COLOURS)
+    if bits == 8:
+        assert off(read(saying(stored, *chunks)), COLOURS) <= 6 and off(stored, COLOURS) > 15
+    else:
+        parts = [(part[4:8], part[8:-4]) for part in chunks]
+        assert off(read(deep_png(stored.astype(int) * 257, *parts)), COLOURS) <= 6
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [GAMMA[2.2]],
+        [GAMMA[2.2], SRGB_CORNERS],
+        [chunk(b"sRGB", b"\0"), GAMMA[1.0], P3_CORNERS],
+        [chunk(b"cICP", bytes([1, 13, 0, 1])), GAMMA[1.0]],
+        [chunk(b"gAMA", bytes(4))],
+        [chunk(b"cHRM", bytes(32))],
+        [chunk(b"cHRM", struct.pack(">8I", *[33333] * 8))],
+        [chunk(b"cHRM", b"\xff" * 32), chunk(b"gAMA", b"\0\0\0\1")],
+        [chunk(b"cICP", b"")],
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_what_says_srgb_or_nothing_that_makes_sense_changes_no_bit(chunks, mode):
+    pixels = np.asarray(Image.fromarray(COLOURS).convert(mode))
+    assert np.array_equal(read(saying(pixels, *chunks)), read(encoded(Image.fromarray(pixels))))
+
+
+def test_a_profile_counts_more_than_gamma_and_less_than_cicp():
+    stored, p3 = stored_in(ADOBE_RGB, 2.2, COLOURS), chunk(b"cICP", bytes([12, 13, 0, 1]))
+    profile = rgb_profile(ADOBE_RGB, 2.2)
+    assert off(read(saying(stored, GAMMA[1.0], icc_profile=profile)), COLOURS) <= 3
+    assert off(read(saying(stored_in(DISPLAY_P3, None, COLOURS), p3, icc_profile=profile)), COLOURS) <= 3
+
+
+def test_light_of_hdr_is_said_once(notices):
+    for name in ("a.png", "b.png"):
+        assert np.array_equal(read(saying(COLOURS, chunk(b"cICP", bytes([9, 16, 0, 1]))), name), COLOURS)
+    assert notices == ["a.png is HDR, whose light is not read right; save such files as 8-bit sRGB"]
+
+
+@pytest.mark.parametrize("space, index, is_adobe", [(65535, "R03", True), (2, "R98", True), (1, "R98", False)])
+def test_a_camera_says_adobe_rgb_in_exif(space, index, is_adobe):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA001] = space
+    exif.get_ifd(0x8769)[0xA005] = {1: index}
+    seen = np.full_like(COLOURS, (70, 150, 110))
+    stored = stored_in(ADOBE_RGB, 563 / 256, seen)
+    pixels = read(encoded(Image.fromarray(stored), "JPEG", quality=100, exif=exif))
+    assert off(pixels, seen if is_adobe else stored) <= 3
 
 
 def test_profile_of_gray():

@@ -12,7 +12,7 @@ from PIL import Image
 from latentflow.data.colour import to_rgb
 from latentflow.data.decode import open_image
 from latentflow.data.originals import Original, original_of
-from tests.profiles import ADOBE_RGB, DISPLAY_P3, PROPHOTO, cmyk_profile, gray_profile, rgb_profile
+from tests.profiles import ADOBE_RGB, DISPLAY_P3, PROPHOTO, cmyk_profile, gray_profile, rgb_profile, rgb_table_profile
 
 RANDOM = np.random.default_rng(0)
 COLOURS = RANDOM.integers(0, 256, (12, 16, 4), np.uint8)
@@ -121,6 +121,12 @@ def test_turned_pictures_are_upright(tmp_path, turn):
             "its CMYK colours",
         ),
         (Image.new("RGB", (16, 12), (9, 50, 90)), "PNG", {"icc_profile": b"garbage"}, "its colour profile"),
+        (
+            Image.new("RGB", (16, 12), (9, 50, 90)),
+            "PNG",
+            {"icc_profile": rgb_table_profile(lambda r, g, b: np.array([b, g, r]))},
+            "its colour profile, depth and transparency",
+        ),
         (Image.new("RGB", (16, 12), (9, 50, 90)), "PNG", {"icc_profile": gray_profile(1.8)}, "its colour profile"),
     ],
 )

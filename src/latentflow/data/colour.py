@@ -1,11 +1,10 @@
 """Any picture as upright 8-bit sRGB: one rule for training images, references and edits, as FID depends on it.
 
-In this order: the EXIF rotation is applied; numbers of 16 bits become 8 bits; the colours of an embedded profile become
-those of sRGB; transparent parts are laid on white.
+In this order: the EXIF rotation is applied; numbers of 16 bits become 8 bits; the colours of a profile (see
+`profile_of`) become those of sRGB; transparent parts are laid on white.
 
 A picture without a profile, or whose profile is sRGB within 2 levels, keeps its numbers. A profile that is damaged, or
-for another kind of colours than its picture's, is passed over with a notice. Not looked at: PNG's gAMA, cHRM and cICP,
-and colours that only EXIF names.
+for another kind of colours than its picture's, is passed over with a notice.
 
 Of 16 bits 65535 is white. Gray is rounded, and of colours Pillow reads the upper half.
 """
@@ -17,11 +16,12 @@ from PIL import ExifTags, Image
 
 from latentflow.console import notice
 from latentflow.data.decode import stored_mode, upright
-from latentflow.data.profiles import open_profile
+from latentflow.data.profiles import open_profile, profile_of
 
 PIXEL_RULES = "srgb"
 """The name of these rules; it changes when they make other pixels of a file. Before it, profiles were passed over."""
 
+_HDR = (b"\x10", b"\x12")  # transfer functions of PNG's cICP: PQ and HLG
 _DARKEST = 65536 // 8  # a picture whose numbers stay below may hold 12 bits, or 8, in a wider file
 
 
@@ -34,7 +34,9 @@ def to_rgb(image: Image.Image, name: str = "a picture") -> Image.Image:
     Raises:
         ValueError: its numbers are floating-point, negative or above 65535: their white is not defined.
     """
-    stored, profile = stored_mode(image), image.info.get("icc_profile")  # decoding may forget how it was stored
+    stored, profile = stored_mode(image), profile_of(image)  # decoding may forget how it was stored
+    if image.info.get("cicp", b"")[1:2] in _HDR:
+        notice(f"{name} is HDR, whose light is not read right; save such files as 8-bit sRGB", kind="HDR")
     image, alpha = upright(image), None
     if image.mode.startswith(("I", "F")):
         image, alpha = _eight_bits(image, name)

@@ -48,7 +48,7 @@ _BYTES_PER_PIXEL = 4
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
-_PNG_KEPT = (b"tRNS", b"eXIf", b"iCCP", b"cHRM", b"gAMA", b"sRGB", b"acTL", b"fcTL", b"fdAT")
+_PNG_KEPT = (b"tRNS", b"eXIf", b"iCCP", b"cHRM", b"gAMA", b"sRGB", b"cICP", b"acTL", b"fcTL", b"fdAT")
 _MOST_TEXT = 32 * SAFEBLOCK  # half of what Pillow takes of a whole file
 _MOST_PROFILE = 32 * SAFEBLOCK  # the largest profiles of printers have some 4 MiB
 
@@ -313,7 +313,7 @@ def _identified(content: bytes, name: str) -> ImageFile:
     if not content:
         raise ValueError("it is empty (0 bytes)")
     check_bytes(len(content))
-    lean, profile = _lean_png(content) if content.startswith(_PNG) else (content, None)
+    lean, said = _lean_png(content) if content.startswith(_PNG) else (content, {})
     # A TGA file has no mark at its beginning, and nearly anything could be one: there the name has to say so.
     formats = _formats() if name.lower().endswith(".tga") else [known for known in _formats() if known != "TGA"]
     if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, which also decoders ask; never made lower for others
@@ -322,8 +322,7 @@ def _identified(content: bytes, name: str) -> ImageFile:
         image = Image.open(io.BytesIO(lean), formats=formats)
     except UnidentifiedImageError:
         raise ValueError(_strange(content)) from None
-    if profile:
-        image.info["icc_profile"] = profile
+    image.info.update(said)
     return image
 
 
@@ -352,12 +351,12 @@ def _strange(content: bytes) -> str:
     return "its content is no image that Pillow can read"
 
 
-def _lean_png(content: bytes) -> tuple[bytes, bytes | None]:
-    """A PNG file without the chunks that do not change its pixels, and its colour profile if Pillow would refuse it.
+def _lean_png(content: bytes) -> tuple[bytes, dict[str, bytes]]:
+    """A PNG file without the chunks that do not change its pixels, and what it says that Pillow would not tell.
 
     Pillow refuses a file for large or damaged texts. Texts of usual size stay, as they may hold the orientation.
     """
-    kept, profile, text, start, copied = [], None, 0, len(_PNG), 0
+    kept, said, text, start, copied = [], {}, 0, len(_PNG), 0
     while start + 8 <= len(content):
         length, kind = struct.unpack_from(">I4s", content, start)
         end = start + 12 + length
@@ -375,12 +374,15 @@ def _lean_png(content: bytes) -> tuple[bytes, bytes | None]:
             elif whole and kind == b"iCCP":
                 unpacked = _unpacked(chunk.partition(b"\0")[2][1:], _MOST_PROFILE)
                 keep = len(unpacked) <= SAFEBLOCK
-                profile = profile if keep or len(unpacked) > _MOST_PROFILE else unpacked
+                if SAFEBLOCK < len(unpacked) <= _MOST_PROFILE:
+                    said["icc_profile"] = unpacked
+            elif whole and kind == b"cICP":
+                said["cicp"] = chunk
         if not keep:
             kept.append(content[copied:start])
             copied = end
         start = end
-    return (b"".join([*kept, content[copied:]]) if kept else content), profile
+    return (b"".join([*kept, content[copied:]]) if kept else content), said
 
 
 def _text_size(kind: bytes, chunk: bytes) -> int:

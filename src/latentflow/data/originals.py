@@ -9,7 +9,7 @@ from PIL import Image
 
 from latentflow.data.colour import to_rgb, zero_is_white
 from latentflow.data.decode import stored_mode, upright
-from latentflow.data.profiles import open_profile
+from latentflow.data.profiles import open_profile, profile_of
 
 _COLOURS = {"1": "L", "L": "L", "LA": "L", "La": "L", "P": "RGB", "PA": "RGB", "RGB": "RGB", "RGBA": "RGB"}
 _COLOURS |= {"RGBX": "RGB", "RGBa": "RGB"}
@@ -68,7 +68,7 @@ def original_of(image: Image.Image, name: str = "a picture") -> Original:
     Raises:
         ValueError: what `to_rgb` raises.
     """
-    stored, profile = stored_mode(image), image.info.get("icc_profile")  # decoding may forget how it was stored
+    stored, profile = stored_mode(image), profile_of(image)  # decoding may forget how it was stored
     rgb = to_rgb(image, name)
     image = upright(image)
     if image.mode.startswith("I"):

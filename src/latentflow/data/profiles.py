@@ -1,12 +1,18 @@
-"""Embedded colour profiles (ICC), to sRGB and back."""
+"""Colour profiles (ICC), to sRGB and back: what the numbers of a picture mean.
+
+A picture has a profile embedded, or says with a few numbers what `matrix_profile` makes one of: PNG with cICP, or gAMA
+and cHRM (PNG 3, section 4.3); cameras that are set to Adobe RGB with EXIF alone (DCF 2.0).
+"""
 
 from __future__ import annotations
 
 import io
+import struct
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
 from latentflow.data.decode import reason
 
@@ -105,3 +111,82 @@ class Profile:
 def open_profile(content: bytes) -> Profile:
     """The profile in an image file; raises what `Profile` raises. Most pictures of a set have the same."""
     return Profile(content)
+
+
+# x and y of white, red, green and blue
+_D65 = (0.3127, 0.3290)
+_BT709 = (*_D65, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
+_BT2020 = (*_D65, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046)
+_DISPLAY_P3 = (*_D65, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060)
+_ADOBE_RGB = (*_D65, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
+
+_CICP_PRIMARIES = {1: _BT709, 9: _BT2020, 12: _DISPLAY_P3}  # of ITU-T H.273
+_CICP_GAMMAS = {4: 2.2, 8: 1.0, 13: None}
+_USUAL_GAMMA = 1 / 2.2  # which programs write of sRGB, whose curve is another
+_BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+_D50 = np.array([0.9642, 1.0, 0.8249])
+
+
+def profile_of(image: Image.Image) -> bytes | None:
+    """The ICC profile that a picture has, or what it says in other words; None: nothing, so it is sRGB.
+
+    To be asked before the picture is changed, as that may forget what it says.
+    """
+    info = image.info
+    cicp = info.get("cicp", b"")
+    if len(cicp) == 4 and cicp[0] in _CICP_PRIMARIES and cicp[1] in _CICP_GAMMAS:
+        return matrix_profile(_CICP_PRIMARIES[cicp[0]], _CICP_GAMMAS[cicp[1]])
+    if info.get("icc_profile"):
+        return info["icc_profile"]
+    if image.format == "PNG" and "srgb" not in info and ("gamma" in info or "chromaticity" in info):
+        gamma, corners = info.get("gamma", _USUAL_GAMMA), info.get("chromaticity", _BT709)
+        try:
+            return matrix_profile(corners, None if abs(gamma - _USUAL_GAMMA) < 0.01 else 1 / gamma)
+        except (ArithmeticError, ValueError, struct.error):  # numbers that are no colours
+            return None
+    if image.format in ("JPEG", "MPO") and "exif" in info and _says_adobe_rgb(image):
+        return matrix_profile(_ADOBE_RGB, 563 / 256)
+    return None
+
+
+@lru_cache(maxsize=64)
+def matrix_profile(corners: Sequence[float], gamma: float | None) -> bytes:
+    """An ICC profile of an RGB space.
+
+    Args:
+        corners: x and y of white, red, green and blue.
+        gamma: the power that makes light of numbers; None: the curve of sRGB.
+    """
+    white, *primaries = (
+        np.array([x / y, 1, (1 - x - y) / y]) for x, y in zip(corners[::2], corners[1::2], strict=True)
+    )
+    rgb = np.stack(primaries, 1)
+    rgb = rgb * np.linalg.solve(rgb, white)  # of such strengths that they make white
+    adapt = np.linalg.solve(_BRADFORD, np.diag(_BRADFORD @ _D50 / (_BRADFORD @ white)) @ _BRADFORD)
+    curve = (0, gamma) if gamma else (3, 2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    parts = b"para" + struct.pack(">IHH", 0, curve[0], 0) + _fixed(curve[1:])
+    tags = {b"wtpt": b"XYZ " + bytes(4) + _fixed(_D50)}
+    for name, column in zip(b"rgb", (adapt @ rgb).T, strict=True):
+        tags |= {b"%cXYZ" % name: b"XYZ " + bytes(4) + _fixed(column), b"%cTRC" % name: parts}
+    table, data, place = b"", b"", 132 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name + struct.pack(">II", place + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    head = (
+        struct.pack(">I4xI", place + len(data), 0x04200000) + b"mntrRGB XYZ " + struct.pack(">6H", 2000, 1, 1, 0, 0, 0)
+    )
+    return head + b"acsp" + bytes(28) + _fixed(_D50) + bytes(48) + struct.pack(">I", len(tags)) + table + data
+
+
+def _fixed(values: Sequence[float]) -> bytes:
+    """Numbers of 32 bits, of which 16 are behind the point."""
+    return struct.pack(f">{len(values)}i", *(round(65536 * float(value)) for value in values))
+
+
+def _says_adobe_rgb(image: Image.Image) -> bool:
+    try:
+        exif = image.getexif()
+        space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
+        return space == 2 or (space == 65535 and exif.get_ifd(ExifTags.IFD.Interop).get(1) == "R03")
+    except Exception:  # damaged EXIF says nothing
+        return False
