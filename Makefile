@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 REMEDY = install one of these, and name it: make PYTHON=python3.11 $(MAKECMDGOALS)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 demo: .venv/installed
 	$(BIN)/latentflow demo --out demo
@@ -15,14 +15,25 @@ lint: .venv/installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-# An environment that was not finished, or was made by another Python, is made anew.
+# With the oldest versions that are allowed, in an environment of their own.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest
+
 .venv/installed: pyproject.toml constraints.txt
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+.venv/installed: CONSTRAINTS = constraints.txt
+.venv-oldest/installed: CONSTRAINTS = constraints-oldest.txt
+
+# An environment that was not finished, or was made by another Python, is made anew.
+.venv/installed .venv-oldest/installed:
 	@command -v "$(PYTHON)" >/dev/null || { echo "there is no $(PYTHON) here; $(REMEDY)" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
 		"latentflow needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d; $(REMEDY)" % v)'
-	"$(PYTHON)" -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make environments; install the \
+	package python3-venv of your system, or another Python: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	"$(PYTHON)" -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-oldest demo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -38,9 +39,13 @@ def own_cache_folder(tmp_path_factory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def untold() -> None:
-    """Every test hears the notices that an earlier one has heard."""
+def untold() -> Iterator[None]:
+    """Every test hears the notices that an earlier one has heard, and by the way that it asks for."""
     console._told.clear()
+    logger = logging.getLogger("latentflow")
+    yield
+    logger.propagate = True
+    logger.handlers.clear()
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1]
 PYTHON = """#!/bin/sh
 # A Python that says which version it is, and whose environments hold a Python that installs nothing.
 case "$2" in
+*ensurepip*) exit {without_venv} ;;
 *version_info*) exec "{python}" -c "import sys; sys.version_info = {version} + (0, 'final', 0); $2" ;;
-venv) rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo "made by {version}" > .venv/made ;;
-pip) echo "$@" >> .venv/made ;;
+venv) rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; echo "made by {version}" > "$4/made" ;;
+pip) echo "$@" >> "$(dirname "$0")/../made" ;;
 esac
 """
 
@@ -28,20 +29,24 @@ def project(tmp_path) -> Path:
     """What `make` needs of the project, in a place with a space and an umlaut."""
     folder = tmp_path / "ein Pfad mit ü"
     folder.mkdir()
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "constraints-oldest.txt"):
         shutil.copy(ROOT / name, folder)
     return folder
 
 
-def make(project: Path, version: tuple[int, int] | None) -> subprocess.CompletedProcess:
+def make(
+    project: Path, version: tuple[int, int] | None, target: str = ".venv/installed", without_venv: int = 0
+) -> subprocess.CompletedProcess:
     """`make .venv/installed` by a Python of some version, or by one that is not there."""
     if version is not None:
         file = project / "python"
-        file.write_text(PYTHON.format(python=sys.executable, version=version), encoding="utf-8")
+        file.write_text(
+            PYTHON.format(python=sys.executable, version=version, without_venv=without_venv), encoding="utf-8"
+        )
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     return subprocess.run(
-        ["make", "PYTHON=./python", ".venv/installed"],
+        ["make", "PYTHON=./python", target],
         cwd=project,
         capture_output=True,
         encoding="utf-8",
@@ -86,3 +91,21 @@ def test_a_finished_environment_stays(project):
     again = make(project, (3, 11))
     assert again.returncode == 0
     assert "up to date" in again.stdout
+
+
+def test_a_python_without_environments_is_told_in_one_line(project):
+    done = make(project, (3, 11), without_venv=1)
+    assert done.returncode == 2
+    told, of_make = done.stderr.splitlines()
+    assert told.startswith("./python cannot make environments; install the package python3-venv of your system, or")
+    assert told.endswith("make PYTHON=python3.11 .venv/installed")
+    assert of_make.startswith("make: ***")
+    assert not (project / ".venv").exists()
+
+
+def test_the_oldest_versions_have_an_environment_of_their_own(project):
+    assert make(project, (3, 11)).returncode == 0
+    assert make(project, (3, 11), ".venv-oldest/installed").returncode == 0
+    for name, constraints in ((".venv", "constraints.txt"), (".venv-oldest", "constraints-oldest.txt")):
+        made = (project / name / "made").read_text(encoding="utf-8").splitlines()
+        assert f"--constraint {constraints} " in made[1]

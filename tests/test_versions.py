@@ -1,0 +1,41 @@
+"""The ranges in pyproject.toml begin where the oldest tested set does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+UNTESTED = {"torch", "ruff", "setuptools"}
+"""torch: no build of its oldest release for the CPU; the others compute nothing."""
+
+
+def _pins(name: str) -> dict[str, Version]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {pin.name.lower(): Version(next(iter(pin.specifier)).version) for pin in pins}
+
+
+def _ranges() -> list[Requirement]:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return [Requirement(found) for found in re.findall(r'"([a-zA-Z_0-9-]+>=[^"]+)"', text)]
+
+
+def test_the_oldest_set_is_where_the_ranges_begin():
+    oldest = _pins("constraints-oldest.txt")
+    ranges = [one for one in _ranges() if one.name not in UNTESTED]
+    assert {one.name.lower() for one in ranges} == oldest.keys()
+    for one in ranges:
+        lower = next(Version(bound.version) for bound in one.specifier if bound.operator == ">=")
+        assert oldest[one.name.lower()] == lower, one.name
+
+
+def test_the_usual_set_is_inside_the_ranges():
+    usual = _pins("constraints.txt")
+    for one in _ranges():
+        if one.name.lower() in usual:
+            assert one.specifier.contains(usual[one.name.lower()]), one.name
+    assert {"torch", "diffusers", "pillow"} <= usual.keys()
