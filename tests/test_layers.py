@@ -23,6 +23,7 @@ LAYERS = {
     "errors": 0,
     "hub": 0,
     "ledger": 0,
+    "progress": 0,
     "weights": 0,
     "flow": 1,
     "networks": 1,

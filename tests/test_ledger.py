@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 
 import pytest
 
 from latentflow import ledger
-from latentflow.ledger import Ledger, cache_folder
+from latentflow.ledger import Ledger, cache_folder, one_at_a_time
 
 
 @pytest.fixture
@@ -77,3 +78,35 @@ def test_a_place_that_cannot_be_written_only_costs_time(settled, monkeypatch):
     monkeypatch.setenv("LATENTFLOW_CACHE", str(settled / "below a file"))
     remember(settled, 17)
     assert recall(settled) is None
+
+
+def test_a_fact_that_follows_from_content_needs_no_file(tmp_path):
+    with Ledger("decodes", tmp_path) as ledger:
+        ledger.put("a", "12:0000beef", "damaged")
+        ledger.put("b", "13:0000beef", "")
+        ledger.save()
+        assert Ledger("decodes", tmp_path).get("a", "12:0000beef") == "damaged"
+    assert Ledger("decodes", tmp_path).get("a", "12:0000cafe") is None
+    assert Ledger("decodes", tmp_path).get("b", "13:0000beef") == ""
+
+
+def _take_a_turn(place, entered):
+    with one_at_a_time(place):
+        entered.put(os.getpid())
+        time.sleep(60)
+
+
+def test_one_process_at_a_time_and_a_dead_one_lets_the_next_go_on(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    entered = context.SimpleQueue()
+    both = {(one := context.Process(target=_take_a_turn, args=(tmp_path, entered))).start() or one for _ in range(2)}
+    running = {process.pid: process for process in both}
+    first = running.pop(entered.get())
+    with one_at_a_time(tmp_path / "elsewhere"):
+        time.sleep(0.3)
+    assert entered.empty()
+    first.kill()
+    second = running.pop(entered.get())
+    second.kill()
+    for process in both:
+        process.join()

@@ -8,16 +8,19 @@ with a damaged one, everything is found out again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sqlite3
 import time
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 _UNSETTLED_SECONDS = 2.0  # a file written this recently may be written again within one tick of its file system's clock
 _WAIT_SECONDS = 2.0  # for another process that writes the database
+_MOST_WAIT = 24 * 3600.0  # for another process that finds out the same
 
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS facts (kind TEXT, place TEXT, name TEXT, stamp TEXT, value TEXT, "
@@ -32,11 +35,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "latentflow"
 
 
-def stamp_of(status: os.stat_result) -> str:
+def stamp_of(status: os.stat_result | str) -> str:
     """What changes whenever a file is written: size, inode, and the times of its content and of its inode.
 
-    The inode's time cannot be set by `touch`, `cp -p` or rsync, which set the other one.
+    The inode's time cannot be set by `touch`, `cp -p` or rsync, which set the other one. Text is a stamp already.
     """
+    if isinstance(status, str):
+        return status
     return f"{status.st_size}:{status.st_ino}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
@@ -63,24 +68,32 @@ class Ledger:
             rows = database.execute("SELECT name, stamp, value FROM facts WHERE kind = ? AND place = ?", self._key)
             self._known = {name: (stamp, value) for name, stamp, value in rows}
 
-    def get(self, name: str, status: os.stat_result) -> Any | None:
-        """The fact about file `name`, if its `status` is still that of when it was found; else None."""
+    def get(self, name: str, status: os.stat_result | str) -> Any | None:
+        """The fact about file `name`, if its `status` is still that of when it was found; else None.
+
+        Args:
+            status: of the file; or what identifies its content, from which the fact follows.
+        """
         stamp, value = self._new.get(_text(name)) or self._known.get(_text(name)) or (None, None)
         return json.loads(value) if value is not None and stamp == stamp_of(status) else None
 
-    def put(self, name: str, status: os.stat_result, value: Any) -> None:
+    def put(self, name: str, status: os.stat_result | str, value: Any) -> None:
         """Remember `value`, which JSON can hold, of file `name`.
 
         Args:
-            status: of before the file was read.
+            status: of before the file was read; or what identifies its content.
         """
-        if time.time() - max(status.st_mtime, status.st_ctime) > _UNSETTLED_SECONDS:
+        if isinstance(status, str) or time.time() - max(status.st_mtime, status.st_ctime) > _UNSETTLED_SECONDS:
             self._new[_text(name)] = (stamp_of(status), json.dumps(value))
 
     def __enter__(self) -> Ledger:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.save()
+
+    def save(self) -> None:
+        """Write what was found out so far; long work does so now and then, since it may be killed."""
         if not self._new:
             return
         rows = [(*self._key, name, stamp, value) for name, (stamp, value) in self._new.items()]
@@ -88,6 +101,21 @@ class Ledger:
             database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?)", rows)
         self._known |= self._new
         self._new = {}
+
+
+@contextmanager
+def one_at_a_time(place: str | Path) -> Iterator[None]:
+    """Let one process of this user at a time find something out about `place`; others wait, and find it remembered.
+
+    Open the `Ledger` inside. A process that ends for whatever reason lets the next one go on.
+    """
+    name = hashlib.sha256(os.fsencode(Path(place).resolve())).hexdigest()[:16]
+    with ExitStack() as stack:
+        with suppress(sqlite3.Error, OSError):
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            turns = stack.enter_context(closing(sqlite3.connect(cache_folder() / f"turn-{name}.sqlite", _MOST_WAIT)))
+            turns.execute("BEGIN EXCLUSIVE")
+        yield
 
 
 def _database() -> sqlite3.Connection:

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentflow.autoencoder import to_uint8
-from latentflow.commands.progress import image_progress
+from latentflow.progress import image_progress
 from latentflow.errors import ConfigError
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times

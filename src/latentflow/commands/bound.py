@@ -33,7 +33,7 @@ from latentflow.commands.encoded_images import (
     plain_model,
     told_velocity,
 )
-from latentflow.commands.progress import image_progress
+from latentflow.progress import image_progress
 from latentflow.commands.report import chart_file
 from latentflow.errors import ConfigError, NonFiniteError
 from latentflow.flow.bound import (

@@ -24,7 +24,7 @@ from latentflow.commands.demo_painting import HELD_OUT_SEED, compare_losses, fil
 from latentflow.commands.encode import encode
 from latentflow.commands.grid import save_grid
 from latentflow.commands.info import describe
-from latentflow.commands.progress import image_progress
+from latentflow.progress import image_progress
 from latentflow.commands.train import train
 from latentflow.commands.train_autoencoder import reconstruct
 from latentflow.data.pictures import psnr

@@ -36,7 +36,7 @@ from latentflow.commands.encoded_images import (
     told_velocity,
 )
 from latentflow.commands.grid import save_grid
-from latentflow.commands.progress import image_progress
+from latentflow.progress import image_progress
 from latentflow.data.items import ImageSource
 from latentflow.errors import ConfigError
 from latentflow.flow.bound import velocity_error

@@ -9,7 +9,7 @@ from typing import Literal
 
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands.processes import process_rank
-from latentflow.commands.progress import image_progress
+from latentflow.progress import image_progress
 from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import open_images
 from latentflow.data.latent_cache import CacheIndex

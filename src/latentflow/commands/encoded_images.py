@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from latentflow.autoencoder import to_unit_range
-from latentflow.commands.progress import image_progress
+from latentflow.progress import image_progress
 from latentflow.data.batches import epoch_order
 from latentflow.data.images import BrokenImage, open_images
 from latentflow.data.items import ImageItem, ImageSource

@@ -31,7 +31,7 @@ from latentflow.commands.evaluate_inputs import (
 )
 from latentflow.commands.evaluate_painting import map_scores, painted, paired_images
 from latentflow.commands.processes import process_rank
-from latentflow.commands.progress import image_progress
+from latentflow.progress import image_progress
 from latentflow.commands.reference import (
     RealFeatures,
     RealImages,

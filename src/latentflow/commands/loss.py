@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latentflow.commands.progress import image_progress
+from latentflow.progress import image_progress
 from latentflow.conditioning import Conditioning, ConditionName
 from latentflow.data.batches import SpatialData, TrainingImages
 from latentflow.data.images import open_images, readable

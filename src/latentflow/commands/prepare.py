@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentflow.commands.progress import image_progress
+from latentflow.progress import image_progress
 from latentflow.data.prepare import find_dataset
 from latentflow.errors import DataError
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from latentflow.artifacts import make_folder, read_json, require_writable, sha256_file, write_json, write_text
 from latentflow.commands.drawn_set import draw_set
-from latentflow.commands.progress import image_progress
+from latentflow.progress import image_progress
 from latentflow.commands.reference import open_reference, reference_features
 from latentflow.commands.sweep_page import SweepResult, summary, sweep_page, sweep_picture
 from latentflow.commands.sweep_rounds import Candidates, Round, SweepPlan, measure_rounds

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentflow.artifacts import read_json, read_tensors, write_json, write_tensors
 from latentflow.commands.drawn_set import DrawnSet
-from latentflow.commands.progress import image_progress
+from latentflow.progress import image_progress
 from latentflow.commands.sweep_rules import Candidate, Point, affordable
 from latentflow.errors import ArtifactError, NonFiniteError
 from latentflow.metrics.resampling import draw_counts

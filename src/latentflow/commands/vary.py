@@ -11,7 +11,7 @@ import torch
 
 from latentflow.artifacts import require_writable
 from latentflow.commands.grid import save_grid
-from latentflow.commands.progress import image_progress
+from latentflow.progress import image_progress
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.edits import vary as draw_variations
 from latentflow.sampling.pipeline import sample

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +21,10 @@ def image_progress(what: str, num_images: int, *, enabled: bool = True) -> Itera
     """Show on stderr how images are worked on; yields a function that takes the number just finished.
 
     Where stderr is no terminal, a line is printed at most every half minute:
-    "encoding 1200/50000 images, 85.2 images/s, 9 min left". Short work says nothing there.
+    "encoding 1200/50000 images, 85.2 images/s, 9 min left". Short work says nothing there. Of several processes
+    started by one launcher only the first one tells.
     """
+    enabled = enabled and os.environ.get("RANK", "0") == "0"
     bar = Progress(
         TextColumn(what),
         BarColumn(),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from latentflow.commands import progress
-from latentflow.commands.progress import duration, image_progress
+from latentflow import progress
+from latentflow.progress import duration, image_progress
 
 
 @pytest.fixture
