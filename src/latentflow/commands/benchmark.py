@@ -19,12 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentflow.autoencoder import to_uint8
-from latentflow.progress import image_progress
 from latentflow.errors import ConfigError
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.model_config import SamplingPreset
+from latentflow.progress import image_progress
 from latentflow.sampling.pipeline import conditioned_velocity, initial_noise
 from latentflow.sampling.request import SampleRequest, make_request
 

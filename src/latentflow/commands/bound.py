@@ -33,7 +33,6 @@ from latentflow.commands.encoded_images import (
     plain_model,
     told_velocity,
 )
-from latentflow.progress import image_progress
 from latentflow.commands.report import chart_file
 from latentflow.errors import ConfigError, NonFiniteError
 from latentflow.flow.bound import (
@@ -47,6 +46,7 @@ from latentflow.flow.lipschitz import TimeCurve, VelocityGrowth, largest_singula
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
+from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom, derive_seed
 
 _OWN_STEPS = 20  # of Heun's method on the model's own trajectories

@@ -24,7 +24,6 @@ from latentflow.commands.demo_painting import HELD_OUT_SEED, compare_losses, fil
 from latentflow.commands.encode import encode
 from latentflow.commands.grid import save_grid
 from latentflow.commands.info import describe
-from latentflow.progress import image_progress
 from latentflow.commands.train import train
 from latentflow.commands.train_autoencoder import reconstruct
 from latentflow.data.pictures import psnr
@@ -32,6 +31,7 @@ from latentflow.data.synthetic import CLASS_NAMES, SyntheticShapes
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.flow.solvers import SOLVERS, AdamsBashforth, is_adaptive
 from latentflow.latent_flow import LatentFlow, default_device
+from latentflow.progress import image_progress
 from latentflow.sampling.pipeline import Samples, draw, join_samples
 from latentflow.sampling.request import make_request
 from latentflow.training.config import load_recipe

@@ -36,7 +36,6 @@ from latentflow.commands.encoded_images import (
     told_velocity,
 )
 from latentflow.commands.grid import save_grid
-from latentflow.progress import image_progress
 from latentflow.data.items import ImageSource
 from latentflow.errors import ConfigError
 from latentflow.flow.bound import velocity_error
@@ -47,6 +46,7 @@ from latentflow.metrics.resampling import bootstrap
 from latentflow.metrics.scores import frechet_distance, resampled_frechet
 from latentflow.metrics.statistics import FeatureStatistics
 from latentflow.metrics.trajectories import follow
+from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom
 from latentflow.sampling.pipeline import Given, Samples, conditioned_velocity, draw_all, initial_noise
 from latentflow.sampling.request import SampleRequest, make_request

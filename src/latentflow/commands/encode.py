@@ -9,12 +9,12 @@ from typing import Literal
 
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands.processes import process_rank
-from latentflow.progress import image_progress
 from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import open_images
 from latentflow.data.latent_cache import CacheIndex
 from latentflow.data.masks import MaskRules
 from latentflow.latent_flow import usable_device
+from latentflow.progress import image_progress
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from latentflow.autoencoder import to_unit_range
-from latentflow.progress import image_progress
 from latentflow.data.batches import epoch_order
 from latentflow.data.images import BrokenImage, open_images
 from latentflow.data.items import ImageItem, ImageSource
@@ -20,6 +19,7 @@ from latentflow.data.latent_cache import is_cache
 from latentflow.errors import ConfigError, DataError, NonFiniteError
 from latentflow.flow.bound import Reconstruction, reconstruction_term
 from latentflow.latent_flow import LatentFlow
+from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom
 
 Velocity = Callable[[Tensor, Tensor], Tensor]

@@ -31,7 +31,6 @@ from latentflow.commands.evaluate_inputs import (
 )
 from latentflow.commands.evaluate_painting import map_scores, painted, paired_images
 from latentflow.commands.processes import process_rank
-from latentflow.progress import image_progress
 from latentflow.commands.reference import (
     RealFeatures,
     RealImages,
@@ -57,6 +56,7 @@ from latentflow.metrics.report import (
     require_comparable,
 )
 from latentflow.metrics.scores import require_enough
+from latentflow.progress import image_progress
 
 
 @dataclass(frozen=True)

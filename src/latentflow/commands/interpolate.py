@@ -8,8 +8,8 @@ from typing import Any
 
 from latentflow.artifacts import require_writable
 from latentflow.commands.grid import save_grid
-from latentflow.progress import image_progress
 from latentflow.latent_flow import LatentFlow
+from latentflow.progress import image_progress
 from latentflow.sampling.edits import interpolate as draw_frames
 
 

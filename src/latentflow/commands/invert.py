@@ -9,8 +9,8 @@ from typing import Any
 
 from latentflow.artifacts import require_writable, write_tensors
 from latentflow.commands.grid import save_grid
-from latentflow.progress import image_progress
 from latentflow.latent_flow import LatentFlow
+from latentflow.progress import image_progress
 from latentflow.sampling.inversion import (
     ROUND_TRIPS,
     Inversion,

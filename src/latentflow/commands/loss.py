@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latentflow.progress import image_progress
 from latentflow.conditioning import Conditioning, ConditionName
 from latentflow.data.batches import SpatialData, TrainingImages
 from latentflow.data.images import open_images, readable
@@ -12,6 +11,7 @@ from latentflow.data.items import ImageSource
 from latentflow.data.latent_cache import LatentCache, is_cache
 from latentflow.errors import ConfigError
 from latentflow.latent_flow import LatentFlow
+from latentflow.progress import image_progress
 from latentflow.training.held_out import HeldOutLoss, held_out_loss
 
 

@@ -6,9 +6,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentflow.progress import image_progress
 from latentflow.data.prepare import find_dataset
 from latentflow.errors import DataError
+from latentflow.progress import image_progress
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from latentflow.artifacts import make_folder
 from latentflow.commands.grid import save_grid
 from latentflow.commands.processes import process_rank
-from latentflow.progress import image_progress
 from latentflow.latent_flow import LatentFlow
+from latentflow.progress import image_progress
 from latentflow.sampling.pipeline import draw, join_samples
 from latentflow.sampling.request import make_request
 

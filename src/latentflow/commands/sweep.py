@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from latentflow.artifacts import make_folder, read_json, require_writable, sha256_file, write_json, write_text
 from latentflow.commands.drawn_set import draw_set
-from latentflow.progress import image_progress
 from latentflow.commands.reference import open_reference, reference_features
 from latentflow.commands.sweep_page import SweepResult, summary, sweep_page, sweep_picture
 from latentflow.commands.sweep_rounds import Candidates, Round, SweepPlan, measure_rounds
@@ -24,6 +23,7 @@ from latentflow.metrics.features import open_features
 from latentflow.metrics.scores import require_enough
 from latentflow.model_card import model_card
 from latentflow.model_config import SamplingPreset
+from latentflow.progress import image_progress
 from latentflow.sampling.request import make_request
 from latentflow.training.settings import differences
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from latentflow.artifacts import read_json, read_tensors, write_json, write_tensors
 from latentflow.commands.drawn_set import DrawnSet
-from latentflow.progress import image_progress
 from latentflow.commands.sweep_rules import Candidate, Point, affordable
 from latentflow.errors import ArtifactError, NonFiniteError
 from latentflow.metrics.resampling import draw_counts
 from latentflow.metrics.scores import resampled_frechet
 from latentflow.metrics.statistics import FeatureStatistics
+from latentflow.progress import image_progress
 
 _RESAMPLES = 50  # a standard error to 10 %
 

@@ -11,8 +11,8 @@ import torch
 
 from latentflow.artifacts import require_writable
 from latentflow.commands.grid import save_grid
-from latentflow.progress import image_progress
 from latentflow.latent_flow import LatentFlow
+from latentflow.progress import image_progress
 from latentflow.sampling.edits import vary as draw_variations
 from latentflow.sampling.pipeline import sample
 
