@@ -315,11 +315,11 @@ def gray(values, dtype=np.uint16) -> Image.Image:
         (gray(np.arange(4096).reshape(64, 64)), "PNG", 16, 4095, 4095),
         (gray(np.arange(1000).reshape(25, 40)), "TIFF", 16, 999, 1023),
         (gray(np.arange(256).reshape(16, 16)), "PNG", 16, 255, 255),
-        (gray(np.arange(8192).reshape(64, 128)), "JPEG2000", 16, 8191, 8191),
+        (gray(np.arange(8192).reshape(64, 128)), "JPEG2000", 16, 8191, 16383),
         (gray(np.arange(256).reshape(16, 16), np.int32), "TIFF", 32, 255, 255),
         (gray(np.arange(32768).reshape(128, 256), np.int32), "TIFF", 32, 32767, 32767),
     ],
-    ids=["12 bits", "10 bits", "8 bits", "13 bits", "int32", "15 bits in int32"],
+    ids=["12 bits", "10 bits", "8 bits", "13 bits, so 14", "int32", "15 bits in int32"],
 )
 def test_numbers_that_use_little_of_their_range_are_said_once_with_a_remedy_that_works(
     notices, image, kind, bits, top, white
@@ -340,6 +340,15 @@ def test_numbers_that_use_little_of_their_range_are_said_once_with_a_remedy_that
     expected = np.rint(np.asarray(image, float) * 255 / white)[..., None]
     assert off(read(encoded(scaled)), expected) <= 1
     assert len(notices) == 1
+
+
+def test_numbers_of_each_width_are_said_once(notices):
+    for image in (gray([[0, 255]], np.int32), gray([[0, 4095]]), gray([[0, 999]]), gray([[0, 70]], np.int32)):
+        read(encoded(image, "TIFF"))
+    assert [said.partition(", of")[0] for said in notices] == [
+        "a.png holds 32-bit numbers",
+        "a.png holds 16-bit numbers",
+    ]
 
 
 @pytest.mark.parametrize("values", [[[0, 8192]], [[0, 65535]], [[0, 0]]])

@@ -74,12 +74,13 @@ def _eight_bits(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image
         raise ValueError(f"pixels of mode {image.mode} have no defined white; save it as 8 or 16 bits a channel")
     top, wide = int(values.max()), image.mode == "I" and image.format != "PPM"  # PPM is scaled to 16 bits
     if wide or 0 < top < _DARKEST:
-        white = (1 << max(top.bit_length(), 8)) - 1
+        bits = max(top.bit_length(), 8)
+        white = (1 << (bits if wide else bits + bits % 2)) - 1  # of 8, 10, 12 or 14 bits
         notice(
             f"{name} holds {32 if wide else 16}-bit numbers, of which 65535 is white, and its largest is {top}; if "
             f"{white} is white there, scale all such files first and save them as PNG, in Pillow Image.fromarray("
             f"np.rint(np.asarray(image) * (65535 / {white})).astype(np.uint16))",
-            kind="dark numbers",
+            kind=f"dark numbers of mode {image.mode}",
         )
     table = np.rint(np.arange(65536) / 257).astype(np.uint8)
     if zero_is_white(image):

@@ -157,13 +157,12 @@ def matrix_profile(corners: Sequence[float], gamma: float | None) -> bytes:
         corners: x and y of white, red, green and blue.
         gamma: the power that makes light of numbers; None: the curve of sRGB.
     """
-    white, *primaries = (
-        np.array([x / y, 1, (1 - x - y) / y]) for x, y in zip(corners[::2], corners[1::2], strict=True)
-    )
+    points = zip(corners[::2], corners[1::2], strict=True)
+    white, *primaries = (np.array([x / y, 1, (1 - x - y) / y]) for x, y in points)
     rgb = np.stack(primaries, 1)
     rgb = rgb * np.linalg.solve(rgb, white)  # of such strengths that they make white
     adapt = np.linalg.solve(_BRADFORD, np.diag(_BRADFORD @ _D50 / (_BRADFORD @ white)) @ _BRADFORD)
-    curve = (0, gamma) if gamma else (3, 2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    curve = (0, gamma) if gamma else (3, 2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)  # type, parameters
     parts = b"para" + struct.pack(">IHH", 0, curve[0], 0) + _fixed(curve[1:])
     tags = {b"wtpt": b"XYZ " + bytes(4) + _fixed(_D50)}
     for name, column in zip(b"rgb", (adapt @ rgb).T, strict=True):
@@ -172,10 +171,9 @@ def matrix_profile(corners: Sequence[float], gamma: float | None) -> bytes:
     for name, content in tags.items():
         table += name + struct.pack(">II", place + len(data), len(content))
         data += content + bytes(-len(content) % 4)
-    head = (
-        struct.pack(">I4xI", place + len(data), 0x04200000) + b"mntrRGB XYZ " + struct.pack(">6H", 2000, 1, 1, 0, 0, 0)
-    )
-    return head + b"acsp" + bytes(28) + _fixed(_D50) + bytes(48) + struct.pack(">I", len(tags)) + table + data
+    head = struct.pack(">I4xI12s6H", place + len(data), 0x04200000, b"mntrRGB XYZ ", 2000, 1, 1, 0, 0, 0)
+    head += b"acsp" + bytes(28) + _fixed(_D50) + bytes(48)
+    return head + struct.pack(">I", len(tags)) + table + data
 
 
 def _fixed(values: Sequence[float]) -> bytes:
