@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     measuring.setup(options.device, options.threads)
     rounds = options.rounds or {"cpu": 8, "cuda": 200}[options.device]
     recipe = load_recipe(
-        "own_images_256",
+        "own_images",
         [
             "network={name: DiT-S/2}",
             "training.batch_size=16",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,13 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from PIL import Image
 
 from latentflow.cli import app
+from latentflow.training.autoencoder import AUTOENCODER_RECIPES, load_autoencoder_recipe
+from latentflow.training.config import RECIPES, find_recipe, load_recipe
 from latentflow.training.settings import to_yaml
 from tests import tiny
 from tests.processes import Result, run_here
 
+ROOT = Path(__file__).parents[1]
 VERBS = sorted(command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands)
 
 
@@ -144,12 +150,75 @@ def test_encode_train_sample_info_with_conditions_of_space(command, tmp_path, se
     assert (facts["map classes"], facts["mask variants"]) == (list(tiny.MAP_CLASSES), 2)
 
 
-def test_dry_run_prints_the_recipe_and_writes_nothing(command, tmp_path, recipe_file):
-    before = tiny.tree(tmp_path)
-    result = command("train", recipe_file, "training.batch_size=6", "--dry-run")
-    assert result.code == 0
-    assert "batch_size: 6" in result.out
-    assert tiny.tree(tmp_path) == before
+def test_dry_run_checks_everything_and_writes_nothing(command, tmp_path, recipe_file, leaves_nothing):
+    result = command("train", recipe_file, "training.steps=7", "--dry-run", "--cpu")
+    assert result.code == 0, result.err
+    said = [*result.out.splitlines(), *result.err.splitlines()]
+    assert len(said) <= 12
+    for words in (
+        "18 images of 16 x 16",
+        "3: apple, berry, cherry",
+        "7 steps of 4 images",
+        "cpu, fp32",
+        "new",
+        "all is well",
+    ):
+        assert any(words in line for line in said), words
+    leaves_nothing()
+
+
+def test_print_gives_the_recipe_with_everything_decided(command, tmp_path, recipe_file):
+    result = command("train", recipe_file, "training.steps=7", "--dry-run", "--print", "--cpu")
+    (tmp_path / "printed.yaml").write_text(result.out, encoding="utf-8")
+    assert load_recipe(tmp_path / "printed.yaml") == load_recipe(recipe_file, ["training.steps=7"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.path=nowhere-at-all", "nowhere-at-all"),
+        ("autoencoder=nowhere-at-all", "nowhere-at-all"),
+        ("data.image_size=32", "data.image_size=16"),
+        ("network.patch_size=3", "latents of 8 x 8 do not fit"),
+        ("conditioning.semantic_map=true", "has no semantic maps"),
+        ("conditioning.label_dropout=0 sampling.guidance=2", "add sampling.guidance=1"),
+        ("sampling.solver=huen", "did you mean 'heun'"),
+        ("training.batch_size=1e6 network.depth=400 network.hidden_size=1024", "GiB are free"),
+        ("network.depth=512 network.hidden_size=65536", "choose a smaller network"),
+    ],
+)
+def test_dry_run_finds_what_training_would_refuse(command, recipe_file, leaves_nothing, override, said):
+    refused(command("train", recipe_file, *override.split(), "--dry-run", "--cpu"), said)
+    leaves_nothing()
+
+
+EXAMPLES = [
+    shlex.split(command.epilog.removeprefix("Example: ")) for command in app.registered_commands if command.epilog
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda words: words[1])
+def test_examples_of_the_help_are_commands(example):
+    """Every word is parsed as it would be, and the recipes that are named exist."""
+    verb = typer.main.get_command(app).commands[example[1]]
+    context = verb.make_context(example[1], example[2:])
+    loader = {"train": load_recipe, "train-autoencoder": load_autoencoder_recipe}.get(example[1])
+    if loader:
+        loader(context.params["recipe"], context.params["overrides"])
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))])
+def test_recipes_that_the_pages_name_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for verb, name in re.findall(r"latentflow (train|train-autoencoder) (\w\S*)", text):
+        if not name.endswith((".yaml", "...")) and not name.isupper():
+            find_recipe(name, AUTOENCODER_RECIPES if verb == "train-autoencoder" else RECIPES)
+
+
+def test_recipes_name_themselves_in_their_comments():
+    for folder, verb in ((RECIPES, "train"), (AUTOENCODER_RECIPES, "train-autoencoder")):
+        for file in folder.glob("*.yaml"):
+            assert f"# latentflow {verb} {file.stem}" in file.read_text(encoding="utf-8")
 
 
 def test_recipes_are_listed_and_valid(command):
@@ -298,7 +367,12 @@ def test_train_bad_values(command, recipe_file, leaves_nothing, override, said):
 def test_train_guided_preview_of_a_model_that_cannot_be_guided(command, recipe_file, leaves_nothing):
     leaves_nothing()
     overrides = ("conditioning.label_dropout=0", "sampling.guidance=2", "training.preview_every=1")
-    refused(command("train", recipe_file, *overrides, "--cpu"), "guidance 2", "conditioning.label_dropout = 0")
+    refused(
+        command("train", recipe_file, *overrides, "--cpu"),
+        "sampling.guidance = 2",
+        "conditioning.label_dropout = 0",
+        "add sampling.guidance=1",
+    )
 
 
 def test_train_wrong_autoencoder_for_the_cache(command, recipe_file, deterministic_folder, leaves_nothing):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -66,6 +67,10 @@ AllowChange = Annotated[
     typer.Option(
         metavar="KEY", help="Go on although this key of the recipe has changed since the run began; may be repeated."
     ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check all of it, without a step and without writing.")]
+PrintRecipe = Annotated[
+    bool, typer.Option("--print", help="Print all of the recipe, everything decided, as the run's recipe.yaml has it.")
 ]
 
 Model = Annotated[str, typer.Argument(help="A model folder, a run folder or a hub id.")]
@@ -220,21 +225,23 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=1000")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
     allow_change: AllowChange = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    dry_run: DryRun = False,
+    print_recipe: PrintRecipe = False,
 ) -> None:
     """Train a model. Repeat the command to resume exactly where it was stopped."""
     from latentflow.training.config import load_recipe
-    from latentflow.training.settings import to_yaml
 
-    resolved = load_recipe(recipe, overrides or ())
-    if not resolved.out:
-        resolved = resolved.model_copy(update={"out": f"runs/{Path(recipe).stem}"})
-    typer.echo(to_yaml(resolved))
-    if dry_run:
-        return
+    given = load_recipe(recipe, overrides or ())
+    given = given.model_copy(update={"out": given.out or f"runs/{Path(recipe).stem}"})
+    from latentflow.commands.train import prepare
     from latentflow.commands.train import train as run
 
-    result = run(resolved, cpu=cpu, allow_change=allow_change or ())
+    told = _teller(print_recipe)
+    if dry_run:
+        told(prepare(given, cpu=cpu, allow_change=allow_change or ()))
+        say("all is well; nothing was written")
+        return
+    result = run(given, cpu=cpu, allow_change=allow_change or (), on_prepared=told)
     for name in result.broken:
         say(f"left out: {name}")
     if not result.outcome.finished:
@@ -243,28 +250,28 @@ def train(
     say(f"{result.outcome.step} steps done; the model is {result.run / 'model'}")
 
 
-@app.command(epilog="Example: latentflow train-autoencoder photos data.path=photos out=runs/photos_autoencoder")
+@app.command(epilog="Example: latentflow train-autoencoder own_images data.path=photos out=runs/photos_autoencoder")
 def train_autoencoder(
     recipe: Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=1000")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
     allow_change: AllowChange = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    dry_run: DryRun = False,
+    print_recipe: PrintRecipe = False,
 ) -> None:
     """Train a first stage on one device. Repeat the command to resume exactly where it was stopped."""
     from latentflow.training.autoencoder import load_autoencoder_recipe
-    from latentflow.training.settings import to_yaml
 
-    resolved = load_autoencoder_recipe(recipe, overrides or ())
-    if not resolved.out:
-        resolved = resolved.model_copy(update={"out": f"runs/{Path(recipe).stem}_autoencoder"})
-    resolved.require_fitting_sizes()
-    typer.echo(to_yaml(resolved))
+    given = load_autoencoder_recipe(recipe, overrides or ())
+    given = given.model_copy(update={"out": given.out or f"runs/{Path(recipe).stem}_autoencoder"})
+    from latentflow.commands.train_autoencoder import prepare, train_first_stage
+
+    told = _teller(print_recipe)
     if dry_run:
+        told(prepare(given, cpu=cpu, allow_change=allow_change or ()))
+        say("all is well; nothing was written")
         return
-    from latentflow.commands.train_autoencoder import train_first_stage
-
-    result = train_first_stage(resolved, cpu=cpu, allow_change=allow_change or ())
+    result = train_first_stage(given, cpu=cpu, allow_change=allow_change or (), on_prepared=told)
     for name in result.broken:
         say(f"left out: {name}")
     if result.report is None:
@@ -1052,6 +1059,19 @@ def info(
     from latentflow.commands.info import describe
 
     _report(describe(model), as_json)
+
+
+def _teller(print_recipe: bool) -> Callable[[Any], None]:
+    """Prints what a prepared run is in about ten lines, or its whole recipe, once."""
+
+    def tell(prepared: Any) -> None:
+        from latentflow.training.settings import to_yaml
+
+        lines = [f"{key:<10} {printable(value)}" for key, value in prepared.describe().items()]
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(to_yaml(prepared.recipe) if print_recipe else "\n".join(lines))
+
+    return tell
 
 
 def _picture_rows(result: Pictures) -> dict[str, Any]:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
+from latentflow.commands import train as train_module
+from latentflow.commands.train import prepare
 from latentflow.commands.train import train as train_command
 from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import open_images
 from latentflow.errors import ConfigError, DataError, LatentFlowError
+from latentflow.training import fitting
+from latentflow.training.config import Recipe, load_recipe
+from latentflow.training.fitting import with_values
+from latentflow.training.memory import bytes_per_image, state_bytes
+from latentflow.training.settings import differences
 from tests import tiny
+from tests.processes import run_here
 
 
 @pytest.fixture
@@ -74,3 +83,111 @@ def test_the_remedies_help(refused, tmp_path, images, cache, kl, kl_folder):
 def test_previews_guided_by_what_was_never_dropped(refused, segmented, sampling, dropout, said):
     given = {"sampling": {"guidance": 2.0, **sampling}, "conditioning": {"semantic_map": True, **dropout}}
     refused(ConfigError, said, "never trained", data={"path": segmented}, **given)
+
+
+# What the data decide
+
+
+@pytest.fixture
+def flat(tmp_path, kl) -> Path:
+    """A latent cache of 9 unlabelled images without mirrored ones."""
+    folder = tiny.write_images(tmp_path / "flat", classes=(), per_class=9)
+    write_cache(open_images(folder, tiny.IMAGE_SIZE), kl, tmp_path / "flat_cache")
+    return tmp_path / "flat_cache"
+
+
+@pytest.fixture
+def own(tmp_path, capsys, monkeypatch):
+    """`latentflow train own_images` of some data into `tmp_path`/run."""
+    return lambda path, *args: run_here(
+        ("train", "own_images", f"data.path={path}", f"out={tmp_path / 'run'}", "--cpu", *args), capsys, monkeypatch
+    )
+
+
+def test_a_cache_decides_size_mirroring_and_autoencoder(cache, flat, kl_folder, tmp_path):
+    for folder, flip in ((cache, True), (flat, False)):
+        recipe = prepare(Recipe.model_validate({**OPEN, "data": {"path": str(folder)}, "out": "x"}), cpu=True).recipe
+        assert (recipe.data.image_size, recipe.data.flip) == (tiny.IMAGE_SIZE, flip)
+        assert recipe.autoencoder == str(kl_folder)
+
+
+OPEN = {key: value for key, value in tiny.RECIPE.items() if key != "data"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"data": {"image_size": 32}}, "set data.image_size=16"),
+        ({"data": {"flip": True}}, "set data.flip=false"),
+        ({"autoencoder": "shapes"}, "use the former"),
+    ],
+)
+def test_what_is_set_must_agree_with_the_cache(flat, given, said):
+    recipe = {**OPEN, **given, "data": {"path": str(flat), **given.get("data", {})}, "out": "x"}
+    with pytest.raises(LatentFlowError, match=said):
+        prepare(Recipe.model_validate(recipe), cpu=True)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_own_images_are_trained_by_their_recipe(own, cache, flat, tmp_path, labelled):
+    result = own(cache if labelled else flat, "training.steps=2")
+    assert result.code == 0, result.err
+    recipe = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert recipe.sampling.guidance == (1.5 if labelled else 1.0)
+    assert recipe.training.batch_size == (16 if labelled else 8)
+    assert not recipe.fit
+    assert f"for {18 if labelled else 9} images on a CPU" in result.out
+
+
+def test_a_resume_fits_nothing_anew(own, flat, cache, tmp_path, monkeypatch):
+    assert own(flat, "training.steps=2").code == 0
+    before = load_recipe(tmp_path / "run" / "recipe.yaml")
+    monkeypatch.setattr(train_module, "total_memory", lambda device: 1)  # another machine would be fitted otherwise
+    monkeypatch.setattr(fitting, "_STEPS_PER_IMAGE", 1)
+    result = own(flat, "training.steps=3")
+    assert result.code == 0, result.err
+    after = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert differences(before, after) == {"training.steps": (2, 3)}
+    assert own(cache).code == 2  # other images
+
+
+def test_the_recipe_of_a_run_is_one(own, flat, tmp_path, capsys, monkeypatch):
+    """What was fitted stands in recipe.yaml: training by that file goes on with the run."""
+    assert own(flat, "training.steps=2").code == 0
+    again = run_here(("train", tmp_path / "run" / "recipe.yaml", "--cpu"), capsys, monkeypatch)
+    assert again.code == 0, again.err
+    assert "going on after step 2" in again.out
+
+
+def test_guidance_without_labels_names_its_remedy(flat, tmp_path, kl_folder):
+    recipe = Recipe.model_validate(
+        {**OPEN, "data": {"path": str(flat)}, "out": str(tmp_path / "run"), "sampling": {"guidance": 2.0}}
+    )
+    with pytest.raises(ConfigError, match=r"sampling\.guidance = 2.*has no labels.*add sampling\.guidance=1$"):
+        prepare(recipe, cpu=True)
+    prepare(with_values(recipe, {"sampling.guidance": 1.0}), cpu=True)  # the remedy
+
+
+def test_fewer_images_at_a_time_where_memory_is_short(flat, tmp_path, monkeypatch):
+    recipe = Recipe.model_validate({**OPEN, "data": {"path": str(flat)}, "out": str(tmp_path / "run")})
+    roomy = prepare(recipe, cpu=True)
+    num_parameters = sum(parameter.numel() for parameter in roomy.model.network.parameters())
+    per_image = bytes_per_image(recipe.network, 8, half=False)
+    free = round((state_bytes(num_parameters) + 1.5 * per_image) / 0.9)
+    monkeypatch.setattr(train_module, "free_memory", lambda device: free)
+    with pytest.raises(ConfigError, match=r"use training\.micro_batch_size=1") as caught:
+        prepare(with_values(recipe, {"training.batch_size": 64}), cpu=True)
+    assert "GiB are free" in str(caught.value)
+    remedy = with_values(recipe, {"training.batch_size": 64, "training.micro_batch_size": 1})
+    assert prepare(remedy, cpu=True).accelerator.gradient_accumulation_steps == 64
+    monkeypatch.setattr(train_module, "free_memory", lambda device: 1000)
+    with pytest.raises(ConfigError, match="choose a smaller network"):
+        prepare(recipe, cpu=True)
+
+
+def test_own_images_can_be_trained_for_export(own, flat, tmp_path, capsys, monkeypatch):
+    """As the README says."""
+    small = ("network.depth=1", "network.hidden_size=32", "network.num_heads=2", "training.steps=1")
+    assert own(flat, "network.name=DiT-B/2", "network.time_scale=1", *small).code == 0
+    exported = run_here(("export", tmp_path / "run", "--out", tmp_path / "exported"), capsys, monkeypatch)
+    assert exported.code == 0, exported.err

@@ -27,7 +27,7 @@ _GO_ON = """\
 latentflow encode photos/ --autoencoder stabilityai/sd-vae-ft-mse --image-size 256 --flips --out caches/photos
 
 # recipes are YAML files, listed by `latentflow recipes`; any key can be changed on the command line
-latentflow train own_images_256 data.path=caches/photos out=runs/photos
+latentflow train own_images data.path=caches/photos out=runs/photos
 
 # a run folder is a model: classes, guidance, solver and seed are yours
 latentflow sample runs/photos --num 16 --guidance 1.5 --seed 0 --out samples"""

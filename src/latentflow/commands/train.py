@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import latentflow
-from latentflow.artifacts import make_folder, write_json, write_text
+from latentflow.artifacts import make_folder, require_writable, write_json, write_text
 from latentflow.autoencoder import Autoencoder, LatentNormalisation, to_unit_range
 from latentflow.commands.preview import preview_request, save_preview
+from latentflow.commands.processes import process_rank
 from latentflow.conditioning import Conditioning
 from latentflow.data.batches import SpatialData, TrainingImages, epoch_order
 from latentflow.data.images import open_images, readable
@@ -21,17 +23,75 @@ from latentflow.data.items import ImageSource
 from latentflow.data.latent_cache import ChannelSums, LatentCache, is_cache
 from latentflow.data.masks import check_masks
 from latentflow.errors import ConfigError, DataError
-from latentflow.latent_flow import CONFIG_FILE, LatentFlow, read_config
+from latentflow.latent_flow import CONFIG_FILE, LatentFlow, default_device, read_config
 from latentflow.model_config import AutoencoderRecord, ModelConfig, TrainingRecord
 from latentflow.randomness import derive_seed
 from latentflow.sampling.request import check_request
-from latentflow.training.changes import RECIPE_FILE, check_changes
+from latentflow.training.changes import RECIPE_FILE, Changes, check_changes
 from latentflow.training.config import CHANGES, Recipe
-from latentflow.training.loop import Outcome, make_accelerator
+from latentflow.training.fitting import FITTED, Situation, fit, is_set, value_of, with_values
+from latentflow.training.loop import Accelerator, Outcome, make_accelerator
 from latentflow.training.loop import train as run_loop
-from latentflow.training.settings import to_yaml
+from latentflow.training.memory import bytes_per_image, count_parameters, free_memory, require_memory, total_memory
+from latentflow.training.settings import load_settings, to_yaml
 
 _STATISTICS_IMAGES = 2048  # enough for per-channel means and deviations to three digits
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has been checked, before anything of it is written.
+
+    Attributes:
+        recipe: with everything decided.
+        accelerator: what it runs on.
+        model: with fresh weights.
+        images: what it learns from.
+        broken: images that could not be read, each with the reason.
+        changes: of the recipe since the run began; None for a new run.
+        reasons: why the recipe was fitted as it was, in a few lines.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: LatentFlow
+    images: TrainingImages
+    broken: list[str]
+    changes: Changes | None
+    reasons: list[str]
+
+    @property
+    def run(self) -> Path:
+        return Path(self.recipe.out)
+
+    def describe(self) -> dict[str, str]:
+        """The run in about ten lines."""
+        config, told, training = self.model.config, self.model.config.conditioning, self.recipe.training
+        num_images, side = len(self.images), config.latent_shape[-1]
+        passes = training.steps * training.batch_size / num_images
+        parameters = sum(parameter.numel() for parameter in self.model.network.parameters())
+        optimizer, step = self.recipe.optimizer, self.changes.step if self.changes else 0
+        size = f"{config.image_size} x {config.image_size}" + (", mirrored at random" if self.recipe.data.flip else "")
+        rows = {
+            "data": f"{num_images:,} images of {size}: {self.recipe.data.path}",
+            "classes": _listed(told.class_names) if told.class_names else "none",
+            "latents": f"{config.latent_shape[0]} x {side} x {side}, by {self.recipe.autoencoder}",
+            "network": f"{config.network.title}, {parameters:,} parameters",
+            "training": f"{training.steps:,} steps of {training.batch_size} images, {times(passes)} over the data",
+            "optimizer": f"AdamW at {optimizer.learning_rate:g}, {optimizer.schedule}",
+            "device": _device(self.accelerator),
+            "run": f"{self.run}, " + (f"going on after step {step:,}" if self.changes else "new"),
+        }
+        spatial = [name for name in told.dropout if name != "label"]
+        if spatial:
+            rows["told"] = ", ".join(told.dropout)
+        if self.broken:
+            rows["left out"] = f"{len(self.broken)} images that cannot be read"
+        if self.reasons:
+            rows["fitted"] = "; ".join(self.reasons)
+        if not isinstance(self.images.source, LatentCache):
+            rows["hint"] = "images are encoded in every step; `latentflow encode` does it once, which trains faster"
+        return rows
 
 
 @dataclass(frozen=True)
@@ -43,7 +103,13 @@ class TrainResult:
     broken: list[str]
 
 
-def train(recipe: Recipe, *, cpu: bool = False, allow_change: Sequence[str] = ()) -> TrainResult:
+def train(
+    recipe: Recipe,
+    *,
+    cpu: bool = False,
+    allow_change: Sequence[str] = (),
+    on_prepared: Callable[[Prepared], None] = lambda prepared: None,
+) -> TrainResult:
     """Train one recipe; repeating the call resumes exactly.
 
     Everything that can be wrong is found before the run folder is touched.
@@ -52,20 +118,45 @@ def train(recipe: Recipe, *, cpu: bool = False, allow_change: Sequence[str] = ()
         recipe: checked; `out` and `data.path` must be set.
         cpu: stay on the CPU even if there is a GPU.
         allow_change: keys of the recipe that may differ from the run's although they alter what is computed.
+        on_prepared: called once all has been checked.
 
     Raises:
         ConfigError, DataError, ArtifactError: before anything is written.
         NonFiniteError: during training.
     """
+    prepared = prepare(recipe, cpu=cpu, allow_change=allow_change)
+    on_prepared(prepared)
+    run, accelerator = prepared.run, prepared.accelerator
+    if accelerator.is_main_process:
+        make_folder(run)
+        if prepared.changes:
+            prepared.changes.tell()
+            prepared.changes.record()
+        write_text(run / RECIPE_FILE, to_yaml(prepared.recipe))
+        write_json(run / "environment.json", environment(accelerator.device, accelerator.num_processes))
+
+    def preview(model: LatentFlow, weights: Mapping[str, Tensor], step: int) -> None:
+        save_preview(model, weights, prepared.images, run / "samples" / f"step-{step:08d}.png")
+
+    outcome = run_loop(prepared.recipe, prepared.model, prepared.images, run, accelerator, preview=preview)
+    return TrainResult(run, outcome, prepared.broken)
+
+
+def prepare(recipe: Recipe, *, cpu: bool = False, allow_change: Sequence[str] = ()) -> Prepared:
+    """Decide what a recipe leaves open and check all of it; nothing is written.
+
+    Raises:
+        ConfigError, DataError, ArtifactError: see `train`.
+    """
     if not recipe.data.path:
         raise ConfigError("data.path is not set; add data.path=FOLDER (images, a zip, or a latent cache)")
     if not recipe.out:
         raise ConfigError("out is not set; add out=runs/NAME")
-    run = Path(recipe.out)
-    changes = check_changes(run, recipe, CHANGES, allow_change)
-    accelerator = make_accelerator(recipe.training, cpu=cpu)
+    run = require_writable(recipe.out)
+    recipe = _as_begun(_as_cached(recipe), run)
+    changes = None if recipe.fit else check_changes(run, recipe, CHANGES, allow_change)
     source = open_source(recipe)
-    autoencoder = Autoencoder.from_pretrained(recipe.autoencoder).to(accelerator.device)
+    autoencoder = Autoencoder.from_pretrained(recipe.autoencoder)
     if isinstance(source, LatentCache):
         source.require_autoencoder(autoencoder)
         kept, broken = None, source.index.broken
@@ -74,24 +165,99 @@ def train(recipe: Recipe, *, cpu: bool = False, allow_change: Sequence[str] = ()
         broken = [f"{error.name}: {error.reason}" for error in unreadable]
         if not kept:
             raise DataError(f"{recipe.data.path}: none of {len(broken)} images can be read; {unreadable[0]}")
+    side, reasons = autoencoder.latent_side(recipe.data.image_size), []
+    if recipe.fit:
+        recipe, reasons = fit(recipe, _situation(recipe, source, len(source) if kept is None else len(kept), side, cpu))
+    accelerator = make_accelerator(recipe.training, cpu=cpu)
+    autoencoder = autoencoder.to(accelerator.device)
     spatial = spatial_data(recipe, source, autoencoder.factor)
     images = TrainingImages(source, seed=recipe.training.seed, flip=recipe.data.flip, kept=kept, spatial=spatial)
-    model = build_model(recipe, autoencoder, images)
-    check_request(model, preview_request(model))
+    model = build_model(recipe, autoencoder, images, check=partial(_require_memory, recipe, accelerator))
+    _check_preview(recipe, model)
     _refuse_other_content(run, recipe, model.config)
-    if accelerator.is_main_process:
-        make_folder(run)
-        if changes:
-            changes.tell()
-            changes.record()
-        write_text(run / RECIPE_FILE, to_yaml(recipe))
-        write_json(run / "environment.json", environment(accelerator.device, accelerator.num_processes))
+    return Prepared(recipe, accelerator, model, images, broken, changes, reasons)
 
-    def preview(model: LatentFlow, weights: Mapping[str, Tensor], step: int) -> None:
-        save_preview(model, weights, images, run / "samples" / f"step-{step:08d}.png")
 
-    outcome = run_loop(recipe, model, images, run, accelerator, preview=preview)
-    return TrainResult(run, outcome, broken)
+def _as_cached(recipe: Recipe) -> Recipe:
+    """A recipe with what a latent cache decides, where it is not set."""
+    if not is_cache(recipe.data.path):
+        return recipe
+    plan = LatentCache(recipe.data.path).plan
+    told = {"data.image_size": plan.image_size, "data.flip": plan.flips, "autoencoder": plan.autoencoder}
+    return with_values(recipe, {key: value for key, value in told.items() if not is_set(recipe, key)})
+
+
+def _as_begun(recipe: Recipe, run: Path) -> Recipe:
+    """A recipe to be fitted, with what was fitted when its run began."""
+    file = run / RECIPE_FILE
+    if not recipe.fit or not file.exists():
+        return recipe
+    old = load_settings(Recipe, file)
+    values = {key: value_of(old, key) for key in FITTED if not is_set(recipe, key)}
+    return with_values(recipe, {"fit": False, **values})
+
+
+def _situation(recipe: Recipe, source: LatentCache | ImageSource, num_images: int, side: int, cpu: bool) -> Situation:
+    device, num_processes = torch.device("cpu") if cpu else default_device(), process_rank()[1]
+    memory = total_memory(device)
+    shared = 1 if device.type == "cuda" else num_processes
+    return Situation(
+        num_images=num_images,
+        num_classes=len(source.class_names) if recipe.data.labels else 0,
+        side=side,
+        gpu=device.type == "cuda",
+        memory=memory // shared if memory else None,
+        num_processes=num_processes,
+    )
+
+
+def _require_memory(recipe: Recipe, accelerator: Accelerator, config: ModelConfig) -> None:
+    """Refuse a network or a batch that the memory cannot hold, before it is built."""
+    share = recipe.training.micro_batch_size or recipe.training.batch_size // accelerator.num_processes
+    per_image = bytes_per_image(config.network, config.latent_shape[-1], half=accelerator.mixed_precision != "no")
+    free, shared = (
+        free_memory(accelerator.device),
+        1 if accelerator.device.type == "cuda" else accelerator.num_processes,
+    )
+    require_memory(
+        config.network.title,
+        count_parameters(config),
+        per_image,
+        share,
+        free // shared if free else None,
+        key="training.micro_batch_size",
+    )
+
+
+def _check_preview(recipe: Recipe, model: LatentFlow) -> None:
+    """Refuse guidance, solvers and conditions that no picture could be drawn with."""
+    conditioning, scale = model.config.conditioning, recipe.sampling.guidance
+    if scale != 1 and not conditioning.can_guide:
+        why, other = f"{recipe.data.path} has no labels, so nothing is told that it could strengthen", ""
+        if conditioning.dropout:
+            keys = {"label": "label_dropout", "inpainting": "inpainting_dropout", "semantic_map": "map_dropout"}
+            key = keys[next(iter(conditioning.dropout))]
+            why, other = f"conditioning.{key} = 0: what is never left out cannot be strengthened", f" or raise {key}"
+        raise ConfigError(f"sampling.guidance = {scale:g}, but {why}; add sampling.guidance=1{other}")
+    check_request(model, preview_request(model))
+
+
+def _device(accelerator: Accelerator) -> str:
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    device, number = accelerator.device, accelerator.num_processes
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, {precision}" + (f", {number} processes" if number > 1 else "")
+
+
+def times(passes: float) -> str:
+    """How often, in words."""
+    return f"{passes:,.0f} passes" if passes >= 10 else f"{passes:.2g} passes"
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    """So many names, and how many there are."""
+    shown = ", ".join(names[:most])
+    return f"{len(names)}: {shown}" + (", ..." if len(names) > most else "")
 
 
 def open_source(recipe: Recipe) -> LatentCache | ImageSource:
@@ -154,10 +320,19 @@ def spatial_data(recipe: Recipe, source: LatentCache | ImageSource, factor: int)
     return SpatialData(factor, holes=source.plan.masks, cached_holes=True, maps=told.semantic_map)
 
 
-def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages) -> LatentFlow:
+def build_model(
+    recipe: Recipe,
+    autoencoder: Autoencoder,
+    images: TrainingImages,
+    *,
+    check: Callable[[ModelConfig], None] = lambda config: None,
+) -> LatentFlow:
     """A fresh model for a recipe: what the data and the autoencoder decide is read from them.
 
     Unlabelled images make an unconditional model.
+
+    Args:
+        check: called with the model's config before the network is built.
 
     Raises:
         ConfigError: the network does not fit the latents.
@@ -196,6 +371,7 @@ def build_model(recipe: Recipe, autoencoder: Autoencoder, images: TrainingImages
         sampling=recipe.sampling,
         training=TrainingRecord(data=description, data_fingerprint=fingerprint, num_images=len(images)),
     )
+    check(config)
     torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
     return LatentFlow(config, config.build_network(), autoencoder)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentflow.artifacts import atomic_folder, make_folder, write_json, write_text
+from latentflow.artifacts import atomic_folder, make_folder, require_writable, write_json, write_text
 from latentflow.autoencoder import Autoencoder, latent_mean, to_uint8, to_unit_range
 from latentflow.commands.grid import save_grid
-from latentflow.commands.train import environment
+from latentflow.commands.train import environment, times
 from latentflow.data.batches import TrainingImages, epoch_order
 from latentflow.data.images import ImageSource, open_images, readable
 from latentflow.data.latent_cache import ChannelSums, is_cache
@@ -27,10 +27,12 @@ from latentflow.training.autoencoder import (
     CHANGES,
     AutoencoderRecipe,
     build_autoencoder,
+    require_autoencoder_memory,
     train_autoencoder,
 )
-from latentflow.training.changes import RECIPE_FILE, check_changes
+from latentflow.training.changes import RECIPE_FILE, Changes, check_changes
 from latentflow.training.interruption import Outcome
+from latentflow.training.memory import free_memory
 from latentflow.training.settings import to_yaml
 
 if TYPE_CHECKING:
@@ -93,8 +95,56 @@ class AutoencoderResult:
     report: AutoencoderReport | None
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has been checked, before anything of it is written.
+
+    Attributes:
+        recipe: checked.
+        device: where it runs.
+        network: with fresh weights.
+        images: what it learns from.
+        held_out: places in their source of the images it is measured on.
+        broken: names of images that could not be read.
+        changes: of the recipe since the run began; None for a new run.
+    """
+
+    recipe: AutoencoderRecipe
+    device: torch.device
+    network: AutoencoderKL
+    images: TrainingImages
+    held_out: list[int]
+    broken: list[str]
+    changes: Changes | None
+
+    @property
+    def run(self) -> Path:
+        return Path(self.recipe.out)
+
+    def describe(self) -> dict[str, str]:
+        """The run in about ten lines."""
+        data, network, training = self.recipe.data, self.recipe.network, self.recipe.training
+        passes = training.steps * training.batch_size / len(self.images)
+        crops = f", in random squares of {data.crop}" if data.crop else ""
+        parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        rows = {
+            "data": f"{len(self.images):,} images of {data.image_size} x {data.image_size}{crops}: {data.path}",
+            "held out": f"{len(self.held_out)} images",
+            "network": f"{len(network.channels)} levels of {network.channels} channels, {parameters:,} parameters",
+            "latents": f"{network.latent_channels} channels, factor {network.factor}",
+            "training": f"{training.steps:,} steps of {training.batch_size} images, {times(passes)} over the data",
+            "device": str(self.device),
+            "run": f"{self.run}, " + (f"going on after step {self.changes.step:,}" if self.changes else "new"),
+        }
+        return {**rows, "left out": f"{len(self.broken)} images that cannot be read"} if self.broken else rows
+
+
 def train_first_stage(
-    recipe: AutoencoderRecipe, *, cpu: bool = False, allow_change: Sequence[str] = ()
+    recipe: AutoencoderRecipe,
+    *,
+    cpu: bool = False,
+    allow_change: Sequence[str] = (),
+    on_prepared: Callable[[Prepared], None] = lambda prepared: None,
 ) -> AutoencoderResult:
     """Train an autoencoder, scale its latents to unit variance, measure and save it; a repeated call resumes exactly.
 
@@ -104,10 +154,32 @@ def train_first_stage(
         recipe: checked; `out` and `data.path` must be set.
         cpu: stay on the CPU even if there is a GPU.
         allow_change: keys of the recipe that may differ from the run's although they alter what is computed.
+        on_prepared: called once all has been checked.
 
     Raises:
         ConfigError, DataError: before anything is written.
         NonFiniteError: during training.
+    """
+    prepared = prepare(recipe, cpu=cpu, allow_change=allow_change)
+    on_prepared(prepared)
+    run, network, images = make_folder(prepared.run), prepared.network, prepared.images
+    if prepared.changes:
+        prepared.changes.tell()
+        prepared.changes.record()
+    write_text(run / RECIPE_FILE, to_yaml(recipe))
+    write_json(run / "environment.json", environment(prepared.device, num_processes=1))
+    outcome = train_autoencoder(recipe, network, images, run, prepared.device)
+    report = None
+    if outcome.finished:
+        report = finish(network, recipe, images.source, images.kept.tolist(), prepared.held_out, outcome.step)
+    return AutoencoderResult(run, outcome, prepared.broken, report)
+
+
+def prepare(recipe: AutoencoderRecipe, *, cpu: bool = False, allow_change: Sequence[str] = ()) -> Prepared:
+    """Check a recipe and what it names; nothing is written.
+
+    Raises:
+        ConfigError, DataError: see `train_first_stage`.
     """
     if not recipe.data.path:
         raise ConfigError("data.path is not set; add data.path=FOLDER (images or a zip)")
@@ -116,24 +188,16 @@ def train_first_stage(
     recipe.require_fitting_sizes()
     if is_cache(recipe.data.path):
         raise ConfigError(f"data.path = {recipe.data.path!r} is a latent cache; an autoencoder is trained on images")
-    run = Path(recipe.out)
+    run = require_writable(recipe.out)
     changes = check_changes(run, recipe, CHANGES, allow_change)
+    device = torch.device("cpu") if cpu else default_device()
+    require_autoencoder_memory(recipe, free_memory(device))
     source = open_images(recipe.data.path, recipe.data.image_size)
     usable, unreadable = readable(source)
     kept, held_out = split(usable, recipe.data.held_out, recipe.training.seed)
-    device = torch.device("cpu") if cpu else default_device()
     network = build_autoencoder(recipe.network, recipe.data.image_size, recipe.training.seed)
-    make_folder(run)
-    if changes:
-        changes.tell()
-        changes.record()
-    write_text(run / RECIPE_FILE, to_yaml(recipe))
-    write_json(run / "environment.json", environment(device, num_processes=1))
-
     images = TrainingImages(source, seed=recipe.training.seed, flip=recipe.data.flip, kept=kept)
-    outcome = train_autoencoder(recipe, network, images, run, device)
-    report = finish(network, recipe, source, kept, held_out, outcome.step) if outcome.finished else None
-    return AutoencoderResult(run, outcome, [error.name for error in unreadable], report)
+    return Prepared(recipe, device, network, images, held_out, [error.name for error in unreadable], changes)
 
 
 def split(usable: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:

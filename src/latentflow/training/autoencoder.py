@@ -37,6 +37,7 @@ from latentflow.training.ema import EMA
 from latentflow.training.guard import FiniteGuard
 from latentflow.training.interruption import Outcome, collected_signals
 from latentflow.training.log import Clock, RunLog
+from latentflow.training.memory import require_memory
 from latentflow.training.optim import OptimizerConfig, build_optimizer
 from latentflow.training.settings import load_settings
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 AUTOENCODER_RECIPES = RECIPES / "autoencoders"
+_KEPT_BYTES = 42  # per residual block, channel and pixel, for the backward pass in float32; measured
 
 
 class _Section(BaseModel):
@@ -213,6 +215,26 @@ def build_autoencoder(config: AutoencoderNetwork, image_size: int, seed: int) ->
             torch.nn.init.zeros_(module.conv2.weight)
             torch.nn.init.zeros_(module.conv2.bias)
     return network.train()
+
+
+def require_autoencoder_memory(recipe: AutoencoderRecipe, free: int | None) -> None:
+    """Refuse an autoencoder or a batch that `free` bytes of memory cannot hold, before it is built.
+
+    Raises:
+        ConfigError: with the estimate and what would fit.
+    """
+    config, side = recipe.network, recipe.data.crop or recipe.data.image_size
+    with torch.device("meta"):
+        network = build_autoencoder(config, side, recipe.training.seed)
+    volume = sum(width * (side >> level) ** 2 for level, width in enumerate(config.channels))
+    require_memory(
+        f"an autoencoder of {len(config.channels)} levels",
+        sum(parameter.numel() for parameter in network.parameters()),
+        per_image=volume * (2 * config.layers_per_block + 1) * _KEPT_BYTES,
+        images=recipe.training.batch_size,
+        free=free,
+        key="training.batch_size",
+    )
 
 
 @dataclass(frozen=True)

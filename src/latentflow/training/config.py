@@ -1,6 +1,6 @@
 """One training run, completely described: the recipe.
 
-The resolved recipe is printed and saved in the run folder.
+What a recipe leaves open is decided before the first step and saved in the run folder.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ class DataConfig(_Section):
     )
     masks: MaskRules = Field(MaskRules(), description="Holes for inpainting; those stored in a cache go first.")
     image_size: int = Field(
-        256, ge=1, le=LARGEST_IMAGE, description="Side of the square images in pixels; a cache must agree."
+        256,
+        ge=1,
+        le=LARGEST_IMAGE,
+        description="Side of the square images in pixels; not set: that of the latent cache.",
     )
-    flip: bool = Field(True, description="Mirror images at random; a cache must hold the mirrored images.")
+    flip: bool = Field(True, description="Mirror images at random; not set: if the latent cache holds mirrored ones.")
     labels: bool = Field(True, description="Use class sub-folders as labels; false: train unconditionally.")
     num_workers: int = Field(0, ge=0, le=256, description="Processes that read images; 0 is right for a latent cache.")
 
@@ -89,9 +92,13 @@ class Recipe(_Section):
 
     description: str = Field("", description="One line, shown by `latentflow recipes`.")
     out: str = Field("", description="The run folder; empty: runs/NAME of the recipe.")
+    fit: bool = Field(
+        False, description="Fit network, batch, steps and rates that are not set to the data and the machine."
+    )
     data: DataConfig = DataConfig()
     autoencoder: str = Field(
-        "stabilityai/sd-vae-ft-mse", description="A folder, a hub id, or 'shapes', the built-in one."
+        "stabilityai/sd-vae-ft-mse",
+        description="A folder, a hub id, or 'shapes', the built-in one; not set: that of the latent cache.",
     )
     normalise: Literal["autoencoder", "per_channel"] = Field(
         "autoencoder",

@@ -1,0 +1,177 @@
+"""Network, batch, steps and rates that fit the data and the machine, for recipes that leave them open (`fit: true`).
+
+The rules, and where they come from:
+
+    network    On a CPU 64 tokens at most and 8 blocks of 256 channels (6 of 192 below 2,000 images), which two cores
+               train in about an hour. On a GPU 256 tokens at most and DiT-S below 20,000 images, DiT-B below 200,000,
+               DiT-L above, smaller where the memory is: small sets are copied by large networks sooner.
+    steps      100,000 on a GPU, where quality is reached whatever the number of images, and 4,000 on a CPU; never more
+               than 150 for each image: networks begin to reproduce their images after about 300 steps for each
+               (arXiv 2505.17638), and half of that keeps away from it.
+    batch      256 on a GPU, as in the published recipes; on a CPU 2,048 tokens; not more than there are images.
+    rate       1e-3 for the small networks of a CPU, falling as a cosine; on a GPU 5e-4, 2e-4 and 1e-4 for S, B and L.
+    average    over about 1,000 steps in runs of at most 10,000 steps, else over 10,000.
+    guidance   1.5 where labels are told and left out now and then, else 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from latentflow.networks.dit import NAMES, DiTConfig
+from latentflow.training.config import Recipe
+from latentflow.training.memory import bytes_per_image, micro_batch_that_fits, state_bytes
+
+FITTED = (
+    "network",
+    "training.steps",
+    "training.batch_size",
+    "training.micro_batch_size",
+    "training.ema_decay",
+    "training.checkpoint_every",
+    "training.preview_every",
+    "optimizer.learning_rate",
+    "optimizer.betas",
+    "optimizer.warmup_steps",
+    "optimizer.schedule",
+    "sampling.guidance",
+)
+"""Keys that are fitted where a recipe leaves them open."""
+
+_STEPS_PER_IMAGE = 150
+_GPU_SIZES = (("L", 200_000, 1e-4), ("B", 20_000, 2e-4), ("S", 0, 5e-4))  # name, images from which on, learning rate
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What is to be fitted to.
+
+    Attributes:
+        num_images: in the training data.
+        num_classes: 0 where the model is told no class.
+        side: height and width of the latents.
+        gpu: whether it is trained on a GPU.
+        memory: bytes that a process can use, None where unknown.
+        num_processes: that share a batch.
+    """
+
+    num_images: int
+    num_classes: int
+    side: int
+    gpu: bool
+    memory: int | None
+    num_processes: int = 1
+
+
+def fit(recipe: Recipe, situation: Situation) -> tuple[Recipe, list[str]]:
+    """The recipe with everything decided, and in a few lines why."""
+    network, rate = _network(situation)
+    tokens = (situation.side // network.patch_size) ** 2
+    wanted = 256 if situation.gpu else max(min(2048 // tokens, 128), 16)
+    batch = _power_of_two(min(wanted, max(situation.num_images, 1)))
+    share = -(-batch // situation.num_processes)
+    target = 100_000 if situation.gpu else 4000
+    steps = min(target, max(_STEPS_PER_IMAGE * situation.num_images, 1000))
+    if is_set(recipe, "training.steps"):
+        steps = recipe.training.steps
+    every = max(min(5000 if situation.gpu else 400, steps // 5), 1)
+    guided = situation.num_classes > 0 and recipe.conditioning.label_dropout > 0
+    micro = _that_fits(network, share, situation)
+    fitted = {
+        "network": network,
+        "training.steps": steps,
+        "training.batch_size": share * situation.num_processes,
+        "training.micro_batch_size": micro if 0 < micro < share else None,
+        "training.ema_decay": 0.9999 if steps > 10_000 else 0.999,
+        "training.checkpoint_every": every,
+        "training.preview_every": every,
+        "optimizer.learning_rate": rate,
+        "optimizer.betas": (0.9, 0.99),
+        "optimizer.warmup_steps": min(1000 if situation.gpu else 200, steps // 10),
+        "optimizer.schedule": "constant" if situation.gpu else "cosine",
+        "sampling.guidance": 1.5 if guided else 1.0,
+    }
+    open_keys = [key for key in FITTED if not is_set(recipe, key)]
+    done = with_values(recipe, {"fit": False, **{key: fitted[key] for key in open_keys}})
+    return done, _why(done, open_keys, situation, steps == target)
+
+
+def is_set(settings: BaseModel, key: str) -> bool:
+    """Whether a recipe or an override gave this key; a section counts as given when any key of it is."""
+    *path, last = key.split(".")
+    for part in path:
+        settings = getattr(settings, part)
+    return last in settings.model_fields_set
+
+
+def value_of(settings: BaseModel, key: str) -> Any:
+    """The value of a key like "training.steps"."""
+    for part in key.split("."):
+        settings = getattr(settings, part)
+    return settings
+
+
+def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """A copy with some keys set."""
+    for key, value in values.items():
+        section, dot, entry = key.partition(".")
+        new = getattr(recipe, section).model_copy(update={entry: value}) if dot else value
+        recipe = recipe.model_copy(update={section: new})
+    return recipe
+
+
+def _network(situation: Situation) -> tuple[DiTConfig, float]:
+    """The network and its learning rate."""
+    if not situation.gpu:
+        small = situation.num_images < 2000
+        shape = {"depth": 6, "hidden_size": 192} if small else {"depth": 8, "hidden_size": 256}
+        patch = _patch(situation.side, most_tokens=64, least=2)
+        return DiTConfig(**shape, num_heads=shape["hidden_size"] // 64, patch_size=patch, variant="modern"), 1e-3
+    patch = _patch(situation.side, most_tokens=256, least=1)
+    sizes = [(f"DiT-{size}", from_images, rate) for size, from_images, rate in _GPU_SIZES]
+    networks = [(_named(name, patch), rate) for name, from_images, rate in sizes if situation.num_images >= from_images]
+    held = (one for one in networks if _that_fits(one[0], 16, situation) == 16)
+    return next(held, networks[-1])
+
+
+def _named(name: str, patch: int) -> DiTConfig:
+    """A published size with any patch."""
+    published = f"{name}/{patch}"
+    if published in NAMES:
+        return DiTConfig(name=published, variant="modern")
+    return DiTConfig(**{**NAMES[f"{name}/1"], "patch_size": patch}, variant="modern")
+
+
+def _patch(side: int, *, most_tokens: int, least: int) -> int:
+    """The smallest patch that leaves few enough tokens; 1 where the side has no such part."""
+    patches = [p for p in range(least, side // 2 + 1) if side % p == 0 and (side // p) ** 2 <= most_tokens]
+    return patches[0] if patches else 1
+
+
+def _that_fits(network: DiTConfig, share: int, situation: Situation) -> int:
+    """How many of `share` images the memory holds at a time."""
+    num_parameters = 18 * network.depth * network.hidden_size**2  # 12 in attention and MLP, 6 in the modulation
+    per_image = bytes_per_image(network, situation.side, half=situation.gpu)
+    return micro_batch_that_fits(state_bytes(num_parameters), per_image, share, situation.memory)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number.bit_length() - 1)
+
+
+def _why(recipe: Recipe, open_keys: list[str], situation: Situation, whole: bool) -> list[str]:
+    machine = "a GPU" if situation.gpu else "a CPU"
+    lines = []
+    if "network" in open_keys:
+        size = f"{recipe.network.depth} blocks of {recipe.network.hidden_size}, patch {recipe.network.patch_size}"
+        lines.append(f"network: {size}, for {situation.num_images:,} images on {machine}")
+    if "training.steps" in open_keys:
+        reason = f"usual on {machine}" if whole else f"{_STEPS_PER_IMAGE} per image; more would teach it to copy them"
+        lines.append(f"steps: {recipe.training.steps:,}, {reason}")
+    if recipe.training.micro_batch_size and "training.micro_batch_size" in open_keys:
+        lines.append(f"images at a time: {recipe.training.micro_batch_size}, which the memory holds")
+    return lines

@@ -1,0 +1,130 @@
+"""What a recipe leaves open is fitted to data and machine, by rules that are the same everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from latentflow.training.config import Recipe, load_recipe
+from latentflow.training.fitting import FITTED, Situation, fit, is_set, value_of, with_values
+from latentflow.training.memory import bytes_per_image, micro_batch_that_fits, state_bytes
+from latentflow.training.settings import keys_of
+
+GIB = 2**30
+GPU = Situation(num_images=10_000, num_classes=10, side=32, gpu=True, memory=80 * GIB)
+CPU = Situation(num_images=10_000, num_classes=10, side=32, gpu=False, memory=16 * GIB)
+
+
+def fitted(situation: Situation, *overrides: str, **changes) -> Recipe:
+    recipe, _ = fit(load_recipe("own_images", overrides), dataclasses.replace(situation, **changes))
+    return recipe
+
+
+def test_the_keys_exist():
+    assert set(FITTED) <= set(keys_of(Recipe()))
+
+
+@pytest.mark.parametrize(
+    ("num_images", "name"),
+    [(50, "DiT-S/2"), (19_999, "DiT-S/2"), (20_000, "DiT-B/2"), (199_999, "DiT-B/2"), (1_000_000, "DiT-L/2")],
+)
+def test_networks_on_a_gpu(num_images, name):
+    assert fitted(GPU, num_images=num_images).network.name == name
+
+
+@pytest.mark.parametrize(
+    ("memory", "name"), [(80 * GIB, "DiT-L/2"), (12 * GIB, "DiT-B/2"), (4 * GIB, "DiT-S/2"), (1, "DiT-S/2")]
+)
+def test_a_smaller_network_where_memory_is_short(memory, name):
+    assert fitted(GPU, num_images=1_000_000, memory=memory).network.name == name
+
+
+@pytest.mark.parametrize(("num_images", "size"), [(5, (6, 192)), (1999, (6, 192)), (2000, (8, 256)), (10**6, (8, 256))])
+def test_networks_on_a_cpu(num_images, size):
+    network = fitted(CPU, num_images=num_images).network
+    assert (network.depth, network.hidden_size) == size
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("side", [*range(1, 66), 96, 128, 256])
+def test_every_size_of_latents_has_a_patch(gpu, side):
+    recipe = fitted(GPU if gpu else CPU, side=side)
+    assert side % recipe.network.patch_size == 0
+    tokens = (side // recipe.network.patch_size) ** 2
+    assert tokens > 1 or side == 1
+    if side in (8, 16, 28, 32, 64, 96, 128, 256):
+        assert tokens <= (256 if gpu else 64)
+
+
+@pytest.mark.parametrize(("num_images", "steps"), [(3, 1000), (100, 15_000), (600, 90_000), (10_000, 100_000)])
+def test_steps_stop_before_images_are_copied(num_images, steps):
+    recipe = fitted(GPU, num_images=num_images)
+    assert recipe.training.steps == steps
+    assert recipe.training.checkpoint_every <= steps
+    assert recipe.optimizer.warmup_steps <= steps // 10
+    assert recipe.training.ema_decay == (0.9999 if steps > 10_000 else 0.999)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_images", [1, 2, 5, 100, 10_000])
+def test_a_batch_is_shared_evenly(num_images, num_processes):
+    training = fitted(GPU, num_images=num_images, num_processes=num_processes).training
+    assert training.batch_size % num_processes == 0
+    assert training.batch_size <= max(num_images, num_processes) + num_processes
+    share = training.batch_size // num_processes
+    assert share % (training.micro_batch_size or share) == 0
+
+
+def test_fewer_images_at_a_time_where_memory_is_short():
+    assert fitted(GPU).training.micro_batch_size is None
+    training = fitted(GPU, memory=6 * GIB).training
+    assert training.batch_size == 256
+    assert training.micro_batch_size in (16, 32, 64, 128)
+
+
+def test_guidance_only_where_labels_are_told_and_left_out():
+    assert fitted(GPU).sampling.guidance == 1.5
+    assert fitted(GPU, num_classes=0).sampling.guidance == 1
+    assert fitted(GPU, "conditioning.label_dropout=0").sampling.guidance == 1
+
+
+def test_what_is_set_stays():
+    given = ("network.name=DiT-B/4", "training.steps=7", "optimizer.learning_rate=1e-5", "sampling.guidance=3")
+    recipe = fitted(CPU, *given)
+    assert (recipe.network.name, recipe.training.steps) == ("DiT-B/4", 7)
+    assert (recipe.optimizer.learning_rate, recipe.sampling.guidance) == (1e-5, 3)
+    assert recipe.optimizer.warmup_steps == 0  # of seven steps
+    assert not recipe.fit
+
+
+def test_reasons_are_few_and_true():
+    recipe, why = fit(load_recipe("own_images"), dataclasses.replace(GPU, num_images=100))
+    assert any(f"{recipe.training.steps:,}" in line and "copy" in line for line in why)
+    assert len(why) <= 3
+    assert fit(load_recipe("own_images", ["network.name=DiT-S/2", "training.steps=5"]), GPU)[1] == []
+
+
+def test_values_by_key():
+    recipe = with_values(Recipe(), {"training.steps": 3, "fit": True})
+    assert value_of(recipe, "training.steps") == 3
+    assert is_set(recipe, "training.steps")
+    assert is_set(recipe, "fit")
+    assert not is_set(recipe, "training.seed")
+    assert not is_set(recipe, "optimizer.learning_rate")
+
+
+@pytest.mark.parametrize(
+    ("memory", "fits"),
+    [(None, 12), (10**9, 12), (0, 0), (1223, 1), (1334, 2), (1445, 3), (1556, 4), (1778, 6), (2445, 12), (2444, 6)],
+)
+def test_parts_that_memory_holds(memory, fits):
+    """1,000 bytes and 100 for each image; a tenth of the memory is left."""
+    assert micro_batch_that_fits(1000, 100, 12, memory) == fits
+
+
+def test_estimates_agree_with_what_was_measured():
+    """DiT-S/2 modern, batch 256 in bf16 on a GPU: 21.2 GiB with weights, gradients and moments."""
+    network = fitted(GPU).network
+    total = state_bytes(33_000_000) + 256 * bytes_per_image(network, 32, half=True)
+    assert total / GIB == pytest.approx(21.2, rel=0.1)
