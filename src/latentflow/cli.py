@@ -523,17 +523,19 @@ def sweep(
         ),
     ] = None,
     margin: Annotated[
-        float, typer.Option(help="A difference that does not matter, as a share of the best distance.")
-    ] = 0.01,
-    write: Annotated[bool, typer.Option("--write", help="Make the best preset that of the model.")] = False,
+        float, typer.Option(help="A difference of distances that does not matter, as a share of the other's.")
+    ] = 0.1,
+    write: Annotated[
+        bool, typer.Option("--write", help="Make the best preset that of the model; nothing where it is undecided.")
+    ] = False,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure quality against cost, and name the best sampling preset. Repeat the command to go on."""
+    """Measure quality against cost, and name the best sampling preset if the numbers show one. Repeat it to go on."""
     from latentflow.commands.sweep import sweep as run
-    from latentflow.commands.sweep_page import HEADER, rows, summary
+    from latentflow.commands.sweep_page import HEADER, rows, summary, verdict
 
     given = {
         "solvers": _names(solvers),
@@ -566,7 +568,11 @@ def sweep(
         table.add_row(*map(escape, row), style="bold" if row[0] == result.best else None)
     Console().print(table)
     name = "new preset" if result.written else "best preset"
-    presets = {"old preset": _preset_line(result.old), name: _preset_line(result.new)}
+    presets = {
+        "old preset": _preset_line(result.old),
+        name: "undecided" if result.new is None else _preset_line(result.new),
+        "verdict": " ".join(verdict(result)),
+    }
     _report({**presets, "page": str(out / "page.html"), "seconds": round(result.seconds, 1)}, as_json)
     for note in [*result.notes, *(f"{name} could not be measured: {why}" for name, why in result.failed.items())]:
         say(note)

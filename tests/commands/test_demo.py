@@ -255,8 +255,8 @@ def test_a_lost_stage_is_done_again_with_all_that_follow(made, tmp_path, kl_fold
 
 def test_other_settings_are_refused(made, kl_folder):
     out = made[0]
-    with pytest.raises(ConfigError, match=r"training\.steps: 4, now 5.*choose another --out"):
-        demo(out, scale=SCALE, overrides=[*overrides(kl_folder), "training.steps=5"])
+    with pytest.raises(ConfigError, match=r'times\.distribution: "logit_normal", now "uniform".*choose another --out'):
+        demo(out, scale=SCALE, overrides=[*overrides(kl_folder), "times.distribution=uniform"])
     with pytest.raises(ConfigError, match=r"scale\.num_judged: 25, now 26"):
         demo(out, scale=SCALE.model_copy(update={"num_judged": 26}), overrides=overrides(kl_folder))
 

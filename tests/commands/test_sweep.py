@@ -17,12 +17,15 @@ from latentflow.commands import sweep_rounds
 from latentflow.commands.sweep import sweep
 from latentflow.commands.sweep_rounds import Candidates, SweepPlan, measure_rounds
 from latentflow.commands.sweep_rules import (
+    Ceiling,
     Point,
     affordable,
+    cheapest_as_good,
     combinations,
-    knee,
+    images_needed,
     marks,
     round_sizes,
+    with_more,
     worth_keeping,
 )
 from latentflow.data.images import open_images
@@ -158,7 +161,7 @@ def test_as_many_are_kept_as_can_be_paid_for():
     assert names(affordable(rising[:1], 2, 4, price)) == "a"
 
 
-# Marks and the knee
+# Marks, and what is named
 
 
 def test_front_without_noise_is_that_of_pareto():
@@ -178,29 +181,98 @@ def test_what_two_candidates_have_in_common_is_no_noise():
     cheap = Point("cheap", 4, 10.0, tuple(shared))
     good = Point("good", 8, 9.9, tuple(x - 0.1 for x in shared))
     assert cheap.standard_error == 1.0
-    gap, standard_error = cheap.worse_by(good)
-    assert (round(gap, 12), round(standard_error, 12)) == (0.1, 0.0)
+    gap = cheap.worse_by(good)
+    assert (round(gap.estimate, 12), round(gap.standard_error, 12)) == (0.1, 0.0)
     assert marks([cheap, good]) == {"cheap": "front", "good": "front"}
 
 
-def test_knee_is_the_cheapest_that_is_as_good_as_the_best():
-    falling = [(4, 10.0), (8, 5.0), (16, 4.04), (32, 4.0)]
-    assert knee(points(*falling), 0.0).name == "d"
-    assert knee(points(*falling), 0.011).name == "c"  # 0.04 of 4 does not matter
-    assert knee(points(*falling, noise=0.5), 0.0).name == "c"  # nor is it more than chance
-    assert knee(points((8, 3.0), (4, 3.0)), 0.0).name == "b"
+def drawn(
+    name: str, evaluations: float, distance: float, own_noise: float, wrong: int = 0, num: int = 1000, seed: int = 0
+) -> Point:
+    """A candidate whose distance has, beside what all have in common, noise of its own; its first images are wrong."""
+    shared = torch.randn(100, generator=torch.Generator().manual_seed(99))
+    own = torch.randn(100, generator=torch.Generator().manual_seed(seed))
+    resamples = tuple((distance + 0.1 * shared + own_noise * own).tolist())
+    return Point(name, evaluations, distance, resamples, (False,) * wrong + (True,) * (num - wrong))
 
 
-def test_knee_is_nothing_that_measured_worse_than_something_cheaper():
-    good = Point("good", 32, 4.0, (4.5, 3.5))
-    sure, vague, better = (
-        Point("sure", 4, 5.0, (5.5, 4.5)),
-        Point("vague", 8, 6.0, (4.0, 8.0)),
-        Point("better", 16, 4.5, (4.0, 5.0)),
-    )
-    assert not vague.surely_worse_than(good)
-    assert sure.surely_worse_than(good)
-    assert knee([good, sure, vague, better], 0.0).name == "better"
+def best_of(points: list[Point], num: int = 1000, margin: float = 0.1, ceiling: Ceiling | None = None) -> str | None:
+    return cheapest_as_good(points, num, images_needed(points, num, margin, ceiling))
+
+
+def test_the_cheapest_that_is_shown_to_be_as_good_is_named():
+    falling = [drawn("a", 4, 2.0, 1e-3), drawn("b", 8, 1.03, 1e-3, seed=1), drawn("c", 16, 1.0, 1e-3, seed=2)]
+    assert best_of(falling) == "b"  # 3 % are within the margin, and the noise in common does not count
+    assert best_of(falling, margin=0.01) == "c"
+
+
+def test_what_is_only_not_shown_to_be_worse_is_not_called_as_good():
+    """The cheap one measures better, by a chance that the expensive ones share in part only."""
+    vague = [drawn("a", 4, 0.98, 0.2), drawn("b", 8, 1.0, 0.2, seed=1), drawn("c", 16, 1.02, 0.2, seed=2)]
+    assert best_of(vague) is None
+    needed = images_needed(vague, 1000, 0.1)
+    assert 10_000 < min(needed.values()) < 100_000  # (3 x 0.28 / 0.12)^2 of 1000
+
+
+def test_images_needed_are_those_that_decide():
+    """Standard errors fall with the root of the number of images."""
+    few = [drawn("a", 4, 1.0, 0.1), drawn("b", 8, 1.01, 0.1, seed=1)]
+    needed = images_needed(few, 400, 0.1)["a"]
+    assert needed > 400
+    for factor, named in ((1.05, True), (0.95, False)):
+        noise = 0.1 * (400 / (factor * needed)) ** 0.5
+        more = [drawn("a", 4, 1.0, noise), drawn("b", 8, 1.01, noise, seed=1)]
+        assert (best_of(more, num=int(factor * needed)) == "a") is named
+
+
+def test_pictures_of_something_else_are_not_made_good_by_their_distance():
+    ceiling = Ceiling(0.95, 2000)
+    mush = drawn("mush", 4, 0.5, 1e-3, wrong=300)
+    right = drawn("right", 16, 1.0, 1e-3, wrong=50, seed=1)
+    assert best_of([mush, right]) == "mush"
+    assert best_of([mush, right], ceiling=ceiling) == "right"
+
+
+def test_more_accuracy_than_real_images_have_is_no_merit():
+    ceiling = Ceiling(0.90, 5000)
+    plain = drawn("plain", 16, 2.0, 1e-3, wrong=0)
+    like_real = drawn("like real", 16, 1.0, 1e-3, wrong=80, seed=1)
+    assert best_of([plain, like_real], ceiling=ceiling) == "like real"
+    assert best_of([plain, like_real], ceiling=Ceiling(1.0, 5000)) == "plain"
+
+
+def test_few_images_decide_nothing():
+    same = [drawn("a", 4, 1.0, 0.0, num=60), drawn("b", 8, 1.0, 0.0, num=60)]
+    assert best_of(same, num=60) is None
+    agreeing = [drawn("a", 4, 1.0, 0.0, wrong=30, num=110), drawn("b", 8, 1.0, 0.0, wrong=30, num=110)]
+    assert best_of(agreeing, num=110) == "a"
+    assert best_of(agreeing, num=110, ceiling=Ceiling(0.9, 50)) is None  # 2 points may well lie between them
+    assert best_of([drawn("only", 4, 1.0, 0.5)]) == "only"
+
+
+def test_of_equal_presets_a_worse_one_is_seldom_named():
+    """Twenty sweeps of four presets, of which the cheapest is worse by just more than the margin."""
+    wrongly = 0
+    for run in range(20):
+        generator = torch.Generator().manual_seed(run)
+        made = []
+        for place, truth in enumerate((1.12, 1.0, 1.0, 1.0)):
+            estimate = truth + 0.02 * torch.randn((), generator=generator).item()
+            made.append(drawn("abcd"[place], 4 + place, estimate, 0.02, seed=100 * run + place))
+        wrongly += best_of(made) == "a"
+    assert wrongly <= 1
+
+
+def test_more_rounds_double():
+    assert with_more([125, 250], 1000) == [125, 250, 500, 1000]
+    assert with_more([1000], 1500) == [1000, 1500]
+    assert with_more([1000], 1000) == [1000]
+
+
+def test_the_most_accurate_is_kept_as_long_as_there_is_room():
+    made = [drawn("a", 4, 3.0, 0, 90), drawn("b", 8, 1.0, 0, 80), drawn("c", 16, 2.0, 0, 5), drawn("d", 32, 1.5, 0, 70)]
+    assert names(worth_keeping(made, 3)) == "abc"
+    assert names(worth_keeping(made, 2)) == "bc"
 
 
 # Measuring
@@ -273,7 +345,7 @@ def test_without_a_budget_all_are_measured_once(fake):
 
 
 def test_later_rounds_draw_only_what_is_new_and_score_all(fake, tmp_path):
-    rounds, calls, candidates = fake([2, 4, 8, 16], [4, 8])
+    rounds, calls, candidates = fake([2, 4, 8, 16], [4, 8], budget=1e6)
     assert [sorted(one.measured) for one in rounds] == [
         ["euler-16", "euler-2", "euler-4", "euler-8"],
         ["euler-16", "euler-2"],
@@ -316,9 +388,9 @@ def test_a_budget_takes_fewer_into_the_next_round_or_none(fake):
     rounds, calls, _ = fake(steps, [10, 20], budget=10 * (2 + 64))
     assert [sorted(one.measured) for one in rounds][1] == ["euler-2", "euler-64"]
     assert len(calls) == 2
-    rounds, calls, _ = fake(steps, [10, 20])
-    assert len(rounds[1].measured) == 3
-    assert len(calls) == 1
+    rounds, calls, _ = fake(steps, [10, 20])  # and without one all take part
+    assert len(rounds[1].measured) == 6
+    assert len(calls) == 4
 
 
 def test_a_candidate_that_fails_is_left_out_and_not_tried_again(fake):
@@ -390,7 +462,6 @@ def test_distances_are_those_of_the_images(small, models, images):
 def test_a_sweep_writes_json_picture_and_a_page_without_links(command, tmp_path):
     result = command("classes", "--guidance", "1,2", "--intervals", "0:1,0.1:0.6")
     assert result.code == 0, result.err
-    assert "BEST" in result.out
     assert "singular covariance" in result.err
     out = tmp_path / "out"
     found = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
@@ -424,7 +495,7 @@ def test_halving_under_a_budget(small, tmp_path):
     assert [one.num for one in result.rounds] == [32, 64]
     assert [len(one.measured) for one in result.rounds] == [8, 4]
     assert result.final is result.rounds[1]
-    assert result.best in result.final.measured
+    assert result.best is None  # 64 images
     page = (tmp_path / "out" / "page.html").read_text(encoding="utf-8")
     assert "32 images each, 8 presets" in page
 
@@ -439,10 +510,52 @@ def test_a_spent_budget_is_told_and_nothing_is_written_to_the_model(command, mod
 
 def test_other_settings_do_not_mix(command, tmp_path):
     assert command().code == 0
-    result = command("classes", "--num", "9")
+    result = command("classes", "--num", "7")
     assert result.code == 2
-    assert "holds a sweep with other settings (sizes: [8], now [9])" in result.err
+    assert "holds a sweep with other settings (sizes: [8], now [7])" in result.err
+    result = command("classes", "--num", "8", "--seed", "3", "--batch-size", "2", "--steps", "1,2,3")
+    assert "batch_size: 32, now 2" in result.err
+    assert "and 4 more" in result.err
     assert command("nothing").code == 2
+
+
+def test_an_undecided_sweep_writes_nothing_and_says_so_everywhere(command, deterministic, tmp_path):
+    folder = tmp_path / "model"
+    tiny.model(deterministic).save_pretrained(folder)
+    before = tiny.tree(folder)
+    for args, said in ((("--write",), True), ((), False)):
+        result = command(folder, *args)
+        assert result.code == 0, result.err
+        out = " ".join(result.out.split())
+        assert "best preset undecided" in out
+        assert "BEST" not in out
+        assert ("Nothing was written" in out) is said
+        found = json.loads((tmp_path / "out" / "sweep.json").read_text(encoding="utf-8"))
+        assert (found["decided"], found["best"], found["new_preset"], found["written"]) == (False, None, None, False)
+        assert ("Nothing was written: the model keeps its preset." in found["verdict"]) is said
+        page = (tmp_path / "out" / "page.html").read_text(encoding="utf-8")
+        assert ("Nothing was written" in page) is said
+        assert "No best preset yet" in page
+        assert "--write" not in page
+    assert tiny.tree(folder) == before
+
+
+def test_what_is_advised_decides(command, models, tmp_path):
+    """Eight images decide nothing; the number that is advised, in the same folder, does."""
+    out = command("classes", "--budget", "1000").out
+    advised = re.search(r"repeat the command with (--num \d+) (--budget \d+) to go on", " ".join(out.split()))
+    assert advised, out
+    before = [file.read_bytes() for file in sorted((tmp_path / "out" / "candidates").glob("*.safetensors"))]
+    result = command("classes", *advised[1].split(), *advised[2].split())
+    assert result.code == 0, result.err
+    assert "is the cheapest preset that is as good as any other" in " ".join(result.out.split())
+    found = json.loads((tmp_path / "out" / "sweep.json").read_text(encoding="utf-8"))
+    assert found["decided"]
+    assert found["best"] in {candidate["name"] for candidate in found["candidates"]}
+    assert found["num"] > 8
+    assert len(before) == 2
+    page = (tmp_path / "out" / "page.html").read_text(encoding="utf-8")
+    assert "repeat the command with --write" in page
 
 
 def test_write_changes_the_preset_and_nothing_else(command, deterministic, tmp_path):

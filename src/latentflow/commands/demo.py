@@ -36,7 +36,7 @@ from latentflow.sampling.pipeline import Samples, draw, join_samples
 from latentflow.sampling.request import make_request
 from latentflow.training.config import load_recipe
 from latentflow.training.log import read_metrics
-from latentflow.training.settings import differences
+from latentflow.training.settings import differences, is_within, told
 
 _BATCH = 64
 _MASK_VARIANTS = 1  # a hole for each image: encoding them anew in each step would cost more than the step
@@ -99,9 +99,10 @@ def _earlier_figures(out: Path, plan: DemoFigures) -> DemoFigures:
         found = DemoFigures.model_validate(read_json(file))
     except (ValidationError, ConfigError) as error:
         raise ArtifactError(f"{file} is not the record of a demo of this version; choose another --out") from error
-    changed = differences(found, plan, free=[stage.name for stage in STAGES])
+    done = [stage.name for stage in STAGES]
+    changed = {key: values for key, values in differences(found, plan).items() if not is_within(key, done)}
     if changed:
-        raise ConfigError(f"{out} holds a demo with other settings ({'; '.join(changed)}); choose another --out")
+        raise ConfigError(f"{out} holds a demo with other settings ({told(changed)}); choose another --out")
     return found
 
 

@@ -7,25 +7,35 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 
 from latentflow.artifacts import make_folder, read_json, require_writable, sha256_file, write_json, write_text
 from latentflow.commands.drawn_set import draw_set
-from latentflow.commands.reference import open_reference, reference_features
+from latentflow.commands.reference import RealFeatures, RealImages, open_reference, reference_features
 from latentflow.commands.sweep_page import SweepResult, summary, sweep_page, sweep_picture
 from latentflow.commands.sweep_rounds import Candidates, Round, SweepPlan, measure_rounds
-from latentflow.commands.sweep_rules import combinations, knee, marks, round_sizes
+from latentflow.commands.sweep_rules import (
+    Ceiling,
+    cheapest_as_good,
+    combinations,
+    images_needed,
+    marks,
+    round_sizes,
+    with_more,
+)
 from latentflow.data.latent_cache import is_cache
 from latentflow.errors import ArtifactError, ConfigError, DataError, NonFiniteError
 from latentflow.hub import CARD_FILE
 from latentflow.latent_flow import CONFIG_FILE, WEIGHTS_FILE, LatentFlow, find_model, read_config
+from latentflow.metrics.class_judge import ClassJudge
 from latentflow.metrics.features import open_features
 from latentflow.metrics.scores import require_enough
 from latentflow.model_card import model_card
 from latentflow.model_config import SamplingPreset
 from latentflow.progress import image_progress
 from latentflow.sampling.request import make_request
-from latentflow.training.settings import differences
+from latentflow.training.settings import differences, told
 
 SOLVERS = ("euler", "heun", "ab2", "dopri5")
 STEPS = (4, 8, 16, 32)
@@ -33,8 +43,8 @@ TOLERANCES = (1e-2, 1e-3)
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)
 """What is compared unless the user says otherwise; of the guidance scales 1 alone where a model cannot be guided."""
 
-MARGIN = 0.01
-"""A difference that does not matter, as a share of the best distance."""
+MARGIN = 0.1
+"""A difference of distances that does not matter, as a share of the other's."""
 
 _PLAN_FILE, _REFERENCE_FILE, _CANDIDATES = "plan.json", "reference.safetensors", "candidates"
 
@@ -60,11 +70,14 @@ def sweep(
     write: bool = False,
     device: str | None = None,
 ) -> SweepResult:
-    """Measure quality against cost for every combination of settings, and name the best preset.
+    """Measure quality against cost for every combination of settings, and name the best preset if the numbers show it.
 
-    All candidates draw the same seeds and classes. With a budget the rounds are those of successive halving: all
-    candidates with few images, those that tell most with twice as many, and so on; distances are compared within a
-    round only. Repeat the call to go on: what was measured is kept in `out`, and costs nothing of a budget.
+    All candidates draw the same seeds and classes. The best is the cheapest that is shown to be as good as any other
+    of the last complete round; see `sweep_rules.images_needed`. Where none is, the result is undecided.
+
+    With a budget the rounds are those of successive halving: all candidates with few images, those that tell most with
+    twice as many, and so on; distances are compared within a round only. Repeat the call to go on: what was measured
+    is kept in `out`, and costs nothing of a budget.
 
     Args:
         data: images as for `encode`, or a file of reference statistics.
@@ -73,12 +86,11 @@ def sweep(
         tolerances: of adaptive solvers, in place of steps and shifts.
         guidances: None: `GUIDANCES`, or 1 alone where the model cannot be guided by its classes.
         intervals: times between which guidance acts.
-        num: images per candidate, in the last round.
+        num: images per candidate, in the last round. A sweep in `out` of fewer goes on to as many.
         budget: seconds after which nothing more is begun, the reference not counted; None: every candidate is measured
             with `num` images.
-        margin: see `knee`.
-        write: make the best preset that of the model; not done where the budget left candidates unmeasured in the
-            first round.
+        margin: a difference of distances that does not matter, as a share of the other's.
+        write: make the best preset that of the model; not done where none is named.
 
     Raises:
         ArtifactError, ConfigError, DataError: something does not exist, does not fit, or cannot be written.
@@ -124,17 +136,18 @@ def sweep(
         sizes=[num] if budget is None else round_sizes(num, len(candidates)),
         candidates=candidates,
     )
-    _claim(out, plan)
+    plan = _claim(out, plan)
     with image_progress("reference", real.num_images, enabled=real.stored is None) as on_images:
         reference = reference_features(
             real, extractor, file=out / _REFERENCE_FILE, batch_size=batch_size, on_images=on_images
         )
     statistics = reference.statistics.to(flow.device) if flow.device.type == "cuda" else reference.statistics
-    began = time.perf_counter()
     # dealt out in turn, few images would show the first of many classes alone
     labels = "balanced" if plan.sizes[0] >= 4 * config.conditioning.num_classes else "uniform"
     draw = partial(draw_set, flow, extractor, labels=labels, batch_size=batch_size)
-    measured = Candidates(out / _CANDIDATES, plan, draw, statistics)
+    judge, unjudged = _class_judge(flow, real, reference)
+    measured = Candidates(out / _CANDIDATES, plan, draw, statistics, judge)
+    began = time.perf_counter()
     rounds = measure_rounds(measured, budget)
     failed = {name: record.failed for name, record in measured.kept.items() if record.failed}
     if not rounds and failed:
@@ -142,7 +155,9 @@ def sweep(
     if not rounds:
         raise ConfigError(f"the budget of {budget:g} s was spent before a candidate was measured; give more")
     final = ([one for one in rounds if not one.missing] or rounds)[-1]
-    best = knee(final.points, margin).name
+    ceiling = Ceiling(judge.accuracy, judge.num_held_out) if judge else None
+    needed = images_needed(final.points, final.num, margin, ceiling)
+    best = None if final.missing else cheapest_as_good(final.points, final.num, needed)
     result = SweepResult(
         out=out,
         model=str(model),
@@ -150,13 +165,19 @@ def sweep(
         rounds=rounds,
         final=final,
         marks=marks(final.points),
+        needed=needed,
+        margin=margin,
+        ceiling=ceiling,
+        last_size=plan.sizes[-1],
+        budget=budget,
+        seconds_per_image=sum(measured.kept[name].seconds_per_image for name in final.measured),
         best=best,
         old=config.sampling,
-        new=config.sampling.model_copy(update=candidates[best]),
-        written=write and not final.missing,
+        new=None if best is None else config.sampling.model_copy(update=candidates[best]),
+        asked_to_write=write,
         presets=candidates,
         failed=failed,
-        notes=[*reference.notes, *_notes(rounds, final, plan, extractor.dim, budget)],
+        notes=[*reference.notes, *unjudged, *_notes(rounds, final, plan, extractor.dim, budget)],
         seconds=time.perf_counter() - began,
     )
     if result.written:
@@ -196,8 +217,25 @@ def _notes(result_of: Sequence[Round], final: Round, plan: SweepPlan, dim: int, 
     return notes
 
 
-def _claim(out: Path, plan: SweepPlan) -> None:
-    """Make `out` the folder of this plan.
+def _class_judge(flow: LatentFlow, real: RealImages, reference: RealFeatures) -> tuple[ClassJudge | None, list[str]]:
+    """What judges the classes of images, or none and why there is none."""
+    known = flow.config.conditioning.class_names
+    if not known:
+        return None, []
+    alone = "no class accuracy is measured, and the distance alone decides"
+    if real.source is None or not real.source.class_names:
+        return None, [f"{real.data} holds no labelled images: {alone}"]
+    if sorted(real.source.class_names) != sorted(known):
+        return None, [f"{real.data} has other classes than the model: {alone}"]
+    place = torch.tensor([known.index(name) for name in real.source.class_names])
+    try:
+        return ClassJudge(reference.features, place[reference.labels], len(known)), []
+    except DataError as error:
+        return None, [f"{error}; {alone}"]
+
+
+def _claim(out: Path, plan: SweepPlan) -> SweepPlan:
+    """Make `out` the folder of this plan, or of the plan there with rounds of more images where `plan` asks for them.
 
     Raises:
         ConfigError: it holds another sweep, or something else.
@@ -208,16 +246,20 @@ def _claim(out: Path, plan: SweepPlan) -> None:
             other = SweepPlan.model_validate(read_json(file))
         except ValidationError as error:
             raise ArtifactError(f"{file} is damaged or of another version; choose another --out") from error
-        if changed := differences(other, plan):
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise ConfigError(
-                f"{out} holds a sweep with other settings ({'; '.join(changed[:3])}{more}); choose another --out"
-            )
-        return
+        if goes_on := plan.sizes[-1] >= other.sizes[-1]:
+            plan = plan.model_copy(update={"sizes": with_more(other.sizes, plan.sizes[-1])})
+        changed = differences(other.model_copy(update={"sizes": plan.sizes}) if goes_on else other, plan)
+        if changed:
+            shown, more = dict(list(changed.items())[:3]), f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise ConfigError(f"{out} holds a sweep with other settings ({told(shown)}{more}); choose another --out")
+        if plan != other:
+            write_json(file, plan.model_dump(mode="json"))
+        return plan
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty, and no sweep; choose another --out")
     make_folder(out / _CANDIDATES)
     write_json(file, plan.model_dump(mode="json"))
+    return plan
 
 
 def _require_numbers(num: int, budget: float | None, margin: float, batch_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 from latentflow.commands.report import Series, chart_file, code, details, figure, line_chart, page, paragraph, tiles
 from latentflow.commands.report import table as html_table
 from latentflow.commands.sweep_rounds import Round
-from latentflow.commands.sweep_rules import SIGMAS, Candidate, Point
+from latentflow.commands.sweep_rules import ACCURACY_MARGIN, CONFIDENCE, SIGMAS, Candidate, Ceiling, Point
 from latentflow.model_config import SamplingPreset
 
-HEADER = ("preset", "evaluations", "distance", "std error", "ms per image", "")
+HEADER = ("preset", "evaluations", "distance", "std error", "classes", "ms per image", "")
+_MOST_IMAGES = 100_000  # that anybody draws to compare presets
 _MARKS = {"front": "front", "undecided": "undecided", "beaten": ""}
 
 
@@ -28,9 +30,15 @@ class SweepResult:
         rounds: in order of their number of images.
         final: the last complete round, which everything below is about; the first one where none is complete.
         marks: by name: "front", "undecided" or "beaten"; see `sweep_rules.marks`.
-        best: name of the cheapest candidate that is as good as the best one.
+        needed: by name, of how many images each the numbers would show that a candidate is as good as any other.
+        margin: a difference of distances that does not matter, as a share of the other's.
+        ceiling: what the class judge makes of real images; None where classes are not judged.
+        last_size: images per candidate in the last round that was planned.
+        budget: seconds that were given.
+        seconds_per_image: of all candidates of the final round together, for one more image of each.
+        best: name of the cheapest candidate that is shown to be as good as any other; None: undecided.
         old, new: the model's preset, and that of `best`.
-        written: whether the model has the new preset now.
+        asked_to_write: whether the best preset was to become that of the model.
         presets: by name, what every candidate changes in the model's preset.
         failed: by name, why a candidate could not be measured.
         notes: what one should know about the figures.
@@ -43,14 +51,67 @@ class SweepResult:
     rounds: list[Round]
     final: Round
     marks: dict[str, str]
-    best: str
+    needed: dict[str, float]
+    margin: float
+    ceiling: Ceiling | None
+    last_size: int
+    budget: float | None
+    seconds_per_image: float
+    best: str | None
     old: SamplingPreset
-    new: SamplingPreset
-    written: bool
+    new: SamplingPreset | None
+    asked_to_write: bool
     presets: dict[str, Candidate]
     failed: dict[str, str]
     notes: list[str]
     seconds: float
+
+    @property
+    def written(self) -> bool:
+        """Whether the model has the new preset now."""
+        return self.asked_to_write and self.best is not None
+
+
+def verdict(result: SweepResult) -> list[str]:
+    """What the sweep found, in sentences; where it is undecided, also what would decide it."""
+    margins = f"a distance larger by more than {100 * result.margin:g} %"
+    if result.ceiling:
+        margins = f"class accuracy lower by more than {100 * ACCURACY_MARGIN:g} points, or {margins} at equal accuracy"
+    basis = f"{result.final.num:,} images each of {len(result.final.measured)} presets, the same seeds for all"
+    if result.best is not None:
+        return [
+            f"{result.best} is the cheapest preset that is as good as any other: none beats it by {margins} "
+            f"({100 * CONFIDENCE:g} % confidence; {basis}).",
+            *(["It is the preset of the model now."] if result.written else []),
+        ]
+    return [
+        f"Undecided: no preset is shown to be as good as all others ({basis}); worse means {margins}, at "
+        f"{100 * CONFIDENCE:g} % confidence.",
+        _would_decide(result),
+        *(["Nothing was written: the model keeps its preset."] if result.asked_to_write else []),
+    ]
+
+
+def _would_decide(result: SweepResult) -> str:
+    """What to do about an undecided result."""
+    if result.final.missing:
+        return (
+            f"{len(result.final.missing)} of {len(result.presets)} presets were not measured for lack of time: repeat "
+            "the command to go on."
+        )
+    name = min(result.needed, key=lambda one: (result.needed[one], one))
+    if math.isinf(result.needed[name]):
+        return "No number of images would decide it: give a larger --margin."
+    digits = 10 ** (len(str(math.ceil(result.needed[name]))) - 2)
+    num = math.ceil(result.needed[name] / digits) * digits
+    seconds = math.ceil(1.5 * (num - result.final.num) * result.seconds_per_image)
+    text = f"About {num:,} images each would decide it, {name} being the closest to it"
+    if num > _MOST_IMAGES:
+        return f"{text}: too close to tell apart in practice; give a larger --margin, or fewer presets."
+    options = [f"--num {num}"] if num > result.last_size else []
+    options += [f"--budget {seconds}"] if result.budget is not None else []
+    how = f" with {' '.join(options)}" if options else ""
+    return f"{text}: repeat the command{how} to go on; it takes some {max(round(seconds / 60), 1):,} minutes."
 
 
 def summary(result: SweepResult) -> dict[str, Any]:
@@ -59,9 +120,15 @@ def summary(result: SweepResult) -> dict[str, Any]:
         "model": result.model,
         "distance": result.label,
         "num": result.final.num,
+        "decided": result.best is not None,
         "best": result.best,
+        "verdict": " ".join(verdict(result)),
+        "confidence": CONFIDENCE,
+        "margin": result.margin,
+        "accuracy_margin": ACCURACY_MARGIN if result.ceiling else None,
+        "real_accuracy": result.ceiling.accuracy if result.ceiling else None,
         "old_preset": result.old.model_dump(mode="json"),
-        "new_preset": result.new.model_dump(mode="json"),
+        "new_preset": None if result.new is None else result.new.model_dump(mode="json"),
         "written": result.written,
         "candidates": [
             {
@@ -70,6 +137,10 @@ def summary(result: SweepResult) -> dict[str, Any]:
                 "evaluations": point.evaluations,
                 "distance": point.distance,
                 "standard_error": point.standard_error,
+                "class_accuracy": point.accuracy,
+                "images_needed": None
+                if math.isinf(result.needed[point.name])
+                else math.ceil(result.needed[point.name]),
                 "milliseconds": result.final.measured[point.name].milliseconds,
                 "preset": result.presets[point.name],
             }
@@ -104,7 +175,7 @@ def sweep_picture(result: SweepResult) -> str:
 def sweep_page(result: SweepResult) -> str:
     """The whole result as one HTML document."""
     sections = [
-        ("The best preset", _best(result)),
+        ("The best preset" if result.best else "No best preset yet", _best(result)),
         ("Quality against cost", _chart(result)),
         ("Every candidate", _table(result)),
     ]
@@ -119,15 +190,22 @@ def sweep_page(result: SweepResult) -> str:
 
 
 def _best(result: SweepResult) -> str:
+    told = "".join(map(paragraph, verdict(result)))
+    if result.best is None:
+        return told
     point = next(p for p in result.final.points if p.name == result.best)
     key = [
-        (point.name, "the cheapest preset that is as good as the best"),
+        (point.name, "the cheapest preset that is as good as any other"),
         (f"{point.evaluations:g}", "network calls per image"),
         (f"{point.distance:.4g}", f"distance, standard error {point.standard_error:.2g}"),
         (f"{result.final.measured[point.name].milliseconds:.3g} ms", "per image"),
     ]
-    done = "It is the preset of the model now." if result.written else "To use it, repeat the command with --write."
-    return tiles(key) + paragraph(done) + code(_command(result))
+    if point.accuracy is not None:
+        key.insert(
+            2, (f"{100 * point.accuracy:.1f} %", f"show their class; of real {100 * result.ceiling.accuracy:.1f} %")
+        )
+    advice = "" if result.written else paragraph("To make it the preset of the model, repeat the command with --write.")
+    return tiles(key) + told + advice + code(_command(result))
 
 
 def _command(result: SweepResult) -> str:
@@ -162,10 +240,23 @@ def _remarks(result: SweepResult) -> list[str]:
     return [
         *result.notes,
         *(f"{name} could not be measured: {why}" for name, why in result.failed.items()),
-        f"A difference counts where it is larger than {SIGMAS:g} of its own standard errors, found by drawing the same "
+        "A best preset is named where one-sided tests of paired differences over the same seeds show it not worse than "
+        f"any other of the last complete round by more than the margins, at {100 * CONFIDENCE:g} % confidence for all "
+        "presets together (Bonferroni); standard errors of differences of distances are found by drawing the same "
         "images of both presets again and again with replacement.",
+        *([_judge_remark(result)] if result.ceiling else []),
+        f"The marks front and undecided are of distances alone: there a difference counts where it is larger than "
+        f"{SIGMAS:g} of its own standard errors.",
         "Distances of different numbers of images are never compared, as they depend on the number.",
     ]
+
+
+def _judge_remark(result: SweepResult) -> str:
+    return (
+        "Classes: the share of images that a linear discriminant on these features, fitted to real images, takes for "
+        "their class and that lie as near to it as 95 % of real images do; of real images that it was not fitted "
+        f"to it is {100 * result.ceiling.accuracy:.1f} %, and more than that counts as no merit."
+    )
 
 
 def _series(one: Round, marks: dict[str, str]) -> list[Series]:
@@ -202,6 +293,7 @@ def _figures(point: Point, one: Round) -> tuple[str, ...]:
         f"{point.evaluations:.4g}",
         f"{point.distance:.4g}",
         f"{point.standard_error:.2g}",
+        "" if point.accuracy is None else f"{100 * point.accuracy:.1f} %",
         f"{one.measured[point.name].milliseconds:.4g}",
     )
 

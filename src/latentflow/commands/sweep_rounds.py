@@ -18,12 +18,13 @@ from latentflow.artifacts import read_json, read_tensors, write_json, write_tens
 from latentflow.commands.drawn_set import DrawnSet
 from latentflow.commands.sweep_rules import Candidate, Point, affordable
 from latentflow.errors import ArtifactError, NonFiniteError
+from latentflow.metrics.class_judge import ClassJudge
 from latentflow.metrics.resampling import draw_counts
 from latentflow.metrics.scores import resampled_frechet
 from latentflow.metrics.statistics import FeatureStatistics
 from latentflow.progress import image_progress
 
-_RESAMPLES = 50  # a standard error to 10 %
+_RESAMPLES = 100  # a standard error to 7 %
 
 
 class _Record(BaseModel):
@@ -33,7 +34,7 @@ class _Record(BaseModel):
 class SweepPlan(_Record):
     """What makes two sweeps the same: the results of one go on in the other."""
 
-    format_version: int = 1
+    format_version: int = 2
     weights: str = Field(description="SHA-256 of the model's weights.")
     model: dict[str, Any] = Field(description="Its config, without its preset and its training.")
     guided: dict[str, Any] = Field(description="What the candidates inherit from its preset.")
@@ -53,6 +54,7 @@ class Measured(_Record):
     num: int = Field(description="Images the figures are of.")
     distance: float = Field(description="Fréchet distance to the reference.")
     resamples: list[float] = Field(description="The same of resampled images, the same resamples for every candidate.")
+    right: list[bool] = Field([], description="Whether each image is judged to show its class; empty: nothing judges.")
     evaluations: list[int] = Field(description="Network calls of each image; a guided call counts twice.")
     drawing_seconds: float = Field(description="Of all these images: solver and decoder.")
     seconds: float = Field(description="Of this round alone, with features and arithmetic.")
@@ -74,6 +76,11 @@ class CandidateRecord(_Record):
     name: str
     rounds: list[Measured] = []
     failed: str = Field("", description="Why it cannot be measured.")
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Of its last round, of the images that were drawn anew."""
+        return self.rounds[-1].seconds / self.rounds[-1].added
 
     def at(self, num: int) -> Measured | None:
         """What was measured with `num` images, if it was."""
@@ -97,7 +104,8 @@ class Round:
     @property
     def points(self) -> list[Point]:
         return [
-            Point(name, one.mean_evaluations, one.distance, tuple(one.resamples)) for name, one in self.measured.items()
+            Point(name, one.mean_evaluations, one.distance, tuple(one.resamples), tuple(one.right))
+            for name, one in self.measured.items()
         ]
 
 
@@ -108,6 +116,7 @@ class Candidates:
         folder: of their records and features.
         draw: `draw_set` of the model and the features, called with num, seed, preset and on_images.
         reference: what images are held against; scores are computed on its device.
+        judge: of classes; None: they are not judged.
 
     Attributes:
         kept: by name, what is known.
@@ -116,8 +125,15 @@ class Candidates:
         ArtifactError: a record is damaged.
     """
 
-    def __init__(self, folder: Path, plan: SweepPlan, draw: Callable[..., DrawnSet], reference: FeatureStatistics):
-        self.folder, self.plan, self.draw, self.reference = folder, plan, draw, reference
+    def __init__(
+        self,
+        folder: Path,
+        plan: SweepPlan,
+        draw: Callable[..., DrawnSet],
+        reference: FeatureStatistics,
+        judge: ClassJudge | None = None,
+    ):
+        self.folder, self.plan, self.draw, self.reference, self.judge = folder, plan, draw, reference, judge
         self.kept = {name: self._load(name) for name in plan.candidates}
         self._warm = False
 
@@ -136,15 +152,17 @@ class Candidates:
             self._save(record.model_copy(update={"failed": str(error)}))
             return
         features, calls, drawing_seconds = drawn.features, drawn.evaluations.tolist(), drawn.drawing_seconds
+        right = self.judge.right(features, drawn.labels).tolist() if self.judge else []
         if last:
             features = torch.cat([read_tensors(self._features(name))["features"][:have], features])
-            calls = [*last.evaluations, *calls]
+            calls, right = [*last.evaluations, *calls], [*last.right, *right]
             drawing_seconds += last.drawing_seconds
         distance, *resamples = self._distances(features)
         write_tensors(self._features(name), {"features": features})
         measured = Measured(
             num=num,
             distance=distance,
+            right=right,
             resamples=resamples,
             evaluations=calls,
             drawing_seconds=drawing_seconds,
@@ -178,10 +196,11 @@ class Candidates:
 
 
 def measure_rounds(candidates: Candidates, budget: float | None = None) -> list[Round]:
-    """Round after round with better and better candidates, until the last or until the budget is spent.
+    """Round after round until the last or until the budget is spent; with a budget the better half goes on each time.
 
     Args:
-        budget: seconds after which nothing more is begun; None: no end. What is on disk already costs nothing.
+        budget: seconds after which nothing more is begun; None: no end, and every candidate takes part in every round.
+            What is on disk already costs nothing.
     """
     began, kept = time.perf_counter(), candidates.kept
 
@@ -189,13 +208,13 @@ def measure_rounds(candidates: Candidates, budget: float | None = None) -> list[
         return math.inf if budget is None else budget - (time.perf_counter() - began)
 
     def predicted_seconds(point: Point, size: int) -> float:
-        last = kept[point.name].rounds[-1]
-        return last.seconds / last.added * max(size - last.num, 0)
+        record = kept[point.name]
+        return record.seconds_per_image * max(size - record.rounds[-1].num, 0)
 
     rounds: list[Round] = []
     names = list(candidates.plan.candidates)
     for size in candidates.plan.sizes:
-        if rounds:
+        if rounds and budget is not None:
             points = rounds[-1].points
             half = max((len(points) + 1) // 2, 2)
             names = [p.name for p in affordable(points, half, seconds_left(), partial(predicted_seconds, size=size))]

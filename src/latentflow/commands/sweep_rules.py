@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,58 @@ Candidate = dict[str, Any]
 """What a candidate changes in a model's preset: fields of `SamplingPreset`."""
 
 SIGMAS = 2.0
-"""A difference of two distances counts where it is larger than so many of its standard errors."""
+"""In the marks, a difference of two distances counts where it is larger than so many of its standard errors."""
+CONFIDENCE = 0.95
+"""The share of sweeps of which a best preset that is named is not worse by more than the margins."""
+ACCURACY_MARGIN = 0.02
+"""A difference of class accuracy that does not matter, as a share of the images."""
+LEAST_TO_DECIDE = 100
+"""With fewer images each no preset is named: standard errors of so few are not known well enough."""
+_TESTS = 4  # kinds of tests that the naming of one preset may go wrong by; see `images_needed`
 _LEAST_IMAGES, _LAST_CANDIDATES = 32, 4  # of the first round; of the last one, about
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A difference of two candidates that drew the same seeds, or of one and real images.
+
+    Attributes:
+        estimate: positive where the first one is worse.
+        standard_error: of the difference itself: what the two owe to the same seeds is not in it.
+    """
+
+    estimate: float
+    standard_error: float
+
+    def share_needed(self, margin: float, z: float) -> float:
+        """How many times as many images show, if the estimate is right, that the first is worse by `margin` at most.
+
+        At most 1: it is shown already. Infinite: no number of images does.
+        """
+        return _share_needed(margin - self.estimate, z * self.standard_error)
+
+    def share_needed_to_refute(self, margin: float, z: float) -> float:
+        """The same for showing that the first is worse by more than `margin`."""
+        return _share_needed(self.estimate - margin, z * self.standard_error)
+
+
+def _share_needed(room: float, reach: float) -> float:
+    if reach <= room:
+        return (reach / room) ** 2 if room else 0.0
+    return (reach / room) ** 2 if room > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """How the class judge does on real images that it was not fitted to.
+
+    Attributes:
+        accuracy: share that is judged right.
+        num: how many images that is of.
+    """
+
+    accuracy: float
+    num: int
 
 
 @dataclass(frozen=True)
@@ -34,27 +85,52 @@ class Point:
         distance: to the reference; less is better.
         resamples: the distance for some resamples of the images, the same ones for every candidate of the round: what
             two candidates owe to the same images is not taken for a difference between them.
+        right: of each image, whether it is judged to show the class that was asked for; empty where nothing judges.
     """
 
     name: str
     evaluations: float
     distance: float
     resamples: tuple[float, ...] = ()
+    right: tuple[bool, ...] = ()
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of images judged right; None where nothing judges."""
+        return sum(self.right) / len(self.right) if self.right else None
 
     @property
     def standard_error(self) -> float:
         """Of the distance; 0 without resamples."""
         return _deviation(self.resamples)
 
-    def worse_by(self, other: Point) -> tuple[float, float]:
-        """How much larger this distance is than the other one, and the standard error of this difference."""
+    def worse_by(self, other: Point) -> Gap:
+        """How much larger this distance is than the other one."""
         pairs = zip(self.resamples, other.resamples, strict=True)
-        return self.distance - other.distance, _deviation([own - others for own, others in pairs])
+        return Gap(self.distance - other.distance, _deviation([own - others for own, others in pairs]))
+
+    def less_accurate_by(self, other: Point) -> Gap:
+        """How much lower the accuracy is than the other one, over the same images.
+
+        The standard error of paired proportions has half an image added to each of the four cells of right and wrong,
+        so that a few images without a difference do not pass for certainty; Agresti and Min (2005).
+        """
+        pairs = list(zip(self.right, other.right, strict=True))
+        lost, won = sum(o and not s for s, o in pairs), sum(s and not o for s, o in pairs)
+        n = len(pairs) + 2
+        error = math.sqrt(lost + won + 1 - (lost - won) ** 2 / n) / n
+        return Gap((lost - won) / len(pairs), error)
+
+    def less_accurate_than_real(self, ceiling: Ceiling) -> Gap:
+        """How much lower the accuracy is than that of real images; two images added to each (Agresti, Coull)."""
+        rows = ((sum(self.right), len(self.right)), (ceiling.accuracy * ceiling.num, ceiling.num))
+        variances = [(p := (right + 1) / (n + 2)) * (1 - p) / (n + 2) for right, n in rows]
+        return Gap(ceiling.accuracy - sum(self.right) / len(self.right), math.sqrt(sum(variances)))
 
     def surely_worse_than(self, other: Point) -> bool:
-        """Whether the difference is more than chance in the choice of the images makes."""
-        gap, standard_error = self.worse_by(other)
-        return gap > SIGMAS * standard_error
+        """Whether the difference of distances is more than chance in the choice of the images makes."""
+        gap = self.worse_by(other)
+        return gap.estimate > SIGMAS * gap.standard_error
 
 
 def combinations(
@@ -125,18 +201,28 @@ def round_sizes(num: int, num_candidates: int) -> list[int]:
     return [-(-num // 2**n) for n in range(halvings, -1, -1)]
 
 
+def with_more(sizes: Sequence[int], num: int) -> list[int]:
+    """The rounds of a sweep that goes on to `num` images: twice as many each time after the last of `sizes`."""
+    more = list(sizes)
+    while more[-1] < num:
+        more.append(min(2 * more[-1], num))
+    return more
+
+
 def worth_keeping(points: Sequence[Point], keep: int) -> list[Point]:
     """The `keep` candidates that tell most about quality against cost, by rising cost.
 
-    The one that would be missed least is dropped, over and over: the one whose distance is improved upon most, or
-    improves least, by the best of those that cost no more. The best of all stays, and so does the cheapest where
-    there is room for two.
+    The one that would be missed least is dropped, over and over: the one whose distance and share of wrong images are
+    improved upon most, or improve least, by the best of those that cost no more. The best in either stays as long as
+    there is room, the best distance to the last, and so does the cheapest.
     """
     kept = sorted(points, key=_by_cost)
     while len(kept) > max(keep, 1):
-        best = min(kept, key=_by_distance)
+        stay = {min(kept, key=_by_distance).name}
+        if len(kept) > 2:
+            stay.add(min(kept, key=lambda p: (_wrong(p), *_by_cost(p))).name)
         missed = _missed(kept)
-        kept.remove(min((p for p in kept if p is not best), key=lambda p: missed[p.name]))
+        kept.remove(min((p for p in kept if p.name not in stay), key=lambda p: missed[p.name]))
     return kept
 
 
@@ -173,31 +259,66 @@ def marks(points: Sequence[Point]) -> dict[str, str]:
     return marked
 
 
-def knee(points: Sequence[Point], margin: float) -> Point:
-    """The cheapest candidate that is as good as the best one, as far as can be told or as it matters.
+def images_needed(points: Sequence[Point], num: int, margin: float, ceiling: Ceiling | None = None) -> dict[str, float]:
+    """Of how many images each the numbers show, if the estimates are right, that a candidate is as good as any other.
 
-    One that measured worse than something that costs no more is not taken, however little is known of it.
+    It must not be less accurate than any other by more than `ACCURACY_MARGIN`, or reach real images as nearly; and
+    its distance must not be larger than that of any other by more than `margin` of it, except of others that are
+    surely less accurate than it and than real images by more than `ACCURACY_MARGIN`: a picture of something else is
+    not made good by its colours. Candidates with at most `num` here are as good as the best.
+
+    Each test is one-sided, of paired differences over the same seeds, at a level that leaves `CONFIDENCE` for all
+    candidates together (Bonferroni); that a candidate passes against every other needs no further correction.
 
     Args:
-        margin: a difference that does not matter, as a share of the best distance.
+        num: images of each candidate.
+        margin: of distances, as a share of the other's.
+        ceiling: None where classes are not judged.
+
+    Returns:
+        By name; infinite where no number of images would.
     """
-    best = min(points, key=_by_distance)
-    least = math.inf
-    for point in sorted(points, key=_by_cost):
-        as_good = point.distance - best.distance <= margin * best.distance or not point.surely_worse_than(best)
-        if as_good and point.distance < least:
-            return point
-        least = min(least, point.distance)
-    return best
+    z = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / (_TESTS * len(points)))
+
+    def against(point: Point, other: Point) -> float:
+        as_near = point.worse_by(other).share_needed(margin * max(other.distance, 0.0), z)
+        if ceiling is None:
+            return as_near
+        as_accurate = min(
+            point.less_accurate_by(other).share_needed(ACCURACY_MARGIN, z),
+            point.less_accurate_than_real(ceiling).share_needed(ACCURACY_MARGIN, z),
+        )
+        no_rival = max(
+            other.less_accurate_by(point).share_needed_to_refute(ACCURACY_MARGIN, z),
+            other.less_accurate_than_real(ceiling).share_needed_to_refute(ACCURACY_MARGIN, z),
+        )
+        return max(as_accurate, min(as_near, no_rival))
+
+    shares = {point.name: max((against(point, o) for o in points if o is not point), default=0.0) for point in points}
+    least = LEAST_TO_DECIDE if len(points) > 1 else 0
+    return {name: max(num * share, least) for name, share in shares.items()}
+
+
+def cheapest_as_good(points: Sequence[Point], num: int, needed: dict[str, float]) -> str | None:
+    """The cheapest candidate that `num` images show to be as good as any other; None: they show it of none."""
+    return next((p.name for p in sorted(points, key=_by_cost) if needed[p.name] <= num), None)
 
 
 def _missed(ordered: Sequence[Point]) -> dict[str, float]:
-    """By how much each is better than the best of those before it, as a share of its own distance."""
-    missed, best = {}, math.inf
+    """By how much each is better than the best of those before it, as a share of its own distance or wrong images."""
+    missed, distance, wrong = {}, math.inf, math.inf
     for point in ordered:
-        missed[point.name] = math.inf if math.isinf(best) else (best - point.distance) / max(point.distance, 1e-12)
-        best = min(best, point.distance)
+        gains = [(distance - point.distance) / max(point.distance, 1e-12)]
+        if point.right:
+            gains.append((wrong - _wrong(point)) / max(_wrong(point), 1 / len(point.right)))
+        missed[point.name] = max(gains)
+        distance, wrong = min(distance, point.distance), min(wrong, _wrong(point))
     return missed
+
+
+def _wrong(point: Point) -> float:
+    """The share of images judged wrong; 0 where nothing judges."""
+    return 1 - point.accuracy if point.right else 0.0
 
 
 def _by_cost(point: Point) -> tuple[float, float, str]:

@@ -14,7 +14,7 @@ from latentflow.artifacts import write_text
 from latentflow.console import notice
 from latentflow.errors import ConfigError, nearest
 from latentflow.training.checkpoint import newest_checkpoint
-from latentflow.training.settings import differences, is_within, keys_of, load_settings
+from latentflow.training.settings import differences, is_within, keys_of, load_settings, told
 
 RECIPE_FILE = "recipe.yaml"
 CHANGES_FILE = "changes.jsonl"
@@ -68,7 +68,7 @@ class Changes:
     def tell(self) -> None:
         """Say what changed, and what that does to the learning rate."""
         if self.values:
-            notice(f"from step {self.step + 1} on with another recipe: {_told(self.values)}")
+            notice(f"from step {self.step + 1} on with another recipe: {told(self.values)}")
         before, now = self.rates()
         if before != now:
             last = self.old.optimizer.rate(max(self.step - 1, 0), self.old.training.steps)
@@ -101,14 +101,14 @@ def check_changes(run: Path, recipe: BaseModel, rules: ChangeRules, allowed: Seq
         reason = next((reason for name, reason in rules.fixed.items() if is_within(key, [name])), None)
         if reason:
             raise ConfigError(
-                f"{run} was trained with another recipe ({_told({key: values})}), and {key} cannot change: {reason}; "
+                f"{run} was trained with another recipe ({told({key: values})}), and {key} cannot change: {reason}; "
                 "restore it, or choose another out"
             )
     refused = {key: values for key, values in changed.items() if not is_within(key, [*rules.free, *allowed])}
     if refused:
         flags = " ".join(f"--allow-change {key}" for key in refused)
         raise ConfigError(
-            f"{run} was trained with another recipe ({_told(refused)}); add {flags} to go on with the new one, restore "
+            f"{run} was trained with another recipe ({told(refused)}); add {flags} to go on with the new one, restore "
             "the old one, or choose another out"
         )
     return Changes(run, step, old, recipe, changed)
@@ -122,12 +122,3 @@ def trained_steps(run: Path) -> int | None:
     if newest is None:
         return 0 if (run / "model").exists() else None
     return int(newest.name.removeprefix("step-"))
-
-
-def _told(values: Mapping[str, tuple[Any, Any]]) -> str:
-    """Changes as they are said: keys and values as in a recipe."""
-    lines = (
-        f"{key}: {json.dumps(old, ensure_ascii=False)}, now {json.dumps(new, ensure_ascii=False)}"
-        for key, (old, new) in values.items()
-    )
-    return "; ".join(lines)

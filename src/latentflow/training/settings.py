@@ -16,10 +16,11 @@ An override reaches any depth (`training.batch_size=64`). One that changes a sec
 
 from __future__ import annotations
 
+import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -75,6 +76,15 @@ def differences(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return {key: (before.get(key), after.get(key)) for key in keys}
+
+
+def told(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Differences as they are said: keys and values as in a recipe."""
+    lines = (
+        f"{key}: {json.dumps(old, ensure_ascii=False)}, now {json.dumps(new, ensure_ascii=False)}"
+        for key, (old, new) in changed.items()
+    )
+    return "; ".join(lines)
 
 
 def is_within(key: str, names: Sequence[str]) -> bool:
