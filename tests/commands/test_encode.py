@@ -70,6 +70,17 @@ def test_another_number_of_images_needs_another_cache(faces, kl_folder, tmp_path
     assert tiny.tree(tmp_path) == before
 
 
+def test_a_cache_that_was_begun_without_looking_at_profiles_is_not_gone_on_with(faces, kl_folder, tmp_path):
+    encode(faces, tmp_path, autoencoder=kl_folder, image_size=SIDE, first=3)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan.pop("pixel_rules") == "srgb"
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(
+        ArtifactError, match=r"was begun with pixel_rules 'profiles ignored', not 'srgb'; choose another"
+    ):
+        encode(faces, tmp_path, autoencoder=kl_folder, image_size=SIDE, first=3)
+
+
 @pytest.mark.parametrize(
     ("first", "message"), [(0, "first must be at least 1 image, got 0"), (25, "has 24 images; give at most 24")]
 )

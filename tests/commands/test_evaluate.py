@@ -110,7 +110,7 @@ def test_report_of_a_model(command, tmp_path, model_folder, images):
     assert protocol["evaluations"] == {"mean": 4.0, "min": 4, "max": 4}  # two Euler steps, each guided
     assert (protocol["sampling"]["guidance"], protocol["sampling"]["solver"]) == (1.5, "euler")
     assert protocol["reference"]["num_images"] == tiny.NUM_IMAGES
-    assert protocol["reference"]["resize"] == "adm-center"
+    assert protocol["reference"]["resize"] == "adm-center, srgb"
     assert protocol["reference"]["fingerprint"] == open_images(images, tiny.IMAGE_SIZE).fingerprint()
     assert protocol["features"]["hash"] == RandomFeatures().hash
     assert set(protocol["seconds"]) == {"reference", "drawing", "features", "scoring"}

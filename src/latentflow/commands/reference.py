@@ -19,6 +19,7 @@ from torch import Tensor
 
 from latentflow.artifacts import read_json, require_writable, sha256_file
 from latentflow.commands.drawn_set import OnImages, compute_in_shards
+from latentflow.data.colour import PIXEL_RULES
 from latentflow.data.images import BrokenImage, open_images
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.latent_cache import CROP_RULE
@@ -29,6 +30,7 @@ from latentflow.metrics.report import ReferenceFacts
 from latentflow.metrics.statistics import FeatureStatistics, require_features
 
 _OWN_SUFFIX = ".safetensors"
+_RULES = f"{CROP_RULE}, {PIXEL_RULES}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class RealImages:
             fingerprint=self.fingerprint,
             num_images=statistics.n,
             image_size=self.image_size,
-            resize=made.resize if made else CROP_RULE,
+            resize=made.resize if made else _RULES,
         )
 
 
@@ -142,7 +144,7 @@ def reference_features(
         data=real.source.description,
         fingerprint=real.fingerprint,
         image_size=real.image_size,
-        resize=CROP_RULE,
+        resize=_RULES,
         feature_name=extractor.name,
         feature_hash=extractor.hash,
     )
@@ -247,7 +249,7 @@ def _plan(real: RealImages, extractor: FeatureExtractor) -> dict[str, Any]:
         "data": real.fingerprint,
         "num_images": real.num_images if real.source is not None else None,
         "image_size": real.image_size,
-        "resize": CROP_RULE,
+        "resize": _RULES,
         "features": extractor.hash,
     }
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from latentflow.artifacts import make_folder, sha256_file, write_json, write_tensors
 from latentflow.autoencoder import Autoencoder, to_unit_range
+from latentflow.data.colour import PIXEL_RULES
 from latentflow.data.images import BrokenImage
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.latent_cache import CacheIndex, CachePlan, ChannelSums, ShardRecord, check_size, parse_record
@@ -85,6 +86,7 @@ def _plan(source: ImageSource, autoencoder: Autoencoder, **options: Any) -> Cach
         autoencoder=autoencoder.reference,
         autoencoder_hash=autoencoder.content_hash,
         image_size=source.image_size,
+        pixel_rules=PIXEL_RULES,
         source=source.description,
         source_fingerprint=source.fingerprint(),
         num_source_images=len(source),

@@ -50,6 +50,7 @@ class CachePlan(_Record):
     pixel_range: tuple[float, float] = (-1.0, 1.0)
     image_size: int
     crop_rule: str = CROP_RULE
+    pixel_rules: str = "profiles ignored"  # of caches that do not say; see `PIXEL_RULES`
     flips: bool
     precision: Literal["float16", "float32"]
     source: str
