@@ -101,14 +101,14 @@ def test_encode_train_sample_info(command, tmp_path, images, kl_folder, recipe_f
     assert str(run / "model") in trained.err
 
     sampled = command(
-        "sample", run, "--num", 3, "--classes", "cherry,0", "--out", pictures, "--device", "cpu", "--json"
+        "sample", run, "--num", 3, "--classes", "cherry,apple", "--out", pictures, "--device", "cpu", "--json"
     )
     assert sampled.code == 0, sampled.err
     report = json.loads(sampled.out)
     assert report["images"] == 3
     assert report["evaluations per image"] == 2  # two Euler steps, no guidance
     names = sorted(file.name for file in pictures.iterdir())
-    labels = ["class-000_seed-00000001.png", "class-002_seed-00000000.png", "class-002_seed-00000002.png"]
+    labels = ["apple_seed-00000001.png", "cherry_seed-00000000.png", "cherry_seed-00000002.png"]
     assert names == [*labels, "grid.png"]
     assert Image.open(pictures / names[0]).size == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
 
@@ -461,8 +461,12 @@ def sample(command, tmp_path, model_folder):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--classes", "3"), ("class 3 does not exist", "0 to 2")),
-        (("--classes", "-1"), ("class -1",)),
+        (("--classes", "#3"), ("class #3 does not exist", "#0 to #2")),
+        (("--classes", "2"), ("no class is named '2'", "'cherry', is written '#2'")),
+        (("--classes", "-1"), ("no class is named '-1'",)),
+        (("--classes", "apple,#1"), ("the classes 'apple' and '#1' in one list",)),
+        (("--classes", 'apple,"berry'), ("is not a list like cat,dog",)),
+        (("--classes", ""), ("no class is named ''",)),
         (("--classes", "aple"), ("aple", "did you mean 'apple'?")),
         (("--guidance", "-0.5"), ("-0.5",)),
         (("--guidance", "nan"), ("nan",)),

@@ -1,5 +1,6 @@
 """Conditions and their nulls: built one way, dropped each on its own, refused where a model has none."""
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -155,18 +156,80 @@ def test_maps_need_a_colour_for_each_class():
         Conditioning(map_class_names=["sky", "sky"], map_palette=[(0, 0, 0), (1, 1, 1)])
 
 
-@pytest.mark.parametrize(("given", "index"), [("dog", 1), (2, 2), ("0", 0), (" owl ", 2)])
+@pytest.mark.parametrize(
+    ("given", "index"),
+    [("dog", 1), (2, 2), ("#0", 0), (" owl ", 2), (" #1 ", 1), (np.int64(1), 1), (torch.tensor(2), 2)],
+)
 def test_a_class_is_found_by_name_or_index(given, index):
     assert ANIMALS.class_index(given) == index
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("dgo", "did you mean 'dog'"), (3, "classes 0 to 2"), (-1, "classes 0 to 2"), ("1.5", "no class is named '1.5'")],
+    [
+        ("dgo", "did you mean 'dog'"),
+        ("Dog", "did you mean 'dog'"),
+        (3, "class #3 does not exist; this model has the classes #0 to #2"),
+        (-1, "class #-1 does not exist"),
+        ("#3", "class #3 does not exist"),
+        ("1.5", "no class is named '1.5'"),
+        ("2", "no class is named '2'; the class with that index, 'owl', is written '#2'"),
+        ("02", "'owl', is written '#2'"),
+        ("3", "no class is named '3'; valid: cat, dog, owl"),
+        ("", "no class is named ''"),
+        (1.0, "class 1.0 is neither a name nor an index"),
+        (True, "class True is neither a name nor an index"),
+        (None, "class None is neither a name nor an index"),
+    ],
 )
 def test_a_class_that_does_not_exist_is_refused_with_the_nearest(given, message):
     with pytest.raises(ConfigError, match=message):
         ANIMALS.class_index(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "indices"),
+    [
+        ("cat", [0]),
+        (2, [2]),
+        (["owl", "cat", "owl"], [2, 0, 2]),
+        (("#2", "#0"), [2, 0]),
+        ([2, "#0"], [2, 0]),
+        (range(2), [0, 1]),
+        (torch.tensor([2, 1]), [2, 1]),
+        ([], []),
+        ("none", []),
+        (["none"], []),
+        ("#none", []),
+    ],
+)
+def test_a_text_is_one_class_and_a_list_is_all_names_or_all_indices(given, indices):
+    assert ANIMALS.class_indices(given) == indices
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["cat", "#2"], "the classes 'cat' and '#2' in one list; give all by name, or all by index"),
+        ([2, "cat"], "the classes 'cat' and '#2' in one list"),
+        (["cat", "none"], "no class is named 'none'"),
+        ("cat,dog", "no class is named 'cat,dog'"),
+    ],
+)
+def test_names_and_indices_are_never_mixed(given, message):
+    with pytest.raises(ConfigError, match=message):
+        ANIMALS.class_indices(given)
+
+
+def test_a_name_is_compared_composed_and_a_class_may_look_like_a_notation():
+    odd = Conditioning(class_names=["#1", "none", "Zu\u0308rich", "Doe, Jane", " padded"])
+    assert odd.class_indices("#1") == [0]
+    assert odd.class_indices(["#2", "#3"]) == [2, 3]
+    assert odd.class_indices(["#1", "none"]) == [0, 1]  # both are names
+    assert (odd.class_indices("none"), odd.class_indices("#none")) == ([1], [])
+    assert odd.class_indices(["Z\u00fcrich", "Doe, Jane", " padded"]) == [2, 3, 4]
+    with pytest.raises(ConfigError, match="'#1' and '#4' in one list"):
+        odd.class_indices(["#1", "#4"])
 
 
 def test_an_unconditional_model_has_no_class_to_ask_for():
@@ -179,8 +242,8 @@ def test_class_names_must_differ():
         Conditioning(class_names=["cat", "dog", "cat"])
 
 
-def test_a_number_is_an_index_where_classes_are_called_by_numbers():
-    """A text is a name first: folders 1, 0, 2 are classes 0, 1, 2."""
+def test_a_text_is_a_name_where_classes_are_called_by_numbers():
+    """Folders 1, 0, 2 are the classes of index 0, 1, 2."""
     digits = Conditioning(class_names=["1", "0", "2"])
-    assert [digits.class_index(index) for index in (0, 1, 2)] == [0, 1, 2]
-    assert [digits.class_index(name) for name in ("0", "1", "2")] == [1, 0, 2]
+    assert digits.class_indices([0, 1, 2]) == digits.class_indices(["#0", "#1", "#2"]) == [0, 1, 2]
+    assert digits.class_indices(["0", "1", "2"]) == [1, 0, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
 import json
 import os
@@ -78,7 +79,11 @@ Picture = Annotated[
     Path, typer.Argument(help="An image; its square middle is scaled to the size of the training images.")
 ]
 Classes = Annotated[
-    str | None, typer.Option(help="Names or indices, dealt out in turn: 3,7 or cat,dog; 'none': told no class.")
+    str | None,
+    typer.Option(
+        help="Names, dealt out in turn: cat,dog or 'cat,\"Doe, Jane\"' where a name has a comma; or indices, "
+        "'#3,#7' in quotes. 'none' ('#none' where a class is called none): told no class."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the first image; image i has seed SEED + i.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images computed together; does not change them.")]
@@ -288,7 +293,7 @@ def train_autoencoder(
     _report(rows, as_json=False)
 
 
-@app.command(epilog="Example: latentflow sample runs/cifar10 --num 16 --classes cat,3 --guidance 1.5 --out samples")
+@app.command(epilog="Example: latentflow sample runs/cifar10 --num 16 --classes cat,dog --guidance 1.5 --out samples")
 @_draws
 def sample(
     model: Model,
@@ -309,7 +314,7 @@ def sample(
         model,
         out,
         num=num,
-        classes=_names(classes),
+        classes=_classes(classes),
         **preset,
         seed=seed,
         batch_size=batch_size,
@@ -370,7 +375,7 @@ def inpaint(
         fit=fit,
         feather=feather,
         method=method,
-        classes=_names(classes),
+        classes=_classes(classes),
         **preset,
         seed=seed,
         batch_size=batch_size,
@@ -418,7 +423,7 @@ def mask_to_image(
         out,
         num=num,
         native=native,
-        classes=_names(classes),
+        classes=_classes(classes),
         **preset,
         seed=seed,
         batch_size=batch_size,
@@ -799,7 +804,7 @@ def image_to_image(
         out,
         strength=strength,
         num=num,
-        classes=_names(classes),
+        classes=_classes(classes),
         **preset,
         seed=seed,
         batch_size=batch_size,
@@ -816,7 +821,11 @@ def interpolate(
     seeds: Annotated[str, typer.Option(help="From, to; twice the same to change the class alone.")] = "0,1",
     num: Annotated[int, typer.Option(help="Number of frames, the two ends included.")] = 9,
     classes: Annotated[
-        str | None, typer.Option(help="None; one, by name or index, for all frames; or two: from, to.")
+        str | None,
+        typer.Option(
+            help="One for all frames, or two: from, to; by name, or by index like '#3'; 'none': told no class. "
+            "Otherwise those of the two seeds, as in `sample`."
+        ),
     ] = None,
     preset: Preset = None,
     batch_size: BatchSize = 16,
@@ -831,7 +840,7 @@ def interpolate(
         out,
         seeds=_two_seeds(seeds),
         num=num,
-        classes=_names(classes),
+        classes=_classes(classes),
         **preset,
         batch_size=batch_size,
         device=device,
@@ -856,7 +865,13 @@ def vary(
         float, typer.Option(help="How far to go: 0: the original itself; 1: pictures that have nothing to do with it.")
     ] = 0.3,
     num: Annotated[int, typer.Option(help="Number of variations.")] = 8,
-    classes: Annotated[str | None, typer.Option(help="At most one, by name or index.")] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="At most one, by name or by index like '#3'; 'none': told no class. Otherwise the seed's own, as in "
+            "`sample`."
+        ),
+    ] = None,
     preset: Preset = None,
     batch_size: BatchSize = 16,
     device: Device = None,
@@ -871,7 +886,7 @@ def vary(
         seed=seed,
         num=num,
         amount=amount,
-        classes=_names(classes),
+        classes=_classes(classes),
         **preset,
         batch_size=batch_size,
         device=device,
@@ -895,7 +910,9 @@ def invert(
     out: Annotated[
         Path, typer.Option(help="Folder for input.png, autoencoder.png, round_trip.png and noise.safetensors.")
     ],
-    classes: Annotated[str | None, typer.Option(help="At most one, by name or index.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="At most one, by name, or by index like '#3'; otherwise told no class.")
+    ] = None,
     preset: Preset = None,
     table: Annotated[bool, typer.Option("--table", help="Also compare solvers, steps and tolerances.")] = False,
     device: Device = None,
@@ -908,7 +925,7 @@ def invert(
         model,
         image,
         out,
-        classes=_names(classes),
+        classes=_classes(classes),
         **preset,
         table=table,
         device=device,
@@ -1091,6 +1108,21 @@ def _picture_rows(result: Pictures) -> dict[str, Any]:
 def _names(text: str | None) -> list[str] | None:
     """What a list with commas names; None where it was left out."""
     return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def _classes(text: str | None) -> list[str] | None:
+    """The classes of a list in CSV, where a name with a comma stands in quotes; None where it was left out."""
+    if text is None:
+        return None
+    try:
+        rows = list(csv.reader([text], skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        from latentflow.errors import ConfigError
+
+        raise ConfigError(
+            f"--classes {text!r} is not a list like cat,dog ({error}); a name with a comma stands in double quotes"
+        ) from None
+    return rows[0] if rows and rows[0] else [""]
 
 
 def _numbers(text: str | None, option: str, kind: type = float) -> list[Any] | None:

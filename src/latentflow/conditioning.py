@@ -14,8 +14,11 @@ Legend: B images, C latent channels, h and w latent height and width, K classes 
 
 from __future__ import annotations
 
+import operator
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal, get_args
 
@@ -29,6 +32,9 @@ from latentflow.shapes import Condition, per_image
 
 ConditionName = Literal["label", "inpainting", "semantic_map"]
 CONDITION_NAMES: tuple[ConditionName, ...] = get_args(ConditionName)
+
+ClassList = int | str | Sequence[int | str]
+"""Classes as a person gives them: one, or a list of either names or indices; see `Conditioning.class_indices`."""
 
 CONDITION_FIELDS: dict[ConditionName, tuple[str, ...]] = {
     "label": ("labels",),
@@ -183,23 +189,68 @@ class Conditioning(BaseModel):
             raise ConfigError(f"this model was not trained with the condition {kind}; it is told {told}")
 
     def class_index(self, given: int | str) -> int:
-        """A class by index or by name; a text like "3" is a name first, where a class is called that.
+        """A class: a number is its index; a text is its name, or "#3" for its index where no class is called so.
+
+        Names are compared as they are, or else in Unicode's composed form (NFC).
 
         Raises:
-            ConfigError: there is no such class.
+            ConfigError: there is no such class; with the nearest name, or with how an index is written.
         """
-        text = str(given).strip()
-        if isinstance(given, str) and text in self.class_names:
-            return self.class_names.index(text)
+        if isinstance(given, str) and (index := self._named(given)) is not None:
+            return index
         if not self.num_classes:
-            raise ConfigError(f"class {text!r}: this model has no classes; leave the classes out")
-        try:
-            index = int(text)
-        except ValueError:
-            raise ConfigError(f"no class is named {text!r}; {nearest(text, self.class_names)}") from None
-        if not 0 <= index < self.num_classes:
-            raise ConfigError(f"class {index} does not exist; this model has classes 0 to {self.num_classes - 1}")
-        return index
+            raise ConfigError(f"class {str(given)!r}: this model has no classes; leave the classes out")
+        index = _written_index(given)
+        if index is not None:
+            if 0 <= index < self.num_classes:
+                return index
+            raise ConfigError(
+                f"class #{index} does not exist; this model has the classes #0 to #{self.num_classes - 1}"
+            )
+        name = given.strip()
+        hint = nearest(name, self.class_names)
+        if re.fullmatch("[0-9]{1,9}", name) and int(name) < self.num_classes:
+            hint = f"the class with that index, {self.class_names[int(name)]!r}, is written '#{int(name)}'"
+        raise ConfigError(f"no class is named {name!r}; {hint}")
+
+    def class_indices(self, given: ClassList) -> list[int]:
+        """Classes: one, or a list of names or of indices; "none" or an empty list: no class is told.
+
+        Where a class is called none, "#none" tells no class.
+
+        Raises:
+            ConfigError: there is no such class, or names and indices stand in one list.
+        """
+        listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+        indices = [one for one in listed if not self._is_name(one)]
+        if len(listed) == 1 and (indices == ["#none"] or (listed == ["none"] and self._named("none") is None)):
+            return []
+        if indices and len(indices) < len(listed):
+            name = next(one for one in listed if self._is_name(one))
+            index = str(indices[0]).strip().lstrip("#")
+            raise ConfigError(f"the classes {name!r} and '#{index}' in one list; give all by name, or all by index")
+        return [self.class_index(one) for one in listed]
+
+    def _is_name(self, given: int | str) -> bool:
+        return isinstance(given, str) and (self._named(given) is not None or not given.strip().startswith("#"))
+
+    def _named(self, text: str) -> int | None:
+        for name in (text, text.strip()):
+            if name in self.class_names:
+                return self.class_names.index(name)
+        composed = [unicodedata.normalize("NFC", name) for name in self.class_names]
+        wanted = unicodedata.normalize("NFC", text.strip())
+        return composed.index(wanted) if wanted in composed else None
 
     def _null(self, field: str) -> float:
         return {"labels": self.null_label, "masked_latents": 0, "mask": 1, "class_fractions": 0}[field]
+
+
+def _written_index(given: int | str) -> int | None:
+    """The index that a number or a text like "#3" stands for; None: it is a name."""
+    if isinstance(given, str):
+        written = re.fullmatch("#(-?[0-9]{1,18})", given.strip())
+        return int(written[1]) if written else None
+    if isinstance(given, bool) or not hasattr(given, "__index__"):
+        raise ConfigError(f"class {given!r} is neither a name nor an index; give a text or a whole number")
+    return operator.index(given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
@@ -18,6 +19,7 @@ from latentflow.artifacts import (
     open_tensors,
     read_json,
     read_tensors,
+    sha256_tensors,
     write_json,
     write_tensors,
     write_text,
@@ -166,6 +168,11 @@ class LatentFlow:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    @cached_property
+    def weights_hash(self) -> str:
+        """The SHA-256 of the network's weights when this was first asked for: two models with it draw alike."""
+        return sha256_tensors(self.network.state_dict())
+
     def encode(self, pixels: Tensor, random: ImageRandom | None = None) -> Tensor:
         """pixels [B, 3, S, S] in [-1, 1] => latents [B, C, h, w]: the posterior's mode, or drawn by `random`."""
         return self.latents(self.autoencoder.encode(pixels), random)
@@ -187,7 +194,7 @@ class LatentFlow:
     def sample(self, num: int = 1, **request: Any) -> Samples:
         """Draw `num` images; the arguments are those of `latentflow.sampling.pipeline.sample`.
 
-        LatentFlow.from_pretrained("runs/photos").sample(num=16, classes=[3, 7], guidance=1.5, seed=0).images
+        LatentFlow.from_pretrained("runs/photos").sample(num=16, classes=["cat", "dog"], guidance=1.5, seed=0).images
         """
         from latentflow.sampling.pipeline import sample  # upward, as below: methods for the user's convenience
 

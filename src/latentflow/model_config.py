@@ -77,6 +77,9 @@ class TrainingRecord(_Section):
     data: str = Field("", max_length=10_000)
     data_fingerprint: str = Field("", max_length=1000)
     num_images: int = Field(0, ge=0)
+    images_per_class: list[int] = Field(
+        default_factory=list, description="Training images of each class; empty: not known."
+    )
     step: int = Field(0, ge=0)
     images_seen: int = Field(0, ge=0)
 
@@ -107,8 +110,18 @@ class ModelConfig(_Section):
         """What height and width of an image must be multiples of."""
         return self.autoencoder.factor * self.network.size_multiple
 
+    @property
+    def seen_classes(self) -> list[int]:
+        """The classes that a training image had; all of them where that is not known."""
+        counts = self.training.images_per_class or [1] * self.conditioning.num_classes
+        return [label for label, count in enumerate(counts) if count > 0]
+
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
+        if len(self.training.images_per_class) not in (0, self.conditioning.num_classes):
+            raise ValueError(
+                f"{len(self.training.images_per_class)} counts of images for {self.conditioning.num_classes} classes"
+            )
         if isinstance(self.prediction, NoisePrediction) and self.path.kind != "cosine":
             raise ValueError(f"a network that predicts noise needs the cosine path, not {self.path.kind}")
         if isinstance(self.prediction, DenoiserPrediction) and self.path != LinearPath(sigma_min=0):

@@ -46,7 +46,7 @@ def test_images_are_those_of_sample(model, extractor, whole):
     samples = sample(model, num=NUM, seed=5)
     torch.testing.assert_close(whole.features, extractor(samples.pixels), rtol=1e-3, atol=1e-3)
     assert whole.features.dtype == torch.float32
-    assert whole.labels.tolist() == samples.request.labels == [i % 3 for i in range(NUM)]
+    assert whole.labels.tolist() == samples.request.labels == [(5 + i) % 3 for i in range(NUM)]
     assert torch.equal(whole.evaluations, samples.evaluations)
     assert (whole.num, whole.logits) == (NUM, None)
     assert whole.seconds > whole.drawing_seconds > 0

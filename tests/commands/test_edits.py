@@ -73,12 +73,12 @@ def test_image_to_image_into_several_files(command, model_folder, photo, tmp_pat
 
 
 def test_interpolate(command, model_folder, tmp_path):
-    options = ("--seeds", "3,8", "--classes", "berry, 0", "--num", 3, "--out", tmp_path / "frames", "--json")
+    options = ("--seeds", "3,8", "--classes", "berry, apple", "--num", 3, "--out", tmp_path / "frames", "--json")
     result = command("interpolate", model_folder, *options)
     assert result.code == 0, result.err
     report = json.loads(result.out)
     assert (report["frames"], report["evaluations per image"]) == (3, 8)  # two Euler steps, guided, for two classes
-    files = [f"class-001_seed-00000003_to-class-000_to-seed-00000008_at-{at}.png" for at in ("0.000", "0.500", "1.000")]
+    files = [f"berry_seed-00000003_to-apple_to-seed-00000008_at-{at}.png" for at in ("0.000", "0.500", "1.000")]
     assert names(tmp_path / "frames") == [*files, "grid.png"]
     assert told(tmp_path / "frames" / files[1])["blends"] == [{"seed": 8, "weight": 0.5, "label": 0}]
     assert Image.open(report["grid"]).size == (3 * tiny.IMAGE_SIZE + 4, tiny.IMAGE_SIZE)
@@ -89,8 +89,8 @@ def test_vary(command, model_folder, tmp_path):
     result = command("vary", model_folder, *options)
     assert result.code == 0, result.err
     report = json.loads(result.out)
-    original = tmp_path / "near" / "class-001_seed-00000005.png"
-    files = [f"class-001_seed-00000005_to-seed-{variation_seed(5, number):08d}_at-0.000.png" for number in (0, 1)]
+    original = tmp_path / "near" / "berry_seed-00000005.png"
+    files = [f"berry_seed-00000005_to-seed-{variation_seed(5, number):08d}_at-0.000.png" for number in (0, 1)]
     assert report["original"] == str(original)
     assert names(tmp_path / "near") == sorted([original.name, *files, "grid.png"])
     own, varied = (np.array(Image.open(original.with_name(name))).astype(int) for name in (original.name, files[1]))
@@ -194,7 +194,7 @@ def test_images_that_cannot_be_used(command, model_folder, tmp_path, verb, what,
         (("image-to-image", "PHOTO", "--strength", "0"), "strength 0"),
         (("image-to-image", "PHOTO", "--strength", "1.5"), "strength 1.5"),
         (("image-to-image", "PHOTO", "--classes", "aple"), "did you mean 'apple'?"),
-        (("image-to-image", "PHOTO", "--num", "0"), "at least 1"),
+        (("image-to-image", "PHOTO", "--num", "0"), "from 1 to"),
         (("image-to-image", "PHOTO", "--guidance", "2"), "use guidance 1"),
         (("interpolate", "--seeds", "3"), "--seeds '3'"),
         (("interpolate", "--seeds", "3,4,5"), "--seeds '3,4,5'"),
@@ -202,12 +202,12 @@ def test_images_that_cannot_be_used(command, model_folder, tmp_path, verb, what,
         (("interpolate", "--seeds", "3,4.5"), "--seeds '3,4.5'"),
         (("interpolate", "--classes", "apple,berry,cherry"), "3 classes"),
         (("interpolate", "--classes", "apple,bery"), "did you mean 'berry'?"),
-        (("interpolate", "--num", "1"), "at least 2"),
+        (("interpolate", "--num", "1"), "from 2 to"),
         (("interpolate", "--solver", "huen"), "did you mean 'heun'?"),
         (("vary", "--amount", "2"), "amount 2"),
-        (("vary", "--classes", "3"), "classes 0 to 2"),
+        (("vary", "--classes", "#3"), "classes #0 to #2"),
         (("vary", "--classes", "apple,berry"), "2 classes"),
-        (("vary", "--num", "0"), "at least 1"),
+        (("vary", "--num", "0"), "from 1 to"),
         (("invert", "PHOTO", "--classes", "aple"), "did you mean 'apple'?"),
         (("invert", "PHOTO", "--steps", "0"), "steps"),
     ],

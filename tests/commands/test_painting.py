@@ -127,7 +127,7 @@ def test_inpaint_several_seeds_told_a_class_and_a_map(paint, place, models):
         *("--guidance", 2, "--guided-by", "semantic_map,label", "--fit", "whole", "--batch-size", 3, "--json"),
     )
     assert done.code == 0, done.err
-    files = [place / "out" / f"painted_class-001_seed-0000000{seed}.png" for seed in (4, 5, 6)]
+    files = [place / "out" / f"painted_berry_seed-0000000{seed}.png" for seed in (4, 5, 6)]
     assert sorted((place / "out").iterdir()) == files
     said = json.loads(done.out)
     assert said["files"] == ", ".join(map(str, files))
@@ -231,7 +231,7 @@ def test_inpaint_bad_files(paint, leaves_nothing, files, said):
         ("all", ("--feather", "-2"), "feather -2"),
         ("all", ("--num", "0"), "number of images 0"),
         ("all", ("--num", "-3"), "number of images -3"),
-        ("all", ("--guidance", "-1"), "below zero"),
+        ("all", ("--guidance", "-1"), "from 0 to 1000"),
         ("all", ("--guidance", "2", "--guided-by", "semantic_map"), "not told"),
         ("all", ("--guidance", "2", "--guided-by", "label"), "not told"),
         ("all", ("--guidance", "2", "--guided-by", "inpaintign"), "did you mean 'inpainting'"),

@@ -131,10 +131,13 @@ def test_velocities_are_mixed_in_proportion(kl):
 @pytest.mark.parametrize(
     ("seeds", "classes", "ends"),
     [
-        ((3, 8), None, ([], [])),
+        ((3, 8), [], ([], [])),
+        ((3, 8), None, (None, None)),
+        ((3, 5), None, (None, None)),
         ((3, 8), ["berry"], (["berry"], ["berry"])),
         ((3, 3), ["berry", "apple"], (["berry"], ["apple"])),
-        ((3, 8), ["berry", 0], (["berry"], ["apple"])),
+        ((3, 8), ["#1", 0], (["berry"], ["apple"])),
+        ((3, 8), "berry", (["berry"], ["berry"])),
     ],
 )
 def test_the_ends_are_plain_samples(model, seeds, classes, ends):
@@ -156,11 +159,12 @@ def test_guidance_holds_for_both_classes(model):
     [
         ({"seeds": (1,)}, "1 seeds"),
         ({"seeds": (1, 2, 3)}, "3 seeds"),
-        ({"num": 1}, "at least 2"),
+        ({"num": 1}, "number of frames 1: give a whole number from 2"),
         ({"classes": ["apple", "berry", "cherry"]}, "3 classes"),
         ({"classes": ["aple", "berry"]}, "did you mean 'apple'?"),
         ({"classes": ["apple", "bery"]}, "did you mean 'berry'?"),
-        ({"classes": ["none", "berry"]}, "a class to begin with"),
+        ({"classes": ["none", "berry"]}, "no class is named 'none'"),
+        ({"seeds": (0, -1)}, "seed -1"),
     ],
 )
 def test_interpolations_that_cannot_be_drawn(model, given, said):
@@ -184,10 +188,10 @@ def test_variation_seeds_are_fixed():
     assert [variation_seed(5, number) for number in range(3)] == [1590563709, 2049325538, 3408987535]
 
 
-def test_no_variation_is_the_picture_itself(model):
-    close(
-        vary(model, seed=3, num=2, amount=0.0).latents, sample(model, seed=3, classes=[]).latents.expand(2, -1, -1, -1)
-    )
+@pytest.mark.parametrize("told", [{}, {"classes": []}, {"classes": "cherry"}, {"classes": [1]}])
+def test_no_variation_is_the_picture_itself(model, told):
+    own = sample(model, seed=4, **told).latents
+    close(vary(model, seed=4, num=2, amount=0.0, **told).latents, own.expand(2, -1, -1, -1))
 
 
 def test_more_variation_is_farther_away(model):
@@ -205,7 +209,7 @@ def test_more_variation_is_farther_away(model):
         ({"amount": 2.0}, "amount 2"),
         ({"amount": -0.1}, "amount -0.1"),
         ({"amount": math.nan}, "amount nan"),
-        ({"num": 0}, "at least 1"),
+        ({"num": 0}, "number of variations 0: give a whole number from 1"),
         ({"classes": ["apple", "berry"]}, "2 classes"),
     ],
 )
@@ -258,11 +262,12 @@ def test_a_png_holds_what_draws_it_again(model, photo, tmp_path):
 
 def test_the_presets_guidance_is_for_pictures_that_are_told_something(kl, photo):
     model = tiny.model(kl, time_scale=20.0, guidance=3.0)
-    assert interpolate(model, seeds=(3, 8), num=2).request.sampling.guidance == 1
+    assert interpolate(model, seeds=(3, 8), num=2, classes=[]).request.sampling.guidance == 1
+    assert interpolate(model, seeds=(3, 8), num=2).request.sampling.guidance == 3
     assert interpolate(model, seeds=(3, 8), num=2, classes=["apple"]).request.sampling.guidance == 3
     assert sample(model, classes=[]).request.sampling.guidance == 1
     with pytest.raises(ConfigError, match="use guidance 1"):
-        vary(model, guidance=3.0)
+        vary(model, guidance=3.0, classes="none")
 
 
 def test_conditions_of_space_are_null(kl, photo):
@@ -279,7 +284,7 @@ def test_a_condition_that_cannot_be_done_without(kl, photo):
             draw()
     labelled = tiny.model(kl, label_dropout=0.0)
     with pytest.raises(ConfigError, match="give --classes"):
-        vary(labelled)
+        vary(labelled, classes=[])
     assert len(vary(labelled, classes=["apple"], num=1).pixels) == 1
 
 

@@ -16,13 +16,13 @@ from PIL import Image
 
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands.sample import sample as sample_command
-from latentflow.errors import ConfigError
-from latentflow.flow.solvers import SOLVERS, integrate
+from latentflow.errors import ConfigError, NonFiniteError
+from latentflow.flow.solvers import SOLVERS, integrate, is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling import pipeline
-from latentflow.sampling.pipeline import Samples, draw, initial_noise, join_samples, sample
-from latentflow.sampling.request import Blend, SampleRequest, check_request, make_request
+from latentflow.sampling.pipeline import draw, draw_all, initial_noise, join_samples, sample
+from latentflow.sampling.request import SampleRequest, check_request, make_request
 from latentflow.shapes import Condition
 from tests import processes, tiny
 
@@ -232,9 +232,27 @@ def test_large_batches_are_decoded_in_slices(kl, monkeypatch):
 
 
 def test_classes_are_dealt_out_in_turn(model):
-    assert make_request(model, num=5, classes=["cherry", 0]).labels == [2, 0, 2, 0, 2]
-    assert make_request(model, num=5, classes=["1"]).labels == [1] * 5
+    assert make_request(model, num=5, classes=["cherry", "apple"], seed=7).labels == [2, 0, 2, 0, 2]
+    assert make_request(model, num=3, classes=["#1", 2]).labels == [1, 2, 1]
+    assert make_request(model, num=3, classes="berry").labels == [1] * 3
+
+
+def test_a_seed_has_a_class_of_its_own_where_none_is_asked_for(model):
     assert make_request(model, num=5).labels == [0, 1, 2, 0, 1]
+    for seed in range(5):
+        assert make_request(model, seed=seed).labels == [seed % 3]
+    assert make_request(model, seed=5, task="image-to-image").labels == []
+
+
+def test_a_class_that_no_training_image_had_is_never_drawn(kl):
+    model = tiny.model(kl)
+    training = model.config.training.model_copy(update={"images_per_class": [6, 0, 6]})
+    model.config = model.config.model_copy(update={"training": training})
+    assert make_request(model, num=5).labels == [0, 2, 0, 2, 0]
+    assert make_request(model, num=2, classes=["cherry", "apple"]).labels == [2, 0]
+    for asked in (["berry"], ["#1"], [2, 1], "berry"):
+        with pytest.raises(ConfigError, match=r"'berry' was in no training image.* it learned 2 of its 3 classes"):
+            make_request(model, num=2, classes=asked)
 
 
 def test_seeds_count_upwards(model):
@@ -251,20 +269,44 @@ def test_what_is_not_asked_for_comes_from_the_model(kl):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"num": 0}, "at least 1"),
-        ({"steps": 0}, "at least 1 step"),
-        ({"guidance": -1.0}, "guidance -1.0 is below zero"),
-        ({"guidance": float("nan")}, "nan"),
-        ({"guidance": float("inf")}, "inf"),
+        ({"num": 0}, "number of images 0: give a whole number from 1 to 1,000,000"),
+        ({"num": 10**9}, "number of images 1000000000"),
+        ({"num": 1.5}, "number of images 1.5"),
+        ({"seed": -1}, "seed -1: give a whole number from 0"),
+        ({"seed": 2**63}, "seed 9223372036854775808"),
+        ({"seed": 2**63 - 1, "num": 2}, "seed 9223372036854775807"),
+        ({"seed": 10**5000}, "seed of more than 40 digits"),
+        ({"seed": 1.0}, "seed 1.0"),
+        ({"steps": 0}, "steps 0: give a whole number from 1 to 10,000"),
+        ({"steps": 10**9}, "steps 1000000000"),
+        ({"steps": 2.5}, "steps 2.5"),
+        ({"steps": "3"}, "steps 3"),
+        ({"guidance": -1.0}, "guidance -1: give a number from 0 to 1000; 1 switches it off"),
+        ({"guidance": float("nan")}, "guidance nan"),
+        ({"guidance": float("inf")}, "guidance inf"),
+        ({"guidance": 1e30}, "guidance 1e+30"),
+        ({"guidance": "much"}, "guidance much"),
         ({"guidance_interval": (0.8, 0.2), "guidance": 2.0}, "0.8"),
         ({"guidance_interval": (-0.1, 0.2), "guidance": 2.0}, "-0.1"),
+        ({"guided_channels": 5, "guidance": 2.0}, "guided_channels 5: give a whole number from 1 to 4"),
         ({"solver": "huen"}, "did you mean 'heun'?"),
-        ({"solver": "dopri5", "rtol": -1e-3}, "rtol"),
-        ({"solver": "dopri5", "atol": 0.0}, "atol"),
-        ({"shift": 0.0}, "shift"),
+        ({"solver": "dopri5", "rtol": -1e-3}, "rtol -0.001"),
+        ({"solver": "dopri5", "rtol": 1e-30}, "rtol 1e-30"),
+        ({"solver": "dopri5", "atol": 0.0}, "atol 0"),
+        ({"shift": 0.0}, "shift 0"),
+        ({"shift": 1e30}, "shift 1e+30"),
         ({"classes": ["aple"]}, "did you mean 'apple'?"),
-        ({"classes": [3]}, "classes 0 to 2"),
-        ({"classes": [-1]}, "classes 0 to 2"),
+        ({"classes": [3]}, "classes #0 to #2"),
+        ({"classes": [-1]}, "classes #0 to #2"),
+        ({"classes": "3"}, "no class is named '3'"),
+        ({"classes": ["apple", 1]}, "in one list"),
+        ({"solver": "dopri5", "steps": 3}, "steps 3 has no effect with dopri5: it chooses its own steps"),
+        ({"solver": "bosh3", "shift": 2.0}, "shift 2.0 has no effect with bosh3"),
+        ({"rtol": 1e-3}, "rtol 0.001 has no effect with euler, the solver of the model's preset"),
+        ({"solver": "heun", "atol": 1e-3}, "atol 0.001 has no effect with heun: it takes a fixed number of steps"),
+        ({"guidance_interval": (0.1, 0.5)}, "guidance_interval 0.1,0.5 has no effect: guidance is 1"),
+        ({"guided_by": ["label"]}, "guided_by label has no effect: guidance is 1"),
+        ({"guided_channels": 3, "guidance": 1.0}, "guided_channels 3 has no effect: guidance is 1"),
     ],
 )
 def test_requests_that_cannot_be_drawn(model, given, said):
@@ -293,8 +335,60 @@ def test_labels_that_do_not_fit_the_seeds(model, labels):
 
 def test_every_solver_draws(model):
     for solver in SOLVERS:
-        drawn = sample(model, num=1, solver=solver, steps=4, rtol=1e-2, atol=1e-2)
+        pace = {"rtol": 1e-2, "atol": 1e-2} if is_adaptive(solver) else {"steps": 4}
+        drawn = sample(model, num=1, solver=solver, **pace)
         assert drawn.latents.isfinite().all()
+
+
+def test_another_solver_says_what_it_keeps_of_the_preset(model, caplog):
+    make_request(model, solver="dopri5")
+    make_request(model, solver="dopri5")
+    assert caplog.messages == ["dopri5 takes rtol 1e-05 and atol 1e-05 from the model's preset, which draws with euler"]
+    make_request(model, solver="dopri5", rtol=1e-2, atol=1e-2, shift=1.0)
+    make_request(model, solver="heun")
+    make_request(model, guidance_interval=(0.0, 1.0), guidance=1.0)
+    assert len(caplog.messages) == 1
+
+
+def test_steps_of_an_adaptive_preset_are_said(kl, caplog):
+    model = tiny.model(kl, solver="dopri5", steps=7)
+    with pytest.raises(ConfigError, match="steps 3 has no effect with dopri5, the solver of the model's preset"):
+        make_request(model, steps=3)
+    assert make_request(model, solver="heun").sampling.steps == 7
+    assert caplog.messages == ["heun takes steps 7 from the model's preset, which draws with dopri5"]
+    assert make_request(model, solver="heun", steps=3).sampling.steps == 3  # what the error advises
+    assert len(caplog.messages) == 1
+
+
+def test_what_costs_much_is_said_before_it_is_drawn(model, caplog):
+    sample(model, num=2, solver="dopri5", rtol=1e-4, atol=1e-4, guidance=2.0)
+    (said,) = caplog.messages
+    assert said.startswith("dopri5 with tolerance 0.0001 takes about 189 network calls a picture, for 2 here some ")
+    assert "--solver heun --steps 25 takes 100, some " in said
+    sample(model, num=1, solver="dopri5", rtol=1e-4, atol=1e-4, guidance=2.0)
+    sample(model, num=1, solver="heun", steps=25, guidance=2.0)
+    sample(model, num=1, solver="dopri5", rtol=1e-2, atol=1e-2)
+    assert len(caplog.messages) == 1
+    sample(model, num=1, solver="euler", steps=300)
+    assert caplog.messages[1].startswith("euler with 300 steps takes 300 network calls a picture")
+
+
+@pytest.mark.parametrize("solver", ["euler", "ab3", "dopri5"])
+def test_what_is_not_finite_is_no_picture(kl, solver):
+    model = tiny.model(kl)
+    next(model.network.parameters()).data.fill_(float("nan"))
+    with pytest.raises(NonFiniteError) as caught:
+        sample(model, num=2, solver=solver)
+    assert caught.value.exit_code == 1
+
+
+def test_batches_and_memory_are_bounded(model):
+    for size in (0, -1, 10**9, 2.5):
+        with pytest.raises(ConfigError, match=f"batch size {size}: give a whole number from 1 to 65,536"):
+            sample(model, batch_size=size)
+    request = make_request(model, num=10**6).model_copy(update={"image_size": (256, 256)})
+    with pytest.raises(ConfigError, match="1,000,000 images of 256 x 256 pixels at once in memory: at most 43,690"):
+        draw_all(model, request)
 
 
 # Files
@@ -304,7 +398,11 @@ def test_a_png_holds_its_request_and_can_be_made_again(model, tmp_path):
     request = {"solver": "heun", "steps": 3, "guidance": 2.0, "guidance_interval": (0.1, 0.9), "shift": 2.0}
     drawn = sample(model, num=3, classes=["cherry", "apple"], seed=40, **request)
     files = drawn.save(tmp_path)
-    assert [file.name for file in files] == [f"class-00{c}_seed-000000{s}.png" for c, s in ((2, 40), (0, 41), (2, 42))]
+    assert [file.name for file in files] == [
+        "cherry_seed-00000040.png",
+        "apple_seed-00000041.png",
+        "cherry_seed-00000042.png",
+    ]
     for row, file in enumerate(files):
         with Image.open(file) as image:
             told = json.loads(image.text["latentflow"])
@@ -318,23 +416,6 @@ def test_a_png_holds_its_request_and_can_be_made_again(model, tmp_path):
         redrawn = join_samples(list(draw(model, again)))
         torch.testing.assert_close(redrawn.latents[0], drawn.latents[row], rtol=0, atol=ROUNDING)
         assert np.abs(np.array(redrawn.images[0]).astype(int) - pixels).max() <= 1
-
-
-@pytest.mark.parametrize(
-    ("of", "name"),
-    [
-        ({"labels": [3]}, "class-003_seed-00000017.png"),
-        ({}, "seed-00000017.png"),
-        ({"blends": [Blend(seed=18, weight=0.25)]}, "seed-00000017_to-seed-00000018_at-0.250.png"),
-        (
-            {"labels": [3], "blends": [Blend(seed=17, weight=0.5, label=12)]},
-            "class-003_seed-00000017_to-class-012_at-0.500.png",
-        ),
-    ],
-)
-def test_names_of_files(of, name):
-    nothing = torch.zeros(1, 0)
-    assert Samples(nothing, nothing, nothing, SampleRequest(seeds=[17], **of)).name(0) == name
 
 
 def read_pngs(folder: Path) -> dict[str, np.ndarray]:

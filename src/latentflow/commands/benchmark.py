@@ -201,7 +201,7 @@ def _request(model: LatentFlow, num: int, seed: int, preset: dict[str, object]) 
     return make_request(
         model,
         num=num,
-        classes=list(range(conditioning.num_classes)),
+        classes=model.config.seen_classes,
         seed=seed,
         task="benchmark",
         told=[name for name in conditioning.dropout if name != "label"],

@@ -80,8 +80,8 @@ def draw_set(
 
     Args:
         num: N; image i has seed `seed + i`.
-        labels: which class image i is told. balanced: i mod C; uniform: any, drawn for each image; data: likewise, by
-            `label_shares`; none: no class. A model without classes is told none in any case.
+        labels: which class image i is told. balanced: that of its seed, as in `sample`; uniform: any, drawn for
+            each image; data: likewise, by `label_shares`; none: no class, as for a model without classes.
         label_shares: of "data": a number for each class, for example how many real images it has.
         preset: fields of `SamplingPreset` that differ from the model's; None as a value means the model's.
         batch_size: images computed together, 256 at most; it changes speed and memory, not the images.
@@ -184,11 +184,12 @@ def _label_rule(
     num_classes = model.config.conditioning.num_classes
     if not num_classes or policy == "none":
         return lambda i: None
-    if policy == "balanced":
-        return lambda i: i % num_classes
+    seen = model.config.seen_classes
+    if policy == "balanced":  # as `sample` deals them out
+        return lambda i: seen[(seed + i) % len(seen)]
     if policy == "data" and shares is None:
         raise ConfigError("labels 'data' follow labelled reference images; give those, or choose 'balanced'")
-    weights = [1.0] * num_classes if policy == "uniform" else list(map(float, shares))
+    weights = [float(label in seen) for label in range(num_classes)] if policy == "uniform" else [*map(float, shares)]
     if len(weights) != num_classes or min(weights) < 0 or not sum(weights) > 0:
         raise ConfigError(f"{len(weights)} shares of classes, the least {min(weights)}; give one per class, from 0")
     ends = list(accumulate(weights))

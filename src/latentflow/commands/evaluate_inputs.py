@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from latentflow.artifacts import sha256_tensors
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands.drawn_set import LABEL_POLICIES, set_request
 from latentflow.commands.evaluate_autoencoder import open_autoencoder
@@ -150,7 +149,7 @@ def open_subject(model: str, task: str, image_size: int | None, device: str | No
 
     def described() -> ModelFacts:
         training = flow.config.training.model_dump(mode="json")
-        return ModelFacts(name=flow.reference, weights=sha256_tensors(flow.network.state_dict()), training=training)
+        return ModelFacts(name=flow.reference, weights=flow.weights_hash, training=training)
 
     size = flow.config.image_size
     return Subject(task, size, flow.device, described, flow=flow, autoencoder=flow.autoencoder)

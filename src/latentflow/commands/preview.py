@@ -25,11 +25,11 @@ def preview_request(model: LatentFlow) -> SampleRequest:
     """The request of a preview: rows are classes, or, with spatial conditions, columns are training images."""
     conditioning = model.config.conditioning
     spatial = [name for name in conditioning.dropout if name != "label"]
-    num_classes = min(conditioning.num_classes, _MOST_IMAGES // _PER_CLASS)
-    labels = [label for label in range(num_classes) for _ in range(_PER_CLASS)]
+    shown = model.config.seen_classes[: _MOST_IMAGES // _PER_CLASS]
+    labels = [label for label in shown for _ in range(_PER_CLASS)]
     num_images = len(labels) or _PER_CLASS**2
     if spatial:
-        labels, num_images = [0] * _COLUMNS if num_classes else [], _COLUMNS
+        labels, num_images = shown[:1] * _COLUMNS, _COLUMNS
     return SampleRequest(
         task="preview",
         seeds=list(range(num_images)),

@@ -148,6 +148,26 @@ def is_adaptive(solver: str) -> bool:
     return getattr(_method(solver), "error_weights", None) is not None
 
 
+def expected_evaluations(solver: str, steps: int, tolerance: float) -> float:
+    """Calls of the velocity from one end to the other: exact for fixed steps, roughly known for adaptive ones.
+
+    The error of a step of order p falls as its size to the power p, so their number grows as tolerance^(-1 / p). How
+    many there are depends on the field: the true number may be half as large or twice as large.
+
+    Raises:
+        ConfigError: no such solver.
+    """
+    method = _method(solver)
+    if isinstance(method, AdamsBashforth):
+        return steps + min(steps, method.order - 1)  # the first ones are steps of Heun
+    if not is_adaptive(solver):
+        return steps * len(method.nodes)
+    return _TYPICAL[solver] * tolerance ** (-1 / method.order)
+
+
+_TYPICAL = {"bosh3": 6.0, "dopri5": 15.0}
+
+
 def integrate(
     velocity: Velocity,
     x: Tensor,

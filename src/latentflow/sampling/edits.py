@@ -19,13 +19,16 @@ from PIL import Image
 from torch import Tensor
 
 from latentflow.autoencoder import to_unit_range
+from latentflow.conditioning import ClassList
 from latentflow.data.pictures import describe_file, read_picture, square_picture
 from latentflow.errors import ConfigError
 from latentflow.latent_flow import LatentFlow
 from latentflow.randomness import derive_seed
 from latentflow.sampling.inpaint import require_latent_pixel
 from latentflow.sampling.pipeline import Given, Samples, draw_all
-from latentflow.sampling.request import Blend, make_request
+from latentflow.sampling.request import Blend, SampleRequest, check_request, make_request, require_count
+
+MOST_FRAMES = 10_000
 
 
 def image_to_image(
@@ -34,7 +37,7 @@ def image_to_image(
     *,
     strength: float = 0.6,
     num: int = 1,
-    classes: Sequence[int | str] | None = None,
+    classes: ClassList | None = None,
     seed: int = 0,
     batch_size: int = 16,
     on_images: Callable[[int], None] = lambda num_images: None,
@@ -69,56 +72,80 @@ def image_to_image(
 def interpolate(
     model: LatentFlow,
     *,
-    seeds: Sequence[int] = (0, 1),
-    num: int = 9,
-    classes: Sequence[int | str] | None = None,
     batch_size: int = 16,
     on_images: Callable[[int], None] = lambda num_images: None,
-    **preset: Any,
+    **request: Any,
 ) -> Samples:
-    """Draw `num` frames from one seed to another, and from one class to another, both ends included.
+    """Draw the frames between two seeds; the request is that of `interpolation`."""
+    return draw_all(model, interpolation(model, **request), batch_size=batch_size, on_images=on_images)
+
+
+def interpolation(
+    model: LatentFlow,
+    *,
+    seeds: Sequence[int] = (0, 1),
+    num: int = 9,
+    classes: ClassList | None = None,
+    **preset: Any,
+) -> SampleRequest:
+    """The request of `num` frames from one seed to another, and from one class to another, both ends included.
 
     Args:
         seeds: from, to; twice the same to change the class alone.
         num: at least 2.
-        classes: none: no class is told; one: that of all frames; two: from, to.
+        classes: one: that of all frames; two: from, to; none: no class is told; None: those of the two seeds, so that
+            the ends are the pictures that `sample` draws of them.
         preset: fields of `SamplingPreset`.
 
     Raises:
         ConfigError: before anything is computed.
     """
-    classes = list(classes or ())
     if len(seeds) != 2:
         raise ConfigError(f"{len(seeds)} seeds; an interpolation needs two, from and to")
-    if num < 2:
-        raise ConfigError(f"number of frames {num}: at least 2 are needed, the two ends")
-    if len(classes) > 2:
-        raise ConfigError(f"{len(classes)} classes; give none, one for all frames, or two: from and to")
-    first, second = seeds
-    request = make_request(model, num=num, classes=classes[:1], seed=first, task="interpolate", **preset)
-    label = model.config.conditioning.class_index(classes[1]) if len(classes) == 2 else None
-    blends = [Blend(seed=second, weight=frame / (num - 1), label=label) for frame in range(num)]
-    request = request.model_copy(update={"seeds": [first] * num, "blends": blends})
-    return draw_all(model, request, batch_size=batch_size, on_images=on_images)
+    require_count("number of frames", num, 2, MOST_FRAMES, "the two ends are two of them")
+    common = {"task": "interpolate", **preset}
+    if classes is None:
+        ends = [make_request(model, seed=seed, **common) for seed in seeds]
+        labels = [end.labels[0] for end in ends if end.labels]
+    else:
+        labels = model.config.conditioning.class_indices(classes)
+        if len(labels) > 2:
+            raise ConfigError(f"{len(labels)} classes; give none, one for all frames, or two: from and to")
+        ends = [make_request(model, classes=labels[:1], seed=seed, **common) for seed in seeds]
+    other = labels[1] if len(set(labels)) == 2 else None
+    blends = [Blend(seed=seeds[1], weight=frame / (num - 1), label=other) for frame in range(num)]
+    update = {"seeds": [seeds[0]] * num, "labels": ends[0].labels * num, "blends": blends}
+    request = ends[0].model_copy(update=update)
+    check_request(model, request)
+    return request
 
 
 def vary(
     model: LatentFlow,
     *,
+    batch_size: int = 16,
+    on_images: Callable[[int], None] = lambda num_images: None,
+    **request: Any,
+) -> Samples:
+    """Draw pictures near that of one seed; the request is that of `variations`."""
+    return draw_all(model, variations(model, **request), batch_size=batch_size, on_images=on_images)
+
+
+def variations(
+    model: LatentFlow,
+    *,
     seed: int = 0,
     num: int = 8,
     amount: float = 0.3,
-    classes: Sequence[int | str] | None = None,
-    batch_size: int = 16,
-    on_images: Callable[[int], None] = lambda num_images: None,
+    classes: ClassList | None = None,
     **preset: Any,
-) -> Samples:
-    """Draw `num` pictures near that of one seed.
+) -> SampleRequest:
+    """The request of `num` pictures near that which `sample` draws of a seed.
 
     Args:
         amount: how far the noise is turned towards that of another seed, in [0, 1]: by `amount` times 90 degrees.
             0: the picture itself; 1: pictures that have nothing to do with it.
-        classes: at most one; None: no class is told.
+        classes: one; none: no class is told; None: that of the seed, as in `sample`.
         preset: fields of `SamplingPreset`.
 
     Raises:
@@ -126,10 +153,10 @@ def vary(
     """
     if not 0 <= amount <= 1:
         raise ConfigError(f"amount {amount:g}: it must lie in 0 (the picture itself) to 1 (other pictures)")
-    request = make_request(model, num=num, classes=one_class(classes), seed=seed, task="vary", **preset)
+    require_count("number of variations", num, 1, MOST_FRAMES)
+    original = make_request(model, classes=at_most_one(model, classes), seed=seed, task="vary", **preset)
     blends = [Blend(seed=variation_seed(seed, number), weight=amount) for number in range(num)]
-    request = request.model_copy(update={"seeds": [seed] * num, "blends": blends})
-    return draw_all(model, request, batch_size=batch_size, on_images=on_images)
+    return original.model_copy(update={"seeds": [seed] * num, "labels": original.labels * num, "blends": blends})
 
 
 def variation_seed(seed: int, number: int) -> int:
@@ -155,12 +182,13 @@ def encode_input(model: LatentFlow, pixels: Tensor) -> Tensor:
     return model.encode(to_unit_range(pixels).to(model.device)).cpu()
 
 
-def one_class(classes: Sequence[int | str] | None) -> Sequence[int | str]:
-    """Classes for a single picture.
+def at_most_one(model: LatentFlow, classes: ClassList | None) -> list[int] | None:
+    """The class of a single picture, as an index; [] where none is told, None where it is left open.
 
     Raises:
         ConfigError: there are several.
     """
-    if len(classes or ()) > 1:
-        raise ConfigError(f"{len(classes)} classes for one picture; give one, or none")
-    return classes or []
+    chosen = None if classes is None else model.config.conditioning.class_indices(classes)
+    if len(chosen or ()) > 1:
+        raise ConfigError(f"{len(chosen)} classes for one picture; give one, or none")
+    return chosen

@@ -11,7 +11,7 @@ Legend: H and W image height and width, h and w latent height and width; a mask 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from latentflow.autoencoder import to_unit_range
+from latentflow.conditioning import ClassList
 from latentflow.console import notice
 from latentflow.data.decode import open_image
 from latentflow.data.latent_size import ToldAs, class_counts, hide, hole_counts, shares, told_mask
@@ -110,7 +111,7 @@ def inpaint(
     mask: Mask,
     *,
     num: int = 1,
-    classes: Sequence[int | str] | None = None,
+    classes: ClassList | None = None,
     semantic_map: str | Path | Image.Image | np.ndarray | None = None,
     seed: int = 0,
     fit: Fit | None = None,

@@ -21,13 +21,14 @@ from PIL import Image
 from torch import Tensor
 
 from latentflow.autoencoder import to_uint8
+from latentflow.conditioning import ClassList
 from latentflow.data.pictures import psnr
 from latentflow.errors import ConfigError
 from latentflow.flow.solvers import integrate, is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
-from latentflow.sampling.edits import encode_input, one_class, read_input
-from latentflow.sampling.pipeline import Given, Samples, conditioned_velocity, draw_all, sample
+from latentflow.sampling.edits import at_most_one, encode_input, read_input
+from latentflow.sampling.pipeline import Given, Samples, conditioned_velocity, draw_all, naming_noise
 from latentflow.sampling.request import SampleRequest, make_request
 
 ROUND_TRIPS: tuple[dict[str, Any], ...] = (
@@ -63,10 +64,7 @@ class Inversion:
 
     def round_trip(self, model: LatentFlow) -> RoundTrip:
         """Draw the image again from its noise, with the same solver and class."""
-        own = self.request
-        drawn = sample(
-            model, noise=self.noise, classes=own.labels, task=own.task, inputs=own.inputs, **dict(own.sampling)
-        )
+        drawn = draw_all(model, naming_noise(self.request, self.noise), Given(noise=self.noise))
         autoencoded = _decode(model, self.latents)
         return RoundTrip(
             samples=drawn,
@@ -106,7 +104,7 @@ def invert(
     model: LatentFlow,
     image: str | Path | Image.Image,
     *,
-    classes: Sequence[int | str] | None = None,
+    classes: ClassList | None = None,
     guidance: float | None = None,
     **preset: Any,
 ) -> Inversion:
@@ -127,7 +125,9 @@ def invert(
     """
     pixels, inputs = read_input(model, image)
     guidance = 1.0 if guidance is None else guidance
-    request = make_request(model, classes=one_class(classes), task="invert", inputs=inputs, guidance=guidance, **preset)
+    request = make_request(
+        model, classes=at_most_one(model, classes), task="invert", inputs=inputs, guidance=guidance, **preset
+    )
     latents = encode_input(model, pixels)
     noise, evaluations = _to_noise(model, latents, request)
     return Inversion(noise, latents, pixels, int(evaluations), request)
@@ -159,7 +159,7 @@ def compare_round_trips(
     images: Sequence[str | Path | Image.Image],
     settings: Sequence[Mapping[str, Any]] | None = None,
     *,
-    classes: Sequence[int | str] | None = None,
+    classes: ClassList | None = None,
     batch_size: int = 16,
     on_images: Callable[[int], None] = lambda num_images: None,
 ) -> list[RoundTripRow]:

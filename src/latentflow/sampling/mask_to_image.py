@@ -5,13 +5,14 @@ Legend: H and W map height and width, S size of the training images, K classes, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from latentflow.conditioning import ClassList
 from latentflow.data.latent_size import class_counts, shares
 from latentflow.data.pictures import describe_file
 from latentflow.data.semantic_maps import crop_map
@@ -26,7 +27,7 @@ def mask_to_image(
     semantic_map: str | Path | Image.Image | np.ndarray,
     *,
     num: int = 1,
-    classes: Sequence[int | str] | None = None,
+    classes: ClassList | None = None,
     seed: int = 0,
     native: bool = False,
     batch_size: int = 16,

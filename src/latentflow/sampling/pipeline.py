@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,24 @@ from torch import Tensor
 import latentflow
 from latentflow.artifacts import atomic_file, sha256_tensors
 from latentflow.autoencoder import to_uint8
-from latentflow.errors import ConfigError
+from latentflow.console import notice
+from latentflow.errors import ConfigError, NonFiniteError
 from latentflow.flow.composition import BlendedVelocity, KnownRegionVelocity
 from latentflow.flow.guidance import ConditionedVelocity
-from latentflow.flow.solvers import integrate
+from latentflow.flow.solvers import expected_evaluations, integrate, is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.randomness import ImageRandom, derive_seed
-from latentflow.sampling.request import SampleRequest, check_request, guided_by, make_request
+from latentflow.sampling.naming import picture_facts, picture_name
+from latentflow.sampling.request import SampleRequest, check_request, guided_by, make_request, require_count
 from latentflow.shapes import per_image
+
+MOST_TOGETHER = 65_536
+"""Images in one batch."""
+MOST_BYTES = 8 * 2**30
+"""Of pictures that are held in memory at once."""
+MANY_CALLS = 100
+"""Network calls a picture from which on their cost is said before drawing."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ class Samples:
         evaluations: [B] int64, network calls of each image; a guided call counts twice.
         request: what was asked for.
         class_names: of the model.
-        drawn_by: which model, and which version of this program.
+        drawn_by: says which model, and which version of this program.
         seconds: wall time of solver and decoder.
         finish: makes of the pixels of a picture, [H, W, 3], the image that is written.
     """
@@ -83,7 +93,7 @@ class Samples:
     evaluations: Tensor
     request: SampleRequest
     class_names: Sequence[str] = field(default=())
-    drawn_by: Mapping[str, str | int] = field(default_factory=dict)
+    drawn_by: Callable[[], Mapping[str, str | int]] = field(default=dict)
     seconds: float = 0.0
     finish: Callable[[np.ndarray], Image.Image] = Image.fromarray
 
@@ -92,41 +102,45 @@ class Samples:
         """The pictures, as RGB images of Pillow."""
         return [Image.fromarray(self._array(row)) for row in range(len(self.pixels))]
 
+    @property
+    def mean_evaluations(self) -> float:
+        """Network calls per image."""
+        return float(self.evaluations.double().mean())
+
     def save(self, folder: str | Path) -> list[Path]:
         """Write one PNG per image, named by class and seed, with its request in the metadata."""
-        return [self._write(Path(folder) / self.name(row), row) for row in range(len(self.pixels))]
+        return [self.write(Path(folder) / self.name(row), row) for row in range(len(self.pixels))]
 
     def save_as(self, file: str | Path) -> list[Path]:
         """Write one image to `file`, several to files named like it and by what sets them apart."""
-        file = Path(file)
-        if len(self.pixels) == 1:
-            return [self._write(file, 0)]
-        return [self._write(file.with_name(f"{file.stem}_{self.name(row)}"), row) for row in range(len(self.pixels))]
+        files = files_like(file, self.request, self.class_names)
+        return [self.write(own, row) for row, own in enumerate(files)]
 
     def name(self, row: int) -> str:
-        """The file name of one image: "class-003_seed-00000017.png"."""
+        """The file name of one image: "cat_seed-00000017.png"."""
+        return picture_name(self.request.at(slice(row, row + 1)), self.class_names)
+
+    def write(self, file: Path, row: int) -> Path:
+        """Write one image as PNG, with its request in the metadata."""
         own = self.request.at(slice(row, row + 1))
-        parts = [f"class-{label:03d}" for label in own.labels] + [f"seed-{seed:08d}" for seed in own.seeds]
-        for blend in own.blends:
-            parts += [f"to-class-{blend.label:03d}"] if blend.label is not None else []
-            parts += [f"to-seed-{blend.seed:08d}"] if [blend.seed] != own.seeds else []
-            parts += [f"at-{blend.weight:.3f}"]
-        return "_".join(parts) + ".png"
+        facts = picture_facts(own, self.class_names, dict(self.drawn_by()))
+        text = PngImagePlugin.PngInfo()
+        text.add_text("latentflow", json.dumps(facts | {"evaluations": int(self.evaluations[row])}))
+        with atomic_file(file) as temporary:
+            self.finish(self._array(row)).save(temporary, format="PNG", pnginfo=text)
+        return file
 
     def _array(self, row: int) -> np.ndarray:
         return self.pixels[row].permute(1, 2, 0).numpy()
 
-    def _write(self, file: Path, row: int) -> Path:
-        own = self.request.at(slice(row, row + 1))
-        metadata = {**own.model_dump(mode="json"), "evaluations": int(self.evaluations[row])}
-        metadata["drawn_by"] = dict(self.drawn_by)
-        if own.labels:
-            metadata["class_name"] = self.class_names[own.labels[0]]
-        text = PngImagePlugin.PngInfo()
-        text.add_text("latentflow", json.dumps(metadata))
-        with atomic_file(file) as temporary:
-            self.finish(self._array(row)).save(temporary, format="PNG", pnginfo=text)
-        return file
+
+def files_like(file: str | Path, request: SampleRequest, class_names: Sequence[str]) -> list[Path]:
+    """Where the pictures of a request go: one to `file`, several to files named like it and by what sets them apart."""
+    file = Path(file)
+    if len(request.seeds) == 1:
+        return [file]
+    rows = (request.at(slice(row, row + 1)) for row in range(len(request.seeds)))
+    return [file.with_name(f"{file.stem}_{picture_name(row, class_names)}") for row in rows]
 
 
 def draw(
@@ -145,6 +159,8 @@ def draw(
         on_images: told the number of images just finished.
     """
     check_request(model, request)
+    require_count("batch size", batch_size, 1, MOST_TOGETHER, "16 are usual")
+    tell_cost(model, request, batch_size)
     for start in range(0, len(request.seeds), batch_size):
         rows = slice(start, start + batch_size)
         part = request.at(rows)
@@ -153,7 +169,18 @@ def draw(
 
 
 def draw_all(model: LatentFlow, request: SampleRequest, given: Given = Given(), **options: Any) -> Samples:
-    """Draw a request at once into memory; the options are those of `draw`."""
+    """Draw a request at once into memory; the options are those of `draw`.
+
+    Raises:
+        ConfigError: the pictures would need more than `MOST_BYTES` of it.
+    """
+    height, width = request.image_size or (model.config.image_size,) * 2
+    most = MOST_BYTES // (3 * height * width)
+    if len(request.seeds) > most:
+        raise ConfigError(
+            f"{len(request.seeds):,} images of {height} x {width} pixels at once in memory: at most {most:,}; draw "
+            "fewer, or write them with `latentflow sample`"
+        )
     return join_samples(list(draw(model, request, given, **options)))
 
 
@@ -173,9 +200,14 @@ def sample(
         wanted = (num, *model.config.latent_shape)
         if tuple(noise.shape) != wanted:
             raise ConfigError(f"noise of shape {list(noise.shape)}; {num} images of this model need {list(wanted)}")
-        origin = f"sha256:{sha256_tensors({'noise': noise})[:12]}"
-        made = made.model_copy(update={"inputs": {**made.inputs, "noise": origin}})
+        made = naming_noise(made, noise)
     return draw_all(model, made, Given(noise=noise), batch_size=batch_size)
+
+
+def naming_noise(request: SampleRequest, noise: Tensor) -> SampleRequest:
+    """The request as it is remembered where this noise takes the place of the seeds'."""
+    origin = f"sha256:{sha256_tensors({'noise': noise})[:12]}"
+    return request.model_copy(update={"inputs": {**request.inputs, "noise": origin}})
 
 
 def join_samples(parts: Sequence[Samples]) -> Samples:
@@ -244,11 +276,51 @@ def conditioned_velocity(
     return BlendedVelocity(told(request.labels), told(others), weights)
 
 
-def _drawn_by(model: LatentFlow) -> dict[str, str | int]:
+def tell_cost(model: LatentFlow, request: SampleRequest, batch_size: int) -> None:
+    """Say once what a request costs that needs many network calls, and what draws the like sooner."""
+    calls, quick = network_calls(request), {"solver": "heun", "steps": 25}
+    sampling = request.sampling.model_copy(update=quick)
+    fewer = network_calls(request.model_copy(update={"sampling": sampling}))
+    if calls < MANY_CALLS or calls < 1.5 * fewer:
+        return
+    begin = request.at(slice(0, batch_size))
+    rough, num = "about " if is_adaptive(request.sampling.solver) else "", len(request.seeds)
+    seconds = _seconds_of_a_call(model, begin) * -(-num // len(begin.seeds))
+    how = f"tolerance {request.sampling.rtol:g}" if rough else f"{request.sampling.steps} steps"
+    notice(
+        f"{request.sampling.solver} with {how} takes {rough}{calls:.0f} network calls a picture, for {num} here some "
+        f"{calls * seconds:.2g} s; --solver heun --steps 25 takes {fewer:.0f}, some {fewer * seconds:.2g} s",
+        kind=f"cost of {model.reference} {request.sampling}",
+    )
+
+
+def network_calls(request: SampleRequest) -> float:
+    """Network calls a picture; of an adaptive solver a rough guess."""
+    sampling = request.sampling
+    calls = expected_evaluations(sampling.solver, sampling.steps, sampling.rtol)
+    guided, blended = sampling.guidance not in (0, 1), any(blend.label is not None for blend in request.blends)
+    low, high = sampling.guidance_interval
+    return calls * (1 + (high - low) * guided) * (1 + blended)
+
+
+@torch.inference_mode()
+def _seconds_of_a_call(model: LatentFlow, request: SampleRequest) -> float:
+    """Wall time of one network call for a batch that is told nothing."""
+    noise = initial_noise(model, request)
+    condition, time_ = model.config.conditioning.build(noise.shape, model.device), torch.ones(len(noise)).to(noise)
+    began = time.perf_counter()
+    model.velocity(noise, time_, condition).cpu()
+    return time.perf_counter() - began
+
+
+def drawn_by(model: LatentFlow) -> dict[str, str | int]:
+    """Whose pictures these are, as each of them says: the program, the model, and the weights it draws with."""
     training = model.config.training
     return {
         "latentflow": latentflow.__version__,
         "model": model.reference,
+        "weights": model.weights_hash[:12],
+        "autoencoder": model.config.autoencoder.content_hash[:12],
         "trained_on": training.data_fingerprint[:12],
         "images_seen": training.images_seen,
     }
@@ -271,6 +343,12 @@ def _draw_batch(model: LatentFlow, request: SampleRequest, given: Mapping[str, T
         rtol=sampling.rtol,
         atol=sampling.atol,
     )
+    if (wrong := ~solution.x.isfinite().flatten(1).all(1)).any():
+        seed = request.seeds[int(wrong.nonzero()[0])]
+        raise NonFiniteError(
+            f"the latents of seed {seed} are NaN or infinite, so there is no picture; if more steps or less guidance "
+            "do not help, the weights of the model are damaged"
+        )
     pixels = to_uint8(model.decode(solution.x)).cpu()
     return Samples(
         pixels=pixels,
@@ -278,6 +356,6 @@ def _draw_batch(model: LatentFlow, request: SampleRequest, given: Mapping[str, T
         evaluations=velocity.evaluations,
         request=request,
         class_names=tuple(model.config.conditioning.class_names),
-        drawn_by=_drawn_by(model),
+        drawn_by=partial(drawn_by, model),
         seconds=time.perf_counter() - began,
     )

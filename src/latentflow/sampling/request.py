@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from latentflow.conditioning import CONDITION_NAMES, ConditionName
+from latentflow.conditioning import CONDITION_NAMES, ClassList, ConditionName
+from latentflow.console import notice
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import is_adaptive
@@ -14,6 +16,20 @@ from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.model_config import SamplingPreset
 from latentflow.shapes import Condition
+
+SEED_TASKS = ("sample", "interpolate", "vary")
+"""Tasks in which a seed alone makes a picture, so that it has a class of its own: the same in all of them."""
+
+MOST_IMAGES, MOST_SEEDS, MOST_STEPS = 1_000_000, 2**63, 10_000
+_RANGES = {
+    "guidance": (0, 1000, "1 switches it off, 1.5 to 4 are usual"),
+    "shift": (1e-4, 1e4, "1 is an even grid"),
+    "rtol": (1e-9, 1, "1e-5 is usual"),
+    "atol": (1e-9, 100, "1e-5 is usual"),
+}
+
+
+_WHOLE_PRESET = {name for name, field in SamplingPreset.model_fields.items() if field.default is not None}
 
 
 class Blend(BaseModel):
@@ -56,7 +72,7 @@ def make_request(
     model: LatentFlow,
     *,
     num: int = 1,
-    classes: Sequence[int | str] | None = None,
+    classes: ClassList | None = None,
     seed: int = 0,
     task: str = "sample",
     told: Sequence[ConditionName] = (),
@@ -68,11 +84,13 @@ def make_request(
     """One checked request; what is left out or None comes from the preset in the model folder.
 
     The preset's guidance is left out where nothing is told that it could strengthen; asked for, it is refused there.
+    What is asked for and would change nothing is refused, too, unless a whole preset is given, as a PNG holds it.
 
     Args:
         num: number of images; image i has seed `seed + i`.
-        classes: by index or name, dealt out in turn (image i gets class i mod their number); an empty list or
-            "none": no class is told; None: all classes in turn where that is all the model is told, else no class.
+        classes: see `Conditioning.class_indices`; they are dealt out in turn, image i gets class i mod their number.
+            None: where the seed alone makes a picture (`SEED_TASKS`), the class that belongs to the seed: of the
+            classes that training images had, number seed mod their number; no class for the other tasks.
         told: conditions besides the class that are given.
         preset: fields of `SamplingPreset`: solver, steps, guidance, guidance_interval, guided_by,
             guided_channels, shift, rtol, atol.
@@ -80,22 +98,22 @@ def make_request(
     Raises:
         ConfigError: a class, solver or value that does not exist or that the model was not trained for.
     """
-    if num < 1:
-        raise ConfigError(f"number of images {num}: at least 1 is needed")
-    if seed < 0:
-        raise ConfigError(f"seed {seed} is below zero; give 0 or more")
+    require_count("number of images", num, 1, MOST_IMAGES, "draw more with another seed")
+    require_count("seed", seed, 0, MOST_SEEDS - num)
     conditioning = model.config.conditioning
+    seeds = range(seed, seed + num)
     if classes is None:
-        chosen = list(range(conditioning.num_classes)) if task == "sample" and not told else []
-    elif list(classes) == ["none"] and "none" not in conditioning.class_names:
-        chosen = []
+        dealt = model.config.seen_classes if task in SEED_TASKS and not told else []
+        labels = [dealt[own % len(dealt)] for own in seeds] if dealt else []
     else:
-        chosen = [conditioning.class_index(c) for c in classes]
-    given = {key: value for key, value in preset.items() if value is not None}
-    unknown = given.keys() - SamplingPreset.model_fields.keys()
+        dealt = conditioning.class_indices(classes)
+        labels = [dealt[i % len(dealt)] for i in range(num)] if dealt else []
+    asked = {key: value for key, value in preset.items() if value is not None}
+    unknown = asked.keys() - SamplingPreset.model_fields.keys()
     if unknown:
         raise TypeError(f"unknown argument {min(unknown)!r}; {nearest(min(unknown), SamplingPreset.model_fields)}")
-    told = [*(["label"] if chosen else []), *told]
+    given = dict(asked)
+    told = [*(["label"] if labels else []), *told]
     strengthened = set(told).intersection(conditioning.can_guide, model.config.sampling.guided_by or CONDITION_NAMES)
     if not strengthened and not given.keys() & {"guidance", "guided_by"}:
         given["guidance"] = 1.0
@@ -103,8 +121,8 @@ def make_request(
         given.setdefault("guided_by", [name for name in told if name in strengthened] or None)
     request = SampleRequest(
         task=task,
-        seeds=list(range(seed, seed + num)),
-        labels=[chosen[i % len(chosen)] for i in range(num)] if chosen else [],
+        seeds=list(seeds),
+        labels=labels,
         told=told,
         inputs=dict(inputs or {}),
         start=start,
@@ -112,7 +130,61 @@ def make_request(
         sampling=model.config.sampling.model_copy(update=given),
     )
     check_request(model, request)
+    if not asked.keys() >= _WHOLE_PRESET:
+        _require_effect(asked, request.sampling)
+    _tell_what_is_kept(asked, model.config.sampling, request.sampling)
     return request
+
+
+def require_count(what: str, value: int, low: int, high: int, remedy: str = "") -> None:
+    """Refuse what is no whole number from `low` to `high`.
+
+    Raises:
+        ConfigError: naming the range.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+        large = isinstance(value, Integral) and abs(value) >= 10**40
+        shown = "of more than 40 digits" if large else value
+        raise ConfigError(f"{what} {shown}: give a whole number from {low} to {high:,}" + (remedy and f"; {remedy}"))
+
+
+def _require_effect(asked: Mapping[str, object], sampling: SamplingPreset) -> None:
+    """Refuse what was asked for and would change nothing; a value that switches something off is always fine."""
+    adaptive = is_adaptive(sampling.solver)
+    whose = "" if "solver" in asked else ", the solver of the model's preset"
+    for name in ("steps", "shift") if adaptive else ("rtol", "atol"):
+        if name in asked and (name, asked[name]) != ("shift", 1):
+            raise ConfigError(
+                f"{name} {asked[name]} has no effect with {sampling.solver}{whose}: "
+                + (
+                    "it chooses its own steps by rtol and atol; leave it out, or choose a solver of fixed steps "
+                    "such as heun"
+                    if adaptive
+                    else "it takes a fixed number of steps; leave it out, or choose dopri5 or bosh3"
+                )
+            )
+    if sampling.guidance == 1:
+        off = {"guidance_interval": (0.0, 1.0)}
+        for name in ("guidance_interval", "guided_by", "guided_channels"):
+            if name in asked and (name not in off or tuple(asked[name]) != off[name]):
+                value = asked[name] if isinstance(asked[name], int | str) else ",".join(map(str, asked[name]))
+                raise ConfigError(
+                    f"{name} {value} has no effect: guidance is 1, which is off; leave it out, or give guidance above 1"
+                )
+
+
+def _tell_what_is_kept(asked: Mapping[str, object], preset: SamplingPreset, sampling: SamplingPreset) -> None:
+    """Say what another solver takes over from the model's preset, which was made for its own."""
+    if is_adaptive(sampling.solver) == is_adaptive(preset.solver):
+        return
+    kept = [name for name in _pace(sampling.solver) if name not in asked]
+    if kept:
+        values = " and ".join(f"{name} {getattr(sampling, name):g}" for name in kept)
+        notice(f"{sampling.solver} takes {values} from the model's preset, which draws with {preset.solver}")
+
+
+def _pace(solver: str) -> tuple[str, ...]:
+    return ("rtol", "atol") if is_adaptive(solver) else ("steps",)
 
 
 def check_request(model: LatentFlow, request: SampleRequest) -> None:
@@ -122,6 +194,8 @@ def check_request(model: LatentFlow, request: SampleRequest) -> None:
         ConfigError: with the value and the remedy.
     """
     sampling, conditioning = request.sampling, model.config.conditioning
+    for seed in (*request.seeds, *(blend.seed for blend in request.blends)):
+        require_count("seed", seed, 0, MOST_SEEDS - 1)
     if len(request.labels) != (len(request.seeds) if "label" in request.told else 0):
         raise ConfigError(f"{len(request.labels)} labels for {len(request.seeds)} seeds; give one per image, or none")
     if request.blends and len(request.blends) != len(request.seeds):
@@ -129,8 +203,13 @@ def check_request(model: LatentFlow, request: SampleRequest) -> None:
     others = [blend.label for blend in request.blends if blend.label is not None]
     if others and not request.labels:
         raise ConfigError(f"a blend towards class {others[0]} needs a class to begin with; give both")
-    for label in [*request.labels, *others]:
-        conditioning.class_index(label)
+    seen = set(model.config.seen_classes)
+    for label in dict.fromkeys([*request.labels, *others]):
+        if conditioning.class_index(label) not in seen:
+            raise ConfigError(
+                f"the class {conditioning.class_names[label]!r} was in no training image, so the model never learned "
+                f"it; it learned {len(seen)} of its {conditioning.num_classes} classes"
+            )
     for name in request.told:
         conditioning.require(name)
     for name, share in conditioning.dropout.items():
@@ -145,12 +224,18 @@ def check_request(model: LatentFlow, request: SampleRequest) -> None:
             if name == "inpainting" and "semantic_map" in request.told:
                 remedy[name] += " and --map"
             raise ConfigError(f"the model never learned to do without the condition {name}; {remedy[name]}")
-    if sampling.guidance < 0:
-        raise ConfigError(f"guidance {sampling.guidance} is below zero; 1 switches it off, 1.5 to 4 are usual")
+    is_adaptive(sampling.solver)
+    for name, (low, high, usual) in _RANGES.items():
+        value = getattr(sampling, name)
+        if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+            shown = f"{value:g}" if isinstance(value, float) else str(value)[:40]
+            raise ConfigError(f"{name} {shown}: give a number from {low:g} to {high:g}; {usual}")
+    require_count("steps", sampling.steps, 1, MOST_STEPS, "25 are usual")
+    if sampling.guided_channels is not None:
+        channels = model.config.autoencoder.num_channels
+        require_count("guided_channels", sampling.guided_channels, 1, channels, f"the latents have {channels} channels")
     if sampling.guidance != 1:
         guided_by(model, request)
-    if is_adaptive(sampling.solver) and not (sampling.rtol > 0 and sampling.atol > 0):
-        raise ConfigError(f"rtol {sampling.rtol} and atol {sampling.atol} must both be above 0; 1e-5 is usual")
     if not 0 < request.start <= 1:
         raise ConfigError(f"start {request.start}: drawing starts at a time above 0 (the image) and at most 1 (noise)")
     sampling_times(sampling.steps, sampling.shift, start=request.start)

@@ -1,0 +1,65 @@
+"""What a picture is called, and what it says of itself: the same for equal requests, wherever they are drawn."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from latentflow.sampling.request import SampleRequest
+
+_UNSAFE = frozenset('<>:"/\\|?*')
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # device names of Windows
+_MOST_BYTES = 72  # of a class in a file name; two of them, two seeds and a weight stay below 255
+
+
+def picture_name(request: SampleRequest, class_names: Sequence[str]) -> str:
+    """The file name of the picture of a request for one: "cat_seed-00000017.png"."""
+    names = file_names(tuple(class_names)) if request.labels else ()
+    parts = [names[label] for label in request.labels] + [f"seed-{seed:08d}" for seed in request.seeds]
+    for blend in request.blends:
+        parts += [f"to-{names[blend.label]}"] if blend.label is not None else []
+        parts += [f"to-seed-{blend.seed:08d}"] if [blend.seed] != request.seeds else []
+        parts += [f"at-{blend.weight:.3f}"]
+    return "_".join(parts) + ".png"
+
+
+def picture_facts(request: SampleRequest, class_names: Sequence[str], drawn_by: dict[str, Any]) -> dict[str, Any]:
+    """What the picture of a request for one says of itself, as JSON holds it; its evaluations come with drawing.
+
+    Args:
+        drawn_by: which model, and which version of this program.
+    """
+    facts = request.model_dump(mode="json") | {"drawn_by": drawn_by}
+    if request.labels:
+        facts["class_name"] = class_names[request.labels[0]]
+    if request.blends and request.blends[0].label is not None:
+        facts["to_class_name"] = class_names[request.blends[0].label]
+    return facts
+
+
+@lru_cache(maxsize=8)
+def file_names(class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """Class names that every file system takes, no two alike even where case does not count.
+
+    A name that had to change, or that would be mistaken for another, ends in its index: "and/or" is "and_or~3".
+    """
+    safe = [_safe(name) for name in class_names]
+    taken = Counter(name.casefold() for name in safe)
+    return tuple(
+        name if name == own and taken[name.casefold()] == 1 and not re.search(r"~\d+$", name) else f"{name}~{index}"
+        for index, (name, own) in enumerate(zip(safe, class_names, strict=True))
+    )
+
+
+def _safe(name: str) -> str:
+    text = "".join(
+        "_" if letter in _UNSAFE or not letter.isprintable() else letter
+        for letter in unicodedata.normalize("NFC", name)
+    )
+    text = re.sub(r"^[.\-\s]+", "_", text.rstrip(". ")) or "_"
+    text = f"_{text}" if _RESERVED.match(text) else text
+    return text.encode()[:_MOST_BYTES].decode(errors="ignore")
