@@ -205,16 +205,20 @@ def read_file(path: str | Path) -> bytes:
         return file.read(size)  # and no more, should it be growing
 
 
-def check_bytes(num_bytes: int) -> None:
+def check_bytes(num_bytes: int, most: int | None = None) -> None:
     """Refuse a file that is larger than a picture may be.
+
+    Args:
+        most: bytes; `most_bytes` unless told otherwise, and in proportion to it.
 
     Raises:
         ValueError: with both numbers, and the remedy.
     """
-    if num_bytes > most_bytes():
+    most = most_bytes() if most is None else most
+    if num_bytes > most:
+        pixels = -(-num_bytes * most_pixels() // most)
         raise ValueError(
-            f"its {num_bytes:,} bytes are more than {most_bytes():,}; make it smaller, or allow more with "
-            f"{_VARIABLE}={-(-num_bytes // _BYTES_PER_PIXEL)}"
+            f"its {num_bytes:,} bytes are more than {most:,}; make it smaller, or allow more with {_VARIABLE}={pixels}"
         )
 
 

@@ -23,6 +23,7 @@ from latentflow.data.colour import to_rgb
 from latentflow.data.crop import center_crop, crop_map
 from latentflow.data.decode import BrokenImage, most_pixels, open_image, reason, room_for
 from latentflow.data.items import ImageItem, ImageSource
+from latentflow.data.layout import class_folders, counted, evenly, tell_passed_over, unread_pictures
 from latentflow.data.lmdb_store import LmdbStore, check_first, environment_file
 from latentflow.data.map_files import MapFiles
 from latentflow.data.orientation import Photo, with_turn
@@ -42,7 +43,6 @@ __all__ = [
 ]
 
 _PRINTABLE = bytes(sorted({*range(0x20, 0x7F)} - {ord("%")}))
-SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "eval"])
 
 
 def open_images(path: str | Path, image_size: int, *, first: int | None = None, strict: bool = False) -> ImageSource:
@@ -50,8 +50,10 @@ def open_images(path: str | Path, image_size: int, *, first: int | None = None, 
 
     A folder with sub-folders is labelled: each sub-folder that holds images, at any depth below it, is a
     class, and the classes are sorted by name. A folder of images alone is unlabelled. A single sub-folder
-    with nothing beside it is a wrapper, not a class, and is descended into. A .zip archive follows the
-    same rules. Hidden files, `__MACOSX` and files that are not images are passed over.
+    with nothing beside it is a wrapper, not a class, and is descended into. Folders named as splits (train,
+    val2017, test_set) are no classes. A .zip archive follows the same rules. Hidden files, what systems leave
+    behind (`@eaDir`, `__MACOSX`, `Thumbs.db`) and files that are not images are passed over; pictures in
+    formats or under names that are not read are told of.
 
     A folder of `images/`, `masks/` and `classes.json` has semantic maps: images/a/x.jpg goes with
     masks/a/x.png, of the same size, and classes.json names the classes (see `MapClasses.read`); the rules
@@ -64,7 +66,8 @@ def open_images(path: str | Path, image_size: int, *, first: int | None = None, 
         path: a folder, a .zip file, an LMDB environment, or "synthetic[:COUNT[:SEED]]" for the built-in shapes
             (6000 images of seed 0 unless told otherwise). Write "./synthetic" for a folder of that name.
         image_size: height and width of every item in pixels, >= 1.
-        first: take the first so many images, in the source's order; None: all of them.
+        first: take the first so many images: of class folders evenly (the first of each, then the second of each,
+            and so on), otherwise in the source's order; None: all of them.
         strict: decode every image now, and refuse the source if any is broken.
 
     Raises:
@@ -117,11 +120,18 @@ class ImageFiles:
     def __init__(self, store: FolderStore | ZipStore, image_size: int, first: int | None = None):
         self.image_size = image_size
         self._store = store
-        files = store.files()
+        self._contents: list[str] | None = None
+        files, folders = store.listing()
         images = {name: file for name, file in files.items() if is_image(name)}
+
+        def mark(name: str) -> bytes:
+            return store.mark(files[name].path)
+
         if not images:
             _refuse_environments(files, store.path)
+            unread = unread_pictures(files, mark)
             some = f"; it has {len(files)} other files, such as {min(files)}" if files else ""
+            some = f", but {counted(unread)}" if unread else some
             raise DataError(f"no images in {store.path}{some}; latentflow reads {', '.join(SUFFIXES)}")
 
         top = wrapper(images)
@@ -134,7 +144,10 @@ class ImageFiles:
         folder = f"{top}images/" if has_maps else top
         prefix = folder + wrapper(_below(folder, images))
         names = sorted(_below(prefix, images))
-        self.class_names = _class_names(names, store.path, prefix, has_maps)
+        self.class_names = class_folders(names, store.path, prefix, has_maps)
+        if not has_maps:
+            others = [name for name in files if name not in images]
+            tell_passed_over(others, folders, self.class_names, prefix, store.path, mark)
         self._label_of = {name: label for label, name in enumerate(self.class_names)}
         self._maps = None
         if has_maps:
@@ -142,7 +155,12 @@ class ImageFiles:
             self._maps = MapFiles(store, files.get(f"{top}classes.json"), _below(f"{top}masks/", images), below_images)
         check_first(first, len(names), store.path)
         self._num_available = len(names)
-        self._names = names[:first]
+        self._rows = list(range(len(names)))
+        if first is not None:
+            if first < len(self.class_names):
+                raise DataError(f"first = {first} of {len(self.class_names)} classes; give one for each class, or more")
+            self._rows = evenly([self._label(name) or 0 for name in names], first)
+        self._names = [names[row] for row in self._rows]
         self._files = [images[prefix + name] for name in self._names]
 
     @property
@@ -159,14 +177,18 @@ class ImageFiles:
         maps = f" with semantic maps of {len(self.map_class_names)} classes" if self._maps else ""
         return f"{_how_many(self, self._num_available)}{classes}{maps} from {self._store.path.resolve().name}"
 
+    def contents(self) -> list[str]:
+        """Size and CRC-32 of each image file, and name, size and CRC-32 of its map."""
+        if self._contents is None:
+            self._contents = self._store.contents([file.path for file in self._files])
+            if self._maps:
+                pairs = zip(self._contents, self._maps.contents(self._rows), strict=True)
+                self._contents = [f"{image} {semantic_map}" for image, semantic_map in pairs]
+        return self._contents
+
     def fingerprint(self) -> str:
-        """A hash of names and file sizes, and of the maps' classes; the same for a folder and for its zip archive."""
-        digest = hashlib.sha256()
-        for name, file in zip(self._names, self._files, strict=True):
-            digest.update(f"{name}\0{file.num_bytes}\0".encode("utf-8", "surrogateescape"))
-        if self._maps:
-            digest.update(self._maps.fingerprint().encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+        """A hash of names and contents, and of the maps' classes; the same for a folder and for its zip archive."""
+        return _fingerprint(self, repr(self._maps.classes) if self._maps else "")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -209,9 +231,16 @@ class LmdbImages:
     def description(self) -> str:
         return f"{_how_many(self, self._store.num_entries)} from {self._store.path.resolve().name}"
 
+    def contents(self) -> list[str]:
+        """See `LmdbStore.contents`."""
+        return self._store.contents()
+
     def fingerprint(self) -> str:
-        """See `LmdbStore.fingerprint`."""
-        return self._store.fingerprint()
+        """A hash of keys and values."""
+        return _fingerprint(self)
+
+    def label(self, index: int) -> None:
+        """There are no labels."""
 
     def __len__(self) -> int:
         return len(self._store.keys)
@@ -237,6 +266,13 @@ def _decoding(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # damaged archives raise nearly anything
         raise BrokenImage(name, reason(error)) from error
+
+
+def _fingerprint(source: ImageSource, more: str = "") -> str:
+    digest = hashlib.sha256(more.encode("utf-8", "backslashreplace"))
+    for index, content in enumerate(source.contents()):
+        digest.update(f"{source.name(index)}\0{content}\0".encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
 
 
 def _checked(index: int, source: ImageSource) -> int:
@@ -284,21 +320,3 @@ def _has_maps(names: Iterable[str], path: Path) -> bool:
             "move those elsewhere, or rename masks/ if it is a class like the others"
         )
     return True
-
-
-def _class_names(names: list[str], path: Path, prefix: str, has_maps: bool) -> tuple[str, ...]:
-    """The sorted class folders of `names`; none when they all lie at the top."""
-    tops = sorted({name.partition("/")[0] for name in names if "/" in name})
-    loose = sum("/" not in name for name in names)
-    if tops and loose:
-        raise DataError(
-            f"{path} has {loose} images beside {len(tops)} sub-folders with images ({', '.join(tops[:5])}): "
-            "put every image into a class folder, or all of them into one folder without labels"
-        )
-    if tops and SPLITS.issuperset(top.lower() for top in tops):
-        train = next((top for top in tops if top.lower().startswith("train")), tops[0])
-        remedy = f"give one of them, such as {path / prefix / train}, unpacked if need be"
-        if has_maps:
-            remedy = f"run `latentflow prepare camvid {path} --out DST` and give DST/{tops[0]}"
-        raise DataError(f"{path} holds the splits {', '.join(tops)}, not classes: {remedy}")
-    return tuple(tops)

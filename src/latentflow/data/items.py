@@ -59,6 +59,14 @@ class ImageSource(Protocol):
         """The name of item `index`, without decoding it."""
         ...
 
+    def label(self, index: int) -> int | None:
+        """The label of item `index`, without decoding it; None in an unlabelled source."""
+        ...
+
     def fingerprint(self) -> str:
         """A stable hash of what is in the source: equal for equal contents, on every machine."""
+        ...
+
+    def contents(self) -> list[str]:
+        """What identifies the content of each item: equal texts for equal bytes, on every machine."""
         ...

@@ -11,10 +11,10 @@ order in which the first N images of LSUN are counted. Nothing is ever unpickled
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,13 +24,15 @@ from weakref import WeakValueDictionary
 
 from latentflow.data.decode import BrokenImage, open_image
 from latentflow.errors import DataError
+from latentflow.ledger import Ledger, one_at_a_time
+from latentflow.progress import image_progress
 
 if TYPE_CHECKING:
     import lmdb
 
 _LEAST_SIDE = 8  # fewer raw pixels are no picture but a number or a label
 _NUM_LOOKED_AT = 16  # values that decide the layout
-_NUM_HASHED = 64  # values in the fingerprint
+_READ_TOGETHER = 64  # values
 
 
 class LmdbStore:
@@ -80,19 +82,24 @@ class LmdbStore:
             raise ValueError(f"its {len(value)} bytes are no square of RGB pixels (3 x side x side)")
         return b"P6 %d %d 255\n" % (side, side) + value
 
-    def fingerprint(self) -> str:
-        """A hash of all keys, and of 64 values spread evenly over them.
+    def contents(self) -> list[str]:
+        """What identifies each value: size and CRC-32, as "1234:89abcdef".
 
-        All lengths would tell more, but finding one costs as much as reading the value: hours for millions of them.
+        All values are read, which is remembered for as long as the environment does not change.
         """
-        digest = hashlib.sha256()
-        for key in self.keys:
-            digest.update(b"%d:%b" % (len(key), key))
-        spread = {round(n * (len(self.keys) - 1) / (_NUM_HASHED - 1)) for n in range(_NUM_HASHED)}
-        with self._transaction() as transaction:
-            for index in sorted(spread):
-                digest.update(hashlib.sha256(transaction.get(self.keys[index])).digest())
-        return digest.hexdigest()
+        with one_at_a_time(self._file), Ledger("lmdb crc32", self._file) as ledger:
+            status, name = self._file.stat(), f"first {len(self.keys)}"
+            if (known := ledger.get(name, status)) is None:
+                known = []
+                with image_progress("looking for changes in", len(self.keys)) as on_images:
+                    for start in range(0, len(self.keys), _READ_TOGETHER):
+                        with self._transaction() as transaction:
+                            values = [transaction.get(key) for key in self.keys[start : start + _READ_TOGETHER]]
+                        known += [f"{len(value)}:{zlib.crc32(value):08x}" for value in values]
+                        on_images(len(values))
+                ledger.put(name, status, " ".join(known))
+                return known
+            return known.split()
 
     @contextmanager
     def _transaction(self) -> Iterator[lmdb.Transaction]:

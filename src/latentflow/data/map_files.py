@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from unicodedata import normalize
 
 import numpy as np
@@ -55,10 +55,10 @@ class MapFiles:
         name = f"its map masks/{self._names[index]}"
         return read_map(self._store.read(self._files[index].path), self.classes, name=name, photo=photo)
 
-    def fingerprint(self) -> str:
-        """Everything that tells these maps from others: names, file sizes, classes and colours."""
-        files = (f"{name}\0{file.num_bytes}\0" for name, file in zip(self._names, self._files, strict=True))
-        return f"masks\0{''.join(files)}{self.classes!r}"
+    def contents(self, indices: Sequence[int]) -> list[str]:
+        """What identifies some of the maps: the name and the content of each."""
+        contents = self._store.contents([self._files[index].path for index in indices])
+        return [f"{self._names[index]} {content}" for index, content in zip(indices, contents, strict=True)]
 
 
 def read_classes(store: FolderStore | ZipStore, file: StoredFile) -> MapClasses:

@@ -1,4 +1,9 @@
-"""The files below a folder or inside a zip archive, under names that are the same for both."""
+"""The files below a folder or inside a zip archive, under names that are the same for both.
+
+A name has forward slashes and accents as one letter with them (NFC), however a Mac writes them. Where the bytes of a
+file's or folder's name are not UTF-8 they are read as Latin-1, and in an archive packed under DOS or Windows as code
+page 437. Hidden files and what systems leave behind (`is_clutter`) are not listed.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +11,29 @@ import os
 import posixpath
 import stat
 import threading
+import unicodedata
 import zipfile
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from latentflow.data.decode import read_file
+from latentflow.console import notice
+from latentflow.data.decode import check_bytes, most_pixels, read_file
 from latentflow.errors import DataError
+from latentflow.ledger import Ledger, one_at_a_time
+from latentflow.progress import image_progress
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".avif")
+SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp", ".bmp", ".dib", ".tif")
+SUFFIXES += (".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".avif")
 
-_MOST_UNPACKED_BYTES = 1 << 30  # a zip member that claims more is no photograph
+_CLUTTER = {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "lost+found", "system volume information"}
+_CLUTTER |= {"thumbs.db", "ehthumbs.db", "desktop.ini"}
+_UTF8_FLAG, _ENCRYPTED_FLAG, _DOS = 0x800, 0x1, 0
+_MARK_BYTES = 4096  # enough to see what a file is
+_CHUNK = 1 << 20  # bytes read at a time
+_SAVED_TOGETHER = 5000  # files
 
 
 class StoredFile(NamedTuple):
@@ -25,11 +41,23 @@ class StoredFile(NamedTuple):
 
     Attributes:
         path: what `read` of the store takes.
-        num_bytes: unpacked size; 0 for files of a folder that are not images.
+        num_bytes: unpacked size of an archive's member; 0 for files of a folder, which are not asked for it.
     """
 
     path: str
-    num_bytes: int
+    num_bytes: int = 0
+
+
+class Listing(NamedTuple):
+    """What a store holds.
+
+    Attributes:
+        files: by name.
+        folders: names of all folders, empty ones included.
+    """
+
+    files: dict[str, StoredFile]
+    folders: list[str]
 
 
 def open_store(path: Path) -> FolderStore | ZipStore:
@@ -46,7 +74,7 @@ def open_store(path: Path) -> FolderStore | ZipStore:
         ) from error
     if stat.S_ISDIR(mode):
         return FolderStore(path)
-    if path.suffix.lower() == ".zip":
+    if path.suffix.lower() == ".zip" and stat.S_ISREG(mode):
         return ZipStore(path)
     raise DataError(f"{path} is a single file; give the folder it lies in, or a .zip file, or 'synthetic'")
 
@@ -57,28 +85,95 @@ class FolderStore:
     def __init__(self, path: Path):
         self.path = path
 
+    def listing(self) -> Listing:
+        """Every file and folder that is neither hidden nor clutter, by its path inside the folder.
+
+        Raises:
+            DataError: a folder cannot be listed, or two files have names that mean the same.
+        """
+        found, special = Listing({}, []), []
+        for name, path, entry in self._walk(self.path, "", "", frozenset([self.path.resolve()])):
+            if _is(entry, "is_dir"):
+                found.folders.append(name)
+            elif _is(entry, "is_file") or not os.path.exists(entry.path):  # noqa: PTH110 - a dangling link is broken
+                _add(found, name, StoredFile(path), self.path)
+            else:
+                special.append(name)
+        if special:
+            some = f"{min(special)}{', ...' if len(special) > 1 else ''}"
+            notice(f"{self.path}: {len(special)} pipes, sockets, devices or looping links are not read ({some})")
+        return found
+
     def files(self) -> dict[str, StoredFile]:
-        """Every file that is not hidden, by its path inside the folder."""
-        found = self._walk(self.path, "", frozenset([self.path.resolve()]))
-        return {name: StoredFile(name, num_bytes) for name, num_bytes in found}
+        """The files of `listing`."""
+        return self.listing().files
 
     def read(self, path: str) -> bytes:
         return read_file(self.path / path)
 
-    def _walk(self, folder: Path, prefix: str, parents: frozenset[Path]) -> Iterator[tuple[str, int]]:
+    def mark(self, path: str) -> bytes:
+        """The first bytes of a file; none where it cannot be read."""
+        try:
+            with open(self.path / path, "rb") as file:  # noqa: PTH123
+                return file.read(_MARK_BYTES)
+        except OSError:
+            return b""
+
+    def contents(self, paths: Sequence[str]) -> list[str]:
+        """What identifies each file's content: size and CRC-32, as "1234:89abcdef".
+
+        Files are read once, and remembered as long as they do not change. One that cannot be read is "unreadable".
+        """
+        with one_at_a_time(self.path), Ledger("crc32", self.path) as ledger, ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda path: self._remembered(path, ledger), paths, chunksize=64))
+            unknown = [place for place, content in enumerate(found) if content is None]
+            with image_progress("looking for changes in", len(unknown)) as on_files:
+                for start in range(0, len(unknown), _SAVED_TOGETHER):
+                    some = unknown[start : start + _SAVED_TOGETHER]
+                    computed = pool.map(lambda place: self._content(paths[place], ledger), some)
+                    for place, content in zip(some, computed, strict=True):
+                        found[place] = content
+                        on_files(1)
+                    ledger.save()
+        return found
+
+    def _remembered(self, path: str, ledger: Ledger) -> str | None:
+        try:
+            return ledger.get(path, os.stat(self.path / path))  # noqa: PTH116
+        except OSError:
+            return "unreadable"
+
+    def _content(self, path: str, ledger: Ledger) -> str:
+        crc = size = 0
+        try:
+            with open(self.path / path, "rb") as file:  # noqa: PTH123
+                status = os.fstat(file.fileno())
+                while chunk := file.read(_CHUNK):
+                    crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+        except OSError:
+            return "unreadable"
+        ledger.put(path, status, content := _identity(size, crc))
+        return content
+
+    def _walk(
+        self, folder: Path, name: str, path: str, parents: frozenset[Path]
+    ) -> Iterator[tuple[str, str, os.DirEntry]]:
+        """Name, path and entry of everything below a folder, whose name and path end in a slash."""
         try:
             entries = list(os.scandir(folder))
         except OSError as error:
             raise DataError(f"cannot list {folder}: {error.strerror}") from error
         for entry in entries:
-            if _is_hidden(entry.name):
+            if is_clutter(entry.name):
                 continue
-            if entry.is_dir():
-                real = Path(entry.path).resolve()
-                if real not in parents:  # a link to a folder above would never end
-                    yield from self._walk(Path(entry.path), f"{prefix}{entry.name}/", parents | {real})
-            else:
-                yield prefix + entry.name, _file_size(entry) if is_image(entry.name) else 0
+            found = name + _as_text(os.fsencode(entry.name), "latin-1"), path + entry.name
+            if not _is(entry, "is_dir"):
+                yield *found, entry
+                continue
+            real = Path(entry.path).resolve()
+            if real not in parents:  # a link to a folder above would never end
+                yield *found, entry
+                yield from self._walk(Path(entry.path), *(f"{one}/" for one in found), parents | {real})
 
 
 class ZipStore:
@@ -88,28 +183,68 @@ class ZipStore:
         self.path = path
         self._opened: tuple[int, zipfile.ZipFile, threading.Lock] | None = None
 
-    def files(self) -> dict[str, StoredFile]:
-        """Every file that is not hidden, by its path inside the archive."""
-        found = {}
+    def listing(self) -> Listing:
+        """Every file and folder that is neither hidden nor clutter, by its path inside the archive.
+
+        Raises:
+            DataError: it is encrypted, or two members have names that mean the same.
+        """
+        found, folders, outside = Listing({}, []), set(), []
         for member in self._archive()[0].infolist():
-            name = _tidy(member.filename)
-            if not member.is_dir() and not any(map(_is_hidden, name.split("/"))):
-                found[name] = StoredFile(member.filename, member.file_size)
+            name = _member_name(member)
+            if ".." in name.split("/"):
+                outside.append(name)
+            if any(map(is_clutter, name.split("/"))):
+                continue
+            parts = name.split("/")[: None if member.is_dir() else -1]
+            folders |= {"/".join(parts[:depth]) for depth in range(1, len(parts) + 1)}
+            if member.is_dir():
+                continue
+            if member.flag_bits & _ENCRYPTED_FLAG:
+                raise DataError(f"{self.path} is encrypted ({name}); unpack it with its password, and give the folder")
+            _add(found, name, StoredFile(member.filename, member.file_size), self.path)
+        if outside:
+            notice(f"{self.path}: {len(outside)} members that lead out of it are not read ({min(outside)})")
+        found.folders.extend(sorted(folders))
         return found
 
+    def files(self) -> dict[str, StoredFile]:
+        """The files of `listing`."""
+        return self.listing().files
+
     def read(self, path: str) -> bytes:
+        """The content of a member.
+
+        Raises:
+            ValueError: it claims to unpack to more bytes than a picture in an archive may have: one for each of
+                `decode.most_pixels`.
+            zipfile.BadZipFile: it is damaged; decoders raise nearly anything else, too.
+        """
         archive, lock = self._archive()
-        if archive.getinfo(path).file_size > _MOST_UNPACKED_BYTES:
-            raise ValueError(f"it claims to unpack to {archive.getinfo(path).file_size} bytes")
+        check_bytes(archive.getinfo(path).file_size, most_pixels())
         with lock:
             return archive.read(path)
+
+    def mark(self, path: str) -> bytes:
+        """The first bytes of a member; none where it cannot be read."""
+        archive, lock = self._archive()
+        try:
+            with lock, archive.open(path) as file:
+                return file.read(_MARK_BYTES)
+        except Exception:  # damaged archives raise nearly anything
+            return b""
+
+    def contents(self, paths: Sequence[str]) -> list[str]:
+        """What identifies each member's content, as that of a folder's file: the archive states size and CRC-32."""
+        members = map(self._archive()[0].getinfo, paths)
+        return [_identity(member.file_size, member.CRC) for member in members]
 
     def _archive(self) -> tuple[zipfile.ZipFile, threading.Lock]:
         opened = self._opened
         if opened is None or opened[0] != os.getpid():
             try:
                 self._opened = opened = (os.getpid(), zipfile.ZipFile(self.path), threading.Lock())
-            except (OSError, zipfile.BadZipFile) as error:
+            except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
                 raise DataError(f"{self.path} is not a readable zip archive ({error}); pack or copy it anew") from error
         return opened[1:]
 
@@ -122,23 +257,49 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 - ten times as fast as Path
 
 
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder is hidden, or left behind by a system: thumbnails, waste baskets, a Mac's forks."""
+    return name.startswith(".") or name.lower() in _CLUTTER  # a "..", which would lead out of the archive, included
+
+
 def wrapper(names: Iterable[str]) -> str:
     """The path that all names have in front, where a single folder wraps everything, with its last slash."""
     folder = posixpath.commonpath([posixpath.dirname(name) for name in names])
     return f"{folder}/" if folder else ""
 
 
-def _file_size(entry: os.DirEntry) -> int:
+def _is(entry: os.DirEntry, what: str) -> bool:
     try:
-        return entry.stat().st_size
-    except OSError:  # a dangling link is listed, and reported as broken when it is read
-        return 0
+        return getattr(entry, what)()
+    except OSError:  # a link to itself
+        return False
 
 
-def _tidy(name: str) -> str:
-    """Forward slashes only, and no "./" in front, whatever program packed the archive."""
-    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
+def _add(found: Listing, name: str, file: StoredFile, where: Path) -> None:
+    other = found.files.setdefault(name, file)
+    if other is not file:
+        same = "twice" if other.path == file.path else "in two ways of writing the same letters"
+        raise DataError(f"{where} holds {name} {same}; rename or remove one of them")
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"  # a "..", which would lead out of the archive, included
+def _identity(size: int, crc: int) -> str:
+    return f"{size}:{crc:08x}"
+
+
+def _member_name(member: zipfile.ZipInfo) -> str:
+    """A member's name: forward slashes only, and no "./" or "/" in front, whatever program packed the archive."""
+    name = member.filename.replace("\\", "/")
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if not member.flag_bits & _UTF8_FLAG:  # Python has read the bytes as code page 437, which gives them back
+        other = "cp437" if member.create_system == _DOS else "latin-1"
+        parts = [_as_text(part.encode("cp437", "replace"), other) for part in parts]
+    return unicodedata.normalize("NFC", "/".join(parts))
+
+
+def _as_text(name: bytes, otherwise: str) -> str:
+    """A part of a path, UTF-8 if its bytes are that."""
+    try:
+        text = name.decode()
+    except UnicodeDecodeError:
+        text = name.decode(otherwise)
+    return unicodedata.normalize("NFC", text)

@@ -1,0 +1,159 @@
+"""What the folders of a data set mean: which are classes, which are splits, and which files are passed over."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from latentflow.console import notice
+from latentflow.errors import DataError
+
+_SPLIT = re.compile(
+    r"(train(ing|val)?|val(id(ation)?)?|minival|test(ing)?|eval(uation)?|dev|hold[-_ ]?out|unlabell?ed)"
+    r"([-_ ]?(set|split|data|images?|imgs))?[-_ ]?\d*",
+    re.IGNORECASE,
+)
+_CONVERT, _UNPACK, _CUT = "save them as JPEG or PNG", "unpack them", "save their frames as images"
+_UNREAD = dict.fromkeys((".heic", ".heif", ".hif", ".jxl", ".psd", ".psb", ".xcf", ".svg", ".eps", ".ai"), _CONVERT)
+_UNREAD |= dict.fromkeys((".exr", ".hdr", ".dds", ".ico", ".qoi", ".fits", ".dcm", ".pcx", ".sgi", ".jxr"), _CONVERT)
+_UNREAD |= dict.fromkeys((".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".dng", ".raf", ".orf", ".rw2"), _CONVERT)
+_UNREAD |= dict.fromkeys((".pef", ".srw", ".raw", ".3fr", ".j2k", ".jpc", ".jpx", ".jpf", ".wdp"), _CONVERT)
+_UNREAD |= dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"), _UNPACK)
+_UNREAD |= dict.fromkeys((".mov", ".mp4", ".m4v", ".avi", ".mkv", ".webm"), _CUT)
+_MARKS = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"BM", ".bmp"))
+_MARKS += ((b"II*\0", ".tif"), (b"MM\0*", ".tif"))
+_LOOKED_AT = 4  # files of one suffix in one folder
+_NAMED = 5
+
+Mark = Callable[[str], bytes]
+"""The first bytes of a file of that name."""
+
+
+def evenly(labels: Sequence[int], first: int) -> list[int]:
+    """The places of `first` images, in order: the first of each class, then the second of each, and so on."""
+    seen: dict[int, int] = defaultdict(int)
+    turns = []
+    for place, label in enumerate(labels):
+        turns.append((seen[label], label, place))
+        seen[label] += 1
+    return sorted(place for _, _, place in sorted(turns)[:first])
+
+
+def class_folders(names: Iterable[str], where: Path, prefix: str, has_maps: bool) -> tuple[str, ...]:
+    """The sorted class folders of images; none when they all lie at the top.
+
+    Args:
+        names: of the images, below `prefix`.
+        where: what the user gave.
+        prefix: the folder that wraps all images, with its last slash.
+
+    Raises:
+        DataError: images lie beside folders of images, or a folder is named as a split.
+    """
+    tops, loose = set(), 0
+    for name in names:
+        top, slash, _ = name.partition("/")
+        tops |= {top} if slash else set()
+        loose += not slash
+    if tops and loose:
+        raise DataError(
+            f"{where} has {loose} images beside {len(tops)} sub-folders with images ({_some(tops)}): "
+            "put every image into a class folder, or all of them into one folder without labels"
+        )
+    if splits := sorted(filter(_SPLIT.fullmatch, tops)):
+        train = next((top for top in splits if top.lower().startswith("train")), splits[0])
+        remedy = f"give one of them, such as {where / prefix / train}, unpacked if need be"
+        if has_maps:
+            remedy = f"run `latentflow prepare camvid {where} --out DST` and give DST/{splits[0]}"
+        beside = "" if len(splits) == len(tops) else f" beside {_some(tops - set(splits))}"
+        way_out = f"; if {splits[0]} is a class like the others, rename it, for example to {splits[0]}_class"
+        raise DataError(
+            f"{where} holds the splits {_some(splits)}{beside}, not classes: {remedy}{way_out if beside else ''}"
+        )
+    return tuple(sorted(tops))
+
+
+def tell_passed_over(
+    others: Iterable[str], folders: Iterable[str], classes: Sequence[str], prefix: str, where: Path, mark: Mark
+) -> None:
+    """Say which pictures and folders are not taken, and how they could be.
+
+    Args:
+        others: names of the files that are not taken.
+        folders: names of all folders.
+        classes: the class folders below `prefix`; empty where there are none.
+        mark: gives the first bytes of a file.
+
+    Raises:
+        DataError: a folder beside the classes has pictures, but none that is read.
+    """
+    unread = unread_pictures(others, mark)
+    taken = prefix.rstrip("/").split("/") if prefix else []
+    beside: dict[str, list[str]] = defaultdict(list)  # folders that could be classes, with their unread pictures
+    for name in folders:
+        parts = name.split("/")
+        level = len(parts) - 1
+        is_sibling = level < len(taken) and parts[:level] == taken[:level] and parts[level] != taken[level]
+        if is_sibling or (classes and level == len(taken) and parts[:level] == taken and parts[-1] not in classes):
+            beside[name] = []
+    for name in unread:
+        for folder in beside:
+            if name.startswith(f"{folder}/"):
+                beside[folder].append(name)
+    for folder, names in beside.items():
+        if names:
+            raise DataError(
+                f"{where}: no image in the folder {folder} is read: {counted({n: unread[n] for n in names})}; "
+                "or take the folder away"
+            )
+    if beside:
+        notice(f"{where}: folders without images are no classes ({_some(beside)})")
+    if unread:
+        notice(f"{where}: {len(unread)} files are passed over: {counted(unread)}")
+
+
+def unread_pictures(names: Iterable[str], mark: Mark) -> dict[str, tuple[str, str]]:
+    """Files that hold pictures and are not taken for images, with their suffix and what to do about it.
+
+    A suffix that says nothing is looked into: some files of each folder, which stand for the others.
+    """
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        groups[folder, os.path.splitext(file)[1].lower()].append(name)  # noqa: PTH122
+    found = {}
+    for (_, suffix), group in groups.items():
+        remedy = _UNREAD.get(suffix)
+        if remedy is None and (actual := next(filter(None, map(_suffix_of, map(mark, group[:_LOOKED_AT]))), None)):
+            remedy = f"rename them to end in {actual}"
+        if remedy:
+            found |= dict.fromkeys(group, (suffix, remedy))
+    return found
+
+
+def counted(unread: dict[str, tuple[str, str]]) -> str:
+    """For example "9 .heic (save them as JPEG or PNG), 1 without suffix (rename them to end in .jpg)"."""
+    groups: dict[tuple[str, str], int] = defaultdict(int)
+    for kind in unread.values():
+        groups[kind] += 1
+    return ", ".join(
+        f"{count} {suffix if suffix.strip() == suffix else repr(suffix)} ({remedy})"
+        if suffix
+        else f"{count} without suffix ({remedy})"
+        for (suffix, remedy), count in sorted(groups.items())
+    )
+
+
+def _suffix_of(mark: bytes) -> str | None:
+    """The suffix that the content of an image asks for; None where it is no image that is read."""
+    if mark[:4] == b"RIFF" and mark[8:12] == b"WEBP":
+        return ".webp"
+    return next((suffix for start, suffix in _MARKS if mark.startswith(start)), None)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
