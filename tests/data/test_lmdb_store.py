@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from latentflow import ledger
 from latentflow.data.batches import StreamPositions, TrainingImages, stream_batches
 from latentflow.data.crop import center_crop
 from latentflow.data.images import BrokenImage, ImageSource, open_images, readable
@@ -189,6 +191,17 @@ def test_fingerprint_follows_keys_and_values(tmp_path):
         write(tmp_path / f"{n}", ((key, picture(seed).tobytes()) for key, seed in entries))
         found.add(open_images(tmp_path / f"{n}", SIDE).fingerprint())
     assert len(found) == len(sets)
+
+
+def test_fingerprint_reads_every_value_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "_UNSETTLED_SECONDS", -1.0)
+    for name, changed in (("a", None), ("b", 97)):
+        write(tmp_path / name, ((b"%d" % n, picture(n if n != changed else 999).tobytes()) for n in range(200)))
+    before = open_images(tmp_path / "a", SIDE)
+    assert before.fingerprint() != open_images(tmp_path / "b", SIDE).fingerprint()
+    assert before.contents()[3] == f"{3 * SIDE * SIDE}:{zlib.crc32(picture(3).tobytes()):08x}"
+    monkeypatch.setattr(zlib, "crc32", None)
+    assert open_images(tmp_path / "a", SIDE).contents() == before.contents()
 
 
 # Threads and processes

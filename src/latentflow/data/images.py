@@ -210,9 +210,20 @@ class ImageFiles:
                 rgb, turn = with_turn(image, partial(to_rgb, name=name))
                 pixels = center_crop(rgb, self.image_size)
             if self._maps:
-                semantic_map = crop_map(self._maps.read(index, Photo(rgb.height, rgb.width, turn)), self.image_size)
-        label = self._label_of[name.partition("/")[0]] if self.class_names else None
-        return ImageItem(pixels, label, name, semantic_map)
+                semantic_map = crop_map(
+                    self._maps.read(self._rows[index], Photo(rgb.height, rgb.width, turn)), self.image_size
+                )
+        return ImageItem(pixels, self._label(name), name, semantic_map)
+
+    def label(self, index: int) -> int | None:
+        """The label of image `index`, without decoding it."""
+        return self._label(self.name(index))
+
+    def _label(self, name: str) -> int | None:
+        return self._label_of[name.partition("/")[0]] if self.class_names else None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_contents": None}  # which workers that read images do not need
 
 
 class LmdbImages:

@@ -25,7 +25,7 @@ _UNREAD |= dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", "
 _UNREAD |= dict.fromkeys((".mov", ".mp4", ".m4v", ".avi", ".mkv", ".webm"), _CUT)
 _MARKS = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"BM", ".bmp"))
 _MARKS += ((b"II*\0", ".tif"), (b"MM\0*", ".tif"))
-_LOOKED_AT = 4  # files of one suffix in one folder
+_LOOKED_AT = 16  # files of one suffix in one folder
 _NAMED = 5
 
 Mark = Callable[[str], bytes]
@@ -118,7 +118,7 @@ def tell_passed_over(
 def unread_pictures(names: Iterable[str], mark: Mark) -> dict[str, tuple[str, str]]:
     """Files that hold pictures and are not taken for images, with their suffix and what to do about it.
 
-    A suffix that says nothing is looked into: some files of each folder, which stand for the others.
+    Files whose suffix says nothing are looked into; of many in one folder some stand for the others.
     """
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in names:
@@ -126,11 +126,13 @@ def unread_pictures(names: Iterable[str], mark: Mark) -> dict[str, tuple[str, st
         groups[folder, os.path.splitext(file)[1].lower()].append(name)  # noqa: PTH122
     found = {}
     for (_, suffix), group in groups.items():
-        remedy = _UNREAD.get(suffix)
-        if remedy is None and (actual := next(filter(None, map(_suffix_of, map(mark, group[:_LOOKED_AT]))), None)):
-            remedy = f"rename them to end in {actual}"
-        if remedy:
-            found |= dict.fromkeys(group, (suffix, remedy))
+        if suffix in _UNREAD:
+            found |= dict.fromkeys(group, (suffix, _UNREAD[suffix]))
+            continue
+        actual = {name: kind for name in group[:_LOOKED_AT] if (kind := _suffix_of(mark(name)))}
+        if actual and len(group) > _LOOKED_AT:
+            actual = dict.fromkeys(group, next(iter(actual.values())))
+        found |= {name: (suffix, f"rename them to end in {kind}") for name, kind in actual.items()}
     return found
 
 

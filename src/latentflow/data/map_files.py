@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Sequence
-from unicodedata import normalize
 
 import numpy as np
 
@@ -95,15 +94,11 @@ def pair_maps(images: Iterable[str], maps: Iterable[str], where: str) -> dict[st
 
 
 def _by_stem(names: Iterable[str], where: str) -> dict[str, str]:
-    """Names by what images and maps share: all but the suffix, with accents as one letter (NFC), as a Mac may not."""
     stems: dict[str, str] = {}
     for name in names:
-        other = stems.setdefault(normalize("NFC", posixpath.splitext(name)[0]), name)
+        other = stems.setdefault(posixpath.splitext(name)[0], name)
         if other != name:
-            raise DataError(
-                f"{where} {other} and {name} differ in their suffix, or how accents are written, only; rename or "
-                "remove one"
-            )
+            raise DataError(f"{where} {other} and {name} differ in their suffix only; rename or remove one")
     return stems
 
 
