@@ -137,7 +137,7 @@ def test_a_longer_cosine_tells_the_rates(train, run):
     cosine = ("optimizer.schedule=cosine", "optimizer.final_learning_rate=0")
     train(*cosine, "training.steps=4")
     said = train(*cosine, "training.steps=8").err
-    assert "the learning rate was 0.000146 at step 4 and is 0.0005 from step 5 on" in said
+    assert "resuming at another learning rate: 0.000146 at step 4, 0.0005 at step 5" in said
     assert read_metrics(run)[3]["learning_rate"] == pytest.approx(0.000146, rel=1e-2)
     assert read_metrics(run)[4]["learning_rate"] == pytest.approx(0.0005)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 import latentflow
@@ -33,7 +35,7 @@ from latentflow.training.fitting import FITTED, Situation, fit, is_set, value_of
 from latentflow.training.loop import Accelerator, Outcome, make_accelerator
 from latentflow.training.loop import train as run_loop
 from latentflow.training.memory import bytes_per_image, count_parameters, free_memory, require_memory, total_memory
-from latentflow.training.settings import load_settings, to_yaml
+from latentflow.training.settings import explained, load_settings, to_yaml
 
 _STATISTICS_IMAGES = 2048  # enough for per-channel means and deviations to three digits
 
@@ -152,7 +154,8 @@ def prepare(recipe: Recipe, *, cpu: bool = False, allow_change: Sequence[str] = 
         raise ConfigError("data.path is not set; add data.path=FOLDER (images, a zip, or a latent cache)")
     if not recipe.out:
         raise ConfigError("out is not set; add out=runs/NAME")
-    run = require_writable(recipe.out)
+    run = require_writable(usable_name(recipe.out, "out"))
+    usable_name(recipe.data.path, "data.path")
     recipe = _as_begun(_as_cached(recipe), run)
     changes = None if recipe.fit else check_changes(run, recipe, CHANGES, allow_change)
     source = open_source(recipe)
@@ -176,6 +179,18 @@ def prepare(recipe: Recipe, *, cpu: bool = False, allow_change: Sequence[str] = 
     _check_preview(recipe, model)
     _refuse_other_content(run, recipe, model.config)
     return Prepared(recipe, accelerator, model, images, broken, changes, reasons)
+
+
+def usable_name(path: str, key: str) -> str:
+    """Refuse a path with a part that is too long to be the name of a file.
+
+    Raises:
+        ConfigError: with the key of the recipe.
+    """
+    longest = max((len(os.fsencode(part)) for part in Path(path).parts), default=0)
+    if longest > 255:
+        raise ConfigError(f"{key} = {path[:20]!r}... has a name of {longest} bytes; 255 are the most")
+    return path
 
 
 def _as_cached(recipe: Recipe) -> Recipe:
@@ -350,27 +365,30 @@ def build_model(
             f"{multiple}; choose another patch_size or fewer levels, or a data.image_size that is a multiple of "
             f"{autoencoder.factor * multiple}"
         )
-    config = ModelConfig(
-        image_size=recipe.data.image_size,
-        network=recipe.network,
-        path=recipe.path,
-        conditioning=Conditioning(
-            class_names=class_names,
-            label_dropout=told.label_dropout,
-            inpainting=told.inpainting,
-            inpainting_dropout=told.inpainting_dropout,
-            map_class_names=list(source.map_class_names) if told.semantic_map else [],
-            map_palette=list(source.map_palette) if told.semantic_map else [],
-            map_dropout=told.map_dropout,
-        ),
-        masks=spatial.holes if spatial else None,
-        autoencoder=AutoencoderRecord.of(autoencoder),
-        normalisation=autoencoder.normalisation
-        if recipe.normalise == "autoencoder"
-        else _per_channel(autoencoder, images),
-        sampling=recipe.sampling,
-        training=TrainingRecord(data=description, data_fingerprint=fingerprint, num_images=len(images)),
-    )
+    try:
+        config = ModelConfig(
+            image_size=recipe.data.image_size,
+            network=recipe.network,
+            path=recipe.path,
+            conditioning=Conditioning(
+                class_names=class_names,
+                label_dropout=told.label_dropout,
+                inpainting=told.inpainting,
+                inpainting_dropout=told.inpainting_dropout,
+                map_class_names=list(source.map_class_names) if told.semantic_map else [],
+                map_palette=list(source.map_palette) if told.semantic_map else [],
+                map_dropout=told.map_dropout,
+            ),
+            masks=spatial.holes if spatial else None,
+            autoencoder=AutoencoderRecord.of(autoencoder),
+            normalisation=autoencoder.normalisation
+            if recipe.normalise == "autoencoder"
+            else _per_channel(autoencoder, images),
+            sampling=recipe.sampling,
+            training=TrainingRecord(data=description, data_fingerprint=fingerprint, num_images=len(images)),
+        )
+    except ValidationError as error:
+        raise explained(error, ModelConfig, "recipe") from error
     check(config)
     torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
     return LatentFlow(config, config.build_network(), autoencoder)

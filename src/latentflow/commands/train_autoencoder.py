@@ -15,7 +15,7 @@ from torch import Tensor
 from latentflow.artifacts import atomic_folder, make_folder, require_writable, write_json, write_text
 from latentflow.autoencoder import Autoencoder, latent_mean, to_uint8, to_unit_range
 from latentflow.commands.grid import save_grid
-from latentflow.commands.train import environment, times
+from latentflow.commands.train import environment, times, usable_name
 from latentflow.data.batches import TrainingImages, epoch_order
 from latentflow.data.images import ImageSource, open_images, readable
 from latentflow.data.latent_cache import ChannelSums, is_cache
@@ -188,7 +188,8 @@ def prepare(recipe: AutoencoderRecipe, *, cpu: bool = False, allow_change: Seque
     recipe.require_fitting_sizes()
     if is_cache(recipe.data.path):
         raise ConfigError(f"data.path = {recipe.data.path!r} is a latent cache; an autoencoder is trained on images")
-    run = require_writable(recipe.out)
+    run = require_writable(usable_name(recipe.out, "out"))
+    usable_name(recipe.data.path, "data.path")
     changes = check_changes(run, recipe, CHANGES, allow_change)
     device = torch.device("cpu") if cpu else default_device()
     require_autoencoder_memory(recipe, free_memory(device))

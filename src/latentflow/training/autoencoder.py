@@ -146,9 +146,10 @@ class AutoencoderRecipe(_Section):
         for key, value in (("image_size", size), ("crop", crop or size)):
             if value % factor:
                 above = (value // factor + 1) * factor
+                fitting = f"{above - factor} or {above}" if above > factor else above
                 raise ConfigError(
                     f"data.{key} = {value} is not a multiple of {factor}, the reduction factor of "
-                    f"{len(self.network.channels)} levels; use {max(above - factor, factor)} or {above}"
+                    f"{len(self.network.channels)} levels; use {fitting}"
                 )
         if crop and crop > size:
             raise ConfigError(f"data.crop = {crop} is larger than data.image_size = {size}; use null for whole images")

@@ -73,7 +73,7 @@ class Changes:
         if before != now:
             last = self.old.optimizer.rate(max(self.step - 1, 0), self.old.training.steps)
             notice(
-                f"the learning rate was {last:.3g} at step {self.step} and is {now:.3g} from step {self.step + 1} on"
+                f"resuming at another learning rate: {last:.3g} at step {self.step}, {now:.3g} at step {self.step + 1}"
             )
 
 

@@ -85,7 +85,7 @@ def require_memory(what: str, num_parameters: int, per_image: int, images: int, 
     raise ConfigError(
         f"training {what} ({num_parameters:,} parameters) takes about {state / 2**30:.1f} GiB of memory and "
         f"{per_image / 2**20:.1f} MiB for each of {images} images, and {free / 2**30:.1f} GiB are free; "
-        + (f"use {key}={fits}" if fits else "choose a smaller network")
+        + (f"use {key}={fits}" if fits else "choose a smaller network, or smaller images")
     )
 
 

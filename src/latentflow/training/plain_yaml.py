@@ -86,7 +86,9 @@ def _read(text: str, place: Callable[[int], str], whole: str) -> Node:
             raise ConfigError(f"{whole} holds more than one YAML document (---); keep one")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise ConfigError(f"{place(mark.line) if mark else whole}: {_problem(error)}; {_QUOTES}") from error
+        problem = _problem(error)
+        remedy = "indent with spaces" if r"'\t'" in problem else _QUOTES
+        raise ConfigError(f"{place(mark.line) if mark else whole}: {problem}; {remedy}") from error
     return node
 
 

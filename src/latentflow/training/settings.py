@@ -36,6 +36,7 @@ Schema = TypeVar("Schema", bound=BaseModel)
 _NULL = ("null", "~", "")
 _NUMBER = re.compile(r"[+-]?(\d+(_\d{3})*(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _MOST_DIGITS = 18
+_LONGEST_TEXT = 4096
 
 
 def load_settings(schema: type[Schema], file: Path, overrides: Sequence[str] = ()) -> Schema:
@@ -52,7 +53,7 @@ def load_settings(schema: type[Schema], file: Path, overrides: Sequence[str] = (
     try:
         return schema.model_validate(_read_section((schema,), values, ""))
     except ValidationError as error:
-        raise _explained(error, schema, file.stem) from error
+        raise explained(error, schema, file.stem) from error
 
 
 def to_yaml(settings: BaseModel) -> str:
@@ -197,6 +198,8 @@ def _read_list(kind: Any, node: Node, key: str) -> list[Any]:
     if not isinstance(node, list):
         raise ConfigError(f"{_first_place(node)}{key} is a section; write a list like [0.9, 0.99]")
     types_of = [one for one in typing.get_args(kind) if one is not Ellipsis]
+    if typing.get_origin(kind) is tuple and Ellipsis not in typing.get_args(kind) and len(node) != len(types_of):
+        raise ConfigError(f"{_first_place(node)}{key} needs {len(types_of)} values, not {len(node)}")
     return [_read(types_of[min(n, len(types_of) - 1)], entry, key) for n, entry in enumerate(node)]
 
 
@@ -214,6 +217,9 @@ def _read_number(kind: type, node: Scalar, key: str) -> int | float:
 
 
 def _read_word(kind: Any, node: Scalar, key: str) -> str:
+    if len(node.text) > _LONGEST_TEXT:
+        start = node.text[:20]
+        raise ConfigError(f"{key} = {start!r}... has {len(node.text):,} characters; {_LONGEST_TEXT:,} are the most")
     if "\0" in node.text:
         raise ConfigError(f"{node.where}: {key} = {node.text!r} holds a zero byte, which no name may have")
     if any("\ud800" <= character <= "\udfff" for character in node.text):
@@ -276,15 +282,17 @@ def _plain(node: Node) -> Any:
     return [_plain(entry) for entry in node] if isinstance(node, list) else node.text
 
 
-def _explained(error: ValidationError, schema: type[BaseModel], origin: str) -> ConfigError:
+def explained(error: ValidationError, schema: type[BaseModel], origin: str) -> ConfigError:
     """The first complaint of pydantic as one line for the user."""
     first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return ConfigError(f"{origin}: {message}")
     *path, last = (str(part) for part in first["loc"])
     shown, section = _section_at(schema, path)
     key = ".".join([*shown, last])
     if first["type"] == "extra_forbidden":
         return ConfigError(f"{origin}: unknown key {key!r}; {nearest(last, section.model_fields)}")
-    message = first["msg"].removeprefix("Value error, ")
     return ConfigError(f"{origin}: {key} = {first['input']!r}: {message}")
 
 
