@@ -159,10 +159,8 @@ def test_files_that_may_never_end_are_not_read(tmp_path):
     assert refusal(tmp_path / "zero.png") == "it is no regular file; give an image file"
     assert refusal(tmp_path / "folder.png") == "it is a folder; give an image file"
     assert refusal(tmp_path / "none.png") == "No such file or directory"
-    assert broken(tmp_path) == {
-        "pipe.png": "it is a pipe; give an image file",
-        "zero.png": "it is no regular file; give an image file",
-    }
+    picture().save(tmp_path / "whole.png")
+    assert len(open_images(tmp_path, 8, strict=True)) == 1  # the others are no images, whatever their names
     (tmp_path / "loop.png").symlink_to("loop.png")
     assert refusal(tmp_path / "loop.png") == "Too many levels of symbolic links"
 
