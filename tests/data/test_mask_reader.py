@@ -281,6 +281,24 @@ def test_several_classes_in_colours():
     assert np.array_equal(made, np.asarray(image).any(2))
 
 
+def test_a_colour_on_a_photograph_is_refused_with_a_remedy_that_works(tmp_path):
+    photo = np.random.default_rng(0).integers(0, 250, (96, 160, 3), np.uint8)
+    photo[0, :3] = 0
+    expected = np.asarray(drawn_in((1,), (0,), "L"))
+    photo[expected == 1] = (255, 0, 255)
+    for share in (expected == 1, (expected == 1) & (np.arange(160) < 40)):  # 20 %, 3 %
+        marked = np.where(share[..., None], np.uint8([255, 0, 255]), np.where(photo == 255, 0, photo))
+        path = save(tmp_path / "mask.png", marked)
+        message = refusal(path)
+        assert "if it is to be painted anew where it is (255, 0, 255), in Pillow" in message
+        assert np.array_equal(followed(message.partition("in Pillow ")[2], path), share)
+
+
+def test_photographs_are_told_from_masks(tmp_path):
+    path = save(tmp_path / "photo.png", np.random.default_rng(0).integers(0, 256, (96, 160, 3), np.uint8))
+    assert refusal(path).endswith("it looks like a photograph: give the image first and its mask second")
+
+
 def test_coloured_arrays():
     mask = np.asarray(COLOURED["red on black"])
     message = refusal(mask)
@@ -370,9 +388,7 @@ def test_images_without_pixels_are_refused():
     assert refusal(Image.new("L", (0, 4))) == "cannot read the mask in memory: it has no pixels; give a whole PNG file"
 
 
-def test_several_pictures_are_refused_with_a_remedy_that_works(tmp_path):
+def test_of_several_pictures_the_first_is_read(tmp_path):
     other = Image.fromarray(255 - HOLE * 255)
     path = save(tmp_path / "mask.tif", ACCEPTED["gray"], save_all=True, append_images=[other])
-    assert "it has 2 pictures; save one of them, in Pillow mask.save" in refusal(path)
-    Image.open(path).save("mask.png")
-    assert np.array_equal(read_mask("mask.png"), HOLE)
+    assert np.array_equal(read_mask(path), HOLE)

@@ -206,13 +206,13 @@ class _Places:
 
 def _drawn(image: Image.Image, stored: str, name: str) -> _Colours | _Numbers | _Places:
     """The pixels of a map, which lie in its file in the mode `stored`."""
-    if (frames := getattr(image, "n_frames", 1)) > 1:
-        raise DataError(f'{name}: it has {frames} pictures; save one of them, in Pillow map.save("map.png")')
     if image.format in _LOSSY:
         raise DataError(f"{name}: {image.format} smears classes into their neighbours'; save the map as a PNG")
     mode = _OPAQUE_TWINS.get(image.mode, image.mode)
     if mode not in ("1", "L", "P", "RGB") and not mode.startswith("I"):
-        raise DataError(f"{name}: pixels of mode {mode} are neither class indices nor colours; save it as an 8-bit PNG")
+        remedy = "Image.fromarray(numpy.asarray(map).astype(numpy.uint8))" if mode == "F" else 'map.convert("RGB")'
+        what = f"pixels of mode {mode} are neither class indices nor colours"
+        raise DataError(f"{name}: {what}; save it with 8 bits, in Pillow {remedy}")
     image.load()
     clear = 0
     if image.has_transparency_data:

@@ -21,6 +21,7 @@ from latentflow.errors import DataError
 Mask = str | Path | Image.Image | np.ndarray | Tensor
 
 _WHITES = (1, 255, 65535)
+_FEW_COLOURS = 256  # of a drawing; photographs and JPEGs have more
 
 
 def read_mask(mask: Mask, photo: Photo | None = None) -> np.ndarray:
@@ -90,22 +91,35 @@ def _thresholded(values: np.ndarray, name: str, snippet: str) -> np.ndarray:
 
 
 def _refuse_colours(channels: np.ndarray, name: str, snippet: str) -> None:
-    """Refuse coloured pixels in [H, W, 1 or 3], and say how to paint anew all that differs from the background."""
+    """Refuse coloured pixels in [H, W, 1 or 3], and say what makes a mask of such a picture.
+
+    On a background of one colour that is all that differs from it; on a photograph it is what has a pen's colour.
+    """
     coloured = (channels != channels[..., :1]).any(-1)
     if not coloured.any():
         return
     colours, counts = np.unique(channels.astype(np.int64) @ (1 << 32, 1 << 16, 1), return_counts=True)
     colours = np.stack([colours >> 32, colours >> 16 & 0xFFFF, colours & 0xFFFF], 1)
-    background = colours[counts.argmax() if colours[0].any() else 0]  # sorted: black comes first
-    away = np.abs(colours - background).max(1)
-    threshold = 0 if 4 * away[away > 0].min() >= away.max() else away.max() // 2  # of soft edges and of JPEG: half
-    known, example = tuple(background.tolist()), tuple(channels[coloured][0].tolist())
-    distance = f"abs({snippet}.astype(int) - {known})" if any(known) else snippet
-    raise DataError(
+    has_black, few = not colours[0].any(), len(colours) <= _FEW_COLOURS  # sorted: black comes first
+    commonest = int(counts.argmax())
+    chosen = 0 if has_black and (few or 4 * counts[0] >= counts.sum()) else commonest
+    colour, example = tuple(colours[chosen].tolist()), tuple(channels[coloured][0].tolist())
+    refusal = (
         f"{name} has {coloured.sum()} coloured pixels, such as RGB {example}, but a mask is black (known) and white "
-        f"(painted anew); if all is to be painted anew that is not {known}, in Pillow "
-        f"Image.fromarray({distance}.max(2) > {threshold})"
+        "(painted anew); "
     )
+    if few or 4 * counts[chosen] >= counts.sum():
+        away = np.abs(colours - colour).max(1)
+        threshold = 0 if 4 * away[away > 0].min() >= away.max() else away.max() // 2  # of soft edges and JPEG: half
+        distance = f"abs({snippet}.astype(int) - {colour})" if any(colour) else snippet
+        remedy = f"if all is to be painted anew that is not {colour}, in Pillow Image.fromarray({distance}.max(2) > "
+        raise DataError(f"{refusal}{remedy}{threshold})")
+    pen = int((counts * (np.ptp(colours, axis=1) > 0)).argmax())  # no shadow and no light, which are gray
+    if 200 * counts[pen] >= counts.sum():
+        colour = tuple(colours[pen].tolist())
+        remedy = f"if it is to be painted anew where it is {colour}, in Pillow Image.fromarray(({snippet} == {colour})"
+        raise DataError(f"{refusal}{remedy}.all(2))")
+    raise DataError(f"{refusal}it looks like a photograph: give the image first and its mask second")
 
 
 def _from_image(mask: str | Path | Image.Image) -> tuple[str, tuple[np.ndarray, int | None]]:
@@ -116,8 +130,6 @@ def _from_image(mask: str | Path | Image.Image) -> tuple[str, tuple[np.ndarray, 
         with open_image(mask, name) as image:
             if 0 in image.size:
                 raise ValueError("it has no pixels")
-            if (frames := getattr(image, "n_frames", 1)) > 1:
-                raise ValueError(f'it has {frames} pictures; save one of them, in Pillow mask.save("mask.png")')
             turn = own_turn(image)
             image.load()
             return f"the mask {name}", (_channels(image, f"the mask {name}"), turn)

@@ -126,7 +126,7 @@ def check_map(semantic_map: np.ndarray, classes: MapClasses, name: str) -> None:
         more = f" (and {len(indices) - 1} more unknown classes)" if len(indices) > 1 else ""
         raise DataError(
             f"{name}: class {indices[0]} in {_pixels(counts[0])}{more}, but there are {len(classes)} classes, "
-            f"0 to {len(classes) - 1}; {UNLABELLED} means unlabelled"
+            f"0 to {len(classes) - 1}; {UNLABELLED} means unlabelled{_other_numbering(semantic_map, len(classes))}"
         )
 
 
@@ -138,6 +138,17 @@ def colour_map(semantic_map: np.ndarray, palette: tuple[Colour, ...]) -> np.ndar
     table = np.full((256, 3), UNLABELLED_COLOUR, np.uint8)
     table[: len(palette)] = palette
     return table[semantic_map]
+
+
+def _other_numbering(semantic_map: np.ndarray, num_classes: int) -> str:
+    """What to do if a map counts its classes from 1, or in steps; nothing if it does neither."""
+    used = np.unique(semantic_map)
+    step = int(np.gcd.reduce(used))
+    if used[-1] == num_classes:
+        return "; if it counts from 1, in Pillow Image.fromarray(numpy.asarray(map).astype(numpy.uint8) - 1)"
+    if len(used) > 1 and used[0] >= 0 and step > 1 and used[-1] // step < num_classes:
+        return f"; if it counts in steps of {step}, in Pillow Image.fromarray(numpy.asarray(map) // {step})"
+    return ""
 
 
 def _names_and_palette(content: Any) -> tuple[tuple[str, ...], tuple[Colour, ...]]:
