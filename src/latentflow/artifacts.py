@@ -151,9 +151,9 @@ def require_new(folder: str | Path) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, complete or not at all."""
+    r"""Write `text` as UTF-8, complete or not at all. Bytes of file names that are no text become \udc80 to \udcff."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # which JSON reads back as they were
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -409,3 +409,18 @@ def test_command_runs_no_code(command, bomb, tmp_path):
     assert done.code == 2
     assert done.error.startswith("latentflow: ")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("value", [10**9, 10**30, -1, "much", "nan", "[[[1]]]", "{a: 1}"])
+@pytest.mark.parametrize("family", ["sit", "edm", "lfm"])
+def test_options_beyond_reason(run, tmp_path, family, value):
+    """Refused before anything is built from them, whichever it is."""
+    flags = {"model_type": "adm", "image_size": 16, "num_in_channels": 4, "num_out_channels": 4, "nf": 32}
+    flags |= {"f": 2, "num_res_blocks": 1, "ch_mult": "1 2", "attn_resolutions": "4"}
+    sound = {"sit": SIZES, "edm": EDM, "lfm": flags}[family]
+    for key in sound.keys() - {"model_type"}:
+        options = [f"{name}={value if name == key else given}" for name, given in sound.items()]
+        with pytest.raises((ConfigError, ArtifactError)) as caught:
+            run(family, options=options, image_size=None)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "model").exists()

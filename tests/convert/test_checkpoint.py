@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentflow.convert.checkpoint import PREFIXES, Checkpoint, read_checkpoint
+from latentflow.convert.checkpoint import PREFIXES, WRAPPERS, Checkpoint, read_checkpoint
 from latentflow.errors import ArtifactError
 
 WEIGHTS = {
@@ -51,7 +51,7 @@ def refusal(file: Path, **how: object) -> str:
 # What weights come in
 
 
-@pytest.mark.parametrize("start", ["", *PREFIXES, "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("start", ["", *PREFIXES, "module._orig_mod.", "_orig_mod.module.", "module.model."])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_plain_weights(tmp_path, start, zipped):
     file = saved(prefixed(start), tmp_path, _use_new_zipfile_serialization=zipped)
@@ -60,11 +60,24 @@ def test_plain_weights(tmp_path, start, zipped):
     assert (found.part, found.options, found.origin) == ("", {}, str(file))
 
 
-def test_another_prefix(tmp_path):
-    file = saved(prefixed("model."), tmp_path)
-    assert holds(read_checkpoint(file, prefix="model."))
-    assert holds(read_checkpoint(file), prefixed("model."))
-    assert holds(read_checkpoint(saved(prefixed("module.model."), tmp_path), prefix="model."))
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ({**prefixed("ema_model."), **prefixed("model.", OTHERS)}, "ema_model"),
+        ({**prefixed("model.diffusion_model."), **prefixed("first_stage_model.", OTHERS)}, "model.diffusion_model"),
+        (
+            {"state_dict": {**prefixed("model.diffusion_model."), "betas": torch.ones(3)}},
+            "state_dict, model.diffusion_model",
+        ),
+        ({"model": prefixed("module.", OTHERS), "ema_model": prefixed("_fsdp_wrapped_module.")}, "ema_model"),
+        ({"params": OTHERS, "params_ema": WEIGHTS}, "params_ema"),
+    ],
+)
+def test_the_network_among_other_weights(tmp_path, content, part):
+    """The averaged one where there are two of it."""
+    found = read_checkpoint(saved(content, tmp_path))
+    assert holds(found)
+    assert found.part == part
 
 
 def test_a_prefix_on_some_keys_alone(tmp_path):
@@ -109,7 +122,7 @@ def test_training_state_of_sit_and_dit(tmp_path):
     assert (found.part, found.options) == ("ema", {"model": "SiT-XL/2"})
 
 
-@pytest.mark.parametrize("part", ["ema", "model_dict", "state_dict", "model"])
+@pytest.mark.parametrize("part", WRAPPERS)
 def test_other_wrappers(tmp_path, part):
     found = read_checkpoint(saved({"step": 3, part: prefixed("module."), "args": {"nf": 32}}, tmp_path))
     assert holds(found)

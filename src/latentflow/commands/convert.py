@@ -82,7 +82,7 @@ def convert(
     if experiment is not None:  # what is wrong with names is told before gigabytes are read
         published(family, given, experiment=experiment, image_size=image_size)
     first_stage = Autoencoder.from_pretrained(autoencoder)
-    file = read_checkpoint(checkpoint, encoder=encoder, prefix="model." if family == "edm" else "")
+    file = read_checkpoint(checkpoint, encoder=encoder)
     found = {**file.options, "learn_sigma": learns_sigma(file.weights)}
     known = published(
         family, given, experiment=experiment, found=found, image_size=image_size, factor=first_stage.factor

@@ -24,7 +24,7 @@ class PublishedOptions(BaseModel):
         ConfigError: an argument it does not have (the nearest is named), or a value that cannot be.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

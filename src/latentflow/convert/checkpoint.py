@@ -15,11 +15,19 @@ from torch import Tensor
 from latentflow.artifacts import read_tensors, read_torch_file
 from latentflow.errors import ArtifactError
 
-WRAPPERS = ("ema", "model_dict", "state_dict", "model")
+WRAPPERS = (
+    *("ema", "ema_model", "model_ema", "params_ema"),
+    *("model_dict", "state_dict", "model_state_dict", "model", "net", "network", "params"),
+)
 """Where training states keep the network, the best first: SiT and DiT have "ema" and "model", LFM "model_dict"."""
 
-PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put in front of every key."""
+_MOST_BYTES = 1 << 20  # of a config.yaml
+
+PARTS = ("ema_model.", "model_ema.", "ema.", "model.diffusion_model.")
+"""How the keys of the network begin where a state_dict holds more than one, the best first."""
+
+PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "net.", "network.", "diffusion_model.", *PARTS)
+"""What DistributedDataParallel, torch.compile, FSDP, Lightning and latent-diffusion put in front of every key."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +47,11 @@ class Checkpoint:
     part: str = ""
 
 
-def read_checkpoint(path: str | Path, *, encoder: str | Path | None = None, prefix: str = "") -> Checkpoint:
+def read_checkpoint(path: str | Path, *, encoder: str | Path | None = None) -> Checkpoint:
     """Read a .safetensors, .pth, .pt or .ckpt file; nothing in it is ever run.
 
     Args:
         encoder: the file of LFM's encoder of semantic maps, where it stands apart.
-        prefix: one more prefix that the keys may have, such as "model." of a wrapped network.
 
     Raises:
         ArtifactError: missing, truncated, wants to run code, or holds no weights.
@@ -53,8 +60,10 @@ def read_checkpoint(path: str | Path, *, encoder: str | Path | None = None, pref
     content = read_tensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
     if not isinstance(content, Mapping):
         raise ArtifactError(f"{path} holds a {type(content).__name__}, not a state_dict of named tensors")
-    part = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), "")
-    weights = _weights(content[part] if part else content, path, prefix)
+    wrapper = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), "")
+    weights, start = _part(content[wrapper] if wrapper else content)
+    part = ", ".join(name for name in (wrapper, start.rstrip(".")) if name)
+    weights = _weights(weights, path)
     if isinstance(content.get("cond_stage_model_dict"), Mapping):
         weights |= _encoder(content["cond_stage_model_dict"], path)
     if encoder is not None:
@@ -63,14 +72,22 @@ def read_checkpoint(path: str | Path, *, encoder: str | Path | None = None, pref
     return Checkpoint(weights, _options(content, path), str(path), part)
 
 
-def _weights(content: Mapping[str, Any], path: Path, prefix: str = "") -> dict[str, Tensor]:
+def _part(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """The network in a state_dict of several, and how its keys begin; "" where there is but one."""
+    for start in PARTS:
+        found = {key: value for key, value in content.items() if str(key).startswith(start)}
+        if 0 < len(found) < len(content):
+            return found, start
+    return content, ""
+
+
+def _weights(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     others = [key for key, value in content.items() if not (isinstance(value, Tensor) and isinstance(key, str))]
     if others or not content:
         what = f"has {others[0]!r}, which is no tensor with a name" if others else "is empty"
         raise ArtifactError(f"{path} is not a state_dict of named tensors: it {what}")
     weights = dict(content)
-    starts = [start for start in (*PREFIXES, prefix) if start]
-    while start := next((start for start in starts if any(key.startswith(start) for key in weights)), ""):
+    while start := next((start for start in PREFIXES if any(key.startswith(start) for key in weights)), ""):
         odd = next((key for key in weights if not key.startswith(start)), None)
         if odd is not None:
             with_it = next(key for key in weights if key.startswith(start))
@@ -95,7 +112,8 @@ def _options(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
         return dict(args)
     beside = path.parent / "config.yaml"
     try:
-        found = yaml.safe_load(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        small = beside.is_file() and beside.stat().st_size < _MOST_BYTES
+        found = yaml.safe_load(beside.read_text(encoding="utf-8")) if small else {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}

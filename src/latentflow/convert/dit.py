@@ -29,20 +29,21 @@ from latentflow.networks.dit import DiTConfig
 from latentflow.networks.layers import sincos_positions
 
 Family = Literal["lfm", "sit", "dit"]
+_MOST_POSITIONS = 2**27  # one gigabyte in double precision
 
 
 class DiTOptions(PublishedOptions):
     """Arguments of the published classes; where LFM has another name than DiT and SiT, both are understood."""
 
-    input_size: int = Field(32, gt=0, alias="img_resolution", description="height and width of the latents")
-    patch_size: int = Field(2, gt=0)
-    in_channels: int = Field(4, gt=0)
-    hidden_size: int = Field(gt=0)
-    depth: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    mlp_ratio: float = Field(4.0, gt=0)
+    input_size: int = Field(32, gt=0, le=512, alias="img_resolution", description="height and width of the latents")
+    patch_size: int = Field(2, gt=0, le=256)
+    in_channels: int = Field(4, gt=0, le=65_536)
+    hidden_size: int = Field(gt=0, le=65_536)
+    depth: int = Field(gt=0, le=512)
+    num_heads: int = Field(gt=0, le=4096)
+    mlp_ratio: float = Field(4.0, gt=0, le=64)
     class_dropout_prob: float = Field(0.1, ge=0, lt=1, alias="label_dropout")
-    num_classes: int = Field(1000, gt=0)
+    num_classes: int = Field(1000, gt=0, le=1_000_000)
     learn_sigma: bool | None = Field(
         None, description="twice as many output channels; otherwise true of DiT and SiT, false of LFM"
     )
@@ -89,6 +90,11 @@ def dit(options: DiTOptions, family: Family, *, keep_variance: bool = False) -> 
         for part in ("weight", "bias")
     ]
     side = options.input_size // options.patch_size
+    if side * side * options.hidden_size > _MOST_POSITIONS:
+        raise ConfigError(
+            f"input_size {options.input_size}: {side} x {side} tokens of {options.hidden_size} channels are more than "
+            "any published network has"
+        )
     positions = Constant("pos_embed", sincos_positions(side, side, options.hidden_size)[None])
     return Architecture(
         config,

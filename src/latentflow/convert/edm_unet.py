@@ -21,13 +21,13 @@ class EdmUNetOptions(PublishedOptions):
     """Arguments of `DhariwalUNet` (model_type "adm") and of `SongUNet` ("ddpm++", "ncsn++") that shape them."""
 
     model_type: Literal["adm", "ddpm++", "ncsn++"]
-    img_resolution: int = Field(gt=0)
-    in_channels: int = Field(gt=0)
-    out_channels: int = Field(gt=0)
-    label_dim: int = Field(0, ge=0)
+    img_resolution: int = Field(gt=0, le=4096)
+    in_channels: int = Field(gt=0, le=65_536)
+    out_channels: int = Field(gt=0, le=65_536)
+    label_dim: int = Field(0, ge=0, le=1_000_000)
     augment_dim: int = Field(0, ge=0, description="labels of augmentation; sampling has none, so they are left out")
     model_channels: int = Field(gt=0)
-    channel_mult: tuple[PositiveInt, ...] = Field(min_length=1)
+    channel_mult: tuple[PositiveInt, ...] = Field(min_length=1, max_length=12)
     channel_mult_emb: int = 4
     num_blocks: int = Field(gt=0)
     attn_resolutions: tuple[int, ...] = Field(description="feature-map sizes; those of no level mean nothing")

@@ -14,15 +14,15 @@ from latentflow.networks.unet import UNetConfig
 class GuidedUNetOptions(PublishedOptions):
     """Arguments of `UNetModel` that shape it."""
 
-    in_channels: int = Field(gt=0)
+    in_channels: int = Field(gt=0, le=65_536)
     model_channels: int = Field(gt=0)
-    out_channels: int = Field(gt=0)
+    out_channels: int = Field(gt=0, le=65_536)
     num_res_blocks: int = Field(gt=0)
     attention_resolutions: tuple[int, ...] = Field(description="downsampling factors; those of no level mean nothing")
     dropout: float = Field(0.0, ge=0, lt=1)
-    channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 4, 8), min_length=1)
+    channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 4, 8), min_length=1, max_length=12)
     conv_resample: bool = True
-    num_classes: int | None = None
+    num_classes: int | None = Field(None, ge=0, le=1_000_000)
     num_heads: int = Field(1, gt=0)
     num_head_channels: int = -1
     num_heads_upsample: int = -1
