@@ -139,9 +139,11 @@ def test_encode_train_sample_info_with_conditions_of_space(command, tmp_path, se
     assert sampled.code == 0, sampled.err
     assert json.loads(sampled.out)["evaluations per image"] == 4
     refused(command("sample", run, "--out", pictures, *guided[:2], "--guided-by", "semantic_mop"), "semantic_map")
-    unconditional = command("sample", run, "--num", 1, "--out", pictures, "--classes", "none", "--device", "cpu")
+    untold = ("--num", 1, "--classes", "none", "--device", "cpu", "--out")
+    refused(command("sample", run, *untold, pictures), "holds 2 pictures that are not of this request")
+    unconditional = command("sample", run, *untold, tmp_path / "others")
     assert unconditional.code == 0, unconditional.err
-    assert (pictures / "seed-00000000.png").is_file()
+    assert (tmp_path / "others" / "seed-00000000.png").is_file()
 
     facts = json.loads(command("info", run, "--json").out)
     assert facts["told"] == ["label", "inpainting", "semantic_map"]

@@ -307,7 +307,10 @@ def sample(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw images: one PNG per seed with its request in the metadata, and a grid."""
+    """Draw images: one PNG per seed with its request in the metadata, and a grid of the first 64.
+
+    Repeat the command to go on after a kill. A folder that holds other pictures is refused.
+    """
     from latentflow.commands.sample import sample as run
 
     result = run(
@@ -324,10 +327,11 @@ def sample(
     rows = {
         "folder": str(out),
         "images": len(result.files),
+        "there already": result.kept,
         "grid": str(result.grid),
         "evaluations per image": round(result.evaluations, 2),
         "seconds": round(result.seconds, 2),
-        "images per second": round(len(result.files) / max(result.seconds, 1e-9), 2),
+        "images per second": round((len(result.files) - result.kept) / max(result.seconds, 1e-9), 2),
     }
     _report(rows, as_json)
 
@@ -642,7 +646,10 @@ def evaluate(
         Path | None, typer.Option(help="A folder, or a .json file; repeat the command to go on after a kill.")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="Another report, to compare with; refused where it was not found alike.")
+        Path | None,
+        typer.Option(
+            help="Another report, to compare with: its folder or its .json file; refused where it was not found alike."
+        ),
     ] = None,
     anyway: Annotated[bool, typer.Option("--anyway", help="Compare all the same.")] = False,
     device: Device = None,

@@ -15,6 +15,7 @@ from latentflow.commands.evaluate import evaluate
 from latentflow.commands.evaluate_autoencoder import mean_score
 from latentflow.commands.evaluate_painting import hole_values
 from latentflow.commands.reference import stack_pixels
+from latentflow.commands.sample import sample
 from latentflow.commands.train_autoencoder import reconstruct
 from latentflow.data.images import open_images
 from latentflow.errors import DataError
@@ -370,6 +371,63 @@ def test_maps(command, tmp_path, monkeypatch, painter_folder, segmented):
 
 
 # Bad input: each is one line, exit code 2, and nothing left behind
+
+
+def test_a_report_is_compared_by_its_folder(command, tmp_path, model_folder, images):
+    args = (model_folder, "--data", images, *FAST, "--num", 8, "--metrics", "fid", "--json")
+    found(command(*args, "--out", tmp_path / "first"))
+    compared = found(command(*args, "--against", tmp_path / "first"))
+    assert compared["comparison"]["scores"]["fd"]["difference"] == 0
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory, model_folder) -> Path:
+    """Six samples, and the grid of them."""
+    folder = tmp_path_factory.mktemp("drawn")
+    sample(model_folder, folder, num=6, device="cpu")
+    return folder
+
+
+def test_one_set_of_samples_is_scored_without_its_grid(command, drawn, images):
+    report = found(command(drawn, "--data", images, *FAST, "--metrics", "fid", "--json"))
+    assert report["protocol"]["num_images"] == 6
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ({"num": 4, "seed": 20, "steps": 3}, "6 such as apple_seed-00000000.png, 4 such as"),
+        ({"num": 4, "seed": 20, "steps": 3}, "steps 3, not 2"),
+        ({"num": 2, "classes": "none", "seed": 3}, "told [], not ['label']"),
+        (
+            {"num": 2, "seed": 0},
+            "one image twice, as apple_seed-00000000.png and as more/apple_seed-00000000.png",
+        ),
+    ],
+)
+def test_samples_of_two_requests_are_never_one_score(command, tmp_path, drawn, model_folder, images, request_, said):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(drawn, mixed)
+    sample(model_folder, mixed / "more", device="cpu", **request_)
+    result = command(mixed, "--data", images, *FAST, "--metrics", "fid")
+    assert result.code == 2
+    assert said in result.error
+
+
+def test_samples_of_two_models_and_strangers(command, tmp_path, drawn, kl, images, pngs):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(drawn, mixed)
+    tiny.model(kl, seed=7).save_pretrained(tmp_path / "another")
+    sample(tmp_path / "another", mixed / "more", num=8, device="cpu")
+    result = command(mixed, "--data", images, *FAST, "--metrics", "fid")
+    assert result.code == 2
+    assert "holds images of 2 sets" in result.error
+    assert "weights" in result.error
+    shutil.rmtree(mixed / "more")
+    shutil.copy(next(pngs.rglob("*.png")), mixed / "stranger.png")
+    result = command(mixed, "--data", images, *FAST, "--metrics", "fid")
+    assert result.code == 2
+    assert "1 such as stranger.png (it does not say what drew it)" in result.error
 
 
 def test_bad_words(command, tmp_path, model_folder, painter_folder, images, segmented):

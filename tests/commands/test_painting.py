@@ -186,11 +186,30 @@ def test_mask_to_image_at_the_maps_own_size(paint, place):
     assert pixels(place / "out" / "painted.png").shape == (20, 28, 3)
 
 
-def test_an_old_file_is_replaced_whole(paint, place):
-    (place / "old.png").write_bytes(b"something else")
-    done = paint("inpaint", "all", "image", "mask", "--out", str(place / "old.png"))
+def test_an_old_picture_of_ours_is_replaced_and_no_other_file(paint, place):
+    assert paint("inpaint", "all", "image", "mask", "--out", str(place / "old.png")).code == 0
+    before = pixels(place / "old.png")
+    done = paint("inpaint", "all", "image", "mask", "--seed", "3", "--out", str(place / "old.png"))
     assert done.code == 0, done.err
-    assert pixels(place / "old.png").shape == (26, 30, 3)
+    assert (pixels(place / "old.png") != before).any()
+    for content in (b"something else", (place / "image.png").read_bytes()):
+        (place / "old.png").write_bytes(content)
+        refused = paint("inpaint", "all", "image", "mask", "--out", str(place / "old.png"))
+        assert refused.code == 2
+        assert "old.png is there and was not drawn by this program, so it stays; choose another --out" in refused.err
+        assert (place / "old.png").read_bytes() == content
+
+
+def test_an_input_is_not_overwritten_by_one_of_several(paint, place):
+    assert paint("inpaint", "all", "image", "mask", "--out", str(place / "new.png"), "--num", "2").code == 0
+    drawn = sorted(place.glob("new_*.png"))
+    own = place / "new_seed-00000000.png"
+    assert own in drawn
+    before = own.read_bytes()
+    refused = paint("inpaint", "all", own.stem, "mask", "--out", str(place / "new.png"), "--num", "2")
+    assert refused.code == 2
+    assert "is the input itself" in refused.err
+    assert own.read_bytes() == before
 
 
 # Bad input

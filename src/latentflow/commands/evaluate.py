@@ -58,6 +58,8 @@ from latentflow.metrics.report import (
 from latentflow.metrics.scores import require_enough
 from latentflow.progress import image_progress
 
+_REPORT = "report.json"  # in the folder of an evaluation
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -117,7 +119,7 @@ def evaluate(
         resamples: see `feature_scores`.
         reference_out: a .safetensors file for the statistics of the reference; None: next to `out`.
         out: a folder, or the .json file of the report; features are kept beside it.
-        against: another report; `anyway`: although something differs that must not.
+        against: another report, its file or its folder; `anyway`: although something differs that must not.
         preset: fields of `SamplingPreset`.
 
     Returns:
@@ -130,7 +132,7 @@ def evaluate(
     first = process[0] == 0
     task, wanted = checked_words(task, reconstruction, metrics, num, features, labels, resamples)
     report_file, work = _places(out)
-    other = EvaluationReport.load(against) if against else None
+    other = EvaluationReport.load(_report_of(against)) if against else None
     subject = open_subject(str(model), task, image_size, device)
     if report_file is None and process[1] > 1:
         raise ConfigError(f"{process[1]} processes share their work through files: give --out")
@@ -319,7 +321,12 @@ def _places(out: str | Path | None) -> tuple[Path | None, Path | None]:
         require_writable(out, suffix=".json")
         return out, out
     require_writable(out)
-    return out / "report.json", out / "report"
+    return out / _REPORT, out / "report"
+
+
+def _report_of(place: str | Path) -> Path:
+    """The file of a report that is given by its folder or as it is."""
+    return Path(place) / _REPORT if Path(place).is_dir() else Path(place)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from latentflow.autoencoder import Autoencoder
 from latentflow.commands.drawn_set import LABEL_POLICIES, set_request
 from latentflow.commands.evaluate_autoencoder import open_autoencoder
 from latentflow.commands.evaluate_painting import Painting, plan_painting, require_same_classes
+from latentflow.commands.picture_folder import GRID
 from latentflow.commands.reference import RealImages
 from latentflow.data.decode import open_image, reason
 from latentflow.data.images import open_images
@@ -25,6 +26,7 @@ from latentflow.metrics.features import NAMES, FeatureExtractor, open_features
 from latentflow.metrics.pairs import PairJudge
 from latentflow.metrics.report import FEATURE_METRICS, ModelFacts, check_metrics
 from latentflow.metrics.scores import require_enough
+from latentflow.sampling.picture_file import facts_in, unlike, which, whose
 
 PAIRS = ("psnr", "ssim")
 JUDGED = ("p-ids", "u-ids")
@@ -43,7 +45,6 @@ _USUAL = {
     "mask-to-image": ("fid",),
 }
 USUAL_NUM = 50_000  # images of a published FID
-_GRID = re.compile(r"(^|/)grid(-\d+-of-\d+)?\.png$")  # what `latentflow sample` writes beside its images
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def open_subject(model: str, task: str, image_size: int | None, device: str | No
         if task == "mask-to-image":
             raise ConfigError(f"{model} is a set of images; the task mask-to-image draws its own: give a model")
         samples = _open_samples(model)
-        rows = [row for row in range(len(samples)) if not _GRID.search(samples.name(row))]
+        rows = [row for row in range(len(samples)) if not GRID.search(samples.name(row))]
         facts = ModelFacts(name=samples.description, weights=samples.fingerprint())
         given = (task, samples.image_size, usable_device(device), lambda: facts)
         return Subject(*given, samples=samples, sample_rows=rows)
@@ -168,11 +169,11 @@ def _open_samples(model: str) -> ImageSource:
     """Generated images in files, at their own size.
 
     Raises:
-        DataError: they are not PNG, not square, or of several sizes.
+        DataError: they are not PNG, not square, of several sizes, of several sets, or drawn twice.
     """
     store = open_store(Path(model))
-    files = {name: file for name, file in sorted(store.files().items()) if is_image(name) and not _GRID.search(name)}
-    side = 0
+    files = {name: file for name, file in sorted(store.files().items()) if is_image(name) and not GRID.search(name)}
+    side, facts = 0, {}
     for name, file in files.items():
         if not name.lower().endswith(".png"):
             raise DataError(
@@ -181,6 +182,7 @@ def _open_samples(model: str) -> ImageSource:
         try:
             with open_image(store.read(file.path), name) as image:
                 width, height = image.size
+                facts[name] = facts_in(image)
         except Exception as error:  # damaged archives raise nearly anything
             raise DataError(f"{model}: cannot read {name}: {reason(error)}; draw it anew") from error
         side = side or width
@@ -189,7 +191,31 @@ def _open_samples(model: str) -> ImageSource:
                 f"{model}: {name} has {width} x {height} pixels; samples must be square and of one size, "
                 f"here {side} x {side}"
             )
+    _require_one_set(model, facts)
     return open_images(model, side or 1)
+
+
+def _require_one_set(model: str, facts: Mapping[str, dict[str, Any] | None]) -> None:
+    """Refuse pictures that are not of one model and request, by what each of them says of itself.
+
+    Raises:
+        DataError: they are of several sets, some say nothing, or one is there twice.
+    """
+    sets: dict[str, list[str]] = {}
+    for name, said in facts.items():
+        sets.setdefault(json.dumps(whose(said), sort_keys=True) if said else "", []).append(name)
+    if len(sets) > 1:
+        most, other, *_ = sorted(sets.values(), key=len, reverse=True)
+        one, two = facts[most[0]], facts[other[0]]
+        how = unlike(one, two) if one and two else "it does not say what drew it" if one else f"{other[0]} does say it"
+        raise DataError(
+            f"{model} holds images of {len(sets)} sets, and no score is that of either: {len(most)} such as {most[0]}, "
+            f"{len(other)} such as {other[0]} ({how}); put each set into a folder of its own"
+        )
+    known: dict[str, str] = {}
+    for name, said in facts.items():
+        if said and (first := known.setdefault(which(said), name)) != name:
+            raise DataError(f"{model} holds one image twice, as {first} and as {name}: take one of them away")
 
 
 def usual_metrics(subject: Subject, real: RealImages) -> list[str]:

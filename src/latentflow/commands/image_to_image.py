@@ -31,4 +31,4 @@ def image_to_image(
     require_picture_file(out, image)
     flow = LatentFlow.from_pretrained(model, device=device)
     with image_progress("redrawing", num) as on_images:
-        return write_pictures(redraw(flow, image, num=num, on_images=on_images, **request), out)
+        return write_pictures(redraw(flow, image, num=num, on_images=on_images, **request), out, image)

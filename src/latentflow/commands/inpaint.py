@@ -29,7 +29,8 @@ def inpaint(
     Raises:
         ArtifactError, ConfigError, DataError: before anything is written.
     """
-    require_picture_file(out, image, mask)
+    inputs = [file for file in (image, mask, request.get("semantic_map")) if file is not None]
+    require_picture_file(out, *inputs)
     flow = LatentFlow.from_pretrained(model, device=device)
     with image_progress("inpainting", num) as on_images:
-        return write_pictures(fill_hole(flow, image, mask, num=num, on_images=on_images, **request), out)
+        return write_pictures(fill_hole(flow, image, mask, num=num, on_images=on_images, **request), out, *inputs)

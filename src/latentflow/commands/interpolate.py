@@ -8,9 +8,11 @@ from typing import Any
 
 from latentflow.artifacts import require_writable
 from latentflow.commands.grid import save_grid
+from latentflow.commands.picture_folder import PictureFolder, read_pixels
+from latentflow.commands.sample import GRID_IMAGES
 from latentflow.latent_flow import LatentFlow
 from latentflow.progress import image_progress
-from latentflow.sampling.edits import interpolate as draw_frames
+from latentflow.sampling.edits import interpolation
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class InterpolateResult:
 
     Attributes:
         files: one picture per frame, in order.
-        grid: all frames in one row.
+        grid: the first frames in one row.
         evaluations: mean network calls per frame.
         seconds: of solver and decoder.
     """
@@ -31,17 +33,19 @@ class InterpolateResult:
 
 
 def interpolate(
-    model: str | Path, out: str | Path, *, num: int = 9, device: str | None = None, **request: Any
+    model: str | Path, out: str | Path, *, num: int = 9, batch_size: int = 16, device: str | None = None, **request: Any
 ) -> InterpolateResult:
-    """Draw the frames of an interpolation; the request is that of `latentflow.sampling.edits.interpolate`.
+    """Draw the frames of an interpolation; the request is that of `latentflow.sampling.edits.interpolation`.
 
     Raises:
         ArtifactError, ConfigError: before anything is written.
     """
     require_writable(out)
     flow = LatentFlow.from_pretrained(model, device=device)
+    frames = interpolation(flow, num=num, **request)
+    folder = PictureFolder(flow, out, frames)
     with image_progress("interpolating", num) as on_images:
-        samples = draw_frames(flow, num=num, on_images=on_images, **request)
-    files = samples.save(out)
-    grid = save_grid(Path(out) / "grid.png", samples.pixels, len(files))
-    return InterpolateResult(files, grid, float(samples.evaluations.double().mean()), samples.seconds)
+        drawn = folder.draw(frames, batch_size=batch_size, on_images=on_images)
+    pixels = read_pixels(drawn.files[:GRID_IMAGES])
+    grid = save_grid(folder.path / "grid.png", pixels, len(pixels))
+    return InterpolateResult(drawn.files, grid, drawn.evaluations, drawn.seconds)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latentflow.artifacts import require_writable, write_tensors
 from latentflow.commands.grid import save_grid
+from latentflow.commands.picture_folder import refuse_others
+from latentflow.conditioning import ClassList
+from latentflow.data.pictures import describe_file
 from latentflow.latent_flow import LatentFlow
 from latentflow.progress import image_progress
 from latentflow.sampling.inversion import (
@@ -19,6 +21,7 @@ from latentflow.sampling.inversion import (
     compare_round_trips,
 )
 from latentflow.sampling.inversion import invert as find_noise
+from latentflow.sampling.picture_file import read_facts
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,25 @@ class InvertResult:
     table: list[RoundTripRow]
 
 
+_PICTURES = ("input.png", "autoencoder.png", "round_trip.png")
+
+
+def _why_not(file: Path, image: str) -> str:
+    """Why a picture in the folder is none of an inversion of `image`; "" where it is."""
+    if file.name not in _PICTURES:
+        return "no part of an inversion"
+    drawn = file.with_name("round_trip.png")
+    facts = (read_facts(str(drawn)) or {}) if drawn.is_file() else {}
+    origin = (facts.get("inputs") or {}).get("image")
+    return "" if origin in (image, None) and (facts or not drawn.is_file()) else f"of {origin or 'another picture'}"
+
+
 def invert(
     model: str | Path,
     image: str | Path,
     out: str | Path,
     *,
-    classes: Sequence[int | str] | None = None,
+    classes: ClassList | None = None,
     table: bool = False,
     device: str | None = None,
     **preset: Any,
@@ -57,6 +73,7 @@ def invert(
         ArtifactError, ConfigError, DataError: before anything is written.
     """
     require_writable(out)
+    refuse_others(Path(out), lambda file: _why_not(file, describe_file(image)))
     flow = LatentFlow.from_pretrained(model, device=device)
     inversion = find_noise(flow, image, classes=classes, **preset)
     round_trip = inversion.round_trip(flow)

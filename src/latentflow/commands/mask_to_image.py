@@ -31,4 +31,4 @@ def mask_to_image(
     require_picture_file(out, semantic_map)
     flow = LatentFlow.from_pretrained(model, device=device)
     with image_progress("painting", num) as on_images:
-        return write_pictures(paint_map(flow, semantic_map, num=num, on_images=on_images, **request), out)
+        return write_pictures(paint_map(flow, semantic_map, num=num, on_images=on_images, **request), out, semantic_map)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentflow.artifacts import make_folder
 from latentflow.commands.grid import save_grid
+from latentflow.commands.picture_folder import PictureFolder, read_pixels
 from latentflow.commands.processes import process_rank
+from latentflow.conditioning import ClassList
 from latentflow.latent_flow import LatentFlow
 from latentflow.progress import image_progress
-from latentflow.sampling.pipeline import draw, join_samples
 from latentflow.sampling.request import make_request
+
+GRID_IMAGES = 64
+"""The most pictures that a grid shows."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,14 @@ class SampleResult:
 
     Attributes:
         files: one PNG per image of this process.
-        grid: the contact sheet of this process's images; None where it had none to draw.
+        kept: how many of them were there already.
+        grid: the contact sheet of this process's first images; None where it had none to draw.
         evaluations: mean network calls per image.
-        seconds: of solver and decoder.
+        seconds: of solver and decoder, for those that were not there.
     """
 
     files: list[Path]
+    kept: int
     grid: Path | None
     evaluations: float
     seconds: float
@@ -37,37 +41,50 @@ def sample(
     out: str | Path,
     *,
     num: int = 16,
-    classes: Sequence[int | str] | None = None,
+    classes: ClassList | None = None,
     seed: int = 0,
     batch_size: int = 16,
     columns: int | None = None,
     device: str | None = None,
     **preset: object,
 ) -> SampleResult:
-    """Draw images and write each as PNG with its request in the metadata, and a grid of them.
+    """Draw images and write each as PNG with its request in the metadata, and a grid of the first `GRID_IMAGES`.
 
-    Under `accelerate launch` or torchrun each process draws its share of the seeds; the pictures are the same.
+    Repeating the call goes on where it was: what is in the folder already stays. Under `accelerate launch` or torchrun
+    each process draws its share of the seeds; the pictures are the same.
 
     Args:
+        out: a folder for these pictures alone.
         preset: what differs from the model's sampling preset: solver, steps, guidance, guidance_interval, ...
-        columns: of the grid; None: one per class asked for, or 8.
+        columns: of the grid; None: one per class, where they fit, or 8.
 
     Raises:
-        ArtifactError, ConfigError: see `LatentFlow.from_pretrained` and `make_request`.
+        ArtifactError: no such model, or the folder holds other pictures.
+        ConfigError: see `make_request`.
     """
     flow = LatentFlow.from_pretrained(model, device=device)
     whole = make_request(flow, num=num, classes=classes, seed=seed, **preset)
     rank, num_processes = process_rank()
     own = whole.at(slice(rank, None, num_processes))
-    folder = make_folder(out)
+    folder = PictureFolder(flow, out, whole)
     if not own.seeds:  # fewer images than processes
-        return SampleResult([], None, 0.0, 0.0)
-    parts, files = [], []
-    with image_progress("sampling", len(own.seeds), enabled=rank == 0) as on_images:
-        for part in draw(flow, own, batch_size=batch_size, on_images=on_images):
-            files += part.save(folder)
-            parts.append(part)
-    samples = join_samples(parts)
+        return SampleResult([], 0, None, 0.0, 0.0)
+    with image_progress("sampling", len(own.seeds)) as on_images:
+        drawn = folder.draw(own, batch_size=batch_size, on_images=on_images)
     name = "grid.png" if num_processes == 1 else f"grid-{rank}-of-{num_processes}.png"
-    grid = save_grid(folder / name, samples.pixels, columns or len(classes or ()) or 8)
-    return SampleResult(files, grid, float(samples.evaluations.double().mean()), samples.seconds)
+    shown = own.at(slice(0, GRID_IMAGES))
+    captions = [flow.config.conditioning.class_names[label] for label in shown.labels]
+    grid = save_grid(
+        folder.path / name,
+        read_pixels(drawn.files[:GRID_IMAGES]),
+        columns or _columns(shown.labels),
+        captions=captions,
+    )
+    return SampleResult(drawn.files, drawn.kept, grid, drawn.evaluations, drawn.seconds)
+
+
+def _columns(labels: list[int], most: int = 12) -> int:
+    """One column per class where the labels repeat in turn and the columns are few, else 8."""
+    turn = len(dict.fromkeys(labels))
+    in_turn = turn and all(label == labels[place % turn] for place, label in enumerate(labels))
+    return turn if in_turn and 1 < turn <= most else 8

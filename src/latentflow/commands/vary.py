@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from latentflow.artifacts import require_writable
 from latentflow.commands.grid import save_grid
+from latentflow.commands.picture_folder import PictureFolder, read_pixels
+from latentflow.commands.sample import GRID_IMAGES
+from latentflow.conditioning import ClassList
 from latentflow.latent_flow import LatentFlow
 from latentflow.progress import image_progress
-from latentflow.sampling.edits import vary as draw_variations
-from latentflow.sampling.pipeline import sample
+from latentflow.sampling.edits import at_most_one, variations
+from latentflow.sampling.request import make_request
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class VaryResult:
     Attributes:
         original: the picture of the seed itself.
         files: the variations, in order.
-        grid: the original, then the variations, in rows of at most 9.
+        grid: the original, then the first variations, in rows of at most 9.
         evaluations: mean network calls per picture.
         seconds: of solver and decoder.
     """
@@ -43,25 +43,25 @@ def vary(
     seed: int = 0,
     num: int = 8,
     amount: float = 0.3,
-    classes: Sequence[int | str] | None = None,
+    classes: ClassList | None = None,
     batch_size: int = 16,
     device: str | None = None,
     **preset: Any,
 ) -> VaryResult:
-    """Draw the picture of a seed and variations of it; the arguments are those of `latentflow.sampling.edits.vary`.
+    """Draw the picture of a seed and variations of it; the request is that of `latentflow.sampling.edits.variations`.
 
     Raises:
         ArtifactError, ConfigError: before anything is written.
     """
     require_writable(out)
     flow = LatentFlow.from_pretrained(model, device=device)
-    common = {"seed": seed, "classes": classes or [], **preset}
-    with image_progress("varying", num) as on_images:
-        variations = draw_variations(flow, num=num, amount=amount, batch_size=batch_size, on_images=on_images, **common)
-    original = sample(flow, num=1, **common)
-    (first,) = original.save(out)
-    files = variations.save(out)
-    pixels = torch.cat([original.pixels, variations.pixels])
-    grid = save_grid(Path(out) / "grid.png", pixels, min(len(pixels), 9))
-    evaluations = torch.cat([original.evaluations, variations.evaluations]).double().mean()
-    return VaryResult(first, files, grid, float(evaluations), original.seconds + variations.seconds)
+    original = make_request(flow, classes=at_most_one(flow, classes), seed=seed, **preset)
+    near = variations(flow, seed=seed, num=num, amount=amount, classes=classes, **preset)
+    folder = PictureFolder(flow, out, original, near)
+    with image_progress("varying", num + 1) as on_images:
+        first = folder.draw(original, batch_size=1, on_images=on_images)
+        drawn = folder.draw(near, batch_size=batch_size, on_images=on_images)
+    pixels = read_pixels([*first.files, *drawn.files][:GRID_IMAGES])
+    grid = save_grid(folder.path / "grid.png", pixels, min(len(pixels), 9))
+    evaluations = (first.evaluations + num * drawn.evaluations) / (num + 1)
+    return VaryResult(first.files[0], drawn.files, grid, evaluations, first.seconds + drawn.seconds)

@@ -1,0 +1,144 @@
+"""A folder of drawn pictures belongs to one request: it is completed, never mixed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentflow.artifacts import require_writable
+from latentflow.data.decode import BrokenImage, open_image
+from latentflow.data.stores import is_image
+from latentflow.errors import ArtifactError
+from latentflow.latent_flow import LatentFlow
+from latentflow.sampling.naming import picture_facts, picture_name
+from latentflow.sampling.picture_file import read_facts, unlike
+from latentflow.sampling.pipeline import draw, drawn_by, tell_cost
+from latentflow.sampling.request import SampleRequest
+
+GRID = re.compile(r"(^|/)grid(-\d+-of-\d+)?\.png$")
+"""Contact sheets, which stand beside the pictures that they show and are none."""
+
+
+@dataclass(frozen=True)
+class DrawnFolder:
+    """What lies in a folder after drawing.
+
+    Attributes:
+        files: one per picture asked for, in order.
+        kept: how many of them were there already.
+        evaluations: mean network calls per picture.
+        seconds: of solver and decoder, for those that were not.
+    """
+
+    files: list[Path]
+    kept: int
+    evaluations: float
+    seconds: float
+
+
+class PictureFolder:
+    """The folder of the pictures of some requests; other pictures in it are refused when this is made.
+
+    What an earlier run of the same requests left there is kept. Files that are no images, and those in folders
+    below, are of no concern.
+
+    Args:
+        requests: all that belongs in it, of all processes.
+
+    Raises:
+        ArtifactError: it cannot be written, or holds a picture of anybody else.
+    """
+
+    def __init__(self, flow: LatentFlow, folder: str | Path, *requests: SampleRequest):
+        self.path = require_writable(folder)
+        self._flow = flow
+        self._evaluations: dict[str, int] = {}
+        expected = {self._name(row): row for request in requests for row in _rows(request)}
+        refuse_others(self.path, lambda file: self._look_at(file, expected.get(file.name), requests[0]))
+
+    def draw(
+        self,
+        request: SampleRequest,
+        *,
+        batch_size: int,
+        on_images: Callable[[int], None] = lambda num_images: None,
+    ) -> DrawnFolder:
+        """Draw what is missing of a request. Batches are those of a run that finds nothing, so the bytes are, too."""
+        names = [self._name(row) for row in _rows(request)]
+        tell_cost(self._flow, request, batch_size)
+        kept, seconds = sum(name in self._evaluations for name in names), 0.0
+        for start in range(0, len(names), batch_size):
+            part = names[start : start + batch_size]
+            if missing := [place for place, name in enumerate(part) if name not in self._evaluations]:
+                (samples,) = draw(self._flow, request.at(slice(start, start + batch_size)), batch_size=batch_size)
+                seconds += samples.seconds
+                for place in missing:
+                    samples.write(self.path / part[place], place)
+                    self._evaluations[part[place]] = int(samples.evaluations[place])
+            on_images(len(part))
+        calls = sum(self._evaluations[name] for name in names) / max(len(names), 1)
+        return DrawnFolder([self.path / name for name in names], kept, calls, seconds)
+
+    def _name(self, row: SampleRequest) -> str:
+        return picture_name(row, self._flow.config.conditioning.class_names)
+
+    def _look_at(self, file: Path, row: SampleRequest | None, request: SampleRequest) -> str:
+        """Why a file is not of this request; "" where it is, or where it is a damaged one of it, to be drawn anew."""
+        try:
+            facts = read_facts(str(file))
+        except BrokenImage:
+            return "" if row is not None else "no readable image"
+        if facts is None:
+            return "not drawn by this program, or edited since"
+        asked = row if row is not None else request.at(slice(0, 1))
+        own = picture_facts(asked, self._flow.config.conditioning.class_names, drawn_by(self._flow))
+        if why := unlike(own, facts):
+            return why
+        if row is None:
+            return "another seed or class"
+        if any(facts.get(name) != own[name] for name in ("seeds", "labels", "blends", "inputs")):
+            return "another seed, class or input"
+        self._evaluations[file.name] = int(facts.get("evaluations", 0))
+        return ""
+
+
+def refuse_others(folder: Path, why: Callable[[Path], str]) -> None:
+    """Refuse a folder with pictures that do not belong there; contact sheets and hidden files do not count.
+
+    Args:
+        why: says why a picture does not belong, or "" where it does.
+
+    Raises:
+        ArtifactError: naming one of them.
+    """
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    pictures = [file for file in found if is_image(file.name) and not file.name.startswith(".") and file.is_file()]
+    others = [f"{file.name} ({said})" for file in pictures if not GRID.search(file.name) and (said := why(file))]
+    if others:
+        many = f"{len(others)} pictures that are not" if len(others) > 1 else "a picture that is not"
+        raise ArtifactError(
+            f"{folder} holds {many} of this request: {others[0]}; give another --out, so that they do not mix"
+        )
+
+
+def _rows(request: SampleRequest) -> Iterator[SampleRequest]:
+    return (request.at(slice(row, row + 1)) for row in range(len(request.seeds)))
+
+
+def read_pixels(files: Sequence[Path]) -> Tensor:
+    """Drawn pictures of one size: [B, 3, H, W] uint8.
+
+    Raises:
+        BrokenImage: one of them is gone or damaged.
+    """
+    pictures = []
+    for file in files:
+        with open_image(file) as image:
+            pictures.append(np.asarray(image.convert("RGB")))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)

@@ -1,0 +1,65 @@
+"""What a drawn picture says of itself, read back: whose it is, and whether two are of one set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+
+from latentflow.data.decode import open_image
+
+_OWN = ("seeds", "labels", "blends", "class_name", "to_class_name", "evaluations")  # of each picture of a set
+_OF_INPUT = ("inputs", "image_size")  # of each picture that is drawn from another one
+_GIVEN = ("inpaint", "mask-to-image", "image-to-image")
+
+
+def read_facts(file: bytes | str, name: str | None = None) -> dict[str, Any] | None:
+    """What a PNG that was drawn here says of itself; None: it says nothing of the kind.
+
+    Args:
+        file: its path or its content.
+        name: what to call it in errors.
+
+    Raises:
+        BrokenImage: it is no image.
+    """
+    with open_image(file, name) as image:
+        return facts_in(image)
+
+
+def facts_in(image: Image.Image) -> dict[str, Any] | None:
+    """The same of a picture that is open."""
+    text = getattr(image, "text", {}).get("latentflow")
+    try:
+        facts = json.loads(text) if text else None
+    except ValueError:
+        return None
+    return facts if isinstance(facts, dict) and isinstance(facts.get("drawn_by"), dict) else None
+
+
+def whose(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What all pictures of one set have in common: the model, by its weights, and how it was asked, flattened.
+
+    The name of the model's folder does not count, and neither do the inputs of pictures that are drawn from others.
+    """
+    apart = {*_OWN, *(_OF_INPUT if facts.get("task") in _GIVEN else ())}
+    common = {name: value for name, value in facts.items() if name not in apart}
+    drawn_by = {name: value for name, value in common.pop("drawn_by").items() if name != "model"}
+    sampling = common.pop("sampling", None) or {}
+    return {**drawn_by, **common, **(sampling if isinstance(sampling, dict) else {})}
+
+
+def which(facts: Mapping[str, Any]) -> str:
+    """What tells a picture from the others of its set, as text to compare."""
+    return json.dumps([facts.get(name) for name in ("seeds", "labels", "blends", "inputs")], sort_keys=True)
+
+
+def unlike(facts: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """The first thing in which `other` is of another set than `facts`, for people; "" where it is of the same one."""
+    ours, theirs = whose(facts), whose(other)
+    for name in dict.fromkeys([*ours, *theirs]):
+        if ours.get(name) != theirs.get(name):
+            return f"{name.replace('_', ' ')} {theirs.get(name)}, not {ours.get(name)}"
+    return ""
