@@ -314,6 +314,26 @@ def test_what_a_mac_and_others_leave_beside_masks_is_passed_over(mask_folder):
     assert [file.name for file in mask_files(mask_folder)] == ["0.png", "1.png", "2.png"]
 
 
+def test_pictures_that_are_not_read_are_named(mask_folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("latentflow.console._told", set())
+    (mask_folder / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (mask_folder / "0.png").rename(mask_folder / "0")
+    assert len(mask_files(mask_folder)) == 2
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith(f"{mask_folder}: some files are passed over: ")
+    assert "1 .heic (" in said and "1 without suffix (rename them to end in .png)" in said
+    only = tmp_path / "only"
+    only.mkdir()
+    (mask_folder / "a.heic").rename(only / "a.heic")
+    with pytest.raises(DataError, match=r"no mask files in .*only, but 1 .heic \(.*\); put PNG masks there"):
+        mask_files(only)
+
+
+def test_masks_whose_names_a_mac_wrote(tmp_path):
+    Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(tmp_path / "cafe\u0301.png")
+    assert draw_mask(MaskRules(folder=str(tmp_path)), 8, 8, 0).sum() == 8
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "webp", "bmp", "TIF", "gif", "pgm", "jp2"])
 def test_every_format_of_images_is_read_for_masks(tmp_path, suffix):
     (tmp_path / "below").mkdir()

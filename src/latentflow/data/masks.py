@@ -22,10 +22,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from latentflow.console import notice
 from latentflow.data.latent_size import ToldAs
+from latentflow.data.layout import counted, unread_pictures
 from latentflow.data.mask_reader import read_mask
 from latentflow.data.stores import FolderStore, is_image
 from latentflow.errors import ConfigError, DataError
+from latentflow.progress import image_progress
 
 HoleKind = Literal["strokes", "boxes", "halves", "borders"]
 
@@ -150,9 +153,12 @@ def mask_files(folder: str | Path) -> list[Path]:
     Raises:
         DataError: there are none.
     """
-    found = _listed(str(folder))
+    found, unread = _listed(str(folder))
     if not found:
-        raise DataError(f"no mask files in {folder}; put PNG masks there, white where an image is painted anew")
+        some = f", but {unread}" if unread else ""
+        raise DataError(f"no mask files in {folder}{some}; put PNG masks there, white where an image is painted anew")
+    if unread:
+        notice(f"{folder}: some files are passed over: {unread}")
     return found
 
 
@@ -163,8 +169,11 @@ def check_masks(rules: MaskRules, height: int, width: int) -> None:
         DataError: there are none, or one cannot be used.
     """
     if rules.folder:
-        for file in mask_files(rules.folder):
-            _fitted(file, height, width)
+        files = mask_files(rules.folder)
+        with image_progress("looking at masks,", len(files)) as on_files:
+            for file in files:
+                _fitted(file, height, width)
+                on_files(1)
 
 
 def hole_kind(rules: MaskRules, seed: int) -> HoleKind:
@@ -177,10 +186,15 @@ def hole_kind(rules: MaskRules, seed: int) -> HoleKind:
 
 
 @lru_cache(maxsize=4)
-def _listed(folder: str) -> list[Path]:
+def _listed(folder: str) -> tuple[list[Path], str]:
+    """The masks in a folder, and which other pictures are there."""
     if not Path(folder).is_dir():
-        return []
-    return [Path(folder) / name for name in sorted(FolderStore(Path(folder)).files()) if is_image(name)]
+        return [], ""
+    store = FolderStore(Path(folder))
+    files = store.files()
+    masks = [Path(folder) / files[name].path for name in sorted(files) if is_image(name)]
+    others = [name for name in files if not is_image(name)]
+    return masks, counted(unread_pictures(others, lambda name: store.mark(files[name].path)))
 
 
 def _fitted(file: Path, height: int, width: int) -> np.ndarray:
