@@ -149,7 +149,7 @@ def encode(
     out: Annotated[Path, typer.Option(help="The latent cache, a folder.")],
     image_size: Annotated[int, typer.Option(help="Side of the square images in pixels.")] = 256,
     first: Annotated[
-        int | None, typer.Option(help="Encode the first so many images, in the source's order; otherwise all.")
+        int | None, typer.Option(help="Encode so many images: the first of each class, then the second, and so on.")
     ] = None,
     flips: Annotated[bool, typer.Option("--flips", help="Also encode the mirrored images.")] = False,
     precision: Annotated[Precision, typer.Option(help="How moments are stored.")] = Precision.float16,
@@ -204,6 +204,8 @@ def encode(
     _report(rows, as_json)
     for name in index.broken:
         say(f"left out: {name}")
+    if not result.is_new:
+        say("everything was encoded already, from the same images; nothing was done")
 
 
 @app.command(epilog="Example: latentflow prepare camvid camvid.zip --out data/camvid")

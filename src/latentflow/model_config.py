@@ -76,6 +76,7 @@ class TrainingRecord(_Section):
 
     data: str = Field("", max_length=10_000)
     data_fingerprint: str = Field("", max_length=1000)
+    masks_fingerprint: str = Field("", max_length=1000, description="Of the folder that holes were taken from.")
     num_images: int = Field(0, ge=0)
     images_per_class: list[int] = Field(
         default_factory=list, description="Training images of each class; empty: not known."

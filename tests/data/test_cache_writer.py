@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from latentflow.artifacts import open_tensors
 from latentflow.autoencoder import Autoencoder, to_unit_range
@@ -191,6 +192,12 @@ class Plain:
         semantic_map[20, 20] = 0
         return ImageItem(np.zeros((32, 32, 3), np.uint8), None, "plain", semantic_map)
 
+    def name(self, index: int) -> str:
+        return "plain"
+
+    def contents(self) -> list[str]:
+        return [""]
+
     def fingerprint(self) -> str:
         return "plain"
 
@@ -219,3 +226,23 @@ def test_info_describes_it(segmented_cache):
     assert facts["map classes"] == list(tiny.MAP_CLASSES)
     assert facts["mask variants"] == 3
     assert (facts["images"], facts["flips"], facts["classes"]) == (NUM_IMAGES, True, list(tiny.CLASSES))
+
+
+def test_masks_count_by_their_content_and_not_by_their_place(tmp_path, source, kl):
+    folder = tmp_path / "holes"
+    folder.mkdir()
+    for n in range(2):
+        mask = Image.new("L", (16, 16))
+        mask.paste(255, (n, 0, n + 5, 9))
+        mask.save(folder / f"{n}.bmp")
+    kept: list[int] = []
+    options = {"shard_size": 5, "mask_variants": 1, "on_kept": kept.append}
+    write_cache(source, kl, tmp_path / "cache", masks=MaskRules(folder=str(folder)), **options)
+    moved = folder.rename(tmp_path / "moved")
+    write_cache(source, kl, tmp_path / "cache", masks=MaskRules(folder=str(moved)), **options)
+    assert sum(kept) == len(source)
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 3, 3))
+    mask.save(moved / "1.bmp")
+    with pytest.raises(ArtifactError, match=r"was begun with masks_fingerprint .* choose another --out"):
+        write_cache(source, kl, tmp_path / "cache", masks=MaskRules(folder=str(moved)), **options)

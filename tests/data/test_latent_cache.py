@@ -269,6 +269,12 @@ class Counting:
         self.counts[index] += 1
         return ImageItem(np.full((16, 16, 3), index, dtype=np.uint8), None, str(index))
 
+    def name(self, index):
+        return str(index)
+
+    def contents(self):
+        return [""] * len(self)
+
     def fingerprint(self):
         return "counted"
 
@@ -371,3 +377,97 @@ def test_a_shard_that_is_a_pickle_is_not_executed(tmp_path, cache, bomb):
     os.truncate(bomb(shard), size)
     with pytest.raises(ArtifactError, match=r"shard-00001\.safetensors"):
         LatentCache(poisoned).moments([6], [False])
+
+
+# What changed since
+
+
+def _encode(folder, kl, out, **options):
+    kept = []
+    index = write_cache(open_images(folder, tiny.IMAGE_SIZE), kl, out, shard_size=5, on_kept=kept.append, **options)
+    return index, sum(kept)
+
+
+@pytest.fixture
+def own(tmp_path, images):
+    return shutil.copytree(images, tmp_path / "own")
+
+
+def test_a_complete_cache_of_the_same_images_is_kept(tmp_path, own, kl):
+    _encode(own, kl, tmp_path / "cache")
+    before = tiny.tree(tmp_path / "cache")
+    for file in own.rglob("*.png"):
+        os.utime(file)
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.move(own, tmp_path / "elsewhere")
+    assert _encode(moved, kl, tmp_path / "cache")[1] == tiny.NUM_IMAGES
+    assert tiny.tree(tmp_path / "cache") == before
+
+
+def test_images_that_changed_came_or_went_are_named(tmp_path, own, kl):
+    _encode(own, kl, tmp_path / "cache")
+    before = tiny.tree(tmp_path / "cache")
+    other = (own / "berry" / "1.png").read_bytes()
+    new = own / "apple" / "new.png"
+    for change, said in (
+        (lambda: (own / "apple" / "0.png").write_bytes(other), r"since then 1 changed \(apple/0\.png\); restore them"),
+        (
+            lambda: new.write_bytes(other),
+            r"1 changed \(apple/0\.png\), 1 come \(apple/new\.png\)",
+        ),
+        (lambda: (own / "berry" / "3.png").unlink(), r", 1 come \(apple/new\.png\), 1 gone \(berry/3\.png\); restore"),
+    ):
+        change()
+        with pytest.raises(ArtifactError, match=said):
+            _encode(own, kl, tmp_path / "cache")
+        assert tiny.tree(tmp_path / "cache") == before
+    shutil.rmtree(tmp_path / "cache")  # as the message says
+    assert _encode(own, kl, tmp_path / "cache")[0].num_images == tiny.NUM_IMAGES
+
+
+def test_what_was_broken_and_is_whole_now_is_taken_in(tmp_path, own, images, kl):
+    whole = tmp_path / "whole"
+    _encode(images, kl, whole)
+    for name in ("apple/3.png", "cherry/0.png"):
+        (own / name).write_bytes(bytes((images / name).stat().st_size))
+    index, _ = _encode(own, kl, tmp_path / "cache")
+    assert len(index.broken) == 2
+    shutil.copy(images / "apple/3.png", own / "apple/3.png")
+    index, kept = _encode(own, kl, tmp_path / "cache")
+    assert [line.partition(":")[0] for line in index.broken] == ["cherry/0.png"]
+    assert kept == tiny.NUM_IMAGES - 5  # one shard of five was encoded anew
+    shutil.copy(images / "cherry/0.png", own / "cherry/0.png")
+    index, _ = _encode(own, kl, tmp_path / "cache")
+    assert index.broken == []
+    for shard in whole.glob("shard-*"):
+        assert (tmp_path / "cache" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_images_that_are_not_encoded_yet_may_change(tmp_path, own, kl):
+    assert _encode(own, kl, tmp_path / "cache", process=(0, 2))[0] is None
+    (own / "apple" / "5.png").write_bytes((own / "berry" / "1.png").read_bytes())  # of the second shard
+    assert _encode(own, kl, tmp_path / "cache")[0].num_images == tiny.NUM_IMAGES
+    LatentCache(tmp_path / "cache").verify()
+
+
+def test_a_cache_of_an_earlier_version_can_be_trained_on_but_not_gone_on_with(tmp_path, cache, source, kl):
+    old = shutil.copytree(cache, tmp_path / "old")
+    (old / "source.json").unlink()
+    for file in old.glob("*.json"):
+        text = json.loads(file.read_text())
+        for record in (text, text.get("plan", {}), *text.get("shards", [])):
+            for key in ("identity", "masks_fingerprint"):
+                record.pop(key, None)
+            if "sha256" in record:
+                record.pop("source_fingerprint")
+        file.write_text(json.dumps(text))
+    assert len(LatentCache(old)) == tiny.NUM_IMAGES
+    with pytest.raises(ArtifactError, match="it can be trained on, but not gone on with; choose another --out"):
+        write_cache(source, kl, old, flips=True, shard_size=5)
+
+
+def test_a_class_of_broken_images_is_told_of(tmp_path, own, kl, caplog):
+    for file in (own / "berry").iterdir():
+        file.write_bytes(b"<html>404")
+    _encode(own, kl, tmp_path / "cache")
+    assert "has no image that can be read of 1 of its classes (berry), and training with labels refuses" in caplog.text

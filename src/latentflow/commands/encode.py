@@ -23,10 +23,12 @@ class EncodeResult:
 
     Attributes:
         index: of the finished cache; None where other processes are still encoding.
+        is_new: whether any image was encoded.
         seconds: wall time.
     """
 
     index: CacheIndex | None
+    is_new: bool
     seconds: float
 
 
@@ -50,7 +52,7 @@ def encode(
 
     Args:
         data: a folder, a zip, an LMDB environment, or 'synthetic:COUNT'.
-        first: encode the first so many images, in the source's order; None: all of them.
+        first: encode the first so many images, of class folders evenly; None: all of them. See `open_images`.
         flips: also encode the mirrored images, so that training can mirror.
         masks: which holes are drawn; None: those of the usual policy.
         mask_variants: images with holes that are encoded of each image, for inpainting; 0: none.
@@ -63,8 +65,13 @@ def encode(
     source = open_images(data, image_size, first=first)
     process = process_rank()
     encoder = Autoencoder.from_pretrained(autoencoder).to(usable_device(device))
-    num_images = len(source) // process[1]
+    num_images, finished, kept = len(source) // process[1], [], []
     with image_progress("encoding", num_images, enabled=process[0] == 0) as on_images:
+
+        def count(number: int) -> None:
+            finished.append(number)
+            on_images(number)
+
         index = write_cache(
             source,
             encoder,
@@ -77,6 +84,7 @@ def encode(
             mask_variants=mask_variants,
             strict=strict,
             process=process,
-            on_images=on_images,
+            on_images=count,
+            on_kept=kept.append,
         )
-    return EncodeResult(index, time.perf_counter() - began)
+    return EncodeResult(index, sum(finished) > sum(kept), time.perf_counter() - began)

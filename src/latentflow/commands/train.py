@@ -21,9 +21,9 @@ from latentflow.commands.processes import process_rank
 from latentflow.conditioning import Conditioning
 from latentflow.data.batches import SpatialData, TrainingImages, epoch_order
 from latentflow.data.images import open_images, readable
-from latentflow.data.items import ImageSource
+from latentflow.data.items import ImageSource, require_every_class
 from latentflow.data.latent_cache import ChannelSums, LatentCache, is_cache
-from latentflow.data.masks import check_masks
+from latentflow.data.masks import check_masks, masks_fingerprint
 from latentflow.errors import ConfigError, DataError
 from latentflow.latent_flow import CONFIG_FILE, LatentFlow, default_device, read_config
 from latentflow.model_config import AutoencoderRecord, ModelConfig, TrainingRecord
@@ -168,6 +168,10 @@ def prepare(recipe: Recipe, *, cpu: bool = False, allow_change: Sequence[str] = 
         broken = [f"{error.name}: {error.reason}" for error in unreadable]
         if not kept:
             raise DataError(f"{recipe.data.path}: none of {len(broken)} images can be read; {unreadable[0]}")
+    if recipe.data.labels and source.class_names:
+        remedy = f"{broken[0]}; repair them or take the folders away" if broken else "encode it anew"
+        labels = source.labels(range(len(source))).tolist() if kept is None else map(source.label, kept)
+        require_every_class(source.class_names, labels, recipe.data.path, f"{remedy}, or set data.labels=false")
     side, reasons = autoencoder.latent_side(recipe.data.image_size), []
     if recipe.fit:
         recipe, reasons = fit(recipe, _situation(recipe, source, len(source) if kept is None else len(kept), side, cpu))
@@ -321,7 +325,11 @@ def spatial_data(recipe: Recipe, source: LatentCache | ImageSource, factor: int)
         pictures, wanted = open_images(data.images, source.plan.image_size), source.plan.num_source_images
         if len(pictures) > wanted:  # the cache may hold the first of them
             pictures = open_images(data.images, source.plan.image_size, first=wanted)
-        if pictures.fingerprint() != source.plan.source_fingerprint:
+        if source.plan.identity == "sizes":  # of an earlier version, which has names alone to compare
+            same = set(source.names()) <= {pictures.name(row) for row in range(len(pictures))}
+        else:
+            same = pictures.fingerprint() == source.plan.source_fingerprint
+        if not same:
             raise DataError(
                 f"data.images = {data.images} ({pictures.description}) are not the images that {data.path} was made "
                 f"from ({source.plan.source})"
@@ -385,13 +393,24 @@ def build_model(
             if recipe.normalise == "autoencoder"
             else _per_channel(autoencoder, images),
             sampling=recipe.sampling,
-            training=TrainingRecord(data=description, data_fingerprint=fingerprint, num_images=len(images)),
+            training=TrainingRecord(
+                data=description,
+                data_fingerprint=fingerprint,
+                masks_fingerprint=_masks_fingerprint(spatial, source),
+                num_images=len(images),
+            ),
         )
     except ValidationError as error:
         raise explained(error, ModelConfig, "recipe") from error
     check(config)
     torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
     return LatentFlow(config, config.build_network(), autoencoder)
+
+
+def _masks_fingerprint(spatial: SpatialData | None, source: LatentCache | ImageSource) -> str:
+    if spatial is None or spatial.holes is None:
+        return ""
+    return source.plan.masks_fingerprint if spatial.cached_holes else masks_fingerprint(spatial.holes)
 
 
 def _refuse_other_content(run: Path, recipe: Recipe, config: ModelConfig) -> None:
@@ -406,6 +425,11 @@ def _refuse_other_content(run: Path, recipe: Recipe, config: ModelConfig) -> Non
         )
     if config.masks != before.masks:
         raise ConfigError(f"{run} was trained with the holes {before.masks}, not {config.masks}; choose another out")
+    if before.training.masks_fingerprint and config.training.masks_fingerprint != before.training.masks_fingerprint:
+        raise ConfigError(
+            f"the mask files in {config.masks.folder} have changed since {run} was begun; restore them or choose "
+            "another out"
+        )
     if config.training.data_fingerprint != before.training.data_fingerprint:
         raise ConfigError(
             f"{run} was trained on other images ({before.training.data}) than data.path holds now "

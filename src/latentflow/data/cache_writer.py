@@ -16,17 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentflow.artifacts import make_folder, sha256_file, write_json, write_tensors
+from latentflow.artifacts import make_folder, open_tensors, sha256_file, write_json, write_tensors
 from latentflow.autoencoder import Autoencoder, to_unit_range
+from latentflow.console import notice
 from latentflow.data.colour import PIXEL_RULES
 from latentflow.data.images import BrokenImage
-from latentflow.data.items import ImageItem, ImageSource
-from latentflow.data.latent_cache import CacheIndex, CachePlan, ChannelSums, ShardRecord, check_size, parse_record
+from latentflow.data.items import ImageItem, ImageSource, fingerprint_of
+from latentflow.data.latent_cache import (
+    CachedSource,
+    CacheIndex,
+    CachePlan,
+    ChannelSums,
+    ShardRecord,
+    check_size,
+    parse_record,
+)
 from latentflow.data.latent_size import class_counts, hide, hole_counts
-from latentflow.data.masks import MaskRules, check_masks, draw_mask
+from latentflow.data.masks import MaskRules, check_masks, draw_mask, masks_fingerprint
 from latentflow.errors import ArtifactError, DataError
 from latentflow.randomness import derive_seed
 
+_NAMED = 5  # images or classes in a message
 _PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -44,8 +54,12 @@ def write_cache(
     strict: bool = False,
     process: tuple[int, int] = (0, 1),
     on_images: Callable[[int], None] = lambda num_images: None,
+    on_kept: Callable[[int], None] = lambda num_images: None,
 ) -> CacheIndex | None:
     """Encode every image of `source` into `folder`, leaving out what is already there.
+
+    What is there counts as long as names and contents of its images are the same. Images that were broken may be whole
+    now, and then their shards are encoded anew.
 
     Args:
         flips: also encode the mirrored images (an encoder does not commute with mirroring).
@@ -56,28 +70,32 @@ def write_cache(
         strict: a broken image is an error, not an omission.
         process: (rank, number of processes); process r encodes shards r, r + n, r + 2n, ...
         on_images: told the number of images just finished, shards found complete included.
+        on_kept: told the number of images of each shard found complete.
 
     Returns:
         The index, or None where other processes are still at work; the last one to finish writes it.
 
     Raises:
-        ArtifactError: the folder holds something else, or cannot be written.
+        ArtifactError: the folder holds something else, images have changed since, or it cannot be written.
         DataError: no image could be read, or, with `strict`, one is broken.
     """
-    variants = {"masks": masks or MaskRules(), "mask_variants": mask_variants} if mask_variants else {}
-    if variants:
-        check_masks(variants["masks"], source.image_size, source.image_size)
+    variants = {}
+    if mask_variants:
+        masks = masks or MaskRules()
+        check_masks(masks, source.image_size, source.image_size)
+        variants = {"masks": masks, "mask_variants": mask_variants, "masks_fingerprint": masks_fingerprint(masks)}
     plan = _plan(source, autoencoder, flips=flips, precision=precision, shard_size=shard_size, **variants)
     folder = make_folder(folder)
-    _claim(folder, plan)
+    _claim(folder, plan, source)
     rank, num_processes = process
     for number in range(rank, plan.num_shards, num_processes):
-        rows = range(number * shard_size, min((number + 1) * shard_size, len(source)))
-        if _finished(folder, number) is None:
+        rows = _rows(plan, number)
+        if _finished(folder, number, fingerprint_of(source, rows)) is None:
             _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, strict, on_images)
         else:
             on_images(len(rows))
-    return _finish(folder, plan)
+            on_kept(len(rows))
+    return _finish(folder, plan, source)
 
 
 def _plan(source: ImageSource, autoencoder: Autoencoder, **options: Any) -> CachePlan:
@@ -89,6 +107,7 @@ def _plan(source: ImageSource, autoencoder: Autoencoder, **options: Any) -> Cach
         pixel_rules=PIXEL_RULES,
         source=source.description,
         source_fingerprint=source.fingerprint(),
+        identity="contents",
         num_source_images=len(source),
         num_channels=autoencoder.num_channels,
         moments_shape=(autoencoder.num_moments, side, side),
@@ -99,9 +118,12 @@ def _plan(source: ImageSource, autoencoder: Autoencoder, **options: Any) -> Cach
     )
 
 
-def _claim(folder: Path, plan: CachePlan) -> None:
-    """Write the plan into an empty folder, or make sure that the plan found there is the same."""
-    file = folder / "plan.json"
+def _claim(folder: Path, plan: CachePlan, source: ImageSource) -> None:
+    """Write the plan into an empty folder, or make sure that the plan found there is the same.
+
+    Only images that were broken, or are not encoded yet, may hold something else than when the cache was begun.
+    """
+    file, images = folder / "plan.json", folder / "source.json"
     # Listed before looking for the plan: what another process writes in between must not seem strange.
     strangers = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".plan.")]
     if not file.exists():
@@ -110,14 +132,74 @@ def _claim(folder: Path, plan: CachePlan) -> None:
                 f"{folder} is not empty ({strangers[0]}, ...) and not a latent cache; choose another --out"
             )
         write_json(file, plan.model_dump(mode="json"))
-        return
-    found = parse_record(CachePlan, file).model_dump(exclude={"autoencoder", "source"})
-    wanted = plan.model_dump(exclude={"autoencoder", "source"})
-    differing = [f"{key} {found[key]!r}, not {wanted[key]!r}" for key in wanted if found[key] != wanted[key]]
+    found = parse_record(CachePlan, file)
+    if found.identity != plan.identity:
+        raise ArtifactError(
+            f"{folder} was encoded by an earlier version, which did not keep what its images held: it can be trained "
+            "on, but not gone on with; choose another --out or delete the folder"
+        )
+    differing = _differences(found, plan)
     if differing:
         raise ArtifactError(
             f"{folder} was begun with {'; '.join(differing)}; choose another --out or delete the folder"
         )
+    same = found.source_fingerprint == plan.source_fingerprint
+    if same and images.exists():
+        return
+    if not same:
+        _require_only_broken_changed(folder, found, source)
+    names = [source.name(row) for row in range(len(source))]
+    record = CachedSource(names=names, contents=source.contents())
+    write_json(images, record.model_dump(mode="json"))
+    write_json(file, plan.model_dump(mode="json"))
+
+
+def _differences(found: CachePlan, wanted: CachePlan) -> list[str]:
+    """What differs between two plans, where things lie and what the images are left out."""
+    apart = {"autoencoder", "source", "source_fingerprint", "num_source_images"}
+    old, new = found.model_dump(exclude=apart), wanted.model_dump(exclude=apart)
+    if found.masks and wanted.masks and found.masks_fingerprint == wanted.masks_fingerprint:
+        old["masks"]["folder"] = new["masks"]["folder"]
+    return [f"{key} {old[key]!r}, not {new[key]!r}" for key in new if old[key] != new[key]]
+
+
+def _require_only_broken_changed(folder: Path, found: CachePlan, source: ImageSource) -> None:
+    """Refuse to go on where images have come, gone or changed that are encoded already.
+
+    Raises:
+        ArtifactError: naming some of them.
+    """
+    new = dict(zip(map(source.name, range(len(source))), source.contents(), strict=True))
+    file = folder / "source.json"
+    record = parse_record(CachedSource, file) if file.exists() else CachedSource(names=[], contents=[])
+    old = dict(zip(record.names, record.contents, strict=False))
+    changed = [name for name in old.keys() & new.keys() if old[name] != new[name]]
+    if changed and list(old) == list(new):
+        encoded = _encoded_names(folder, found, record.names)
+        changed = [name for name in changed if name in encoded]
+    lists = {"changed": changed, "come": new.keys() - old.keys(), "gone": old.keys() - new.keys()}
+    told = [f"{len(names)} {what} ({', '.join(sorted(names)[:_NAMED])})" for what, names in lists.items() if names]
+    if told:
+        raise ArtifactError(
+            f"{folder} was begun with other images: since then {', '.join(told)}; restore them, choose another --out, "
+            "or delete the folder"
+        )
+
+
+def _encoded_names(folder: Path, plan: CachePlan, names: Sequence[str]) -> set[str]:
+    """The images in finished shards, without those that were broken."""
+    encoded = set()
+    for number in range(plan.num_shards):
+        file = folder / f"{_shard_name(number)}.json"
+        if file.exists():
+            broken = tuple(parse_record(ShardRecord, file).broken)
+            some = [names[row] for row in _rows(plan, number)]
+            encoded |= {name for name in some if not any(line.startswith(f"{name}: ") for line in broken)}
+    return encoded
+
+
+def _rows(plan: CachePlan, number: int) -> range:
+    return range(number * plan.shard_size, min((number + 1) * plan.shard_size, plan.num_source_images))
 
 
 def _shard_name(number: int) -> str:
@@ -161,6 +243,7 @@ def _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, st
         channel_sum=sums.sum.tolist(),
         channel_sum_of_squares=sums.sum_of_squares.tolist(),
         broken=broken,
+        source_fingerprint=fingerprint_of(source, rows),
     )
     write_json(folder / f"{_shard_name(number)}.json", record.model_dump(mode="json"))
 
@@ -238,12 +321,14 @@ def _read_ahead(
             current = following
 
 
-def _finished(folder: Path, number: int) -> ShardRecord | None:
-    """The record of a shard that is complete and undamaged, else None."""
+def _finished(folder: Path, number: int, source_fingerprint: str) -> ShardRecord | None:
+    """The record of a shard that is complete, undamaged and of these images, else None."""
     record = folder / f"{_shard_name(number)}.json"
     if not record.exists():
         return None
     shard = parse_record(ShardRecord, record)
+    if shard.source_fingerprint != source_fingerprint:
+        return None
     try:
         check_size(folder, shard)
     except ArtifactError:
@@ -251,12 +336,14 @@ def _finished(folder: Path, number: int) -> ShardRecord | None:
     return shard if sha256_file(folder / shard.file) == shard.sha256 else None
 
 
-def _finish(folder: Path, plan: CachePlan) -> CacheIndex | None:
+def _finish(folder: Path, plan: CachePlan, source: ImageSource) -> CacheIndex | None:
     """Write the index once every shard is there. Processes that get here together write the same bytes."""
     records = [folder / f"{_shard_name(number)}.json" for number in range(plan.num_shards)]
     if not all(record.exists() for record in records):
         return None
     shards = [parse_record(ShardRecord, record) for record in records]
+    if any(s.source_fingerprint != fingerprint_of(source, _rows(plan, n)) for n, s in enumerate(shards)):
+        return None  # another process encodes what has changed
     broken = [name for shard in shards for name in shard.broken]
     sums = ChannelSums(plan.num_channels)
     for shard in shards:
@@ -271,4 +358,12 @@ def _finish(folder: Path, plan: CachePlan) -> CacheIndex | None:
         plan=plan, num_images=num_images, channel_mean=mean, channel_std=std, shards=shards, broken=broken
     )
     write_json(folder / "index.json", index.model_dump(mode="json"))
+    if plan.class_names:
+        files = [open_tensors(folder / shard.file) for shard in shards]
+        labels = {label for file in files for label in file.get_tensor("labels").tolist()}
+        if unseen := [name for label, name in enumerate(plan.class_names) if label not in labels]:
+            notice(
+                f"{folder} has no image that can be read of {len(unseen)} of its classes ({', '.join(unseen[:_NAMED])})"
+                ", and training with labels refuses it: repair them and repeat the command"
+            )
     return index

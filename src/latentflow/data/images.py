@@ -9,7 +9,6 @@ training images and references.
 
 from __future__ import annotations
 
-import hashlib
 import posixpath
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from urllib.parse import quote_from_bytes
 from latentflow.data.colour import to_rgb
 from latentflow.data.crop import center_crop, crop_map
 from latentflow.data.decode import BrokenImage, most_pixels, open_image, reason, room_for
-from latentflow.data.items import ImageItem, ImageSource
+from latentflow.data.items import ImageItem, ImageSource, fingerprint_of
 from latentflow.data.layout import class_folders, counted, evenly, tell_passed_over, unread_pictures
 from latentflow.data.lmdb_store import LmdbStore, check_first, environment_file
 from latentflow.data.map_files import MapFiles
@@ -188,7 +187,7 @@ class ImageFiles:
 
     def fingerprint(self) -> str:
         """A hash of names and contents, and of the maps' classes; the same for a folder and for its zip archive."""
-        return _fingerprint(self, repr(self._maps.classes) if self._maps else "")
+        return fingerprint_of(self, range(len(self)), repr(self._maps.classes) if self._maps else "")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -248,7 +247,7 @@ class LmdbImages:
 
     def fingerprint(self) -> str:
         """A hash of keys and values."""
-        return _fingerprint(self)
+        return fingerprint_of(self, range(len(self)))
 
     def label(self, index: int) -> None:
         """There are no labels."""
@@ -277,13 +276,6 @@ def _decoding(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # damaged archives raise nearly anything
         raise BrokenImage(name, reason(error)) from error
-
-
-def _fingerprint(source: ImageSource, more: str = "") -> str:
-    digest = hashlib.sha256(more.encode("utf-8", "backslashreplace"))
-    for index, content in enumerate(source.contents()):
-        digest.update(f"{source.name(index)}\0{content}\0".encode("utf-8", "backslashreplace"))
-    return digest.hexdigest()
 
 
 def _checked(index: int, source: ImageSource) -> int:

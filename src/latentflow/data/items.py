@@ -5,10 +5,14 @@ Legend: S image size (height and width in pixels).
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+
+from latentflow.errors import DataError
 
 UNLABELLED = 255
 """The value of a semantic map that says nothing about a pixel."""
@@ -70,3 +74,23 @@ class ImageSource(Protocol):
     def contents(self) -> list[str]:
         """What identifies the content of each item: equal texts for equal bytes, on every machine."""
         ...
+
+
+def fingerprint_of(source: ImageSource, rows: Iterable[int], more: str = "") -> str:
+    """A hash of the names and contents of some images of a source, and of `more`."""
+    digest, contents = hashlib.sha256(more.encode("utf-8", "backslashreplace")), source.contents()
+    for row in rows:
+        digest.update(f"{source.name(row)}\0{contents[row]}\0".encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
+
+
+def require_every_class(class_names: Sequence[str], labels: Iterable[int], where: object, remedy: str) -> None:
+    """Refuse a class that no image has: a model of it would draw what it never saw.
+
+    Raises:
+        DataError: naming such classes.
+    """
+    seen = set(labels)
+    if unseen := [name for label, name in enumerate(class_names) if label not in seen]:
+        some = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
+        raise DataError(f"{where} has no image that can be read of {len(unseen)} of its classes ({some}); {remedy}")

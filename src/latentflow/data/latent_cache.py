@@ -1,7 +1,8 @@
 """Images encoded once, read back memory-mapped.
 
-A cache is a folder: `plan.json` (what is being encoded), `shard-*.safetensors` with a `shard-*.json`
-beside each (counts, checksum, sums), and at the end `index.json`, which makes the cache complete.
+A cache is a folder: `plan.json` (what is being encoded), `source.json` (names and checksums of the images),
+`shard-*.safetensors` with a `shard-*.json` beside each (counts, checksum, sums), and at the end `index.json`, which
+makes the cache complete.
 Moments are stored raw, so that scaling can change without encoding anew; semantic maps and masks are stored at
 latent size, as counts of pixels. `cache_writer.py` fills a cache, this file knows what is in it.
 
@@ -55,6 +56,8 @@ class CachePlan(_Record):
     precision: Literal["float16", "float32"]
     source: str
     source_fingerprint: str
+    identity: Literal["sizes", "contents"] = "sizes"
+    """What the fingerprint follows beside names; caches that do not say followed the sizes of files."""
     num_source_images: int
     shard_size: int
     num_channels: int
@@ -63,6 +66,7 @@ class CachePlan(_Record):
     map_class_names: list[str] = []
     map_palette: list[tuple[int, int, int]] = []
     masks: MaskRules | None = None
+    masks_fingerprint: str = ""
     mask_variants: int = 0
 
     @property
@@ -86,6 +90,14 @@ class ShardRecord(_Record):
     channel_sum: list[float]
     channel_sum_of_squares: list[float]
     broken: list[str]
+    source_fingerprint: str = ""  # of this shard's images
+
+
+class CachedSource(_Record):
+    """The images that a cache was made from, one after the other; read only where something has changed."""
+
+    names: list[str]
+    contents: list[str]
 
 
 class CacheIndex(_Record):

@@ -54,6 +54,7 @@ class LmdbStore:
         self.path = path
         self._file = environment_file(path)
         self._handle: _Handle | None = None
+        self._contents: list[str] | None = None
         with self._transaction() as transaction:
             self.num_entries = transaction.stat()["entries"]
             if not self.num_entries:
@@ -87,6 +88,11 @@ class LmdbStore:
 
         All values are read, which is remembered for as long as the environment does not change.
         """
+        if self._contents is None:
+            self._contents = self._checksums()
+        return self._contents
+
+    def _checksums(self) -> list[str]:
         with one_at_a_time(self._file), Ledger("lmdb crc32", self._file) as ledger:
             status, name = self._file.stat(), f"first {len(self.keys)}"
             if (known := ledger.get(name, status)) is None:
@@ -114,7 +120,7 @@ class LmdbStore:
             raise DataError(f"{self.path} is a damaged LMDB environment ({error}); copy it anew") from error
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_handle": None}
+        return {**self.__dict__, "_handle": None, "_contents": None}
 
 
 def environment_file(path: Path) -> Path | None:

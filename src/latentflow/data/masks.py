@@ -11,6 +11,7 @@ Legend: H height and W width in pixels. Positions are shares of width and height
 
 from __future__ import annotations
 
+import hashlib
 import math
 from bisect import bisect
 from functools import lru_cache
@@ -160,6 +161,16 @@ def mask_files(folder: str | Path) -> list[Path]:
     if unread:
         notice(f"{folder}: some files are passed over: {unread}")
     return found
+
+
+def masks_fingerprint(rules: MaskRules) -> str:
+    """What identifies the content of a folder of masks; "" for random holes, which follow from the rules."""
+    if not rules.folder:
+        return ""
+    files = [str(file.relative_to(rules.folder)) for file in mask_files(rules.folder)]
+    contents = FolderStore(Path(rules.folder)).contents(files)
+    text = "".join(f"{name}\0{content}\0" for name, content in zip(files, contents, strict=True))
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def check_masks(rules: MaskRules, height: int, width: int) -> None:
