@@ -39,7 +39,7 @@ def bytes_per_image(network: DiTConfig | UNetConfig, side: int, *, half: bool) -
         per_level = 2 * network.blocks_per_level + 1
         sides = [side >> level for level in range(len(network.multipliers))]
         volume = per_level * sum(network.channels * m * s**2 for m, s in zip(network.multipliers, sides, strict=True))
-    return kept * volume // (4 if network.gradient_checkpointing else 1)
+    return kept * volume // (8 if network.gradient_checkpointing else 1)
 
 
 def free_memory(device: torch.device) -> int | None:
