@@ -1,18 +1,26 @@
 import os
+import re
 import resource
 import signal
+from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from latentflow import artifacts
 from latentflow.artifacts import (
     atomic_file,
     atomic_folder,
+    contents,
     make_folder,
     read_json,
     read_tensors,
+    remove_folder,
+    remove_leftovers,
     require_writable,
+    restore,
     sha256_tensors,
     write_json,
     write_tensors,
@@ -102,27 +110,141 @@ def test_the_hash_of_tensors_is_of_their_values_not_of_their_storage():
     assert sha256_tensors({"w": values}) != sha256_tensors({"w": values + 1})
 
 
+def killed(act) -> None:
+    """Call `act` in a process that ends as by a kill: whatever it does last, nothing is tidied up."""
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+        finally:
+            os._exit(9)
+    os.waitpid(child, 0)
+
+
+def half_written(folder: Path) -> None:
+    """Begin to write a file and a folder, and be killed."""
+
+    def write():
+        with atomic_file(folder / "metrics.json") as file, atomic_folder(folder / "model") as model:
+            file.write_text("half")
+            (model / "half.bin").write_bytes(b"half")
+            os._exit(9)
+
+    killed(write)
+
+
 def test_what_a_killed_writer_left_is_removed(tmp_path):
-    """Also by a writer with the same process id, as in a container that is started again."""
-    for number in (os.getpid(), 1):
-        (tmp_path / f".model.{number}.tmp").mkdir()
-        (tmp_path / f".model.{number}.tmp" / "half.bin").write_bytes(b"half")
-    (tmp_path / ".model.1.old").mkdir()
-    (tmp_path / ".model-b.1.tmp").mkdir()  # belongs to another folder
+    half_written(tmp_path)
+    half_written(tmp_path / "checkpoints")
     with atomic_folder(tmp_path / "model") as temporary:
         write_text(temporary / "a.txt", "whole")
+        assert len(list(tmp_path.iterdir())) == 4  # two of the dead, ours, and checkpoints
+        assert contents(tmp_path) == [tmp_path / "checkpoints"]
+        remove_leftovers(tmp_path)
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([temporary.name, "checkpoints"])
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["a.txt"]
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".model-b.1.tmp", "model"]
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["a.txt", "checkpoints", "model"]
 
 
-def test_a_folder_that_was_retired_by_a_killed_writer_comes_back(tmp_path):
-    """Killed between its two renames, a writer leaves the old folder under a hidden name."""
-    (tmp_path / ".model.1.old").mkdir()
-    (tmp_path / ".model.1.old" / "a.txt").write_text("old")
-    with pytest.raises(RuntimeError, match="power cut"), atomic_folder(tmp_path / "model"):
-        raise RuntimeError("power cut")
-    assert (tmp_path / "model" / "a.txt").read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+def test_what_others_are_writing_stays(tmp_path):
+    """Of living processes and other machines, and what only looks like it; not of an earlier one with our number."""
+    with atomic_folder(tmp_path / "a") as temporary:
+        (host,) = re.fullmatch(r"\.a\.(\w+)-\d+-\d+\.tmp", temporary.name).groups()
+    (tmp_path / "a").rmdir()
+    living = [f".a.{host}-{os.getppid()}-0.tmp", f".a.{host}-1-0.tmp.json", ".a.elsewhere-999999999-0.tmp"]
+    strange = [".a.tmp", ".hidden", f".a.{host}-x-0.tmp", "a.tmp"]
+    for name in (*living, *strange):
+        (tmp_path / name).touch()
+    (tmp_path / f".a.{host}-{os.getpid()}-999999.tmp").touch()  # as in a container that is started again
+    (tmp_path / f".a.{host}-{10**30}-0.tmp").touch()
+    remove_leftovers(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([*living, *strange])
+    assert [entry.name for entry in contents(tmp_path)] == sorted(strange)
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def replacing(request, monkeypatch):
+    """Folders are replaced in both ways: where the system can exchange names, and where it cannot."""
+    if request.param == "two renames":
+        monkeypatch.setattr(artifacts, "_exchange", lambda one, other: False)
+    return request.param
+
+
+@pytest.mark.usefixtures("replacing")
+def test_a_kill_at_any_call_leaves_the_old_folder_or_the_new_one(tmp_path, monkeypatch):
+    """Killed at each call that changes names in turn."""
+    folder = tmp_path / "model"
+    with atomic_folder(folder) as temporary:
+        write_text(temporary / "a.txt", "old")
+    counted = ["replace", "rename", "unlink", "rmdir"]
+    true = {name: getattr(os, name) for name in counted}
+    found = []
+    for last in range(40):
+        calls = count()
+
+        def counting(call, last=last, calls=calls):
+            def stand_in(*args, **options):
+                if next(calls) == last:
+                    os._exit(9)
+                return call(*args, **options)
+
+            return stand_in
+
+        def write():
+            for name in counted:
+                setattr(os, name, counting(true[name]))
+            with atomic_folder(folder) as temporary:
+                write_text(temporary / "a.txt", "new")
+            os._exit(0)
+
+        killed(write)
+        restore(folder)
+        found.append((folder / "a.txt").read_text())
+        remove_leftovers(tmp_path)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+        with atomic_folder(folder) as temporary:
+            write_text(temporary / "a.txt", "old")
+    assert found == sorted(found, key=["old", "new"].index)
+    assert set(found) == {"old", "new"}
+
+
+def test_a_folder_is_there_at_every_moment(tmp_path):
+    """Another process that looks all the time never misses it."""
+    folder = tmp_path / "model"
+    with atomic_folder(folder) as temporary:
+        write_text(temporary / "a.txt", "whole")
+    if not artifacts._exchange(folder, folder):
+        pytest.skip("this file system cannot exchange two names")
+    child = os.fork()
+    if child == 0:
+        for _ in range(300):
+            with atomic_folder(folder) as temporary:
+                (temporary / "a.txt").write_text("whole")
+        os._exit(0)
+    looks = 0
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        assert folder.is_dir()
+        looks += 1
+    assert looks > 100
+
+
+def test_a_folder_is_deleted_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A kill while it is deleted leaves no half of it under its name."""
+    (tmp_path / "step").mkdir()
+    for name in "abc":
+        (tmp_path / "step" / name).touch()
+
+    def delete():
+        true = os.unlink
+        os.unlink = lambda *args, **options: (true(*args, **options), os._exit(9))
+        remove_folder(tmp_path / "step")
+
+    killed(delete)
+    [left] = tmp_path.iterdir()
+    assert left.name.startswith(".step.")
+    assert len(list(left.iterdir())) == 2
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_is_full(tmp_path):

@@ -25,6 +25,8 @@ LAYERS = {
     "ledger": 0,
     "progress": 0,
     "weights": 0,
+    "locks": 0,
+    "processes": 0,
     "flow": 1,
     "networks": 1,
     "autoencoder": 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from latentflow.artifacts import atomic_file
 from latentflow.autoencoder import Autoencoder
 from latentflow.conditioning import Conditioning
 from latentflow.data.items import UNLABELLED
@@ -205,3 +207,13 @@ def tree(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))
     }
+
+
+def leave_half_written(file: Path) -> None:
+    """Begin to write `file` in a process that is killed."""
+    child = os.fork()
+    if child == 0:
+        with atomic_file(file) as temporary:
+            temporary.write_bytes(b"half")
+            os._exit(9)
+    os.waitpid(child, 0)

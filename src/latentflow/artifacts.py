@@ -6,16 +6,19 @@ Everything is written beside its final name, synced, and renamed into place.
 from __future__ import annotations
 
 import argparse
-import glob
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,15 @@ from torch import Tensor
 
 from latentflow.errors import ArtifactError
 
+LOCK = ".lock"
+"""The end of a lock file's name, but for the number of a process: ".lock.0", ".report.json.lock.0"."""
+
+_LOCK_FILE = re.compile(rf"(\..+)?{re.escape(LOCK)}\.\d+", re.DOTALL)
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>\w+)-(?P<pid>\d+)-\d+\.(?P<kind>tmp|old)(\.\w+)?", re.DOTALL)
+_HOST = re.sub(r"\W", "_", socket.gethostname())[:32]
+_numbers = count()
+_mine: set[str] = set()  # temporary names in use by this process
+
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
@@ -35,39 +47,33 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     the suffix, so that libraries which look at it write the right format.
 
     Raises:
-        ArtifactError: the folder cannot be written.
+        ArtifactError: the folder cannot be written, or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     make_folder(path.parent)
-    try:
+    with _temporary(path, "tmp", path.suffix) as temporary, writing(path):
         mode = _usual_mode(temporary)
         yield temporary
         temporary.chmod(mode)  # safetensors makes files that only their owner may read
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success rename it to `path`, replacing what was there.
 
-    A folder has one writer at a time: what an earlier one left behind when it was killed is removed.
+    Where the system can exchange two names at once, a folder stands under `path` at every moment. Elsewhere a kill
+    between two renames leaves the old one under a hidden name, and `restore` puts it back.
 
     Raises:
-        ArtifactError: the folder cannot be written.
+        ArtifactError: the folder cannot be written, or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    retired = path.with_name(f".{path.name}.{os.getpid()}.old")
     make_folder(path.parent)
-    _remove_leftovers(path)
-    try:
+    restore(path)
+    with _temporary(path, "tmp") as temporary, _temporary(path, "old") as retired, writing(path):
         temporary.mkdir()
         mode = _usual_mode(temporary / ".mode")
         yield temporary
@@ -75,17 +81,126 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             if file.is_file() and file.stat().st_nlink == 1:  # a linked file is somebody else's as well
                 file.chmod(mode)
             _sync(file)
-        if path.exists():
+        if not path.exists():
+            temporary.replace(path)
+        elif not _exchange(temporary, path):
             path.replace(retired)
-        temporary.replace(path)
+            try:
+                temporary.replace(path)
+            except OSError:
+                retired.replace(path)
+                raise
         _sync(path.parent)
-    except OSError as error:
-        if retired.exists() and not path.exists():
-            retired.replace(path)
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def restore(path: str | Path) -> None:
+    """Put back the folder that a killed writer had renamed to make room for a new one that never came."""
+    path = Path(path)
+    with suppress(OSError):
+        if not path.exists():
+            for entry in path.parent.iterdir():
+                if (found := _left_behind(entry)) and found["kind"] == "old" and found["name"] == path.name:
+                    entry.replace(path)
+                    return
+
+
+def remove_folder(path: str | Path) -> None:
+    """Delete a folder so that a kill leaves no half of it under its name."""
+    with _temporary(Path(path), "tmp") as temporary, writing(path, "delete"):
+        Path(path).replace(temporary)
+
+
+def remove_leftovers(folder: str | Path, *, depth: int = 2) -> None:
+    """Delete the half-written files and folders that processes of this machine left behind when they were killed.
+
+    Args:
+        depth: how many levels of folders inside `folder` are looked into.
+    """
+    with suppress(OSError):
+        for entry in list(Path(folder).iterdir()):
+            if found := _left_behind(entry):
+                restore(entry.with_name(found["name"]))
+                _remove(entry)
+            elif depth and entry.is_dir() and not entry.is_symlink():
+                remove_leftovers(entry, depth=depth - 1)
+
+
+def contents(folder: str | Path) -> list[Path]:
+    """What a folder holds besides locks and half-written files, sorted."""
+    hidden = (_LOCK_FILE, _TEMPORARY)
+    return sorted(entry for entry in Path(folder).iterdir() if not any(name.fullmatch(entry.name) for name in hidden))
+
+
+@contextmanager
+def writing(path: str | Path, doing: str = "write") -> Iterator[None]:
+    """What the system says against writing `path`, a full disk above all, becomes an `ArtifactError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        if isinstance(error, SafetensorError) and (told := re.search(r"os error (\d+)", str(error))):
+            number = int(told[1])
+        why = os.strerror(number).lower() if number else str(error)
+        raise ArtifactError(f"cannot {doing} {path}: {why}{_REMEDIES.get(number, '')}") from error
+
+
+_REMEDIES = {
+    errno.ENOSPC: "; free some space and repeat the command",
+    errno.EDQUOT: "; free some space and repeat the command",
+    errno.EFBIG: "; choose a place that takes larger files",
+    errno.EROFS: "; choose another place",
+    errno.EACCES: "; choose another place",
+    errno.ENOENT: ": its folder is gone; repeat the command",
+    errno.EMFILE: "; allow more with `ulimit -n`",
+}
+
+
+@contextmanager
+def _temporary(path: Path, kind: str, suffix: str = "") -> Iterator[Path]:
+    """A hidden name beside `path` that tells its process; what is there at the end is deleted."""
+    stem = path.name.removesuffix(suffix)
+    temporary = path.with_name(f".{stem}.{_HOST}-{os.getpid()}-{next(_numbers)}.{kind}{suffix}")
+    _mine.add(temporary.name)
+    try:
+        yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
+        _remove(temporary)
+        _mine.discard(temporary.name)
+
+
+def _left_behind(entry: Path) -> re.Match[str] | None:
+    """What the name of a temporary file or folder says, if its process was of this machine and is dead."""
+    found = _TEMPORARY.fullmatch(entry.name)
+    if not found or found["host"] != _HOST or entry.name in _mine:
+        return None
+    number = int(found["pid"])
+    if number == os.getpid():  # an earlier process with the same number, as in a container that is started again
+        return found
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return found
+    except OSError:
+        return None
+    return None
+
+
+def _remove(entry: Path) -> None:
+    with suppress(OSError):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once (renameat2); false where the system or its file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_working_folder, exchange = -100, 2
+    return renameat2(at_working_folder, os.fsencode(one), at_working_folder, os.fsencode(other), exchange) == 0
 
 
 def make_folder(path: str | Path) -> Path:
@@ -145,8 +260,9 @@ def require_new(folder: str | Path) -> Path:
         ArtifactError: saying which.
     """
     folder = require_writable(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ArtifactError(f"{folder} is not empty; give a new folder")
+    if folder.exists() and (found := contents(folder)):
+        names = ", ".join(entry.name for entry in found[:3])
+        raise ArtifactError(f"{folder} is not empty ({names}, ...); delete what is there or give a new folder")
     return folder
 
 
@@ -179,10 +295,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     """Write named tensors as safetensors, complete or not at all."""
     with atomic_file(path) as temporary:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            safetensors.torch.save_file(contiguous, temporary, metadata=dict(metadata or {}))
-        except SafetensorError as error:  # how safetensors tells of a full disk
-            raise ArtifactError(f"cannot write {path}: {error}") from error
+        safetensors.torch.save_file(contiguous, temporary, metadata=dict(metadata or {}))
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -266,15 +379,6 @@ def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}:{list(tensor.shape)};".encode())
         digest.update(tensor.float().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Delete hidden folders that a killed writer of `path` left beside it, or put its retired one back."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        if leftover.suffix == ".old" and not path.exists():
-            leftover.replace(path)
-        elif leftover.suffix in (".old", ".tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

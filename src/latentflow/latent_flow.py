@@ -19,6 +19,7 @@ from latentflow.artifacts import (
     open_tensors,
     read_json,
     read_tensors,
+    restore,
     sha256_tensors,
     write_json,
     write_tensors,
@@ -30,6 +31,7 @@ from latentflow.errors import ArtifactError, ConfigError
 from latentflow.hub import CARD_FILE, HubId, fetch, looks_like, push_folder, require_token
 from latentflow.model_card import model_card
 from latentflow.model_config import AUTOENCODER_FOLDER, ModelConfig
+from latentflow.processes import local_rank, process_rank
 from latentflow.randomness import ImageRandom
 from latentflow.shapes import Condition
 from latentflow.weights import filled, require_fit, tensor_shapes
@@ -260,16 +262,37 @@ def usable_device(device: torch.device | str | None) -> torch.device:
         return default_device()
     try:
         torch.empty(0, device=device)
+        if torch.device(device) == torch.device("cuda"):
+            return default_device()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of these
         raise ConfigError(f"device {str(device)!r} cannot be used here; {default_device()} can") from error
     return torch.device(device)
 
 
 def default_device() -> torch.device:
-    """A CUDA or MPS device if there is one, else the CPU."""
+    """A CUDA or MPS device if there is one, else the CPU; of several processes of a launcher each has a GPU of its own.
+
+    Raises:
+        ConfigError: there are more processes than GPUs.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", require_own_gpu()) if process_rank()[1] > 1 else torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def require_own_gpu() -> int:
+    """The number of this process's GPU, if there are any.
+
+    Raises:
+        ConfigError: there are fewer than processes of the launcher on this machine, which all of them find alike.
+    """
+    (rank, num_processes), num_gpus = local_rank(), torch.cuda.device_count()
+    if 0 < num_gpus < num_processes and process_rank()[1] > 1:
+        raise ConfigError(
+            f"the launcher started {num_processes} processes on this machine, which shows them {num_gpus} GPU(s); "
+            f"start {num_gpus}, or stay on the CPU"
+        )
+    return rank
 
 
 def find_model(model: str | Path, revision: str | None = None) -> Path:
@@ -281,6 +304,7 @@ def find_model(model: str | Path, revision: str | None = None) -> Path:
     """
     path = Path(model)
     for folder in (path, path / "model"):
+        restore(folder)
         if _is_model(folder):
             if revision is not None:
                 raise ConfigError(f"{model} is a folder here, and folders have no revision {revision!r}; leave it out")

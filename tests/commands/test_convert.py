@@ -334,7 +334,7 @@ def test_edm_takes_its_size_from_its_options(run, tmp_path):
 def test_a_folder_that_is_there(run, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.txt").write_text("keep me", encoding="utf-8")
-    with pytest.raises(ArtifactError, match="is not empty; give a new folder"):
+    with pytest.raises(ArtifactError, match=r"is not empty \(mine\.txt, .*give a new folder"):
         run()
     assert (tmp_path / "model" / "mine.txt").read_text(encoding="utf-8") == "keep me"
     (tmp_path / "file").write_text("", encoding="utf-8")

@@ -141,7 +141,7 @@ def test_resumed_after_a_kill_it_is_the_same_to_the_byte(tmp_path, source, segme
         write_cache(source, kl, tmp_path / "cache", batch_size=2, on_images=die, **options)
     assert not (tmp_path / "cache" / "shard-00000.json").exists()
     seen = [0, 0, 0]  # now it lives on
-    (tmp_path / "cache" / ".shard-00000.safetensors.1.tmp").write_bytes(b"half a shard")
+    tiny.leave_half_written(tmp_path / "cache" / "shard-00000.safetensors")
     write_cache(source, kl, tmp_path / "cache", on_images=die, **options)
     assert tiny.tree(tmp_path / "cache") == tiny.tree(segmented_cache)
     (tmp_path / "cache" / "index.json").unlink()

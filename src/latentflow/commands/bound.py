@@ -46,6 +46,7 @@ from latentflow.flow.lipschitz import TimeCurve, VelocityGrowth, largest_singula
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
+from latentflow.locks import writes
 from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom, derive_seed
 
@@ -53,6 +54,7 @@ _OWN_STEPS = 20  # of Heun's method on the model's own trajectories
 _DATA_STEPS = 100  # of Euler's method on those of the data, whose last step ends on an image's latents
 
 
+@writes("out")
 def bound(
     model: str | Path,
     data: str | Path,

@@ -19,8 +19,9 @@ from latentflow.convert.lfm import AUTOENCODER
 from latentflow.convert.model import assemble
 from latentflow.convert.published import class_names_of, published
 from latentflow.convert.selfcheck import SelfCheck, check_flow
-from latentflow.errors import ConfigError, DataError
-from latentflow.latent_flow import LatentFlow, usable_device
+from latentflow.errors import ArtifactError, ConfigError, DataError
+from latentflow.latent_flow import WEIGHTS_FILE, LatentFlow, usable_device
+from latentflow.locks import writes
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class ConvertResult:
     seconds: float
 
 
+@writes("out")
 def convert(
     family: str,
     checkpoint: str | Path,
@@ -75,6 +77,8 @@ def convert(
         ConfigError: an unknown family, experiment or option, or an autoencoder that does not fit.
     """
     began = time.perf_counter()
+    if (Path(out) / WEIGHTS_FILE).is_file():
+        raise ArtifactError(f"{out} holds a finished model already; use it, delete it, or give a new folder")
     require_new(out)
     given = dict(_key_value(option) for option in options)
     named = _read_names(class_names)

@@ -31,6 +31,7 @@ from latentflow.data.synthetic import CLASS_NAMES, SyntheticShapes
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.flow.solvers import SOLVERS, AdamsBashforth, is_adaptive
 from latentflow.latent_flow import LatentFlow, default_device
+from latentflow.locks import writes
 from latentflow.progress import image_progress
 from latentflow.sampling.pipeline import Samples, draw, join_samples
 from latentflow.sampling.request import make_request
@@ -54,6 +55,7 @@ class Interrupted(Exception):
         self.signal = signal
 
 
+@writes("out")
 def demo(
     out: str | Path,
     *,

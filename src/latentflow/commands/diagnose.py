@@ -41,6 +41,7 @@ from latentflow.errors import ConfigError
 from latentflow.flow.bound import velocity_error
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
+from latentflow.locks import writes
 from latentflow.metrics.features import RandomFeatures
 from latentflow.metrics.resampling import bootstrap
 from latentflow.metrics.scores import frechet_distance, resampled_frechet
@@ -84,6 +85,7 @@ class Looked:
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
 
+@writes("out")
 def diagnose(
     model: str | Path,
     data: str | Path,

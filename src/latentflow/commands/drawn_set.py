@@ -21,7 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentflow.artifacts import make_folder, open_tensors, read_json, sha256_tensors, write_json, write_tensors
+from latentflow.artifacts import (
+    contents,
+    make_folder,
+    open_tensors,
+    read_json,
+    remove_leftovers,
+    sha256_tensors,
+    write_json,
+    write_tensors,
+)
 from latentflow.errors import ArtifactError, ConfigError, NonFiniteError, nearest
 from latentflow.latent_flow import LatentFlow
 from latentflow.metrics.features import FeatureExtractor
@@ -244,11 +253,10 @@ def compute_in_shards(
             raise ConfigError(f"{num_processes} processes share their work through files: give --out")
         return join_columns([compute(rows) for rows in shards])
     folder = make_folder(folder)
+    remove_leftovers(folder)
     _claim(folder, json.loads(json.dumps({**plan, "shard_size": SHARD_SIZE})))
     for rows in shards[rank::num_processes]:
         if _read_shard(folder, rows) is None:
-            for leftover in folder.glob(f".{_shard(folder, rows).stem}.*"):  # of a process that was killed
-                leftover.unlink()
             write_tensors(_shard(folder, rows), compute(rows), {"rows": f"{rows.start} {rows.stop}"})
         else:
             on_images(len(rows))
@@ -264,11 +272,11 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
     """Write the plan into an empty folder, or make sure that the plan found there is the same."""
     file = folder / _PLAN
     # Listed before looking for the plan: what another process writes in between must not seem strange.
-    strangers = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".plan.")]
+    strangers = contents(folder)
     if not file.exists():
         if strangers:
             raise ArtifactError(
-                f"{folder} is not empty ({strangers[0]}, ...) and holds no features; choose another place"
+                f"{folder} is not empty ({strangers[0].name}, ...) and holds no features; choose another place"
             )
         write_json(file, plan)
         return

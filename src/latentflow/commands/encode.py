@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from latentflow.autoencoder import Autoencoder
-from latentflow.commands.processes import process_rank
 from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import open_images
 from latentflow.data.latent_cache import CacheIndex
 from latentflow.data.masks import MaskRules
 from latentflow.latent_flow import usable_device
+from latentflow.locks import writes
+from latentflow.processes import process_rank
 from latentflow.progress import image_progress
 
 
@@ -32,6 +33,7 @@ class EncodeResult:
     seconds: float
 
 
+@writes("out", launch=True)
 def encode(
     data: str | Path,
     out: str | Path,

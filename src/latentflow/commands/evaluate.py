@@ -30,7 +30,6 @@ from latentflow.commands.evaluate_inputs import (
     usual_metrics,
 )
 from latentflow.commands.evaluate_painting import map_scores, painted, paired_images
-from latentflow.commands.processes import process_rank
 from latentflow.commands.reference import (
     RealFeatures,
     RealImages,
@@ -40,6 +39,7 @@ from latentflow.commands.reference import (
     reference_file,
 )
 from latentflow.errors import ConfigError, DataError
+from latentflow.locks import writes
 from latentflow.metrics.features import FeatureExtractor
 from latentflow.metrics.lpips import load_lpips
 from latentflow.metrics.pairs import PairJudge, discriminative_scores
@@ -56,6 +56,7 @@ from latentflow.metrics.report import (
     require_comparable,
 )
 from latentflow.metrics.scores import require_enough
+from latentflow.processes import process_rank
 from latentflow.progress import image_progress
 
 _REPORT = "report.json"  # in the folder of an evaluation
@@ -76,6 +77,7 @@ class Evaluation:
     file: Path | None = None
 
 
+@writes("out", launch=True)
 def evaluate(
     model: str | Path,
     data: str | Path,

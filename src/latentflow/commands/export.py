@@ -8,8 +8,10 @@ from latentflow.artifacts import require_new
 from latentflow.convert.diffusers_export import Exported, export_diffusers
 from latentflow.convert.diffusers_keys import diffusers_network
 from latentflow.latent_flow import LatentFlow, find_model, read_config
+from latentflow.locks import writes
 
 
+@writes("out")
 def export(model: str | Path, out: str | Path) -> Exported:
     """Write a model for diffusers, after diffusers has been seen to compute the same with it.
 

@@ -11,6 +11,7 @@ from latentflow.commands.grid import save_grid
 from latentflow.commands.picture_folder import PictureFolder, read_pixels
 from latentflow.commands.sample import GRID_IMAGES
 from latentflow.latent_flow import LatentFlow
+from latentflow.locks import writes
 from latentflow.progress import image_progress
 from latentflow.sampling.edits import interpolation
 
@@ -32,6 +33,7 @@ class InterpolateResult:
     seconds: float
 
 
+@writes("out")
 def interpolate(
     model: str | Path, out: str | Path, *, num: int = 9, batch_size: int = 16, device: str | None = None, **request: Any
 ) -> InterpolateResult:

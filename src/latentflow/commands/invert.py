@@ -12,6 +12,7 @@ from latentflow.commands.picture_folder import refuse_others
 from latentflow.conditioning import ClassList
 from latentflow.data.pictures import describe_file
 from latentflow.latent_flow import LatentFlow
+from latentflow.locks import writes
 from latentflow.progress import image_progress
 from latentflow.sampling.inversion import (
     ROUND_TRIPS,
@@ -52,6 +53,7 @@ def _why_not(file: Path, image: str) -> str:
     return "" if origin in (image, None) and (facts or not drawn.is_file()) else f"of {origin or 'another picture'}"
 
 
+@writes("out")
 def invert(
     model: str | Path,
     image: str | Path,

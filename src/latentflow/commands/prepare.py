@@ -8,6 +8,7 @@ from pathlib import Path
 
 from latentflow.data.prepare import find_dataset
 from latentflow.errors import DataError
+from latentflow.locks import writes
 from latentflow.progress import image_progress
 
 
@@ -26,6 +27,7 @@ class PrepareResult:
     seconds: float
 
 
+@writes("out")
 def prepare(kind: str, source: str | Path, out: str | Path, *, link: bool = False) -> PrepareResult:
     """Bring a published data set into folders that can be trained on: out/train, out/val, ...
 

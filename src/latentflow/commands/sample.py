@@ -7,9 +7,10 @@ from pathlib import Path
 
 from latentflow.commands.grid import save_grid
 from latentflow.commands.picture_folder import PictureFolder, read_pixels
-from latentflow.commands.processes import process_rank
 from latentflow.conditioning import ClassList
 from latentflow.latent_flow import LatentFlow
+from latentflow.locks import writes
+from latentflow.processes import process_rank
 from latentflow.progress import image_progress
 from latentflow.sampling.request import make_request
 
@@ -36,6 +37,7 @@ class SampleResult:
     seconds: float
 
 
+@writes("out", launch=True)
 def sample(
     model: str | Path,
     out: str | Path,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from latentflow.artifacts import make_folder, read_json, require_writable, sha256_file, write_json, write_text
+from latentflow.artifacts import contents, read_json, require_writable, sha256_file, write_json, write_text
 from latentflow.commands.drawn_set import draw_set
 from latentflow.commands.reference import RealFeatures, RealImages, open_reference, reference_features
 from latentflow.commands.sweep_page import SweepResult, summary, sweep_page, sweep_picture
@@ -28,6 +28,7 @@ from latentflow.data.latent_cache import is_cache
 from latentflow.errors import ArtifactError, ConfigError, DataError, NonFiniteError
 from latentflow.hub import CARD_FILE
 from latentflow.latent_flow import CONFIG_FILE, WEIGHTS_FILE, LatentFlow, find_model, read_config
+from latentflow.locks import writes
 from latentflow.metrics.class_judge import ClassJudge
 from latentflow.metrics.features import open_features
 from latentflow.metrics.scores import require_enough
@@ -49,6 +50,7 @@ MARGIN = 0.1
 _PLAN_FILE, _REFERENCE_FILE, _CANDIDATES = "plan.json", "reference.safetensors", "candidates"
 
 
+@writes("out")
 def sweep(
     model: str | Path,
     data: str | Path,
@@ -255,9 +257,8 @@ def _claim(out: Path, plan: SweepPlan) -> SweepPlan:
         if plan != other:
             write_json(file, plan.model_dump(mode="json"))
         return plan
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and contents(out):
         raise ConfigError(f"{out} is not empty, and no sweep; choose another --out")
-    make_folder(out / _CANDIDATES)
     write_json(file, plan.model_dump(mode="json"))
     return plan
 

@@ -17,7 +17,6 @@ import latentflow
 from latentflow.artifacts import make_folder, require_writable, write_json, write_text
 from latentflow.autoencoder import Autoencoder, LatentNormalisation, to_unit_range
 from latentflow.commands.preview import preview_request, save_preview
-from latentflow.commands.processes import process_rank
 from latentflow.conditioning import Conditioning
 from latentflow.data.batches import SpatialData, TrainingImages, epoch_order
 from latentflow.data.images import open_images, readable
@@ -26,7 +25,9 @@ from latentflow.data.latent_cache import ChannelSums, LatentCache, is_cache
 from latentflow.data.masks import check_masks, masks_fingerprint
 from latentflow.errors import ConfigError, DataError
 from latentflow.latent_flow import CONFIG_FILE, LatentFlow, default_device, read_config
+from latentflow.locks import writes
 from latentflow.model_config import AutoencoderRecord, ModelConfig, TrainingRecord
+from latentflow.processes import process_rank
 from latentflow.randomness import derive_seed
 from latentflow.sampling.request import check_request
 from latentflow.training.changes import RECIPE_FILE, Changes, check_changes
@@ -105,6 +106,7 @@ class TrainResult:
     broken: list[str]
 
 
+@writes(lambda given: given["recipe"].out, launch=True)
 def train(
     recipe: Recipe,
     *,

@@ -22,6 +22,7 @@ from latentflow.data.latent_cache import ChannelSums, is_cache
 from latentflow.data.pictures import psnr
 from latentflow.errors import ConfigError, DataError
 from latentflow.latent_flow import default_device
+from latentflow.locks import writes
 from latentflow.randomness import derive_seed
 from latentflow.training.autoencoder import (
     CHANGES,
@@ -139,6 +140,7 @@ class Prepared:
         return {**rows, "left out": f"{len(self.broken)} images that cannot be read"} if self.broken else rows
 
 
+@writes(lambda given: given["recipe"].out)
 def train_first_stage(
     recipe: AutoencoderRecipe,
     *,

@@ -12,6 +12,7 @@ from latentflow.commands.picture_folder import PictureFolder, read_pixels
 from latentflow.commands.sample import GRID_IMAGES
 from latentflow.conditioning import ClassList
 from latentflow.latent_flow import LatentFlow
+from latentflow.locks import writes
 from latentflow.progress import image_progress
 from latentflow.sampling.edits import at_most_one, variations
 from latentflow.sampling.request import make_request
@@ -36,6 +37,7 @@ class VaryResult:
     seconds: float
 
 
+@writes("out")
 def vary(
     model: str | Path,
     out: str | Path,

@@ -16,7 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentflow.artifacts import make_folder, open_tensors, sha256_file, write_json, write_tensors
+from latentflow.artifacts import (
+    contents,
+    make_folder,
+    open_tensors,
+    remove_leftovers,
+    sha256_file,
+    write_json,
+    write_tensors,
+)
 from latentflow.autoencoder import Autoencoder, to_unit_range
 from latentflow.console import notice
 from latentflow.data.colour import PIXEL_RULES
@@ -86,6 +94,7 @@ def write_cache(
         variants = {"masks": masks, "mask_variants": mask_variants, "masks_fingerprint": masks_fingerprint(masks)}
     plan = _plan(source, autoencoder, flips=flips, precision=precision, shard_size=shard_size, **variants)
     folder = make_folder(folder)
+    remove_leftovers(folder)
     _claim(folder, plan, source)
     rank, num_processes = process
     for number in range(rank, plan.num_shards, num_processes):
@@ -125,11 +134,11 @@ def _claim(folder: Path, plan: CachePlan, source: ImageSource) -> None:
     """
     file, images = folder / "plan.json", folder / "source.json"
     # Listed before looking for the plan: what another process writes in between must not seem strange.
-    strangers = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".plan.")]
+    strangers = contents(folder)
     if not file.exists():
         if strangers:
             raise ArtifactError(
-                f"{folder} is not empty ({strangers[0]}, ...) and not a latent cache; choose another --out"
+                f"{folder} is not empty ({strangers[0].name}, ...) and not a latent cache; choose another --out"
             )
         write_json(file, plan.model_dump(mode="json"))
     found = parse_record(CachePlan, file)
@@ -208,8 +217,6 @@ def _shard_name(number: int) -> str:
 
 def _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, strict, on_images) -> None:
     """Encode the images of `rows` into one shard; its record is written last and makes it count."""
-    for leftover in folder.glob(f".{_shard_name(number)}.*"):  # of a process that was killed
-        leftover.unlink()
     sums = ChannelSums(plan.num_channels)
     parts: dict[str, list[Tensor]] = {name: [empty] for name, empty in _empty_tensors(plan).items()}
     names, broken = [], []

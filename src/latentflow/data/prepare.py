@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from latentflow.artifacts import atomic_folder
+from latentflow.artifacts import atomic_folder, contents
 from latentflow.console import notice
 from latentflow.data.decode import BrokenImage, open_image, reason
 from latentflow.data.map_files import pair_maps, read_classes
@@ -101,7 +101,7 @@ class PublishedData:
             ArtifactError: `out` cannot be written.
         """
         out = Path(out)
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        if out.is_file() or (out.is_dir() and contents(out)):
             raise DataError(f"{out} exists already; choose another place, or delete it to prepare the data anew")
         with atomic_folder(out) as folder, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for split, pairs in self.splits.items():

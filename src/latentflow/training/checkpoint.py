@@ -7,14 +7,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from latentflow.artifacts import atomic_folder, read_json, read_tensors, write_json, write_tensors
+from latentflow.artifacts import atomic_folder, read_json, read_tensors, remove_folder, write_json, write_tensors
 from latentflow.errors import ArtifactError
 from latentflow.training.ema import EMA
 from latentflow.weights import load_weights
@@ -50,7 +49,7 @@ def save_checkpoint(
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         write_json(temporary / _STATE, {**progress.__dict__, "files": sizes})
     for old in _checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        remove_folder(old)
     return folder
 
 

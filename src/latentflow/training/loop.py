@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
 
 from latentflow.data.batches import Batch, StreamPositions, TrainingImages, stream_batches
 from latentflow.errors import ConfigError
-from latentflow.latent_flow import LatentFlow
+from latentflow.latent_flow import LatentFlow, require_own_gpu
+from latentflow.processes import process_rank
 from latentflow.training.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from latentflow.training.config import Recipe, TrainingConfig
 from latentflow.training.ema import EMA
@@ -34,14 +35,35 @@ Preview = Callable[[LatentFlow, Mapping[str, Tensor], int], None]
 
 
 def make_accelerator(config: TrainingConfig, *, cpu: bool = False) -> Accelerator:
-    """An Accelerator for this machine; every launcher of accelerate and torchrun works.
+    """An Accelerator for this machine; every launcher of accelerate and torchrun works, on GPUs and on CPUs.
 
     Raises:
-        ConfigError: sharded training is asked for, or the batch cannot be shared out evenly.
+        ConfigError: sharded training is asked for, the batch cannot be shared out evenly, there are more processes than
+            GPUs, or the processes do not find each other.
     """
+    num_processes = process_rank()[1]
+    cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+    if num_processes > 1 and not torch.cuda.is_available():
+        cpu = True  # accelerate lets processes on CPUs find each other only where it is told that they stay there
+    if not cpu:
+        require_own_gpu()
     precision = ("bf16" if _gains_from_bf16(cpu) else "fp32") if config.precision == "auto" else config.precision
     AcceleratorState._reset_state()  # a program may train twice, the second time in another precision
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
+    try:
+        accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
+    except (ValueError, RuntimeError) as error:
+        if num_processes == 1:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"the {num_processes} processes of the launcher did not find each other ({reason}); start them with "
+            "`accelerate launch` or torchrun"
+        ) from error
+    if accelerator.num_processes != num_processes:
+        raise ConfigError(
+            f"the launcher says {num_processes} processes, accelerate {accelerator.num_processes}; start them with "
+            "`accelerate launch` or torchrun"
+        )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
             f"{accelerator.distributed_type.value} shards the weights, which checkpoints here cannot hold; use DDP"

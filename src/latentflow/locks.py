@@ -1,0 +1,203 @@
+"""One writer at a time: a lock in every folder that is being written.
+
+The lock is the system's own (flock) on a small hidden file, so it goes with its process, however that ends: a file that
+is left behind, or was copied with its folder, locks nothing. What stands in the file only tells others who holds it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import inspect
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from latentflow.artifacts import LOCK, make_folder, remove_leftovers, require_writable
+from latentflow.console import notice
+from latentflow.errors import ArtifactError
+from latentflow.processes import launch_name, process_rank
+
+_UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
+_WAIT_SECONDS = 1.0  # for a process that is just ending, or is only looking
+_held: set[int] = set()
+
+
+@contextmanager
+def only_writer(path: str | Path, *, launch: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder, or of a file that is to be written; others are refused meanwhile.
+
+    The folder is made where it is missing, and taken away again where nothing was written into it. What writers that
+    are dead left half-written in it is removed. On a file system that knows no locks the user is told so once, and
+    nothing is held.
+
+    Args:
+        path: a folder; or a file name, by its suffix, whose lock stands beside it.
+        launch: the processes of one launcher write together; otherwise each of them but the first is refused, too.
+
+    Raises:
+        ArtifactError: another process holds it: its id, machine and command, and what to do.
+    """
+    path = Path(path)
+    folder, name = (path.parent, f".{path.name}{LOCK}") if path.suffix == ".json" else (path, LOCK)
+    rank = process_rank()[0] if launch else 0
+    require_writable(folder)
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    handle = None
+    try:
+        handle = _acquire(folder, name, rank, path, launch)
+        if handle is not None:
+            _refuse_another_launch(folder, name, path)
+            remove_leftovers(folder)
+        yield
+    finally:
+        if handle is not None:
+            if _is_same(handle, file := folder / f"{name}.{rank}"):  # not in a folder that has been replaced
+                file.unlink(missing_ok=True)  # while it is held: nobody else can have taken it
+            _held.discard(handle)
+            os.close(handle)
+        with suppress(OSError):  # something is in it
+            for parent in made:
+                parent.rmdir()
+
+
+def writes(place: str | Callable[[Mapping[str, Any]], Any], *, launch: bool = False) -> Callable:
+    """A decorator of functions that write: they hold `only_writer` of a place while they run.
+
+    Args:
+        place: the name of the parameter that says where, or a function of all arguments; None: nothing is written.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+
+        @wraps(function)
+        def locked(*args: Any, **options: Any) -> Any:
+            bound = signature.bind(*args, **options)
+            bound.apply_defaults()
+            path = bound.arguments[place] if isinstance(place, str) else place(bound.arguments)
+            if not path:
+                return function(*args, **options)
+            with only_writer(path, launch=launch):
+                return function(*args, **options)
+
+        return locked
+
+    return decorate
+
+
+def holder(path: str | Path, rank: int) -> str | None:
+    """Who holds the lock of folder `path` as process `rank` of its launch; None where nobody does."""
+    return _holder(Path(path) / f"{LOCK}.{rank}")
+
+
+def _acquire(folder: Path, name: str, rank: int, path: Path, launch: bool) -> int | None:
+    """A handle of the locked file; None where the file system knows no locks."""
+    file, began = folder / f"{name}.{rank}", time.monotonic()
+    while True:
+        make_folder(folder)  # which its holder may have taken away
+        try:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ArtifactError(f"cannot write {file}: {error.strerror}; choose another place") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            record = os.read(handle, 1 << 16).decode(errors="replace")
+            os.close(handle)
+            if time.monotonic() - began > _WAIT_SECONDS:
+                raise _refusal(path, file, record, alone=not launch) from None
+            time.sleep(_WAIT_SECONDS / 10)
+            continue
+        except OSError as error:
+            os.close(handle)
+            if error.errno not in _UNSUPPORTED:
+                raise ArtifactError(f"cannot lock {file}: {error.strerror}; choose another place") from error
+            file.unlink(missing_ok=True)
+            notice(f"the file system of {folder} knows no locks: see to it that no second process writes there")
+            return None
+        if _is_same(handle, file):
+            break
+        os.close(handle)  # its holder has just removed it: what is locked has no name any more
+    _held.add(handle)
+    os.ftruncate(handle, 0)
+    os.write(handle, json.dumps(_this_process()).encode())
+    return handle
+
+
+def _is_same(handle: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _refuse_another_launch(folder: Path, name: str, path: Path) -> None:
+    """A first process may be done before its fellows: the locks of these count as well."""
+    for file in folder.glob(f"{name}.*"):
+        if (record := _holder(file)) is not None and _parsed(record).get("launch") != launch_name():
+            raise _refusal(path, file, record)
+
+
+def _holder(file: Path) -> str | None:
+    """What the locked `file` says; None where it is free."""
+    try:
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            try:
+                fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return opened.read()
+            return None
+    except OSError:
+        return None
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "launch": launch_name(),
+    }
+
+
+def _parsed(record: str) -> dict[str, Any]:
+    try:
+        found = json.loads(record)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _refusal(path: Path, file: Path, record: str, *, alone: bool = False) -> ArtifactError:
+    found = _parsed(record)
+    if alone and found.get("launch") and found["launch"] == launch_name():
+        return ArtifactError(
+            f"{path}: this command runs in one process, and the launcher started {process_rank()[1]}; "
+            "start it without the launcher"
+        )
+    if not found:
+        return ArtifactError(f"another process is writing {path}; wait for it to end, or choose another place")
+    return ArtifactError(
+        f"{path} is being written by process {found.get('pid')} on {found.get('host')} ({found.get('command')}); wait "
+        f"for it to end, stop it, or choose another place (should that machine be gone, delete {file})"
+    )
+
+
+def _forget() -> None:
+    """A child, such as one that reads images ahead, must not keep the lock of a parent that was killed."""
+    for handle in _held:
+        with suppress(OSError):
+            os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
