@@ -13,7 +13,7 @@ from latentflow.commands.prepare import prepare
 from latentflow.data.images import open_images
 from latentflow.data.prepare import CAMVID, CELEBAMASK_HQ, KINDS, find_dataset
 from latentflow.data.semantic_maps import MapClasses, default_palette
-from latentflow.errors import DataError
+from latentflow.errors import ArtifactError, DataError
 
 PACK = Path(__file__).parents[3] / "shared" / "data" / "camvid.zip"
 
@@ -257,7 +257,7 @@ def test_preparing_again_is_refused(tmp_path, made, kind):
         prepare(kind, folder, tmp_path / "out")
     assert contents(tmp_path / "out") == before
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match=r"file exists already"):
+    with pytest.raises(ArtifactError, match=r"file is a file; choose another place"):
         prepare(kind, folder, tmp_path / "file")
 
 

@@ -101,7 +101,7 @@ class PublishedData:
             ArtifactError: `out` cannot be written.
         """
         out = Path(out)
-        if out.is_file() or (out.is_dir() and contents(out)):
+        if out.is_dir() and contents(out):
             raise DataError(f"{out} exists already; choose another place, or delete it to prepare the data anew")
         with atomic_folder(out) as folder, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for split, pairs in self.splits.items():
