@@ -191,3 +191,9 @@ def test_own_images_can_be_trained_for_export(own, flat, tmp_path, capsys, monke
     assert own(flat, "network.name=DiT-B/2", "network.time_scale=1", *small).code == 0
     exported = run_here(("export", tmp_path / "run", "--out", tmp_path / "exported"), capsys, monkeypatch)
     assert exported.code == 0, exported.err
+
+
+def test_images_of_each_class_are_counted_in_a_cache(tmp_path, cache, images, kl_folder):
+    for number, path in enumerate((cache, images)):
+        given = {"autoencoder": kl_folder, "out": tmp_path / str(number), "data": {"path": path}}
+        assert prepare(tiny.recipe(**given), cpu=True).model.config.training.images_per_class == [6, 6, 6]

@@ -364,6 +364,7 @@ def build_model(
     """
     source, told, spatial = images.source, recipe.conditioning, images.spatial
     class_names = list(source.class_names) if recipe.data.labels else []
+    images_per_class = images.images_per_class() if class_names else []
     if isinstance(source, LatentCache):
         description, fingerprint = source.plan.source, source.plan.source_fingerprint
     else:
@@ -400,6 +401,7 @@ def build_model(
                 data_fingerprint=fingerprint,
                 masks_fingerprint=_masks_fingerprint(spatial, source),
                 num_images=len(images),
+                images_per_class=images_per_class,
             ),
         )
     except ValidationError as error:

@@ -115,6 +115,17 @@ class TrainingImages(Dataset):
     def __len__(self) -> int:
         return len(self.kept)
 
+    def images_per_class(self) -> list[int]:
+        """How many images take part of each class of the source; empty where it is unlabelled."""
+        counts = [0] * len(self.source.class_names)
+        if isinstance(self.source, LatentCache):
+            of_kept = self.source.labels(self.kept.tolist()).tolist() if counts else []
+        else:
+            of_kept = [self.source.label(int(index)) for index in self.kept] if counts else []
+        for label in of_kept:
+            counts[label] += 1
+        return counts
+
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k != "_order"}
 
