@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 
 import numpy as np
 import pytest
@@ -36,6 +37,11 @@ def test_files_that_are_not_there(use, tmp_path):
         use(tmp_path / "nowhere.png")
     with pytest.raises(DataError, match="is a folder"):
         use(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "zero.png"):  # which would be read without end
+        with pytest.raises(DataError, match=f"{name} is a pipe or a device; give an image file"):
+            use(tmp_path / name)
 
 
 def test_a_square_picture_is_cropped_as_for_training():
