@@ -763,7 +763,7 @@ def diagnose(
 ) -> None:
     """Say what is right and wrong with a model: loss, trajectories, latents, copies, and the autoencoder's share."""
     from latentflow.commands.diagnose import diagnose as run
-    from latentflow.commands.diagnose_figures import verdicts
+    from latentflow.commands.diagnose_verdicts import WORDS, verdicts
 
     diagnosis = run(
         model,
@@ -782,8 +782,7 @@ def diagnose(
         found = {one.topic: one.model_dump() for one in verdicts(diagnosis)}
         _report({"page": page, "seconds": diagnosis.seconds, "verdicts": found}, as_json)
         return
-    words = {"good": "fine", "look": "look here", "bad": "trouble"}
-    rows = {one.topic: f"{words[one.mark]}. {one.text}" for one in verdicts(diagnosis)}
+    rows = {one.topic: f"{WORDS[one.mark]}. {one.text}" for one in verdicts(diagnosis)}
     _report({**rows, "page": page}, as_json)
 
 

@@ -25,9 +25,9 @@ from latentflow.commands.diagnose_figures import (
     channel_moments,
     nearness,
     radial_spectrum,
-    verdicts,
 )
 from latentflow.commands.diagnose_page import diagnosis_page
+from latentflow.commands.diagnose_verdicts import verdicts
 from latentflow.commands.encoded_images import (
     ReferenceLatents,
     encode_reference,
@@ -37,7 +37,7 @@ from latentflow.commands.encoded_images import (
 )
 from latentflow.commands.grid import save_grid
 from latentflow.data.items import ImageSource
-from latentflow.errors import ConfigError
+from latentflow.errors import ConfigError, DataError
 from latentflow.flow.bound import velocity_error
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
@@ -56,6 +56,7 @@ _BINS = 10
 _LOOKS = 4  # times that each image is looked at for the loss
 _MOST_WAYS, _WAY_STEPS = 64, 40
 _PAIRS = 8  # shown on each sheet
+_TWIN = 1e-5  # relative distance of features below which two images are one
 _RESAMPLES = 50
 
 
@@ -73,7 +74,7 @@ class Looked:
     features: Tensor
     reconstructed: Tensor | None = None
 
-    def rows(self, rows: slice) -> Looked:
+    def rows(self, rows: slice | Tensor) -> Looked:
         """Some of them."""
         reconstructed = None if self.reconstructed is None else self.reconstructed[rows]
         return Looked(self.latents.rows(rows), self.features[rows], reconstructed)
@@ -246,6 +247,7 @@ def _followed(flow: LatentFlow, request: SampleRequest, batch_size: int, on_imag
         guidance=request.sampling.guidance,
         num=len(straightness),
         straightness=float(straightness.mean()),
+        straightness_error=float(straightness.std() / len(straightness) ** 0.5) if len(straightness) > 1 else 0.0,
         straightness_quantiles=(tails[0], tails[1]),
         total_turning=float(ways.total_turning.mean()),
         times=ways.middles.tolist(),
@@ -262,6 +264,7 @@ def _latent_statistics(samples: Tensor, data: Tensor, half: int) -> LatentStatis
         frequencies=frequencies,
         spectrum_samples=of_samples,
         spectrum_data=radial_spectrum(data)[1],
+        spectrum_halves=(radial_spectrum(data[:half])[1], radial_spectrum(data[half : 2 * half])[1]),
     )
 
 
@@ -270,6 +273,7 @@ def _memorisation(
 ) -> tuple[Memorisation, dict[str, Tensor]]:
     """The test, and its sheets of pictures by name: nearest pairs of samples in each space, and of held-out images."""
     members = first if training is None else training
+    second, num_twins = _without_twins(second, members)
     spaces = [
         nearness("latents", samples.latents, second.latents.latents, members.latents.latents),
         nearness("random features", features, second.features, members.features),
@@ -290,7 +294,10 @@ def _memorisation(
     test = Memorisation(
         against=against,
         is_test=training is not None and unseen,
+        covers=training is not None or seen,
         num_training=len(members.latents.indices),
+        num_all=len(members.latents.source) if training is not None or seen else len(members.latents.indices),
+        num_twins=num_twins,
         spaces=spaces,
     )
 
@@ -307,6 +314,19 @@ def _memorisation(
         "pairs_features": by_space(spaces[1]),
         "pairs_held_out": held_out,
     }
+
+
+def _without_twins(held_out: Looked, members: Looked) -> tuple[Looked, int]:
+    """Held-out images that are not among the members too, and how many were; all where no two would be left."""
+    distances = nearness("", held_out.features, held_out.features, members.features).samples
+    scale = held_out.features.double().norm(dim=1)
+    alone = torch.tensor(distances, dtype=torch.float64) > _TWIN * scale
+    if int(alone.sum()) < 2:
+        raise DataError(
+            "the images of DATA are the training images themselves, so that nothing is left to compare copies with; "
+            "give other images as DATA, or leave --train out"
+        )
+    return held_out.rows(alone), int((~alone).sum())
 
 
 def _floor(label: str, features: Tensor, first: Looked, second: Looked, seed: int) -> Floor:

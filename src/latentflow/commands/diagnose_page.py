@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 
 from latentflow.commands import report
-from latentflow.commands.diagnose_figures import RARE, Diagnosis, Nearness, fine_detail, verdicts
+from latentflow.commands.diagnose_figures import RARE, Diagnosis, Nearness, fine_detail
+from latentflow.commands.diagnose_verdicts import WORDS, verdicts
 from latentflow.commands.report import Series, contact_sheet, figure, line_chart, page, paragraph, table
 
 _TIME = "time t: 0 is data, 1 is noise"
@@ -34,7 +35,7 @@ def _found(diagnosis: Diagnosis) -> str:
         f"{diagnosis.num:,} images and {samples:,} samples, drawn with {diagnosis.sampling}. The images were encoded "
         f"as in training, and the model was told {diagnosis.told}.{same}"
     )
-    lines = [(one.mark, one.topic, one.text, one.rule) for one in verdicts(diagnosis)]
+    lines = [(one.mark, f"{one.topic}: {WORDS[one.mark]}", one.text, one.rule) for one in verdicts(diagnosis)]
     return paragraph(text) + report.verdicts(lines)
 
 
@@ -104,7 +105,7 @@ def _latents(diagnosis: Diagnosis) -> str:
     ) + figure(
         line_chart(lines, "waves per side of the latent", "power", log_y=True),
         f"The power at each frequency, over all directions and channels. In the highest third, samples have "
-        f"{fine_detail(both):.2f} times that of the data.",
+        f"{fine_detail(both.frequencies, both.spectrum_samples, both.spectrum_data):.2f} times that of the data.",
     )
 
 
@@ -116,12 +117,13 @@ def _memorisation(diagnosis: Diagnosis, out: Path) -> str:
             f"{_median(space.samples):.3g}",
             f"{_median(space.held_out):.3g}",
             f"{space.threshold:.3g}",
-            f"{100 * space.copies:.1f} %",
+            f"{space.near} of {len(space.samples)}",
+            f"{space.copies}",
             f"{space.nearer:.2f}",
         ]
         for space in test.spaces
     ]
-    header = ["distances in", "samples", "held out", f"{100 * RARE:g} % of held out", "samples below", "chance nearer"]
+    header = ["distances in", "samples", "held out", "limit", "samples below", "near to one alone", "chance nearer"]
     text = (
         f"For every sample, and for every held-out image, the nearest training image was looked for. {test.against}. "
         "Who learns by heart draws samples that are nearer to the training images than new images are."
@@ -130,8 +132,9 @@ def _memorisation(diagnosis: Diagnosis, out: Path) -> str:
         paragraph(text),
         figure(
             table(header, rows),
-            "Medians of the distance to the nearest training image; the distance that only one in a hundred held-out "
-            "images stays below; the share of samples below that; and the chance that a sample is nearer than a "
+            "Medians of the distance to the nearest training image; the distance of the held-out image that "
+            f"{100 * RARE:g} % of them, or one, reach; how many samples stay below it; how many of these are also "
+            "near to one training image and not to ten; and the chance that a sample is nearer than a "
             "held-out image, which is 0.5 where both are alike.",
         ),
     ]

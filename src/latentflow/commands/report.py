@@ -60,6 +60,7 @@ pre { background: var(--tint); border-radius: .6rem; padding: 1rem 1.2rem; overf
   font: .84rem/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .verdicts { list-style: none; margin: 0; padding: 0; }
 .verdicts li { border-left: .3rem solid #009e73; padding: .1rem 0 .1rem 1rem; margin: 0 0 1.1rem; max-width: 44rem; }
+.verdicts li.undecided { border-color: #9aa4b0; }
 .verdicts li.look { border-color: #e69f00; }
 .verdicts li.bad { border-color: var(--bad); }
 .verdicts span { display: block; color: var(--soft); font-size: .88rem; line-height: 1.5; }
@@ -142,11 +143,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, strong: Colle
 
 
 def verdicts(lines: Sequence[tuple[str, str, str, str]]) -> str:
-    """A list of findings: tuples of mark ("good", "look" or "bad"), topic, what was found, and the rule it follows."""
-    words = {"good": "fine", "look": "look here", "bad": "trouble"}
+    """A list of findings: mark ("good", "undecided", "look" or "bad"), title, what was found, and the rule."""
     items = [
-        f'<li class="{mark}"><b>{escape(topic)}: {words[mark]}.</b> {escape(text)}<span>{escape(rule)}</span></li>'
-        for mark, topic, text, rule in lines
+        f'<li class="{mark}"><b>{escape(title)}.</b> {escape(text)}<span>{escape(rule)}</span></li>'
+        for mark, title, text, rule in lines
     ]
     return f'<ul class="verdicts">{"".join(items)}</ul>'
 
