@@ -62,6 +62,7 @@ class Score(_Record):
         """For a table: "12.3 [11.9, 12.7]"."""
         parts = [f"{self.value:.5g}"]
         parts += [f"[{self.low:.5g}, {self.high:.5g}]"] if self.low is not None else []
+        parts += [f"from {self.resamples} resamples"] if 0 < self.resamples < _RESAMPLES else []
         parts += [f"+- {self.spread:.2g} over subsets"] if self.spread is not None else []
         parts += [f"(real images: {self.limit:.5g})"] if self.limit is not None else []
         return " ".join(parts)

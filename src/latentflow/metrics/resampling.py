@@ -5,7 +5,9 @@ Legend: N images, R resamples.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from latentflow.errors import ConfigError
 from latentflow.metrics.scores import Resampled
 
+_FOR_TAILS = 100  # resamples; of fewer, the tails that bounds are read from are not known
 _AT_A_TIME = 50  # resamples handed over together; bounds the memory of their counts
 
 
@@ -42,7 +45,8 @@ def bootstrap(
     """The interval of a score over resamples of its N images, each of N draws with replacement.
 
     Drawing an image twice makes distances such as FID larger, by about what the finite number of images does anyway.
-    The resampled scores therefore give the width only, and are shifted so that their mean is the estimate.
+    The resampled scores therefore give the width only, and are shifted so that their mean is the estimate. Of fewer
+    than 100 resamples the bounds are not quantiles but standard errors times Student's factor.
 
     Args:
         scores: scores of [R, N] counts; see `resampled_frechet`, `resampled_kernel`, `resampled_inception_score` and
@@ -63,9 +67,30 @@ def bootstrap(
     generator = torch.Generator().manual_seed(seed)
     parts = [min(_AT_A_TIME, num - start) for start in range(0, num, _AT_A_TIME)]
     values = torch.cat([scores(draw_counts(n, size, generator)).double().cpu() for size in parts])
+    if num < _FOR_TAILS:
+        reach = _student((1 + level) / 2, num - 1) * float(values.std())
+        return Interval(estimate, estimate - reach, estimate + reach, float(values.std()), level, num)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = (torch.quantile(values, tails) - values.mean() + estimate).tolist()
     return Interval(estimate, low, high, float(values.std()), level, num)
+
+
+def _student(probability: float, freedom: int) -> float:
+    """The quantile of Student's distribution; exact for 1 and 2 degrees of freedom, to 1 % at 95 % beyond.
+
+    Abramowitz and Stegun 26.7.5.
+    """
+    if freedom == 1:
+        return math.tan(math.pi * (probability - 0.5))
+    if freedom == 2:
+        return (2 * probability - 1) / math.sqrt(2 * probability * (1 - probability))
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / freedom ** (n + 1) for n, term in enumerate(terms))
 
 
 def draw_counts(n: int, num: int, generator: torch.Generator) -> Tensor:
