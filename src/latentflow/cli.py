@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="latentflow",
-    help="Train, sample and serve image generators by flow matching in the latent space of a pretrained autoencoder.",
+    help="Train, sample and measure image generators by flow matching in the latent space of a pretrained autoencoder.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",

@@ -386,7 +386,7 @@ def test_screen(model_folder, images, tmp_path, capsys, monkeypatch):
         ({"num": 7}, "at least 8"),
         ({"num": 19}, "18 images can be read, and 19 are asked for"),
         ({"train": "nowhere"}, "nowhere"),
-        ({"guidance": -1.0}, "guidance -1.0 is below zero"),
+        ({"guidance": -1.0}, "guidance -1: give a number from 0"),
     ],
 )
 def test_bad_values(model_folder, images, tmp_path, options, said):
