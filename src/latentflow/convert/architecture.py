@@ -15,6 +15,7 @@ from latentflow.errors import ConfigError, nearest
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.unet import UNetConfig
 from latentflow.networks.velocity_network import NETWORKS
+from latentflow.weights import without_memory
 
 
 class PublishedOptions(BaseModel):
@@ -96,7 +97,7 @@ class Architecture:
 
     def empty(self, device: torch.device | str = "meta") -> nn.Module:
         """The network without the published weights; on the meta device it takes no memory."""
-        with torch.device(device):
+        with without_memory() if str(device) == "meta" else torch.device(device):
             return NETWORKS[self.network.kind](
                 self.network,
                 in_channels=self.channels,

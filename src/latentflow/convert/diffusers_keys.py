@@ -23,6 +23,7 @@ from latentflow.networks.dit import DiTConfig
 from latentflow.networks.layers import NORM_EPS
 from latentflow.networks.unet import UNet, UNetConfig
 from latentflow.networks.unet_blocks import MapAttention, ResidualBlock
+from latentflow.weights import without_memory
 
 TIME_CHANNELS = 256
 """Time features of a transformer, here and there."""
@@ -118,7 +119,7 @@ def _unet(config: ModelConfig, network: UNetConfig, arguments: dict[str, Any]) -
             "in UNet2DModel these four are one number",
         ),
     )
-    with torch.device("meta"):
+    with without_memory():
         built = config.build_network()
     groups = {module.num_groups for module in built.modules() if isinstance(module, torch.nn.GroupNorm)}
     heads = {(m.norm.num_channels, m.attention.num_heads) for m in built.modules() if isinstance(m, MapAttention)}

@@ -90,7 +90,7 @@ class MapClasses:
             return cls(names, palette)
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{name} is not valid JSON ({error}); it should hold {EXAMPLE}") from error
 
     def write(self, file: str | Path) -> None:

@@ -21,6 +21,7 @@ from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
 from latentflow.errors import ArtifactError, ConfigError, DataError, nearest
 from latentflow.metrics.inception import InceptionV3, download_weights, load_inception
 from latentflow.metrics.random_features import RandomPyramid
+from latentflow.weights import LOADING
 
 NAMES = ("inception", "dinov2", "latents", "random")
 DINOV2 = "facebook/dinov2-large"
@@ -146,7 +147,8 @@ class DinoFeatures:
                 "or choose other features"
             ) from error
         try:
-            network = Dinov2Model.from_pretrained(model, use_safetensors=True)
+            with LOADING:
+                network = Dinov2Model.from_pretrained(model, use_safetensors=True)
         except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, ... here
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ArtifactError(f"cannot load DINOv2 from {model}: {reason}") from error

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from latentflow.artifacts import read_tensors, read_torch_file, sha256_file
 from latentflow.errors import ArtifactError
+from latentflow.weights import without_memory
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -213,7 +214,7 @@ def build_inception(tensors: Mapping[str, Tensor]) -> InceptionV3:
     """
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ArtifactError("these are no named tensors, as the weights of the FID Inception network are")
-    with torch.device("meta"):
+    with without_memory():
         network = InceptionV3()
     counters = {name: torch.tensor(0) for name in network.state_dict() if name.endswith("num_batches_tracked")}
     try:

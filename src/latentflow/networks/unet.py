@@ -132,7 +132,7 @@ class UNetConfig(BaseModel):
         description="sinusoid = periods 2 pi to 20,000 pi; fourier = random frequencies, drawn once"
     )
     time_channels: int = Field(
-        default_factory=lambda values: values["channels"] * (2 if values["time_features"] == "fourier" else 1),
+        default_factory=lambda values: values.get("channels", 0) * (1 + (values.get("time_features") == "fourier")),
         gt=0,
         le=131_072,
         multiple_of=2,
@@ -150,7 +150,7 @@ class UNetConfig(BaseModel):
     input_on_every_level: bool = Field(description="add the input, brought to size, behind every change of size")
     residual_scale: float = Field(gt=0, le=1, description="every sum is multiplied by this; sqrt(1/2) keeps variances")
     stem_channels: int = Field(
-        default_factory=lambda values: values["channels"] * values["multipliers"][0],
+        default_factory=lambda values: values.get("channels", 0) * values.get("multipliers", (0,))[0],
         gt=0,
         le=2**26,
         description="channels of the first convolution",
