@@ -249,7 +249,7 @@ def require_writable(path: str | Path, *, suffix: str | None = None) -> Path:
         wanted = path if suffix is None else path.parent
         raise ArtifactError(f"cannot create the folder {wanted}: {folder} is a file; choose another place")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ArtifactError(f"cannot write into {folder}: permission denied; choose another place")
+        raise ArtifactError(f"cannot write {path}: permission denied in {folder}; choose another place")
     return path
 
 
