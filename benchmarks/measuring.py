@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -150,3 +150,14 @@ def write_results(name: str, device: torch.device, values: dict[str, Any], folde
     write_json(file, {"machine": where, **values})
     print(f"written to {file}")
     return file
+
+
+def overrides(defaults: Mapping[str, object], changes: Sequence[str]) -> list[str]:
+    """A recipe's `key=value`: the defaults that no change touches, and the changes."""
+    changed = [change.partition("=")[0].split(".") for change in changes]
+
+    def is_touched(key: str) -> bool:
+        path = key.split(".")
+        return any(path[: len(other)] == other[: len(path)] for other in changed)
+
+    return [*(f"{key}={value}" for key, value in defaults.items() if not is_touched(key)), *changes]

@@ -75,18 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_intermixed_args(arguments)
     measuring.setup(options.device, options.threads)
     rounds = options.rounds or {"cpu": 8, "cuda": 200}[options.device]
-    recipe = load_recipe(
-        "own_images",
-        [
-            "network={name: DiT-S/2}",
-            "training.batch_size=16",
-            "training.precision=fp32",
-            f"training.log_every={min(50, rounds)}",
-            "training.checkpoint_every=1000000",
-            "training.preview_every=0",
-            *options.changes,
-        ],
-    )
+    defaults = {
+        "network": "{name: DiT-S/2}",
+        "training.batch_size": 16,
+        "training.precision": "fp32",
+        "training.log_every": min(50, rounds),
+        "training.checkpoint_every": 1_000_000,
+        "training.preview_every": 0,
+    }
+    recipe = load_recipe("own_images", measuring.overrides(defaults, options.changes))
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as folder:
         images, model = prepare(recipe, Path(folder))

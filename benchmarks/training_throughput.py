@@ -122,20 +122,17 @@ def measure(
     options: argparse.Namespace, autoencoder: Autoencoder, device: torch.device, folder: Path
 ) -> dict[str, Any]:
     """Encode once, then train in turn from the cache and from the files."""
-    recipe = load_recipe(
-        options.recipe,
-        [
-            "training.steps=1000000",
-            "training.precision=fp32",
-            "training.micro_batch_size=null",
-            "training.checkpoint_every=1000000",
-            "training.preview_every=0",
-            "data.flip=false",
-            "conditioning.semantic_map=false",
-            f"conditioning.inpainting={str(options.holes).lower()}",
-            *options.changes,
-        ],
-    )
+    defaults = {
+        "training.steps": 1_000_000,
+        "training.precision": "fp32",
+        "training.micro_batch_size": "null",
+        "training.checkpoint_every": 1_000_000,
+        "training.preview_every": 0,
+        "data.flip": "false",
+        "conditioning.semantic_map": "false",
+        "conditioning.inpainting": str(options.holes).lower(),
+    }
+    recipe = load_recipe(options.recipe, measuring.overrides(defaults, options.changes))
     source = open_images(
         options.data or write_images(folder / "images", options.num_images, recipe.data.image_size),
         recipe.data.image_size,
