@@ -1086,7 +1086,10 @@ def info(
     model: Annotated[str, typer.Argument(help="A model folder, a run folder, a hub id, or a latent cache.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say what a model or a latent cache is."""
+    """Say what a model or a latent cache is; of long lists, such as class names, the first few.
+
+    Classes are called as their folders are, or as `convert --class-names` says.
+    """
     from latentflow.commands.info import describe
 
     _report(describe(model), as_json)

@@ -50,7 +50,9 @@ def save_preview(model: LatentFlow, weights: Mapping[str, Tensor], images: Train
     frozen = LatentFlow(model.config, network.eval().requires_grad_(False), model.autoencoder)
     request = preview_request(model)
     if "inpainting" not in request.told and "semantic_map" not in request.told:
-        save_grid(file, draw_all(frozen, request, batch_size=len(request.seeds)).pixels, _PER_CLASS)
+        pixels = draw_all(frozen, request, batch_size=len(request.seeds)).pixels
+        names = [model.config.conditioning.class_names[label] for label in request.labels]
+        save_grid(file, pixels, _PER_CLASS, captions=names)
         return
     batch = images.__getitems__(range(len(request.seeds))).to(model.device)
     moments = model.autoencoder.encode(to_unit_range(batch.pixels)) if batch.moments is None else batch.moments
