@@ -543,3 +543,28 @@ def test_sample_needs_no_gradients(model_folder):
     assert not model.network.training
     assert not any(parameter.requires_grad for parameter in model.network.parameters())
     assert model.device == torch.device("cpu")
+
+
+def test_info_shortens_long_lists_of_classes(command, tmp_path, kl):
+    names = tuple(f"n{number:08d}" for number in range(1000))
+    tiny.model(kl, class_names=names).save_pretrained(tmp_path / "model")
+    text = " ".join(command("info", tmp_path / "model").out.split())
+    assert "classes 1,000: n00000000, n00000001, n00000002, n00000003, n00000004, ... (all of them with --json)" in text
+    assert "map classes none" in text
+    assert json.loads(command("info", tmp_path / "model", "--json").out)["classes"] == list(names)
+
+
+def test_a_name_with_a_comma_and_a_number_are_names(command, tmp_path, kl):
+    tiny.model(kl, class_names=("Doe, Jane", "7", "none")).save_pretrained(tmp_path / "model")
+    for place, (asked, names) in enumerate(
+        [
+            ('"Doe, Jane", 7', ["7_seed-00000001.png", "Doe, Jane_seed-00000000.png"]),
+            ("#1,#0", ["7_seed-00000000.png", "Doe, Jane_seed-00000001.png"]),
+            ("none", ["none_seed-00000000.png", "none_seed-00000001.png"]),
+            ("#none", ["seed-00000000.png", "seed-00000001.png"]),
+        ]
+    ):
+        out = tmp_path / str(place)
+        drawn = command("sample", tmp_path / "model", "--num", 2, "--classes", asked, "--out", out, "--device", "cpu")
+        assert drawn.code == 0, drawn.err
+        assert sorted(file.name for file in out.glob("*seed-*")) == names

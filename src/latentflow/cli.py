@@ -1092,7 +1092,17 @@ def info(
     """
     from latentflow.commands.info import describe
 
-    _report(describe(model), as_json)
+    facts = describe(model)
+    _report(facts if as_json else {name: _shortened(value) for name, value in facts.items()}, as_json)
+
+
+def _shortened(value: Any, most: int = 12) -> Any:
+    """A list of texts as a line of the first few; other values as they are."""
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        return value
+    if len(value) <= most:
+        return ", ".join(value) or "none"
+    return f"{len(value):,}: {', '.join(value[:5])}, ... (all of them with --json)"
 
 
 def _teller(print_recipe: bool) -> Callable[[Any], None]:
