@@ -17,8 +17,12 @@ from latentflow.artifacts import (
     make_folder,
     read_json,
     read_tensors,
+<<<<<<< HEAD
     remove_folder,
     remove_leftovers,
+=======
+    require_apart,
+>>>>>>> ee58513 (Nothing is written into a folder of data; what can be read is remembered; a class without images is refused)
     require_writable,
     restore,
     sha256_tensors,
@@ -307,3 +311,19 @@ def test_files_get_the_usual_permissions(tmp_path):
     files = [tmp_path / "one.safetensors", tmp_path / "folder" / "raw.safetensors", tmp_path / "folder/below/text"]
     assert [file.stat().st_mode for file in files] == [usual] * 3
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["below", "raw.safetensors"]
+
+
+def test_results_may_not_become_data(tmp_path):
+    data = tmp_path / "data"
+    (data / "a").mkdir(parents=True)
+    (tmp_path / "alias").symlink_to(data)
+    (tmp_path / "file.zip").touch()
+    for out in (data, data / "run", tmp_path / "alias" / "a" / "run", data / "a" / ".." / "b"):
+        with pytest.raises(ArtifactError, match="and would become part of it; choose another place"):
+            require_apart(out, None, tmp_path / "elsewhere", data)
+    require_apart(tmp_path / "data2", data, tmp_path / "file.zip", "synthetic:9", None)
+    require_apart(tmp_path, data)
+    (tmp_path / "run" / "model" / "images").mkdir(parents=True)
+    require_apart(tmp_path / "run", tmp_path / "run" / "data", replaced=("model",))
+    with pytest.raises(ArtifactError, match=r"images lies inside .*model, which is written anew; choose another place"):
+        require_apart(tmp_path / "run", tmp_path / "run" / "model" / "images", replaced=("model",))

@@ -16,7 +16,7 @@ import shutil
 import socket
 import stat
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -251,6 +251,25 @@ def require_writable(path: str | Path, *, suffix: str | None = None) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ArtifactError(f"cannot write {path}: permission denied in {folder}; choose another place")
     return path
+
+
+def require_apart(out: str | Path, *data: str | Path | None, replaced: Sequence[str] = ()) -> None:
+    """Refuse to write into a folder of data, where results would become data; nothing is created.
+
+    Args:
+        data: what is read; only folders matter, and links to them are followed.
+        replaced: folders inside `out` that are written anew, and may not hold the data either.
+
+    Raises:
+        ArtifactError: `out` lies inside of `data`, or data in what is replaced.
+    """
+    place = Path(out).resolve()
+    for source in filter(None, data):
+        folder = Path(source).resolve()
+        if folder.is_dir() and place.is_relative_to(folder):
+            raise ArtifactError(f"{out} lies inside {source} and would become part of it; choose another place")
+        if part := next((name for name in replaced if folder.is_relative_to(place / name)), None):
+            raise ArtifactError(f"{source} lies inside {Path(out) / part}, which is written anew; choose another place")
 
 
 def require_new(folder: str | Path) -> Path:

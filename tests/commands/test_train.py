@@ -5,14 +5,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from latentflow.commands import train as train_module
 from latentflow.commands.train import prepare
 from latentflow.commands.train import train as train_command
 from latentflow.data.cache_writer import write_cache
-from latentflow.data.images import open_images
-from latentflow.errors import ConfigError, DataError, LatentFlowError
+from latentflow.data.images import ImageFiles, open_images
+from latentflow.data.stores import FolderStore
+from latentflow.errors import ArtifactError, ConfigError, DataError, LatentFlowError
 from latentflow.training import fitting
 from latentflow.training.config import Recipe, load_recipe
 from latentflow.training.fitting import with_values
@@ -197,3 +200,51 @@ def test_images_of_each_class_are_counted_in_a_cache(tmp_path, cache, images, kl
     for number, path in enumerate((cache, images)):
         given = {"autoencoder": kl_folder, "out": tmp_path / str(number), "data": {"path": path}}
         assert prepare(tiny.recipe(**given), cpu=True).model.config.training.images_per_class == [6, 6, 6]
+
+
+def test_a_run_inside_of_its_data(tmp_path, images, kl_folder):
+    folder = shutil.copytree(images, tmp_path / "own")
+    (tmp_path / "alias").symlink_to(folder)
+    before = tiny.tree(folder)
+    for out in (folder / "run", tmp_path / "alias" / "run"):
+        recipe = tiny.recipe(autoencoder=kl_folder, data={"path": folder}, out=out)
+        with pytest.raises(ArtifactError, match=r"lies inside .*own and would become part of it"):
+            train_command(recipe, cpu=True)
+    assert tiny.tree(folder) == before
+
+
+def test_a_run_notices_other_bytes_of_the_same_size(tmp_path, kl_folder):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
+    for n, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / f"{n}.bmp")
+    given = {"autoencoder": kl_folder, "data": {"path": folder, "image_size": 16}, "out": tmp_path / "run"}
+    train_command(tiny.recipe(**given), cpu=True)
+    Image.fromarray(255 - pixels[3]).save(folder / "3.bmp")
+    with pytest.raises(ConfigError, match=r"was trained on other images .* restore them or choose another out"):
+        train_command(tiny.recipe(**given), cpu=True)
+    Image.fromarray(pixels[3]).save(folder / "3.bmp")
+    train_command(tiny.recipe(**given), cpu=True)
+
+
+def test_a_class_of_broken_images(refused, tmp_path, images, kl_folder):
+    folder = shutil.copytree(images, tmp_path / "own")
+    for file in (folder / "berry").iterdir():
+        file.write_bytes(b"<html>404")
+    words = ("has no image that can be read of 1 of its classes (berry); berry/0.png: ", "set data.labels=false")
+    refused(DataError, *words, data={"path": folder})
+    shutil.rmtree(folder / "berry")
+    prepare(tiny.recipe(autoencoder=kl_folder, data={"path": folder}, out=tmp_path / "run"), cpu=True)
+
+
+def test_a_class_that_an_old_cache_has_no_image_of(refused, tmp_path, images, kl):
+    class First(ImageFiles):
+        """The first images of a folder, all of one class, as earlier versions took them."""
+
+        def __len__(self) -> int:
+            return 5
+
+    write_cache(First(FolderStore(images), tiny.IMAGE_SIZE), kl, tmp_path / "cache")
+    words = ("has no image that can be read of 2 of its classes (berry, cherry); encode it anew",)
+    refused(DataError, *words, data={"path": tmp_path / "cache"})

@@ -19,6 +19,7 @@ from latentflow import ledger
 from latentflow.data.colour import to_rgb
 from latentflow.data.images import (
     BrokenImage,
+    ImageFiles,
     ImageItem,
     ImageSource,
     center_crop,
@@ -842,6 +843,28 @@ def test_readable_keeps_the_good_and_names_the_broken(partly_broken):
     assert [error.name for error in broken] == ["b cut.jpg", "c text.png", "d nothing.webp"]
     assert "truncated" in broken[0].reason
     assert str(broken[1]) == "cannot read the image c text.png: its content is no image that Pillow can read"
+
+
+def test_what_can_be_read_is_remembered_until_it_changes(partly_broken, monkeypatch):
+    source = open_images(partly_broken, 8)
+    kept, broken = readable(source)
+    monkeypatch.setattr(ImageFiles, "__getitem__", None)
+    again = open_images(partly_broken, 8)
+    assert readable(again)[0] == kept and [str(error) for error in readable(again)[1]] == [str(e) for e in broken]
+    monkeypatch.undo()
+    name = broken[0].name
+    save(partly_broken / f"new{Path(name).suffix}", picture(1), format="PNG")
+    (partly_broken / f"new{Path(name).suffix}").replace(partly_broken / name)
+    looked_at = []
+    decode = ImageFiles.__getitem__
+    monkeypatch.setattr(ImageFiles, "__getitem__", lambda self, index: looked_at.append(index) or decode(self, index))
+    healed = open_images(partly_broken, 8)
+    assert len(readable(healed)[1]) == len(broken) - 1
+    assert [healed.name(index) for index in looked_at] == [name]
+    looked_at.clear()
+    monkeypatch.setenv("LATENTFLOW_MAX_PIXELS", "1000000")
+    readable(healed)
+    assert len(looked_at) == len(healed)  # other rules
 
 
 def test_strict_refuses_a_source_with_broken_files(partly_broken):

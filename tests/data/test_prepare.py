@@ -235,7 +235,7 @@ def test_pipes_are_refused(tmp_path, made):
 def test_a_place_inside_the_data_is_refused(tmp_path, made):
     folder = made("camvid")
     for out in (folder, folder / "prepared", folder / "images" / "new"):
-        with pytest.raises(DataError, match=r"lies inside .*source and would become part of it; choose another --out"):
+        with pytest.raises(ArtifactError, match=r"lies inside .*source and would become part of it; choose another p"):
             prepare("camvid", folder, out)
     assert not (folder / "prepared").exists()
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentflow.artifacts import make_folder, require_writable, write_json, write_text
+from latentflow.artifacts import make_folder, require_apart, require_writable, write_json, write_text
 from latentflow.commands.bound_page import MeasuredBound, bound_charts, bound_page, bound_record
 from latentflow.commands.encoded_images import (
     ReferenceLatents,
@@ -89,6 +89,8 @@ def bound(
         raise ConfigError(f"{points} points for {bins} bins of time: at least 1 bin, and a point in each, is needed")
     folder = None if out is None else require_writable(out)
     flow = plain_model(LatentFlow.from_pretrained(model, device=device))
+    if out is not None:
+        require_apart(out, data)
     source = open_reference(flow, data)
     reference, reconstruction = encode_reference(
         flow, source, max(num, num_data), least=num, batch_size=batch_size, seed=seed, num_decoded=num

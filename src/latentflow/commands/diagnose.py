@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentflow.artifacts import make_folder, require_writable, write_json, write_text
+from latentflow.artifacts import make_folder, require_apart, require_writable, write_json, write_text
 from latentflow.autoencoder import to_uint8
 from latentflow.commands.diagnose_figures import (
     Diagnosis,
@@ -121,6 +121,7 @@ def diagnose(
         raise ConfigError(f"{num} images and {num_train} of training: at least 8, in two halves, and 2 are needed")
     folder = require_writable(out)
     flow = plain_model(LatentFlow.from_pretrained(model, device=device))
+    require_apart(out, data, train)
     source = open_reference(flow, data)
     train_source = None if train is None else open_reference(flow, train)
     half = num // 2

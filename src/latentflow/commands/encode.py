@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from latentflow.artifacts import require_apart
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import open_images
@@ -64,6 +65,7 @@ def encode(
         DataError, ArtifactError, ConfigError: see `open_images`, `Autoencoder.from_pretrained` and `write_cache`.
     """
     began = time.perf_counter()
+    require_apart(out, data, masks.folder if masks else None)
     source = open_images(data, image_size, first=first)
     process = process_rank()
     encoder = Autoencoder.from_pretrained(autoencoder).to(usable_device(device))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import latentflow
-from latentflow.artifacts import require_writable
+from latentflow.artifacts import require_apart, require_writable
 from latentflow.commands.drawn_set import OnImages, draw_set, logits_of
 from latentflow.commands.evaluate_autoencoder import pair_scores, reconstructed
 from latentflow.commands.evaluate_inputs import (
@@ -134,6 +134,8 @@ def evaluate(
     first = process[0] == 0
     task, wanted = checked_words(task, reconstruction, metrics, num, features, labels, resamples)
     report_file, work = _places(out)
+    for place in filter(None, (out, reference_out)):
+        require_apart(place, data)
     other = EvaluationReport.load(_report_of(against)) if against else None
     subject = open_subject(str(model), task, image_size, device)
     if report_file is None and process[1] > 1:

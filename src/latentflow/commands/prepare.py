@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from latentflow.artifacts import require_apart
 from latentflow.data.prepare import find_dataset
-from latentflow.errors import DataError
 from latentflow.locks import writes
 from latentflow.progress import image_progress
 
@@ -41,8 +41,7 @@ def prepare(kind: str, source: str | Path, out: str | Path, *, link: bool = Fals
         DataError, ArtifactError: see `find_dataset` and `PublishedData.write`.
     """
     began = time.perf_counter()
-    if Path(out).resolve().is_relative_to(Path(source).resolve()):
-        raise DataError(f"{out} lies inside {source} and would become part of it; choose another --out")
+    require_apart(out, source)
     dataset = find_dataset(kind, source, link=link)
     with image_progress("preparing", len(dataset)) as on_images:
         dataset.write(out, on_images)

@@ -10,7 +10,15 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from latentflow.artifacts import contents, read_json, require_writable, sha256_file, write_json, write_text
+from latentflow.artifacts import (
+    contents,
+    read_json,
+    require_apart,
+    require_writable,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from latentflow.commands.drawn_set import draw_set
 from latentflow.commands.reference import RealFeatures, RealImages, open_reference, reference_features
 from latentflow.commands.sweep_page import SweepResult, summary, sweep_page, sweep_picture
@@ -110,6 +118,7 @@ def sweep(
     if write:
         require_writable(folder / CONFIG_FILE, suffix=".json")
     require_writable(out)
+    require_apart(out, data)
     flow = LatentFlow.from_pretrained(model, device=device)
     for candidate in candidates.values():
         make_request(flow, num=1, **candidate)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import latentflow
-from latentflow.artifacts import make_folder, require_writable, write_json, write_text
+from latentflow.artifacts import make_folder, require_apart, require_writable, write_json, write_text
 from latentflow.autoencoder import Autoencoder, LatentNormalisation, to_unit_range
 from latentflow.commands.preview import preview_request, save_preview
 from latentflow.conditioning import Conditioning
@@ -38,6 +38,7 @@ from latentflow.training.loop import train as run_loop
 from latentflow.training.memory import bytes_per_image, count_parameters, free_memory, require_memory, total_memory
 from latentflow.training.settings import explained, load_settings, to_yaml
 
+_REPLACED = ("model", "checkpoints", "samples")  # folders of a run
 _STATISTICS_IMAGES = 2048  # enough for per-channel means and deviations to three digits
 
 
@@ -157,6 +158,7 @@ def prepare(recipe: Recipe, *, cpu: bool = False, allow_change: Sequence[str] = 
     if not recipe.out:
         raise ConfigError("out is not set; add out=runs/NAME")
     run = require_writable(usable_name(recipe.out, "out"))
+    require_apart(run, recipe.data.path, recipe.data.images, recipe.data.masks.folder, replaced=_REPLACED)
     usable_name(recipe.data.path, "data.path")
     recipe = _as_begun(_as_cached(recipe), run)
     changes = None if recipe.fit else check_changes(run, recipe, CHANGES, allow_change)

@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentflow.artifacts import atomic_folder, make_folder, require_writable, write_json, write_text
+from latentflow.artifacts import (
+    atomic_folder,
+    make_folder,
+    read_json,
+    require_apart,
+    require_writable,
+    write_json,
+    write_text,
+)
 from latentflow.autoencoder import Autoencoder, latent_mean, to_uint8, to_unit_range
 from latentflow.commands.grid import save_grid
 from latentflow.commands.train import environment, times, usable_name
@@ -40,6 +48,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 AUTOENCODER_FOLDER = "autoencoder"
+_IMAGES_FILE = "images.json"
 _MOST_HELD_OUT = 256
 _STATISTICS_IMAGES = 2048  # enough for the scale of the latents to three digits
 _PICTURED = 8
@@ -170,6 +179,8 @@ def train_first_stage(
         prepared.changes.record()
     write_text(run / RECIPE_FILE, to_yaml(recipe))
     write_json(run / "environment.json", environment(prepared.device, num_processes=1))
+    facts = {"data": images.source.description, "fingerprint": images.source.fingerprint()}
+    write_json(run / _IMAGES_FILE, facts)
     outcome = train_autoencoder(recipe, network, images, run, prepared.device)
     report = None
     if outcome.finished:
@@ -192,15 +203,27 @@ def prepare(recipe: AutoencoderRecipe, *, cpu: bool = False, allow_change: Seque
         raise ConfigError(f"data.path = {recipe.data.path!r} is a latent cache; an autoencoder is trained on images")
     run = require_writable(usable_name(recipe.out, "out"))
     usable_name(recipe.data.path, "data.path")
+    require_apart(run, recipe.data.path, replaced=(AUTOENCODER_FOLDER, "checkpoints", "samples"))
     changes = check_changes(run, recipe, CHANGES, allow_change)
     device = torch.device("cpu") if cpu else default_device()
     require_autoencoder_memory(recipe, free_memory(device))
     source = open_images(recipe.data.path, recipe.data.image_size)
+    _require_same_images(run, source)
     usable, unreadable = readable(source)
     kept, held_out = split(usable, recipe.data.held_out, recipe.training.seed)
     network = build_autoencoder(recipe.network, recipe.data.image_size, recipe.training.seed)
     images = TrainingImages(source, seed=recipe.training.seed, flip=recipe.data.flip, kept=kept)
     return Prepared(recipe, device, network, images, held_out, [error.name for error in unreadable], changes)
+
+
+def _require_same_images(run: Path, source: ImageSource) -> None:
+    """Images may have moved since the run began; what is in them must be the same."""
+    file = run / _IMAGES_FILE
+    if file.exists() and (before := read_json(file))["fingerprint"] != source.fingerprint():
+        raise ConfigError(
+            f"{run} was trained on other images ({before['data']}) than data.path holds now ({source.description}); "
+            "restore them or choose another out"
+        )
 
 
 def split(usable: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:

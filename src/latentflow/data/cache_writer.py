@@ -167,7 +167,7 @@ def _differences(found: CachePlan, wanted: CachePlan) -> list[str]:
     """What differs between two plans, where things lie and what the images are left out."""
     apart = {"autoencoder", "source", "source_fingerprint", "num_source_images"}
     old, new = found.model_dump(exclude=apart), wanted.model_dump(exclude=apart)
-    if found.masks and wanted.masks and found.masks_fingerprint == wanted.masks_fingerprint:
+    if found.masks_fingerprint and wanted.masks_fingerprint:
         old["masks"]["folder"] = new["masks"]["folder"]
     return [f"{key} {old[key]!r}, not {new[key]!r}" for key in new if old[key] != new[key]]
 

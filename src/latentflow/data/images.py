@@ -18,7 +18,9 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote_from_bytes
 
-from latentflow.data.colour import to_rgb
+import PIL
+
+from latentflow.data.colour import PIXEL_RULES, to_rgb
 from latentflow.data.crop import center_crop, crop_map
 from latentflow.data.decode import BrokenImage, most_pixels, open_image, reason, room_for
 from latentflow.data.items import ImageItem, ImageSource, fingerprint_of
@@ -29,6 +31,8 @@ from latentflow.data.orientation import Photo, with_turn
 from latentflow.data.stores import SUFFIXES, FolderStore, StoredFile, ZipStore, is_image, open_store, wrapper
 from latentflow.data.synthetic import SyntheticShapes
 from latentflow.errors import ConfigError, DataError
+from latentflow.ledger import Ledger, one_at_a_time
+from latentflow.progress import image_progress
 
 __all__ = [
     "BrokenImage",
@@ -91,19 +95,34 @@ def open_images(path: str | Path, image_size: int, *, first: int | None = None, 
 
 
 def readable(source: ImageSource, workers: int = 8) -> tuple[list[int], list[BrokenImage]]:
-    """Decode every image once, in threads: the indices that can be read, and what is wrong with the others."""
+    """Decode every image once, in threads: the indices that can be read, and what is wrong with the others.
 
-    def problem(index: int) -> BrokenImage | None:
+    What was found is remembered by what the images hold, so that repeating a command costs no decoding. Of several
+    processes one decodes.
+    """
+    place = getattr(source, "place", source.description)  # images that lie nowhere are not remembered either
+    maps = f"{source.map_class_names} {source.map_palette}"
+    rules = f"{PIL.__version__} {PIXEL_RULES} {source.image_size} {most_pixels()} {maps}"
+    contents = source.contents()
+
+    def problem(index: int) -> str:
         try:
             source[index]
         except BrokenImage as error:
-            return error
-        return None
+            return error.reason
+        return ""
 
-    with ThreadPoolExecutor(workers) as pool:
-        problems = list(pool.map(problem, range(len(source))))
-    kept = [index for index, found in enumerate(problems) if found is None]
-    return kept, [found for found in problems if found is not None]
+    with one_at_a_time(place), Ledger(f"decodes {rules}", place) as ledger, ThreadPoolExecutor(workers) as pool:
+        found = [ledger.get(source.name(index), contents[index]) for index in range(len(source))]
+        unknown = [index for index, known in enumerate(found) if known is None]
+        with image_progress("checking", len(unknown)) as on_images:
+            for index, why in zip(unknown, pool.map(problem, unknown), strict=True):
+                found[index] = why
+                if contents[index] not in ("", "unreadable"):
+                    ledger.put(source.name(index), contents[index], why)
+                on_images(1)
+    kept = [index for index, why in enumerate(found) if not why]
+    return kept, [BrokenImage(source.name(index), why) for index, why in enumerate(found) if why]
 
 
 class ImageFiles:
@@ -161,6 +180,11 @@ class ImageFiles:
             self._rows = evenly([self._label(name) or 0 for name in names], first)
         self._names = [names[row] for row in self._rows]
         self._files = [images[prefix + name] for name in self._names]
+
+    @property
+    def place(self) -> Path:
+        """Where the images lie."""
+        return self._store.path
 
     @property
     def map_class_names(self) -> tuple[str, ...]:
@@ -236,6 +260,11 @@ class LmdbImages:
     def __init__(self, store: LmdbStore, image_size: int):
         self.image_size = image_size
         self._store = store
+
+    @property
+    def place(self) -> Path:
+        """Where the images lie."""
+        return self._store.path
 
     @property
     def description(self) -> str:
