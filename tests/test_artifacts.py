@@ -17,12 +17,9 @@ from latentflow.artifacts import (
     make_folder,
     read_json,
     read_tensors,
-<<<<<<< HEAD
     remove_folder,
     remove_leftovers,
-=======
     require_apart,
->>>>>>> ee58513 (Nothing is written into a folder of data; what can be read is remembered; a class without images is refused)
     require_writable,
     restore,
     sha256_tensors,
