@@ -233,6 +233,16 @@ def test_pictures_of_something_else_are_not_made_good_by_their_distance():
     assert best_of([mush, right], ceiling=ceiling) == "right"
 
 
+def test_some_number_of_images_decides_though_accuracy_and_distance_disagree():
+    """Each step to a lower distance costs less accuracy than the margin, and all of them together more."""
+    made = [drawn("abcdef"[n], 4 + n, 1.0 - 0.15 * n, 1e-3, wrong=15 * n, num=4000, seed=n) for n in range(6)]
+    wide = [drawn("abcdef"[n], 4 + n, 1.0 - 0.15 * n, 1e-3, wrong=50 * n, num=4000, seed=n) for n in range(6)]
+    assert best_of(made, num=4000, ceiling=Ceiling(0.99, 9000)) == "f"
+    needed = images_needed(wide, 4000, 0.1, Ceiling(0.99, 9000))
+    assert min(needed.values()) < 1e6
+    assert min(needed, key=needed.get) == "c"
+
+
 def test_more_accuracy_than_real_images_have_is_no_merit():
     ceiling = Ceiling(0.90, 5000)
     plain = drawn("plain", 16, 2.0, 1e-3, wrong=0)

@@ -264,8 +264,8 @@ def images_needed(points: Sequence[Point], num: int, margin: float, ceiling: Cei
 
     It must not be less accurate than any other by more than `ACCURACY_MARGIN`, or reach real images as nearly; and
     its distance must not be larger than that of any other by more than `margin` of it, except of others that are
-    surely less accurate than it and than real images by more than `ACCURACY_MARGIN`: a picture of something else is
-    not made good by its colours. Candidates with at most `num` here are as good as the best.
+    surely less accurate than some candidate and than real images by more than `ACCURACY_MARGIN`: a picture of something
+    else is not made good by its colours. Candidates with at most `num` here are as good as the best.
 
     Each test is one-sided, of paired differences over the same seeds, at a level that leaves `CONFIDENCE` for all
     candidates together (Bonferroni); that a candidate passes against every other needs no further correction.
@@ -280,19 +280,24 @@ def images_needed(points: Sequence[Point], num: int, margin: float, ceiling: Cei
     """
     z = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / (_TESTS * len(points)))
 
-    def against(point: Point, other: Point) -> float:
-        as_near = point.worse_by(other).share_needed(margin * max(other.distance, 0.0), z)
-        if ceiling is None:
-            return as_near
-        as_accurate = min(
+    def as_accurate(point: Point, other: Point) -> float:
+        return min(
             point.less_accurate_by(other).share_needed(ACCURACY_MARGIN, z),
             point.less_accurate_than_real(ceiling).share_needed(ACCURACY_MARGIN, z),
         )
-        no_rival = max(
-            other.less_accurate_by(point).share_needed_to_refute(ACCURACY_MARGIN, z),
-            other.less_accurate_than_real(ceiling).share_needed_to_refute(ACCURACY_MARGIN, z),
+
+    def no_rival(point: Point) -> float:
+        to_some = (
+            point.less_accurate_by(o).share_needed_to_refute(ACCURACY_MARGIN, z) for o in points if o is not point
         )
-        return max(as_accurate, min(as_near, no_rival))
+        return max(min(to_some), point.less_accurate_than_real(ceiling).share_needed_to_refute(ACCURACY_MARGIN, z))
+
+    out_of_account = {point.name: no_rival(point) if ceiling and len(points) > 1 else math.inf for point in points}
+
+    def against(point: Point, other: Point) -> float:
+        as_near = point.worse_by(other).share_needed(margin * max(other.distance, 0.0), z)
+        as_near = min(as_near, out_of_account[other.name])
+        return max(as_accurate(point, other), as_near) if ceiling else as_near
 
     shares = {point.name: max((against(point, o) for o in points if o is not point), default=0.0) for point in points}
     least = LEAST_TO_DECIDE if len(points) > 1 else 0
