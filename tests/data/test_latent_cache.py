@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from latentflow.artifacts import read_json
 from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
@@ -471,3 +472,11 @@ def test_a_class_of_broken_images_is_told_of(tmp_path, own, kl, caplog):
         file.write_bytes(b"<html>404")
     _encode(own, kl, tmp_path / "cache")
     assert "has no image that can be read of 1 of its classes (berry), and training with labels refuses" in caplog.text
+
+
+def test_the_index_says_what_the_squares_leave_out(tmp_path, kl):
+    (tmp_path / "in").mkdir()
+    for n, size in enumerate([(40, 30), (30, 40), (32, 32), (64, 16)]):
+        Image.new("RGB", size).save(tmp_path / "in" / f"{n}.png")
+    index = write_cache(open_images(tmp_path / "in", 16), kl, tmp_path / "cache", shard_size=3)
+    assert index.cut == (pytest.approx((0.25 + 0.25 + 0 + 0.75) / 4), 0.75)

@@ -219,7 +219,7 @@ def _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, st
     """Encode the images of `rows` into one shard; its record is written last and makes it count."""
     sums = ChannelSums(plan.num_channels)
     parts: dict[str, list[Tensor]] = {name: [empty] for name, empty in _empty_tensors(plan).items()}
-    names, broken = [], []
+    names, broken, cuts = [], [], []
     for start, read in _read_ahead(source, rows, batch_size):
         failures = [error for error in read if isinstance(error, BrokenImage)]
         if failures and strict:
@@ -232,6 +232,7 @@ def _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, st
             for name, part in parts.items():
                 part.append(encoded[name].to(part[0].dtype))
             names += [item.name for _, item in items]
+            cuts += [item.cut for _, item in items]
         on_images(len(read))
     tensors = {name: torch.cat(part) for name, part in parts.items()}
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
@@ -251,6 +252,8 @@ def _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, st
         channel_sum_of_squares=sums.sum_of_squares.tolist(),
         broken=broken,
         source_fingerprint=fingerprint_of(source, rows),
+        cut_sum=sum(cuts),
+        cut_most=max(cuts, default=0.0),
     )
     write_json(folder / f"{_shard_name(number)}.json", record.model_dump(mode="json"))
 

@@ -236,7 +236,7 @@ class ImageFiles:
                 semantic_map = crop_map(
                     self._maps.read(self._rows[index], Photo(rgb.height, rgb.width, turn)), self.image_size
                 )
-        return ImageItem(pixels, self._label(name), name, semantic_map)
+        return ImageItem(pixels, self._label(name), name, semantic_map, 1 - min(rgb.size) / max(rgb.size))
 
     def label(self, index: int) -> int | None:
         """The label of image `index`, without decoding it."""
@@ -292,8 +292,9 @@ class LmdbImages:
         """Decode image `index`; raises what `ImageFiles` raises."""
         name = self.name(index)
         with _decoding(name), open_image(self._store.read(self._store.keys[index]), name) as image:
-            pixels = center_crop(to_rgb(image, name), self.image_size)
-        return ImageItem(pixels, None, name)
+            rgb = to_rgb(image, name)
+            pixels = center_crop(rgb, self.image_size)
+        return ImageItem(pixels, None, name, cut=1 - min(rgb.size) / max(rgb.size))
 
 
 @contextmanager

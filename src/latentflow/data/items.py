@@ -28,12 +28,14 @@ class ImageItem:
         name: the path inside the source, with forward slashes, or "synthetic/000017".
         semantic_map: [S, S] uint8, an index into the source's `map_class_names` for each pixel, or
             `UNLABELLED` where nothing is known; None where the source has no maps.
+        cut: share of the picture that the square leaves out, in [0, 1).
     """
 
     pixels: np.ndarray
     label: int | None
     name: str
     semantic_map: np.ndarray | None = None
+    cut: float = 0.0
 
 
 @runtime_checkable

@@ -91,6 +91,8 @@ class ShardRecord(_Record):
     channel_sum_of_squares: list[float]
     broken: list[str]
     source_fingerprint: str = ""  # of this shard's images
+    cut_sum: float = 0.0  # of the shares that the squares leave out of their pictures
+    cut_most: float = 0.0
 
 
 class CachedSource(_Record):
@@ -109,6 +111,12 @@ class CacheIndex(_Record):
     channel_std: list[float]
     shards: list[ShardRecord]
     broken: list[str]
+
+    @property
+    def cut(self) -> tuple[float, float]:
+        """Share of the pictures that their squares leave out: of all on average, and of the worst."""
+        total = sum(shard.cut_sum for shard in self.shards)
+        return total / max(self.num_images, 1), max((shard.cut_most for shard in self.shards), default=0.0)
 
 
 class ChannelSums:
