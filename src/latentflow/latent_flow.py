@@ -116,7 +116,7 @@ class LatentFlow:
         """
         with atomic_folder(folder) as temporary:
             write_json(temporary / CONFIG_FILE, self.config.model_dump(mode="json"))
-            metadata = {"format": "latentflow", "config": json.dumps(self.config.computation)}
+            metadata = {"config": json.dumps(self.config.computation)}  # one entry: safetensors shuffles several
             write_tensors(temporary / WEIGHTS_FILE, weights or self.network.state_dict(), metadata)
             write_text(temporary / CARD_FILE, model_card(self.config))
             if self.config.autoencoder.reference == AUTOENCODER_FOLDER:
