@@ -71,8 +71,9 @@ class PictureFolder:
     ) -> DrawnFolder:
         """Draw what is missing of a request. Batches are those of a run that finds nothing, so the bytes are, too."""
         names = [self._name(row) for row in _rows(request)]
-        tell_cost(self._flow, request, batch_size)
         kept, seconds = sum(name in self._evaluations for name in names), 0.0
+        if kept < len(names):
+            tell_cost(self._flow, request, batch_size)
         for start in range(0, len(names), batch_size):
             part = names[start : start + batch_size]
             if missing := [place for place, name in enumerate(part) if name not in self._evaluations]:
