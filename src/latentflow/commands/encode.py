@@ -10,9 +10,11 @@ from typing import Literal
 from latentflow.artifacts import require_apart
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.cache_writer import write_cache
-from latentflow.data.images import open_images
+from latentflow.data.images import BrokenImage, open_images
+from latentflow.data.items import ImageSource
 from latentflow.data.latent_cache import CacheIndex
 from latentflow.data.masks import MaskRules
+from latentflow.errors import DataError
 from latentflow.latent_flow import usable_device
 from latentflow.locks import writes
 from latentflow.processes import process_rank
@@ -67,6 +69,7 @@ def encode(
     began = time.perf_counter()
     require_apart(out, data, masks.folder if masks else None)
     source = open_images(data, image_size, first=first)
+    _require_one_readable(source)
     process = process_rank()
     encoder = Autoencoder.from_pretrained(autoencoder).to(usable_device(device))
     num_images, finished, kept = len(source) // process[1], [], []
@@ -92,3 +95,15 @@ def encode(
             on_kept=kept.append,
         )
     return EncodeResult(index, sum(finished) > sum(kept), time.perf_counter() - began)
+
+
+def _require_one_readable(source: ImageSource) -> None:
+    """Refuse images none of which can be read, before anything is written; usually the first one can."""
+    errors = []
+    for row in range(len(source)):
+        try:
+            source[row]
+            return
+        except BrokenImage as error:
+            errors.append(error)
+    raise DataError(f"{source.description}: none can be read, for example {errors[0].name}: {errors[0].reason}")
