@@ -180,7 +180,7 @@ CASES = {
         wrong(PAINT.replace("painter", "model"), "semantic_map"),
         wrong(PAINT.replace("map.png", "map_strange.png"), "map_strange.png"),
         wrong(PAINT.replace("map.png", "map.jpg"), "map.jpg"),
-        wrong(PAINT.replace("map.png", "map_unknown.png"), "map_unknown.png", "9"),
+        wrong(PAINT.replace("map.png", "map_unknown.png"), "map_unknown.png", "3"),
         wrong("image-to-image {w}/model {w}/photo.png --strength 0 --out {out}/a.png", "0"),
         wrong("image-to-image {w}/model {w}/photo.png --strength 1.5 --out {out}/a.png", "1.5"),
         wrong("interpolate {w}/model --seeds 1 --out {out}", "1"),
@@ -356,5 +356,9 @@ def _run(command: str, world: Path, tmp_path: Path, capsys, monkeypatch):
 
 
 def _snapshot(folder: Path) -> dict[str, object]:
-    """Every path below `folder` with what changes when it is written."""
-    return {str(p.relative_to(folder)): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in sorted(folder.rglob("*"))}
+    """Every path below `folder`, of files with what changes when they are written.
+
+    A lock may come into a folder and go again.
+    """
+    paths = sorted(folder.rglob("*"))
+    return {str(p): None if p.is_dir() else (p.lstat().st_size, p.lstat().st_mtime_ns) for p in paths}

@@ -68,7 +68,7 @@ def encode(
     """
     began = time.perf_counter()
     require_apart(out, data, masks.folder if masks else None)
-    source = open_images(data, image_size, first=first)
+    source = open_images(data, image_size, first=first, strict=strict)
     _require_one_readable(source)
     process = process_rank()
     encoder = Autoencoder.from_pretrained(autoencoder).to(usable_device(device))
