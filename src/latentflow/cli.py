@@ -165,10 +165,17 @@ def encode(
         Path | None, typer.Option(help="Mask files to choose from instead; white is painted anew.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a broken image instead of leaving it out.")] = False,
+    look: Annotated[
+        int | None,
+        typer.Option(help="Encode nothing; write OUT.png, which shows so many images as a model will see them."),
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Encode images once into a latent cache. Repeat the command to go on after a kill."""
+    if look is not None:
+        _look(data, out, look, autoencoder, image_size, first, device, as_json)
+        return
     from latentflow.commands.encode import encode as run
     from latentflow.data.masks import MaskRules
 
@@ -214,6 +221,24 @@ def encode(
         say(f"left out: {name}")
     if not result.is_new:
         say("everything was encoded already, from the same images; nothing was done")
+
+
+def _look(
+    data: str,
+    out: Path,
+    num: int,
+    autoencoder: str,
+    image_size: int,
+    first: int | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    from latentflow.commands.look import look as run
+
+    seen = run(data, out, num=num, autoencoder=autoencoder, image_size=image_size, first=first, device=device)
+    cut = f"the square leaves out {sum(seen.cut) / len(seen.cut):.0%} on average, {max(seen.cut):.0%} at most"
+    given_back = f"{seen.psnr:.1f} dB PSNR by the autoencoder"
+    _report({"sheet": str(seen.sheet), "images": len(seen.names), "cut away": cut, "given back": given_back}, as_json)
 
 
 @app.command(epilog="Example: latentflow prepare camvid camvid.zip --out data/camvid")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,13 +11,18 @@ import lmdb
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from latentflow import cli
 from latentflow.autoencoder import Autoencoder, to_unit_range
 from latentflow.commands.encode import encode
+from latentflow.commands.grid import _LINE
+from latentflow.commands.look import look
 from latentflow.commands.train import train
+from latentflow.data.images import open_images
 from latentflow.data.latent_cache import LatentCache
-from latentflow.errors import ArtifactError, DataError
+from latentflow.data.semantic_maps import colour_map
+from latentflow.errors import ArtifactError, ConfigError, DataError
 from tests import tiny
 
 SIDE = tiny.IMAGE_SIZE
@@ -101,3 +107,53 @@ def test_training_reads_an_environment_without_a_cache(faces, kl_folder, tmp_pat
     )
     result = train(recipe, cpu=True)
     assert result.broken == [] and (tmp_path / "run").is_dir()
+
+
+# A look before encoding
+
+
+def sheet(out: Path) -> np.ndarray:
+    return np.asarray(Image.open(out.with_name(f"{out.name}.png")).convert("RGB"))
+
+
+def test_a_look_shows_squares_and_what_comes_back_and_encodes_nothing(images, kl_folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "cache"
+    options = ("--autoencoder", kl_folder, "--image-size", SIDE, "--look", 4, "--out", out, "--json")
+    assert run("encode", images, *options, monkeypatch=monkeypatch) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["images"] == 4 and said["sheet"] == str(tmp_path / "cache.png")
+    assert "leaves out 17% on average, 17% at most" in said["cut away"]  # of 24 x 20 pixels
+    assert [file.name for file in tmp_path.iterdir()] == ["cache.png"]
+    source, shown = open_images(images, SIDE), sheet(out)[_LINE:]  # one row has its captions above
+    rows = [0, 4, 9, 13]  # evenly over 18 images of three classes
+    for number, row in enumerate(rows):
+        left = 2 * number * (4 * SIDE + 2)  # enlarged four times; each image takes two places
+        tile = shown[: 4 * SIDE, left : left + 4 * SIDE][::4, ::4]
+        assert np.array_equal(tile, source[row].pixels)
+        given_back = shown[: 4 * SIDE, left + 4 * SIDE + 2 : left + 8 * SIDE + 2]
+        assert given_back.std() > 0
+        assert not np.array_equal(given_back[::4, ::4], source[row].pixels)
+
+
+def test_a_look_shows_maps(segmented, kl_folder, tmp_path, monkeypatch):
+    out = tmp_path / "cache"
+    options = ("--autoencoder", kl_folder, "--image-size", SIDE, "--look", 2, "--out", out)
+    assert run("encode", segmented, *options, monkeypatch=monkeypatch) == 0
+    item = open_images(segmented, SIDE)[0]
+    tile = sheet(out)[_LINE:][: 4 * SIDE, 4 * SIDE + 2 : 8 * SIDE + 2][::4, ::4]
+    assert np.array_equal(tile, colour_map(item.semantic_map, tiny.MAP_PALETTE))
+
+
+def test_a_look_passes_over_what_is_broken(images, kl_folder, tmp_path):
+    own = shutil.copytree(images, tmp_path / "own")
+    for number in range(6):
+        (own / "apple" / f"{number}.png").write_bytes(b"no image")
+    seen = look(own, tmp_path / "cache", num=18, autoencoder=kl_folder, image_size=SIDE, device="cpu")
+    assert len(seen.names) == 12 and not any(name.startswith("apple") for name in seen.names)
+
+
+@pytest.mark.parametrize("num", [0, -1, 65])
+def test_a_look_at_nothing_or_too_much_is_refused(images, kl_folder, tmp_path, num):
+    with pytest.raises(ConfigError, match=f"--look {num}: a sheet has 1 to 64 images"):
+        look(images, tmp_path / "cache", num=num, autoencoder=kl_folder, image_size=SIDE)
+    assert list(tmp_path.iterdir()) == []
