@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import socket
 import struct
 import unicodedata
@@ -134,6 +135,8 @@ def test_splits_are_not_taken_for_classes(tmp_path):
         ["test1", "train"],
         ["unlabeled2017", "dog"],
         ["holdout", "dev"],
+        ["trainA", "trainB", "testA", "testB"],
+        ["imagesTr", "imagesTs"],
         ["test", "x"],
     ],
 )
@@ -150,6 +153,66 @@ def test_folders_named_as_splits_are_no_classes(tmp_path, folders, packed):
         old, new = re.search(r"if (\S+) is a class .* to (\S+)$", str(refused.value)).groups()
         (tmp_path / "in" / old).rename(tmp_path / "in" / new)
         assert new in open_images(tmp_path / "in", 8).class_names
+
+
+@pytest.mark.parametrize(
+    ("pictures", "maps"),
+    [
+        ("JPEGImages", "SegmentationClass"),
+        ("images", "labels"),
+        ("leftImg8bit", "gtFine"),
+        ("imgs", "ground_truth"),
+        ("Images", "Masks"),
+        ("image", "SegmentationClassPNG"),
+        ("rgb", "annotations"),
+    ],
+)
+def test_pictures_and_their_maps_are_no_classes(tmp_path, pictures, maps):
+    top = tmp_path / "set" / "VOC2012"
+    save(top / pictures / "1.jpg", picture(0))
+    save(top / maps / "1.png", Image.fromarray(np.zeros((40, 40), np.uint8)))
+    save(top / "SegmentationObject" / "1.png", picture(0))
+    with pytest.raises(DataError, match=f"holds pictures and their maps .*{pictures}, unpacked") as refused:
+        open_images(tmp_path, 8)
+    source = open_images(str(refused.value).partition("give ")[2].partition(",")[0], 8)
+    assert source.class_names == () and len(source) == 1
+    shutil.rmtree(top / "SegmentationObject")
+    (top / pictures).rename(top / "images_")
+    (top / maps).rename(top / "masks")
+    (top / "images_").rename(top / "images")
+    (top / "classes.json").write_text('["a", "b"]')
+    assert open_images(tmp_path, 8).map_class_names == ("a", "b")
+
+
+def test_classes_may_be_named_like_pictures_or_maps_alone(tmp_path):
+    for folder in ("labels", "bottles"):
+        save(tmp_path / "a" / folder / "1.png")
+    for folder in ("photos", "drawings"):
+        save(tmp_path / "b" / folder / "1.png")
+    assert open_images(tmp_path / "a", 8).class_names == ("bottles", "labels")
+    assert open_images(tmp_path / "b", 8).class_names == ("drawings", "photos")
+
+
+def test_splits_inside_classes_are_said(tmp_path, caplog):
+    for name in ("cat/train/1.png", "cat/val/2.png", "dog/train/1.png", "dog/val/2.png"):
+        save(tmp_path / name)
+    assert open_images(tmp_path, 8).class_names == ("cat", "dog")
+    assert "the splits train, val inside the class folders are taken together" in caplog.text
+
+
+def test_pictures_beside_those_with_maps_are_told_of(mapped, caplog):
+    (mapped / "images" / "IMG_1.HEIC").write_bytes(b"")
+    assert open_images(mapped, 16).map_class_names
+    assert "1 files are passed over: 1 .heic (save them as JPEG or PNG)" in caplog.text
+
+
+def test_maps_in_a_format_that_is_not_read_are_named(tmp_path):
+    save(tmp_path / "images" / "1.png")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "1.heic").write_bytes(b"")
+    (tmp_path / "classes.json").write_text('["a", "b"]')
+    with pytest.raises(DataError, match=r"images in both that are read \(1 \.heic \(save them as JPEG or PNG\)\)"):
+        open_images(tmp_path, 8)
 
 
 @pytest.mark.parametrize("name", ["trainer", "devil", "valley", "test tube", "evaluate", "trainstation"])
@@ -340,6 +403,29 @@ def test_names_that_are_not_utf_8_are_latin_1_and_in_a_zip_of_dos_code_page_437(
             store_member(archive, b"caf" + byte + b"/1.png", file.read_bytes(), system)
             store_member(archive, b"the/1.png", file.read_bytes(), system)
         assert open_images(tmp_path / "a.zip", 8, strict=True).class_names == ("café", "the")
+
+
+def test_guessed_encodings_are_said(tmp_path, caplog):
+    file = save(tmp_path / "x.png")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        store_member(archive, "猫/1.png".encode("cp932"), file.read_bytes(), 0)
+        store_member(archive, b"the/1.png", file.read_bytes(), 0)
+    open_images(tmp_path / "a.zip", 8)
+    assert "1 names are not UTF-8, and their encoding is guessed" in caplog.text and "unzip -O cp932" in caplog.text
+
+
+@pytest.mark.parametrize("valid", [True, False])
+def test_unicode_names_beside_those_in_a_code_page_are_read(tmp_path, valid):
+    file, raw = save(tmp_path / "x.png"), "猫/1.png".encode("cp932")
+    crc = zlib.crc32(raw) if valid else 0
+    field = b"\1" + crc.to_bytes(4, "little") + "猫/1.png".encode()
+    member = _Unflagged(raw.decode("cp437"))
+    member.create_system, member.extra = 0, struct.pack("<HH", 0x7075, len(field)) + field
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(member, file.read_bytes())
+        store_member(archive, b"the/1.png", file.read_bytes(), 0)
+    source = open_images(tmp_path / "a.zip", 8, strict=True)
+    assert ("猫" in source.class_names) == valid and len(source.class_names) == 2
 
 
 def test_names_that_become_equal_are_refused(tmp_path):
@@ -770,7 +856,7 @@ def test_bad_places_are_refused_with_a_remedy(tmp_path):
     (tmp_path / "table.csv").write_text("1,2")
     with pytest.raises(DataError, match=r"no images in .*; it has 1 other files, such as table.csv; latentflow reads"):
         open_images(tmp_path, 8)
-    with pytest.raises(DataError, match=r"table.csv is a single file; give the folder it lies in"):
+    with pytest.raises(DataError, match=r"table.csv is a single file; give the folder it lies in or unpacks to"):
         open_images(tmp_path / "table.csv", 8)
     (tmp_path / "bad.zip").write_bytes(b"PK and then nonsense")
     with pytest.raises(DataError, match=r"bad.zip is not a readable zip archive .*; pack or copy it anew"):

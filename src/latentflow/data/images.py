@@ -154,18 +154,18 @@ class ImageFiles:
 
         top = wrapper(images)
         has_maps = _has_maps(_below(top, images), store.path)
+        others = [name for name in files if name not in images]
         if not has_maps and any(name.rpartition("/")[2] == "classes.json" for name in files):
+            unread = counted(unread_pictures(others, mark))
             raise DataError(
-                f"{store.path} has a classes.json, but not images/ and masks/ with images in both; add what is "
-                "missing, or take classes.json away"
+                f"{store.path} has a classes.json, but not images/ and masks/ with images in both"
+                f"{f' that are read ({unread})' if unread else ''}; add what is missing, or take classes.json away"
             )
         folder = f"{top}images/" if has_maps else top
         prefix = folder + wrapper(_below(folder, images))
         names = sorted(_below(prefix, images))
         self.class_names = class_folders(names, store.path, prefix, has_maps)
-        if not has_maps:
-            others = [name for name in files if name not in images]
-            tell_passed_over(others, folders, self.class_names, prefix, store.path, mark)
+        tell_passed_over(others, [] if has_maps else folders, self.class_names, prefix, store.path, mark)
         self._label_of = {name: label for label, name in enumerate(self.class_names)}
         self._maps = None
         if has_maps:

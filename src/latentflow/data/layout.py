@@ -13,7 +13,15 @@ from latentflow.errors import DataError
 
 _SPLIT = re.compile(
     r"(train(ing|val)?|val(id(ation)?)?|minival|test(ing)?|eval(uation)?|dev|hold[-_ ]?out|unlabell?ed)"
-    r"([-_ ]?(set|split|data|images?|imgs))?[-_ ]?\d*",
+    r"([-_ ]?(set|split|data|images?|imgs))?[-_ ]?(\d*|[ab])|images(tr|ts)",  # trainA: unpaired sets; imagesTr: nnU-Net
+    re.IGNORECASE,
+)
+_PICTURES = re.compile(
+    r"(jpeg|png|rgb|colou?r|input)?[-_ ]?(images?|imgs?|pictures?|photos?)|rgb|leftimg8bit", re.IGNORECASE
+)
+_MAPS = re.compile(
+    r"((png|class|semantic|pixel|seg)[-_ ]?)?(masks?|labels?|labelmaps?|annotations?|trimaps?|ground[-_ ]?truths?)"
+    r"|segmentations?([-_ ]?(class|object|masks?|maps?)(png|raw|aug)?)?|segmaps?|gt(fine|coarse)?",
     re.IGNORECASE,
 )
 _CONVERT, _UNPACK, _CUT = "save them as JPEG or PNG", "unpack them", "save their frames as images"
@@ -51,13 +59,14 @@ def class_folders(names: Iterable[str], where: Path, prefix: str, has_maps: bool
         prefix: the folder that wraps all images, with its last slash.
 
     Raises:
-        DataError: images lie beside folders of images, or a folder is named as a split.
+        DataError: images lie beside folders of images, a folder is named as a split, or one holds maps of another.
     """
-    tops, loose = set(), 0
+    tops, inner, loose = set(), set(), 0
     for name in names:
-        top, slash, _ = name.partition("/")
-        tops |= {top} if slash else set()
-        loose += not slash
+        top, *below = name.split("/")
+        tops |= {top} if below else set()
+        inner |= {below[0]} if len(below) > 1 else set()
+        loose += not below
     if tops and loose:
         raise DataError(
             f"{where} has {loose} images beside {len(tops)} sub-folders with images ({_some(tops)}): "
@@ -73,6 +82,16 @@ def class_folders(names: Iterable[str], where: Path, prefix: str, has_maps: bool
         raise DataError(
             f"{where} holds the splits {_some(splits)}{beside}, not classes: {remedy}{way_out if beside else ''}"
         )
+    pictures, maps = (sorted(filter(kind.fullmatch, tops)) for kind in (_PICTURES, _MAPS))
+    if pictures and maps and not has_maps:
+        raise DataError(
+            f"{where} holds pictures and their maps ({pictures[0]}, {maps[0]}), not classes: give "
+            f"{where / prefix / pictures[0]}, unpacked if need be, to do without maps; to learn from them, rename the "
+            "two to images and masks and write a classes.json beside them; if they are classes, rename one, for "
+            f"example to {maps[0]}_class"
+        )
+    if len(splits := sorted(filter(_SPLIT.fullmatch, inner))) > 1 and tops:
+        notice(f"{where}: the splits {_some(splits)} inside the class folders are taken together, as images of one set")
     return tuple(sorted(tops))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
+import struct
 import threading
 import unicodedata
 import zipfile
@@ -30,7 +31,7 @@ SUFFIXES += (".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".
 
 _CLUTTER = {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "lost+found", "system volume information"}
 _CLUTTER |= {"thumbs.db", "ehthumbs.db", "desktop.ini"}
-_UTF8_FLAG, _ENCRYPTED_FLAG, _DOS = 0x800, 0x1, 0
+_UTF8_FLAG, _ENCRYPTED_FLAG, _DOS, _UNICODE_PATH = 0x800, 0x1, 0, 0x7075
 _MARK_BYTES = 4096  # enough to see what a file is
 _CHUNK = 1 << 20  # bytes read at a time
 _SAVED_TOGETHER = 5000  # files
@@ -76,7 +77,9 @@ def open_store(path: Path) -> FolderStore | ZipStore:
         return FolderStore(path)
     if path.suffix.lower() == ".zip" and stat.S_ISREG(mode):
         return ZipStore(path)
-    raise DataError(f"{path} is a single file; give the folder it lies in, or a .zip file, or 'synthetic'")
+    raise DataError(
+        f"{path} is a single file; give the folder it lies in or unpacks to, or a .zip file, or 'synthetic'"
+    )
 
 
 class FolderStore:
@@ -91,8 +94,10 @@ class FolderStore:
         Raises:
             DataError: a folder cannot be listed, or two files have names that mean the same.
         """
-        found, special = Listing({}, []), []
+        found, special, guessed = Listing({}, []), [], []
         for name, path, entry in self._walk(self.path, "", "", frozenset([self.path.resolve()])):
+            if not _is_utf8(os.fsencode(path)):
+                guessed.append(name)
             if _is(entry, "is_dir"):
                 found.folders.append(name)
             elif _is(entry, "is_file") or not os.path.exists(entry.path):  # noqa: PTH110 - a dangling link is broken
@@ -102,6 +107,7 @@ class FolderStore:
         if special:
             some = f"{min(special)}{', ...' if len(special) > 1 else ''}"
             notice(f"{self.path}: {len(special)} pipes, sockets, devices or looping links are not read ({some})")
+        _tell_guessed(self.path, guessed, "rename them")
         return found
 
     def files(self) -> dict[str, StoredFile]:
@@ -189,9 +195,11 @@ class ZipStore:
         Raises:
             DataError: it is encrypted, or two members have names that mean the same.
         """
-        found, folders, outside = Listing({}, []), set(), []
+        found, folders, outside, guessed = Listing({}, []), set(), [], []
         for member in self._archive()[0].infolist():
             name = _member_name(member)
+            if not _is_utf8(_raw_name(member)):
+                guessed.append(name)
             if ".." in name.split("/"):
                 outside.append(name)
             if any(map(is_clutter, name.split("/"))):
@@ -205,6 +213,7 @@ class ZipStore:
             _add(found, name, StoredFile(member.filename, member.file_size), self.path)
         if outside:
             notice(f"{self.path}: {len(outside)} members that lead out of it are not read ({min(outside)})")
+        _tell_guessed(self.path, guessed, "unpack it with the right one, such as `unzip -O cp932`, and give the folder")
         found.folders.extend(sorted(folders))
         return found
 
@@ -288,18 +297,46 @@ def _identity(size: int, crc: int) -> str:
 
 def _member_name(member: zipfile.ZipInfo) -> str:
     """A member's name: forward slashes only, and no "./" or "/" in front, whatever program packed the archive."""
-    name = member.filename.replace("\\", "/")
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    if not member.flag_bits & _UTF8_FLAG:  # Python has read the bytes as code page 437, which gives them back
-        other = "cp437" if member.create_system == _DOS else "latin-1"
-        parts = [_as_text(part.encode("cp437", "replace"), other) for part in parts]
-    return unicodedata.normalize("NFC", "/".join(parts))
+    other = "cp437" if member.create_system == _DOS else "latin-1"
+    parts = _raw_name(member).replace(b"\\", b"/").split(b"/")
+    return "/".join(_as_text(part, other) for part in parts if part not in (b"", b"."))
+
+
+def _raw_name(member: zipfile.ZipInfo) -> bytes:
+    """The bytes of a member's name, in UTF-8 where the archive has it like that."""
+    if member.flag_bits & _UTF8_FLAG:
+        return member.filename.encode("utf-8", "surrogatepass")
+    raw = member.filename.encode("cp437", "replace")  # what Python has read the bytes as, which gives them back
+    return _unicode_path(member.extra, raw) or raw
+
+
+def _unicode_path(extra: bytes, raw: bytes) -> bytes | None:
+    """The UTF-8 name that WinRAR and Info-ZIP give beside one in a code page (APPNOTE 4.6.9); None without it."""
+    while len(extra) >= 4:
+        kind, size = struct.unpack("<HH", extra[:4])
+        field, extra = extra[4 : 4 + size], extra[4 + size :]
+        if kind == _UNICODE_PATH and field[1:5] == zlib.crc32(raw).to_bytes(4, "little") and _is_utf8(field[5:]):
+            return field[5:]
+    return None
+
+
+def _is_utf8(name: bytes) -> bool:
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _as_text(name: bytes, otherwise: str) -> str:
     """A part of a path, UTF-8 if its bytes are that."""
-    try:
-        text = name.decode()
-    except UnicodeDecodeError:
-        text = name.decode(otherwise)
-    return unicodedata.normalize("NFC", text)
+    return unicodedata.normalize("NFC", name.decode() if _is_utf8(name) else name.decode(otherwise))
+
+
+def _tell_guessed(where: Path, names: Sequence[str], remedy: str) -> None:
+    """Say that an encoding is guessed."""
+    if names:
+        notice(
+            f"{where}: {len(names)} names are not UTF-8, and their encoding is guessed (such as {min(names)}); where "
+            f"they read wrong, {remedy}"
+        )
