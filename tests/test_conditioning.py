@@ -1,5 +1,7 @@
 """Conditions and their nulls: built one way, dropped each on its own, refused where a model has none."""
 
+import csv
+
 import numpy as np
 import pytest
 import torch
@@ -230,6 +232,17 @@ def test_a_name_is_compared_composed_and_a_class_may_look_like_a_notation():
     assert odd.class_indices(["Z\u00fcrich", "Doe, Jane", " padded"]) == [2, 3, 4]
     with pytest.raises(ConfigError, match="'#1' and '#4' in one list"):
         odd.class_indices(["#1", "#4"])
+
+
+@pytest.mark.parametrize("name", ["tench, Tinca tinca", 'a "b", c', '"quoted"'])
+def test_a_name_is_shown_as_a_list_asks_for_it(name):
+    """What the message shows, copied into --classes, asks for that class."""
+    model = Conditioning(class_names=["cat", name, "007"])
+    with pytest.raises(ConfigError, match="no class is named") as refused:
+        model.class_indices(name.split(",")[:1] if "," in name else ["xyz"])
+    shown = next(csv.reader([str(refused.value).rsplit(": ", 1)[1]], skipinitialspace=True, strict=True))
+    assert name in shown
+    assert 1 in model.class_indices(shown)
 
 
 def test_an_unconditional_model_has_no_class_to_ask_for():

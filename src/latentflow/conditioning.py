@@ -208,8 +208,10 @@ class Conditioning(BaseModel):
                 f"class #{index} does not exist; this model has the classes #0 to #{self.num_classes - 1}"
             )
         name = given.strip()
-        hint = nearest(name, self.class_names)
-        if re.fullmatch("[0-9]{1,9}", name) and int(name) < self.num_classes:
+        hint = nearest(name, [_in_a_list(one) for one in self.class_names])
+        if begun := next((one for one in self.class_names if one.startswith(f"{name},")), None):
+            hint = f"a name with a comma stands in double quotes: {_in_a_list(begun)}"
+        elif re.fullmatch("[0-9]{1,9}", name) and int(name) < self.num_classes:
             hint = f"the class with that index, {self.class_names[int(name)]!r}, is written '#{int(name)}'"
         raise ConfigError(f"no class is named {name!r}; {hint}")
 
@@ -244,6 +246,11 @@ class Conditioning(BaseModel):
 
     def _null(self, field: str) -> float:
         return {"labels": self.null_label, "masked_latents": 0, "mask": 1, "class_fractions": 0}[field]
+
+
+def _in_a_list(name: str) -> str:
+    """A class's name as a list in CSV asks for it."""
+    return '"' + name.replace('"', '""') + '"' if "," in name or name.startswith('"') else name
 
 
 def _written_index(given: int | str) -> int | None:
