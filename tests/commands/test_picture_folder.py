@@ -82,6 +82,17 @@ def test_pictures_of_another_request_are_refused(draw, tmp_path, other, said):
     draw(tmp_path / "another", **{"num": 4, **other})
 
 
+def test_class_folders_of_a_person_are_refused_and_folders_of_ours_are_not(draw, tmp_path):
+    draw(tmp_path / "drawn" / "apples", num=1, classes="apple")
+    (tmp_path / "drawn" / "notes").mkdir()
+    draw(tmp_path / "drawn", num=2)
+    Image.new("RGB", (16, 16)).save(tmp_path / "drawn" / "notes" / "holiday.jpg")
+    before = tiny.tree(tmp_path)
+    with pytest.raises(ArtifactError, match=r"folders of other pictures \(notes/holiday.jpg\); give another --out"):
+        draw(tmp_path / "drawn", num=2)
+    assert tiny.tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("name", ["holiday.jpg", "apple_seed-00000000.png", "gridlock.png"])
 def test_pictures_of_a_person_are_refused(draw, tmp_path, name):
     Image.new("RGB", (16, 16)).save(tmp_path / name)

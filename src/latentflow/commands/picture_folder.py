@@ -45,8 +45,8 @@ class DrawnFolder:
 class PictureFolder:
     """The folder of the pictures of some requests; other pictures in it are refused when this is made.
 
-    What an earlier run of the same requests left there is kept. Files that are no images, and those in folders
-    below, are of no concern.
+    What an earlier run of the same requests left there is kept. Files that are no images are of no concern, nor are
+    pictures of this program in folders below; other pictures there make it a folder of data.
 
     Args:
         requests: all that belongs in it, of all processes.
@@ -57,6 +57,7 @@ class PictureFolder:
 
     def __init__(self, flow: LatentFlow, folder: str | Path, *requests: SampleRequest):
         self.path = require_writable(folder)
+        _refuse_data(self.path)
         self._flow = flow
         self._evaluations: dict[str, int] = {}
         expected = {self._name(row): row for request in requests for row in _rows(request)}
@@ -126,6 +127,24 @@ def refuse_others(folder: Path, why: Callable[[Path], str]) -> None:
         raise ArtifactError(
             f"{folder} holds {many} of this request: {others[0]}; give another --out, so that they do not mix"
         )
+
+
+def _refuse_data(folder: Path) -> None:
+    """Refuse a folder with class folders of somebody's own pictures: what is drawn would become part of them."""
+    for below in sorted(folder.glob("[!.]*/")):
+        first = next((file for file in sorted(below.glob("[!.]*")) if is_image(file.name) and file.is_file()), None)
+        if first is not None and not _drawn_here(first):
+            raise ArtifactError(
+                f"{folder} holds folders of other pictures ({below.name}/{first.name}); "
+                "give another --out, so that they do not mix"
+            )
+
+
+def _drawn_here(file: Path) -> bool:
+    try:
+        return GRID.search(file.name) is not None or read_facts(str(file)) is not None
+    except BrokenImage:
+        return True
 
 
 def _rows(request: SampleRequest) -> Iterator[SampleRequest]:
