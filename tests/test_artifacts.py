@@ -15,6 +15,7 @@ from latentflow.artifacts import (
     atomic_folder,
     contents,
     make_folder,
+    open_tensors,
     read_json,
     read_tensors,
     remove_folder,
@@ -23,6 +24,7 @@ from latentflow.artifacts import (
     require_writable,
     restore,
     sha256_tensors,
+    verify_checksums,
     write_json,
     write_tensors,
     write_text,
@@ -324,3 +326,51 @@ def test_results_may_not_become_data(tmp_path):
     require_apart(tmp_path / "run", tmp_path / "run" / "data", replaced=("model",))
     with pytest.raises(ArtifactError, match=r"images lies inside .*model, which is written anew; choose another place"):
         require_apart(tmp_path / "run", tmp_path / "run" / "model" / "images", replaced=("model",))
+
+
+def flipped(file: Path, place: int) -> None:
+    """Flip one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[place // 8] ^= 1 << place % 8
+    file.write_bytes(content)
+
+
+def test_every_flipped_bit_of_a_tensor_file_is_noticed(tmp_path):
+    """In the data, in the header, in the metadata and in the checksums themselves."""
+    tensors = {"a": torch.randn(2, 3), "b": torch.arange(3), "c": torch.zeros(0, 4), "d": torch.tensor(1.5).half()}
+    file = tmp_path / "t.safetensors"
+    write_tensors(file, tensors, {"rows": "0 256"})
+    whole = file.read_bytes()
+    used = []
+    for place in range(8 * len(whole)):
+        flipped(file, place)
+        try:
+            found = read_tensors(file)
+        except ArtifactError as error:
+            assert "\n" not in str(error)
+        else:
+            same = found.keys() == tensors.keys() and all(torch.equal(found[n], tensors[n]) for n in tensors)
+            used.append(same and open_tensors(file).metadata().get("rows") == "0 256")
+        file.write_bytes(whole)
+    assert all(used)  # a bit that changes nothing, such as one in the padding
+
+
+@pytest.mark.parametrize("value", [1e30, float("nan"), 0.0])
+def test_a_planted_value_is_named(tmp_path, value):
+    file = tmp_path / "t.safetensors"
+    write_tensors(file, {"fine": torch.ones(3), "bad": torch.ones(4)})
+    with open_tensors(file) as opened:
+        metadata = opened.metadata()
+    save_file({"fine": torch.ones(3), "bad": torch.tensor([1.0, 1.0, value, 1.0])}, file, metadata=metadata)
+    with pytest.raises(ArtifactError, match=r"t\.safetensors is damaged: tensor 'bad' does not match"):
+        read_tensors(file)
+    verify_checksums(False)
+    try:
+        assert read_tensors(file)["bad"][0] == 1
+    finally:
+        verify_checksums(True)
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    save_file({"x": torch.ones(3)}, tmp_path / "old.safetensors")
+    assert torch.equal(read_tensors(tmp_path / "old.safetensors")["x"], torch.ones(3))

@@ -16,6 +16,7 @@ import shutil
 import socket
 import stat
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -310,21 +311,85 @@ def read_json(path: str | Path) -> Any:
         raise ArtifactError(f"{path} is not valid JSON ({error}); the file is damaged or of another kind") from error
 
 
+def checksum_of(value: Any) -> int:
+    """The CRC-32 of a value that JSON can hold, however it is laid out in a file."""
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors as safetensors, complete or not at all."""
+    """Write named tensors as safetensors, complete or not at all, with a checksum of each in the metadata."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = dict(metadata or {})
+    metadata[_CHECKSUMS] = json.dumps(
+        {"": _metadata_checksum(metadata)} | {name: _checksum(name, tensor) for name, tensor in contiguous.items()}
+    )
     with atomic_file(path) as temporary:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(contiguous, temporary, metadata=dict(metadata or {}))
+        safetensors.torch.save_file(contiguous, temporary, metadata=metadata)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read every tensor of a safetensors file, memory-mapped, on the CPU.
+    """Read every tensor of a safetensors file, memory-mapped, on the CPU, and check them; see `checked_tensors`.
 
     Raises:
-        ArtifactError: the file is missing, truncated, or not safetensors.
+        ArtifactError: the file is missing, truncated, damaged, or not safetensors.
     """
     with open_tensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return checked_tensors(file, path)
+
+
+def checked_tensors(file: safe_open, path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of an opened safetensors file, compared with its checksum where the file has checksums.
+
+    A checksum is the CRC-32 of name, type, shape and bytes; it finds every change of up to 32 bits in a row.
+
+    Raises:
+        ArtifactError: something was changed since the file was written.
+    """
+    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    metadata = dict(file.metadata() or {})
+    if _CHECKSUMS not in metadata or not _verify:
+        return tensors
+    try:
+        expected = dict(json.loads(metadata.pop(_CHECKSUMS)))
+    except (ValueError, TypeError):
+        raise _damaged(path, "its checksums") from None
+    if expected.pop("", None) != _metadata_checksum(metadata):
+        raise _damaged(path, "its metadata")
+    for name in sorted(tensors.keys() | expected.keys()):
+        if name not in tensors or expected.get(name) != _checksum(name, tensors[name]):
+            raise _damaged(path, f"tensor {name!r}")
+    return tensors
+
+
+def verify_checksums(wanted: bool) -> None:
+    """Whether what is read from now on is compared with its checksums; it is unless this says otherwise."""
+    global _verify
+    _verify = wanted
+
+
+def verifies() -> bool:
+    """Whether what is read is compared with its checksums."""
+    return _verify
+
+
+_CHECKSUMS = "crc32"
+_verify = True
+
+
+def _checksum(name: str, tensor: Tensor) -> int:
+    """The CRC-32 of a contiguous tensor."""
+    begun = zlib.crc32(f"{name}:{tensor.dtype}:{list(tensor.shape)}".encode())
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), begun) if tensor.numel() else begun
+
+
+def _metadata_checksum(metadata: Mapping[str, str]) -> int:
+    return checksum_of(dict(metadata))
+
+
+def _damaged(path: str | Path, what: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path} is damaged: {what} does not match the checksum it was written with; copy, fetch or make the file again"
+    )
 
 
 def open_tensors(path: str | Path) -> safe_open:

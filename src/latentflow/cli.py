@@ -144,6 +144,19 @@ def _draws(verb: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+@app.callback()
+def shared(
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare what is read with its checksums; before the command.")
+    ] = False,
+) -> None:
+    """What every command understands."""
+    if no_verify:
+        from latentflow.artifacts import verify_checksums
+
+        verify_checksums(False)
+
+
 @app.command(epilog="Example: latentflow encode photos --autoencoder stabilityai/sd-vae-ft-mse --out caches/photos")
 def encode(
     data: Annotated[str, typer.Argument(help="A folder or zip of images, an LMDB, or synthetic:COUNT.")],

@@ -32,7 +32,7 @@ _held: set[int] = set()
 
 
 @contextmanager
-def only_writer(path: str | Path, *, launch: bool = False) -> Iterator[None]:
+def only_writer(path: str | Path, *, launch: bool = False, rank: int | None = None) -> Iterator[None]:
     """Hold the lock of a folder, or of a file that is to be written; others are refused meanwhile.
 
     The folder is made where it is missing, and taken away again where nothing was written into it. What writers that
@@ -42,13 +42,14 @@ def only_writer(path: str | Path, *, launch: bool = False) -> Iterator[None]:
     Args:
         path: a folder; or a file name, by its suffix, whose lock stands beside it.
         launch: the processes of one launcher write together; otherwise each of them but the first is refused, too.
+        rank: which of them this one is; None: as the launcher says.
 
     Raises:
         ArtifactError: another process holds it: its id, machine and command, and what to do.
     """
     path = Path(path)
     folder, name = (path.parent, f".{path.name}{LOCK}") if path.suffix == ".json" else (path, LOCK)
-    rank = process_rank()[0] if launch else 0
+    rank = (process_rank()[0] if rank is None else rank) if launch else 0
     require_writable(folder)
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     handle = None

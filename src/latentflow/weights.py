@@ -79,7 +79,16 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], origin: obje
     Raises:
         ArtifactError: a key is missing or unknown, a shape differs, or a value is not a finite number.
     """
-    expected = network.state_dict()
+    require_values(network.state_dict(), weights, origin)
+    network.load_state_dict(dict(weights))
+
+
+def require_values(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: object) -> None:
+    """Refuse weights of other names, shapes or kinds of numbers than `expected`, or that are not finite.
+
+    Raises:
+        ArtifactError: naming the tensor.
+    """
     shapes = {name: list(tensor.shape) for name, tensor in expected.items()}
     _compare(shapes, {name: list(tensor.shape) for name, tensor in weights.items()}, origin, "its config")
     for name, tensor in weights.items():
@@ -87,7 +96,6 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], origin: obje
             raise ArtifactError(f"{origin}: {name!r} holds {tensor.dtype}, and {expected[name].dtype} is needed")
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise ArtifactError(f"{origin}: {name!r} holds values that are not finite; copy or fetch the file again")
-    network.load_state_dict(dict(weights))
 
 
 def _compare(

@@ -22,17 +22,18 @@ import torch
 from torch import Tensor
 
 from latentflow.artifacts import (
+    checked_tensors,
     contents,
     make_folder,
     open_tensors,
     read_json,
-    remove_leftovers,
     sha256_tensors,
     write_json,
     write_tensors,
 )
 from latentflow.errors import ArtifactError, ConfigError, NonFiniteError, nearest
 from latentflow.latent_flow import LatentFlow
+from latentflow.locks import holder, only_writer
 from latentflow.metrics.features import FeatureExtractor
 from latentflow.metrics.statistics import require_features
 from latentflow.randomness import derive_seed
@@ -43,7 +44,8 @@ LABEL_POLICIES = ("balanced", "uniform", "data", "none")
 SHARD_SIZE = 256  # images; the most that a kill loses
 _PLAN = "plan.json"
 _POLL_SECONDS = 0.1
-_PATIENCE_SECONDS = 3600  # without a new shard of another process
+_PATIENCE_SECONDS = 40  # for another process that is not there, or not yet
+_PATIENCE_WITHOUT_LOCKS_SECONDS = 3600  # where nobody can see whether it is
 
 OnImages = Callable[[int], None]
 
@@ -253,14 +255,14 @@ def compute_in_shards(
             raise ConfigError(f"{num_processes} processes share their work through files: give --out")
         return join_columns([compute(rows) for rows in shards])
     folder = make_folder(folder)
-    remove_leftovers(folder)
-    _claim(folder, json.loads(json.dumps({**plan, "shard_size": SHARD_SIZE})))
-    for rows in shards[rank::num_processes]:
-        if _read_shard(folder, rows) is None:
-            write_tensors(_shard(folder, rows), compute(rows), {"rows": f"{rows.start} {rows.stop}"})
-        else:
-            on_images(len(rows))
-    return join_columns([_awaited(folder, rows) for rows in shards])
+    with only_writer(folder, launch=True, rank=rank):
+        _claim(folder, json.loads(json.dumps({**plan, "shard_size": SHARD_SIZE})))
+        for rows in shards[rank::num_processes]:
+            if _read_shard(folder, rows) is None:
+                write_tensors(_shard(folder, rows), compute(rows), {"rows": f"{rows.start} {rows.stop}"})
+            else:
+                on_images(len(rows))
+        return join_columns([_awaited(folder, rows, process) for rows in shards])
 
 
 def join_columns(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -300,19 +302,30 @@ def _read_shard(folder: Path, rows: range) -> dict[str, Tensor] | None:
         with open_tensors(_shard(folder, rows)) as file:
             if (file.metadata() or {}).get("rows") != f"{rows.start} {rows.stop}":
                 return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            return checked_tensors(file, _shard(folder, rows))
     except ArtifactError:
         return None
 
 
-def _awaited(folder: Path, rows: range) -> dict[str, Tensor]:
-    """The tensors of a shard, once the process that computes it has written it."""
-    began, seen = time.monotonic(), -1
+def _awaited(folder: Path, rows: range, process: tuple[int, int]) -> dict[str, Tensor]:
+    """The tensors of a shard, once the process that computes it has written it.
+
+    Raises:
+        ArtifactError: they will not come: that process is dead, or files are being removed.
+    """
+    rank, num_processes = process
+    owner = rows.start // SHARD_SIZE % num_processes
+    seen = time.monotonic()
     while (tensors := _read_shard(folder, rows)) is None:
-        finished = len(list(folder.glob("shard-*.safetensors")))
-        if finished > seen:
-            began, seen = time.monotonic(), finished
-        if time.monotonic() - began > _PATIENCE_SECONDS:
-            raise ArtifactError(f"{_shard(folder, rows)} never came from another process; repeat the command to go on")
+        if owner == rank or not folder.is_dir():
+            raise ArtifactError(f"{_shard(folder, rows)} was removed while it was needed; repeat the command to go on")
+        if holder(folder, owner):
+            seen = time.monotonic()
+        patience = _PATIENCE_SECONDS if holder(folder, rank) else _PATIENCE_WITHOUT_LOCKS_SECONDS
+        if time.monotonic() - seen > patience:
+            raise ArtifactError(
+                f"{_shard(folder, rows)} does not come: process {owner} of {num_processes} has ended or never began; "
+                "repeat the command to go on"
+            )
         time.sleep(_POLL_SECONDS)
     return tensors

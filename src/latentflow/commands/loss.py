@@ -63,6 +63,7 @@ def held_out_images(model: LatentFlow, data: str | Path, *, seed: int = 0) -> Tr
     source: LatentCache | ImageSource
     if is_cache(data):
         source = LatentCache(data)
+        source.verify()
         source.require_autoencoder(model.autoencoder)
         if source.plan.image_size != config.image_size:
             raise ConfigError(f"{data} holds images of {source.plan.image_size}, the model draws {config.image_size}")

@@ -28,6 +28,7 @@ from latentflow.latent_flow import CONFIG_FILE, LatentFlow, default_device, read
 from latentflow.locks import writes
 from latentflow.model_config import AutoencoderRecord, ModelConfig, TrainingRecord
 from latentflow.processes import process_rank
+from latentflow.progress import image_progress
 from latentflow.randomness import derive_seed
 from latentflow.sampling.request import check_request
 from latentflow.training.changes import RECIPE_FILE, Changes, check_changes
@@ -294,6 +295,8 @@ def open_source(recipe: Recipe) -> LatentCache | ImageSource:
     if not is_cache(data.path):
         return open_images(data.path, data.image_size)
     cache = LatentCache(data.path)
+    with image_progress("checking", len(cache)) as on_images:
+        cache.verify(on_images)
     if cache.plan.image_size != data.image_size:
         size = cache.plan.image_size
         raise ConfigError(

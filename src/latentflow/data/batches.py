@@ -7,6 +7,8 @@ where a run was interrupted, and an epoch may end in the middle of a batch.
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
@@ -20,7 +22,10 @@ from latentflow.data.items import ImageSource
 from latentflow.data.latent_cache import LatentCache
 from latentflow.data.latent_size import class_counts, hide, hole_counts, shares, told_mask
 from latentflow.data.masks import MaskRules, draw_mask
+from latentflow.errors import DataError, LatentFlowError
 from latentflow.randomness import ImageRandom, derive_seed
+
+_LEAST_SHARED_BYTES = 16 << 20  # of /dev/shm, for a few batches of latents
 
 
 @dataclass(frozen=True)
@@ -248,15 +253,60 @@ def stream_batches(
         num_workers: processes that read and decode images; 0: in this process, enough for a latent cache.
         pin_memory: for copies to a GPU that do not block.
     """
+    if num_workers:
+        _require_shared_memory(num_workers)
     loader = DataLoader(
-        images,
+        _Told(images),
         batch_sampler=positions,
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=_as_is,
         prefetch_factor=4 if num_workers else None,
     )
-    return iter(loader)
+    return _read(iter(loader), num_workers)
+
+
+class _Told(Dataset):
+    """Images whose faults are handed on as values: an exception from another process would bring its traceback."""
+
+    def __init__(self, images: TrainingImages):
+        self.images = images
+
+    def __getitems__(self, positions: list[int]) -> Batch | DataError:
+        try:
+            return self.images.__getitems__(positions)
+        except (LatentFlowError, OSError) as error:
+            return DataError(str(error))
+
+
+def _read(batches: Iterator[Batch | DataError], num_workers: int) -> Iterator[Batch]:
+    while True:
+        try:
+            batch = next(batches)
+        except (RuntimeError, OSError) as error:
+            if not num_workers:
+                raise
+            reason = str(error).strip().splitlines()[-1]
+            raise DataError(
+                f"one of {num_workers} processes that read images ahead was lost ({reason}); use data.num_workers=0, "
+                "or give more memory, shared memory (/dev/shm) or open files (ulimit -n)"
+            ) from error
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _require_shared_memory(num_workers: int) -> None:
+    """Batches of other processes come through /dev/shm; where there is none, torch waits for minutes."""
+    try:
+        num_bytes = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        num_bytes = 0 if sys.platform == "linux" else _LEAST_SHARED_BYTES
+    if num_bytes < _LEAST_SHARED_BYTES:
+        raise DataError(
+            f"data.num_workers={num_workers} needs shared memory, and /dev/shm has {num_bytes / 2**20:.0f} MiB; use "
+            "data.num_workers=0, or start the container with --shm-size=1g"
+        )
 
 
 def _as_is(batch: Batch) -> Batch:

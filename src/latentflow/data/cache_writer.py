@@ -38,6 +38,7 @@ from latentflow.data.latent_cache import (
     ShardRecord,
     check_size,
     parse_record,
+    sealed,
 )
 from latentflow.data.latent_size import class_counts, hide, hole_counts
 from latentflow.data.masks import MaskRules, check_masks, draw_mask, masks_fingerprint
@@ -104,7 +105,10 @@ def write_cache(
         else:
             on_images(len(rows))
             on_kept(len(rows))
-    return _finish(folder, plan, source)
+    index = _finish(folder, plan, source)
+    if index is None and num_processes == 1:
+        raise ArtifactError(f"records of {folder} were removed while it was being filled; repeat the command to go on")
+    return index
 
 
 def _plan(source: ImageSource, autoencoder: Autoencoder, **options: Any) -> CachePlan:
@@ -255,7 +259,7 @@ def _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, st
         cut_sum=sum(cuts),
         cut_most=max(cuts, default=0.0),
     )
-    write_json(folder / f"{_shard_name(number)}.json", record.model_dump(mode="json"))
+    write_json(folder / f"{_shard_name(number)}.json", sealed(record))
 
 
 def _empty_tensors(plan: CachePlan) -> dict[str, Tensor]:
@@ -336,10 +340,10 @@ def _finished(folder: Path, number: int, source_fingerprint: str) -> ShardRecord
     record = folder / f"{_shard_name(number)}.json"
     if not record.exists():
         return None
-    shard = parse_record(ShardRecord, record)
-    if shard.source_fingerprint != source_fingerprint:
-        return None
     try:
+        shard = parse_record(ShardRecord, record)
+        if shard.source_fingerprint != source_fingerprint:
+            return None
         check_size(folder, shard)
     except ArtifactError:
         return None
@@ -367,7 +371,7 @@ def _finish(folder: Path, plan: CachePlan, source: ImageSource) -> CacheIndex | 
     index = CacheIndex(
         plan=plan, num_images=num_images, channel_mean=mean, channel_std=std, shards=shards, broken=broken
     )
-    write_json(folder / "index.json", index.model_dump(mode="json"))
+    write_json(folder / "index.json", sealed(index))
     if plan.class_names:
         files = [open_tensors(folder / shard.file) for shard in shards]
         labels = {label for file in files for label in file.get_tensor("labels").tolist()}

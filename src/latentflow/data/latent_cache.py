@@ -19,7 +19,7 @@ map, V mask variants of an image.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +28,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from latentflow.artifacts import open_tensors, read_json, sha256_file
+from latentflow.artifacts import checksum_of, open_tensors, read_json, sha256_file, verifies
 from latentflow.autoencoder import Autoencoder, latent_mean
 from latentflow.data.latent_size import shares, told_mask
 from latentflow.data.masks import MaskRules
 from latentflow.errors import ArtifactError, DataError
+from latentflow.ledger import Ledger
 
 SCHEMA_VERSION = 1
 CROP_RULE = "adm-center"
@@ -93,6 +94,7 @@ class ShardRecord(_Record):
     source_fingerprint: str = ""  # of this shard's images
     cut_sum: float = 0.0  # of the shares that the squares leave out of their pictures
     cut_most: float = 0.0
+    checksum: int | None = None  # of this record
 
 
 class CachedSource(_Record):
@@ -111,6 +113,7 @@ class CacheIndex(_Record):
     channel_std: list[float]
     shards: list[ShardRecord]
     broken: list[str]
+    checksum: int | None = None  # of this record
 
     @property
     def cut(self) -> tuple[float, float]:
@@ -235,17 +238,30 @@ class LatentCache:
             self._names = [name for file in files for name in json.loads(file.metadata()["names"])]
         return self._names
 
-    def verify(self) -> None:
-        """Compare every shard with its checksum.
+    def verify(self, on_images: Callable[[int], None] = lambda num_images: None) -> None:
+        """Compare every shard with its checksum; a file that was found right once is not read again until it changes.
+
+        Args:
+            on_images: told the number of images just found right.
 
         Raises:
             ArtifactError: one differs.
         """
-        for shard in self.index.shards:
-            if sha256_file(self.folder / shard.file) != shard.sha256:
-                raise ArtifactError(
-                    f"{self.folder / shard.file} does not match its checksum; run `latentflow encode` again"
-                )
+        if not verifies():
+            return
+        with Ledger("sha256", self.folder) as ledger:
+            for shard in self.index.shards:
+                file = self.folder / shard.file
+                status = file.stat()
+                found = ledger.get(shard.file, status)
+                if found is None:
+                    ledger.put(shard.file, status, found := sha256_file(file))
+                if found != shard.sha256:
+                    raise ArtifactError(
+                        f"{file} is damaged: it does not match its checksum; run the same `latentflow encode` again, "
+                        "which encodes this shard anew"
+                    )
+                on_images(shard.num_images)
 
     def require_autoencoder(self, autoencoder: Autoencoder) -> None:
         """Refuse another latent space than the one the cache was made in.
@@ -262,6 +278,7 @@ class LatentCache:
 
     def _row(self, tensor: str, index: int) -> Tensor:
         shard = int(np.searchsorted(self._first_rows, index, side="right")) - 1
+        check_size(self.folder, self.index.shards[shard])  # reading what was cut off would kill the process
         if (shard, tensor) not in self._open:
             self._open[shard, tensor] = open_tensors(self.folder / self.index.shards[shard].file).get_tensor(tensor)
         return self._open[shard, tensor][index - int(self._first_rows[shard])]
@@ -298,10 +315,27 @@ def parse_record(record: type[_Record], file: Path) -> Any:
         ArtifactError: the file is damaged or of another schema.
     """
     try:
-        return record.model_validate(read_json(file))
+        found = record.model_validate(read_json(file))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ArtifactError(
             f"{file} does not fit latent cache schema {SCHEMA_VERSION} ({where}: {first['msg']})"
         ) from error
+    checksum = getattr(found, "checksum", None)
+    if checksum is not None and checksum != record_checksum(found):
+        raise ArtifactError(
+            f"{file} is damaged: it does not match its checksum; run the same `latentflow encode` again, which makes "
+            "it anew"
+        )
+    return found
+
+
+def record_checksum(record: _Record) -> int:
+    """The checksum of a record without the checksum in it; fields that later versions add do not change it."""
+    return checksum_of(record.model_dump(mode="json", exclude={"checksum"}, exclude_defaults=True))
+
+
+def sealed(record: _Record) -> dict[str, Any]:
+    """A record with its checksum, to be written as JSON."""
+    return {**record.model_dump(mode="json"), "checksum": record_checksum(record)}

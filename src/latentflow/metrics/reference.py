@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 
-from latentflow.artifacts import open_tensors, write_tensors
+from latentflow.artifacts import checked_tensors, open_tensors, write_tensors
 from latentflow.errors import ArtifactError, DataError
 from latentflow.metrics.pickled import read_pickled_arrays
 from latentflow.metrics.statistics import FeatureStatistics
@@ -98,7 +98,7 @@ def load_reference(path: str | Path) -> Reference:
         if text is None:
             raise ArtifactError(f"{path} holds no reference statistics, but other tensors")
         try:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = checked_tensors(file, path)
             return Reference(FeatureStatistics.from_state(tensors), Provenance.model_validate_json(text))
         except (ValidationError, SafetensorError, DataError) as error:
             reason = " ".join(str(error).split())[:300]

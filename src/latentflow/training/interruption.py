@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +26,16 @@ class Outcome:
 
 @contextmanager
 def collected_signals() -> Iterator[list[int]]:
-    """Collect the first SIGTERM or SIGINT, so that the step at hand is finished and saved; the second one kills."""
+    """Collect the first SIGTERM, SIGINT or SIGHUP: the step at hand is finished and saved; the second one kills.
+
+    A signal that is ignored, as SIGHUP under nohup, stays ignored. Outside the main thread none can be collected.
+    """
     received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in before.items():

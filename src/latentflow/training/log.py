@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from latentflow.artifacts import write_text
+from latentflow.artifacts import write_text, writing
 from latentflow.console import printable
+from latentflow.errors import ArtifactError
 from latentflow.flow.times import sum_by_time
 
 NUM_TIME_BINS = 10
@@ -103,7 +104,7 @@ class RunLog:
         """Write one line of numbers; nested ones (loss by time bin) go to TensorBoard as "key/subkey"."""
         if not self.enabled:
             return
-        with self.file.open("a", encoding="utf-8") as file:
+        with writing(self.file), self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         self.progress.update(
             self.task, completed=step, loss=f"{values['loss']:.4f}", speed=f"{values['images_per_second']:.0f}"
@@ -112,10 +113,11 @@ class RunLog:
             speed, rate = values["images_per_second"], values["learning_rate"]
             self.say(f"step {step:>7}  loss {values['loss']:.4f}  lr {rate:.2e}  {speed:.1f} images/s")
         if self.tensorboard:
-            for key, value in values.items():
-                parts = value.items() if isinstance(value, dict) else [("", value)]
-                for part, number in parts:
-                    self.tensorboard.add_scalar(f"{key}/{part}".rstrip("/"), number, step)
+            with writing(self.file.with_name("tensorboard")):
+                for key, value in values.items():
+                    parts = value.items() if isinstance(value, dict) else [("", value)]
+                    for part, number in parts:
+                        self.tensorboard.add_scalar(f"{key}/{part}".rstrip("/"), number, step)
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -136,7 +138,8 @@ class RunLog:
         if self.enabled:
             self.progress.stop()
             if self.tensorboard:
-                self.tensorboard.close()
+                with writing(self.file.with_name("tensorboard")):
+                    self.tensorboard.close()
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
@@ -145,11 +148,14 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for number, text in enumerate(file.read_bytes().splitlines(), start=1):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            line = json.loads(text)
+        except ValueError:  # of bytes that are no UTF-8, too
             break
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
+            raise ArtifactError(f"{file}, line {number} is damaged: it holds no step; delete that line")
+        lines.append(line)
     return lines
 
 
