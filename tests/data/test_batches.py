@@ -2,6 +2,7 @@ import itertools
 import pickle
 import shutil
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import open_images
 from latentflow.data.latent_cache import LatentCache
 from latentflow.data.masks import MaskRules, draw_mask
+from latentflow.errors import DataError
 from latentflow.flow.times import TrainingTimes
 from latentflow.training.step import training_step
 from tests import tiny
@@ -299,3 +301,25 @@ def test_a_batch_without_spatial_data_has_none(pictures, segmented_cache):
         assert [getattr(batch, name) for name in ("mask", "known_moments", "known_pixels", "class_fractions")] == (
             [None] * 4
         )
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_that_goes_missing_is_one_line_with_and_without_workers(tmp_path, num_workers):
+    folder = tiny.write_images(tmp_path / "fruit")
+    images = TrainingImages(open_images(folder, tiny.IMAGE_SIZE), seed=0, flip=False)
+    for file in folder.rglob("*.png"):
+        file.unlink()
+    positions = StreamPositions(0, 2, 2, 0, 1)
+    batches = stream_batches(images, positions, num_workers=num_workers, pin_memory=False)
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    assert "\n" not in str(caught.value)
+    assert "No such file" in str(caught.value)
+
+
+def test_without_shared_memory_workers_are_refused(cache, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    images = TrainingImages(LatentCache(cache), seed=0, flip=False)
+    with pytest.raises(DataError, match=r"/dev/shm has 1 MiB; use data\.num_workers=0"):
+        stream_batches(images, StreamPositions(0, 2, 2, 0, 1), num_workers=2, pin_memory=False)
+    assert next(stream_batches(images, StreamPositions(0, 2, 2, 0, 1), num_workers=0, pin_memory=False))

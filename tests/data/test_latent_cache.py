@@ -16,7 +16,7 @@ from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
 from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import BrokenImage, open_images
 from latentflow.data.items import ImageItem
-from latentflow.data.latent_cache import LatentCache
+from latentflow.data.latent_cache import CacheIndex, LatentCache, ShardRecord, parse_record
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from tests import processes, tiny
 
@@ -481,3 +481,41 @@ def test_the_index_says_what_the_squares_leave_out(tmp_path, kl):
         Image.new("RGB", size).save(tmp_path / "in" / f"{n}.png")
     index = write_cache(open_images(tmp_path / "in", 16), kl, tmp_path / "cache", shard_size=3)
     assert index.cut == (pytest.approx((0.25 + 0.25 + 0 + 0.75) / 4), 0.75)
+
+
+def test_a_flipped_bit_of_a_shard_is_noticed_and_encoding_again_helps(cache, tmp_path, images, kl):
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    shard = copy / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 4
+    shard.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"shard-00001\.safetensors is damaged.*encode` again"):
+        LatentCache(copy).verify()
+    write_cache(open_images(images, tiny.IMAGE_SIZE), kl, copy, flips=True, shard_size=5)
+    told = []
+    LatentCache(copy).verify(told.append)
+    assert sum(told) == tiny.NUM_IMAGES
+    assert tiny.tree(copy) == tiny.tree(cache)
+
+
+@pytest.mark.parametrize("name", ["index.json", "shard-00001.json"])
+def test_a_digit_of_a_record_is_noticed_and_encoding_again_helps(cache, tmp_path, images, kl, name):
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    record = json.loads((copy / name).read_text())
+    sums = record["channel_mean"] if name == "index.json" else record["channel_sum"]
+    sums[0] += 0.5
+    (copy / name).write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match=rf"{name} is damaged"):
+        parse_record(CacheIndex if name == "index.json" else ShardRecord, copy / name)
+    write_cache(open_images(images, tiny.IMAGE_SIZE), kl, copy, flips=True, shard_size=5)
+    assert tiny.tree(copy) == tiny.tree(cache)
+
+
+def test_a_shard_that_is_cut_off_while_it_is_read(cache, tmp_path):
+    """Reading its mapped memory would kill the process."""
+    copy = LatentCache(shutil.copytree(cache, tmp_path / "cache"))
+    copy.moments([6], [False])
+    with (copy.folder / "shard-00001.safetensors").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ArtifactError, match=r"shard-00001\.safetensors is truncated"):
+        copy.moments([6], [False])
