@@ -202,10 +202,11 @@ def model(
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every file and folder below `folder`, hidden ones included, with a hash of its content."""
+    """Every file and folder below `folder`, hidden ones but locks included, with a hash of its content."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))
+        if ".lock" not in path.name
     }
 
 

@@ -325,6 +325,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     )
     with atomic_file(path) as temporary:
         safetensors.torch.save_file(contiguous, temporary, metadata=metadata)
+        _sort_metadata(temporary)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -370,6 +371,18 @@ def verify_checksums(wanted: bool) -> None:
 def verifies() -> bool:
     """Whether what is read is compared with its checksums."""
     return _verify
+
+
+def _sort_metadata(file: Path) -> None:
+    """Bring the metadata into one order, which safetensors leaves to chance: equal contents are equal bytes."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            opened.seek(8)
+            opened.write(text.ljust(size))
 
 
 _CHECKSUMS = "crc32"

@@ -150,7 +150,7 @@ def test_a_flipped_bit_is_found_by_verify_and_mended(tmp_path, cache, source, kl
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"shard-00001\.safetensors does not match its checksum"):
+    with pytest.raises(ArtifactError, match=r"shard-00001\.safetensors is damaged: it does not match its checksum"):
         LatentCache(damaged).verify()
     write_cache(source, kl, damaged, flips=True, shard_size=5)
     LatentCache(damaged).verify()
