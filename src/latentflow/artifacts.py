@@ -321,7 +321,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = dict(metadata or {})
     metadata[_CHECKSUMS] = json.dumps(
-        {"": _metadata_checksum(metadata)} | {name: _checksum(name, tensor) for name, tensor in contiguous.items()}
+        {"": _metadata_checksum(metadata)} | {name: _checksum(name, tensor) for name, tensor in contiguous.items()},
+        sort_keys=True,
     )
     with atomic_file(path) as temporary:
         safetensors.torch.save_file(contiguous, temporary, metadata=metadata)
