@@ -148,7 +148,8 @@ def test_a_look_passes_over_what_is_broken(images, kl_folder, tmp_path):
     own = shutil.copytree(images, tmp_path / "own")
     for number in range(6):
         (own / "apple" / f"{number}.png").write_bytes(b"no image")
-    seen = look(own, tmp_path / "cache", num=18, autoencoder=kl_folder, image_size=SIDE, device="cpu")
+    seen = look(own, tmp_path / "sheet.png", num=18, autoencoder=kl_folder, image_size=SIDE, device="cpu")
+    assert seen.sheet == tmp_path / "sheet.png"
     assert len(seen.names) == 12 and not any(name.startswith("apple") for name in seen.names)
 
 

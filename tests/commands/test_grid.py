@@ -44,6 +44,11 @@ def test_small_pictures_are_enlarged_by_a_whole_number():
     assert image_grid(torch.zeros(1, 3, 256, 256, dtype=torch.uint8), 1, captions=["cat"]).size == (256, 271)
 
 
+def test_accents_that_the_font_lacks_are_left_out():
+    for name in ("Zürich", "Zu\u0308rich"):
+        assert grid._legible(name) in ("Zürich", "Zurich")
+
+
 def test_letters_that_the_font_lacks_are_written_as_codes():
     assert grid._legible("plain") == "plain"
     assert grid._legible("猫\x1b[2J") == "\\u732b\\x1b[2J"

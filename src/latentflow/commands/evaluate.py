@@ -38,7 +38,7 @@ from latentflow.commands.reference import (
     reference_features,
     reference_file,
 )
-from latentflow.errors import ConfigError, DataError
+from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.locks import writes
 from latentflow.metrics.features import FeatureExtractor
 from latentflow.metrics.lpips import load_lpips
@@ -330,7 +330,10 @@ def _places(out: str | Path | None) -> tuple[Path | None, Path | None]:
 
 def _report_of(place: str | Path) -> Path:
     """The file of a report that is given by its folder or as it is."""
-    return Path(place) / _REPORT if Path(place).is_dir() else Path(place)
+    file = Path(place) / _REPORT if Path(place).is_dir() else Path(place)
+    if not file.exists():
+        raise ArtifactError(f"--against {place}: there is no {file}; give what `latentflow evaluate --out` wrote")
+    return file
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -74,8 +75,13 @@ def _width(text: str) -> int:
 
 
 def _legible(text: str) -> str:
-    """`text` in letters that Pillow's own font has; others are written as their codes."""
-    return "".join(c if c.isascii() or _is_drawn(c) else f"\\u{ord(c):04x}" for c in printable(text))
+    """`text` in letters that Pillow's own font has: others without their accents, or else as their codes."""
+    return "".join(c if c.isascii() or _is_drawn(c) else _rewritten(c) for c in printable(normalize("NFC", text)))
+
+
+def _rewritten(letter: str) -> str:
+    plain = normalize("NFKD", letter).encode("ascii", "ignore").decode()
+    return plain or f"\\u{ord(letter):04x}"
 
 
 def _is_drawn(letter: str) -> bool:

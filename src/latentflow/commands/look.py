@@ -64,7 +64,7 @@ def look(
     """
     if not 1 <= num <= _MOST_IMAGES:
         raise ConfigError(f"--look {num}: a sheet has 1 to {_MOST_IMAGES} images")
-    sheet = Path(out).with_name(f"{Path(out).name}.png")
+    sheet = Path(out).with_name(f"{Path(out).name.removesuffix('.png')}.png")
     require_apart(sheet, data)
     require_writable(sheet, suffix=".png")
     source = open_images(data, image_size, first=first)
