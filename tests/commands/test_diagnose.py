@@ -229,6 +229,24 @@ def test_verdicts_on_fine_detail(power, mark, word):
     assert found.mark == mark and word in found.text
 
 
+@pytest.mark.parametrize(("powers", "ratio"), [([4.0], 4), ([1, 4.0], 4), ([1, 1, 4.0], 4), ([9, 9, 9, 4.0], 4)])
+def test_the_highest_frequencies_are_at_least_one(powers, ratio):
+    assert fine_detail(list(range(1, len(powers) + 1)), powers, [1.0] * len(powers)) == ratio
+
+
+@pytest.mark.parametrize("spectrum", [[], [0.0], [0.0, 0.0]])
+def test_no_power_at_all_is_no_trouble(spectrum):
+    """Latents of one pixel, or data without any variation."""
+    nothing = {
+        "frequencies": list(range(1, len(spectrum) + 1)),
+        "spectrum_samples": spectrum,
+        "spectrum_data": spectrum,
+        "spectrum_halves": (spectrum, spectrum),
+    }
+    found = diagnosis(latents=diagnosis().latents.model_copy(update=nothing))
+    assert marks(found)["Fine detail"] == "undecided"
+
+
 def copying(copied: int, num: int = 100, **changes) -> Diagnosis:
     """`copied` of `num` samples are copies; with as many held-out images."""
     spread = [1 + n / num for n in range(num)]

@@ -244,6 +244,6 @@ def largest_shift(moments: ChannelMoments, reference: ChannelMoments) -> tuple[f
 
 def fine_detail(frequencies: list[int], power: list[float], reference: list[float]) -> float:
     """A power spectrum over another one in the highest third of the frequencies."""
-    first = -(-2 * len(frequencies) // 3) if len(frequencies) > 1 else 0
+    first = max(min(-(-2 * len(frequencies) // 3), len(frequencies) - 1), 0)
     below = sum(reference[first:])
     return sum(power[first:]) / below if below else math.inf

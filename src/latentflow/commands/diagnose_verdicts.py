@@ -64,6 +64,8 @@ def verdicts(diagnosis: Diagnosis) -> list[Verdict]:
 
 def _mark(value: float, error: float, good: float, bad: float) -> Mark:
     """By a value that is better the smaller it is, where `error` does not carry it across a limit; NaN is bad."""
+    if math.isinf(error):
+        return "undecided"
     low, high = (_exact_mark(value + sign * _SIGMAS * error, good, bad) for sign in (-1, 1))
     return low if low == high else "undecided"
 
@@ -149,6 +151,8 @@ def _detail_verdict(statistics: LatentStatistics) -> Verdict:
     ratio = fine_detail(statistics.frequencies, statistics.spectrum_samples, statistics.spectrum_data)
     by_chance = fine_detail(statistics.frequencies, *statistics.spectrum_halves)
     mark = _mark(_log(ratio), _log(by_chance) / _SIGMAS, math.log(1.25), math.log(2))
+    if not statistics.frequencies:
+        return Verdict(mark=mark, topic="Fine detail", text="Latents of one pixel have none.", rule="")
     kind = "" if mark in ("good", "undecided") else ": too smooth" if ratio < 1 else ": too rough"
     return Verdict(
         mark=mark,
