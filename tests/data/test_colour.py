@@ -357,6 +357,11 @@ def test_numbers_that_use_their_range_are_no_news(notices, values):
     assert notices == []
 
 
+def test_numbers_of_32_bits_that_use_16_need_no_scaling(notices):
+    assert read(encoded(gray([[0, 65526]], np.int32), "TIFF"))[0, 1, 0] == 255
+    assert notices == []
+
+
 def deep_png(values: np.ndarray, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG of 16 bits a channel from [H, W, channels] numbers, which Pillow cannot write."""
     height, width, channels = values.shape

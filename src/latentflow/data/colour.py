@@ -73,9 +73,9 @@ def _eight_bits(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image
     if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"pixels of mode {image.mode} have no defined white; save it as 8 or 16 bits a channel")
     top, wide = int(values.max()), image.mode == "I" and image.format != "PPM"  # PPM is scaled to 16 bits
-    if wide or 0 < top < _DARKEST:
-        bits = max(top.bit_length(), 8)
-        white = (1 << (bits if wide else bits + bits % 2)) - 1  # of 8, 10, 12 or 14 bits
+    bits = max(top.bit_length(), 8)
+    white = (1 << (bits if wide else bits + bits % 2)) - 1  # of 8, 10, 12 or 14 bits
+    if white < 65535 and (wide or 0 < top < _DARKEST):
         notice(
             f"{name} holds {32 if wide else 16}-bit numbers, of which 65535 is white, and its largest is {top}; if "
             f"{white} is white there, scale all such files first and save them as PNG, in Pillow Image.fromarray("
