@@ -234,6 +234,18 @@ def test_a_name_is_compared_composed_and_a_class_may_look_like_a_notation():
         odd.class_indices(["#1", "#4"])
 
 
+@pytest.mark.parametrize("given", [b"cat", ["cat", None], [None, 1], ["cat", b"dog"], [["cat"]], 1.0, True])
+def test_a_class_is_a_text_or_a_whole_number(given):
+    with pytest.raises(ConfigError, match="is neither a name nor an index; give a text or a whole number"):
+        ANIMALS.class_indices(given)
+
+
+@pytest.mark.parametrize("given", [{"cat", "dog"}, frozenset({0})])
+def test_classes_have_an_order(given):
+    with pytest.raises(ConfigError, match="a set has no order; give a list"):
+        ANIMALS.class_indices(given)
+
+
 @pytest.mark.parametrize("name", ["tench, Tinca tinca", 'a "b", c', '"quoted"'])
 def test_a_name_is_shown_as_a_list_asks_for_it(name):
     """What the message shows, copied into --classes, asks for that class."""

@@ -18,7 +18,7 @@ import operator
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import replace
 from typing import Annotated, Literal, get_args
 
@@ -223,8 +223,11 @@ class Conditioning(BaseModel):
         Raises:
             ConfigError: there is no such class, or names and indices stand in one list.
         """
-        listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-        indices = [one for one in listed if not self._is_name(one)]
+        if isinstance(given, Set):
+            raise ConfigError(f"classes {given!r}: a set has no order; give a list")
+        listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else [given]
+        asked = [one if isinstance(one, str) else _written_index(one) for one in listed]
+        indices = [one for one in asked if not self._is_name(one)]
         if len(listed) == 1 and (indices == ["#none"] or (listed == ["none"] and self._named("none") is None)):
             return []
         if indices and len(indices) < len(listed):
