@@ -290,7 +290,7 @@ def require_own_gpu() -> int:
     if 0 < num_gpus < num_processes and process_rank()[1] > 1:
         raise ConfigError(
             f"the launcher started {num_processes} processes on this machine, which shows them {num_gpus} GPU(s); "
-            f"start {num_gpus}, or stay on the CPU"
+            f"start {num_gpus}, or stay on the CPU (`train --cpu`, `--device cpu` of other verbs)"
         )
     return rank
 

@@ -131,7 +131,7 @@ def train(
             save_checkpoint(
                 run, replace(progress, loss_scale=scale), network, ema, optimizer, keep=config.keep_checkpoints
             )
-        accelerator.wait_for_everyone()
+        _wait_for_all(accelerator)
 
     log = RunLog(run, num_steps=config.steps, first_step=progress.step, enabled=main)
     if newest:
@@ -191,6 +191,11 @@ def _open_stream(
     return stream_batches(
         images, positions, num_workers=recipe.data.num_workers, pin_memory=accelerator.device.type == "cuda"
     )
+
+
+def _wait_for_all(accelerator: Accelerator) -> None:
+    """Wait until every process gets here. Accelerate's own barrier asks for a GPU of each, also of those on the CPU."""
+    accelerator.reduce(torch.zeros(1, device=accelerator.device))
 
 
 def _all_agree_to_stop(accelerator: Accelerator, received: list[int], step: int, every: int) -> bool:
