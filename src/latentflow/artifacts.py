@@ -267,7 +267,7 @@ def require_apart(out: str | Path, *data: str | Path | None, replaced: Sequence[
     place = Path(out).resolve()
     for source in filter(None, data):
         folder = Path(source).resolve()
-        if folder.is_dir() and place.is_relative_to(folder):
+        if place.is_relative_to(folder) and folder.is_dir():
             raise ArtifactError(f"{out} lies inside {source} and would become part of it; choose another place")
         if part := next((name for name in replaced if folder.is_relative_to(place / name)), None):
             raise ArtifactError(f"{source} lies inside {Path(out) / part}, which is written anew; choose another place")

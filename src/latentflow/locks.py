@@ -51,7 +51,8 @@ def only_writer(path: str | Path, *, launch: bool = False, rank: int | None = No
     folder, name = (path.parent, f".{path.name}{LOCK}") if path.suffix == ".json" else (path, LOCK)
     rank = (process_rank()[0] if rank is None else rank) if launch else 0
     require_writable(folder)
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    together = launch and process_rank()[1] > 1  # the last one to leave tidies up, whoever made the folder
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()] or [folder] * together
     handle = None
     try:
         handle = _acquire(folder, name, rank, path, launch)
