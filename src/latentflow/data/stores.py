@@ -213,7 +213,8 @@ class ZipStore:
             _add(found, name, StoredFile(member.filename, member.file_size), self.path)
         if outside:
             notice(f"{self.path}: {len(outside)} members that lead out of it are not read ({min(outside)})")
-        _tell_guessed(self.path, guessed, "unpack it with the right one, such as `unzip -O cp932`, and give the folder")
+        unpack = f'zipfile.ZipFile("{self.path}", metadata_encoding="cp932").extractall("DST")'
+        _tell_guessed(self.path, guessed, f"unpack it with the right one, in Python 3.11 {unpack}, and give DST")
         found.folders.extend(sorted(folders))
         return found
 
