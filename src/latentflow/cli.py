@@ -73,7 +73,8 @@ AllowChange = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check all of it, without a step and without writing.")]
 PrintRecipe = Annotated[
-    bool, typer.Option("--print", help="Print all of the recipe, everything decided, as the run's recipe.yaml has it.")
+    bool,
+    typer.Option("--print", help="Print the whole recipe, everything decided, in place of the summary."),
 ]
 
 Model = Annotated[str, typer.Argument(help="A model folder, a run folder or a hub id.")]

@@ -119,7 +119,7 @@ def test_yaml_cannot_run_code(load, tmp_path):
         ("data.image_size=32768", "data.image_size = 32768"),
         ("data.num_workers=1000", "data.num_workers = 1000"),
         ("optimizer.betas=0.9,1", "optimizer.betas.1 = 1.0"),
-        ("optimizer.betas=0.9", "optimizer.betas needs 2 values, not 1"),
+        ("optimizer.betas=0.9", "optimizer.betas needs 2 values, not 1; write them as [..., ...]"),
         ("optimizer.betas=0.9,0.99,0.999", "optimizer.betas needs 2 values, not 3"),
         ("times.std=0", "times.std = 0"),
         ("times.shift=1e5", "times.shift = 100000"),

@@ -158,9 +158,9 @@ def prepare(recipe: Recipe, *, cpu: bool = False, allow_change: Sequence[str] = 
         raise ConfigError("data.path is not set; add data.path=FOLDER (images, a zip, or a latent cache)")
     if not recipe.out:
         raise ConfigError("out is not set; add out=runs/NAME")
+    usable_name(recipe.data.path, "data.path")
     run = require_writable(usable_name(recipe.out, "out"))
     require_apart(run, recipe.data.path, recipe.data.images, recipe.data.masks.folder, replaced=_REPLACED)
-    usable_name(recipe.data.path, "data.path")
     recipe = _as_begun(_as_cached(recipe), run)
     changes = None if recipe.fit else check_changes(run, recipe, CHANGES, allow_change)
     source = open_source(recipe)

@@ -199,7 +199,10 @@ def _read_list(kind: Any, node: Node, key: str) -> list[Any]:
         raise ConfigError(f"{_first_place(node)}{key} is a section; write a list like [0.9, 0.99]")
     types_of = [one for one in typing.get_args(kind) if one is not Ellipsis]
     if typing.get_origin(kind) is tuple and Ellipsis not in typing.get_args(kind) and len(node) != len(types_of):
-        raise ConfigError(f"{_first_place(node)}{key} needs {len(types_of)} values, not {len(node)}")
+        shape = ", ".join(["..."] * len(types_of))
+        raise ConfigError(
+            f"{_first_place(node)}{key} needs {len(types_of)} values, not {len(node)}; write them as [{shape}]"
+        )
     return [_read(types_of[min(n, len(types_of) - 1)], entry, key) for n, entry in enumerate(node)]
 
 
