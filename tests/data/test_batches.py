@@ -1,6 +1,10 @@
 import itertools
+import multiprocessing
 import pickle
+import re
+import resource
 import shutil
+import time
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -10,7 +14,15 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from latentflow.data import batches
-from latentflow.data.batches import Batch, SpatialData, StreamPositions, TrainingImages, epoch_order, stream_batches
+from latentflow.data.batches import (
+    Batch,
+    SpatialData,
+    StreamPositions,
+    TrainingImages,
+    epoch_order,
+    lost_workers,
+    stream_batches,
+)
 from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import open_images
 from latentflow.data.latent_cache import LatentCache
@@ -323,3 +335,32 @@ def test_without_shared_memory_workers_are_refused(cache, monkeypatch):
     with pytest.raises(DataError, match=r"/dev/shm has 1 MiB; use data\.num_workers=0"):
         stream_batches(images, StreamPositions(0, 2, 2, 0, 1), num_workers=2, pin_memory=False)
     assert next(stream_batches(images, StreamPositions(0, 2, 2, 0, 1), num_workers=0, pin_memory=False))
+
+
+def test_with_few_open_files_workers_are_refused(cache, monkeypatch):
+    allowed = [32]
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (allowed[0], 4096))
+    images = TrainingImages(LatentCache(cache), seed=0, flip=False)
+    with pytest.raises(DataError, match=r"needs 144 open files, and 32 are allowed.*data\.num_workers=0") as said:
+        stream_batches(images, StreamPositions(0, 2, 2, 0, 1), num_workers=2, pin_memory=False)
+    allowed[0] = int(re.search(r"ulimit -n (\d+)", str(said.value))[1])
+    assert next(stream_batches(images, StreamPositions(0, 2, 2, 0, 1), num_workers=2, pin_memory=False))
+    allowed[0] = resource.RLIM_INFINITY
+    assert next(stream_batches(images, StreamPositions(0, 2, 2, 0, 1), num_workers=1, pin_memory=False))
+
+
+def test_a_reading_process_that_is_killed_is_one_line(images):
+    batches = stream_batches(
+        TrainingImages(open_images(images, tiny.IMAGE_SIZE), seed=0, flip=False),
+        StreamPositions(0, 2, 2, 0, 1),
+        num_workers=1,
+        pin_memory=False,
+    )
+    next(batches)
+    with pytest.raises(DataError, match=r"one of 1 processes .* was lost .*data\.num_workers=0"), lost_workers(1):
+        multiprocessing.active_children()[-1].kill()
+        while True:
+            next(batches)
+            time.sleep(0.01)  # torch may find out in here, too
+    with pytest.raises(RuntimeError, match="another fault"), lost_workers(1):
+        raise RuntimeError("another fault")

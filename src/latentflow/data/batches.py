@@ -7,9 +7,11 @@ where a run was interrupted, and an epoch may end in the middle of a batch.
 
 from __future__ import annotations
 
+import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 
@@ -26,6 +28,7 @@ from latentflow.errors import DataError, LatentFlowError
 from latentflow.randomness import ImageRandom, derive_seed
 
 _LEAST_SHARED_BYTES = 16 << 20  # of /dev/shm, for a few batches of latents
+_FILES_OF_BATCHES, _FILES_OF_A_WORKER = 128, 8  # open ones: tensors on their way, pipes
 
 
 @dataclass(frozen=True)
@@ -255,6 +258,7 @@ def stream_batches(
     """
     if num_workers:
         _require_shared_memory(num_workers)
+        _require_open_files(num_workers)
     loader = DataLoader(
         _Told(images),
         batch_sampler=positions,
@@ -279,21 +283,51 @@ class _Told(Dataset):
             return DataError(str(error))
 
 
+@contextmanager
+def lost_workers(num_workers: int) -> Iterator[None]:
+    """A process that reads images ahead and dies is one line, wherever torch raises it: it does so in any place.
+
+    Raises:
+        DataError: with what was said of it, and the remedy.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if num_workers and "DataLoader worker" in str(error):
+            raise _lost(num_workers, error) from error
+        raise
+
+
 def _read(batches: Iterator[Batch | DataError], num_workers: int) -> Iterator[Batch]:
     while True:
         try:
             batch = next(batches)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
             if not num_workers:
                 raise
-            reason = str(error).strip().splitlines()[-1]
-            raise DataError(
-                f"one of {num_workers} processes that read images ahead was lost ({reason}); use data.num_workers=0, "
-                "or give more memory, shared memory (/dev/shm) or open files (ulimit -n)"
-            ) from error
+            raise _lost(num_workers, error) from error
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+def _lost(num_workers: int, error: Exception) -> DataError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return DataError(
+        f"one of {num_workers} processes that read images ahead was lost ({reason}); use data.num_workers=0, "
+        "or give more memory, shared memory (/dev/shm) or open files (ulimit -n)"
+    )
+
+
+def _require_open_files(num_workers: int) -> None:
+    """Each tensor that comes from another process is an open file; where they run out, torch fails in many ways."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    needed = _FILES_OF_BATCHES + _FILES_OF_A_WORKER * num_workers
+    if allowed != resource.RLIM_INFINITY and allowed < needed:
+        raise DataError(
+            f"data.num_workers={num_workers} needs {needed} open files, and {allowed} are allowed; use "
+            f"data.num_workers=0, or allow more with `ulimit -n {max(needed, 1024)}`"
+        )
 
 
 def _require_shared_memory(num_workers: int) -> None:

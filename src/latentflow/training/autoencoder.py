@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from latentflow.autoencoder import sample_latents, to_unit_range
-from latentflow.data.batches import Batch, StreamPositions, TrainingImages, stream_batches
+from latentflow.data.batches import Batch, StreamPositions, TrainingImages, lost_workers, stream_batches
 from latentflow.errors import ConfigError
 from latentflow.randomness import ImageRandom, derive_seed
 from latentflow.shapes import image_mean
@@ -307,7 +307,7 @@ def train_autoencoder(
     if newest:
         log.say(f"resuming from step {progress.step} ({progress.images_seen:,} images seen)")
     means, clock, saved_at, ends = _Means(device), Clock(), progress.step, False
-    with log, collected_signals() as received:
+    with log, lost_workers(recipe.data.num_workers), collected_signals() as received:
         while progress.step < config.steps and not ends:
             rate = recipe.optimizer.rate(progress.step, config.steps)
             for group in optimizer.param_groups:

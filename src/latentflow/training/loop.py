@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
 
-from latentflow.data.batches import Batch, StreamPositions, TrainingImages, stream_batches
+from latentflow.data.batches import Batch, StreamPositions, TrainingImages, lost_workers, stream_batches
 from latentflow.errors import ConfigError
 from latentflow.latent_flow import LatentFlow, require_own_gpu
 from latentflow.processes import process_rank
@@ -140,7 +140,7 @@ def train(
         optimizer, accelerator.device, scaled=accelerator.scaler is not None, remedy=recipe.optimizer.gentler
     )
     losses, clock, saved_at, stopping = LossByTime(accelerator.device), Clock(), progress.step, False
-    with log, collected_signals() as received:
+    with log, lost_workers(recipe.data.num_workers), collected_signals() as received:
         while progress.step < config.steps and not stopping:
             rate = recipe.optimizer.rate(progress.step, config.steps)
             for group in optimizer.param_groups:
