@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -266,6 +267,7 @@ def stream_batches(
         pin_memory=pin_memory,
         collate_fn=_as_is,
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_outlive_one_signal,
     )
     return _read(iter(loader), num_workers)
 
@@ -281,6 +283,13 @@ class _Told(Dataset):
             return self.images.__getitems__(positions)
         except (LatentFlowError, OSError) as error:
             return DataError(str(error))
+
+
+def _outlive_one_signal(worker: int) -> None:
+    """Ctrl-C, a closed terminal and batch systems signal all processes at once, and the run needs images to end well."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 @contextmanager
