@@ -286,7 +286,7 @@ class _Told(Dataset):
 
 
 def _outlive_one_signal(worker: int) -> None:
-    """Ctrl-C, a closed terminal and batch systems signal all processes at once, and the run needs images to end well."""
+    """Ctrl-C, a closed terminal and batch systems signal all processes at once; the run needs images to end well."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
