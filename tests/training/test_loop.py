@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import socket
 import subprocess
 import sys
