@@ -26,7 +26,7 @@ test-oldest: .venv-oldest/installed
 
 # An environment that was not finished, or was made by another Python, is made anew.
 .venv/installed .venv-oldest/installed:
-	@command -v "$(PYTHON)" >/dev/null || { echo "there is no $(PYTHON) here; $(REMEDY)" >&2; exit 1; }
+	@"$(PYTHON)" -c "" 2>/dev/null || { echo "there is no $(PYTHON) that runs here; $(REMEDY)" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
 		"latentflow needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d; $(REMEDY)" % v)'
 	@"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make environments; install the \

@@ -70,7 +70,17 @@ def test_another_python_is_refused_before_anything_is_made(project, version):
 def test_no_python_is_told(project):
     done = make(project, None)
     assert done.returncode == 2
-    assert done.stderr.startswith("there is no ./python here; ")
+    assert done.stderr.startswith("there is no ./python that runs here; ")
+    assert not (project / ".venv").exists()
+
+
+def test_a_python_that_does_not_run_is_told(project):
+    """Managers of versions put stubs in the place of Pythons that are not installed."""
+    (project / "python").write_text("#!/bin/sh\necho 'not installed; try another' >&2\nexit 127\n", encoding="utf-8")
+    (project / "python").chmod(0o755)
+    done = make(project, None)
+    assert done.returncode == 2
+    assert done.stderr.startswith("there is no ./python that runs here; ")
     assert not (project / ".venv").exists()
 
 

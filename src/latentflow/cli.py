@@ -22,6 +22,7 @@ from rich.table import Table
 from latentflow.console import open_streams, printable, say
 from latentflow.door import guarded, hush_libraries
 from latentflow.errors import ConfigError, nearest
+from latentflow.processes import process_rank
 
 if TYPE_CHECKING:
     from latentflow.commands.pictures import Pictures
@@ -301,7 +302,8 @@ def train(
     if not result.outcome.finished:
         say(f"stopped by a signal at step {result.outcome.step}, saved; repeat the command to go on")
         raise typer.Exit(128 + (result.outcome.signal or 0))
-    say(f"{result.outcome.step} steps done; the model is {result.run / 'model'}")
+    if process_rank()[0] == 0:
+        say(f"{result.outcome.step} steps done; the model is {result.run / 'model'}")
 
 
 @app.command(epilog="Example: latentflow train-autoencoder own_images data.path=photos out=runs/photos_autoencoder")
