@@ -123,7 +123,7 @@ def test_deleting_the_file_of_a_lock_helps_as_the_message_says(tmp_path):
     Other(tmp_path)
     with pytest.raises(ArtifactError) as caught, only_writer(tmp_path):
         pass
-    Path(re.search(r"delete (\S+)\)", str(caught.value))[1]).unlink()
+    Path(re.search(r"delete (.+)\)", str(caught.value))[1]).unlink()
     with only_writer(tmp_path):
         assert holder(tmp_path, 0)
 

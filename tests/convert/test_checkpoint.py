@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shlex
 import subprocess
 from argparse import Namespace
 from pathlib import Path
@@ -237,7 +238,7 @@ def code(request, tmp_path_factory):
     trace = tmp_path_factory.mktemp("traces") / "ran"
     touch = f"open({str(trace)!r}, 'w').close()"
     harmful = {
-        "os.system": Runs(os.system, f"touch {trace}"),
+        "os.system": Runs(os.system, f"touch {shlex.quote(str(trace))}"),
         "subprocess": Runs(subprocess.check_call, ["touch", str(trace)]),
         "exec": Runs(exec, touch),
         "eval in a list": [1, [Runs(eval, touch)]],

@@ -111,7 +111,7 @@ def test_damage_is_named_and_the_remedy_helps(resume, tmp_path, damage):
         resume(damage)
     told = str(caught.value)
     assert "\n" not in told
-    folder = Path(re.search(r"delete (\S+) to go on from the checkpoint before it", told)[1])
+    folder = Path(re.search(r"delete (.+) to go on from the checkpoint before it", told)[1])
     assert folder.name == "step-00000004"
     shutil.rmtree(folder)
     assert newest_checkpoint(resume(run=tmp_path / "run")).name == "step-00000006"

@@ -28,14 +28,15 @@ class Outcome:
 def collected_signals() -> Iterator[list[int]]:
     """Collect the first SIGTERM, SIGINT or SIGHUP: the step at hand is finished and saved; the second one kills.
 
-    A signal that is ignored, as SIGHUP under nohup, stays ignored. Outside the main thread none can be collected.
+    A SIGHUP that is ignored, as nohup asks for, stays ignored. Outside the main thread none can be collected.
     """
     received: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():
         numbers = ()
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+    before = {number: signal.getsignal(number) for number in numbers}
+    if before.get(signal.SIGHUP) is signal.SIG_IGN:
+        del before[signal.SIGHUP]
 
     def restore() -> None:
         for number, handler in before.items():
