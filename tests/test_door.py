@@ -255,3 +255,13 @@ def test_the_log_is_in_the_cache_folder(failing, own_logs):
     failing(KeyError("x"))
     assert own_logs == cache_folder() / "logs"
     assert list(own_logs.glob("*.log"))
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_stream_is_no_fault(closed):
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m latentflow recipes {closed}', sys.executable], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b""
+    assert (done.stdout == b"") == (">&-" in closed.split())
