@@ -696,3 +696,13 @@ def test_metrics_lines_are_json(train):
     run = train("run", training={"steps": 2})
     for line in (run / "metrics.jsonl").read_text().splitlines():
         assert json.loads(line)["step"] in (1, 2)
+
+
+def test_a_damaged_line_of_metrics_costs_that_line_alone(tmp_path, caplog):
+    good = [{"step": step, "loss": 1.0} for step in (1, 2, 3)]
+    lines = [json.dumps(line).encode() for line in good]
+    bad = [b'{"step": "x"}', b"\xff\xfe{", b"[1]", b'{"step": 4, "lo']
+    mixed = [lines[0], bad[0], lines[1], *bad[1:3], lines[2], bad[3]]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(mixed))
+    assert read_metrics(tmp_path) == good
+    assert "4 of 7 lines" in caplog.text

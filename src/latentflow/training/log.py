@@ -16,8 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 from latentflow.artifacts import write_text, writing
-from latentflow.console import printable
-from latentflow.errors import ArtifactError
+from latentflow.console import notice, printable
 from latentflow.flow.times import sum_by_time
 
 NUM_TIME_BINS = 10
@@ -143,20 +142,23 @@ class RunLog:
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, oldest first; a last line cut short by a kill is left out."""
+    """The lines of a run's metrics.jsonl, oldest first; those that were cut short or damaged are left out, and said."""
     file = Path(run) / "metrics.jsonl"
     if not file.exists():
         return []
-    lines = []
-    for number, text in enumerate(file.read_bytes().splitlines(), start=1):
-        try:
-            line = json.loads(text)
-        except ValueError:  # of bytes that are no UTF-8, too
-            break
-        if not isinstance(line, dict) or type(line.get("step")) is not int:
-            raise ArtifactError(f"{file}, line {number} is damaged: it holds no step; delete that line")
-        lines.append(line)
+    found = file.read_bytes().splitlines()
+    lines = [line for line in map(_parsed, found) if line is not None]
+    if len(lines) < len(found):
+        notice(f"{len(found) - len(lines)} of {len(found)} lines of {file} cannot be read and are left out")
     return lines
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):  # of bytes that are no UTF-8, too
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
 def _drop_after(file: Path, step: int) -> None:
