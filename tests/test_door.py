@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentflow import door
+from latentflow import artifacts, door
+from latentflow.cli import main
 from latentflow.door import guarded
 from latentflow.errors import DataError
 from latentflow.ledger import cache_folder
@@ -265,3 +266,14 @@ def test_a_closed_stream_is_no_fault(closed):
     assert done.returncode == 0, done.stderr
     assert done.stderr == b""
     assert (done.stdout == b"") == (">&-" in closed.split())
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_every_command_understands_may_stand_anywhere(place, monkeypatch, capsys):
+    words = ["recipes", "--json"]
+    monkeypatch.setattr(artifacts, "_verify", True)
+    monkeypatch.setattr(sys, "argv", ["latentflow", *words[:place], "--no-verify", *words[place:]])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 0
+    assert not artifacts.verifies()

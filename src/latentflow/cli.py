@@ -149,7 +149,8 @@ def _draws(verb: Callable[..., None]) -> Callable[..., None]:
 @app.callback()
 def shared(
     no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Do not compare what is read with its checksums; before the command.")
+        bool,
+        typer.Option("--no-verify", help="Do not compare what is read with its checksums; also after the command."),
     ] = False,
 ) -> None:
     """What every command understands."""
@@ -1259,7 +1260,9 @@ def main() -> None:
 def _run() -> int:
     command = typer.main.get_command(app)
     try:
-        with command.make_context("latentflow", sys.argv[1:] or ["--help"]) as context:
+        # what every command understands may stand anywhere, and is looked for in front
+        args = sorted(sys.argv[1:], key=lambda arg: arg != "--no-verify")
+        with command.make_context("latentflow", args or ["--help"]) as context:
             command.invoke(context)
     except typer.Exit as ended:
         return ended.exit_code

@@ -15,6 +15,7 @@ from latentflow.artifacts import read_json, write_json
 from latentflow.commands import sweep as sweep_module
 from latentflow.commands import sweep_rounds
 from latentflow.commands.sweep import sweep
+from latentflow.commands.sweep_page import verdict
 from latentflow.commands.sweep_rounds import Candidates, SweepPlan, measure_rounds
 from latentflow.commands.sweep_rules import (
     Ceiling,
@@ -649,3 +650,8 @@ def test_a_folder_with_something_else_is_left_alone(small, tmp_path):
     with pytest.raises(ConfigError, match="is not empty, and no sweep"):
         small(out=tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_single_preset_is_not_said_to_be_compared(small):
+    found = verdict(small(steps=[1]))
+    assert found[0] == "euler-1 is the only preset that was measured: it was compared with nothing."

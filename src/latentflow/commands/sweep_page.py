@@ -79,9 +79,14 @@ def verdict(result: SweepResult) -> list[str]:
         margins = f"class accuracy lower by more than {100 * ACCURACY_MARGIN:g} points, or {margins} at equal accuracy"
     basis = f"{result.final.num:,} images each of {len(result.final.measured)} presets, the same seeds for all"
     if result.best is not None:
-        return [
+        found = (
             f"{result.best} is the cheapest preset that is as good as any other: none beats it by {margins} "
-            f"({100 * CONFIDENCE:g} % confidence; {basis}).",
+            f"({100 * CONFIDENCE:g} % confidence; {basis})."
+        )
+        if len(result.final.measured) == 1:
+            found = f"{result.best} is the only preset that was measured: it was compared with nothing."
+        return [
+            found,
             *(["It is the preset of the model now."] if result.written else []),
         ]
     return [
