@@ -53,6 +53,16 @@ def test_a_repeated_request_draws_only_what_is_missing(draw, tmp_path):
     assert tiny.tree(tmp_path / "parts") == before
 
 
+def test_a_picture_with_a_flipped_bit_is_drawn_again(draw, tmp_path):
+    (file,) = draw(tmp_path, num=1, batch_size=1).files
+    whole = file.read_bytes()
+    pixels = whole.index(b"IDAT") + 4
+    for place in range(pixels, len(whole) - 24, 37):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        assert draw(tmp_path, num=1, batch_size=1).kept == 0, place
+        assert file.read_bytes() == whole
+
+
 def test_more_of_the_same_request_may_be_drawn(draw, tmp_path):
     draw(tmp_path, num=4, batch_size=4)
     assert draw(tmp_path, num=8, batch_size=4).kept == 4

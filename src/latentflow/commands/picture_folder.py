@@ -17,7 +17,7 @@ from latentflow.data.stores import is_image
 from latentflow.errors import ArtifactError
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.naming import picture_facts, picture_name
-from latentflow.sampling.picture_file import read_facts, unlike
+from latentflow.sampling.picture_file import facts_in, read_facts, unlike
 from latentflow.sampling.pipeline import draw, drawn_by, tell_cost
 from latentflow.sampling.request import SampleRequest
 
@@ -93,7 +93,9 @@ class PictureFolder:
     def _look_at(self, file: Path, row: SampleRequest | None, request: SampleRequest) -> str:
         """Why a file is not of this request; "" where it is, or where it is a damaged one of it, to be drawn anew."""
         try:
-            facts = read_facts(str(file))
+            with open_image(file) as image:
+                image.load()  # its pixels are checked as they are read
+                facts = facts_in(image)
         except BrokenImage:
             return "" if row is not None else "no readable image"
         if facts is None:
