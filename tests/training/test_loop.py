@@ -307,14 +307,14 @@ def test_kill_9_at_random_moments(recipe, train, recipe_file, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_signal_ends_the_command_with_its_code(recipe, train, recipe_file, tmp_path, number, num_workers):
-    """A terminal signals the processes that read images, too."""
+    """Terminals and batch systems signal the processes that read images, too."""
     given = {"training": {"steps": 100_000}, "source": {"num_workers": num_workers}}
     log, run = tmp_path / "log", tmp_path / "run"
     process = processes.start(("train", recipe_file(recipe("run", **given)), "--cpu"), log)
     processes.wait_until(lambda: len(read_metrics(run)) > 3, process)
     readers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     assert bool(readers) == bool(num_workers)
-    for reader in (*readers, process.pid) if number != signal.SIGTERM else (process.pid,):
+    for reader in (*readers, process.pid):
         os.kill(int(reader), number)
     assert processes.finish(process, log) == 128 + number
     assert "repeat the command to go on" in log.read_text()

@@ -11,7 +11,7 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
@@ -250,8 +250,8 @@ class StreamPositions:
 
 def stream_batches(
     images: TrainingImages, positions: StreamPositions, *, num_workers: int, pin_memory: bool
-) -> Iterator[Batch]:
-    """Read batches without end; with workers, ahead of time.
+) -> Generator[Batch, None, None]:
+    """Read batches without end; with workers, ahead of time, until it is closed.
 
     Args:
         num_workers: processes that read and decode images; 0: in this process, enough for a latent cache.
@@ -286,12 +286,13 @@ class _Told(Dataset):
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C and a closed terminal signal all processes at once; the run needs images to end well, and ends this one.
+    """Terminals and batch systems signal all processes at once; the run needs images to end well, and ends this one.
 
-    SIGTERM is left as it is: Python ends its children by it.
+    The second SIGTERM ends it: the first may be a batch system's, and at the end torch and Python send one each.
     """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 @contextmanager
@@ -309,17 +310,20 @@ def lost_workers(num_workers: int) -> Iterator[None]:
         raise
 
 
-def _read(batches: Iterator[Batch | DataError], num_workers: int) -> Iterator[Batch]:
-    while True:
-        try:
-            batch = next(batches)
-        except (RuntimeError, OSError, EOFError) as error:
-            if not num_workers:
-                raise
-            raise _lost(num_workers, error) from error
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+def _read(batches: Iterator[Batch | DataError], num_workers: int) -> Generator[Batch, None, None]:
+    try:
+        while True:
+            try:
+                batch = next(batches)
+            except (RuntimeError, OSError, EOFError) as error:
+                if not num_workers:
+                    raise
+                raise _lost(num_workers, error) from error.with_traceback(None)  # which would keep `batches`
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    finally:
+        del batches  # its last reference: torch ends the processes that read ahead
 
 
 def _lost(num_workers: int, error: Exception) -> DataError:

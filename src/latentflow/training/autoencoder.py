@@ -16,6 +16,7 @@ Legend: B images, S side of the training crops, C latent channels, h = w = S / f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -307,7 +308,7 @@ def train_autoencoder(
     if newest:
         log.say(f"resuming from step {progress.step} ({progress.images_seen:,} images seen)")
     means, clock, saved_at, ends = _Means(device), Clock(), progress.step, False
-    with log, lost_workers(recipe.data.num_workers), collected_signals() as received:
+    with log, closing(batches), lost_workers(recipe.data.num_workers), collected_signals() as received:
         while progress.step < config.steps and not ends:
             rate = recipe.optimizer.rate(progress.step, config.steps)
             for group in optimizer.param_groups:

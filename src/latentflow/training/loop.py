@@ -5,8 +5,8 @@ Read `train` from top to bottom: set up, restore, then for each step read, compa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -140,7 +140,7 @@ def train(
         optimizer, accelerator.device, scaled=accelerator.scaler is not None, remedy=recipe.optimizer.gentler
     )
     losses, clock, saved_at, stopping = LossByTime(accelerator.device), Clock(), progress.step, False
-    with log, lost_workers(recipe.data.num_workers), collected_signals() as received:
+    with log, closing(batches), lost_workers(recipe.data.num_workers), collected_signals() as received:
         while progress.step < config.steps and not stopping:
             rate = recipe.optimizer.rate(progress.step, config.steps)
             for group in optimizer.param_groups:
@@ -183,7 +183,7 @@ def train(
 
 def _open_stream(
     recipe: Recipe, images: TrainingImages, accelerator: Accelerator, *, first_position: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of this process, from the image after the last one that the run has seen."""
     batch_size, num_processes = recipe.training.batch_size, accelerator.num_processes
     micro_batch_size = batch_size // num_processes // accelerator.gradient_accumulation_steps
