@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -175,3 +176,18 @@ def test_a_process_that_never_delivers_is_not_waited_for_without_end(small_shard
     monkeypatch.setattr(drawn_set, "_PATIENCE_SECONDS", 0.02)
     with pytest.raises(ArtifactError, match=r"shard-00001.*repeat the command"):
         compute_in_shards(8, lambda rows: {"x": torch.tensor(rows)}, plan={}, folder=tmp_path / "set", process=(0, 2))
+
+
+def test_a_folder_that_is_removed_meanwhile_is_noticed_with_the_next_shard(tmp_path, small_shards):
+    folder, computed = tmp_path / "set", []
+
+    def compute(rows):
+        computed.append(rows)
+        if len(computed) == 2:
+            shutil.rmtree(folder)
+        return {"features": torch.zeros(len(rows), 2)}
+
+    with pytest.raises(ArtifactError, match=r"shard-00001\.safetensors was removed while it was needed; repeat"):
+        drawn_set.compute_in_shards(NUM, compute, plan={}, folder=folder)
+    assert len(computed) == 2
+    assert not list(folder.glob("*.safetensors"))

@@ -259,10 +259,17 @@ def compute_in_shards(
         _claim(folder, json.loads(json.dumps({**plan, "shard_size": SHARD_SIZE})))
         for rows in shards[rank::num_processes]:
             if _read_shard(folder, rows) is None:
-                write_tensors(_shard(folder, rows), compute(rows), {"rows": f"{rows.start} {rows.stop}"})
+                tensors = compute(rows)
+                if not folder.is_dir():  # writing would make it anew, without what it held
+                    raise _removed(_shard(folder, rows))
+                write_tensors(_shard(folder, rows), tensors, {"rows": f"{rows.start} {rows.stop}"})
             else:
                 on_images(len(rows))
         return join_columns([_awaited(folder, rows, process) for rows in shards])
+
+
+def _removed(shard: Path) -> ArtifactError:
+    return ArtifactError(f"{shard} was removed while it was needed; repeat the command to go on")
 
 
 def join_columns(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -318,7 +325,7 @@ def _awaited(folder: Path, rows: range, process: tuple[int, int]) -> dict[str, T
     seen = time.monotonic()
     while (tensors := _read_shard(folder, rows)) is None:
         if owner == rank or not folder.is_dir():
-            raise ArtifactError(f"{_shard(folder, rows)} was removed while it was needed; repeat the command to go on")
+            raise _removed(_shard(folder, rows))
         if holder(folder, owner):
             seen = time.monotonic()
         patience = _PATIENCE_SECONDS if holder(folder, rank) else _PATIENCE_WITHOUT_LOCKS_SECONDS
