@@ -55,6 +55,7 @@ GUIDANCES = (1.0, 1.5, 2.0, 3.0)
 MARGIN = 0.1
 """A difference of distances that does not matter, as a share of the other's."""
 
+_NAMED = 5  # of the presets that were not measured
 _PLAN_FILE, _REFERENCE_FILE, _CANDIDATES = "plan.json", "reference.safetensors", "candidates"
 
 
@@ -218,9 +219,10 @@ def _notes(result_of: Sequence[Round], final: Round, plan: SweepPlan, dim: int, 
     ]
     for one in result_of:
         if one.missing:
+            more = ", ..." if len(one.missing) > _NAMED else ""
             notes.append(
                 f"the budget of {budget:g} s is spent: with {one.num} images {len(one.missing)} of "
-                f"{len(one.missing) + len(one.measured)} were not measured ({', '.join(one.missing)}); "
+                f"{len(one.missing) + len(one.measured)} were not measured ({', '.join(one.missing[:_NAMED])}{more}); "
                 "repeat the command to go on"
             )
     if later := [str(size) for size in plan.sizes if size > result_of[-1].num]:
