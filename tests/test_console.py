@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -47,7 +48,7 @@ def test_lines_fit_any_encoding(encoding):
         "from latentflow.console import notice, open_streams, say\n"
         "open_streams(); say('日本 \\udce9 [bold]x'); notice('日本'); print('日本')"
     )
-    env = {"PYTHONIOENCODING": encoding, "PATH": ""}
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env, check=True)
     japan = "日本" if encoding == "utf-8" else r"\u65e5\u672c"
     assert done.stderr.decode(encoding).splitlines() == [rf"{japan} \xe9 [bold]x", f"note: {japan}"]

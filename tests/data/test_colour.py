@@ -196,8 +196,7 @@ def test_light_of_hdr_is_said_once(notices):
 @pytest.mark.parametrize("space, index, is_adobe", [(65535, "R03", True), (2, "R98", True), (1, "R98", False)])
 def test_a_camera_says_adobe_rgb_in_exif(space, index, is_adobe):
     exif = Image.Exif()
-    exif.get_ifd(0x8769)[0xA001] = space
-    exif.get_ifd(0x8769)[0xA005] = {1: index}
+    exif[0x8769] = {0xA001: space, 0xA005: {1: index}}
     seen = np.full_like(COLOURS, (70, 150, 110))
     stored = stored_in(ADOBE_RGB, 563 / 256, seen)
     pixels = read(encoded(Image.fromarray(stored), "JPEG", quality=100, exif=exif))
