@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from latentflow.cli import main
 from latentflow.door import guarded
 from latentflow.errors import DataError
 from latentflow.ledger import cache_folder
+from tests import processes
 from tests.processes import run_here
 
 
@@ -277,3 +279,16 @@ def test_what_every_command_understands_may_stand_anywhere(place, monkeypatch, c
         main()
     assert done.value.code == 0
     assert not artifacts.verifies()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_a_command_with_a_line_and_nothing_half_done(number, kl_folder, tmp_path):
+    out, log = tmp_path / "cache", tmp_path / "log"
+    options = ("--autoencoder", kl_folder, "--image-size", 16, "--shard-size", 8, "--device", "cpu", "--out", out)
+    process = processes.start(("encode", "synthetic:100000", *options), log)
+    processes.wait_until(lambda: len(list(out.glob("shard-*.json"))) > 2, process)
+    os.kill(process.pid, number)
+    assert processes.finish(process, log, timeout=30) == 128 + number
+    said = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    assert log.read_text(encoding="utf-8").splitlines()[-1] == f"latentflow: {said}"
+    assert not [file.name for file in out.iterdir() if file.name.startswith(".")]

@@ -1,8 +1,10 @@
 """The way out of a command: whatever happens inside becomes one line for the user, an exit code and, if need be, a log.
 
-0    done                                1    the machine lacks something: memory, disk, permission
-2    bad input, one line with a remedy   70   a fault of the program, to be reported with its log
-130  interrupted from the keyboard       141  the reader of the output has gone
+0    done
+1    the machine lacks something: memory, disk, permission; or nobody reads the output any more
+2    bad input, one line with a remedy
+70   a fault of the program, to be reported with its log
+129  ended by SIGHUP, 130 by Ctrl-C, 143 by SIGTERM
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ import logging
 import os
 import platform
 import select
+import signal
 import sys
 import tempfile
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +33,7 @@ from latentflow.console import say
 from latentflow.errors import LatentFlowError
 from latentflow.ledger import cache_folder
 
-MACHINE, FAULT, INTERRUPTED = 1, 70, 130
+MACHINE, FAULT = 1, 70
 
 _MOST_LOGS = 50
 _LIBRARIES = ("torch", "diffusers", "accelerate", "safetensors", "huggingface_hub", "numpy", "pillow", "pydantic")
@@ -77,16 +80,47 @@ def guarded(run: Callable[[], int]) -> int:
     """What `run` returns, or the exit code of how it failed, once that has been said in one line."""
     threading.excepthook = lambda failed: _leave(failed.exc_type, failed.exc_value, failed.exc_traceback)
     sys.unraisablehook = lambda failed: _write_log(failed.exc_type, failed.exc_value, failed.exc_traceback)
+    with _ended_by_signals():
+        try:
+            code = run()
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError as error:
+            if _reader_has_gone():
+                return MACHINE
+            return _leave(*_parts(error))
+        except (Exception, KeyboardInterrupt) as error:
+            return _leave(*_parts(error))
+
+
+class _Ended(KeyboardInterrupt):
+    """SIGTERM or SIGHUP; like Ctrl-C it passes through everything that tidies up."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let the first SIGTERM or SIGHUP end the command as Ctrl-C does; a second one kills. Ignored ones stay ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+
+    def end(number: int, frame: object) -> None:
+        for one in numbers:
+            signal.signal(one, signal.SIG_DFL)
+        raise _Ended(number)
+
+    for number in numbers:
+        signal.signal(number, end)
     try:
-        code = run()
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError as error:
-        if _reader_has_gone():
-            return MACHINE
-        return _leave(*_parts(error))
-    except (Exception, KeyboardInterrupt) as error:
-        return _leave(*_parts(error))
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _leave(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> int:
@@ -108,8 +142,10 @@ def _verdict(kind: type[BaseException], error: BaseException | None) -> tuple[in
     text = str(error) if error is not None else ""
     if isinstance(error, LatentFlowError):
         return error.exit_code, text
+    if isinstance(error, _Ended):
+        return 128 + error.number, f"ended by {signal.Signals(error.number).name}"
     if issubclass(kind, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted"
+        return 128 + signal.SIGINT, "interrupted"
     if issubclass(kind, MemoryError) or any(words in text for words in _NO_MEMORY):
         where = "the GPU" if "CUDA" in text or "MPS" in text else "the machine"
         return MACHINE, f"{where} is out of memory; make the batch or the images smaller, or close other programs"
