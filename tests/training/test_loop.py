@@ -29,7 +29,7 @@ from latentflow.data.batches import TrainingImages
 from latentflow.data.latent_cache import LatentCache
 from latentflow.errors import ArtifactError, ConfigError, LatentFlowError, NonFiniteError
 from latentflow.latent_flow import LatentFlow, read_config
-from latentflow.training import loop
+from latentflow.training import checkpoint, loop
 from latentflow.training.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from latentflow.training.ema import EMA
 from latentflow.training.log import read_metrics
@@ -338,6 +338,16 @@ def test_an_image_that_goes_missing_ends_the_command(recipe, recipe_file, tmp_pa
 
 
 # Checkpoints on disk
+
+
+def test_a_resumed_run_deletes_what_a_killed_one_had_left(train, monkeypatch):
+    """Killed between the last checkpoint and the deletion of an older one."""
+    given = {"training": {"checkpoint_every": 2, "steps": 6, "keep_checkpoints": 1}}
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "remove_folder", lambda folder: None)
+        run = train("run", **given)
+    assert len(list(run.glob("checkpoints/step-*"))) == 3
+    assert [folder.name for folder in train("run", **given).glob("checkpoints/step-*")] == ["step-00000006"]
 
 
 @pytest.mark.parametrize("file", STATE)

@@ -32,7 +32,7 @@ from latentflow.errors import ConfigError
 from latentflow.randomness import ImageRandom, derive_seed
 from latentflow.shapes import image_mean
 from latentflow.training.changes import ChangeRules
-from latentflow.training.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
+from latentflow.training.checkpoint import Progress, keep_newest, load_checkpoint, newest_checkpoint, save_checkpoint
 from latentflow.training.config import LARGEST_IMAGE, LARGEST_SEED, MOST_STEPS, RECIPES, find_recipe
 from latentflow.training.ema import EMA
 from latentflow.training.guard import FiniteGuard
@@ -307,6 +307,7 @@ def train_autoencoder(
     log = RunLog(run, num_steps=config.steps, first_step=progress.step, enabled=True)
     if newest:
         log.say(f"resuming from step {progress.step} ({progress.images_seen:,} images seen)")
+        keep_newest(run, config.keep_checkpoints)
     means, clock, saved_at, ends = _Means(device), Clock(), progress.step, False
     with log, closing(batches), lost_workers(recipe.data.num_workers), collected_signals() as received:
         while progress.step < config.steps and not ends:

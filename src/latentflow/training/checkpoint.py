@@ -57,9 +57,14 @@ def save_checkpoint(
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         state = {**progress.__dict__, "files": sizes}
         write_json(temporary / _STATE, {**state, "checksum": checksum_of(state)})
+    keep_newest(run, keep)
+    return folder
+
+
+def keep_newest(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints; a resumed run does what one that was killed had left to do."""
     for old in _checkpoints(run)[:-keep]:
         remove_folder(old)
-    return folder
 
 
 def newest_checkpoint(run: Path) -> Path | None:

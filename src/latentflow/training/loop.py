@@ -21,7 +21,7 @@ from latentflow.data.batches import Batch, StreamPositions, TrainingImages, lost
 from latentflow.errors import ConfigError
 from latentflow.latent_flow import LatentFlow, require_own_gpu
 from latentflow.processes import process_rank
-from latentflow.training.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
+from latentflow.training.checkpoint import Progress, keep_newest, load_checkpoint, newest_checkpoint, save_checkpoint
 from latentflow.training.config import Recipe, TrainingConfig
 from latentflow.training.ema import EMA
 from latentflow.training.guard import FiniteGuard
@@ -136,6 +136,8 @@ def train(
     log = RunLog(run, num_steps=config.steps, first_step=progress.step, enabled=main)
     if newest:
         log.say(f"resuming from step {progress.step} ({progress.images_seen:,} images seen)")
+        if main:
+            keep_newest(run, config.keep_checkpoints)
     guard = FiniteGuard(
         optimizer, accelerator.device, scaled=accelerator.scaler is not None, remedy=recipe.optimizer.gentler
     )
