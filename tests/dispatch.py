@@ -1,0 +1,103 @@
+"""What makes the host wait for a device, seen without one.
+
+A meta tensor has a shape and no numbers. A program that runs on the device "meta" never read a number back: torch
+refuses `item`, `nonzero`, masks as indices, and copies to the host. What goes the other way would pass in silence, so
+`watched` writes it down. The same holds on any other device, where all of this is only slow.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_SOURCE = str(Path(__file__).parents[1] / "src")
+_READS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "is_nonzero",
+    "unique_dim",
+    "_unique2",
+    "bincount",
+)
+_INDEXES = ("index", "index_put", "index_put_", "_index_put_impl_")
+
+
+@contextmanager
+def watched(device: str = "meta") -> Iterator[list[str]]:
+    """Yields the list of what made the host wait for `device`, in order: the operation, and the line that asked for it.
+
+    Each read of a number counts, and each copy from the host but an asynchronous one from pinned memory. With
+    "cpu" all reads of tensors on the CPU count, those of bookkeeping included.
+    """
+    waits: list[str] = []
+    with _Operations(device, waits), _Constructors(device, waits):
+        yield waits
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, device: str, waits: list[str]):
+        super().__init__()
+        self.device, self.waits = device, waits
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if why := self._why(function.overloadpacket.__name__, args, kwargs):
+            self.waits.append(f"{why} in {_asked_by()}")
+        return function(*args, **kwargs)
+
+    def _why(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if name in _READS:
+            return name if any(self._is_there(tensor) for tensor in tensors) else None
+        if name in _INDEXES and self._is_there(tensors[0]):
+            places = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, Tensor)]
+            if any(place.dtype in (torch.bool, torch.uint8) for place in places):
+                return f"{name} by a mask"
+            return None if all(self._is_there(place) for place in places) else f"{name} by places on the host"
+        if name in ("_to_copy", "copy_"):
+            target, source = args[:2] if name == "copy_" else (None, args[0])
+            goes_to = (kwargs.get("device") or source.device) if target is None else target.device
+            at_once = kwargs.get("non_blocking") or args[2:] == (True,)
+            if self._is_there(source) and goes_to.type != self.device:
+                return None if at_once else f"{name} to the host"
+            if goes_to.type == self.device and not self._is_there(source):
+                return None if at_once and source.is_pinned() else f"{name} from memory that is not pinned"
+        return None
+
+    def _is_there(self, tensor: Tensor) -> bool:
+        return tensor.device.type == self.device
+
+
+class _Constructors(TorchFunctionMode):
+    """Tensors made of Python's numbers, which are copied to the device out of sight of the operations."""
+
+    def __init__(self, device: str, waits: list[str]):
+        super().__init__()
+        self.device, self.waits = device, waits
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        place = kwargs.get("device")
+        makes = function in (torch.tensor, torch.as_tensor, torch.asarray) and not isinstance(args[0], Tensor)
+        if makes and place is not None and torch.device(place).type == self.device != "cpu":
+            self.waits.append(f"{function.__name__} of numbers in {_asked_by()}")
+        return function(*args, **kwargs)
+
+
+def _asked_by() -> str:
+    """The innermost line of the program on the stack."""
+    frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(_SOURCE)]
+    if not frames:
+        return "the test"
+    return f"{Path(frames[-1].filename).relative_to(_SOURCE)}:{frames[-1].lineno}: {frames[-1].line}"
