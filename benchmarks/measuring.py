@@ -145,6 +145,7 @@ def write_results(name: str, device: torch.device, values: dict[str, Any], folde
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
     }
     file = make_folder(folder) / f"{name}-{device.type}.json"
     write_json(file, {"machine": where, **values})

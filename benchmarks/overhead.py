@@ -7,6 +7,9 @@ is compared lies seconds apart. Two figures come out:
     by difference    1 - bare network / whole step, the median over the steps; as noisy as the machine
     by part          what was spent outside the network's calls, each part timed on its own; steadier, and it says where
 
+Then the loop runs once more with a network that does next to nothing, at a large batch (--large-batch): what is left of
+a step is what the main thread does between two calls of the network, and what a device would have to wait for.
+
 Keys of the recipe may be changed: overhead.py training.batch_size=8 'network={name: DiT-B/4}'
 """
 
@@ -15,20 +18,24 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import measuring
+import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from measuring import REST, Enough, Lap, Stopwatch, by_clock, median_and_quartiles, seconds
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from latentflow.commands.train import build_model
 from latentflow.conditioning import Conditioning
-from latentflow.data.batches import Batch, TrainingImages
+from latentflow.data.batches import TrainingImages
 from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import open_images
 from latentflow.data.latent_cache import LatentCache
@@ -43,24 +50,40 @@ from latentflow.shapes import Condition
 from latentflow.training import step as step_module
 from latentflow.training.config import Recipe, load_recipe
 from latentflow.training.ema import EMA
+from latentflow.training.fitting import with_values
 from latentflow.training.log import LossByTime, RunLog
 from latentflow.training.loop import FiniteGuard, make_accelerator, train
 
 NETWORK, BARE, PAUSE = "network", "bare network", "pause"
 OPTIMIZER_PARTS = ("optimizer", "gradient clipping", "EMA")
+TINY = "{depth: 2, hidden_size: 32, num_heads: 2, patch_size: 2}"
 NUM_IMAGES = 64
 GUIDANCE = 2.0
 
 
-class Hooked(TrainingImages):
-    """Images that call `before_step` whenever the loop asks for its next batch."""
+class Dummy(nn.Module):
+    """Called as a velocity network is, and about nothing to compute."""
 
-    before_step: Callable[[], None]
-    stopwatch: Stopwatch
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.label = nn.Embedding(num_classes + 1, 1)
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
-        self.before_step()
-        return self.stopwatch.timed("reading", super().__getitems__)(positions)
+    def forward(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        told = self.label(condition.labels)[:, 0] + time
+        return latents * self.weight + told[:, None, None, None]
+
+
+@contextmanager
+def between_steps(call: Callable[[], None]) -> Iterator[None]:
+    """Call something after every update of the weights, wherever the loop makes it, until it raises `Enough`."""
+    hook = register_optimizer_step_post_hook(lambda *_: call())
+    try:
+        with suppress(Enough):
+            yield
+            raise AssertionError("the recipe has fewer steps than are measured")
+    finally:
+        hook.remove()
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -69,15 +92,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
     parser.add_argument("--rounds", type=int, help="training steps measured, and half as many sampling steps")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--large-batch", type=int, default=256, help="images a step, with a network that does nothing")
     parser.add_argument("--solver", choices=("euler", "heun", "rk4"), default="heun")
     parser.add_argument("--results", default=measuring.RESULTS, help="folder of the JSON file")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="of the recipe")
     options = parser.parse_intermixed_args(arguments)
     measuring.setup(options.device, options.threads)
-    rounds = options.rounds or {"cpu": 8, "cuda": 200}[options.device]
+    rounds = options.rounds or (3 if options.quick else {"cpu": 8, "cuda": 200}[options.device])
     defaults = {
-        "network": "{name: DiT-S/2}",
-        "training.batch_size": 16,
+        "data.image_size": 32 if options.quick else 256,
+        "network": TINY if options.quick else "{name: DiT-S/2}",
+        "training.steps": 1_000_000_000,
+        "training.batch_size": 2 if options.quick else 16,
         "training.precision": "fp32",
         "training.log_every": min(50, rounds),
         "training.checkpoint_every": 1_000_000,
@@ -88,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         images, model = prepare(recipe, Path(folder))
         training = training_laps(recipe, images, model, Path(folder) / "run", device, rounds)
+        large = with_values(recipe, {"training.batch_size": 4 if options.quick else options.large_batch})
+        idle = idle_steps(large, images, model, Path(folder) / "idle", device, 5 * rounds)
     sampling = sampling_laps(recipe, model, device, options.solver, max(rounds // 2, 2))
     size, batch_size = "x".join(map(str, model.config.latent_shape)), recipe.training.batch_size
     results = {
@@ -96,15 +125,21 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "sampling_setting": f"{options.solver}, guidance {GUIDANCE:g}, decoder left out",
         "training": summary(training, OPTIMIZER_PARTS),
         "sampling": summary(sampling),
+        "main_thread": idle,
     }
     print(f"{results['setting']}, {options.device}, {torch.get_num_threads()} threads")
     print_table("training step", results["training"])
     print_table(f"sampling step ({results['sampling_setting']})", results["sampling"])
+    spread = idle["milliseconds"]
+    print(f"\n{idle['setting']}: {idle['num_steps']} steps, median and middle half in ms")
+    for clock in ("wall", "main_thread"):
+        middle = " to ".join(f"{spread[name][clock]:.2f}" for name in ("low", "high"))
+        print(f"  {clock.replace('_', ' '):<42}{spread['median'][clock]:>9.2f} ({middle})")
     measuring.write_results("overhead", device, results, options.results)
     return results
 
 
-def prepare(recipe: Recipe, folder: Path) -> tuple[Hooked, LatentFlow]:
+def prepare(recipe: Recipe, folder: Path) -> tuple[TrainingImages, LatentFlow]:
     """A cache with the latent shape of Stable Diffusion's autoencoder, and a model that has left its zeros.
 
     The gates of a fresh network are zero, and so close to zero are its first gradients that AdamW computes with
@@ -113,7 +148,7 @@ def prepare(recipe: Recipe, folder: Path) -> tuple[Hooked, LatentFlow]:
     autoencoder = measuring.variational((8, 8, 8, 8), layers_per_block=1, name="a small stand-in")
     source = open_images(f"synthetic:{NUM_IMAGES}", recipe.data.image_size)
     write_cache(source, autoencoder, folder / "cache", flips=True)
-    images = Hooked(LatentCache(folder / "cache"), seed=0, flip=recipe.data.flip)
+    images = TrainingImages(LatentCache(folder / "cache"), seed=0, flip=recipe.data.flip)
     model = build_model(recipe, autoencoder, images)
     with torch.no_grad():
         for parameter in model.network.parameters():
@@ -122,7 +157,7 @@ def prepare(recipe: Recipe, folder: Path) -> tuple[Hooked, LatentFlow]:
 
 
 def training_laps(
-    recipe: Recipe, images: Hooked, model: LatentFlow, run: Path, device: torch.device, rounds: int
+    recipe: Recipe, images: TrainingImages, model: LatentFlow, run: Path, device: torch.device, rounds: int
 ) -> list[Lap]:
     """The parts of each step of the real loop, with a bare forward and backward pass before it."""
     accelerator = make_accelerator(recipe.training, cpu=device.type == "cpu")
@@ -147,9 +182,9 @@ def training_laps(
             copied.zero_grad()
         stopwatch.fine = times_parts(device, len(laps))
 
-    images.before_step, images.stopwatch = before_step, stopwatch
-    with ExitStack() as patches:
+    with between_steps(before_step), ExitStack() as patches:
         for owner, name, part in (
+            (TrainingImages, "__getitems__", "reading"),
             (model.network, "forward", NETWORK),
             (accelerator, "backward", NETWORK),
             (accelerator, "clip_grad_norm_", "gradient clipping"),
@@ -173,11 +208,37 @@ def training_laps(
             (RunLog, "advance", "log"),
         ):
             patches.enter_context(patch.object(owner, name, stopwatch.timed(part, getattr(owner, name))))
-        try:
-            train(recipe, model, images, run, accelerator)
-        except Enough:
-            return laps[1 + warm_up :]
-    raise AssertionError("the recipe has fewer steps than are measured")
+        train(recipe, model, images, run, accelerator)
+    return laps[1 + warm_up :]
+
+
+def idle_steps(
+    recipe: Recipe, images: TrainingImages, model: LatentFlow, run: Path, device: torch.device, rounds: int
+) -> dict[str, Any]:
+    """Milliseconds of a step with `Dummy` in the network's place; nobody waits for the device in between.
+
+    On the CPU, where there is nobody else to do it, the noise and the mixing are among them.
+    """
+    accelerator = make_accelerator(recipe.training, cpu=device.type == "cpu")
+    light = LatentFlow(model.config, Dummy(model.config.conditioning.num_classes), model.autoencoder)
+    readings: list[tuple[float, float]] = []
+
+    def read() -> None:
+        readings.append((time.perf_counter(), time.thread_time()))
+        if len(readings) > warm_up_rounds(device) + rounds:
+            raise Enough
+
+    with between_steps(read):
+        train(recipe, light, images, run, accelerator)
+    steps = 1e3 * np.diff(np.array(readings[warm_up_rounds(device) :]), axis=0)
+    return {
+        "setting": f"batch {recipe.training.batch_size}, a network that does nothing",
+        "num_steps": len(steps),
+        "milliseconds": {
+            name: dict(zip(("wall", "main_thread"), np.quantile(steps, q, axis=0).tolist(), strict=True))
+            for name, q in (("median", 0.5), ("low", 0.25), ("high", 0.75))
+        },
+    }
 
 
 @torch.inference_mode()
@@ -240,6 +301,7 @@ def summary(laps: list[Lap], optimizer_parts: Sequence[str] = ()) -> dict[str, A
         "not_network_by_part": by_clock(sum(share.values())),
         "optimizer_clipping_ema": by_clock(sum((share[part] for part in optimizer_parts), 0 * total)),
         "everything_but_these": by_clock(sum(share[part] for part in others)),
+        "milliseconds_outside_the_network": by_clock(1e3 * seconds(fine, *parts, REST).mean(0)),
         "milliseconds_of_part": {part: by_clock(1e3 * seconds(fine, part).mean(0)) for part in share},
         "share_of_part": {part: by_clock(value) for part, value in share.items()},
     }
@@ -260,6 +322,7 @@ def print_table(title: str, figures: dict[str, Any]) -> None:
     row("    middle half of the steps, from", difference["low"], "{:.2%}")
     row("    to", difference["high"], "{:.2%}")
     row("not the network, by part", figures["not_network_by_part"], "{:.2%}")
+    row("    in milliseconds", figures["milliseconds_outside_the_network"], "{:.2f} ms")
     if any(figures["optimizer_clipping_ema"].values()):
         row("    optimizer, clipping and EMA", figures["optimizer_clipping_ema"], "{:.2%}")
         row("    everything else", figures["everything_but_these"], "{:.2%}")

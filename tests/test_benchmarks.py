@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from latentflow.artifacts import read_json
+from latentflow.networks.dit import DiTConfig
 
 TINY_NETWORK = "network={depth: 2, hidden_size: 32, num_heads: 2, patch_size: 2}"
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -59,7 +64,64 @@ def test_overhead(benchmark, tmp_path, capsys):
     for clock in ("wall", "cpu"):
         whole = training["optimizer_clipping_ema"][clock] + training["everything_but_these"][clock]
         assert whole == pytest.approx(training["not_network_by_part"][clock])
+    main_thread = results["main_thread"]
+    assert main_thread["num_steps"] == 15
+    assert 0 < main_thread["milliseconds"]["median"]["main_thread"] < main_thread["milliseconds"]["high"]["wall"] * 1.5
     assert "not the network, by part" in capsys.readouterr().out
+
+
+def test_overhead_measures_as_many_steps_as_it_is_told(benchmark, tmp_path):
+    """A recipe that leaves the number of steps open must not end before the measurement does."""
+    overhead = benchmark("overhead")
+    with pytest.raises(AssertionError, match="fewer steps"), overhead.between_steps(lambda: None):
+        pass
+    results = overhead.main(["--quick", "--rounds", "40", "--results", str(tmp_path)])
+    assert results["training"]["num_steps"] == 40
+
+
+@pytest.mark.parametrize("part", ["train-s2", "bare-s2", "classic-s2", "sample", "encode"])
+def test_a_part_of_the_benchmark_of_a_gpu(benchmark, tmp_path, part):
+    options = ["--device", "cpu", "--quick", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    results = benchmark("gpu").main([part, *options])
+    assert all(math.isfinite(number) for number in numbers(results))
+    written = read_json(tmp_path / "results" / f"gpu_{part.replace('-', '_')}-cpu.json")
+    assert {key: written[key] for key in results} == results
+    assert written["machine"].keys() >= {"device", "torch", "date"}
+    if part.endswith("s2"):
+        assert results["images_per_second"] > 0
+        assert (
+            0
+            < results["mfu"]["measured"]
+            == pytest.approx(results["flops_per_second"] / results["peak_flops_per_second"]["measured"])
+        )
+
+
+def test_operations_are_counted_as_on_paper(benchmark):
+    """Two for each multiplication with its addition, of every matrix product of a transformer."""
+    depth, size, inner, tokens, patch = 3, 32, 88, 64, 16  # inner: 2/3 of 4 times the size, in eights
+    config = DiTConfig(depth=depth, hidden_size=size, num_heads=2, patch_size=2, variant="modern")
+    block = tokens * (4 * size**2 + 2 * tokens * size + 3 * size * inner) + 6 * size**2
+    outside = tokens * 2 * size * patch + 256 * size + size**2 + 2 * size**2
+    assert benchmark("plain").forward_flops(config, (4, 16, 16), 12) == 2 * (depth * block + outside)
+
+
+def test_a_failed_part_costs_no_other(tmp_path):
+    """gpu.sh goes on after a part that fails and one that takes too long, and ends in a table of what is left."""
+    script = [str(BENCHMARKS / "gpu.sh"), "--device", "cpu", "--quick", "--work", str(tmp_path / "work")]
+    folders = ["--results", str(tmp_path / "results"), "--autoencoder", str(tmp_path / "missing")]
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*script, *folders, "--parts", "encode bare-s2"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 1
+    assert re.search("== encode: .* exit code 1", done.stdout)
+    assert re.search("== bare-s2: .* exit code 0", done.stdout)
+    assert re.search("^bare-s2 .*DiT", done.stdout, re.MULTILINE)
+    assert "not measured: train-s2" in done.stdout
+    options = [*folders, "--parts", "bare-s2", "--seconds", "3"]
+    late = subprocess.run([*script, *options], capture_output=True, text=True, env=environment, check=False)
+    assert late.returncode == 1
+    assert "bare-s2: left out" in late.stdout
 
 
 @pytest.mark.parametrize(
