@@ -26,6 +26,13 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
     return values.to(device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.dim() - 1))
 
 
+def send(values: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on `device`, for which the host does not wait: a GPU fetches it from pinned memory."""
+    if torch.device(device).type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 def image_mean(x: Tensor) -> Tensor:
     """Mean over everything but the batch: [B, ...] => [B]."""
     return x.flatten(1).mean(1)

@@ -8,11 +8,13 @@ import torchdiffeq
 from safetensors.torch import load_file
 
 from latentflow.errors import ConfigError, NonFiniteError
+from latentflow.flow.composition import BlendedVelocity, KnownRegionVelocity
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.path import CosinePath
 from latentflow.flow.solvers import SOLVERS, AdamsBashforth, integrate, is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.shapes import Condition
+from tests.dispatch import watched
 from tests.exact import GaussianData
 
 # On the straight path Gaussian data lets midpoint look third order, by a cancellation; the cosine path is honest.
@@ -147,7 +149,42 @@ def test_fixed_steps_of_the_parity_fixtures(solver, name, dtype, atol):
     torch.testing.assert_close(solution.x, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("composed", ["guided", "blended", "known region"])
+@pytest.mark.parametrize("guidance", [(1.0, (0.0, 1.0)), (2.0, (0.0, 1.0)), (2.0, (0.2, 0.6)), (0.0, (0.2, 0.6))])
+@pytest.mark.parametrize("solver", ORDERS)
+def test_fixed_steps_never_wait_for_the_device(solver, guidance, composed):
+    """On a device from which no number can be read, and to which none is sent but as an argument."""
+
+    def network(latents, time, condition):
+        return latents * condition.labels[:, None, None, None] + time[:, None, None, None]
+
+    x = torch.empty(3, 4, 2, 2, device="meta")
+    told, null = (Condition(labels=torch.empty(3, dtype=torch.int64, device="meta")) for _ in range(2))
+    velocity = ConditionedVelocity(network, told, null, *guidance)
+    if composed == "blended":
+        velocity = BlendedVelocity(velocity, ConditionedVelocity(network, told), x[:, 0, 0, 0])
+    if composed == "known region":
+        velocity = KnownRegionVelocity(velocity, CosinePath(), x, x, x[:, :1])
+    with watched() as waits:
+        solution = integrate(velocity, x, sampling_times(5), solver=solver)
+    assert waits == []
+    assert solution.x.shape == x.shape
+    assert velocity.evaluations.min() >= solution.evaluations.min() > 0
+
+
 # ---- adaptive steps
+
+
+@pytest.mark.parametrize("solver", ADAPTIVE)
+def test_an_adaptive_step_waits_once(solver, monkeypatch):
+    """For its error, whatever the guidance: all that is asked of the device comes back in one piece."""
+    reads, fetch = [], torch.Tensor.cpu
+    null = Condition(labels=torch.zeros(4, dtype=torch.int64))
+    velocity = ConditionedVelocity(lambda x, t, told: wavy(x, t), null, null, 2.0, (0.2, 0.6))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: reads.append(tensor.dim()) or fetch(tensor))
+    solution = integrate(velocity, start(4, torch.float32), ENDS, solver=solver, rtol=1e-3, atol=1e-3)
+    assert reads.count(2) == 2 + (solution.steps + solution.rejected).max()  # two for the size of the first step
+    assert reads.count(1) == len((solution.steps + solution.rejected).unique()) - 1  # rows that stay as others arrive
 
 
 @pytest.mark.parametrize("solver", ADAPTIVE)

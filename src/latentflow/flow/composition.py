@@ -33,6 +33,10 @@ class BlendedVelocity:
         """Network calls per image so far, [B] int64 on the CPU."""
         return self.first.evaluations + self.second.evaluations
 
+    def at(self, time: float | Tensor) -> BlendedVelocity:
+        """The same velocity, to be called at times that are known on the CPU: one number for all images, or [b]."""
+        return BlendedVelocity(self.first.at(time), self.second.at(time), self.weight)
+
     def select(self, rows: Tensor) -> BlendedVelocity:
         """The same velocity for the images at `rows` ([b] int64 or [B] bool)."""
         weight = self.weight[rows.to(self.weight.device)]
@@ -70,6 +74,12 @@ class KnownRegionVelocity:
     def evaluations(self) -> Tensor:
         """Network calls per image so far, [B] int64 on the CPU."""
         return self.velocity.evaluations
+
+    def at(self, time: float | Tensor) -> KnownRegionVelocity:
+        """The same velocity, to be called at times that are known on the CPU: one number for all images, or [b]."""
+        known = copy.copy(self)
+        known.velocity = self.velocity.at(time)
+        return known
 
     def select(self, rows: Tensor) -> KnownRegionVelocity:
         """The same velocity for the images at `rows` ([b] int64 or [B] bool)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentflow.errors import ConfigError
-from latentflow.shapes import Condition
+from latentflow.shapes import Condition, send
 
 
 class ConditionedVelocity:
@@ -57,6 +57,8 @@ class ConditionedVelocity:
         self.scale = scale
         self.interval = (low, high)
         self.guided_channels = guided_channels
+        self._both = self._joined()
+        self._known: float | Tensor | None = None  # the times of the next call, where the caller has them
         self._counter = _Counter()
         self._rows: Tensor | None = None  # which images of the counter these are; None means 0, 1, 2, ...
 
@@ -65,11 +67,22 @@ class ConditionedVelocity:
         """Network calls per image so far, [B] int64 on the CPU; guided ones count twice. Shared with selections."""
         return self._counter.counts
 
+    def at(self, time: float | Tensor) -> ConditionedVelocity:
+        """The same velocity, to be called at times that need not be read back from the device.
+
+        Args:
+            time: one number for all images, or one for each, [b] on the CPU.
+        """
+        known = copy.copy(self)
+        known._known = time
+        return known
+
     def select(self, rows: Tensor) -> ConditionedVelocity:
         """The same velocity for the images at `rows` ([b] int64 or [B] bool); it adds to the same `evaluations`."""
         selection = copy.copy(self)
         selection.condition = self.condition.select(rows)
         selection.null = None if self.null is None else self.null.select(rows)
+        selection._both = selection._joined()
         rows = rows.cpu()
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
@@ -79,40 +92,58 @@ class ConditionedVelocity:
     def __call__(self, x: Tensor, time: Tensor) -> Tensor:
         """The velocity at x ([b, C, H, W]) and time ([b] in [0, 1]): [b, C, H, W] in x's dtype."""
         inside = self._inside(time)
+        rows = torch.arange(len(x)) if self._rows is None else self._rows
+        self._counter.add(rows, 1 if self._is_null_alone else 1 + inside)
         time = time.float()
-        batch = len(x)
-        self._counter.add(
-            torch.arange(batch) if self._rows is None else self._rows,
-            torch.ones(batch, dtype=torch.int64) if self._is_null_alone else 1 + inside.long(),
-        )
-        if not inside.any():
+        if isinstance(inside, Tensor):
+            return self._guided_some(x, time, inside)
+        if not inside:
             return self.network(x, time, self.condition).to(x.dtype)
         if self._is_null_alone:
-            told = (torch.arange(batch) + batch * inside).to(x.device, non_blocking=True)
+            return self.network(x, time, self.null).to(x.dtype)
+        v = self.network(torch.cat([x, x]), torch.cat([time, time]), self._both).to(x.dtype)
+        return self._mixed(*v.chunk(2))
+
+    def _guided_some(self, x: Tensor, time: Tensor, inside: Tensor) -> Tensor:
+        """The velocity where some images are guided and others are not."""
+        batch = len(x)
+        if self._is_null_alone:
+            told = send(torch.arange(batch) + batch * inside, x.device)
             return self.network(x, time, self.condition.concatenate(self.null).select(told)).to(x.dtype)
-        guided = inside.nonzero().flatten().to(x.device, non_blocking=True)
+        guided = send(inside.nonzero().flatten(), x.device)
         v = self.network(
             torch.cat([x, x[guided]]),
             torch.cat([time, time[guided]]),
             self.condition.concatenate(self.null.select(guided)),
         ).to(x.dtype)
         v_cond, v_null = v[:batch], v[batch:]
-        mixed = v_null + self.scale * (v_cond[guided] - v_null)
-        if self.guided_channels is not None:
-            mixed = torch.cat([mixed[:, : self.guided_channels], v_cond[guided][:, self.guided_channels :]], dim=1)
-        return v_cond.index_copy(0, guided, mixed)
+        return v_cond.index_copy(0, guided, self._mixed(v_cond[guided], v_null))
+
+    def _mixed(self, v_cond: Tensor, v_null: Tensor) -> Tensor:
+        mixed = v_null + self.scale * (v_cond - v_null)
+        if self.guided_channels is None:
+            return mixed
+        return torch.cat([mixed[:, : self.guided_channels], v_cond[:, self.guided_channels :]], dim=1)
+
+    def _joined(self) -> Condition | None:
+        """What the doubled batch is told, made once; None where no batch is doubled."""
+        return None if self.scale == 1 or self._is_null_alone else self.condition.concatenate(self.null)
 
     @property
     def _is_null_alone(self) -> bool:
         """Whether v = v_null, so that v_cond need not be computed."""
         return self.scale == 0 and self.guided_channels is None
 
-    def _inside(self, time: Tensor) -> Tensor:
-        """Which images are guided at their `time`: [b] bool on the CPU. Only a true interval waits for the device."""
+    def _inside(self, time: Tensor) -> bool | Tensor:
+        """Whether all images are guided at their `time`, or which are: [b] bool on the CPU."""
         if self.scale == 1 or self.interval == (0.0, 1.0):
-            return torch.full(time.shape, self.scale != 1)
+            return self.scale != 1
         low, high = self.interval
-        return ((time >= low) & (time <= high)).cpu()
+        known = time.cpu() if self._known is None else self._known
+        if not isinstance(known, Tensor):
+            return low <= known <= high
+        inside = (known >= low) & (known <= high)
+        return bool(inside.all()) if inside.all() or not inside.any() else inside
 
 
 class _Counter:
@@ -121,7 +152,7 @@ class _Counter:
     def __init__(self):
         self.counts = torch.zeros(0, dtype=torch.int64)
 
-    def add(self, rows: Tensor, calls: Tensor) -> None:
+    def add(self, rows: Tensor, calls: int | Tensor) -> None:
         missing = max(0, int(rows.max()) + 1 - len(self.counts))
         self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
         self.counts[rows] += calls

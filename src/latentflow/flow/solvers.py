@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, repeat
 
 import torch
 from torch import Tensor
 
 from latentflow.errors import ConfigError, NonFiniteError, nearest
-from latentflow.shapes import image_mean, per_image
+from latentflow.shapes import image_mean, per_image, send
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""dx/dt as a function of x [b, C, H, W] and t [b]; it may have `select(rows)`, which narrows it to some images."""
+"""dx/dt as a function of x [b, C, H, W] and t [b].
+
+It may have `select(rows)`, which narrows it to some images, and `at(time)`, which tells it the times of its next call
+as the solver has them on the CPU: one number for all images, or [b] float64.
+"""
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,8 @@ def integrate(
 
     Args:
         velocity: dx/dt, called with x [b, ...] and t [b] (float64; float32 on MPS) on x's device. If it has
-            `select(rows)` it is narrowed to the images still under way; else it always gets the whole batch.
+            `select(rows)` it is narrowed to the images still under way; else it always gets the whole batch. If it has
+            `at(time)` it need not wait for the device to know the time: fixed steps then never do.
         x: [B, ...], the state at times[0].
         times: [steps + 1] float64, falling or rising (`times.sampling_times`). Fixed-step solvers take these steps;
             adaptive ones use the two ends alone.
@@ -222,7 +227,7 @@ def _integrate_fixed(
     evaluations = 0
     for step, (t, t_next) in enumerate(pairwise(grid)):
         h = t_next - t
-        slope = velocity(x, _clock(x, t)).to(x.dtype)
+        slope = _ask(velocity, x, t)
         if multistep and len(past) == past.maxlen:
             weights = method.weights(grid[step + 1 - method.order : step + 2])
             slopes = [slope, *past]
@@ -231,7 +236,7 @@ def _integrate_fixed(
             tableau = HEUN if multistep else method
             weights = tableau.weights
             # (1 - c) t + c t_next and not t + c h, which may miss t_next by a rounding
-            stage_times = [_clock(x, (1 - c) * t + c * t_next) for c in tableau.nodes[1:]]
+            stage_times = [(1 - c) * t + c * t_next for c in tableau.nodes[1:]]
             slopes = _slopes(velocity, tableau, x, slope, stage_times, h)
             evaluations += len(slopes)
         x = x + h * _combine(weights, slopes)
@@ -265,7 +270,7 @@ def _integrate_adaptive(
     # One entry per image under way: its row in the whole batch, its time, and the size of its next step (> 0).
     rows = torch.arange(len(x))
     time = torch.full((len(x),), start, dtype=torch.float64)
-    slope = velocity(x, _clock(x, time)).to(x.dtype)
+    slope = _ask(velocity, x, time)
     size = _first_step(velocity, tableau.order, x, slope, atol + rtol * x.abs(), start, span)
     evaluations += 2
     while len(rows):
@@ -279,9 +284,10 @@ def _integrate_adaptive(
 
         # Stage times and steps travel to the device together, and the error ratios back: one wait per step.
         nodes = torch.tensor(tableau.nodes[1:], dtype=torch.float64)[:, None]
-        *stage_times, h = _clock(x, torch.cat([(1 - nodes) * time + nodes * next_time, (next_time - time)[None]]))
+        stage_times = (1 - nodes) * time + nodes * next_time
+        *clocks, h = _clock(x, torch.cat([stage_times, (next_time - time)[None]]))
         h = per_image(h, x)
-        slopes = _slopes(velocity, tableau, x, slope, stage_times, h)
+        slopes = _slopes(velocity, tableau, x, slope, stage_times, h, clocks)
         x_new = x + h * _combine(tableau.weights, slopes)
         error = h * _combine(tableau.error_weights, slopes)
         ratio, speed = _norms([error, slope], scale=atol + rtol * torch.maximum(x.abs(), x_new.abs()))
@@ -293,7 +299,7 @@ def _integrate_adaptive(
         evaluations[rows] += len(slopes) - 1
         steps[rows] += accepted
         rejected[rows] += ~accepted
-        mask = per_image(_to(x, accepted), x).bool()
+        mask = per_image(send(accepted, x.device), x).bool()
         x = torch.where(mask, x_new, x)
         slope = torch.where(mask, slopes[-1], slope)
         time = torch.where(accepted, next_time, time)
@@ -305,10 +311,10 @@ def _integrate_adaptive(
         done = accepted & last
         if done.any():
             here = done.nonzero().flatten()
-            arrived[_to(x, rows[here])] = x[_to(x, here)]
+            arrived[send(rows[here], x.device)] = x[send(here, x.device)]
             stay = (~done).nonzero().flatten()
             rows, time, size = rows[stay], time[stay], size[stay]
-            x, slope = x[_to(x, stay)], slope[_to(x, stay)]
+            x, slope = (tensor[send(stay, x.device)] for tensor in (x, slope))
             if len(rows):
                 velocity = velocity.select(stay)
     return Solution(arrived, evaluations, steps, rejected)
@@ -321,7 +327,7 @@ def _first_step(
     d0, d1 = _norms([x, slope], scale)
     h0 = _snap(torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).clamp(max=abs(span)), span)
     h = math.copysign(1, span) * h0
-    probe = velocity(x + per_image(_clock(x, h), x) * slope, _clock(x, start + h)).to(x.dtype)
+    probe = _ask(velocity, x + per_image(_clock(x, h), x) * slope, start + h)
     d2 = _norms([probe - slope], scale)[0] / h0
     steepest = torch.maximum(d1, d2)
     h1 = torch.where(steepest <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (0.01 / steepest) ** (1 / order))
@@ -334,13 +340,26 @@ def _snap(size: Tensor, span: float) -> Tensor:
 
 
 def _slopes(
-    velocity: Velocity, tableau: RungeKutta, x: Tensor, first: Tensor, times: Sequence[Tensor], h: float | Tensor
+    velocity: Velocity,
+    tableau: RungeKutta,
+    x: Tensor,
+    first: Tensor,
+    times: Iterable[float | Tensor],
+    h: float | Tensor,
+    clocks: Iterable[Tensor | None] = repeat(None),
 ) -> list[Tensor]:
-    """The stages k_1 ... k_s of one step, given k_1 = `first` and the times of the others."""
+    """The stages k_1 ... k_s of one step, given k_1 = `first`, the times of the others, and these on x's device."""
     slopes = [first]
-    for row, time in zip(tableau.matrix[1:], times, strict=True):
-        slopes.append(velocity(x + h * _combine(row, slopes), time).to(x.dtype))
+    for row, time, clock in zip(tableau.matrix[1:], times, clocks, strict=False):
+        slopes.append(_ask(velocity, x + h * _combine(row, slopes), time, clock))
     return slopes
+
+
+def _ask(velocity: Velocity, x: Tensor, time: float | Tensor, clock: Tensor | None = None) -> Tensor:
+    """The velocity at times on the CPU or one for all images; `clock` are the same on x's device, if they are there."""
+    if hasattr(velocity, "at"):
+        velocity = velocity.at(time)
+    return velocity(x, _clock(x, time) if clock is None else clock).to(x.dtype)
 
 
 def _combine(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
@@ -358,13 +377,8 @@ def _clock(x: Tensor, time: float | Tensor) -> Tensor:
     """Times as a velocity gets them, on x's device: [b] for a number; any tensor keeps its shape."""
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     if isinstance(time, Tensor):
-        return _to(x, time.to(dtype))
+        return send(time.to(dtype), x.device)
     return torch.full((len(x),), time, dtype=dtype, device=x.device)
-
-
-def _to(x: Tensor, values: Tensor) -> Tensor:
-    """Send bookkeeping from the CPU to x's device without waiting."""
-    return values.to(x.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -385,7 +399,7 @@ class _WholeBatch:
     def __call__(self, x: Tensor, time: Tensor) -> Tensor:
         if len(x) == len(self.x):
             return self.velocity(x, time)
-        rows = _to(x, self.rows)
+        rows = send(self.rows, x.device)
         whole_time = _clock(self.x, self.start).index_copy(0, rows, time)
         return self.velocity(self.x.index_copy(0, rows, x), whole_time)[rows]
 
