@@ -12,7 +12,7 @@ class EMA:
     """Moving average of a network's parameters: average <- average + (1 - decay) * (weights - average).
 
     The decay warms up as min(decay, (1 + n) / (10 + n)) with n updates done, so that the first random
-    weights are soon forgotten.
+    weights are soon forgotten. Buffers, such as the statistics of a batch normalisation, are copied as they are.
 
     Args:
         network: whose weights are averaged; the average starts as a copy of them.
@@ -21,13 +21,21 @@ class EMA:
 
     def __init__(self, network: nn.Module, decay: float):
         self.decay = decay
-        self.average = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+        state = network.state_dict(keep_vars=True)  # the parameters themselves, which stay the same for good
+        self.average = {name: tensor.detach().clone() for name, tensor in state.items()}
+        learned = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+        self._averaged = [tensor for name, tensor in self.average.items() if name in learned]
+        self._weights = [tensor for name, tensor in state.items() if name in learned]
+        self._copied = [tensor for name, tensor in self.average.items() if name not in learned]
+        self._buffers = [tensor for name, tensor in state.items() if name not in learned]
 
     @torch.no_grad()
     def update(self, network: nn.Module, num_updates: int) -> None:
         """Take in the weights after `num_updates` earlier updates."""
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
-        torch._foreach_lerp_(list(self.average.values()), list(network.state_dict().values()), 1.0 - decay)
+        torch._foreach_lerp_(self._averaged, self._weights, 1.0 - decay)
+        if self._copied:
+            torch._foreach_copy_(self._copied, self._buffers)
 
     def load(self, average: Mapping[str, Tensor]) -> None:
         """Copy a saved average in place."""
