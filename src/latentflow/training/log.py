@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -104,7 +105,7 @@ class RunLog:
         if not self.enabled:
             return
         with writing(self.file), self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(_line({"step": step, **values}))
         self.progress.update(
             self.task, completed=step, loss=f"{values['loss']:.4f}", speed=f"{values['images_per_second']:.0f}"
         )
@@ -142,7 +143,10 @@ class RunLog:
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, oldest first; those that were cut short or damaged are left out, and said."""
+    """The lines of a run's metrics.jsonl, oldest first; those that were cut short or damaged are left out, and said.
+
+    What is null in the file, a number that was not finite, is NaN.
+    """
     file = Path(run) / "metrics.jsonl"
     if not file.exists():
         return []
@@ -155,16 +159,31 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
     try:
-        line = json.loads(text)
+        line = json.loads(text, object_hook=_with_numbers)
     except (ValueError, RecursionError):  # of bytes that are no UTF-8, too
         return None
     return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
+def _with_numbers(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: math.nan if value is None else value for key, value in values.items()}
+
+
+def _line(values: dict[str, Any]) -> str:
+    """One line of metrics.jsonl. JSON has no infinity and no NaN: both become null."""
+    return json.dumps(_with_nulls(values), allow_nan=False) + "\n"
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _drop_after(file: Path, step: int) -> None:
     """Remove the lines that a resumed run will write again."""
     kept = [line for line in read_metrics(file.parent) if line["step"] <= step]
-    write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
+    write_text(file, "".join(map(_line, kept)))
 
 
 def _tensorboard(run: Path, first_step: int):
