@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import stat
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -195,13 +196,15 @@ def _remove(entry: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names at once (renameat2); false where the system or its file system cannot."""
+    """Exchange two names at once (renameat2, on macOS renamex_np); false where the system or its file system cannot."""
+    names, at_working_folder, exchange = (os.fsencode(one), os.fsencode(other)), -100, 2
     try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+        library = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            return library.renamex_np(*names, exchange) == 0
+        return library.renameat2(at_working_folder, names[0], at_working_folder, names[1], exchange) == 0
     except (OSError, AttributeError):
         return False
-    at_working_folder, exchange = -100, 2
-    return renameat2(at_working_folder, os.fsencode(one), at_working_folder, os.fsencode(other), exchange) == 0
 
 
 def make_folder(path: str | Path) -> Path:
