@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import FrameType
+
+from latentflow.console import say
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -31,9 +39,7 @@ def collected_signals() -> Iterator[list[int]]:
     A SIGHUP that is ignored, as nohup asks for, stays ignored. Outside the main thread none can be collected.
     """
     received: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    if threading.current_thread() is not threading.main_thread():
-        numbers = ()
+    numbers = _SIGNALS if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.getsignal(number) for number in numbers}
     if before.get(signal.SIGHUP) is signal.SIG_IGN:
         del before[signal.SIGHUP]
@@ -52,3 +58,68 @@ def collected_signals() -> Iterator[list[int]]:
         yield received
     finally:
         restore()
+
+
+class _EndedAtOnce(KeyboardInterrupt):
+    """A signal in a block that may be left anywhere; like Ctrl-C it passes through libraries that catch exceptions."""
+
+
+@contextmanager
+def ended_at_once(doing: str, *, seconds: float = 3.0) -> Iterator[None]:
+    """A block that a signal ends within seconds, wherever it is, without an exception; used inside `collected_signals`.
+
+    It is meant for the first step of a compiled network, which takes up to minutes: nothing is lost when it is dropped.
+    Whoever enters the block must look at what was received behind it, and then neither go on nor save.
+
+    Python hands a signal on between two of its own instructions. A compiler or a backward pass may be far from the next
+    one, so a thread waits for the signal, too: where the block has not ended after `seconds`, it ends the process.
+
+    Args:
+        doing: what the block does, as the user is told in that case.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    ended, inside, came = threading.Event(), True, False
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        handlers[number](number, frame)
+        if inside:
+            raise _EndedAtOnce
+
+    def watch() -> None:
+        while received := reader.recv(1):  # what the interpreter writes there as soon as a signal comes
+            if received[0] in handlers and not ended.wait(seconds):
+                say(f"stopped by a signal while {doing}; nothing is lost, repeat the command to go on")
+                with suppress(OSError, ValueError):
+                    sys.stdout.flush()
+                os._exit(128 + received[0])
+
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, name="signals", daemon=True)
+    watcher.start()
+    for number in handlers:
+        signal.signal(number, note)
+    try:
+        yield
+    except _EndedAtOnce:
+        pass
+    except Exception:
+        if not came:  # a compiler's processes are signalled, too, and it complains of their loss
+            raise
+    finally:
+        inside = False
+        ended.set()
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is note:  # none came
+                signal.signal(number, handler)
+        writer.close()
+        watcher.join()
+        reader.close()
