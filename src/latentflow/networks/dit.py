@@ -23,10 +23,9 @@ from latentflow.networks.layers import (
     TimeEmbedding,
     add_gated,
     kept_table,
-    modulate,
+    modulated_norm,
     rotary_positions,
     sincos_positions,
-    token_norm,
 )
 from latentflow.shapes import Condition
 
@@ -141,17 +140,16 @@ class DiTBlock(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         size = config.hidden_size
+        self.norm = config.norm
         self.modulation = nn.Linear(size, 6 * size)
-        self.attention_norm = token_norm(config.norm, size)
         self.attention = SelfAttention(size, config.num_heads, config.qk_norm)
-        self.mlp_norm = token_norm(config.norm, size)
         self.mlp = (SwigluMLP if config.mlp == "swiglu" else GeluMLP)(size, config.mlp_ratio)
 
     def forward(self, x: Tensor, c: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """One block: tokens `x` [B, N, D] and `c` = silu(time + label) [B, D] => [B, N, D]."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).chunk(6, dim=1)  # 6 of [B, D]
-        x = add_gated(x, gate_a, self.attention(modulate(self.attention_norm(x), shift_a, scale_a), rotary))
-        return add_gated(x, gate_m, self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m)))
+        x = add_gated(x, gate_a, self.attention(modulated_norm(x, shift_a, scale_a, self.norm), rotary))
+        return add_gated(x, gate_m, self.mlp(modulated_norm(x, shift_m, scale_m, self.norm)))
 
 
 class DiT(VelocityNetwork):
@@ -173,7 +171,6 @@ class DiT(VelocityNetwork):
         self.label_embedding = nn.Embedding(self.num_classes + 1, size) if self.num_classes else None
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_modulation = nn.Linear(size, 2 * size)
-        self.final_norm = token_norm(config.norm, size)
         self.final_linear = nn.Linear(size, patch * patch * self.out_channels)
         self.reset_parameters()
 
@@ -214,7 +211,8 @@ class DiT(VelocityNetwork):
 
         x = self.joined(latents, time, condition)
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)  # [B, C, H, W] => [B, D, h, w] => [B, N, D]
-        x = x.to(latents.dtype)  # under autocast the sum over the blocks keeps the precision of the latents
+        # The sum over the blocks has the precision of the latents also under autocast; a token's channels lie together.
+        x = x.to(latents.dtype).contiguous()
         rotary = None
         if self.config.position == "sincos":
             x = x + kept_table(sincos_positions, h, w, size, latents.device).to(x.dtype)
@@ -233,7 +231,7 @@ class DiT(VelocityNetwork):
                 x = block(x, c, rotary)
 
         shift, scale = self.final_modulation(c).chunk(2, dim=1)
-        x = self.final_linear(modulate(self.final_norm(x), shift, scale))  # [B, N, p * p * C_out]
+        x = self.final_linear(modulated_norm(x, shift, scale, self.config.norm))  # [B, N, p * p * C_out]
         x = x.reshape(-1, h, w, patch, patch, self.out_channels)
         x = x.permute(0, 5, 1, 3, 2, 4)  # [B, h, w, p, p, C_out] => [B, C_out, h, p, w, p]
         return x.reshape(-1, self.out_channels, h * patch, w * patch).to(latents.dtype)

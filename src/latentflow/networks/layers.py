@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_EPS = 1e-6
+from latentflow.networks.lean import NORM_EPS, linear_of, scaled_norm
 
 
 def time_sinusoid(time: Tensor, channels: int = 256, max_period: float = 10_000.0, *, endpoint: bool = False) -> Tensor:
@@ -95,26 +95,30 @@ def kept_table(make: Callable[..., Any], *args: Any) -> Any:
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + E/2) of `x` [B, K, N, E] by the angles of each token; in float32 at least."""
+    """Turn channel pairs (i, i + E/2) of `x` [..., E] by angles [..., E/2]; in float32 at least.
+
+    What the backward pass needs is the tables: it turns back.
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
 
 
-def token_norm(kind: str, channels: int) -> nn.Module:
-    """Norm over the channels of a token, without weights of its own: `layernorm` or `rmsnorm`."""
-    if kind == "rmsnorm":
-        return nn.RMSNorm(channels, eps=NORM_EPS, elementwise_affine=False)
-    return nn.LayerNorm(channels, eps=NORM_EPS, elementwise_affine=False)
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, norm: str) -> Tensor:
+    """norm(x) * (1 + scale) + shift, with one shift and one scale per image: [B, N, D] and two of [B, D] => [B, N, D].
 
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, with one shift and one scale per image: [B, N, D] and two of [B, D] => [B, N, D]."""
-    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+    Args:
+        norm: over the channels of a token: "layernorm" or "rmsnorm".
+    """
+    device = x.device.type
+    narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    scale = 1 + scale[:, None].to(x.dtype)
+    return scaled_norm(x, scale, shift[:, None], centred=norm == "layernorm", dtype=narrow)
 
 
 def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """x + gate * branch, with one gate per image: [B, N, D], [B, D] and [B, N, D] => [B, N, D]."""
-    return torch.addcmul(x, gate[:, None], branch)
+    with torch.autocast(x.device.type, enabled=False):  # it would widen gate and branch, and keep them so
+        return torch.addcmul(x, gate[:, None], branch)
 
 
 class SelfAttention(nn.Module):
@@ -138,14 +142,15 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Attend; `rotary` is the (cosine, sine) of `rotary_positions`, None for no rotation."""
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, N, 3D] => [B, N, 3, K, E]
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 of [B, K, N, E]
+        both, value = qkv.split((2, 1), dim=2)  # queries and keys together
         if self.query_norm is not None:
-            wide = self.query_norm.weight.dtype  # under autocast, queries and keys come narrower than the weight
-            query, key = self.query_norm(query.to(wide)), self.key_norm(key.to(wide))
+            weight = torch.stack([self.query_norm.weight, self.key_norm.weight])[:, None]  # [2, 1, E]
+            both = scaled_norm(both, weight, dtype=torch.promote_types(both.dtype, torch.float32))
         if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
-        # Norm and rotation may have widened queries and keys; the three must agree.
-        attended = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value)
+            both = rotate(both, *(table[:, None, None] for table in rotary))
+        query, key = both.to(value.dtype).unbind(2)  # norm and rotation may have widened them
+        heads = (tokens.transpose(1, 2) for tokens in (query, key, value.squeeze(2)))  # 3 of [B, K, N, E]
+        attended = F.scaled_dot_product_attention(*heads)
         return self.out(attended.transpose(1, 2).flatten(2))  # [B, K, N, E] => [B, N, D]
 
 
@@ -162,6 +167,12 @@ class GeluMLP(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * value of the two halves [gate | value] of the channels: [..., 2D] => [..., D]."""
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
 class SwigluMLP(nn.Module):
     """down(silu(gate(x)) * value(x)) (arXiv 2002.05202), as many parameters as `GeluMLP` of that ratio.
 
@@ -176,5 +187,4 @@ class SwigluMLP(nn.Module):
         self.down = nn.Linear(inner, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * value)
+        return linear_of(swiglu, self.up(x), self.down)

@@ -1,0 +1,131 @@
+"""Layers that keep little for the backward pass: what is cheap is computed again there, and never kept twice or wide.
+
+Each is a plain function of tensors. `torch.compile` and the transforms of `torch.func` see just that, and a compiler
+decides by itself what to keep; else autograd is told the derivative, which needs nothing but the arguments. The
+derivatives have derivatives.
+
+Legend: B images, N tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn.functional import linear
+
+NORM_EPS = 1e-6
+
+
+def scaled_norm(
+    x: Tensor, scale: Tensor, shift: Tensor | None = None, *, centred: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
+    """scale * (x - mean) / deviation + shift over the last axis, in float32 at least; of all this `x` alone is kept.
+
+    Args:
+        x: [..., D].
+        scale, shift: broadcast to the shape of x.
+        centred: LayerNorm (arXiv 1607.06450). Else the mean is taken as 0: RMSNorm (arXiv 1910.07467).
+        dtype: of the result; None: that of x.
+    """
+    given = (x, scale, shift, centred, dtype or x.dtype)
+    return _scaled_norm(*given) if _derived_elsewhere() else _ScaledNorm.apply(*given)
+
+
+def linear_of(function: Callable[[Tensor], Tensor], x: Tensor, layer: nn.Linear) -> Tensor:
+    """layer(function(x)), of which `x` alone is kept: for a function that costs little beside the layer.
+
+    Args:
+        function: element by element or nearly so, with the dtype of `x`.
+        x: [..., D], under autocast in half precision already.
+    """
+    if _derived_elsewhere():
+        return layer(function(x))
+    return _LinearOf.apply(function, x, layer.weight, layer.bias)
+
+
+def _derived_elsewhere() -> bool:
+    """Whether somebody other than autograd takes derivatives, or nobody."""
+    return (
+        torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()  # they take no function that knows just its backward pass
+    )
+
+
+def _scaled_norm(x: Tensor, scale: Tensor, shift: Tensor | None, centred: bool, dtype: torch.dtype) -> Tensor:
+    normed, _ = _normed(x, centred)
+    scale = scale.to(normed.dtype)
+    y = normed * scale if shift is None else torch.addcmul(shift.to(normed.dtype), normed, scale)
+    return y.to(dtype)
+
+
+def _normed(x: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    """(x - mean) / deviation, and 1 / deviation: [..., D] and [..., 1] in float32 at least."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if centred:
+        x = x - x.mean(-1, keepdim=True)
+    inverse = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + NORM_EPS)
+    return x * inverse, inverse
+
+
+class _ScaledNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, scale: Tensor, shift: Tensor | None, centred: bool, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.centred, ctx.shift = centred, None if shift is None else (shift.shape, shift.dtype)
+        return _scaled_norm(x, scale, shift, centred, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """With n = (x - mean) / deviation and g = scale * grad: dx = (g - mean(g) - n * mean(n * g)) / deviation."""
+        x, scale = ctx.saved_tensors
+        n, inverse = _normed(x, ctx.centred)
+        grad = grad.to(n.dtype)
+        dx = dscale = dshift = None
+        if ctx.needs_input_grad[0]:
+            g = scale.to(n.dtype) * grad
+            dx = torch.addcmul(g, n, (n * g).mean(-1, keepdim=True), value=-1)
+            if ctx.centred:
+                dx = dx - g.mean(-1, keepdim=True)
+            dx = (dx * inverse).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dscale = (n * grad).sum_to_size(scale.shape).to(scale.dtype)
+        if ctx.needs_input_grad[2]:
+            shape, dtype = ctx.shift
+            dshift = grad.sum_to_size(shape).to(dtype)
+        return dx, dscale, dshift, None, None
+
+
+class _LinearOf(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, function: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.function, ctx.bias_dtype = function, None if bias is None else bias.dtype
+        h = function(x)
+        return linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """With h = function(x): dh = grad W, dW = grad^T h, and dx by the derivative of the function."""
+        x, weight = ctx.saved_tensors
+        again = torch.is_grad_enabled()  # the derivative itself will be derived
+        with torch.enable_grad():
+            source = x if again else x.detach().requires_grad_()
+            h = ctx.function(source)
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[1]:
+            (dx,) = torch.autograd.grad(h, source, grad @ weight.to(grad.dtype), create_graph=again)
+        rows = grad.flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            dweight = (rows.mT @ h.flatten(0, -2)).to(weight.dtype)
+        if ctx.needs_input_grad[3]:
+            dbias = rows.sum(0, dtype=ctx.bias_dtype)
+        return None, dx, dweight, dbias
