@@ -112,8 +112,8 @@ def test_encode_equals_diffusers(kl):
 def test_the_posterior_is_that_of_diffusers():
     """z = mean + exp(log-variance / 2) noise, the log-variance clamped to [-30, 20]."""
     moments = torch.randn(2, 8, 3, 3, generator=torch.Generator().manual_seed(0)) * 30
-    drawn = sample_latents(moments, 4, ImageRandom([5, 6]))
-    noise = ImageRandom([5, 6]).normal(4, 3, 3)
+    drawn = sample_latents(moments, 4, ImageRandom.of_seeds("test", [5, 6]))
+    noise = ImageRandom.of_seeds("test", [5, 6]).normal(4, 3, 3)
     posterior = DiagonalGaussianDistribution(moments)
     torch.testing.assert_close(drawn, posterior.mean + posterior.std * noise)
     assert torch.equal(latent_mean(moments, 4), moments[:, :4])
@@ -121,9 +121,9 @@ def test_the_posterior_is_that_of_diffusers():
 
 def test_a_deterministic_encoder_has_nothing_to_draw():
     moments = torch.randn(2, 4, 3, 3)
-    random = ImageRandom([5, 6])
+    random = ImageRandom.of_seeds("test", [5, 6])
     assert torch.equal(sample_latents(moments, 4, random), moments)
-    assert torch.equal(random.normal(2), ImageRandom([5, 6]).normal(2)), "it used up random numbers"
+    assert torch.equal(random.normal(2), ImageRandom.of_seeds("test", [5, 6]).normal(2)), "it used up random numbers"
 
 
 def test_slices_equal_the_whole_batch(made):

@@ -96,7 +96,7 @@ def test_encode_train_sample_info(command, tmp_path, images, kl_folder, recipe_f
     assert encoded.code == 0, encoded.err
     assert json.loads(encoded.out)["images"] == tiny.NUM_IMAGES
 
-    trained = command("train", recipe_file, f"data.path={cache}", "training.preview_every=2", "--cpu")
+    trained = command("train", recipe_file, f"data.path={cache}", "training.preview_every=2", "--device", "cpu")
     assert trained.code == 0, trained.err
     assert str(run / "model") in trained.err
 
@@ -130,7 +130,7 @@ def test_encode_train_sample_info_with_conditions_of_space(command, tmp_path, se
     assert (report["images"], report["map classes"], report["mask variants"]) == (12, 3, 2)
 
     overrides = ("conditioning.inpainting=true", "conditioning.semantic_map=true", "training.preview_every=2")
-    trained = command("train", recipe_file, f"data.path={cache}", *overrides, "--cpu")
+    trained = command("train", recipe_file, f"data.path={cache}", *overrides, "--device", "cpu")
     assert trained.code == 0, trained.err
     assert (run / "samples" / "step-00000002.png").is_file()
 
@@ -153,7 +153,7 @@ def test_encode_train_sample_info_with_conditions_of_space(command, tmp_path, se
 
 
 def test_dry_run_checks_everything_and_writes_nothing(command, tmp_path, recipe_file, leaves_nothing):
-    result = command("train", recipe_file, "training.steps=7", "--dry-run", "--cpu")
+    result = command("train", recipe_file, "training.steps=7", "--dry-run", "--device", "cpu")
     assert result.code == 0, result.err
     said = [*result.out.splitlines(), *result.err.splitlines()]
     assert len(said) <= 12
@@ -170,7 +170,7 @@ def test_dry_run_checks_everything_and_writes_nothing(command, tmp_path, recipe_
 
 
 def test_print_gives_the_recipe_with_everything_decided(command, tmp_path, recipe_file):
-    result = command("train", recipe_file, "training.steps=7", "--dry-run", "--print", "--cpu")
+    result = command("train", recipe_file, "training.steps=7", "--dry-run", "--print", "--device", "cpu")
     (tmp_path / "printed.yaml").write_text(result.out, encoding="utf-8")
     assert load_recipe(tmp_path / "printed.yaml") == load_recipe(recipe_file, ["training.steps=7"])
 
@@ -193,7 +193,7 @@ def test_print_gives_the_recipe_with_everything_decided(command, tmp_path, recip
     ],
 )
 def test_dry_run_finds_what_training_would_refuse(command, recipe_file, leaves_nothing, override, said):
-    refused(command("train", recipe_file, *override.split(), "--dry-run", "--cpu"), said)
+    refused(command("train", recipe_file, *override.split(), "--dry-run", "--device", "cpu"), said)
     leaves_nothing()
 
 
@@ -333,17 +333,21 @@ def test_encode_into_a_folder_of_something_else(encode, tmp_path, leaves_nothing
 
 def test_train_unknown_recipe(command, leaves_nothing):
     leaves_nothing()
-    refused(command("train", "cifar10_46", "--cpu"), "cifar10_46", "did you mean 'cifar10_64'?")
+    refused(command("train", "cifar10_46", "--device", "cpu"), "cifar10_46", "did you mean 'cifar10_64'?")
 
 
 def test_train_pickle_as_recipe(command, pickled, leaves_nothing):
     leaves_nothing()
-    refused(command("train", pickled, "--cpu"), "model.pth")
+    refused(command("train", pickled, "--device", "cpu"), "model.pth")
 
 
 def test_train_unknown_key(command, recipe_file, leaves_nothing):
     leaves_nothing()
-    refused(command("train", recipe_file, "training.batchsize=4", "--cpu"), "batchsize", "did you mean 'batch_size'?")
+    refused(
+        command("train", recipe_file, "training.batchsize=4", "--device", "cpu"),
+        "batchsize",
+        "did you mean 'batch_size'?",
+    )
 
 
 @pytest.mark.parametrize(
@@ -366,14 +370,14 @@ def test_train_unknown_key(command, recipe_file, leaves_nothing):
 )
 def test_train_bad_values(command, recipe_file, leaves_nothing, override, said):
     leaves_nothing()
-    refused(command("train", recipe_file, override, "--cpu"), said)
+    refused(command("train", recipe_file, override, "--device", "cpu"), said)
 
 
 def test_train_guided_preview_of_a_model_that_cannot_be_guided(command, recipe_file, leaves_nothing):
     leaves_nothing()
     overrides = ("conditioning.label_dropout=0", "sampling.guidance=2", "training.preview_every=1")
     refused(
-        command("train", recipe_file, *overrides, "--cpu"),
+        command("train", recipe_file, *overrides, "--device", "cpu"),
         "sampling.guidance = 2",
         "conditioning.label_dropout = 0",
         "add sampling.guidance=1",
@@ -382,7 +386,7 @@ def test_train_guided_preview_of_a_model_that_cannot_be_guided(command, recipe_f
 
 def test_train_wrong_autoencoder_for_the_cache(command, recipe_file, deterministic_folder, leaves_nothing):
     leaves_nothing()
-    refused(command("train", recipe_file, f"autoencoder={deterministic_folder}", "--cpu"), "was encoded with")
+    refused(command("train", recipe_file, f"autoencoder={deterministic_folder}", "--device", "cpu"), "was encoded with")
 
 
 def test_train_truncated_shard(command, tmp_path, recipe_file, cache, leaves_nothing):
@@ -391,7 +395,7 @@ def test_train_truncated_shard(command, tmp_path, recipe_file, cache, leaves_not
     os.truncate(shard, shard.stat().st_size - 1)
     leaves_nothing()
     refused(
-        command("train", recipe_file, f"data.path={tmp_path / 'cut'}", "--cpu"),
+        command("train", recipe_file, f"data.path={tmp_path / 'cut'}", "--device", "cpu"),
         "shard-00001.safetensors is truncated",
         "run the same `latentflow encode` again",
     )
@@ -401,7 +405,7 @@ def test_train_unfinished_cache(command, tmp_path, recipe_file, cache, leaves_no
     shutil.copytree(cache, tmp_path / "unfinished")
     (tmp_path / "unfinished" / "index.json").unlink()
     leaves_nothing()
-    refused(command("train", recipe_file, f"data.path={tmp_path / 'unfinished'}", "--cpu"), "not finished")
+    refused(command("train", recipe_file, f"data.path={tmp_path / 'unfinished'}", "--device", "cpu"), "not finished")
 
 
 def test_train_flips_that_the_cache_has_not(command, tmp_path, recipe_file, images, kl_folder, leaves_nothing):
@@ -410,29 +414,29 @@ def test_train_flips_that_the_cache_has_not(command, tmp_path, recipe_file, imag
     )
     leaves_nothing()
     overrides = (f"data.path={tmp_path / 'plain'}", "data.flip=true")
-    refused(command("train", recipe_file, *overrides, "--cpu"), "--flips")
+    refused(command("train", recipe_file, *overrides, "--device", "cpu"), "--flips")
 
 
 def test_train_images_none_of_which_can_be_read(command, tmp_path, recipe_file, leaves_nothing):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "one.png").write_bytes(b"no image")
     leaves_nothing()
-    refused(command("train", recipe_file, f"data.path={tmp_path / 'bad'}", "--cpu"), "one.png")
+    refused(command("train", recipe_file, f"data.path={tmp_path / 'bad'}", "--device", "cpu"), "one.png")
 
 
 @pytest.mark.parametrize("place", ["fruit.yaml/below", "/proc/nope"])
 def test_train_output_that_cannot_be_written(command, tmp_path, recipe_file, leaves_nothing, place):
     leaves_nothing()
-    refused(command("train", recipe_file, f"out={tmp_path / place}", "--cpu"), place)
+    refused(command("train", recipe_file, f"out={tmp_path / place}", "--device", "cpu"), place)
 
 
 @pytest.mark.parametrize("file", ["network.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
 def test_train_truncated_checkpoint(command, tmp_path, recipe_file, leaves_nothing, file):
-    assert command("train", recipe_file, "--cpu").code == 0
+    assert command("train", recipe_file, "--device", "cpu").code == 0
     damaged = tmp_path / "run" / "checkpoints" / "step-00000002" / file
     os.truncate(damaged, damaged.stat().st_size // 2)
     leaves_nothing()
-    refused(command("train", recipe_file, "--cpu"), str(damaged))
+    refused(command("train", recipe_file, "--device", "cpu"), str(damaged))
 
 
 @pytest.mark.parametrize(
@@ -446,10 +450,13 @@ def test_train_truncated_checkpoint(command, tmp_path, recipe_file, leaves_nothi
     ],
 )
 def test_train_another_recipe_in_the_same_folder(command, recipe_file, leaves_nothing, change):
-    assert command("train", recipe_file, "--cpu").code == 0
+    assert command("train", recipe_file, "--device", "cpu").code == 0
     leaves_nothing()
     refused(
-        command("train", recipe_file, change, "--cpu"), change.partition("=")[0], "another recipe", "choose another out"
+        command("train", recipe_file, change, "--device", "cpu"),
+        change.partition("=")[0],
+        "another recipe",
+        "choose another out",
     )
 
 

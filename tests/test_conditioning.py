@@ -99,7 +99,7 @@ def test_require_and_can_guide():
 
 def test_each_condition_is_dropped_on_its_own_at_its_rate():
     num_images = 4000
-    dropped = ALL.draw_dropped(ImageRandom(range(num_images)))
+    dropped = ALL.draw_dropped(ImageRandom.of_seeds("test", range(num_images)))
     assert list(dropped) == list(CONDITION_NAMES)
     for name, share in ALL.dropout.items():  # standard errors of binomials
         assert abs(dropped[name].double().mean() - share) < 4 * (share * (1 - share) / num_images) ** 0.5
@@ -107,14 +107,14 @@ def test_each_condition_is_dropped_on_its_own_at_its_rate():
         together = ALL.dropout[one] * ALL.dropout[other]
         share = (dropped[one] & dropped[other]).double().mean()
         assert abs(share - together) < 4 * (together * (1 - together) / num_images) ** 0.5
-    again = ALL.draw_dropped(ImageRandom([17, 5]))
+    again = ALL.draw_dropped(ImageRandom.of_seeds("test", [17, 5]))
     assert all(torch.equal(again[name], dropped[name][[17, 5]]) for name in dropped)
 
 
 def test_a_rate_of_zero_drops_nothing_and_draws_as_many_numbers():
     """So that the noise of a run does not depend on what is dropped in it."""
     never = ALL.model_copy(update={"label_dropout": 0.0, "inpainting_dropout": 0.0, "map_dropout": 0.0})
-    streams = [ImageRandom(range(500)) for _ in range(2)]
+    streams = [ImageRandom.of_seeds("test", range(500)) for _ in range(2)]
     assert not any(rows.any() for rows in never.draw_dropped(streams[0]).values())
     ALL.draw_dropped(streams[1])
     assert torch.equal(*(random.normal(2) for random in streams))
@@ -147,7 +147,7 @@ def test_without_is_the_null_twin():
 def test_an_unconditional_model_has_empty_conditions():
     nothing = Conditioning()
     assert nothing.build((3, *LATENTS), "cpu").names == []
-    assert nothing.draw_dropped(ImageRandom([0])) == {}
+    assert nothing.draw_dropped(ImageRandom.of_seeds("test", [0])) == {}
     assert nothing.drop(Condition(), {}).names == []
 
 

@@ -25,29 +25,29 @@ LAYERS = {
     "ledger": 0,
     "progress": 0,
     "weights": 0,
-    "locks": 0,
-    "processes": 0,
-    "flow": 1,
-    "networks": 1,
-    "autoencoder": 1,
-    "data": 2,
-    "conditioning": 2,
-    "model_config": 3,
-    "model_card": 3,
-    "latent_flow": 3,
-    "training": 4,
-    "sampling": 4,
-    "metrics": 4,
-    "convert": 4,
-    "commands": 5,
-    "studio": 5,
-    "cli": 6,
-    "__main__": 7,
+    "locks": 2,
+    "runtime": 1,
+    "flow": 2,
+    "networks": 2,
+    "autoencoder": 2,
+    "data": 3,
+    "conditioning": 3,
+    "model_config": 4,
+    "model_card": 4,
+    "latent_flow": 4,
+    "training": 5,
+    "sampling": 5,
+    "metrics": 5,
+    "convert": 5,
+    "commands": 6,
+    "studio": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 FLOOR = tuple(name for name, layer in LAYERS.items() if layer == 0)
 """Layer 0: these may see each other."""
 WAIST = ("model_config", "model_card", "latent_flow")
-"""Layer 3: each may see those before it. No other rooms of one layer may see each other."""
+"""Layer 4: each may see those before it. No other rooms of one layer may see each other."""
 
 UPWARD = {
     "sample": "sampling.pipeline",
@@ -179,8 +179,20 @@ def test_flow_knows_tensors_only():
     assert {room(one.module) for one in INNER if room(one.file) == "flow"} <= {"flow", "shapes", "errors"}
 
 
-def test_only_the_loop_knows_accelerate():
-    assert {one.file for one in IMPORTS if one.module.split(".")[0] == "accelerate"} == {"training.loop"}
+def test_only_the_runtime_knows_accelerate():
+    assert {one.file for one in IMPORTS if one.module.split(".")[0] == "accelerate"} == {"runtime"}
+
+
+def test_only_the_runtime_reads_what_a_launcher_says():
+    """No other file asks the environment which process this one is."""
+    asked = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID"}
+    found = {
+        str(file.relative_to(SOURCE))
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in asked
+    }
+    assert found == {"runtime.py"}
 
 
 @pytest.mark.parametrize("library", ["torchvision", "timm", "scipy", "einops", "lpips", "cleanfid", "torch_fidelity"])

@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 
 from latentflow import locks
 from latentflow.artifacts import require_new, write_text
 from latentflow.errors import ArtifactError
 from latentflow.locks import holder, only_writer, writes
+from latentflow.runtime import Runtime
 
 _CONTEXT = multiprocessing.get_context("fork")
 
 
-def _hold(path: Path, pipe, environment: dict[str, str], launch: bool) -> None:
+def _hold(path: Path, pipe, environment: dict[str, str], rank: int | None) -> None:
     os.environ.update(environment)
     try:
-        with only_writer(path, launch=launch):
+        with only_writer(path, None if rank is None else Runtime(torch.device("cpu"), rank, world=2)):
             pipe.send("held")
             pipe.recv()
     except ArtifactError as error:
@@ -38,9 +40,9 @@ class Other:
 
     all: ClassVar[list[Other]] = []
 
-    def __init__(self, path: Path, *, launch: bool = False, **environment: str):
+    def __init__(self, path: Path, *, rank: int | None = None, **environment: str):
         self.pipe, far = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=_hold, args=(path, far, environment, launch), daemon=True)
+        self.process = _CONTEXT.Process(target=_hold, args=(path, far, environment, rank), daemon=True)
         self.process.start()
         self.said = self.pipe.recv()
         self.all.append(self)
@@ -154,22 +156,22 @@ def test_locks_do_not_count_as_contents(tmp_path):
 
 
 def test_processes_of_one_launch_write_together_and_no_others(tmp_path):
-    first = Other(tmp_path, launch=True, RANK="0", **LAUNCH)
-    second = Other(tmp_path, launch=True, RANK="1", **LAUNCH)
+    first = Other(tmp_path, rank=0, **LAUNCH)
+    second = Other(tmp_path, rank=1, **LAUNCH)
     assert first.said == second.said == "held"
-    assert "is being written" in Other(tmp_path, launch=True, RANK="1", **LAUNCH).said
-    assert "is being written" in Other(tmp_path, launch=True).said
+    assert "is being written" in Other(tmp_path, rank=1, **LAUNCH).said
+    assert "is being written" in Other(tmp_path, rank=0).said
     first.end()
     assert holder(tmp_path, 1)
-    assert f"process {second.process.pid}" in Other(tmp_path, launch=True).said
-    assert f"process {second.process.pid}" in Other(tmp_path, RANK="0", **{**LAUNCH, "MASTER_PORT": "29501"}).said
+    assert f"process {second.process.pid}" in Other(tmp_path, rank=0).said
+    assert f"process {second.process.pid}" in Other(tmp_path, **{**LAUNCH, "MASTER_PORT": "29501"}).said
     second.kill()
-    assert Other(tmp_path, launch=True).said == "held"
+    assert Other(tmp_path, rank=0).said == "held"
 
 
 def test_a_command_of_one_process_under_a_launcher(tmp_path):
-    assert Other(tmp_path, RANK="0", **LAUNCH).said == "held"
-    assert "start it without the launcher" in Other(tmp_path, RANK="1", **LAUNCH).said
+    assert Other(tmp_path, **LAUNCH).said == "held"
+    assert "start it without the launcher" in Other(tmp_path, **LAUNCH).said
 
 
 @pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])

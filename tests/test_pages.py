@@ -80,7 +80,14 @@ SMALL = {
 }
 MORE = {
     "train": [
-        *("training.steps=4", "training.batch_size=4", "training.log_every=2", "training.precision=fp32", "--cpu"),
+        *(
+            "training.steps=4",
+            "training.batch_size=4",
+            "training.log_every=2",
+            "training.precision=fp32",
+            "--device",
+            "cpu",
+        ),
         *("network.depth=2", "network.hidden_size=32", "network.num_heads=2", "network.patch_size=2"),
     ],
     "evaluate": ["--features", "random"],

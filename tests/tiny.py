@@ -23,7 +23,10 @@ from latentflow.flow.path import LinearPath
 from latentflow.latent_flow import LatentFlow
 from latentflow.model_config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig, SamplingPreset
 from latentflow.networks.dit import DiTConfig
+from latentflow.runtime import Runtime
 from latentflow.training.config import Recipe
+
+CPU = Runtime(torch.device("cpu"))
 
 CLASSES = ("apple", "berry", "cherry")
 IMAGES_PER_CLASS = 6

@@ -12,7 +12,9 @@ Legend: B images, S image side, C latent channels, h = w = S / factor.
 
 from __future__ import annotations
 
-from functools import cached_property
+import copy
+from dataclasses import replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +26,7 @@ from latentflow.artifacts import read_json, sha256_tensors, write_json
 from latentflow.autoencoder_files import load_first_stage
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.randomness import ImageRandom
+from latentflow.runtime import Runtime
 
 BUILT_IN = {"shapes": Path(__file__).parent / "assets" / "shapes_autoencoder"}
 """Autoencoders that come with the package, by reference; "./shapes" is a folder of that name."""
@@ -50,7 +53,14 @@ class LatentNormalisation(BaseModel):
 
     @staticmethod
     def _channels(values: list[float], like: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)[:, None, None]
+        return _constant(tuple(values), like.dtype, like.device)[:, None, None]
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may take part in a training step later
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on a device, sent there once: a copy from the host would wait for all that is queued."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def latent_mean(moments: Tensor, num_channels: int) -> Tensor:
@@ -67,7 +77,7 @@ def sample_latents(moments: Tensor, num_channels: int, random: ImageRandom) -> T
     if moments.shape[1] == num_channels:
         return mean
     log_variance = moments[:, num_channels:].clamp(*_LOG_VARIANCE_RANGE)
-    return mean + torch.exp(0.5 * log_variance) * random.normal(*mean.shape[1:], device=mean.device)
+    return mean + torch.exp(0.5 * log_variance) * random.normal(*mean.shape[1:])
 
 
 class Autoencoder:
@@ -76,14 +86,16 @@ class Autoencoder:
     Args:
         model: an instance with diffusers' `encode` and `decode`.
         reference: the folder, hub id or built-in name it came from.
+        runtime: where it computes, and in what precision; None: on the model's device, in fp32.
     """
 
-    def __init__(self, model: nn.Module, reference: str):
+    def __init__(self, model: nn.Module, reference: str, runtime: Runtime | None = None):
         self.model = model.eval().requires_grad_(False)
         self.reference = reference
+        self.runtime = runtime or Runtime(self.device)
         self.slice_size = 16
         """Images encoded or decoded at a time; bounds the memory of large batches."""
-        self.to(self.device)
+        self.to(self.runtime)
 
     @classmethod
     def from_pretrained(cls, reference: str | Path) -> Autoencoder:
@@ -105,11 +117,18 @@ class Autoencoder:
         config.pop("_name_or_path", None)  # a path of this machine, more often than not
         write_json(Path(folder) / "config.json", config)
 
-    def to(self, device: torch.device | str) -> Autoencoder:
-        """Move the weights; returns itself."""
-        self.model.to(device)
+    def to(self, place: Runtime | torch.device | str) -> Autoencoder:
+        """Move the weights, and compute as the runtime says; returns itself."""
+        self.runtime = place if isinstance(place, Runtime) else replace(self.runtime, device=torch.device(place))
+        self.model.to(self.runtime.device)
         self.model.to(memory_format=self._layout)
         return self
+
+    def under(self, runtime: Runtime) -> Autoencoder:
+        """The same weights, computing in the precision of `runtime`."""
+        other = copy.copy(self)
+        other.runtime = replace(self.runtime, precision=runtime.precision)
+        return other
 
     @property
     def _layout(self) -> torch.memory_format:
@@ -213,14 +232,30 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """pixels [B, 3, S, S] in [-1, 1] => moments [B, C or 2C, h, w], float32."""
-        return torch.cat([self._moments(part) for part in pixels.split(self.slice_size)])
+        """pixels [B, 3, S, S] in [-1, 1] => moments [B, C or 2C, h, w], float32.
+
+        Raises:
+            ArtifactError: the autoencoder overflows in fp16.
+        """
+        return self._finite(torch.cat([self._moments(part) for part in pixels.split(self.slice_size)]))
 
     @torch.no_grad()
     def decode(self, raw: Tensor) -> Tensor:
-        """raw latents [B, C, h, w] => pixels [B, 3, S, S] in [-1, 1], clamped, float32."""
-        parts = (self.model.decode(part, return_dict=False)[0] for part in raw.to(self.device).split(self.slice_size))
-        return torch.cat([part.float().clamp(-1, 1) for part in parts])
+        """raw latents [B, C, h, w] => pixels [B, 3, S, S] in [-1, 1], clamped, float32.
+
+        Raises:
+            ArtifactError: the autoencoder overflows in fp16.
+        """
+        with self.runtime.autocast():
+            parts = raw.to(self.device).split(self.slice_size)
+            decoded = [self.model.decode(part, return_dict=False)[0].float() for part in parts]
+        return self._finite(torch.cat(decoded)).clamp(-1, 1)
+
+    def _finite(self, values: Tensor) -> Tensor:
+        """Some autoencoders, made in float32, exceed what fp16 can hold; elsewhere there is nothing to look for."""
+        if self.runtime.precision == "fp16" and not values.isfinite().all():
+            raise ArtifactError(f"the autoencoder {self.reference} overflows in fp16; use --precision bf16 or tf32")
+        return values
 
     def _moments(self, pixels: Tensor) -> Tensor:
         encoded = self._encoded(pixels.to(self.device))
@@ -228,7 +263,7 @@ class Autoencoder:
 
     def _encoded(self, pixels: Tensor):
         """A latent tensor, or diffusers' Gaussian with its `parameters`."""
-        with torch.no_grad():
+        with torch.no_grad(), self.runtime.autocast():
             return self.model.encode(pixels.contiguous(memory_format=self._layout), return_dict=False)[0]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import inspect
 import json
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -22,11 +21,11 @@ from rich.table import Table
 from latentflow.console import open_streams, printable, say
 from latentflow.door import guarded, hush_libraries
 from latentflow.errors import ConfigError, nearest
-from latentflow.processes import process_rank
 
 if TYPE_CHECKING:
     from latentflow.commands.pictures import Pictures
     from latentflow.model_config import SamplingPreset
+    from latentflow.runtime import Runtime
 
 app = typer.Typer(
     name="latentflow",
@@ -40,11 +39,21 @@ app = typer.Typer(
 _MUCH_CUT = 0.2  # of a picture, by its square; 4:3 has 0.25
 
 
-class Precision(str, Enum):
+class Dtype(str, Enum):
     """How a latent cache stores its moments."""
 
     float16 = "float16"
     float32 = "float32"
+
+
+class Precision(str, Enum):
+    """What networks compute in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    tf32 = "tf32"
+    bf16 = "bf16"
+    fp16 = "fp16"
 
 
 class MaskPolicy(str, Enum):
@@ -64,7 +73,13 @@ class ExportFormat(str, Enum):
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; otherwise a GPU if there is one.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or mps; otherwise a GPU if there is one. Of several processes each gets its own."),
+]
+ComputesIn = Annotated[
+    Precision, typer.Option(help="What the network computes in; auto: bf16 on a GPU that has it, else fp32.")
+]
 
 AllowChange = Annotated[
     list[str] | None,
@@ -170,7 +185,7 @@ def encode(
         int | None, typer.Option(help="Encode so many images: the first of each class, then the second, and so on.")
     ] = None,
     flips: Annotated[bool, typer.Option("--flips", help="Also encode the mirrored images.")] = False,
-    precision: Annotated[Precision, typer.Option(help="How moments are stored.")] = Precision.float16,
+    dtype: Annotated[Dtype, typer.Option(help="How moments are stored.")] = Dtype.float16,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded together.")] = 32,
     shard_size: Annotated[int, typer.Option(min=1, help="Images per shard, the most a kill can lose.")] = 1024,
     mask_variants: Annotated[
@@ -186,6 +201,9 @@ def encode(
         typer.Option(help="Encode nothing; write OUT.png, which shows so many images as a model will see them."),
     ] = None,
     device: Device = None,
+    precision: Annotated[
+        Precision, typer.Option(help="What the autoencoder computes in; tf32 is float32 where there is no TF32.")
+    ] = Precision.tf32,
     as_json: AsJson = False,
 ) -> None:
     """Encode images once into a latent cache. Repeat the command to go on after a kill."""
@@ -202,13 +220,14 @@ def encode(
         image_size=image_size,
         first=first,
         flips=flips,
-        precision=precision.value,
+        dtype=dtype.value,
         batch_size=batch_size,
         shard_size=shard_size,
         masks=MaskRules(policy=mask_policy.value, folder=str(mask_folder or "")),
         mask_variants=mask_variants,
         strict=strict,
-        device=device,
+        precision=precision.value,
+        runtime=_runtime(device),
     )
     if result.index is None:
         say("this process is done; another one will finish the cache")
@@ -251,7 +270,15 @@ def _look(
 ) -> None:
     from latentflow.commands.look import look as run
 
-    seen = run(data, out, num=num, autoencoder=autoencoder, image_size=image_size, first=first, device=device)
+    seen = run(
+        data,
+        out,
+        num=num,
+        autoencoder=autoencoder,
+        image_size=image_size,
+        first=first,
+        runtime=_runtime(device, Precision.tf32),
+    )
     cut = f"the square leaves out {sum(seen.cut) / len(seen.cut):.0%} on average, {max(seen.cut):.0%} at most"
     given_back = f"{seen.psnr:.1f} dB PSNR by the autoencoder"
     _report({"sheet": str(seen.sheet), "images": len(seen.names), "cut away": cut, "given back": given_back}, as_json)
@@ -279,7 +306,7 @@ def prepare(
 def train(
     recipe: Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=1000")] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
+    device: Device = None,
     allow_change: AllowChange = None,
     dry_run: DryRun = False,
     print_recipe: PrintRecipe = False,
@@ -294,16 +321,17 @@ def train(
 
     told = _teller(print_recipe)
     if dry_run:
-        told(prepare(given, cpu=cpu, allow_change=allow_change or ()))
+        told(prepare(given, _runtime(device), allow_change=allow_change or ()))
         say("all is well; nothing was written")
         return
-    result = run(given, cpu=cpu, allow_change=allow_change or (), on_prepared=told)
+    runtime = _runtime(device)
+    result = run(given, allow_change=allow_change or (), on_prepared=told, runtime=runtime)
     for name in result.broken:
         say(f"left out: {name}")
     if not result.outcome.finished:
         say(f"stopped by a signal at step {result.outcome.step}, saved; repeat the command to go on")
         raise typer.Exit(128 + (result.outcome.signal or 0))
-    if process_rank()[0] == 0:
+    if runtime.is_main:
         say(f"{result.outcome.step} steps done; the model is {result.run / 'model'}")
 
 
@@ -311,7 +339,7 @@ def train(
 def train_autoencoder(
     recipe: Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=1000")] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
+    device: Device = None,
     allow_change: AllowChange = None,
     dry_run: DryRun = False,
     print_recipe: PrintRecipe = False,
@@ -325,10 +353,10 @@ def train_autoencoder(
 
     told = _teller(print_recipe)
     if dry_run:
-        told(prepare(given, cpu=cpu, allow_change=allow_change or ()))
+        told(prepare(given, _runtime(device), allow_change=allow_change or ()))
         say("all is well; nothing was written")
         return
-    result = train_first_stage(given, cpu=cpu, allow_change=allow_change or (), on_prepared=told)
+    result = train_first_stage(given, allow_change=allow_change or (), on_prepared=told, runtime=_runtime(device))
     for name in result.broken:
         say(f"left out: {name}")
     if result.report is None:
@@ -357,6 +385,7 @@ def sample(
     batch_size: BatchSize = 16,
     columns: Annotated[int | None, typer.Option(min=1, help="Columns of grid.png.")] = None,
     device: Device = None,
+    precision: ComputesIn = Precision.auto,
     as_json: AsJson = False,
 ) -> None:
     """Draw images: one PNG per seed with its request in the metadata, and a grid of the first 64.
@@ -374,7 +403,7 @@ def sample(
         seed=seed,
         batch_size=batch_size,
         columns=columns,
-        device=device,
+        runtime=_runtime(device, precision),
     )
     rows = {
         "folder": str(out),
@@ -416,6 +445,7 @@ def inpaint(
     seed: Seed = 0,
     batch_size: BatchSize = 4,
     device: Device = None,
+    precision: ComputesIn = Precision.auto,
     as_json: AsJson = False,
 ) -> None:
     """Paint the white part of a mask anew; every other pixel stays as it is, to the bit, with alpha and profile."""
@@ -435,7 +465,7 @@ def inpaint(
         **preset,
         seed=seed,
         batch_size=batch_size,
-        device=device,
+        runtime=_runtime(device, precision),
     )
     used, (height, width) = result.request.inputs, result.request.image_size
     if used["method"] == "replacement" and method is None:
@@ -468,6 +498,7 @@ def mask_to_image(
     seed: Seed = 0,
     batch_size: BatchSize = 16,
     device: Device = None,
+    precision: ComputesIn = Precision.auto,
     as_json: AsJson = False,
 ) -> None:
     """Paint a semantic map; its classes are checked against those of the model."""
@@ -483,7 +514,7 @@ def mask_to_image(
         **preset,
         seed=seed,
         batch_size=batch_size,
-        device=device,
+        runtime=_runtime(device, precision),
     )
     _report(_picture_rows(result), as_json)
 
@@ -501,7 +532,7 @@ def loss(
     """Measure the loss on images, held out or not: told nothing, each condition alone, and everything."""
     from latentflow.commands.loss import loss as run
 
-    results = run(model, data, num=num, batch_size=batch_size, seed=seed, device=device)
+    results = run(model, data, num=num, batch_size=batch_size, seed=seed, runtime=_runtime(device, Precision.fp32))
     rows = {" + ".join(r.told) or "nothing": f"{r.loss:.4f} +- {r.standard_error:.4f}" for r in results}
     if as_json:
         rows = {name: asdict(result) for name, result in zip(rows, results, strict=True)}
@@ -518,13 +549,16 @@ def benchmark(
     preset: Preset = None,
     seed: Seed = 0,
     device: Device = None,
+    precision: ComputesIn = Precision.auto,
     as_json: AsJson = False,
 ) -> None:
     """Say what drawing an image costs: network calls, milliseconds and memory."""
     from latentflow.commands.benchmark import benchmark as run
 
     sizes = _numbers(batch_sizes, "--batch-sizes", int)
-    result = run(model, num=num, batch_sizes=sizes, repeats=repeats, seed=seed, device=device, **preset)
+    result = run(
+        model, num=num, batch_sizes=sizes, repeats=repeats, seed=seed, runtime=_runtime(device, precision), **preset
+    )
     if as_json:
         batches = [{**asdict(batch), "images_per_second": batch.images_per_second} for batch in result.batches]
         _report({**asdict(result), "sampling": result.sampling.model_dump(mode="json"), "batches": batches}, as_json)
@@ -592,6 +626,7 @@ def sweep(
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     device: Device = None,
+    precision: ComputesIn = Precision.auto,
     as_json: AsJson = False,
 ) -> None:
     """Measure quality against cost, and name the best sampling preset if the numbers show one. Repeat it to go on."""
@@ -619,7 +654,7 @@ def sweep(
         batch_size=batch_size,
         seed=seed,
         write=write,
-        device=device,
+        runtime=_runtime(device, precision),
     )
     if as_json:
         _report(summary(result), as_json)
@@ -705,6 +740,7 @@ def evaluate(
     ] = None,
     anyway: Annotated[bool, typer.Option("--anyway", help="Compare all the same.")] = False,
     device: Device = None,
+    precision: ComputesIn = Precision.auto,
     as_json: AsJson = False,
 ) -> None:
     """Score the images of a model, or images in files, against real ones; the result says what it depends on."""
@@ -733,7 +769,7 @@ def evaluate(
         out=out,
         against=against,
         anyway=anyway,
-        device=device,
+        runtime=_runtime(device, precision),
     )
     if result is None:
         say("this process is done; the first one computes the scores")
@@ -778,7 +814,7 @@ def bound(
         bins=bins,
         batch_size=batch_size,
         seed=seed,
-        device=device,
+        runtime=_runtime(device, Precision.fp32),
     )
     if as_json:
         _report(bound_record(measured), as_json)
@@ -825,7 +861,7 @@ def diagnose(
         guidance=guidance,
         batch_size=batch_size,
         seed=seed,
-        device=device,
+        runtime=_runtime(device, Precision.fp32),
     )
     page = str(out / "page.html")
     if as_json:
@@ -851,6 +887,7 @@ def image_to_image(
     seed: Seed = 0,
     batch_size: BatchSize = 16,
     device: Device = None,
+    precision: ComputesIn = Precision.auto,
     as_json: AsJson = False,
 ) -> None:
     """Redraw an image: mix noise into it, and take it out again. No class is told unless one is given."""
@@ -866,7 +903,7 @@ def image_to_image(
         **preset,
         seed=seed,
         batch_size=batch_size,
-        device=device,
+        runtime=_runtime(device, precision),
     )
     _report(_picture_rows(result), as_json)
 
@@ -888,6 +925,7 @@ def interpolate(
     preset: Preset = None,
     batch_size: BatchSize = 16,
     device: Device = None,
+    precision: ComputesIn = Precision.auto,
     as_json: AsJson = False,
 ) -> None:
     """Draw the frames between two seeds, and between two classes."""
@@ -901,7 +939,7 @@ def interpolate(
         classes=_classes(classes),
         **preset,
         batch_size=batch_size,
-        device=device,
+        runtime=_runtime(device, precision),
     )
     rows = {
         "folder": str(out),
@@ -933,6 +971,7 @@ def vary(
     preset: Preset = None,
     batch_size: BatchSize = 16,
     device: Device = None,
+    precision: ComputesIn = Precision.auto,
     as_json: AsJson = False,
 ) -> None:
     """Draw the picture of one seed, and others near it."""
@@ -947,7 +986,7 @@ def vary(
         classes=_classes(classes),
         **preset,
         batch_size=batch_size,
-        device=device,
+        runtime=_runtime(device, precision),
     )
     rows = {
         "folder": str(out),
@@ -974,6 +1013,7 @@ def invert(
     preset: Preset = None,
     table: Annotated[bool, typer.Option("--table", help="Also compare solvers, steps and tolerances.")] = False,
     device: Device = None,
+    precision: ComputesIn = Precision.fp32,
     as_json: AsJson = False,
 ) -> None:
     """Find the noise an image would have been drawn from, and draw it again. Guidance is 1 unless it is given."""
@@ -986,7 +1026,7 @@ def invert(
         classes=_classes(classes),
         **preset,
         table=table,
-        device=device,
+        runtime=_runtime(device, precision),
     )
     trip = result.round_trip
     rows = {
@@ -1014,6 +1054,7 @@ def invert(
 @app.command(epilog="Example: latentflow demo --out demo")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("demo"),
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Do everything once, offline, and end in OUT/report.html. Repeat the command to go on after a kill."""
@@ -1022,7 +1063,7 @@ def demo(
     from latentflow.commands.demo_page import key_figures
 
     try:
-        figures = run(out, say=say)
+        figures = run(out, say=say, runtime=_runtime(device))
     except Interrupted as stop:
         say(str(stop))
         raise typer.Exit(128 + stop.signal) from None
@@ -1064,7 +1105,7 @@ def convert(
         class_names=class_names,
         encoder=encoder,
         check=check,
-        device=device,
+        runtime=_runtime(device, Precision.fp32),
     )
     config = result.model.config
     rows = {
@@ -1155,6 +1196,12 @@ def _shortened(value: Any, most: int = 12) -> Any:
     return f"{len(value):,}: {', '.join(value[:5])}, ... (all of them with --json)"
 
 
+def _runtime(device: str | None, precision: Precision = Precision.auto) -> Runtime:
+    from latentflow.runtime import open_runtime
+
+    return open_runtime(device, precision.value)
+
+
 def _teller(print_recipe: bool) -> Callable[[Any], None]:
     """Prints what a prepared run is in about ten lines, or its whole recipe, once."""
 
@@ -1162,7 +1209,7 @@ def _teller(print_recipe: bool) -> Callable[[Any], None]:
         from latentflow.training.settings import to_yaml
 
         lines = [f"{key:<10} {printable(value)}" for key, value in prepared.describe().items()]
-        if os.environ.get("RANK", "0") == "0":
+        if prepared.runtime.is_main:
             typer.echo(to_yaml(prepared.recipe) if print_recipe else "\n".join(lines))
 
     return tell

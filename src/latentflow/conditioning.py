@@ -28,7 +28,7 @@ from torch import Tensor
 
 from latentflow.errors import ConfigError, nearest
 from latentflow.randomness import ImageRandom
-from latentflow.shapes import Condition, per_image
+from latentflow.shapes import Condition
 
 ConditionName = Literal["label", "inpainting", "semantic_map"]
 CONDITION_NAMES: tuple[ConditionName, ...] = get_args(ConditionName)
@@ -165,18 +165,20 @@ class Conditioning(BaseModel):
         return Condition(**built)
 
     def drop(self, condition: Condition, dropped: dict[ConditionName, Tensor]) -> Condition:
-        """Put nulls in the place of what is `dropped`: for each condition a [B] bool, true where it is not told."""
+        """Put nulls in the place of what is `dropped`: for each condition a [B] bool on the condition's device."""
         changed = {}
         for kind, rows in dropped.items():
             for name in CONDITION_FIELDS[kind]:
                 value = getattr(condition, name)
-                changed[name] = value.masked_fill(per_image(rows, value).bool(), self._null(name))
+                rows = rows.reshape(-1, *[1] * (value.dim() - 1))
+                changed[name] = value.masked_fill(rows, self._null(name))
         return replace(condition, **changed)
 
     def without(self, condition: Condition, kinds: Collection[ConditionName]) -> Condition:
         """The same images told nothing of `kinds`: the null twin that guidance compares with."""
-        num_images = len(getattr(condition, condition.names[0])) if condition.names else 0
-        return self.drop(condition, {kind: torch.ones(num_images, dtype=torch.bool) for kind in kinds})
+        fields = {kind: getattr(condition, CONDITION_FIELDS[kind][0]) for kind in kinds}
+        every = {kind: torch.ones(len(x), dtype=torch.bool, device=x.device) for kind, x in fields.items()}
+        return self.drop(condition, every)
 
     def require(self, kind: ConditionName) -> None:
         """Refuse a condition that the model was not trained with.

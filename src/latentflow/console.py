@@ -17,6 +17,7 @@ from rich.console import Console
 _LOGGER = logging.getLogger("latentflow")
 _JOINERS = "\u200c\u200d"  # invisible, but part of correctly spelt Persian words and of some emoji
 _told: set[str] = set()
+_muted = False
 
 
 def printable(text: object) -> str:
@@ -43,13 +44,24 @@ def notice(text: str, kind: str = "") -> None:
 
     Of notices of one `kind`, such as those that name one file of many, only the first is told.
 
-    It goes to the logger "latentflow" as a warning, so that programs which use the library can handle it. Of several
-    processes started by one launcher only the first one tells.
+    It goes to the logger "latentflow" as a warning, so that programs which use the library can handle it. A process
+    that is muted tells nothing.
     """
     line = printable(text)
-    if (kind or line) not in _told and os.environ.get("RANK", "0") == "0":
+    if (kind or line) not in _told and not _muted:
         _told.add(kind or line)
         _LOGGER.warning("%s", line)
+
+
+def mute() -> None:
+    """Tell no notices and show no progress from now on: of several processes the first one speaks for all."""
+    global _muted
+    _muted = True
+
+
+def is_muted() -> bool:
+    """Whether this process leaves it to another one to speak."""
+    return _muted
 
 
 def open_streams() -> None:

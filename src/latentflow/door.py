@@ -153,7 +153,7 @@ def _verdict(kind: type[BaseException], error: BaseException | None) -> tuple[in
         return MACHINE, f"{_named(error)}{remedy}"
     if isinstance(error, OSError) and error.filename is not None:
         return MACHINE, f"{_named(error)}{error.strerror}; check that it is still there and what it should be"
-    if issubclass(kind, RuntimeError) and "RANK" in os.environ and any(words in text for words in _PEER_GONE):
+    if issubclass(kind, RuntimeError) and _is_launched() and any(words in text for words in _PEER_GONE):
         return MACHINE, "another process of this run has ended, and this one with it; see what that one said"
     reason = text.strip().splitlines()[0] if text.strip() else ""
     return FAULT, f"unexpected {kind.__name__}" + (f": {reason}" if reason else "")
@@ -189,7 +189,7 @@ def _reader_has_gone() -> bool:
 
 def _is_first_to_say(line: str) -> bool:
     """Whether no other process of the same launcher on this machine has said `line`: ranks fail alike."""
-    if "RANK" not in os.environ:
+    if not _is_launched():
         return True
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     job = [*(os.environ.get(name, "") for name in names), str(os.getppid()), line]
@@ -204,6 +204,10 @@ def _is_first_to_say(line: str) -> bool:
         except OSError:
             continue
     return True
+
+
+def _is_launched() -> bool:
+    return "MASTER_PORT" in os.environ
 
 
 def _write_log(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,8 +32,8 @@ from latentflow.errors import ArtifactError, ConfigError
 from latentflow.hub import CARD_FILE, HubId, fetch, looks_like, push_folder, require_token
 from latentflow.model_card import model_card
 from latentflow.model_config import AUTOENCODER_FOLDER, ModelConfig
-from latentflow.processes import local_rank, process_rank
 from latentflow.randomness import ImageRandom
+from latentflow.runtime import PrecisionWord, Runtime, open_runtime
 from latentflow.shapes import Condition
 from latentflow.weights import filled, require_fit, tensor_shapes
 
@@ -58,30 +59,47 @@ class LatentFlow:
         config: what the model is.
         network: called as network(latents [B, C, h, w], time [B], condition) => velocity [B, C, h, w].
         autoencoder: the frozen first stage.
+        runtime: where it computes, and in what precision; None: where the network is, in fp32.
     """
 
-    def __init__(self, config: ModelConfig, network: torch.nn.Module, autoencoder: Autoencoder):
+    def __init__(
+        self,
+        config: ModelConfig,
+        network: torch.nn.Module,
+        autoencoder: Autoencoder,
+        runtime: Runtime | None = None,
+    ):
         self.config = config
         self.network = network
         self.autoencoder = autoencoder
+        self.runtime = runtime or Runtime(self.device)
         self.reference = ""
         """The folder it was loaded from, or the hub id with the commit: owner/name@commit."""
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path, *, revision: str | None = None, device: torch.device | str | None = None
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        device: torch.device | str | None = None,
+        precision: PrecisionWord = "auto",
+        runtime: Runtime | None = None,
     ) -> LatentFlow:
         """Load a model folder, a run folder (its `model/`), or a hub id: owner/name or owner/name@revision.
 
         Args:
             revision: a branch, tag or commit on the hub; None: the default branch.
             device: where to put it; None: a GPU if there is one, else the CPU.
+            precision: what the network computes in: fp32, tf32, bf16, fp16, or auto, which is bf16 on a GPU that has
+                it. The autoencoder computes in float32, on a GPU with TF32 unless this is fp32.
+            runtime: says both for a command.
 
         Raises:
             ArtifactError: nothing usable is there, or the autoencoder is not the one the model was trained with.
             ConfigError: there is no such device, or a revision is given for a folder.
         """
-        device = usable_device(device)
+        runtime = runtime or open_runtime(device, precision, alone=True)
         folder = find_model(model, revision)
         config, weights = read_config(folder), folder / WEIGHTS_FILE
         require_fit(config.build_network, tensor_shapes(weights), weights, folder / CONFIG_FILE)
@@ -103,7 +121,7 @@ class LatentFlow:
                     f"{autoencoder.reference} is {number}; restore the original {CONFIG_FILE}"
                 )
         network = filled(config.build_network, read_tensors(weights), weights)
-        loaded = cls(config, network.eval().requires_grad_(False), autoencoder).to(device)
+        loaded = cls(config, network.eval().requires_grad_(False), autoencoder).to(runtime)
         is_local = Path(model).exists()
         loaded.reference = str(model) if is_local else HubId.parse(str(model), revision).pinned(folder)
         return loaded
@@ -155,15 +173,17 @@ class LatentFlow:
                 token=token,
             )
 
-    def to(self, device: torch.device | str) -> LatentFlow:
-        """Move network and autoencoder; returns itself.
+    def to(self, place: Runtime | torch.device | str) -> LatentFlow:
+        """Move network and autoencoder, and compute as the runtime says; returns itself.
 
         On CUDA the weights of convolutions lie channels last, as tensor cores want them. On the CPU they do not: it
         gains nothing, and torch's GroupNorm loses up to three digits there (1e-4 of the output of a small U-Net).
         """
-        layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+        self.runtime = place if isinstance(place, Runtime) else replace(self.runtime, device=torch.device(place))
+        device = self.runtime.device
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.network.to(device, memory_format=layout)
-        self.autoencoder.to(device)
+        self.autoencoder.to(self.runtime.for_autoencoder())
         return self
 
     @property
@@ -187,7 +207,8 @@ class LatentFlow:
 
     def velocity(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
         """The learned velocity at x_t = latents [B, C, h, w] and time [B] (0 data, 1 noise): [B, C, h, w]."""
-        return self.network(latents, time, condition)
+        with self.runtime.autocast():
+            return self.network(latents, time, condition)
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B, C, h, w] => pixels [B, 3, S, S] in [-1, 1]."""
@@ -250,49 +271,6 @@ class LatentFlow:
         from latentflow.sampling.inversion import invert
 
         return invert(self, image, **request)
-
-
-def usable_device(device: torch.device | str | None) -> torch.device:
-    """The device that is asked for, or `default_device` for None.
-
-    Raises:
-        ConfigError: it is unknown, or not there.
-    """
-    if device is None:
-        return default_device()
-    try:
-        torch.empty(0, device=device)
-        if torch.device(device) == torch.device("cuda"):
-            return default_device()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of these
-        raise ConfigError(f"device {str(device)!r} cannot be used here; {default_device()} can") from error
-    return torch.device(device)
-
-
-def default_device() -> torch.device:
-    """A CUDA or MPS device if there is one, else the CPU; of several processes of a launcher each has a GPU of its own.
-
-    Raises:
-        ConfigError: there are more processes than GPUs.
-    """
-    if torch.cuda.is_available():
-        return torch.device("cuda", require_own_gpu()) if process_rank()[1] > 1 else torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def require_own_gpu() -> int:
-    """The number of this process's GPU, if there are any.
-
-    Raises:
-        ConfigError: there are fewer than processes of the launcher on this machine, which all of them find alike.
-    """
-    (rank, num_processes), num_gpus = local_rank(), torch.cuda.device_count()
-    if 0 < num_gpus < num_processes and process_rank()[1] > 1:
-        raise ConfigError(
-            f"the launcher started {num_processes} processes on this machine, which shows them {num_gpus} GPU(s); "
-            f"start {num_gpus}, or stay on the CPU (`train --cpu`, `--device cpu` of other verbs)"
-        )
-    return rank
 
 
 def find_model(model: str | Path, revision: str | None = None) -> Path:

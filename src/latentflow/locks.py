@@ -24,7 +24,7 @@ from typing import Any
 from latentflow.artifacts import LOCK, make_folder, remove_leftovers, require_writable
 from latentflow.console import notice
 from latentflow.errors import ArtifactError
-from latentflow.processes import launch_name, process_rank
+from latentflow.runtime import Runtime, launch_name, open_runtime
 
 _UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 _WAIT_SECONDS = 1.0  # for a process that is just ending, or is only looking
@@ -32,7 +32,7 @@ _held: set[int] = set()
 
 
 @contextmanager
-def only_writer(path: str | Path, *, launch: bool = False, rank: int | None = None) -> Iterator[None]:
+def only_writer(path: str | Path, runtime: Runtime | None = None) -> Iterator[None]:
     """Hold the lock of a folder, or of a file that is to be written; others are refused meanwhile.
 
     The folder is made where it is missing, and taken away again where nothing was written into it. What writers that
@@ -41,21 +41,20 @@ def only_writer(path: str | Path, *, launch: bool = False, rank: int | None = No
 
     Args:
         path: a folder; or a file name, by its suffix, whose lock stands beside it.
-        launch: the processes of one launcher write together; otherwise each of them but the first is refused, too.
-        rank: which of them this one is; None: as the launcher says.
+        runtime: of processes of one launcher which write together; None: of them only one may write, too.
 
     Raises:
         ArtifactError: another process holds it: its id, machine and command, and what to do.
     """
     path = Path(path)
     folder, name = (path.parent, f".{path.name}{LOCK}") if path.suffix == ".json" else (path, LOCK)
-    rank = (process_rank()[0] if rank is None else rank) if launch else 0
+    rank = runtime.rank if runtime else 0
     require_writable(folder)
-    together = launch and process_rank()[1] > 1  # the last one to leave tidies up, whoever made the folder
+    together = runtime is not None and runtime.world > 1  # the last one to leave tidies up, whoever made the folder
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()] or [folder] * together
     handle = None
     try:
-        handle = _acquire(folder, name, rank, path, launch)
+        handle = _acquire(folder, name, rank, path, alone=runtime is None)
         if handle is not None:
             _refuse_another_launch(folder, name, path)
             remove_leftovers(folder)
@@ -76,6 +75,8 @@ def writes(place: str | Callable[[Mapping[str, Any]], Any], *, launch: bool = Fa
 
     Args:
         place: the name of the parameter that says where, or a function of all arguments; None: nothing is written.
+        launch: the processes of one launcher write together, and the parameter `runtime` says which this one is; where
+            it is None, it is opened here.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -85,11 +86,13 @@ def writes(place: str | Callable[[Mapping[str, Any]], Any], *, launch: bool = Fa
         def locked(*args: Any, **options: Any) -> Any:
             bound = signature.bind(*args, **options)
             bound.apply_defaults()
+            if launch and bound.arguments["runtime"] is None:
+                bound.arguments["runtime"] = open_runtime()
             path = bound.arguments[place] if isinstance(place, str) else place(bound.arguments)
             if not path:
-                return function(*args, **options)
-            with only_writer(path, launch=launch):
-                return function(*args, **options)
+                return function(*bound.args, **bound.kwargs)
+            with only_writer(path, bound.arguments["runtime"] if launch else None):
+                return function(*bound.args, **bound.kwargs)
 
         return locked
 
@@ -101,7 +104,7 @@ def holder(path: str | Path, rank: int) -> str | None:
     return _holder(Path(path) / f"{LOCK}.{rank}")
 
 
-def _acquire(folder: Path, name: str, rank: int, path: Path, launch: bool) -> int | None:
+def _acquire(folder: Path, name: str, rank: int, path: Path, *, alone: bool) -> int | None:
     """A handle of the locked file; None where the file system knows no locks."""
     file, began = folder / f"{name}.{rank}", time.monotonic()
     while True:
@@ -116,7 +119,7 @@ def _acquire(folder: Path, name: str, rank: int, path: Path, launch: bool) -> in
             record = os.read(handle, 1 << 16).decode(errors="replace")
             os.close(handle)
             if time.monotonic() - began > _WAIT_SECONDS:
-                raise _refusal(path, file, record, alone=not launch) from None
+                raise _refusal(path, file, record, alone=alone) from None
             time.sleep(_WAIT_SECONDS / 10)
             continue
         except OSError as error:
@@ -183,8 +186,7 @@ def _refusal(path: Path, file: Path, record: str, *, alone: bool = False) -> Art
     found = _parsed(record)
     if alone and found.get("launch") and found["launch"] == launch_name():
         return ArtifactError(
-            f"{path}: this command runs in one process, and the launcher started {process_rank()[1]}; "
-            "start it without the launcher"
+            f"{path}: this command runs in one process, and the launcher started several; start it without the launcher"
         )
     if not found:
         return ArtifactError(f"another process is writing {path}; wait for it to end, or choose another place")

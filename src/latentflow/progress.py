@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from latentflow.console import say
+from latentflow.console import is_muted, say
 
 SECONDS_BETWEEN_LINES = 30
 
@@ -21,10 +20,10 @@ def image_progress(what: str, num_images: int, *, enabled: bool = True) -> Itera
     """Show on stderr how images are worked on; yields a function that takes the number just finished.
 
     Where stderr is no terminal, a line is printed at most every half minute:
-    "encoding 1200/50000 images, 85.2 images/s, 9 min left". Short work says nothing there. Of several processes
-    started by one launcher only the first one tells.
+    "encoding 1200/50000 images, 85.2 images/s, 9 min left". Short work says nothing there. A process
+    that is muted shows nothing.
     """
-    enabled = enabled and os.environ.get("RANK", "0") == "0"
+    enabled = enabled and not is_muted()
     bar = Progress(
         TextColumn(what),
         BarColumn(),

@@ -34,7 +34,7 @@ def models(tmp_path_factory, deterministic) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_kind_of_model_is_told_all_it_can_be_told(models, name):
-    result = benchmark(models[name], num=3, batch_sizes=[2, 1, 2], repeats=1, device="cpu", solver="heun", steps=3)
+    result = benchmark(models[name], num=3, batch_sizes=[2, 1, 2], repeats=1, runtime=tiny.CPU, solver="heun", steps=3)
     assert (result.evaluations, result.fewest, result.most) == (6, 6, 6)
     assert [batch.batch_size for batch in result.batches] == [1, 2]
     assert result.num == 4  # whole batches of 2
@@ -44,7 +44,7 @@ def test_every_kind_of_model_is_told_all_it_can_be_told(models, name):
 
 
 def test_guided_calls_count_twice_and_only_inside_the_interval(models):
-    costs = {"num": 2, "batch_sizes": [2], "repeats": 1, "device": "cpu", "solver": "euler", "steps": 4}
+    costs = {"num": 2, "batch_sizes": [2], "repeats": 1, "runtime": tiny.CPU, "solver": "euler", "steps": 4}
     assert benchmark(models["classes"], **costs, guidance=2).evaluations == 8
     # t = 1, 0.75, 0.5, 0.25, of which two lie inside
     assert benchmark(models["classes"], **costs, guidance=2, guidance_interval=(0.4, 0.8)).evaluations == 6
@@ -53,7 +53,7 @@ def test_guided_calls_count_twice_and_only_inside_the_interval(models):
 
 def test_adaptive_solvers_get_a_histogram(models):
     result = benchmark(
-        models["classes"], num=4, batch_sizes=[4], repeats=1, device="cpu", solver="bosh3", rtol=1e-3, atol=1e-3
+        models["classes"], num=4, batch_sizes=[4], repeats=1, runtime=tiny.CPU, solver="bosh3", rtol=1e-3, atol=1e-3
     )
     assert sum(result.histogram.values()) == 4
     assert sum(calls * n for calls, n in result.histogram.items()) / 4 == result.evaluations
@@ -80,7 +80,7 @@ def test_multiply_adds_are_those_of_the_layers(deterministic):
 
 
 def test_peak_memory_says_what_it_is(models):
-    result = benchmark(models["nothing"], num=1, batch_sizes=[1], repeats=1, device="cpu")
+    result = benchmark(models["nothing"], num=1, batch_sizes=[1], repeats=1, runtime=tiny.CPU)
     assert "resident" in result.memory
     assert result.batches[0].peak_bytes >= 0
 
@@ -98,7 +98,7 @@ def test_peak_memory_says_what_it_is(models):
 )
 def test_bad_input_is_refused(models, given, message):
     with pytest.raises(ConfigError, match=message):
-        benchmark(models["nothing"], device="cpu", **given)
+        benchmark(models["nothing"], runtime=tiny.CPU, **given)
 
 
 def test_command_prints_a_table_and_json(models, capsys, monkeypatch):

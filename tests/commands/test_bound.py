@@ -44,7 +44,7 @@ def model_folder(tmp_path_factory, kl) -> Path:
 def measured(tmp_path_factory, model_folder, images):
     """A bound of the tiny model, and the folder it was written to."""
     folder = tmp_path_factory.mktemp("out") / "bound"
-    return run_bound(model_folder, images, folder, device="cpu", **SMALL), folder
+    return run_bound(model_folder, images, folder, runtime=tiny.CPU, **SMALL), folder
 
 
 # ---- where everything is known
@@ -228,7 +228,7 @@ def test_files_and_page(measured):
 
 def test_same_seed_same_bound_in_any_batch(measured, model_folder, images):
     result, _ = measured
-    again = run_bound(model_folder, images, device="cpu", **{**SMALL, "batch_size": 64})
+    again = run_bound(model_folder, images, runtime=tiny.CPU, **{**SMALL, "batch_size": 64})
     for one, other in zip(result.bound.terms(), again.bound.terms(), strict=True):
         assert one.value == pytest.approx(other.value, rel=2e-3), one.name
 
@@ -247,14 +247,14 @@ def test_screen(model_folder, images, capsys, monkeypatch):
 
 def test_images_without_labels_are_told_nothing(model_folder, tmp_path):
     flat = tiny.write_images(tmp_path / "flat", classes=(), per_class=6)
-    result = run_bound(model_folder, flat, device="cpu", **{**SMALL, "num": 4})
+    result = run_bound(model_folder, flat, runtime=tiny.CPU, **{**SMALL, "num": 4})
     assert result.told == "nothing" and result.num_data == 6
 
 
 def test_a_broken_image_is_left_out(model_folder, tmp_path):
     flat = tiny.write_images(tmp_path / "flat", classes=(), per_class=6)
     (flat / "2.png").write_bytes(b"no image")
-    assert run_bound(model_folder, flat, device="cpu", **{**SMALL, "num": 4}).num_data == 5
+    assert run_bound(model_folder, flat, runtime=tiny.CPU, **{**SMALL, "num": 4}).num_data == 5
 
 
 # ---- refusals
@@ -276,29 +276,29 @@ def save(flow: LatentFlow, folder: Path) -> Path:
 )
 def test_bad_values(model_folder, images, tmp_path, options, said):
     with pytest.raises((ConfigError, DataError), match=said):
-        run_bound(model_folder, images, device="cpu", **{**SMALL, **options})
+        run_bound(model_folder, images, runtime=tiny.CPU, **{**SMALL, **options})
 
 
 def test_a_cache_and_other_classes_and_no_images(model_folder, cache, tmp_path):
     with pytest.raises(ConfigError, match="latent cache, which holds no pixels"):
-        run_bound(model_folder, cache, device="cpu", **SMALL)
+        run_bound(model_folder, cache, runtime=tiny.CPU, **SMALL)
     others = tiny.write_images(tmp_path / "others", classes=("ant", "bee"), per_class=2)
     with pytest.raises(ConfigError, match="ant"):
-        run_bound(model_folder, others, device="cpu", **SMALL)
+        run_bound(model_folder, others, runtime=tiny.CPU, **SMALL)
     with pytest.raises(DataError):
-        run_bound(model_folder, tmp_path / "nothing", device="cpu", **SMALL)
+        run_bound(model_folder, tmp_path / "nothing", runtime=tiny.CPU, **SMALL)
 
 
 def test_what_the_model_cannot_do_without(kl, images, tmp_path):
     spatial = tiny.model(kl, conditioning={**tiny.SPATIAL, "map_dropout": 0.0})
     with pytest.raises(ConfigError, match="never learned to do without the condition semantic_map"):
-        run_bound(save(spatial, tmp_path / "spatial"), images, device="cpu", **SMALL)
+        run_bound(save(spatial, tmp_path / "spatial"), images, runtime=tiny.CPU, **SMALL)
     flat = tiny.write_images(tmp_path / "flat", classes=(), per_class=6)
     with pytest.raises(ConfigError, match="has no labels"):
-        run_bound(save(tiny.model(kl, label_dropout=0.0), tmp_path / "labels"), flat, device="cpu", **SMALL)
+        run_bound(save(tiny.model(kl, label_dropout=0.0), tmp_path / "labels"), flat, runtime=tiny.CPU, **SMALL)
     # nulls that were trained are used
     given = tiny.model(kl, conditioning=tiny.SPATIAL)
-    assert run_bound(save(given, tmp_path / "given"), images, device="cpu", **SMALL).told.startswith("the label")
+    assert run_bound(save(given, tmp_path / "given"), images, runtime=tiny.CPU, **SMALL).told.startswith("the label")
 
 
 def test_a_model_that_is_not_finite(kl, images, tmp_path):
@@ -307,7 +307,7 @@ def test_a_model_that_is_not_finite(kl, images, tmp_path):
     with torch.no_grad():
         next(broken.network.parameters()).fill_(1e38)
     with pytest.raises(NonFiniteError):
-        run_bound(save(broken, tmp_path / "broken"), images, tmp_path / "out", device="cpu", **SMALL)
+        run_bound(save(broken, tmp_path / "broken"), images, tmp_path / "out", runtime=tiny.CPU, **SMALL)
     assert not (tmp_path / "out").exists()
 
 
@@ -330,7 +330,7 @@ def test_an_operation_without_second_derivative(kl, images, monkeypatch, model_f
 
     monkeypatch.setattr(type(kl.model), "decode", once)
     with pytest.raises(ConfigError, match="the decoder of this model cannot be differentiated twice: "):
-        run_bound(model_folder, images, device="cpu", **SMALL)
+        run_bound(model_folder, images, runtime=tiny.CPU, **SMALL)
 
 
 # ---- the page in docs

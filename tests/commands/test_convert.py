@@ -53,14 +53,14 @@ def run(tmp_path, kl_folder, sit_file):
     """Convert the small SiT with one thing changed; the model folder is `tmp_path`/model."""
 
     def convert_it(family="sit", checkpoint=sit_file, out=tmp_path / "model", options=SIT, **changed):
-        how = {"autoencoder": kl_folder, "image_size": tiny.IMAGE_SIZE, "device": "cpu", **changed}
+        how = {"autoencoder": kl_folder, "image_size": tiny.IMAGE_SIZE, "runtime": tiny.CPU, **changed}
         return convert(family, checkpoint, out, options=options, **how)
 
     return convert_it
 
 
 def reloaded(result_folder: Path) -> LatentFlow:
-    return LatentFlow.from_pretrained(result_folder, device="cpu")
+    return LatentFlow.from_pretrained(result_folder, runtime=tiny.CPU)
 
 
 # What the models mean

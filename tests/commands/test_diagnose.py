@@ -343,7 +343,7 @@ def written(tmp_path_factory, model_folder, images):
     """A diagnosis with training images of its own, and its folder."""
     root = tmp_path_factory.mktemp("out")
     others = tiny.write_images(root / "others", per_class=4)
-    return diagnose(model_folder, others, root / "out", train=images, num=12, device="cpu"), root / "out"
+    return diagnose(model_folder, others, root / "out", train=images, num=12, runtime=tiny.CPU), root / "out"
 
 
 def test_files_and_page(written):
@@ -378,7 +378,7 @@ def test_what_was_measured(written):
 
 
 def test_one_set_is_split(model_folder, images, tmp_path):
-    found = diagnose(model_folder, images, tmp_path / "out", num=18, guidance=1.0, batch_size=64, device="cpu")
+    found = diagnose(model_folder, images, tmp_path / "out", num=18, guidance=1.0, batch_size=64, runtime=tiny.CPU)
     assert found.is_training_data and found.training_loss is None and not found.memorisation.is_test
     assert found.memorisation.against.startswith("9 images, one half of ")
     assert "all of which the model was trained on" in found.memorisation.against
@@ -409,25 +409,25 @@ def test_screen(model_folder, images, tmp_path, capsys, monkeypatch):
 )
 def test_bad_values(model_folder, images, tmp_path, options, said):
     with pytest.raises((ConfigError, DataError), match=said):
-        diagnose(model_folder, images, tmp_path / "out", device="cpu", **{"num": 8, **options})
+        diagnose(model_folder, images, tmp_path / "out", runtime=tiny.CPU, **{"num": 8, **options})
     assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_diagnosed(kl, cache, images, model_folder, tmp_path):
     with pytest.raises(ConfigError, match="latent cache"):
-        diagnose(model_folder, cache, tmp_path / "out", num=8, device="cpu")
+        diagnose(model_folder, cache, tmp_path / "out", num=8, runtime=tiny.CPU)
     tiny.model(kl, conditioning={**tiny.SPATIAL, "inpainting_dropout": 0.0}).save_pretrained(tmp_path / "holes")
     with pytest.raises(ConfigError, match="without the condition inpainting"):
-        diagnose(tmp_path / "holes", images, tmp_path / "out", num=8, device="cpu")
+        diagnose(tmp_path / "holes", images, tmp_path / "out", num=8, runtime=tiny.CPU)
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="is a file"):
-        diagnose(model_folder, images, tmp_path / "file", num=8, device="cpu")
+        diagnose(model_folder, images, tmp_path / "file", num=8, runtime=tiny.CPU)
     broken = tiny.model(kl)
     with torch.no_grad():
         next(broken.network.parameters()).fill_(math.nan)
     broken.save_pretrained(tmp_path / "broken")
     with pytest.raises(ArtifactError, match="not finite"):
-        diagnose(tmp_path / "broken", images, tmp_path / "out", num=8, device="cpu")
+        diagnose(tmp_path / "broken", images, tmp_path / "out", num=8, runtime=tiny.CPU)
 
 
 # ---- a model that has learnt by heart, and one that has not
@@ -467,7 +467,7 @@ def learnt(num: int, steps: int, autoencoder, folder: Path) -> Path:
 @pytest.mark.parametrize(("num", "steps", "mark"), [(8, 500, "bad"), (256, 150, "good")])
 def test_learning_by_heart_is_trouble_and_nothing_else_is(num, steps, mark, deterministic, tmp_path):
     model = learnt(num, steps, deterministic, tmp_path / "model")
-    options = {"num": 160, "num_train": num, "device": "cpu", "batch_size": 64}
+    options = {"num": 160, "num_train": num, "runtime": tiny.CPU, "batch_size": 64}
     found = diagnose(model, "synthetic:160:9", tmp_path / "out", train=f"synthetic:{num}:0", **options)
     assert found.memorisation.is_test
     assert memorisation(found).mark == mark, memorisation(found)

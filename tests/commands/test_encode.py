@@ -54,7 +54,7 @@ def run(*arguments: object, monkeypatch) -> int:
 
 def test_first_images_end_up_in_the_cache_in_order(faces, pixels, kl_folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "cache"
-    options = ("--autoencoder", kl_folder, "--image-size", SIDE, "--precision", "float32", "--shard-size", 8)
+    options = ("--autoencoder", kl_folder, "--image-size", SIDE, "--dtype", "float32", "--shard-size", 8)
     assert run("encode", faces, *options, "--first", 13, "--out", out, "--json", monkeypatch=monkeypatch) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 13
     cache = LatentCache(out)
@@ -105,7 +105,7 @@ def test_training_reads_an_environment_without_a_cache(faces, kl_folder, tmp_pat
     recipe = tiny.recipe(
         data={"path": faces, "num_workers": 2}, autoencoder=kl_folder, out=tmp_path / "run", training={"steps": 2}
     )
-    result = train(recipe, cpu=True)
+    result = train(recipe, runtime=tiny.CPU)
     assert result.broken == [] and (tmp_path / "run").is_dir()
 
 
@@ -148,7 +148,7 @@ def test_a_look_passes_over_what_is_broken(images, kl_folder, tmp_path):
     own = shutil.copytree(images, tmp_path / "own")
     for number in range(6):
         (own / "apple" / f"{number}.png").write_bytes(b"no image")
-    seen = look(own, tmp_path / "sheet.png", num=18, autoencoder=kl_folder, image_size=SIDE, device="cpu")
+    seen = look(own, tmp_path / "sheet.png", num=18, autoencoder=kl_folder, image_size=SIDE, runtime=tiny.CPU)
     assert seen.sheet == tmp_path / "sheet.png"
     assert len(seen.names) == 12 and not any(name.startswith("apple") for name in seen.names)
 

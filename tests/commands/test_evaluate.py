@@ -123,9 +123,9 @@ def test_report_of_a_model(command, tmp_path, model_folder, images):
 
 
 def test_value_is_the_distance_to_the_reference(model_folder, images):
-    given = {"metrics": ["fd"], "num": 9, "features": "latents", "device": "cpu", "resamples": 0}
+    given = {"metrics": ["fd"], "num": 9, "features": "latents", "runtime": tiny.CPU, "resamples": 0}
     score = evaluate(model_folder, images, **given).report.scores["fd"].value
-    model = LatentFlow.from_pretrained(model_folder, device="cpu")
+    model = LatentFlow.from_pretrained(model_folder, runtime=tiny.CPU)
     extract = open_features("latents", autoencoder=model.autoencoder, image_size=tiny.IMAGE_SIZE)
     real = torch.from_numpy(np.stack([item.pixels for item in open_images(images, tiny.IMAGE_SIZE)])).permute(
         0, 3, 1, 2
@@ -384,7 +384,7 @@ def test_a_report_is_compared_by_its_folder(command, tmp_path, model_folder, ima
 def drawn(tmp_path_factory, model_folder) -> Path:
     """Six samples, and the grid of them."""
     folder = tmp_path_factory.mktemp("drawn")
-    sample(model_folder, folder, num=6, device="cpu")
+    sample(model_folder, folder, num=6, runtime=tiny.CPU)
     return folder
 
 
@@ -408,7 +408,7 @@ def test_one_set_of_samples_is_scored_without_its_grid(command, drawn, images):
 def test_samples_of_two_requests_are_never_one_score(command, tmp_path, drawn, model_folder, images, request_, said):
     mixed = tmp_path / "mixed"
     shutil.copytree(drawn, mixed)
-    sample(model_folder, mixed / "more", device="cpu", **request_)
+    sample(model_folder, mixed / "more", runtime=tiny.CPU, **request_)
     result = command(mixed, "--data", images, *FAST, "--metrics", "fid")
     assert result.code == 2
     assert said in result.error
@@ -418,7 +418,7 @@ def test_samples_of_two_models_and_strangers(command, tmp_path, drawn, kl, image
     mixed = tmp_path / "mixed"
     shutil.copytree(drawn, mixed)
     tiny.model(kl, seed=7).save_pretrained(tmp_path / "another")
-    sample(tmp_path / "another", mixed / "more", num=8, device="cpu")
+    sample(tmp_path / "another", mixed / "more", num=8, runtime=tiny.CPU)
     result = command(mixed, "--data", images, *FAST, "--metrics", "fid")
     assert result.code == 2
     assert "holds images of 2 sets" in result.error
@@ -523,4 +523,4 @@ def test_features_that_are_not_finite(model_folder, images, monkeypatch):
     call = RandomFeatures.__call__
     monkeypatch.setattr(RandomFeatures, "__call__", lambda self, x: call(self, x) / 0)
     with pytest.raises(DataError, match="real images have features that are NaN or infinite"):
-        evaluate(model_folder, images, num=9, features="random", device="cpu")
+        evaluate(model_folder, images, num=9, features="random", runtime=tiny.CPU)

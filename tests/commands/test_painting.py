@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from latentflow.data.semantic_maps import colour_map
-from latentflow.errors import ConfigError
-from latentflow.latent_flow import LatentFlow, usable_device
+from latentflow.latent_flow import LatentFlow
 from tests import tiny
 from tests.processes import Result, run_here
 
@@ -325,9 +324,3 @@ def test_a_seed_below_zero_is_refused(paint, place):
     before = tiny.tree(place)
     refused(paint("inpaint", "all", "image", "mask", "--out", str(place / "filled.png"), "--seed", "-1"), "seed -1")
     assert tiny.tree(place) == before
-
-
-def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(ConfigError, match=r"device 'foo' cannot be used here; .* can"):
-        usable_device("foo")
-    assert usable_device("cpu").type == "cpu"

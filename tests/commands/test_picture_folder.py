@@ -30,7 +30,7 @@ def models(tmp_path_factory, kl) -> Path:
 
 @pytest.fixture
 def draw(models):
-    return lambda out, number=0, **request: sample(models / str(number) / "fruit", out, device="cpu", **request)
+    return lambda out, number=0, **request: sample(models / str(number) / "fruit", out, runtime=tiny.CPU, **request)
 
 
 def test_a_repeated_request_draws_only_what_is_missing(draw, tmp_path):
@@ -121,14 +121,14 @@ def test_what_is_no_picture_is_of_no_concern(draw, tmp_path):
 
 
 def test_a_folder_by_another_name_holds_the_same_model(models, tmp_path, monkeypatch):
-    sample(models / "0" / "fruit", tmp_path, num=2, device="cpu")
+    sample(models / "0" / "fruit", tmp_path, num=2, runtime=tiny.CPU)
     monkeypatch.chdir(models / "0")
-    assert sample("fruit", tmp_path, num=2, device="cpu").kept == 2
+    assert sample("fruit", tmp_path, num=2, runtime=tiny.CPU).kept == 2
 
 
 def test_the_original_of_variations_is_the_picture_of_sample(models, draw, tmp_path):
     for seed in (0, 5):
-        near = vary(models / "0" / "fruit", tmp_path / f"near{seed}", seed=seed, num=2, device="cpu")
+        near = vary(models / "0" / "fruit", tmp_path / f"near{seed}", seed=seed, num=2, runtime=tiny.CPU)
         drawn = draw(tmp_path / f"drawn{seed}", seed=seed, num=1).files[0]
         assert near.original.name == drawn.name
         assert near.original.read_bytes() == drawn.read_bytes()
@@ -139,15 +139,15 @@ def test_the_original_of_variations_is_the_picture_of_sample(models, draw, tmp_p
 @pytest.mark.parametrize("verb", [interpolate, vary])
 def test_edits_complete_and_never_mix(verb, models, tmp_path):
     model, out = models / "0" / "fruit", tmp_path / "out"
-    first = verb(model, out, num=3, device="cpu")
+    first = verb(model, out, num=3, runtime=tiny.CPU)
     before = tiny.tree(out)
     first.files[1].unlink()
-    verb(model, out, num=3, device="cpu")
+    verb(model, out, num=3, runtime=tiny.CPU)
     assert tiny.tree(out) == before
     with pytest.raises(ArtifactError, match="not of this request"):
-        verb(models / "1" / "fruit", out, num=3, device="cpu")
+        verb(models / "1" / "fruit", out, num=3, runtime=tiny.CPU)
     with pytest.raises(ArtifactError, match="not of this request"):
-        sample(model, out, num=3, device="cpu")
+        sample(model, out, num=3, runtime=tiny.CPU)
     assert tiny.tree(out) == before
 
 
@@ -155,24 +155,24 @@ def test_an_inversion_keeps_its_folder(models, tmp_path):
     model, photo, other = models / "0" / "fruit", tmp_path / "photo.png", tmp_path / "other.png"
     Image.radial_gradient("L").resize((16, 16)).save(photo)
     Image.linear_gradient("L").resize((16, 16)).save(other)
-    invert(model, photo, tmp_path / "inverted", device="cpu")
+    invert(model, photo, tmp_path / "inverted", runtime=tiny.CPU)
     before = tiny.tree(tmp_path / "inverted")
-    invert(model, photo, tmp_path / "inverted", device="cpu")
+    invert(model, photo, tmp_path / "inverted", runtime=tiny.CPU)
     assert tiny.tree(tmp_path / "inverted") == before
     with pytest.raises(ArtifactError, match=r"of photo\.png"):
-        invert(model, other, tmp_path / "inverted", device="cpu")
+        invert(model, other, tmp_path / "inverted", runtime=tiny.CPU)
     with pytest.raises(ArtifactError, match="no part of an inversion"):
-        invert(model, photo, tmp_path, device="cpu")
+        invert(model, photo, tmp_path, runtime=tiny.CPU)
 
 
 def test_each_picture_names_the_weights(models, draw, tmp_path):
     file = draw(tmp_path, num=1).files[0]
-    flow = LatentFlow.from_pretrained(models / "0" / "fruit", device="cpu")
+    flow = LatentFlow.from_pretrained(models / "0" / "fruit", runtime=tiny.CPU)
     with Image.open(file) as image:
         facts = json.loads(image.text["latentflow"])
     assert facts["drawn_by"]["weights"] == flow.weights_hash[:12]
     PictureFolder(flow, tmp_path, make_request(flow, num=1))
-    other = LatentFlow.from_pretrained(models / "1" / "fruit", device="cpu")
+    other = LatentFlow.from_pretrained(models / "1" / "fruit", runtime=tiny.CPU)
     assert other.weights_hash != flow.weights_hash
 
 

@@ -334,7 +334,7 @@ def fake(tmp_path, monkeypatch):
             data="",
             features="fake",
             feature_hash="",
-            device="cpu",
+            runtime=tiny.CPU,
             batch_size=1,
             seed=5,
             sizes=sizes,
@@ -438,7 +438,7 @@ def small(models, images, tmp_path_factory) -> Callable[..., object]:
 
     def run(model: str = "classes", data: object = images, **given: object):
         out = given.pop("out", None) or tmp_path_factory.mktemp("sweeps") / "out"
-        options = {"num": 8, "solvers": ["euler"], "steps": [1, 2], "guidances": [1.0], "device": "cpu", **given}
+        options = {"num": 8, "solvers": ["euler"], "steps": [1, 2], "guidances": [1.0], "runtime": tiny.CPU, **given}
         return sweep(models.get(model, model), data, out, **options)
 
     return run
@@ -463,7 +463,7 @@ def test_distances_are_those_of_the_images(small, models, images):
     result = small(num=12)
     extractor, source = RandomFeatures(), open_images(images, tiny.IMAGE_SIZE)
     real = torch.stack([torch.from_numpy(source[i].pixels.copy()).permute(2, 0, 1) for i in range(len(source))])
-    flow = LatentFlow.from_pretrained(models["classes"], device="cpu")
+    flow = LatentFlow.from_pretrained(models["classes"], runtime=tiny.CPU)
     drawn = sample(flow, num=12, solver="euler", steps=2, guidance=1.0)
     exact = frechet_distance(FeatureStatistics.of(extractor(drawn.pixels)), FeatureStatistics.of(extractor(real)))
     assert result.final.measured["euler-2"].distance == pytest.approx(exact, rel=1e-4)

@@ -19,6 +19,7 @@ from latentflow.errors import ArtifactError, ConfigError, DataError, LatentFlowE
 from latentflow.training import fitting
 from latentflow.training.config import Recipe, load_recipe
 from latentflow.training.fitting import with_values
+from latentflow.training.loop import micro_batches
 from latentflow.training.memory import bytes_per_image, state_bytes
 from latentflow.training.settings import differences
 from tests import tiny
@@ -32,7 +33,7 @@ def refused(tmp_path, kl_folder):
     def run(kind: type[LatentFlowError], *words: str, **given) -> None:
         recipe = tiny.recipe(**{"autoencoder": kl_folder, **given}, out=tmp_path / "run")
         with pytest.raises(kind) as caught:
-            train_command(recipe, cpu=True)
+            train_command(recipe, runtime=tiny.CPU)
         assert "\n" not in str(caught.value)
         for part in words:
             assert part in str(caught.value)
@@ -70,10 +71,10 @@ def test_the_remedies_help(refused, tmp_path, images, cache, kl, kl_folder):
     moved = shutil.copytree(images, tmp_path / "moved")
     given = {"autoencoder": kl_folder, "conditioning": {"inpainting": True}, "training": {"steps": 1}}
     with_images = tiny.recipe(**given, data={"path": cache, "images": moved}, out=tmp_path / "one")
-    assert train_command(with_images, cpu=True).outcome.finished
+    assert train_command(with_images, runtime=tiny.CPU).outcome.finished
     write_cache(open_images(images, tiny.IMAGE_SIZE), kl, tmp_path / "cache", mask_variants=2)
     from_cache = tiny.recipe(**given, data={"path": tmp_path / "cache"}, out=tmp_path / "two")
-    assert train_command(from_cache, cpu=True).outcome.finished
+    assert train_command(from_cache, runtime=tiny.CPU).outcome.finished
 
 
 @pytest.mark.parametrize(
@@ -103,13 +104,15 @@ def flat(tmp_path, kl) -> Path:
 def own(tmp_path, capsys, monkeypatch):
     """`latentflow train own_images` of some data into `tmp_path`/run."""
     return lambda path, *args: run_here(
-        ("train", "own_images", f"data.path={path}", f"out={tmp_path / 'run'}", "--cpu", *args), capsys, monkeypatch
+        ("train", "own_images", f"data.path={path}", f"out={tmp_path / 'run'}", "--device", "cpu", *args),
+        capsys,
+        monkeypatch,
     )
 
 
 def test_a_cache_decides_size_mirroring_and_autoencoder(cache, flat, kl_folder, tmp_path):
     for folder, flip in ((cache, True), (flat, False)):
-        recipe = prepare(Recipe.model_validate({**OPEN, "data": {"path": str(folder)}, "out": "x"}), cpu=True).recipe
+        recipe = prepare(Recipe.model_validate({**OPEN, "data": {"path": str(folder)}, "out": "x"}), tiny.CPU).recipe
         assert (recipe.data.image_size, recipe.data.flip) == (tiny.IMAGE_SIZE, flip)
         assert recipe.autoencoder == str(kl_folder)
 
@@ -128,7 +131,7 @@ OPEN = {key: value for key, value in tiny.RECIPE.items() if key != "data"}
 def test_what_is_set_must_agree_with_the_cache(flat, given, said):
     recipe = {**OPEN, **given, "data": {"path": str(flat), **given.get("data", {})}, "out": "x"}
     with pytest.raises(LatentFlowError, match=said):
-        prepare(Recipe.model_validate(recipe), cpu=True)
+        prepare(Recipe.model_validate(recipe), tiny.CPU)
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -157,7 +160,7 @@ def test_a_resume_fits_nothing_anew(own, flat, cache, tmp_path, monkeypatch):
 def test_the_recipe_of_a_run_is_one(own, flat, tmp_path, capsys, monkeypatch):
     """What was fitted stands in recipe.yaml: training by that file goes on with the run."""
     assert own(flat, "training.steps=2").code == 0
-    again = run_here(("train", tmp_path / "run" / "recipe.yaml", "--cpu"), capsys, monkeypatch)
+    again = run_here(("train", tmp_path / "run" / "recipe.yaml", "--device", "cpu"), capsys, monkeypatch)
     assert again.code == 0, again.err
     assert "going on after step 2" in again.out
 
@@ -167,25 +170,25 @@ def test_guidance_without_labels_names_its_remedy(flat, tmp_path, kl_folder):
         {**OPEN, "data": {"path": str(flat)}, "out": str(tmp_path / "run"), "sampling": {"guidance": 2.0}}
     )
     with pytest.raises(ConfigError, match=r"sampling\.guidance = 2.*has no labels.*add sampling\.guidance=1$"):
-        prepare(recipe, cpu=True)
-    prepare(with_values(recipe, {"sampling.guidance": 1.0}), cpu=True)  # the remedy
+        prepare(recipe, tiny.CPU)
+    prepare(with_values(recipe, {"sampling.guidance": 1.0}), tiny.CPU)  # the remedy
 
 
 def test_fewer_images_at_a_time_where_memory_is_short(flat, tmp_path, monkeypatch):
     recipe = Recipe.model_validate({**OPEN, "data": {"path": str(flat)}, "out": str(tmp_path / "run")})
-    roomy = prepare(recipe, cpu=True)
+    roomy = prepare(recipe, tiny.CPU)
     num_parameters = sum(parameter.numel() for parameter in roomy.model.network.parameters())
     per_image = bytes_per_image(recipe.network, 8, half=False)
     free = round((state_bytes(num_parameters) + 1.5 * per_image) / 0.9)
     monkeypatch.setattr(train_module, "free_memory", lambda device: free)
     with pytest.raises(ConfigError, match=r"use training\.micro_batch_size=1") as caught:
-        prepare(with_values(recipe, {"training.batch_size": 64}), cpu=True)
+        prepare(with_values(recipe, {"training.batch_size": 64}), tiny.CPU)
     assert "GiB are free" in str(caught.value)
     remedy = with_values(recipe, {"training.batch_size": 64, "training.micro_batch_size": 1})
-    assert prepare(remedy, cpu=True).accelerator.gradient_accumulation_steps == 64
+    assert micro_batches(prepare(remedy, tiny.CPU).recipe.training, tiny.CPU).number == 64
     monkeypatch.setattr(train_module, "free_memory", lambda device: 1000)
     with pytest.raises(ConfigError, match="choose a smaller network"):
-        prepare(recipe, cpu=True)
+        prepare(recipe, tiny.CPU)
 
 
 def test_own_images_can_be_trained_for_export(own, flat, tmp_path, capsys, monkeypatch):
@@ -199,7 +202,7 @@ def test_own_images_can_be_trained_for_export(own, flat, tmp_path, capsys, monke
 def test_images_of_each_class_are_counted_in_a_cache(tmp_path, cache, images, kl_folder):
     for number, path in enumerate((cache, images)):
         given = {"autoencoder": kl_folder, "out": tmp_path / str(number), "data": {"path": path}}
-        assert prepare(tiny.recipe(**given), cpu=True).model.config.training.images_per_class == [6, 6, 6]
+        assert prepare(tiny.recipe(**given), tiny.CPU).model.config.training.images_per_class == [6, 6, 6]
 
 
 def test_a_run_inside_of_its_data(tmp_path, images, kl_folder):
@@ -209,7 +212,7 @@ def test_a_run_inside_of_its_data(tmp_path, images, kl_folder):
     for out in (folder / "run", tmp_path / "alias" / "run"):
         recipe = tiny.recipe(autoencoder=kl_folder, data={"path": folder}, out=out)
         with pytest.raises(ArtifactError, match=r"lies inside .*own and would become part of it"):
-            train_command(recipe, cpu=True)
+            train_command(recipe, runtime=tiny.CPU)
     assert tiny.tree(folder) == before
 
 
@@ -220,12 +223,12 @@ def test_a_run_notices_other_bytes_of_the_same_size(tmp_path, kl_folder):
     for n, picture in enumerate(pixels):
         Image.fromarray(picture).save(folder / f"{n}.bmp")
     given = {"autoencoder": kl_folder, "data": {"path": folder, "image_size": 16}, "out": tmp_path / "run"}
-    train_command(tiny.recipe(**given), cpu=True)
+    train_command(tiny.recipe(**given), runtime=tiny.CPU)
     Image.fromarray(255 - pixels[3]).save(folder / "3.bmp")
     with pytest.raises(ConfigError, match=r"was trained on other images .* restore them or choose another out"):
-        train_command(tiny.recipe(**given), cpu=True)
+        train_command(tiny.recipe(**given), runtime=tiny.CPU)
     Image.fromarray(pixels[3]).save(folder / "3.bmp")
-    train_command(tiny.recipe(**given), cpu=True)
+    train_command(tiny.recipe(**given), runtime=tiny.CPU)
 
 
 def test_a_class_of_broken_images(refused, tmp_path, images, kl_folder):
@@ -235,7 +238,7 @@ def test_a_class_of_broken_images(refused, tmp_path, images, kl_folder):
     words = ("has no image that can be read of 1 of its classes (berry); berry/0.png: ", "set data.labels=false")
     refused(DataError, *words, data={"path": folder})
     shutil.rmtree(folder / "berry")
-    prepare(tiny.recipe(autoencoder=kl_folder, data={"path": folder}, out=tmp_path / "run"), cpu=True)
+    prepare(tiny.recipe(autoencoder=kl_folder, data={"path": folder}, out=tmp_path / "run"), tiny.CPU)
 
 
 def test_a_class_that_an_old_cache_has_no_image_of(refused, tmp_path, images, kl):

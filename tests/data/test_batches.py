@@ -107,11 +107,7 @@ def test_cache_and_images_give_the_same_training_step(images, cache, kl):
     for source in (LatentCache(cache), open_images(images, tiny.IMAGE_SIZE)):
         batch = TrainingImages(source, seed=5, flip=True).__getitems__(list(range(12)))
         model = tiny.model(kl)
-        steps.append(
-            training_step(
-                model, model.network, batch, times=TrainingTimes(), batch_size=12, seed=5, device=torch.device("cpu")
-            )
-        )
+        steps.append(training_step(model, model.network, batch, times=TrainingTimes(), batch_size=12, seed=5))
     assert torch.equal(steps[0].time, steps[1].time)
     assert torch.allclose(steps[0].loss, steps[1].loss, rtol=5e-3)
     assert not torch.equal(steps[0].loss, torch.zeros(12))
@@ -160,7 +156,7 @@ def test_moving_a_batch_keeps_positions_on_the_cpu():
 
 
 def losses(model, images, spots):
-    given = {"times": TrainingTimes(stratified=True), "batch_size": 6, "seed": 7, "device": "cpu"}
+    given = {"times": TrainingTimes(stratified=True), "batch_size": 6, "seed": 7}
     return training_step(model, model.network, images.__getitems__(spots), **given).loss
 
 
@@ -187,7 +183,7 @@ def test_an_image_has_its_own_step_whatever_the_batch(cache, kl):
 def test_stratified_times_fill_every_batch(cache, kl):
     """One time in each sixth of [0, 1] per global batch of 6, read in halves by two processes."""
     model, images = tiny.model(kl), TrainingImages(LatentCache(cache), seed=7, flip=False)
-    given = {"times": TrainingTimes(stratified=True), "batch_size": 6, "seed": 7, "device": "cpu"}
+    given = {"times": TrainingTimes(stratified=True), "batch_size": 6, "seed": 7}
     for step in range(3):
         shares = [first(StreamPositions(6 * step, 6, 3, rank, 2), 1)[0] for rank in range(2)]
         times = [training_step(model, model.network, images.__getitems__(s), **given).time for s in shares]

@@ -249,7 +249,7 @@ def test_moments_beyond_float16_are_refused(tmp_path, source, kl, monkeypatch, m
 
     assert kl.num_moments == 8  # probed before `encode` is replaced
     monkeypatch.setattr(Autoencoder, "encode", huge)
-    with pytest.raises(DataError, match="not finite as float16; store them with --precision float32"):
+    with pytest.raises(DataError, match="not finite as float16; store them with --dtype float32"):
         write_cache(source, kl, tmp_path / "cache", flips=True)
 
 

@@ -66,7 +66,7 @@ def weights_differ(one: Path, other: Path) -> float:
 
 def test_a_launcher_that_says_two_is_two_on_the_cpu(recipe_file, run):
     folder = recipe_file.parent / "two"
-    done = latentflow("train", recipe_file, f"out={folder}", "--cpu", launcher=torchrun(2))
+    done = latentflow("train", recipe_file, f"out={folder}", "--device", "cpu", launcher=torchrun(2))
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in read_metrics(folder)] == [5, 10, 15, 20]
     assert weights_differ(folder, run) < 1e-2  # the one ran on the GPU

@@ -396,7 +396,7 @@ def test_a_resumed_training_drops_out_the_same(tmp_path, cache, kl_folder, varia
             network=network,
             training={"steps": steps, **training},
         )
-        return train_command(recipe, cpu=True).run
+        return train_command(recipe, runtime=tiny.CPU).run
 
     whole = train("whole", 6)
     torch.manual_seed(99)  # what a process has drawn before is no matter
@@ -420,5 +420,5 @@ def test_training_refuses_images_that_a_unet_cannot_halve(tmp_path, cache, kl_fo
     network = UNetConfig(**{**UNET, "multipliers": [1, 1, 1, 1, 2]})  # latents of 8 x 8 cannot be halved 4 times
     recipe = tiny.recipe(autoencoder=kl_folder, data={"path": cache}, out=tmp_path / "run", network=network)
     with pytest.raises(LatentFlowError, match=r"latents of 8 x 8 do not fit a U-Net \(adm\) .* multiples of 16"):
-        train_command(recipe, cpu=True)
+        train_command(recipe, runtime=tiny.CPU)
     assert not (tmp_path / "run").exists()

@@ -385,7 +385,6 @@ def test_the_model_is_told_what_training_tells_it(model, segmented):
             times=TrainingTimes(),
             batch_size=1,
             seed=seed,
-            device="cpu",
             told=CONDITION_NAMES,
         )
         item = source[int(batch.indices[0])]

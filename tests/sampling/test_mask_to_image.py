@@ -89,7 +89,7 @@ def test_the_model_is_told_what_training_tells_it(model, segmented):
         in_training.append(condition)
         return torch.zeros_like(x)
 
-    chosen = {"times": TrainingTimes(), "batch_size": 1, "seed": 3, "device": "cpu", "told": CONDITION_NAMES}
+    chosen = {"times": TrainingTimes(), "batch_size": 1, "seed": 3, "told": CONDITION_NAMES}
     training_step(model, network, batch, **chosen)
     file = (segmented / "masks" / source.name(int(batch.indices[0]))).with_suffix(".png")
     told = told_fractions(model, file, classes=[int(batch.labels[0])])

@@ -78,14 +78,14 @@ def trained(tmp_path_factory):
         training={"steps": 80, "batch_size": 8},
         save_dtype="float16",
     )
-    return run, train_first_stage(given, cpu=True)
+    return run, train_first_stage(given, runtime=tiny.CPU)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """A short run in one go."""
     run = tmp_path_factory.mktemp("runs") / "short"
-    assert train_first_stage(recipe(run), cpu=True).outcome.finished
+    assert train_first_stage(recipe(run), runtime=tiny.CPU).outcome.finished
     return run
 
 
@@ -95,7 +95,7 @@ def uninterrupted(tmp_path_factory):
 def test_the_loss_is_the_sum_its_weights_say():
     given = recipe("unused", data={"crop": None}, loss={"edge_weight": 0.25, "kl_weight": 0.125})
     network, batch = build_autoencoder(given.network, 16, seed=0), batch_of(3)
-    step = autoencoder_step(network, batch, recipe=given, bf16=False)
+    step = autoencoder_step(network, batch, recipe=given, runtime=tiny.CPU)
 
     pixels = to_unit_range(batch.pixels)
     posterior = network.encode(pixels).latent_dist
@@ -114,14 +114,14 @@ def test_an_image_has_the_same_loss_in_any_batch():
     given = recipe("unused")
     network, batch = build_autoencoder(given.network, 16, seed=0), batch_of(4)
     alone = Batch(positions=batch.positions[2:3], indices=batch.indices[2:3], pixels=batch.pixels[2:3])
-    together = autoencoder_step(network, batch, recipe=given, bf16=False).loss
-    torch.testing.assert_close(autoencoder_step(network, alone, recipe=given, bf16=False).loss, together[2:3])
+    together = autoencoder_step(network, batch, recipe=given, runtime=tiny.CPU).loss
+    torch.testing.assert_close(autoencoder_step(network, alone, recipe=given, runtime=tiny.CPU).loss, together[2:3])
 
 
 def test_crops_are_parts_of_the_images_and_move():
     batch = batch_of(1)
     seen = set()
-    for position in range(64):
+    for position in range(128):
         moved = Batch(positions=torch.tensor([position]), indices=batch.indices, pixels=batch.pixels)
         crop = training._random_crops(moved, 14, seed=0)[0]
         places = [
@@ -135,7 +135,10 @@ def test_crops_are_parts_of_the_images_and_move():
 def test_bf16_is_near_fp32():
     given = recipe("unused")
     network, batch = build_autoencoder(given.network, 16, seed=0), batch_of(4)
-    exact, rough = (autoencoder_step(network, batch, recipe=given, bf16=bf16) for bf16 in (False, True))
+    exact, rough = (
+        autoencoder_step(network, batch, recipe=given, runtime=tiny.CPU.with_precision(word))
+        for word in ("fp32", "bf16")
+    )
     assert rough.loss.dtype == torch.float32
     assert not torch.equal(rough.loss, exact.loss)
     torch.testing.assert_close(rough.loss, exact.loss, rtol=0.02, atol=0)
@@ -182,7 +185,7 @@ def test_the_latents_have_unit_variance(trained):
     autoencoder = Autoencoder.from_pretrained(run / "autoencoder")
     source = open_images("synthetic:40", 16)
     pixels = torch.from_numpy(np.stack([item.pixels for item in source])).permute(0, 3, 1, 2)
-    raw = sample_latents(autoencoder.encode(to_unit_range(pixels)), 4, ImageRandom(range(40)))
+    raw = sample_latents(autoencoder.encode(to_unit_range(pixels)), 4, ImageRandom.of_seeds("test", range(40)))
     latents = autoencoder.normalisation.normalise(raw)
     assert latents.std().item() == pytest.approx(1, abs=0.03)
     assert latents.mean().item() == pytest.approx(0, abs=0.03)
@@ -217,12 +220,12 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt_at(4, patch, number)
-        stopped = train_first_stage(recipe(run), cpu=True)
+        stopped = train_first_stage(recipe(run), runtime=tiny.CPU)
     assert (stopped.outcome.step, stopped.outcome.finished, stopped.outcome.signal) == (4, False, number)
     assert stopped.report is None
     assert not (run / "autoencoder").exists()
 
-    assert train_first_stage(recipe(run), cpu=True).outcome.finished
+    assert train_first_stage(recipe(run), runtime=tiny.CPU).outcome.finished
     for file in STATE:
         ours, theirs = (newest_checkpoint(folder) / file for folder in (run, uninterrupted))
         assert ours.read_bytes() == theirs.read_bytes(), file
@@ -234,7 +237,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
 
 def test_a_finished_run_is_measured_again(uninterrupted):
     before = tiny.tree(uninterrupted / "autoencoder")
-    result = train_first_stage(recipe(uninterrupted), cpu=True)
+    result = train_first_stage(recipe(uninterrupted), runtime=tiny.CPU)
     assert result.outcome.finished
     assert tiny.tree(uninterrupted / "autoencoder") == before
 
@@ -247,7 +250,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "autoencoder_step", broken)
     with pytest.raises(NonFiniteError, match=r"step 1: .* synthetic/"):
-        train_first_stage(recipe(tmp_path / "run"), cpu=True)
+        train_first_stage(recipe(tmp_path / "run"), runtime=tiny.CPU)
 
 
 # Bad input
@@ -266,18 +269,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 )
 def test_bad_settings_leave_nothing_behind(tmp_path, given, error, message):
     with pytest.raises(error, match=message):
-        train_first_stage(recipe(tmp_path / "run", **given), cpu=True)
+        train_first_stage(recipe(tmp_path / "run", **given), runtime=tiny.CPU)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_latent_cache_is_no_data(tmp_path, cache):
     with pytest.raises(ConfigError, match="is a latent cache"):
-        train_first_stage(recipe(tmp_path / "run", data={"path": str(cache)}), cpu=True)
+        train_first_stage(recipe(tmp_path / "run", data={"path": str(cache)}), runtime=tiny.CPU)
 
 
 def test_a_run_folder_belongs_to_one_recipe(uninterrupted):
     with pytest.raises(ConfigError, match=r"loss.kl_weight: 0.0001, now 0.5"):
-        train_first_stage(recipe(uninterrupted, loss={"kl_weight": 0.5}), cpu=True)
+        train_first_stage(recipe(uninterrupted, loss={"kl_weight": 0.5}), runtime=tiny.CPU)
 
 
 def test_an_unknown_key_names_the_nearest():
@@ -306,7 +309,7 @@ def test_the_command_trains_and_encode_takes_the_result(tmp_path, capsys, monkey
     file.write_text(to_yaml(recipe(tmp_path / "run", data={"path": str(images)})), encoding="utf-8")
     assert run_here(["train-autoencoder", file, "--dry-run"], capsys, monkeypatch).code == 0
     assert not (tmp_path / "run").exists()
-    result = run_here(["train-autoencoder", file, "training.steps=2", "--cpu"], capsys, monkeypatch)
+    result = run_here(["train-autoencoder", file, "training.steps=2", "--device", "cpu"], capsys, monkeypatch)
     assert result.code == 0, result.err
     assert "dB PSNR on 2 held-out images" in result.out
     encode = ["encode", images, "--autoencoder", tmp_path / "run" / "autoencoder", "--image-size", 16]
@@ -319,7 +322,7 @@ def test_the_command_reports_a_signal(tmp_path, capsys, monkeypatch):
     file = tmp_path / "small.yaml"
     file.write_text(to_yaml(recipe(tmp_path / "run")), encoding="utf-8")
     interrupt_at(2, monkeypatch, signal.SIGTERM)
-    result = run_here(["train-autoencoder", file, "--cpu"], capsys, monkeypatch)
+    result = run_here(["train-autoencoder", file, "--device", "cpu"], capsys, monkeypatch)
     assert result.code == 128 + signal.SIGTERM
     assert "stopped by a signal at step 2, saved" in result.err
 

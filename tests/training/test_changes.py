@@ -22,7 +22,7 @@ def train(tmp_path, cache, kl_folder, capsys, monkeypatch):
     file = tmp_path / "fruit.yaml"
     recipe = tiny.recipe(data={"path": cache}, autoencoder=kl_folder, out=tmp_path / "run", training={"steps": 2})
     file.write_text(to_yaml(recipe), encoding="utf-8")
-    return lambda *args: run_here(("train", file, "--cpu", *args), capsys, monkeypatch)
+    return lambda *args: run_here(("train", file, "--device", "cpu", *args), capsys, monkeypatch)
 
 
 @pytest.fixture

@@ -22,7 +22,9 @@ from tests import tiny
 def trained(tmp_path_factory, cache, kl_folder) -> Path:
     run = tmp_path_factory.mktemp("runs") / "run"
     training = {"steps": 4, "checkpoint_every": 2, "keep_checkpoints": 2}
-    train_command(tiny.recipe(data={"path": cache}, autoencoder=kl_folder, training=training, out=run), cpu=True)
+    train_command(
+        tiny.recipe(data={"path": cache}, autoencoder=kl_folder, training=training, out=run), runtime=tiny.CPU
+    )
     return run
 
 
@@ -36,7 +38,7 @@ def resume(trained, tmp_path, cache, kl_folder):
             damage(newest_checkpoint(run))
         training = {"steps": 6, "checkpoint_every": 2, "keep_checkpoints": 2}
         recipe = tiny.recipe(data={"path": cache}, autoencoder=kl_folder, training=training, out=run)
-        train_command(recipe, cpu=True, allow_change=["training.steps"])
+        train_command(recipe, runtime=tiny.CPU, allow_change=["training.steps"])
         return run
 
     return go_on

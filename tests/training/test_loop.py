@@ -56,7 +56,7 @@ def train(recipe):
     """Train into the run folder `name`; returns the folder."""
 
     def run(name: str, **given) -> Path:
-        return train_command(recipe(name, **given), cpu=True).run
+        return train_command(recipe(name, **given), runtime=tiny.CPU).run
 
     return run
 
@@ -183,7 +183,7 @@ def test_a_signal_saves_and_resume_is_exact(recipe, train, monkeypatch, number):
     with monkeypatch.context() as patched:
         patched.setattr(loop, "training_step", at_step(4, lambda: signal.raise_signal(number)))
         before = signal.getsignal(number)
-        outcome = train_command(recipe("parts"), cpu=True).outcome
+        outcome = train_command(recipe("parts"), runtime=tiny.CPU).outcome
         assert signal.getsignal(number) == before
     assert (outcome.step, outcome.finished, outcome.signal) == (4, False, number)
     assert newest_checkpoint(whole.with_name("parts")).name == "step-00000004"
@@ -286,7 +286,7 @@ def recipe_file(tmp_path):
 def test_kill_9_at_random_moments(recipe, train, recipe_file, tmp_path):
     """A process of its own is killed again and again, wherever it is: in a step, in a save, in a resume."""
     endless = {"training": {"steps": 100_000, "checkpoint_every": 4}}  # no machine is so fast that it ends by itself
-    command, run = ("train", recipe_file(recipe("killed", **endless)), "--cpu"), tmp_path / "killed"
+    command, run = ("train", recipe_file(recipe("killed", **endless)), "--device", "cpu"), tmp_path / "killed"
     log = tmp_path / "log"
     for attempt in range(5):
         before = newest_checkpoint(run)
@@ -310,7 +310,7 @@ def test_a_signal_ends_the_command_with_its_code(recipe, train, recipe_file, tmp
     """Terminals and batch systems signal the processes that read images, too."""
     given = {"training": {"steps": 100_000}, "source": {"num_workers": num_workers}}
     log, run = tmp_path / "log", tmp_path / "run"
-    process = processes.start(("train", recipe_file(recipe("run", **given)), "--cpu"), log)
+    process = processes.start(("train", recipe_file(recipe("run", **given)), "--device", "cpu"), log)
     processes.wait_until(lambda: len(read_metrics(run)) > 3, process)
     readers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     assert bool(readers) == bool(num_workers)
@@ -329,7 +329,7 @@ def test_an_image_that_goes_missing_ends_the_command(recipe, recipe_file, tmp_pa
     images = tiny.write_images(tmp_path / "fruit")
     given = {"training": {"steps": 100_000}, "source": {"num_workers": num_workers}}
     log, run = tmp_path / "log", tmp_path / "run"
-    process = processes.start(("train", recipe_file(recipe("run", data=images, **given)), "--cpu"), log)
+    process = processes.start(("train", recipe_file(recipe("run", data=images, **given)), "--device", "cpu"), log)
     processes.wait_until(lambda: len(read_metrics(run)) > 1, process)
     for file in images.rglob("*.png"):
         file.unlink()
@@ -474,7 +474,7 @@ def test_two_processes_equal_one(recipe, train, recipe_file, tmp_path):
     file = recipe_file(recipe("two", **given))
     launcher = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()))
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "latentflow", "train", file, "--cpu"],
+        [sys.executable, "-m", *launcher, "-m", "latentflow", "train", file, "--device", "cpu"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -498,7 +498,7 @@ def test_two_processes_take_up_what_one_began(recipe, train, recipe_file, tmp_pa
     """Interrupt with one process, go on with two, stop those by a signal, and finish with one."""
     whole = train("whole")
     train("run", training={"steps": 4})
-    command = ("train", recipe_file(recipe("run", training={"steps": 6})), "--cpu")
+    command = ("train", recipe_file(recipe("run", training={"steps": 6})), "--device", "cpu")
     workers = processes.start_processes(command, tmp_path / "log", 2)
     for rank, worker in enumerate(workers):
         log = tmp_path / f"log.{rank}"
@@ -510,7 +510,7 @@ def test_two_processes_take_up_what_one_began(recipe, train, recipe_file, tmp_pa
 
 def test_a_signal_to_one_of_two_processes_stops_both(recipe, recipe_file, tmp_path):
     given = {"training": {"steps": 100_000, "log_every": 5}}
-    command, run = ("train", recipe_file(recipe("run", **given)), "--cpu"), tmp_path / "run"
+    command, run = ("train", recipe_file(recipe("run", **given)), "--device", "cpu"), tmp_path / "run"
     workers = processes.start_processes(command, tmp_path / "log", 2)
     processes.wait_until(lambda: len(read_metrics(run)) > 1, workers[0])
     os.kill(workers[1].pid, signal.SIGTERM)
@@ -523,7 +523,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(recipe, recipe_file, tmp_pa
 
 
 def test_an_uneven_share_is_refused_in_every_process(recipe, recipe_file, tmp_path):
-    command = ("train", recipe_file(recipe("run", training={"batch_size": 5})), "--cpu")
+    command = ("train", recipe_file(recipe("run", training={"batch_size": 5})), "--device", "cpu")
     workers = processes.start_processes(command, tmp_path / "log", 2)
     logs = [tmp_path / f"log.{rank}" for rank in range(2)]
     assert [processes.finish(worker, log) for worker, log in zip(workers, logs, strict=True)] == [2, 2]
@@ -573,8 +573,7 @@ class Watched:
     def train(self) -> None:
         run = Path(self.recipe.out)
         run.mkdir(exist_ok=True)
-        accelerator = loop.make_accelerator(self.recipe.training, cpu=True)
-        loop.train(self.recipe, self.model, self.images, run, accelerator)
+        loop.train(self.recipe, self.model, self.images, run, tiny.CPU)
 
 
 @pytest.mark.parametrize("deferred", [False, True], ids=["read at every step", "read with the log, as on a GPU"])
@@ -620,7 +619,7 @@ def test_a_bad_parameter_is_named(recipe, monkeypatch):
 def test_a_bad_image_ends_the_command_with_one_line(recipe, poisoned, recipe_file, capsys, monkeypatch):
     folder, name, _ = poisoned
     file = recipe_file(recipe("run", data=folder))
-    result = processes.run_here(("train", file, "--cpu"), capsys, monkeypatch)
+    result = processes.run_here(("train", file, "--device", "cpu"), capsys, monkeypatch)
     assert result.code == 1
     last = result.err.splitlines()[-1]
     assert last.startswith("latentflow: ")

@@ -44,7 +44,7 @@ def recipe(tmp_path, segmented, segmented_cache, kl_folder):
 @pytest.fixture
 def train(recipe):
     """Train into the run folder `name`; returns the folder."""
-    return lambda *args, **given: train_command(recipe(*args, **given), cpu=True).run
+    return lambda *args, **given: train_command(recipe(*args, **given), runtime=tiny.CPU).run
 
 
 @pytest.mark.parametrize("source", ["images", "cache"])

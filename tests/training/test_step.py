@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentflow.autoencoder import Autoencoder, to_unit_range
+from latentflow.autoencoder import to_unit_range
 from latentflow.data import batches
 from latentflow.data.batches import SpatialData, TrainingImages
 from latentflow.data.images import open_images
@@ -55,7 +55,7 @@ class Heard:
 
 def step(model: LatentFlow, images: TrainingImages, positions: list[int], **options) -> tuple[StepResult, Heard]:
     heard = Heard(model.network)
-    given = {"times": TrainingTimes(), "batch_size": 12, "seed": 7, "device": "cpu", **options}
+    given = {"times": TrainingTimes(), "batch_size": 12, "seed": 7, **options}
     return training_step(model, heard, images.__getitems__(positions), **given), heard
 
 
@@ -135,17 +135,6 @@ def test_told_says_what_every_image_hears(model, pictures):
                 is_null = (getattr(heard.condition, name) == NULLS[name]).reshape(4, -1).all(1)
                 assert is_null.tolist() == [kind not in told] * 4, (kind, name, told)
     assert not torch.equal(results[()][0].loss, results[EVERYTHING][0].loss)
-
-
-@pytest.mark.parametrize("told", [None, (), EVERYTHING])
-def test_images_that_are_all_hole_are_not_encoded(model, pictures, monkeypatch, told):
-    encode, sizes = Autoencoder.encode, []
-    monkeypatch.setattr(Autoencoder, "encode", lambda self, x: sizes.append(len(x)) or encode(self, x))
-    images = stream(pictures, holes=MaskRules())
-    _, heard = step(model, images, list(range(24)), told=told)
-    num_told = (heard.condition.mask != 1).flatten(1).any(1).sum().item()
-    assert sizes == [24, num_told][: 1 + (num_told > 0)]
-    assert {None: 0 < num_told < 24, (): num_told == 0, EVERYTHING: num_told == 24}[told]
 
 
 def test_known_pixels_and_moments_give_the_same_latents(model, pictures, segmented_cache):

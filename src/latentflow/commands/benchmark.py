@@ -25,6 +25,7 @@ from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.model_config import SamplingPreset
 from latentflow.progress import image_progress
+from latentflow.runtime import Runtime
 from latentflow.sampling.pipeline import conditioned_velocity, initial_noise
 from latentflow.sampling.request import SampleRequest, make_request
 
@@ -97,7 +98,7 @@ def benchmark(
     batch_sizes: Sequence[int] = (1, 8),
     repeats: int = 3,
     seed: int = 0,
-    device: str | None = None,
+    runtime: Runtime | None = None,
     **preset: object,
 ) -> BenchmarkResult:
     """Draw images several times over and say what they cost; nothing is written.
@@ -119,7 +120,7 @@ def benchmark(
     for name, value in (("images", num), ("repeats", repeats), *(("images in a batch", size) for size in batch_sizes)):
         if value < 1:
             raise ConfigError(f"number of {name} {value}: at least 1 is needed")
-    flow = LatentFlow.from_pretrained(model, device=device)
+    flow = LatentFlow.from_pretrained(model, runtime=runtime)
     whole = {size: _request(flow, math.ceil(num / size) * size, seed, preset) for size in sorted(set(batch_sizes))}
     counts: Tensor = torch.zeros(0)
     costs = []

@@ -49,6 +49,7 @@ from latentflow.latent_flow import LatentFlow
 from latentflow.locks import writes
 from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom, derive_seed
+from latentflow.runtime import Runtime
 
 _OWN_STEPS = 20  # of Heun's method on the model's own trajectories
 _DATA_STEPS = 100  # of Euler's method on those of the data, whose last step ends on an image's latents
@@ -66,7 +67,7 @@ def bound(
     bins: int = 10,
     batch_size: int = 8,
     seed: int = 0,
-    device: str | None = None,
+    runtime: Runtime | None = None,
 ) -> MeasuredBound:
     """Measure every term of the bound, and write page.html, bound.json and the charts into `out`, if it is given.
 
@@ -88,7 +89,7 @@ def bound(
     if bins < 1 or points < bins:
         raise ConfigError(f"{points} points for {bins} bins of time: at least 1 bin, and a point in each, is needed")
     folder = None if out is None else require_writable(out)
-    flow = plain_model(LatentFlow.from_pretrained(model, device=device))
+    flow = plain_model(LatentFlow.from_pretrained(model, precision="fp32", runtime=runtime))
     if out is not None:
         require_apart(out, data)
     source = open_reference(flow, data)

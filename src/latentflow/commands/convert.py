@@ -20,8 +20,9 @@ from latentflow.convert.model import assemble
 from latentflow.convert.published import class_names_of, published
 from latentflow.convert.selfcheck import SelfCheck, check_flow
 from latentflow.errors import ArtifactError, ConfigError, DataError
-from latentflow.latent_flow import WEIGHTS_FILE, LatentFlow, usable_device
+from latentflow.latent_flow import WEIGHTS_FILE, LatentFlow
 from latentflow.locks import writes
+from latentflow.runtime import Runtime, open_runtime
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def convert(
     class_names: str | Path | None = None,
     encoder: str | Path | None = None,
     check: bool = True,
-    device: str | None = None,
+    runtime: Runtime | None = None,
 ) -> ConvertResult:
     """Turn published weights into a model folder. Nothing in the file is ever run.
 
@@ -93,7 +94,7 @@ def convert(
     )
     network = known.architecture.load(file.weights, file.origin)
     names = named or class_names_of(known.architecture)
-    model = assemble(known, network, first_stage, class_names=names).to(usable_device(device))
+    model = assemble(known, network, first_stage, class_names=names).to(runtime or open_runtime(alone=True))
     num_classes = model.config.conditioning.num_classes
     labels = [0, num_classes - 1] if num_classes else None
     checked = check_flow(model, labels) if check else None

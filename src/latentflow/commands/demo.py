@@ -30,9 +30,10 @@ from latentflow.data.pictures import psnr
 from latentflow.data.synthetic import CLASS_NAMES, SyntheticShapes
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.flow.solvers import SOLVERS, AdamsBashforth, is_adaptive
-from latentflow.latent_flow import LatentFlow, default_device
+from latentflow.latent_flow import LatentFlow
 from latentflow.locks import writes
 from latentflow.progress import image_progress
+from latentflow.runtime import Runtime, open_runtime
 from latentflow.sampling.pipeline import Samples, draw, join_samples
 from latentflow.sampling.request import make_request
 from latentflow.training.config import load_recipe
@@ -62,6 +63,7 @@ def demo(
     scale: DemoScale | None = None,
     overrides: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
+    runtime: Runtime | None = None,
 ) -> DemoFigures:
     """Run the demo into `out`, or what is missing there, and write report.json and report.html.
 
@@ -70,13 +72,14 @@ def demo(
         scale: how much is drawn and measured; None: the full demo.
         overrides: `key=value` for the recipe "demo", whose data.path says what is encoded.
         say: told what is being done.
+        runtime: where; None: see `open_runtime`.
 
     Raises:
         ConfigError: `out` holds a demo with other settings.
         ArtifactError: `out` holds something else, or cannot be written.
         Interrupted: training was stopped by a signal.
     """
-    out = make_folder(out)
+    out, runtime = make_folder(out), runtime or open_runtime(alone=True)
     plan = DemoFigures(scale=scale or DemoScale(), recipe=load_recipe("demo", overrides))
     figures, done = _earlier_figures(out, plan), True
     for number, stage in enumerate(STAGES, start=1):
@@ -84,7 +87,7 @@ def demo(
         say(f"{number}/{len(STAGES)} {stage.title}" + (": done before" if done else ""))
         if not done:  # nor are the stages that build on it
             began = time.perf_counter()
-            result = stage.run(figures, out)
+            result = stage.run(figures, out, runtime)
             result = {"seconds": time.perf_counter() - began, **result}
             figures = DemoFigures.model_validate({**dict(figures), stage.name: result})
             write_json(out / "report.json", figures.model_dump(mode="json"))
@@ -108,7 +111,7 @@ def _earlier_figures(out: Path, plan: DemoFigures) -> DemoFigures:
     return found
 
 
-def _encode(figures: DemoFigures, out: Path) -> dict[str, Any]:
+def _encode(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
     data, folder = figures.recipe.data, out / "cache"
     before = sum(read_json(record)["num_images"] for record in folder.glob("shard-*.json"))
     result = encode(
@@ -120,6 +123,7 @@ def _encode(figures: DemoFigures, out: Path) -> dict[str, Any]:
         masks=data.masks,
         mask_variants=_MASK_VARIANTS,
         batch_size=_BATCH,
+        runtime=runtime,
     )
     plan, num_images = result.index.plan, result.index.num_images
     return {
@@ -130,8 +134,8 @@ def _encode(figures: DemoFigures, out: Path) -> dict[str, Any]:
     }
 
 
-def _reconstruct(figures: DemoFigures, out: Path) -> dict[str, Any]:
-    autoencoder = Autoencoder.from_pretrained(figures.recipe.autoencoder).to(default_device())
+def _reconstruct(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
+    autoencoder = Autoencoder.from_pretrained(figures.recipe.autoencoder).to(runtime.for_autoencoder())
     source = SyntheticShapes(figures.scale.num_judged, figures.recipe.data.image_size, HELD_OUT_SEED)
     labels = [source.label(index) for index in range(len(source))]
     real = torch.from_numpy(np.stack([item.pixels for item in source])).permute(0, 3, 1, 2)
@@ -148,10 +152,10 @@ def _reconstruct(figures: DemoFigures, out: Path) -> dict[str, Any]:
     }
 
 
-def _train(figures: DemoFigures, out: Path) -> dict[str, Any]:
+def _train(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
     recipe = figures.recipe
     data = recipe.data.model_copy(update={"path": str(out / "cache")})
-    result = train(recipe.model_copy(update={"data": data, "out": str(out / "run")}))
+    result = train(recipe.model_copy(update={"data": data, "out": str(out / "run")}), runtime=runtime)
     if not result.outcome.finished:
         raise Interrupted(result.outcome.step, result.outcome.signal or 0)
     curve, environment = read_metrics(result.run), read_json(result.run / "environment.json")
@@ -172,8 +176,8 @@ def _draw(model: LatentFlow, num: int, **preset: Any) -> Samples:
         return join_samples(list(draw(model, request, batch_size=_BATCH, on_images=on_images)))
 
 
-def _sample(figures: DemoFigures, out: Path) -> dict[str, Any]:
-    samples = _draw(LatentFlow.from_pretrained(out / "run"), figures.scale.num_judged)
+def _sample(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
+    samples = _draw(LatentFlow.from_pretrained(out / "run", runtime=runtime), figures.scale.num_judged)
     samples.save(out / "samples" / "images")
     columns = figures.scale.num_shown
     by_class = [samples.pixels[label :: len(CLASS_NAMES)][:columns] for label in range(len(CLASS_NAMES))]
@@ -185,8 +189,8 @@ def _sample(figures: DemoFigures, out: Path) -> dict[str, Any]:
     }
 
 
-def _sweep_guidance(figures: DemoFigures, out: Path) -> dict[str, Any]:
-    model, runs, rows = LatentFlow.from_pretrained(out / "run"), [], []
+def _sweep_guidance(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
+    model, runs, rows = LatentFlow.from_pretrained(out / "run", runtime=runtime), [], []
     for scale in figures.scale.guidance_scales:
         samples = _draw(model, figures.scale.num_per_scale, guidance=scale)
         recognised = judge(samples.pixels, samples.request.labels)
@@ -197,8 +201,8 @@ def _sweep_guidance(figures: DemoFigures, out: Path) -> dict[str, Any]:
     return {"runs": runs}
 
 
-def _compare_solvers(figures: DemoFigures, out: Path) -> dict[str, Any]:
-    model, scale, runs = LatentFlow.from_pretrained(out / "run"), figures.scale, []
+def _compare_solvers(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
+    model, scale, runs = LatentFlow.from_pretrained(out / "run", runtime=runtime), figures.scale, []
     reference = _draw(model, scale.num_solved, solver="rk4", steps=scale.reference_steps)
     for solver in SOLVERS:
         if is_adaptive(solver):
@@ -238,7 +242,7 @@ class Stage:
 
     name: str
     title: str
-    run: Callable[[DemoFigures, Path], dict[str, Any]]
+    run: Callable[[DemoFigures, Path, Runtime], dict[str, Any]]
     files: tuple[str, ...] = ()
 
 

@@ -24,6 +24,7 @@ from latentflow.data.semantic_maps import colour_map
 from latentflow.data.synthetic import SyntheticShapes
 from latentflow.latent_flow import LatentFlow
 from latentflow.randomness import derive_seed
+from latentflow.runtime import Runtime
 from latentflow.sampling.inpaint import Frame
 from latentflow.sampling.pipeline import Given, Samples, draw_all
 from latentflow.sampling.request import make_request
@@ -34,9 +35,9 @@ NUM_COLUMNS = 12
 _BATCH = 64
 
 
-def paint_maps(figures: DemoFigures, out: Path) -> dict[str, Any]:
+def paint_maps(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
     """Paint held-out semantic maps at several guidance scales, and recover them from the pictures."""
-    model, items = LatentFlow.from_pretrained(out / "run"), _held_out(figures)
+    model, items = LatentFlow.from_pretrained(out / "run", runtime=runtime), _held_out(figures)
     maps, real = [item.semantic_map for item in items], _pixels([item.pixels for item in items])
     palette, factor = model.config.conditioning.map_palette, model.config.autoencoder.factor
     counts = [class_counts(semantic_map, len(palette), factor) for semantic_map in maps]
@@ -57,9 +58,9 @@ def paint_maps(figures: DemoFigures, out: Path) -> dict[str, Any]:
     }
 
 
-def fill_holes(figures: DemoFigures, out: Path) -> dict[str, Any]:
+def fill_holes(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
     """Fill holes in held-out images: told the known part, told nothing, and in two ways without training for it."""
-    model, items = LatentFlow.from_pretrained(out / "run"), _held_out(figures)
+    model, items = LatentFlow.from_pretrained(out / "run", runtime=runtime), _held_out(figures)
     size, factor, rules = model.config.image_size, model.config.autoencoder.factor, model.config.masks
     pictures = [item.pixels for item in items]
     holes = [draw_mask(rules, size, size, derive_seed("demo", "hole", n)) for n in range(len(items))]
@@ -90,9 +91,9 @@ def fill_holes(figures: DemoFigures, out: Path) -> dict[str, Any]:
     return {"num_images": len(items), "share": inside.float().mean().item(), "runs": runs}
 
 
-def compare_losses(figures: DemoFigures, out: Path) -> dict[str, Any]:
+def compare_losses(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
     """The loss on held-out images, told nothing, each condition alone, and everything."""
-    model, num_draws = LatentFlow.from_pretrained(out / "run"), figures.scale.num_draws
+    model, num_draws = LatentFlow.from_pretrained(out / "run", runtime=runtime), figures.scale.num_draws
     images = held_out_images(model, f"synthetic:{num_draws}:{HELD_OUT_SEED}")
     runs = []
     for told in condition_sets(model.config.conditioning):

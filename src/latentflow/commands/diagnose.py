@@ -49,6 +49,7 @@ from latentflow.metrics.statistics import FeatureStatistics
 from latentflow.metrics.trajectories import follow
 from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom
+from latentflow.runtime import Runtime
 from latentflow.sampling.pipeline import Given, Samples, conditioned_velocity, draw_all, initial_noise
 from latentflow.sampling.request import SampleRequest, make_request
 
@@ -98,7 +99,7 @@ def diagnose(
     guidance: float | None = None,
     batch_size: int = 16,
     seed: int = 0,
-    device: str | None = None,
+    runtime: Runtime | None = None,
 ) -> Diagnosis:
     """Measure a model on images, and write page.html, diagnose.json and pictures/ into `out`.
 
@@ -120,7 +121,7 @@ def diagnose(
     if num < 8 or num_train < 2:
         raise ConfigError(f"{num} images and {num_train} of training: at least 8, in two halves, and 2 are needed")
     folder = require_writable(out)
-    flow = plain_model(LatentFlow.from_pretrained(model, device=device))
+    flow = plain_model(LatentFlow.from_pretrained(model, precision="fp32", runtime=runtime))
     require_apart(out, data, train)
     source = open_reference(flow, data)
     train_source = None if train is None else open_reference(flow, train)

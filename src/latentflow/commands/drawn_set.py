@@ -37,6 +37,7 @@ from latentflow.locks import holder, only_writer
 from latentflow.metrics.features import FeatureExtractor
 from latentflow.metrics.statistics import require_features
 from latentflow.randomness import derive_seed
+from latentflow.runtime import Runtime
 from latentflow.sampling.pipeline import Given, Samples, draw
 from latentflow.sampling.request import SampleRequest, make_request
 
@@ -255,7 +256,7 @@ def compute_in_shards(
             raise ConfigError(f"{num_processes} processes share their work through files: give --out")
         return join_columns([compute(rows) for rows in shards])
     folder = make_folder(folder)
-    with only_writer(folder, launch=True, rank=rank):
+    with only_writer(folder, Runtime(torch.device("cpu"), rank, num_processes)):
         _claim(folder, json.loads(json.dumps({**plan, "shard_size": SHARD_SIZE})))
         for rows in shards[rank::num_processes]:
             if _read_shard(folder, rows) is None:

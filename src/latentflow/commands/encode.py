@@ -15,10 +15,9 @@ from latentflow.data.items import ImageSource
 from latentflow.data.latent_cache import CacheIndex
 from latentflow.data.masks import MaskRules
 from latentflow.errors import DataError
-from latentflow.latent_flow import usable_device
 from latentflow.locks import writes
-from latentflow.processes import process_rank
 from latentflow.progress import image_progress
+from latentflow.runtime import PrecisionWord, Runtime
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,14 @@ def encode(
     image_size: int,
     first: int | None = None,
     flips: bool = False,
-    precision: Literal["float16", "float32"] = "float16",
+    dtype: Literal["float16", "float32"] = "float16",
     batch_size: int = 32,
     shard_size: int = 1024,
     masks: MaskRules | None = None,
     mask_variants: int = 0,
     strict: bool = False,
-    device: str | None = None,
+    precision: PrecisionWord = "tf32",
+    runtime: Runtime | None = None,
 ) -> EncodeResult:
     """Encode images into a latent cache; repeating the call goes on where a kill ended it.
 
@@ -60,8 +60,11 @@ def encode(
         first: encode the first so many images, of class folders evenly; None: all of them. See `open_images`.
         flips: also encode the mirrored images, so that training can mirror.
         masks: which holes are drawn; None: those of the usual policy.
+        dtype: how moments are stored.
         mask_variants: images with holes that are encoded of each image, for inpainting; 0: none.
         strict: a broken image is an error; otherwise it is left out and listed in the index.
+        precision: what the autoencoder computes in; half precision only where it is asked for.
+        runtime: where; None: see `open_runtime`.
 
     Raises:
         DataError, ArtifactError, ConfigError: see `open_images`, `Autoencoder.from_pretrained` and `write_cache`.
@@ -70,10 +73,10 @@ def encode(
     require_apart(out, data, masks.folder if masks else None)
     source = open_images(data, image_size, first=first, strict=strict)
     _require_one_readable(source)
-    process = process_rank()
-    encoder = Autoencoder.from_pretrained(autoencoder).to(usable_device(device))
-    num_images, finished, kept = len(source) // process[1], [], []
-    with image_progress("encoding", num_images, enabled=process[0] == 0) as on_images:
+    assert runtime is not None  # opened by `writes`
+    encoder = Autoencoder.from_pretrained(autoencoder).to(runtime.with_precision(precision))
+    num_images, finished, kept = len(source) // runtime.world, [], []
+    with image_progress("encoding", num_images) as on_images:
 
         def count(number: int) -> None:
             finished.append(number)
@@ -84,13 +87,13 @@ def encode(
             encoder,
             out,
             flips=flips,
-            precision=precision,
+            precision=dtype,
             batch_size=batch_size,
             shard_size=shard_size,
             masks=masks,
             mask_variants=mask_variants,
             strict=strict,
-            process=process,
+            process=(runtime.rank, runtime.world),
             on_images=count,
             on_kept=kept.append,
         )

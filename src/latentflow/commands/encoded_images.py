@@ -64,7 +64,7 @@ def plain_model(flow: LatentFlow) -> LatentFlow:
     config = flow.config.model_copy(update={"network": network.model_copy(update={"gradient_checkpointing": False})})
     plain = config.build_network()
     plain.load_state_dict(flow.network.state_dict())
-    made = LatentFlow(config, plain.eval().requires_grad_(False), flow.autoencoder).to(flow.device)
+    made = LatentFlow(config, plain.eval().requires_grad_(False), flow.autoencoder).to(flow.runtime)
     made.reference = flow.reference
     return made
 
@@ -135,7 +135,7 @@ def encode_reference(
             labels += [item.label for _, item in items if labelled]
             batch = torch.stack([torch.from_numpy(item.pixels).permute(2, 0, 1) for _, item in items])
             images = to_unit_range(batch).to(flow.device)
-            encoded = flow.encode(images, ImageRandom.at(seed, "posterior", found))
+            encoded = flow.encode(images, ImageRandom.at(seed, "posterior", found, flow.device))
             if not encoded.isfinite().all():
                 raise NonFiniteError("the autoencoder's latents of these images are not finite")
             missing = num_decoded - len(indices)

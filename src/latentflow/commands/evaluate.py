@@ -56,8 +56,8 @@ from latentflow.metrics.report import (
     require_comparable,
 )
 from latentflow.metrics.scores import require_enough
-from latentflow.processes import process_rank
 from latentflow.progress import image_progress
+from latentflow.runtime import Runtime
 
 _REPORT = "report.json"  # in the folder of an evaluation
 
@@ -100,7 +100,7 @@ def evaluate(
     out: str | Path | None = None,
     against: str | Path | None = None,
     anyway: bool = False,
-    device: str | None = None,
+    runtime: Runtime | None = None,
     **preset: Any,
 ) -> Evaluation | None:
     """Score images against real ones. Repeating the call with the same `out` goes on after a kill.
@@ -130,14 +130,14 @@ def evaluate(
     Raises:
         ConfigError, DataError, ArtifactError: before anything is drawn, as far as that can be known.
     """
-    process = process_rank()
-    first = process[0] == 0
+    assert runtime is not None  # opened by `writes`
+    process, first = (runtime.rank, runtime.world), runtime.is_main
     task, wanted = checked_words(task, reconstruction, metrics, num, features, labels, resamples)
     report_file, work = _places(out)
     for place in filter(None, (out, reference_out)):
         require_apart(place, data)
     other = EvaluationReport.load(_report_of(against)) if against else None
-    subject = open_subject(str(model), task, image_size, device)
+    subject = open_subject(str(model), task, image_size, runtime)
     if report_file is None and process[1] > 1:
         raise ConfigError(f"{process[1]} processes share their work through files: give --out")
     real = open_reference(data, subject.image_size)

@@ -17,13 +17,14 @@ from latentflow.commands.reference import image_features
 from latentflow.commands.train_autoencoder import reconstruct
 from latentflow.data.items import ImageSource
 from latentflow.errors import ArtifactError, ConfigError
-from latentflow.latent_flow import CONFIG_FILE, LatentFlow, find_model, usable_device
+from latentflow.latent_flow import CONFIG_FILE, LatentFlow, find_model
 from latentflow.metrics.features import FeatureExtractor
 from latentflow.metrics.pairs import PairJudge
 from latentflow.metrics.report import Score
+from latentflow.runtime import Runtime
 
 
-def open_autoencoder(reference: str, image_size: int | None, device: str | None) -> tuple[Autoencoder, int]:
+def open_autoencoder(reference: str, image_size: int | None, runtime: Runtime) -> tuple[Autoencoder, int]:
     """The autoencoder of a model, or one on its own, and the size of images to be evaluated at.
 
     Raises:
@@ -33,12 +34,12 @@ def open_autoencoder(reference: str, image_size: int | None, device: str | None)
     path = Path(reference)
     alone = reference in BUILT_IN or ((path / CONFIG_FILE).is_file() and not _is_model(reference))
     if alone or not (path.exists() or _is_model(reference)):
-        autoencoder = Autoencoder.from_pretrained(reference).to(usable_device(device))
+        autoencoder = Autoencoder.from_pretrained(reference).to(runtime)
         if image_size is None:
             raise ConfigError("an autoencoder on its own has no size of images: give --image-size, for example 256")
         autoencoder.latent_side(image_size)
         return autoencoder, image_size
-    model = LatentFlow.from_pretrained(reference, device=device)
+    model = LatentFlow.from_pretrained(reference, runtime=runtime)
     if image_size not in (None, model.config.image_size):
         raise ConfigError(f"--image-size {image_size}: the model has {model.config.image_size}; leave it out")
     return model.autoencoder, model.config.image_size

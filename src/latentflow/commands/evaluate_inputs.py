@@ -21,11 +21,12 @@ from latentflow.data.images import open_images
 from latentflow.data.items import ImageSource
 from latentflow.data.stores import is_image, open_store
 from latentflow.errors import ArtifactError, ConfigError, DataError, nearest
-from latentflow.latent_flow import CONFIG_FILE, LatentFlow, usable_device
+from latentflow.latent_flow import CONFIG_FILE, LatentFlow
 from latentflow.metrics.features import NAMES, FeatureExtractor, open_features
 from latentflow.metrics.pairs import PairJudge
 from latentflow.metrics.report import FEATURE_METRICS, ModelFacts, check_metrics
 from latentflow.metrics.scores import require_enough
+from latentflow.runtime import Runtime
 from latentflow.sampling.picture_file import facts_in, unlike, which, whose
 
 PAIRS = ("psnr", "ssim")
@@ -126,14 +127,14 @@ def checked_words(
     return task, asked
 
 
-def open_subject(model: str, task: str, image_size: int | None, device: str | None) -> Subject:
+def open_subject(model: str, task: str, image_size: int | None, runtime: Runtime) -> Subject:
     """A model, images or an autoencoder by name; the arguments are those of `evaluate`.
 
     Raises:
         ArtifactError, ConfigError, DataError: there is none, or not of the kind that the task needs.
     """
     if task == "reconstruction":
-        autoencoder, image_size = open_autoencoder(model, image_size, device)
+        autoencoder, image_size = open_autoencoder(model, image_size, runtime)
         facts = ModelFacts(name=autoencoder.reference, weights=autoencoder.content_hash)
         return Subject(task, image_size, autoencoder.device, lambda: facts, autoencoder=autoencoder)
     if image_size is not None:
@@ -144,9 +145,9 @@ def open_subject(model: str, task: str, image_size: int | None, device: str | No
         samples = _open_samples(model)
         rows = [row for row in range(len(samples)) if not GRID.search(samples.name(row))]
         facts = ModelFacts(name=samples.description, weights=samples.fingerprint())
-        given = (task, samples.image_size, usable_device(device), lambda: facts)
+        given = (task, samples.image_size, runtime.device, lambda: facts)
         return Subject(*given, samples=samples, sample_rows=rows)
-    flow = LatentFlow.from_pretrained(model, device=device)
+    flow = LatentFlow.from_pretrained(model, runtime=runtime)
 
     def described() -> ModelFacts:
         training = flow.config.training.model_dump(mode="json")

@@ -8,6 +8,7 @@ from typing import Any
 from latentflow.commands.pictures import Pictures, require_picture_file, write_pictures
 from latentflow.latent_flow import LatentFlow
 from latentflow.progress import image_progress
+from latentflow.runtime import Runtime
 from latentflow.sampling.edits import image_to_image as redraw
 
 
@@ -17,7 +18,7 @@ def image_to_image(
     out: str | Path,
     *,
     num: int = 1,
-    device: str | None = None,
+    runtime: Runtime | None = None,
     **request: Any,
 ) -> Pictures:
     """Redraw an image once per seed; the request is that of `latentflow.sampling.edits.image_to_image`.
@@ -29,6 +30,6 @@ def image_to_image(
         ArtifactError, ConfigError, DataError: before anything is written.
     """
     require_picture_file(out, image)
-    flow = LatentFlow.from_pretrained(model, device=device)
+    flow = LatentFlow.from_pretrained(model, runtime=runtime)
     with image_progress("redrawing", num) as on_images:
         return write_pictures(redraw(flow, image, num=num, on_images=on_images, **request), out, image)

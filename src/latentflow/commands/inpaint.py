@@ -8,6 +8,7 @@ from typing import Any
 from latentflow.commands.pictures import Pictures, require_picture_file, write_pictures
 from latentflow.latent_flow import LatentFlow
 from latentflow.progress import image_progress
+from latentflow.runtime import Runtime
 from latentflow.sampling.inpaint import inpaint as fill_hole
 
 
@@ -18,7 +19,7 @@ def inpaint(
     out: str | Path,
     *,
     num: int = 1,
-    device: str | None = None,
+    runtime: Runtime | None = None,
     **request: Any,
 ) -> Pictures:
     """Fill the hole of an image once per seed; the request is that of `latentflow.sampling.inpaint.inpaint`.
@@ -31,6 +32,6 @@ def inpaint(
     """
     inputs = [file for file in (image, mask, request.get("semantic_map")) if file is not None]
     require_picture_file(out, *inputs)
-    flow = LatentFlow.from_pretrained(model, device=device)
+    flow = LatentFlow.from_pretrained(model, runtime=runtime)
     with image_progress("inpainting", num) as on_images:
         return write_pictures(fill_hole(flow, image, mask, num=num, on_images=on_images, **request), out, *inputs)

@@ -13,6 +13,7 @@ from latentflow.commands.sample import GRID_IMAGES
 from latentflow.latent_flow import LatentFlow
 from latentflow.locks import writes
 from latentflow.progress import image_progress
+from latentflow.runtime import Runtime
 from latentflow.sampling.edits import interpolation
 
 
@@ -35,7 +36,13 @@ class InterpolateResult:
 
 @writes("out")
 def interpolate(
-    model: str | Path, out: str | Path, *, num: int = 9, batch_size: int = 16, device: str | None = None, **request: Any
+    model: str | Path,
+    out: str | Path,
+    *,
+    num: int = 9,
+    batch_size: int = 16,
+    runtime: Runtime | None = None,
+    **request: Any,
 ) -> InterpolateResult:
     """Draw the frames of an interpolation; the request is that of `latentflow.sampling.edits.interpolation`.
 
@@ -43,7 +50,7 @@ def interpolate(
         ArtifactError, ConfigError: before anything is written.
     """
     require_writable(out)
-    flow = LatentFlow.from_pretrained(model, device=device)
+    flow = LatentFlow.from_pretrained(model, runtime=runtime)
     frames = interpolation(flow, num=num, **request)
     folder = PictureFolder(flow, out, frames)
     with image_progress("interpolating", num) as on_images:

@@ -14,6 +14,7 @@ from latentflow.data.pictures import describe_file
 from latentflow.latent_flow import LatentFlow
 from latentflow.locks import writes
 from latentflow.progress import image_progress
+from latentflow.runtime import Runtime
 from latentflow.sampling.inversion import (
     ROUND_TRIPS,
     Inversion,
@@ -61,7 +62,7 @@ def invert(
     *,
     classes: ClassList | None = None,
     table: bool = False,
-    device: str | None = None,
+    runtime: Runtime | None = None,
     **preset: Any,
 ) -> InvertResult:
     """Invert an image and draw it again; the arguments are those of `latentflow.sampling.inversion.invert`.
@@ -76,7 +77,7 @@ def invert(
     """
     require_writable(out)
     refuse_others(Path(out), lambda file: _why_not(file, describe_file(image)))
-    flow = LatentFlow.from_pretrained(model, device=device)
+    flow = LatentFlow.from_pretrained(model, precision="fp32", runtime=runtime)
     inversion = find_noise(flow, image, classes=classes, **preset)
     round_trip = inversion.round_trip(flow)
     rows = []

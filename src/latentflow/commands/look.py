@@ -17,7 +17,7 @@ from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.pictures import psnr
 from latentflow.data.semantic_maps import colour_map
 from latentflow.errors import ConfigError, DataError
-from latentflow.latent_flow import usable_device
+from latentflow.runtime import Runtime, open_runtime
 
 _MOST_IMAGES, _TILES = 64, 8
 """The most images of a sheet, and its pictures side by side."""
@@ -48,7 +48,7 @@ def look(
     autoencoder: str | Path,
     image_size: int,
     first: int | None = None,
-    device: str | None = None,
+    runtime: Runtime | None = None,
 ) -> Look:
     """Write OUT.png beside the cache OUT: each image's square, its map if it has one, and what its latents keep.
 
@@ -68,7 +68,7 @@ def look(
     require_apart(sheet, data)
     require_writable(sheet, suffix=".png")
     source = open_images(data, image_size, first=first)
-    encoder = Autoencoder.from_pretrained(autoencoder).to(usable_device(device))
+    encoder = Autoencoder.from_pretrained(autoencoder).to(runtime or open_runtime(precision="tf32", alone=True))
     encoder.latent_side(image_size)
     items = _evenly(source, num)
     pixels = torch.stack([_as_tensor(item.pixels) for item in items])

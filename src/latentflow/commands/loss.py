@@ -12,6 +12,7 @@ from latentflow.data.latent_cache import LatentCache, is_cache
 from latentflow.errors import ConfigError
 from latentflow.latent_flow import LatentFlow
 from latentflow.progress import image_progress
+from latentflow.runtime import Runtime
 from latentflow.training.held_out import HeldOutLoss, held_out_loss
 
 
@@ -22,7 +23,7 @@ def loss(
     num: int = 1000,
     batch_size: int = 64,
     seed: int = 0,
-    device: str | None = None,
+    runtime: Runtime | None = None,
 ) -> list[HeldOutLoss]:
     """The mean loss over `num` draws, told nothing, each condition alone, and everything, as far as the model can.
 
@@ -33,7 +34,7 @@ def loss(
     Raises:
         ArtifactError, ConfigError, DataError: the model or the data cannot be used, or do not fit each other.
     """
-    flow = LatentFlow.from_pretrained(model, device=device)
+    flow = LatentFlow.from_pretrained(model, precision="fp32", runtime=runtime)
     images = held_out_images(flow, data, seed=seed)
     sets = condition_sets(flow.config.conditioning)
     if num < 1:

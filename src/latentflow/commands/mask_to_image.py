@@ -8,6 +8,7 @@ from typing import Any
 from latentflow.commands.pictures import Pictures, require_picture_file, write_pictures
 from latentflow.latent_flow import LatentFlow
 from latentflow.progress import image_progress
+from latentflow.runtime import Runtime
 from latentflow.sampling.mask_to_image import mask_to_image as paint_map
 
 
@@ -17,7 +18,7 @@ def mask_to_image(
     out: str | Path,
     *,
     num: int = 1,
-    device: str | None = None,
+    runtime: Runtime | None = None,
     **request: Any,
 ) -> Pictures:
     """Paint a semantic map once per seed; the request is that of `latentflow.sampling.mask_to_image.mask_to_image`.
@@ -29,6 +30,6 @@ def mask_to_image(
         ArtifactError, ConfigError, DataError: before anything is written.
     """
     require_picture_file(out, semantic_map)
-    flow = LatentFlow.from_pretrained(model, device=device)
+    flow = LatentFlow.from_pretrained(model, runtime=runtime)
     with image_progress("painting", num) as on_images:
         return write_pictures(paint_map(flow, semantic_map, num=num, on_images=on_images, **request), out, semantic_map)

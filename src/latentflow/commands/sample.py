@@ -10,8 +10,8 @@ from latentflow.commands.picture_folder import PictureFolder, read_pixels
 from latentflow.conditioning import ClassList
 from latentflow.latent_flow import LatentFlow
 from latentflow.locks import writes
-from latentflow.processes import process_rank
 from latentflow.progress import image_progress
+from latentflow.runtime import Runtime
 from latentflow.sampling.request import make_request
 
 GRID_IMAGES = 64
@@ -47,7 +47,7 @@ def sample(
     seed: int = 0,
     batch_size: int = 16,
     columns: int | None = None,
-    device: str | None = None,
+    runtime: Runtime | None = None,
     **preset: object,
 ) -> SampleResult:
     """Draw images and write each as PNG with its request in the metadata, and a grid of the first `GRID_IMAGES`.
@@ -64,16 +64,16 @@ def sample(
         ArtifactError: no such model, or the folder holds other pictures.
         ConfigError: see `make_request`.
     """
-    flow = LatentFlow.from_pretrained(model, device=device)
+    assert runtime is not None  # opened by `writes`
+    flow = LatentFlow.from_pretrained(model, runtime=runtime)
     whole = make_request(flow, num=num, classes=classes, seed=seed, **preset)
-    rank, num_processes = process_rank()
-    own = whole.at(slice(rank, None, num_processes))
+    own = whole.at(slice(runtime.rank, None, runtime.world))
     folder = PictureFolder(flow, out, whole)
     if not own.seeds:  # fewer images than processes
         return SampleResult([], 0, None, 0.0, 0.0)
     with image_progress("sampling", len(own.seeds)) as on_images:
         drawn = folder.draw(own, batch_size=batch_size, on_images=on_images)
-    name = "grid.png" if num_processes == 1 else f"grid-{rank}-of-{num_processes}.png"
+    name = "grid.png" if runtime.world == 1 else f"grid-{runtime.rank}-of-{runtime.world}.png"
     shown = own.at(slice(0, GRID_IMAGES))
     captions = [flow.config.conditioning.class_names[label] for label in shown.labels]
     grid = save_grid(

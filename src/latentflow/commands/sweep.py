@@ -43,6 +43,7 @@ from latentflow.metrics.scores import require_enough
 from latentflow.model_card import model_card
 from latentflow.model_config import SamplingPreset
 from latentflow.progress import image_progress
+from latentflow.runtime import Runtime
 from latentflow.sampling.request import make_request
 from latentflow.training.settings import differences, told
 
@@ -79,7 +80,7 @@ def sweep(
     batch_size: int = 32,
     seed: int = 0,
     write: bool = False,
-    device: str | None = None,
+    runtime: Runtime | None = None,
 ) -> SweepResult:
     """Measure quality against cost for every combination of settings, and name the best preset if the numbers show it.
 
@@ -120,7 +121,7 @@ def sweep(
         require_writable(folder / CONFIG_FILE, suffix=".json")
     require_writable(out)
     require_apart(out, data)
-    flow = LatentFlow.from_pretrained(model, device=device)
+    flow = LatentFlow.from_pretrained(model, runtime=runtime)
     for candidate in candidates.values():
         make_request(flow, num=1, **candidate)
     extractor = open_features(

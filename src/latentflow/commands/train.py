@@ -24,17 +24,17 @@ from latentflow.data.items import ImageSource, require_every_class
 from latentflow.data.latent_cache import ChannelSums, LatentCache, is_cache
 from latentflow.data.masks import check_masks, masks_fingerprint
 from latentflow.errors import ConfigError, DataError
-from latentflow.latent_flow import CONFIG_FILE, LatentFlow, default_device, read_config
+from latentflow.latent_flow import CONFIG_FILE, LatentFlow, read_config
 from latentflow.locks import writes
 from latentflow.model_config import AutoencoderRecord, ModelConfig, TrainingRecord
-from latentflow.processes import process_rank
 from latentflow.progress import image_progress
 from latentflow.randomness import derive_seed
+from latentflow.runtime import Runtime
 from latentflow.sampling.request import check_request
 from latentflow.training.changes import RECIPE_FILE, Changes, check_changes
 from latentflow.training.config import CHANGES, Recipe
 from latentflow.training.fitting import FITTED, Situation, fit, is_set, value_of, with_values
-from latentflow.training.loop import Accelerator, Outcome, make_accelerator
+from latentflow.training.loop import Outcome, micro_batches
 from latentflow.training.loop import train as run_loop
 from latentflow.training.memory import bytes_per_image, count_parameters, free_memory, require_memory, total_memory
 from latentflow.training.settings import explained, load_settings, to_yaml
@@ -49,7 +49,7 @@ class Prepared:
 
     Attributes:
         recipe: with everything decided.
-        accelerator: what it runs on.
+        runtime: what it runs on.
         model: with fresh weights.
         images: what it learns from.
         broken: images that could not be read, each with the reason.
@@ -58,7 +58,7 @@ class Prepared:
     """
 
     recipe: Recipe
-    accelerator: Accelerator
+    runtime: Runtime
     model: LatentFlow
     images: TrainingImages
     broken: list[str]
@@ -84,7 +84,7 @@ class Prepared:
             "network": f"{config.network.title}, {parameters:,} parameters",
             "training": f"{training.steps:,} steps of {training.batch_size} images, {times(passes)} over the data",
             "optimizer": f"AdamW at {optimizer.learning_rate:g}, {optimizer.schedule}",
-            "device": _device(self.accelerator),
+            "device": _device(self.runtime),
             "run": f"{self.run}, " + (f"going on after step {step:,}" if self.changes else "new"),
         }
         spatial = [name for name in told.dropout if name != "label"]
@@ -112,9 +112,9 @@ class TrainResult:
 def train(
     recipe: Recipe,
     *,
-    cpu: bool = False,
     allow_change: Sequence[str] = (),
     on_prepared: Callable[[Prepared], None] = lambda prepared: None,
+    runtime: Runtime | None = None,
 ) -> TrainResult:
     """Train one recipe; repeating the call resumes exactly.
 
@@ -122,33 +122,34 @@ def train(
 
     Args:
         recipe: checked; `out` and `data.path` must be set.
-        cpu: stay on the CPU even if there is a GPU.
         allow_change: keys of the recipe that may differ from the run's although they alter what is computed.
         on_prepared: called once all has been checked.
+        runtime: where to train; the recipe says in what precision.
 
     Raises:
         ConfigError, DataError, ArtifactError: before anything is written.
         NonFiniteError: during training.
     """
-    prepared = prepare(recipe, cpu=cpu, allow_change=allow_change)
+    assert runtime is not None  # opened by `writes`
+    prepared = prepare(recipe, runtime, allow_change=allow_change)
     on_prepared(prepared)
-    run, accelerator = prepared.run, prepared.accelerator
-    if accelerator.is_main_process:
+    run = prepared.run
+    if runtime.is_main:
         make_folder(run)
         if prepared.changes:
             prepared.changes.tell()
             prepared.changes.record()
         write_text(run / RECIPE_FILE, to_yaml(prepared.recipe))
-        write_json(run / "environment.json", environment(accelerator.device, accelerator.num_processes))
+        write_json(run / "environment.json", environment(prepared.runtime))
 
     def preview(model: LatentFlow, weights: Mapping[str, Tensor], step: int) -> None:
         save_preview(model, weights, prepared.images, run / "samples" / f"step-{step:08d}.png")
 
-    outcome = run_loop(prepared.recipe, prepared.model, prepared.images, run, accelerator, preview=preview)
+    outcome = run_loop(prepared.recipe, prepared.model, prepared.images, run, prepared.runtime, preview=preview)
     return TrainResult(run, outcome, prepared.broken)
 
 
-def prepare(recipe: Recipe, *, cpu: bool = False, allow_change: Sequence[str] = ()) -> Prepared:
+def prepare(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence[str] = ()) -> Prepared:
     """Decide what a recipe leaves open and check all of it; nothing is written.
 
     Raises:
@@ -179,15 +180,17 @@ def prepare(recipe: Recipe, *, cpu: bool = False, allow_change: Sequence[str] = 
         require_every_class(source.class_names, labels, recipe.data.path, f"{remedy}, or set data.labels=false")
     side, reasons = autoencoder.latent_side(recipe.data.image_size), []
     if recipe.fit:
-        recipe, reasons = fit(recipe, _situation(recipe, source, len(source) if kept is None else len(kept), side, cpu))
-    accelerator = make_accelerator(recipe.training, cpu=cpu)
-    autoencoder = autoencoder.to(accelerator.device)
+        num_images = len(source) if kept is None else len(kept)
+        recipe, reasons = fit(recipe, _situation(recipe, source, num_images, side, runtime))
+    runtime = runtime.with_precision(recipe.training.precision)
+    micro_batches(recipe.training, runtime)
+    autoencoder = autoencoder.to(runtime.for_autoencoder())
     spatial = spatial_data(recipe, source, autoencoder.factor)
     images = TrainingImages(source, seed=recipe.training.seed, flip=recipe.data.flip, kept=kept, spatial=spatial)
-    model = build_model(recipe, autoencoder, images, check=partial(_require_memory, recipe, accelerator))
+    model = build_model(recipe, autoencoder, images, check=partial(_require_memory, recipe, runtime))
     _check_preview(recipe, model)
     _refuse_other_content(run, recipe, model.config)
-    return Prepared(recipe, accelerator, model, images, broken, changes, reasons)
+    return Prepared(recipe, runtime, model, images, broken, changes, reasons)
 
 
 def usable_name(path: str, key: str) -> str:
@@ -221,28 +224,26 @@ def _as_begun(recipe: Recipe, run: Path) -> Recipe:
     return with_values(recipe, {"fit": False, **values})
 
 
-def _situation(recipe: Recipe, source: LatentCache | ImageSource, num_images: int, side: int, cpu: bool) -> Situation:
-    device, num_processes = torch.device("cpu") if cpu else default_device(), process_rank()[1]
-    memory = total_memory(device)
-    shared = 1 if device.type == "cuda" else num_processes
+def _situation(
+    recipe: Recipe, source: LatentCache | ImageSource, num_images: int, side: int, runtime: Runtime
+) -> Situation:
+    memory, gpu = total_memory(runtime.device), runtime.device.type == "cuda"
+    shared = 1 if gpu else runtime.local_world
     return Situation(
         num_images=num_images,
         num_classes=len(source.class_names) if recipe.data.labels else 0,
         side=side,
-        gpu=device.type == "cuda",
+        gpu=gpu,
         memory=memory // shared if memory else None,
-        num_processes=num_processes,
+        num_processes=runtime.world,
     )
 
 
-def _require_memory(recipe: Recipe, accelerator: Accelerator, config: ModelConfig) -> None:
+def _require_memory(recipe: Recipe, runtime: Runtime, config: ModelConfig) -> None:
     """Refuse a network or a batch that the memory cannot hold, before it is built."""
-    share = recipe.training.micro_batch_size or recipe.training.batch_size // accelerator.num_processes
-    per_image = bytes_per_image(config.network, config.latent_shape[-1], half=accelerator.mixed_precision != "no")
-    free, shared = (
-        free_memory(accelerator.device),
-        1 if accelerator.device.type == "cuda" else accelerator.num_processes,
-    )
+    share, half = micro_batches(recipe.training, runtime).size, runtime.precision in ("bf16", "fp16")
+    per_image = bytes_per_image(config.network, config.latent_shape[-1], half=half)
+    free, shared = free_memory(runtime.device), 1 if runtime.device.type == "cuda" else runtime.local_world
     require_memory(
         config.network.title,
         count_parameters(config),
@@ -266,11 +267,8 @@ def _check_preview(recipe: Recipe, model: LatentFlow) -> None:
     check_request(model, preview_request(model))
 
 
-def _device(accelerator: Accelerator) -> str:
-    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    device, number = accelerator.device, accelerator.num_processes
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name}, {precision}" + (f", {number} processes" if number > 1 else "")
+def _device(runtime: Runtime) -> str:
+    return f"{runtime.device_name}, {runtime.precision}" + (f", {runtime.world} processes" if runtime.world > 1 else "")
 
 
 def times(passes: float) -> str:
@@ -459,14 +457,14 @@ def _per_channel(autoencoder: Autoencoder, images: TrainingImages) -> LatentNorm
     return LatentNormalisation(shift=mean, scale=[1.0 / s for s in std])
 
 
-def environment(device: torch.device, num_processes: int) -> dict[str, object]:
+def environment(runtime: Runtime) -> dict[str, object]:
     """What a run ran on, for environment.json."""
     return {
         "latentflow": latentflow.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "num_processes": num_processes,
+        "device": runtime.device_name,
+        "num_processes": runtime.world,
         "num_threads": torch.get_num_threads(),
     }

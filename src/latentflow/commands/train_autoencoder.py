@@ -29,9 +29,9 @@ from latentflow.data.images import ImageSource, open_images, readable
 from latentflow.data.latent_cache import ChannelSums, is_cache
 from latentflow.data.pictures import psnr
 from latentflow.errors import ConfigError, DataError
-from latentflow.latent_flow import default_device
 from latentflow.locks import writes
 from latentflow.randomness import derive_seed
+from latentflow.runtime import Runtime, open_runtime
 from latentflow.training.autoencoder import (
     CHANGES,
     AutoencoderRecipe,
@@ -111,7 +111,7 @@ class Prepared:
 
     Attributes:
         recipe: checked.
-        device: where it runs.
+        runtime: what it runs on.
         network: with fresh weights.
         images: what it learns from.
         held_out: places in their source of the images it is measured on.
@@ -120,7 +120,7 @@ class Prepared:
     """
 
     recipe: AutoencoderRecipe
-    device: torch.device
+    runtime: Runtime
     network: AutoencoderKL
     images: TrainingImages
     held_out: list[int]
@@ -143,7 +143,7 @@ class Prepared:
             "network": f"{len(network.channels)} levels of {network.channels} channels, {parameters:,} parameters",
             "latents": f"{network.latent_channels} channels, factor {network.factor}",
             "training": f"{training.steps:,} steps of {training.batch_size} images, {times(passes)} over the data",
-            "device": str(self.device),
+            "device": f"{self.runtime.device_name}, {self.runtime.precision}",
             "run": f"{self.run}, " + (f"going on after step {self.changes.step:,}" if self.changes else "new"),
         }
         return {**rows, "left out": f"{len(self.broken)} images that cannot be read"} if self.broken else rows
@@ -153,9 +153,9 @@ class Prepared:
 def train_first_stage(
     recipe: AutoencoderRecipe,
     *,
-    cpu: bool = False,
     allow_change: Sequence[str] = (),
     on_prepared: Callable[[Prepared], None] = lambda prepared: None,
+    runtime: Runtime | None = None,
 ) -> AutoencoderResult:
     """Train an autoencoder, scale its latents to unit variance, measure and save it; a repeated call resumes exactly.
 
@@ -163,32 +163,32 @@ def train_first_stage(
 
     Args:
         recipe: checked; `out` and `data.path` must be set.
-        cpu: stay on the CPU even if there is a GPU.
         allow_change: keys of the recipe that may differ from the run's although they alter what is computed.
         on_prepared: called once all has been checked.
+        runtime: where to train; the recipe says in what precision. None: see `open_runtime`.
 
     Raises:
         ConfigError, DataError: before anything is written.
         NonFiniteError: during training.
     """
-    prepared = prepare(recipe, cpu=cpu, allow_change=allow_change)
+    prepared = prepare(recipe, runtime or open_runtime(alone=True), allow_change=allow_change)
     on_prepared(prepared)
     run, network, images = make_folder(prepared.run), prepared.network, prepared.images
     if prepared.changes:
         prepared.changes.tell()
         prepared.changes.record()
     write_text(run / RECIPE_FILE, to_yaml(recipe))
-    write_json(run / "environment.json", environment(prepared.device, num_processes=1))
+    write_json(run / "environment.json", environment(prepared.runtime))
     facts = {"data": images.source.description, "fingerprint": images.source.fingerprint()}
     write_json(run / _IMAGES_FILE, facts)
-    outcome = train_autoencoder(recipe, network, images, run, prepared.device)
+    outcome = train_autoencoder(recipe, network, images, run, prepared.runtime)
     report = None
     if outcome.finished:
         report = finish(network, recipe, images.source, images.kept.tolist(), prepared.held_out, outcome.step)
     return AutoencoderResult(run, outcome, prepared.broken, report)
 
 
-def prepare(recipe: AutoencoderRecipe, *, cpu: bool = False, allow_change: Sequence[str] = ()) -> Prepared:
+def prepare(recipe: AutoencoderRecipe, runtime: Runtime, *, allow_change: Sequence[str] = ()) -> Prepared:
     """Check a recipe and what it names; nothing is written.
 
     Raises:
@@ -205,15 +205,15 @@ def prepare(recipe: AutoencoderRecipe, *, cpu: bool = False, allow_change: Seque
     usable_name(recipe.data.path, "data.path")
     require_apart(run, recipe.data.path, replaced=(AUTOENCODER_FOLDER, "checkpoints", "samples"))
     changes = check_changes(run, recipe, CHANGES, allow_change)
-    device = torch.device("cpu") if cpu else default_device()
-    require_autoencoder_memory(recipe, free_memory(device))
+    runtime = runtime.with_precision(recipe.training.precision)
+    require_autoencoder_memory(recipe, free_memory(runtime.device))
     source = open_images(recipe.data.path, recipe.data.image_size)
     _require_same_images(run, source)
     usable, unreadable = readable(source)
     kept, held_out = split(usable, recipe.data.held_out, recipe.training.seed)
     network = build_autoencoder(recipe.network, recipe.data.image_size, recipe.training.seed)
     images = TrainingImages(source, seed=recipe.training.seed, flip=recipe.data.flip, kept=kept)
-    return Prepared(recipe, device, network, images, held_out, [error.name for error in unreadable], changes)
+    return Prepared(recipe, runtime, network, images, held_out, [error.name for error in unreadable], changes)
 
 
 def _require_same_images(run: Path, source: ImageSource) -> None:

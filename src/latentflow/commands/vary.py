@@ -14,6 +14,7 @@ from latentflow.conditioning import ClassList
 from latentflow.latent_flow import LatentFlow
 from latentflow.locks import writes
 from latentflow.progress import image_progress
+from latentflow.runtime import Runtime
 from latentflow.sampling.edits import at_most_one, variations
 from latentflow.sampling.request import make_request
 
@@ -47,7 +48,7 @@ def vary(
     amount: float = 0.3,
     classes: ClassList | None = None,
     batch_size: int = 16,
-    device: str | None = None,
+    runtime: Runtime | None = None,
     **preset: Any,
 ) -> VaryResult:
     """Draw the picture of a seed and variations of it; the request is that of `latentflow.sampling.edits.variations`.
@@ -56,7 +57,7 @@ def vary(
         ArtifactError, ConfigError: before anything is written.
     """
     require_writable(out)
-    flow = LatentFlow.from_pretrained(model, device=device)
+    flow = LatentFlow.from_pretrained(model, runtime=runtime)
     original = make_request(flow, classes=at_most_one(flow, classes), seed=seed, **preset)
     near = variations(flow, seed=seed, num=num, amount=amount, classes=classes, **preset)
     folder = PictureFolder(flow, out, original, near)

@@ -242,7 +242,7 @@ def _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, st
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise DataError(
             f"moments of {names[0]} ... {names[-1]} are not finite as {plan.precision}; "
-            + ("store them with --precision float32" if plan.precision == "float16" else "the autoencoder is damaged")
+            + ("store them with --dtype float32" if plan.precision == "float16" else "the autoencoder is damaged")
         )
     file = folder / f"{_shard_name(number)}.safetensors"
     write_tensors(file, tensors, metadata={"names": json.dumps(names)})

@@ -31,7 +31,7 @@ from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import expected_evaluations, integrate, is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
-from latentflow.randomness import ImageRandom, derive_seed
+from latentflow.randomness import ImageRandom
 from latentflow.sampling.naming import picture_facts, picture_name
 from latentflow.sampling.request import SampleRequest, check_request, guided_by, make_request, require_count
 from latentflow.shapes import per_image
@@ -241,11 +241,11 @@ def initial_noise(model: LatentFlow, request: SampleRequest) -> Tensor:
 
 
 def _noise(model: LatentFlow, seeds: Sequence[int], image_size: tuple[int, int] | None) -> Tensor:
-    random = ImageRandom(derive_seed("sample", seed) for seed in seeds)
+    random = ImageRandom.of_seeds("sample", seeds, model.device)
     channels, *sides = model.config.latent_shape
     if image_size is not None:
         sides = [side // model.config.autoencoder.factor for side in image_size]
-    return random.normal(channels, *sides, device=model.device)
+    return random.normal(channels, *sides)
 
 
 def conditioned_velocity(

@@ -30,6 +30,7 @@ from latentflow.autoencoder import sample_latents, to_unit_range
 from latentflow.data.batches import Batch, StreamPositions, TrainingImages, lost_workers, stream_batches
 from latentflow.errors import ConfigError
 from latentflow.randomness import ImageRandom, derive_seed
+from latentflow.runtime import Runtime
 from latentflow.shapes import image_mean
 from latentflow.training.changes import ChangeRules
 from latentflow.training.checkpoint import Progress, keep_newest, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -116,7 +117,9 @@ class AutoencoderTraining(_Section):
     steps: int = Field(20_000, ge=1, le=MOST_STEPS, description="Optimizer steps.")
     batch_size: int = Field(16, ge=1, le=2**20, description="Images per optimizer step.")
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Of weights, data order, crops and noise.")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA that has it, else fp32.")
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
+        "auto", description="fp32, tf32, bf16, or auto: bf16 on CUDA that has it, else fp32."
+    )
     ema_decay: float = Field(0.999, ge=0, lt=1, description="Of the moving average that is saved; 0: no averaging.")
     log_every: int = Field(50, ge=1, le=MOST_STEPS, description="Steps between lines of metrics.jsonl.")
     checkpoint_every: int = Field(500, ge=1, le=MOST_STEPS, description="Steps between checkpoints.")
@@ -258,15 +261,17 @@ class AutoencoderStep:
     posterior_std: Tensor
 
 
-def autoencoder_step(network: AutoencoderKL, batch: Batch, *, recipe: AutoencoderRecipe, bf16: bool) -> AutoencoderStep:
+def autoencoder_step(
+    network: AutoencoderKL, batch: Batch, *, recipe: AutoencoderRecipe, runtime: Runtime
+) -> AutoencoderStep:
     """Encode, draw from the posterior, decode, compare."""
-    seed, device = recipe.training.seed, next(network.parameters()).device
+    seed, device = recipe.training.seed, runtime.device
     pixels = to_unit_range(_random_crops(batch, recipe.data.crop, seed).to(device, non_blocking=True))
     pixels = pixels.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with runtime.autocast():
         moments = network.encode(pixels).latent_dist.parameters.float()
         latents = sample_latents(
-            moments, recipe.network.latent_channels, ImageRandom.at(seed, "posterior", batch.positions)
+            moments, recipe.network.latent_channels, ImageRandom.at(seed, "posterior", batch.positions, device)
         )
         decoded = network.decode(latents).sample.float()
     reconstruction = image_mean((decoded - pixels).abs())
@@ -282,7 +287,7 @@ def train_autoencoder(
     network: AutoencoderKL,
     images: TrainingImages,
     run: Path,
-    device: torch.device | str,
+    runtime: Runtime,
 ) -> Outcome:
     """Train `network` until the recipe's last step, or until SIGTERM or Ctrl-C; it ends with its average weights.
 
@@ -292,24 +297,27 @@ def train_autoencoder(
     Raises:
         NonFiniteError: a gradient was not finite; the checkpoints are from before that step.
     """
-    config, device = recipe.training, torch.device(device)
+    config, device = recipe.training, runtime.device
     network.to(device)
     ema, optimizer = EMA(network, config.ema_decay), build_optimizer(network.parameters(), recipe.optimizer)
     newest = newest_checkpoint(run)
     progress = load_checkpoint(newest, network, ema, optimizer) if newest else Progress()
     positions = StreamPositions(progress.images_seen, config.batch_size, config.batch_size, rank=0, num_processes=1)
     batches = stream_batches(images, positions, num_workers=recipe.data.num_workers, pin_memory=device.type == "cuda")
-    bf16 = config.precision == "bf16" or (
-        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
-    compare = partial(autoencoder_step, recipe=recipe, bf16=bf16)
+    compare = partial(autoencoder_step, recipe=recipe, runtime=runtime)
     guard = FiniteGuard(optimizer, device, scaled=False, remedy=recipe.optimizer.gentler)
     log = RunLog(run, num_steps=config.steps, first_step=progress.step, enabled=True)
     if newest:
         log.say(f"resuming from step {progress.step} ({progress.images_seen:,} images seen)")
         keep_newest(run, config.keep_checkpoints)
     means, clock, saved_at, ends = _Means(device), Clock(), progress.step, False
-    with log, closing(batches), lost_workers(recipe.data.num_workers), collected_signals() as received:
+    with (
+        log,
+        closing(batches),
+        lost_workers(recipe.data.num_workers),
+        runtime.float32_policy(),
+        collected_signals() as received,
+    ):
         while progress.step < config.steps and not ends:
             rate = recipe.optimizer.rate(progress.step, config.steps)
             for group in optimizer.param_groups:

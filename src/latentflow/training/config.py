@@ -18,6 +18,7 @@ from latentflow.flow.times import TrainingTimes
 from latentflow.model_config import SamplingPreset
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.velocity_network import NetworkConfig
+from latentflow.runtime import PrecisionWord
 from latentflow.training.changes import ChangeRules
 from latentflow.training.optim import OptimizerConfig
 from latentflow.training.settings import load_settings
@@ -74,8 +75,9 @@ class TrainingConfig(_Section):
         None, ge=1, le=2**20, description="Images per forward pass of a process; null: no accumulation."
     )
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Of weights, data order and every random number.")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 on CUDA that has it, else fp32."
+    precision: PrecisionWord = Field(
+        "auto",
+        description="What networks compute in: fp32, tf32, bf16, fp16, or auto: bf16 on CUDA that has it, else fp32.",
     )
     compile: bool = Field(False, description="torch.compile the network.")
     ema_decay: float = Field(

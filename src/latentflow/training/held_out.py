@@ -60,7 +60,6 @@ def held_out_loss(
             times=TrainingTimes(stratified=True),
             batch_size=len(positions),  # the last batch, too, spreads its times over all of [0, 1]
             seed=seed,
-            device=model.device,
             told=told,
         )
         losses.append(result.loss.cpu())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentflow.autoencoder import to_unit_range
 from latentflow.conditioning import ConditionName
@@ -14,7 +16,7 @@ from latentflow.data.batches import Batch
 from latentflow.flow.loss import flow_matching_loss
 from latentflow.flow.times import TrainingTimes
 from latentflow.latent_flow import LatentFlow
-from latentflow.randomness import ImageRandom, derive_seed
+from latentflow.randomness import ImageRandom, derive_seed, on_device
 from latentflow.shapes import Condition
 
 
@@ -39,46 +41,60 @@ def training_step(
     times: TrainingTimes,
     batch_size: int,
     seed: int,
-    device: torch.device | str,
     told: Collection[ConditionName] | None = None,
 ) -> StepResult:
     """Draw time, latents, noise and dropped conditions for each image, and compare velocities.
 
-    Every number is drawn from the image's own stream (seed, position), in this order.
+    Every number is drawn from the image's own stream (seed, position), in this order. Nothing waits for the device.
 
     Args:
-        network: the model's network as it is called in training (compiled, distributed).
-        batch: from the data loader.
+        network: the model's network as it is called in training (compiled, distributed), under `runtime.autocast`.
+        batch: from the data loader; its tensors go to the model's device.
         batch_size: images per optimizer step over all processes, for stratified times.
         told: the conditions that every image is told; None: each is dropped at random, as training wants it.
     """
-    random = ImageRandom.at(seed, "step", batch.positions)
-    time = times.draw(random.uniform(), batch.positions, batch_size).to(device)
-    batch = batch.to(device)
+    device = model.device
+    positions = on_device(batch.positions, device)
+    # Of each image: one uniform number for the time, two normal ones per latent value, and a uniform one per condition.
+    random = ImageRandom.at(seed, "step", positions, device).ahead(16 + 2 * math.prod(model.config.latent_shape) + 8)
+    time = times.draw(random.uniform(), positions, batch_size)
+    first, batch = int(batch.positions[0]), batch.to(device)
     moments = model.autoencoder.encode(to_unit_range(batch.pixels)) if batch.moments is None else batch.moments
     data = model.latents(moments, random)
-    noise = random.normal(*data.shape[1:], device=data.device)
+    noise = random.normal(*data.shape[1:])
     dropped = model.config.conditioning.draw_dropped(random)
     if told is not None:
-        dropped = {name: torch.full(rows.shape, name not in told) for name, rows in dropped.items()}
+        dropped = {name: torch.full_like(rows, name not in told) for name, rows in dropped.items()}
     condition = _condition(model, batch, data, dropped)
-    # Dropout inside a network draws from torch's own generator; a resumed run must drop the same again.
-    torch.manual_seed(derive_seed(seed, "dropout", int(batch.positions[0])))
-    loss = flow_matching_loss(lambda x, t: network(x, t, condition), model.config.path, data, noise, time)
-    return StepResult(loss, time)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        with model.runtime.autocast(), _repeatable_dropout(model.network, derive_seed(seed, "dropout", first)):
+            return network(x, t, condition)
+
+    return StepResult(flow_matching_loss(velocity, model.config.path, data, noise, time), time)
+
+
+@contextmanager
+def _repeatable_dropout(network: nn.Module, seed: int) -> Iterator[None]:
+    """Dropout in a network draws from torch's generators: a resumed run must drop the same, and the caller's stay."""
+    if not any(isinstance(module, nn.Dropout) and module.training and module.p for module in network.modules()):
+        yield
+        return
+    device = next(network.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _condition(model: LatentFlow, batch: Batch, data: Tensor, dropped: dict[ConditionName, Tensor]) -> Condition:
-    """What each image is told, less what is `dropped`. Images that are all hole are not encoded."""
+    """What each image is told, less what is `dropped`."""
     conditioning = model.config.conditioning
     masked_latents = None
     if batch.known_moments is not None:
         masked_latents = model.latents(batch.known_moments)
     elif batch.known_pixels is not None:
-        told = (~dropped["inpainting"]).nonzero().flatten().to(data.device, non_blocking=True)
-        masked_latents = torch.zeros_like(data)
-        if len(told):
-            masked_latents[told] = model.encode(to_unit_range(batch.known_pixels[told]))
+        # All of them: leaving out those that are all hole would make the host wait to learn which.
+        masked_latents = model.encode(to_unit_range(batch.known_pixels))
     condition = conditioning.build(
         data.shape,
         data.device,
