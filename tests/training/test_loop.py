@@ -508,6 +508,38 @@ def test_two_processes_take_up_what_one_began(recipe, train, recipe_file, tmp_pa
     assert [line["step"] for line in read_metrics(run)] == list(range(1, 11))
 
 
+def test_two_agents_of_one_process_each(recipe, train, recipe_file, tmp_path):
+    """Two machines, played by two agents that meet over the loopback; before and after them one process goes on."""
+    whole = train("whole")
+    train("run", training={"steps": 2})
+    command = ("-m", "latentflow", "train", recipe_file(recipe("run", training={"steps": 6})), "--device", "cpu")
+    address = (
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(free_port()),
+    )
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *address, "--node_rank", str(node), *command],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    said = [agent.communicate(timeout=300)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert read_json(tmp_path / "run" / "environment.json")["num_processes"] == 2
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 6
+    assert largest_difference(whole, train("run")) < 1e-5
+
+
 def test_a_signal_to_one_of_two_processes_stops_both(recipe, recipe_file, tmp_path):
     given = {"training": {"steps": 100_000, "log_every": 5}}
     command, run = ("train", recipe_file(recipe("run", **given)), "--device", "cpu"), tmp_path / "run"
