@@ -69,7 +69,10 @@ class Runtime:
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """What networks are called under: autocast for bf16 and fp16, and `float32_policy`."""
-        dtype = _DTYPES.get(self.precision)
+        dtype, kind = _DTYPES.get(self.precision), self.device.type
+        if not torch.amp.is_autocast_available(kind):
+            yield
+            return
         with (
             self.float32_policy(),
             torch.autocast(self.device.type, dtype, enabled=dtype is not None),

@@ -334,7 +334,7 @@ def fake(tmp_path, monkeypatch):
             data="",
             features="fake",
             feature_hash="",
-            runtime=tiny.CPU,
+            device="cpu",
             batch_size=1,
             seed=5,
             sizes=sizes,

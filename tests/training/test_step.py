@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentflow.autoencoder import to_unit_range
 from latentflow.data import batches
-from latentflow.data.batches import SpatialData, TrainingImages
+from latentflow.data.batches import Batch, SpatialData, TrainingImages
 from latentflow.data.images import open_images
 from latentflow.data.latent_cache import LatentCache
 from latentflow.data.masks import MaskRules, draw_mask
@@ -22,8 +22,10 @@ from latentflow.randomness import ImageRandom
 from latentflow.sampling.inpaint import inpaint
 from latentflow.sampling.mask_to_image import mask_to_image
 from latentflow.shapes import Condition
+from latentflow.training.log import LossByTime
 from latentflow.training.step import StepResult, training_step
 from tests import tiny
+from tests.dispatch import watched
 
 EVERYTHING = ("label", "inpainting", "semantic_map")
 NULLS = {"labels": 3, "masked_latents": 0, "mask": 1, "class_fractions": 0}
@@ -157,3 +159,56 @@ def test_an_image_has_its_own_step_whatever_the_batch(model, pictures):
     whole = step(model, images, list(range(12)))[0].loss
     alone = torch.cat([step(model, images, [position])[0].loss for position in range(12)])
     torch.testing.assert_close(whole, alone, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("conditioning", [tiny.SPATIAL, None], ids=["all conditions", "labels"])
+@pytest.mark.parametrize("stratified", [True, False])
+def test_a_step_never_waits_for_the_device(kl, conditioning, stratified):
+    """Forwards and backwards, on a device that cannot be read back."""
+    model = tiny.model(kl, **({"conditioning": conditioning} if conditioning else {}))
+    shape = model.config.latent_shape
+    with torch.device("meta"):
+        moments = torch.zeros(6, 2 * shape[0], *shape[1:])
+        batch = Batch(
+            positions=torch.arange(12, 18, device="cpu"),
+            indices=torch.arange(6, device="cpu"),
+            labels=torch.zeros(6, dtype=torch.int64),
+            moments=moments,
+            mask=torch.zeros(6, 1, *shape[1:]) if conditioning else None,
+            known_moments=moments.clone() if conditioning else None,
+            class_fractions=torch.zeros(6, 3, *shape[1:]) if conditioning else None,
+        )
+    model = LatentFlow(model.config, model.network.to("meta").train().requires_grad_(), model.autoencoder)
+    times = TrainingTimes(distribution="logit_normal", stratified=stratified)
+    losses = LossByTime(torch.device("meta"))
+
+    def step() -> None:
+        result = training_step(model, model.network, batch, times=times, batch_size=6, seed=0)
+        result.loss.mean().backward()
+        losses.add(result.time, result.loss)
+
+    step()  # constants travel to the device once
+    with watched() as waits:
+        step()
+    assert waits == []
+
+
+def test_dropout_is_repeatable_and_leaves_the_generators_of_the_caller(kl, pictures):
+    model = tiny.model(kl, conditioning=tiny.SPATIAL)
+    model.network.blocks.append(torch.nn.Dropout(0.5))
+    drop = model.network.blocks[-1]
+
+    def network(latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        return drop(torch.ones_like(latents))
+
+    def loss(first: int) -> Tensor:
+        batch = stream(pictures, holes=MaskRules()).__getitems__(range(first, first + 4))
+        return training_step(model, network, batch, times=TrainingTimes(), batch_size=4, seed=0).loss
+
+    model.network.train()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    one, again = loss(0), loss(0)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(one, again)
