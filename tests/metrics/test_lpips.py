@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from latentflow.errors import ArtifactError, DataError
-from latentflow.metrics.lpips import load_lpips
+from latentflow.metrics.lpips import Lpips, load_lpips
 from latentflow.metrics.pairs import PairJudge
 
 LAYERS = {0: (64, 3, 11, 4, 2), 3: (192, 64, 5, 1, 2), 6: (384, 192, 3, 1, 1), 8: (256, 384, 3, 1, 1)}
@@ -81,6 +81,12 @@ def test_judge_measures_what_it_is_asked(folder):
     values = PairJudge(with_ssim=True, lpips=load_lpips(folder))(images, real)
     assert values.keys() == {"psnr", "ssim", "lpips"}
     torch.testing.assert_close(values["lpips"], by_hand(images, real), rtol=1e-5, atol=1e-6)
+
+
+def test_images_are_moved_to_the_network():
+    """The device "meta" computes no numbers, and shows where they would be computed."""
+    images, real = pair()
+    assert Lpips().to("meta")(images, real).device.type == "meta"
 
 
 def test_what_it_refuses(folder, tmp_path):

@@ -32,6 +32,12 @@ def test_psnr_is_that_of_torchmetrics(shapes):
     torch.testing.assert_close(psnr(first, second), expected)
 
 
+def test_pairs_are_measured_where_they_lie(shapes):
+    pytest.importorskip("torchmetrics")
+    there = shapes[:2].to("meta")
+    assert [found(there, there).device.type for found in (psnr, ssim)] == ["meta", "meta"]
+
+
 def test_ssim_by_its_definition(shapes):
     """Images of a window's size have one window."""
     pytest.importorskip("torchmetrics")

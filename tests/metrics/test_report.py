@@ -24,6 +24,7 @@ from latentflow.metrics.scores import (
     inception_score,
     kernel_distance,
     kernel_distance_of_all,
+    some_of,
 )
 from latentflow.metrics.statistics import FeatureStatistics
 
@@ -57,20 +58,56 @@ def sets() -> tuple[torch.Tensor, torch.Tensor]:
     return 0.3 + torch.randn(60, 5, generator=generator), torch.randn(80, 5, generator=generator)
 
 
-def test_values_are_those_of_the_scores_and_lie_in_their_intervals(sets):
+@pytest.mark.parametrize("resamples", [None, 50])
+def test_values_are_those_of_the_scores_and_lie_in_their_intervals(sets, resamples):
     generated, real = sets
     reference = FeatureStatistics.of(real)
-    scores = feature_scores(ALL, generated, reference, real, features="inception", resamples=50)
+    scores = feature_scores(ALL, generated, reference, real, features="inception", resamples=resamples)
     near = neighbour_scores(generated, real)
     wanted = {name: getattr(near, name) for name in ALL[2:]}
     wanted |= {"fid": frechet_distance(FeatureStatistics.of(generated), reference)}
     wanted |= {"kid": kernel_distance_of_all(generated, real)}
     assert {name: score.value for name, score in scores.items()} == wanted
     for score in scores.values():
-        assert score.resamples == 50
+        assert score.resamples == (resamples or 0)
         assert score.low < score.value < score.high
         assert score.standard_error > 0
     assert "1000" in scores["kid"].notes[0]
+
+
+def test_both_kinds_of_interval_agree(sets):
+    given = (sets[0], FeatureStatistics.of(sets[1]), sets[1])
+    over_images, resampled = (
+        feature_scores(ALL, *given, features="inception", resamples=number) for number in (None, 400)
+    )
+    for name, score in over_images.items():
+        assert score.standard_error == pytest.approx(resampled[name].standard_error, rel=0.2)
+
+
+def test_shares_of_images_lie_between_0_and_1():
+    rows = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    generated = torch.cat([rows, 50 + rows[:1]])
+    scores = feature_scores(("precision",), generated, FeatureStatistics.of(rows), rows, features="random")
+    assert scores["precision"].value < scores["precision"].high == 1
+
+
+def test_bounds_from_few_resamples_are_called_what_they_are():
+    def text(resamples: int) -> str:
+        return Score(label="FD", value=3, low=2, high=4, resamples=resamples).text
+
+    assert (text(0), text(200)) == ("3 [2, 4]", "3 [2, 4]")
+    assert text(199) == "3 [2, 4] (spread of 199 resamples)"
+
+
+def test_neighbours_are_looked_for_among_some_images_drawn_from_all(sets):
+    generated, real = sets
+    given = (generated, FeatureStatistics.of(real), real)
+    scores = feature_scores(("recall", "fid"), *given, features="inception", neighbours=70)
+    assert scores["recall"].value == neighbour_scores(generated, real[some_of(80, 70)]).recall
+    assert scores["recall"].notes == ["looks at 60 of 60 images and 70 of 80 real ones, drawn from all (--neighbours)"]
+    assert scores["fid"].notes == []
+    assert feature_scores(("recall",), *given, features="inception", neighbours=80)["recall"].notes == []
+    assert some_of(80, 70).tolist() == some_of(80, 70).sort().values.unique().tolist() != list(range(70))
 
 
 def test_kid_of_many_images_is_the_published_mean_over_subsets():
@@ -155,6 +192,15 @@ def test_ways_of_sampling_are_compared():
     assert (found.scores["fd"].difference, found.scores["fd"].standard_error) == (2.0, pytest.approx(0.5))
 
 
+def test_numbers_of_neighbours_are_compared_where_neighbours_are():
+    recall = {"recall": Score(label="recall", value=0.5)}
+    one, other = report(neighbours=25, scores=recall), report(neighbours=28, scores=recall)
+    with pytest.raises(ConfigError, match="neighbours among: 20 images, 25 real ones and 20 images, 28 real ones"):
+        compare(one, other)
+    assert compare(report(neighbours=30, scores=recall), report(scores=recall)).differing == []  # all of them
+    assert compare(report(neighbours=10), report()).differing == []  # fd has none
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -162,6 +208,10 @@ def test_ways_of_sampling_are_compared():
         ({"image_size": 32}, "image size: 16 and 32"),
         ({"label_policy": "uniform"}, "label policy: balanced and uniform"),
         ({"features": FeatureFacts(name="random", hash="e" * 64, label="relative")}, "features: random aaa"),
+        (
+            {"features": FeatureFacts(name="random", hash="a" * 64, label="relative", precision="bf16")},
+            "precision of features: fp32 and bf16",
+        ),
         ({"task": "inpaint", "inputs": {"holes": "boxes"}}, "holes: None and boxes"),
         (
             {"reference": ReferenceFacts(data="cats", fingerprint="f", num_images=30, image_size=16, resize="other")},

@@ -6,10 +6,15 @@ import pytest
 import torch
 
 from latentflow.errors import ConfigError
-from latentflow.metrics.resampling import _student, bootstrap, draw_counts
+from latentflow.metrics import scores as module
+from latentflow.metrics.resampling import _student, bootstrap, draw_counts, interval_over_images
 from latentflow.metrics.scores import (
+    Resampled,
+    frechet_contributions,
     frechet_distance,
+    inception_contributions,
     inception_score,
+    kernel_contributions,
     kernel_distance_of_all,
     resampled_frechet,
     resampled_inception_score,
@@ -76,6 +81,80 @@ def test_seed_and_level():
     for wrong in ({"num": 1}, {"level": 1.0}):
         with pytest.raises(ConfigError, match="take 2 or more"):
             bootstrap(mean_of(x), 50, **wrong)
+
+
+def derivatives(score: Resampled, n: int) -> list[float]:
+    """Of a score by the weight of each image, times N, by differences."""
+    ones, step = torch.ones(n, n, dtype=torch.float64), 1e-4 * torch.eye(n, dtype=torch.float64)
+    found = n * (score(ones + step) - score(ones - step)) / 2e-4
+    return (found - found.mean()).tolist()  # resamples have weights of one sum
+
+
+@pytest.mark.parametrize("dim", [5, 100])  # fewer and more features than images
+def test_contributions_to_a_frechet_distance_are_its_derivatives(dim):
+    x, reference = normal(30, dim) * 2 + 10, FeatureStatistics.of(normal(300, dim, seed=1) + 10)
+    found = frechet_contributions(x, FeatureStatistics.of(x), reference)
+    wanted = derivatives(resampled_frechet(x, reference), 30)
+    assert found.tolist() == pytest.approx(wanted, rel=2e-3, abs=1e-3 * float(found.abs().max()))
+
+
+def test_contributions_to_other_scores_are_their_derivatives(monkeypatch):
+    x, real, logits = normal(30, 4) + 0.3, normal(50, 4, seed=1), 3 * normal(30, 10)
+    assert inception_contributions(logits).tolist() == pytest.approx(
+        derivatives(resampled_inception_score(logits), 30), rel=1e-5, abs=1e-6
+    )
+    wanted = derivatives(resampled_kernel(x, real), 30)
+    for block in (1024, 7):
+        monkeypatch.setattr(module, "_BLOCK", block)
+        assert kernel_contributions(x, real).tolist() == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+
+
+def test_contributions_to_kid_may_be_of_some_partners():
+    x, real = normal(3000, 4) + 0.3, normal(3000, 4, seed=1)
+    some, all_of_them = kernel_contributions(x, real, most=1500), kernel_contributions(x, real)
+    assert 1 <= float(some.std()) / float(all_of_them.std()) < 1.15  # errs on the wide side
+    assert float(torch.stack([some, all_of_them]).corrcoef()[0, 1]) > 0.95
+
+
+@pytest.mark.parametrize("shift", [0.5, 0.0])
+def test_95_of_100_intervals_over_images_hold_what_fresh_images_give_on_average(shift):
+    """Where the two sets are alike, the score is of second order and the interval wide: see `interval_over_images`."""
+    reference, held, real = (
+        FeatureStatistics.of(normal(4000, 5, seed=9)),
+        {"fid": [], "kid": []},
+        normal(500, 5, seed=9),
+    )
+    for seed in range(200):
+        x = normal(60, 5, seed=1000 + seed) + shift
+        statistics = FeatureStatistics.of(x)
+        value = frechet_distance(statistics, reference)
+        held["fid"].append(interval_over_images(frechet_contributions(x, statistics, reference), value))
+        held["kid"].append(interval_over_images(kernel_contributions(x, real), kernel_distance_of_all(x, real)))
+    for intervals in held.values():
+        mean = sum(found.estimate for found in intervals) / len(intervals)
+        share = sum(found.low <= mean <= found.high for found in intervals) / len(intervals)
+        assert 0.91 <= share <= (0.99 if shift else 1.0)
+
+
+def test_the_interval_over_images_of_a_mean_is_that_of_the_textbook():
+    x = normal(400)
+    found = interval_over_images(x - x.mean(), 3.0)
+    assert (found.estimate, found.level, found.num_resamples) == (3.0, 0.95, 0)
+    assert found.standard_error == pytest.approx(float(x.std()) / 20)
+    assert (found.low, found.high) == pytest.approx(
+        (3 - 1.96 * float(x.std()) / 20, 3 + 1.96 * float(x.std()) / 20), rel=1e-4
+    )
+    assert interval_over_images(x[:1], 3.0).standard_error == 0
+
+
+@pytest.mark.parametrize("chunk", [7, 30])
+def test_parts_do_not_show(monkeypatch, counts, chunk):
+    x, reference = normal(60, 5) + 1, FeatureStatistics.of(normal(300, 5, seed=1))
+    whole, statistics = resampled_frechet(x, reference)(counts), FeatureStatistics.of(x)
+    contributions = frechet_contributions(x, statistics, reference)
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    torch.testing.assert_close(resampled_frechet(x, reference)(counts), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(frechet_contributions(x, statistics, reference), contributions, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dim", [5, 100])  # fewer and more features than images

@@ -44,10 +44,12 @@ class Lpips(nn.Module):
             nn.Conv2d(i, o, kernel, stride, padding) for i, o, kernel, stride, padding in _CONVOLUTIONS.values()
         )
         self.weights = nn.ModuleList(nn.Conv2d(o, 1, 1, bias=False) for _, o, *_ in _CONVOLUTIONS.values())
+        for name, values in (("shift", _SHIFT), ("scale", _SCALE)):  # no part of the published weights
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     @torch.no_grad()
     def forward(self, images: Tensor, real: Tensor) -> Tensor:
-        """uint8 images [B, 3, H, W] twice => distances [B], float32.
+        """uint8 images [B, 3, H, W] twice, on any device => distances [B], float32, on that of the network.
 
         Raises:
             DataError: they are smaller than 31 pixels, or not of one size.
@@ -57,6 +59,7 @@ class Lpips(nn.Module):
                 f"LPIPS of images of {list(images.shape)} and {list(real.shape)}: it needs pairs of one size, of at "
                 f"least {_LEAST_SIDE} pixels a side"
             )
+        images, real = images.to(self.shift.device), real.to(self.shift.device)
         distance = torch.zeros(len(images), device=images.device)
         pairs = zip(self._layers(images), self._layers(real), self.weights, strict=True)
         for one, other, weight in pairs:
@@ -65,8 +68,7 @@ class Lpips(nn.Module):
         return distance
 
     def _layers(self, images: Tensor) -> list[Tensor]:
-        shift, scale = (torch.tensor(v, device=images.device)[:, None, None] for v in (_SHIFT, _SCALE))
-        x, layers = (images.float() / 127.5 - 1 - shift) / scale, []
+        x, layers = (images.float() / 127.5 - 1 - self.shift) / self.scale, []
         for number, convolution in zip(_CONVOLUTIONS, self.convolutions, strict=True):
             x = F.relu(convolution(F.max_pool2d(x, 3, 2) if number in _POOLED else x))
             layers.append(x)

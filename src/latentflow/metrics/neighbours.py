@@ -5,7 +5,7 @@ Legend: N generated images, M real images, D features of an image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 from latentflow.errors import ConfigError
 from latentflow.metrics.scores import Resampled, require_enough
 from latentflow.metrics.statistics import require_features
+from latentflow.runtime import Runtime
 
 _BLOCK = 2048  # rows and columns of a distance matrix held at a time: 16 MiB in float32
+_BLOCK_ON_GPU = 8192
 SCORES = ("precision", "recall", "density", "coverage")
 
 
@@ -69,16 +71,27 @@ class Neighbours:
         return lambda counts: counts @ contributions / counts.sum(1)
 
 
-def neighbour_scores(generated: Tensor, real: Tensor, *, k: int = 3, k_density: int = 5) -> Neighbours:
+def neighbour_scores(
+    generated: Tensor,
+    real: Tensor,
+    *,
+    k: int = 3,
+    k_density: int = 5,
+    device: torch.device | str | None = None,
+    on_images: Callable[[int], None] = lambda num_images: None,
+) -> Neighbours:
     """Precision and recall with `k` neighbours, density and coverage with `k_density`; see `Neighbours`.
 
     An image is not its own neighbour; "within" includes the radius itself. Distances are computed block by block in
-    the features' own precision, from coordinates relative to the mean of the real images: memory beside the features
-    is two copies of them and a few dozen MiB.
+    the features' own precision, never in less than IEEE float32, from coordinates relative to the mean of the real
+    images: memory beside the features is two copies of them on the device, and a few dozen MiB (a few hundred on CUDA).
 
     Args:
         generated: [N, D].
         real: [M, D].
+        device: where distances are computed; None: where `real` lies.
+        on_images: told how many images are done with in each of three passes: radii of the N, radii of the M, scores of
+            the N.
 
     Raises:
         DataError: features that are not finite or do not match, or no more images than neighbours.
@@ -91,23 +104,29 @@ def neighbour_scores(generated: Tensor, real: Tensor, *, k: int = 3, k_density: 
     require_features(generated, "generated", real.shape[1])
     for features in (real, generated):
         require_enough("precision", len(features), neighbours=most)
+    real = real.to(device or real.device)
     center = real.mean(0)
     generated, real = generated.to(real) - center, real - center
-    real_radii, generated_radii = _radii(real, most), _radii(generated, most)
-    k_radii, density_radii = real_radii[:, k - 1], real_radii[:, k_density - 1]
+    with Runtime(real.device).autocast():
+        generated_radii, real_radii = _radii(generated, most, on_images), _radii(real, most, on_images)
+        k_radii, density_radii = real_radii[:, k - 1], real_radii[:, k_density - 1]
 
-    count = {"dtype": torch.float64, "device": real.device}
-    precision, density = torch.zeros(len(generated), **count), torch.zeros(len(generated), **count)
-    recall, coverage = torch.zeros(len(real), **count), torch.zeros(len(real), **count)
-    for rows, columns, squares in _blocks(generated, real):
-        within = squares <= k_radii[columns]
-        precision[rows] += within.any(1)
-        recall[columns] += (squares <= generated_radii[rows, k - 1, None]).any(0)
-        within = squares <= density_radii[columns] if k_density != k else within
-        density[rows] += within.sum(1)
-        coverage[columns] += within.any(0)
-    found = (precision.clamp(max=1), recall.clamp(max=1), density / k_density, coverage.clamp(max=1))
-    return Neighbours(*(x.cpu() for x in found))
+        precision, recall = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (generated, real))
+        density, coverage = torch.zeros_like(precision, dtype=torch.int64), torch.zeros_like(recall)
+        for rows, columns, squares in _blocks(generated, real):
+            within = squares <= k_radii[columns]
+            precision[rows] |= within.any(1)
+            recall[columns] |= (squares <= generated_radii[rows, k - 1, None]).any(0)
+            within = squares <= density_radii[columns] if k_density != k else within
+            density[rows] += within.sum(1)
+            coverage[columns] |= within.any(0)
+            on_images(len(squares) if columns.stop == len(real) else 0)
+    return Neighbours(
+        precision_of=precision.cpu().double(),
+        recall_of=recall.cpu().double(),
+        density_of=density.cpu().double() / k_density,
+        coverage_of=coverage.cpu().double(),
+    )
 
 
 def radii(features: Tensor, k: int) -> Tensor:
@@ -117,10 +136,11 @@ def radii(features: Tensor, k: int) -> Tensor:
         DataError: features that are not finite, or no more images than k.
     """
     require_enough("precision", len(require_features(features, "given")), neighbours=k)
-    return _radii(features - features.mean(0), k)[:, -1].sqrt()
+    with Runtime(features.device).autocast():
+        return _radii(features - features.mean(0), k)[:, -1].sqrt()
 
 
-def _radii(x: Tensor, k: int) -> Tensor:
+def _radii(x: Tensor, k: int, on_images: Callable[[int], None] = lambda num_images: None) -> Tensor:
     """Squared distances to the 1st, ... k-th neighbour: [N, D] => [N, k]. A block serves its rows and its columns."""
     best = torch.full((len(x), k), torch.inf, dtype=x.dtype, device=x.device)
 
@@ -134,14 +154,16 @@ def _radii(x: Tensor, k: int) -> Tensor:
         else:
             take(columns, squares.T)
         take(rows, squares)
+        on_images(len(squares) if columns.stop == len(x) else 0)
     return best
 
 
 def _blocks(first: Tensor, second: Tensor, *, upper: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
     """Squared distances |x|^2 + |y|^2 - 2 x.y, block by block; with `upper` only blocks on and above the diagonal."""
     first_norms, second_norms = first.square().sum(1), second.square().sum(1)
-    for i in range(0, len(first), _BLOCK):
-        for j in range(i if upper else 0, len(second), _BLOCK):
-            rows, columns = slice(i, min(i + _BLOCK, len(first))), slice(j, min(j + _BLOCK, len(second)))
+    block = _BLOCK_ON_GPU if first.device.type == "cuda" else _BLOCK
+    for i in range(0, len(first), block):
+        for j in range(i if upper else 0, len(second), block):
+            rows, columns = slice(i, min(i + block, len(first))), slice(j, min(j + block, len(second)))
             norms = first_norms[rows, None] + second_norms[columns]
             yield rows, columns, norms.addmm_(first[rows], second[columns].T, alpha=-2).clamp_(min=0)

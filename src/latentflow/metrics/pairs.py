@@ -19,7 +19,7 @@ from latentflow.data.pictures import psnr
 from latentflow.errors import ConfigError, DataError
 from latentflow.metrics.lpips import Lpips
 from latentflow.metrics.scores import require_enough
-from latentflow.metrics.statistics import require_features
+from latentflow.metrics.statistics import exact_device, require_features
 
 __all__ = [
     "DiscriminativeScores",
@@ -39,19 +39,25 @@ _EXTRA = "pip install 'latentflow[eval]'"
 
 @dataclass(frozen=True)
 class PairJudge:
-    """What is measured of every pair besides its PSNR."""
+    """What is measured of every pair besides its PSNR.
+
+    Attributes:
+        device: where it is measured; the weights of `lpips` lie where they lie.
+    """
 
     with_ssim: bool = False
     lpips: Lpips | None = None
+    device: torch.device | str = "cpu"
 
     def __call__(self, images: Tensor, real: Tensor) -> dict[str, Tensor]:
-        """Values of pairs of uint8 images [B, 3, H, W]: [B] each, on the CPU."""
+        """Values of pairs of uint8 images [B, 3, H, W], on any device: [B] each, on the CPU."""
+        images, real = (x.to(exact_device(self.device)) for x in (images, real))
         values = {"psnr": psnr(images, real)}
         if self.with_ssim:
             values["ssim"] = ssim(images, real)
         if self.lpips is not None:
-            values["lpips"] = self.lpips(images, real).cpu()
-        return values
+            values["lpips"] = self.lpips(images, real)
+        return {name: found.cpu() for name, found in values.items()}
 
     @property
     def key(self) -> str:
@@ -79,7 +85,7 @@ def pair_order(names: Sequence[str], other_names: Sequence[str]) -> list[int]:
 
 
 def ssim(images: Tensor, other: Tensor) -> Tensor:
-    """Structural similarity of 8-bit images, 1 for equal ones: uint8 [B, 3, H, W] twice => [B] float64.
+    """Structural similarity of 8-bit images, 1 for equal ones: uint8 [B, 3, H, W] twice => [B] float64, where they lie.
 
     Window and constants are those of Wang et al. (2004): a Gaussian of standard deviation 1.5 over 11 x 11 pixels,
     K_1 = 0.01 and K_2 = 0.03, the mean over windows that lie inside the image, and over the three colours.
@@ -96,7 +102,7 @@ def ssim(images: Tensor, other: Tensor) -> Tensor:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
         raise ConfigError(f"SSIM needs the torchmetrics library: {_EXTRA}") from error
-    first, second = (x.cpu().double() for x in (images, other))
+    first, second = images.double(), other.double()
     options = {"data_range": 255.0, "reduction": "none", "return_full_image": True}
     _, everywhere = structural_similarity_index_measure(first, second, **options)
     border = _SSIM_WINDOW // 2  # where torchmetrics mirrors the image, and the paper has no window

@@ -5,39 +5,48 @@ Legend: N generated images, M real images, D features of an image, K classes of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from latentflow.artifacts import read_json, write_json
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.metrics.neighbours import SCORES as NEIGHBOUR_SCORES
-from latentflow.metrics.neighbours import neighbour_scores
-from latentflow.metrics.resampling import bootstrap
+from latentflow.metrics.neighbours import Neighbours, neighbour_scores
+from latentflow.metrics.resampling import Interval, bootstrap, interval_over_images
 from latentflow.metrics.scores import (
     Resampled,
+    frechet_contributions,
     frechet_distance,
+    inception_contributions,
     inception_score,
+    kernel_contributions,
     kernel_distance,
     kernel_distance_of_all,
     require_enough,
     resampled_frechet,
     resampled_inception_score,
     resampled_kernel,
+    some_rows,
 )
-from latentflow.metrics.statistics import FeatureStatistics
+from latentflow.metrics.statistics import FeatureStatistics, exact_device
+from latentflow.progress import image_progress
+from latentflow.runtime import Precision
 
 FEATURE_METRICS = ("fid", "kid", "is", *NEIGHBOUR_SCORES)
 """Scores of features alone; "fid" is the Fréchet distance of any features."""
 
-_RESAMPLES = 200
+NEIGHBOURS = 10_000
+"""The most images of each kind among which neighbours are looked for, unless the user says."""
+
+_RESAMPLES = 200  # of fewer, bounds are not called an interval
 _SUBSET = 1000  # images in a subset of the published KID
-_MOST_KERNEL_IMAGES = 5000  # beyond, resampling KID takes minutes
-_BUDGET = 3e12  # operations in float64 for one score's resamples: about a minute on two cores
 
 
 class _Record(BaseModel):
@@ -49,20 +58,24 @@ class Score(_Record):
 
     label: str = Field(description="What it is called.")
     value: float
-    low: float | None = Field(None, description="Bounds of the 95 % interval, which is of the choice of the images.")
+    low: float | None = Field(
+        None,
+        description="Bounds of the 95 % interval, which is of the choice of the images; "
+        "from fewer than 200 resamples, of their spread.",
+    )
     high: float | None = None
     standard_error: float | None = None
-    resamples: int = Field(0, description="Resamples that the interval is from; 0: from the spread over images.")
+    resamples: int = Field(0, description="Resamples that the bounds are from; 0: from the spread over images.")
     spread: float | None = Field(None, description="Standard deviation over subsets (kid) or splits (is).")
     limit: float | None = Field(None, description="The same score of the real images themselves.")
     notes: list[str] = Field(default_factory=list, description="Warnings for people.")
 
     @property
     def text(self) -> str:
-        """For a table: "12.3 [11.9, 12.7]"."""
+        """For a table: "12.3 [11.9, 12.7]"; bounds that are no 95 % interval are called what they are."""
         parts = [f"{self.value:.5g}"]
         parts += [f"[{self.low:.5g}, {self.high:.5g}]"] if self.low is not None else []
-        parts += [f"from {self.resamples} resamples"] if 0 < self.resamples < _RESAMPLES else []
+        parts += [f"(spread of {self.resamples} resamples)"] if 0 < self.resamples < _RESAMPLES else []
         parts += [f"+- {self.spread:.2g} over subsets"] if self.spread is not None else []
         parts += [f"(real images: {self.limit:.5g})"] if self.limit is not None else []
         return " ".join(parts)
@@ -74,6 +87,7 @@ class FeatureFacts(_Record):
     name: str
     hash: str
     label: str
+    precision: Precision = Field("fp32", description="What they were computed in; published ones are fp32.")
 
 
 class ReferenceFacts(_Record):
@@ -113,20 +127,32 @@ class EvaluationProtocol(_Record):
     label_counts: list[int] = Field(default_factory=list, description="Images of each class; empty: no class was told.")
     features: FeatureFacts
     reference: ReferenceFacts
+    neighbours: int = Field(
+        0, description="The most images of each kind that precision, recall, density and coverage look at; 0: all."
+    )
     inputs: dict[str, str] = Field(default_factory=dict, description="Holes, or the segmenter, of the task.")
     model: ModelFacts
     sampling: dict[str, Any] = Field(default_factory=dict, description="Solver, steps, guidance and so on.")
     evaluations: EvaluationCounts | None = None
     seconds: dict[str, float] = Field(default_factory=dict, description="Of each part, summed over processes.")
     device: str
+    precision: Precision = Field("fp32", description="What the model's network computed in.")
     versions: dict[str, str]
 
-    def comparable(self) -> dict[str, Any]:
-        """What must be equal before two results may be compared. The way of sampling is what one compares."""
+    def comparable(self, metrics: Iterable[str] = NEIGHBOUR_SCORES) -> dict[str, Any]:
+        """What must be equal before two results may be compared. The way of sampling is what one compares.
+
+        Args:
+            metrics: what is compared: not every score depends on everything.
+        """
         drawn = "sample" if self.task == "images" else self.task
+        near = {*metrics} & {*NEIGHBOUR_SCORES}
+        looked_at = [min(self.neighbours or count, count) for count in (self.num_images, self.reference.num_images)]
         return {
             "task": drawn,
             "features": f"{self.features.name} {self.features.hash[:12]}",
+            "precision of features": self.features.precision,
+            **({"neighbours among": f"{looked_at[0]} images, {looked_at[1]} real ones"} if near else {}),
             "reference": self.reference.fingerprint[:19],
             "reference images": self.reference.num_images,
             "images": self.num_images,
@@ -208,30 +234,30 @@ def compare(report: EvaluationReport, other: EvaluationReport, *, anyway: bool =
     Raises:
         ConfigError: they are not comparable, naming the first differences; or have no score in common.
     """
-    differing = differences(report.protocol, other.protocol)
-    if not anyway:
-        require_comparable(report.protocol, other.protocol)
     both = [name for name in report.scores if name in other.scores]
+    differing = differences(report.protocol, other.protocol, both)
+    if not anyway:
+        require_comparable(report.protocol, other.protocol, both)
     if not both:
         have, has = (", ".join(one.scores) for one in (report, other))
         raise ConfigError(f"the two results have no score in common ({have}; {has}); ask for the same --metrics")
     return Comparison(differing, {name: _change(report.scores[name], other.scores[name]) for name in both})
 
 
-def differences(protocol: EvaluationProtocol, other: EvaluationProtocol) -> list[str]:
-    """What makes two protocols incomparable, one line each."""
-    first, second = protocol.comparable(), other.comparable()
+def differences(protocol: EvaluationProtocol, other: EvaluationProtocol, metrics: Iterable[str]) -> list[str]:
+    """What makes two protocols incomparable in these metrics, one line each."""
+    first, second = protocol.comparable(metrics), other.comparable(metrics)
     keys = dict.fromkeys([*first, *second])
     return [f"{key}: {first.get(key)} and {second.get(key)}" for key in keys if first.get(key) != second.get(key)]
 
 
-def require_comparable(protocol: EvaluationProtocol, other: EvaluationProtocol) -> None:
-    """Refuse to compare results that were not found alike.
+def require_comparable(protocol: EvaluationProtocol, other: EvaluationProtocol, metrics: Iterable[str]) -> None:
+    """Refuse to compare results in these metrics that were not found alike.
 
     Raises:
         ConfigError: naming the first differences.
     """
-    if differing := differences(protocol, other):
+    if differing := differences(protocol, other, metrics):
         more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ConfigError(
             f"the two results are not comparable ({'; '.join(differing[:3])}{more}); evaluate both alike, "
@@ -283,6 +309,8 @@ def feature_scores(
     features: str,
     logits: Tensor | None = None,
     resamples: int | None = None,
+    neighbours: int = 0,
+    device: torch.device | str | None = None,
 ) -> dict[str, Score]:
     """Scores of features, each with its interval.
 
@@ -292,56 +320,126 @@ def feature_scores(
         real: [M, D], for every score but the Fréchet distance and the Inception Score.
         features: name of the feature network.
         logits: [N, K], for the Inception Score.
-        resamples: of each interval, 0: none; None: 200, or as many as take about a minute.
+        resamples: that each interval is from, 0: none; None: the interval is from the spread over images.
+        neighbours: the most images of each kind that precision, recall, density and coverage look at; 0: all.
+        device: where scores are computed; None: where `generated` lies. Features may lie anywhere: of those that are
+            many only parts are moved.
 
     Raises:
         DataError: too few images, features that are not finite, or real features missing.
     """
     warnings = check_metrics(metrics, len(generated), reference.n, generated.shape[1])
-    needing = [name for name in metrics if name not in ("fid", "is")]
-    if needing and real is None:
+    near = [name for name in metrics if name in NEIGHBOUR_SCORES]
+    alone = [name for name in metrics if name not in near]
+    if real is None and (needing := [*near, *({"kid"} & {*alone})]):
         raise DataError(f"{needing[0]} needs the features of the real images themselves, not their statistics alone")
-    of = "" if features == "inception" else f" ({features} features)"
+    place, of = torch.device(device or generated.device), "" if features == "inception" else f" ({features} features)"
+    exact = exact_device(place)
+    find = {
+        "fid": lambda: _frechet(generated, reference, features, exact),
+        "kid": lambda: _kernel(generated, real, f"KID{of}", exact),
+        "is": lambda: _inception(logits.to(exact)),
+    }
+    sets = [some_rows(rows, neighbours) for rows in (generated, real)] if near else []
+    passes = 2 * len(sets[0]) + len(sets[1]) if near else 0
     scores: dict[str, Score] = {}
-
-    def put(name: str, label: str, value: float, rows: Resampled | None, n: int, num: int, **more: Any) -> None:
-        counted = min(num, _RESAMPLES) if resamples is None else resamples
-        if rows is not None and counted:
-            found = bootstrap(rows, n, estimate=value, num=counted)
-            more |= {"low": found.low, "high": found.high, "standard_error": found.standard_error, "resamples": counted}
-        notes = [warnings[metric]] if (metric := "fid" if name == "fd" else name) in warnings else []
-        scores[name] = Score(label=label, value=value, notes=notes + more.pop("notes", []), **more)
-
-    for metric in metrics:
-        if metric == "fid":
-            name, label = frechet_name(features)
-            value, n = frechet_distance(FeatureStatistics.of(generated), reference), len(generated)
-            put(name, label, value, resampled_frechet(generated, reference), n, _affordable(*generated.shape))
-        elif metric == "kid":
-            fewest = min(len(generated), len(real))
-            few = fewest <= _MOST_KERNEL_IMAGES or resamples
-            rows = resampled_kernel(generated, real) if few and resamples != 0 else None
-            if fewest >= _SUBSET:
-                found = kernel_distance(generated, real, subset_size=_SUBSET)
-                put("kid", f"KID{of}", found.mean, rows, len(generated), _RESAMPLES, spread=found.std)
-            else:
-                value = kernel_distance_of_all(generated, real)
-                note = [f"of all images at once: subsets of {_SUBSET}, as published, need as many images"]
-                put("kid", f"KID{of}", value, rows, len(generated), _RESAMPLES, notes=note)
-        elif metric == "is":
-            found = inception_score(logits)
-            rows = resampled_inception_score(logits)
-            put("is", "Inception Score", found.mean, rows, len(logits), _RESAMPLES, spread=found.std)
-    asked = [metric for metric in metrics if metric in NEIGHBOUR_SCORES]
-    if asked:
-        near = neighbour_scores(generated, real)
-        for metric in asked:
-            n = len(generated if metric in ("precision", "density") else real)
-            put(metric, f"{metric}{of}", getattr(near, metric), near.resampled(metric), n, _RESAMPLES)
+    with image_progress("scoring", (1 + (resamples or 1)) * len(generated) * len(alone) + passes) as on_images:
+        for metric in alone:
+            found = find[metric]()
+            on_images(len(generated))
+            name = frechet_name(features)[0] if metric == "fid" else metric
+            scores[name] = found.score(resamples, filter(None, [warnings.get(metric)]), on_images)
+        among = neighbour_scores(*sets, device=place, on_images=on_images) if near else None
+    for name in near:
+        notes = () if sets[0] is generated and sets[1] is real else (_looked_at(sets, generated, real),)
+        scores[name] = _near(name, f"{name}{of}", among, notes).score(resamples)
     return scores
 
 
-def _affordable(n: int, dim: int) -> int:
-    """Resamples of a Fréchet distance within the budget: a product of N x D^2 and eigenvalues each."""
-    operations = n * dim * min(n, dim) + 10 * min(n, dim) ** 3
-    return max(int(_BUDGET / operations), 10)
+@dataclass(frozen=True)
+class _Found:
+    """A score, and what its interval is computed from.
+
+    Attributes:
+        contributions: of each image, for `interval_over_images`.
+        resampled: for `bootstrap`.
+        range: beyond which no such score lies.
+    """
+
+    label: str
+    value: float
+    contributions: Callable[[], Tensor]
+    resampled: Callable[[], Resampled]
+    num_images: int
+    range: tuple[float, float] = (-math.inf, math.inf)
+    spread: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def score(
+        self,
+        resamples: int | None,
+        warnings: Iterable[str] = (),
+        on_images: Callable[[int], None] = lambda num_images: None,
+    ) -> Score:
+        """The record; without an interval where `resamples` is 0."""
+        bounds = {}
+        if resamples != 0:
+            found = self._interval(resamples, on_images)
+            low, high = max(found.low, self.range[0]), min(found.high, self.range[1])
+            bounds = {
+                "low": low,
+                "high": high,
+                "standard_error": found.standard_error,
+                "resamples": found.num_resamples,
+            }
+        notes = [*warnings, *self.notes]
+        return Score(label=self.label, value=self.value, spread=self.spread, notes=notes, **bounds)
+
+    def _interval(self, resamples: int | None, on_images: Callable[[int], None]) -> Interval:
+        if resamples is not None:
+            options = {"estimate": self.value, "num": resamples, "on_images": on_images}
+            return bootstrap(self.resampled(), self.num_images, **options)
+        contributions = self.contributions()
+        on_images(self.num_images)
+        return interval_over_images(contributions, self.value)
+
+
+def _frechet(generated: Tensor, reference: FeatureStatistics, features: str, device: torch.device) -> _Found:
+    statistics = FeatureStatistics.of(generated, device)
+    return _Found(
+        frechet_name(features)[1],
+        frechet_distance(statistics, reference),
+        lambda: frechet_contributions(generated, statistics, reference),
+        lambda: resampled_frechet(generated, reference, device=device),
+        len(generated),
+    )
+
+
+def _kernel(generated: Tensor, real: Tensor, label: str, device: torch.device) -> _Found:
+    rows = (
+        lambda: kernel_contributions(generated, real, device=device),
+        lambda: resampled_kernel(generated, real, device=device),
+        len(generated),
+    )
+    if min(len(generated), len(real)) >= _SUBSET:
+        found = kernel_distance(generated, real, subset_size=_SUBSET, device=device)
+        return _Found(label, found.mean, *rows, spread=found.std)
+    note = f"of all images at once: subsets of {_SUBSET}, as published, need as many images"
+    return _Found(label, kernel_distance_of_all(generated, real, device=device), *rows, notes=(note,))
+
+
+def _inception(logits: Tensor) -> _Found:
+    found = inception_score(logits)
+    rows = (lambda: inception_contributions(logits), lambda: resampled_inception_score(logits), len(logits))
+    return _Found("Inception Score", found.mean, *rows, spread=found.std)
+
+
+def _near(name: str, label: str, among: Neighbours, notes: tuple[str, ...]) -> _Found:
+    values = getattr(among, f"{name}_of")
+    rows = (lambda: values, lambda: among.resampled(name), len(values))
+    return _Found(label, getattr(among, name), *rows, range=(0, math.inf if name == "density" else 1), notes=notes)
+
+
+def _looked_at(sets: Sequence[Tensor], generated: Tensor, real: Tensor) -> str:
+    (n, m), (of_n, of_m) = map(len, sets), map(len, (generated, real))
+    return f"looks at {n} of {of_n} images and {m} of {of_m} real ones, drawn from all (--neighbours)"

@@ -1,7 +1,11 @@
 """Scores of two sets of features: Fréchet distance (FID), kernel distance (KID), Inception Score.
 
-All arithmetic is in float64. torchmetrics is not used here: its FID, KID and Inception Score come with a network of a
-library that this package does without, and draw their subsets by another rule.
+All arithmetic is in float64, on the device that is named or on that of the features; features that lie elsewhere are
+moved there in parts. torchmetrics is not used here: its FID, KID and Inception Score come with a network of a library
+that this package does without, and draw their subsets by another rule.
+
+What each image contributes to a score is the score's derivative by the weight of that image, times N: the spread of
+these numbers over the images is the score's standard error to first order (the delta method).
 
 Legend: N images, D features of an image, K classes, R resamples.
 """
@@ -18,13 +22,15 @@ import torch
 from torch import Tensor
 
 from latentflow.errors import ConfigError, DataError, nearest
-from latentflow.metrics.statistics import FeatureStatistics, gram, require_features
+from latentflow.metrics.statistics import FeatureStatistics, exact_device, gram, require_features
 
 Resampled = Callable[[Tensor], Tensor]
 """Scores of resamples: how often each of N images was drawn, [R, N] float64 => [R] float64."""
 
 SCORES = ("fid", "kid", "inception_score", "precision", "recall", "density", "coverage", "p_ids", "u_ids")
 _BLOCK = 1024  # rows and columns of a kernel matrix held at a time
+_CHUNK = 2048  # rows that are moved and made float64 at a time
+_PARTNERS = 5000  # images that each image is held against for what it contributes to KID
 
 
 @dataclass(frozen=True)
@@ -108,42 +114,112 @@ def _trace_of_root(first: Tensor, second: Tensor) -> Tensor:
     Eigenvalues that vanish come out as rounding errors of either sign. The roots of their moduli are summed as the
     published programs do it, whose figures for singular covariances are met to 1e-7 in this way only.
     """
-    values, vectors = torch.linalg.eigh(first)
+    values, vectors = _eigh(first)
     root = (vectors * values.abs().sqrt()) @ vectors.T
     product = root @ second @ root
-    return torch.linalg.eigvalsh((product + product.T) / 2).abs().sqrt().sum()
+    return _eigvalsh((product + product.T) / 2).abs().sqrt().sum()
 
 
-def resampled_frechet(features: Tensor, reference: FeatureStatistics) -> Resampled:
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and vectors; by LAPACK where a GPU's solver gives up on a singular matrix."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        values, vectors = (x.to(matrix.device) for x in torch.linalg.eigh(matrix.cpu()))
+    return values, vectors
+
+
+def _eigvalsh(matrix: Tensor) -> Tensor:
+    try:
+        return torch.linalg.eigvalsh(matrix)
+    except torch.linalg.LinAlgError:
+        return torch.linalg.eigvalsh(matrix.cpu()).to(matrix.device)
+
+
+def frechet_contributions(features: Tensor, statistics: FeatureStatistics, reference: FeatureStatistics) -> Tensor:
+    """What each image contributes to the Fréchet distance to a fixed reference: [N, D] => [N] float64, of mean zero.
+
+    With R = S_r^(1/2) and T = R (R S R)^(-1/2) R, the linear map that carries the one normal distribution to the other,
+    the derivatives of |m - m_r|^2, tr S and 2 tr (R S R)^(1/2) in the direction of an image at x = m + c are
+    2 (m - m_r).c, |c|^2 and c.T c, each less its mean.
+
+    Args:
+        statistics: of `features`; everything is computed on its device.
+    """
+    mean, covariance = statistics.mean, statistics.covariance
+    away = mean - reference.mean.to(mean.device)
+    factor = _factor(reference.covariance.to(mean.device))
+    inner = factor.T @ covariance @ factor
+    values, vectors = _eigh((inner + inner.T) / 2)
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    root = factor @ (vectors[:, kept] * values[kept] ** -0.25)  # T = root root^T
+
+    def part(rows: Tensor) -> Tensor:
+        centered = rows.to(mean.device).double() - mean
+        of_covariance = centered.square().sum(1) - (centered @ root).square().sum(1)
+        return 2 * centered @ away + of_covariance * (len(features) / (len(features) - 1))
+
+    found = torch.cat([part(rows) for rows in features.split(_CHUNK)]).cpu()
+    return found - found.mean()
+
+
+def resampled_frechet(
+    features: Tensor, reference: FeatureStatistics, *, device: torch.device | str | None = None
+) -> Resampled:
     """For `bootstrap`: the Fréchet distance of resampled [N, D] features to a fixed reference.
+
+    A resample of more images than features takes a product of N x D^2 and the eigenvalues of a matrix of D x D. All of
+    them together take N x D numbers of memory.
+
+    Args:
+        device: where it is computed; None: where the reference is.
 
     Raises:
         DataError: features that are not finite, or D is another than the reference's.
     """
-    rows = require_features(features, "generated", reference.dim).double().to(reference.mean.device)
-    shift = rows.mean(0)
-    rows = rows - shift
-    squares = rows.square().sum(1)
+    require_features(features, "generated", reference.dim)
+    device, n = exact_device(device or reference.mean.device), len(features)
+    reference_mean, covariance = reference.mean.to(device), reference.covariance.to(device)
+    shift = torch.stack([part.to(device).double().sum(0) for part in features.split(_CHUNK)]).sum(0) / n
+    away, reference_trace = shift - reference_mean, covariance.trace()
     # the eigenvalues of F^T S F are those of S_reference^(1/2) S S_reference^(1/2), with S_reference = F F^T
-    projected = rows @ _factor(reference.covariance)
-    away, reference_trace = shift - reference.mean, reference.covariance.trace()
+    factor = _factor(covariance)
 
-    def distance(counts: Tensor) -> Tensor:
-        n = counts.sum()
-        drawn = counts > 0
-        mean = counts @ rows / n
-        trace = (counts @ squares - n * mean.square().sum()) / (n - 1)
-        centered = (projected[drawn] - counts @ projected / n) * (counts[drawn] / (n - 1)).sqrt()[:, None]
-        smaller = gram(centered if centered.shape[0] >= centered.shape[1] else centered.T.contiguous())
-        root_trace = torch.linalg.eigvalsh(smaller).clamp(min=0).sqrt().sum()
-        return (away + mean).square().sum() + trace + reference_trace - 2 * root_trace
+    def parts() -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, n, _CHUNK):
+            yield slice(start, start + _CHUNK), features[start : start + _CHUNK].to(device).double() - shift
 
-    return lambda counts: torch.stack([distance(row) for row in counts.to(rows.device)]).cpu()
+    projected = torch.empty(n, factor.shape[1], dtype=torch.float64, device=device)
+    squares = torch.empty(n, dtype=torch.float64, device=device)
+    for rows, centered in parts():
+        projected[rows], squares[rows] = centered @ factor, centered.square().sum(1)
+
+    def root_trace(counts: Tensor) -> Tensor:
+        total, mean = counts.sum(), counts @ projected / counts.sum()
+        drawn = counts.nonzero()[:, 0]
+        weights = (counts[drawn] / (total - 1)).sqrt()[:, None]
+        if len(drawn) >= projected.shape[1]:
+            product = torch.zeros(projected.shape[1], projected.shape[1], dtype=torch.float64, device=device)
+            for chosen, weight in zip(drawn.split(_CHUNK), weights.split(_CHUNK), strict=True):
+                gram((projected[chosen] - mean) * weight, into=product)
+        else:
+            product = gram(((projected[drawn] - mean) * weights).T.contiguous())
+        return _eigvalsh(product).clamp(min=0).sqrt().sum()
+
+    def distances(counts: Tensor) -> Tensor:
+        counts = counts.to(device)
+        total = counts.sum(1)
+        means = sum(counts[:, rows] @ centered for rows, centered in parts()) / total[:, None]
+        traces = (counts @ squares - total * means.square().sum(1)) / (total - 1)
+        roots = torch.stack([root_trace(row) for row in counts])
+        return ((away + means).square().sum(1) + traces + reference_trace - 2 * roots).cpu()
+
+    return distances
 
 
 def _factor(covariance: Tensor) -> Tensor:
     """F with S = F F^T: [D, D] => [D, rank]. Eigenvalues that are rounding errors of the largest are left out."""
-    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = _eigh(covariance)
     kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept].sqrt()
 
@@ -200,7 +276,13 @@ def frechet_by_size(
 
 
 def kernel_distance(
-    generated: Tensor, real: Tensor, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+    generated: Tensor,
+    real: Tensor,
+    *,
+    num_subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 2020,
+    device: torch.device | str | None = None,
 ) -> MeanStd:
     """KID (arXiv 1801.01401): the unbiased squared maximum mean discrepancy of the kernel (x.y / D + 1)^3.
 
@@ -210,34 +292,35 @@ def kernel_distance(
     Args:
         generated: [N, D].
         real: [M, D].
+        device: where it is computed; None: where `generated` lies.
 
     Raises:
         DataError: features that are not finite or do not match, or fewer than `subset_size`.
     """
-    first, second = _both(generated, real)
-    require_enough("kid", min(len(first), len(second)), subset_size=subset_size)
+    device = _both(generated, real, device)
+    require_enough("kid", min(len(generated), len(real)), subset_size=subset_size)
     random = np.random.RandomState(seed)
 
     def subset(features: Tensor) -> Tensor:
-        rows = random.choice(len(features), subset_size, replace=False)
-        return features[torch.from_numpy(rows).to(features.device)]
+        rows = torch.from_numpy(random.choice(len(features), subset_size, replace=False))
+        return features[rows.to(features.device)].to(device)
 
-    values = [_discrepancy(subset(first), subset(second)) for _ in range(num_subsets)]
-    return MeanStd(float(np.mean(values)), float(np.std(values)))
+    values = torch.stack([_discrepancy(subset(generated), subset(real), device) for _ in range(num_subsets)]).cpu()
+    return MeanStd(float(np.mean(values.numpy())), float(np.std(values.numpy())))
 
 
-def kernel_distance_of_all(generated: Tensor, real: Tensor) -> float:
+def kernel_distance_of_all(generated: Tensor, real: Tensor, *, device: torch.device | str | None = None) -> float:
     """KID of all images at once, without subsets and so without chance: [N, D] and [M, D]; O(N^2) in time only.
 
     Raises:
         DataError: features that are not finite or do not match, or fewer than two.
     """
-    first, second = _both(generated, real)
-    require_enough("kid", min(len(first), len(second)), subset_size=2)
-    return _discrepancy(first, second)
+    device = _both(generated, real, device)
+    require_enough("kid", min(len(generated), len(real)), subset_size=2)
+    return float(_discrepancy(generated, real, device))
 
 
-def resampled_kernel(generated: Tensor, real: Tensor) -> Resampled:
+def resampled_kernel(generated: Tensor, real: Tensor, *, device: torch.device | str | None = None) -> Resampled:
     """For `bootstrap`: `kernel_distance_of_all` of resampled `generated` to fixed `real`.
 
     Pairs of an image with itself, which resampling makes, are left out as they are in the estimate.
@@ -245,17 +328,17 @@ def resampled_kernel(generated: Tensor, real: Tensor) -> Resampled:
     Raises:
         DataError: features that are not finite or do not match.
     """
-    first, second = _both(generated, real)
-    n, m = len(first), len(second)
-    real_part = _sum_of_distinct_pairs(second) / (m * (m - 1))
-    to_real = torch.zeros(n, dtype=torch.float64, device=first.device)
-    for rows, _, block in _kernel_blocks(first, second):
+    device = _both(generated, real, device)
+    n, m = len(generated), len(real)
+    real_part = _sum_of_distinct_pairs(real, device) / (m * (m - 1))
+    to_real = torch.zeros(n, dtype=torch.float64, device=device)
+    for rows, _, block in _kernel_blocks(generated, real, device):
         to_real[rows] += block.sum(1) / m
 
     def scores(counts: Tensor) -> Tensor:
-        counts = counts.to(first.device)
-        pairs = torch.zeros(len(counts), dtype=torch.float64, device=first.device)
-        for rows, columns, block in _kernel_blocks(first, first):
+        counts = counts.to(device)
+        pairs = torch.zeros(len(counts), dtype=torch.float64, device=device)
+        for rows, columns, block in _kernel_blocks(generated, generated, device):
             if rows == columns:
                 block.fill_diagonal_(0)
             pairs += ((counts[:, rows] @ block) * counts[:, columns]).sum(1)
@@ -266,35 +349,88 @@ def resampled_kernel(generated: Tensor, real: Tensor) -> Resampled:
     return scores
 
 
-def _both(generated: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+def kernel_contributions(
+    generated: Tensor, real: Tensor, *, most: int = _PARTNERS, device: torch.device | str | None = None
+) -> Tensor:
+    """What each generated image contributes to KID: [N, D] and [M, D] => [N] float64, of mean zero.
+
+    It is twice the mean of k(x, x') over other generated images, less twice that of k(x, y) over real ones.
+
+    Args:
+        most: images of each kind that the means are over, drawn from all, if there are more.
+
+    Raises:
+        DataError: features that are not finite or do not match, or fewer than two.
+    """
+    device = _both(generated, real, device)
+    require_enough("kid", min(len(generated), len(real)), subset_size=2)
+    own = some_of(len(generated), most)
+    others, reals = some_rows(generated, most), some_rows(real, most)
+    is_own = torch.zeros(len(generated), dtype=torch.float64, device=device)
+    is_own[own.to(device)] = 1
+    alike, to_real = torch.zeros_like(is_own), torch.zeros_like(is_own)
+    for rows, _, block in _kernel_blocks(generated, others, device):
+        alike[rows] += block.sum(1)
+    for rows, _, block in _kernel_blocks(generated, reals, device):
+        to_real[rows] += block.sum(1)
+    alike -= is_own * _kernel_of_itself(generated, device)
+    found = 2 * (alike / (len(others) - is_own) - to_real / len(reals))
+    return (found - found.mean()).cpu()
+
+
+def some_of(available: int, most: int) -> Tensor:
+    """Which `most` of `available` images, sorted: always the same, from all of them, as folders are sorted by class."""
+    return torch.randperm(available, generator=torch.Generator().manual_seed(0))[:most].sort().values
+
+
+def some_rows(features: Tensor, most: int) -> Tensor:
+    """The features themselves, [N, D], or `some_of` them where they are more than `most`; 0: all."""
+    if not 0 < most < len(features):
+        return features
+    return features[some_of(len(features), most).to(features.device)]
+
+
+def _both(generated: Tensor, real: Tensor, device: torch.device | str | None) -> torch.device:
+    """Where the kernel of two sets of features is computed.
+
+    Raises:
+        DataError: they are not finite, or do not match.
+    """
     require_features(real, "real")
     require_features(generated, "generated", real.shape[1])
-    return _float64(generated), _float64(real)
+    return exact_device(device or generated.device)
 
 
 def _float64(x: Tensor) -> Tensor:
-    return (x.cpu() if x.device.type == "mps" else x).double()
+    return x.to(exact_device(x.device)).double()
 
 
-def _kernel_blocks(first: Tensor, second: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+def _kernel_blocks(first: Tensor, second: Tensor, device: torch.device) -> Iterator[tuple[slice, slice, Tensor]]:
     for i in range(0, len(first), _BLOCK):
+        rows = slice(i, min(i + _BLOCK, len(first)))
+        x = first[rows].to(device).double()
         for j in range(0, len(second), _BLOCK):
-            rows, columns = slice(i, min(i + _BLOCK, len(first))), slice(j, min(j + _BLOCK, len(second)))
-            yield rows, columns, (first[rows] @ second[columns].T).div_(first.shape[1]).add_(1).pow_(3)
+            columns = slice(j, min(j + _BLOCK, len(second)))
+            y = second[columns].to(device).double()
+            yield rows, columns, (x @ y.T).div_(first.shape[1]).add_(1).pow_(3)
 
 
-def _sum_of_distinct_pairs(x: Tensor) -> Tensor:
+def _sum_of_distinct_pairs(x: Tensor, device: torch.device) -> Tensor:
     """Sum of k(x_i, x_j) over i != j."""
-    diagonal = x.square().sum(1).div_(x.shape[1]).add_(1).pow_(3)
-    return sum(block.sum() for _, _, block in _kernel_blocks(x, x)) - diagonal.sum()
+    return sum(block.sum() for _, _, block in _kernel_blocks(x, x, device)) - _kernel_of_itself(x, device).sum()
 
 
-def _discrepancy(first: Tensor, second: Tensor) -> float:
+def _kernel_of_itself(x: Tensor, device: torch.device) -> Tensor:
+    """k(x_i, x_i): [N, D] => [N] float64."""
+    norms = torch.cat([part.to(device).double().square().sum(1) for part in x.split(_CHUNK)])
+    return norms.div_(x.shape[1]).add_(1).pow_(3)
+
+
+def _discrepancy(first: Tensor, second: Tensor, device: torch.device) -> Tensor:
     """sum_{i != j} k(x_i, x_j) / n(n-1) + sum_{i != j} k(y_i, y_j) / m(m-1) - 2 sum_{ij} k(x_i, y_j) / nm."""
-    n, m = len(first), len(second)
-    across = sum(block.sum() for _, _, block in _kernel_blocks(first, second))
-    within = _sum_of_distinct_pairs(first) / (n * (n - 1)) + _sum_of_distinct_pairs(second) / (m * (m - 1))
-    return float(within - 2 * across / (n * m))
+    (n, m), within = (len(first), len(second)), _sum_of_distinct_pairs
+    across = sum(block.sum() for _, _, block in _kernel_blocks(first, second, device))
+    return within(first, device) / (n * (n - 1)) + within(second, device) / (m * (m - 1)) - 2 * across / (n * m)
 
 
 def inception_score(logits: Tensor, *, splits: int = 10, shuffle_seed: int | None = 2020) -> MeanStd:
@@ -333,3 +469,13 @@ def resampled_inception_score(logits: Tensor) -> Resampled:
         return (counts @ negative_entropy / total - torch.xlogy(mean, mean).sum(1)).exp().cpu()
 
     return scores
+
+
+def inception_contributions(logits: Tensor) -> Tensor:
+    """What each image contributes to the Inception Score without splits: [N, K] logits => [N] float64, of mean zero."""
+    log_p = torch.log_softmax(_float64(logits), 1)
+    p = log_p.exp()
+    log_mean = p.mean(0).clamp(min=torch.finfo(p.dtype).tiny).log()
+    divergence = (p * log_p).sum(1) - p @ log_mean
+    mean = divergence.mean()
+    return (mean.exp() * (divergence - mean)).cpu()

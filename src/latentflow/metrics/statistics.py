@@ -16,6 +16,12 @@ _CHUNK = 2048
 """Rows that are summed at once: fixed, so that a result does not depend on how the images were batched."""
 
 
+def exact_device(device: torch.device | str) -> torch.device:
+    """Where numbers of `device` are computed in float64: there, or on the CPU where it has none (MPS)."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def require_features(features: Tensor, what: str, dim: int | None = None) -> Tensor:
     """Return [N, D] features if they are finite numbers, and D of them an image where `dim` is given.
 
@@ -64,10 +70,9 @@ class FeatureStatistics:
         self._num_waiting = 0
 
     @classmethod
-    def of(cls, features: Tensor) -> FeatureStatistics:
-        """The statistics of [N, D] features that are all there; kept on the CPU, or on their CUDA device."""
-        device = features.device if features.device.type == "cuda" else "cpu"
-        return cls(features.shape[-1], device).update(features)
+    def of(cls, features: Tensor, device: torch.device | str | None = None) -> FeatureStatistics:
+        """The statistics of [N, D] features that are all there, which need not fit `device`; None: where they are."""
+        return cls(features.shape[-1], exact_device(device or features.device)).update(features)
 
     @classmethod
     def from_moments(cls, mean: Tensor, covariance: Tensor, n: int) -> FeatureStatistics:
@@ -121,10 +126,10 @@ class FeatureStatistics:
         """
         if not len(features):
             return self
-        rows = require_features(features.detach(), "given", self.dim).to(self._mean.device)
+        rows = require_features(features.detach(), "given", self.dim)
         while len(rows):
             taken, rows = rows[: _CHUNK - self._num_waiting], rows[_CHUNK - self._num_waiting :]
-            self._waiting.append(taken.clone())  # the caller may write over its batch
+            self._waiting.append(taken.to(self._mean.device, copy=True))  # the caller may write over its batch
             self._num_waiting += len(taken)
             if self._num_waiting == _CHUNK:
                 self._flush()
