@@ -724,8 +724,13 @@ def evaluate(
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="Of an autoencoder on its own.")] = None,
     resamples: Annotated[
-        int | None, typer.Option(help="Resamples of each interval; 0: none; otherwise 200, or what a minute allows.")
+        int | None,
+        typer.Option(help="Find intervals by so many resamples; 0: none; otherwise by the spread over images."),
     ] = None,
+    neighbours: Annotated[
+        int,
+        typer.Option(help="The most images of each kind that precision, recall, density and coverage look at; 0: all."),
+    ] = 10_000,
     reference_out: Annotated[
         Path | None, typer.Option(help="File for the statistics of DATA, .safetensors; otherwise next to OUT.")
     ] = None,
@@ -765,6 +770,7 @@ def evaluate(
         seed=seed,
         batch_size=batch_size,
         resamples=resamples,
+        neighbours=neighbours,
         reference_out=reference_out,
         out=out,
         against=against,

@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
+from PIL.PngImagePlugin import PngInfo
 
 from latentflow.commands.evaluate import evaluate
 from latentflow.commands.evaluate_autoencoder import mean_score
+from latentflow.commands.evaluate_inputs import open_subject
 from latentflow.commands.evaluate_painting import hole_values
 from latentflow.commands.reference import stack_pixels
 from latentflow.commands.sample import sample
 from latentflow.commands.train_autoencoder import reconstruct
 from latentflow.data.images import open_images
+from latentflow.data.stores import FolderStore, ZipStore
 from latentflow.errors import DataError
 from latentflow.latent_flow import LatentFlow
 from latentflow.metrics.features import RandomFeatures, open_features
@@ -391,6 +394,36 @@ def drawn(tmp_path_factory, model_folder) -> Path:
 def test_one_set_of_samples_is_scored_without_its_grid(command, drawn, images):
     report = found(command(drawn, "--data", images, *FAST, "--metrics", "fid", "--json"))
     assert report["protocol"]["num_images"] == 6
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_set_of_samples_is_listed_once_and_only_the_beginnings_of_its_files_are_read(
+    tmp_path, monkeypatch, drawn, packed
+):
+    listed = []
+    for store in (FolderStore, ZipStore):
+        listing = store.listing
+        monkeypatch.setattr(store, "listing", lambda self, listing=listing: listed.append(self) or listing(self))
+        monkeypatch.setattr(store, "read", lambda self, path: pytest.fail(f"{path} was read as a whole"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("a picture was decoded"))
+    place = shutil.make_archive(str(tmp_path / "drawn"), "zip", drawn) if packed else drawn
+    subject = open_subject(str(place), "sample", None, "cpu")
+    assert (subject.image_size, len(subject.sample_rows), len(listed)) == (tiny.IMAGE_SIZE, 6, 1)
+
+
+def test_a_sample_that_says_more_than_usual_is_read_whole(command, tmp_path, drawn, images):
+    shutil.copytree(drawn, tmp_path / "drawn")
+    file = next((tmp_path / "drawn").glob("apple*.png"))
+    with Image.open(file) as image:
+        text = PngInfo()
+        text.add_text("comment", "x" * 9000)
+        text.add_text("latentflow", image.text["latentflow"])
+        image.save(file, pnginfo=text)
+    args = ("--data", images, *FAST, "--metrics", "fid")
+    assert command(tmp_path / "drawn", *args).code == 0
+    file.write_bytes(file.read_bytes()[:30])
+    refused = command(tmp_path / "drawn", *args)
+    assert (refused.code, f"cannot read {file.name}" in refused.error) == (2, True)
 
 
 @pytest.mark.parametrize(

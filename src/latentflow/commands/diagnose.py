@@ -43,8 +43,8 @@ from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.locks import writes
 from latentflow.metrics.features import RandomFeatures
-from latentflow.metrics.resampling import bootstrap
-from latentflow.metrics.scores import frechet_distance, resampled_frechet
+from latentflow.metrics.resampling import interval_over_images
+from latentflow.metrics.scores import frechet_contributions, frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
 from latentflow.metrics.trajectories import follow
 from latentflow.progress import image_progress
@@ -58,7 +58,6 @@ _LOOKS = 4  # times that each image is looked at for the loss
 _MOST_WAYS, _WAY_STEPS = 64, 40
 _PAIRS = 8  # shown on each sheet
 _TWIN = 1e-5  # relative distance of features below which two images are one
-_RESAMPLES = 50
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def diagnose(
         ways=_ways(flow, request, batch_size),
         latents=_latent_statistics(samples.latents, looked.latents.latents, half),
         memorisation=memorisation,
-        floor=_floor(network.label, features, first, second, seed),
+        floor=_floor(network.label, features, first, second),
         seconds=round(clock.perf_counter() - began, 1),
     )
     for name, pixels in pairs.items():
@@ -331,13 +330,14 @@ def _without_twins(held_out: Looked, members: Looked) -> tuple[Looked, int]:
     return held_out.rows(alone), int((~alone).sum())
 
 
-def _floor(label: str, features: Tensor, first: Looked, second: Looked, seed: int) -> Floor:
+def _floor(label: str, features: Tensor, first: Looked, second: Looked) -> Floor:
     reference = FeatureStatistics.of(first.features)
     distances, errors = [], []
     for rows in (second.features, second.reconstructed, features):
-        distances.append(frechet_distance(FeatureStatistics.of(rows), reference))
-        scores = resampled_frechet(rows, reference)
-        errors.append(bootstrap(scores, len(rows), num=_RESAMPLES, seed=seed).standard_error)
+        statistics = FeatureStatistics.of(rows)
+        distances.append(frechet_distance(statistics, reference))
+        contributions = frechet_contributions(rows, statistics, reference)
+        errors.append(interval_over_images(contributions, distances[-1]).standard_error)
     return Floor(
         label=label,
         num=len(features),

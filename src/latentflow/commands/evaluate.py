@@ -45,6 +45,7 @@ from latentflow.metrics.lpips import load_lpips
 from latentflow.metrics.pairs import PairJudge, discriminative_scores
 from latentflow.metrics.report import (
     FEATURE_METRICS,
+    NEIGHBOURS,
     Comparison,
     EvaluationCounts,
     EvaluationProtocol,
@@ -53,9 +54,10 @@ from latentflow.metrics.report import (
     Score,
     compare,
     feature_scores,
+    frechet_name,
     require_comparable,
 )
-from latentflow.metrics.scores import require_enough
+from latentflow.metrics.scores import require_enough, some_of, some_rows
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 
@@ -96,6 +98,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 32,
     resamples: int | None = None,
+    neighbours: int = NEIGHBOURS,
     reference_out: str | Path | None = None,
     out: str | Path | None = None,
     against: str | Path | None = None,
@@ -118,7 +121,7 @@ def evaluate(
         masks, segmenter: see `plan_painting`.
         lpips: weights of LPIPS; see `load_lpips`.
         image_size: of an autoencoder on its own.
-        resamples: see `feature_scores`.
+        resamples, neighbours: see `feature_scores`.
         reference_out: a .safetensors file for the statistics of the reference; None: next to `out`.
         out: a folder, or the .json file of the report; features are kept beside it.
         against: another report, its file or its folder; `anyway`: although something differs that must not.
@@ -132,7 +135,7 @@ def evaluate(
     """
     assert runtime is not None  # opened by `writes`
     process, first = (runtime.rank, runtime.world), runtime.is_main
-    task, wanted = checked_words(task, reconstruction, metrics, num, features, labels, resamples)
+    task, wanted = checked_words(task, reconstruction, metrics, num, features, labels, resamples, neighbours)
     report_file, work = _places(out)
     for place in filter(None, (out, reference_out)):
         require_apart(place, data)
@@ -142,7 +145,8 @@ def evaluate(
         raise ConfigError(f"{process[1]} processes share their work through files: give --out")
     real = open_reference(data, subject.image_size)
     wanted = wanted or [*usual_metrics(subject, real), *(["lpips"] if lpips else [])]
-    judge = PairJudge(bool({"ssim", "ssim-hole"} & {*wanted}), load_lpips(lpips, subject.device) if lpips else None)
+    with_ssim, network = bool({"ssim", "ssim-hole"} & {*wanted}), load_lpips(lpips, subject.device) if lpips else None
+    judge = PairJudge(with_ssim, network, subject.device)
     plan = plan_images(subject, real, wanted, num, labels, masks, segmenter, judge, seed, preset)
     check_scores(wanted, plan.num, real, data, features)
     extractor = open_extractor(features, weights, subject)
@@ -162,6 +166,7 @@ def evaluate(
         label_policy=plan.labels,
         features=FeatureFacts(name=extractor.name, hash=extractor.hash, label=extractor.label),
         reference=real.facts(reference.statistics),
+        neighbours=neighbours,
         inputs=plan.painting.inputs if plan.painting else {},
         model=subject.facts(),
         sampling=plan.sampling,
@@ -174,7 +179,7 @@ def evaluate(
         },
     )
     if other and not anyway:
-        require_comparable(protocol, other.protocol)
+        require_comparable(protocol, other.protocol, [name for name in _keys(wanted, features) if name in other.scores])
 
     with image_progress("evaluating", plan.num // process[1], enabled=first) as on_images:
         folder = work.with_suffix(".features") if work else None
@@ -183,7 +188,8 @@ def evaluate(
     if not first:
         return None
     with _timed(seconds, "scoring"):
-        scores = _scores(wanted, columns, reference, extractor, resamples)
+        how = {"resamples": resamples, "neighbours": neighbours, "device": subject.device}
+        scores = _scores(wanted, columns, reference, extractor, **how)
     report = EvaluationReport(
         protocol=protocol.model_copy(update=_measured(columns, subject, seconds)),
         scores=scores,
@@ -212,7 +218,7 @@ def _images(
 ) -> dict[str, Tensor]:
     """The columns of the images to be scored, whoever made them: see `drawn_columns`, `image_features`, `painted`."""
     options = {"batch_size": batch_size, "folder": folder, "process": process, "on_images": on_images}
-    rows = [] if reference.rows is None else reference.rows[_chosen(len(reference.rows), plan.num)].tolist()
+    rows = [] if reference.rows is None else reference.rows[some_of(len(reference.rows), plan.num)].tolist()
     if subject.task == "reconstruction":
         keys = {"data": real.fingerprint, "image_size": subject.image_size, "features": extractor.hash}
         given = (subject.autoencoder, real.source, rows, extractor)
@@ -245,31 +251,32 @@ def _images(
     return {"features": drawn.features, "evaluations": drawn.evaluations, "labels": drawn.labels, "seconds": spent}
 
 
-def _chosen(available: int, num: int) -> Tensor:
-    """Which `num` of `available` images: always the same, drawn from all of them, as folders are sorted by class."""
-    return torch.randperm(available, generator=torch.Generator().manual_seed(0))[:num].sort().values
-
-
 def _scores(
     metrics: Sequence[str],
     columns: dict[str, Tensor],
     reference: RealFeatures,
     extractor: FeatureExtractor,
-    resamples: int | None,
+    **how: Any,
 ) -> dict[str, Score]:
+    """All that is asked for; the options are `feature_scores`'."""
     generated, real = columns["features"], reference.features
     logits = logits_of(extractor, generated) if "is" in metrics else None
     of_features = [name for name in metrics if name in FEATURE_METRICS]
     given = (of_features, generated, reference.statistics, real)
-    scores = feature_scores(*given, features=extractor.name, logits=logits, resamples=resamples)
+    scores = feature_scores(*given, features=extractor.name, logits=logits, **how)
     if judged := [name for name in metrics if name in JUDGED]:
-        found = discriminative_scores(generated, real[_chosen(len(real), len(generated))])
+        found = discriminative_scores(generated, some_rows(real, len(generated)))
         warning = require_enough("p_ids", len(generated), dim=generated.shape[1])
         for name in judged:
             value, notes = getattr(found, name.replace("-", "_")), [warning] if warning else []
             scores[name] = Score(label=name.upper(), value=value, notes=notes)
     scores |= pair_scores(metrics, columns)
     return scores | (map_scores(columns) if "miou" in metrics else {})
+
+
+def _keys(metrics: Sequence[str], features: str) -> list[str]:
+    """Under which names a report has the scores of some metrics."""
+    return [frechet_name(features)[0] if name == "fid" else name for name in metrics]
 
 
 def _measured(columns: dict[str, Tensor], subject: Subject, seconds: dict[str, float]) -> dict[str, Any]:

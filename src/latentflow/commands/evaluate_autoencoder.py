@@ -21,6 +21,7 @@ from latentflow.latent_flow import CONFIG_FILE, LatentFlow, find_model
 from latentflow.metrics.features import FeatureExtractor
 from latentflow.metrics.pairs import PairJudge
 from latentflow.metrics.report import Score
+from latentflow.metrics.resampling import interval_over_images
 from latentflow.runtime import Runtime
 
 
@@ -87,7 +88,6 @@ def pair_scores(metrics: Sequence[str], columns: dict[str, Tensor]) -> dict[str,
 
 def mean_score(label: str, values: Tensor, **more: Any) -> Score:
     """The mean over images of one number each, with the interval that its spread gives: [N] => a score."""
-    values = values.double()
-    mean, error = float(values.mean()), float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
-    bounds = {"low": mean - 1.96 * error, "high": mean + 1.96 * error, "standard_error": error}
-    return Score(label=label, value=mean, **bounds, **more)
+    found = interval_over_images(values, float(values.double().mean()))
+    bounds = {"low": found.low, "high": found.high, "standard_error": found.standard_error}
+    return Score(label=label, value=found.estimate, **bounds, **more)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ from latentflow.commands.evaluate_painting import Painting, plan_painting, requi
 from latentflow.commands.picture_folder import GRID
 from latentflow.commands.reference import RealImages
 from latentflow.data.decode import open_image, reason
-from latentflow.data.images import open_images
+from latentflow.data.images import ImageFiles
 from latentflow.data.items import ImageSource
-from latentflow.data.stores import is_image, open_store
+from latentflow.data.stores import FolderStore, Listing, ZipStore, is_image, open_store
 from latentflow.errors import ArtifactError, ConfigError, DataError, nearest
 from latentflow.latent_flow import CONFIG_FILE, LatentFlow
 from latentflow.metrics.features import NAMES, FeatureExtractor, open_features
 from latentflow.metrics.pairs import PairJudge
 from latentflow.metrics.report import FEATURE_METRICS, ModelFacts, check_metrics
 from latentflow.metrics.scores import require_enough
+from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.picture_file import facts_in, unlike, which, whose
 
@@ -46,6 +48,9 @@ _USUAL = {
     "mask-to-image": ("fid",),
 }
 USUAL_NUM = 50_000  # images of a published FID
+_READERS = 8
+
+Store = FolderStore | ZipStore
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ def checked_words(
     features: str,
     labels: str | None,
     resamples: int | None,
+    neighbours: int,
 ) -> tuple[str, list[str]]:
     """The task and the metrics (none: the usual ones); the arguments are those of `evaluate`.
 
@@ -124,6 +130,8 @@ def checked_words(
         raise ConfigError(f"there is no label policy {labels!r}: {nearest(labels, LABEL_POLICIES)}")
     if resamples is not None and (resamples < 0 or resamples == 1):
         raise ConfigError(f"{resamples} resamples: give 0 for none, or 2 and more; 200 are usual")
+    if neighbours and neighbours < 6:
+        raise ConfigError(f"neighbours among {neighbours} images: each needs 5, so give 6 and more, or 0 for all")
     return task, asked
 
 
@@ -139,10 +147,10 @@ def open_subject(model: str, task: str, image_size: int | None, runtime: Runtime
         return Subject(task, image_size, autoencoder.device, lambda: facts, autoencoder=autoencoder)
     if image_size is not None:
         raise ConfigError("--image-size is of an autoencoder on its own, with --reconstruction; leave it out")
-    if _holds_images(model):
+    if (found := _images_in(model)) is not None:
         if task == "mask-to-image":
             raise ConfigError(f"{model} is a set of images; the task mask-to-image draws its own: give a model")
-        samples = _open_samples(model)
+        samples = _open_samples(model, *found)
         rows = [row for row in range(len(samples)) if not GRID.search(samples.name(row))]
         facts = ModelFacts(name=samples.description, weights=samples.fingerprint())
         given = (task, samples.image_size, runtime.device, lambda: facts)
@@ -157,43 +165,66 @@ def open_subject(model: str, task: str, image_size: int | None, runtime: Runtime
     return Subject(task, size, flow.device, described, flow=flow, autoencoder=flow.autoencoder)
 
 
-def _holds_images(model: str) -> bool:
-    """Whether this is a set of images rather than a model: a zip, or a folder with images and without a model."""
+def _images_in(model: str) -> tuple[Store, Listing] | None:
+    """What is in a set of images, a zip or a folder with images and without a model; None: it is a model, if anything.
+
+    Raises:
+        DataError: it cannot be listed.
+    """
     path = Path(model)
     if path.suffix.lower() == ".zip":
-        return True
+        store = open_store(path)
+        return store, store.listing()
     marks = (path / CONFIG_FILE, path / "model" / CONFIG_FILE, path / "recipe.yaml")
-    return path.is_dir() and not any(mark.exists() for mark in marks) and any(map(is_image, open_store(path).files()))
+    if not path.is_dir() or any(mark.exists() for mark in marks):
+        return None
+    store = open_store(path)
+    listing = store.listing()
+    return (store, listing) if any(map(is_image, listing.files)) else None
 
 
-def _open_samples(model: str) -> ImageSource:
-    """Generated images in files, at their own size.
+def _open_samples(model: str, store: Store, listing: Listing) -> ImageSource:
+    """Generated images in files, at their own size. Of each file only the beginning is read.
 
     Raises:
         DataError: they are not PNG, not square, of several sizes, of several sets, or drawn twice.
     """
-    store = open_store(Path(model))
-    files = {name: file for name, file in sorted(store.files().items()) if is_image(name) and not GRID.search(name)}
+    files = {name: file for name, file in sorted(listing.files.items()) if is_image(name) and not GRID.search(name)}
     side, facts = 0, {}
-    for name, file in files.items():
-        if not name.lower().endswith(".png"):
-            raise DataError(
-                f"{model}: {name} is no PNG: what JPEG and its like lose changes every score; save samples as PNG"
-            )
-        try:
-            with open_image(store.read(file.path), name) as image:
-                width, height = image.size
-                facts[name] = facts_in(image)
-        except Exception as error:  # damaged archives raise nearly anything
-            raise DataError(f"{model}: cannot read {name}: {reason(error)}; draw it anew") from error
-        side = side or width
-        if (width, height) != (side, side):
-            raise DataError(
-                f"{model}: {name} has {width} x {height} pixels; samples must be square and of one size, "
-                f"here {side} x {side}"
-            )
+    if lossy := [name for name in files if not name.lower().endswith(".png")]:
+        raise DataError(
+            f"{model}: {lossy[0]} is no PNG: what JPEG and its like lose changes every score; save samples as PNG"
+        )
+    with ThreadPoolExecutor(_READERS) as pool, image_progress("looking at", len(files)) as on_images:
+        heads = pool.map(lambda name: _head(store, files[name].path, name), files)
+        for name, found in zip(files, heads, strict=True):
+            if isinstance(found, Exception):
+                raise DataError(f"{model}: cannot read {name}: {reason(found)}; draw it anew") from found
+            (width, height), facts[name] = found
+            side = side or width
+            if (width, height) != (side, side):
+                raise DataError(
+                    f"{model}: {name} has {width} x {height} pixels; samples must be square and of one size, "
+                    f"here {side} x {side}"
+                )
+            on_images(1)
     _require_one_set(model, facts)
-    return open_images(model, side or 1)
+    return ImageFiles(store, side or 1, listing=listing)
+
+
+def _head(store: Store, path: str, name: str) -> tuple[tuple[int, int], dict[str, Any] | None] | Exception:
+    """Width and height of a PNG, and what it says of itself; or what is wrong with it."""
+    wrong: Exception = DataError(name)
+    for read in (store.mark, store.read):  # what it says is longer than its first bytes only if somebody made it so
+        try:
+            content = read(path)
+            if read == store.mark and b"IDAT" not in content:
+                continue
+            with open_image(content, name) as image:
+                return image.size, facts_in(image)
+        except Exception as error:  # damaged archives raise nearly anything
+            wrong = error
+    return wrong
 
 
 def _require_one_set(model: str, facts: Mapping[str, dict[str, Any] | None]) -> None:

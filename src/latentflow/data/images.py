@@ -28,7 +28,7 @@ from latentflow.data.layout import class_folders, counted, evenly, tell_passed_o
 from latentflow.data.lmdb_store import LmdbStore, check_first, environment_file
 from latentflow.data.map_files import MapFiles
 from latentflow.data.orientation import Photo, with_turn
-from latentflow.data.stores import SUFFIXES, FolderStore, StoredFile, ZipStore, is_image, open_store, wrapper
+from latentflow.data.stores import SUFFIXES, FolderStore, Listing, StoredFile, ZipStore, is_image, open_store, wrapper
 from latentflow.data.synthetic import SyntheticShapes
 from latentflow.errors import ConfigError, DataError
 from latentflow.ledger import Ledger, one_at_a_time
@@ -131,15 +131,25 @@ class ImageFiles:
     Reading is safe from several threads, and from processes that are forked or spawned. The first images keep the
     labels that they have among all.
 
+    Args:
+        listing: of the store, where it is known already.
+
     Raises:
         DataError: no images or fewer than `first`, or a layout whose labels or maps would be nonsense.
     """
 
-    def __init__(self, store: FolderStore | ZipStore, image_size: int, first: int | None = None):
+    def __init__(
+        self,
+        store: FolderStore | ZipStore,
+        image_size: int,
+        first: int | None = None,
+        *,
+        listing: Listing | None = None,
+    ):
         self.image_size = image_size
         self._store = store
         self._contents: list[str] | None = None
-        files, folders = store.listing()
+        files, folders = listing or store.listing()
         images = {name: file for name, file in files.items() if is_image(name)}
 
         def mark(name: str) -> bytes:

@@ -30,10 +30,10 @@ def read_facts(file: bytes | str, name: str | None = None) -> dict[str, Any] | N
 
 
 def facts_in(image: Image.Image) -> dict[str, Any] | None:
-    """The same of a picture that is open."""
-    text = getattr(image, "text", {}).get("latentflow")
+    """The same of a picture that is open; its pixels are not decoded."""
+    text = image.info.get("latentflow")
     try:
-        facts = json.loads(text) if text else None
+        facts = json.loads(text) if isinstance(text, str) else None
     except ValueError:
         return None
     return facts if isinstance(facts, dict) and isinstance(facts.get("drawn_by"), dict) else None
