@@ -195,7 +195,7 @@ def test_ways_of_sampling_are_compared():
 def test_numbers_of_neighbours_are_compared_where_neighbours_are():
     recall = {"recall": Score(label="recall", value=0.5)}
     one, other = report(neighbours=25, scores=recall), report(neighbours=28, scores=recall)
-    with pytest.raises(ConfigError, match="neighbours among: 20 images, 25 real ones and 20 images, 28 real ones"):
+    with pytest.raises(ConfigError, match="neighbours among: all images, 25 real ones and all images, 28 real ones"):
         compare(one, other)
     assert compare(report(neighbours=30, scores=recall), report(scores=recall)).differing == []  # all of them
     assert compare(report(neighbours=10), report()).differing == []  # fd has none

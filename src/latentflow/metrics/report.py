@@ -147,7 +147,8 @@ class EvaluationProtocol(_Record):
         """
         drawn = "sample" if self.task == "images" else self.task
         near = {*metrics} & {*NEIGHBOUR_SCORES}
-        looked_at = [min(self.neighbours or count, count) for count in (self.num_images, self.reference.num_images)]
+        counts = (self.num_images, self.reference.num_images)
+        looked_at = [self.neighbours if 0 < self.neighbours < count else "all" for count in counts]
         return {
             "task": drawn,
             "features": f"{self.features.name} {self.features.hash[:12]}",
