@@ -407,7 +407,7 @@ def test_a_set_of_samples_is_listed_once_and_only_the_beginnings_of_its_files_ar
         monkeypatch.setattr(store, "read", lambda self, path: pytest.fail(f"{path} was read as a whole"))
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("a picture was decoded"))
     place = shutil.make_archive(str(tmp_path / "drawn"), "zip", drawn) if packed else drawn
-    subject = open_subject(str(place), "sample", None, "cpu")
+    subject = open_subject(str(place), "sample", None, tiny.CPU)
     assert (subject.image_size, len(subject.sample_rows), len(listed)) == (tiny.IMAGE_SIZE, 6, 1)
 
 

@@ -171,6 +171,7 @@ def evaluate(
         model=subject.facts(),
         sampling=plan.sampling,
         device=_device_name(subject.device),
+        precision=runtime.precision,
         versions={
             "latentflow": latentflow.__version__,
             "torch": torch.__version__,
