@@ -144,6 +144,7 @@ def sweep(
         features=extractor.name,
         feature_hash=extractor.hash,
         device=flow.device.type,
+        precision=flow.runtime.precision,
         batch_size=batch_size,
         seed=seed,
         sizes=[num] if budget is None else round_sizes(num, len(candidates)),

@@ -23,6 +23,7 @@ from latentflow.metrics.resampling import draw_counts
 from latentflow.metrics.scores import resampled_frechet
 from latentflow.metrics.statistics import FeatureStatistics
 from latentflow.progress import image_progress
+from latentflow.runtime import Precision
 
 _RESAMPLES = 100  # a standard error to 7 %
 
@@ -42,6 +43,7 @@ class SweepPlan(_Record):
     features: str
     feature_hash: str
     device: str
+    precision: Precision = Field("fp32", description="What the model's network computes in.")
     batch_size: int
     seed: int
     sizes: list[int] = Field(description="Images per candidate in each round.")
