@@ -155,17 +155,47 @@ def test_the_word_of_precision(monkeypatch):
         open_runtime(precision="bf16")
 
 
+def switches() -> tuple[object, ...]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    newer = matmul.fp32_precision, cudnn.conv.fp32_precision
+    try:
+        return *newer, matmul.allow_tf32, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return *newer, "torch does not say, as both kinds of switches were used"
+
+
+@pytest.fixture
+def switches_of_the_caller(request):
+    """As torch sets them, or as a user did by the older or the newer ones."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    request.param()
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize(
-    ("precision", "policy"), [("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "tf32"), ("fp16", "tf32")]
+    "switches_of_the_caller",
+    [
+        lambda: None,
+        lambda: torch.set_float32_matmul_precision("high"),
+        lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    ],
+    ids=["none", "older", "newer"],
+    indirect=True,
 )
-def test_how_float32_is_computed_on_a_gpu(precision, policy):
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-    before = [place.fp32_precision for place in places]
-    with Runtime(torch.device("cuda", 0), precision=precision).float32_policy():
-        assert [place.fp32_precision for place in places] == [policy] * 3
-    with pytest.raises(ZeroDivisionError), Runtime(torch.device("cuda", 0), precision=precision).float32_policy():
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_how_float32_is_computed_on_a_gpu(precision, switches_of_the_caller):
+    """Both kinds of switches say the same inside, or torch's compiler would not run; they are put back."""
+    tf32, before, runtime = precision != "fp32", switches(), Runtime(torch.device("cuda", 0), precision=precision)
+    with runtime.float32_policy():
+        inside = switches()
+        assert inside[0] == ("tf32" if tf32 else "ieee")
+        assert (inside[1] == "tf32") == tf32
+        assert inside[2:] == (tf32, tf32, "high" if tf32 else "highest")
+    with pytest.raises(ZeroDivisionError), runtime.float32_policy():
         raise ZeroDivisionError
-    assert [place.fp32_precision for place in places] == before
+    assert switches() == before
 
 
 def test_autocast():

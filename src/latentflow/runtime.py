@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache
@@ -82,15 +82,7 @@ class Runtime:
     @contextmanager
     def float32_policy(self) -> Iterator[None]:
         """How float32 products and convolutions are computed inside, backward passes included: IEEE, or TF32."""
-        if self.device.type != "cuda":
-            yield
-            return
-        policy = "ieee" if self.precision == "fp32" else "tf32"
-        places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-        with ExitStack() as stack:
-            for place in places:
-                stack.callback(setattr, place, "fp32_precision", place.fp32_precision)
-                place.fp32_precision = policy
+        with float32_products(tf32=self.precision != "fp32") if self.device.type == "cuda" else nullcontext():
             yield
 
     def with_precision(self, word: PrecisionWord) -> Runtime:
@@ -137,6 +129,33 @@ class Runtime:
 
     def _group(self, tensor: Tensor) -> ProcessGroup | None:
         return self.group if tensor.device.type == "cpu" else None
+
+
+@contextmanager
+def float32_products(*, tf32: bool) -> Iterator[None]:
+    """Compute float32 products and convolutions on CUDA with TF32 inside, or in full.
+
+    By torch's older switches, which set the newer ones with them; the other way round torch refuses to say which holds,
+    and its compiler asks.
+    """
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = _older_switch(), products.fp32_precision, convolutions.allow_tf32, convolutions.conv.fp32_precision
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    convolutions.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        products.fp32_precision = before[1]
+        convolutions.allow_tf32 = before[2]
+        convolutions.conv.fp32_precision = before[3]
+
+
+def _older_switch() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # somebody has set the newer one alone
+        return "highest"
 
 
 def open_runtime(

@@ -88,11 +88,11 @@ def test_features_by_name(kl, inception_weights, tmp_path):
 
 def test_settings_of_products_on_a_gpu_are_put_back():
     def settings():
-        return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
     before = settings()
     with full_float32():
-        assert settings() == ("ieee", "ieee")
+        assert settings() == (False, False)
         with torch.autocast("cpu", dtype=torch.bfloat16), full_float32():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     assert settings() == before

@@ -21,6 +21,7 @@ from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
 from latentflow.errors import ArtifactError, ConfigError, DataError, nearest
 from latentflow.metrics.inception import InceptionV3, download_weights, load_inception
 from latentflow.metrics.random_features import RandomPyramid
+from latentflow.runtime import float32_products
 from latentflow.weights import LOADING
 
 NAMES = ("inception", "dinov2", "latents", "random")
@@ -177,7 +178,7 @@ class LatentFeatures:
     label = f"Fréchet distance of latents, {_RELATIVE}"
 
     def __init__(self, autoencoder: Autoencoder, image_size: int):
-        self.autoencoder = autoencoder
+        self.autoencoder = autoencoder.under(autoencoder.runtime.with_precision("fp32"))
         self.image_size = image_size
         self.dim = autoencoder.num_channels * autoencoder.latent_side(image_size) ** 2
 
@@ -222,16 +223,11 @@ class RandomFeatures:
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
     """Convolutions and products on a GPU without TF32, autocast off: features would move by 1e-3 otherwise."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.conv.fp32_precision, matmul.fp32_precision
-    cudnn.conv.fp32_precision = matmul.fp32_precision = "ieee"
-    try:
-        with contextlib.ExitStack() as stack:
-            for kind in ("cuda", "cpu"):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
-    finally:
-        cudnn.conv.fp32_precision, matmul.fp32_precision = before
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(float32_products(tf32=False))
+        for kind in ("cuda", "cpu"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _checked(images: Tensor) -> Tensor:
