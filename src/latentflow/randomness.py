@@ -21,7 +21,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # of the golden ratio and of the square root of 3
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
-_WORDS_AT_A_TIME = 1 << 17  # on the CPU: what is being computed stays in its caches
+_WORDS_AT_A_TIME = 1 << 18  # on the CPU: what is being computed stays in its caches
 
 
 def derive_seed(*parts: int | str) -> int:
