@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -109,15 +110,17 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, norm: str) -> Tensor
     Args:
         norm: over the channels of a token: "layernorm" or "rmsnorm".
     """
-    device = x.device.type
-    narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    kind = x.device.type  # "meta" knows no autocast: nothing is computed there
+    narrow = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
     scale = 1 + scale[:, None].to(x.dtype)
     return scaled_norm(x, scale, shift[:, None], centred=norm == "layernorm", dtype=narrow)
 
 
 def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """x + gate * branch, with one gate per image: [B, N, D], [B, D] and [B, N, D] => [B, N, D]."""
-    with torch.autocast(x.device.type, enabled=False):  # it would widen gate and branch, and keep them so
+    kind = x.device.type
+    # autocast would widen gate and branch, and keep them so
+    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
         return torch.addcmul(x, gate[:, None], branch)
 
 
