@@ -335,6 +335,56 @@ def train(
         say(f"{result.outcome.step} steps done; the model is {result.run / 'model'}")
 
 
+@app.command(epilog="Example: latentflow plan imnet_f8_ditb2 training.batch_size=256 --device-memory 80")
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.batch_size=64")] = None,
+    device_memory: Annotated[
+        float | None, typer.Option(min=0.001, help="Plan for a GPU with so many GiB, in place of this machine.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="That share a batch, each with a device.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Of the data, where they are not here.")] = None,
+    classes: Annotated[int | None, typer.Option(min=0, help="Of the data, where they are not here.")] = None,
+    latents: Annotated[
+        str | None, typer.Option(help="Of an image, as 4x32x32, where the autoencoder is not here.")
+    ] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run will take before it is begun: memory by part, time, disk, and what would make it fit."""
+    from latentflow.commands.plan import plan as run
+    from latentflow.training.config import load_recipe
+
+    given = load_recipe(recipe, overrides or ())
+    given = given.model_copy(update={"out": given.out or f"runs/{Path(recipe).stem}"})
+    found = run(
+        given,
+        Path(recipe).stem,
+        _runtime(device),
+        device_memory=device_memory,
+        num_processes=processes,
+        num_images=images,
+        num_classes=classes,
+        latents=_latent_shape(latents),
+    )
+    if as_json:
+        typer.echo(json.dumps(found.record()))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_column(style="dim")
+    for title, rows in found.sections().items():
+        if title:
+            table.add_row()
+            table.add_row(f"[bold]{escape(title)}")
+        for name, value, known in rows:
+            table.add_row(f"[bold]{name}" if not title else f"  {name}", escape(printable(value)), known)
+    Console().print(table)
+    for line in found.advice:
+        say(line)
+
+
 @app.command(epilog="Example: latentflow train-autoencoder own_images data.path=photos out=runs/photos_autoencoder")
 def train_autoencoder(
     recipe: Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")],
@@ -1227,6 +1277,18 @@ def _picture_rows(result: Pictures) -> dict[str, Any]:
         "evaluations per image": round(result.evaluations, 2),
         "seconds": round(result.seconds, 2),
     }
+
+
+def _latent_shape(text: str | None) -> tuple[int, int, int] | None:
+    """Channels, height and width of latents written as 4x32x32."""
+    if text is None:
+        return None
+    if not re.fullmatch("[1-9][0-9]{0,4}(x[1-9][0-9]{0,4}){2}", text):
+        raise ConfigError(f"--latents {text!r} is not three numbers like 4x32x32: channels, height and width")
+    channels, height, width = map(int, text.split("x"))
+    if height != width:
+        raise ConfigError(f"--latents {text}: training images are square, and so are their latents")
+    return channels, height, width
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -1,0 +1,289 @@
+"""`latentflow plan`: what is exact is what a run has and writes, what is advised fits, and nothing need be there."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from latentflow.artifacts import read_tensors
+from latentflow.autoencoder import Autoencoder
+from latentflow.commands import plan as plan_module
+from latentflow.commands import plan_probe
+from latentflow.commands.plan import MODES, Plan, cached_bytes, gib
+from latentflow.commands.plan import plan as plan_command
+from latentflow.commands.plan_probe import Speed, forward_flops, probe
+from latentflow.commands.plan_subject import KNOWN_STAGES, PUBLISHED_DATA
+from latentflow.commands.train import train
+from latentflow.errors import ConfigError
+from latentflow.latent_flow import LatentFlow
+from latentflow.training.config import Recipe, load_recipe, recipe_names
+from latentflow.training.settings import to_yaml
+from tests import tiny
+from tests.processes import run_here
+
+NETWORKS = {
+    "dit": tiny.RECIPE["network"],
+    "modern": {**tiny.RECIPE["network"], "variant": "modern"},
+    "unet": {"kind": "unet", "variant": "ncsn++", "channels": 8, "multipliers": [1, 2], "norm_groups": 4},
+}
+LARGE = "imnet_f8_ditb2"
+
+
+@pytest.fixture
+def unprobed(monkeypatch) -> None:
+    """Take a speed from the air, where it is not what the test is about."""
+    speed = Speed(0.5, 0.1, 10**9, 6e9, "nothing", True)
+    monkeypatch.setattr(plan_module, "probe", lambda config, runtime, **given: speed)
+
+
+@pytest.fixture
+def recipe(cache, kl_folder, tmp_path):
+    """The tiny recipe on a latent cache, with some values changed."""
+
+    def made(**given) -> Recipe:
+        data = {"path": cache, **given.pop("data", {})}
+        return tiny.recipe(data=data, autoencoder=kl_folder, out=tmp_path / "run", **given)
+
+    return made
+
+
+def planned(recipe: Recipe | str, *overrides: str, **options) -> Plan:
+    """The plan of a recipe, given by name or as it is."""
+    name = recipe if isinstance(recipe, str) else "fruit"
+    return plan_command(load_recipe(name, overrides) if isinstance(recipe, str) else recipe, name, tiny.CPU, **options)
+
+
+def num_bytes(file: Path) -> int:
+    return sum(tensor.nbytes for tensor in read_tensors(file).values())
+
+
+@pytest.mark.usefixtures("unprobed")
+@pytest.mark.parametrize("network", NETWORKS)
+def test_what_is_exact_is_what_a_run_has_and_writes(recipe, network):
+    chosen = Recipe.model_validate({"network": NETWORKS[network]}).network
+    given = recipe(training={"steps": 3}).model_copy(update={"network": chosen})
+    found = planned(given)
+    run = train(given, runtime=tiny.CPU).run
+    folder = run / "checkpoints" / "step-00000003"
+    assert found.disk.checkpoint == sum(num_bytes(file) for file in folder.glob("*.safetensors"))
+    assert found.memory.exact["optimizer's moments"] == num_bytes(folder / "optimizer.safetensors")
+    assert found.memory.exact["moving average"] == num_bytes(folder / "ema.safetensors")
+    stage = sum(num_bytes(file) for file in (run / "model" / "autoencoder").glob("*.safetensors"))
+    assert found.disk.model == num_bytes(run / "model" / "velocity.safetensors") + stage
+    assert found.memory.estimated["autoencoder"] == stage
+    model = LatentFlow.from_pretrained(run, device="cpu")
+    assert found.num_parameters == sum(parameter.numel() for parameter in model.network.parameters())
+    assert found.memory.exact["weights"] == found.memory.exact["gradients"] == 4 * found.num_parameters
+    assert found.subject.config.latent_shape == model.config.latent_shape
+    assert found.subject.config.network == model.config.network
+    assert found.subject.assumed == []
+
+
+@pytest.mark.usefixtures("unprobed")
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_cache_takes_what_its_tensors_take(recipe, cache, flip):
+    """The moments that training reads, mirrored ones included where it mirrors; labels."""
+    shards = [read_tensors(file) for file in sorted(cache.glob("*.safetensors"))]
+    read = ("moments", "labels", *(["moments_flipped"] if flip else []))
+    wanted = sum(shard[name].nbytes for shard in shards for name in read)
+    found = planned(recipe(data={"flip": flip}))
+    assert cached_bytes(found.subject) == found.memory.estimated["latent cache"] == wanted
+    assert found.disk.cache_is_here
+    assert wanted < found.disk.cache <= sum(file.stat().st_size for file in cache.glob("*.safetensors"))
+
+
+@pytest.mark.usefixtures("unprobed")
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_has_a_plan_without_its_data(name):
+    """Whatever is not there is assumed, and said to be."""
+    found = planned(name)
+    there = name == "demo"
+    assert bool(found.subject.assumed) is not there
+    record = json.loads(json.dumps(found.record()))
+    assert record["parameters"] > 10**5
+    assert record["memory"]["peak"] > sum(record["memory"]["exact"].values())
+    assert record["time"]["seconds"] > 0
+    kept = [record["memory"]["kept_for_backward"][mode] for mode in MODES]
+    assert kept == sorted(kept, reverse=True)
+    for rows in found.sections().values():
+        assert all(value and all(isinstance(part, str) for part in (row, value, known)) for row, value, known in rows)
+
+
+@pytest.mark.parametrize("name", ["celeb1024_f8_adm", "imnet_f8_ditb2", "demo"])
+def test_ten_seconds_are_enough(name):
+    """Of the processor: the largest network of each kind, and a small one, with the steps that are probed."""
+    began = time.process_time()
+    found = planned(name)
+    assert time.process_time() - began < 10
+    assert found.speed.flops_per_second > 0
+    assert found.speed.whole == (name == "demo")
+
+
+def test_recipes_are_for_data_of_known_sizes():
+    """A thousand epochs of 30,000 images, say their comments; others are of round numbers of epochs, too."""
+    for name, epochs in (("celeb512_f8_adm", 1000), ("ffhq_f8_dit", 500), ("celeb_f8_dit", 500), ("semantic_kl", 175)):
+        recipe = load_recipe(name)
+        facts = next(facts for start, facts in PUBLISHED_DATA.items() if name.startswith(start))
+        assert recipe.training.steps * recipe.training.batch_size / facts.num_images == pytest.approx(epochs, rel=5e-3)
+
+
+def test_published_autoencoders_are_of_known_sizes(shared):
+    """Compared with those that are here, and with what their configs build."""
+    for name in ("taesd", "taesd3"):
+        known, autoencoder = (
+            KNOWN_STAGES[f"madebyollin/{name}"],
+            Autoencoder.from_pretrained(shared / "autoencoders" / name),
+        )
+        assert known.num_bytes == sum(4 * tensor.numel() for tensor in autoencoder.model.state_dict().values())
+        found = (autoencoder.factor, autoencoder.num_channels, autoencoder.num_moments)
+        assert (known.factor, known.num_channels, known.num_moments) == found
+
+
+@pytest.mark.usefixtures("unprobed")
+def test_what_is_assumed_may_be_said():
+    found = planned(LARGE, num_images=5000, num_classes=3, latents=(16, 64, 64))
+    assert found.subject.config.latent_shape == (16, 64, 64)
+    assert found.subject.config.conditioning.num_classes == 3
+    assert found.subject.data.num_images == 5000
+    fewer = planned(LARGE, num_classes=2, latents=(16, 64, 64)).num_parameters
+    assert found.num_parameters - fewer == 768  # one row of the labels' embedding
+
+
+@pytest.mark.usefixtures("unprobed")
+@pytest.mark.parametrize("memory", [24, 40, 80])
+@pytest.mark.parametrize("name", [LARGE, "celeb512_f8_adm", "ffhq_f8_dit"])
+def test_what_is_advised_fits(name, memory):
+    """Each line of advice, followed, makes a plan that fits; and so does every larger micro-batch not."""
+    found = planned(name, "training.preview_every=0", device_memory=memory)
+    assert found.memory.fits(found.machine.memory) is not any("would fit" in line for line in found.advice)
+    for line in found.advice:
+        changes = re.findall(r"\S+=\S+", line)
+        assert changes, line
+        settled = [change for change in changes if not change.startswith("training.memory=")]
+        mode = next((change.split("=")[1] for change in changes if change.startswith("training.memory=")), None)
+        again = planned(name, "training.preview_every=0", *settled, device_memory=memory)
+        assert again.memory.largest_micro_batch(mode or again.memory.mode, again.machine.memory) >= (
+            again.memory.micro_batch_size
+        )
+
+
+@pytest.mark.usefixtures("unprobed")
+def test_a_network_that_fits_nowhere_has_a_smaller_one_named():
+    found = planned("ffhq_f8_dit", device_memory=7)
+    assert any("not even one image" in line for line in found.advice)
+    line = next(line for line in found.advice if "network.name" in line)
+    smaller = re.search(r"network.name=(\S+)", line)[1]
+    assert planned("ffhq_f8_dit", f"network.name={smaller}", device_memory=7).memory.largest_micro_batch(
+        "none", 7 << 30
+    )
+
+
+@pytest.mark.usefixtures("unprobed")
+def test_processes_share_a_batch():
+    one, four = (planned(LARGE, num_processes=number, device_memory=80) for number in (1, 4))
+    assert four.memory.share * 4 == one.memory.share == 1280
+    assert four.memory.exact == one.memory.exact
+    assert four.memory.kept("none") * 4 == one.memory.kept("none")
+    assert four.memory.estimated["gradients on their way"] == four.memory.exact["gradients"]
+    assert four.seconds_per_step < one.seconds_per_step
+
+
+def test_a_deep_transformer_is_as_slow_as_its_blocks(monkeypatch):
+    """With a clock that goes by the blocks, what is found from two of them is what all of them take."""
+    deep = planned_config("ffhq_f8_dit")
+
+    def seconds(config, runtime, images, budget) -> float:
+        return images * (0.3 + 0.7 * config.network.depth)
+
+    monkeypatch.setattr(plan_probe, "_seconds_of_pass", seconds)
+    monkeypatch.setattr(plan_probe, "_seconds_per_update", lambda config, runtime: 0.0)
+    found = probe(deep, tiny.CPU, images=32, seconds=0.5)
+    assert not found.whole
+    assert found.seconds_per_image == pytest.approx(0.3 + 0.7 * deep.network.depth)
+
+
+def test_a_large_unet_is_as_slow_as_its_operations(monkeypatch):
+    """With a clock that goes by operations, what is found on smaller latents is what the whole takes."""
+    large = planned_config("celeb512_f8_adm")
+    monkeypatch.setattr(plan_probe, "_seconds_of_pass", lambda config, *rest: rest[1] * forward_flops(config) / 1e10)
+    monkeypatch.setattr(plan_probe, "_seconds_per_update", lambda config, runtime: 0.0)
+    found = probe(large, tiny.CPU, images=8, seconds=0.5)
+    assert not found.whole
+    assert found.seconds_per_image == pytest.approx(forward_flops(large) / 1e10)
+
+
+def planned_config(name: str):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "probe", lambda config, runtime, **given: Speed(1, 1, 1, 1, "", True))
+        return planned(name).subject.config
+
+
+def test_a_small_network_is_probed_as_it_is(recipe):
+    """The speed that is found is that of training, to the accuracy of a loaded machine."""
+    found = planned(recipe(training={"batch_size": 8}))
+    assert found.speed.whole
+    assert 1e-6 < found.speed.seconds_per_image < 1
+    assert found.seconds_per_step == pytest.approx(8 * found.speed.seconds_per_image + found.speed.seconds_per_update)
+
+
+def test_the_command_prints_tables_and_records(recipe, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "fruit.yaml"
+    file.write_text(to_yaml(recipe()), encoding="utf-8")
+    shown = run_here(("plan", file, "training.steps=100", "--device", "cpu"), capsys, monkeypatch)
+    assert shown.code == 0
+    for words in ("parameters", "memory of a process", "kept for backward, checkpoint", "a checkpoint", "exact"):
+        assert words in shown.out
+    told = run_here(("plan", file, "training.steps=100", "--device", "cpu", "--json"), capsys, monkeypatch)
+    record = json.loads(told.out)
+    assert record["steps"] == 100
+    assert record["memory"]["fits"] is True
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("nothing",), "no recipe 'nothing'"),
+        ((LARGE, "training.batch=3"), "unknown key"),
+        (("own_images", "autoencoder=somebody/else"), "--latents 4x32x32"),
+        ((LARGE, "data.image_size=252"), "not a multiple of 8"),
+        ((LARGE, "network.patch_size=7"), "do not fit"),
+        ((LARGE, "--processes", "3"), "cannot be shared by 3 processes"),
+        ((LARGE, "--processes", "0"), "--processes"),
+        ((LARGE, "--device-memory", "0"), "--device-memory"),
+        ((LARGE, "--device-memory", "much"), "--device-memory"),
+        ((LARGE, "--latents", "4x32"), "--latents"),
+        ((LARGE, "--latents", "4x30x30"), "not a part"),
+        ((LARGE, "--latents", "4x32x16"), "square"),
+        ((LARGE, "--images", "0"), "--images"),
+        ((LARGE, "training.precision=fp16", "--device", "cpu"), "fp16"),
+        (("semantic_kl", "data.path=synthetic:8", "autoencoder=shapes", "data.image_size=30"), "not a multiple"),
+    ],
+)
+@pytest.mark.usefixtures("unprobed")
+def test_what_cannot_be_planned_is_one_line(args, words, capsys, monkeypatch):
+    done = run_here(("plan", *args), capsys, monkeypatch)
+    assert done.code == 2
+    assert words in done.error
+
+
+@pytest.mark.usefixtures("unprobed")
+def test_data_that_went_missing_are_assumed(tmp_path):
+    found = planned(LARGE, f"data.path={tmp_path / 'gone'}")
+    assert "gone is not there" in found.subject.assumed[0]
+    with pytest.raises(ConfigError, match="no semantic maps"):
+        planned("semantic_kl", f"data.path={tiny.write_images(tmp_path / 'flat')}")
+
+
+def test_bytes_are_said_in_a_unit_that_suits():
+    assert [gib(number) for number in (12, 3 << 10, 5 << 20, 6 << 30, 3000 << 30)] == [
+        "12 bytes",
+        "3 KiB",
+        "5 MiB",
+        "6.0 GiB",
+        "3,000.0 GiB",
+    ]
