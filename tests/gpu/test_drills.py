@@ -22,37 +22,24 @@ from latentflow.latent_flow import LatentFlow
 from latentflow.training.log import read_metrics
 from latentflow.training.settings import to_yaml
 from tests import tiny
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
-
-
-def latentflow(*args: object, launcher: tuple[str, ...] = ("-m",), seconds: float = 120) -> subprocess.CompletedProcess:
-    """`latentflow ARGS`, perhaps under a launcher."""
-    command = [sys.executable, *launcher, "latentflow", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-
-
-def torchrun(processes: int) -> tuple[str, ...]:
-    return ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "--")
+from tests.gpu.conftest import latentflow, started, torchrun
 
 
 @pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory, images, kl_folder) -> Path:
+def recipe_file(tmp_path_factory, gpu_cache, kl_folder) -> Path:
     """A recipe of 20 steps on a cache that was encoded on the GPU."""
-    folder = tmp_path_factory.mktemp("gpu")
-    done = latentflow("encode", images, "--autoencoder", kl_folder, "--image-size", 16, "--out", folder / "cache")
-    assert done.returncode == 0, done.stderr
+    folder = tmp_path_factory.mktemp("drills")
     training = {"steps": 20, "log_every": 5, "checkpoint_every": 5}
-    recipe = tiny.recipe(data={"path": folder / "cache"}, autoencoder=kl_folder, training=training)
+    recipe = tiny.recipe(data={"path": gpu_cache}, autoencoder=kl_folder, training=training)
     (folder / "fruit.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     return folder / "fruit.yaml"
 
 
 @pytest.fixture(scope="module")
-def run(recipe_file) -> Path:
+def run(recipe_file, device) -> Path:
     """A run that was never interrupted."""
     folder = recipe_file.parent / "run"
-    done = latentflow("train", recipe_file, f"out={folder}")
+    done = latentflow("train", recipe_file, f"out={folder}", "--device", device)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -72,38 +59,28 @@ def test_a_launcher_that_says_two_is_two_on_the_cpu(recipe_file, run):
     assert weights_differ(folder, run) < 1e-2  # the one ran on the GPU
 
 
-def test_more_processes_than_gpus_are_refused(recipe_file):
-    folder = recipe_file.parent / "too_many"
-    processes = torch.cuda.device_count() + 1
-    done = latentflow("train", recipe_file, f"out={folder}", launcher=torchrun(processes))
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if "latentflow: " in line]
-    assert lines
-    assert "--cpu" in lines[0]
-    assert not (folder / "metrics.jsonl").exists()
-
-
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
-def test_a_killed_run_ends_like_one_that_was_not(recipe_file, run, kill):
+def test_a_killed_run_ends_like_one_that_was_not(recipe_file, run, device, kill):
     folder = recipe_file.parent / f"killed_{kill.name}"
-    command = [sys.executable, "-m", "latentflow", "train", str(recipe_file), f"out={folder}"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    args = ("train", recipe_file, f"out={folder}", "--device", device)
+    with started(*args) as process:
         while process.poll() is None and not list(folder.glob("checkpoints/step-*")):
             time.sleep(0.01)
         process.send_signal(kill)
-    done = latentflow("train", recipe_file, f"out={folder}")
+        process.communicate(timeout=60)
+    done = latentflow(*args)
     assert done.returncode == 0, done.stderr
     assert weights_differ(folder, run) < 1e-3
 
 
-def test_a_flipped_bit_of_the_weights_is_noticed(run, tmp_path):
+def test_a_flipped_bit_of_the_weights_is_noticed(run, device, tmp_path):
     file = run / "model" / "velocity.safetensors"
     whole = file.read_bytes()
     try:
         damaged = bytearray(whole)
         damaged[-100] ^= 1
         file.write_bytes(damaged)
-        done = latentflow("sample", run, "--num", 2, "--out", tmp_path / "samples")
+        done = latentflow("sample", run, "--num", 2, "--out", tmp_path / "samples", "--device", device)
     finally:
         file.write_bytes(whole)
     assert done.returncode == 2
@@ -111,9 +88,9 @@ def test_a_flipped_bit_of_the_weights_is_noticed(run, tmp_path):
     assert not (tmp_path / "samples").exists()
 
 
-def test_threads_load_and_draw_on_one_device(run):
+def test_threads_load_and_draw_on_one_device(run, device):
     def draw(seed: int) -> torch.Tensor:
-        return LatentFlow.from_pretrained(run, device="cuda").sample(num=2, classes=[0, 1], seed=seed).pixels
+        return LatentFlow.from_pretrained(run, device=device).sample(num=2, classes=[0, 1], seed=seed).pixels
 
     alone = [draw(seed) for seed in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -122,20 +99,20 @@ def test_threads_load_and_draw_on_one_device(run):
         assert (one.int() - other.int()).abs().max() <= 1
 
 
-def test_known_pixels_stay_on_a_gpu(run, images, tmp_path):
+def test_known_pixels_stay_on_a_gpu(run, images, device, tmp_path):
     picture = next(images.rglob("*.png"))
     hole = Image.new("L", Image.open(picture).size)
     ImageDraw.Draw(hole).rectangle((6, 6, 12, 12), fill=255)
     hole.save(tmp_path / "hole.png")
     out = tmp_path / "filled.png"
-    done = latentflow("inpaint", run, picture, tmp_path / "hole.png", "--out", out)
+    done = latentflow("inpaint", run, picture, tmp_path / "hole.png", "--out", out, "--device", device)
     assert done.returncode == 0, done.stderr
     known = np.asarray(hole) == 0
     before, after = (np.asarray(Image.open(file).convert("RGB")) for file in (picture, out))
     assert np.array_equal(before[known], after[known])
 
 
-def test_a_full_gpu_costs_one_line(run, tmp_path):
+def test_a_full_gpu_costs_one_line(cuda, run, tmp_path):
     """Out of memory is no traceback: another program may hold the card."""
     program = (
         "import torch, sys; torch.cuda.set_per_process_memory_fraction(1e-4); "
