@@ -185,7 +185,7 @@ def train(setting: Setting, load: Workload, **training: Any) -> dict[str, Any]:
     clock, began = StepClock(setting.device, seconds=setting.seconds, warm_up=2 if setting.quick else 12), time.time()
     called = time.perf_counter()
     with clock.running():
-        verb("train", file, f"out={setting.work / name}", *device_option("train", setting))
+        verb("train", file, f"out={setting.work / name}", "--device", setting.device.type)
     steps = clock.steps_per_second()
     return {
         **described(setting, load, network, steps * batch_size, rates),
@@ -245,14 +245,6 @@ def peak_rates(setting: Setting) -> dict[str, float | None]:
     return {"measured": measured, "nominal": plain.nominal_rate(setting.device)}
 
 
-def device_option(name: str, setting: Setting) -> list[str]:
-    """How a verb is told the device."""
-    options = [option for p in typer.main.get_command(app).commands[name].params for option in p.opts]
-    if "--device" in options:
-        return ["--device", setting.device.type]
-    return ["--cpu"] if setting.device.type == "cpu" else []
-
-
 def sampling(setting: Setting) -> dict[str, Any]:
     """`latentflow sample` against a plain loop with the same weights: Heun, 25 steps, guidance 1, decoding included."""
     num, batch_size, steps = (8, 4, 2) if setting.quick else (3000, 500, 25)
@@ -273,7 +265,7 @@ def sampling(setting: Setting) -> dict[str, Any]:
     for run in ("cold", "warm"):
         began = time.perf_counter()
         out = folder.with_name(f"{folder.name}_{run}")
-        told = json.loads(verb("sample", folder, *asked, "--out", out, "--json", *device_option("sample", setting)))
+        told = json.loads(verb("sample", folder, *asked, "--out", out, "--json", "--device", setting.device.type))
         results[f"verb_{run}"] = {"seconds_in_all": time.perf_counter() - began, "seconds": told["seconds"]}
     flow = LatentFlow.from_pretrained(folder, device=setting.device)
     flow.autoencoder.slice_size = batch_size
@@ -311,7 +303,7 @@ def encoding(setting: Setting) -> dict[str, Any]:
     began = time.perf_counter()
     asked = ["--autoencoder", setting.autoencoder, "--image-size", 64, "--batch-size", 4 if setting.quick else 256]
     out = setting.work / f"encoded_{os.getpid()}"
-    told = json.loads(verb("encode", images, *asked, "--out", out, "--json", *device_option("encode", setting)))
+    told = json.loads(verb("encode", images, *asked, "--out", out, "--json", "--device", setting.device.type))
     seconds = time.perf_counter() - began
     return {
         "setting": f"{told['images']} JPEGs of 72 pixels to 64, {Path(setting.autoencoder).name}",

@@ -28,7 +28,6 @@ from unittest.mock import patch
 import measuring
 import numpy as np
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from measuring import REST, Enough, Lap, Stopwatch, by_clock, median_and_quartiles, seconds
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -44,6 +43,7 @@ from latentflow.flow.solvers import SOLVERS, integrate
 from latentflow.flow.times import TrainingTimes, sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.randomness import ImageRandom
+from latentflow.runtime import Runtime, open_runtime
 from latentflow.sampling.pipeline import initial_noise
 from latentflow.sampling.request import SampleRequest
 from latentflow.shapes import Condition
@@ -52,7 +52,7 @@ from latentflow.training.config import Recipe, load_recipe
 from latentflow.training.ema import EMA
 from latentflow.training.fitting import with_values
 from latentflow.training.log import LossByTime, RunLog
-from latentflow.training.loop import FiniteGuard, make_accelerator, train
+from latentflow.training.loop import FiniteGuard, train
 
 NETWORK, BARE, PAUSE = "network", "bare network", "pause"
 OPTIMIZER_PARTS = ("optimizer", "gradient clipping", "EMA")
@@ -111,13 +111,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "training.preview_every": 0,
     }
     recipe = load_recipe("own_images", measuring.overrides(defaults, options.changes))
-    device = torch.device(options.device)
+    runtime = open_runtime(options.device, recipe.training.precision)
+    device = runtime.device
     with tempfile.TemporaryDirectory() as folder:
         images, model = prepare(recipe, Path(folder))
-        training = training_laps(recipe, images, model, Path(folder) / "run", device, rounds)
+        training = training_laps(recipe, images, model, Path(folder) / "run", runtime, rounds)
         large = with_values(recipe, {"training.batch_size": 4 if options.quick else options.large_batch})
-        idle = idle_steps(large, images, model, Path(folder) / "idle", device, 5 * rounds)
-    sampling = sampling_laps(recipe, model, device, options.solver, max(rounds // 2, 2))
+        idle = idle_steps(large, images, model, Path(folder) / "idle", runtime, 5 * rounds)
+    sampling = sampling_laps(recipe, model, runtime, options.solver, max(rounds // 2, 2))
     size, batch_size = "x".join(map(str, model.config.latent_shape)), recipe.training.batch_size
     results = {
         "network": recipe.network.model_dump(mode="json"),
@@ -157,10 +158,10 @@ def prepare(recipe: Recipe, folder: Path) -> tuple[TrainingImages, LatentFlow]:
 
 
 def training_laps(
-    recipe: Recipe, images: TrainingImages, model: LatentFlow, run: Path, device: torch.device, rounds: int
+    recipe: Recipe, images: TrainingImages, model: LatentFlow, run: Path, runtime: Runtime, rounds: int
 ) -> list[Lap]:
     """The parts of each step of the real loop, with a bare forward and backward pass before it."""
-    accelerator = make_accelerator(recipe.training, cpu=device.type == "cpu")
+    device = runtime.device
     batch_size, num_classes = recipe.training.batch_size, model.config.conditioning.num_classes
     copied = copy.deepcopy(model.network).to(device).train().requires_grad_()
     network = torch.compile(copied) if recipe.training.compile else copied
@@ -175,7 +176,7 @@ def training_laps(
         if len(laps) > warm_up + rounds:
             raise Enough
         with stopwatch.part(BARE):
-            with accelerator.autocast():
+            with runtime.autocast():
                 velocity = network(latents, times, condition)
             velocity.backward(torch.ones_like(velocity))
         with stopwatch.part(PAUSE):
@@ -186,10 +187,10 @@ def training_laps(
         for owner, name, part in (
             (TrainingImages, "__getitems__", "reading"),
             (model.network, "forward", NETWORK),
-            (accelerator, "backward", NETWORK),
-            (accelerator, "clip_grad_norm_", "gradient clipping"),
-            (AcceleratedOptimizer, "step", "optimizer"),
-            (AcceleratedOptimizer, "zero_grad", "optimizer"),
+            (Tensor, "backward", NETWORK),
+            (nn.utils, "clip_grad_norm_", "gradient clipping"),
+            (torch.optim.AdamW, "step", "optimizer"),
+            (torch.optim.AdamW, "zero_grad", "optimizer"),
             (EMA, "update", "EMA"),
             (ImageRandom, "at", "randomness"),
             (ImageRandom, "normal", "randomness"),
@@ -208,29 +209,29 @@ def training_laps(
             (RunLog, "advance", "log"),
         ):
             patches.enter_context(patch.object(owner, name, stopwatch.timed(part, getattr(owner, name))))
-        train(recipe, model, images, run, accelerator)
+        train(recipe, model, images, run, runtime)
     return laps[1 + warm_up :]
 
 
 def idle_steps(
-    recipe: Recipe, images: TrainingImages, model: LatentFlow, run: Path, device: torch.device, rounds: int
+    recipe: Recipe, images: TrainingImages, model: LatentFlow, run: Path, runtime: Runtime, rounds: int
 ) -> dict[str, Any]:
     """Milliseconds of a step with `Dummy` in the network's place; nobody waits for the device in between.
 
     On the CPU, where there is nobody else to do it, the noise and the mixing are among them.
     """
-    accelerator = make_accelerator(recipe.training, cpu=device.type == "cpu")
+    warm_up = warm_up_rounds(runtime.device)
     light = LatentFlow(model.config, Dummy(model.config.conditioning.num_classes), model.autoencoder)
     readings: list[tuple[float, float]] = []
 
     def read() -> None:
         readings.append((time.perf_counter(), time.thread_time()))
-        if len(readings) > warm_up_rounds(device) + rounds:
+        if len(readings) > warm_up + rounds:
             raise Enough
 
     with between_steps(read):
-        train(recipe, light, images, run, accelerator)
-    steps = 1e3 * np.diff(np.array(readings[warm_up_rounds(device) :]), axis=0)
+        train(recipe, light, images, run, runtime)
+    steps = 1e3 * np.diff(np.array(readings[warm_up:]), axis=0)
     return {
         "setting": f"batch {recipe.training.batch_size}, a network that does nothing",
         "num_steps": len(steps),
@@ -242,9 +243,9 @@ def idle_steps(
 
 
 @torch.inference_mode()
-def sampling_laps(recipe: Recipe, model: LatentFlow, device: torch.device, solver: str, rounds: int) -> list[Lap]:
+def sampling_laps(recipe: Recipe, model: LatentFlow, runtime: Runtime, solver: str, rounds: int) -> list[Lap]:
     """The parts of each step of the real solver, with the bare network's calls before it."""
-    network = model.to(device).network.eval()
+    network, device = model.to(runtime).network.eval(), runtime.device
     batch_size, conditioning = recipe.training.batch_size, model.config.conditioning
     noise = initial_noise(model, SampleRequest(seeds=range(batch_size)))
     labels = torch.arange(batch_size) % conditioning.num_classes
@@ -258,7 +259,8 @@ def sampling_laps(recipe: Recipe, model: LatentFlow, device: torch.device, solve
         laps.append(stopwatch.lap())
         with stopwatch.part(BARE):
             for _ in SOLVERS[solver].nodes:
-                network(*doubled)
+                with runtime.autocast():
+                    network(*doubled)
         stopwatch.fine = times_parts(device, len(laps))
 
     velocity = ConditionedVelocity(stopwatch.timed(NETWORK, model.velocity), condition, null, GUIDANCE)

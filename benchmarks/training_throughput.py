@@ -32,8 +32,9 @@ from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import open_images
 from latentflow.data.latent_cache import LatentCache
 from latentflow.data.synthetic import SyntheticShapes
+from latentflow.runtime import open_runtime
 from latentflow.training.config import load_recipe
-from latentflow.training.loop import make_accelerator, train
+from latentflow.training.loop import train
 
 CACHED, ENCODING = "latent cache", "encoding in the loop"
 STORED, ANEW = "holes stored in the cache", "holes cut anew"
@@ -163,7 +164,7 @@ def measure(
     )
     model = build_model(recipe, autoencoder, cached)
     with suppress(Enough):
-        train(recipe, model, batches, folder / "run", make_accelerator(recipe.training, cpu=device.type == "cpu"))
+        train(recipe, model, batches, folder / "run", open_runtime(device, recipe.training.precision))
     size = batch_size * options.steps_per_round
     rounds = {
         side: seconds(laps, READING, REST).reshape(options.rounds, -1, 2).sum(1) for side, laps in batches.laps.items()
