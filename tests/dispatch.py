@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -38,10 +39,15 @@ def watched(device: str = "meta") -> Iterator[list[str]]:
     """Yields the list of what made the host wait for `device`, in order: the operation, and the line that asked for it.
 
     Each read of a number counts, and each copy from the host but an asynchronous one from pinned memory. With
-    "cpu" all reads of tensors on the CPU count, those of bookkeeping included.
+    "cpu" all reads of tensors on the CPU count, those of bookkeeping included. On "meta" there is no autocast.
     """
     waits: list[str] = []
-    with _Operations(device, waits), _Constructors(device, waits):
+    with ExitStack() as stack:
+        if device == "meta":
+            stack.enter_context(patch.object(torch, "autocast", lambda *args, **kwargs: nullcontext()))
+            stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *args: False))
+        stack.enter_context(_Operations(device, waits))
+        stack.enter_context(_Constructors(device, waits))
         yield waits
 
 
@@ -52,6 +58,10 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        with self:  # in inference mode operations come whole that are else seen as what they are made of
+            result = function.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         if why := self._why(function.overloadpacket.__name__, args, kwargs):
             self.waits.append(f"{why} in {_asked_by()}")
         return function(*args, **kwargs)

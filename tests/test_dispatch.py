@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from tests.dispatch import watched
+
+
+@pytest.fixture(params=[nullcontext, torch.no_grad, torch.inference_mode])
+def mode(request):
+    """How gradients are left out, which changes what operations are made of."""
+    return request.param
+
 
 X, MASK = torch.empty(2, 3, device="meta"), torch.empty(2, dtype=torch.bool, device="meta")
 
@@ -23,8 +32,8 @@ X, MASK = torch.empty(2, 3, device="meta"), torch.empty(2, dtype=torch.bool, dev
         (lambda: torch.equal(X, X), "equal"),
     ],
 )
-def test_reading_fails_on_meta_and_is_named(reads, said):
-    with watched() as waits, pytest.raises((RuntimeError, NotImplementedError)):
+def test_reading_fails_on_meta_and_is_named(reads, said, mode):
+    with watched() as waits, mode(), pytest.raises((RuntimeError, NotImplementedError)):
         reads()
     assert waits[0].startswith(said)
 
@@ -39,15 +48,15 @@ def test_reading_fails_on_meta_and_is_named(reads, said):
         (lambda: X[torch.tensor([0])], "index by places on the host"),
     ],
 )
-def test_sending_is_named(sends, said):
-    with watched() as waits:
+def test_sending_is_named(sends, said, mode):
+    with watched() as waits, mode():
         sends()
     assert len(waits) == 1
     assert waits[0].startswith(said)
 
 
-def test_work_of_the_device_and_of_the_host_is_not_waiting():
-    with watched() as waits:
+def test_work_of_the_device_and_of_the_host_is_not_waiting(mode):
+    with watched() as waits, mode():
         torch.where(X > 0, X * torch.tensor(2.0), X[1:])[:, X.new_zeros(2, dtype=torch.long)]
         torch.full((2,), 0.5, device="meta").double().to("meta")
         bookkeeping = torch.tensor([1, 0, 2])
@@ -55,9 +64,9 @@ def test_work_of_the_device_and_of_the_host_is_not_waiting():
     assert not waits
 
 
-def test_on_the_cpu_reads_are_counted():
+def test_on_the_cpu_reads_are_counted(mode):
     x = torch.ones(3)
-    with watched("cpu") as waits:
+    with watched("cpu") as waits, mode():
         float(x.sum())
         x[x > 0] = 1
     assert [wait.split()[0] for wait in waits] == ["_local_scalar_dense", "index_put_"]

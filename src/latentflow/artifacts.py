@@ -42,11 +42,15 @@ _mine: set[str] = set()  # temporary names in use by this process
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path, *, sync_folder: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success sync it and rename it to `path`.
 
     On an exception the temporary file is removed and `path` is as before. The temporary name keeps
     the suffix, so that libraries which look at it write the right format.
+
+    Args:
+        sync_folder: whether a power cut after this leaves the file; of many files the last will do, or `sync`. Without
+            it, too, there is the whole file or none.
 
     Raises:
         ArtifactError: the folder cannot be written, or the disk is full.
@@ -57,9 +61,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         mode = _usual_mode(temporary)
         yield temporary
         temporary.chmod(mode)  # safetensors makes files that only their owner may read
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        if sync_folder:
+            sync(path.parent)
 
 
 @contextmanager
@@ -82,7 +87,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file() and file.stat().st_nlink == 1:  # a linked file is somebody else's as well
                 file.chmod(mode)
-            _sync(file)
+            sync(file)
         if not path.exists():
             temporary.replace(path)
         elif not _exchange(temporary, path):
@@ -92,7 +97,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             except OSError:
                 retired.replace(path)
                 raise
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def restore(path: str | Path) -> None:
@@ -482,7 +487,8 @@ def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

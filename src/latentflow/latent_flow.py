@@ -214,6 +214,10 @@ class LatentFlow:
         """latents [B, C, h, w] => pixels [B, 3, S, S] in [-1, 1]."""
         return self.autoencoder.decode(self.config.normalisation.restore(latents))
 
+    def pixels(self, latents: Tensor) -> Tensor:
+        """latents [B, C, h, w] => pixels [B, 3, S, S] uint8, rounded where they are decoded."""
+        return self.autoencoder.decode_to_uint8(self.config.normalisation.restore(latents))
+
     def sample(self, num: int = 1, **request: Any) -> Samples:
         """Draw `num` images; the arguments are those of `latentflow.sampling.pipeline.sample`.
 

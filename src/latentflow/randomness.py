@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from latentflow.shapes import send
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # of the golden ratio and of the square root of 3
 _LOW = 0xFFFFFFFF
@@ -150,7 +152,7 @@ def on_device(positions: Sequence[int] | Tensor, device: torch.device | str) -> 
     numbers = positions.tolist() if isinstance(positions, Tensor) else [int(position) for position in positions]
     if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
         return torch.arange(numbers[0], numbers[0] + len(numbers), device=device)
-    return torch.tensor(numbers, dtype=torch.int64).to(device)
+    return send(torch.tensor(numbers, dtype=torch.int64), device)
 
 
 def _widest(device: torch.device) -> torch.dtype:

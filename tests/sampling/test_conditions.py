@@ -98,7 +98,7 @@ def test_what_is_not_told_is_null(model):
     nulls = {"labels": 3, "masked_latents": 0, "mask": 1, "class_fractions": 0}
     for told in ([], ["label"], ["inpainting"], ["semantic_map"], EVERYTHING):
         asked = request(model, 2, told)
-        part = told_only(told, given(2)).at(slice(None), 2, model.device)
+        part = told_only(told, given(2)).on(model.device, 2)
         velocity = conditioned_velocity(model, asked, part, (2, *LATENTS))
         for kind, names in FIELDS.items():
             for name in names:
@@ -153,7 +153,7 @@ def test_noise_in_place_of_the_seeds_own(model):
 def test_guidance_leads_away_from_the_twin_that_is_not_told(model, by):
     """v = v_null + s (v_cond - v_null), where the null is told all but what guides."""
     asked, scale = request(model, 2, guidance=3.0, guided_by=by), 3.0
-    part = given(2).at(slice(None), 2, model.device)
+    part = given(2).on(model.device, 2)
     velocity = conditioned_velocity(model, asked, part, (2, *LATENTS))
     condition = velocity.condition
     null = model.config.conditioning.without(condition, by or EVERYTHING)

@@ -22,10 +22,11 @@ from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.runtime import Runtime
 from latentflow.sampling import pipeline
-from latentflow.sampling.pipeline import draw, draw_all, initial_noise, join_samples, sample
+from latentflow.sampling.pipeline import Given, draw, draw_all, initial_noise, join_samples, sample
 from latentflow.sampling.request import SampleRequest, check_request, make_request
 from latentflow.shapes import Condition
 from tests import processes, tiny
+from tests.dispatch import watched
 
 ROUNDING = 1e-5
 """Between the latents of one seed in batches of different sizes, whose matrix products round differently.
@@ -89,7 +90,7 @@ def test_tight_tolerances_do_not_depend_on_the_batch(kl, monkeypatch):
     model.network.double()
     noise = pipeline.initial_noise
     monkeypatch.setattr(pipeline, "initial_noise", lambda *given: noise(*given).double())
-    monkeypatch.setattr(type(model), "decode", lambda self, latents: latents.float())
+    monkeypatch.setattr(type(model), "pixels", lambda self, latents: latents.float())
     solutions = []
     monkeypatch.setattr(pipeline, "integrate", lambda *a, **b: solutions.append(integrate(*a, **b)) or solutions[-1])
     drawn = {}
@@ -227,6 +228,53 @@ def test_large_batches_are_decoded_in_slices(kl, monkeypatch):
     one, other = (sample(tiny.model(autoencoder), num=5) for autoencoder in (kl, sliced))
     assert torch.equal(one.latents, other.latents)
     assert (one.pixels.int() - other.pixels.int()).abs().max() <= 1
+
+
+# Ahead of the device
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE.values(), ids=GUIDANCE)
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2"])
+def test_a_batch_is_asked_for_without_waiting(kl, monkeypatch, solver, guidance):
+    """From its seeds to 8-bit pixels. What is sent to the device is sent by `shapes.send`, which pins it for a GPU."""
+    model = tiny.model(Autoencoder(tiny.kl(), "meta"))
+    model.to("meta")
+    monkeypatch.setattr(pipeline, "_fetched", lambda tensor: tensor)
+    request = make_request(model, num=5, solver=solver, steps=3, **guidance)
+    for _ in range(2):  # constants are sent once, before the first batch
+        with watched() as waits:
+            begun = pipeline._begin(model, request, Given().on(model.device, 5))
+    assert [wait for wait in waits if "shapes.py" not in wait] == []
+    assert len(waits) <= 1  # the labels
+    assert (begun.pixels.device.type, begun.pixels.dtype) == ("meta", torch.uint8)
+
+
+def test_the_next_batch_is_begun_before_the_first_one_arrives(model, monkeypatch):
+    """As on a GPU; the pictures are the same, in the same order."""
+    usual = list(draw(model, make_request(model, num=5), batch_size=2))
+    begin, begun, seen = pipeline._begin, [], []
+    monkeypatch.setattr(pipeline, "_batches_ahead", lambda device: 1)
+    monkeypatch.setattr(pipeline, "_begin", lambda *given: begun.append(given[1].seeds) or begin(*given))
+    for samples in draw(model, make_request(model, num=5), batch_size=2):
+        assert torch.equal(samples.pixels, usual[len(seen)].pixels)
+        seen.append(samples.request.seeds)
+        assert len(begun) == min(len(seen) + 1, 3)
+    assert seen == begun == [[0, 1], [2, 3], [4]]
+
+
+def test_what_was_drawn_before_an_error_is_delivered(model, monkeypatch):
+    begin, seen = pipeline._begin, []
+
+    def fails_at_the_third(*given):
+        if given[1].seeds == [2]:
+            raise NonFiniteError("no picture")
+        return begin(*given)
+
+    monkeypatch.setattr(pipeline, "_batches_ahead", lambda device: 1)
+    monkeypatch.setattr(pipeline, "_begin", fails_at_the_third)
+    with pytest.raises(NonFiniteError, match="no picture"):
+        seen.extend(samples.request.seeds for samples in draw(model, make_request(model, num=5), batch_size=1))
+    assert seen == [[0], [1]]
 
 
 # Requests

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentflow.autoencoder import to_uint8
 from latentflow.errors import ConfigError
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
@@ -219,7 +218,7 @@ def _draw_timed(model: LatentFlow, request: SampleRequest) -> _Timed:
     began = _now(model.device)
     solution = integrate(velocity, noise, times, solver=sampling.solver, rtol=sampling.rtol, atol=sampling.atol)
     arrived = _now(model.device)
-    to_uint8(model.decode(solution.x)).cpu()
+    model.pixels(solution.x).cpu()
     return _Timed(velocity.evaluations, arrived - began, _now(model.device) - arrived)
 
 

@@ -34,8 +34,9 @@ from latentflow.latent_flow import LatentFlow
 from latentflow.locks import writes
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime, open_runtime
-from latentflow.sampling.pipeline import Samples, draw, join_samples
+from latentflow.sampling.pipeline import draw
 from latentflow.sampling.request import make_request
+from latentflow.sampling.samples import Samples, join_samples
 from latentflow.training.config import load_recipe
 from latentflow.training.log import read_metrics
 from latentflow.training.settings import differences, is_within, told

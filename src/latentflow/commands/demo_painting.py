@@ -26,8 +26,9 @@ from latentflow.latent_flow import LatentFlow
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
 from latentflow.sampling.inpaint import Frame
-from latentflow.sampling.pipeline import Given, Samples, draw_all
+from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import make_request
+from latentflow.sampling.samples import Samples
 from latentflow.training.held_out import held_out_loss
 
 HELD_OUT_SEED = 20240612  # of real images that neither the autoencoder nor the velocity network was trained on

@@ -50,8 +50,9 @@ from latentflow.metrics.trajectories import follow
 from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom
 from latentflow.runtime import Runtime
-from latentflow.sampling.pipeline import Given, Samples, conditioned_velocity, draw_all, initial_noise
+from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, initial_noise
 from latentflow.sampling.request import SampleRequest, make_request
+from latentflow.sampling.samples import Samples
 
 _BINS = 10
 _LOOKS = 4  # times that each image is looked at for the loss
@@ -237,7 +238,7 @@ def _followed(flow: LatentFlow, request: SampleRequest, batch_size: int, on_imag
     for start in range(0, len(request.seeds), batch_size):
         part = request.at(slice(start, start + batch_size))
         noise = initial_noise(flow, part)
-        given = Given().at(slice(None), len(noise), flow.device)
+        given = Given().on(flow.device, len(noise))
         velocity = conditioned_velocity(flow, part, given, noise.shape)
         followed = follow(velocity, noise, sampling_times(_WAY_STEPS))
         ways = followed if ways is None else ways + followed

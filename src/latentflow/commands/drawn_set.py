@@ -38,8 +38,9 @@ from latentflow.metrics.features import FeatureExtractor
 from latentflow.metrics.statistics import require_features
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
-from latentflow.sampling.pipeline import Given, Samples, draw
+from latentflow.sampling.pipeline import Given, draw
 from latentflow.sampling.request import SampleRequest, make_request
+from latentflow.sampling.samples import Samples
 
 LABEL_POLICIES = ("balanced", "uniform", "data", "none")
 SHARD_SIZE = 256  # images; the most that a kill loses

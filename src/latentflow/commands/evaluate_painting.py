@@ -31,8 +31,9 @@ from latentflow.metrics.pairs import PairJudge, confusion, iou, pair_order
 from latentflow.metrics.report import Score
 from latentflow.randomness import derive_seed
 from latentflow.sampling.inpaint import Frame
-from latentflow.sampling.pipeline import Given, Samples
+from latentflow.sampling.pipeline import Given
 from latentflow.sampling.request import SampleRequest, make_request
+from latentflow.sampling.samples import Samples
 
 POLICIES = ("mixed", "strokes", "boxes", "halves", "borders")
 _WINDOW = 11  # pixels, of SSIM

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from latentflow.errors import ArtifactError
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.naming import picture_facts, picture_name
 from latentflow.sampling.picture_file import facts_in, read_facts, unlike
-from latentflow.sampling.pipeline import draw, drawn_by, tell_cost
+from latentflow.sampling.pipeline import Given, draw_batches, drawn_by, tell_cost
 from latentflow.sampling.request import SampleRequest
+from latentflow.sampling.samples import PictureWriter
 
 GRID = re.compile(r"(^|/)grid(-\d+-of-\d+)?\.png$")
 """Contact sheets, which stand beside the pictures that they show and are none."""
@@ -60,7 +61,7 @@ class PictureFolder:
         _refuse_data(self.path)
         self._flow = flow
         self._evaluations: dict[str, int] = {}
-        expected = {self._name(row): row for request in requests for row in _rows(request)}
+        expected = {name: (own, row) for own in requests for row, name in enumerate(self._names(own))}
         refuse_others(self.path, lambda file: self._look_at(file, expected.get(file.name), requests[0]))
 
     def draw(
@@ -70,41 +71,48 @@ class PictureFolder:
         batch_size: int,
         on_images: Callable[[int], None] = lambda num_images: None,
     ) -> DrawnFolder:
-        """Draw what is missing of a request. Batches are those of a run that finds nothing, so the bytes are, too."""
-        names = [self._name(row) for row in _rows(request)]
+        """Draw what is missing of a request. Batches are those of a run that finds nothing, so the bytes are, too.
+
+        Pictures are written while the next batch is drawn.
+        """
+        names = self._names(request)
         kept, seconds = sum(name in self._evaluations for name in names), 0.0
         if kept < len(names):
             tell_cost(self._flow, request, batch_size)
-        for start in range(0, len(names), batch_size):
-            part = names[start : start + batch_size]
-            if missing := [place for place, name in enumerate(part) if name not in self._evaluations]:
-                (samples,) = draw(self._flow, request.at(slice(start, start + batch_size)), batch_size=batch_size)
+        batches = [slice(start, start + batch_size) for start in range(0, len(names), batch_size)]
+        missing = [rows for rows in batches if any(name not in self._evaluations for name in names[rows])]
+        on_images(sum(len(names[rows]) for rows in batches) - sum(len(names[rows]) for rows in missing))
+        drawn = draw_batches(self._flow, ((request.at(rows), Given()) for rows in missing))
+        with PictureWriter() as writer:
+            for rows, samples in zip(missing, drawn, strict=True):
+                own = {place: name for place, name in enumerate(names[rows]) if name not in self._evaluations}
+                writer.write(samples, [self.path / name for name in own.values()], own)
+                self._evaluations |= {name: int(samples.evaluations[place]) for place, name in own.items()}
                 seconds += samples.seconds
-                for place in missing:
-                    samples.write(self.path / part[place], place)
-                    self._evaluations[part[place]] = int(samples.evaluations[place])
-            on_images(len(part))
+                on_images(len(samples.pixels))
         calls = sum(self._evaluations[name] for name in names) / max(len(names), 1)
         return DrawnFolder([self.path / name for name in names], kept, calls, seconds)
 
-    def _name(self, row: SampleRequest) -> str:
-        return picture_name(row, self._flow.config.conditioning.class_names)
+    def _names(self, request: SampleRequest) -> list[str]:
+        class_names = tuple(self._flow.config.conditioning.class_names)
+        return [picture_name(request.at(slice(row, row + 1)), class_names) for row in range(len(request.seeds))]
 
-    def _look_at(self, file: Path, row: SampleRequest | None, request: SampleRequest) -> str:
+    def _look_at(self, file: Path, place: tuple[SampleRequest, int] | None, request: SampleRequest) -> str:
         """Why a file is not of this request; "" where it is, or where it is a damaged one of it, to be drawn anew."""
         try:
             with open_image(file) as image:
                 image.load()  # its pixels are checked as they are read
                 facts = facts_in(image)
         except BrokenImage:
-            return "" if row is not None else "no readable image"
+            return "" if place is not None else "no readable image"
         if facts is None:
             return "not drawn by this program, or edited since"
-        asked = row if row is not None else request.at(slice(0, 1))
+        asked, row = place or (request, 0)
+        asked = asked.at(slice(row, row + 1))
         own = picture_facts(asked, self._flow.config.conditioning.class_names, drawn_by(self._flow))
         if why := unlike(own, facts):
             return why
-        if row is None:
+        if place is None:
             return "another seed or class"
         if any(facts.get(name) != own[name] for name in ("seeds", "labels", "blends", "inputs")):
             return "another seed, class or input"
@@ -147,10 +155,6 @@ def _drawn_here(file: Path) -> bool:
         return GRID.search(file.name) is not None or read_facts(str(file)) is not None
     except BrokenImage:
         return True
-
-
-def _rows(request: SampleRequest) -> Iterator[SampleRequest]:
-    return (request.at(slice(row, row + 1)) for row in range(len(request.seeds)))
 
 
 def read_pixels(files: Sequence[Path]) -> Tensor:

@@ -9,8 +9,8 @@ from latentflow.artifacts import require_writable
 from latentflow.data.decode import BrokenImage
 from latentflow.errors import ArtifactError
 from latentflow.sampling.picture_file import read_facts
-from latentflow.sampling.pipeline import Samples, files_like
 from latentflow.sampling.request import SampleRequest
+from latentflow.sampling.samples import Samples, files_like
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from latentflow.errors import ConfigError
 from latentflow.latent_flow import LatentFlow
 from latentflow.randomness import derive_seed
 from latentflow.sampling.inpaint import require_latent_pixel
-from latentflow.sampling.pipeline import Given, Samples, draw_all
+from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import Blend, SampleRequest, check_request, make_request, require_count
+from latentflow.sampling.samples import Samples
 
 MOST_FRAMES = 10_000
 

@@ -34,8 +34,9 @@ from latentflow.data.pictures import describe_file
 from latentflow.data.semantic_maps import MapClasses, check_map
 from latentflow.errors import ConfigError, DataError, nearest
 from latentflow.latent_flow import LatentFlow
-from latentflow.sampling.pipeline import Given, Samples, draw_all
+from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import make_request
+from latentflow.sampling.samples import Samples
 
 Fit = Literal["window", "whole", "native"]
 Method = Literal["condition", "replacement"]

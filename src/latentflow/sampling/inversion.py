@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentflow.autoencoder import to_uint8
 from latentflow.conditioning import ClassList
 from latentflow.data.pictures import psnr
 from latentflow.errors import ConfigError
@@ -28,8 +27,9 @@ from latentflow.flow.solvers import integrate, is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.edits import at_most_one, encode_input, read_input
-from latentflow.sampling.pipeline import Given, Samples, conditioned_velocity, draw_all, naming_noise
+from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, naming_noise
 from latentflow.sampling.request import SampleRequest, make_request
+from latentflow.sampling.samples import Samples
 
 ROUND_TRIPS: tuple[dict[str, Any], ...] = (
     *({"solver": "euler", "steps": steps} for steps in (8, 16, 32, 64)),
@@ -225,7 +225,7 @@ def _to_noise(
 
 def _decode(model: LatentFlow, latents: Tensor) -> Tensor:
     """latents [B, C, h, w] => pixels [B, 3, S, S] uint8, on the CPU."""
-    return to_uint8(model.decode(latents.to(model.device))).cpu()
+    return model.pixels(latents.to(model.device)).cpu()
 
 
 def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:

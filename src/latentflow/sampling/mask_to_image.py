@@ -18,8 +18,9 @@ from latentflow.data.pictures import describe_file
 from latentflow.data.semantic_maps import crop_map
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.inpaint import map_indices, native_size, require_latent_pixel
-from latentflow.sampling.pipeline import Given, Samples, draw_all
+from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import make_request
+from latentflow.sampling.samples import Samples
 
 
 def mask_to_image(

@@ -7,23 +7,19 @@ Nothing here looks across images: image i of a request is the same in any batch 
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 import latentflow
-from latentflow.artifacts import atomic_file, sha256_tensors
-from latentflow.autoencoder import to_uint8
+from latentflow.artifacts import sha256_tensors
 from latentflow.console import notice
 from latentflow.errors import ConfigError, NonFiniteError
 from latentflow.flow.composition import BlendedVelocity, KnownRegionVelocity
@@ -32,9 +28,9 @@ from latentflow.flow.solvers import expected_evaluations, integrate, is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.randomness import ImageRandom
-from latentflow.sampling.naming import picture_facts, picture_name
 from latentflow.sampling.request import SampleRequest, check_request, guided_by, make_request, require_count
-from latentflow.shapes import per_image
+from latentflow.sampling.samples import Samples, join_samples
+from latentflow.shapes import per_image, send
 
 MOST_TOGETHER = 65_536
 """Images in one batch."""
@@ -64,83 +60,16 @@ class Given:
     latents: Tensor | None = None
     hole: Tensor | None = None
 
-    def at(self, rows: slice, num_images: int, device: torch.device) -> dict[str, Tensor | None]:
-        """Each tensor for the `num_images` images of `rows`, on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+    def at(self, rows: slice) -> Given:
+        """The same for some of the images."""
+        return Given(**{name: x if x is None or len(x) == 1 else x[rows] for name, x in vars(self).items()})
+
+    def on(self, device: torch.device, num_images: int) -> dict[str, Tensor | None]:
+        """Each tensor on `device`, with one row per image."""
         return {
-            name: None if x is None else (x if len(x) == 1 else x[rows]).to(device).expand(num_images, -1, -1, -1)
-            for name, x in tensors.items()
+            name: None if x is None else send(x, device).expand(num_images, -1, -1, -1)
+            for name, x in vars(self).items()
         }
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What came out.
-
-    Attributes:
-        pixels: [B, 3, H, W] uint8.
-        latents: [B, C, h, w] float32, normalised, at t = 0.
-        evaluations: [B] int64, network calls of each image; a guided call counts twice.
-        request: what was asked for.
-        class_names: of the model.
-        drawn_by: says which model, and which version of this program.
-        seconds: wall time of solver and decoder.
-        finish: makes of the pixels of a picture, [H, W, 3], the image that is written.
-    """
-
-    pixels: Tensor
-    latents: Tensor
-    evaluations: Tensor
-    request: SampleRequest
-    class_names: Sequence[str] = field(default=())
-    drawn_by: Callable[[], Mapping[str, str | int]] = field(default=dict)
-    seconds: float = 0.0
-    finish: Callable[[np.ndarray], Image.Image] = Image.fromarray
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """The pictures, as RGB images of Pillow."""
-        return [Image.fromarray(self._array(row)) for row in range(len(self.pixels))]
-
-    @property
-    def mean_evaluations(self) -> float:
-        """Network calls per image."""
-        return float(self.evaluations.double().mean())
-
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write one PNG per image, named by class and seed, with its request in the metadata."""
-        return [self.write(Path(folder) / self.name(row), row) for row in range(len(self.pixels))]
-
-    def save_as(self, file: str | Path) -> list[Path]:
-        """Write one image to `file`, several to files named like it and by what sets them apart."""
-        files = files_like(file, self.request, self.class_names)
-        return [self.write(own, row) for row, own in enumerate(files)]
-
-    def name(self, row: int) -> str:
-        """The file name of one image: "cat_seed-00000017.png"."""
-        return picture_name(self.request.at(slice(row, row + 1)), self.class_names)
-
-    def write(self, file: Path, row: int) -> Path:
-        """Write one image as PNG, with its request in the metadata."""
-        own = self.request.at(slice(row, row + 1))
-        facts = picture_facts(own, self.class_names, dict(self.drawn_by()))
-        text = PngImagePlugin.PngInfo()
-        text.add_text("latentflow", json.dumps(facts | {"evaluations": int(self.evaluations[row])}))
-        with atomic_file(file) as temporary:
-            self.finish(self._array(row)).save(temporary, format="PNG", pnginfo=text)
-        return file
-
-    def _array(self, row: int) -> np.ndarray:
-        return self.pixels[row].permute(1, 2, 0).numpy()
-
-
-def files_like(file: str | Path, request: SampleRequest, class_names: Sequence[str]) -> list[Path]:
-    """Where the pictures of a request go: one to `file`, several to files named like it and by what sets them apart."""
-    file = Path(file)
-    if len(request.seeds) == 1:
-        return [file]
-    rows = (request.at(slice(row, row + 1)) for row in range(len(request.seeds)))
-    return [file.with_name(f"{file.stem}_{picture_name(row, class_names)}") for row in rows]
 
 
 def draw(
@@ -161,11 +90,25 @@ def draw(
     check_request(model, request)
     require_count("batch size", batch_size, 1, MOST_TOGETHER, "16 are usual")
     tell_cost(model, request, batch_size)
-    for start in range(0, len(request.seeds), batch_size):
-        rows = slice(start, start + batch_size)
-        part = request.at(rows)
-        yield _draw_batch(model, part, given.at(rows, len(part.seeds), model.device))
-        on_images(len(part.seeds))
+    parts = [slice(start, start + batch_size) for start in range(0, len(request.seeds), batch_size)]
+    for samples in draw_batches(model, ((request.at(rows), given.at(rows)) for rows in parts)):
+        yield samples
+        on_images(len(samples.pixels))
+
+
+def draw_batches(model: LatentFlow, batches: Iterable[tuple[SampleRequest, Given]]) -> Iterator[Samples]:
+    """Draw batches one after another; a GPU draws the next while the pictures of one are looked at or written."""
+    ahead = _batches_ahead(model.device)
+    begun: deque[_Begun] = deque()
+    try:
+        for request, given in batches:
+            begun.append(_begin(model, request, given.on(model.device, len(request.seeds))))
+            if len(begun) > ahead:
+                yield begun.popleft().arrived()
+    except NonFiniteError:
+        yield from (batch.arrived() for batch in begun)
+        raise
+    yield from (batch.arrived() for batch in begun)
 
 
 def draw_all(model: LatentFlow, request: SampleRequest, given: Given = Given(), **options: Any) -> Samples:
@@ -210,21 +153,6 @@ def naming_noise(request: SampleRequest, noise: Tensor) -> SampleRequest:
     return request.model_copy(update={"inputs": {**request.inputs, "noise": origin}})
 
 
-def join_samples(parts: Sequence[Samples]) -> Samples:
-    """One record of several batches, in their order."""
-    requests = [part.request for part in parts]
-    lists = {name: [x for r in requests for x in getattr(r, name)] for name in ("seeds", "labels", "blends")}
-    return Samples(
-        pixels=torch.cat([part.pixels for part in parts]),
-        latents=torch.cat([part.latents for part in parts]),
-        evaluations=torch.cat([part.evaluations for part in parts]),
-        request=requests[0].model_copy(update=lists),
-        class_names=parts[0].class_names,
-        drawn_by=parts[0].drawn_by,
-        seconds=sum(part.seconds for part in parts),
-    )
-
-
 def initial_noise(model: LatentFlow, request: SampleRequest) -> Tensor:
     """The Gaussian noise each image of a request starts from, [B, C, h, w] float32; equal on every device.
 
@@ -258,7 +186,7 @@ def conditioned_velocity(
         condition = conditioning.build(
             latents_shape,
             model.device,
-            labels=torch.tensor(labels) if labels else None,
+            labels=send(torch.tensor(labels), model.device) if labels else None,
             **{name: given.get(name) for name in ("masked_latents", "mask", "class_fractions")},
         )
         guided = guided_by(model, request) if request.sampling.guidance != 1 else []
@@ -272,7 +200,7 @@ def conditioned_velocity(
         return told(request.labels)
     pairs = zip(request.labels, request.blends, strict=True)
     others = [own if blend.label is None else blend.label for own, blend in pairs]
-    weights = torch.tensor([blend.weight for blend in request.blends], device=model.device)
+    weights = send(torch.tensor([blend.weight for blend in request.blends]), model.device)
     return BlendedVelocity(told(request.labels), told(others), weights)
 
 
@@ -327,12 +255,13 @@ def drawn_by(model: LatentFlow) -> dict[str, str | int]:
 
 
 @torch.inference_mode()
-def _draw_batch(model: LatentFlow, request: SampleRequest, given: Mapping[str, Tensor | None]) -> Samples:
-    began, sampling, path = time.perf_counter(), request.sampling, model.config.path
+def _begin(model: LatentFlow, request: SampleRequest, given: Mapping[str, Tensor | None]) -> _Begun:
+    """Ask the device for a batch of pictures; with fixed steps, without waiting for any of it."""
+    watch, sampling, path = _Stopwatch(model.device), request.sampling, model.config.path
     noise = initial_noise(model, request) if given["noise"] is None else given["noise"]
     velocity, x = conditioned_velocity(model, request, given, noise.shape), noise
     if given["latents"] is not None:
-        x = path.interpolate(given["latents"], noise, torch.full((len(noise),), request.start))
+        x = path.interpolate(given["latents"], noise, torch.full((len(noise),), request.start, device=noise.device))
     if given["hole"] is not None:
         velocity = KnownRegionVelocity(velocity, path, given["latents"], noise, given["hole"])
     solution = integrate(
@@ -343,19 +272,72 @@ def _draw_batch(model: LatentFlow, request: SampleRequest, given: Mapping[str, T
         rtol=sampling.rtol,
         atol=sampling.atol,
     )
-    if (wrong := ~solution.x.isfinite().flatten(1).all(1)).any():
-        seed = request.seeds[int(wrong.nonzero()[0])]
-        raise NonFiniteError(
-            f"the latents of seed {seed} are NaN or infinite, so there is no picture; if more steps or less guidance "
-            "do not help, the weights of the model are damaged"
+    pixels, latents = (_fetched(tensor) for tensor in (model.pixels(solution.x), solution.x.float()))
+    watch.stop()
+    return _Begun(model, request, pixels, latents, velocity.evaluations, watch)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A batch that a GPU may still be at work on; `arrived` waits for it."""
+
+    model: LatentFlow
+    request: SampleRequest
+    pixels: Tensor
+    latents: Tensor
+    evaluations: Tensor
+    watch: _Stopwatch
+
+    def arrived(self) -> Samples:
+        seconds = self.watch.seconds()
+        if (wrong := ~self.latents.isfinite().flatten(1).all(1)).any():
+            seed = self.request.seeds[int(wrong.nonzero()[0])]
+            raise NonFiniteError(
+                f"the latents of seed {seed} are NaN or infinite, so there is no picture; if more steps or less "
+                "guidance do not help, the weights of the model are damaged"
+            )
+        return Samples(
+            pixels=self.pixels,
+            latents=self.latents,
+            evaluations=self.evaluations,
+            request=self.request,
+            class_names=tuple(self.model.config.conditioning.class_names),
+            drawn_by=partial(drawn_by, self.model),
+            seconds=seconds,
         )
-    pixels = to_uint8(model.decode(solution.x)).cpu()
-    return Samples(
-        pixels=pixels,
-        latents=solution.x.float().cpu(),
-        evaluations=velocity.evaluations,
-        request=request,
-        class_names=tuple(model.config.conditioning.class_names),
-        drawn_by=partial(drawn_by, model),
-        seconds=time.perf_counter() - began,
-    )
+
+
+def _batches_ahead(device: torch.device) -> int:
+    """How many batches are begun before the first one is waited for; a device that works while asked has none."""
+    return 1 if device.type == "cuda" else 0
+
+
+class _Stopwatch:
+    """How long a device is at work between two places of a program, of which a GPU takes note as it gets there."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._marks = [self._mark()]
+
+    def stop(self) -> None:
+        self._marks.append(self._mark())
+
+    def seconds(self) -> float:
+        """Waits until the device has got to the second place."""
+        began, ended = self._marks
+        if self._device.type != "cuda":
+            return ended - began
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1000
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+def _fetched(x: Tensor) -> Tensor:
+    """A tensor of the device on the host; from a GPU into pinned memory, where it arrives later."""
+    return x.to("cpu", non_blocking=x.is_cuda)

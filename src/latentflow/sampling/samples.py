@@ -1,0 +1,167 @@
+"""What came out of drawing: pictures in memory, and how they become files."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from latentflow.artifacts import atomic_file, sync
+from latentflow.sampling.naming import picture_facts, picture_name
+from latentflow.sampling.png import PILLOW_OPTIONS, encode_png
+from latentflow.sampling.request import SampleRequest
+
+_THREADS = 8  # more than cores do no harm: a good part of their time they wait for the disk
+_WAITING = 2
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What came out.
+
+    Attributes:
+        pixels: [B, 3, H, W] uint8.
+        latents: [B, C, h, w] float32, normalised, at t = 0.
+        evaluations: [B] int64, network calls of each image; a guided call counts twice.
+        request: what was asked for.
+        class_names: of the model.
+        drawn_by: says which model, and which version of this program.
+        seconds: wall time of solver and decoder.
+        finish: makes of the pixels of a picture, [H, W, 3], the image that is written; None: they are it.
+    """
+
+    pixels: Tensor
+    latents: Tensor
+    evaluations: Tensor
+    request: SampleRequest
+    class_names: Sequence[str] = field(default=())
+    drawn_by: Callable[[], Mapping[str, str | int]] = field(default=dict)
+    seconds: float = 0.0
+    finish: Callable[[np.ndarray], Image.Image] | None = None
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The pictures, as RGB images of Pillow."""
+        return [Image.fromarray(self._array(row)) for row in range(len(self.pixels))]
+
+    @property
+    def mean_evaluations(self) -> float:
+        """Network calls per image."""
+        return float(self.evaluations.double().mean())
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write one PNG per image, named by class and seed, with its request in the metadata."""
+        return self._write_all([Path(folder) / self.name(row) for row in range(len(self.pixels))])
+
+    def save_as(self, file: str | Path) -> list[Path]:
+        """Write one image to `file`, several to files named like it and by what sets them apart."""
+        return self._write_all(files_like(file, self.request, self.class_names))
+
+    def name(self, row: int) -> str:
+        """The file name of one image: "cat_seed-00000017.png"."""
+        return picture_name(self.request.at(slice(row, row + 1)), self.class_names)
+
+    def png(self, row: int) -> bytes:
+        """The PNG file of one image, with its request in the metadata."""
+        own = self.request.at(slice(row, row + 1))
+        facts = picture_facts(own, self.class_names, dict(self.drawn_by()))
+        text = json.dumps(facts | {"evaluations": int(self.evaluations[row])})
+        if self.finish is None:
+            return encode_png(self._array(row), {"latentflow": text})
+        written, metadata = io.BytesIO(), PngImagePlugin.PngInfo()
+        metadata.add_text("latentflow", text)
+        self.finish(self._array(row)).save(written, format="PNG", pnginfo=metadata, **PILLOW_OPTIONS)
+        return written.getvalue()
+
+    def _write_all(self, files: list[Path]) -> list[Path]:
+        with PictureWriter() as writer:
+            writer.write(self, files)
+        return files
+
+    def _array(self, row: int) -> np.ndarray:
+        return self.pixels[row].permute(1, 2, 0).numpy()
+
+
+def files_like(file: str | Path, request: SampleRequest, class_names: Sequence[str]) -> list[Path]:
+    """Where the pictures of a request go: one to `file`, several to files named like it and by what sets them apart."""
+    file = Path(file)
+    if len(request.seeds) == 1:
+        return [file]
+    rows = (request.at(slice(row, row + 1)) for row in range(len(request.seeds)))
+    return [file.with_name(f"{file.stem}_{picture_name(row, class_names)}") for row in rows]
+
+
+def join_samples(parts: Sequence[Samples]) -> Samples:
+    """One record of several batches, in their order."""
+    requests = [part.request for part in parts]
+    lists = {name: [x for r in requests for x in getattr(r, name)] for name in ("seeds", "labels", "blends")}
+    return Samples(
+        pixels=torch.cat([part.pixels for part in parts]),
+        latents=torch.cat([part.latents for part in parts]),
+        evaluations=torch.cat([part.evaluations for part in parts]),
+        request=requests[0].model_copy(update=lists),
+        class_names=parts[0].class_names,
+        drawn_by=parts[0].drawn_by,
+        seconds=sum(part.seconds for part in parts),
+    )
+
+
+class PictureWriter:
+    """Writes pictures in threads while the next ones are drawn; each file appears complete or not at all.
+
+    At most `_WAITING` batches are held; `write` waits for the oldest of more. What goes wrong in a thread is raised by
+    the next call, or at the end of the `with`.
+    """
+
+    def __init__(self):
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="pictures")
+        self._batches: deque[tuple[list[Future], set[Path]]] = deque()
+
+    def __enter__(self) -> PictureWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None):
+        try:
+            while kind is None and self._batches:
+                self._settle()
+        finally:
+            self._threads.shutdown(cancel_futures=True)
+
+    def write(self, samples: Samples, files: Iterable[Path], rows: Iterable[int] | None = None) -> None:
+        """Begin to write images of `samples` to `files`.
+
+        Args:
+            rows: the images, one per file; None: all.
+
+        Raises:
+            ArtifactError: an earlier one could not be written.
+        """
+        rows = range(len(samples.pixels)) if rows is None else rows
+        pairs = list(zip(files, rows, strict=True))
+        futures = [self._threads.submit(_write, samples, file, row) for file, row in pairs]
+        self._batches.append((futures, {file.parent for file, _ in pairs}))
+        while len(self._batches) > _WAITING:
+            self._settle()
+
+    def _settle(self) -> None:
+        futures, folders = self._batches.popleft()
+        for future in futures:
+            future.result()
+        for folder in folders:
+            sync(folder)
+
+
+def _write(samples: Samples, file: Path, row: int) -> None:
+    content = samples.png(row)
+    with atomic_file(file, sync_folder=False) as temporary:
+        temporary.write_bytes(content)
