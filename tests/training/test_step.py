@@ -143,7 +143,7 @@ def test_known_pixels_and_moments_give_the_same_latents(model, pictures, segment
     """The mode of the posterior, normalised, whether encoded in the step or beforehand."""
     cache = LatentCache(segmented_cache)
     images = stream(cache, cached_holes=True)
-    batch = images.__getitems__([2, 9])
+    batch = images.at([2, 9]).to("cpu")
     _, heard = step(model, images, [2, 9], told=EVERYTHING)
     expected = (batch.known_moments[:, :4] - 0.1) * 0.5  # the autoencoder's shift and scaling factors
     torch.testing.assert_close(heard.condition.masked_latents, expected)

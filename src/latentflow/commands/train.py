@@ -23,6 +23,7 @@ from latentflow.data.images import open_images, readable
 from latentflow.data.items import ImageSource, require_every_class
 from latentflow.data.latent_cache import ChannelSums, LatentCache, is_cache
 from latentflow.data.masks import check_masks, masks_fingerprint
+from latentflow.data.resident import resident_bytes, stays_resident
 from latentflow.errors import ConfigError, DataError
 from latentflow.latent_flow import CONFIG_FILE, LatentFlow, read_config
 from latentflow.locks import writes
@@ -54,6 +55,7 @@ class Prepared:
         images: what it learns from.
         broken: images that could not be read, each with the reason.
         changes: of the recipe since the run began; None for a new run.
+        resident: whether the latent cache is to lie in the device's memory.
         reasons: why the recipe was fitted as it was, in a few lines.
     """
 
@@ -63,6 +65,7 @@ class Prepared:
     images: TrainingImages
     broken: list[str]
     changes: Changes | None
+    resident: bool
     reasons: list[str]
 
     @property
@@ -78,7 +81,8 @@ class Prepared:
         optimizer, step = self.recipe.optimizer, self.changes.step if self.changes else 0
         size = f"{config.image_size} x {config.image_size}" + (", mirrored at random" if self.recipe.data.flip else "")
         rows = {
-            "data": f"{num_images:,} images of {size}: {self.recipe.data.path}",
+            "data": f"{num_images:,} images of {size}: {self.recipe.data.path}"
+            + (", in memory" if self.resident else ""),
             "classes": _listed(told.class_names) if told.class_names else "none",
             "latents": f"{config.latent_shape[0]} x {side} x {side}, by {self.recipe.autoencoder}",
             "network": f"{config.network.title}, {parameters:,} parameters",
@@ -142,6 +146,9 @@ def train(
         write_text(run / RECIPE_FILE, to_yaml(prepared.recipe))
         write_json(run / "environment.json", environment(prepared.runtime))
 
+    if prepared.resident:
+        prepared.images.hold(prepared.runtime.device)
+
     def preview(model: LatentFlow, weights: Mapping[str, Tensor], step: int) -> None:
         save_preview(model, weights, prepared.images, run / "samples" / f"step-{step:08d}.png")
 
@@ -190,7 +197,8 @@ def prepare(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence[str] = (
     model = build_model(recipe, autoencoder, images, check=partial(_require_memory, recipe, runtime))
     _check_preview(recipe, model)
     _refuse_other_content(run, recipe, model.config)
-    return Prepared(recipe, runtime, model, images, broken, changes, reasons)
+    resident = _stays_resident(recipe, images, runtime)
+    return Prepared(recipe, runtime, model, images, broken, changes, resident, reasons)
 
 
 def usable_name(path: str, key: str) -> str:
@@ -252,6 +260,15 @@ def _require_memory(recipe: Recipe, runtime: Runtime, config: ModelConfig) -> No
         free // shared if free else None,
         key="training.micro_batch_size",
     )
+
+
+def _stays_resident(recipe: Recipe, images: TrainingImages, runtime: Runtime) -> bool:
+    """Whether a latent cache is to lie in the device's memory; not where pictures are decoded for each batch."""
+    if images.decodes:
+        return False
+    num_bytes = resident_bytes(images.source, images.cached_tensors, flips=images.flip)
+    sharing = 1 if runtime.device.type == "cuda" else runtime.local_world
+    return stays_resident(recipe.data.resident, num_bytes, runtime.device, free_memory(runtime.device), sharing)
 
 
 def _check_preview(recipe: Recipe, model: LatentFlow) -> None:

@@ -7,29 +7,34 @@ where a run was interrupted, and an epoch may end in the middle of a batch.
 
 from __future__ import annotations
 
-import resource
-import shutil
-import signal
-import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from latentflow.data.ahead import lost_workers, read_ahead, room_for_workers, usable_cpus
 from latentflow.data.items import ImageSource
 from latentflow.data.latent_cache import LatentCache
 from latentflow.data.latent_size import class_counts, hide, hole_counts, shares, told_mask
 from latentflow.data.masks import MaskRules, draw_mask
-from latentflow.errors import DataError, LatentFlowError
+from latentflow.data.resident import ResidentCache
 from latentflow.randomness import ImageRandom, derive_seed
 
-_LEAST_SHARED_BYTES = 16 << 20  # of /dev/shm, for a few batches of latents
-_FILES_OF_BATCHES, _FILES_OF_A_WORKER = 128, 8  # open ones: tensors on their way, pipes
+__all__ = [
+    "Batch",
+    "SpatialData",
+    "StreamPositions",
+    "TrainingImages",
+    "epoch_order",
+    "lost_workers",
+    "stream_batches",
+]
+
+_MOST_DECODING, _MOST_READING = 16, 4  # processes for one GPU
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,10 @@ class Batch:
         positions: [B] int64, places in the endless stream; they seed each image's randomness.
         indices: [B] int64, which images of the data set these are.
         labels: [B] int64 class indices, None for unlabelled data.
-        moments: [B, M, h, w] float32, encoded beforehand.
+        moments: [B, M, h, w], encoded beforehand; in the precision of the cache until moved, then float32.
         pixels: [B, 3, S, S] uint8, to be encoded in the step.
         mask: [B, 1, h, w] float32, share of each latent pixel in the hole, for inpainting.
-        known_moments: [B, M, h, w] float32, of the images without their holes, encoded beforehand.
+        known_moments: [B, M, h, w], of the images without their holes, encoded beforehand; likewise.
         known_pixels: [B, 3, S, S] uint8, images without their holes, to be encoded in the step.
         class_fractions: [B, K, h, w] float32, share of each map class in each latent pixel.
     """
@@ -59,13 +64,17 @@ class Batch:
     class_fractions: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """Move what is computed with; positions and indices stay on the CPU, where randomness is seeded."""
-        stay = ("positions", "indices")
-        return self._map(lambda name, x: x if name in stay else x.to(device, non_blocking=True))
+        """Move what is computed with, moments as float32; positions and indices stay on the CPU."""
+
+        def moved(name: str, x: Tensor) -> Tensor:
+            x = x if name in ("positions", "indices") else x.to(device, non_blocking=True)
+            return x.float() if name.endswith("moments") else x
+
+        return self._map(moved)
 
     def pin_memory(self) -> Batch:
-        """Pin every tensor, so that copies to the device do not block; called by the data loader."""
-        return self._map(lambda name, x: x.pin_memory())
+        """Pin every tensor of the CPU, so that copies to the device do not block; called by the data loader."""
+        return self._map(lambda name, x: x.pin_memory() if x.device.type == "cpu" else x)
 
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -91,6 +100,9 @@ class SpatialData:
     pictures: ImageSource | None = None
 
 
+_NOTHING = SpatialData(factor=1)
+
+
 class TrainingImages(Dataset):
     """Batches by stream position, from a latent cache or straight from images.
 
@@ -114,9 +126,10 @@ class TrainingImages(Dataset):
         self.source = source
         self.seed = seed
         self.flip = flip
-        self.kept = np.arange(len(source)) if kept is None else np.asarray(kept)
+        self.kept = torch.arange(len(source)) if kept is None else torch.as_tensor(kept)
         self.spatial = spatial
-        self._order = lru_cache(maxsize=2)(partial(epoch_order, seed, len(self.kept)))
+        self.held: ResidentCache | None = None
+        self._order = self._orders()
         if spatial is not None and spatial.pictures is not None:
             rows = {spatial.pictures.name(row): row for row in range(len(spatial.pictures))}
             self._picture_of = np.array([rows[name] for name in source.names()])
@@ -126,61 +139,119 @@ class TrainingImages(Dataset):
 
     def images_per_class(self) -> list[int]:
         """How many images take part of each class of the source; empty where it is unlabelled."""
-        counts = [0] * len(self.source.class_names)
+        num_classes = len(self.source.class_names)
+        if not num_classes:
+            return []
         if isinstance(self.source, LatentCache):
-            of_kept = self.source.labels(self.kept.tolist()).tolist() if counts else []
+            labels = self.source.labels(self.kept)
         else:
-            of_kept = [self.source.label(int(index)) for index in self.kept] if counts else []
-        for label in of_kept:
-            counts[label] += 1
-        return counts
+            labels = torch.tensor([self.source.label(index) for index in self.kept.tolist()])
+        return labels.bincount(minlength=num_classes).tolist()
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_order"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_order", "held")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._order = lru_cache(maxsize=2)(partial(epoch_order, self.seed, len(self.kept)))
+        self.held = None
+        self._order = self._orders()
 
-    def indices_at(self, positions: Sequence[int]) -> list[int]:
-        """The images at some positions of the stream."""
-        return [int(self.kept[self._order(p // len(self))[p % len(self)]]) for p in positions]
+    def _orders(self) -> Callable[[int], Tensor]:
+        """The images of an epoch in their order; the last two epochs are remembered, as a batch may be of both."""
+        kept, order = self.kept, partial(epoch_order, self.seed, len(self.kept))
+        return lru_cache(maxsize=2)(lambda epoch: kept[order(epoch)])
 
-    def names_at(self, positions: Sequence[int]) -> list[str]:
+    @property
+    def decodes(self) -> bool:
+        """Whether pictures are decoded for each batch."""
+        return not isinstance(self.source, LatentCache) or (self.spatial or _NOTHING).pictures is not None
+
+    @property
+    def bytes_per_image(self) -> int:
+        """About what one image takes in a batch."""
+        cache, spatial, num_bytes = isinstance(self.source, LatentCache), self.spatial or _NOTHING, 64
+        side = self.source.plan.image_size if cache else self.source.image_size
+        if cache:
+            tensors = [self.source.tensor(0, name) for name in self.cached_tensors]
+            num_bytes += sum(tensor.shape[1:].numel() * tensor.element_size() for tensor in tensors)
+        pictures = (not cache) + (spatial.holes is not None and not spatial.cached_holes)
+        maps = len(self.source.map_class_names) * (side // spatial.factor) ** 2 if spatial.maps else 0
+        return num_bytes + pictures * 3 * side**2 + 4 * maps
+
+    @property
+    def cached_tensors(self) -> list[str]:
+        """The tensors of a latent cache that are read, without those of mirrored images; none of other sources."""
+        if not isinstance(self.source, LatentCache):
+            return []
+        spatial = self.spatial or _NOTHING
+        read = {
+            "moments": True,
+            "labels": bool(self.source.class_names),
+            "class_counts": spatial.maps,
+            "known_moments": spatial.cached_holes,
+            "hole_counts": spatial.cached_holes,
+        }
+        return [name for name, wanted in read.items() if wanted]
+
+    def hold(self, device: torch.device) -> None:
+        """Load what is read of a latent cache into the memory of `device`; batches come from there from now on."""
+        self.held = ResidentCache(self.source, self.cached_tensors, flips=self.flip, device=device)
+
+    def indices_at(self, positions: Sequence[int] | Tensor) -> Tensor:
+        """The images at some positions of the stream, [B] int64."""
+        positions = _as_tensor(positions)
+        epochs, places = positions // len(self), positions % len(self)
+        indices = torch.empty_like(places)
+        for epoch in epochs.unique().tolist():
+            own = epochs == epoch
+            indices[own] = self._order(epoch)[places[own]]
+        return indices
+
+    def names_at(self, positions: Sequence[int] | Tensor) -> list[str]:
         """The names of the images at some positions of the stream."""
-        indices = self.indices_at(positions)
+        indices = self.indices_at(positions).tolist()
         if isinstance(self.source, LatentCache):
             return [self.source.names()[index] for index in indices]
         return [self.source.name(index) for index in indices]
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
+    def at(self, positions: Sequence[int] | Tensor) -> Batch:
+        """The images at some positions of the stream, and what is told of them: equal whenever they are read."""
+        positions = _as_tensor(positions)
         indices = self.indices_at(positions)
-        flipped = [False] * len(indices)
-        if self.flip:
-            flipped = (ImageRandom.at(self.seed, "flip", positions).uniform() < 0.5).tolist()
+        flipped = ImageRandom.at(self.seed, "flip", positions).uniform() < 0.5 if self.flip else None
         read = self._encoded if isinstance(self.source, LatentCache) else self._pictures
-        return Batch(torch.tensor(positions), torch.tensor(indices), **read(positions, indices, flipped))
+        return Batch(positions, indices, **read(positions, indices, flipped))
 
-    def _encoded(self, positions: Sequence[int], indices: list[int], flipped: list[bool]) -> dict[str, Tensor | None]:
+    __getitems__ = at  # as torch's loader asks
+
+    def _encoded(self, positions: Tensor, indices: Tensor, flipped: Tensor | None) -> dict[str, Tensor | None]:
         """What a latent cache gives."""
-        cache, spatial = self.source, self.spatial
-        batch = {"labels": cache.labels(indices), "moments": cache.moments(indices, flipped)}
+        cache, spatial = self.held or self.source, self.spatial
+        own, flips = self._sent(indices), self._sent(flipped)
+        batch = {"labels": cache.labels(own), "moments": cache.moments(own, flips)}
         if spatial is None:
             return batch
         if spatial.maps:
-            batch["class_fractions"] = cache.class_fractions(indices, flipped)
+            batch["class_fractions"] = cache.class_fractions(own, flips)
         if spatial.cached_holes:
             drawn = ImageRandom.at(self.seed, "mask variant", positions).uniform()
-            variants = (drawn * cache.plan.mask_variants).long().tolist()
-            batch["known_moments"], batch["mask"] = cache.known(indices, variants, flipped)
+            variants = self._sent((drawn * self.source.plan.mask_variants).long())
+            batch["known_moments"], batch["mask"] = cache.known(own, variants, flips)
         elif spatial.holes:
-            items = [spatial.pictures[int(self._picture_of[index])] for index in indices]
+            items = [spatial.pictures[int(row)] for row in self._picture_of[indices.numpy()]]
             batch |= self._holes(positions, _mirrored([item.pixels for item in items], flipped))
         return batch
 
-    def _pictures(self, positions: Sequence[int], indices: list[int], flipped: list[bool]) -> dict[str, Tensor | None]:
+    def _sent(self, x: Tensor | None) -> Tensor | None:
+        """`x` where the cache is held, without waiting for it."""
+        if x is None or self.held is None:
+            return x
+        device = self.held.device
+        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+    def _pictures(self, positions: Tensor, indices: Tensor, flipped: Tensor | None) -> dict[str, Tensor | None]:
         """What images give."""
-        items = [self.source[index] for index in indices]
+        items = [self.source[index] for index in indices.tolist()]
         pixels = _mirrored([item.pixels for item in items], flipped)
         labels = torch.tensor([item.label for item in items]) if self.source.class_names else None
         batch = {"labels": labels, "pixels": _to_tensor(pixels)}
@@ -195,9 +266,9 @@ class TrainingImages(Dataset):
             batch |= self._holes(positions, pixels)
         return batch
 
-    def _holes(self, positions: Sequence[int], pixels: list[np.ndarray]) -> dict[str, Tensor]:
+    def _holes(self, positions: Tensor, pixels: list[np.ndarray]) -> dict[str, Tensor]:
         """Cut a hole into each image, drawn by its position."""
-        seeds = [derive_seed(self.seed, "mask", int(position)) for position in positions]
+        seeds = [derive_seed(self.seed, "mask", position) for position in positions.tolist()]
         holes = [draw_mask(self.spatial.holes, *p.shape[:2], seed) for p, seed in zip(pixels, seeds, strict=True)]
         told_as, factor = self.spatial.holes.told_as, self.spatial.factor
         counts = torch.stack([hole_counts(hole, factor, told_as) for hole in holes])
@@ -205,9 +276,18 @@ class TrainingImages(Dataset):
         return {"known_pixels": _to_tensor(hidden), "mask": told_mask(shares(counts, factor), told_as)}
 
 
-def _mirrored(arrays: Sequence[np.ndarray], flipped: Sequence[bool]) -> list[np.ndarray]:
+def _mirrored(arrays: Sequence[np.ndarray], flipped: Tensor | None) -> list[np.ndarray]:
     """Pictures or maps ([S, S, ...]), mirrored where `flipped`."""
-    return [array[:, ::-1] if flip else array for array, flip in zip(arrays, flipped, strict=True)]
+    if flipped is None:
+        return list(arrays)
+    return [array[:, ::-1] if flip else array for array, flip in zip(arrays, flipped.tolist(), strict=True)]
+
+
+def _as_tensor(positions: Sequence[int] | Tensor) -> Tensor:
+    """[B] int64."""
+    if isinstance(positions, range):
+        return torch.arange(positions.start, positions.stop, positions.step)
+    return torch.as_tensor(positions, dtype=torch.int64)
 
 
 def _to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
@@ -240,123 +320,50 @@ class StreamPositions:
         self.share = batch_size // num_processes
         self.rank = rank
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[range]:
         base = self.first_position + self.rank * self.share
         while True:
             for start in range(base, base + self.share, self.micro_batch_size):
-                yield list(range(start, start + self.micro_batch_size))
+                yield range(start, start + self.micro_batch_size)
             base += self.batch_size
 
 
 def stream_batches(
-    images: TrainingImages, positions: StreamPositions, *, num_workers: int, pin_memory: bool
+    images: TrainingImages,
+    positions: StreamPositions,
+    *,
+    num_workers: int | None,
+    pin_memory: bool,
+    sharing: int = 1,
 ) -> Generator[Batch, None, None]:
     """Read batches without end; with workers, ahead of time, until it is closed.
 
     Args:
-        num_workers: processes that read and decode images; 0: in this process, enough for a latent cache.
+        num_workers: processes that read and decode images; 0: this one reads; None: as many as pay.
         pin_memory: for copies to a GPU that do not block.
-    """
-    if num_workers:
-        _require_shared_memory(num_workers)
-        _require_open_files(num_workers)
-    loader = DataLoader(
-        _Told(images),
-        batch_sampler=positions,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=_as_is,
-        prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_leave_signals_to_the_run,
-    )
-    return _read(iter(loader), num_workers)
-
-
-class _Told(Dataset):
-    """Images whose faults are handed on as values: an exception from another process would bring its traceback."""
-
-    def __init__(self, images: TrainingImages):
-        self.images = images
-
-    def __getitems__(self, positions: list[int]) -> Batch | DataError:
-        try:
-            return self.images.__getitems__(positions)
-        except (LatentFlowError, OSError) as error:
-            return DataError(str(error))
-
-
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Terminals and batch systems signal all processes at once; the run needs images to end well, and ends this one.
-
-    The second SIGTERM ends it: the first may be a batch system's, and at the end torch and Python send one each.
-    """
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
-
-
-@contextmanager
-def lost_workers(num_workers: int) -> Iterator[None]:
-    """A process that reads images ahead and dies is one line, wherever torch raises it: it does so in any place.
+        sharing: processes of this machine that read likewise.
 
     Raises:
-        DataError: with what was said of it, and the remedy.
+        DataError: the machine has no room for what `num_workers` processes hand over.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if num_workers and "DataLoader worker" in str(error):
-            raise _lost(num_workers, error) from error
-        raise
+    num_bytes = positions.micro_batch_size * images.bytes_per_image
+    if num_workers is None:
+        num_workers = room_for_workers(_readers(images, pin_memory, sharing), num_bytes, sharing)
+    if num_workers and images.held is None:
+        room = {"num_workers": num_workers, "num_bytes": num_bytes, "sharing": sharing}
+        return read_ahead(images, positions, pin_memory=pin_memory, **room)
+    return _read_here(images, positions, pin_memory)
 
 
-def _read(batches: Iterator[Batch | DataError], num_workers: int) -> Generator[Batch, None, None]:
-    try:
-        while True:
-            try:
-                batch = next(batches)
-            except (RuntimeError, OSError, EOFError) as error:
-                if not num_workers:
-                    raise
-                raise _lost(num_workers, error) from error.with_traceback(None)  # which would keep `batches`
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
-    finally:
-        del batches  # its last reference: torch ends the processes that read ahead
+def _read_here(images: TrainingImages, positions: StreamPositions, pin_memory: bool) -> Generator[Batch, None, None]:
+    for some in positions:
+        batch = images.at(some)
+        yield batch.pin_memory() if pin_memory else batch
 
 
-def _lost(num_workers: int, error: Exception) -> DataError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    return DataError(
-        f"one of {num_workers} processes that read images ahead was lost ({reason}); use data.num_workers=0, "
-        "or give more memory, shared memory (/dev/shm) or open files (ulimit -n)"
-    )
-
-
-def _require_open_files(num_workers: int) -> None:
-    """Each tensor that comes from another process is an open file; where they run out, torch fails in many ways."""
-    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    needed = _FILES_OF_BATCHES + _FILES_OF_A_WORKER * num_workers
-    if allowed != resource.RLIM_INFINITY and allowed < needed:
-        raise DataError(
-            f"data.num_workers={num_workers} needs {needed} open files, and {allowed} are allowed; use "
-            f"data.num_workers=0, or allow more with `ulimit -n {max(needed, 1024)}`"
-        )
-
-
-def _require_shared_memory(num_workers: int) -> None:
-    """Batches of other processes come through /dev/shm; where there is none, torch waits for minutes."""
-    try:
-        num_bytes = shutil.disk_usage("/dev/shm").free
-    except OSError:
-        num_bytes = 0 if sys.platform == "linux" else _LEAST_SHARED_BYTES
-    if num_bytes < _LEAST_SHARED_BYTES:
-        raise DataError(
-            f"data.num_workers={num_workers} needs shared memory, and /dev/shm has {num_bytes / 2**20:.0f} MiB; use "
-            "data.num_workers=0, or start the container with --shm-size=1g"
-        )
-
-
-def _as_is(batch: Batch) -> Batch:
-    return batch
+def _readers(images: TrainingImages, for_gpu: bool, sharing: int) -> int:
+    """How many reading processes pay: on a CPU none, as they would take time from what is computed there."""
+    if images.held is not None or not for_gpu:
+        return 0
+    own = usable_cpus() // sharing
+    return min(own - 1, _MOST_DECODING) if images.decodes else min(own // 2, _MOST_READING)

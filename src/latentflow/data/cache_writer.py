@@ -344,7 +344,7 @@ def _finished(folder: Path, number: int, source_fingerprint: str) -> ShardRecord
         shard = parse_record(ShardRecord, record)
         if shard.source_fingerprint != source_fingerprint:
             return None
-        check_size(folder, shard)
+        check_size(folder / shard.file, shard)
     except ArtifactError:
         return None
     return shard if sha256_file(folder / shard.file) == shard.sha256 else None

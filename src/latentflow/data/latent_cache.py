@@ -19,7 +19,9 @@ map, V mask variants of an image.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +39,9 @@ from latentflow.ledger import Ledger
 
 SCHEMA_VERSION = 1
 CROP_RULE = "adm-center"
+
+Indices = Sequence[int] | np.ndarray | Tensor
+Flags = Sequence[bool] | np.ndarray | Tensor
 
 
 class _Record(BaseModel):
@@ -172,17 +177,19 @@ class LatentCache:
             )
         self.index = parse_record(CacheIndex, self.folder / "index.json")
         self.plan = self.index.plan
-        for shard in self.index.shards:
-            check_size(self.folder, shard)
+        self._files = [os.fspath(self.folder / shard.file) for shard in self.index.shards]
+        for file, shard in zip(self._files, self.index.shards, strict=True):
+            check_size(file, shard)
         self._first_rows = np.cumsum([0] + [shard.num_images for shard in self.index.shards])
-        self._open: dict[tuple[int, str], Tensor] = {}
+        self._open: dict[tuple[int, str], np.ndarray] = {}
         self._names: list[str] | None = None
+        self._labels: Tensor | None = None
 
     def __len__(self) -> int:
         return self.index.num_images
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # each worker process maps the files itself
+    def __reduce__(self) -> tuple[type[LatentCache], tuple[Path]]:
+        return LatentCache, (self.folder,)  # each worker process maps the files itself
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -196,40 +203,43 @@ class LatentCache:
     def map_palette(self) -> tuple[tuple[int, int, int], ...]:
         return tuple(self.plan.map_palette)
 
-    def moments(self, indices: Sequence[int], flipped: Sequence[bool]) -> Tensor:
-        """The stored moments of some images, as float32 [B, M, h, w].
+    def moments(self, indices: Indices, flipped: Flags | None = None) -> Tensor:
+        """The moments of some images, [B, M, h, w] in the precision they are stored in.
 
         Args:
             indices: which images, in [0, len).
-            flipped: per image, whether its mirror image is wanted (needs a cache encoded with flips).
+            flipped: per image, whether its mirror image is wanted (needs a cache encoded with flips); None: of none.
         """
-        if any(flipped) and not self.plan.flips:
-            raise DataError(
-                f"{self.folder} holds no mirrored images; encode it with --flips, or train with data.flip=false"
-            )
-        rows = [self._row(_moments("moments", flip), i) for i, flip in zip(indices, flipped, strict=True)]
-        return torch.stack(rows).float()
+        return self._gather("moments", indices, self._mirror(flipped))
 
-    def class_fractions(self, indices: Sequence[int], flipped: Sequence[bool]) -> Tensor:
+    def class_fractions(self, indices: Indices, flipped: Flags | None = None) -> Tensor:
         """Shares of the map's classes in each latent pixel, [B, K, h, w] float32; for a cache with semantic maps."""
-        rows = [self._row("class_counts", i) for i in indices]
-        return shares(_mirrored(rows, flipped), self.plan.factor)
+        return shares(mirrored(self._gather("class_counts", indices), flipped), self.plan.factor)
 
-    def known(self, indices: Sequence[int], variants: Sequence[int], flipped: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Images without a hole: moments [B, M, h, w], and what is told of the hole in each latent pixel [B, 1, h, w].
+    def known(self, indices: Indices, variants: Indices, flipped: Flags | None = None) -> tuple[Tensor, Tensor]:
+        """Images without a hole: moments [B, M, h, w] in the precision they are stored in, and what is told of the
+        hole in each latent pixel [B, 1, h, w] float32.
 
         Args:
             variants: per image, which of its `plan.mask_variants` holes.
         """
-        chosen = list(zip(indices, variants, flipped, strict=True))
-        moments = torch.stack([self._row(_moments("known_moments", flip), i)[v] for i, v, flip in chosen])
-        rows = [self._row("hole_counts", i)[v] for i, v, _ in chosen]
-        hole_shares = shares(_mirrored(rows, flipped), self.plan.factor)
-        return moments.float(), told_mask(hole_shares, self.plan.masks.told_as)
+        moments = self._gather("known_moments", indices, self._mirror(flipped), variants)
+        hole_shares = shares(mirrored(self._gather("hole_counts", indices, None, variants), flipped), self.plan.factor)
+        return moments, told_mask(hole_shares, self.plan.masks.told_as)
 
-    def labels(self, indices: Sequence[int]) -> Tensor | None:
+    def labels(self, indices: Indices) -> Tensor | None:
         """Class indices [B] int64; None for an unlabelled cache."""
-        return torch.stack([self._row("labels", i) for i in indices]) if self.class_names else None
+        if not self.class_names:
+            return None
+        if self._labels is None:
+            self._labels = torch.from_numpy(
+                np.concatenate([self._stored(number, "labels") for number in range(len(self.index.shards))])
+            )
+        return self._labels[torch.as_tensor(indices)]
+
+    def tensor(self, shard: int, name: str) -> Tensor:
+        """A tensor of one shard as it is stored, memory-mapped; see the legend."""
+        return torch.from_numpy(self._stored(shard, name))
 
     def names(self) -> list[str]:
         """The images' names inside their source, one per image."""
@@ -276,31 +286,64 @@ class LatentCache:
                 f"{self.folder} was encoded with {made_with}, not with {given}; use the former or encode a new cache"
             )
 
-    def _row(self, tensor: str, index: int) -> Tensor:
-        shard = int(np.searchsorted(self._first_rows, index, side="right")) - 1
-        check_size(self.folder, self.index.shards[shard])  # reading what was cut off would kill the process
-        if (shard, tensor) not in self._open:
-            self._open[shard, tensor] = open_tensors(self.folder / self.index.shards[shard].file).get_tensor(tensor)
-        return self._open[shard, tensor][index - int(self._first_rows[shard])]
+    def _mirror(self, flipped: Flags | None) -> np.ndarray | None:
+        """Which images are to be mirrored; None where none is."""
+        if flipped is None or not (wanted := np.asarray(flipped)).any():
+            return None
+        if not self.plan.flips:
+            raise DataError(
+                f"{self.folder} holds no mirrored images; encode it with --flips, or train with data.flip=false"
+            )
+        return wanted
+
+    def _gather(
+        self, name: str, indices: Indices, flipped: np.ndarray | None = None, variants: Indices | None = None
+    ) -> Tensor:
+        """Some rows of a tensor: one read for each shard, and for its mirrored images."""
+        indices = np.asarray(indices)
+        shards = np.searchsorted(self._first_rows, indices, side="right") - 1
+        rows = indices - self._first_rows[shards]
+        if variants is not None:
+            rows = rows * self.plan.mask_variants + np.asarray(variants)
+        sources = 2 * shards if flipped is None else 2 * shards + flipped
+        order = np.argsort(sources, kind="stable")
+        ends = [*(np.flatnonzero(np.diff(sources[order])) + 1).tolist(), len(indices)]
+        gathered = None
+        for begin, end in pairwise([0, *ends]):
+            places = order[begin:end]
+            shard, flip = divmod(int(sources[places[0]]), 2)
+            stored = self._stored(shard, f"{name}_flipped" if flip else name)
+            if variants is not None:
+                stored = stored.reshape(-1, *stored.shape[2:])
+            if gathered is None:
+                gathered = np.empty((len(indices), *stored.shape[1:]), stored.dtype)
+            gathered[places] = stored[rows[places]]
+        return torch.from_numpy(gathered)
+
+    def _stored(self, shard: int, name: str) -> np.ndarray:
+        check_size(self._files[shard], self.index.shards[shard])  # reading what was cut off would kill the process
+        if (shard, name) not in self._open:
+            self._open[shard, name] = open_tensors(self._files[shard]).get_tensor(name).numpy()
+        return self._open[shard, name]
 
 
-def _moments(name: str, flipped: bool) -> str:
-    return f"{name}_flipped" if flipped else name
+def mirrored(maps: Tensor, flipped: Flags | None) -> Tensor:
+    """Maps [B, K, h, w], mirrored where `flipped`: unlike an encoder, counting commutes with mirroring."""
+    if flipped is None:
+        return maps
+    return torch.where(torch.as_tensor(flipped, device=maps.device)[:, None, None, None], maps.flip(-1), maps)
 
 
-def _mirrored(rows: Sequence[Tensor], flipped: Sequence[bool]) -> Tensor:
-    """Stack maps, mirrored where `flipped`: unlike an encoder, counting commutes with mirroring."""
-    return torch.stack([row.flip(-1) if flip else row for row, flip in zip(rows, flipped, strict=True)])
-
-
-def check_size(folder: Path, shard: ShardRecord) -> None:
+def check_size(file: str | Path, shard: ShardRecord) -> None:
     """Refuse a shard whose file is missing or of another size.
 
     Raises:
         ArtifactError: with the remedy.
     """
-    file = folder / shard.file
-    num_bytes = file.stat().st_size if file.exists() else 0
+    try:
+        num_bytes = os.stat(file).st_size  # noqa: PTH116 - asked for each shard of each batch
+    except OSError:
+        num_bytes = 0
     if num_bytes != shard.num_bytes:
         raise ArtifactError(
             f"{file} is truncated or damaged: {num_bytes} bytes, not {shard.num_bytes}; "

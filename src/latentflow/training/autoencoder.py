@@ -68,7 +68,9 @@ class AutoencoderData(_Section):
     held_out: float = Field(
         0.02, gt=0, lt=1, description="Share of the images, at most 256, that is only used to measure reconstruction."
     )
-    num_workers: int = Field(0, ge=0, le=256, description="Processes that read images.")
+    num_workers: int | None = Field(
+        None, ge=0, le=256, description="Processes that read images ahead; null: as many as pay, on a CPU none."
+    )
 
 
 class AutoencoderNetwork(_Section):

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from latentflow.data.masks import MaskRules
+from latentflow.data.resident import Switch
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.flow.times import TrainingTimes
@@ -53,7 +54,17 @@ class DataConfig(_Section):
     )
     flip: bool = Field(True, description="Mirror images at random; not set: if the latent cache holds mirrored ones.")
     labels: bool = Field(True, description="Use class sub-folders as labels; false: train unconditionally.")
-    num_workers: int = Field(0, ge=0, le=256, description="Processes that read images; 0 is right for a latent cache.")
+    num_workers: int | None = Field(
+        None,
+        ge=0,
+        le=256,
+        description="Processes that read images ahead; null: as many as pay, on a CPU and for a resident cache none.",
+    )
+    resident: Switch = Field(
+        "auto",
+        description="Keep a latent cache in the memory of the device that trains; auto: if it takes at most a third of "
+        "what is free on a GPU, a quarter on a CPU.",
+    )
 
 
 class ConditioningConfig(_Section):
@@ -122,6 +133,7 @@ CHANGES = ChangeRules(
         "out",
         "data.path",  # what is in it is compared
         "data.num_workers",
+        "data.resident",
         "autoencoder",  # likewise
         "training.steps",
         "training.micro_batch_size",
