@@ -185,7 +185,7 @@ def training_laps(
 
     with between_steps(before_step), ExitStack() as patches:
         for owner, name, part in (
-            (TrainingImages, "__getitems__", "reading"),
+            (TrainingImages, "at", "reading"),
             (model.network, "forward", NETWORK),
             (Tensor, "backward", NETWORK),
             (nn.utils, "clip_grad_norm_", "gradient clipping"),

@@ -64,7 +64,7 @@ class InTurn(TrainingImages):
         self.laps: dict[str, list[Lap]] = {side: [] for side in streams}
         self._taken, self._side = 0, ""
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
+    def at(self, positions: Sequence[int]) -> Batch:
         lap = self.stopwatch.lap()
         if self._taken > self.steps_per_round * len(self.streams):
             self.laps[self._side].append(lap)

@@ -121,7 +121,7 @@ def test_the_recipe_says_it(cache, kl_folder, tmp_path):
     given = {"data": {"path": cache}, "autoencoder": kl_folder, "out": tmp_path / "run", "training": {"steps": 2}}
     for wanted, stays in (("auto", True), ("true", True), ("false", False)):
         recipe = tiny.recipe(**{**given, "data": {"path": cache, "resident": wanted}})
-        prepared = prepare(recipe, cpu=True)
+        prepared = prepare(recipe, tiny.CPU)
         assert prepared.resident is stays
         assert prepared.images.held is None  # nothing is loaded before all has been checked
         assert ("in memory" in prepared.describe()["data"]) is stays
@@ -136,6 +136,6 @@ def test_a_run_may_go_on_from_memory_or_from_files_and_learns_the_same(cache, kl
         for wanted, last in steps:
             data = {"path": cache, "resident": wanted, "flip": True}
             training = {"steps": last, "checkpoint_every": 2}
-            train(tiny.recipe(data=data, autoencoder=kl_folder, out=out, training=training), cpu=True)
+            train(tiny.recipe(data=data, autoencoder=kl_folder, out=out, training=training), runtime=tiny.CPU)
         weights.append((out / "model" / "velocity.safetensors").read_bytes())
     assert weights[0] == weights[1]

@@ -580,7 +580,7 @@ def poisoned(cache, tmp_path, monkeypatch) -> tuple[Path, str, int]:
     monkeypatch.setattr(artifacts, "_verify", False)  # or its checksum would tell before the training does
     monkeypatch.setattr(artifacts, "verify_checksums", lambda wanted: None)
     folder = shutil.copytree(cache, tmp_path / "poisoned")
-    order = TrainingImages(LatentCache(folder), seed=0, flip=False).indices_at(range(18))
+    order = TrainingImages(LatentCache(folder), seed=0, flip=False).indices_at(range(18)).tolist()
     image, step = order[10], 3  # batches of 4
     shard, row = divmod(image, 5)
     file = folder / f"shard-{shard:05d}.safetensors"

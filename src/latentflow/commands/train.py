@@ -263,12 +263,16 @@ def _require_memory(recipe: Recipe, runtime: Runtime, config: ModelConfig) -> No
 
 
 def _stays_resident(recipe: Recipe, images: TrainingImages, runtime: Runtime) -> bool:
-    """Whether a latent cache is to lie in the device's memory; not where pictures are decoded for each batch."""
-    if images.decodes:
+    """Whether a latent cache is to lie in the device's memory.
+
+    Not where pictures are decoded for each batch, and not unasked where processes are to read it.
+    """
+    data, device = recipe.data, runtime.device
+    if images.decodes or (data.resident == "auto" and data.num_workers):
         return False
     num_bytes = resident_bytes(images.source, images.cached_tensors, flips=images.flip)
-    sharing = 1 if runtime.device.type == "cuda" else runtime.local_world
-    return stays_resident(recipe.data.resident, num_bytes, runtime.device, free_memory(runtime.device), sharing)
+    sharing = 1 if device.type == "cuda" else runtime.local_world
+    return stays_resident(data.resident, num_bytes, device, free_memory(device), sharing)
 
 
 def _check_preview(recipe: Recipe, model: LatentFlow) -> None:

@@ -222,7 +222,8 @@ class TrainingImages(Dataset):
         read = self._encoded if isinstance(self.source, LatentCache) else self._pictures
         return Batch(positions, indices, **read(positions, indices, flipped))
 
-    __getitems__ = at  # as torch's loader asks
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        return self.at(positions)
 
     def _encoded(self, positions: Tensor, indices: Tensor, flipped: Tensor | None) -> dict[str, Tensor | None]:
         """What a latent cache gives."""

@@ -174,7 +174,11 @@ def _open_stream(
     """The batches of this process, from the image after the last one that the run has seen."""
     positions = StreamPositions(first_position, recipe.training.batch_size, parts.size, runtime.rank, runtime.world)
     return stream_batches(
-        images, positions, num_workers=recipe.data.num_workers, pin_memory=runtime.device.type == "cuda"
+        images,
+        positions,
+        num_workers=recipe.data.num_workers,
+        pin_memory=runtime.device.type == "cuda",
+        sharing=runtime.local_world,
     )
 
 
