@@ -113,6 +113,22 @@ def test_cache_and_images_give_the_same_training_step(images, cache, kl):
     assert not torch.equal(steps[0].loss, torch.zeros(12))
 
 
+def test_batches_are_read_again_from_their_positions(images, segmented_cache):
+    """In any order, alone or together, over the ends of epochs, and far along the stream."""
+    far = 3 * 2**40
+    for source, spatial in (
+        (open_images(images, tiny.IMAGE_SIZE), None),
+        (LatentCache(segmented_cache), SpatialData(tiny.FACTOR, cached_holes=True, maps=True)),
+    ):
+        stream = TrainingImages(source, seed=1, flip=True, spatial=spatial)
+        for first in (0, 7, 8190, far):
+            whole, again = stream.at(range(first, first + 30)), stream.at(torch.arange(first, first + 30).flip(0))
+            names = [field.name for field in fields(Batch) if getattr(whole, field.name) is not None]
+            assert all(torch.equal(getattr(whole, name), getattr(again, name).flip(0)) for name in names)
+            alone = stream.at(whole.positions[4:5])
+            assert all(torch.equal(getattr(whole, name)[4:5], getattr(alone, name)) for name in names)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_come_in_order_from_any_number_of_workers(cache, num_workers):
     images = TrainingImages(LatentCache(cache), seed=2, flip=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 _MOST_DECODING, _MOST_READING = 16, 4  # processes for one GPU
+_DRAWN_TOGETHER = 8192  # positions
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class TrainingImages(Dataset):
         self.kept = torch.arange(len(source)) if kept is None else torch.as_tensor(kept)
         self.spatial = spatial
         self.held: ResidentCache | None = None
-        self._order = self._orders()
+        self._remember()
         if spatial is not None and spatial.pictures is not None:
             rows = {spatial.pictures.name(row): row for row in range(len(spatial.pictures))}
             self._picture_of = np.array([rows[name] for name in source.names()])
@@ -149,17 +150,23 @@ class TrainingImages(Dataset):
         return labels.bincount(minlength=num_classes).tolist()
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_order", "held")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_order", "_drawn", "held")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self.held = None
-        self._order = self._orders()
+        self._remember()
 
-    def _orders(self) -> Callable[[int], Tensor]:
-        """The images of an epoch in their order; the last two epochs are remembered, as a batch may be of both."""
-        kept, order = self.kept, partial(epoch_order, self.seed, len(self.kept))
-        return lru_cache(maxsize=2)(lambda epoch: kept[order(epoch)])
+    def _remember(self) -> None:
+        """Keep what is drawn for many positions: the images of an epoch in their order, numbers of `_uniform`."""
+        kept, seed = self.kept, self.seed
+
+        def drawn(purpose: str, block: int) -> Tensor:
+            first = block * _DRAWN_TOGETHER
+            return ImageRandom.at(seed, purpose, torch.arange(first, first + _DRAWN_TOGETHER)).uniform()
+
+        self._order = lru_cache(maxsize=2)(lambda epoch: kept[epoch_order(seed, len(kept), epoch)])
+        self._drawn = lru_cache(maxsize=4)(drawn)
 
     @property
     def decodes(self) -> bool:
@@ -218,7 +225,7 @@ class TrainingImages(Dataset):
         """The images at some positions of the stream, and what is told of them: equal whenever they are read."""
         positions = _as_tensor(positions)
         indices = self.indices_at(positions)
-        flipped = ImageRandom.at(self.seed, "flip", positions).uniform() < 0.5 if self.flip else None
+        flipped = self._uniform("flip", positions) < 0.5 if self.flip else None
         read = self._encoded if isinstance(self.source, LatentCache) else self._pictures
         return Batch(positions, indices, **read(positions, indices, flipped))
 
@@ -227,28 +234,37 @@ class TrainingImages(Dataset):
 
     def _encoded(self, positions: Tensor, indices: Tensor, flipped: Tensor | None) -> dict[str, Tensor | None]:
         """What a latent cache gives."""
-        cache, spatial = self.held or self.source, self.spatial
-        own, flips = self._sent(indices), self._sent(flipped)
-        batch = {"labels": cache.labels(own), "moments": cache.moments(own, flips)}
-        if spatial is None:
-            return batch
-        if spatial.maps:
-            batch["class_fractions"] = cache.class_fractions(own, flips)
+        cache, spatial, variants = self.held or self.source, self.spatial or _NOTHING, None
         if spatial.cached_holes:
-            drawn = ImageRandom.at(self.seed, "mask variant", positions).uniform()
-            variants = self._sent((drawn * self.source.plan.mask_variants).long())
-            batch["known_moments"], batch["mask"] = cache.known(own, variants, flips)
+            variants = (self._uniform("mask variant", positions) * self.source.plan.mask_variants).long()
+        rows, flips, variants = self._sent(indices, flipped, variants)
+        batch = {"labels": cache.labels(rows), "moments": cache.moments(rows, flips)}
+        if spatial.maps:
+            batch["class_fractions"] = cache.class_fractions(rows, flips)
+        if spatial.cached_holes:
+            batch["known_moments"], batch["mask"] = cache.known(rows, variants, flips)
         elif spatial.holes:
             items = [spatial.pictures[int(row)] for row in self._picture_of[indices.numpy()]]
             batch |= self._holes(positions, _mirrored([item.pixels for item in items], flipped))
         return batch
 
-    def _sent(self, x: Tensor | None) -> Tensor | None:
-        """`x` where the cache is held, without waiting for it."""
-        if x is None or self.held is None:
-            return x
-        device = self.held.device
-        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    def _sent(self, *choices: Tensor | None) -> list[Tensor | None]:
+        """What is chosen of each image, [B] each, where the cache is held: one copy, which nothing waits for."""
+        if self.held is None or self.held.device.type == "cpu":
+            return list(choices)
+        together = torch.stack([choice.long() for choice in choices if choice is not None])
+        together = together.pin_memory() if self.held.device.type == "cuda" else together
+        sent = iter(together.to(self.held.device, non_blocking=True))
+        return [None if choice is None else next(sent).to(choice.dtype) for choice in choices]
+
+    def _uniform(self, purpose: str, positions: Tensor) -> Tensor:
+        """A number in [0, 1) for each position, [B] float64; drawn for many positions at once, as they follow."""
+        blocks = positions // _DRAWN_TOGETHER
+        uniform = torch.empty(len(positions), dtype=torch.float64)
+        for block in blocks.unique().tolist():
+            own = blocks == block
+            uniform[own] = self._drawn(purpose, block)[positions[own] % _DRAWN_TOGETHER]
+        return uniform
 
     def _pictures(self, positions: Tensor, indices: Tensor, flipped: Tensor | None) -> dict[str, Tensor | None]:
         """What images give."""
