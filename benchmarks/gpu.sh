@@ -43,7 +43,7 @@ run() {
     case $1 in
         tests) run_tests ;;
         overhead)
-            "$python" "$root/benchmarks/overhead.py" --device "$device" --results "$results" ${quick:+--quick} ;;
+            "$python" "$root/benchmarks/overhead.py" --device "$device" --results "$results" ${quick:---rounds 50} ;;
         *)
             "$python" "$root/benchmarks/gpu.py" "$1" --device "$device" --results "$results" --work "$work" \
                 --autoencoder "$autoencoder" $quick ;;
@@ -54,12 +54,11 @@ run() {
 run_tests() {
     local file failed=0 running=()
     for file in "$root"/tests/gpu/test_*.py; do
-        (cd "$root" && "$python" -m pytest -rs --no-header -p no:cacheprovider "$file" > "$work/$(basename "$file").log" 2>&1) &
+        (cd "$root" && "$python" -m pytest -rs --durations 5 -o faulthandler_timeout=90 --no-header -p no:cacheprovider \
+            "$file" > "$work/$(basename "$file").log" 2>&1) &
         running+=($!)
     done
     for file in "${running[@]}"; do wait "$file" || failed=1; done
-    tail -n 40 "$work"/test_*.py.log
-    cat "$work"/test_*.py.log > "$results/gpu_tests-$device.log"
     return $failed
 }
 export -f run run_tests
@@ -76,7 +75,11 @@ for part in $parts; do
     timeout -k 5 "$most" bash -c "run $part" > "$work/$part.log" 2>&1
     ended=$?
     echo "== $part: $((SECONDS - began)) s, exit code $ended$([ $ended = 124 ] && echo ", over its limit of $most s")"
-    [ "$part" != tests ] || grep -hE "passed|failed|skipped|error" "$work/$part.log" | tail -n 20
+    if [ "$part" = tests ]; then
+        tail -n 1 "$work"/test_*.py.log
+        cat "$work"/test_*.py.log > "$results/gpu_tests-$device.log"
+        grep -hE "^(FAILED|ERROR|E  )" "$results/gpu_tests-$device.log" | cut -c 1-200 | head -n 40
+    fi
     if [ $ended != 0 ]; then
         code=1
         tail -n 15 "$work/$part.log" | cut -c 1-300
