@@ -20,6 +20,7 @@ from torch import nn
 from latentflow.commands.plan_probe import Speed, probe
 from latentflow.commands.plan_subject import Subject, plan_subject
 from latentflow.commands.preview import preview_request
+from latentflow.data.resident import stays_resident
 from latentflow.errors import ConfigError
 from latentflow.flow.solvers import expected_evaluations, is_adaptive
 from latentflow.latent_flow import LatentFlow
@@ -334,7 +335,7 @@ def _memory(subject: Subject, network: nn.Module, machine: Machine, share: int, 
     if subject.stage.num_bytes:
         estimated["autoencoder"] = subject.stage.num_bytes
     cached = cached_bytes(subject)
-    if cached is not None and _stays_resident(cached, machine):
+    if cached is not None and _stays_resident(subject.recipe, cached, machine):
         estimated["latent cache"] = cached
     if not machine.gpu:
         estimated["copy for a checkpoint"] = _checkpoint_bytes(network)
@@ -384,8 +385,12 @@ def cached_bytes(subject: Subject) -> int | None:
     return data.num_images * (per_image + (8 if config.conditioning.num_classes else 0))
 
 
-def _stays_resident(num_bytes: int, machine: Machine) -> bool:
-    return machine.memory is not None and num_bytes <= machine.memory / (3 if machine.gpu else 4)
+def _stays_resident(recipe: Recipe, num_bytes: int, machine: Machine) -> bool:
+    """Whether training holds the cache in memory, as if all of the memory were free."""
+    data = recipe.data
+    if data.images or (data.resident == "auto" and data.num_workers):
+        return False
+    return stays_resident(data.resident, num_bytes, torch.device("cuda" if machine.gpu else "cpu"), machine.memory)
 
 
 def _num_previewed(subject: Subject) -> int:
