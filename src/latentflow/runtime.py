@@ -7,7 +7,7 @@ reads the launcher's environment, asks for a device, or decides what numbers are
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -112,6 +112,19 @@ class Runtime:
         total = tensor.detach().clone()
         torch.distributed.all_reduce(total, group=self._group(total))
         return total
+
+    def sum_later(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum a tensor of the CPU over all processes; what is returned waits for the sum."""
+        if self.world == 1:
+            return lambda: tensor
+        total = tensor.detach().clone()
+        work = torch.distributed.all_reduce(total, group=self._group(total), async_op=True)
+
+        def arrived() -> Tensor:
+            work.wait()
+            return total
+
+        return arrived
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all processes, one after the other along the first axis, in the order of ranks.

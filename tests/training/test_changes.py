@@ -133,6 +133,24 @@ def test_the_advice_of_a_number_that_is_not_finite_works(train, run):
     assert read_metrics(run)[-1]["step"] == 40
 
 
+def test_an_old_run_goes_on_decaying_everything(train, run):
+    """It knew no `weight_decay_on`; a recipe that leaves it open means what it meant when the run began."""
+    file = run.parent / "fruit.yaml"
+    file.write_text(yaml.dump({**yaml.safe_load(file.read_text()), "optimizer": {"weight_decay": 0.1}}))
+    train("optimizer.weight_decay_on=all")
+    old = (run / "recipe.yaml").read_text().replace("  weight_decay_on: all\n", "")
+    assert "weight_decay_on" not in old
+    (run / "recipe.yaml").write_text(old)
+    assert train("training.steps=3").code == 0
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["optimizer"]["weight_decay_on"] == "all"
+    change = "optimizer.weight_decay_on=matrices"
+    refusal = train("training.steps=4", change)
+    assert 'optimizer.weight_decay_on: "all", now "matrices"' in refusal.error
+    assert train("training.steps=4", change, *flags_of(refusal)).code == 0  # the state is by parameter
+    assert train("training.steps=5").code == 0
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["optimizer"]["weight_decay_on"] == "matrices"
+
+
 def test_a_longer_cosine_tells_the_rates(train, run):
     cosine = ("optimizer.schedule=cosine", "optimizer.final_learning_rate=0")
     train(*cosine, "training.steps=4")

@@ -1,20 +1,25 @@
-"""A damaged checkpoint is named, and deleting it, as the message says, goes on from the one before."""
+"""Checkpoints are written from copies while training goes on; milestones stay; a damaged one is named."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from latentflow.artifacts import open_tensors, read_json, read_tensors, write_json, write_tensors
 from latentflow.commands.train import train as train_command
 from latentflow.errors import ArtifactError
-from latentflow.training.checkpoint import newest_checkpoint
+from latentflow.training import checkpoint
+from latentflow.training.checkpoint import CheckpointWriter, Progress, keep_newest, load_checkpoint, newest_checkpoint
+from latentflow.training.ema import EMA
+from latentflow.training.optim import OptimizerConfig, build_optimizer
 from tests import tiny
 
 
@@ -131,3 +136,209 @@ def test_a_checkpoint_has_checksums(trained):
     for name in FILES:
         with open_tensors(newest_checkpoint(trained) / name) as file:
             assert set(json.loads(file.metadata()["crc32"])) == {"", *file.keys()}
+
+
+# Writing in the background
+
+
+class Training:
+    """A network that is trained, one step at a time."""
+
+    def __init__(self, **given):
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+        self.ema = EMA(self.network, 0.9)
+        self.optimizer = build_optimizer(self.network, OptimizerConfig(learning_rate=0.1, weight_decay=0.1, **given))
+        self.done = 0
+
+    @property
+    def parts(self) -> tuple[nn.Module, EMA, torch.optim.Optimizer]:
+        return self.network, self.ema, self.optimizer
+
+    def step(self) -> None:
+        self.network(torch.full((2, 3, 4, 4), 0.1 * self.done)).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(self.network, self.done)
+        self.done += 1
+
+    def state(self) -> dict[str, torch.Tensor]:
+        state = checkpoint.training_state(*self.parts)
+        return {f"{file}:{name}": value.clone() for file, part in state.items() for name, value in part.items()}
+
+
+@pytest.fixture
+def writer(tmp_path):
+    return CheckpointWriter(tmp_path, torch.device("cpu"), keep=2)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """The disk waits until it is `set`."""
+    gate, true = threading.Event(), checkpoint.write_checkpoint
+
+    def slowly(*args):
+        assert gate.wait(60)
+        return true(*args)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", slowly)
+    yield gate
+    gate.set()
+
+
+def steps(run: Path) -> list[int]:
+    return [checkpoint.step_of(folder) for folder in sorted((run / "checkpoints").iterdir())]
+
+
+def test_what_is_written_is_the_state_of_the_save_and_not_of_later_steps(tmp_path, writer, held):
+    training = Training()
+    training.step()
+    expected, averages = training.state(), []
+    writer.save_model = lambda folder, average: averages.append(average)
+    writer.save(Progress(1, 2), *training.parts)
+    for _ in range(3):
+        training.step()
+    assert newest_checkpoint(tmp_path) is None  # and training went on
+    held.set()
+    writer.wait()
+    copy = Training()
+    assert load_checkpoint(newest_checkpoint(tmp_path), *copy.parts) == Progress(1, 2)
+    assert copy.state().keys() == expected.keys()
+    assert all(torch.equal(copy.state()[name], value) for name, value in expected.items())
+    (average,) = averages
+    assert all(torch.equal(average[name], value) for name, value in copy.ema.average.items())
+
+
+def test_one_is_written_at_a_time(tmp_path, writer, held):
+    """The next save waits for the last one."""
+    training, order = Training(), []
+    training.step()
+    writer.save_model = lambda folder, average: order.append("model")
+    writer.save(Progress(1, 2), *training.parts)
+    second = threading.Thread(target=lambda: writer.save(Progress(2, 4), *training.parts) or order.append("second"))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    order.append("let go")
+    held.set()
+    second.join(60)
+    writer.wait()
+    assert order.index("let go") == 1
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_the_model_goes_first(tmp_path, writer):
+    training, found = Training(), []
+    training.step()
+    writer.save_model = lambda folder, average: found.append((folder, newest_checkpoint(tmp_path)))
+    writer.save(Progress(1, 2), *training.parts)
+    writer.wait()
+    assert found == [(tmp_path / "model", None)]
+
+    def fails(folder, average):
+        raise ArtifactError("cannot write model: no space left on device")
+
+    writer.save_model = fails
+    writer.save(Progress(2, 4), *training.parts)
+    with pytest.raises(ArtifactError, match="no space left"):
+        writer.wait()
+    assert steps(tmp_path) == [1]  # no checkpoint without its model
+
+
+@pytest.mark.parametrize("call", ["raise_failure", "wait", "save", "exit"])
+def test_a_failure_surfaces_at_the_next_call_once(tmp_path, writer, call):
+    training = Training()
+    training.step()
+    (tmp_path / "checkpoints").write_text("in the way")
+    calls = {"save": lambda: writer.save(Progress(2, 4), *training.parts), "exit": lambda: writer.__exit__(*[None] * 3)}
+    writer.save(Progress(1, 2), *training.parts)
+    writer._thread.join()
+    with pytest.raises(ArtifactError, match=r"cannot create the folder .*checkpoints"):
+        calls.get(call, getattr(writer, call, None))()
+    (tmp_path / "checkpoints").unlink()
+    writer.raise_failure()
+    with writer:
+        writer.save(Progress(3, 6), *training.parts)
+    assert steps(tmp_path) == [3]
+
+
+def test_the_end_waits_for_the_disk(tmp_path, writer):
+    training = Training()
+    training.step()
+    with writer:
+        writer.save(Progress(1, 2), *training.parts)
+    assert steps(tmp_path) == [1]
+    with pytest.raises(KeyError), writer:
+        writer.save(Progress(2, 4), *training.parts)
+        raise KeyError("a fault of training")
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_a_second_signal_does_not_wait(tmp_path, writer, held):
+    training = Training()
+    training.step()
+    with pytest.raises(KeyboardInterrupt), writer:
+        writer.save(Progress(1, 2), *training.parts)
+        raise KeyboardInterrupt
+    assert newest_checkpoint(tmp_path) is None
+    held.set()
+    writer.wait()
+
+
+def test_the_files_are_those_of_the_tensors_themselves(tmp_path, writer):
+    """Channels last, counts and empty states, too."""
+    training = Training()
+    training.network.to(memory_format=torch.channels_last)
+    training.step()
+    writer.save(Progress(1, 2), *training.parts)
+    writer.wait()
+    state = checkpoint.training_state(*training.parts)
+    for file, tensors in state.items():
+        write_tensors(tmp_path / file, tensors)
+        assert (tmp_path / file).read_bytes() == (newest_checkpoint(tmp_path) / file).read_bytes()
+
+
+def test_the_state_lies_by_name_however_parameters_are_grouped(tmp_path, writer):
+    """So that a run whose optimizer had one group goes on with two."""
+    old = Training(weight_decay_on="all")
+    old.step()
+    with writer:
+        writer.save(Progress(1, 2), *old.parts)
+    new = Training()
+    load_checkpoint(newest_checkpoint(tmp_path), *new.parts)
+    assert [len(group["params"]) for group in new.optimizer.param_groups] == [2, 4]
+    for one, other in zip(old.network.parameters(), new.network.parameters(), strict=True):
+        for key, value in old.optimizer.state[one].items():
+            assert torch.equal(value, new.optimizer.state[other][key])
+
+
+# What stays
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "kept"),
+    [(1, None, [9]), (2, None, [8, 9]), (2, 3, [3, 6, 8, 9]), (3, 4, [4, 7, 8, 9]), (1, 10, [9]), (4, 1, range(1, 10))],
+)
+def test_milestones_stay_beside_the_newest(tmp_path, keep, keep_every, kept):
+    training = Training()
+    training.step()
+    with CheckpointWriter(tmp_path, torch.device("cpu"), keep=keep, keep_every=keep_every) as writer:
+        for step in range(1, 10):
+            writer.save(Progress(step, 2 * step), *training.parts)
+    assert steps(tmp_path) == list(kept)
+    keep_newest(tmp_path, keep, keep_every)
+    assert steps(tmp_path) == list(kept)
+
+
+def test_checkpoints_of_an_earlier_version_are_read(tmp_path, writer):
+    """Their state knows no growth tracker."""
+    training = Training()
+    training.step()
+    with writer:
+        writer.save(Progress(1, 2, loss_scale=1024.0, growth_tracker=7), *training.parts)
+    file = newest_checkpoint(tmp_path) / "state.json"
+    assert load_checkpoint(file.parent, *Training().parts) == Progress(1, 2, 1024.0, 7)
+    state = read_json(file)
+    del state["growth_tracker"], state["checksum"]
+    write_json(file, state)
+    assert load_checkpoint(file.parent, *Training().parts) == Progress(1, 2, 1024.0, 0)

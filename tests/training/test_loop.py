@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -11,6 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +32,9 @@ from latentflow.data.batches import TrainingImages
 from latentflow.data.latent_cache import LatentCache
 from latentflow.errors import ArtifactError, ConfigError, LatentFlowError, NonFiniteError
 from latentflow.latent_flow import LatentFlow, read_config
+from latentflow.runtime import Runtime
 from latentflow.training import checkpoint, loop
-from latentflow.training.checkpoint import Progress, load_checkpoint, newest_checkpoint, save_checkpoint
+from latentflow.training.checkpoint import CheckpointWriter, Progress, load_checkpoint, newest_checkpoint
 from latentflow.training.ema import EMA
 from latentflow.training.log import read_metrics
 from latentflow.training.optim import OptimizerConfig, build_optimizer
@@ -259,7 +263,7 @@ def test_killed_between_model_and_checkpoint(train, monkeypatch):
         raise KeyError("killed here")
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "save_checkpoint", die)
+        patched.setattr(checkpoint, "write_checkpoint", die)
         with pytest.raises(KeyError):
             train("parts")
     assert final(train("parts")) == final(whole)
@@ -376,7 +380,7 @@ def test_a_checkpoint_round_trip_keeps_every_bit(tmp_path):
 
     def parts():
         network = nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 2))
-        return network, EMA(network, 0.9), build_optimizer(network.parameters(), config)
+        return network, EMA(network, 0.9), build_optimizer(network, config)
 
     network, ema, optimizer = parts()
     for step in range(3):
@@ -384,7 +388,9 @@ def test_a_checkpoint_round_trip_keeps_every_bit(tmp_path):
         optimizer.step()
         optimizer.zero_grad()
         ema.update(network, step)
-    folder = save_checkpoint(tmp_path, Progress(3, 12, 1024.0), network, ema, optimizer, keep=1)
+    with CheckpointWriter(tmp_path, torch.device("cpu"), keep=1) as writer:
+        writer.save(Progress(3, 12, 1024.0), network, ema, optimizer)
+    folder = newest_checkpoint(tmp_path)
     copies = parts()
     assert load_checkpoint(folder, *copies) == Progress(3, 12, 1024.0)
     for one, other in zip(network.parameters(), copies[0].parameters(), strict=True):
@@ -406,6 +412,72 @@ def test_a_checkpoint_half_written_does_not_count(train, tmp_path):
     hidden = run / "checkpoints" / ".step-00000009.1.tmp"
     shutil.copytree(newest_checkpoint(run), hidden)
     assert newest_checkpoint(run).name == "step-00000005"
+
+
+def test_milestones_stay_and_can_be_sampled_from(train, capsys, monkeypatch, tmp_path):
+    """Between checkpoints, too; each is a model of its own step, with the average of then."""
+    run = train("run", training={"checkpoint_every": 5, "keep_every": 3, "keep_checkpoints": 1})
+    kept = sorted((run / "checkpoints").iterdir())
+    assert [folder.name for folder in kept] == [f"step-{step:08d}" for step in (3, 6, 9, 10)]
+    for folder, step in zip(kept[:3], (3, 6, 9), strict=True):
+        model, average = LatentFlow.from_pretrained(folder, device="cpu"), read_tensors(folder / "ema.safetensors")
+        assert all(torch.equal(value, average[key]) for key, value in model.network.state_dict().items())
+        assert (model.config.training.step, model.config.training.images_seen) == (step, 4 * step)
+    command = ("sample", kept[0], "--num", 2, "--device", "cpu", "--out", tmp_path / "samples")
+    assert processes.run_here(command, capsys, monkeypatch).code == 0
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 3  # with the contact sheet
+    assert not (kept[3] / "model").exists()
+    assert final(run) == final(train("other"))
+
+
+def test_a_run_goes_on_while_a_checkpoint_is_written(train, monkeypatch):
+    """The disk is so slow that three steps pass; the next save waits for it, and so does the end."""
+    write, steps = checkpoint.write_checkpoint, []
+
+    def slowly(run, progress, *args):
+        end = time.monotonic() + 60
+        while progress.step == 4 and len(read_metrics(run)) < 7 and time.monotonic() < end:
+            time.sleep(0.01)
+        steps.append((progress.step, len(read_metrics(run))))
+        return write(run, progress, *args)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", slowly)
+    run = train("run", training={"checkpoint_every": 4})
+    assert [step for step, _ in steps] == [4, 8, 10]
+    assert steps[0][1] >= 7
+    monkeypatch.undo()
+    assert final(run) == final(train("whole", training={"checkpoint_every": 4}))
+
+
+def test_a_full_disk_ends_the_run_at_the_next_step(train, recipe, monkeypatch):
+    """With the line of the system, as if it had been written in the step; later everything is there."""
+    write = checkpoint.write_tensors
+
+    def full(path, tensors):
+        if "step-00000004" in str(path):
+            with artifacts.writing(path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, tensors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_tensors", full)
+        patched.setattr(loop, "training_step", slowed(loop.training_step))
+        with pytest.raises(ArtifactError, match=r"cannot write .*: no space left on device; free some space"):
+            train("run", training={"checkpoint_every": 4})
+    run = Path(recipe("run").out)
+    assert newest_checkpoint(run) is None
+    assert read_metrics(run)[-1]["step"] < 8
+    assert final(train("run", training={"checkpoint_every": 4})) == final(train("whole"))
+
+
+def slowed(function):
+    """Steps long enough for a checkpoint to be written in one."""
+
+    def stand_in(*args, **options):
+        time.sleep(0.3)
+        return function(*args, **options)
+
+    return stand_in
 
 
 # A run folder belongs to one recipe, one set of images, one latent space
@@ -541,16 +613,16 @@ def test_two_agents_of_one_process_each(recipe, train, recipe_file, tmp_path):
 
 
 def test_a_signal_to_one_of_two_processes_stops_both(recipe, recipe_file, tmp_path):
-    given = {"training": {"steps": 100_000, "log_every": 5}}
+    """At the same step, which is not one of the log: the next line of it would come after hours."""
+    given = {"training": {"steps": 10_000_000, "log_every": 1_000_000, "checkpoint_every": 5}}
     command, run = ("train", recipe_file(recipe("run", **given)), "--device", "cpu"), tmp_path / "run"
     workers = processes.start_processes(command, tmp_path / "log", 2)
-    processes.wait_until(lambda: len(read_metrics(run)) > 1, workers[0])
+    processes.wait_until(lambda: newest_checkpoint(run) is not None, workers[0])
     os.kill(workers[1].pid, signal.SIGTERM)
     codes = [processes.finish(worker, tmp_path / f"log.{rank}") for rank, worker in enumerate(workers)]
     assert codes[1] == 128 + signal.SIGTERM
     assert codes[0] != 0  # it was stopped too, so it must not look finished
     step = read_metrics(run)[-1]["step"]
-    assert step % 5 == 0
     assert newest_checkpoint(run).name == f"step-{step:08d}"
 
 
@@ -569,6 +641,86 @@ def test_compiled_training_equals_eager(train, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     eager, compiled = train("eager"), train("compiled", training={"compile": True})
     assert largest_difference(eager, compiled) < 1e-6
+
+
+def test_a_signal_while_the_network_is_compiled(recipe, train, monkeypatch):
+    """The step is dropped where it is: what is on disk is what was, and the run goes on as if nothing had been."""
+
+    def endless(call):
+        def compiled(*args):
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            time.sleep(60)
+            raise AssertionError("it went on")
+
+        return compiled
+
+    whole = train("whole")
+    train("run", training={"steps": 4})
+    before = tiny.tree(whole.with_name("run") / "checkpoints")
+    for name, step in (("run", 4), ("new", 0)):
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "compile", endless)
+            began = time.monotonic()
+            outcome = train_command(recipe(name, training={"compile": True}), runtime=tiny.CPU).outcome
+            assert time.monotonic() - began < 30
+        assert (outcome.step, outcome.finished, outcome.signal) == (step, False, signal.SIGTERM)
+    assert tiny.tree(whole.with_name("run") / "checkpoints") == before
+    assert newest_checkpoint(whole.with_name("new")) is None
+    for name in ("run", "new"):
+        assert final(train(name)) == final(whole)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_average_and_optimizer_are_float32_whatever_is_computed_in(recipe, precision):
+    run = Watched(recipe("run", training={"steps": 3}), precision)
+    run.train()
+    for name, tensor in run.model.network.state_dict().items():
+        assert tensor.dtype == torch.float32, name
+    for file in ("network", "ema", "optimizer"):
+        tensors = read_tensors(newest_checkpoint(Path(run.recipe.out)) / f"{file}.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}, file
+
+
+def test_fp16_goes_on_exactly_with_its_loss_scale(recipe, monkeypatch):
+    """The scale begins so high that gradients overflow, and grows every third step."""
+    true = loop.loss_scaler
+
+    def restless(*args):
+        scaler = true(*args)
+        scaler.set_growth_interval(3)
+        return scaler
+
+    monkeypatch.setattr(loop, "loss_scaler", restless)
+    for name, stops in (("whole", (10,)), ("parts", (2, 5, 6, 10))):
+        for steps in stops:
+            Watched(recipe(name, training={"steps": steps}), "fp16").train()
+    one, other = (newest_checkpoint(Path(recipe(name).out)) for name in ("whole", "parts"))
+    found = read_json(one / "state.json")
+    assert found["loss_scale"] != 2.0**16
+    assert found["growth_tracker"] == 10 % 3
+    for file in STATE:
+        assert (one / file).read_bytes() == (other / file).read_bytes(), file
+
+
+def test_fp16_on_a_cpu_is_refused(recipe, recipe_file, capsys, monkeypatch):
+    file = recipe_file(recipe("run", training={"precision": "fp16"}))
+    result = processes.run_here(("train", file, "--device", "cpu"), capsys, monkeypatch)
+    assert result.code == 2
+    assert "fp16 needs a GPU" in result.error
+    assert not Path(recipe("run").out).exists()
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1])
+def test_a_bad_image_stops_fp16_training(recipe, poisoned, micro_batch_size):
+    """Whichever micro-batch it is in; loss scaling skips the steps, so that the weights are sound."""
+    folder, name, step = poisoned
+    run = Watched(recipe("bad", data=folder, training={"micro_batch_size": micro_batch_size}), "fp16")
+    with pytest.raises(NonFiniteError, match=rf"step {step}: .* in the loss of 1 of 4 images, for example {name}"):
+        run.train()
+    assert all(parameter.isfinite().all() for parameter in run.model.network.parameters())
 
 
 # Numbers that are not finite
@@ -595,8 +747,9 @@ def poisoned(cache, tmp_path, monkeypatch) -> tuple[Path, str, int]:
 class Watched:
     """Trains with the network and optimizer in view, which `commands.train` keeps to itself."""
 
-    def __init__(self, recipe):
+    def __init__(self, recipe, precision="fp32"):
         torch.manual_seed(0)
+        self.runtime = Runtime(torch.device("cpu"), precision=precision)
         self.recipe = recipe
         source = open_source(recipe)
         self.images = TrainingImages(source, seed=recipe.training.seed, flip=recipe.data.flip)
@@ -605,7 +758,7 @@ class Watched:
     def train(self) -> None:
         run = Path(self.recipe.out)
         run.mkdir(exist_ok=True)
-        loop.train(self.recipe, self.model, self.images, run, tiny.CPU)
+        loop.train(self.recipe, self.model, self.images, run, self.runtime)
 
 
 @pytest.mark.parametrize("deferred", [False, True], ids=["read at every step", "read with the log, as on a GPU"])

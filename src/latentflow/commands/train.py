@@ -32,7 +32,7 @@ from latentflow.progress import image_progress
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
 from latentflow.sampling.request import check_request
-from latentflow.training.changes import RECIPE_FILE, Changes, check_changes
+from latentflow.training.changes import RECIPE_FILE, Changes, as_begun, check_changes
 from latentflow.training.config import CHANGES, Recipe
 from latentflow.training.fitting import FITTED, Situation, fit, is_set, value_of, with_values
 from latentflow.training.loop import Outcome, micro_batches
@@ -169,7 +169,7 @@ def prepare(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence[str] = (
     usable_name(recipe.data.path, "data.path")
     run = require_writable(usable_name(recipe.out, "out"))
     require_apart(run, recipe.data.path, recipe.data.images, recipe.data.masks.folder, replaced=_REPLACED)
-    recipe = _as_begun(_as_cached(recipe), run)
+    recipe = as_begun(_as_begun(_as_cached(recipe), run), run)
     changes = None if recipe.fit else check_changes(run, recipe, CHANGES, allow_change)
     source = open_source(recipe)
     autoencoder = Autoencoder.from_pretrained(recipe.autoencoder)

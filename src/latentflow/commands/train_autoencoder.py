@@ -39,7 +39,7 @@ from latentflow.training.autoencoder import (
     require_autoencoder_memory,
     train_autoencoder,
 )
-from latentflow.training.changes import RECIPE_FILE, Changes, check_changes
+from latentflow.training.changes import RECIPE_FILE, Changes, as_begun, check_changes
 from latentflow.training.interruption import Outcome
 from latentflow.training.memory import free_memory
 from latentflow.training.settings import to_yaml
@@ -173,7 +173,7 @@ def train_first_stage(
     """
     prepared = prepare(recipe, runtime or open_runtime(alone=True), allow_change=allow_change)
     on_prepared(prepared)
-    run, network, images = make_folder(prepared.run), prepared.network, prepared.images
+    run, network, images, recipe = make_folder(prepared.run), prepared.network, prepared.images, prepared.recipe
     if prepared.changes:
         prepared.changes.tell()
         prepared.changes.record()
@@ -204,6 +204,7 @@ def prepare(recipe: AutoencoderRecipe, runtime: Runtime, *, allow_change: Sequen
     run = require_writable(usable_name(recipe.out, "out"))
     usable_name(recipe.data.path, "data.path")
     require_apart(run, recipe.data.path, replaced=(AUTOENCODER_FOLDER, "checkpoints", "samples"))
+    recipe = as_begun(recipe, run)
     changes = check_changes(run, recipe, CHANGES, allow_change)
     runtime = runtime.with_precision(recipe.training.precision)
     require_autoencoder_memory(recipe, free_memory(runtime.device))

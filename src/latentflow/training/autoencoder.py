@@ -33,14 +33,14 @@ from latentflow.randomness import ImageRandom, derive_seed
 from latentflow.runtime import Runtime
 from latentflow.shapes import image_mean
 from latentflow.training.changes import ChangeRules
-from latentflow.training.checkpoint import Progress, keep_newest, load_checkpoint, newest_checkpoint, save_checkpoint
+from latentflow.training.checkpoint import CheckpointWriter, Progress, keep_newest, load_checkpoint, newest_checkpoint
 from latentflow.training.config import LARGEST_IMAGE, LARGEST_SEED, MOST_STEPS, RECIPES, find_recipe
 from latentflow.training.ema import EMA
 from latentflow.training.guard import FiniteGuard
 from latentflow.training.interruption import Outcome, collected_signals
 from latentflow.training.log import Clock, RunLog
 from latentflow.training.memory import require_memory
-from latentflow.training.optim import OptimizerConfig, build_optimizer
+from latentflow.training.optim import OptimizerConfig, build_optimizer, clip_gradients
 from latentflow.training.settings import load_settings
 
 if TYPE_CHECKING:
@@ -301,13 +301,14 @@ def train_autoencoder(
     """
     config, device = recipe.training, runtime.device
     network.to(device)
-    ema, optimizer = EMA(network, config.ema_decay), build_optimizer(network.parameters(), recipe.optimizer)
+    ema, optimizer = EMA(network, config.ema_decay), build_optimizer(network, recipe.optimizer)
+    parameters = list(network.parameters())
     newest = newest_checkpoint(run)
     progress = load_checkpoint(newest, network, ema, optimizer) if newest else Progress()
     positions = StreamPositions(progress.images_seen, config.batch_size, config.batch_size, rank=0, num_processes=1)
     batches = stream_batches(images, positions, num_workers=recipe.data.num_workers, pin_memory=device.type == "cuda")
     compare = partial(autoencoder_step, recipe=recipe, runtime=runtime)
-    guard = FiniteGuard(optimizer, device, scaled=False, remedy=recipe.optimizer.gentler)
+    guard = FiniteGuard(optimizer, runtime, scaled=False, remedy=recipe.optimizer.gentler)
     log = RunLog(run, num_steps=config.steps, first_step=progress.step, enabled=True)
     if newest:
         log.say(f"resuming from step {progress.step} ({progress.images_seen:,} images seen)")
@@ -319,6 +320,7 @@ def train_autoencoder(
         lost_workers(recipe.data.num_workers),
         runtime.float32_policy(),
         collected_signals() as received,
+        CheckpointWriter(run, device, keep=config.keep_checkpoints) as writer,
     ):
         while progress.step < config.steps and not ends:
             rate = recipe.optimizer.rate(progress.step, config.steps)
@@ -327,8 +329,8 @@ def train_autoencoder(
             batch = next(batches)
             result = compare(network, batch)
             result.loss.mean().backward()
-            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.optimizer.clip_norm or float("inf"))
-            guard.watch(norm, result.loss, progress.step, [batch])
+            norm = clip_gradients(parameters, recipe.optimizer.clip_norm)
+            guard.watch(norm, [result.loss], progress.step, [batch.positions])
             optimizer.step()
             optimizer.zero_grad()
             ema.update(network, progress.step)
@@ -336,6 +338,7 @@ def train_autoencoder(
             progress = replace(progress, step=progress.step + 1, images_seen=progress.images_seen + config.batch_size)
             clock.count(config.batch_size)
 
+            writer.raise_failure()
             ends = bool(received) or progress.step == config.steps
             saves = ends or progress.step % config.checkpoint_every == 0
             if saves or guard.is_due(progress.step, config.log_every):
@@ -348,7 +351,7 @@ def train_autoencoder(
             log.advance(progress.step)
             if saves:
                 with clock.paused():
-                    save_checkpoint(run, progress, network, ema, optimizer, keep=config.keep_checkpoints)
+                    writer.save(progress, network, ema, optimizer)
                 saved_at = progress.step
     network.load_state_dict(ema.average)
     return Outcome(progress.step, finished=progress.step >= config.steps, signal=received[0] if received else None)

@@ -6,15 +6,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from latentflow.artifacts import write_text
 from latentflow.console import notice
 from latentflow.errors import ConfigError, nearest
-from latentflow.training.checkpoint import newest_checkpoint
+from latentflow.training.checkpoint import newest_checkpoint, step_of
 from latentflow.training.settings import differences, is_within, keys_of, load_settings, told
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 RECIPE_FILE = "recipe.yaml"
 CHANGES_FILE = "changes.jsonl"
@@ -77,6 +79,14 @@ class Changes:
             )
 
 
+def as_begun(recipe: Schema, run: Path) -> Schema:
+    """A recipe that leaves open what decays, with what its run began with: the default was another once."""
+    if "weight_decay_on" in recipe.optimizer.model_fields_set or trained_steps(run) is None:
+        return recipe
+    begun = load_settings(type(recipe), run / RECIPE_FILE).optimizer.weight_decay_on
+    return recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"weight_decay_on": begun})})
+
+
 def check_changes(run: Path, recipe: BaseModel, rules: ChangeRules, allowed: Sequence[str] = ()) -> Changes | None:
     """How `recipe` differs from the one that `run` was trained with so far; nothing is written.
 
@@ -121,4 +131,4 @@ def trained_steps(run: Path) -> int | None:
         return None
     if newest is None:
         return 0 if (run / "model").exists() else None
-    return int(newest.name.removeprefix("step-"))
+    return step_of(newest)

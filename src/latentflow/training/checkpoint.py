@@ -1,14 +1,19 @@
-"""Training states on disk: complete or absent, never pickled, the newest few kept.
+"""Training states on disk: complete or absent, never pickled, the newest few and milestones kept.
 
 `checkpoints/step-00001000/` holds `network.safetensors`, `ema.safetensors`, `optimizer.safetensors` and
-`state.json`. Randomness and data order follow from (seed, images seen), so no generator state is stored.
+`state.json`, a milestone also `model/`, the model folder of that step. Randomness and data order follow from
+(seed, images seen), so no generator state is stored.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
+from types import TracebackType
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +31,14 @@ from latentflow.errors import ArtifactError
 from latentflow.training.ema import EMA
 from latentflow.weights import load_weights, require_values
 
+NETWORK_FILE, EMA_FILE, OPTIMIZER_FILE = "network.safetensors", "ema.safetensors", "optimizer.safetensors"
+
+SaveModel = Callable[[Path, Mapping[str, Tensor]], None]
+"""Called with (folder, averaged weights) to write a model folder."""
+
 _FOLDER = re.compile(r"step-(\d{8})")
 _STATE = "state.json"
+_SPARE_BYTES = 2 << 30  # of a GPU's memory, left free beside a copy
 
 
 @dataclass(frozen=True)
@@ -38,33 +49,210 @@ class Progress:
         step: optimizer steps done.
         images_seen: images of those steps, over all processes.
         loss_scale: of fp16 training, None otherwise.
+        growth_tracker: steps since the loss scale last changed.
     """
 
     step: int = 0
     images_seen: int = 0
     loss_scale: float | None = None
+    growth_tracker: int = 0
 
 
-def save_checkpoint(
-    run: Path, progress: Progress, network: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, *, keep: int
+class CheckpointWriter:
+    """Writes the checkpoints of a run in a thread of its own, from copies, while training goes on.
+
+    One at most is being written: the next save waits for it. What goes wrong in the thread, a full disk above all, is
+    raised by the next call. As a context manager it ends once everything is on disk, and at once where it is left by a
+    second Ctrl-C.
+
+    Args:
+        run: the run folder.
+        device: where the network is trained.
+        keep: how many of the newest checkpoints stay.
+        keep_every: checkpoints of steps that are multiples of it stay as well, the milestones; None: there are none.
+        save_model: writes `model/` of the run before each checkpoint, and that of a milestone in it. Killed between the
+            two, a run repeats the steps since the checkpoint before, and writes both again.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        device: torch.device,
+        *,
+        keep: int,
+        keep_every: int | None = None,
+        save_model: SaveModel | None = None,
+    ):
+        self.run, self.device, self.keep, self.keep_every, self.save_model = run, device, keep, keep_every, save_model
+        self._on_gpu: bool | None = None if device.type == "cuda" else False
+        self._on_host: Tensor | None = None
+        self._thread: Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, progress: Progress, network: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
+        """Copy the state of training as it is now, and begin to write it."""
+        self.wait()
+        copy = self._copy(training_state(network, ema, optimizer))
+        self._thread = Thread(target=self._write, args=(progress, copy), name="checkpoint")
+        self._thread.start()
+
+    def raise_failure(self) -> None:
+        """Raise what went wrong in the thread; waits for nothing, and costs nothing in every step.
+
+        Raises:
+            ArtifactError: a folder could not be written.
+        """
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def wait(self) -> None:
+        """Return once everything is on disk.
+
+        Raises:
+            ArtifactError: a folder could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.raise_failure()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.wait()
+        elif issubclass(kind, Exception) and self._thread is not None:
+            self._thread.join()
+
+    def _copy(self, state: Mapping[str, Mapping[str, Tensor]]) -> _Copy:
+        tensors = [tensor for part in state.values() for tensor in part.values()]
+        return _copied(state, self._memory(sum(map(_room, tensors))), self.device)
+
+    def _memory(self, num_bytes: int) -> Tensor:
+        """Where a copy lies: on the GPU, if there is room to spare beside all that training took by the first save.
+
+        Memory of the host is kept for the next copy, for it is slow to get.
+        """
+        if self._on_gpu is None:
+            self._on_gpu = torch.cuda.mem_get_info(self.device)[0] >= num_bytes + _SPARE_BYTES
+        if self._on_gpu:
+            try:
+                return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+            except torch.OutOfMemoryError:
+                self._on_gpu = False
+        if self._on_host is None or self._on_host.nbytes != num_bytes:
+            self._on_host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        return self._on_host
+
+    def _write(self, progress: Progress, copy: _Copy) -> None:
+        try:
+            with copy.ready() as state:
+                save_model = self.save_model
+                if save_model:
+                    save_model(self.run / "model", state[EMA_FILE])
+                is_milestone = self.keep_every and progress.step % self.keep_every == 0
+                write_checkpoint(self.run, progress, state, save_model if is_milestone else None)
+            keep_newest(self.run, self.keep, self.keep_every)
+        except BaseException as error:
+            self._failure = error
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A state of training as it was at one moment, by file and name.
+
+    Attributes:
+        tensors: views of one piece of memory.
+        made: when they are whole, if they come from a GPU; None: they are.
+    """
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    made: torch.cuda.Event | None = None
+
+    @contextmanager
+    def ready(self) -> Iterator[Mapping[str, Mapping[str, Tensor]]]:
+        """The tensors once they are whole; reading them from the GPU does not queue with the steps of training."""
+        if self.made is None:
+            yield self.tensors
+            return
+        self.made.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream(self.made.device)):
+            yield self.tensors
+
+
+def _copied(state: Mapping[str, Mapping[str, Tensor]], memory: Tensor, device: torch.device) -> _Copy:
+    """Copy tensors of `device` in the order of its work: after one step, and before the next.
+
+    From a GPU the host waits for nothing: a copy on the same GPU takes that milliseconds, one in pinned memory longer.
+    """
+    gpu = device.type == "cuda"
+    copies: dict[str, dict[str, Tensor]] = {}
+    start = 0
+    for file, tensors in state.items():
+        copies[file] = {}
+        for name, tensor in tensors.items():
+            place = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            copies[file][name] = place.copy_(tensor, non_blocking=gpu)
+            start += _room(tensor)
+    if not gpu:
+        return _Copy(copies)
+    made = torch.cuda.Event(blocking=True)
+    made.record(torch.cuda.current_stream(device))
+    return _Copy(copies, made)
+
+
+def _room(tensor: Tensor) -> int:
+    """Bytes that a tensor takes in the memory of a copy, where each begins at a multiple of 64."""
+    return -(-tensor.nbytes // 64) * 64
+
+
+def training_state(network: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds, by file: the tensors themselves, which training goes on to change."""
+    optimizer_tensors = {
+        f"{name}/{key}": value  # "blocks.0.weight/exp_avg", however the parameters are grouped
+        for name, parameter in network.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+    return {NETWORK_FILE: network.state_dict(), EMA_FILE: ema.average, OPTIMIZER_FILE: optimizer_tensors}
+
+
+def write_checkpoint(
+    run: Path, progress: Progress, state: Mapping[str, Mapping[str, Tensor]], save_model: SaveModel | None = None
 ) -> Path:
-    """Write one checkpoint and delete all but the newest `keep`."""
+    """Write one checkpoint, complete or not at all.
+
+    Args:
+        save_model: writes a model folder of its averaged weights into it.
+    """
     folder = run / "checkpoints" / f"step-{progress.step:08d}"
     with atomic_folder(folder) as temporary:
-        write_tensors(temporary / "network.safetensors", network.state_dict())
-        write_tensors(temporary / "ema.safetensors", ema.average)
-        write_tensors(temporary / "optimizer.safetensors", _optimizer_tensors(network, optimizer))
-        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-        state = {**progress.__dict__, "files": sizes}
-        write_json(temporary / _STATE, {**state, "checksum": checksum_of(state)})
-    keep_newest(run, keep)
+        for file, tensors in state.items():
+            write_tensors(temporary / file, tensors)
+        sizes = {file: (temporary / file).stat().st_size for file in sorted(state)}
+        record = {**progress.__dict__, "files": sizes}
+        write_json(temporary / _STATE, {**record, "checksum": checksum_of(record)})
+        if save_model:
+            save_model(temporary / "model", state[EMA_FILE])
     return folder
 
 
-def keep_newest(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; a resumed run does what one that was killed had left to do."""
+def keep_newest(run: Path, keep: int, keep_every: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints and those of steps that are multiples of `keep_every`.
+
+    A resumed run does what one that was killed had left to do.
+    """
     for old in _checkpoints(run)[:-keep]:
-        remove_folder(old)
+        if not keep_every or step_of(old) % keep_every:
+            remove_folder(old)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint is of."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -85,12 +273,12 @@ def load_checkpoint(folder: Path, network: nn.Module, ema: EMA, optimizer: torch
             found = (folder / name).stat().st_size if (folder / name).exists() else 0
             if found != num_bytes:
                 raise ArtifactError(f"{folder / name} is truncated or damaged: {found} bytes, not {num_bytes}")
-        load_weights(network, read_tensors(folder / "network.safetensors"), folder / "network.safetensors")
-        average = read_tensors(folder / "ema.safetensors")
-        require_values(network.state_dict(), average, folder / "ema.safetensors")
+        load_weights(network, read_tensors(folder / NETWORK_FILE), folder / NETWORK_FILE)
+        average = read_tensors(folder / EMA_FILE)
+        require_values(network.state_dict(), average, folder / EMA_FILE)
         ema.load(average)
-        tensors = read_tensors(folder / "optimizer.safetensors")
-        _load_optimizer(network, optimizer, tensors, folder / "optimizer.safetensors")
+        tensors = read_tensors(folder / OPTIMIZER_FILE)
+        _load_optimizer(network, optimizer, tensors, folder / OPTIMIZER_FILE)
     except ArtifactError as error:
         raise ArtifactError(f"{error}; {remedy}") from error
     return progress
@@ -105,7 +293,7 @@ def _read_state(file: Path) -> tuple[Progress, dict[str, int]]:
             raise ValueError("it does not match its checksum")
         sizes = {str(name): int(size) for name, size in dict(state.pop("files")).items()}
         progress = Progress(**state)
-        numbers = (progress.step, progress.images_seen)
+        numbers = (progress.step, progress.images_seen, progress.growth_tracker)
         if not all(type(number) is int and 0 <= number < 2**60 for number in numbers):
             raise ValueError(f"{numbers} are no counts of steps and images")
         if not isinstance(progress.loss_scale, float | int | None):
@@ -118,15 +306,6 @@ def _read_state(file: Path) -> tuple[Progress, dict[str, int]]:
 def _checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first: a folder under its final name was complete when it got it."""
     return sorted(folder for folder in (run / "checkpoints").glob("step-*") if _FOLDER.fullmatch(folder.name))
-
-
-def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name: "blocks.0.weight/exp_avg"."""
-    return {
-        f"{name}/{key}": value
-        for name, parameter in network.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
 
 
 def _load_optimizer(

@@ -97,7 +97,17 @@ class TrainingConfig(_Section):
     log_every: int = Field(50, ge=1, le=MOST_STEPS, description="Steps between lines of metrics.jsonl.")
     checkpoint_every: int = Field(1000, ge=1, le=MOST_STEPS, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, le=MOST_STEPS, description="How many of the newest checkpoints stay.")
+    keep_every: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_STEPS,
+        description="Steps between milestones, checkpoints that stay and hold a model to sample from; null: none.",
+    )
     preview_every: int = Field(1000, ge=0, le=MOST_STEPS, description="Steps between preview grids; 0: none.")
+
+    def is_saved(self, step: int) -> bool:
+        """Whether a checkpoint is written after `step` steps, if the run does not end there."""
+        return step % self.checkpoint_every == 0 or (self.keep_every is not None and step % self.keep_every == 0)
 
 
 class Recipe(_Section):
@@ -141,6 +151,7 @@ CHANGES = ChangeRules(
         "training.log_every",
         "training.checkpoint_every",
         "training.keep_checkpoints",
+        "training.keep_every",
         "training.preview_every",
         "sampling",
     ),

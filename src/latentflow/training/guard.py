@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from latentflow.data.batches import Batch, TrainingImages
+from latentflow.data.batches import TrainingImages
 from latentflow.errors import NonFiniteError
+from latentflow.runtime import Runtime
 from latentflow.training.step import StepResult
 
 
@@ -17,32 +18,38 @@ class FiniteGuard:
 
     The check costs no synchronisation with the device: the fused optimizer itself skips its update while
     `found_inf` is set, and the flag stays set from the first bad step on. It is read when the log is
-    written; then the bad step is computed again to say where it went wrong.
+    written; then the images of the bad step are read and computed again to say where it went wrong.
+
+    All processes find the same step and raise the same error, so that none is left waiting for another: gradients have
+    been summed over them, and where losses are looked at, what each found is gathered.
+
+    Args:
+        scaled: under the loss scaling of fp16, which meets infinite gradients in its normal course and skips them
+            itself: then losses are looked at in place of the gradient.
+        remedy: the end of the message.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, *, scaled: bool, remedy: str):
-        self.optimizer = optimizer
-        self.remedy = remedy
-        self.every_step = device.type == "cpu"
-        # fp16 loss scaling meets infinite gradients in its normal course and skips them itself, but not a bad loss.
-        self.scaled = scaled
-        self.bad = torch.zeros((), device=device)
-        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self.batches: dict[int, list[Batch]] = {}
+    def __init__(self, optimizer: torch.optim.Optimizer, runtime: Runtime, *, scaled: bool, remedy: str):
+        self.optimizer, self.runtime, self.scaled, self.remedy = optimizer, runtime, scaled, remedy
+        self.every_step = runtime.device.type == "cpu"
+        self.bad = torch.zeros((), device=runtime.device)
+        self.num_bad = torch.zeros((), device=runtime.device)  # steps since the first bad one, and it
+        self.positions: dict[int, list[Tensor]] = {}
 
-    def watch(self, norm: Tensor, losses: Tensor, step: int, batches: list[Batch]) -> None:
+    def watch(self, norm: Tensor, losses: Sequence[Tensor], step: int, positions: Sequence[Tensor]) -> None:
         """Look at step `step` (the first is 0) before the optimizer does.
 
         Args:
-            norm: of the gradient, a scalar; under loss scaling the `losses` [B] are looked at instead.
-            batches: what the step was computed from, to compute it again if need be.
+            norm: of the gradient, a scalar.
+            losses: [B] of each micro-batch of this process.
+            positions: [B] of each, on the CPU, to read the images again if need be.
         """
-        is_bad = ~(torch.isfinite(losses.detach()).all() if self.scaled else torch.isfinite(norm))
-        self.first_bad_step = torch.where((self.bad == 0) & is_bad, step, self.first_bad_step)
-        self.bad = torch.maximum(self.bad, is_bad.to(self.bad.dtype))
+        seen = torch.stack([loss.detach().sum() for loss in losses]).sum() if self.scaled else norm
+        self.bad = torch.maximum(self.bad, (seen - seen != 0).to(self.bad.dtype))  # inf - inf and NaN - NaN are NaN
+        self.num_bad += self.bad
         if not self.scaled:
             self.optimizer.found_inf, self.optimizer.grad_scale = self.bad, None
-        self.batches[step] = batches
+        self.positions[step] = list(positions)
 
     def is_due(self, step: int, log_every: int) -> bool:
         """Whether the flag is to be read now: with the log, or at once where reading costs nothing."""
@@ -51,29 +58,42 @@ class FiniteGuard:
     def raise_if_bad(
         self, compare: Callable[..., StepResult], network: nn.Module, images: TrainingImages, saved_at: int
     ) -> None:
-        """Read the flag.
+        """Read the flag; all processes do so at the same step.
+
+        Args:
+            compare: computes a batch, with the `network` that is given.
 
         Raises:
             NonFiniteError: it is set; the message names the step and the images or the parameter.
         """
-        bad_step = int(self.first_bad_step)
-        if bad_step < 0:
-            self.batches.clear()
+        num_bad = int(self.runtime.gather(self.num_bad[None]).max() if self.scaled else self.num_bad)
+        if not num_bad:
+            self.positions.clear()
             return
-        where = "in the gradient"
-        network.zero_grad()
-        for batch in self.batches[bad_step]:
-            result = compare(network, batch)
-            broken = ~torch.isfinite(result.loss.detach()).cpu()
-            if broken.any():
-                names = images.names_at(batch.positions[broken].tolist())
-                where = f"in the loss of {len(names)} of {len(broken)} images, for example {names[0]}"
-                break
-            result.loss.mean().backward()
-        else:
-            bad = [n for n, p in network.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-            where = f"in the gradient of {bad[0]} and {len(bad) - 1} other parameters" if bad else where
+        step = list(self.positions)[-num_bad]
         raise NonFiniteError(
-            f"step {bad_step + 1}: a number that is not finite appeared {where}. The step was not taken; the newest "
-            f"checkpoint is step {saved_at}. Look at the images, or {self.remedy}"
+            f"step {step + 1}: a number that is not finite appeared {self._where(step, compare, network, images)}. The "
+            f"step was not taken; the newest checkpoint is step {saved_at}. Look at the images, or {self.remedy}"
         )
+
+    def _where(self, step: int, compare: Callable[..., StepResult], network: nn.Module, images: TrainingImages) -> str:
+        """Compute a step again, in every process its own share, and join what they find."""
+        broken: list[Tensor] = []
+        network.zero_grad()
+        try:
+            for positions in self.positions[step]:
+                result = compare(network, images.__getitems__(positions.tolist()))
+                broken.append(positions[~torch.isfinite(result.loss.detach()).cpu()])
+                result.loss.mean().backward()
+        except torch.OutOfMemoryError:  # nothing is compiled here, and nothing recomputed
+            pass
+        names = [name for name, _ in network.named_parameters()]
+        bad = [n for n, p in enumerate(network.parameters()) if p.grad is not None and not p.grad.isfinite().all()]
+        found = self.runtime.gather(torch.cat([*broken, torch.zeros(0, dtype=torch.int64)])).tolist()
+        parameters = sorted(set(self.runtime.gather(torch.tensor(bad, dtype=torch.int64)).tolist()))
+        if found:
+            num_images = self.runtime.world * sum(map(len, self.positions[step]))
+            return f"in the loss of {len(found)} of {num_images} images, for example {images.names_at(found)[0]}"
+        if parameters:
+            return f"in the gradient of {names[parameters[0]]} and {len(parameters) - 1} other parameters"
+        return "in the gradient"

@@ -7,12 +7,16 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
+import torch
+from torch import Tensor
+
 from latentflow.console import say
+from latentflow.runtime import Runtime
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -58,6 +62,30 @@ def collected_signals() -> Iterator[list[int]]:
         yield received
     finally:
         restore()
+
+
+class SharedStop:
+    """Whether a signal has reached any process of a run, found by all of them at the same step.
+
+    With each step a process sends the number of its signals, from host to host, and looks at the sum of the step
+    before, which has arrived meanwhile: neither hosts nor devices wait, and all stop at the second step after a signal.
+
+    Args:
+        received: of this process, by `collected_signals`.
+    """
+
+    def __init__(self, runtime: Runtime, received: list[int]):
+        self.runtime, self.received = runtime, received
+        self._sum: Callable[[], Tensor] | None = None
+
+    def is_due(self) -> bool:
+        """Whether to stop after this step; every process asks once in every step."""
+        if self.runtime.world == 1:
+            return bool(self.received)
+        if self._sum is not None and self._sum().any():
+            return True
+        self._sum = self.runtime.sum_later(torch.tensor([len(self.received)]))
+        return False
 
 
 class _EndedAtOnce(KeyboardInterrupt):

@@ -19,13 +19,13 @@ from latentflow.data.batches import Batch, StreamPositions, TrainingImages, lost
 from latentflow.errors import ConfigError
 from latentflow.latent_flow import LatentFlow
 from latentflow.runtime import Runtime
-from latentflow.training.checkpoint import Progress, keep_newest, load_checkpoint, newest_checkpoint, save_checkpoint
+from latentflow.training.checkpoint import CheckpointWriter, Progress, keep_newest, load_checkpoint, newest_checkpoint
 from latentflow.training.config import Recipe, TrainingConfig
 from latentflow.training.ema import EMA
 from latentflow.training.guard import FiniteGuard
-from latentflow.training.interruption import Outcome, collected_signals
+from latentflow.training.interruption import Outcome, SharedStop, collected_signals, ended_at_once
 from latentflow.training.log import Clock, LossByTime, RunLog
-from latentflow.training.optim import build_optimizer
+from latentflow.training.optim import build_optimizer, clip_gradients, loss_scaler, scaler_state
 from latentflow.training.step import training_step
 
 Preview = Callable[[LatentFlow, Mapping[str, Tensor], int], None]
@@ -79,12 +79,11 @@ def train(
     """
     config, main, parts = recipe.training, runtime.is_main, micro_batches(recipe.training, runtime)
     network = model.to(runtime).network.train().requires_grad_()
-    ema, optimizer = EMA(network, config.ema_decay), build_optimizer(network.parameters(), recipe.optimizer)
+    ema, optimizer = EMA(network, config.ema_decay), build_optimizer(network, recipe.optimizer)
+    parameters = list(network.parameters())
     newest = newest_checkpoint(run)
     progress = load_checkpoint(newest, network, ema, optimizer) if newest else Progress()
-    scaler = torch.amp.GradScaler(
-        runtime.device.type, init_scale=progress.loss_scale or 2.0**16, enabled=runtime.precision == "fp16"
-    )
+    scaler = loss_scaler(runtime, progress.loss_scale, progress.growth_tracker)
     wrapped = _distributed(network, runtime)
     batches = _open_stream(recipe, images, runtime, parts, first_position=progress.images_seen)
     compare = partial(training_step, model, times=recipe.times, batch_size=config.batch_size, seed=config.seed)
@@ -92,44 +91,53 @@ def train(
 
     def save() -> None:
         if main:
+            writer.wait()  # until the model's config is not read any more
             done = {"num_images": len(images), "step": progress.step, "images_seen": progress.images_seen}
             record = model.config.training.model_copy(update=done)
             model.config = model.config.model_copy(update={"training": record})
-            # The model goes first: killed in between, the run repeats these steps and writes both again.
-            model.save_pretrained(run / "model", weights=ema.average)
-            scale = scaler.get_scale() if scaler.is_enabled() else None
-            save_checkpoint(
-                run, replace(progress, loss_scale=scale), network, ema, optimizer, keep=config.keep_checkpoints
-            )
-        runtime.barrier()
+            scale, tracker = scaler_state(scaler)
+            writer.save(replace(progress, loss_scale=scale, growth_tracker=tracker), network, ema, optimizer)
 
+    def save_model(folder: Path, average: Mapping[str, Tensor]) -> None:
+        model.save_pretrained(folder, weights=average)
+
+    kept = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
     log = RunLog(run, num_steps=config.steps, first_step=progress.step, enabled=main)
     if newest:
         log.say(f"resuming from step {progress.step} ({progress.images_seen:,} images seen)")
         if main:
-            keep_newest(run, config.keep_checkpoints)
-    guard = FiniteGuard(optimizer, runtime.device, scaled=scaler.is_enabled(), remedy=recipe.optimizer.gentler)
+            keep_newest(run, **kept)
+    guard = FiniteGuard(optimizer, runtime, scaled=scaler.is_enabled(), remedy=recipe.optimizer.gentler)
     losses, clock, saved_at, stopping = LossByTime(runtime.device), Clock(), progress.step, False
+    compiles = config.compile
     with (
         log,
         closing(batches),
         lost_workers(recipe.data.num_workers),
         runtime.float32_policy(),
         collected_signals() as received,
+        CheckpointWriter(run, runtime.device, **kept, save_model=save_model) as writer,
     ):
+        stop = SharedStop(runtime, received)
         while progress.step < config.steps and not stopping:
             rate = recipe.optimizer.rate(progress.step, config.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             read = [next(batches) for _ in range(parts.number)]
-            for number, batch in enumerate(read, start=1):
-                with _exchange_gradients(wrapped, number == len(read)):
-                    result = compare(call, batch)
-                    scaler.scale(result.loss.mean() / len(read)).backward()
-                losses.add(result.time, result.loss)
+            results = []
+            with ended_at_once("the network was compiled") if compiles else nullcontext():
+                for number, batch in enumerate(read, start=1):
+                    with _exchange_gradients(wrapped, number == len(read)):
+                        result = compare(call, batch)
+                        scaler.scale(result.loss.mean() / len(read)).backward()
+                    losses.add(result.time, result.loss)
+                    results.append(result.loss.detach())
+            if compiles and received:
+                break  # somewhere in the first step, of which nothing is left; what was before it is on disk
+            compiles = False
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(network.parameters(), recipe.optimizer.clip_norm or float("inf"))
-            guard.watch(norm, result.loss, progress.step, read)
+            norm = clip_gradients(parameters, recipe.optimizer.clip_norm)
+            guard.watch(norm, results, progress.step, [batch.positions for batch in read])
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -137,9 +145,10 @@ def train(
             progress = replace(progress, step=progress.step + 1, images_seen=progress.images_seen + config.batch_size)
             clock.count(config.batch_size)
 
-            stopping = _all_agree_to_stop(runtime, received, progress.step, config.log_every)
+            writer.raise_failure()
+            stopping = stop.is_due()
             ends = stopping or progress.step == config.steps
-            saves = progress.step % config.checkpoint_every == 0 or ends
+            saves = config.is_saved(progress.step) or ends
             if guard.is_due(progress.step, config.log_every) or saves:
                 guard.raise_if_bad(compare, network, images, saved_at)
             if progress.step % config.log_every == 0 or ends:
@@ -156,6 +165,9 @@ def train(
                 last = progress.step == config.steps
                 if preview and main and config.preview_every and (progress.step % config.preview_every == 0 or last):
                     preview(model, ema.average, progress.step)
+        else:
+            writer.wait()
+            runtime.barrier()  # the model of the run is there when any process returns
     network.eval().requires_grad_(False)
     return Outcome(progress.step, finished=progress.step >= config.steps, signal=received[0] if received else None)
 
@@ -180,15 +192,6 @@ def _open_stream(
         pin_memory=runtime.device.type == "cuda",
         sharing=runtime.local_world,
     )
-
-
-def _all_agree_to_stop(runtime: Runtime, received: list[int], step: int, every: int) -> bool:
-    """Whether a signal has reached any process; processes ask each other at log steps only."""
-    if runtime.world == 1:
-        return bool(received)
-    if step % every:
-        return False
-    return bool(runtime.sum(torch.tensor(len(received))))
 
 
 @contextmanager

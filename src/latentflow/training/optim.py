@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from latentflow.runtime import Runtime
 
 
 class OptimizerConfig(BaseModel):
@@ -19,12 +21,26 @@ class OptimizerConfig(BaseModel):
     learning_rate: float = Field(1e-4, gt=0, le=1e9, description="At its highest, after the warm-up.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0, le=1e3)
+    weight_decay_on: Literal["matrices", "all"] = Field(
+        "matrices",
+        description="What decays. matrices: products and convolutions; biases, norms and embedding tables are spared. "
+        "all: those, too, as in the published recipes.",
+    )
     warmup_steps: int = Field(0, ge=0, le=10**9, description="Steps of linear rise from zero.")
     schedule: Literal["constant", "cosine"] = Field(
         "constant", description="cosine: fall to final_learning_rate at the last step."
     )
     final_learning_rate: float = Field(1e-5, ge=0, le=1e9, description="Where the cosine ends.")
     clip_norm: float | None = Field(1.0, gt=0, le=1e9, description="Largest gradient norm; null: no clipping.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_was_meant(cls, values: Any) -> Any:
+        """Runs of earlier versions wrote down every key but `weight_decay_on`, and everything decayed."""
+        later = {"weight_decay_on"}
+        if isinstance(values, dict) and not later & values.keys() and cls.model_fields.keys() - later <= values.keys():
+            return {**values, "weight_decay_on": "all"}
+        return values
 
     def rate(self, step: int, num_steps: int) -> float:
         """The learning rate of step `step` (the first is 0) of `num_steps`; a function has nothing to store."""
@@ -46,8 +62,60 @@ class OptimizerConfig(BaseModel):
         return f"repeat the command with {told} in place of the old values"
 
 
-def build_optimizer(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW with the fused update of every device that has one."""
+    groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
+    if config.weight_decay and config.weight_decay_on == "matrices":
+        decaying, spared = split_by_decay(network)
+        groups = [{"params": decaying}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
+
+
+def split_by_decay(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters of products and convolutions, and the others: biases, gains of norms, embedding tables.
+
+    The others are few and set levels and scales, which have no reason to be near zero.
+    """
+    tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+    decaying, spared = [], []
+    for parameter in network.parameters():
+        (decaying if parameter.dim() > 1 and id(parameter) not in tables else spared).append(parameter)
+    return decaying, spared
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[Tensor], largest: float | None) -> Tensor:
+    """The norm of all gradients together, a scalar; a larger one than `largest` is scaled down to it.
+
+    The host waits for nothing: that the norm is finite is left to `FiniteGuard`.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if largest is not None:
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
+
+
+def loss_scaler(runtime: Runtime, loss_scale: float | None, growth_tracker: int) -> torch.amp.GradScaler:
+    """What keeps the gradients of fp16 training in range, as a run left it; in other precisions it does nothing.
+
+    Args:
+        loss_scale: None: at its beginning.
+        growth_tracker: steps since the scale last changed.
+    """
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+    if loss_scale is not None and scaler.is_enabled():
+        scaler.load_state_dict({**scaler.state_dict(), "scale": loss_scale, "_growth_tracker": growth_tracker})
+    return scaler
+
+
+def scaler_state(scaler: torch.amp.GradScaler) -> tuple[float | None, int]:
+    """Loss scale and growth tracker of a scaler, which a run needs to go on; the host waits for the device."""
+    state = scaler.state_dict()
+    return state.get("scale"), state.get("_growth_tracker", 0)
