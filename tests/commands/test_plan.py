@@ -84,6 +84,19 @@ def test_what_is_exact_is_what_a_run_has_and_writes(recipe, network):
 
 
 @pytest.mark.usefixtures("unprobed")
+@pytest.mark.parametrize(
+    ("every", "keep", "keep_every", "most", "milestones"),
+    [(5, 2, None, 2, 0), (2, 2, None, 3, 0), (5, 1, 3, 5, 3), (4, 2, 4, 3, 2), (3, 1, 5, 4, 2)],
+)
+def test_checkpoints_on_disk_are_counted_with_milestones(recipe, every, keep, keep_every, most, milestones):
+    """Of 10 steps: no more than are ever saved, and no fewer than stay."""
+    training = {"checkpoint_every": every, "keep_checkpoints": keep, "keep_every": keep_every}
+    disk = planned(recipe(training=training)).disk
+    assert (disk.num_checkpoints, disk.num_milestones) == (most, milestones)
+    assert disk.run == disk.checkpoint * most + disk.model * (1 + milestones) + disk.previews
+
+
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_cache_takes_what_its_tensors_take(recipe, cache, flip):
     """The moments that training reads, mirrored ones included where it mirrors; labels."""

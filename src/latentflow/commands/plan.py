@@ -7,6 +7,7 @@ and what was measured here (time, from a few real steps).
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -123,7 +124,8 @@ class Disk:
 
     Attributes:
         checkpoint: one of them: weights, average, optimizer.
-        num_checkpoints: that are there at once, one that is being written included.
+        num_checkpoints: that are there at once, milestones and one that is being written included.
+        num_milestones: of them hold a model of their own.
         model: the folder that is sampled from.
         cache: the latent cache; None where the number of images is not known, or images are trained from.
         cache_is_here: whether it is there already.
@@ -133,6 +135,7 @@ class Disk:
 
     checkpoint: int
     num_checkpoints: int
+    num_milestones: int
     model: int
     cache: int | None
     cache_is_here: bool
@@ -142,7 +145,7 @@ class Disk:
     @property
     def run(self) -> int:
         """Of the run folder."""
-        return self.checkpoint * self.num_checkpoints + self.model + self.previews
+        return self.checkpoint * self.num_checkpoints + self.model * (1 + self.num_milestones) + self.previews
 
 
 @dataclass(frozen=True)
@@ -414,15 +417,19 @@ def _checkpoint_bytes(network: nn.Module) -> int:
 def _disk(subject: Subject, network: nn.Module) -> Disk:
     training, config = subject.recipe.training, subject.config
     embedded = config.autoencoder.reference == AUTOENCODER_FOLDER
-    every = training.checkpoint_every
-    num_saved = -(-training.steps // every)
+    every, milestones = training.checkpoint_every, training.keep_every or 0
+    num_milestones = training.steps // milestones if milestones else 0
+    num_saved = training.steps // every + num_milestones + (not training.is_saved(training.steps))
+    if milestones:
+        num_saved -= training.steps // math.lcm(every, milestones)
     previews = -(-training.steps // training.preview_every) if training.preview_every else 0
     pixels = _num_previewed(subject) * subject.recipe.data.image_size**2
     place = next((p for p in Path(subject.recipe.out or "runs").absolute().parents if p.is_dir()), Path.cwd())
     here = subject.data.num_bytes
     return Disk(
         checkpoint=_checkpoint_bytes(network),
-        num_checkpoints=min(training.keep_checkpoints + 1, num_saved),
+        num_checkpoints=min(training.keep_checkpoints + 1 + num_milestones, num_saved),
+        num_milestones=num_milestones,
         model=_state_bytes(network) + (subject.stage.num_bytes or 0 if embedded else 0),
         cache=cached_bytes(subject) if here is None else here,
         cache_is_here=here is not None,

@@ -179,7 +179,7 @@ def _seconds_per_update(config: ModelConfig, runtime: Runtime) -> float:
     number = min(total, _UPDATED.get(runtime.device.type, _UPDATED["cpu"]))
     layers = nn.ParameterList(torch.full((2**16,), 0.5) for _ in range(math.ceil(number / 2**16)))
     layers.to(runtime.device)
-    optimizer, average = build_optimizer(layers.parameters(), OptimizerConfig()), EMA(layers, 0.999)
+    optimizer, average = build_optimizer(layers, OptimizerConfig()), EMA(layers, 0.999)
     taken = []
     for step in range(3):
         for parameter in layers.parameters():
