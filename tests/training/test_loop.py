@@ -882,7 +882,7 @@ def test_previews_show_the_average_and_leave_no_trace(train, cache, tmp_path):
     model = LatentFlow.from_pretrained(shown, device="cpu")
     weights = read_tensors(newest_checkpoint(shown) / "ema.safetensors")
     images = TrainingImages(LatentCache(cache), seed=0, flip=False)
-    save_preview(model, weights, images, tmp_path / "again.png")
+    save_preview(model, weights, images, tmp_path / "again.png", model.runtime, 4)
     assert (tmp_path / "again.png").read_bytes() == (shown / "samples" / "step-00000010.png").read_bytes()
 
 

@@ -148,9 +148,11 @@ def train(
 
     if prepared.resident:
         prepared.images.hold(prepared.runtime.device)
+    batch_size = micro_batches(prepared.recipe.training, prepared.runtime).size
 
     def preview(model: LatentFlow, weights: Mapping[str, Tensor], step: int) -> None:
-        save_preview(model, weights, prepared.images, run / "samples" / f"step-{step:08d}.png")
+        file = run / "samples" / f"step-{step:08d}.png"
+        save_preview(model, weights, prepared.images, file, prepared.runtime, batch_size)
 
     outcome = run_loop(prepared.recipe, prepared.model, prepared.images, run, prepared.runtime, preview=preview)
     return TrainResult(run, outcome, prepared.broken)

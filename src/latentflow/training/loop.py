@@ -29,7 +29,7 @@ from latentflow.training.optim import build_optimizer, clip_gradients, loss_scal
 from latentflow.training.step import training_step
 
 Preview = Callable[[LatentFlow, Mapping[str, Tensor], int], None]
-"""Called with (model, EMA weights, step) on the main process to draw a grid."""
+"""Called with (model, EMA weights, step) in every process to draw a grid together."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def train(
                     save()
                     saved_at = progress.step
                 last = progress.step == config.steps
-                if preview and main and config.preview_every and (progress.step % config.preview_every == 0 or last):
+                if preview and config.preview_every and (progress.step % config.preview_every == 0 or last):
                     preview(model, ema.average, progress.step)
         else:
             writer.wait()
