@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import multiprocessing
 import os
 import re
 import shutil
 import signal
 import socket
+import threading
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,7 +22,7 @@ from latentflow import locks
 from latentflow.artifacts import require_new, write_text
 from latentflow.errors import ArtifactError
 from latentflow.locks import holder, only_writer, writes
-from latentflow.runtime import Runtime
+from latentflow.runtime import Runtime, launch_name
 
 _CONTEXT = multiprocessing.get_context("fork")
 
@@ -167,6 +169,18 @@ def test_processes_of_one_launch_write_together_and_no_others(tmp_path):
     assert f"process {second.process.pid}" in Other(tmp_path, **{**LAUNCH, "MASTER_PORT": "29501"}).said
     second.kill()
     assert Other(tmp_path, rank=0).said == "held"
+
+
+def test_a_fellow_that_has_locked_and_not_yet_said_so_is_waited_for(tmp_path, monkeypatch):
+    for key, value in LAUNCH.items():
+        monkeypatch.setenv(key, value)
+    with (tmp_path / ".lock.1").open("w") as fellow:
+        fcntl.flock(fellow, fcntl.LOCK_EX)
+        said = threading.Timer(0.01, lambda: print(json.dumps({"launch": launch_name()}), file=fellow, flush=True))
+        said.start()
+        with only_writer(tmp_path, Runtime(torch.device("cpu"), 0, 2)):
+            assert holder(tmp_path, 0)
+        said.join()
 
 
 def test_a_command_of_one_process_under_a_launcher(tmp_path):

@@ -754,6 +754,9 @@ def evaluate(
         str, typer.Option(help="inception (FID); dinov2; latents or random, which need no download.")
     ] = "inception",
     weights: Annotated[str | None, typer.Option(help="Of the features: a file; otherwise downloaded once.")] = None,
+    features_precision: Annotated[
+        str, typer.Option(help="Of the features: fp32, as published; tf32 or bf16 are faster, and other features.")
+    ] = "fp32",
     labels: Annotated[
         str | None,
         typer.Option(help="Class of image i: balanced (the default), uniform, data (as often as in DATA) or none."),
@@ -811,6 +814,7 @@ def evaluate(
         num=num,
         features=features,
         weights=weights,
+        features_precision=features_precision,
         labels=labels,
         masks=masks,
         segmenter=segmenter,

@@ -148,8 +148,16 @@ def _is_same(handle: int, file: Path) -> bool:
 def _refuse_another_launch(folder: Path, name: str, path: Path) -> None:
     """A first process may be done before its fellows: the locks of these count as well."""
     for file in folder.glob(f"{name}.*"):
-        if (record := _holder(file)) is not None and _parsed(record).get("launch") != launch_name():
+        if (record := _written(file)) is not None and _parsed(record).get("launch") != launch_name():
             raise _refusal(path, file, record)
+
+
+def _written(file: Path) -> str | None:
+    """What the locked `file` says, once its holder has had the time to say it; None where it is free."""
+    began = time.monotonic()
+    while (record := _holder(file)) == "" and time.monotonic() - began < _WAIT_SECONDS:
+        time.sleep(_WAIT_SECONDS / 100)
+    return record
 
 
 def _holder(file: Path) -> str | None:

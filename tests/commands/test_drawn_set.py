@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 
-from latentflow.commands import drawn_set
-from latentflow.commands.drawn_set import compute_in_shards, draw_set
+from latentflow.commands import drawn_set, shards
+from latentflow.commands.drawn_set import draw_set
 from latentflow.errors import ArtifactError, ConfigError, NonFiniteError
 from latentflow.metrics.features import RandomFeatures
 from latentflow.randomness import derive_seed
@@ -39,8 +35,7 @@ def whole(model, extractor):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(drawn_set, "SHARD_SIZE", 4)
-    monkeypatch.setattr(drawn_set, "_POLL_SECONDS", 0.005)
+    monkeypatch.setattr(shards, "SHARD_SIZE", 4)
 
 
 def test_images_are_those_of_sample(model, extractor, whole):
@@ -65,24 +60,6 @@ def test_image_i_does_not_know_how_many_there_are(model, extractor, whole):
     torch.testing.assert_close(fewer.features, whole.features[:4], rtol=1e-3, atol=1e-3)
     later = draw_set(model, extractor, num=4, seed=8)  # three further on, so labels are the same
     torch.testing.assert_close(later.features, whole.features[3:7], rtol=1e-3, atol=1e-3)
-
-
-def test_any_number_of_processes(model, extractor, small_shards, tmp_path, monkeypatch):
-    def run(rank: int):
-        return draw_set(model, extractor, num=NUM, seed=5, folder=tmp_path / "set", process=(rank, 2))
-
-    monkeypatch.setattr(drawn_set, "_PATIENCE_SECONDS", 20)
-    with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(run, 1)
-        while not (tmp_path / "set" / "plan.json").exists() and not other.done():  # threads share a temporary name
-            time.sleep(0.005)
-        sets = [run(0), other.result()]
-    alone = draw_set(model, extractor, num=NUM, seed=5)
-    for one in sets:
-        assert torch.equal(one.features, alone.features)
-        assert torch.equal(one.evaluations, alone.evaluations)
-    files = sorted(file.name for file in (tmp_path / "set").iterdir())
-    assert files == ["plan.json", *(f"shard-0000{k}.safetensors" for k in range(3))]
 
 
 def test_finished_shards_are_not_drawn_again_and_damaged_ones_are(
@@ -153,7 +130,6 @@ def test_bad_requests(kl, model, extractor, tmp_path):
         ({"labels": "data"}, "labelled reference"),
         ({"labels": "data", "label_shares": [1, 2]}, "2 shares"),
         ({"preset": {"solver": "huen"}}, "did you mean 'heun'"),
-        ({"process": (0, 2)}, "give --out"),
     ):
         with pytest.raises(ConfigError, match=said):
             draw_set(model, extractor, num=2, **given)
@@ -170,24 +146,3 @@ def test_latents_that_are_not_finite_are_never_scored(kl, extractor, tmp_path):
     with pytest.raises(NonFiniteError, match="seed 3 "):
         draw_set(broken, extractor, num=2, seed=3, folder=tmp_path / "set")
     assert [file.name for file in (tmp_path / "set").iterdir()] == ["plan.json"]
-
-
-def test_a_process_that_never_delivers_is_not_waited_for_without_end(small_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(drawn_set, "_PATIENCE_SECONDS", 0.02)
-    with pytest.raises(ArtifactError, match=r"shard-00001.*repeat the command"):
-        compute_in_shards(8, lambda rows: {"x": torch.tensor(rows)}, plan={}, folder=tmp_path / "set", process=(0, 2))
-
-
-def test_a_folder_that_is_removed_meanwhile_is_noticed_with_the_next_shard(tmp_path, small_shards):
-    folder, computed = tmp_path / "set", []
-
-    def compute(rows):
-        computed.append(rows)
-        if len(computed) == 2:
-            shutil.rmtree(folder)
-        return {"features": torch.zeros(len(rows), 2)}
-
-    with pytest.raises(ArtifactError, match=r"shard-00001\.safetensors was removed while it was needed; repeat"):
-        drawn_set.compute_in_shards(NUM, compute, plan={}, folder=folder)
-    assert len(computed) == 2
-    assert not list(folder.glob("*.safetensors"))

@@ -160,6 +160,31 @@ def test_processes_batches_and_kills_change_nothing(command, tmp_path, model_fol
     assert shard.stat().st_mtime_ns == written
 
 
+def test_three_processes_that_keep_nothing_find_what_one_finds(command, tmp_path, model_folder, images):
+    """Nine images are one shard: two of the processes have nothing to do, and say so."""
+    args = (model_folder, "--data", images, "--num", 9, *FAST, "--labels", "data", "--json")
+    log = tmp_path / "log"
+    processes = start_processes(("evaluate", *args), log, 3)
+    logs = [log.with_name(f"log.{rank}") for rank in range(3)]
+    assert [finish(*one) for one in zip(processes, logs, strict=True)] == [0, 0, 0], [one.read_text() for one in logs]
+    same(found(command(*args)), json.loads(next(x for x in logs[0].read_text().splitlines() if x.startswith("{"))))
+    assert all("this process is done" in one.read_text() for one in logs[1:])
+
+
+def test_a_process_that_dies_ends_the_other_and_alone_one_goes_on(command, tmp_path, model_folder, images):
+    args = (model_folder, "--data", images, "--num", 520, "--metrics", "fid", *FAST)
+    log, out = tmp_path / "log", tmp_path / "shared"
+    first, second = start_processes(("evaluate", *args, "--out", out), log, 2)
+    wait_until(lambda: (out / "report.features" / "plan.json").exists(), second)
+    second.kill()
+    second.join()
+    assert finish(first, log.with_name("log.0")) == 2
+    assert "another process of this launch ended" in log.with_name("log.0").read_text()
+    kept = [file.name for file in (out / "report.features").glob("shard-*")]
+    assert "shard-00001.safetensors" not in kept, "the kill came too late"
+    same(found(command(*args, "--json")), found(command(*args, "--out", out, "--json")))
+
+
 def test_reference_is_kept_and_used_again(command, tmp_path, model_folder, images):
     file = tmp_path / "real.safetensors"
     args = (model_folder, "--num", 9, *FAST, "--json")
@@ -481,6 +506,8 @@ def test_bad_words(command, tmp_path, model_folder, painter_folder, images, segm
         (("--against", tmp_path / "nowhere.json"), "nowhere.json; give what `latentflow evaluate --out` wrote"),
         (("--against", images), "report.json; give what `latentflow evaluate --out` wrote"),
         (("--features", "randm"), "did you mean 'random'?"),
+        (("--features-precision", "bf17"), "did you mean 'bf16'?"),
+        (("--neighbours", 5), "give 6 and more, or 0 for all"),
         (("--task", "inpaint", "--reconstruction"), "--reconstruction"),
         (("--task", "inpaint", "--masks", "boxs"), "did you mean 'boxes'?"),
         (("--task", "inpaint", "--num", 99), "there are 18 images"),

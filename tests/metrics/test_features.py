@@ -15,7 +15,8 @@ from latentflow.artifacts import write_tensors
 from latentflow.autoencoder import to_unit_range
 from latentflow.data.synthetic import SyntheticShapes
 from latentflow.errors import ArtifactError, ConfigError, DataError
-from latentflow.metrics.features import InceptionFeatures, LatentFeatures, RandomFeatures, full_float32, open_features
+from latentflow.metrics import features
+from latentflow.metrics.features import InceptionFeatures, LatentFeatures, RandomFeatures, open_features
 from latentflow.metrics.scores import frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
 from tests import tiny
@@ -86,16 +87,24 @@ def test_features_by_name(kl, inception_weights, tmp_path):
         open_features("latents")
 
 
-def test_settings_of_products_on_a_gpu_are_put_back():
-    def settings():
-        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+def test_features_are_float32_whatever_the_caller_computes_in(extractor, shapes):
+    alone = extractor(shapes[:2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(extractor(shapes[:2]), alone)
 
-    before = settings()
-    with full_float32():
-        assert settings() == (False, False)
-        with torch.autocast("cpu", dtype=torch.bfloat16), full_float32():
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-    assert settings() == before
+
+@pytest.mark.parametrize("name", ["inception", "latents", "random"])
+def test_another_precision_is_faster_near_and_another_network(name, kl, inception, shapes, monkeypatch):
+    monkeypatch.setattr(features, "load_inception", lambda weights: inception)
+    given = {"weights": "x", "autoencoder": kl, "image_size": 32}
+    exact, tf32, rough = (open_features(name, precision=word, **given) for word in ("fp32", "tf32", "bf16"))
+    assert (exact.precision, tf32.precision, rough.precision) == ("fp32", "fp32", "bf16")  # there is no TF32 on a CPU
+    assert exact.hash == tf32.hash != rough.hash
+    found, wanted = rough(shapes[:8]), exact(shapes[:8])
+    assert found.dtype == torch.float32
+    assert 1e-5 < float((found - wanted).norm() / wanted.norm()) < 0.03
+    with pytest.raises(ConfigError, match="valid: fp32, tf32, bf16"):
+        open_features(name, precision="fp64", **given)
 
 
 @pytest.fixture(scope="session")

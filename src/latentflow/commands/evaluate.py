@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import latentflow
 from latentflow.artifacts import require_apart, require_writable
-from latentflow.commands.drawn_set import OnImages, draw_set, logits_of
+from latentflow.commands.drawn_set import draw_set, logits_of
 from latentflow.commands.evaluate_autoencoder import pair_scores, reconstructed
 from latentflow.commands.evaluate_inputs import (
     JUDGED,
@@ -38,7 +37,8 @@ from latentflow.commands.reference import (
     reference_features,
     reference_file,
 )
-from latentflow.errors import ArtifactError, ConfigError, DataError
+from latentflow.commands.shards import Columns, OnImages
+from latentflow.errors import ArtifactError, DataError
 from latentflow.locks import writes
 from latentflow.metrics.features import FeatureExtractor
 from latentflow.metrics.lpips import load_lpips
@@ -90,6 +90,7 @@ def evaluate(
     num: int | None = None,
     features: str = "inception",
     weights: str | Path | None = None,
+    features_precision: str = "fp32",
     labels: str | None = None,
     masks: str | None = None,
     segmenter: str | None = None,
@@ -116,7 +117,7 @@ def evaluate(
         metrics: names of `METRICS`; None: the usual ones of the task.
         num: images; None: 50,000 for drawn samples, else all there are.
         features: a name of `metrics.features.NAMES`.
-        weights: of the features; see `open_features`.
+        weights, features_precision: of the features; see `open_features`.
         labels: see `draw_set`; None: "balanced", and "none" for painting.
         masks, segmenter: see `plan_painting`.
         lpips: weights of LPIPS; see `load_lpips`.
@@ -134,29 +135,26 @@ def evaluate(
         ConfigError, DataError, ArtifactError: before anything is drawn, as far as that can be known.
     """
     assert runtime is not None  # opened by `writes`
-    process, first = (runtime.rank, runtime.world), runtime.is_main
     task, wanted = checked_words(task, reconstruction, metrics, num, features, labels, resamples, neighbours)
     report_file, work = _places(out)
     for place in filter(None, (out, reference_out)):
         require_apart(place, data)
     other = EvaluationReport.load(_report_of(against)) if against else None
     subject = open_subject(str(model), task, image_size, runtime)
-    if report_file is None and process[1] > 1:
-        raise ConfigError(f"{process[1]} processes share their work through files: give --out")
     real = open_reference(data, subject.image_size)
     wanted = wanted or [*usual_metrics(subject, real), *(["lpips"] if lpips else [])]
     with_ssim, network = bool({"ssim", "ssim-hole"} & {*wanted}), load_lpips(lpips, subject.device) if lpips else None
     judge = PairJudge(with_ssim, network, subject.device)
     plan = plan_images(subject, real, wanted, num, labels, masks, segmenter, judge, seed, preset)
     check_scores(wanted, plan.num, real, data, features)
-    extractor = open_extractor(features, weights, subject)
+    extractor = open_extractor(features, weights, subject, features_precision)
 
     seconds: dict[str, float] = {}
     file = Path(reference_out) if reference_out else reference_file(real, extractor, Path(out)) if out else None
-    options = {"batch_size": batch_size, "process": process}
-    with _timed(seconds, "reference"), image_progress("reference", real.num_images, enabled=first) as on_images:
+    options = {"batch_size": batch_size, "runtime": runtime}
+    with _timed(seconds, "reference"), image_progress("reference", real.num_images // runtime.world) as on_images:
         reference = reference_features(real, extractor, file=file, on_images=on_images, **options)
-    if reference.features is None and (needing := [name for name in wanted if name not in ("fid", "is")]):
+    if reference.rows is None and (needing := [name for name in wanted if name not in ("fid", "is")]):
         raise DataError(f"{data} holds statistics alone, which are enough for fid: for {needing[0]} give the images")
     protocol = EvaluationProtocol(
         task="images" if subject.samples is not None and task == "sample" else subject.task,
@@ -164,8 +162,10 @@ def evaluate(
         image_size=subject.image_size,
         first_seed=None if subject.flow is None else seed,
         label_policy=plan.labels,
-        features=FeatureFacts(name=extractor.name, hash=extractor.hash, label=extractor.label),
-        reference=real.facts(reference.statistics),
+        features=FeatureFacts(
+            name=extractor.name, hash=extractor.hash, label=extractor.label, precision=extractor.precision
+        ),
+        reference=real.facts(reference.num_images),
         neighbours=neighbours,
         inputs=plan.painting.inputs if plan.painting else {},
         model=subject.facts(),
@@ -182,11 +182,11 @@ def evaluate(
     if other and not anyway:
         require_comparable(protocol, other.protocol, [name for name in _keys(wanted, features) if name in other.scores])
 
-    with image_progress("evaluating", plan.num // process[1], enabled=first) as on_images:
+    with image_progress("evaluating", plan.num // runtime.world) as on_images:
         folder = work.with_suffix(".features") if work else None
         run = partial(_images, extractor=extractor, judge=judge, folder=folder, seed=seed, preset=preset, **options)
         columns = run(subject, plan, real, reference, wanted, on_images=on_images)
-    if not first:
+    if not runtime.is_main:
         return None
     with _timed(seconds, "scoring"):
         how = {"resamples": resamples, "neighbours": neighbours, "device": subject.device}
@@ -214,11 +214,14 @@ def _images(
     seed: int,
     preset: dict[str, Any],
     batch_size: int,
-    process: tuple[int, int],
+    runtime: Runtime,
     on_images: OnImages,
-) -> dict[str, Tensor]:
-    """The columns of the images to be scored, whoever made them: see `drawn_columns`, `image_features`, `painted`."""
-    options = {"batch_size": batch_size, "folder": folder, "process": process, "on_images": on_images}
+) -> Columns:
+    """The columns of the images to be scored, whoever made them: see `drawn_columns`, `image_features`, `painted`.
+
+    In all but the first of several processes they are not complete.
+    """
+    options = {"batch_size": batch_size, "folder": folder, "runtime": runtime, "on_images": on_images}
     rows = [] if reference.rows is None else reference.rows[some_of(len(reference.rows), plan.num)].tolist()
     if subject.task == "reconstruction":
         keys = {"data": real.fingerprint, "image_size": subject.image_size, "features": extractor.hash}
@@ -227,11 +230,12 @@ def _images(
     if plan.painting is not None:
         return painted(subject.flow, plan.painting, real.source, rows, extractor, **options)
     if subject.samples is not None and subject.task == "inpaint":
-        how = {"judge": judge, "batch_size": batch_size, "on_images": on_images}
-        return paired_images(subject.samples, subject.sample_rows, real.source, rows, extractor, **how)
+        given = (subject.samples, subject.sample_rows, real.source, rows, extractor)
+        return paired_images(*given, judge=judge, **options)
     if subject.samples is not None:
         keys = {"samples": subject.samples.fingerprint(), "features": extractor.hash}
-        columns = image_features(subject.samples, subject.sample_rows[: plan.num], extractor, plan=keys, **options)
+        given = (subject.samples, subject.sample_rows[: plan.num], extractor)
+        columns = image_features(*given, plan=keys, for_all=("rows",), **options)
         if len(columns["rows"]) < plan.num:
             raise DataError(f"{plan.num - len(columns['rows'])} of the generated images cannot be read; draw them anew")
         return columns
@@ -248,13 +252,15 @@ def _images(
         preset=preset,
         **options,
     )
+    if drawn is None:
+        return {}
     spent = torch.tensor([[drawn.drawing_seconds, drawn.seconds - drawn.drawing_seconds]])
     return {"features": drawn.features, "evaluations": drawn.evaluations, "labels": drawn.labels, "seconds": spent}
 
 
 def _scores(
     metrics: Sequence[str],
-    columns: dict[str, Tensor],
+    columns: Columns,
     reference: RealFeatures,
     extractor: FeatureExtractor,
     **how: Any,
@@ -280,7 +286,7 @@ def _keys(metrics: Sequence[str], features: str) -> list[str]:
     return [frechet_name(features)[0] if name == "fid" else name for name in metrics]
 
 
-def _measured(columns: dict[str, Tensor], subject: Subject, seconds: dict[str, float]) -> dict[str, Any]:
+def _measured(columns: Columns, subject: Subject, seconds: dict[str, float]) -> dict[str, Any]:
     """What a protocol says of images once they are there."""
     drawing = columns["seconds"].sum(0).tolist() if "seconds" in columns else []
     spent = {**seconds, **dict(zip(("drawing", "features"), drawing, strict=False))}

@@ -66,7 +66,7 @@ def reconstructed(
 ) -> dict[str, Tensor]:
     """Features of reconstructions, and what `judge` says of them, [N]; the options are `image_features`'."""
 
-    def change(pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def change(pixels: Tensor, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         given_back = torch.cat([reconstruct(autoencoder, part) for part in pixels.split(autoencoder.slice_size)])
         return given_back, judge(given_back, pixels)
 

@@ -336,7 +336,7 @@ def check_scores(metrics: Sequence[str], num: int, real: RealImages, data: str |
             require_enough(name.replace("-", "_"), num)
 
 
-def open_extractor(features: str, weights: str | Path | None, subject: Subject) -> FeatureExtractor:
+def open_extractor(features: str, weights: str | Path | None, subject: Subject, precision: str) -> FeatureExtractor:
     """The feature network, on the subject's device; the arguments are those of `open_features`.
 
     Raises:
@@ -350,6 +350,7 @@ def open_extractor(features: str, weights: str | Path | None, subject: Subject) 
             autoencoder=subject.autoencoder,
             image_size=subject.image_size,
             device=subject.device,
+            precision=precision,
         )
     except ArtifactError as error:
         if weights is not None:

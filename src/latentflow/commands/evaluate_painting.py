@@ -19,8 +19,9 @@ from torch import Tensor
 
 from latentflow.artifacts import sha256_file
 from latentflow.autoencoder import to_unit_range
-from latentflow.commands.drawn_set import OnImages, compute_in_shards, drawn_columns, model_plan
+from latentflow.commands.drawn_set import drawn_columns, model_plan
 from latentflow.commands.reference import image_features, read_batches, stack_pixels
+from latentflow.commands.shards import OnImages, compute_in_shards
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.latent_size import class_counts, hide, hole_counts, shares, told_mask
 from latentflow.data.masks import MaskRules, check_masks, draw_mask, mask_files
@@ -30,6 +31,7 @@ from latentflow.metrics.features import FeatureExtractor
 from latentflow.metrics.pairs import PairJudge, confusion, iou, pair_order
 from latentflow.metrics.report import Score
 from latentflow.randomness import derive_seed
+from latentflow.runtime import Runtime
 from latentflow.sampling.inpaint import Frame
 from latentflow.sampling.pipeline import Given
 from latentflow.sampling.request import SampleRequest, make_request
@@ -132,7 +134,7 @@ def painted(
     *,
     batch_size: int,
     folder: Path | None,
-    process: tuple[int, int],
+    runtime: Runtime,
     on_images: OnImages,
 ) -> dict[str, Tensor]:
     """Paint over real images: features, evaluations, seconds, labels, and what the pairs are worth.
@@ -177,7 +179,7 @@ def painted(
         "pairs": painting.judge.key,
         **painting.inputs,
     }
-    return compute_in_shards(len(rows), compute, plan=plan, folder=folder, process=process, on_images=on_images)
+    return compute_in_shards(len(rows), compute, plan=plan, folder=folder, runtime=runtime, on_images=on_images)
 
 
 def paired_images(
@@ -188,10 +190,11 @@ def paired_images(
     extractor: FeatureExtractor,
     *,
     judge: PairJudge,
-    batch_size: int,
-    on_images: OnImages,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """The same of images that were painted elsewhere: pairs are made by name, whatever the suffix.
+
+    The options are `image_features`'.
 
     Raises:
         DataError: a name is missing on one side.
@@ -200,14 +203,20 @@ def paired_images(
         [str(PurePosixPath(images.name(row)).with_suffix("")) for row in chosen]
         for images, chosen in ((source, rows), (samples, sample_rows))
     )
-    order, next_row = [sample_rows[place] for place in pair_order(stems, others)], iter(rows)
+    order = [sample_rows[place] for place in pair_order(stems, others)]
+    partner = dict(zip(order, rows, strict=True))
 
-    def change(pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        real = stack_pixels([source[next(next_row)].pixels for _ in range(len(pixels))])
-        return pixels, judge(pixels, real)
+    def change(pixels: Tensor, painted: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        (pairs,) = read_batches(source, [partner[row] for row in painted], len(painted))
+        return pixels, judge(pixels, stack_pixels([_item(found).pixels for _, found in pairs]))
 
-    how = {"plan": {}, "batch_size": batch_size, "on_images": on_images, "change": change}
-    columns = image_features(samples, order, extractor, **how)
+    plan = {
+        "samples": samples.fingerprint(),
+        "data": source.fingerprint(),
+        "features": extractor.hash,
+        "pairs": judge.key,
+    }
+    columns = image_features(samples, order, extractor, plan=plan, change=change, for_all=("rows",), **options)
     if len(columns["rows"]) < len(order):
         raise DataError(f"{len(order) - len(columns['rows'])} of the painted images cannot be read; paint them anew")
     return columns

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from latentflow.artifacts import read_json, require_writable, sha256_file
-from latentflow.commands.drawn_set import OnImages, compute_in_shards
+from latentflow.commands.shards import Columns, OnImages, compute_in_shards, join_columns, of_the_first
 from latentflow.data.colour import PIXEL_RULES
 from latentflow.data.images import BrokenImage, open_images
 from latentflow.data.items import ImageItem, ImageSource
@@ -28,6 +28,7 @@ from latentflow.metrics.features import FeatureExtractor
 from latentflow.metrics.reference import FOREIGN_SUFFIXES, Provenance, Reference, load_reference
 from latentflow.metrics.report import ReferenceFacts
 from latentflow.metrics.statistics import FeatureStatistics, require_features
+from latentflow.runtime import Runtime
 
 _OWN_SUFFIX = ".safetensors"
 _RULES = f"{CROP_RULE}, {PIXEL_RULES}"
@@ -58,13 +59,17 @@ class RealImages:
         """M, broken images included; 0: not known."""
         return self.stored.statistics.n if self.source is None else len(self.source)
 
-    def facts(self, statistics: FeatureStatistics) -> ReferenceFacts:
-        """What a report says of it."""
+    def facts(self, num_images: int) -> ReferenceFacts:
+        """What a report says of it.
+
+        Args:
+            num_images: that could be read.
+        """
         made = None if self.stored is None else self.stored.provenance
         return ReferenceFacts(
             data=made.data if made else self.source.description,
             fingerprint=self.fingerprint,
-            num_images=statistics.n,
+            num_images=num_images,
             image_size=self.image_size,
             resize=made.resize if made else _RULES,
         )
@@ -75,14 +80,16 @@ class RealFeatures:
     """The reference of an evaluation.
 
     Attributes:
-        statistics: mean and covariance.
-        features: [M, D] float32; None where only statistics are there.
+        num_images: that could be read; 0: a file of statistics does not say.
+        statistics: mean and covariance; None in all but the first of several processes.
+        features: [M, D] float32; None where only statistics are there, and in all but the first of several processes.
         rows: [M] int64, which images of the source these are: the others cannot be read.
         labels: [M] int64, -1 where there are none.
         notes: warnings for people.
     """
 
-    statistics: FeatureStatistics
+    num_images: int
+    statistics: FeatureStatistics | None = None
     features: Tensor | None = None
     rows: Tensor | None = None
     labels: Tensor | None = None
@@ -122,7 +129,7 @@ def reference_features(
     *,
     file: Path | None = None,
     batch_size: int = 32,
-    process: tuple[int, int] = (0, 1),
+    runtime: Runtime | None = None,
     on_images: OnImages = lambda num_images: None,
 ) -> RealFeatures:
     """The features of a reference; what `file` and the folder of features beside it hold already is used again.
@@ -130,6 +137,7 @@ def reference_features(
     Args:
         file: where statistics go, a .safetensors file; features go to the folder of that name with .features. None:
             nothing is kept.
+        runtime: whose processes share the work, each of which gets rows and labels; None: this one does it alone.
 
     Raises:
         DataError: other features than those of a file of statistics, or no image can be read.
@@ -137,9 +145,9 @@ def reference_features(
     """
     if real.source is None:
         warning = real.stored.require_same_features(extractor.name, extractor.hash, extractor.dim)
-        found = _companion(real, extractor)
-        notes = (*real.notes, *([warning] if warning else []))
-        return RealFeatures(real.stored.statistics, *(found or (None, None, None)), notes=notes)
+        found = _companion(real, extractor, runtime)
+        notes, statistics = (*real.notes, *([warning] if warning else [])), real.stored.statistics
+        return RealFeatures(statistics.n, statistics, *(found or (None, None, None)), notes=notes)
     provenance = Provenance(
         data=real.source.description,
         fingerprint=real.fingerprint,
@@ -159,17 +167,21 @@ def reference_features(
         plan=_plan(real, extractor),
         folder=None if file is None else file.with_suffix(".features"),
         batch_size=batch_size,
-        process=process,
+        runtime=runtime,
+        for_all=("rows", "labels"),
         on_images=on_images,
     )
-    if not len(columns["rows"]):
+    num = len(columns["rows"])
+    if not num:
         raise DataError(f"{real.source.description}: none can be read")
-    statistics = kept.statistics if kept else FeatureStatistics.of(columns["features"])
-    if file is not None and kept is None and process[0] == 0:
-        Reference(statistics, provenance).save(file)
-    missing = len(real.source) - len(columns["rows"])
+    features, statistics = columns.get("features"), None
+    if features is not None:
+        statistics = kept.statistics if kept else FeatureStatistics.of(features, extractor.device)
+        if file is not None and kept is None:
+            Reference(statistics, provenance).save(file)
+    missing = len(real.source) - num
     notes = (f"{missing} of {len(real.source)} reference images cannot be read, and are left out",) if missing else ()
-    return RealFeatures(statistics, columns["features"], columns["rows"], columns["labels"], (*real.notes, *notes))
+    return RealFeatures(num, statistics, features, columns["rows"], columns["labels"], (*real.notes, *notes))
 
 
 def image_features(
@@ -180,41 +192,40 @@ def image_features(
     plan: dict[str, Any],
     folder: Path | None = None,
     batch_size: int = 32,
-    process: tuple[int, int] = (0, 1),
+    runtime: Runtime | None = None,
+    for_all: Collection[str] = (),
     on_images: OnImages = lambda num_images: None,
-    change: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] | None = None,
-) -> dict[str, Tensor]:
-    """Features [M, D], `rows` [M] and labels [M] of those images of a source that can be read.
+    change: Callable[[Tensor, list[int]], tuple[Tensor, Columns]] | None = None,
+) -> Columns:
+    """Features [M, D], `rows` [M] and labels [M] of those images of a source that can be read; see `compute_in_shards`.
 
     Args:
         rows: which images; every one of them is tried.
-        change: what becomes of uint8 images [B, 3, H, W] before their features are taken; returns such images, and
-            further numbers [B, ...] of each.
+        change: what becomes of uint8 images [B, 3, H, W], given with their rows, before their features are taken;
+            returns such images, and further numbers [B, ...] of each.
     """
-
     whose = "generated" if change else "real"
 
-    def compute(places: range) -> dict[str, Tensor]:
-        parts = [_empty(extractor)]
+    def compute(places: range) -> Columns:
+        parts = []
         for items in read_batches(source, [rows[place] for place in places], batch_size):
             good = [(row, item) for row, item in items if isinstance(item, ImageItem)]
             if good:
-                pixels, more = stack_pixels([item.pixels for _, item in good]), {}
-                if change:
-                    pixels, more = change(pixels)
-                parts.append(
-                    {
-                        "features": require_features(extractor(pixels).float().cpu(), whose),
-                        "rows": torch.tensor([row for row, _ in good]),
-                        "labels": torch.tensor([-1 if item.label is None else item.label for _, item in good]),
-                        **more,
-                    }
-                )
+                pixels, places_of = stack_pixels([item.pixels for _, item in good]), [row for row, _ in good]
+                pixels, more = change(pixels, places_of) if change else (pixels, {})
+                labels = [-1 if item.label is None else item.label for _, item in good]
+                own = {"rows": torch.tensor(places_of), "labels": torch.tensor(labels)}
+                parts.append({"features": extractor(pixels), **own, **more})
             on_images(len(items))
-        names = parts[-1].keys()
-        return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+        if not parts:
+            none = torch.zeros(0, dtype=torch.int64)
+            return {"features": torch.zeros(0, extractor.dim), "rows": none, "labels": none.clone()}
+        columns = join_columns(parts)
+        columns["features"] = require_features(columns["features"].float().cpu(), whose)  # read once a shard
+        return columns
 
-    return compute_in_shards(len(rows), compute, plan=plan, folder=folder, process=process, on_images=on_images)
+    how = {"plan": plan, "folder": folder, "runtime": runtime, "for_all": for_all, "on_images": on_images}
+    return compute_in_shards(len(rows), compute, **how)
 
 
 def read_batches(
@@ -237,11 +248,6 @@ def read_batches(
 def stack_pixels(pictures: Sequence[np.ndarray]) -> Tensor:
     """Pictures [H, W, 3] uint8 => [B, 3, H, W] uint8."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-
-
-def _empty(extractor: FeatureExtractor) -> dict[str, Tensor]:
-    none = torch.zeros(0, dtype=torch.int64)
-    return {"features": torch.zeros(0, extractor.dim), "rows": none, "labels": none}
 
 
 def _plan(real: RealImages, extractor: FeatureExtractor) -> dict[str, Any]:
@@ -273,24 +279,31 @@ def _stored(file: Path, wanted: Provenance) -> Reference | None:
     return found
 
 
-def _companion(real: RealImages, extractor: FeatureExtractor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Features, rows and labels from the folder beside an own file of statistics, if they are there and fit it."""
+def _companion(
+    real: RealImages, extractor: FeatureExtractor, runtime: Runtime | None
+) -> tuple[Tensor | None, Tensor, Tensor] | None:
+    """Features (in the first process), rows and labels from the folder beside a file of statistics, if they fit it."""
     folder = Path(real.data).with_suffix(".features")
+    found = _beside(real, extractor, folder) if runtime is None or runtime.is_main else {}
+    shared = of_the_first(runtime, {name: found[name] for name in ("rows", "labels") if found})
+    return (found.get("features"), shared["rows"], shared["labels"]) if shared else None
+
+
+def _beside(real: RealImages, extractor: FeatureExtractor, folder: Path) -> Columns:
     if not (folder / "plan.json").is_file():
-        return None
+        return {}
     plan = read_json(folder / "plan.json")
     wanted = _plan(real, extractor) | {"num_images": plan.get("num_images"), "shard_size": plan.get("shard_size")}
     if plan != wanted:
-        return None
+        return {}
 
-    def compute(rows: range) -> dict[str, Tensor]:
+    def compute(rows: range) -> Columns:
         raise ArtifactError(f"{folder} lacks the images {rows.start} to {rows.stop - 1}")
 
     try:
-        columns = compute_in_shards(plan["num_images"], compute, plan=_without(plan, "shard_size"), folder=folder)
+        return compute_in_shards(plan["num_images"], compute, plan=_without(plan, "shard_size"), folder=folder)
     except ArtifactError:
-        return None
-    return columns["features"], columns["rows"], columns["labels"]
+        return {}
 
 
 def _without(plan: dict[str, Any], key: str) -> dict[str, Any]:

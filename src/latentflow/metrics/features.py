@@ -5,9 +5,8 @@ Legend: B images, H and W image height and width in pixels, D features of an ima
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,10 +20,11 @@ from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
 from latentflow.errors import ArtifactError, ConfigError, DataError, nearest
 from latentflow.metrics.inception import InceptionV3, download_weights, load_inception
 from latentflow.metrics.random_features import RandomPyramid
-from latentflow.runtime import float32_products
+from latentflow.runtime import Precision, Runtime
 from latentflow.weights import LOADING
 
 NAMES = ("inception", "dinov2", "latents", "random")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16")
 DINOV2 = "facebook/dinov2-large"
 
 _RELATIVE = "a relative measure: compare models by it, never with published figures"
@@ -33,14 +33,16 @@ _RELATIVE = "a relative measure: compare models by it, never with published figu
 class FeatureExtractor(Protocol):
     """A frozen network that turns images into rows of numbers.
 
-    Features of an image depend on no other image; another batch size moves them by rounding errors only.
+    Features of an image depend on no other image; another batch size moves them by rounding errors only. They are
+    computed in IEEE float32, as published ones are, unless `precision` says otherwise.
 
     Attributes:
         name: one of `NAMES`.
         label: what a Fréchet distance of these features is called, and what it may be compared with.
         dim: D.
-        hash: SHA-256 over the weights and everything that is done to the images before.
+        hash: SHA-256 over the weights, everything that is done to the images before, and a precision other than fp32.
         device: where features are computed and returned.
+        precision: what the network computes in.
     """
 
     name: str
@@ -48,6 +50,7 @@ class FeatureExtractor(Protocol):
     dim: int
     hash: str
     device: torch.device
+    precision: Precision
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 RGB images [B, 3, H, W] on any device => [B, D] float32 on `device`.
@@ -65,6 +68,7 @@ def open_features(
     autoencoder: Autoencoder | None = None,
     image_size: int | None = None,
     device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
 ) -> FeatureExtractor:
     """A feature network by name.
 
@@ -75,23 +79,30 @@ def open_features(
             "dinov2": a folder or a hub id; None: `DINOV2`.
         autoencoder: of "latents", which needs it.
         image_size: of "latents", which needs it: height and width of the images in pixels.
+        precision: "fp32", which published figures are computed in; "tf32" and "bf16" are faster, and move a distance.
+            On other devices than CUDA tf32 is fp32.
 
     Raises:
-        ConfigError: no such name, something that "latents" needs is missing, or the `transformers` library is.
+        ConfigError: no such name or precision, something that "latents" needs is missing, or the `transformers`
+            library is.
         ArtifactError: the weights cannot be read or downloaded.
     """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"features in precision {precision!r}: {nearest(precision, PRECISIONS)}")
     device = torch.device(device)
+    precision = "fp32" if precision == "tf32" and device.type != "cuda" else precision
+    Runtime(device).with_precision(precision)  # refuses one that the device has not
     if name == "inception":
-        return InceptionFeatures(load_inception(weights or download_weights()), device)
+        return InceptionFeatures(load_inception(weights or download_weights()), device, precision)
     if name == "dinov2":
-        return DinoFeatures(str(weights or DINOV2), device)
+        return DinoFeatures(str(weights or DINOV2), device, precision)
     if name == "random":
-        return RandomFeatures(device)
+        return RandomFeatures(device, precision)
     if name != "latents":
         raise ConfigError(f"there are no features {name!r}: {nearest(name, NAMES)}")
     if autoencoder is None or image_size is None:
         raise ConfigError("features 'latents' are those of a model's autoencoder: give a model, or choose 'random'")
-    return LatentFeatures(autoencoder.to(device), image_size)
+    return LatentFeatures(autoencoder.to(device), image_size, precision)
 
 
 class InceptionFeatures:
@@ -101,24 +112,26 @@ class InceptionFeatures:
     label = "FID"
     dim = 2048
 
-    def __init__(self, network: InceptionV3, device: torch.device | str = "cpu"):
-        self.device = torch.device(device)
+    def __init__(self, network: InceptionV3, device: torch.device | str = "cpu", precision: Precision = "fp32"):
+        self.device, self.precision = torch.device(device), precision
         self.network = network.to(self.device)
 
     @cached_property
     def hash(self) -> str:
         weights = {name: x for name, x in self.network.state_dict().items() if not name.endswith("num_batches_tracked")}
-        return _hash("bilinear 299, no antialias, no rounding, [-1, 1]; last block, spatial mean", weights)
+        return _hash(
+            "bilinear 299, no antialias, no rounding, [-1, 1]; last block, spatial mean", weights, self.precision
+        )
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        with full_float32():
-            return self.network(_checked(images).to(self.device))
+        with _computing(self):
+            return self.network(_sent(images, self.device)).float()
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
         """[B, 2048] features => [B, 1008] logits without bias, which the Inception Score is defined by."""
-        with full_float32():
+        with Runtime(self.device).autocast():  # of features as they are
             return self.network.logits(features.to(self.device), bias=False)
 
 
@@ -139,7 +152,7 @@ class DinoFeatures:
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # of ImageNet
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
-    def __init__(self, model: str = DINOV2, device: torch.device | str = "cpu"):
+    def __init__(self, model: str = DINOV2, device: torch.device | str = "cpu", precision: Precision = "fp32"):
         try:
             from transformers import Dinov2Model  # slow to import, and an extra
         except ImportError as error:
@@ -153,22 +166,23 @@ class DinoFeatures:
         except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, ... here
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ArtifactError(f"cannot load DINOv2 from {model}: {reason}") from error
-        self.device = torch.device(device)
+        self.device, self.precision = torch.device(device), precision
         self.network = network.eval().requires_grad_(False).float().to(self.device)
+        self._mean, self._std = self.mean.to(self.device), self.std.to(self.device)
         self.dim: int = network.config.hidden_size
 
     @cached_property
     def hash(self) -> str:
         rule = f"bicubic {self.side} with antialias, clipped, ImageNet mean and std; class token after the norm"
-        return _hash(rule, self.network.state_dict())
+        return _hash(rule, self.network.state_dict(), self.precision)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        pixels = _checked(images).to(self.device).float()
+        pixels = _sent(images, self.device).float()
         resized = F.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True, align_corners=False)
-        normal = (resized.clamp(0, 255) / 255 - self.mean.to(self.device)) / self.std.to(self.device)
-        with full_float32():
-            return self.network(pixel_values=normal).last_hidden_state[:, 0]
+        normal = (resized.clamp(0, 255) / 255 - self._mean) / self._std
+        with _computing(self):
+            return self.network(pixel_values=normal).last_hidden_state[:, 0].float()
 
 
 class LatentFeatures:
@@ -177,8 +191,9 @@ class LatentFeatures:
     name = "latents"
     label = f"Fréchet distance of latents, {_RELATIVE}"
 
-    def __init__(self, autoencoder: Autoencoder, image_size: int):
-        self.autoencoder = autoencoder.under(autoencoder.runtime.with_precision("fp32"))
+    def __init__(self, autoencoder: Autoencoder, image_size: int, precision: Precision = "fp32"):
+        self.precision = precision
+        self.autoencoder = autoencoder.under(autoencoder.runtime.with_precision(precision))
         self.image_size = image_size
         self.dim = autoencoder.num_channels * autoencoder.latent_side(image_size) ** 2
 
@@ -189,15 +204,14 @@ class LatentFeatures:
     @cached_property
     def hash(self) -> str:
         text = f"posterior means, normalised, {self.image_size} pixels, {self.autoencoder.content_hash}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _precisely(hashlib.sha256(text.encode()).hexdigest(), self.precision)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         size = (self.image_size, self.image_size)
         if _checked(images).shape[2:] != size:
             raise DataError(f"images of {list(images.shape[2:])} pixels do not fit features of latents at {list(size)}")
-        with full_float32():
-            moments = self.autoencoder.encode(to_unit_range(images.to(self.device)))
+        moments = self.autoencoder.encode(to_unit_range(_sent(images, self.device)))
         raw = latent_mean(moments, self.autoencoder.num_channels)
         return self.autoencoder.normalisation.normalise(raw).flatten(1)
 
@@ -208,26 +222,26 @@ class RandomFeatures:
     name = "random"
     label = f"Fréchet distance of random features, {_RELATIVE}"
 
-    def __init__(self, device: torch.device | str = "cpu"):
-        self.device = torch.device(device)
+    def __init__(self, device: torch.device | str = "cpu", precision: Precision = "fp32"):
+        self.device, self.precision = torch.device(device), precision
         self.network = RandomPyramid().to(self.device)
         self.dim = self.network.dim
-        self.hash = hashlib.sha256(self.network.recipe.encode()).hexdigest()
+        self.hash = _precisely(hashlib.sha256(self.network.recipe.encode()).hexdigest(), precision)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        with full_float32():
-            return self.network(_checked(images).to(self.device))
+        with _computing(self):
+            return self.network(_sent(images, self.device)).float()
 
 
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Convolutions and products on a GPU without TF32, autocast off: features would move by 1e-3 otherwise."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(float32_products(tf32=False))
-        for kind in ("cuda", "cpu"):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+def _computing(features: FeatureExtractor) -> AbstractContextManager[None]:
+    """Convolutions and products in a precision, whatever the caller's is: TF32 alone moves features by 1e-3."""
+    return Runtime(features.device, precision=features.precision).autocast()
+
+
+def _sent(images: Tensor, device: torch.device) -> Tensor:
+    """Images on the device; without waiting, where they lie in pinned memory."""
+    return _checked(images).to(device, non_blocking=True)
 
 
 def _checked(images: Tensor) -> Tensor:
@@ -236,5 +250,10 @@ def _checked(images: Tensor) -> Tensor:
     return images
 
 
-def _hash(rule: str, tensors: dict[str, Any]) -> str:
-    return hashlib.sha256(f"{rule}; {sha256_tensors(tensors)}".encode()).hexdigest()
+def _hash(rule: str, tensors: dict[str, Any], precision: Precision) -> str:
+    return _precisely(hashlib.sha256(f"{rule}; {sha256_tensors(tensors)}".encode()).hexdigest(), precision)
+
+
+def _precisely(hash: str, precision: Precision) -> str:
+    """Another hash for another precision than that of published features."""
+    return hash if precision == "fp32" else hashlib.sha256(f"{hash} in {precision}".encode()).hexdigest()
