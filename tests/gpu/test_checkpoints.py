@@ -48,7 +48,7 @@ class Training:
         self.guard.watch(norm, [loss], self.done, [torch.arange(4)])
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update(self.network, self.done)
+        self.ema.update(self.done)
         self.done += 1
 
 

@@ -159,7 +159,7 @@ class Training:
         self.network(torch.full((2, 3, 4, 4), 0.1 * self.done)).square().mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update(self.network, self.done)
+        self.ema.update(self.done)
         self.done += 1
 
     def state(self) -> dict[str, torch.Tensor]:

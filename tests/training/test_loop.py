@@ -387,7 +387,7 @@ def test_a_checkpoint_round_trip_keeps_every_bit(tmp_path):
         network(torch.randn(4, 3, generator=torch_seed)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        ema.update(network, step)
+        ema.update(step)
     with CheckpointWriter(tmp_path, torch.device("cpu"), keep=1) as writer:
         writer.save(Progress(3, 12, 1024.0), network, ema, optimizer)
     folder = newest_checkpoint(tmp_path)
@@ -825,7 +825,7 @@ def test_ema_by_hand():
     for n, value in enumerate(values.tolist()):
         with torch.no_grad():
             network.weight.fill_(value)
-        ema.update(network, n)
+        ema.update(n)
         decay = (0.1, 2 / 11, 0.25, 0.25, 0.25)[n]  # 3 / 12 = 0.25 is the limit
         average = decay * average + (1 - decay) * value
         assert ema.average["weight"].item() == pytest.approx(average, rel=1e-6)

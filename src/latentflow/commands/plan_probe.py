@@ -187,7 +187,7 @@ def _seconds_per_update(config: ModelConfig, runtime: Runtime) -> float:
         start = _now(runtime.device)
         nn.utils.clip_grad_norm_(layers.parameters(), 1.0)
         optimizer.step()
-        average.update(layers, step)
+        average.update(step)
         taken.append(_now(runtime.device) - start)
     return min(taken[1:]) * total / (len(layers) * 2**16)
 

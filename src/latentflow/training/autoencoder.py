@@ -333,7 +333,7 @@ def train_autoencoder(
             guard.watch(norm, [result.loss], progress.step, [batch.positions])
             optimizer.step()
             optimizer.zero_grad()
-            ema.update(network, progress.step)
+            ema.update(progress.step)
             means.add(result)
             progress = replace(progress, step=progress.step + 1, images_seen=progress.images_seen + config.batch_size)
             clock.count(config.batch_size)

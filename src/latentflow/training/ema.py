@@ -30,7 +30,7 @@ class EMA:
         self._buffers = [tensor for name, tensor in state.items() if name not in learned]
 
     @torch.no_grad()
-    def update(self, network: nn.Module, num_updates: int) -> None:
+    def update(self, num_updates: int) -> None:
         """Take in the weights after `num_updates` earlier updates."""
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
         torch._foreach_lerp_(self._averaged, self._weights, 1.0 - decay)

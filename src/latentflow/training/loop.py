@@ -141,7 +141,7 @@ def train(
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            ema.update(network, progress.step)
+            ema.update(progress.step)
             progress = replace(progress, step=progress.step + 1, images_seen=progress.images_seen + config.batch_size)
             clock.count(config.batch_size)
 
