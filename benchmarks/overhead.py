@@ -7,8 +7,9 @@ is compared lies seconds apart. Two figures come out:
     by difference    1 - bare network / whole step, the median over the steps; as noisy as the machine
     by part          what was spent outside the network's calls, each part timed on its own; steadier, and it says where
 
-Then the loop runs once more with a network that does next to nothing, at a large batch (--large-batch): what is left of
-a step is what the main thread does between two calls of the network, and what a device would have to wait for.
+Then the loop runs twice more with a network that does next to nothing: what is left of a step is what the main thread
+does between two calls of the network. At a large batch (--large-batch) a CPU computes noise and mixes it; with one
+image a step there is next to nothing to compute, and what is left is what a device would have to wait for.
 
 Keys of the recipe may be changed: overhead.py training.batch_size=8 'network={name: DiT-B/4}'
 """
@@ -47,6 +48,7 @@ from latentflow.runtime import Runtime, open_runtime
 from latentflow.sampling.pipeline import initial_noise
 from latentflow.sampling.request import SampleRequest
 from latentflow.shapes import Condition
+from latentflow.training import loop as loop_module
 from latentflow.training import step as step_module
 from latentflow.training.config import Recipe, load_recipe
 from latentflow.training.ema import EMA
@@ -116,8 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         images, model = prepare(recipe, Path(folder))
         training = training_laps(recipe, images, model, Path(folder) / "run", runtime, rounds)
-        large = with_values(recipe, {"training.batch_size": 4 if options.quick else options.large_batch})
-        idle = idle_steps(large, images, model, Path(folder) / "idle", runtime, 5 * rounds)
+        idle = {}
+        for name, size in (("main_thread", 4 if options.quick else options.large_batch), ("main_thread_alone", 1)):
+            sized = with_values(recipe, {"training.batch_size": size})
+            idle[name] = idle_steps(sized, images, model, Path(folder) / name, runtime, 5 * rounds)
     sampling = sampling_laps(recipe, model, runtime, options.solver, max(rounds // 2, 2))
     size, batch_size = "x".join(map(str, model.config.latent_shape)), recipe.training.batch_size
     results = {
@@ -126,16 +130,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "sampling_setting": f"{options.solver}, guidance {GUIDANCE:g}, decoder left out",
         "training": summary(training, OPTIMIZER_PARTS),
         "sampling": summary(sampling),
-        "main_thread": idle,
+        **idle,
     }
     print(f"{results['setting']}, {options.device}, {torch.get_num_threads()} threads")
     print_table("training step", results["training"])
     print_table(f"sampling step ({results['sampling_setting']})", results["sampling"])
-    spread = idle["milliseconds"]
-    print(f"\n{idle['setting']}: {idle['num_steps']} steps, median and middle half in ms")
-    for clock in ("wall", "main_thread"):
-        middle = " to ".join(f"{spread[name][clock]:.2f}" for name in ("low", "high"))
-        print(f"  {clock.replace('_', ' '):<42}{spread['median'][clock]:>9.2f} ({middle})")
+    for one in idle.values():
+        print(f"\n{one['setting']}: {one['num_steps']} steps, median and middle half in ms")
+        for clock in ("wall", "main_thread"):
+            middle = " to ".join(f"{one['milliseconds'][name][clock]:.2f}" for name in ("low", "high"))
+            print(f"  {clock.replace('_', ' '):<42}{one['milliseconds']['median'][clock]:>9.2f} ({middle})")
+        for part, value in one["milliseconds_of_part"].items():
+            print(f"    {part:<40}{value:>9.2f}")
     measuring.write_results("overhead", device, results, options.results)
     return results
 
@@ -178,21 +184,30 @@ def training_laps(
         with stopwatch.part(BARE):
             with runtime.autocast():
                 velocity = network(latents, times, condition)
-            velocity.backward(torch.ones_like(velocity))
+            torch.autograd.backward(velocity, torch.ones_like(velocity))
         with stopwatch.part(PAUSE):
             copied.zero_grad()
         stopwatch.fine = times_parts(device, len(laps))
 
-    with between_steps(before_step), ExitStack() as patches:
+    with between_steps(before_step), timed_parts(stopwatch, model.network):
+        train(recipe, model, images, run, runtime)
+    return laps[1 + warm_up :]
+
+
+@contextmanager
+def timed_parts(stopwatch: Stopwatch, network: nn.Module) -> Iterator[None]:
+    """Time the parts of the training loop's steps."""
+    with ExitStack() as patches:
         for owner, name, part in (
             (TrainingImages, "at", "reading"),
-            (model.network, "forward", NETWORK),
+            (network, "forward", NETWORK),
             (Tensor, "backward", NETWORK),
-            (nn.utils, "clip_grad_norm_", "gradient clipping"),
+            (loop_module, "clip_gradients", "gradient clipping"),
             (torch.optim.AdamW, "step", "optimizer"),
             (torch.optim.AdamW, "zero_grad", "optimizer"),
             (EMA, "update", "EMA"),
             (ImageRandom, "at", "randomness"),
+            (ImageRandom, "ahead", "randomness"),
             (ImageRandom, "normal", "randomness"),
             (ImageRandom, "uniform", "randomness"),
             (TrainingTimes, "draw", "randomness"),
@@ -209,8 +224,7 @@ def training_laps(
             (RunLog, "advance", "log"),
         ):
             patches.enter_context(patch.object(owner, name, stopwatch.timed(part, getattr(owner, name))))
-        train(recipe, model, images, run, runtime)
-    return laps[1 + warm_up :]
+        yield
 
 
 def idle_steps(
@@ -218,27 +232,36 @@ def idle_steps(
 ) -> dict[str, Any]:
     """Milliseconds of a step with `Dummy` in the network's place; nobody waits for the device in between.
 
-    On the CPU, where there is nobody else to do it, the noise and the mixing are among them.
+    On the CPU, where there is nobody else to do it, computing the noise and mixing it in are among them; with one
+    image a step there is next to nothing to compute, and what is left is what a device would have to wait for.
     """
     warm_up = warm_up_rounds(runtime.device)
     light = LatentFlow(model.config, Dummy(model.config.conditioning.num_classes), model.autoencoder)
-    readings: list[tuple[float, float]] = []
+    stopwatch, readings, laps = Stopwatch(torch.device("cpu")), [], []
 
     def read() -> None:
         readings.append((time.perf_counter(), time.thread_time()))
+        laps.append(stopwatch.lap())
         if len(readings) > warm_up + rounds:
             raise Enough
 
-    with between_steps(read):
+    with between_steps(read), timed_parts(stopwatch, light.network):
         train(recipe, light, images, run, runtime)
-    steps = 1e3 * np.diff(np.array(readings[warm_up:]), axis=0)
+    laps = laps[1 + warm_up :]
+    parts = sorted({part for lap in laps for part in lap})
     return {
         "setting": f"batch {recipe.training.batch_size}, a network that does nothing",
-        "num_steps": len(steps),
-        "milliseconds": {
-            name: dict(zip(("wall", "main_thread"), np.quantile(steps, q, axis=0).tolist(), strict=True))
-            for name, q in (("median", 0.5), ("low", 0.25), ("high", 0.75))
-        },
+        "num_steps": len(laps),
+        "milliseconds": spread(np.diff(np.array(readings[warm_up:]), axis=0)),
+        "milliseconds_of_part": {part: float(1e3 * np.median(seconds(laps, part)[:, 0])) for part in parts},
+    }
+
+
+def spread(laps: np.ndarray) -> dict[str, dict[str, float]]:
+    """Median and middle half of [n, 2] seconds of the wall and of the main thread, in milliseconds."""
+    return {
+        name: dict(zip(("wall", "main_thread"), (1e3 * np.quantile(laps, q, axis=0)).tolist(), strict=True))
+        for name, q in (("median", 0.5), ("low", 0.25), ("high", 0.75))
     }
 
 

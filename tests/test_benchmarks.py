@@ -67,6 +67,8 @@ def test_overhead(benchmark, tmp_path, capsys):
     main_thread = results["main_thread"]
     assert main_thread["num_steps"] == 15
     assert 0 < main_thread["milliseconds"]["median"]["main_thread"] < main_thread["milliseconds"]["high"]["wall"] * 1.5
+    assert main_thread["milliseconds_of_part"].keys() == parts.keys() | {"network"}
+    assert results["main_thread_alone"]["num_steps"] == 15
     assert "not the network, by part" in capsys.readouterr().out
 
 
