@@ -29,6 +29,7 @@ from latentflow.model_config import AUTOENCODER_FOLDER
 from latentflow.networks.dit import NAMES, SIZES, DiTConfig
 from latentflow.progress import duration
 from latentflow.runtime import Runtime
+from latentflow.sampling.request import SampleRequest
 from latentflow.training.config import Recipe
 from latentflow.training.fitting import with_values
 from latentflow.training.memory import bytes_per_image, micro_batch_that_fits, total_memory
@@ -177,11 +178,12 @@ class Plan:
 
     @cached_property
     def preview_seconds(self) -> float:
-        """Of one preview, without decoding."""
-        preset = self.recipe.sampling
+        """Of one preview, shared by the processes, without decoding."""
+        request = _preview_of(self.subject)
+        preset, num_images = request.sampling, -(-len(request.seeds) // self.machine.num_processes)
         tolerance = preset.rtol if is_adaptive(preset.solver) else 1.0
         calls = expected_evaluations(preset.solver, preset.steps, tolerance) * (1 if preset.guidance == 1 else 2)
-        return calls * _num_previewed(self.subject) * self.speed.seconds_per_image / 3
+        return calls * num_images * self.speed.seconds_per_image / 3
 
     @property
     def seconds(self) -> float:
@@ -346,8 +348,9 @@ def _memory(subject: Subject, network: nn.Module, machine: Machine, share: int, 
     kept = {mode: bytes_kept(config.network, side, half=machine.half, mode=mode) for mode in MODES}
     preview = 0
     if recipe.training.preview_every:
-        together = min(_num_previewed(subject), _DECODED_TOGETHER)
-        preview = together * _DECODED * 4 * (subject.stage.width or 128) * recipe.data.image_size**2
+        together = min(len(_preview_of(subject).seeds), _DECODED_TOGETHER, micro)
+        decoded = together * _DECODED * 4 * (subject.stage.width or 128) * recipe.data.image_size**2
+        preview = weights + decoded  # the weights that the average stands in for are set aside
     mode = _mode(recipe)
     memory = Memory(exact, estimated, kept, preview, mode or "none", micro, share)
     if mode is None:  # auto: the first that fits
@@ -396,9 +399,9 @@ def _stays_resident(recipe: Recipe, num_bytes: int, machine: Machine) -> bool:
     return stays_resident(data.resident, num_bytes, torch.device("cuda" if machine.gpu else "cpu"), machine.memory)
 
 
-def _num_previewed(subject: Subject) -> int:
-    """Images of one preview."""
-    return len(preview_request(LatentFlow(subject.config, nn.Linear(1, 1), None)).seeds)
+def _preview_of(subject: Subject) -> SampleRequest:
+    """What a preview asks for."""
+    return preview_request(LatentFlow(subject.config, nn.Linear(1, 1), None))
 
 
 def _state_bytes(network: nn.Module) -> int:
@@ -423,7 +426,7 @@ def _disk(subject: Subject, network: nn.Module) -> Disk:
     if milestones:
         num_saved -= training.steps // math.lcm(every, milestones)
     previews = -(-training.steps // training.preview_every) if training.preview_every else 0
-    pixels = _num_previewed(subject) * subject.recipe.data.image_size**2
+    pixels = len(_preview_of(subject).seeds) * subject.recipe.data.image_size**2
     place = next((p for p in Path(subject.recipe.out or "runs").absolute().parents if p.is_dir()), Path.cwd())
     here = subject.data.num_bytes
     return Disk(
@@ -523,7 +526,7 @@ def _memory_rows(plan: Plan) -> dict[str, list[tuple[str, str, str]]]:
         mark = " <" if mode == memory.mode else ""
         rows.append((f"kept for backward, {mode}", f"{gib(memory.kept(mode))}{most}{mark}", ESTIMATE))
     if memory.preview:
-        rows.append(("decoding a preview", f"{gib(memory.preview)}, when nothing is kept", ESTIMATE))
+        rows.append(("drawing a preview", f"{gib(memory.preview)}, when nothing is kept", ESTIMATE))
     verdict = "" if machine.memory is None else ": it fits" if memory.fits(machine.memory) else ": it does NOT fit"
     rows.append(("at most", f"{gib(memory.peak)}, with training.memory={memory.mode}{verdict}", ESTIMATE))
     return {f"memory of a process, {memory.micro_batch_size:,} images at a time": rows}
