@@ -342,6 +342,9 @@ def plan(
     device_memory: Annotated[
         float | None, typer.Option(min=0.001, help="Plan for a GPU with so many GiB, in place of this machine.")
     ] = None,
+    device_tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="Its speed as its maker states it, in place of steps probed here.")
+    ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="That share a batch, each with a device.")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Of the data, where they are not here.")] = None,
     classes: Annotated[int | None, typer.Option(min=0, help="Of the data, where they are not here.")] = None,
@@ -362,6 +365,7 @@ def plan(
         Path(recipe).stem,
         _runtime(device),
         device_memory=device_memory,
+        device_tflops=device_tflops,
         num_processes=processes,
         num_images=images,
         num_classes=classes,

@@ -229,6 +229,15 @@ def test_a_large_unet_is_as_slow_as_its_operations(monkeypatch):
     assert found.seconds_per_image == pytest.approx(forward_flops(large) / 1e10)
 
 
+def test_a_speed_may_be_stated():
+    """40 % of it is what training is taken to reach: an image of DiT-XL/2 is 712 GFLOP forwards and backwards."""
+    sizes = ("network={name: DiT-XL/2, variant: modern}", "training.batch_size=128", "training.preview_every=0")
+    found = planned("own_images", *sizes, device_memory=80, device_tflops=989)
+    assert found.seconds_per_step == pytest.approx(128 * 711.7e9 * MODES[found.memory.mode] / (0.4 * 989e12), rel=1e-3)
+    assert not found.speed.measured
+    assert found.seconds == pytest.approx(found.recipe.training.steps * found.seconds_per_step)
+
+
 def planned_config(name: str):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_module, "probe", lambda config, runtime, **given: Speed(1, 1, 1, 1, "", True))

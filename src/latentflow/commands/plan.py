@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentflow.commands.plan_probe import Speed, probe
+from latentflow.commands.plan_probe import Speed, probe, stated_speed
 from latentflow.commands.plan_subject import Subject, plan_subject
 from latentflow.commands.preview import preview_request
 from latentflow.data.resident import stays_resident
-from latentflow.errors import ConfigError
 from latentflow.flow.solvers import expected_evaluations, is_adaptive
 from latentflow.latent_flow import LatentFlow
 from latentflow.model_config import AUTOENCODER_FOLDER
@@ -32,6 +31,7 @@ from latentflow.runtime import Runtime
 from latentflow.sampling.request import SampleRequest
 from latentflow.training.config import Recipe
 from latentflow.training.fitting import with_values
+from latentflow.training.loop import micro_batches
 from latentflow.training.memory import bytes_per_image, micro_batch_that_fits, total_memory
 
 MODES = {"none": 1.0, "recompute-cheap": 1.05, "checkpoint": 4 / 3}
@@ -257,6 +257,7 @@ def plan(
     runtime: Runtime,
     *,
     device_memory: float | None = None,
+    device_tflops: float | None = None,
     num_processes: int | None = None,
     num_images: int | None = None,
     num_classes: int | None = None,
@@ -268,6 +269,8 @@ def plan(
         name: of the recipe.
         runtime: where the speed is measured.
         device_memory: GiB of each GPU of another machine; None: this one is planned for.
+        device_tflops: its speed in matrix products as its maker states it, 10^12 operations a second, in place of
+            steps that are probed here.
         num_processes: that share a batch; None: those of `runtime`.
         num_images, num_classes, latents: in place of what is assumed; see `plan_subject`.
 
@@ -287,13 +290,16 @@ def plan(
         num_classes=num_classes,
         latents=latents,
     )
-    training, share = subject.recipe.training, _share(subject.recipe, processes)
+    parts = micro_batches(subject.recipe.training, replace(runtime, world=processes))
     with torch.device("meta"):
         network = subject.config.build_network()
-    micro = training.micro_batch_size or share
-    memory = _memory(subject, network, machine, share, micro)
-    images = min(memory.micro_batch_size, 64) if runtime.device.type == "cuda" else memory.micro_batch_size
-    speed = probe(subject.config, runtime, images=images, seconds=_PROBE_SECONDS)
+    memory = _memory(subject, network, machine, parts.size * parts.number, parts.size)
+    if device_tflops is None:
+        here = memory if machine.here else _memory(subject, network, _machine(recipe, runtime, None, 1), parts.size, 1)
+        images = min(parts.size, max(here.largest_micro_batch("none", total_memory(runtime.device)), 1))
+        speed = probe(subject.config, runtime, images=images, seconds=_PROBE_SECONDS)
+    else:
+        speed = stated_speed(subject.config, 1e12 * device_tflops)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     return Plan(name, subject, machine, num_parameters, memory, _disk(subject, network), speed)
 
@@ -306,18 +312,6 @@ def _machine(recipe: Recipe, runtime: Runtime, device_memory: float | None, proc
     total, gpu = total_memory(runtime.device), runtime.device.type == "cuda"
     memory = None if total is None else total if gpu else total // processes
     return Machine(runtime.device_name, memory, runtime.precision, gpu, processes, here=True)
-
-
-def _share(recipe: Recipe, processes: int) -> int:
-    """Images of one process in one step."""
-    batch_size, micro = recipe.training.batch_size, recipe.training.micro_batch_size
-    together = (micro or max(batch_size // processes, 1)) * processes
-    if batch_size % together:
-        raise ConfigError(
-            f"training.batch_size = {batch_size} cannot be shared by {processes} processes in micro-batches of "
-            f"{together // processes}; use a multiple of {together}"
-        )
-    return batch_size // processes
 
 
 def _memory(subject: Subject, network: nn.Module, machine: Machine, share: int, micro: int) -> Memory:
@@ -534,17 +528,17 @@ def _memory_rows(plan: Plan) -> dict[str, list[tuple[str, str, str]]]:
 
 def _time_rows(plan: Plan) -> list[tuple[str, str, str]]:
     speed, training = plan.speed, plan.recipe.training
-    how = MEASURED if speed.whole else f"{ESTIMATE} from a part"
+    how = MEASURED if speed.whole else f"{ESTIMATE} from a part" if speed.measured else ESTIMATE
     rate = training.batch_size / plan.seconds_per_step
     rows = [
         ("network", f"{speed.forward_flops / 1e9:,.4g} GFLOP forward, an image", EXACT),
-        ("probed", f"{speed.probed}: {speed.flops_per_second / 1e9:,.4g} GFLOP/s", MEASURED),
+        ("speed", f"{speed.probed}: {speed.flops_per_second / 1e9:,.4g} GFLOP/s", MEASURED if speed.measured else how),
         ("a step", f"{duration_of(plan.seconds_per_step)}, {rate:,.3g} images/s", how),
     ]
     if plan.num_previews:
         each = duration_of(plan.preview_seconds)
         rows.append(("previews", f"{plan.num_previews:,} of {each}, without decoding", ESTIMATE))
-    where = "" if plan.machine.here else " on this machine, not on that one"
+    where = " on this machine, not on that one" if speed.measured and not plan.machine.here else ""
     return [*rows, ("the run", f"{duration(plan.seconds)}{where}", ESTIMATE)]
 
 

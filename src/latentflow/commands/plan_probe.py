@@ -26,6 +26,7 @@ from latentflow.training.optim import OptimizerConfig, build_optimizer
 
 _UPDATED = {"cpu": 4_000_000, "cuda": 100_000_000}  # parameters that the update is timed with
 _PASSES = 3  # forward and backward together, in units of the way forward
+_REACHED = 0.4  # of what a maker states; the largest networks reach a little more, small ones less
 _LARGEST_PROBE = 2**30  # bytes of weights, on a CPU
 
 
@@ -40,6 +41,7 @@ class Speed:
         flops_per_second: that were reached.
         probed: what ran, in words.
         whole: whether that was the network itself, not a part of it.
+        measured: whether anything ran.
     """
 
     seconds_per_image: float
@@ -48,6 +50,7 @@ class Speed:
     flops_per_second: float
     probed: str
     whole: bool
+    measured: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,13 @@ def probe(config: ModelConfig, runtime: Runtime, *, images: int, seconds: float)
         per_image = scaled
     speed = _PASSES * whole / per_image
     return Speed(per_image, update, whole, speed, f"{together} images, {part.what}", part.share == 1)
+
+
+def stated_speed(config: ModelConfig, peak: float) -> Speed:
+    """What a device may reach that does `peak` operations a second at most; nothing is measured."""
+    flops, reached = forward_flops(config), _REACHED * peak
+    what = f"{_REACHED:.0%} of {peak / 1e12:g} TFLOP/s, as training reaches it"
+    return Speed(_PASSES * flops / reached, 0.0, flops, reached, what, whole=False, measured=False)
 
 
 def _parts(config: ModelConfig) -> Iterator[_Part]:
