@@ -54,6 +54,13 @@ class Gpus:
         return SimpleNamespace(process_index=rank, num_processes=world)
 
 
+def test_a_precision_that_was_not_asked_for_is_known_as_such():
+    assert not open_runtime("cpu").is_asked
+    assert not Runtime(torch.device("cpu")).with_precision("auto").is_asked
+    assert open_runtime("cpu", "bf16").is_asked
+    assert open_runtime("cpu").with_precision("fp32").is_asked
+
+
 def test_one_process_on_a_cpu():
     assert open_runtime("cpu") == Runtime(torch.device("cpu"))
     assert open_runtime("cpu").is_main

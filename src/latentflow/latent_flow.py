@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -185,6 +186,16 @@ class LatentFlow:
         self.network.to(device, memory_format=layout)
         self.autoencoder.to(self.runtime.for_autoencoder())
         return self
+
+    def computing_in(self, precision: PrecisionWord) -> LatentFlow:
+        """The same model with the same weights, whose network computes in `precision`.
+
+        Raises:
+            ConfigError: the device cannot.
+        """
+        other = copy.copy(self)
+        other.runtime = self.runtime.with_precision(precision)
+        return other
 
     @property
     def device(self) -> torch.device:

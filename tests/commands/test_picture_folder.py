@@ -30,7 +30,10 @@ def models(tmp_path_factory, kl) -> Path:
 
 @pytest.fixture
 def draw(models):
-    return lambda out, number=0, **request: sample(models / str(number) / "fruit", out, runtime=tiny.CPU, **request)
+    def drawn(out, number=0, runtime=tiny.CPU, **request):
+        return sample(models / str(number) / "fruit", out, runtime=runtime, **request)
+
+    return drawn
 
 
 def test_a_repeated_request_draws_only_what_is_missing(draw, tmp_path):
@@ -75,6 +78,7 @@ def test_more_of_the_same_request_may_be_drawn(draw, tmp_path):
         ({"guidance": 2.0}, "guidance 1.0, not 2.0"),
         ({"solver": "heun"}, "solver euler, not heun"),
         ({"steps": 3}, "steps 2, not 3"),
+        ({"runtime": tiny.CPU.with_precision("bf16")}, "precision fp32, not bf16"),
         ({"seed": 100}, "another seed or class"),
         ({"classes": "apple"}, "berry_seed-00000001.png (another seed or class)"),
         ({"classes": "none"}, "told ['label'], not []"),

@@ -272,6 +272,22 @@ def test_rounding_noise_does_not_change_the_steps(solver):
 
 
 @pytest.mark.parametrize("solver", ADAPTIVE)
+def test_coarse_rounding_that_is_told_changes_few_steps(solver):
+    """As of a network in bf16. Most images keep their steps, which are smaller for it; of all that cannot be said."""
+    torch.manual_seed(0)
+    frequencies = torch.linspace(0.5, 6, 32, dtype=torch.float64)
+    same, calls = {}, {}
+    for rounding in (2**-7, None):
+        runs = [SelectableWaves(frequencies, rounding=2**-9) for _ in range(2)]
+        options = {"solver": solver, "rtol": 1e-3, "atol": 1e-3, "rounding": rounding}
+        ends = [integrate(run, start(32, torch.float32), ENDS, **options) for run in runs]
+        same[rounding] = sum(runs[0].times_of(image) == runs[1].times_of(image) for image in range(32))
+        calls[rounding] = ends[0].evaluations.sum()
+    assert same[2**-7] >= 24 > same[None]
+    assert calls[None] < calls[2**-7] < 4 * calls[None]
+
+
+@pytest.mark.parametrize("solver", ADAPTIVE)
 def test_arrived_images_leave_a_velocity_that_can_be_narrowed(solver):
     velocity = SelectableWaves(FREQUENCIES)
     solution = integrate(velocity, start(4), ENDS, solver=solver)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ from PIL import Image
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands.sample import sample as sample_command
 from latentflow.errors import ConfigError, NonFiniteError
+from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import SOLVERS, integrate, is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
@@ -228,6 +230,65 @@ def test_large_batches_are_decoded_in_slices(kl, monkeypatch):
     one, other = (sample(tiny.model(autoencoder), num=5) for autoencoder in (kl, sliced))
     assert torch.equal(one.latents, other.latents)
     assert (one.pixels.int() - other.pixels.int()).abs().max() <= 1
+
+
+# Precision
+
+
+def computing(model: LatentFlow, word: str, *, asked: bool = True) -> LatentFlow:
+    """The model as it is where this precision was asked for, or came of itself."""
+    model = copy.copy(model)
+    model.runtime = Runtime(torch.device("cpu"), precision=word, is_asked=asked)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("word", "asked", "solver", "computed"),
+    [
+        ("bf16", False, "heun", "bf16"),
+        ("bf16", False, "dopri5", "fp32"),
+        ("bf16", False, "bosh3", "fp32"),
+        ("bf16", True, "heun", "bf16"),
+        ("bf16", True, "dopri5", "bf16"),
+        ("tf32", True, "bosh3", "tf32"),
+        ("fp32", False, "dopri5", "fp32"),
+    ],
+)
+def test_what_a_network_computes_in(model, word, asked, solver, computed, caplog):
+    """As asked; of itself, a solver that looks at small differences gets float32. A picture says which."""
+    request = make_request(computing(model, word, asked=asked), solver=solver)
+    assert request.precision == computed
+    coarse = is_adaptive(solver) and computed != "fp32"
+    assert (f"{computed} rounds more than that" in caplog.text) == coarse
+    assert SampleRequest(seeds=[0]).precision == "fp32"
+
+
+@pytest.mark.parametrize("solver", ["heun", "ab2", "bosh3"])
+def test_in_half_precision_state_and_time_stay_wide(model, monkeypatch, solver):
+    """The network alone computes in bf16; what the solver adds up is float32, and its times float64."""
+    computed, stepped = [], []
+    network, call = model.network.forward, ConditionedVelocity.__call__
+
+    def forward(x, time, condition):
+        v = network(x, time, condition)
+        computed.append((torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu"), x.dtype, time.dtype))
+        return v.bfloat16()
+
+    def velocity(self, x, time):
+        v = call(self, x, time)
+        stepped.append((x.dtype, time.dtype, v.dtype, torch.is_autocast_enabled("cpu")))
+        return v
+
+    monkeypatch.setattr(model.network, "forward", forward)
+    monkeypatch.setattr(ConditionedVelocity, "__call__", velocity)
+    preset = {"solver": solver, "guidance": 2.0, **({"rtol": 0.1, "atol": 0.1} if solver == "bosh3" else {"steps": 3})}
+    half = sample(computing(model, "bf16"), num=3, **preset)
+    assert set(computed) == {(torch.bfloat16, True, torch.float32, torch.float32)}
+    assert set(stepped) == {(torch.float32, torch.float64, torch.float32, False)}
+    assert half.latents.dtype == torch.float32
+    if solver != "bosh3":
+        full = sample(computing(model, "fp32"), num=3, **preset)
+        assert 0 < (half.latents - full.latents).abs().max() < 0.5
 
 
 # Ahead of the device

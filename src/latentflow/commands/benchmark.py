@@ -19,13 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentflow.errors import ConfigError
-from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.model_config import SamplingPreset
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
-from latentflow.sampling.pipeline import conditioned_velocity, initial_noise
+from latentflow.sampling.pipeline import conditioned_velocity, initial_noise, solve
 from latentflow.sampling.request import SampleRequest, make_request
 
 
@@ -67,7 +66,7 @@ class BenchmarkResult:
         decoder_parameters: of the autoencoder's decoder, or of the whole where it has no part of that name.
         multiply_adds: of one network call for one image; None: torch cannot count them.
         device: its name.
-        precision: of the network's weights, and how float32 products are computed.
+        precision: what the network computed in.
         threads: that torch computes with on the CPU.
         memory: what `BatchCost.peak_bytes` are.
     """
@@ -152,7 +151,7 @@ def benchmark(
         decoder_parameters=_num_parameters(getattr(autoencoder, "decoder", autoencoder)),
         multiply_adds=multiply_adds(flow, request),
         device=device_name(flow.device),
-        precision=_precision(flow),
+        precision=request.precision,
         threads=torch.get_num_threads(),
         memory=peak.what,
     )
@@ -216,7 +215,7 @@ def _draw_timed(model: LatentFlow, request: SampleRequest) -> _Timed:
     velocity = conditioned_velocity(model, request, {}, noise.shape)
     times = sampling_times(sampling.steps, sampling.shift)
     began = _now(model.device)
-    solution = integrate(velocity, noise, times, solver=sampling.solver, rtol=sampling.rtol, atol=sampling.atol)
+    solution = solve(request, velocity, noise, times)
     arrived = _now(model.device)
     model.pixels(solution.x).cpu()
     return _Timed(velocity.evaluations, arrived - began, _now(model.device) - arrived)
@@ -269,8 +268,3 @@ def _resident_peak() -> int | None:
 
 def _num_parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _precision(model: LatentFlow) -> str:
-    dtype = str(next(model.network.parameters()).dtype).removeprefix("torch.")
-    return f"{dtype}, products of float32: {torch.get_float32_matmul_precision()}"

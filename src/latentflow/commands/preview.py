@@ -46,6 +46,7 @@ def preview_request(model: LatentFlow) -> SampleRequest:
         labels=labels,
         told=[*(["label"] if labels else []), *spatial],
         sampling=_affordable(model.config.sampling),
+        precision=model.runtime.precision,
     )
 
 

@@ -23,11 +23,11 @@ from torch import Tensor
 from latentflow.conditioning import ClassList
 from latentflow.data.pictures import psnr
 from latentflow.errors import ConfigError
-from latentflow.flow.solvers import integrate, is_adaptive
+from latentflow.flow.solvers import is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.sampling.edits import at_most_one, encode_input, read_input
-from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, naming_noise
+from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, naming_noise, solve
 from latentflow.sampling.request import SampleRequest, make_request
 from latentflow.sampling.samples import Samples
 
@@ -217,7 +217,7 @@ def _to_noise(
         rows = slice(start, start + batch_size)
         x = latents[rows].to(model.device)
         velocity = conditioned_velocity(model, request.at(rows), {}, x.shape)
-        solution = integrate(velocity, x, times, solver=sampling.solver, rtol=sampling.rtol, atol=sampling.atol)
+        solution = solve(request, velocity, x, times)
         noise.append(solution.x.cpu())
         evaluations.append(velocity.evaluations)
     return torch.cat(noise), torch.cat(evaluations)

@@ -24,7 +24,7 @@ from latentflow.console import notice
 from latentflow.errors import ConfigError, NonFiniteError
 from latentflow.flow.composition import BlendedVelocity, KnownRegionVelocity
 from latentflow.flow.guidance import ConditionedVelocity
-from latentflow.flow.solvers import expected_evaluations, integrate, is_adaptive
+from latentflow.flow.solvers import Solution, Velocity, expected_evaluations, integrate, is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.randomness import ImageRandom
@@ -36,6 +36,7 @@ MOST_TOGETHER = 65_536
 """Images in one batch."""
 MOST_BYTES = 8 * 2**30
 """Of pictures that are held in memory at once."""
+_ROUNDING = {"tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10}  # of a network's products
 MANY_CALLS = 100
 """Network calls a picture from which on their cost is said before drawing."""
 
@@ -179,8 +180,8 @@ def _noise(model: LatentFlow, seeds: Sequence[int], image_size: tuple[int, int] 
 def conditioned_velocity(
     model: LatentFlow, request: SampleRequest, given: Mapping[str, Tensor | None], latents_shape: Sequence[int]
 ) -> ConditionedVelocity | BlendedVelocity:
-    """The guided velocity of a request's images; `given` as from `Given.at`."""
-    conditioning = model.config.conditioning
+    """The guided velocity of a request's images, in its precision; `given` as from `Given.on`."""
+    conditioning, network = model.config.conditioning, model.computing_in(request.precision).velocity
 
     def told(labels: Sequence[int]) -> ConditionedVelocity:
         condition = conditioning.build(
@@ -193,7 +194,7 @@ def conditioned_velocity(
         null = conditioning.without(condition, guided) if guided else None
         sampling = request.sampling
         return ConditionedVelocity(
-            model.velocity, condition, null, sampling.guidance, sampling.guidance_interval, sampling.guided_channels
+            network, condition, null, sampling.guidance, sampling.guidance_interval, sampling.guided_channels
         )
 
     if all(blend.label is None for blend in request.blends):
@@ -202,6 +203,21 @@ def conditioned_velocity(
     others = [own if blend.label is None else blend.label for own, blend in pairs]
     weights = send(torch.tensor([blend.weight for blend in request.blends]), model.device)
     return BlendedVelocity(told(request.labels), told(others), weights)
+
+
+def solve(request: SampleRequest, velocity: Velocity, x: Tensor, times: Tensor) -> Solution:
+    """Integrate the velocity of a request's images from x at times[0] to times[-1], as it says."""
+    sampling = request.sampling
+    computed = "fp32" if request.precision == "tf32" and not x.is_cuda else request.precision
+    return integrate(
+        velocity,
+        x,
+        times,
+        solver=sampling.solver,
+        rtol=sampling.rtol,
+        atol=sampling.atol,
+        rounding=_ROUNDING.get(computed),
+    )
 
 
 def tell_cost(model: LatentFlow, request: SampleRequest, batch_size: int) -> None:
@@ -237,7 +253,7 @@ def _seconds_of_a_call(model: LatentFlow, request: SampleRequest) -> float:
     noise = initial_noise(model, request)
     condition, time_ = model.config.conditioning.build(noise.shape, model.device), torch.ones(len(noise)).to(noise)
     began = time.perf_counter()
-    model.velocity(noise, time_, condition).cpu()
+    model.computing_in(request.precision).velocity(noise, time_, condition).cpu()
     return time.perf_counter() - began
 
 
@@ -264,14 +280,7 @@ def _begin(model: LatentFlow, request: SampleRequest, given: Mapping[str, Tensor
         x = path.interpolate(given["latents"], noise, torch.full((len(noise),), request.start, device=noise.device))
     if given["hole"] is not None:
         velocity = KnownRegionVelocity(velocity, path, given["latents"], noise, given["hole"])
-    solution = integrate(
-        velocity,
-        x,
-        sampling_times(sampling.steps, sampling.shift, start=request.start),
-        solver=sampling.solver,
-        rtol=sampling.rtol,
-        atol=sampling.atol,
-    )
+    solution = solve(request, velocity, x, sampling_times(sampling.steps, sampling.shift, start=request.start))
     pixels, latents = (_fetched(tensor) for tensor in (model.pixels(solution.x), solution.x.float()))
     watch.stop()
     return _Begun(model, request, pixels, latents, velocity.evaluations, watch)

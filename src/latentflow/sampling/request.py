@@ -15,6 +15,7 @@ from latentflow.flow.solvers import is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
 from latentflow.model_config import SamplingPreset
+from latentflow.runtime import Precision, Runtime
 from latentflow.shapes import Condition
 
 SEED_TASKS = ("sample", "interpolate", "vary")
@@ -61,6 +62,7 @@ class SampleRequest(BaseModel):
     start: float = Field(1.0, gt=0, le=1, description="Time at which drawing starts; 1: from noise alone.")
     image_size: tuple[int, int] | None = Field(None, description="Height and width drawn at; null: the model's.")
     sampling: SamplingPreset = SamplingPreset()
+    precision: Precision = Field("fp32", description="What the network computes in.")
 
     def at(self, rows: slice) -> SampleRequest:
         """The request reduced to some images."""
@@ -119,6 +121,7 @@ def make_request(
         given["guidance"] = 1.0
     if model.config.sampling.guided_by:  # a preset's wish holds as far as it can
         given.setdefault("guided_by", [name for name in told if name in strengthened] or None)
+    sampling = model.config.sampling.model_copy(update=given)
     request = SampleRequest(
         task=task,
         seeds=list(seeds),
@@ -127,13 +130,22 @@ def make_request(
         inputs=dict(inputs or {}),
         start=start,
         image_size=image_size,
-        sampling=model.config.sampling.model_copy(update=given),
+        sampling=sampling,
+        precision=precision_for(model.runtime, sampling),
     )
     check_request(model, request)
     if not asked.keys() >= _WHOLE_PRESET:
         _require_effect(asked, request.sampling)
     _tell_what_is_kept(asked, model.config.sampling, request.sampling)
+    _tell_of_coarse_errors(request)
     return request
+
+
+def precision_for(runtime: Runtime, sampling: SamplingPreset) -> Precision:
+    """What a network is to compute in: as asked, or where nothing was, fp32 for a solver that measures its errors."""
+    if not runtime.is_asked and is_adaptive(sampling.solver):
+        return "fp32"
+    return runtime.precision
 
 
 def require_count(what: str, value: int, low: int, high: int, remedy: str = "") -> None:
@@ -181,6 +193,17 @@ def _tell_what_is_kept(asked: Mapping[str, object], preset: SamplingPreset, samp
     if kept:
         values = " and ".join(f"{name} {getattr(sampling, name):g}" for name in kept)
         notice(f"{sampling.solver} takes {values} from the model's preset, which draws with {preset.solver}")
+
+
+def _tell_of_coarse_errors(request: SampleRequest) -> None:
+    """Say what an adaptive solver makes of velocities that are rounded more than it is told to err."""
+    sampling = request.sampling
+    if is_adaptive(sampling.solver) and request.precision != "fp32":
+        notice(
+            f"{sampling.solver} measures errors of {sampling.rtol:g}, and {request.precision} rounds more than that: "
+            "it takes more steps, which may be others in another batch; --precision fp32 or auto is made for it, or a "
+            "solver of fixed steps such as heun"
+        )
 
 
 def _pace(solver: str) -> tuple[str, ...]:
