@@ -590,3 +590,11 @@ def test_eight_threads_load_and_encode_at_once(kl, kl_folder, deterministic, det
         list(threads.map(load, range(32)))
     assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
     assert torch.empty(1).device.type == "cpu"
+
+
+def test_a_slice_is_a_megapixel_and_on_a_cpu_no_more_than_its_caches_hold(made, monkeypatch):
+    autoencoder = made[0]
+    assert [autoencoder.slice_of(side) for side in (16, 64, 256, 512, 1024, 4096)] == [16, 16, 16, 4, 1, 1]
+    monkeypatch.setattr(Autoencoder, "device", torch.device("meta"))
+    assert [autoencoder.slice_of(side) for side in (16, 64, 256, 512, 1024, 4096)] == [4096, 256, 16, 4, 1, 1]
+    assert [len(part) for part in autoencoder.slices(torch.empty(600, 1), 64)] == [256, 256, 88]

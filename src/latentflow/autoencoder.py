@@ -32,6 +32,7 @@ BUILT_IN = {"shapes": Path(__file__).parent / "assets" / "shapes_autoencoder"}
 """Autoencoders that come with the package, by reference; "./shapes" is a folder of that name."""
 
 _PROBE_SIDE = 64  # large enough for factor 64; encoding one such image costs milliseconds
+_PIXELS_OF_A_SLICE, _IMAGES_OF_A_SLICE = 1 << 20, 16
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps alike
 
 
@@ -93,8 +94,8 @@ class Autoencoder:
         self.model = model.eval().requires_grad_(False)
         self.reference = reference
         self.runtime = runtime or Runtime(self.device)
-        self.slice_size = 16
-        """Images encoded or decoded at a time; bounds the memory of large batches."""
+        self.slice_size: int | None = None
+        """Images encoded or decoded at a time, which bounds the memory of large batches; None: see `slice_of`."""
         self.to(self.runtime)
 
     @classmethod
@@ -150,7 +151,7 @@ class Autoencoder:
             shape = list(moments.shape[1:])
             fits = len(shape) == 3 and _PROBE_SIDE % shape[1] == 0
             channels = shape[0] // 2 if self._is_variational else shape[0]
-            fits = fits and self.decode(moments[:, :channels]).shape == pixels.shape
+            fits = fits and self._decoded(moments[:, :channels]).shape == pixels.shape
         except Exception as error:  # of videos or sounds: their shapes break at any place inside
             shape, fits = str(error).strip().partition("\n")[0] or type(error).__name__, False
         if not fits:
@@ -237,7 +238,7 @@ class Autoencoder:
         Raises:
             ArtifactError: the autoencoder overflows in fp16.
         """
-        return self._finite(torch.cat([self._moments(part) for part in pixels.split(self.slice_size)]))
+        return self._finite(torch.cat([self._moments(part) for part in self.slices(pixels, pixels.shape[-1])]))
 
     @torch.no_grad()
     def decode(self, raw: Tensor) -> Tensor:
@@ -246,7 +247,7 @@ class Autoencoder:
         Raises:
             ArtifactError: the autoencoder overflows in fp16.
         """
-        return torch.cat([self._decoded(part) for part in raw.split(self.slice_size)])
+        return torch.cat([self._decoded(part) for part in self.slices(raw, raw.shape[-1] * self.factor)])
 
     @torch.no_grad()
     def decode_to_uint8(self, raw: Tensor) -> Tensor:
@@ -255,7 +256,20 @@ class Autoencoder:
         Raises:
             ArtifactError: the autoencoder overflows in fp16.
         """
-        return torch.cat([to_uint8(self._decoded(part)) for part in raw.split(self.slice_size)])
+        parts = self.slices(raw, raw.shape[-1] * self.factor)
+        return torch.cat([to_uint8(self._decoded(part)) for part in parts])
+
+    def slices(self, batch: Tensor, image_size: int) -> tuple[Tensor, ...]:
+        """A batch [B, ...] in the parts that are encoded or decoded at a time."""
+        return batch.split(self.slice_size or self.slice_of(image_size))
+
+    def slice_of(self, image_size: int) -> int:
+        """How many images make a slice: those of a megapixel, at least one.
+
+        A CPU is faster with what its caches hold, and gets 16 images at most.
+        """
+        most = max(_PIXELS_OF_A_SLICE // image_size**2, 1)
+        return min(most, _IMAGES_OF_A_SLICE) if self.device.type == "cpu" else most
 
     def _decoded(self, raw: Tensor) -> Tensor:
         with self.runtime.autocast():

@@ -186,8 +186,16 @@ def encode(
     ] = None,
     flips: Annotated[bool, typer.Option("--flips", help="Also encode the mirrored images.")] = False,
     dtype: Annotated[Dtype, typer.Option(help="How moments are stored.")] = Dtype.float16,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded together.")] = 32,
-    shard_size: Annotated[int, typer.Option(min=1, help="Images per shard, the most a kill can lose.")] = 1024,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images encoded together; not given: 32, and on a GPU more small ones.")
+    ] = None,
+    shard_size: Annotated[
+        int, typer.Option(min=1, help="Images per shard; a kill loses the one at hand and the one being written.")
+    ] = 1024,
+    num_workers: Annotated[
+        int | None,
+        typer.Option(min=0, max=256, help="Processes that read images; 0: threads; not given: as many as pay."),
+    ] = None,
     mask_variants: Annotated[
         int, typer.Option(min=0, help="Images with holes encoded of each image, for inpainting; 0: none.")
     ] = 0,
@@ -226,6 +234,7 @@ def encode(
         masks=MaskRules(policy=mask_policy.value, folder=str(mask_folder or "")),
         mask_variants=mask_variants,
         strict=strict,
+        num_workers=num_workers,
         precision=precision.value,
         runtime=_runtime(device),
     )

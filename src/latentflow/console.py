@@ -18,6 +18,7 @@ _LOGGER = logging.getLogger("latentflow")
 _JOINERS = "\u200c\u200d"  # invisible, but part of correctly spelt Persian words and of some emoji
 _told: set[str] = set()
 _muted = False
+_noted: list[tuple[str, str]] | None = None
 
 
 def printable(text: object) -> str:
@@ -45,12 +46,30 @@ def notice(text: str, kind: str = "") -> None:
     Of notices of one `kind`, such as those that name one file of many, only the first is told.
 
     It goes to the logger "latentflow" as a warning, so that programs which use the library can handle it. A process
-    that is muted tells nothing.
+    that is muted tells nothing, and one that helps another leaves the telling to that one.
     """
     line = printable(text)
-    if (kind or line) not in _told and not _muted:
-        _told.add(kind or line)
+    if (kind or line) in _told or _muted:
+        return
+    _told.add(kind or line)
+    if _noted is not None:
+        _noted.append((text, kind))
+    else:
         _LOGGER.warning("%s", line)
+
+
+def note_down() -> None:
+    """Keep notices from now on, for the process that this one helps; see `noted`."""
+    global _noted
+    _noted = []
+
+
+def noted() -> list[tuple[str, str]]:
+    """What was kept since this was asked last: arguments of `notice`, which that other process calls."""
+    kept = list(_noted or [])
+    if _noted is not None:
+        _noted.clear()
+    return kept
 
 
 def mute() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ from latentflow.autoencoder import Autoencoder, to_unit_range
 from latentflow.commands.info import describe
 from latentflow.data import cache_writer
 from latentflow.data.cache_writer import write_cache
-from latentflow.data.images import open_images
+from latentflow.data.images import BrokenImage, open_images
 from latentflow.data.items import UNLABELLED, ImageItem
 from latentflow.data.latent_cache import LatentCache
 from latentflow.data.latent_size import class_counts, hide, hole_counts, shares
 from latentflow.data.masks import MaskRules, draw_mask
 from latentflow.errors import ArtifactError
+from latentflow.randomness import derive_seed
 from tests import tiny
 
 VARIANTS = 3
@@ -32,17 +34,11 @@ def source(segmented):
     return open_images(segmented, tiny.IMAGE_SIZE)
 
 
-@pytest.fixture
-def holes(monkeypatch) -> list[np.ndarray]:
-    """The masks that are drawn while a cache is written, in their order: variant after variant, image after image."""
-    drawn = []
-
-    def draw(*given):
-        drawn.append(draw_mask(*given))
-        return drawn[-1]
-
-    monkeypatch.setattr(cache_writer, "draw_mask", draw)
-    return drawn
+def holes_of(rows: int, variants: int, rules: MaskRules) -> list[np.ndarray]:
+    """The holes of some images: variant after variant, image after image."""
+    side = tiny.IMAGE_SIZE
+    seeds = [derive_seed("mask variant", row, variant) for row in range(rows) for variant in range(variants)]
+    return [draw_mask(rules, side, side, seed) for seed in seeds]
 
 
 def encoded(pictures: list[np.ndarray], autoencoder: Autoencoder) -> torch.Tensor:
@@ -61,9 +57,9 @@ def test_maps_are_those_of_the_source_and_mirror_with_the_image(segmented_cache,
     assert any((one == UNLABELLED).any() for one in maps)
 
 
-def test_variants_are_the_images_without_their_holes(tmp_path, source, kl, holes):
+def test_variants_are_the_images_without_their_holes(tmp_path, source, kl):
     write_cache(source, kl, tmp_path / "cache", flips=True, mask_variants=VARIANTS, shard_size=5, batch_size=2)
-    assert len(holes) == NUM_IMAGES * VARIANTS
+    holes = holes_of(NUM_IMAGES, VARIANTS, MaskRules())
     assert len({hole.tobytes() for hole in holes}) == len(holes)  # no two alike
     stored = LatentCache(tmp_path / "cache")
     for variant in range(VARIANTS):
@@ -95,19 +91,20 @@ def test_rows_variants_and_mirrors_are_chosen_one_by_one(segmented_cache):
     assert (straight[0].flip(-1) - mirrored[0]).abs().max() > 1e-3  # encoded anew: an encoder is not symmetric
 
 
-def test_masks_follow_the_rules_of_the_plan(tmp_path, source, kl, holes):
+def test_masks_follow_the_rules_of_the_plan(tmp_path, source, kl):
     rules = MaskRules(policy="boxes", most_share=0.3)
     write_cache(source, kl, tmp_path / "cache", masks=rules, mask_variants=2)
     plan = LatentCache(tmp_path / "cache").plan
     assert (plan.masks, plan.mask_variants) == (rules, 2)
+    holes = holes_of(NUM_IMAGES, 2, rules)
     assert all(0.05 <= hole.mean() <= 0.3 for hole in holes)
     shared = LatentCache(tmp_path / "cache").known(range(NUM_IMAGES), [1] * NUM_IMAGES, PLAIN)[1]
     assert torch.allclose(shared.mean((1, 2, 3)), torch.tensor([hole.mean() for hole in holes[1::2]]).float())
 
 
-def test_a_cache_without_variants_says_nothing_of_masks(tmp_path, source, kl, holes):
+def test_a_cache_without_variants_says_nothing_of_masks(tmp_path, source, kl):
     write_cache(source, kl, tmp_path / "cache", masks=MaskRules(policy="boxes"))
-    assert (LatentCache(tmp_path / "cache").plan.masks, holes) == (None, [])
+    assert LatentCache(tmp_path / "cache").plan.masks is None
     names = set(open_tensors(tmp_path / "cache" / "shard-00000.safetensors").keys())
     assert names == {"moments", "labels", "class_counts"}
 
@@ -246,3 +243,85 @@ def test_masks_count_by_their_content_and_not_by_their_place(tmp_path, source, k
     mask.save(moved / "1.bmp")
     with pytest.raises(ArtifactError, match=r"was begun with masks_fingerprint .* choose another --out"):
         write_cache(source, kl, tmp_path / "cache", masks=MaskRules(folder=str(moved)), **options)
+
+
+# Reading ahead
+
+
+@pytest.fixture
+def troubled(tmp_path, segmented) -> Path:
+    """Images of which one is broken, and one has a broken map."""
+    folder = shutil.copytree(segmented, tmp_path / "images")
+    (folder / "images" / "apple" / "2.png").write_bytes(b"no picture")
+    (folder / "masks" / "berry" / "1.png").write_bytes(b"no map")
+    return folder
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize("read_together", [1, 32])
+def test_a_cache_is_the_same_whoever_reads(tmp_path, troubled, kl, monkeypatch, num_workers, read_together):
+    monkeypatch.setattr(cache_writer, "_MOST_READ_TOGETHER", read_together)
+    source = open_images(troubled, tiny.IMAGE_SIZE)
+    options = {"flips": True, "mask_variants": 2, "shard_size": 5, "batch_size": 3}
+    write_cache(source, kl, tmp_path / "threads", num_workers=0, **options)
+    seen: list[int] = []
+    write_cache(source, kl, tmp_path / "processes", num_workers=num_workers, on_images=seen.append, **options)
+    assert sum(seen) == len(source) and max(seen) == 3
+    assert tiny.tree(tmp_path / "processes") == tiny.tree(tmp_path / "threads")
+    with pytest.raises(BrokenImage, match=r"apple/2\.png: its content is no image"):
+        write_cache(source, kl, tmp_path / "strict", strict=True, num_workers=num_workers, **options)
+    assert not list((tmp_path / "strict").glob("shard-*"))
+
+
+def test_batches_are_encoded_whole(tmp_path, source, kl, monkeypatch):
+    """However many images are read together; a CPU encodes 16 of them at a time."""
+    monkeypatch.setattr(cache_writer, "_MOST_READ_TOGETHER", 2)
+    given, true_encode = [], Autoencoder.encode
+    monkeypatch.setattr(
+        Autoencoder, "encode", lambda self, pixels: given.append(len(pixels)) or true_encode(self, pixels)
+    )
+    write_cache(source, kl, tmp_path / "cache", shard_size=7, batch_size=5)
+    assert given == [5, 2, 5]
+
+
+def test_a_shard_that_cannot_be_written_is_told(tmp_path, source, kl, monkeypatch):
+    def full(*given, **options):
+        raise ArtifactError("no space left")
+
+    monkeypatch.setattr(cache_writer, "write_tensors", full)
+    with pytest.raises(ArtifactError, match="no space left"):
+        write_cache(source, kl, tmp_path / "cache", shard_size=5)
+    assert not (tmp_path / "cache" / "index.json").exists()
+
+
+def test_processes_that_read_leave_the_telling_to_the_run(tmp_path, kl, caplog):
+    (tmp_path / "in").mkdir()
+    for number in range(12):
+        picture = Image.new("RGB", (16, 16), (20 * number, 0, 0))
+        picture.save(tmp_path / "in" / f"{number}.gif", save_all=True, append_images=[Image.new("RGB", (16, 16))])
+    source = open_images(tmp_path / "in", tiny.IMAGE_SIZE)
+    write_cache(source, kl, tmp_path / "cache", batch_size=2, num_workers=2)
+    assert caplog.text.count("holds several pictures, of which the first is read") == 1
+
+
+def test_processes_read_where_that_takes_long(monkeypatch, source):
+    clock = [0.0]
+    monkeypatch.setattr(cache_writer, "usable_cpus", lambda: 8)
+    monkeypatch.setattr(cache_writer.time, "perf_counter", lambda: clock[0])
+
+    class Slow:
+        def __getitem__(self, row: int) -> ImageItem:
+            clock[0] += 0.002
+            if row % 2:
+                raise BrokenImage("x", "damaged")
+            return source[0]
+
+    def processes(num_images: int, device: str = "cuda", sharing: int = 1) -> int:
+        rows = [range(start, min(start + 1024, num_images)) for start in range(0, num_images, 1024)]
+        return cache_writer._reading_processes(Slow(), rows, torch.device(device), sharing)
+
+    assert processes(100_000) == 7
+    assert processes(100_000, sharing=2) == 3
+    assert processes(100_000, sharing=8) == 0  # one processor each
+    assert processes(100_000, "cpu") == 0
+    assert processes(4_000) == processes(10) == 0

@@ -45,11 +45,12 @@ def encode(
     first: int | None = None,
     flips: bool = False,
     dtype: Literal["float16", "float32"] = "float16",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     shard_size: int = 1024,
     masks: MaskRules | None = None,
     mask_variants: int = 0,
     strict: bool = False,
+    num_workers: int | None = None,
     precision: PrecisionWord = "tf32",
     runtime: Runtime | None = None,
 ) -> EncodeResult:
@@ -62,6 +63,8 @@ def encode(
         masks: which holes are drawn; None: those of the usual policy.
         dtype: how moments are stored.
         mask_variants: images with holes that are encoded of each image, for inpainting; 0: none.
+        batch_size: images encoded together; None: 32, and on a GPU as many as make a megapixel.
+        num_workers: processes that read and resize images; 0: threads; None: as many as pay.
         strict: a broken image is an error; otherwise it is left out and listed in the index.
         precision: what the autoencoder computes in; half precision only where it is asked for.
         runtime: where; None: see `open_runtime`.
@@ -94,6 +97,8 @@ def encode(
             mask_variants=mask_variants,
             strict=strict,
             process=(runtime.rank, runtime.world),
+            num_workers=num_workers,
+            sharing=runtime.local_world,
             on_images=count,
             on_kept=kept.append,
         )

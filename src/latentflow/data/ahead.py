@@ -11,20 +11,24 @@ import resource
 import shutil
 import signal
 import sys
+import warnings
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from latentflow import console
 from latentflow.errors import DataError, LatentFlowError
 
-Read = TypeVar("Read")
-
 _MOST_AHEAD = 4  # batches of each process
+_MOST_THREADS = 8
 _LEAST_SHARED_BYTES = 16 << 20  # of /dev/shm, for a few batches of latents
 _FILES_OF_BATCHES, _FILES_OF_A_WORKER = 128, 8  # open ones: tensors on their way, pipes
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
@@ -64,6 +68,7 @@ def read_ahead(
     num_bytes: int,
     pin_memory: bool,
     sharing: int = 1,
+    option: str = "data.num_workers",
     start: str | None = None,
 ) -> Generator[Any, None, None]:
     """What `dataset` gives for each of `batches`, in order, read by processes until it is closed.
@@ -71,42 +76,80 @@ def read_ahead(
     Args:
         num_workers: processes, >= 1.
         num_bytes: of one batch.
+        sharing: processes of this machine that read likewise.
+        option: what sets `num_workers`, for messages.
         start: how processes are started; None: as is safe.
 
     Raises:
         DataError: the machine has no room for what `num_workers` processes hand over.
     """
-    _require_shared_memory(num_workers)
-    _require_open_files(num_workers)
+    _require_shared_memory(num_workers, option)
+    _require_open_files(num_workers, option)
     start = start or ("spawn" if torch.cuda.is_initialized() else None)
     if start == "spawn":
         resource_tracker.ensure_running()  # which lets signals through when it starts
-    loader = DataLoader(
-        _Told(dataset),
-        batch_sampler=batches,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=_as_is,
-        prefetch_factor=int(min(max(_batches_with_room(num_bytes, sharing) // num_workers, 1), _MOST_AHEAD)),
-        worker_init_fn=_leave_signals_to_the_run,
-        multiprocessing_context=start,
-    )
-    with _signals_held():
+    ahead = int(min(max(_batches_with_room(num_bytes, sharing) // num_workers, 1), _MOST_AHEAD))
+    with warnings.catch_warnings(), _signals_held():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than there are processors
+        loader = DataLoader(
+            _Answering(dataset),
+            batch_sampler=batches,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            collate_fn=_as_is,
+            prefetch_factor=ahead,
+            worker_init_fn=_serve,
+            multiprocessing_context=start,
+        )
         reading = iter(loader)
-    return _read(reading, num_workers)
+    return _read(reading, num_workers, option)
 
 
-class _Told(Dataset):
-    """Batches whose faults are handed on as values: an exception from another process would bring its traceback."""
+def read_in_threads(
+    dataset: Dataset, batches: Iterable[Any], *, pin_memory: bool = False, sharing: int = 1
+) -> Generator[Any, None, None]:
+    """What `read_ahead` gives, by threads of this process: they begin at once, and take turns in running Python."""
+    num_threads = max(min(usable_cpus() // sharing, _MOST_THREADS), 1)
 
+    def read(batch: Any) -> Any:
+        found = dataset.__getitems__(batch)
+        return found.pin_memory() if pin_memory else found
+
+    waiting: deque[Future[Any]] = deque()
+    pool = ThreadPoolExecutor(num_threads)
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(read, batch))
+            if len(waiting) > 2 * num_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a process hands on: what it has read, or its fault, since an exception would bring its traceback; and what
+    is to be told of it."""
+
+    read: Any
+    notices: list[tuple[str, str]]
+
+    def pin_memory(self) -> _Answer:
+        return self if isinstance(self.read, DataError) else replace(self, read=self.read.pin_memory())
+
+
+class _Answering(Dataset):
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
-    def __getitems__(self, batch: Any) -> Any:
+    def __getitems__(self, batch: Any) -> _Answer:
         try:
-            return self.dataset.__getitems__(batch)
+            read = self.dataset.__getitems__(batch)
         except (LatentFlowError, OSError) as error:
-            return DataError(str(error))
+            read = DataError(str(error))
+        return _Answer(read, console.noted())
 
 
 @contextmanager
@@ -119,19 +162,22 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Terminals and batch systems signal all processes at once; the run needs images to end well, and ends this one.
+def _serve(worker: int) -> None:
+    """Leave signals and notices to the run, in a process that reads for it.
 
+    Terminals and batch systems signal all processes at once; the run needs images to end well, and ends this one.
     The second SIGTERM ends it: the first may be a batch system's, and at the end torch and Python send one each.
     """
     for number in set(_SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    console.note_down()
 
 
 @contextmanager
-def lost_workers(num_workers: int | None = None) -> Iterator[None]:
+def lost_workers(num_workers: int | None = None, option: str = "data.num_workers") -> Iterator[None]:
     """A process that reads images ahead and dies is one line, wherever torch raises it: it does so in any place.
 
     Raises:
@@ -141,52 +187,58 @@ def lost_workers(num_workers: int | None = None) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if num_workers != 0 and "DataLoader worker" in str(error):
-            raise _lost(num_workers, error) from error
+            raise _lost(num_workers, option, error) from error
         raise
 
 
-def _read(batches: Iterator[Any], num_workers: int) -> Generator[Any, None, None]:
+def _read(batches: Iterator[Any], num_workers: int, option: str) -> Generator[Any, None, None]:
     try:
         while True:
             try:
-                batch = next(batches)
+                answer = next(batches)
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                raise _lost(num_workers, error) from error.with_traceback(None)  # which would keep `batches`
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+                raise _lost(num_workers, option, error) from error.with_traceback(None)  # which would keep `batches`
+            for text, kind in answer.notices:
+                console.notice(text, kind)
+            if isinstance(answer.read, DataError):
+                raise answer.read
+            yield answer.read
     finally:
         del batches  # its last reference: torch ends the processes that read ahead
 
 
-def _lost(num_workers: int | None, error: Exception) -> DataError:
+def _lost(num_workers: int | None, option: str, error: Exception) -> DataError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     which = f"one of {num_workers} processes" if num_workers else "one of the processes"
     return DataError(
-        f"{which} that read images ahead was lost ({reason}); use data.num_workers=0, "
+        f"{which} that read images ahead was lost ({reason}); use {_none(option)}, "
         "or give more memory, shared memory (/dev/shm) or open files (ulimit -n)"
     )
 
 
-def _require_open_files(num_workers: int) -> None:
+def _none(option: str) -> str:
+    return f"{option} 0" if option.startswith("--") else f"{option}=0"
+
+
+def _require_open_files(num_workers: int, option: str) -> None:
     """Each tensor that comes from another process is an open file; where they run out, torch fails in many ways."""
     allowed, needed = _allowed_files(), _needed_files(num_workers)
     if allowed < needed:
         raise DataError(
-            f"data.num_workers={num_workers} needs {needed} open files, and {allowed} are allowed; use "
-            f"data.num_workers=0, or allow more with `ulimit -n {max(needed, 1024)}`"
+            f"{option}={num_workers} needs {needed} open files, and {allowed} are allowed; use "
+            f"{_none(option)}, or allow more with `ulimit -n {max(needed, 1024)}`"
         )
 
 
-def _require_shared_memory(num_workers: int) -> None:
+def _require_shared_memory(num_workers: int, option: str) -> None:
     """Batches of other processes come through /dev/shm; where there is none, torch waits for minutes."""
     num_bytes = _shared_bytes()
     if num_bytes < _LEAST_SHARED_BYTES:
         raise DataError(
-            f"data.num_workers={num_workers} needs shared memory, and /dev/shm has {num_bytes / 2**20:.0f} MiB; use "
-            "data.num_workers=0, or start the container with --shm-size=1g"
+            f"{option}={num_workers} needs shared memory, and /dev/shm has {num_bytes / 2**20:.0f} MiB; use "
+            f"{_none(option)}, or start the container with --shm-size=1g"
         )
 
 

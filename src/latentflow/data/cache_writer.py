@@ -1,18 +1,21 @@
 """Encode images into a latent cache, resumable after a kill, shared between processes.
 
 A shard appears complete or not at all; repeating the command encodes what is missing or damaged and nothing else.
+
+Three things go on at once: pictures are read ahead, by threads or processes; the device encodes; the shard before is
+written. What is written depends on none of this, only on the images and on which of them are encoded together.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +30,11 @@ from latentflow.artifacts import (
 )
 from latentflow.autoencoder import Autoencoder, to_unit_range
 from latentflow.console import notice
+from latentflow.data.ahead import lost_workers, read_ahead, read_in_threads, room_for_workers, usable_cpus
 from latentflow.data.colour import PIXEL_RULES
+from latentflow.data.encoder_input import EncoderInput, EncoderInputs, counts_dtype, joined
 from latentflow.data.images import BrokenImage
-from latentflow.data.items import ImageItem, ImageSource, fingerprint_of
+from latentflow.data.items import ImageSource, fingerprint_of
 from latentflow.data.latent_cache import (
     CachedSource,
     CacheIndex,
@@ -40,12 +45,16 @@ from latentflow.data.latent_cache import (
     parse_record,
     sealed,
 )
-from latentflow.data.latent_size import class_counts, hide, hole_counts
-from latentflow.data.masks import MaskRules, check_masks, draw_mask, masks_fingerprint
+from latentflow.data.latent_size import hole_shade
+from latentflow.data.masks import MaskRules, check_masks, masks_fingerprint
 from latentflow.errors import ArtifactError, DataError
-from latentflow.randomness import derive_seed
 
 _NAMED = 5  # images or classes in a message
+_MOST_READ_TOGETHER, _BYTES_READ_TOGETHER = 32, 4 << 20  # images and bytes of one piece of a batch
+_WORTH_PROCESSES = 10.0  # seconds of reading; processes take three or four to begin
+_MOST_PROCESSES = 32
+_BATCH_SIZE = 32
+_OPTION = "--num-workers"
 _PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -57,11 +66,13 @@ def write_cache(
     flips: bool = False,
     precision: Literal["float16", "float32"] = "float16",
     shard_size: int = 1024,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     masks: MaskRules | None = None,
     mask_variants: int = 0,
     strict: bool = False,
     process: tuple[int, int] = (0, 1),
+    num_workers: int | None = None,
+    sharing: int = 1,
     on_images: Callable[[int], None] = lambda num_images: None,
     on_kept: Callable[[int], None] = lambda num_images: None,
 ) -> CacheIndex | None:
@@ -77,7 +88,11 @@ def write_cache(
         masks: which holes are drawn for inpainting.
         mask_variants: holes per image, each with the image encoded without it; 0: none are stored.
         strict: a broken image is an error, not an omission.
+        batch_size: images encoded together, on which the results depend by rounding; None: 32, and on a GPU as many
+            as make a megapixel.
         process: (rank, number of processes); process r encodes shards r, r + n, r + 2n, ...
+        num_workers: processes that read and resize images; 0: threads of this process; None: as many as pay.
+        sharing: processes of this machine that encode likewise.
         on_images: told the number of images just finished, shards found complete included.
         on_kept: told the number of images of each shard found complete.
 
@@ -98,13 +113,27 @@ def write_cache(
     remove_leftovers(folder)
     _claim(folder, plan, source)
     rank, num_processes = process
+    missing = []
     for number in range(rank, plan.num_shards, num_processes):
         rows = _rows(plan, number)
         if _finished(folder, number, fingerprint_of(source, rows)) is None:
-            _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, strict, on_images)
+            missing.append(number)
         else:
             on_images(len(rows))
             on_kept(len(rows))
+    if missing:
+        if num_workers is None:
+            num_workers = _reading_processes(source, [_rows(plan, n) for n in missing], autoencoder.device, sharing)
+        batch_size = batch_size or _batch_size(autoencoder, plan.image_size)
+        inputs, on_gpu = EncoderInputs(source, plan), autoencoder.device.type == "cuda"
+        pieces = [piece for number in missing for piece in _pieces(inputs, _rows(plan, number), batch_size)]
+        if num_workers:
+            room = {"num_workers": num_workers, "num_bytes": _BYTES_READ_TOGETHER, "option": _OPTION}
+            read = read_ahead(inputs, pieces, pin_memory=on_gpu, sharing=sharing, **room)
+        else:
+            read = read_in_threads(inputs, pieces, pin_memory=on_gpu, sharing=sharing)
+        with closing(read), lost_workers(num_workers, _OPTION):
+            _write_shards(folder, missing, source, read, autoencoder, plan, batch_size, strict, on_images)
     index = _finish(folder, plan, source)
     if index is None and num_processes == 1:
         raise ArtifactError(f"records of {folder} were removed while it was being filled; repeat the command to go on")
@@ -219,52 +248,138 @@ def _shard_name(number: int) -> str:
     return f"shard-{number:05d}"
 
 
-def _write_shard(folder, number, source, rows, autoencoder, plan, batch_size, strict, on_images) -> None:
-    """Encode the images of `rows` into one shard; its record is written last and makes it count."""
-    sums = ChannelSums(plan.num_channels)
-    parts: dict[str, list[Tensor]] = {name: [empty] for name, empty in _empty_tensors(plan).items()}
-    names, broken, cuts = [], [], []
-    for start, read in _read_ahead(source, rows, batch_size):
-        failures = [error for error in read if isinstance(error, BrokenImage)]
-        if failures and strict:
-            raise failures[0]
-        broken += [f"{error.name}: {error.reason}" for error in failures]
-        items = [(start + n, item) for n, item in enumerate(read) if isinstance(item, ImageItem)]
-        if items:
-            encoded = _encode(items, autoencoder, plan)
-            sums.add(encoded["moments"])
-            for name, part in parts.items():
-                part.append(encoded[name].to(part[0].dtype))
-            names += [item.name for _, item in items]
-            cuts += [item.cut for _, item in items]
-        on_images(len(read))
-    tensors = {name: torch.cat(part) for name, part in parts.items()}
-    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise DataError(
-            f"moments of {names[0]} ... {names[-1]} are not finite as {plan.precision}; "
-            + ("store them with --dtype float32" if plan.precision == "float16" else "the autoencoder is damaged")
+def _pieces(inputs: EncoderInputs, rows: range, batch_size: int) -> Iterator[range]:
+    """The batches of a shard, in parts that are small enough to be handed on."""
+    size = min(max(_BYTES_READ_TOGETHER // inputs.bytes_per_image, 1), _MOST_READ_TOGETHER)
+    for start in range(rows.start, rows.stop, batch_size):
+        batch = range(start, min(start + batch_size, rows.stop))
+        yield from (batch[part : part + size] for part in range(0, len(batch), size))
+
+
+def _batch_size(autoencoder: Autoencoder, image_size: int) -> int:
+    return max(autoencoder.slice_of(image_size), _BATCH_SIZE)
+
+
+def _reading_processes(source: ImageSource, rows: Sequence[range], device: torch.device, sharing: int) -> int:
+    """How many processes pay that read images for a GPU; a CPU is busy enough with encoding: 0, as for few images."""
+    num_images = sum(map(len, rows))
+    wanted = min(usable_cpus() // sharing - 1, _MOST_PROCESSES)
+    if device.type == "cpu" or wanted < 2 or num_images < 1000:
+        return 0
+    tried = [part[len(part) // 2] for part in rows[:: max(len(rows) // 8, 1)]]
+    began = time.perf_counter()
+    for row in tried:
+        with suppress(BrokenImage):
+            _ = source[row]
+    seconds = (time.perf_counter() - began) / len(tried) * num_images
+    return room_for_workers(wanted, _BYTES_READ_TOGETHER, sharing) if seconds > _WORTH_PROCESSES else 0
+
+
+def _write_shards(
+    folder: Path,
+    numbers: Sequence[int],
+    source: ImageSource,
+    read: Iterator[EncoderInput],
+    autoencoder: Autoencoder,
+    plan: CachePlan,
+    batch_size: int,
+    strict: bool,
+    on_images: Callable[[int], None],
+) -> None:
+    """Encode what is read, the pieces of shards `numbers`; each shard is written while the next one is encoded."""
+    written: Future[None] | None = None
+    with ThreadPoolExecutor(1) as background:
+        for number in numbers:
+            rows = _rows(plan, number)
+            shard = _Shard(plan, len(rows), autoencoder.device)
+            for start in range(0, len(rows), batch_size):
+                parts, wanted = [], min(batch_size, len(rows) - start)
+                while (got := sum(part.num_rows for part in parts)) < wanted:
+                    parts.append(next(read))
+                batch = joined(parts, autoencoder.device)
+                if batch.broken and strict:
+                    raise BrokenImage(*batch.broken[0])
+                shard.add(batch, _encode(batch, autoencoder, plan) if batch.names else {})
+                on_images(got)
+            if written:
+                written.result()
+            shard.close()
+            written = background.submit(shard.write, folder, number, fingerprint_of(source, rows))
+        if written:
+            written.result()
+
+
+class _Shard:
+    """One shard in the making: what is encoded of it, on its way from the device, and what is known of its images.
+
+    Args:
+        num_rows: the most images it can have.
+    """
+
+    def __init__(self, plan: CachePlan, num_rows: int, device: torch.device):
+        self.plan = plan
+        self.on_gpu = device.type == "cuda"
+        self.sums = ChannelSums(plan.num_channels)
+        self.names: list[str] = []
+        self.broken: list[str] = []
+        self.cuts: list[float] = []
+        self.tensors = {
+            name: torch.empty(num_rows, *like.shape[1:], dtype=like.dtype, pin_memory=self.on_gpu)
+            for name, like in _empty_tensors(plan).items()
+        }
+        self.arrived: torch.cuda.Event | None = None
+
+    def add(self, batch: EncoderInput, encoded: dict[str, Tensor]) -> None:
+        """Take in a batch; nothing waits for the device."""
+        first = len(self.names)
+        for name, values in encoded.items():
+            place = self.tensors[name][first : first + len(batch.names)]
+            place.copy_(values.to(place.dtype), non_blocking=self.on_gpu)
+        if encoded:
+            self.sums.add(encoded["moments"])
+        self.names += batch.names
+        self.cuts += batch.cuts
+        self.broken += [f"{name}: {reason}" for name, reason in batch.broken]
+
+    def close(self) -> None:
+        """All batches are there, or on their way."""
+        if self.on_gpu:
+            self.sums.send_home()
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def write(self, folder: Path, number: int, source_fingerprint: str) -> None:
+        """Write what has arrived; the record is written last and makes it count."""
+        if self.arrived:
+            self.arrived.synchronize()
+        plan, names, sums = self.plan, self.names, self.sums
+        tensors = {name: tensor[: len(names)] for name, tensor in self.tensors.items()}
+        if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+            raise DataError(
+                f"moments of {names[0]} ... {names[-1]} are not finite as {plan.precision}; "
+                + ("store them with --dtype float32" if plan.precision == "float16" else "the autoencoder is damaged")
+            )
+        file = folder / f"{_shard_name(number)}.safetensors"
+        write_tensors(file, tensors, metadata={"names": json.dumps(names)})
+        record = ShardRecord(
+            file=file.name,
+            num_images=len(names),
+            num_bytes=file.stat().st_size,
+            sha256=sha256_file(file),
+            num_values=sums.num_values,
+            channel_sum=sums.sum.tolist(),
+            channel_sum_of_squares=sums.sum_of_squares.tolist(),
+            broken=self.broken,
+            source_fingerprint=source_fingerprint,
+            cut_sum=sum(self.cuts),
+            cut_most=max(self.cuts, default=0.0),
         )
-    file = folder / f"{_shard_name(number)}.safetensors"
-    write_tensors(file, tensors, metadata={"names": json.dumps(names)})
-    record = ShardRecord(
-        file=file.name,
-        num_images=len(names),
-        num_bytes=file.stat().st_size,
-        sha256=sha256_file(file),
-        num_values=sums.num_values,
-        channel_sum=sums.sum.tolist(),
-        channel_sum_of_squares=sums.sum_of_squares.tolist(),
-        broken=broken,
-        source_fingerprint=fingerprint_of(source, rows),
-        cut_sum=sum(cuts),
-        cut_most=max(cuts, default=0.0),
-    )
-    write_json(folder / f"{_shard_name(number)}.json", sealed(record))
+        write_json(folder / f"{_shard_name(number)}.json", sealed(record))
 
 
 def _empty_tensors(plan: CachePlan) -> dict[str, Tensor]:
     """The tensors of a shard, without images, each in the dtype it is stored in."""
-    counts = torch.uint8 if plan.factor**2 <= 255 else torch.int16
+    counts = counts_dtype(plan)
     precision, moments, side = _PRECISIONS[plan.precision], plan.moments_shape, plan.moments_shape[1:]
     tensors = {"moments": torch.empty(0, *moments, dtype=precision)}
     if plan.class_names:
@@ -280,59 +395,25 @@ def _empty_tensors(plan: CachePlan) -> dict[str, Tensor]:
     return tensors
 
 
-def _encode(items: Sequence[tuple[int, ImageItem]], autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
-    """Everything a cache stores of some images, given with their rows in the source."""
-    pixels = [item.pixels for _, item in items]
-    encoded = _moments("moments", pixels, autoencoder, plan)
-    if plan.class_names:
-        encoded["labels"] = torch.tensor([item.label for _, item in items])
-    if plan.map_class_names:
-        num_classes = len(plan.map_class_names)
-        maps = [class_counts(item.semantic_map, num_classes, plan.factor) for _, item in items]
-        encoded["class_counts"] = torch.stack(maps)
-    if plan.mask_variants:
-        seeds = [derive_seed("mask variant", row, v) for row, _ in items for v in range(plan.mask_variants)]
-        holes = [draw_mask(plan.masks, plan.image_size, plan.image_size, seed) for seed in seeds]
-        told_as = plan.masks.told_as
-        hidden = [hide(pixels[n // plan.mask_variants], hole, told_as) for n, hole in enumerate(holes)]
-        grouped = (len(items), plan.mask_variants)
-        known = _moments("known_moments", hidden, autoencoder, plan)
-        encoded |= {name: moments.unflatten(0, grouped) for name, moments in known.items()}
-        counts = torch.stack([hole_counts(hole, plan.factor, told_as) for hole in holes])
-        encoded["hole_counts"] = counts.unflatten(0, grouped)
-    return encoded
+def _encode(batch: EncoderInput, autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
+    """Everything a cache stores of some images, given and encoded on the autoencoder's device."""
+    encoded = _moments("moments", batch.pixels, autoencoder, plan)
+    if batch.holes is not None:
+        hole = batch.holes[..., None] > 0
+        hidden = torch.where(hole, hole_shade(plan.masks.told_as), batch.pixels[:, None])
+        known = _moments("known_moments", hidden.flatten(0, 1), autoencoder, plan)
+        encoded |= {name: moments.unflatten(0, hole.shape[:2]) for name, moments in known.items()}
+    counted = {name: getattr(batch, name) for name in ("labels", "class_counts", "hole_counts")}
+    return encoded | {name: values for name, values in counted.items() if values is not None}
 
 
-def _moments(name: str, pictures: Sequence[np.ndarray], autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
-    """Moments of uint8 pictures, and of their mirror images where the plan wants them."""
-    pixels = to_unit_range(torch.from_numpy(np.stack(pictures)).to(autoencoder.device).permute(0, 3, 1, 2))
-    encoded = {name: autoencoder.encode(pixels).cpu()}
+def _moments(name: str, pictures: Tensor, autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
+    """Moments of pictures [B, S, S, 3] uint8, and of their mirror images where the plan wants them."""
+    pixels = to_unit_range(pictures.permute(0, 3, 1, 2))
+    encoded = {name: autoencoder.encode(pixels)}
     if plan.flips:
-        encoded[f"{name}_flipped"] = autoencoder.encode(pixels.flip(-1)).cpu()
+        encoded[f"{name}_flipped"] = autoencoder.encode(pixels.flip(-1))
     return encoded
-
-
-def _read_ahead(
-    source: ImageSource, rows: range, batch_size: int
-) -> Iterator[tuple[int, list[ImageItem | BrokenImage]]]:
-    """Batches of decoded images in order, each with the row of its first.
-
-    Threads decode the next batch while the encoder works on this one.
-    """
-
-    def read(row: int) -> ImageItem | BrokenImage:
-        try:
-            return source[row]
-        except BrokenImage as error:
-            return error
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        batches = (pool.map(read, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
-        current = next(batches, None)
-        for start in range(rows.start, rows.stop, batch_size):
-            following = next(batches, None)
-            yield start, list(current)
-            current = following
 
 
 def _finished(folder: Path, number: int, source_fingerprint: str) -> ShardRecord | None:

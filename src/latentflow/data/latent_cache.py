@@ -128,7 +128,10 @@ class CacheIndex(_Record):
 
 
 class ChannelSums:
-    """Running per-channel sums of raw latents, posterior variance included: what normalisation needs."""
+    """Running per-channel sums of raw latents, posterior variance included: what normalisation needs.
+
+    They are kept where the moments are.
+    """
 
     def __init__(self, num_channels: int):
         self.num_channels = num_channels
@@ -138,13 +141,22 @@ class ChannelSums:
 
     def add(self, moments: Tensor) -> None:
         """Count moments [B, C or 2C, h, w]. E[z^2] = mean^2 + variance for every latent value."""
-        mean = latent_mean(moments, self.num_channels).double().cpu()
+        moments = (moments.cpu() if moments.device.type == "mps" else moments).double()
+        mean = latent_mean(moments, self.num_channels)
         square = mean**2
         if moments.shape[1] > self.num_channels:
-            square = square + moments[:, self.num_channels :].double().cpu().exp()
+            square = square + moments[:, self.num_channels :].exp()
+        if not self.num_values:
+            self.sum, self.sum_of_squares = torch.zeros_like(mean[0, :, 0, 0]), torch.zeros_like(mean[0, :, 0, 0])
         self.num_values += mean[:, 0].numel()
         self.sum += mean.sum((0, 2, 3))
         self.sum_of_squares += square.sum((0, 2, 3))
+
+    def send_home(self) -> None:
+        """Begin to copy the sums to the CPU; they are there once all that is queued on the device is done."""
+        for name in ("sum", "sum_of_squares"):
+            home = torch.empty(self.num_channels, dtype=torch.float64, pin_memory=True)
+            setattr(self, name, home.copy_(getattr(self, name), non_blocking=True))
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Per-channel mean and standard deviation, C numbers each."""

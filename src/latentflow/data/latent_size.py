@@ -23,7 +23,12 @@ HOLE_GRAY = 128
 
 def hide(pixels: np.ndarray, mask: np.ndarray, told_as: ToldAs = "share") -> np.ndarray:
     """An image without its hole: pixels [S, S, 3] uint8, painted over where mask [S, S] is 1."""
-    return np.where(mask[..., None] > 0, np.uint8(0 if told_as == "sign" else HOLE_GRAY), pixels)
+    return np.where(mask[..., None] > 0, np.uint8(hole_shade(told_as)), pixels)
+
+
+def hole_shade(told_as: ToldAs) -> int:
+    """What a hole is painted with, of 255."""
+    return 0 if told_as == "sign" else HOLE_GRAY
 
 
 def hole_counts(mask: np.ndarray, factor: int, told_as: ToldAs = "share") -> Tensor:
