@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentflow.networks.lean import NORM_EPS, linear_of, scaled_norm
+from latentflow.networks.lean import NORM_EPS, autocast_dtype, linear_of, scaled_norm
 
 
 def time_sinusoid(time: Tensor, channels: int = 256, max_period: float = 10_000.0, *, endpoint: bool = False) -> Tensor:
@@ -110,17 +110,14 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, norm: str) -> Tensor
     Args:
         norm: over the channels of a token: "layernorm" or "rmsnorm".
     """
-    kind = x.device.type  # "meta" knows no autocast: nothing is computed there
-    narrow = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
     scale = 1 + scale[:, None].to(x.dtype)
-    return scaled_norm(x, scale, shift[:, None], centred=norm == "layernorm", dtype=narrow)
+    return scaled_norm(x, scale, shift[:, None], centred=norm == "layernorm", dtype=autocast_dtype(x.device))
 
 
 def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """x + gate * branch, with one gate per image: [B, N, D], [B, D] and [B, N, D] => [B, N, D]."""
-    kind = x.device.type
-    # autocast would widen gate and branch, and keep them so
-    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+    # Autocast would widen gate and branch, and keep them so.
+    with torch.autocast(x.device.type, enabled=False) if autocast_dtype(x.device) else nullcontext():
         return torch.addcmul(x, gate[:, None], branch)
 
 

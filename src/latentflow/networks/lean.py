@@ -47,6 +47,13 @@ def linear_of(function: Callable[[Tensor], Tensor], x: Tensor, layer: nn.Linear)
     return _LinearOf.apply(function, x, layer.weight, layer.bias)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast multiplies on a device; None where it is off."""
+    kind = device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else None
+
+
 def _derived_elsewhere() -> bool:
     """Whether somebody other than autograd takes derivatives, or nobody."""
     return (
