@@ -6,7 +6,7 @@ The sides take turns, one pass each per round, on the same latents and with the 
     channels last             the same weights with their channels innermost
     gradient checkpointing    every block computed again on the way back; less memory
     diffusers                 UNet2DModel with the same sizes, for a yardstick
-    compiled                  torch.compile, where a compiler is there
+    compiled                  its blocks compiled, where a compiler is there
 
 The last three have the layout that the package gives to networks on the device: contiguous on the CPU, channels last
 on CUDA. The figure to keep is a ratio, the median over the rounds of (seconds of that layout / seconds of the side):
@@ -27,6 +27,7 @@ import torch
 from measuring import Stopwatch, median_and_quartiles, seconds
 from torch import Tensor, nn
 
+from latentflow.networks.running import compile_blocks, set_memory
 from latentflow.networks.unet import UNet, UNetConfig
 from latentflow.shapes import Condition
 
@@ -119,21 +120,22 @@ def make_networks(options: argparse.Namespace, device: torch.device) -> tuple[di
         attention_factors=[2 ** (len(options.multipliers) - 1)],
         num_heads=HEADS,
     )
-    saving = sizes.model_copy(update={"gradient_checkpointing": True})
 
-    def ours(config: UNetConfig, layout: str = own) -> nn.Module:
+    def ours(layout: str = own) -> nn.Module:
         torch.manual_seed(0)
-        network = UNet(config, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS)
+        network = UNet(sizes, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS)
         return network.to(device, memory_format=LAYOUTS[layout])
 
-    networks: dict[str, nn.Module] = {layout: ours(sizes, layout) for layout in LAYOUTS}
-    networks[CHECKPOINTING] = ours(saving)
+    networks: dict[str, nn.Module] = {layout: ours(layout) for layout in LAYOUTS}
+    networks[CHECKPOINTING] = ours()
+    set_memory(networks[CHECKPOINTING], "checkpoint")
     networks[DIFFUSERS] = same_of_diffusers(sizes, options.latent_size).to(device, memory_format=LAYOUTS[own])
     reason = "it was not wanted" if options.no_compile else why_not_compiled(device)
     if reason:
         left_out[COMPILED] = reason
     else:
-        networks[COMPILED] = ours(sizes)
+        networks[COMPILED] = ours()
+        compile_blocks(networks[COMPILED])
     return networks, left_out
 
 
@@ -173,7 +175,6 @@ def make_step(side: str, network: nn.Module, options: argparse.Namespace, device
     shape = (options.batch_size, LATENT_CHANNELS, options.latent_size, options.latent_size)
     latents, target = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
     time = torch.rand(options.batch_size, generator=generator).to(device)
-    called = torch.compile(network) if side == COMPILED else network
     nothing = Condition()
 
     def precision() -> AbstractContextManager:
@@ -181,7 +182,7 @@ def make_step(side: str, network: nn.Module, options: argparse.Namespace, device
 
     def step() -> Tensor:
         with precision():
-            velocity = called(latents, time * 1000).sample if side == DIFFUSERS else called(latents, time, nothing)
+            velocity = network(latents, time * 1000).sample if side == DIFFUSERS else network(latents, time, nothing)
         return (velocity.float() - target).square().mean()
 
     return step

@@ -23,7 +23,7 @@ from latentflow.networks.unet import UNetConfig
 from tests import tiny
 from tests.processes import run_here
 
-FREE = ("class_names", "map_class_names", "map_palette", "dropout", "gradient_checkpointing", "masks", "reference")
+FREE = ("class_names", "map_class_names", "map_palette", "dropout", "masks", "reference")
 """What may be changed by hand: names and colours, and what matters in training alone."""
 
 
@@ -79,7 +79,7 @@ def changed(config: dict, path: tuple, value: Any) -> dict:
 def cases() -> list[tuple[str, tuple]]:
     """(network, place in its config), for the ids of the tests: one test tries all values of one place."""
     network = {"dit": ["depth", "hidden_size", "num_heads", "patch_size", "mlp_ratio", "time_scale", "variant"]}
-    network["dit"] += ["position", "mlp", "norm", "qk_norm", "kind", "name", "gradient_checkpointing"]
+    network["dit"] += ["position", "mlp", "norm", "qk_norm", "kind", "name"]
     network["unet"] = list(UNetConfig.model_fields)
     top = ["format_version", "image_size", "network", "prediction", "path", "conditioning", "masks", "autoencoder"]
     top += ["normalisation", "sampling", "training"]

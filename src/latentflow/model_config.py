@@ -148,7 +148,7 @@ class ModelConfig(_Section):
             "normalisation": True,
             "autoencoder": {"content_hash", "factor", "num_channels"},
         }
-        return self.model_dump(mode="json", include=fields, exclude={"network": {"gradient_checkpointing", "dropout"}})
+        return self.model_dump(mode="json", include=fields, exclude={"network": {"dropout"}})
 
     def build_network(self) -> torch.nn.Module:
         """A network with fresh weights, as this config describes it."""

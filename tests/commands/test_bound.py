@@ -20,7 +20,7 @@ from latentflow.autoencoder import Autoencoder
 from latentflow.commands.bound import bound as run_bound
 from latentflow.commands.bound import data_velocity, differentiable_decoder, measure
 from latentflow.commands.bound_page import bound_page, looseness, number, parts, verdict
-from latentflow.commands.encoded_images import encode_reference, open_reference, plain_model, told_velocity
+from latentflow.commands.encoded_images import encode_reference, open_reference, told_velocity
 from latentflow.errors import ConfigError, DataError, NonFiniteError
 from latentflow.flow.bound import VARIANTS, empirical_velocity, gaussian_w2
 from latentflow.flow.path import LinearPath
@@ -182,19 +182,6 @@ def test_data_velocity_looks_at_latents_of_the_same_label(kl, images):
         assert len(alike) == 6
         expected = empirical_velocity(flow.config.path, alike, x[row : row + 1], time[row : row + 1])
         torch.testing.assert_close(found[row : row + 1], expected)
-
-
-def test_gradient_checkpointing_is_left_out(kl):
-    flow = tiny.model(kl)
-    network = flow.config.network.model_copy(update={"gradient_checkpointing": True})
-    config = flow.config.model_copy(update={"network": network})
-    checkpointed = config.build_network()
-    checkpointed.load_state_dict(flow.network.state_dict())
-    plain = plain_model(LatentFlow(config, checkpointed.eval(), kl))
-    assert not plain.config.network.gradient_checkpointing and plain_model(flow) is flow
-    x, time = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.8])
-    velocity = told_velocity(plain, torch.tensor([0, 1]), 2)
-    torch.testing.assert_close(velocity(x, time), told_velocity(flow, torch.tensor([0, 1]), 2)(x, time))
 
 
 def test_numbers_as_people_write_them():

@@ -15,12 +15,13 @@ from latentflow.commands import plan as plan_module
 from latentflow.commands import plan_probe
 from latentflow.commands.plan import MODES, Plan, cached_bytes, gib
 from latentflow.commands.plan import plan as plan_command
-from latentflow.commands.plan_probe import Speed, forward_flops, probe
+from latentflow.commands.plan_probe import Speed, probe
 from latentflow.commands.plan_subject import KNOWN_STAGES, PUBLISHED_DATA
 from latentflow.commands.train import train
 from latentflow.errors import ConfigError
 from latentflow.latent_flow import LatentFlow
 from latentflow.training.config import Recipe, load_recipe, recipe_names
+from latentflow.training.memory import forward_flops
 from latentflow.training.settings import to_yaml
 from tests import tiny
 from tests.processes import run_here

@@ -39,3 +39,11 @@ def saved_bytes(function: Callable[[], Tensor], apart: Collection[Tensor] = ()) 
     assert result.requires_grad
     rows = sorted(kept.values(), key=lambda row: -row[0])
     return Saved(sum(row[0] for row in rows), sum(row[0] for row in rows if row[1].itemsize >= 4), rows)
+
+
+def held_bytes(function: Callable[[], Tensor]) -> int:
+    """Bytes that are taken in `function()` and still held when its result is: that, and all that its graph keeps."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    assert result.requires_grad
+    return sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")

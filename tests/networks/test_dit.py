@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from latentflow.errors import ConfigError
 from latentflow.networks.dit import NAMES, DiT, DiTConfig
 from latentflow.networks.layers import GeluMLP, SwigluMLP, rotary_positions, rotate, sincos_positions, time_sinusoid
+from latentflow.networks.running import set_memory
 from latentflow.shapes import Condition
 
 TINY = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 2}
@@ -263,10 +264,11 @@ def gradients(network: DiT) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in network.parameters()]
 
 
+@pytest.mark.parametrize("mode", ["recompute-cheap", "checkpoint"])
 @pytest.mark.parametrize("variant", ["classic", "modern"])
-def test_gradient_checkpointing_gives_the_same_gradients(variant):
-    plain = awake(tiny(variant=variant, num_classes=3))
-    saving = awake(tiny(variant=variant, num_classes=3, gradient_checkpointing=True))
+def test_what_is_computed_again_gives_the_same_gradients(variant, mode):
+    plain, saving = (awake(tiny(variant=variant, num_classes=3)) for _ in range(2))
+    set_memory(saving, mode)
     assert all(torch.equal(a, b) for a, b in zip(gradients(plain), gradients(saving), strict=True))
 
 
@@ -333,6 +335,11 @@ def test_name_fills_what_is_not_given():
     assert (config.position, config.mlp, config.norm, config.qk_norm) == ("sincos", "gelu", "layernorm", False)
 
 
+def test_options_of_earlier_versions_are_passed_over():
+    assert DiTConfig(**TINY, gradient_checkpointing=True) == DiTConfig(**TINY)
+    assert "gradient_checkpointing" not in DiTConfig(**TINY).model_dump()
+
+
 def test_modern_sets_all_four_and_explicit_values_win():
     config = DiTConfig(**TINY, variant="modern")
     assert (config.position, config.mlp, config.norm, config.qk_norm) == ("rope", "swiglu", "rmsnorm", True)
@@ -345,7 +352,7 @@ def test_modern_sets_all_four_and_explicit_values_win():
     [
         {"name": "DiT-S/8"},
         {"name": "DiT-S/8", "variant": "modern", "depth": 2},
-        {**TINY, "variant": "modern", "position": "sincos", "time_scale": 1.0, "gradient_checkpointing": True},
+        {**TINY, "variant": "modern", "position": "sincos", "time_scale": 1.0},
     ],
 )
 def test_resolved_config_reloads(options):

@@ -9,6 +9,7 @@ from torch import nn
 
 from latentflow.errors import ConfigError
 from latentflow.networks.layers import time_sinusoid
+from latentflow.networks.running import set_memory
 from latentflow.networks.unet import VARIANTS, Embedding, UNet, UNetConfig
 from latentflow.networks.unet_blocks import Downsample, MapAttention, ResidualBlock, Upsample
 from latentflow.shapes import Condition
@@ -379,10 +380,11 @@ def gradients(network: UNet) -> list[torch.Tensor]:
 
 
 @EVERY_VARIANT
+@pytest.mark.parametrize("mode", ["recompute-cheap", "checkpoint"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradient_checkpointing_gives_the_same_gradients(variant, dropout):
-    plain = unet(variant, num_classes=3, dropout=dropout)
-    saving = unet(variant, num_classes=3, dropout=dropout, gradient_checkpointing=True)
+def test_what_is_computed_again_gives_the_same_gradients(variant, dropout, mode):
+    plain, saving = (unet(variant, num_classes=3, dropout=dropout) for _ in range(2))
+    set_memory(saving, mode)
     calls = []
     saving.middle[0].register_forward_pre_hook(lambda *_: calls.append(1))
     assert all(torch.equal(a, b) for a, b in zip(gradients(plain), gradients(saving), strict=True))
@@ -491,7 +493,7 @@ def test_a_variant_is_the_default_of_its_options(variant):
         {},
         {"attention_factors": None, "attention_sizes": [16], "latent_size": 32, "head_channels": 8, "num_heads": None},
         {"head_channels": None, "num_heads": 2, "num_decoder_heads": 4, "time_scale": 1.0, "stem_channels": 12},
-        {"dropout": 0.1, "gradient_checkpointing": True, "middle_attention": False, "time_channels": 6},
+        {"dropout": 0.1, "middle_attention": False, "time_channels": 6},
     ],
 )
 def test_resolved_config_reloads(variant, options):

@@ -30,7 +30,6 @@ from latentflow.commands.encoded_images import (
     Velocity,
     encode_reference,
     open_reference,
-    plain_model,
     told_velocity,
 )
 from latentflow.commands.report import chart_file
@@ -89,7 +88,7 @@ def bound(
     if bins < 1 or points < bins:
         raise ConfigError(f"{points} points for {bins} bins of time: at least 1 bin, and a point in each, is needed")
     folder = None if out is None else require_writable(out)
-    flow = plain_model(LatentFlow.from_pretrained(model, precision="fp32", runtime=runtime))
+    flow = LatentFlow.from_pretrained(model, precision="fp32", runtime=runtime)
     if out is not None:
         require_apart(out, data)
     source = open_reference(flow, data)

@@ -32,7 +32,6 @@ from latentflow.commands.encoded_images import (
     ReferenceLatents,
     encode_reference,
     open_reference,
-    plain_model,
     told_velocity,
 )
 from latentflow.commands.grid import save_grid
@@ -121,7 +120,7 @@ def diagnose(
     if num < 8 or num_train < 2:
         raise ConfigError(f"{num} images and {num_train} of training: at least 8, in two halves, and 2 are needed")
     folder = require_writable(out)
-    flow = plain_model(LatentFlow.from_pretrained(model, precision="fp32", runtime=runtime))
+    flow = LatentFlow.from_pretrained(model, precision="fp32", runtime=runtime)
     require_apart(out, data, train)
     source = open_reference(flow, data)
     train_source = None if train is None else open_reference(flow, train)

@@ -56,19 +56,6 @@ class ReferenceLatents:
         return "nothing" if self.labels is None else "the label of each image"
 
 
-def plain_model(flow: LatentFlow) -> LatentFlow:
-    """The same model without gradient checkpointing, which saves memory in training and has no second derivative."""
-    network = flow.config.network
-    if not getattr(network, "gradient_checkpointing", False):
-        return flow
-    config = flow.config.model_copy(update={"network": network.model_copy(update={"gradient_checkpointing": False})})
-    plain = config.build_network()
-    plain.load_state_dict(flow.network.state_dict())
-    made = LatentFlow(config, plain.eval().requires_grad_(False), flow.autoencoder).to(flow.runtime)
-    made.reference = flow.reference
-    return made
-
-
 def open_reference(flow: LatentFlow, data: str | Path) -> ImageSource:
     """Images that the model can be measured on, told their labels alone.
 

@@ -339,33 +339,18 @@ def _memory(subject: Subject, network: nn.Module, machine: Machine, share: int, 
     if not machine.gpu:
         estimated["copy for a checkpoint"] = _checkpoint_bytes(network)
     side = config.latent_shape[-1]
-    kept = {mode: bytes_kept(config.network, side, half=machine.half, mode=mode) for mode in MODES}
+    kept = {mode: bytes_per_image(config.network, side, half=machine.half, memory=mode) for mode in MODES}
     preview = 0
     if recipe.training.preview_every:
         together = min(len(_preview_of(subject).seeds), _DECODED_TOGETHER, micro)
         decoded = together * _DECODED * 4 * (subject.stage.width or 128) * recipe.data.image_size**2
         preview = weights + decoded  # the weights that the average stands in for are set aside
-    mode = _mode(recipe)
+    mode = None if recipe.training.memory == "auto" else recipe.training.memory
     memory = Memory(exact, estimated, kept, preview, mode or "none", micro, share)
     if mode is None:  # auto: the first that fits
         fitting = [m for m in MODES if memory.largest_micro_batch(m, machine.memory) >= micro]
         mode = fitting[0] if fitting else list(MODES)[-1]
     return Memory(exact, estimated, kept, preview, mode, micro, share)
-
-
-def _mode(recipe: Recipe) -> str | None:
-    """The mode of memory that a recipe says; None: auto."""
-    if recipe.network.gradient_checkpointing:
-        return "checkpoint"
-    word = getattr(recipe.training, "memory", "none")
-    return None if word == "auto" else word
-
-
-def bytes_kept(network: Any, side: int, *, half: bool, mode: str) -> int:
-    """Estimated bytes that one image keeps for the backward pass."""
-    checkpointing = {"gradient_checkpointing": mode == "checkpoint"}
-    kept = bytes_per_image(network.model_copy(update=checkpointing), side, half=half)
-    return int(kept * 0.6) if mode == "recompute-cheap" else kept
 
 
 def cached_bytes(subject: Subject) -> int | None:

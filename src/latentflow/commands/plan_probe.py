@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from latentflow.errors import ConfigError
 from latentflow.flow.loss import flow_matching_loss
@@ -21,7 +20,7 @@ from latentflow.model_config import ModelConfig
 from latentflow.networks.dit import DiTConfig
 from latentflow.runtime import Runtime
 from latentflow.training.ema import EMA
-from latentflow.training.memory import count_parameters
+from latentflow.training.memory import count_parameters, forward_flops
 from latentflow.training.optim import OptimizerConfig, build_optimizer
 
 _UPDATED = {"cpu": 4_000_000, "cuda": 100_000_000}  # parameters that the update is timed with
@@ -60,14 +59,6 @@ class _Part:
     config: ModelConfig
     share: float
     what: str
-
-
-def forward_flops(config: ModelConfig) -> int:
-    """Operations of one image's way forward through a network; nothing is computed."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        network = config.build_network()
-        network(*_inputs(config, 1, torch.device("meta")))
-    return counter.get_total_flops()
 
 
 def probe(config: ModelConfig, runtime: Runtime, *, images: int, seconds: float) -> Speed:

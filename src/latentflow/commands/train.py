@@ -37,7 +37,14 @@ from latentflow.training.config import CHANGES, Recipe
 from latentflow.training.fitting import FITTED, Situation, fit, is_set, value_of, with_values
 from latentflow.training.loop import Outcome, micro_batches
 from latentflow.training.loop import train as run_loop
-from latentflow.training.memory import bytes_per_image, count_parameters, free_memory, require_memory, total_memory
+from latentflow.training.memory import (
+    bytes_per_image,
+    count_parameters,
+    free_memory,
+    memory_mode,
+    require_memory,
+    total_memory,
+)
 from latentflow.training.settings import explained, load_settings, to_yaml
 
 _REPLACED = ("model", "checkpoints", "samples")  # folders of a run
@@ -252,7 +259,12 @@ def _situation(
 def _require_memory(recipe: Recipe, runtime: Runtime, config: ModelConfig) -> None:
     """Refuse a network or a batch that the memory cannot hold, before it is built."""
     share, half = micro_batches(recipe.training, runtime).size, runtime.precision in ("bf16", "fp16")
-    per_image = bytes_per_image(config.network, config.latent_shape[-1], half=half)
+    per_image = bytes_per_image(
+        config.network,
+        config.latent_shape[-1],
+        half=half,
+        memory=memory_mode(recipe.training.memory, config, share, runtime),
+    )
     free, shared = free_memory(runtime.device), 1 if runtime.device.type == "cuda" else runtime.local_world
     require_memory(
         config.network.title,

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from torch.utils.checkpoint import checkpoint
 
 from latentflow.errors import ConfigError, nearest
-from latentflow.networks.inputs import VelocityNetwork
+from latentflow.networks.inputs import FORMER_OPTIONS, VelocityNetwork
 from latentflow.networks.layers import (
     GeluMLP,
     SelfAttention,
@@ -86,16 +84,13 @@ class DiTConfig(BaseModel):
     mlp: Literal["gelu", "swiglu"] = Field(description="gelu (tanh) or swiglu, of nearly the same parameter count")
     norm: Literal["layernorm", "rmsnorm"] = Field(description="norm before attention, MLP and output")
     qk_norm: bool = Field(description="normalise queries and keys of every head: steadier at high learning rates")
-    gradient_checkpointing: bool = Field(
-        False, description="compute every block again in the backward pass: less memory, about a third more time"
-    )
 
     @model_validator(mode="before")
     @classmethod
     def _resolve(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        explicit = {key: value for key, value in given.items() if value is not None}
+        explicit = {key: value for key, value in given.items() if value is not None and key not in FORMER_OPTIONS}
         for key in explicit:
             if key not in cls.model_fields:
                 raise ConfigError(f"unknown network option {key!r}: {nearest(key, cls.model_fields)}")
@@ -225,13 +220,13 @@ class DiT(VelocityNetwork):
         c = silu(c)
 
         for block in self.blocks:
-            if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, rotary, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, c, rotary)
+            x = self.run(block, x, c, rotary)
 
-        shift, scale = self.final_modulation(c).chunk(2, dim=1)
-        x = self.final_linear(modulated_norm(x, shift, scale, self.config.norm))  # [B, N, p * p * C_out]
+        x = self.run_once(self._last, x, c)  # [B, N, p * p * C_out]
         x = x.reshape(-1, h, w, patch, patch, self.out_channels)
         x = x.permute(0, 5, 1, 3, 2, 4)  # [B, h, w, p, p, C_out] => [B, C_out, h, p, w, p]
         return x.reshape(-1, self.out_channels, h * patch, w * patch).to(latents.dtype)
+
+    def _last(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.final_modulation(c).chunk(2, dim=1)
+        return self.final_linear(modulated_norm(x, shift, scale, self.config.norm))

@@ -8,13 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from latentflow.networks.running import BlockNetwork
 from latentflow.networks.spatial_encoder import SpatialInputs
 from latentflow.shapes import Condition
 
+FORMER_OPTIONS = ("gradient_checkpointing",)
+"""Options of networks that models from earlier versions name, and that are none any more: passed over."""
 
-class VelocityNetwork(nn.Module):
+
+class VelocityNetwork(BlockNetwork):
     """What all velocity networks share: called as network(latents, time, condition) => velocity.
 
     Args:

@@ -14,17 +14,16 @@ embedding of time and label.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from torch.utils.checkpoint import checkpoint
 
 from latentflow.errors import ConfigError, nearest
-from latentflow.networks.inputs import VelocityNetwork
+from latentflow.networks.inputs import FORMER_OPTIONS, VelocityNetwork
 from latentflow.networks.layers import time_sinusoid
 from latentflow.networks.unet_blocks import Downsample, InputBranch, MapAttention, ResidualBlock, Upsample, group_norm
 from latentflow.shapes import Condition
@@ -161,16 +160,13 @@ class UNetConfig(BaseModel):
     )
     norm_eps: float = Field(gt=0, le=1, description="added to variances")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of values left out in training, in every block")
-    gradient_checkpointing: bool = Field(
-        False, description="compute every block again in the backward pass: less memory, about a third more time"
-    )
 
     @model_validator(mode="before")
     @classmethod
     def _resolve(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        explicit = {key: value for key, value in given.items() if value is not None}
+        explicit = {key: value for key, value in given.items() if value is not None and key not in FORMER_OPTIONS}
         names = [*cls.model_fields, *cls.also_given]
         for key in explicit:
             if key not in names:
@@ -325,6 +321,7 @@ class UNet(VelocityNetwork):
 
     def __init__(self, config: UNetConfig, **told: Any):
         super().__init__(config, **told)
+        self.draws = config.dropout > 0
         self.embedding = Embedding(config, self.num_classes)
         self.stem = nn.Conv2d(self.spatial.num_channels, config.stem_channels, 3, padding=1)
 
@@ -405,26 +402,24 @@ class UNet(VelocityNetwork):
         skips = [x]
         for stage in self.encoder:
             if stage.resize is not None:
-                x = self._run(stage.resize, x, c)
+                x = self.run(stage.resize, x, c)
                 if stage.input_branch is not None:
                     x = aside = (x + stage.input_branch(aside)) * self.config.residual_scale
                 skips.append(x)
             for block in stage.blocks:
-                x = self._run(block, x, c)
+                x = self.run(block, x, c)
                 skips.append(x)
         for block in self.middle:
-            x = self._run(block, x, c)
+            x = self.run(block, x, c)
         for stage in self.decoder:
             for block in stage.blocks:
-                x = self._run(block, torch.cat([x, skips.pop()], dim=1), c)
+                x = self.run(block, torch.cat([x, skips.pop()], dim=1), c)
             if stage.resize is not None:
-                x = self._run(stage.resize, x, c)
-        return self.out_conv(silu(self.out_norm(x))).to(latents.dtype)
+                x = self.run(stage.resize, x, c)
+        return self.run_once(self._last, x).to(latents.dtype)
 
-    def _run(self, module: Callable[[Tensor, Tensor], Tensor], x: Tensor, c: Tensor) -> Tensor:
-        if self.config.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, x, c, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
-        return module(x, c)
+    def _last(self, x: Tensor) -> Tensor:
+        return self.out_conv(silu(self.out_norm(x)))
 
     def _attends(self, level: int) -> bool:
         return 2**level in self.config.attention_factors

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from latentflow.data.masks import MaskRules
 from latentflow.data.resident import Switch
@@ -90,6 +90,12 @@ class TrainingConfig(_Section):
         "auto",
         description="What networks compute in: fp32, tf32, bf16, fp16, or auto: bf16 on CUDA that has it, else fp32.",
     )
+    memory: Literal["auto", "none", "recompute-cheap", "checkpoint"] = Field(
+        "auto",
+        description="What is computed again in the backward pass to save memory, the numbers staying the same: none; "
+        "recompute-cheap: all but products and attention; checkpoint: every block, a third more time; "
+        "auto: no more than the device's memory needs.",
+    )
     compile: bool = Field(False, description="torch.compile the network.")
     ema_decay: float = Field(
         0.9999, ge=0, lt=1, description="Of the moving average that is sampled from; 0: no averaging."
@@ -135,6 +141,15 @@ class Recipe(_Section):
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingPreset = SamplingPreset()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_former_keys(cls, given: Any) -> Any:
+        """Name the place of a key that has moved; what earlier versions wrote into run folders by default is read."""
+        network = given.get("network") if isinstance(given, dict) else None
+        if isinstance(network, dict) and str(network.get("gradient_checkpointing", False)).lower() != "false":
+            raise ConfigError("network.gradient_checkpointing has moved: write training.memory=checkpoint")
+        return given
+
 
 _OTHER_DATA = "the model would be told of other images than it learned from"
 CHANGES = ChangeRules(
@@ -147,6 +162,7 @@ CHANGES = ChangeRules(
         "autoencoder",  # likewise
         "training.steps",
         "training.micro_batch_size",
+        "training.memory",
         "training.compile",
         "training.log_every",
         "training.checkpoint_every",

@@ -156,7 +156,7 @@ def _that_fits(network: DiTConfig, share: int, situation: Situation) -> int:
     """How many of `share` images the memory holds at a time."""
     num_parameters = 18 * network.depth * network.hidden_size**2  # 12 in attention and MLP, 6 in the modulation
     per_image = bytes_per_image(network, situation.side, half=situation.gpu)
-    return micro_batch_that_fits(state_bytes(num_parameters), per_image, share, situation.memory)
+    return micro_batch_that_fits(state_bytes(num_parameters, half=situation.gpu), per_image, share, situation.memory)
 
 
 def _power_of_two(number: int) -> int:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from latentflow.data.batches import Batch, StreamPositions, TrainingImages, lost_workers, stream_batches
 from latentflow.errors import ConfigError
 from latentflow.latent_flow import LatentFlow
+from latentflow.networks.running import set_memory
 from latentflow.runtime import Runtime
 from latentflow.training.checkpoint import CheckpointWriter, Progress, keep_newest, load_checkpoint, newest_checkpoint
 from latentflow.training.config import Recipe, TrainingConfig
@@ -25,6 +26,7 @@ from latentflow.training.ema import EMA
 from latentflow.training.guard import FiniteGuard
 from latentflow.training.interruption import Outcome, SharedStop, collected_signals, ended_at_once
 from latentflow.training.log import Clock, LossByTime, RunLog
+from latentflow.training.memory import memory_mode
 from latentflow.training.optim import build_optimizer, clip_gradients, loss_scaler, scaler_state
 from latentflow.training.step import training_step
 
@@ -79,6 +81,7 @@ def train(
     """
     config, main, parts = recipe.training, runtime.is_main, micro_batches(recipe.training, runtime)
     network = model.to(runtime).network.train().requires_grad_()
+    set_memory(network, memory_mode(config.memory, model.config, parts.size, runtime))
     ema, optimizer = EMA(network, config.ema_decay), build_optimizer(network, recipe.optimizer)
     parameters = list(network.parameters())
     newest = newest_checkpoint(run)
@@ -169,6 +172,7 @@ def train(
             writer.wait()
             runtime.barrier()  # the model of the run is there when any process returns
     network.eval().requires_grad_(False)
+    set_memory(network, "none")
     return Outcome(progress.step, finished=progress.step >= config.steps, signal=received[0] if received else None)
 
 

@@ -1,20 +1,25 @@
-"""What training a network takes in memory, estimated before it is built."""
+"""What training a network takes in memory and in arithmetic, estimated before it is built."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from latentflow.errors import ConfigError
 from latentflow.model_config import ModelConfig
 from latentflow.networks.dit import DiTConfig
+from latentflow.networks.running import MEMORY_MODES, MemoryMode
 from latentflow.networks.unet import UNetConfig
+from latentflow.runtime import Runtime
 
-_BYTES_PER_PARAMETER = 20  # float32: the weight, its gradient, AdamW's two moments, the average
-# Kept for the backward pass, measured: of a transformer per token, block and channel (on a CPU in float32; on a GPU
-# with fused attention in bf16), of a U-Net per residual block, channel and latent pixel.
-_KEPT = {"dit": {"fp32": 110, "bf16": 75}, "unet": {"fp32": 42, "bf16": 28}}
+_WIDE = 4  # bytes of a number that stays float32 under autocast, too
+_STATE = {"weights": 4, "gradients": 4, "moments of AdamW": 8, "average of the weights": 4}  # bytes per parameter
+# Bytes that a U-Net keeps per residual block, channel and latent pixel, in float32 and in half precision: measured of
+# the four variants, of which none keeps more.
+_KEPT_BY_UNET = {"none": (54, 27), "recompute-cheap": (30, 15), "checkpoint": (10, 5)}
 _RESERVE = 0.1  # of the memory, for what an estimate cannot see
 
 
@@ -25,21 +30,86 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def bytes_per_image(network: DiTConfig | UNetConfig, side: int, *, half: bool) -> int:
-    """Estimated bytes that one image keeps for the backward pass.
+def forward_flops(config: ModelConfig) -> int:
+    """Floating-point operations of one image's way forward: 2 for each multiplication with its addition.
+
+    Products, convolutions and attention are counted, on tensors without data. A training step takes three times that,
+    as each product has two more in the backward pass.
+    """
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        latents = torch.empty(1, *config.latent_shape)
+        config.build_network()(latents, torch.empty(1), config.conditioning.build(latents.shape, latents.device))
+    return counter.get_total_flops()
+
+
+def bytes_per_image(network: DiTConfig | UNetConfig, side: int, *, half: bool, memory: MemoryMode = "none") -> int:
+    """Estimated bytes that one image takes in training: what is kept for the backward pass, and one block's more.
 
     Args:
         side: height and width of its latents.
         half: whether most of the computation is in bf16 or fp16.
+        memory: what is computed again.
     """
-    kept = _KEPT[network.kind]["bf16" if half else "fp32"]
     if isinstance(network, DiTConfig):
-        volume = (side // network.patch_size) ** 2 * network.depth * network.hidden_size
-    else:
-        per_level = 2 * network.blocks_per_level + 1
-        sides = [side >> level for level in range(len(network.multipliers))]
-        volume = per_level * sum(network.channels * m * s**2 for m, s in zip(network.multipliers, sides, strict=True))
-    return kept * volume // (8 if network.gradient_checkpointing else 1)
+        kept = _kept_by_block(network, 2 if half else 4)
+        # Behind the blocks the last norm keeps the sum, and the last layer what it is given.
+        per_channel = network.depth * kept[memory] + kept["none"] + _WIDE + (2 if half else 4)
+        return round((side // network.patch_size) ** 2 * network.hidden_size * per_channel)
+    kept = {mode: narrow if half else wide for mode, (wide, narrow) in _KEPT_BY_UNET.items()}
+    per_level = 2 * network.blocks_per_level + 1
+    volumes = [network.channels * m * (side >> level) ** 2 for level, m in enumerate(network.multipliers)]
+    return kept[memory] * per_level * sum(volumes) + (kept["none"] - kept[memory]) * max(volumes)
+
+
+def _kept_by_block(config: DiTConfig, e: int) -> dict[MemoryMode, float]:
+    """Bytes per token and channel that a block of a transformer keeps, by what is computed again.
+
+    Args:
+        e: bytes of a number that comes out of a product.
+    """
+    products = {
+        "queries, keys, values": 3 * e,
+        "what attention gives": e,
+        "what the attention branch adds": e,
+        "inside the MLP": config.mlp_ratio * (4 / 3 if config.mlp == "swiglu" else 1) * e,
+        "what the MLP adds": e,
+    }
+    more = {
+        "the sum before the MLP": _WIDE,
+        "what attention and MLP are given": 2 * e,
+        "queries and keys, normed and turned": 2 * e if config.qk_norm or config.position == "rope" else 0,
+        "behind the activation": config.mlp_ratio * e if config.mlp == "gelu" else 0,
+    }
+    given = _WIDE  # the sum before the block
+    return {
+        "none": given + sum(products.values()) + sum(more.values()),
+        "recompute-cheap": given + sum(products.values()),
+        "checkpoint": given,
+    }
+
+
+def memory_mode(
+    word: Literal["auto", "none", "recompute-cheap", "checkpoint"], config: ModelConfig, images: int, runtime: Runtime
+) -> MemoryMode:
+    """What `training.memory` means here; for "auto" the fastest mode that fits, the same in all processes of a kind.
+
+    Args:
+        config: of the model that is trained.
+        images: that a process computes together.
+    """
+    if word != "auto":
+        return word
+    device, half = runtime.device, runtime.precision in ("bf16", "fp16")
+    memory = total_memory(device)
+    if memory is None:
+        return "none"
+    memory //= 1 if device.type == "cuda" else runtime.local_world
+    state, side = state_bytes(count_parameters(config), half=half), config.latent_shape[-1]
+    for mode in MEMORY_MODES:
+        needed = state + images * bytes_per_image(config.network, side, half=half, memory=mode)
+        if needed <= memory * (1 - _RESERVE):
+            return mode
+    return MEMORY_MODES[-1]
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -89,9 +159,19 @@ def require_memory(what: str, num_parameters: int, per_image: int, images: int, 
     )
 
 
-def state_bytes(num_parameters: int) -> int:
-    """Bytes of a network in training: weights, gradients, the optimizer's moments, the average."""
-    return _BYTES_PER_PARAMETER * num_parameters
+def state_bytes(num_parameters: int, *, half: bool = False) -> int:
+    """Bytes of a network in training: weights, gradients, the optimizer's moments, the average; see `state_parts`."""
+    return sum(state_parts(num_parameters, half=half).values())
+
+
+def state_parts(num_parameters: int, *, half: bool = False) -> dict[str, int]:
+    """Bytes of a network in training by what they hold, whatever the batch.
+
+    Args:
+        half: whether products are in bf16 or fp16, for which autocast keeps narrow copies of the weights.
+    """
+    parts = {name: size * num_parameters for name, size in _STATE.items()}
+    return {**parts, "weights in half precision": 2 * num_parameters} if half else parts
 
 
 def _main_memory(line: str, used_by_group: str | None) -> int | None:
