@@ -170,7 +170,7 @@ def training_laps(
     device = runtime.device
     batch_size, num_classes = recipe.training.batch_size, model.config.conditioning.num_classes
     copied = copy.deepcopy(model.network).to(device).train().requires_grad_()
-    network = torch.compile(copied) if recipe.training.compile else copied
+    network = torch.compile(copied) if recipe.training.compile == "true" else copied
     latents = torch.randn(batch_size, *model.config.latent_shape, device=device)
     times = torch.rand(batch_size, device=device)
     condition = Condition(torch.randint(num_classes, (batch_size,), device=device))

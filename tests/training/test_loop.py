@@ -638,7 +638,7 @@ def test_an_uneven_share_is_refused_in_every_process(recipe, recipe_file, tmp_pa
 
 def test_compiled_training_equals_eager(train, monkeypatch):
     """The whole machinery of torch.compile but for code generation, which would take a minute here."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(loop, "compile_blocks", partial(loop.compile_blocks, backend="aot_eager"))
     eager, compiled = train("eager"), train("compiled", training={"compile": True})
     assert largest_difference(eager, compiled) < 1e-6
 
@@ -646,7 +646,7 @@ def test_compiled_training_equals_eager(train, monkeypatch):
 def test_a_signal_while_the_network_is_compiled(recipe, train, monkeypatch):
     """The step is dropped where it is: what is on disk is what was, and the run goes on as if nothing had been."""
 
-    def endless(call):
+    def endless(call, **options):
         def compiled(*args):
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
             time.sleep(60)

@@ -102,6 +102,13 @@ def compile_blocks(network: nn.Module, *, backend: str = "inductor") -> None:
         part._run_block = compiled
 
 
+def restore_blocks(network: nn.Module) -> None:
+    """Run blocks as they are written, and keep all that their backward pass needs: as a network is built."""
+    for part in _block_networks(network):
+        part._run_block = run_block
+    set_memory(network, "none")
+
+
 @contextmanager
 def uncompiled(network: nn.Module) -> Iterator[None]:
     """Inside, blocks run as they are written: for other shapes and batch sizes, and for second derivatives."""

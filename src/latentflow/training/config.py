@@ -96,7 +96,9 @@ class TrainingConfig(_Section):
         "recompute-cheap: all but products and attention; checkpoint: every block, a third more time; "
         "auto: no more than the device's memory needs.",
     )
-    compile: bool = Field(False, description="torch.compile the network.")
+    compile: Switch = Field(
+        "auto", description="Compile the network's blocks (torch.compile); auto: on CUDA, if the run takes minutes."
+    )
     ema_decay: float = Field(
         0.9999, ge=0, lt=1, description="Of the moving average that is sampled from; 0: no averaging."
     )

@@ -5,22 +5,23 @@ Read `train` from top to bottom: set up, restore, then for each step read, compa
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from latentflow.data.batches import Batch, StreamPositions, TrainingImages, lost_workers, stream_batches
 from latentflow.errors import ConfigError
 from latentflow.latent_flow import LatentFlow
-from latentflow.networks.running import set_memory
+from latentflow.networks.running import compile_blocks, restore_blocks, set_memory
 from latentflow.runtime import Runtime
 from latentflow.training.checkpoint import CheckpointWriter, Progress, keep_newest, load_checkpoint, newest_checkpoint
+from latentflow.training.compiling import compiles
 from latentflow.training.config import Recipe, TrainingConfig
 from latentflow.training.ema import EMA
 from latentflow.training.guard import FiniteGuard
@@ -90,7 +91,9 @@ def train(
     wrapped = _distributed(network, runtime)
     batches = _open_stream(recipe, images, runtime, parts, first_position=progress.images_seen)
     compare = partial(training_step, model, times=recipe.times, batch_size=config.batch_size, seed=config.seed)
-    call = torch.compile(wrapped) if config.compile else wrapped
+    images_left = (config.steps - progress.step) * config.batch_size
+    if first_step_compiles := compiles(config.compile, model.config, images_left, runtime):
+        compile_blocks(network)
 
     def save() -> None:
         if main:
@@ -112,7 +115,6 @@ def train(
             keep_newest(run, **kept)
     guard = FiniteGuard(optimizer, runtime, scaled=scaler.is_enabled(), remedy=recipe.optimizer.gentler)
     losses, clock, saved_at, stopping = LossByTime(runtime.device), Clock(), progress.step, False
-    compiles = config.compile
     with (
         log,
         closing(batches),
@@ -128,16 +130,19 @@ def train(
                 group["lr"] = rate
             read = [next(batches) for _ in range(parts.number)]
             results = []
-            with ended_at_once("the network was compiled") if compiles else nullcontext():
+            began = time.perf_counter()
+            with ended_at_once("the network was compiled") if first_step_compiles else nullcontext():
                 for number, batch in enumerate(read, start=1):
                     with _exchange_gradients(wrapped, number == len(read)):
-                        result = compare(call, batch)
+                        result = compare(wrapped, batch)
                         scaler.scale(result.loss.mean() / len(read)).backward()
                     losses.add(result.time, result.loss)
                     results.append(result.loss.detach())
-            if compiles and received:
-                break  # somewhere in the first step, of which nothing is left; what was before it is on disk
-            compiles = False
+            if first_step_compiles:
+                if received:
+                    break  # somewhere in the first step, of which nothing is left; what was before it is on disk
+                log.say(f"compiled in {time.perf_counter() - began:.0f} s")
+                first_step_compiles = False
             scaler.unscale_(optimizer)
             norm = clip_gradients(parameters, recipe.optimizer.clip_norm)
             guard.watch(norm, results, progress.step, [batch.positions for batch in read])
@@ -171,8 +176,7 @@ def train(
         else:
             writer.wait()
             runtime.barrier()  # the model of the run is there when any process returns
-    network.eval().requires_grad_(False)
-    set_memory(network, "none")
+    restore_blocks(network.eval().requires_grad_(False))
     return Outcome(progress.step, finished=progress.step >= config.steps, signal=received[0] if received else None)
 
 
