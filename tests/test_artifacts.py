@@ -14,6 +14,7 @@ from latentflow.artifacts import (
     atomic_file,
     atomic_folder,
     contents,
+    json_line,
     make_folder,
     open_tensors,
     read_json,
@@ -374,3 +375,8 @@ def test_a_planted_value_is_named(tmp_path, value):
 def test_files_without_checksums_are_read(tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "old.safetensors")
     assert torch.equal(read_tensors(tmp_path / "old.safetensors")["x"], torch.ones(3))
+
+
+def test_a_line_of_json_has_no_numbers_that_json_does_not_know():
+    line = json_line({"loss": float("nan"), "rows": [1.5, float("inf"), {"low": float("-inf")}], "name": "nan"})
+    assert line == '{"loss": null, "rows": [1.5, null, {"low": null}], "name": "nan"}'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import inspect
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -381,7 +380,7 @@ def plan(
         latents=_latent_shape(latents),
     )
     if as_json:
-        typer.echo(json.dumps(found.record()))
+        _report(found.record(), as_json)
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column()
@@ -1372,7 +1371,9 @@ def _pair(text: str | None, option: str, separator: str = ",") -> tuple[float, f
 def _report(rows: dict[str, Any], as_json: bool) -> None:
     """A short two-column table, or JSON for a script."""
     if as_json:
-        typer.echo(json.dumps(rows))
+        from latentflow.artifacts import json_line
+
+        typer.echo(json_line(rows))
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column()

@@ -276,8 +276,8 @@ def _memorisation(
     members = first if training is None else training
     second, num_twins = _without_twins(second, members)
     spaces = [
-        nearness("latents", samples.latents, second.latents.latents, members.latents.latents),
-        nearness("random features", features, second.features, members.features),
+        nearness("latents", samples.latents, second.latents.latents, members.latents.latents, flow.device),
+        nearness("random features", features, second.features, members.features, flow.device),
     ]
     count = f"{len(members.latents.indices):,}"
     source = members.latents.source.description

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from latentflow.flow.path import Path
+from latentflow.runtime import Runtime
 
 RARE = 0.01
 """The share of held-out images, the nearest ones, that a copy must be nearer than."""
@@ -205,24 +206,29 @@ def radial_spectrum(latents: Tensor) -> tuple[list[int], list[float]]:
     return frequencies, [float(power[radius == frequency].mean()) for frequency in frequencies]
 
 
-def nearest(queries: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def nearest(queries: Tensor, members: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """The distance of each query ([N, D]) to the nearest of `members` ([M, D]), which it is, and how it stands out.
 
     The last is this distance over that to the tenth-nearest member, or the farthest of fewer; 1 where both are 0. The
-    search may mistake two members that are alike to rounding; the distance is exact. [N] each.
+    search, on `device`, may mistake two members that are alike to rounding; the distance is exact. [N] each.
     """
     queries, members = queries.float(), members.float()
     centre, rank = members.mean(0), min(_OF_MANY, len(members))
-    found = [torch.cdist(part - centre, members - centre).topk(rank, largest=False) for part in queries.split(_BLOCK)]
-    places = torch.cat([one.indices for one in found])
+    near_centre = (members - centre).to(device)
+    with Runtime(near_centre.device).autocast():
+        parts = ((part - centre).to(device) for part in queries.split(_BLOCK))
+        found = [torch.cdist(part, near_centre).topk(rank, largest=False).indices for part in parts]
+    places = torch.cat(found).cpu()
     near, far = ((queries.double() - members[places[:, n]].double()).norm(dim=1) for n in (0, rank - 1))
     return near, places[:, 0], torch.where(far > 0, near / far, 1.0)
 
 
-def nearness(space: str, samples: Tensor, held_out: Tensor, training: Tensor) -> Nearness:
-    """The record of one kind of coordinates: [N, ...], [N, ...] and [M, ...]."""
+def nearness(
+    space: str, samples: Tensor, held_out: Tensor, training: Tensor, device: torch.device | str = "cpu"
+) -> Nearness:
+    """The record of one kind of coordinates: [N, ...], [N, ...] and [M, ...], on the CPU."""
     members = training.flatten(1)
-    of_samples, of_held_out = nearest(samples.flatten(1), members), nearest(held_out.flatten(1), members)
+    of_samples, of_held_out = (nearest(images.flatten(1), members, device) for images in (samples, held_out))
     return Nearness(
         space=space,
         samples=of_samples[0].tolist(),

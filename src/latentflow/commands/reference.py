@@ -19,6 +19,7 @@ from torch import Tensor
 
 from latentflow.artifacts import read_json, require_writable, sha256_file
 from latentflow.commands.shards import Columns, OnImages, compute_in_shards, join_columns, of_the_first
+from latentflow.data.ahead import usable_cpus
 from latentflow.data.colour import PIXEL_RULES
 from latentflow.data.images import BrokenImage, open_images
 from latentflow.data.items import ImageItem, ImageSource
@@ -30,6 +31,7 @@ from latentflow.metrics.report import ReferenceFacts
 from latentflow.metrics.statistics import FeatureStatistics, require_features
 from latentflow.runtime import Runtime
 
+_MOST_READERS = 16
 _OWN_SUFFIX = ".safetensors"
 _RULES = f"{CROP_RULE}, {PIXEL_RULES}"
 
@@ -239,7 +241,7 @@ def read_batches(
         except BrokenImage as error:
             return row, error
 
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(min(max(usable_cpus(), 4), _MOST_READERS)) as pool:
         found = pool.map(read, rows)
         for start in range(0, len(rows), batch_size):
             yield [next(found) for _ in rows[start : start + batch_size]]

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from latentflow.artifacts import write_text, writing
+from latentflow.artifacts import json_line, write_text, writing
 from latentflow.console import notice, printable
 from latentflow.flow.times import sum_by_time
 
@@ -171,13 +171,7 @@ def _with_numbers(values: dict[str, Any]) -> dict[str, Any]:
 
 def _line(values: dict[str, Any]) -> str:
     """One line of metrics.jsonl. JSON has no infinity and no NaN: both become null."""
-    return json.dumps(_with_nulls(values), allow_nan=False) + "\n"
-
-
-def _with_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_nulls(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json_line(values) + "\n"
 
 
 def _drop_after(file: Path, step: int) -> None:
