@@ -8,6 +8,7 @@ refuses `item`, `nonzero`, masks as indices, and copies to the host. What goes t
 from __future__ import annotations
 
 import traceback
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -49,6 +50,37 @@ def watched(device: str = "meta") -> Iterator[list[str]]:
         stack.enter_context(_Operations(device, waits))
         stack.enter_context(_Constructors(device, waits))
         yield waits
+
+
+class LiveBytes(TorchDispatchMode):
+    """What the tensors made inside take at a time; on "meta" nothing is computed.
+
+    Attributes:
+        peak: the most so far, in bytes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.peak = self._now = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with self:
+            result = function.decompose(*args, **kwargs)
+        if result is NotImplemented:
+            result = function(*args, **kwargs)
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and (storage := made.untyped_storage())._cdata not in self._alive:
+                self._alive.add(storage._cdata)
+                self._now += storage.nbytes()
+                self.peak = max(self.peak, self._now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self._now -= size
 
 
 class _Operations(TorchDispatchMode):

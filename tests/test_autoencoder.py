@@ -14,8 +14,10 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from latentflow import autoencoder as module
 from latentflow.artifacts import read_tensors, write_tensors
 from latentflow.autoencoder import (
+    _COPIES,
     Autoencoder,
     LatentNormalisation,
     latent_mean,
@@ -25,7 +27,9 @@ from latentflow.autoencoder import (
 )
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.randomness import ImageRandom
+from latentflow.runtime import Runtime
 from tests import tiny
+from tests.dispatch import LiveBytes
 
 MAKERS = {
     # maker, factor, channels, moments, shift, scale
@@ -135,6 +139,75 @@ def test_slices_equal_the_whole_batch(made):
     for one, other in zip(whole, sliced, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
         assert one.dtype == torch.float32
+
+
+@pytest.mark.parametrize("way", ["encode", "decode"])
+def test_a_slice_takes_what_it_is_thought_to_take(made, way):
+    """The most that is alive at a time, in layers of any width, is near the estimate and below it."""
+    autoencoder, factor, channels, *_ = made
+    autoencoder.to("meta")
+    given = torch.empty(4, 3, 48, 48) if way == "encode" else torch.empty(4, channels, 48 // factor, 48 // factor)
+    estimate = 4 * 48 * 48 * 4 * _COPIES * autoencoder._widest  # images, pixels, bytes
+    autoencoder.slice_size = 4
+    with LiveBytes() as live:
+        getattr(autoencoder, way)(given.to("meta"))
+    assert estimate / 5 < live.peak < estimate
+
+
+def test_slices_are_as_large_as_memory_allows(monkeypatch):
+    autoencoder = Autoencoder(tiny.kl(), "kl")
+    each = 16**2 * 4 * _COPIES * autoencoder._widest
+    images = torch.empty(41, 3, 16, 16)
+    for fits, sizes in ((100, [16, 16, 9]), (7, [4] * 10 + [1]), (1, [1] * 41), (0.1, [1] * 41)):
+        monkeypatch.setattr(module, "_BYTES_OF_A_SLICE_ON_CPU", int(fits * each))
+        assert [len(part) for part in autoencoder.slices(images)] == sizes
+        assert [len(part) for part in autoencoder.slices(images[..., ::2, ::2], latents=True)] == sizes
+    assert len(autoencoder.slices(images[:1])) == 1
+
+
+@pytest.mark.parametrize(
+    ("free", "unused", "side", "most"),
+    [
+        (64, 0, 256, 16),  # a megapixel, which is as fast as more
+        (64, 0, 64, 256),
+        (8, 0, 256, 8),  # half of 8 GiB, each taking 384 MiB
+        (1, 7, 256, 8),  # what torch holds and does not use is free as well
+        (0.1, 0, 256, 1),
+        (64, 0, 2048, 1),
+    ],
+)
+def test_a_slice_on_a_gpu_takes_half_of_what_is_free(monkeypatch, free, unused, side, most):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: (unused + 3) * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * 2**30)
+    autoencoder = Autoencoder(tiny.kl(), "kl")
+    autoencoder.__dict__["_widest"] = 256  # of Stable Diffusion's
+    monkeypatch.setattr(Autoencoder, "device", torch.device("cuda", 0))
+    assert len(autoencoder.slices(torch.empty(500, 3, side, side, device="meta"))[0]) == most
+
+
+@pytest.mark.parametrize("way", ["encode", "decode", "decode_to_uint8"])
+def test_an_autoencoder_that_overflows_in_half_precision_is_named(way):
+    """Some were made in float32 and exceed what fp16 can hold; a black picture would not say so."""
+    model = tiny.kl()
+    with torch.no_grad():
+        for part in (model.encoder, model.decoder):
+            part.conv_in.weight.mul_(1e6)
+    autoencoder = Autoencoder(model, "some/autoencoder")
+    given = torch.ones(2, 3, 16, 16) if way == "encode" else torch.ones(2, 4, 8, 8)
+    assert getattr(autoencoder, way)(given).isfinite().all()
+    half = autoencoder.under(Runtime(torch.device("cpu"), precision="fp16"))
+    with pytest.raises(ArtifactError, match="some/autoencoder overflows in fp16; use --precision bf16 or tf32"):
+        getattr(half, way)(given)
+
+
+def test_decoded_levels_are_decoded_pixels_rounded(made):
+    autoencoder, _, channels, *_ = made
+    raw = torch.randn(5, channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    autoencoder.slice_size = 2
+    levels = autoencoder.decode_to_uint8(raw)
+    assert levels.dtype == torch.uint8
+    assert torch.equal(levels, to_uint8(autoencoder.decode(raw)))
 
 
 def test_decoded_pixels_are_clamped(made):
@@ -597,4 +670,3 @@ def test_a_slice_is_a_megapixel_and_on_a_cpu_no_more_than_its_caches_hold(made, 
     assert [autoencoder.slice_of(side) for side in (16, 64, 256, 512, 1024, 4096)] == [16, 16, 16, 4, 1, 1]
     monkeypatch.setattr(Autoencoder, "device", torch.device("meta"))
     assert [autoencoder.slice_of(side) for side in (16, 64, 256, 512, 1024, 4096)] == [4096, 256, 16, 4, 1, 1]
-    assert [len(part) for part in autoencoder.slices(torch.empty(600, 1), 64)] == [256, 256, 88]

@@ -13,6 +13,7 @@ Legend: B images, S image side, C latent channels, h = w = S / factor.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -32,7 +33,10 @@ BUILT_IN = {"shapes": Path(__file__).parent / "assets" / "shapes_autoencoder"}
 """Autoencoders that come with the package, by reference; "./shapes" is a folder of that name."""
 
 _PROBE_SIDE = 64  # large enough for factor 64; encoding one such image costs milliseconds
+# What is alive at a time, in units of the largest output of a layer: 3 to 5 were counted for four architectures.
+_COPIES = 6
 _PIXELS_OF_A_SLICE, _IMAGES_OF_A_SLICE = 1 << 20, 16
+_BYTES_OF_A_SLICE_ON_CPU = 1 << 30
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps alike
 
 
@@ -95,7 +99,7 @@ class Autoencoder:
         self.reference = reference
         self.runtime = runtime or Runtime(self.device)
         self.slice_size: int | None = None
-        """Images encoded or decoded at a time, which bounds the memory of large batches; None: see `slice_of`."""
+        """Images encoded or decoded at a time, which bounds the memory of large batches; None: see `slices`."""
         self.to(self.runtime)
 
     @classmethod
@@ -164,6 +168,24 @@ class Autoencoder:
     @cached_property
     def _is_variational(self) -> bool:
         return hasattr(self._encoded(torch.zeros(1, 3, _PROBE_SIDE, _PROBE_SIDE, device=self.device)), "parameters")
+
+    @cached_property
+    def _widest(self) -> int:
+        """Numbers for each pixel in the largest output of any layer."""
+        sizes = [1]
+
+        def note(module: nn.Module, given: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                sizes.append(output.numel() // _PROBE_SIDE**2)
+
+        hooks = [module.register_forward_hook(note) for module in self.model.modules()]
+        try:
+            moments = self.encode(torch.zeros(1, 3, _PROBE_SIDE, _PROBE_SIDE, device=self.device))
+            self.decode(moments[:, : self.num_channels])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return max(sizes)
 
     @property
     def factor(self) -> int:
@@ -238,7 +260,7 @@ class Autoencoder:
         Raises:
             ArtifactError: the autoencoder overflows in fp16.
         """
-        return self._finite(torch.cat([self._moments(part) for part in self.slices(pixels, pixels.shape[-1])]))
+        return self._finite(torch.cat([self._moments(part) for part in self.slices(pixels)]))
 
     @torch.no_grad()
     def decode(self, raw: Tensor) -> Tensor:
@@ -247,7 +269,7 @@ class Autoencoder:
         Raises:
             ArtifactError: the autoencoder overflows in fp16.
         """
-        return torch.cat([self._decoded(part) for part in self.slices(raw, raw.shape[-1] * self.factor)])
+        return torch.cat([self._decoded(part) for part in self.slices(raw, latents=True)])
 
     @torch.no_grad()
     def decode_to_uint8(self, raw: Tensor) -> Tensor:
@@ -256,15 +278,28 @@ class Autoencoder:
         Raises:
             ArtifactError: the autoencoder overflows in fp16.
         """
-        parts = self.slices(raw, raw.shape[-1] * self.factor)
-        return torch.cat([to_uint8(self._decoded(part)) for part in parts])
+        return torch.cat([to_uint8(self._decoded(part)) for part in self.slices(raw, latents=True)])
 
-    def slices(self, batch: Tensor, image_size: int) -> tuple[Tensor, ...]:
-        """A batch [B, ...] in the parts that are encoded or decoded at a time."""
-        return batch.split(self.slice_size or self.slice_of(image_size))
+    def slices(self, images: Tensor, *, latents: bool = False) -> tuple[Tensor, ...]:
+        """Images in the parts that are encoded or decoded at a time: those of `slice_of`, or half, or a quarter ...
+
+        A part takes at most half of the memory that is free now, and of a CPU a gigabyte.
+
+        Args:
+            images: pixels [B, 3, S, S], or where `latents` is true, latents or moments of images, [B, ..., h, w].
+        """
+        if len(images) < 2:
+            return (images,)
+        pixels = images.shape[-2] * images.shape[-1] * (self.factor**2 if latents else 1)
+        most = self.slice_size or self.slice_of(math.isqrt(pixels))
+        if self.slice_size is None:
+            fits = _usable_bytes(self.device) // (pixels * 4 * _COPIES * self._widest)
+            while most > max(fits, 1):
+                most //= 2
+        return images.split(most)
 
     def slice_of(self, image_size: int) -> int:
-        """How many images make a slice: those of a megapixel, at least one.
+        """How many images make a slice where there is room: those of a megapixel, at least one.
 
         A CPU is faster with what its caches hold, and gets 16 images at most.
         """
@@ -273,7 +308,8 @@ class Autoencoder:
 
     def _decoded(self, raw: Tensor) -> Tensor:
         with self.runtime.autocast():
-            decoded = self.model.decode(raw.to(self.device), return_dict=False)[0].float()
+            raw = raw.to(self.device).contiguous(memory_format=self._layout)
+            decoded = self.model.decode(raw, return_dict=False)[0].float()
         return self._finite(decoded).clamp(-1, 1)
 
     def _finite(self, values: Tensor) -> Tensor:
@@ -290,6 +326,14 @@ class Autoencoder:
         """A latent tensor, or diffusers' Gaussian with its `parameters`."""
         with torch.no_grad(), self.runtime.autocast():
             return self.model.encode(pixels.contiguous(memory_format=self._layout), return_dict=False)[0]
+
+
+def _usable_bytes(device: torch.device) -> int:
+    """What one slice may take: half of what is free on a GPU, where what torch holds and does not use is free, too."""
+    if device.type != "cuda":
+        return _BYTES_OF_A_SLICE_ON_CPU
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + unused) // 2
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:

@@ -67,8 +67,7 @@ def reconstructed(
     """Features of reconstructions, and what `judge` says of them, [N]; the options are `image_features`'."""
 
     def change(pixels: Tensor, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        parts = autoencoder.slices(pixels, pixels.shape[-1])
-        given_back = torch.cat([reconstruct(autoencoder, part) for part in parts])
+        given_back = torch.cat([reconstruct(autoencoder, part) for part in autoencoder.slices(pixels)])
         return given_back, judge(given_back, pixels)
 
     plan = {**plan, "autoencoder": autoencoder.content_hash, "pairs": judge.key}

@@ -271,7 +271,7 @@ def _given(
         pictures = real.permute(0, 2, 3, 1).numpy()
         hidden = stack_pixels([hide(one, hole, told_as) for one, hole in zip(pictures, holes, strict=True)])
         share = shares(torch.stack([hole_counts(hole, factor, told_as) for hole in holes]), factor)
-        parts = model.autoencoder.slices(hidden, hidden.shape[-1])
+        parts = model.autoencoder.slices(hidden)
         known = torch.cat([model.encode(to_unit_range(part.to(model.device))).cpu() for part in parts])
         if "inpainting" in told:
             given |= {"masked_latents": known, "mask": told_mask(share, told_as)}
