@@ -16,6 +16,7 @@ from latentflow.flow.solvers import integrate
 from latentflow.latent_flow import LatentFlow, read_config
 from latentflow.model_config import ModelConfig
 from latentflow.networks.dit import DiT, DiTConfig
+from latentflow.networks.running import set_memory
 from latentflow.networks.unet import UNet, UNetConfig
 from latentflow.networks.velocity_network import (
     Denoiser,
@@ -31,6 +32,7 @@ from latentflow.shapes import Condition, per_image
 from latentflow.training.checkpoint import newest_checkpoint
 from latentflow.training.config import load_recipe
 from tests import tiny
+from tests.dispatch import watched
 from tests.exact import GaussianData
 
 NETWORK, PREDICTION = TypeAdapter(NetworkConfig), TypeAdapter(PredictionConfig)
@@ -420,3 +422,31 @@ def test_training_refuses_images_that_a_unet_cannot_halve(tmp_path, cache, kl_fo
     with pytest.raises(LatentFlowError, match=r"latents of 8 x 8 do not fit a U-Net \(adm\) .* multiples of 16"):
         train_command(recipe, runtime=tiny.CPU)
     assert not (tmp_path / "run").exists()
+
+
+# On a device -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", [VelocityPrediction(), NoisePrediction(), DenoiserPrediction()])
+@pytest.mark.parametrize(
+    "network",
+    [
+        DiTConfig(depth=2, hidden_size=16, num_heads=2, patch_size=2, variant="classic"),
+        DiTConfig(depth=2, hidden_size=16, num_heads=2, patch_size=2, variant="modern"),
+        *(UNetConfig(**{**UNET, "variant": variant, "attention_factors": [2]}) for variant in ("adm", "ncsn++")),
+    ],
+    ids=["classic", "modern", "adm", "ncsn++"],
+)
+def test_nothing_waits_for_the_device(network, prediction):
+    with torch.device("meta"):
+        made = build_network(network, prediction, channels=4, num_classes=3, inpainting=True, num_map_classes=2)
+        x, time = torch.empty(2, 4, 8, 12), torch.empty(2)
+        labels = torch.empty(2, dtype=torch.long)
+        told = Condition(labels, masked_latents=x, mask=torch.empty(2, 1, 8, 12), class_fractions=x[:, :2])
+    for mode in ("none", "recompute-cheap"):
+        set_memory(made, mode)
+        with watched() as waits:
+            made(x, time, told).square().mean().backward()
+            with torch.inference_mode():
+                made(x, time, told)
+        assert not waits

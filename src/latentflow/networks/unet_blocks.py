@@ -10,10 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentflow.errors import ConfigError
-from latentflow.networks.layers import SelfAttention
+from latentflow.networks.layers import SelfAttention, kept_table
 
-BINOMIAL = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-"""The filter of four taps that is put before every second pixel is taken."""
+
+def binomial_filter(device: torch.device | str = "cpu") -> Tensor:
+    """The four taps 1 3 3 1, of sum 1, that smooth before every second pixel is taken: [4, 4] float32."""
+    place = torch.arange(4.0, device=device)
+    row = (1 + place * (3 - place)) / 8  # arithmetic of the device: nothing is copied to it
+    return torch.outer(row, row)
 
 
 def halve(x: Tensor, resample_filter: str, padding: int = 1) -> Tensor:
@@ -35,8 +39,7 @@ def double(x: Tensor, resample_filter: str) -> Tensor:
 
 
 def _taps(x: Tensor) -> Tensor:
-    row = BINOMIAL.to(x)
-    return torch.outer(row, row).expand(x.shape[1], 1, 4, 4)
+    return kept_table(binomial_filter, x.device).to(x.dtype).expand(x.shape[1], 1, 4, 4)
 
 
 def group_norm(channels: int, *, groups: int, group_channels: int, eps: float) -> nn.GroupNorm:
