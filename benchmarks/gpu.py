@@ -33,7 +33,7 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from latentflow.artifacts import make_folder, read_json
-from latentflow.autoencoder import Autoencoder, to_uint8
+from latentflow.autoencoder import Autoencoder, LatentNormalisation, to_uint8
 from latentflow.cli import app
 from latentflow.conditioning import Conditioning
 from latentflow.data.cache_writer import write_cache
@@ -41,7 +41,10 @@ from latentflow.data.images import open_images
 from latentflow.latent_flow import LatentFlow
 from latentflow.model_config import AutoencoderRecord, ModelConfig
 from latentflow.networks.dit import DiTConfig
+from latentflow.networks.running import compile_blocks, set_memory
+from latentflow.runtime import open_runtime
 from latentflow.shapes import Condition
+from latentflow.training.memory import forward_flops, memory_mode
 
 NUM_CLASSES = 12
 """Of the built-in images."""
@@ -197,13 +200,16 @@ def train(setting: Setting, load: Workload, **training: Any) -> dict[str, Any]:
     }
 
 
-def bare(setting: Setting, load: Workload, variant: str, *, compiled: bool = True) -> dict[str, Any]:
-    """The same of a bare network in a plain loop."""
+def bare(setting: Setting, load: Workload, variant: str) -> dict[str, Any]:
+    """The same of a bare network in a plain loop, compiled by block, and saving as much memory as the product would."""
     rates = peak_rates(setting)
     config, batch_size = setting.network(load.network, variant), setting.batch(load.batch_size)
     network = plain.bare_network(config, load.shape, NUM_CLASSES)
-    if compiled and not setting.quick:
-        network = plain.compiled_by_block(network)
+    runtime = open_runtime(setting.device.type, "bf16" if setting.half else "fp32")
+    mode = memory_mode("auto", model_config(config, load.shape), batch_size, runtime)
+    set_memory(network, mode)
+    if not setting.quick:
+        compile_blocks(network)
     found = plain.training_rate(
         network,
         load.shape,
@@ -213,14 +219,14 @@ def bare(setting: Setting, load: Workload, variant: str, *, compiled: bool = Tru
         half=setting.half,
         seconds=setting.seconds,
     )
-    return {**found, **described(setting, load, config, found["images_per_second"], rates)}
+    return {**found, "memory": mode, **described(setting, load, config, found["images_per_second"], rates)}
 
 
 def described(
     setting: Setting, load: Workload, config: DiTConfig, rate: float, peaks: dict[str, float | None]
 ) -> dict[str, Any]:
     """A speed with what it means for the machine; 3 times the way forward is forward and backward."""
-    flops = 3 * plain.forward_flops(config, load.shape, NUM_CLASSES) * rate
+    flops = 3 * forward_flops(model_config(config, load.shape)) * rate
     cuda = setting.device.type == "cuda"
     gib = torch.cuda.max_memory_allocated(setting.device) / 2**30 if cuda else None
     reserved = torch.cuda.max_memory_reserved(setting.device) / 2**30 if cuda else None
@@ -245,6 +251,19 @@ def peak_rates(setting: Setting) -> dict[str, float | None]:
     return {"measured": measured, "nominal": plain.nominal_rate(setting.device)}
 
 
+def model_config(network: DiTConfig, shape: Sequence[int], autoencoder: Autoencoder | None = None) -> ModelConfig:
+    """What a model of a network says of itself; without an autoencoder pixels are latents."""
+    stage = AutoencoderRecord(reference="a/none", content_hash="0" * 64, factor=1, num_channels=shape[0])
+    normalisation = LatentNormalisation(shift=[0.0] * shape[0], scale=[1.0] * shape[0])
+    return ModelConfig(
+        image_size=shape[-1] * (autoencoder.factor if autoencoder else 1),
+        network=network,
+        conditioning=Conditioning(class_names=[f"class {number}" for number in range(NUM_CLASSES)]),
+        autoencoder=AutoencoderRecord.of(autoencoder) if autoencoder else stage,
+        normalisation=autoencoder.normalisation if autoencoder else normalisation,
+    )
+
+
 def sampling(setting: Setting) -> dict[str, Any]:
     """The sampler against a plain loop with the same weights: Heun, 25 steps, guidance 1, decoding included.
 
@@ -253,13 +272,7 @@ def sampling(setting: Setting) -> dict[str, Any]:
     num, batch_size, steps = (8, 4, 2) if setting.quick else (3000, 500, 25)
     autoencoder = Autoencoder.from_pretrained(setting.autoencoder)
     network = setting.network("DiT-S/1", "modern")
-    config = ModelConfig(
-        image_size=8 * autoencoder.factor,
-        network=network,
-        conditioning=Conditioning(class_names=[f"class {number}" for number in range(NUM_CLASSES)]),
-        autoencoder=AutoencoderRecord.of(autoencoder),
-        normalisation=autoencoder.normalisation,
-    )
+    config = model_config(network, (autoencoder.num_channels, 8, 8), autoencoder)
     flow = LatentFlow(config, plain.bare_network(network, config.latent_shape, NUM_CLASSES).eval(), autoencoder)
     folder = setting.work / f"model_{os.getpid()}"
     flow.save_pretrained(folder)
@@ -279,7 +292,7 @@ def sampling(setting: Setting) -> dict[str, Any]:
     for way in ("eager", "compiled"):
         net = flow.network.eval().requires_grad_(False)
         if way == "compiled" and not setting.quick:
-            net = plain.compiled_by_block(net)
+            compile_blocks(net)
         for run in ("cold", "warm"):
             plain.wait(setting.device)
             began = time.perf_counter()

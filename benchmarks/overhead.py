@@ -43,6 +43,7 @@ from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import SOLVERS, integrate
 from latentflow.flow.times import TrainingTimes, sampling_times
 from latentflow.latent_flow import LatentFlow
+from latentflow.networks.running import compile_blocks
 from latentflow.randomness import ImageRandom
 from latentflow.runtime import Runtime, open_runtime
 from latentflow.sampling.pipeline import initial_noise
@@ -170,7 +171,8 @@ def training_laps(
     device = runtime.device
     batch_size, num_classes = recipe.training.batch_size, model.config.conditioning.num_classes
     copied = copy.deepcopy(model.network).to(device).train().requires_grad_()
-    network = torch.compile(copied) if recipe.training.compile == "true" else copied
+    if recipe.training.compile == "true":
+        compile_blocks(copied)
     latents = torch.randn(batch_size, *model.config.latent_shape, device=device)
     times = torch.rand(batch_size, device=device)
     condition = Condition(torch.randint(num_classes, (batch_size,), device=device))
@@ -183,7 +185,7 @@ def training_laps(
             raise Enough
         with stopwatch.part(BARE):
             with runtime.autocast():
-                velocity = network(latents, times, condition)
+                velocity = copied(latents, times, condition)
             torch.autograd.backward(velocity, torch.ones_like(velocity))
         with stopwatch.part(PAUSE):
             copied.zero_grad()

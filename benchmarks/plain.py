@@ -12,7 +12,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from latentflow.networks.velocity_network import NetworkConfig, VelocityPrediction, build_network
 from latentflow.shapes import Condition
@@ -35,21 +34,6 @@ def bare_network(config: NetworkConfig, shape: Sequence[int], num_classes: int) 
         for parameter in network.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     return network
-
-
-def compiled_by_block(network: nn.Module) -> nn.Module:
-    """Each block compiled; the first one's code serves them all."""
-    for block in network.blocks:
-        block.compile()
-    return network
-
-
-def forward_flops(config: NetworkConfig, shape: Sequence[int], num_classes: int) -> int:
-    """Operations of one image's way forward: 2 for every multiplication with its addition. Nothing is computed."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        network = build_network(config, VelocityPrediction(), channels=shape[0], num_classes=num_classes)
-        network(torch.zeros(1, *shape), torch.zeros(1), Condition(torch.zeros(1, dtype=torch.int64)))
-    return counter.get_total_flops()
 
 
 def matmul_rate(device: torch.device, size: int = 8192) -> float:

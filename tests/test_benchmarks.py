@@ -14,6 +14,7 @@ import pytest
 
 from latentflow.artifacts import read_json
 from latentflow.networks.dit import DiTConfig
+from latentflow.training.memory import forward_flops
 
 TINY_NETWORK = "network={depth: 2, hidden_size: 32, num_heads: 2, patch_size: 2}"
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -104,7 +105,8 @@ def test_operations_are_counted_as_on_paper(benchmark):
     config = DiTConfig(depth=depth, hidden_size=size, num_heads=2, patch_size=2, variant="modern")
     block = tokens * (4 * size**2 + 2 * tokens * size + 3 * size * inner) + 6 * size**2
     outside = tokens * 2 * size * patch + 256 * size + size**2 + 2 * size**2
-    assert benchmark("plain").forward_flops(config, (4, 16, 16), 12) == 2 * (depth * block + outside)
+    model = benchmark("gpu").model_config(config, (4, 16, 16))
+    assert forward_flops(model) == 2 * (depth * block + outside)
 
 
 def test_a_failed_part_costs_no_other(tmp_path):

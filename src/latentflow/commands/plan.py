@@ -32,7 +32,7 @@ from latentflow.sampling.request import SampleRequest
 from latentflow.training.config import Recipe
 from latentflow.training.fitting import with_values
 from latentflow.training.loop import micro_batches
-from latentflow.training.memory import bytes_per_image, micro_batch_that_fits, total_memory
+from latentflow.training.memory import bytes_per_image, fitting_mode, micro_batch_that_fits, total_memory
 
 MODES = {"none": 1.0, "recompute-cheap": 1.05, "checkpoint": 4 / 3}
 """Of `training.memory`, each with how much longer a step takes, about."""
@@ -345,11 +345,10 @@ def _memory(subject: Subject, network: nn.Module, machine: Machine, share: int, 
         together = min(len(_preview_of(subject).seeds), _DECODED_TOGETHER, micro)
         decoded = together * _DECODED * 4 * (subject.stage.width or 128) * recipe.data.image_size**2
         preview = weights + decoded  # the weights that the average stands in for are set aside
-    mode = None if recipe.training.memory == "auto" else recipe.training.memory
-    memory = Memory(exact, estimated, kept, preview, mode or "none", micro, share)
-    if mode is None:  # auto: the first that fits
-        fitting = [m for m in MODES if memory.largest_micro_batch(m, machine.memory) >= micro]
-        mode = fitting[0] if fitting else list(MODES)[-1]
+    mode = recipe.training.memory
+    if mode == "auto":
+        memory = machine.memory
+        mode = fitting_mode(config, micro, half=machine.half, memory=memory) if memory is not None else "none"
     return Memory(exact, estimated, kept, preview, mode, micro, share)
 
 

@@ -103,7 +103,13 @@ def memory_mode(
     memory = total_memory(device)
     if memory is None:
         return "none"
-    memory //= 1 if device.type == "cuda" else runtime.local_world
+    return fitting_mode(
+        config, images, half=half, memory=memory // (1 if device.type == "cuda" else runtime.local_world)
+    )
+
+
+def fitting_mode(config: ModelConfig, images: int, *, half: bool, memory: int) -> MemoryMode:
+    """The fastest mode in which so many images are trained on together in `memory` bytes; the leanest where none is."""
     state, side = state_bytes(count_parameters(config), half=half), config.latent_shape[-1]
     for mode in MEMORY_MODES:
         needed = state + images * bytes_per_image(config.network, side, half=half, memory=mode)
