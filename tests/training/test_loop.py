@@ -639,8 +639,13 @@ def test_an_uneven_share_is_refused_in_every_process(recipe, recipe_file, tmp_pa
 def test_compiled_training_equals_eager(train, monkeypatch):
     """The whole machinery of torch.compile but for code generation, which would take a minute here."""
     monkeypatch.setattr(loop, "compile_blocks", partial(loop.compile_blocks, backend="aot_eager"))
-    eager, compiled = train("eager"), train("compiled", training={"compile": True})
+    eager = train("eager")
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = train("compiled", training={"compile": True, "preview_every": 5})
     assert largest_difference(eager, compiled) < 1e-6
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 2  # a block, and what comes last; for previews nothing is compiled
 
 
 def test_a_signal_while_the_network_is_compiled(recipe, train, monkeypatch):

@@ -50,7 +50,7 @@ def linear_of(function: Callable[[Tensor], Tensor], x: Tensor, layer: nn.Linear)
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype in which autocast multiplies on a device; None where it is off."""
     kind = device.type
-    if kind == "meta":  # where nothing is multiplied; asking torch whether it knows a device breaks graphs of torch 2.11
+    if kind == "meta":  # no autocast there; to ask torch which devices have it breaks the graphs of torch 2.11
         return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 

@@ -78,9 +78,9 @@ def set_memory(network: nn.Module, mode: MemoryMode) -> None:
     Args:
         network: as it was built, or wrapped (`NoisePredictor`, distributed).
         mode: "none": nothing but what is cheap anyway (see `lean`). "recompute-cheap": of every block the results of
-            products, convolutions and attention are kept, and the rest is computed again: about a third less memory, a
-            few percent more time. "checkpoint": every block is computed again from what came in: least memory, a third
-            more time.
+            products, convolutions and attention are kept, and the rest is computed again: about a third less memory and
+            less than a tenth more time. "checkpoint": every block is computed again from what came in: least memory, a
+            third more time.
 
     Raises:
         ConfigError: no such mode.
