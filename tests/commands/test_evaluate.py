@@ -19,6 +19,7 @@ from latentflow.commands.evaluate_painting import hole_values
 from latentflow.commands.reference import stack_pixels
 from latentflow.commands.sample import sample
 from latentflow.commands.train_autoencoder import reconstruct
+from latentflow.data import images as module
 from latentflow.data.images import open_images
 from latentflow.data.stores import FolderStore, ZipStore
 from latentflow.errors import DataError
@@ -434,6 +435,13 @@ def test_a_set_of_samples_is_listed_once_and_only_the_beginnings_of_its_files_ar
     place = shutil.make_archive(str(tmp_path / "drawn"), "zip", drawn) if packed else drawn
     subject = open_subject(str(place), "sample", None, tiny.CPU)
     assert (subject.image_size, len(subject.sample_rows), len(listed)) == (tiny.IMAGE_SIZE, 6, 1)
+
+
+def test_no_picture_is_decoded_twice(command, monkeypatch, drawn, images):
+    decoded, to_rgb = [], module.to_rgb
+    monkeypatch.setattr(module, "to_rgb", lambda image, name: decoded.append(name) or to_rgb(image, name))
+    found(command(drawn, "--data", images, *FAST, "--json"))
+    assert len(decoded) == len({*decoded}) == 6 + tiny.NUM_IMAGES
 
 
 def test_a_sample_that_says_more_than_usual_is_read_whole(command, tmp_path, drawn, images):

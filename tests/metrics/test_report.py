@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from latentflow import progress
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.metrics.neighbours import neighbour_scores
 from latentflow.metrics.report import (
@@ -108,6 +109,16 @@ def test_neighbours_are_looked_for_among_some_images_drawn_from_all(sets):
     assert scores["fid"].notes == []
     assert feature_scores(("recall",), *given, features="inception", neighbours=80)["recall"].notes == []
     assert some_of(80, 70).tolist() == some_of(80, 70).sort().values.unique().tolist() != list(range(70))
+
+
+def test_scoring_says_how_far_it_is_without_a_terminal(sets, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    given = (sets[0], FeatureStatistics.of(sets[1]), sets[1])
+    for resamples, total in ((None, 2 * 60 + 60 + 80 + 60), (40, 41 * 60 + 60 + 80 + 60)):
+        feature_scores(("fid", "recall"), *given, features="inception", resamples=resamples)
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0].startswith(f"scoring 60/{total} images")
+        assert lines[-1].startswith(f"scoring {total}/{total} images")
 
 
 def test_kid_of_many_images_is_the_published_mean_over_subsets():
