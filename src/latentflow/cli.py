@@ -776,6 +776,10 @@ def evaluate(
     preset: Preset = None,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
+    num_workers: Annotated[
+        int | None,
+        typer.Option(min=0, max=256, help="Processes that read images; 0: threads; not given: as many as pay."),
+    ] = None,
     masks: Annotated[
         str | None,
         typer.Option(help="Holes: a folder of masks, or mixed, strokes, boxes, halves, borders; else as trained."),
@@ -835,6 +839,7 @@ def evaluate(
         **preset,
         seed=seed,
         batch_size=batch_size,
+        num_workers=num_workers,
         resamples=resamples,
         neighbours=neighbours,
         reference_out=reference_out,

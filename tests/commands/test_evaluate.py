@@ -16,7 +16,7 @@ from latentflow.commands.evaluate import evaluate
 from latentflow.commands.evaluate_autoencoder import mean_score
 from latentflow.commands.evaluate_inputs import open_subject
 from latentflow.commands.evaluate_painting import hole_values
-from latentflow.commands.reference import stack_pixels
+from latentflow.commands.read_images import stack_pixels
 from latentflow.commands.sample import sample
 from latentflow.commands.train_autoencoder import reconstruct
 from latentflow.data import images as module
@@ -159,6 +159,13 @@ def test_processes_batches_and_kills_change_nothing(command, tmp_path, model_fol
     written = shard.stat().st_mtime_ns
     same(whole, found(command(*args, "--out", killed, "--json")))
     assert shard.stat().st_mtime_ns == written
+
+
+def test_processes_that_read_change_nothing(command, tmp_path, images, pngs):
+    shutil.copytree(images, tmp_path / "real")
+    (tmp_path / "real" / "apple" / "0.png").write_bytes(b"no image")
+    args = (pngs, "--data", tmp_path / "real", *FAST, "--batch-size", 4, "--json")
+    same(found(command(*args)), found(command(*args, "--num-workers", 2)))
 
 
 def test_three_processes_that_keep_nothing_find_what_one_finds(command, tmp_path, model_folder, images):

@@ -13,7 +13,7 @@ from PIL import Image
 from latentflow.artifacts import open_tensors
 from latentflow.autoencoder import Autoencoder, to_unit_range
 from latentflow.commands.info import describe
-from latentflow.data import cache_writer
+from latentflow.data import ahead, cache_writer
 from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import BrokenImage, open_images
 from latentflow.data.items import UNLABELLED, ImageItem
@@ -306,8 +306,8 @@ def test_processes_that_read_leave_the_telling_to_the_run(tmp_path, kl, caplog):
 
 def test_processes_read_where_that_takes_long(monkeypatch, source):
     clock = [0.0]
-    monkeypatch.setattr(cache_writer, "usable_cpus", lambda: 8)
-    monkeypatch.setattr(cache_writer.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(ahead, "usable_cpus", lambda: 8)
+    monkeypatch.setattr(ahead.time, "perf_counter", lambda: clock[0])
 
     class Slow:
         def __getitem__(self, row: int) -> ImageItem:
@@ -318,7 +318,8 @@ def test_processes_read_where_that_takes_long(monkeypatch, source):
 
     def processes(num_images: int, device: str = "cuda", sharing: int = 1) -> int:
         rows = [range(start, min(start + 1024, num_images)) for start in range(0, num_images, 1024)]
-        return cache_writer._reading_processes(Slow(), rows, torch.device(device), sharing)
+        room = {"device": torch.device(device), "num_bytes": 1 << 20, "sharing": sharing}
+        return ahead.reading_processes(Slow().__getitem__, rows, **room)
 
     assert processes(100_000) == 7
     assert processes(100_000, sharing=2) == 3

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +97,7 @@ def evaluate(
     image_size: int | None = None,
     seed: int = 0,
     batch_size: int = 32,
+    num_workers: int | None = None,
     resamples: int | None = None,
     neighbours: int = NEIGHBOURS,
     reference_out: str | Path | None = None,
@@ -122,6 +122,7 @@ def evaluate(
         masks, segmenter: see `plan_painting`.
         lpips: weights of LPIPS; see `load_lpips`.
         image_size: of an autoencoder on its own.
+        num_workers: processes that read images; 0: threads; None: as many as pay.
         resamples, neighbours: see `feature_scores`.
         reference_out: a .safetensors file for the statistics of the reference; None: next to `out`.
         out: a folder, or the .json file of the report; features are kept beside it.
@@ -153,7 +154,8 @@ def evaluate(
     file = Path(reference_out) if reference_out else reference_file(real, extractor, Path(out)) if out else None
     options = {"batch_size": batch_size, "runtime": runtime}
     with _timed(seconds, "reference"), image_progress("reference", real.num_images // runtime.world) as on_images:
-        reference = reference_features(real, extractor, file=file, on_images=on_images, **options)
+        how = {"file": file, "num_workers": num_workers, "on_images": on_images}
+        reference = reference_features(real, extractor, **how, **options)
     if reference.rows is None and (needing := [name for name in wanted if name not in ("fid", "is")]):
         raise DataError(f"{data} holds statistics alone, which are enough for fid: for {needing[0]} give the images")
     protocol = EvaluationProtocol(
@@ -184,8 +186,9 @@ def evaluate(
 
     with image_progress("evaluating", plan.num // runtime.world) as on_images:
         folder = work.with_suffix(".features") if work else None
-        run = partial(_images, extractor=extractor, judge=judge, folder=folder, seed=seed, preset=preset, **options)
-        columns = run(subject, plan, real, reference, wanted, on_images=on_images)
+        how = {"folder": folder, "seed": seed, "preset": preset, "num_workers": num_workers, "on_images": on_images}
+        given = (subject, plan, real, reference, extractor, judge)
+        columns = _images(*given, **how, **options)
     if not runtime.is_main:
         return None
     with _timed(seconds, "scoring"):
@@ -206,14 +209,14 @@ def _images(
     plan: ImagePlan,
     real: RealImages,
     reference: RealFeatures,
-    metrics: Sequence[str],
-    *,
     extractor: FeatureExtractor,
     judge: PairJudge,
+    *,
     folder: Path | None,
     seed: int,
     preset: dict[str, Any],
     batch_size: int,
+    num_workers: int | None,
     runtime: Runtime,
     on_images: OnImages,
 ) -> Columns:
@@ -222,20 +225,21 @@ def _images(
     In all but the first of several processes they are not complete.
     """
     options = {"batch_size": batch_size, "folder": folder, "runtime": runtime, "on_images": on_images}
+    reading = {**options, "num_workers": num_workers}
     rows = [] if reference.rows is None else reference.rows[some_of(len(reference.rows), plan.num)].tolist()
     if subject.task == "reconstruction":
         keys = {"data": real.fingerprint, "image_size": subject.image_size, "features": extractor.hash}
         given = (subject.autoencoder, real.source, rows, extractor)
-        return reconstructed(*given, judge=judge, plan=keys, **options)
+        return reconstructed(*given, judge=judge, plan=keys, **reading)
     if plan.painting is not None:
         return painted(subject.flow, plan.painting, real.source, rows, extractor, **options)
     if subject.samples is not None and subject.task == "inpaint":
         given = (subject.samples, subject.sample_rows, real.source, rows, extractor)
-        return paired_images(*given, judge=judge, **options)
+        return paired_images(*given, judge=judge, **reading)
     if subject.samples is not None:
         keys = {"samples": subject.samples.fingerprint(), "features": extractor.hash}
         given = (subject.samples, subject.sample_rows[: plan.num], extractor)
-        columns = image_features(*given, plan=keys, for_all=("rows",), **options)
+        columns = image_features(*given, plan=keys, for_all=("rows",), **reading)
         if len(columns["rows"]) < plan.num:
             raise DataError(f"{plan.num - len(columns['rows'])} of the generated images cannot be read; draw them anew")
         return columns

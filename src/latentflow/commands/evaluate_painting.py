@@ -20,7 +20,8 @@ from torch import Tensor
 from latentflow.artifacts import sha256_file
 from latentflow.autoencoder import to_unit_range
 from latentflow.commands.drawn_set import drawn_columns, model_plan
-from latentflow.commands.reference import image_features, read_batches, stack_pixels
+from latentflow.commands.read_images import read_batches, stack_pixels
+from latentflow.commands.reference import image_features
 from latentflow.commands.shards import OnImages, compute_in_shards
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.latent_size import class_counts, hide, hole_counts, shares, told_mask

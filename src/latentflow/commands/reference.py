@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from latentflow.artifacts import read_json, require_writable, sha256_file
+from latentflow.commands.read_images import ImageReader
 from latentflow.commands.shards import Columns, OnImages, compute_in_shards, join_columns, of_the_first
-from latentflow.data.ahead import usable_cpus
 from latentflow.data.colour import PIXEL_RULES
-from latentflow.data.images import BrokenImage, open_images
-from latentflow.data.items import ImageItem, ImageSource
+from latentflow.data.images import open_images
+from latentflow.data.items import ImageSource
 from latentflow.data.latent_cache import CROP_RULE
 from latentflow.errors import ArtifactError, DataError
 from latentflow.metrics.features import FeatureExtractor
@@ -31,7 +29,6 @@ from latentflow.metrics.report import ReferenceFacts
 from latentflow.metrics.statistics import FeatureStatistics, require_features
 from latentflow.runtime import Runtime
 
-_MOST_READERS = 16
 _OWN_SUFFIX = ".safetensors"
 _RULES = f"{CROP_RULE}, {PIXEL_RULES}"
 
@@ -131,6 +128,7 @@ def reference_features(
     *,
     file: Path | None = None,
     batch_size: int = 32,
+    num_workers: int | None = None,
     runtime: Runtime | None = None,
     on_images: OnImages = lambda num_images: None,
 ) -> RealFeatures:
@@ -139,6 +137,7 @@ def reference_features(
     Args:
         file: where statistics go, a .safetensors file; features go to the folder of that name with .features. None:
             nothing is kept.
+        num_workers: processes that read images; 0: threads; None: as many as pay.
         runtime: whose processes share the work, each of which gets rows and labels; None: this one does it alone.
 
     Raises:
@@ -169,6 +168,7 @@ def reference_features(
         plan=_plan(real, extractor),
         folder=None if file is None else file.with_suffix(".features"),
         batch_size=batch_size,
+        num_workers=num_workers,
         runtime=runtime,
         for_all=("rows", "labels"),
         on_images=on_images,
@@ -194,6 +194,7 @@ def image_features(
     plan: dict[str, Any],
     folder: Path | None = None,
     batch_size: int = 32,
+    num_workers: int | None = None,
     runtime: Runtime | None = None,
     for_all: Collection[str] = (),
     on_images: OnImages = lambda num_images: None,
@@ -203,6 +204,7 @@ def image_features(
 
     Args:
         rows: which images; every one of them is tried.
+        num_workers: see `ImageReader`.
         change: what becomes of uint8 images [B, 3, H, W], given with their rows, before their features are taken;
             returns such images, and further numbers [B, ...] of each.
     """
@@ -210,15 +212,13 @@ def image_features(
 
     def compute(places: range) -> Columns:
         parts = []
-        for items in read_batches(source, [rows[place] for place in places], batch_size):
-            good = [(row, item) for row, item in items if isinstance(item, ImageItem)]
-            if good:
-                pixels, places_of = stack_pixels([item.pixels for _, item in good]), [row for row, _ in good]
-                pixels, more = change(pixels, places_of) if change else (pixels, {})
-                labels = [-1 if item.label is None else item.label for _, item in good]
-                own = {"rows": torch.tensor(places_of), "labels": torch.tensor(labels)}
+        for _ in range(0, len(places), batch_size):
+            read = next(reader)
+            if read.rows:
+                pixels, more = change(read.pixels, read.rows) if change else (read.pixels, {})
+                own = {"rows": torch.tensor(read.rows), "labels": read.labels}
                 parts.append({"features": extractor(pixels), **own, **more})
-            on_images(len(items))
+            on_images(read.num_tried)
         if not parts:
             none = torch.zeros(0, dtype=torch.int64)
             return {"features": torch.zeros(0, extractor.dim), "rows": none, "labels": none.clone()}
@@ -226,30 +226,12 @@ def image_features(
         columns["features"] = require_features(columns["features"].float().cpu(), whose)  # read once a shard
         return columns
 
-    how = {"plan": plan, "folder": folder, "runtime": runtime, "for_all": for_all, "on_images": on_images}
-    return compute_in_shards(len(rows), compute, **how)
-
-
-def read_batches(
-    source: ImageSource, rows: Sequence[int], batch_size: int
-) -> Iterator[list[tuple[int, ImageItem | BrokenImage]]]:
-    """Batches of (row, item or what is wrong with it), in order; threads decode ahead."""
-
-    def read(row: int) -> tuple[int, ImageItem | BrokenImage]:
-        try:
-            return row, source[row]
-        except BrokenImage as error:
-            return row, error
-
-    with ThreadPoolExecutor(min(max(usable_cpus(), 4), _MOST_READERS)) as pool:
-        found = pool.map(read, rows)
-        for start in range(0, len(rows), batch_size):
-            yield [next(found) for _ in rows[start : start + batch_size]]
-
-
-def stack_pixels(pictures: Sequence[np.ndarray]) -> Tensor:
-    """Pictures [H, W, 3] uint8 => [B, 3, H, W] uint8."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    sharing = 1 if runtime is None else runtime.local_world
+    with ImageReader(
+        source, rows, batch_size, device=extractor.device, sharing=sharing, num_workers=num_workers
+    ) as reader:
+        how = {"plan": plan, "folder": folder, "runtime": runtime, "for_all": for_all, "on_images": on_images}
+        return compute_in_shards(len(rows), compute, on_begin=reader.begin, **how)
 
 
 def _plan(real: RealImages, extractor: FeatureExtractor) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def compute_in_shards(
     runtime: Runtime | None = None,
     folder: str | Path | None = None,
     for_all: Collection[str] = (),
+    on_begin: Callable[[Sequence[range]], None] = lambda shards: None,
     on_images: OnImages = lambda num_images: None,
 ) -> Columns:
     """Compute something of images 0 ... num - 1, shard by shard, leaving out the shards that `folder` has already.
@@ -58,6 +59,7 @@ def compute_in_shards(
         runtime: whose processes share the work; None: this one does it alone.
         folder: where finished shards are kept; None: in memory alone.
         for_all: columns that every process gets.
+        on_begin: told which ranges `compute` will be called with in this process, in order.
         on_images: told of this process's part of the shards found complete; of others `compute` tells.
 
     Returns:
@@ -78,9 +80,9 @@ def compute_in_shards(
         missing = json.loads(_of_the_first(runtime, json.dumps(places).encode()))
         complete = sorted({*range(len(shards))} - {*missing})
         on_images(sum(len(shards[complete[index]]) for index in runtime.share(range(len(complete)))))
-        own = []
-        for index in runtime.share(range(len(missing))):
-            rows = shards[missing[index]]
+        own, ahead = [], [shards[missing[index]] for index in runtime.share(range(len(missing)))]
+        on_begin(ahead)
+        for rows in ahead:
             own.append(compute(rows))
             if folder is not None:
                 _write_shard(folder, rows, own[-1])

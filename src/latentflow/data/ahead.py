@@ -11,11 +11,12 @@ import resource
 import shutil
 import signal
 import sys
+import time
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -25,10 +26,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from latentflow import console
+from latentflow.data.decode import BrokenImage
 from latentflow.errors import DataError, LatentFlowError
 
 _MOST_AHEAD = 4  # batches of each process
 _MOST_THREADS = 8
+_MOST_PROCESSES = 32
+_WORTH_PROCESSES = 10.0  # seconds of reading; processes take three or four to begin
 _LEAST_SHARED_BYTES = 16 << 20  # of /dev/shm, for a few batches of latents
 _FILES_OF_BATCHES, _FILES_OF_A_WORKER = 128, 8  # open ones: tensors on their way, pipes
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
@@ -58,6 +62,30 @@ def room_for_workers(wanted: int, num_bytes: int, sharing: int = 1) -> int:
     if wanted < 1 or _shared_bytes() < _LEAST_SHARED_BYTES or _allowed_files() < _needed_files(wanted):
         return 0
     return min(wanted, int(_batches_with_room(num_bytes, sharing)))
+
+
+def reading_processes(
+    read: Callable[[int], Any], shards: Sequence[range], *, device: torch.device, num_bytes: int, sharing: int = 1
+) -> int:
+    """How many processes pay that read images for a GPU; a CPU is busy enough: 0, as for few images.
+
+    Args:
+        read: reads one image; some are, to see how long it takes.
+        shards: which images.
+        num_bytes: of what is read together.
+        sharing: processes of this machine that read likewise.
+    """
+    num_images = sum(map(len, shards))
+    wanted = min(usable_cpus() // sharing - 1, _MOST_PROCESSES)
+    if device.type == "cpu" or wanted < 2 or num_images < 1000:
+        return 0
+    tried = [part[len(part) // 2] for part in shards[:: max(len(shards) // 8, 1)]]
+    began = time.perf_counter()
+    for row in tried:
+        with suppress(BrokenImage):
+            read(row)
+    seconds = (time.perf_counter() - began) / len(tried) * num_images
+    return room_for_workers(wanted, num_bytes, sharing) if seconds > _WORTH_PROCESSES else 0
 
 
 def read_ahead(

@@ -9,10 +9,9 @@ written. What is written depends on none of this, only on the images and on whic
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +29,7 @@ from latentflow.artifacts import (
 )
 from latentflow.autoencoder import Autoencoder, to_unit_range
 from latentflow.console import notice
-from latentflow.data.ahead import lost_workers, read_ahead, read_in_threads, room_for_workers, usable_cpus
+from latentflow.data.ahead import lost_workers, read_ahead, read_in_threads, reading_processes
 from latentflow.data.colour import PIXEL_RULES
 from latentflow.data.encoder_input import EncoderInput, EncoderInputs, counts_dtype, joined
 from latentflow.data.images import BrokenImage
@@ -51,8 +50,6 @@ from latentflow.errors import ArtifactError, DataError
 
 _NAMED = 5  # images or classes in a message
 _MOST_READ_TOGETHER, _BYTES_READ_TOGETHER = 32, 4 << 20  # images and bytes of one piece of a batch
-_WORTH_PROCESSES = 10.0  # seconds of reading; processes take three or four to begin
-_MOST_PROCESSES = 32
 _BATCH_SIZE = 32
 _OPTION = "--num-workers"
 _PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
@@ -123,7 +120,8 @@ def write_cache(
             on_kept(len(rows))
     if missing:
         if num_workers is None:
-            num_workers = _reading_processes(source, [_rows(plan, n) for n in missing], autoencoder.device, sharing)
+            room = {"device": autoencoder.device, "num_bytes": _BYTES_READ_TOGETHER, "sharing": sharing}
+            num_workers = reading_processes(source.__getitem__, [_rows(plan, n) for n in missing], **room)
         batch_size = batch_size or _batch_size(autoencoder, plan.image_size)
         inputs, on_gpu = EncoderInputs(source, plan), autoencoder.device.type == "cuda"
         pieces = [piece for number in missing for piece in _pieces(inputs, _rows(plan, number), batch_size)]
@@ -258,21 +256,6 @@ def _pieces(inputs: EncoderInputs, rows: range, batch_size: int) -> Iterator[ran
 
 def _batch_size(autoencoder: Autoencoder, image_size: int) -> int:
     return max(autoencoder.slice_of(image_size), _BATCH_SIZE)
-
-
-def _reading_processes(source: ImageSource, rows: Sequence[range], device: torch.device, sharing: int) -> int:
-    """How many processes pay that read images for a GPU; a CPU is busy enough with encoding: 0, as for few images."""
-    num_images = sum(map(len, rows))
-    wanted = min(usable_cpus() // sharing - 1, _MOST_PROCESSES)
-    if device.type == "cpu" or wanted < 2 or num_images < 1000:
-        return 0
-    tried = [part[len(part) // 2] for part in rows[:: max(len(rows) // 8, 1)]]
-    began = time.perf_counter()
-    for row in tried:
-        with suppress(BrokenImage):
-            _ = source[row]
-    seconds = (time.perf_counter() - began) / len(tried) * num_images
-    return room_for_workers(wanted, _BYTES_READ_TOGETHER, sharing) if seconds > _WORTH_PROCESSES else 0
 
 
 def _write_shards(
