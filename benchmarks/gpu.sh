@@ -33,8 +33,8 @@ limit() {
     case $1 in
         tests) echo 140 ;;
         train-xl2 | bare-xl2) echo 85 ;;
-        train-*) echo 75 ;;
-        sample | encode) echo 70 ;;
+        train-* | overhead) echo 75 ;;
+        sample) echo 110 ;;
         *) echo 60 ;;
     esac
 }

@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("changes", nargs="*", metavar="key=value", help="of the recipe")
     options = parser.parse_intermixed_args(arguments)
     measuring.setup(options.device, options.threads)
-    rounds = options.rounds or (3 if options.quick else {"cpu": 8, "cuda": 200}[options.device])
+    rounds = options.rounds or (3 if options.quick else {"cpu": 8, "cuda": 40}[options.device])
     defaults = {
         "data.image_size": 32 if options.quick else 256,
         "network": TINY if options.quick else "{name: DiT-S/2}",
