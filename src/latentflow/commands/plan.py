@@ -516,7 +516,7 @@ def _time_rows(plan: Plan) -> list[tuple[str, str, str]]:
     rate = training.batch_size / plan.seconds_per_step
     rows = [
         ("network", f"{speed.forward_flops / 1e9:,.4g} GFLOP forward, an image", EXACT),
-        ("speed", f"{speed.probed}: {speed.flops_per_second / 1e9:,.4g} GFLOP/s", MEASURED if speed.measured else how),
+        ("speed", f"{speed.probed}: {speed.flops_per_second / 1e12:.3g} TFLOP/s", MEASURED if speed.measured else how),
         ("a step", f"{duration_of(plan.seconds_per_step)}, {rate:,.3g} images/s", how),
     ]
     if plan.num_previews:
