@@ -13,13 +13,14 @@ from latentflow.artifacts import read_tensors
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands import plan as plan_module
 from latentflow.commands import plan_probe
-from latentflow.commands.plan import MODES, Plan, cached_bytes, gib
+from latentflow.commands.plan import Plan, cached_bytes, gib
 from latentflow.commands.plan import plan as plan_command
-from latentflow.commands.plan_probe import Speed, probe
+from latentflow.commands.plan_probe import SLOWER, Speed, probe
 from latentflow.commands.plan_subject import KNOWN_STAGES, PUBLISHED_DATA
 from latentflow.commands.train import train
 from latentflow.errors import ConfigError
 from latentflow.latent_flow import LatentFlow
+from latentflow.networks.running import MEMORY_MODES
 from latentflow.training.config import Recipe, load_recipe, recipe_names
 from latentflow.training.memory import forward_flops
 from latentflow.training.settings import to_yaml
@@ -121,7 +122,7 @@ def test_every_recipe_has_a_plan_without_its_data(name):
     assert record["parameters"] > 10**5
     assert record["memory"]["peak"] > sum(record["memory"]["exact"].values())
     assert record["time"]["seconds"] > 0
-    kept = [record["memory"]["kept_for_backward"][mode] for mode in MODES]
+    kept = [record["memory"]["kept_for_backward"][mode] for mode in MEMORY_MODES]
     assert kept == sorted(kept, reverse=True)
     for rows in found.sections().values():
         assert all(value and all(isinstance(part, str) for part in (row, value, known)) for row, value, known in rows)
@@ -210,7 +211,7 @@ def test_a_deep_transformer_is_as_slow_as_its_blocks(monkeypatch):
     """With a clock that goes by the blocks, what is found from two of them is what all of them take."""
     deep = planned_config("ffhq_f8_dit")
 
-    def seconds(config, runtime, images, budget) -> float:
+    def seconds(config, way, images, budget) -> float:
         return images * (0.3 + 0.7 * config.network.depth)
 
     monkeypatch.setattr(plan_probe, "_seconds_of_pass", seconds)
@@ -234,7 +235,7 @@ def test_a_speed_may_be_stated():
     """40 % of it is what training is taken to reach: an image of DiT-XL/2 is 712 GFLOP forwards and backwards."""
     sizes = ("network={name: DiT-XL/2, variant: modern}", "training.batch_size=128", "training.preview_every=0")
     found = planned("own_images", *sizes, device_memory=80, device_tflops=989)
-    assert found.seconds_per_step == pytest.approx(128 * 711.7e9 * MODES[found.memory.mode] / (0.4 * 989e12), rel=1e-3)
+    assert found.seconds_per_step == pytest.approx(128 * 711.7e9 * SLOWER[found.memory.mode] / (0.4 * 989e12), rel=1e-3)
     assert not found.speed.measured
     assert found.seconds == pytest.approx(found.recipe.training.steps * found.seconds_per_step)
 

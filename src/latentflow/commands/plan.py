@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentflow.commands.plan_probe import Speed, probe, stated_speed
+from latentflow.commands.plan_probe import SLOWER, Speed, probe, stated_speed
 from latentflow.commands.plan_subject import Subject, plan_subject
 from latentflow.commands.preview import preview_request
 from latentflow.data.resident import stays_resident
@@ -26,16 +26,15 @@ from latentflow.flow.solvers import expected_evaluations, is_adaptive
 from latentflow.latent_flow import LatentFlow
 from latentflow.model_config import AUTOENCODER_FOLDER
 from latentflow.networks.dit import NAMES, SIZES, DiTConfig
+from latentflow.networks.running import MEMORY_MODES
 from latentflow.progress import duration
 from latentflow.runtime import Runtime
 from latentflow.sampling.request import SampleRequest
+from latentflow.training.compiling import compiles
 from latentflow.training.config import Recipe
 from latentflow.training.fitting import with_values
 from latentflow.training.loop import micro_batches
 from latentflow.training.memory import bytes_per_image, fitting_mode, micro_batch_that_fits, total_memory
-
-MODES = {"none": 1.0, "recompute-cheap": 1.05, "checkpoint": 4 / 3}
-"""Of `training.memory`, each with how much longer a step takes, about."""
 
 EXACT, ESTIMATE, MEASURED, ASSUMED = "exact", "estimate", "measured here", "assumed"
 
@@ -167,9 +166,7 @@ class Plan:
 
     @property
     def seconds_per_step(self) -> float:
-        return (
-            self.memory.share * self.speed.seconds_per_image * MODES[self.memory.mode] + self.speed.seconds_per_update
-        )
+        return self.memory.share * self.speed.seconds_per_image + self.speed.seconds_per_update
 
     @property
     def num_previews(self) -> int:
@@ -183,7 +180,7 @@ class Plan:
         preset, num_images = request.sampling, -(-len(request.seeds) // self.machine.num_processes)
         tolerance = preset.rtol if is_adaptive(preset.solver) else 1.0
         calls = expected_evaluations(preset.solver, preset.steps, tolerance) * (1 if preset.guidance == 1 else 2)
-        return calls * num_images * self.speed.seconds_per_image / 3
+        return calls * num_images * self.speed.seconds_per_image / (3 * SLOWER[self.memory.mode])
 
     @property
     def seconds(self) -> float:
@@ -202,7 +199,7 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """All numbers, for a script; bytes and seconds."""
         memory, disk, machine = self.memory, self.disk, self.machine
-        fitting = {mode: memory.largest_micro_batch(mode, machine.memory) for mode in MODES}
+        fitting = {mode: memory.largest_micro_batch(mode, machine.memory) for mode in MEMORY_MODES}
         return {
             "recipe": self.name,
             "assumed": self.subject.assumed,
@@ -221,7 +218,7 @@ class Plan:
             "memory": {
                 "exact": dict(memory.exact),
                 "estimated": dict(memory.estimated),
-                "kept_for_backward": {mode: memory.kept(mode) for mode in MODES},
+                "kept_for_backward": {mode: memory.kept(mode) for mode in MEMORY_MODES},
                 "preview": memory.preview,
                 "mode": memory.mode,
                 "micro_batch_size": memory.micro_batch_size,
@@ -296,10 +293,14 @@ def plan(
     memory = _memory(subject, network, machine, parts.size * parts.number, parts.size)
     if device_tflops is None:
         here = memory if machine.here else _memory(subject, network, _machine(recipe, runtime, None, 1), parts.size, 1)
-        images = min(parts.size, max(here.largest_micro_batch("none", total_memory(runtime.device)), 1))
-        speed = probe(subject.config, runtime, images=images, seconds=_PROBE_SECONDS)
+        images = min(parts.size, max(here.largest_micro_batch(here.mode, total_memory(runtime.device)), 1))
+        training = subject.recipe.training
+        compiled = runtime.device.type == "cuda" and compiles(
+            training.compile, subject.config, training.steps * training.batch_size, runtime
+        )
+        speed = probe(subject.config, runtime, images=images, seconds=_PROBE_SECONDS, mode=here.mode, compiled=compiled)
     else:
-        speed = stated_speed(subject.config, 1e12 * device_tflops)
+        speed = stated_speed(subject.config, 1e12 * device_tflops, memory.mode)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     return Plan(name, subject, machine, num_parameters, memory, _disk(subject, network), speed)
 
@@ -339,7 +340,7 @@ def _memory(subject: Subject, network: nn.Module, machine: Machine, share: int, 
     if not machine.gpu:
         estimated["copy for a checkpoint"] = _checkpoint_bytes(network)
     side = config.latent_shape[-1]
-    kept = {mode: bytes_per_image(config.network, side, half=machine.half, memory=mode) for mode in MODES}
+    kept = {mode: bytes_per_image(config.network, side, half=machine.half, memory=mode) for mode in MEMORY_MODES}
     preview = 0
     if recipe.training.preview_every:
         together = min(len(_preview_of(subject).seeds), _DECODED_TOGETHER, micro)
@@ -424,7 +425,7 @@ def _memory_advice(plan: Plan) -> list[str]:
     lines = [] if memory.previews_fit(machine.memory) else ["previews would not fit: add training.preview_every=0"]
     if memory.largest_micro_batch(memory.mode, machine.memory) >= memory.micro_batch_size:
         return lines
-    fitting = {mode: memory.largest_micro_batch(mode, machine.memory) for mode in MODES}
+    fitting = {mode: memory.largest_micro_batch(mode, machine.memory) for mode in MEMORY_MODES}
     for mode, largest in fitting.items():
         if largest:
             words = [f"training.memory={mode}"] if mode != memory.mode else []
@@ -498,7 +499,7 @@ def _memory_rows(plan: Plan) -> dict[str, list[tuple[str, str, str]]]:
     memory, machine = plan.memory, plan.machine
     rows = [(name, gib(value), EXACT) for name, value in memory.exact.items()]
     rows += [(name, gib(value), ESTIMATE) for name, value in memory.estimated.items()]
-    for mode in MODES:
+    for mode in MEMORY_MODES:
         largest = memory.largest_micro_batch(mode, machine.memory)
         most = f"; at most {largest:,} images at a time fit" if machine.memory else ""
         mark = " <" if mode == memory.mode else ""

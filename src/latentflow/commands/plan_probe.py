@@ -18,6 +18,7 @@ from latentflow.errors import ConfigError
 from latentflow.flow.loss import flow_matching_loss
 from latentflow.model_config import ModelConfig
 from latentflow.networks.dit import DiTConfig
+from latentflow.networks.running import MemoryMode, compile_blocks, set_memory
 from latentflow.runtime import Runtime
 from latentflow.training.ema import EMA
 from latentflow.training.memory import count_parameters, forward_flops
@@ -25,6 +26,8 @@ from latentflow.training.optim import OptimizerConfig, build_optimizer
 
 _UPDATED = {"cpu": 4_000_000, "cuda": 100_000_000}  # parameters that the update is timed with
 _PASSES = 3  # forward and backward together, in units of the way forward
+SLOWER: dict[MemoryMode, float] = {"none": 1.0, "recompute-cheap": 1.05, "checkpoint": 4 / 3}
+"""How much longer a step takes in the modes of `training.memory`, about."""
 _REACHED = 0.4  # of what a maker states; the largest networks reach a little more, small ones less
 _LARGEST_PROBE = 2**30  # bytes of weights, on a CPU
 
@@ -53,6 +56,15 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class _Way:
+    """How a network is run."""
+
+    runtime: Runtime
+    mode: MemoryMode
+    compiled: bool
+
+
+@dataclass(frozen=True)
 class _Part:
     """A network of fewer blocks, or on smaller latents, and about which share of the whole one's operations it has."""
 
@@ -61,7 +73,15 @@ class _Part:
     what: str
 
 
-def probe(config: ModelConfig, runtime: Runtime, *, images: int, seconds: float) -> Speed:
+def probe(
+    config: ModelConfig,
+    runtime: Runtime,
+    *,
+    images: int,
+    seconds: float,
+    mode: MemoryMode = "none",
+    compiled: bool = False,
+) -> Speed:
     """Time a few steps.
 
     Of a transformer that is too large the first blocks run: once one, once two, and the difference is what each of them
@@ -70,8 +90,11 @@ def probe(config: ModelConfig, runtime: Runtime, *, images: int, seconds: float)
 
     Args:
         images: computed together in training; fewer are taken where they take too long.
-        seconds: about how long this may take.
+        seconds: about how long this may take, without compiling.
+        mode: what is computed again in the backward pass.
+        compiled: whether blocks are compiled first, each distinct one once.
     """
+    way = _Way(runtime, mode, compiled)
     whole = forward_flops(config)
     update = _seconds_per_update(config, runtime)
     rate = _matmul_rate(runtime)
@@ -81,23 +104,24 @@ def probe(config: ModelConfig, runtime: Runtime, *, images: int, seconds: float)
     part = next(small, parts[-1])
     flops = forward_flops(part.config) if part.share < 1 else whole
     together = max(min(images, int(budget // flops)), 1)
-    per_image = _seconds_of_pass(part.config, runtime, together, seconds / 3) / together
+    per_image = _seconds_of_pass(part.config, way, together, seconds / 3) / together
     if part.share < 1:
         scaled = per_image * whole / flops
         if isinstance(config.network, DiTConfig):
-            first = _seconds_of_pass(_with_depth(config, 1), runtime, together, seconds / 3) / together
+            first = _seconds_of_pass(_with_depth(config, 1), way, together, seconds / 3) / together
             block = (per_image - first) / (part.config.network.depth - 1)
             by_block = first + block * (config.network.depth - 1)
             # where the clock was disturbed in between, the count of operations is the better guide
             scaled = by_block if 0.5 * scaled < by_block < 2 * scaled else scaled
         per_image = scaled
     speed = _PASSES * whole / per_image
-    return Speed(per_image, update, whole, speed, f"{together} images, {part.what}", part.share == 1)
+    what = f"{together} images, {part.what}" + (", compiled" if compiled else "")
+    return Speed(per_image, update, whole, speed, what, part.share == 1)
 
 
-def stated_speed(config: ModelConfig, peak: float) -> Speed:
+def stated_speed(config: ModelConfig, peak: float, mode: MemoryMode) -> Speed:
     """What a device may reach that does `peak` operations a second at most; nothing is measured."""
-    flops, reached = forward_flops(config), _REACHED * peak
+    flops, reached = forward_flops(config), _REACHED * peak / SLOWER[mode]
     what = f"{_REACHED:.0%} of {peak / 1e12:g} TFLOP/s, as training reaches it"
     return Speed(_PASSES * flops / reached, 0.0, flops, reached, what, whole=False, measured=False)
 
@@ -142,11 +166,14 @@ def _inputs(config: ModelConfig, images: int, device: torch.device):
     return latents, torch.full((images,), 0.5, device=device), condition
 
 
-def _seconds_of_pass(config: ModelConfig, runtime: Runtime, images: int, seconds: float) -> float:
+def _seconds_of_pass(config: ModelConfig, way: _Way, images: int, seconds: float) -> float:
     """Of one way forward and back for some images: the least of a few, after one that warms up."""
-    network = _network(config, runtime.device).train()
+    runtime, network = way.runtime, _network(config, way.runtime.device).train()
+    set_memory(network, way.mode)
+    if way.compiled:
+        compile_blocks(network)
     data, time_, condition = _inputs(config, images, runtime.device)
-    noise, taken, began = torch.randn_like(data), [], time.perf_counter()
+    noise, taken, began = torch.randn_like(data), [], 0.0
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with runtime.autocast():
@@ -154,6 +181,7 @@ def _seconds_of_pass(config: ModelConfig, runtime: Runtime, images: int, seconds
 
     while len(taken) < 2 or (time.perf_counter() - began < seconds and len(taken) < 20):
         start = _now(runtime.device)
+        began = start if len(taken) == 1 else began
         with runtime.float32_policy():
             flow_matching_loss(velocity, config.path, data, noise, time_).mean().backward()
         taken.append(_now(runtime.device) - start)
