@@ -45,19 +45,19 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
+    shape = torch.broadcast_shapes(*(word.shape for word in counter))
     for _ in range(_ROUNDS):
         # The product of two words has 64 bits, which int64 holds as they are: the sign is one of them.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = _mixed(p1 >> 32, c1, k0), p1.bitwise_and_(_LOW)
-        c2, c3 = _mixed(p0 >> 32, c3, k1), p0.bitwise_and_(_LOW)
+        c0, c1 = _mixed(p1 >> 32, c1, k0, shape), p1.bitwise_and_(_LOW)
+        c2, c3 = _mixed(p0 >> 32, c3, k1, shape), p0.bitwise_and_(_LOW)
         k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
-    return list(torch.broadcast_tensors(c0, c1, c2, c3))
+    return [word.expand(shape) for word in (c0, c1, c2, c3)]
 
 
-def _mixed(high: Tensor, other: Tensor, key: int) -> Tensor:
-    """high xor other xor key, of which the low 32 bits count; `high` is free to be written to."""
-    fits = torch.broadcast_shapes(high.shape, other.shape) == high.shape
-    mixed = high.bitwise_xor_(other) if fits else high ^ other
+def _mixed(high: Tensor, other: Tensor, key: int, shape: torch.Size) -> Tensor:
+    """high xor other xor key, of which the low 32 bits count; `high` is free to be written to where it has room."""
+    mixed = high.bitwise_xor_(other) if high.shape == shape else high ^ other
     return mixed.bitwise_xor_(key).bitwise_and_(_LOW)
 
 
