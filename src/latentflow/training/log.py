@@ -123,7 +123,7 @@ class RunLog:
         """Move the progress bar."""
         if (
             self.enabled and not self.progress.disable
-        ):  # where there is none, asking it takes a quarter of a millisecond
+        ):  # asking it takes a quarter of a millisecond
             self.progress.update(self.task, completed=step)
 
     def say(self, text: str) -> None:
