@@ -16,9 +16,10 @@ from latentflow.data.decode import BrokenImage, open_image
 from latentflow.data.stores import is_image
 from latentflow.errors import ArtifactError
 from latentflow.latent_flow import LatentFlow
+from latentflow.sampling.cost import compile_where_it_pays, tell_cost
 from latentflow.sampling.naming import picture_facts, picture_name
 from latentflow.sampling.picture_file import facts_in, read_facts, unlike
-from latentflow.sampling.pipeline import Given, draw_batches, drawn_by, tell_cost
+from latentflow.sampling.pipeline import Given, draw_batches, drawn_by
 from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import PictureWriter
 
@@ -82,7 +83,8 @@ class PictureFolder:
         batches = [slice(start, start + batch_size) for start in range(0, len(names), batch_size)]
         missing = [rows for rows in batches if any(name not in self._evaluations for name in names[rows])]
         on_images(sum(len(names[rows]) for rows in batches) - sum(len(names[rows]) for rows in missing))
-        drawn = draw_batches(self._flow, ((request.at(rows), Given()) for rows in missing))
+        compile_where_it_pays(self._flow, request, batch_size=batch_size, num_batches=len(missing))
+        drawn = draw_batches(self._flow, ((request.at(rows), Given()) for rows in missing), batch_size)
         with PictureWriter() as writer:
             for rows, samples in zip(missing, drawn, strict=True):
                 own = {place: name for place, name in enumerate(names[rows]) if name not in self._evaluations}

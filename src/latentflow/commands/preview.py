@@ -20,6 +20,7 @@ from latentflow.errors import NonFiniteError
 from latentflow.flow.solvers import expected_evaluations, is_adaptive
 from latentflow.latent_flow import LatentFlow
 from latentflow.model_config import SamplingPreset
+from latentflow.networks.running import uncompiled
 from latentflow.runtime import Runtime
 from latentflow.sampling.pipeline import Given, draw
 from latentflow.sampling.request import SampleRequest
@@ -89,7 +90,7 @@ def drawing_with(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[
     try:
         _copy(tensors, others)
         network.eval()
-        with torch.compiler.set_stance("force_eager"):
+        with uncompiled(network):
             yield
     finally:
         _copy(tensors, kept)

@@ -102,6 +102,11 @@ def compile_blocks(network: nn.Module, *, backend: str = "inductor") -> None:
         part._run_block = compiled
 
 
+def is_compiled(network: nn.Module) -> bool:
+    """Whether `compile_blocks` was called."""
+    return any(part._run_block is not run_block for part in _block_networks(network))
+
+
 def restore_blocks(network: nn.Module) -> None:
     """Run blocks as they are written, and keep all that their backward pass needs: as a network is built."""
     for part in _block_networks(network):

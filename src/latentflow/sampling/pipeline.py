@@ -20,14 +20,15 @@ from torch import Tensor
 
 import latentflow
 from latentflow.artifacts import sha256_tensors
-from latentflow.console import notice
 from latentflow.errors import ConfigError, NonFiniteError
 from latentflow.flow.composition import BlendedVelocity, KnownRegionVelocity
 from latentflow.flow.guidance import ConditionedVelocity
-from latentflow.flow.solvers import Solution, Velocity, expected_evaluations, integrate, is_adaptive
+from latentflow.flow.solvers import Solution, Velocity, integrate
 from latentflow.flow.times import sampling_times
 from latentflow.latent_flow import LatentFlow
+from latentflow.networks.running import is_compiled
 from latentflow.randomness import ImageRandom
+from latentflow.sampling.cost import tell_cost
 from latentflow.sampling.request import SampleRequest, check_request, guided_by, make_request, require_count
 from latentflow.sampling.samples import Samples, join_samples
 from latentflow.shapes import per_image, send
@@ -37,8 +38,6 @@ MOST_TOGETHER = 65_536
 MOST_BYTES = 8 * 2**30
 """Of pictures that are held in memory at once."""
 _ROUNDING = {"tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10}  # of a network's products
-MANY_CALLS = 100
-"""Network calls a picture from which on their cost is said before drawing."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Given:
     latents: Tensor | None = None
     hole: Tensor | None = None
 
-    def at(self, rows: slice) -> Given:
+    def at(self, rows: slice | list[int]) -> Given:
         """The same for some of the images."""
         return Given(**{name: x if x is None or len(x) == 1 else x[rows] for name, x in vars(self).items()})
 
@@ -92,18 +91,25 @@ def draw(
     require_count("batch size", batch_size, 1, MOST_TOGETHER, "16 are usual")
     tell_cost(model, request, batch_size)
     parts = [slice(start, start + batch_size) for start in range(0, len(request.seeds), batch_size)]
-    for samples in draw_batches(model, ((request.at(rows), given.at(rows)) for rows in parts)):
+    for samples in draw_batches(model, ((request.at(rows), given.at(rows)) for rows in parts), batch_size):
         yield samples
         on_images(len(samples.pixels))
 
 
-def draw_batches(model: LatentFlow, batches: Iterable[tuple[SampleRequest, Given]]) -> Iterator[Samples]:
-    """Draw batches one after another; a GPU draws the next while the pictures of one are looked at or written."""
+def draw_batches(
+    model: LatentFlow, batches: Iterable[tuple[SampleRequest, Given]], batch_size: int
+) -> Iterator[Samples]:
+    """Draw batches one after another; a GPU draws the next while the pictures of one are looked at or written.
+
+    Args:
+        batch_size: to which a compiled network's batches are filled up: for another size it would be compiled anew.
+    """
+    size = batch_size if is_compiled(model.network) else 0
     ahead = _batches_ahead(model.device)
     begun: deque[_Begun] = deque()
     try:
         for request, given in batches:
-            begun.append(_begin(model, request, given.on(model.device, len(request.seeds))))
+            begun.append(_begin(model, request, given, size))
             if len(begun) > ahead:
                 yield begun.popleft().arrived()
     except NonFiniteError:
@@ -220,43 +226,6 @@ def solve(request: SampleRequest, velocity: Velocity, x: Tensor, times: Tensor) 
     )
 
 
-def tell_cost(model: LatentFlow, request: SampleRequest, batch_size: int) -> None:
-    """Say once what a request costs that needs many network calls, and what draws the like sooner."""
-    calls, quick = network_calls(request), {"solver": "heun", "steps": 25}
-    sampling = request.sampling.model_copy(update=quick)
-    fewer = network_calls(request.model_copy(update={"sampling": sampling}))
-    if calls < MANY_CALLS or calls < 1.5 * fewer:
-        return
-    begin = request.at(slice(0, batch_size))
-    rough, num = "about " if is_adaptive(request.sampling.solver) else "", len(request.seeds)
-    seconds = _seconds_of_a_call(model, begin) * -(-num // len(begin.seeds))
-    how = f"tolerance {request.sampling.rtol:g}" if rough else f"{request.sampling.steps} steps"
-    notice(
-        f"{request.sampling.solver} with {how} takes {rough}{calls:.0f} network calls a picture, for {num} here some "
-        f"{calls * seconds:.2g} s; --solver heun --steps 25 takes {fewer:.0f}, some {fewer * seconds:.2g} s",
-        kind=f"cost of {model.reference} {request.sampling}",
-    )
-
-
-def network_calls(request: SampleRequest) -> float:
-    """Network calls a picture; of an adaptive solver a rough guess."""
-    sampling = request.sampling
-    calls = expected_evaluations(sampling.solver, sampling.steps, sampling.rtol)
-    guided, blended = sampling.guidance not in (0, 1), any(blend.label is not None for blend in request.blends)
-    low, high = sampling.guidance_interval
-    return calls * (1 + (high - low) * guided) * (1 + blended)
-
-
-@torch.inference_mode()
-def _seconds_of_a_call(model: LatentFlow, request: SampleRequest) -> float:
-    """Wall time of one network call for a batch that is told nothing."""
-    noise = initial_noise(model, request)
-    condition, time_ = model.config.conditioning.build(noise.shape, model.device), torch.ones(len(noise)).to(noise)
-    began = time.perf_counter()
-    model.computing_in(request.precision).velocity(noise, time_, condition).cpu()
-    return time.perf_counter() - began
-
-
 def drawn_by(model: LatentFlow) -> dict[str, str | int]:
     """Whose pictures these are, as each of them says: the program, the model, and the weights it draws with."""
     training = model.config.training
@@ -271,19 +240,28 @@ def drawn_by(model: LatentFlow) -> dict[str, str | int]:
 
 
 @torch.inference_mode()
-def _begin(model: LatentFlow, request: SampleRequest, given: Mapping[str, Tensor | None]) -> _Begun:
-    """Ask the device for a batch of pictures; with fixed steps, without waiting for any of it."""
-    watch, sampling, path = _Stopwatch(model.device), request.sampling, model.config.path
-    noise = initial_noise(model, request) if given["noise"] is None else given["noise"]
-    velocity, x = conditioned_velocity(model, request, given, noise.shape), noise
-    if given["latents"] is not None:
-        x = path.interpolate(given["latents"], noise, torch.full((len(noise),), request.start, device=noise.device))
-    if given["hole"] is not None:
-        velocity = KnownRegionVelocity(velocity, path, given["latents"], noise, given["hole"])
-    solution = solve(request, velocity, x, sampling_times(sampling.steps, sampling.shift, start=request.start))
-    pixels, latents = (_fetched(tensor) for tensor in (model.pixels(solution.x), solution.x.float()))
+def _begin(model: LatentFlow, request: SampleRequest, given: Given, size: int = 0) -> _Begun:
+    """Ask the device for a batch of pictures; with fixed steps, without waiting for any of it.
+
+    Args:
+        size: of the batch that is computed, where that is more: it is filled up with its last picture.
+    """
+    watch, sampling, path, num = _Stopwatch(model.device), request.sampling, model.config.path, len(request.seeds)
+    whole = request
+    if num < size:
+        rows = [min(row, num - 1) for row in range(size)]
+        whole, given = request.at(rows), given.at(rows)
+    inputs = given.on(model.device, len(whole.seeds))
+    noise = initial_noise(model, whole) if inputs["noise"] is None else inputs["noise"]
+    velocity, x = conditioned_velocity(model, whole, inputs, noise.shape), noise
+    if inputs["latents"] is not None:
+        x = path.interpolate(inputs["latents"], noise, torch.full((len(noise),), request.start, device=noise.device))
+    if inputs["hole"] is not None:
+        velocity = KnownRegionVelocity(velocity, path, inputs["latents"], noise, inputs["hole"])
+    end = solve(request, velocity, x, sampling_times(sampling.steps, sampling.shift, start=request.start)).x[:num]
+    pixels, latents = (_fetched(tensor) for tensor in (model.pixels(end), end.float()))
     watch.stop()
-    return _Begun(model, request, pixels, latents, velocity.evaluations, watch)
+    return _Begun(model, request, pixels, latents, velocity.evaluations[:num], watch)
 
 
 @dataclass(frozen=True)

@@ -64,10 +64,14 @@ class SampleRequest(BaseModel):
     sampling: SamplingPreset = SamplingPreset()
     precision: Precision = Field("fp32", description="What the network computes in.")
 
-    def at(self, rows: slice) -> SampleRequest:
+    def at(self, rows: slice | list[int]) -> SampleRequest:
         """The request reduced to some images."""
-        lists = {"seeds": self.seeds[rows], "labels": self.labels[rows], "blends": self.blends[rows]}
-        return self.model_copy(update=lists)
+        lists = {"seeds": self.seeds, "labels": self.labels, "blends": self.blends}
+        chosen = {
+            name: every[rows] if isinstance(rows, slice) else [every[row] for row in rows if every]
+            for name, every in lists.items()
+        }
+        return self.model_copy(update=chosen)
 
 
 def make_request(

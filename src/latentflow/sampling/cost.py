@@ -1,0 +1,106 @@
+"""What drawing costs: network calls and seconds, said before; and whether a network is worth compiling for it."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from latentflow.console import notice
+from latentflow.flow.solvers import expected_evaluations, is_adaptive
+from latentflow.latent_flow import LatentFlow
+from latentflow.networks.running import compile_blocks, is_compiled
+from latentflow.progress import duration
+from latentflow.sampling.request import SampleRequest
+
+MANY_CALLS = 100
+"""Network calls a picture from which on their cost is said before drawing."""
+
+_WORTH_SECONDS = 100.0  # of drawing as it is: compiling takes up to half a minute, and saves up to half of them
+
+
+def tell_cost(model: LatentFlow, request: SampleRequest, batch_size: int) -> None:
+    """Say once what a request costs that needs many network calls, and what draws the like sooner."""
+    calls, quick = network_calls(request), {"solver": "heun", "steps": 25}
+    sampling = request.sampling.model_copy(update=quick)
+    fewer = network_calls(request.model_copy(update={"sampling": sampling}))
+    if calls < MANY_CALLS or calls < 1.5 * fewer:
+        return
+    num = len(request.seeds)
+    together = min(num, batch_size)
+    rough = "about " if is_adaptive(request.sampling.solver) else ""
+    seconds = _seconds_of_a_call(model, request, together) * -(-num // together)
+    how = f"tolerance {request.sampling.rtol:g}" if rough else f"{request.sampling.steps} steps"
+    notice(
+        f"{request.sampling.solver} with {how} takes {rough}{calls:.0f} network calls a picture, for {num} here some "
+        f"{calls * seconds:.2g} s; --solver heun --steps 25 takes {fewer:.0f}, some {fewer * seconds:.2g} s",
+        kind=f"cost of {model.reference} {request.sampling}",
+    )
+
+
+def compile_where_it_pays(model: LatentFlow, request: SampleRequest, *, batch_size: int, num_batches: int) -> None:
+    """Compile the network's blocks if a GPU draws for minutes; that it was done, and how long it took, is said.
+
+    They are compiled for batches of this size, to which `draw` fills up smaller ones. Adaptive solvers call the network
+    for fewer and fewer images, each number of which would be compiled by itself: with them nothing is.
+
+    Args:
+        request: of any image; the others are drawn likewise.
+        num_batches: to be drawn by this process.
+    """
+    if not _can_compile(model.device) or is_adaptive(request.sampling.solver) or is_compiled(model.network):
+        return
+    if num_batches < 2:
+        return
+    seconds = _seconds_of_a_call(model, request, batch_size) * network_calls(request) * num_batches
+    if seconds < _WORTH_SECONDS:
+        return
+    compile_blocks(model.network)
+    began = time.perf_counter()
+    for num_images in _batch_sizes(request, batch_size):
+        _seconds_of_a_call(model, request, num_images)
+    notice(
+        f"the network was compiled in {duration(time.perf_counter() - began)}; without that, drawing would take some "
+        f"{duration(seconds)}"
+    )
+
+
+def network_calls(request: SampleRequest) -> float:
+    """Network calls a picture; of an adaptive solver a rough guess."""
+    sampling = request.sampling
+    calls = expected_evaluations(sampling.solver, sampling.steps, sampling.rtol)
+    guided, blended = sampling.guidance not in (0, 1), any(blend.label is not None for blend in request.blends)
+    low, high = sampling.guidance_interval
+    return calls * (1 + (high - low) * guided) * (1 + blended)
+
+
+def _batch_sizes(request: SampleRequest, batch_size: int) -> list[int]:
+    """How many images a network is called for at a time: a guided batch is doubled."""
+    sampling = request.sampling
+    if sampling.guidance == 1 or (sampling.guidance == 0 and sampling.guided_channels is None):
+        return [batch_size]
+    always = sampling.guidance_interval == (0.0, 1.0)
+    return [2 * batch_size] if always else [batch_size, 2 * batch_size]
+
+
+@torch.inference_mode()
+def _seconds_of_a_call(model: LatentFlow, request: SampleRequest, num_images: int) -> float:
+    """Wall time of one network call for images that are told nothing, once a first call has made a GPU ready."""
+    channels, *sides = model.config.latent_shape
+    if request.image_size is not None:
+        sides = [side // model.config.autoencoder.factor for side in request.image_size]
+    latents = torch.zeros(num_images, channels, *sides, device=model.device)
+    clock, condition = (
+        torch.ones_like(latents[:, 0, 0, 0]),
+        model.config.conditioning.build(latents.shape, model.device),
+    )
+    network, seconds = model.computing_in(request.precision), 0.0
+    for _ in range(2 if model.device.type == "cuda" else 1):
+        began = time.perf_counter()
+        network.velocity(latents, clock, condition).cpu()
+        seconds = time.perf_counter() - began
+    return seconds
+
+
+def _can_compile(device: torch.device) -> bool:
+    return device.type == "cuda"

@@ -1,0 +1,99 @@
+"""What is said of the cost of drawing, and what is compiled for it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from latentflow.networks.running import compile_blocks, is_compiled
+from latentflow.sampling import cost
+from latentflow.sampling.cost import compile_where_it_pays
+from latentflow.sampling.pipeline import Given, draw, draw_all
+from latentflow.sampling.request import make_request
+from tests import tiny
+
+
+@pytest.fixture
+def model(kl, monkeypatch):
+    """A model on what is taken for a GPU, and compiled without a compiler."""
+    monkeypatch.setattr(cost, "_can_compile", lambda device: True)
+    monkeypatch.setattr(cost, "compile_blocks", partial(compile_blocks, backend="eager"))
+    torch._dynamo.reset()
+    return tiny.model(kl, time_scale=20.0)
+
+
+def calls_of(model, monkeypatch) -> list[int]:
+    """The sizes of the batches that the network is called for, as they come."""
+    sizes, forward = [], model.network.forward
+    monkeypatch.setattr(model.network, "forward", lambda x, *told: sizes.append(len(x)) or forward(x, *told))
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes"),
+    [
+        ({}, {4}),
+        ({"guidance": 2.0}, {8}),
+        ({"guidance": 2.0, "guidance_interval": (0.2, 0.6)}, {4, 8}),
+        ({"guidance": 0.0}, {4}),
+    ],
+)
+def test_a_long_job_is_compiled_once_for_batches_of_one_size(model, monkeypatch, caplog, preset, sizes):
+    """The last batch is filled up, so that nothing is compiled anew; the pictures are those of the plain network."""
+    request = make_request(model, num=10, solver="heun", steps=5, **preset)
+    plain = draw_all(model, request, batch_size=4)
+    monkeypatch.setattr(cost, "_seconds_of_a_call", lambda *given: 10.0)
+    compile_where_it_pays(model, request, batch_size=4, num_batches=3)
+    assert is_compiled(model.network)
+    assert "the network was compiled in 0 s; without that, drawing would take some" in caplog.text
+    seen = calls_of(model, monkeypatch)
+    drawn = draw_all(model, request, batch_size=4)
+    assert set(seen) == sizes
+    assert drawn.request == plain.request
+    assert torch.equal(drawn.evaluations, plain.evaluations)
+    torch.testing.assert_close(drawn.latents, plain.latents, rtol=0, atol=1e-5)
+    assert (drawn.pixels.int() - plain.pixels.int()).abs().max() <= 1
+
+
+def test_all_shapes_are_compiled_before_drawing(model, monkeypatch):
+    """The warm-up calls the network for the very batches that are drawn; drawing then compiles nothing."""
+    request = make_request(model, num=7, solver="heun", steps=5, guidance=2.0, guidance_interval=(0.2, 0.6))
+    monkeypatch.setattr(cost, "_WORTH_SECONDS", 0.0)
+    compile_where_it_pays(model, request, batch_size=3, num_batches=3)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert len(draw_all(model, request, batch_size=3).pixels) == 7
+
+
+@pytest.mark.parametrize(
+    ("preset", "seconds", "num_batches"),
+    [
+        ({"solver": "heun", "steps": 5}, 1e-3, 100),  # a second of drawing
+        ({"solver": "heun", "steps": 5}, 10.0, 1),
+        ({"solver": "dopri5"}, 10.0, 100),
+    ],
+    ids=["short", "one batch", "adaptive"],
+)
+def test_what_is_not_compiled(model, monkeypatch, preset, seconds, num_batches):
+    monkeypatch.setattr(cost, "_seconds_of_a_call", lambda *given: seconds)
+    request = make_request(model, num=10, **preset)
+    compile_where_it_pays(model, request, batch_size=4, num_batches=num_batches)
+    assert not is_compiled(model.network)
+
+
+def test_a_cpu_compiles_nothing(kl, monkeypatch):
+    monkeypatch.setattr(cost, "_seconds_of_a_call", lambda *given: 1000.0)
+    model = tiny.model(kl)
+    compile_where_it_pays(model, make_request(model, num=10), batch_size=4, num_batches=100)
+    assert not is_compiled(model.network)
+
+
+def test_what_pictures_are_drawn_from_is_filled_up_as_well(model):
+    request = make_request(model, num=3, solver="heun", steps=5)
+    noise = torch.randn(3, *model.config.latent_shape, generator=torch.Generator().manual_seed(0))
+    given = Given(noise=noise, latents=noise[:1], hole=torch.ones(1, 1, *noise.shape[2:]))
+    plain = draw_all(model, request, given, batch_size=8)
+    compile_blocks(model.network, backend="eager")
+    drawn = list(draw(model, request, given, batch_size=8))
+    torch.testing.assert_close(drawn[0].latents, plain.latents, rtol=0, atol=1e-5)
