@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +23,14 @@ import torch
 from torch import Tensor
 
 from latentflow.artifacts import sha256_tensors
-from latentflow.commands.shards import Columns, OnImages, compute_in_shards, join_columns
+from latentflow.commands.shards import SHARD_SIZE, Columns, OnImages, compute_in_shards, join_columns
 from latentflow.errors import ConfigError, nearest
 from latentflow.latent_flow import LatentFlow
 from latentflow.metrics.features import FeatureExtractor
 from latentflow.metrics.statistics import require_features
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
+from latentflow.sampling.cost import compile_where_it_pays
 from latentflow.sampling.pipeline import Given, draw
 from latentflow.sampling.request import SampleRequest, make_request
 from latentflow.sampling.samples import Samples
@@ -95,12 +97,14 @@ def draw_set(
         NonFiniteError: an image is not made of finite numbers.
     """
     base, label_of = set_request(model, labels=labels, label_shares=label_shares, seed=seed, preset=preset)
-    tell = on_images or (lambda number: None)
+    tell, together = on_images or (lambda number: None), min(batch_size, SHARD_SIZE)
+    num_batches = math.ceil(num / together / (runtime.world if runtime else 1))
+    compile_where_it_pays(model, base, batch_size=together, num_batches=num_batches)
 
     def compute(rows: range) -> Columns:
         told = [label for label in map(label_of, rows) if label is not None]
         request = base.model_copy(update={"seeds": [seed + i for i in rows], "labels": told})
-        columns = drawn_columns(model, request, Given(), extractor, batch_size=batch_size, on_images=tell)
+        columns = drawn_columns(model, request, Given(), extractor, batch_size=together, on_images=tell)
         return columns | {"labels": torch.tensor(told or [-1] * len(rows))}
 
     plan = {**model_plan(model, base), "label_policy": labels, "features": extractor.hash}
