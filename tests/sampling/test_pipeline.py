@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -490,6 +491,16 @@ def test_what_is_not_finite_is_no_picture(kl, solver):
     with pytest.raises(NonFiniteError) as caught:
         sample(model, num=2, solver=solver)
     assert caught.value.exit_code == 1
+
+
+def test_what_overflows_in_half_precision_is_told_how_to_be_drawn(model):
+    begun = pipeline._begin(model, make_request(model, num=3), Given())
+    latents = torch.zeros(begun.latents.shape)
+    latents[1, 0, 0, 0] = float("inf")
+    for word, remedy in (("bf16", "weights of the model are damaged"), ("fp16", "use --precision bf16 or tf32")):
+        request = begun.request.model_copy(update={"precision": word})
+        with pytest.raises(NonFiniteError, match=f"latents of seed 1 are NaN or infinite.* {remedy}"):
+            replace(begun, request=request, latents=latents).arrived()
 
 
 def test_batches_and_memory_are_bounded(model):

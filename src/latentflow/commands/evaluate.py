@@ -59,6 +59,7 @@ from latentflow.metrics.report import (
 from latentflow.metrics.scores import require_enough, some_of, some_rows
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
+from latentflow.sampling.request import precision_for
 
 _REPORT = "report.json"  # in the folder of an evaluation
 
@@ -173,7 +174,7 @@ def evaluate(
         model=subject.facts(),
         sampling=plan.sampling,
         device=_device_name(subject.device),
-        precision=runtime.precision,
+        precision=precision_for(runtime, plan.sampling["solver"]) if plan.sampling else runtime.precision,
         versions={
             "latentflow": latentflow.__version__,
             "torch": torch.__version__,

@@ -279,10 +279,10 @@ class _Begun:
         seconds = self.watch.seconds()
         if (wrong := ~self.latents.isfinite().flatten(1).all(1)).any():
             seed = self.request.seeds[int(wrong.nonzero()[0])]
-            raise NonFiniteError(
-                f"the latents of seed {seed} are NaN or infinite, so there is no picture; if more steps or less "
-                "guidance do not help, the weights of the model are damaged"
-            )
+            remedy = "if more steps or less guidance do not help, the weights of the model are damaged"
+            if self.request.precision == "fp16":
+                remedy = "its network may exceed what fp16 can hold: use --precision bf16 or tf32"
+            raise NonFiniteError(f"the latents of seed {seed} are NaN or infinite, so there is no picture; {remedy}")
         return Samples(
             pixels=self.pixels,
             latents=self.latents,

@@ -135,7 +135,7 @@ def make_request(
         start=start,
         image_size=image_size,
         sampling=sampling,
-        precision=precision_for(model.runtime, sampling),
+        precision=precision_for(model.runtime, sampling.solver),
     )
     check_request(model, request)
     if not asked.keys() >= _WHOLE_PRESET:
@@ -145,9 +145,9 @@ def make_request(
     return request
 
 
-def precision_for(runtime: Runtime, sampling: SamplingPreset) -> Precision:
+def precision_for(runtime: Runtime, solver: str) -> Precision:
     """What a network is to compute in: as asked, or where nothing was, fp32 for a solver that measures its errors."""
-    if not runtime.is_asked and is_adaptive(sampling.solver):
+    if not runtime.is_asked and is_adaptive(solver):
         return "fp32"
     return runtime.precision
 
