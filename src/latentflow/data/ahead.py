@@ -59,7 +59,7 @@ def room_for_workers(wanted: int, num_bytes: int, sharing: int = 1) -> int:
         num_bytes: of one batch.
         sharing: processes of this machine that want as many.
     """
-    if wanted < 1 or _shared_bytes() < _LEAST_SHARED_BYTES or _allowed_files() < _needed_files(wanted):
+    if wanted < 1 or shared_bytes() < _LEAST_SHARED_BYTES or _allowed_files() < _needed_files(wanted):
         return 0
     return min(wanted, int(_batches_with_room(num_bytes, sharing)))
 
@@ -86,6 +86,14 @@ def reading_processes(
             read(row)
     seconds = (time.perf_counter() - began) / len(tried) * num_images
     return room_for_workers(wanted, num_bytes, sharing) if seconds > _WORTH_PROCESSES else 0
+
+
+def shared_bytes() -> float:
+    """How much of the memory is free through which processes hand on tensors."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return 0 if sys.platform == "linux" else float("inf")
 
 
 def read_ahead(
@@ -262,7 +270,7 @@ def _require_open_files(num_workers: int, option: str) -> None:
 
 def _require_shared_memory(num_workers: int, option: str) -> None:
     """Batches of other processes come through /dev/shm; where there is none, torch waits for minutes."""
-    num_bytes = _shared_bytes()
+    num_bytes = shared_bytes()
     if num_bytes < _LEAST_SHARED_BYTES:
         raise DataError(
             f"{option}={num_workers} needs shared memory, and /dev/shm has {num_bytes / 2**20:.0f} MiB; use "
@@ -272,14 +280,7 @@ def _require_shared_memory(num_workers: int, option: str) -> None:
 
 def _batches_with_room(num_bytes: int, sharing: int) -> float:
     """How many batches half of the shared memory holds."""
-    return _shared_bytes() / 2 / sharing // max(num_bytes, 1)
-
-
-def _shared_bytes() -> float:
-    try:
-        return shutil.disk_usage("/dev/shm").free
-    except OSError:
-        return 0 if sys.platform == "linux" else float("inf")
+    return shared_bytes() / 2 / sharing // max(num_bytes, 1)
 
 
 def _allowed_files() -> float:

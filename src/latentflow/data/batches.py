@@ -133,7 +133,7 @@ class TrainingImages(Dataset):
         self._remember()
         if spatial is not None and spatial.pictures is not None:
             rows = {spatial.pictures.name(row): row for row in range(len(spatial.pictures))}
-            self._picture_of = np.array([rows[name] for name in source.names()])
+            self._picture_of = torch.tensor([rows[name] for name in source.names()])
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -246,7 +246,7 @@ class TrainingImages(Dataset):
         if spatial.cached_holes:
             batch["known_moments"], batch["mask"] = cache.known(rows, variants, flips)
         elif spatial.holes:
-            items = [spatial.pictures[int(row)] for row in self._picture_of[indices.numpy()]]
+            items = [spatial.pictures[row] for row in self._picture_of[indices].tolist()]
             batch |= self._holes(positions, _mirrored([item.pixels for item in items], flipped))
         return batch
 

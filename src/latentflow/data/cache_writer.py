@@ -189,7 +189,7 @@ def _claim(folder: Path, plan: CachePlan, source: ImageSource) -> None:
     if not same:
         _require_only_broken_changed(folder, found, source)
     names = [source.name(row) for row in range(len(source))]
-    record = CachedSource(names=names, contents=source.contents())
+    record = CachedSource(names=names, contents=list(source.contents()))
     write_json(images, record.model_dump(mode="json"))
     write_json(file, plan.model_dump(mode="json"))
 

@@ -10,7 +10,7 @@ training images and references.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +28,7 @@ from latentflow.data.layout import class_folders, counted, evenly, tell_passed_o
 from latentflow.data.lmdb_store import LmdbStore, check_first, environment_file
 from latentflow.data.map_files import MapFiles
 from latentflow.data.orientation import Photo, with_turn
+from latentflow.data.packed import PackedText
 from latentflow.data.stores import SUFFIXES, FolderStore, Listing, StoredFile, ZipStore, is_image, open_store, wrapper
 from latentflow.data.synthetic import SyntheticShapes
 from latentflow.errors import ConfigError, DataError
@@ -148,7 +149,7 @@ class ImageFiles:
     ):
         self.image_size = image_size
         self._store = store
-        self._contents: list[str] | None = None
+        self._contents: PackedText | None = None
         files, folders = listing or store.listing()
         images = {name: file for name, file in files.items() if is_image(name)}
 
@@ -183,13 +184,14 @@ class ImageFiles:
             self._maps = MapFiles(store, files.get(f"{top}classes.json"), _below(f"{top}masks/", images), below_images)
         check_first(first, len(names), store.path)
         self._num_available = len(names)
-        self._rows = list(range(len(names)))
+        self._rows: Sequence[int] = range(len(names))
         if first is not None:
             if first < len(self.class_names):
                 raise DataError(f"first = {first} of {len(self.class_names)} classes; give one for each class, or more")
             self._rows = evenly([self._label(name) or 0 for name in names], first)
-        self._names = [names[row] for row in self._rows]
-        self._files = [images[prefix + name] for name in self._names]
+        self._names = PackedText(names[row] for row in self._rows)
+        paths = PackedText(images[prefix + names[row]].path for row in self._rows)
+        self._paths = self._names if paths == self._names else paths
 
     @property
     def place(self) -> Path:
@@ -210,13 +212,14 @@ class ImageFiles:
         maps = f" with semantic maps of {len(self.map_class_names)} classes" if self._maps else ""
         return f"{_how_many(self, self._num_available)}{classes}{maps} from {self._store.path.resolve().name}"
 
-    def contents(self) -> list[str]:
+    def contents(self) -> Sequence[str]:
         """Size and CRC-32 of each image file, and name, size and CRC-32 of its map."""
         if self._contents is None:
-            self._contents = self._store.contents([file.path for file in self._files])
+            found = self._store.contents(self._paths)
             if self._maps:
-                pairs = zip(self._contents, self._maps.contents(self._rows), strict=True)
-                self._contents = [f"{image} {semantic_map}" for image, semantic_map in pairs]
+                pairs = zip(found, self._maps.contents(self._rows), strict=True)
+                found = [f"{image} {semantic_map}" for image, semantic_map in pairs]
+            self._contents = PackedText(found)
         return self._contents
 
     def fingerprint(self) -> str:
@@ -237,9 +240,9 @@ class ImageFiles:
             BrokenImage: a file has vanished, is damaged, or is not an image; or the map does not fit.
             IndexError: `index` is not in [0, len).
         """
-        name, file, semantic_map = self.name(index), self._files[index], None
+        name, path, semantic_map = self.name(index), self._paths[index], None
         with _decoding(name):
-            with room_for(file.num_bytes), open_image(self._store.read(file.path), name) as image:
+            with room_for(self._store.held_bytes(path)), open_image(self._store.read(path), name) as image:
                 rgb, turn = with_turn(image, partial(to_rgb, name=name))
                 pixels = center_crop(rgb, self.image_size)
             if self._maps:
@@ -280,7 +283,7 @@ class LmdbImages:
     def description(self) -> str:
         return f"{_how_many(self, self._store.num_entries)} from {self._store.path.resolve().name}"
 
-    def contents(self) -> list[str]:
+    def contents(self) -> Sequence[str]:
         """See `LmdbStore.contents`."""
         return self._store.contents()
 

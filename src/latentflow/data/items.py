@@ -73,7 +73,7 @@ class ImageSource(Protocol):
         """A stable hash of what is in the source: equal for equal contents, on every machine."""
         ...
 
-    def contents(self) -> list[str]:
+    def contents(self) -> Sequence[str]:
         """What identifies the content of each item: equal texts for equal bytes, on every machine."""
         ...
 

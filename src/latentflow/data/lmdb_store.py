@@ -15,7 +15,7 @@ import math
 import os
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from latentflow.data.decode import BrokenImage, open_image
+from latentflow.data.packed import PackedBytes, PackedText
 from latentflow.errors import DataError
 from latentflow.ledger import Ledger, one_at_a_time
 from latentflow.progress import image_progress
@@ -54,13 +55,13 @@ class LmdbStore:
         self.path = path
         self._file = environment_file(path)
         self._handle: _Handle | None = None
-        self._contents: list[str] | None = None
+        self._contents: PackedText | None = None
         with self._transaction() as transaction:
             self.num_entries = transaction.stat()["entries"]
             if not self.num_entries:
                 raise DataError(f"{path} is an empty LMDB environment; give one that holds images")
             check_first(first, self.num_entries, path)
-            self.keys, wanted = _ordered_keys(transaction, first), first or self.num_entries
+            self.keys, wanted = PackedBytes(_ordered_keys(transaction, first)), first or self.num_entries
             if len(self.keys) != wanted:
                 raise DataError(
                     f"{path} is a damaged LMDB environment ({len(self.keys)} keys of {wanted}); copy it anew"
@@ -83,13 +84,13 @@ class LmdbStore:
             raise ValueError(f"its {len(value)} bytes are no square of RGB pixels (3 x side x side)")
         return b"P6 %d %d 255\n" % (side, side) + value
 
-    def contents(self) -> list[str]:
+    def contents(self) -> Sequence[str]:
         """What identifies each value: size and CRC-32, as "1234:89abcdef".
 
         All values are read, which is remembered for as long as the environment does not change.
         """
         if self._contents is None:
-            self._contents = self._checksums()
+            self._contents = PackedText(self._checksums())
         return self._contents
 
     def _checksums(self) -> list[str]:

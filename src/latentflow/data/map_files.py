@@ -9,6 +9,7 @@ import numpy as np
 
 from latentflow.data.map_reader import read_map
 from latentflow.data.orientation import Photo
+from latentflow.data.packed import PackedText
 from latentflow.data.semantic_maps import EXAMPLE, MapClasses
 from latentflow.data.stores import FolderStore, StoredFile, ZipStore
 from latentflow.errors import DataError
@@ -42,8 +43,8 @@ class MapFiles:
         self.classes = read_classes(store, classes)
         self._store = store
         pairs = pair_maps(images, maps, str(store.path))
-        self._names = [pairs[image] for image in images]
-        self._files = [maps[name] for name in self._names]
+        self._names = PackedText(pairs[image] for image in images)
+        self._paths = PackedText(maps[name].path for name in self._names)
 
     def read(self, index: int, photo: Photo) -> np.ndarray:
         """Map `index`, [H, W] uint8, of an image that is `photo`.
@@ -52,11 +53,11 @@ class MapFiles:
             DataError: the map cannot be read, knows other classes, or does not fit the image.
         """
         name = f"its map masks/{self._names[index]}"
-        return read_map(self._store.read(self._files[index].path), self.classes, name=name, photo=photo)
+        return read_map(self._store.read(self._paths[index]), self.classes, name=name, photo=photo)
 
     def contents(self, indices: Sequence[int]) -> list[str]:
         """What identifies some of the maps: the name and the content of each."""
-        contents = self._store.contents([self._files[index].path for index in indices])
+        contents = self._store.contents([self._paths[index] for index in indices])
         return [f"{self._names[index]} {content}" for index, content in zip(indices, contents, strict=True)]
 
 

@@ -42,11 +42,9 @@ class StoredFile(NamedTuple):
 
     Attributes:
         path: what `read` of the store takes.
-        num_bytes: unpacked size of an archive's member; 0 for files of a folder, which are not asked for it.
     """
 
     path: str
-    num_bytes: int = 0
 
 
 class Listing(NamedTuple):
@@ -116,6 +114,10 @@ class FolderStore:
 
     def read(self, path: str) -> bytes:
         return read_file(self.path / path)
+
+    def held_bytes(self, path: str) -> int:
+        """What a file takes in memory while it is read, as far as that is known beforehand: of a folder's it is not."""
+        return 0
 
     def mark(self, path: str) -> bytes:
         """The first bytes of a file; none where it cannot be read."""
@@ -210,7 +212,7 @@ class ZipStore:
                 continue
             if member.flag_bits & _ENCRYPTED_FLAG:
                 raise DataError(f"{self.path} is encrypted ({name}); unpack it with its password, and give the folder")
-            _add(found, name, StoredFile(member.filename, member.file_size), self.path)
+            _add(found, name, StoredFile(member.filename), self.path)
         if outside:
             notice(f"{self.path}: {len(outside)} members that lead out of it are not read ({min(outside)})")
         unpack = f'zipfile.ZipFile("{self.path}", metadata_encoding="cp932").extractall("DST")'
@@ -221,6 +223,10 @@ class ZipStore:
     def files(self) -> dict[str, StoredFile]:
         """The files of `listing`."""
         return self.listing().files
+
+    def held_bytes(self, path: str) -> int:
+        """What a member takes in memory while it is read: its unpacked size."""
+        return self._archive()[0].getinfo(path).file_size
 
     def read(self, path: str) -> bytes:
         """The content of a member.
@@ -274,7 +280,7 @@ def is_clutter(name: str) -> bool:
 
 def wrapper(names: Iterable[str]) -> str:
     """The path that all names have in front, where a single folder wraps everything, with its last slash."""
-    folder = posixpath.commonpath([posixpath.dirname(name) for name in names])
+    folder = posixpath.commonpath({posixpath.dirname(name) for name in names})
     return f"{folder}/" if folder else ""
 
 

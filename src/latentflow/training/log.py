@@ -121,9 +121,7 @@ class RunLog:
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
-        if (
-            self.enabled and not self.progress.disable
-        ):  # asking it takes a quarter of a millisecond
+        if self.enabled and not self.progress.disable:  # asking it takes a quarter of a millisecond
             self.progress.update(self.task, completed=step)
 
     def say(self, text: str) -> None:
