@@ -20,6 +20,7 @@ from latentflow.convert.published import imagenet_synsets, published
 from latentflow.errors import ArtifactError
 from latentflow.latent_flow import WEIGHTS_FILE, LatentFlow
 from latentflow.networks import dit
+from tests import tiny
 from tests.convert import foreign
 
 EVERY = pytest.mark.parametrize("name", EXPERIMENTS)
@@ -96,7 +97,7 @@ def small(monkeypatch, tmp_path, autoencoder):
             options=[f"{key}={value}" for key, value in options.items() if key != "image_size"],
             image_size=IMAGE_SIZE,
             autoencoder=autoencoder,
-            device="cpu",
+            runtime=tiny.CPU,
         )
         return result, tmp_path / "model", weights
 
