@@ -17,9 +17,11 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import nn
 
 from latentflow import artifacts
@@ -540,7 +542,8 @@ def free_port() -> int:
 
 def test_two_processes_equal_one(recipe, train, recipe_file, tmp_path):
     """Under torchrun: two processes with two micro-batches each, against one with the whole batch."""
-    given = {"source": {"flip": True}, "times": {"stratified": True}, "training": {"checkpoint_every": 4}}
+    training = {"checkpoint_every": 4, "preview_every": 5}
+    given = {"source": {"flip": True}, "times": {"stratified": True}, "training": training}
     one = train("one", **given)
     given["training"]["micro_batch_size"] = 1
     file = recipe_file(recipe("two", **given))
@@ -558,6 +561,9 @@ def test_two_processes_equal_one(recipe, train, recipe_file, tmp_path):
     assert read_json(two / "environment.json")["num_processes"] == 2
     assert largest_difference(one, two) < 1e-5
     assert read_json(newest_checkpoint(two) / "state.json")["images_seen"] == 40
+    for grid in ("step-00000005.png", "step-00000010.png"):  # of which each has drawn a half
+        here, there = (np.asarray(Image.open(run / "samples" / grid)).astype(int) for run in (one, two))
+        assert np.abs(here - there).max() <= 1
     # The loss of a step is the mean over its images: equal means in all steps need the same images in all steps.
     losses, by_time = (
         [[line[key] for line in read_metrics(run)] for run in (one, two)] for key in ("loss", "loss_by_time")
