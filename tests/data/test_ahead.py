@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -119,3 +121,23 @@ def test_signals_to_the_whole_group_leave_the_readers_alive(images, start):
     stream.close()
     worker.join(10)
     assert not worker.is_alive()
+
+
+SCRIPT = """
+import sys
+from latentflow.data.ahead import read_ahead
+from latentflow.data.batches import TrainingImages
+from latentflow.data.images import open_images
+
+print("the script runs", flush=True)
+images = TrainingImages(open_images(sys.argv[1], 16), seed=0, flip=False)
+read = read_ahead(images, [range(4), range(4, 6)], num_workers=2, num_bytes=1, pin_memory=False, start="spawn")
+print([len(batch.pixels) for batch in read])
+"""
+
+
+def test_a_script_that_is_not_made_for_it_runs_once(images, tmp_path):
+    """As one that calls `encode` without asking whether it is the main module."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, tmp_path / "script.py", images], capture_output=True, text=True, timeout=600)
+    assert (done.stdout, done.stderr) == ("the script runs\n[4, 2]\n", "")

@@ -103,17 +103,18 @@ def test_nothing_but_broken_images_is_refused(tmp_path, kl):
         write_cache(open_images(tmp_path / "images", tiny.IMAGE_SIZE), kl, tmp_path / "cache")
 
 
-def test_kill_9_loses_at_most_the_shard_at_hand(tmp_path, kl_folder):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_kill_9_loses_at_most_the_shards_at_hand(tmp_path, kl_folder, num_workers):
     """`latentflow encode` is killed in the middle; repeated, it ends in the same bytes and redoes nothing complete."""
     many = tiny.write_images(tmp_path / "many", per_class=200)
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
 
-    def command(out):
+    def command(out, num_workers=0):
         options = ("--autoencoder", kl_folder, "--image-size", tiny.IMAGE_SIZE, "--shard-size", 20, "--batch-size", 4)
-        return ("encode", many, *options, "--out", out, "--device", "cpu")
+        return ("encode", many, *options, "--out", out, "--device", "cpu", "--num-workers", num_workers)
 
     assert processes.finish(processes.start(command(whole), log), log) == 0, log.read_text()
-    process = processes.start(command(killed), log)
+    process = processes.start(command(killed, num_workers), log)
     processes.wait_until(lambda: (killed / "shard-00003.json").exists(), process)
     process.kill()
     process.join()

@@ -91,8 +91,9 @@ def test_encode_reads_in_other_processes(device, kl_folder, tmp_path):
     """They are not forked from a process that has begun to use the GPU, and the cache is that of one process."""
     images = tiny.write_images(tmp_path / "many", per_class=40)
     command = ("encode", images, "--autoencoder", kl_folder, "--image-size", tiny.IMAGE_SIZE, "--batch-size", 16)
-    places = {"there": device, "here": "cpu"}
-    all_well(*((*command, "--device", place, "--out", tmp_path / name) for name, place in places.items()))
+    places = {"there": (device, 2), "here": ("cpu", 0)}
+    options = {name: ("--device", place, "--num-workers", number) for name, (place, number) in places.items()}
+    all_well(*((*command, *given, "--out", tmp_path / name) for name, given in options.items()))
     there, here = caches = [LatentCache(tmp_path / name) for name in places]
     rows = list(range(len(here)))
     assert len(rows) == 120

@@ -16,10 +16,12 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -122,10 +124,12 @@ def read_ahead(
     _require_shared_memory(num_workers, option)
     _require_open_files(num_workers, option)
     start = start or ("spawn" if torch.cuda.is_initialized() else None)
+    hidden = nullcontext()
     if start == "spawn":
         resource_tracker.ensure_running()  # which lets signals through when it starts
+        hidden = _main_hidden(dataset)
     ahead = int(min(max(_batches_with_room(num_bytes, sharing) // num_workers, 1), _MOST_AHEAD))
-    with warnings.catch_warnings(), _signals_held():
+    with warnings.catch_warnings(), _signals_held(), hidden:
         warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than there are processors
         loader = DataLoader(
             _Answering(dataset),
@@ -186,6 +190,21 @@ class _Answering(Dataset):
         except (LatentFlowError, OSError) as error:
             read = DataError(str(error))
         return _Answer(read, console.noted())
+
+
+@contextmanager
+def _main_hidden(dataset: Dataset) -> Iterator[None]:
+    """Keep processes that are started anew from running the user's script again, which may not be made for that.
+
+    One that defines what they read, such as a source of its own, must be.
+    """
+    main = sys.modules["__main__"]
+    if b"__main__" not in bytes(ForkingPickler.dumps(dataset)):
+        sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 @contextmanager

@@ -1,0 +1,73 @@
+"""Latent caches on a GPU: written from there, and held there."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from latentflow.artifacts import read_tensors
+from latentflow.autoencoder import Autoencoder
+from latentflow.data.batches import Batch, SpatialData, StreamPositions, TrainingImages, stream_batches
+from latentflow.data.cache_writer import write_cache
+from latentflow.data.images import open_images
+from latentflow.data.latent_cache import LatentCache
+from tests import tiny
+
+MANY = {"flips": True, "mask_variants": 2, "shard_size": 5, "batch_size": 3, "precision": "float32"}
+
+
+@pytest.fixture
+def encoder(kl_folder, runtime) -> Autoencoder:
+    return Autoencoder.from_pretrained(kl_folder).to(runtime("fp32"))
+
+
+def read(folder) -> dict[str, torch.Tensor]:
+    """Every tensor of a cache, its shards one after the other."""
+    shards = [read_tensors(file) for file in sorted(folder.glob("shard-*.safetensors"))]
+    return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+
+
+def test_shards_are_those_of_the_cpu_whoever_reads(segmented, encoder, kl, tmp_path):
+    source = open_images(segmented, tiny.IMAGE_SIZE)
+    write_cache(source, kl, tmp_path / "here", **MANY)
+    expected = read(tmp_path / "here")
+    for num_workers in (0, 2):
+        index = write_cache(source, encoder, tmp_path / str(num_workers), num_workers=num_workers, **MANY)
+        found = read(tmp_path / str(num_workers))
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-3)
+        assert index.channel_std == pytest.approx(LatentCache(tmp_path / "here").index.channel_std, rel=1e-3)
+
+
+@pytest.mark.parametrize("spatial", [None, SpatialData(tiny.FACTOR, maps=True, cached_holes=True)])
+def test_a_cache_that_is_held_gives_what_its_files_give(segmented_cache, device, spatial):
+    files, held = (TrainingImages(LatentCache(segmented_cache), seed=3, flip=True, spatial=spatial) for _ in range(2))
+    held.hold(torch.device(device))
+    one, other = files.at(range(5, 65)).to(device), held.at(range(5, 65)).to(device)
+    for field in fields(Batch):
+        left, right = getattr(one, field.name), getattr(other, field.name)
+        assert (left is None) == (right is None)
+        if left is not None:
+            assert left.device == right.device
+            torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("hold", [True, False])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_reading_batches_never_waits_for_the_gpu(segmented_cache, cuda, hold, num_workers):
+    spatial = SpatialData(tiny.FACTOR, maps=True, cached_holes=True)
+    images = TrainingImages(LatentCache(segmented_cache), seed=3, flip=True, spatial=spatial)
+    if hold:
+        images.hold(torch.device(cuda))
+    batches = stream_batches(images, StreamPositions(0, 8, 8, 0, 1), num_workers=num_workers, pin_memory=True)
+    next(batches).to(cuda)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        read = [next(batches).to(cuda) for _ in range(5)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        batches.close()
+    assert [int(batch.positions[0]) for batch in read] == [8, 16, 24, 32, 40]
