@@ -11,6 +11,7 @@ import unicodedata
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 
 from latentflow import ledger
+from latentflow.data import images as image_sets
 from latentflow.data.colour import to_rgb
 from latentflow.data.images import (
     BrokenImage,
@@ -929,11 +931,39 @@ def partly_broken(tmp_path) -> Path:
 
 def test_readable_keeps_the_good_and_names_the_broken(partly_broken):
     source = open_images(partly_broken, 8)
-    kept, broken = readable(source, workers=3)
+    kept, broken = readable(source)
     assert kept == [0, 4]
     assert [error.name for error in broken] == ["b cut.jpg", "c text.png", "d nothing.webp"]
     assert "truncated" in broken[0].reason
     assert str(broken[1]) == "cannot read the image c text.png: its content is no image that Pillow can read"
+
+
+def test_processes_that_look_for_broken_images_find_the_same(partly_broken, monkeypatch):
+    """And what they find is remembered, also where the command is ended before all was looked at."""
+    source = open_images(partly_broken, 8)
+    kept, broken = readable(open_images(shutil.copytree(partly_broken, partly_broken.with_name("copy")), 8))
+    monkeypatch.setattr(image_sets, "reading_processes", lambda *given, **options: 2)
+    monkeypatch.setattr(image_sets, "_CHECKED_TOGETHER", 2)
+    monkeypatch.setattr(image_sets, "_SAVED_TOGETHER", 1)
+
+    @contextmanager
+    def killed_after_the_second(what, number):
+        def on_images(count: int) -> None:
+            seen.append(count)
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+
+        yield on_images
+
+    seen: list[int] = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(image_sets, "image_progress", killed_after_the_second)
+        readable(source)
+    numbers = []
+    monkeypatch.setattr(image_sets, "image_progress", lambda what, number: numbers.append(number) or nullcontext(print))
+    found = readable(source)
+    assert found[0] == kept and [str(error) for error in found[1]] == [str(error) for error in broken]
+    assert numbers == [1]  # of five
 
 
 def test_what_can_be_read_is_remembered_until_it_changes(partly_broken, monkeypatch):

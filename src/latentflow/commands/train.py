@@ -186,7 +186,7 @@ def prepare(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence[str] = (
         source.require_autoencoder(autoencoder)
         kept, broken = None, source.index.broken
     else:
-        kept, unreadable = readable(source)
+        kept, unreadable = readable(source, processes=recipe.data.num_workers != 0)
         broken = [f"{error.name}: {error.reason}" for error in unreadable]
         if not kept:
             raise DataError(f"{recipe.data.path}: none of {len(broken)} images can be read; {unreadable[0]}")

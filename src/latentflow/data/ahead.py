@@ -67,19 +67,25 @@ def room_for_workers(wanted: int, num_bytes: int, sharing: int = 1) -> int:
 
 
 def reading_processes(
-    read: Callable[[int], Any], shards: Sequence[range], *, device: torch.device, num_bytes: int, sharing: int = 1
+    read: Callable[[int], Any],
+    shards: Sequence[Sequence[int]],
+    *,
+    device: torch.device | None = None,
+    num_bytes: int,
+    sharing: int = 1,
 ) -> int:
-    """How many processes pay that read images for a GPU; a CPU is busy enough: 0, as for few images.
+    """How many processes pay that read images; 0 for few of them, and where a CPU is busy with computing.
 
     Args:
         read: reads one image; some are, to see how long it takes.
         shards: which images.
+        device: what computes meanwhile; None: nothing does.
         num_bytes: of what is read together.
         sharing: processes of this machine that read likewise.
     """
     num_images = sum(map(len, shards))
     wanted = min(usable_cpus() // sharing - 1, _MOST_PROCESSES)
-    if device.type == "cpu" or wanted < 2 or num_images < 1000:
+    if (device is not None and device.type == "cpu") or wanted < 2 or num_images < 1000:
         return 0
     tried = [part[len(part) // 2] for part in shards[:: max(len(shards) // 8, 1)]]
     began = time.perf_counter()

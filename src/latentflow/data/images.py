@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from urllib.parse import quote_from_bytes
 
 import PIL
 
+from latentflow.data.ahead import lost_workers, read_ahead, read_in_threads, reading_processes
 from latentflow.data.colour import PIXEL_RULES, to_rgb
 from latentflow.data.crop import center_crop, crop_map
 from latentflow.data.decode import BrokenImage, most_pixels, open_image, reason, room_for
@@ -46,6 +46,7 @@ __all__ = [
     "readable",
 ]
 
+_CHECKED_TOGETHER, _SAVED_TOGETHER = 32, 200  # images; so many times
 _PRINTABLE = bytes(sorted({*range(0x20, 0x7F)} - {ord("%")}))
 
 
@@ -95,35 +96,65 @@ def open_images(path: str | Path, image_size: int, *, first: int | None = None, 
     return source
 
 
-def readable(source: ImageSource, workers: int = 8) -> tuple[list[int], list[BrokenImage]]:
-    """Decode every image once, in threads: the indices that can be read, and what is wrong with the others.
+def readable(source: ImageSource, *, processes: bool = True) -> tuple[list[int], list[BrokenImage]]:
+    """Decode every image once: the indices that can be read, and what is wrong with the others.
 
     What was found is remembered by what the images hold, so that repeating a command costs no decoding. Of several
-    processes one decodes.
+    processes of a launch one decodes.
+
+    Args:
+        processes: whether processes may be started for it, where it takes long; otherwise threads do it.
     """
     place = getattr(source, "place", source.description)  # images that lie nowhere are not remembered either
     maps = f"{source.map_class_names} {source.map_palette}"
     rules = f"{PIL.__version__} {PIXEL_RULES} {source.image_size} {most_pixels()} {maps}"
     contents = source.contents()
+    with one_at_a_time(place), Ledger(f"decodes {rules}", place) as ledger:
+        found = [ledger.get(source.name(index), contents[index]) for index in range(len(source))]
+        unknown = [index for index, known in enumerate(found) if known is None]
+        with image_progress("checking", len(unknown)) as on_images:
+            for number, (rows, problems) in enumerate(_problems(source, unknown, processes), start=1):
+                for index, why in zip(rows, problems, strict=True):
+                    found[index] = why
+                    if contents[index] not in ("", "unreadable"):
+                        ledger.put(source.name(index), contents[index], why)
+                on_images(len(rows))
+                if number % _SAVED_TOGETHER == 0:
+                    ledger.save()
+    kept = [index for index, why in enumerate(found) if not why]
+    return kept, [BrokenImage(source.name(index), why) for index, why in enumerate(found) if why]
 
-    def problem(index: int) -> str:
+
+class _Checking:
+    """What is wrong with images; "" where nothing is."""
+
+    def __init__(self, source: ImageSource):
+        self.source = source
+
+    def __getitems__(self, rows: Sequence[int]) -> list[str]:
+        return [self._problem(row) for row in rows]
+
+    def _problem(self, row: int) -> str:
         try:
-            source[index]
+            self.source[row]
         except BrokenImage as error:
             return error.reason
         return ""
 
-    with one_at_a_time(place), Ledger(f"decodes {rules}", place) as ledger, ThreadPoolExecutor(workers) as pool:
-        found = [ledger.get(source.name(index), contents[index]) for index in range(len(source))]
-        unknown = [index for index, known in enumerate(found) if known is None]
-        with image_progress("checking", len(unknown)) as on_images:
-            for index, why in zip(unknown, pool.map(problem, unknown), strict=True):
-                found[index] = why
-                if contents[index] not in ("", "unreadable"):
-                    ledger.put(source.name(index), contents[index], why)
-                on_images(1)
-    kept = [index for index, why in enumerate(found) if not why]
-    return kept, [BrokenImage(source.name(index), why) for index, why in enumerate(found) if why]
+
+def _problems(
+    source: ImageSource, rows: Sequence[int], processes: bool
+) -> Iterator[tuple[Sequence[int], Sequence[str]]]:
+    """Some of `rows` after others, each time with what is wrong with them."""
+    parts = [rows[start : start + _CHECKED_TOGETHER] for start in range(0, len(rows), _CHECKED_TOGETHER)]
+    num_workers = reading_processes(source.__getitem__, parts, num_bytes=1) if processes else 0
+    checking = _Checking(source)
+    if num_workers:
+        checked = read_ahead(checking, parts, num_workers=num_workers, num_bytes=1, pin_memory=False)
+    else:
+        checked = read_in_threads(checking, parts)
+    with closing(checked), lost_workers(num_workers):
+        yield from zip(parts, checked, strict=True)
 
 
 class ImageFiles:
