@@ -324,6 +324,22 @@ def test_the_next_batch_is_begun_before_the_first_one_arrives(model, monkeypatch
     assert seen == begun == [[0, 1], [2, 3], [4]]
 
 
+def test_nothing_is_delivered_in_the_place_of_what_failed(model, monkeypatch):
+    """A batch whose pictures arrive damaged ends it all, though the next one has been begun."""
+    arrived, seen = pipeline._Begun.arrived, []
+
+    def damaged(batch):
+        if batch.request.seeds == [1]:
+            raise NonFiniteError("no picture")
+        return arrived(batch)
+
+    monkeypatch.setattr(pipeline, "_batches_ahead", lambda device: 1)
+    monkeypatch.setattr(pipeline._Begun, "arrived", damaged)
+    with pytest.raises(NonFiniteError, match="no picture"):
+        seen.extend(samples.request.seeds for samples in draw(model, make_request(model, num=5), batch_size=1))
+    assert seen == [[0]]
+
+
 def test_what_was_drawn_before_an_error_is_delivered(model, monkeypatch):
     begin, seen = pipeline._begin, []
 

@@ -42,7 +42,7 @@ _ROUNDING = {"tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10}  # of a networ
 
 @dataclass(frozen=True)
 class Given:
-    """What images are drawn from besides seeds and classes, on the CPU; one row per image, or one row for all.
+    """What images are drawn from besides seeds and classes; one row per image, or one row for all.
 
     Attributes:
         masked_latents: [B, C, h, w], what the model is told of the known part of an image.
@@ -107,14 +107,14 @@ def draw_batches(
     size = batch_size if is_compiled(model.network) else 0
     ahead = _batches_ahead(model.device)
     begun: deque[_Begun] = deque()
-    try:
-        for request, given in batches:
+    for request, given in batches:
+        try:
             begun.append(_begin(model, request, given, size))
-            if len(begun) > ahead:
-                yield begun.popleft().arrived()
-    except NonFiniteError:
-        yield from (batch.arrived() for batch in begun)
-        raise
+        except NonFiniteError:  # what was drawn before is not lost
+            yield from (batch.arrived() for batch in begun)
+            raise
+        if len(begun) > ahead:
+            yield begun.popleft().arrived()
     yield from (batch.arrived() for batch in begun)
 
 
