@@ -17,6 +17,7 @@ from latentflow.data.cache_writer import write_cache
 from latentflow.data.images import open_images
 from tests import tiny
 
+os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start: by another number of threads sums differ
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).parents[1].parent / "shared"

@@ -78,6 +78,7 @@ def start_processes(args: Sequence[object], log: Path, num_processes: int) -> li
     _STORES.append(store)
     common = {
         "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",

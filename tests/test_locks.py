@@ -21,10 +21,15 @@ import torch
 from latentflow import locks
 from latentflow.artifacts import require_new, write_text
 from latentflow.errors import ArtifactError
-from latentflow.locks import holder, only_writer, writes
+from latentflow.locks import only_writer, writes
 from latentflow.runtime import Runtime, launch_name
 
 _CONTEXT = multiprocessing.get_context("fork")
+
+
+def holder(path: Path, rank: int) -> str | None:
+    """Who holds the lock of folder `path` as process `rank` of its launch; None where nobody does."""
+    return locks._holder(path / f"{locks.LOCK}.{rank}")
 
 
 def _hold(path: Path, pipe, environment: dict[str, str], rank: int | None) -> None:

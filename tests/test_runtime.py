@@ -55,10 +55,10 @@ class Gpus:
 
 
 def test_a_precision_that_was_not_asked_for_is_known_as_such():
-    assert not open_runtime("cpu").is_asked
-    assert not Runtime(torch.device("cpu")).with_precision("auto").is_asked
-    assert open_runtime("cpu", "bf16").is_asked
-    assert open_runtime("cpu").with_precision("fp32").is_asked
+    assert not open_runtime("cpu").precision_is_explicit
+    assert not Runtime(torch.device("cpu")).with_precision("auto").precision_is_explicit
+    assert open_runtime("cpu", "bf16").precision_is_explicit
+    assert open_runtime("cpu").with_precision("fp32").precision_is_explicit
 
 
 def test_one_process_on_a_cpu():

@@ -28,6 +28,12 @@ from latentflow.training.config import Recipe
 
 CPU = Runtime(torch.device("cpu"))
 
+
+def one_of_two(rank: int) -> Runtime:
+    """A process of two, as far as sharing goes; they do not meet."""
+    return Runtime(CPU.device, rank, world=2)
+
+
 CLASSES = ("apple", "berry", "cherry")
 IMAGES_PER_CLASS = 6
 NUM_IMAGES = len(CLASSES) * IMAGES_PER_CLASS

@@ -1408,6 +1408,8 @@ def _run() -> int:
         raise KeyboardInterrupt from None
     except _USAGE_ERROR as error:
         raise ConfigError(_usage_line(error)) from error
+    if (runtime := sys.modules.get("latentflow.runtime")) is not None:  # which most help does without
+        runtime.leave()
     return 0
 
 

@@ -99,11 +99,6 @@ def writes(place: str | Callable[[Mapping[str, Any]], Any], *, launch: bool = Fa
     return decorate
 
 
-def holder(path: str | Path, rank: int) -> str | None:
-    """Who holds the lock of folder `path` as process `rank` of its launch; None where nobody does."""
-    return _holder(Path(path) / f"{LOCK}.{rank}")
-
-
 def _acquire(folder: Path, name: str, rank: int, path: Path, *, alone: bool) -> int | None:
     """A handle of the locked file; None where the file system knows no locks."""
     file, began = folder / f"{name}.{rank}", time.monotonic()

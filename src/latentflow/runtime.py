@@ -45,7 +45,7 @@ class Runtime:
         precision: what networks compute in. fp32: IEEE float32. tf32: float32, products of 10-bit mantissas on tensor
             cores (CUDA; elsewhere it is fp32). bf16, fp16: autocast. Weights, optimizer, EMA and solver state are
             float32 under all of them.
-        is_asked: whether the precision was asked for by name; else an adaptive solver may choose another one.
+        precision_is_explicit: whether it was asked for by name; else an adaptive solver may choose another one.
         group: the processes as they meet on the host, with the patience that this needs.
     """
 
@@ -55,7 +55,7 @@ class Runtime:
     local_rank: int = 0
     local_world: int = 1
     precision: Precision = "fp32"
-    is_asked: bool = field(default=True, compare=False)
+    precision_is_explicit: bool = field(default=True, compare=False)
     group: ProcessGroup | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -93,7 +93,7 @@ class Runtime:
         Raises:
             ConfigError: the device cannot.
         """
-        return replace(self, precision=_resolved(word, self.device), is_asked=word != "auto")
+        return replace(self, precision=_resolved(word, self.device), precision_is_explicit=word != "auto")
 
     def for_autoencoder(self) -> Runtime:
         """What a frozen autoencoder computes in beside a network: as the network does, but never in half precision."""
@@ -196,7 +196,7 @@ def open_runtime(
     chosen = _device(device, local_rank, local_world, world)
     resolved = _resolved(precision, chosen)
     if world == 1:
-        return Runtime(chosen, precision=resolved, is_asked=precision != "auto")
+        return Runtime(chosen, precision=resolved, precision_is_explicit=precision != "auto")
     rank = _number("RANK", 0)
     if not 0 <= rank < world:
         raise ConfigError(
@@ -207,7 +207,7 @@ def open_runtime(
     if state.process_index:
         console.mute()
     place = (state.process_index, world, local_rank, local_world)
-    return Runtime(chosen, *place, precision=resolved, is_asked=precision != "auto", group=group)
+    return Runtime(chosen, *place, precision=resolved, precision_is_explicit=precision != "auto", group=group)
 
 
 def launch_name() -> str:

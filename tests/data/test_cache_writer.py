@@ -144,8 +144,8 @@ def test_resumed_after_a_kill_it_is_the_same_to_the_byte(tmp_path, source, segme
     (tmp_path / "cache" / "index.json").unlink()
     for suffix in ("json", "safetensors"):
         (tmp_path / "cache" / f"shard-00001.{suffix}").unlink()
-    assert write_cache(source, kl, tmp_path / "cache", process=(0, 2), **options) is None
-    assert write_cache(source, kl, tmp_path / "cache", process=(1, 2), **options) is not None
+    assert write_cache(source, kl, tmp_path / "cache", runtime=tiny.one_of_two(0), **options) is None
+    assert write_cache(source, kl, tmp_path / "cache", runtime=tiny.one_of_two(1), **options) is not None
     assert tiny.tree(tmp_path / "cache") == tiny.tree(segmented_cache)
 
 

@@ -130,8 +130,8 @@ def test_kill_9_loses_at_most_the_shards_at_hand(tmp_path, kl_folder, num_worker
 
 def test_two_processes_share_the_work(tmp_path, source, kl):
     options = {"flips": True, "shard_size": 5}
-    assert write_cache(source, kl, tmp_path / "shared", process=(1, 2), **options) is None
-    assert write_cache(source, kl, tmp_path / "shared", process=(0, 2), **options) is not None
+    assert write_cache(source, kl, tmp_path / "shared", runtime=tiny.one_of_two(1), **options) is None
+    assert write_cache(source, kl, tmp_path / "shared", runtime=tiny.one_of_two(0), **options) is not None
     write_cache(source, kl, tmp_path / "alone", **options)
     assert tiny.tree(tmp_path / "shared") == tiny.tree(tmp_path / "alone")
 
@@ -357,11 +357,11 @@ def test_processes_that_begin_together_do_not_refuse_each_other(tmp_path, source
         listed = list(true_iterdir(self))
         if self == tmp_path / "raced" and not raced:
             raced.append(1)
-            write_cache(source, kl, self, shard_size=5, process=(1, 2))
+            write_cache(source, kl, self, shard_size=5, runtime=tiny.one_of_two(1))
         return iter(listed)
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
-    assert write_cache(source, kl, tmp_path / "raced", shard_size=5, process=(0, 2)) is not None
+    assert write_cache(source, kl, tmp_path / "raced", shard_size=5, runtime=tiny.one_of_two(0)) is not None
     assert raced
 
 
@@ -448,7 +448,7 @@ def test_what_was_broken_and_is_whole_now_is_taken_in(tmp_path, own, images, kl)
 
 
 def test_images_that_are_not_encoded_yet_may_change(tmp_path, own, kl):
-    assert _encode(own, kl, tmp_path / "cache", process=(0, 2))[0] is None
+    assert _encode(own, kl, tmp_path / "cache", runtime=tiny.one_of_two(0))[0] is None
     (own / "apple" / "5.png").write_bytes((own / "berry" / "1.png").read_bytes())  # of the second shard
     assert _encode(own, kl, tmp_path / "cache")[0].num_images == tiny.NUM_IMAGES
     LatentCache(tmp_path / "cache").verify()

@@ -24,9 +24,8 @@ FIXED = {"solver": "heun", "steps": 6, "guidance": 2.0, "guidance_interval": (0.
 @pytest.fixture
 def model(kl_folder, device):
     """A model that computes in bf16, which nobody has asked for by name."""
-    place = Runtime(
-        torch.device(device, 0) if device == "cuda" else torch.device(device), precision="bf16", is_asked=False
-    )
+    chosen = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    place = Runtime(chosen, precision="bf16", precision_is_explicit=False)
     return tiny.model(Autoencoder.from_pretrained(kl_folder), time_scale=1.0).to(place)
 
 

@@ -239,7 +239,7 @@ def test_large_batches_are_decoded_in_slices(kl, monkeypatch):
 def computing(model: LatentFlow, word: str, *, asked: bool = True) -> LatentFlow:
     """The model as it is where this precision was asked for, or came of itself."""
     model = copy.copy(model)
-    model.runtime = Runtime(torch.device("cpu"), precision=word, is_asked=asked)
+    model.runtime = Runtime(torch.device("cpu"), precision=word, precision_is_explicit=asked)
     return model
 
 

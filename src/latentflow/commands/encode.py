@@ -96,9 +96,8 @@ def encode(
             masks=masks,
             mask_variants=mask_variants,
             strict=strict,
-            process=(runtime.rank, runtime.world),
+            runtime=runtime,
             num_workers=num_workers,
-            sharing=runtime.local_world,
             on_images=count,
             on_kept=kept.append,
         )

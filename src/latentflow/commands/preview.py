@@ -82,7 +82,7 @@ def save_preview(
 def drawing_with(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, the network has other weights and is in eval mode; its own come back to the bit, whatever happens.
 
-    Its compiled blocks are not called: they would be compiled anew for another shape of batch.
+    Its compiled blocks are not called: they would be compiled again for another shape of batch.
     """
     own = network.state_dict(keep_vars=True)
     tensors, others = list(own.values()), [weights[name] for name in own]
@@ -111,7 +111,7 @@ def _rows(
     if "inpainting" not in request.told and "semantic_map" not in request.told:
         pictures = _drawn(model, request, Given(), runtime, batch_size)
         return [pictures], _PER_CLASS, [conditioning.class_names[label] for label in request.labels]
-    batch = images.__getitems__(range(len(request.seeds))).to(model.device)
+    batch = images.at(range(len(request.seeds))).to(model.device)
     moments = model.autoencoder.encode(to_unit_range(batch.pixels)) if batch.moments is None else batch.moments
     rows = [model.pixels(model.latents(moments)).cpu()]
     given: dict[str, Tensor] = {}

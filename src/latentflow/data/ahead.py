@@ -1,6 +1,6 @@
 """Reading ahead in processes of their own: how many, started how, and how they end.
 
-They are forked as long as that is safe. Once CUDA has begun they are started anew: a fork would have its state, and
+They are forked as long as that is safe. Once CUDA has begun they are spawned: a fork would have its state, and
 locks that belong to nobody.
 """
 
@@ -200,7 +200,7 @@ class _Answering(Dataset):
 
 @contextmanager
 def _main_hidden(dataset: Dataset) -> Iterator[None]:
-    """Keep processes that are started anew from running the user's script again, which may not be made for that.
+    """Keep processes that are spawned from running the user's script again, which may not be made for that.
 
     One that defines what they read, such as a source of its own, must be.
     """

@@ -47,6 +47,7 @@ from latentflow.data.latent_cache import (
 from latentflow.data.latent_size import hole_shade
 from latentflow.data.masks import MaskRules, check_masks, masks_fingerprint
 from latentflow.errors import ArtifactError, DataError
+from latentflow.runtime import Runtime
 
 _NAMED = 5  # images or classes in a message
 _MOST_READ_TOGETHER, _BYTES_READ_TOGETHER = 32, 4 << 20  # images and bytes of one piece of a batch
@@ -67,9 +68,8 @@ def write_cache(
     masks: MaskRules | None = None,
     mask_variants: int = 0,
     strict: bool = False,
-    process: tuple[int, int] = (0, 1),
+    runtime: Runtime | None = None,
     num_workers: int | None = None,
-    sharing: int = 1,
     on_images: Callable[[int], None] = lambda num_images: None,
     on_kept: Callable[[int], None] = lambda num_images: None,
 ) -> CacheIndex | None:
@@ -87,9 +87,9 @@ def write_cache(
         strict: a broken image is an error, not an omission.
         batch_size: images encoded together, on which the results depend by rounding; None: 32, and on a GPU as many
             as make a megapixel.
-        process: (rank, number of processes); process r encodes shards r, r + n, r + 2n, ...
+        runtime: of processes that share the work: of n, process r encodes shards r, r + n, r + 2n, ...; None: this one
+            does it alone.
         num_workers: processes that read and resize images; 0: threads of this process; None: as many as pay.
-        sharing: processes of this machine that encode likewise.
         on_images: told the number of images just finished, shards found complete included.
         on_kept: told the number of images of each shard found complete.
 
@@ -109,9 +109,8 @@ def write_cache(
     folder = make_folder(folder)
     remove_leftovers(folder)
     _claim(folder, plan, source)
-    rank, num_processes = process
-    missing = []
-    for number in range(rank, plan.num_shards, num_processes):
+    runtime, missing = runtime or Runtime(autoencoder.device), []
+    for number in runtime.share(range(plan.num_shards)):
         rows = _rows(plan, number)
         if _finished(folder, number, fingerprint_of(source, rows)) is None:
             missing.append(number)
@@ -120,20 +119,20 @@ def write_cache(
             on_kept(len(rows))
     if missing:
         if num_workers is None:
-            room = {"device": autoencoder.device, "num_bytes": _BYTES_READ_TOGETHER, "sharing": sharing}
+            room = {"device": autoencoder.device, "num_bytes": _BYTES_READ_TOGETHER, "sharing": runtime.local_world}
             num_workers = reading_processes(source.__getitem__, [_rows(plan, n) for n in missing], **room)
         batch_size = batch_size or _batch_size(autoencoder, plan.image_size)
         inputs, on_gpu = EncoderInputs(source, plan), autoencoder.device.type == "cuda"
         pieces = [piece for number in missing for piece in _pieces(inputs, _rows(plan, number), batch_size)]
         if num_workers:
             room = {"num_workers": num_workers, "num_bytes": _BYTES_READ_TOGETHER, "option": _OPTION}
-            read = read_ahead(inputs, pieces, pin_memory=on_gpu, sharing=sharing, **room)
+            read = read_ahead(inputs, pieces, pin_memory=on_gpu, sharing=runtime.local_world, **room)
         else:
-            read = read_in_threads(inputs, pieces, pin_memory=on_gpu, sharing=sharing)
+            read = read_in_threads(inputs, pieces, pin_memory=on_gpu, sharing=runtime.local_world)
         with closing(read), lost_workers(num_workers, _OPTION):
             _write_shards(folder, missing, source, read, autoencoder, plan, batch_size, strict, on_images)
     index = _finish(folder, plan, source)
-    if index is None and num_processes == 1:
+    if index is None and runtime.world == 1:
         raise ArtifactError(f"records of {folder} were removed while it was being filled; repeat the command to go on")
     return index
 

@@ -14,7 +14,7 @@ from latentflow.data.ahead import shared_bytes
 class PackedBytes(Sequence[bytes]):
     """Byte strings end to end in one array: little memory, and none of it copied into processes that read images.
 
-    A process that is forked has no counts of references to write; one that is started anew gets shared memory.
+    A process that is forked has no counts of references to write; one that is spawned gets shared memory.
     """
 
     def __init__(self, items: Iterable[bytes]):

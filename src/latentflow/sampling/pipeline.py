@@ -102,7 +102,7 @@ def draw_batches(
     """Draw batches one after another; a GPU draws the next while the pictures of one are looked at or written.
 
     Args:
-        batch_size: to which a compiled network's batches are filled up: for another size it would be compiled anew.
+        batch_size: to which a compiled network's batches are filled up: for another size it would be compiled again.
     """
     size = batch_size if is_compiled(model.network) else 0
     ahead = _batches_ahead(model.device)

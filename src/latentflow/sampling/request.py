@@ -147,7 +147,7 @@ def make_request(
 
 def precision_for(runtime: Runtime, solver: str) -> Precision:
     """What a network is to compute in: as asked, or where nothing was, fp32 for a solver that measures its errors."""
-    if not runtime.is_asked and is_adaptive(solver):
+    if not runtime.precision_is_explicit and is_adaptive(solver):
         return "fp32"
     return runtime.precision
 

@@ -82,10 +82,10 @@ class FiniteGuard:
         network.zero_grad()
         try:
             for positions in self.positions[step]:
-                result = compare(network, images.__getitems__(positions.tolist()))
+                result = compare(network, images.at(positions))
                 broken.append(positions[~torch.isfinite(result.loss.detach()).cpu()])
                 result.loss.mean().backward()
-        except torch.OutOfMemoryError:  # nothing is compiled here, and nothing recomputed
+        except torch.OutOfMemoryError:  # nothing is compiled here, nothing recomputed; then the message says less
             pass
         names = [name for name, _ in network.named_parameters()]
         bad = [n for n, p in enumerate(network.parameters()) if p.grad is not None and not p.grad.isfinite().all()]

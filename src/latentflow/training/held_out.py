@@ -56,7 +56,7 @@ def held_out_loss(
         result = training_step(
             model,
             model.velocity,
-            images.__getitems__(positions),
+            images.at(positions),
             times=TrainingTimes(stratified=True),
             batch_size=len(positions),  # the last batch, too, spreads its times over all of [0, 1]
             seed=seed,

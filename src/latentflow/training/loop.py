@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from latentflow.data.batches import Batch, StreamPositions, TrainingImages, lost_workers, stream_batches
 from latentflow.errors import ConfigError
 from latentflow.latent_flow import LatentFlow
-from latentflow.networks.running import compile_blocks, restore_blocks, set_memory, uncompiled
+from latentflow.networks.running import compile_blocks, restore_blocks, set_memory
 from latentflow.runtime import Runtime
 from latentflow.training.checkpoint import CheckpointWriter, Progress, keep_newest, load_checkpoint, newest_checkpoint
 from latentflow.training.compiling import compiles
@@ -172,8 +172,7 @@ def train(
                     saved_at = progress.step
                 last = progress.step == config.steps
                 if preview and config.preview_every and (progress.step % config.preview_every == 0 or last):
-                    with uncompiled(network):  # for it would be compiled anew for each number of images drawn
-                        preview(model, ema.average, progress.step)
+                    preview(model, ema.average, progress.step)
         else:
             writer.wait()
             runtime.barrier()  # the model of the run is there when any process returns
