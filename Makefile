@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 REMEDY = install one of these, and name it: make PYTHON=python3.11 $(MAKECMDGOALS)
+TEST = python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-oldest lint clean
 
@@ -9,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/latentflow demo --out demo
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/$(TEST)
 
 lint: .venv/installed
 	$(BIN)/python -m ruff check .
@@ -17,7 +18,7 @@ lint: .venv/installed
 
 # With the oldest versions that are allowed, in an environment of their own.
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/$(TEST)
 
 .venv/installed: pyproject.toml constraints.txt
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt

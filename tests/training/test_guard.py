@@ -25,7 +25,8 @@ class Images:
     def __init__(self, bad: tuple[int, ...] = ()):
         self.bad, self.read = bad, []
 
-    def __getitems__(self, positions: list[int]) -> SimpleNamespace:
+    def at(self, positions: torch.Tensor | range) -> SimpleNamespace:
+        positions = [int(position) for position in positions]
         self.read += positions
         values = torch.tensor([float("nan") if position in self.bad else float(position) for position in positions])
         return SimpleNamespace(positions=torch.tensor(positions), values=values)
@@ -52,7 +53,7 @@ def train(
     for step in steps:
         first = (step * runtime.world + runtime.rank) * 2 * size
         parts = [torch.arange(first, first + size), torch.arange(first + size, first + 2 * size)]
-        losses = [compare(network, images.__getitems__(part.tolist())).loss for part in parts]
+        losses = [compare(network, images.at(part)).loss for part in parts]
         torch.cat(losses).mean().backward()
         norm = nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()])
         images.read.clear()
@@ -96,7 +97,7 @@ def test_the_weights_are_those_before_the_bad_step():
     optimizer, images = build_optimizer(network, OptimizerConfig()), Images((9,))
     guard = FiniteGuard(optimizer, tiny.CPU, scaled=False, remedy="")
     for step in range(5):
-        batch = images.__getitems__(list(range(4 * step, 4 * step + 4)))
+        batch = images.at(range(4 * step, 4 * step + 4))
         loss = compare(network, batch).loss
         loss.mean().backward()
         norm = nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()])
