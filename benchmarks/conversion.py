@@ -19,8 +19,8 @@ from diffusers import AutoencoderKL
 from measuring import RESULTS, setup, write_results
 
 from latentflow.commands.convert import convert
-from latentflow.convert.lfm import EXPERIMENTS
-from latentflow.latent_flow import LatentFlow
+from latentflow.convert.families.lfm import EXPERIMENTS
+from latentflow.model.flow_model import LatentFlow
 
 STEPS = 2
 

@@ -35,11 +35,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from latentflow.artifacts import make_folder, read_json
 from latentflow.autoencoder import Autoencoder, LatentNormalisation, to_uint8
 from latentflow.cli import app
-from latentflow.conditioning import Conditioning
-from latentflow.data.cache_writer import write_cache
-from latentflow.data.images import open_images
-from latentflow.latent_flow import LatentFlow
-from latentflow.model_config import AutoencoderRecord, ModelConfig
+from latentflow.data.cache.writer import write_cache
+from latentflow.data.sources.images import open_images
+from latentflow.model.conditioning import Conditioning
+from latentflow.model.config import AutoencoderRecord, ModelConfig
+from latentflow.model.flow_model import LatentFlow
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.running import compile_blocks, set_memory
 from latentflow.runtime import open_runtime

@@ -34,15 +34,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from latentflow.commands.train import build_model
-from latentflow.conditioning import Conditioning
 from latentflow.data.batches import TrainingImages
-from latentflow.data.cache_writer import write_cache
-from latentflow.data.images import open_images
-from latentflow.data.latent_cache import LatentCache
+from latentflow.data.cache.reader import LatentCache
+from latentflow.data.cache.writer import write_cache
+from latentflow.data.sources.images import open_images
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import SOLVERS, integrate
 from latentflow.flow.times import TrainingTimes, sampling_times
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.conditioning import Conditioning
+from latentflow.model.flow_model import LatentFlow
 from latentflow.networks.running import compile_blocks
 from latentflow.randomness import ImageRandom
 from latentflow.runtime import Runtime, open_runtime

@@ -28,10 +28,10 @@ from PIL import Image
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands.train import build_model
 from latentflow.data.batches import Batch, SpatialData, StreamPositions, TrainingImages, stream_batches
-from latentflow.data.cache_writer import write_cache
-from latentflow.data.images import open_images
-from latentflow.data.latent_cache import LatentCache
-from latentflow.data.synthetic import SyntheticShapes
+from latentflow.data.cache.reader import LatentCache
+from latentflow.data.cache.writer import write_cache
+from latentflow.data.sources.images import open_images
+from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.runtime import open_runtime
 from latentflow.training.config import load_recipe
 from latentflow.training.loop import train

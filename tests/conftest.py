@@ -13,8 +13,8 @@ import torch
 
 from latentflow import console
 from latentflow.autoencoder import Autoencoder
-from latentflow.data.cache_writer import write_cache
-from latentflow.data.images import open_images
+from latentflow.data.cache.writer import write_cache
+from latentflow.data.sources.images import open_images
 from tests import tiny
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start: by another number of threads sums differ

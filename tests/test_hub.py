@@ -25,7 +25,7 @@ from PIL import Image
 
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.hub import CARD_NAME, HubId
-from latentflow.latent_flow import LatentFlow, find_model
+from latentflow.model.flow_model import LatentFlow, find_model
 from tests import tiny
 from tests.processes import run_here
 
@@ -385,7 +385,7 @@ def test_a_cache_made_elsewhere_and_the_environment(model_folder, tmp_path):
         link.symlink_to(os.path.relpath(blob, link.parent))
     program = """
 from latentflow.errors import ArtifactError
-from latentflow.latent_flow import find_model
+from latentflow.model.flow_model import find_model
 for name in ("me/fruit", "me/fruit@main", "me/fruit@0123456789abcdef0123456789abcdef01234567"):
     print(find_model(name).name)
 try:

@@ -12,10 +12,10 @@ from latentflow.autoencoder import BUILT_IN, Autoencoder, latent_mean, to_unit_r
 from latentflow.commands.train import build_model
 from latentflow.commands.train_autoencoder import reconstruct
 from latentflow.data.batches import TrainingImages
-from latentflow.data.pictures import psnr
-from latentflow.data.synthetic import SyntheticShapes
-from latentflow.latent_flow import LatentFlow
-from latentflow.model_config import AUTOENCODER_FOLDER
+from latentflow.data.pictures.single import psnr
+from latentflow.data.sources.synthetic import SyntheticShapes
+from latentflow.model.config import AUTOENCODER_FOLDER
+from latentflow.model.flow_model import LatentFlow
 from latentflow.training.autoencoder import load_autoencoder_recipe
 from tests import tiny
 

@@ -15,13 +15,13 @@ from PIL import Image
 
 from latentflow.artifacts import atomic_file
 from latentflow.autoencoder import Autoencoder
-from latentflow.conditioning import Conditioning
-from latentflow.data.items import UNLABELLED
-from latentflow.data.masks import MaskRules
-from latentflow.data.semantic_maps import MapClasses
+from latentflow.data.painting.masks import MaskRules
+from latentflow.data.painting.semantic_maps import MapClasses
+from latentflow.data.sources.items import UNLABELLED
 from latentflow.flow.path import LinearPath
-from latentflow.latent_flow import LatentFlow
-from latentflow.model_config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig, SamplingPreset
+from latentflow.model.conditioning import Conditioning
+from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig, SamplingPreset
+from latentflow.model.flow_model import LatentFlow
 from latentflow.networks.dit import DiTConfig
 from latentflow.runtime import Runtime
 from latentflow.training.config import Recipe

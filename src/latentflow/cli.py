@@ -23,7 +23,7 @@ from latentflow.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from latentflow.commands.pictures import Pictures
-    from latentflow.model_config import SamplingPreset
+    from latentflow.model.config import SamplingPreset
     from latentflow.runtime import Runtime
 
 app = typer.Typer(
@@ -218,7 +218,7 @@ def encode(
         _look(data, out, look, autoencoder, image_size, first, device, as_json)
         return
     from latentflow.commands.encode import encode as run
-    from latentflow.data.masks import MaskRules
+    from latentflow.data.painting.masks import MaskRules
 
     result = run(
         data,
@@ -693,7 +693,7 @@ def sweep(
 ) -> None:
     """Measure quality against cost, and name the best sampling preset if the numbers show one. Repeat it to go on."""
     from latentflow.commands.sweep import sweep as run
-    from latentflow.commands.sweep_page import HEADER, rows, summary, verdict
+    from latentflow.pages.sweep import HEADER, rows, summary, verdict
 
     given = {
         "solvers": _names(solvers),
@@ -879,7 +879,7 @@ def bound(
 ) -> None:
     """Measure the paper's bound on how far the model's images can be from the data, term by term."""
     from latentflow.commands.bound import bound as run
-    from latentflow.commands.bound_page import bound_record, looseness, term_rows, total_rows, verdict
+    from latentflow.pages.bound import bound_record, looseness, term_rows, total_rows, verdict
 
     measured = run(
         model,
@@ -925,8 +925,8 @@ def diagnose(
     as_json: AsJson = False,
 ) -> None:
     """Say what is right and wrong with a model: loss, trajectories, latents, copies, and the autoencoder's share."""
+    from latentflow.analysis.verdicts import WORDS, verdicts
     from latentflow.commands.diagnose import diagnose as run
-    from latentflow.commands.diagnose_verdicts import WORDS, verdicts
 
     diagnosis = run(
         model,
@@ -1135,9 +1135,9 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Do everything once, offline, and end in OUT/report.html. Repeat the command to go on after a kill."""
-    from latentflow.commands.demo import Interrupted
-    from latentflow.commands.demo import demo as run
-    from latentflow.commands.demo_page import key_figures
+    from latentflow.demo.page import key_figures
+    from latentflow.demo.stages import Interrupted
+    from latentflow.demo.stages import demo as run
 
     try:
         figures = run(out, say=say, runtime=_runtime(device))
@@ -1223,7 +1223,7 @@ def export(
 ) -> None:
     """Write a model for diffusers, once diffusers has been seen to compute the same; refused where it cannot."""
     from latentflow.commands.export import export as run
-    from latentflow.convert.diffusers_export import SCHEDULER
+    from latentflow.convert.diffusers.export import SCHEDULER
 
     result = run(model, out)
     folder, class_name = result.network

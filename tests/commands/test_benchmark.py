@@ -10,7 +10,7 @@ import torch
 
 from latentflow.commands.benchmark import benchmark, multiply_adds
 from latentflow.errors import ConfigError
-from latentflow.latent_flow import read_config
+from latentflow.model.flow_model import read_config
 from latentflow.sampling.request import make_request
 from tests import tiny
 from tests.processes import run_here

@@ -16,17 +16,17 @@ import torch
 from PIL import Image
 from torch import nn
 
+from latentflow.analysis.bound import VARIANTS, empirical_velocity, gaussian_w2
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands.bound import bound as run_bound
 from latentflow.commands.bound import data_velocity, differentiable_decoder, measure
-from latentflow.commands.bound_page import bound_page, looseness, number, parts, verdict
-from latentflow.commands.encoded_images import encode_reference, open_reference, told_velocity
 from latentflow.errors import ConfigError, DataError, NonFiniteError
-from latentflow.flow.bound import VARIANTS, empirical_velocity, gaussian_w2
+from latentflow.evaluation.encoded_images import encode_reference, open_reference, told_velocity
 from latentflow.flow.path import LinearPath
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.flow_model import LatentFlow
+from latentflow.pages.bound import bound_page, looseness, number, parts, verdict
 from tests import tiny
 from tests.processes import run_here
 

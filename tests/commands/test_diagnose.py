@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentflow.autoencoder import LatentNormalisation, to_unit_range
-from latentflow.commands.diagnose import diagnose
-from latentflow.commands.diagnose_figures import (
+from latentflow.analysis.diagnosis import (
     ChannelMoments,
     Diagnosis,
     Floor,
@@ -29,13 +27,15 @@ from latentflow.commands.diagnose_figures import (
     nearness,
     radial_spectrum,
 )
-from latentflow.commands.diagnose_verdicts import verdicts
-from latentflow.data.images import open_images
+from latentflow.analysis.verdicts import verdicts
+from latentflow.autoencoder import LatentNormalisation, to_unit_range
+from latentflow.commands.diagnose import diagnose
+from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.flow.loss import flow_matching_loss
 from latentflow.flow.path import CosinePath, LinearPath
-from latentflow.latent_flow import LatentFlow
-from latentflow.model_config import TrainingRecord
+from latentflow.model.config import TrainingRecord
+from latentflow.model.flow_model import LatentFlow
 from latentflow.networks.dit import DiTConfig
 from tests import tiny
 from tests.processes import run_here

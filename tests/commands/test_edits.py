@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from latentflow.artifacts import read_tensors
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.flow_model import LatentFlow
 from latentflow.sampling.edits import variation_seed
 from latentflow.sampling.inversion import ROUND_TRIPS
 from tests import tiny

@@ -16,13 +16,13 @@ from PIL import Image
 from latentflow import cli
 from latentflow.autoencoder import Autoencoder, to_unit_range
 from latentflow.commands.encode import encode
-from latentflow.commands.grid import _LINE
 from latentflow.commands.look import look
 from latentflow.commands.train import train
-from latentflow.data.images import open_images
-from latentflow.data.latent_cache import LatentCache
-from latentflow.data.semantic_maps import colour_map
+from latentflow.data.cache.reader import LatentCache
+from latentflow.data.painting.semantic_maps import colour_map
+from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, ConfigError, DataError
+from latentflow.sampling.contact_sheet import _LINE
 from tests import tiny
 
 SIDE = tiny.IMAGE_SIZE

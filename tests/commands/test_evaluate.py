@@ -13,26 +13,26 @@ from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
 from latentflow.commands.evaluate import evaluate
-from latentflow.commands.evaluate_autoencoder import mean_score
-from latentflow.commands.evaluate_inputs import open_subject
-from latentflow.commands.evaluate_painting import hole_values
-from latentflow.commands.read_images import stack_pixels
 from latentflow.commands.sample import sample
 from latentflow.commands.train_autoencoder import reconstruct
-from latentflow.data import images as module
-from latentflow.data.images import open_images
-from latentflow.data.stores import FolderStore, ZipStore
+from latentflow.data.sources import images as module
+from latentflow.data.sources.images import open_images
+from latentflow.data.stores.files import FolderStore, ZipStore
 from latentflow.errors import DataError
-from latentflow.latent_flow import LatentFlow
-from latentflow.metrics.features import RandomFeatures, open_features
-from latentflow.metrics.lpips import load_lpips
+from latentflow.evaluation.painted import hole_values
+from latentflow.evaluation.read_images import stack_pixels
+from latentflow.evaluation.reconstruction import mean_score
+from latentflow.evaluation.subject import open_subject
+from latentflow.metrics.evaluation_report import EvaluationReport
+from latentflow.metrics.features.extractors import RandomFeatures, open_features
+from latentflow.metrics.features.lpips import load_lpips
 from latentflow.metrics.pairs import PairJudge, psnr, ssim
-from latentflow.metrics.reference import load_reference
-from latentflow.metrics.report import EvaluationReport
 from latentflow.metrics.scores import frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
+from latentflow.metrics.stored_statistics import load_reference
+from latentflow.model.flow_model import LatentFlow
 from tests import tiny
-from tests.metrics.test_lpips import published
+from tests.metrics.features.test_lpips import published
 from tests.processes import finish, run_here, start, start_processes, wait_until
 
 FAST = ("--features", "random", "--device", "cpu", "--resamples", 0)

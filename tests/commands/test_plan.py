@@ -12,15 +12,15 @@ import pytest
 from latentflow.artifacts import read_tensors
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands import plan as plan_module
-from latentflow.commands import plan_probe
 from latentflow.commands.plan import Plan, cached_bytes, gib
 from latentflow.commands.plan import plan as plan_command
-from latentflow.commands.plan_probe import SLOWER, Speed, probe
-from latentflow.commands.plan_subject import KNOWN_STAGES, PUBLISHED_DATA
 from latentflow.commands.train import train
 from latentflow.errors import ConfigError
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.flow_model import LatentFlow
 from latentflow.networks.running import MEMORY_MODES
+from latentflow.planning import probe as plan_probe
+from latentflow.planning.probe import SLOWER, Speed, probe
+from latentflow.planning.subject import KNOWN_STAGES, PUBLISHED_DATA
 from latentflow.training.config import Recipe, load_recipe, recipe_names
 from latentflow.training.memory import forward_flops
 from latentflow.training.settings import to_yaml

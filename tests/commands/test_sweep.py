@@ -13,11 +13,12 @@ import torch
 
 from latentflow.artifacts import read_json, write_json
 from latentflow.commands import sweep as sweep_module
-from latentflow.commands import sweep_rounds
 from latentflow.commands.sweep import sweep
-from latentflow.commands.sweep_page import verdict
-from latentflow.commands.sweep_rounds import Candidates, SweepPlan, measure_rounds
-from latentflow.commands.sweep_rules import (
+from latentflow.data.sources.images import open_images
+from latentflow.errors import ArtifactError, ConfigError, DataError, NonFiniteError
+from latentflow.evaluation import sweep_rounds
+from latentflow.evaluation.sweep_rounds import Candidates, SweepPlan, measure_rounds
+from latentflow.evaluation.sweep_rules import (
     Ceiling,
     Point,
     affordable,
@@ -29,14 +30,13 @@ from latentflow.commands.sweep_rules import (
     with_more,
     worth_keeping,
 )
-from latentflow.data.images import open_images
-from latentflow.errors import ArtifactError, ConfigError, DataError, NonFiniteError
-from latentflow.latent_flow import LatentFlow, read_config
-from latentflow.metrics.features import RandomFeatures
-from latentflow.metrics.reference import Provenance, Reference
+from latentflow.metrics.features.extractors import RandomFeatures
 from latentflow.metrics.scores import frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
-from latentflow.model_config import SamplingPreset
+from latentflow.metrics.stored_statistics import Provenance, Reference
+from latentflow.model.config import SamplingPreset
+from latentflow.model.flow_model import LatentFlow, read_config
+from latentflow.pages.sweep import verdict
 from latentflow.sampling.pipeline import sample
 from tests import tiny
 from tests.processes import Result, run_here

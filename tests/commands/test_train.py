@@ -12,9 +12,9 @@ from PIL import Image
 from latentflow.commands import train as train_module
 from latentflow.commands.train import prepare
 from latentflow.commands.train import train as train_command
-from latentflow.data.cache_writer import write_cache
-from latentflow.data.images import ImageFiles, open_images
-from latentflow.data.stores import FolderStore
+from latentflow.data.cache.writer import write_cache
+from latentflow.data.sources.images import ImageFiles, open_images
+from latentflow.data.stores.files import FolderStore
 from latentflow.errors import ArtifactError, ConfigError, DataError, LatentFlowError
 from latentflow.training import fitting
 from latentflow.training.config import Recipe, load_recipe

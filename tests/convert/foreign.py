@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentflow.convert.architecture import Architecture
-from latentflow.convert.families import architecture
+from latentflow.convert.families.registry import architecture
 
 _DIT = {"in_channels": 4, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 2}
 _LFM_DIT = {**_DIT, "img_resolution": 8}

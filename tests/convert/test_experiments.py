@@ -14,11 +14,11 @@ import torch
 
 from latentflow.artifacts import read_tensors
 from latentflow.commands.convert import ConvertResult, convert
-from latentflow.convert.checkpoint import read_checkpoint
-from latentflow.convert.lfm import EXPERIMENTS
+from latentflow.convert.families.lfm import EXPERIMENTS
+from latentflow.convert.foreign_file import read_checkpoint
 from latentflow.convert.published import imagenet_synsets, published
 from latentflow.errors import ArtifactError
-from latentflow.latent_flow import WEIGHTS_FILE, LatentFlow
+from latentflow.model.flow_model import WEIGHTS_FILE, LatentFlow
 from latentflow.networks import dit
 from tests import tiny
 from tests.convert import foreign

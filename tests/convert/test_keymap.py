@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from latentflow.convert.architecture import Architecture
-from latentflow.convert.dit import turn_time
-from latentflow.convert.edm_unet import swap_halves
-from latentflow.convert.families import architecture
+from latentflow.convert.families.dit import turn_time
+from latentflow.convert.families.edm_unet import swap_halves
+from latentflow.convert.families.registry import architecture
 from latentflow.convert.keymap import KeyMap
 from latentflow.convert.rules import attention
 from latentflow.errors import ArtifactError

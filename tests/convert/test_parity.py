@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentflow.convert.edm_unet import block_rules
-from latentflow.convert.families import architecture
+from latentflow.convert.families.edm_unet import block_rules
+from latentflow.convert.families.registry import architecture
 from latentflow.convert.keymap import KeyMap
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.networks.spatial_encoder import SpatialEncoder

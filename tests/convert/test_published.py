@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from latentflow.autoencoder import Autoencoder
-from latentflow.convert.families import FAMILIES, architecture
-from latentflow.convert.lfm import EXPERIMENTS, find_experiment
-from latentflow.convert.model import assemble
+from latentflow.convert.assemble import assemble
+from latentflow.convert.families.lfm import EXPERIMENTS, find_experiment
+from latentflow.convert.families.registry import FAMILIES, architecture
 from latentflow.convert.published import class_names_of, imagenet_synsets, published
 from latentflow.errors import ConfigError
 from latentflow.flow.path import CosinePath, LinearPath

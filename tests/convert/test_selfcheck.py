@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from latentflow.convert.selfcheck import SelfCheck, check_flow
 from latentflow.errors import ArtifactError
 from latentflow.flow.path import CosinePath, LinearPath
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.flow_model import LatentFlow
 from latentflow.shapes import Condition, per_image
 from tests import tiny
 

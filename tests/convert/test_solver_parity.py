@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentflow.convert.families import architecture
+from latentflow.convert.families.registry import architecture
 from latentflow.flow.solvers import Solution, integrate
 from latentflow.flow.times import sampling_times
 from latentflow.shapes import Condition, per_image

@@ -17,9 +17,9 @@ import torch
 from latentflow.data import ahead, batches
 from latentflow.data.ahead import read_ahead, room_for_workers, usable_cpus
 from latentflow.data.batches import SpatialData, StreamPositions, TrainingImages, stream_batches
-from latentflow.data.images import open_images
-from latentflow.data.latent_cache import LatentCache
-from latentflow.data.masks import MaskRules
+from latentflow.data.cache.reader import LatentCache
+from latentflow.data.painting.masks import MaskRules
+from latentflow.data.sources.images import open_images
 from tests import tiny
 
 
@@ -127,7 +127,7 @@ SCRIPT = """
 import sys
 from latentflow.data.ahead import read_ahead
 from latentflow.data.batches import TrainingImages
-from latentflow.data.images import open_images
+from latentflow.data.sources.images import open_images
 
 print("the script runs", flush=True)
 images = TrainingImages(open_images(sys.argv[1], 16), seed=0, flip=False)

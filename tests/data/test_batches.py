@@ -23,10 +23,10 @@ from latentflow.data.batches import (
     lost_workers,
     stream_batches,
 )
-from latentflow.data.cache_writer import write_cache
-from latentflow.data.images import open_images
-from latentflow.data.latent_cache import LatentCache
-from latentflow.data.masks import MaskRules, draw_mask
+from latentflow.data.cache.reader import LatentCache
+from latentflow.data.cache.writer import write_cache
+from latentflow.data.painting.masks import MaskRules, draw_mask
+from latentflow.data.sources.images import open_images
 from latentflow.errors import DataError
 from latentflow.flow.times import TrainingTimes
 from latentflow.training.step import training_step

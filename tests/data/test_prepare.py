@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from latentflow.commands.prepare import prepare
-from latentflow.data.images import open_images
+from latentflow.data.painting.semantic_maps import MapClasses, default_palette
 from latentflow.data.prepare import CAMVID, CELEBAMASK_HQ, KINDS, find_dataset
-from latentflow.data.semantic_maps import MapClasses, default_palette
+from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, DataError
 
 PACK = Path(__file__).parents[3] / "shared" / "data" / "camvid.zip"

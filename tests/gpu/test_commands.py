@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from latentflow.artifacts import read_tensors
-from latentflow.data.latent_cache import LatentCache
-from latentflow.metrics.lpips import load_lpips
+from latentflow.data.cache.reader import LatentCache
+from latentflow.metrics.features.lpips import load_lpips
 from latentflow.metrics.pairs import PairJudge
 from tests import tiny
 from tests.gpu.conftest import all_well, latentflow, torchrun
-from tests.metrics.test_lpips import published
+from tests.metrics.features.test_lpips import published
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 FEW = {"precision": "fp32", "steps": 5}

@@ -10,9 +10,9 @@ import torch
 from latentflow.artifacts import read_tensors
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.batches import Batch, SpatialData, StreamPositions, TrainingImages, stream_batches
-from latentflow.data.cache_writer import write_cache
-from latentflow.data.images import open_images
-from latentflow.data.latent_cache import LatentCache
+from latentflow.data.cache.reader import LatentCache
+from latentflow.data.cache.writer import write_cache
+from latentflow.data.sources.images import open_images
 from tests import tiny
 
 MANY = {"flips": True, "mask_variants": 2, "shard_size": 5, "batch_size": 3, "precision": "float32"}

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from latentflow.artifacts import read_tensors
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.flow_model import LatentFlow
 from latentflow.training.log import read_metrics
 from latentflow.training.settings import to_yaml
 from tests import tiny

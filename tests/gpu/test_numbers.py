@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latentflow.commands.train import train
-from latentflow.data.latent_cache import LatentCache
+from latentflow.data.cache.reader import LatentCache
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times

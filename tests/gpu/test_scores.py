@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latentflow.metrics.features import open_features
-from latentflow.metrics.report import feature_scores
+from latentflow.metrics.evaluation_report import feature_scores
+from latentflow.metrics.features.extractors import open_features
 from latentflow.metrics.scores import frechet_contributions, frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentflow.data.synthetic import SyntheticShapes
-from latentflow.metrics.inception import InceptionV3, build_inception
+from latentflow.data.sources.synthetic import SyntheticShapes
+from latentflow.metrics.features.inception import InceptionV3, build_inception
 from tests.metrics import published
 
 

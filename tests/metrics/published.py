@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from latentflow.artifacts import read_json, read_tensors
-from latentflow.metrics.inception import InceptionV3
+from latentflow.metrics.features.inception import InceptionV3
 
 INDEX = "parity/index.json"
 

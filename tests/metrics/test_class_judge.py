@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from latentflow.data.synthetic import CLASS_NAMES, SyntheticShapes
+from latentflow.data.sources.synthetic import CLASS_NAMES, SyntheticShapes
 from latentflow.errors import DataError
 from latentflow.metrics.class_judge import ClassJudge
-from latentflow.metrics.features import RandomFeatures
+from latentflow.metrics.features.extractors import RandomFeatures
 
 
 def clouds(num: int, seed: int, *, dim: int = 6, apart: float = 8.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,8 +13,8 @@ from latentflow.commands.train import train as train_command
 from latentflow.errors import ConfigError, LatentFlowError
 from latentflow.flow.path import CosinePath, LinearPath
 from latentflow.flow.solvers import integrate
-from latentflow.latent_flow import LatentFlow, read_config
-from latentflow.model_config import ModelConfig
+from latentflow.model.config import ModelConfig
+from latentflow.model.flow_model import LatentFlow, read_config
 from latentflow.networks.dit import DiT, DiTConfig
 from latentflow.networks.running import set_memory
 from latentflow.networks.unet import UNet, UNetConfig

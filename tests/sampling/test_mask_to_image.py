@@ -11,15 +11,15 @@ from PIL import Image
 from torch import Tensor
 
 from latentflow.autoencoder import to_uint8
-from latentflow.conditioning import CONDITION_NAMES
 from latentflow.data.batches import SpatialData, TrainingImages
-from latentflow.data.images import open_images
-from latentflow.data.items import UNLABELLED
-from latentflow.data.latent_size import class_counts, shares
-from latentflow.data.semantic_maps import colour_map, crop_map
+from latentflow.data.painting.latent_size import class_counts, shares
+from latentflow.data.painting.semantic_maps import colour_map, crop_map
+from latentflow.data.sources.images import open_images
+from latentflow.data.sources.items import UNLABELLED
 from latentflow.errors import ConfigError, DataError
 from latentflow.flow.times import TrainingTimes
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.conditioning import CONDITION_NAMES
+from latentflow.model.flow_model import LatentFlow
 from latentflow.sampling.mask_to_image import mask_to_image
 from latentflow.shapes import Condition
 from latentflow.training.step import training_step

@@ -13,9 +13,9 @@ from latentflow.artifacts import read_json
 from latentflow.autoencoder import Autoencoder, latent_mean, sample_latents, to_uint8, to_unit_range
 from latentflow.commands.train_autoencoder import split, train_first_stage
 from latentflow.data.batches import Batch
-from latentflow.data.images import open_images
-from latentflow.data.pictures import psnr
-from latentflow.data.synthetic import SyntheticShapes
+from latentflow.data.pictures.single import psnr
+from latentflow.data.sources.images import open_images
+from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.errors import ConfigError, DataError, NonFiniteError
 from latentflow.randomness import ImageRandom
 from latentflow.training import autoencoder as training

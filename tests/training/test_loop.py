@@ -27,14 +27,14 @@ from torch import nn
 from latentflow import artifacts
 from latentflow.artifacts import read_json, read_tensors
 from latentflow.autoencoder import Autoencoder
-from latentflow.commands.preview import save_preview
 from latentflow.commands.train import build_model, open_source
 from latentflow.commands.train import train as train_command
 from latentflow.data.batches import TrainingImages
-from latentflow.data.latent_cache import LatentCache
+from latentflow.data.cache.reader import LatentCache
 from latentflow.errors import ArtifactError, ConfigError, LatentFlowError, NonFiniteError
-from latentflow.latent_flow import LatentFlow, read_config
+from latentflow.model.flow_model import LatentFlow, read_config
 from latentflow.runtime import Runtime
+from latentflow.sampling.preview import save_preview
 from latentflow.training import checkpoint, loop
 from latentflow.training.checkpoint import CheckpointWriter, Progress, load_checkpoint, newest_checkpoint
 from latentflow.training.ema import EMA
@@ -486,8 +486,8 @@ def slowed(function):
 
 
 def test_the_data_may_move_but_not_change(train, cache, tmp_path, kl):
-    from latentflow.data.cache_writer import write_cache
-    from latentflow.data.images import open_images
+    from latentflow.data.cache.writer import write_cache
+    from latentflow.data.sources.images import open_images
 
     whole = train("whole")
     train("parts", training={"steps": 4})

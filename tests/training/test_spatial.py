@@ -13,9 +13,9 @@ from latentflow.commands.info import describe
 from latentflow.commands.train import build_model, open_source, spatial_data
 from latentflow.commands.train import train as train_command
 from latentflow.data.batches import TrainingImages
-from latentflow.data.masks import MaskRules
+from latentflow.data.painting.masks import MaskRules
 from latentflow.errors import ConfigError
-from latentflow.latent_flow import LatentFlow, read_config
+from latentflow.model.flow_model import LatentFlow, read_config
 from latentflow.training import loop
 from latentflow.training.checkpoint import newest_checkpoint
 from tests import tiny

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentflow.errors import ConfigError
 from latentflow.flow.times import sampling_times
-from latentflow.latent_flow import LatentFlow
-from latentflow.model_config import SamplingPreset
+from latentflow.model.config import SamplingPreset
+from latentflow.model.flow_model import LatentFlow
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.pipeline import conditioned_velocity, initial_noise, solve

@@ -1,6 +1,6 @@
 """`latentflow bound`: the terms of the Wasserstein-2 bound of arXiv 2307.08698, measured on images.
 
-What is measured, and where the formula comes from, stands in `flow/bound.py`. Three choices are made here.
+What is measured, and where the formula comes from, stands in `analysis/bound.py`. Three choices are made here.
 
     told       every image its own label, where the model has labels and the images have them; all that the model can
                do without is left out. Guidance is off. With labels the bound is one for pairs of image and label.
@@ -23,29 +23,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentflow.artifacts import make_folder, require_apart, require_writable, write_json, write_text
-from latentflow.commands.bound_page import MeasuredBound, bound_charts, bound_page, bound_record
-from latentflow.commands.encoded_images import (
-    ReferenceLatents,
-    Velocity,
-    encode_reference,
-    open_reference,
-    told_velocity,
-)
-from latentflow.commands.report import chart_file
-from latentflow.errors import ConfigError, NonFiniteError
-from latentflow.flow.bound import (
+from latentflow.analysis.bound import (
     Estimate,
     Reconstruction,
     WassersteinBound,
     empirical_velocity,
     velocity_error,
 )
-from latentflow.flow.lipschitz import TimeCurve, VelocityGrowth, largest_singular_value, lipschitz_along_paths
+from latentflow.analysis.lipschitz import TimeCurve, VelocityGrowth, largest_singular_value, lipschitz_along_paths
+from latentflow.artifacts import make_folder, require_apart, require_writable, write_json, write_text
+from latentflow.errors import ConfigError, NonFiniteError
+from latentflow.evaluation.encoded_images import (
+    ReferenceLatents,
+    Velocity,
+    encode_reference,
+    open_reference,
+    told_velocity,
+)
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
-from latentflow.latent_flow import LatentFlow
 from latentflow.locks import writes
+from latentflow.model.flow_model import LatentFlow
+from latentflow.pages.bound import MeasuredBound, bound_charts, bound_page, bound_record
+from latentflow.pages.html import chart_file
 from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom, derive_seed
 from latentflow.runtime import Runtime

@@ -12,16 +12,16 @@ import yaml
 
 from latentflow.artifacts import require_new
 from latentflow.autoencoder import Autoencoder
-from latentflow.convert.checkpoint import read_checkpoint
-from latentflow.convert.dit import learns_sigma
-from latentflow.convert.families import require_family
-from latentflow.convert.lfm import AUTOENCODER
-from latentflow.convert.model import assemble
+from latentflow.convert.assemble import assemble
+from latentflow.convert.families.dit import learns_sigma
+from latentflow.convert.families.lfm import AUTOENCODER
+from latentflow.convert.families.registry import require_family
+from latentflow.convert.foreign_file import read_checkpoint
 from latentflow.convert.published import class_names_of, published
 from latentflow.convert.selfcheck import SelfCheck, check_flow
 from latentflow.errors import ArtifactError, ConfigError, DataError
-from latentflow.latent_flow import WEIGHTS_FILE, LatentFlow
 from latentflow.locks import writes
+from latentflow.model.flow_model import WEIGHTS_FILE, LatentFlow
 from latentflow.runtime import Runtime, open_runtime
 
 

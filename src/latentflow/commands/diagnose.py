@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentflow.artifacts import make_folder, require_apart, require_writable, write_json, write_text
-from latentflow.autoencoder import to_uint8
-from latentflow.commands.diagnose_figures import (
+from latentflow.analysis.bound import velocity_error
+from latentflow.analysis.diagnosis import (
     Diagnosis,
     Floor,
     LatentStatistics,
@@ -26,29 +25,30 @@ from latentflow.commands.diagnose_figures import (
     nearness,
     radial_spectrum,
 )
-from latentflow.commands.diagnose_page import diagnosis_page
-from latentflow.commands.diagnose_verdicts import verdicts
-from latentflow.commands.encoded_images import (
+from latentflow.analysis.trajectories import follow
+from latentflow.analysis.verdicts import verdicts
+from latentflow.artifacts import make_folder, require_apart, require_writable, write_json, write_text
+from latentflow.autoencoder import to_uint8
+from latentflow.data.sources.items import ImageSource
+from latentflow.errors import ConfigError, DataError
+from latentflow.evaluation.encoded_images import (
     ReferenceLatents,
     encode_reference,
     open_reference,
     told_velocity,
 )
-from latentflow.commands.grid import save_grid
-from latentflow.data.items import ImageSource
-from latentflow.errors import ConfigError, DataError
-from latentflow.flow.bound import velocity_error
 from latentflow.flow.times import sampling_times
-from latentflow.latent_flow import LatentFlow
 from latentflow.locks import writes
-from latentflow.metrics.features import RandomFeatures
+from latentflow.metrics.features.extractors import RandomFeatures
 from latentflow.metrics.resampling import interval_over_images
 from latentflow.metrics.scores import frechet_contributions, frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
-from latentflow.metrics.trajectories import follow
+from latentflow.model.flow_model import LatentFlow
+from latentflow.pages.diagnosis import diagnosis_page
 from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom
 from latentflow.runtime import Runtime
+from latentflow.sampling.contact_sheet import save_grid
 from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, initial_noise
 from latentflow.sampling.request import SampleRequest, make_request
 from latentflow.sampling.samples import Samples

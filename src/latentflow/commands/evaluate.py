@@ -14,9 +14,20 @@ import torch
 
 import latentflow
 from latentflow.artifacts import require_apart, require_writable
-from latentflow.commands.drawn_set import draw_set, logits_of
-from latentflow.commands.evaluate_autoencoder import pair_scores, reconstructed
-from latentflow.commands.evaluate_inputs import (
+from latentflow.errors import ArtifactError, DataError
+from latentflow.evaluation.drawn_set import draw_set, logits_of
+from latentflow.evaluation.painted import map_scores, painted, paired_images
+from latentflow.evaluation.real_images import (
+    RealFeatures,
+    RealImages,
+    image_features,
+    open_reference,
+    reference_features,
+    reference_file,
+)
+from latentflow.evaluation.reconstruction import pair_scores, reconstructed
+from latentflow.evaluation.shards import Columns, OnImages
+from latentflow.evaluation.subject import (
     JUDGED,
     ImagePlan,
     Subject,
@@ -27,22 +38,8 @@ from latentflow.commands.evaluate_inputs import (
     plan_images,
     usual_metrics,
 )
-from latentflow.commands.evaluate_painting import map_scores, painted, paired_images
-from latentflow.commands.reference import (
-    RealFeatures,
-    RealImages,
-    image_features,
-    open_reference,
-    reference_features,
-    reference_file,
-)
-from latentflow.commands.shards import Columns, OnImages
-from latentflow.errors import ArtifactError, DataError
 from latentflow.locks import writes
-from latentflow.metrics.features import FeatureExtractor
-from latentflow.metrics.lpips import load_lpips
-from latentflow.metrics.pairs import PairJudge, discriminative_scores
-from latentflow.metrics.report import (
+from latentflow.metrics.evaluation_report import (
     FEATURE_METRICS,
     NEIGHBOURS,
     Comparison,
@@ -56,6 +53,9 @@ from latentflow.metrics.report import (
     frechet_name,
     require_comparable,
 )
+from latentflow.metrics.features.extractors import FeatureExtractor
+from latentflow.metrics.features.lpips import load_lpips
+from latentflow.metrics.pairs import PairJudge, discriminative_scores
 from latentflow.metrics.scores import require_enough, some_of, some_rows
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime

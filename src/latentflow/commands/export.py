@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from latentflow.artifacts import require_new
-from latentflow.convert.diffusers_export import Exported, export_diffusers
-from latentflow.convert.diffusers_keys import diffusers_network
-from latentflow.latent_flow import LatentFlow, find_model, read_config
+from latentflow.convert.diffusers.export import Exported, export_diffusers
+from latentflow.convert.diffusers.keys import diffusers_network
 from latentflow.locks import writes
+from latentflow.model.flow_model import LatentFlow, find_model, read_config
 
 
 @writes("out")

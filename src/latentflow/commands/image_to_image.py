@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.commands.pictures import Pictures, require_picture_file, write_pictures
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.flow_model import LatentFlow
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.edits import image_to_image as redraw

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.artifacts import open_tensors
-from latentflow.data.latent_cache import LatentCache, is_cache
-from latentflow.latent_flow import WEIGHTS_FILE, find_model, read_config
+from latentflow.data.cache.reader import LatentCache, is_cache
+from latentflow.model.flow_model import WEIGHTS_FILE, find_model, read_config
 
 
 def describe(model: str | Path) -> dict[str, Any]:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.artifacts import require_writable, write_tensors
-from latentflow.commands.grid import save_grid
-from latentflow.commands.picture_folder import refuse_others
-from latentflow.conditioning import ClassList
-from latentflow.data.pictures import describe_file
-from latentflow.latent_flow import LatentFlow
+from latentflow.data.pictures.single import describe_file
 from latentflow.locks import writes
+from latentflow.model.conditioning import ClassList
+from latentflow.model.flow_model import LatentFlow
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
+from latentflow.sampling.contact_sheet import save_grid
 from latentflow.sampling.inversion import (
     ROUND_TRIPS,
     Inversion,
@@ -24,6 +23,7 @@ from latentflow.sampling.inversion import (
 )
 from latentflow.sampling.inversion import invert as find_noise
 from latentflow.sampling.picture_file import read_facts
+from latentflow.sampling.picture_folder import refuse_others
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from latentflow.artifacts import require_apart, require_writable
 from latentflow.autoencoder import Autoencoder, latent_mean, to_uint8, to_unit_range
-from latentflow.commands.grid import save_grid
-from latentflow.data.images import BrokenImage, open_images
-from latentflow.data.items import ImageItem, ImageSource
-from latentflow.data.pictures import psnr
-from latentflow.data.semantic_maps import colour_map
+from latentflow.data.painting.semantic_maps import colour_map
+from latentflow.data.pictures.single import psnr
+from latentflow.data.sources.images import BrokenImage, open_images
+from latentflow.data.sources.items import ImageItem, ImageSource
 from latentflow.errors import ConfigError, DataError
 from latentflow.runtime import Runtime, open_runtime
+from latentflow.sampling.contact_sheet import save_grid
 
 _MOST_IMAGES, _TILES = 64, 8
 """The most images of a sheet, and its pictures side by side."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latentflow.conditioning import Conditioning, ConditionName
 from latentflow.data.batches import SpatialData, TrainingImages
-from latentflow.data.images import open_images, readable
-from latentflow.data.items import ImageSource
-from latentflow.data.latent_cache import LatentCache, is_cache
+from latentflow.data.cache.reader import LatentCache, is_cache
+from latentflow.data.sources.images import open_images, readable
+from latentflow.data.sources.items import ImageSource
 from latentflow.errors import ConfigError
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.conditioning import Conditioning, ConditionName
+from latentflow.model.flow_model import LatentFlow
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.training.held_out import HeldOutLoss, held_out_loss

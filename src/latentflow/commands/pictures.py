@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentflow.artifacts import require_writable
-from latentflow.data.decode import BrokenImage
+from latentflow.data.pictures.decode import BrokenImage
 from latentflow.errors import ArtifactError
 from latentflow.sampling.picture_file import read_facts
 from latentflow.sampling.request import SampleRequest

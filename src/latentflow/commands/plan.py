@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentflow.commands.plan_probe import SLOWER, Speed, probe, stated_speed
-from latentflow.commands.plan_subject import Subject, plan_subject
-from latentflow.commands.preview import preview_request
-from latentflow.data.resident import stays_resident
+from latentflow.data.cache.resident import stays_resident
 from latentflow.flow.solvers import expected_evaluations, is_adaptive
-from latentflow.latent_flow import LatentFlow
-from latentflow.model_config import AUTOENCODER_FOLDER
+from latentflow.model.config import AUTOENCODER_FOLDER
+from latentflow.model.flow_model import LatentFlow
 from latentflow.networks.dit import NAMES, SIZES, DiTConfig
 from latentflow.networks.running import MEMORY_MODES
+from latentflow.planning.probe import SLOWER, Speed, probe, stated_speed
+from latentflow.planning.subject import Subject, plan_subject
 from latentflow.progress import duration
 from latentflow.runtime import Runtime
+from latentflow.sampling.preview import preview_request
 from latentflow.sampling.request import SampleRequest
 from latentflow.training.compiling import compiles
 from latentflow.training.config import Recipe

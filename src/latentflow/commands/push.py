@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from latentflow.hub import HubId, push_folder, require_token
-from latentflow.latent_flow import MODEL_FILES, WEIGHTS_FILE, LatentFlow, find_model
+from latentflow.model.flow_model import MODEL_FILES, WEIGHTS_FILE, LatentFlow, find_model
 
 
 def push(model: str | Path, repo_id: str, *, private: bool = False, message: str = "Upload a latentflow model") -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentflow.commands.grid import save_grid
-from latentflow.commands.picture_folder import PictureFolder, read_pixels
-from latentflow.conditioning import ClassList
-from latentflow.latent_flow import LatentFlow
 from latentflow.locks import writes
+from latentflow.model.conditioning import ClassList
+from latentflow.model.flow_model import LatentFlow
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
+from latentflow.sampling.contact_sheet import save_grid
+from latentflow.sampling.picture_folder import PictureFolder, read_pixels
 from latentflow.sampling.request import make_request
 
 GRID_IMAGES = 64

@@ -19,11 +19,12 @@ from latentflow.artifacts import (
     write_json,
     write_text,
 )
-from latentflow.commands.drawn_set import draw_set
-from latentflow.commands.reference import RealFeatures, RealImages, open_reference, reference_features
-from latentflow.commands.sweep_page import SweepResult, summary, sweep_page, sweep_picture
-from latentflow.commands.sweep_rounds import Candidates, Round, SweepPlan, measure_rounds
-from latentflow.commands.sweep_rules import (
+from latentflow.data.cache.reader import is_cache
+from latentflow.errors import ArtifactError, ConfigError, DataError, NonFiniteError
+from latentflow.evaluation.drawn_set import draw_set
+from latentflow.evaluation.real_images import RealFeatures, RealImages, open_reference, reference_features
+from latentflow.evaluation.sweep_rounds import Candidates, Round, SweepPlan, measure_rounds
+from latentflow.evaluation.sweep_rules import (
     Ceiling,
     cheapest_as_good,
     combinations,
@@ -32,16 +33,15 @@ from latentflow.commands.sweep_rules import (
     round_sizes,
     with_more,
 )
-from latentflow.data.latent_cache import is_cache
-from latentflow.errors import ArtifactError, ConfigError, DataError, NonFiniteError
 from latentflow.hub import CARD_FILE
-from latentflow.latent_flow import CONFIG_FILE, WEIGHTS_FILE, LatentFlow, find_model, read_config
 from latentflow.locks import writes
 from latentflow.metrics.class_judge import ClassJudge
-from latentflow.metrics.features import open_features
+from latentflow.metrics.features.extractors import open_features
 from latentflow.metrics.scores import require_enough
-from latentflow.model_card import model_card
-from latentflow.model_config import SamplingPreset
+from latentflow.model.card import model_card
+from latentflow.model.config import SamplingPreset
+from latentflow.model.flow_model import CONFIG_FILE, WEIGHTS_FILE, LatentFlow, find_model, read_config
+from latentflow.pages.sweep import SweepResult, summary, sweep_page, sweep_picture
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.request import make_request

@@ -16,21 +16,21 @@ from torch import Tensor
 import latentflow
 from latentflow.artifacts import make_folder, require_apart, require_writable, write_json, write_text
 from latentflow.autoencoder import Autoencoder, LatentNormalisation, to_unit_range
-from latentflow.commands.preview import preview_request, save_preview
-from latentflow.conditioning import Conditioning
 from latentflow.data.batches import SpatialData, TrainingImages, epoch_order
-from latentflow.data.images import open_images, readable
-from latentflow.data.items import ImageSource, require_every_class
-from latentflow.data.latent_cache import ChannelSums, LatentCache, is_cache
-from latentflow.data.masks import check_masks, masks_fingerprint
-from latentflow.data.resident import resident_bytes, stays_resident
+from latentflow.data.cache.reader import ChannelSums, LatentCache, is_cache
+from latentflow.data.cache.resident import resident_bytes, stays_resident
+from latentflow.data.painting.masks import check_masks, masks_fingerprint
+from latentflow.data.sources.images import open_images, readable
+from latentflow.data.sources.items import ImageSource, require_every_class
 from latentflow.errors import ConfigError, DataError
-from latentflow.latent_flow import CONFIG_FILE, LatentFlow, read_config
 from latentflow.locks import writes
-from latentflow.model_config import AutoencoderRecord, ModelConfig, TrainingRecord
+from latentflow.model.conditioning import Conditioning
+from latentflow.model.config import AutoencoderRecord, ModelConfig, TrainingRecord
+from latentflow.model.flow_model import CONFIG_FILE, LatentFlow, read_config
 from latentflow.progress import image_progress
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
+from latentflow.sampling.preview import preview_request, save_preview
 from latentflow.sampling.request import check_request
 from latentflow.training.changes import RECIPE_FILE, Changes, as_begun, check_changes
 from latentflow.training.config import CHANGES, Recipe

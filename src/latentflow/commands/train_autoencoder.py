@@ -22,16 +22,16 @@ from latentflow.artifacts import (
     write_text,
 )
 from latentflow.autoencoder import Autoencoder, latent_mean, to_uint8, to_unit_range
-from latentflow.commands.grid import save_grid
 from latentflow.commands.train import environment, times, usable_name
 from latentflow.data.batches import TrainingImages, epoch_order
-from latentflow.data.images import ImageSource, open_images, readable
-from latentflow.data.latent_cache import ChannelSums, is_cache
-from latentflow.data.pictures import psnr
+from latentflow.data.cache.reader import ChannelSums, is_cache
+from latentflow.data.pictures.single import psnr
+from latentflow.data.sources.images import ImageSource, open_images, readable
 from latentflow.errors import ConfigError, DataError
 from latentflow.locks import writes
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime, open_runtime
+from latentflow.sampling.contact_sheet import save_grid
 from latentflow.training.autoencoder import (
     CHANGES,
     AutoencoderRecipe,

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.artifacts import require_writable
-from latentflow.commands.grid import save_grid
-from latentflow.commands.picture_folder import PictureFolder, read_pixels
 from latentflow.commands.sample import GRID_IMAGES
-from latentflow.conditioning import ClassList
-from latentflow.latent_flow import LatentFlow
 from latentflow.locks import writes
+from latentflow.model.conditioning import ClassList
+from latentflow.model.flow_model import LatentFlow
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
+from latentflow.sampling.contact_sheet import save_grid
 from latentflow.sampling.edits import at_most_one, variations
+from latentflow.sampling.picture_folder import PictureFolder, read_pixels
 from latentflow.sampling.request import make_request
 
 

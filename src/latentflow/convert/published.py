@@ -10,13 +10,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from latentflow.convert.architecture import Architecture, explained
-from latentflow.convert.dit import DiTOptions, dit
-from latentflow.convert.edm_unet import EdmUNetOptions, edm_unet
-from latentflow.convert.families import require_family
-from latentflow.convert.lfm import PROTOCOL, Experiment, LfmFlags, find_experiment, lfm
+from latentflow.convert.families.dit import DiTOptions, dit
+from latentflow.convert.families.edm_unet import EdmUNetOptions, edm_unet
+from latentflow.convert.families.lfm import PROTOCOL, Experiment, LfmFlags, find_experiment, lfm
+from latentflow.convert.families.registry import require_family
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import CosinePath, LinearPath, PathConfig
-from latentflow.model_config import SamplingPreset, TrainingRecord
+from latentflow.model.config import SamplingPreset, TrainingRecord
 from latentflow.networks.dit import NAMES
 from latentflow.networks.velocity_network import (
     DenoiserPrediction,

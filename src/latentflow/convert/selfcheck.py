@@ -18,7 +18,7 @@ from latentflow.errors import ArtifactError
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.flow_model import LatentFlow
 from latentflow.shapes import Condition
 
 _STEPS = 8

@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from latentflow import console
-from latentflow.data.decode import BrokenImage
+from latentflow.data.pictures.decode import BrokenImage
 from latentflow.errors import DataError, LatentFlowError
 
 _MOST_AHEAD = 4  # batches of each process

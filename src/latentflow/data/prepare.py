@@ -26,10 +26,10 @@ from PIL import Image
 
 from latentflow.artifacts import atomic_folder, contents
 from latentflow.console import notice
-from latentflow.data.decode import BrokenImage, open_image, reason
-from latentflow.data.map_files import pair_maps, read_classes
-from latentflow.data.semantic_maps import MapClasses
-from latentflow.data.stores import StoredFile, ZipStore, is_image, open_store, wrapper
+from latentflow.data.painting.semantic_maps import MapClasses
+from latentflow.data.pictures.decode import BrokenImage, open_image, reason
+from latentflow.data.sources.maps import pair_maps, read_classes
+from latentflow.data.stores.files import StoredFile, ZipStore, is_image, open_store, wrapper
 from latentflow.errors import DataError, nearest
 
 CAMVID = {

@@ -8,7 +8,7 @@ import torch
 
 from latentflow.console import notice
 from latentflow.flow.solvers import expected_evaluations, is_adaptive
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.flow_model import LatentFlow
 from latentflow.networks.running import compile_blocks, is_compiled
 from latentflow.progress import duration
 from latentflow.sampling.request import SampleRequest

@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from latentflow.autoencoder import to_unit_range
-from latentflow.conditioning import ClassList
-from latentflow.data.pictures import describe_file, read_picture, square_picture
+from latentflow.data.pictures.single import describe_file, read_picture, square_picture
 from latentflow.errors import ConfigError
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.conditioning import ClassList
+from latentflow.model.flow_model import LatentFlow
 from latentflow.randomness import derive_seed
 from latentflow.sampling.inpaint import require_latent_pixel
 from latentflow.sampling.pipeline import Given, draw_all

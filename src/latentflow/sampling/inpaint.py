@@ -22,18 +22,18 @@ import torch
 from PIL import Image
 
 from latentflow.autoencoder import to_unit_range
-from latentflow.conditioning import ClassList
 from latentflow.console import notice
-from latentflow.data.decode import open_image
-from latentflow.data.latent_size import ToldAs, class_counts, hide, hole_counts, shares, told_mask
-from latentflow.data.map_reader import read_map
-from latentflow.data.mask_reader import Mask, read_mask
-from latentflow.data.orientation import Photo, upright_as, with_turn
-from latentflow.data.originals import Original, original_of
-from latentflow.data.pictures import describe_file
-from latentflow.data.semantic_maps import MapClasses, check_map
+from latentflow.data.painting.latent_size import ToldAs, class_counts, hide, hole_counts, shares, told_mask
+from latentflow.data.painting.map_reader import read_map
+from latentflow.data.painting.mask_reader import Mask, read_mask
+from latentflow.data.painting.semantic_maps import MapClasses, check_map
+from latentflow.data.pictures.decode import open_image
+from latentflow.data.pictures.orientation import Photo, upright_as, with_turn
+from latentflow.data.pictures.originals import Original, original_of
+from latentflow.data.pictures.single import describe_file
 from latentflow.errors import ConfigError, DataError, nearest
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.conditioning import ClassList
+from latentflow.model.flow_model import LatentFlow
 from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import make_request
 from latentflow.sampling.samples import Samples

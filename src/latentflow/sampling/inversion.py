@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentflow.conditioning import ClassList
-from latentflow.data.pictures import psnr
+from latentflow.data.pictures.single import psnr
 from latentflow.errors import ConfigError
 from latentflow.flow.solvers import is_adaptive
 from latentflow.flow.times import sampling_times
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.conditioning import ClassList
+from latentflow.model.flow_model import LatentFlow
 from latentflow.sampling.edits import at_most_one, encode_input, read_input
 from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, naming_noise, solve
 from latentflow.sampling.request import SampleRequest, make_request

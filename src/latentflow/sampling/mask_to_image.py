@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentflow.conditioning import ClassList
-from latentflow.data.latent_size import class_counts, shares
-from latentflow.data.pictures import describe_file
-from latentflow.data.semantic_maps import crop_map
-from latentflow.latent_flow import LatentFlow
+from latentflow.data.painting.latent_size import class_counts, shares
+from latentflow.data.painting.semantic_maps import crop_map
+from latentflow.data.pictures.single import describe_file
+from latentflow.model.conditioning import ClassList
+from latentflow.model.flow_model import LatentFlow
 from latentflow.sampling.inpaint import map_indices, native_size, require_latent_pixel
 from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import make_request

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from latentflow.data.decode import open_image
+from latentflow.data.pictures.decode import open_image
 
 _OWN = ("seeds", "labels", "blends", "class_name", "to_class_name", "evaluations")  # of each picture of a set
 _OF_INPUT = ("inputs", "image_size")  # of each picture that is drawn from another one

@@ -25,7 +25,7 @@ from latentflow.flow.composition import BlendedVelocity, KnownRegionVelocity
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import Solution, Velocity, integrate
 from latentflow.flow.times import sampling_times
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.flow_model import LatentFlow
 from latentflow.networks.running import is_compiled
 from latentflow.randomness import ImageRandom
 from latentflow.sampling.cost import tell_cost

@@ -7,14 +7,14 @@ from numbers import Integral, Real
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from latentflow.conditioning import CONDITION_NAMES, ClassList, ConditionName
 from latentflow.console import notice
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import is_adaptive
 from latentflow.flow.times import sampling_times
-from latentflow.latent_flow import LatentFlow
-from latentflow.model_config import SamplingPreset
+from latentflow.model.conditioning import CONDITION_NAMES, ClassList, ConditionName
+from latentflow.model.config import SamplingPreset
+from latentflow.model.flow_model import LatentFlow
 from latentflow.runtime import Precision, Runtime
 from latentflow.shapes import Condition
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from latentflow.data.resident import Switch
-from latentflow.model_config import ModelConfig
+from latentflow.data.cache.resident import Switch
+from latentflow.model.config import ModelConfig
 from latentflow.runtime import Runtime
 from latentflow.training.memory import forward_flops
 

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from latentflow.data.masks import MaskRules
-from latentflow.data.resident import Switch
+from latentflow.data.cache.resident import Switch
+from latentflow.data.painting.masks import MaskRules
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.flow.times import TrainingTimes
-from latentflow.model_config import SamplingPreset
+from latentflow.model.config import SamplingPreset
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.velocity_network import NetworkConfig
 from latentflow.runtime import PrecisionWord

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from latentflow.conditioning import ConditionName
 from latentflow.data.batches import TrainingImages
 from latentflow.flow.times import TrainingTimes, sum_by_time
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.conditioning import ConditionName
+from latentflow.model.flow_model import LatentFlow
 from latentflow.training.step import training_step
 
 

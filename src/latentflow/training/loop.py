@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from latentflow.data.batches import Batch, StreamPositions, TrainingImages, lost_workers, stream_batches
 from latentflow.errors import ConfigError
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.flow_model import LatentFlow
 from latentflow.networks.running import compile_blocks, restore_blocks, set_memory
 from latentflow.runtime import Runtime
 from latentflow.training.checkpoint import CheckpointWriter, Progress, keep_newest, load_checkpoint, newest_checkpoint

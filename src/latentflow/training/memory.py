@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentflow.errors import ConfigError
-from latentflow.model_config import ModelConfig
+from latentflow.model.config import ModelConfig
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.running import MEMORY_MODES, MemoryMode
 from latentflow.networks.unet import UNetConfig

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from latentflow.autoencoder import to_unit_range
-from latentflow.conditioning import ConditionName
 from latentflow.data.batches import Batch
 from latentflow.flow.loss import flow_matching_loss
 from latentflow.flow.times import TrainingTimes
-from latentflow.latent_flow import LatentFlow
+from latentflow.model.conditioning import ConditionName
+from latentflow.model.flow_model import LatentFlow
 from latentflow.randomness import ImageRandom, derive_seed, on_device
 from latentflow.shapes import Condition
 

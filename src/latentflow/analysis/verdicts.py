@@ -1,0 +1,248 @@
+"""What the numbers of a diagnosis say, and what they do not: a verdict is given where the other ones are ruled out.
+
+A number with a limit is fine, or trouble, where two standard errors do not carry it across the limit. Otherwise the
+verdict is "undecided", with what would decide it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from latentflow.analysis.counts import chance_of_before, share_bounds
+from latentflow.analysis.diagnosis import (
+    Diagnosis,
+    Floor,
+    LatentStatistics,
+    LossByTime,
+    Memorisation,
+    Nearness,
+    Ways,
+    fine_detail,
+    largest_shift,
+)
+
+Mark = Literal["good", "undecided", "look", "bad"]
+
+WORDS: dict[Mark, str] = {"good": "fine", "undecided": "undecided", "look": "look here", "bad": "trouble"}
+"""Marks as they are said."""
+
+_SIGMAS = 2.0
+_MATTERS = 0.05  # share of copies among the samples
+_SURE, _LIKELY = 0.01, 0.05  # chances of a false alarm, all spaces together
+_MORE_IMAGES = "more images (--num) would decide it"
+_GIVE_TRAIN = "give the images that the model was trained on with --train, and others as DATA"
+
+
+class Verdict(BaseModel):
+    """One finding in plain words, and the rule it follows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mark: Mark
+    topic: str
+    text: str
+    rule: str
+
+
+def verdicts(diagnosis: Diagnosis) -> list[Verdict]:
+    """What the numbers say, each with the rule."""
+    found = [_loss_verdict(diagnosis.loss)]
+    if diagnosis.training_loss is not None:
+        found.append(_gap_verdict(diagnosis.loss, diagnosis.training_loss, diagnosis.memorisation))
+    return [
+        *found,
+        _ways_verdict(diagnosis.ways),
+        _latents_verdict(diagnosis.latents),
+        _detail_verdict(diagnosis.latents),
+        _memorisation_verdict(diagnosis.memorisation),
+        _floor_verdict(diagnosis.floor),
+    ]
+
+
+def _mark(value: float, error: float, good: float, bad: float) -> Mark:
+    """By a value that is better the smaller it is, where `error` does not carry it across a limit; NaN is bad."""
+    if math.isinf(error):
+        return "undecided"
+    low, high = (_exact_mark(value + sign * _SIGMAS * error, good, bad) for sign in (-1, 1))
+    return low if low == high else "undecided"
+
+
+def _exact_mark(value: float, good: float, bad: float) -> Mark:
+    return "good" if value <= good else "look" if value < bad else "bad"
+
+
+def _advice(mark: Mark) -> str:
+    return f" Undecided, as two standard errors reach across a limit: {_MORE_IMAGES}." if mark == "undecided" else ""
+
+
+def _loss_verdict(loss: LossByTime) -> Verdict:
+    worst = max(range(len(loss.times)), key=lambda n: loss.loss[n] / loss.baseline[n])
+    mark = _mark(loss.ratio, loss.ratio_error, 0.8, 1.0)
+    return Verdict(
+        mark=mark,
+        topic="Loss",
+        text=f"It is {loss.ratio:.2f} ± {loss.ratio_error:.2g} of what a model reaches that knows no more than mean "
+        f"and variance of each channel; at its worst, near t = {loss.times[worst]:.2f}, "
+        f"{loss.loss[worst] / loss.baseline[worst]:.2f}.",
+        rule="Fine up to 0.8, trouble from 1, where mean and variance alone do as well." + _advice(mark),
+    )
+
+
+def _gap_verdict(held_out: LossByTime, training: LossByTime, test: Memorisation) -> Verdict:
+    gap = sum(held_out.loss) / sum(training.loss) - 1
+    error = math.hypot(*held_out.standard_error, *training.standard_error) / sum(training.loss)
+    mark = _mark(gap, error, 0.05, 0.25)
+    rule = "Fine up to +5 %, trouble from +25 %: the network then knows the training images far better than others of "
+    rule += "their kind. The two sets must be of one kind, or the difference is theirs." + _advice(mark)
+    if not test.is_test and mark != "bad":
+        mark, rule = "undecided", f"{rule} These sets are not training images and others: {_GIVE_TRAIN}."
+    return Verdict(
+        mark=mark,
+        topic="Overfitting",
+        text=f"The loss on held-out images differs by {100 * gap:+.1f} ± {100 * error:.1f} % from that on training "
+        "images.",
+        rule=rule,
+    )
+
+
+def _ways_verdict(ways: list[Ways]) -> Verdict:
+    used = ways[0]
+    plain = f" Without guidance it is {ways[-1].straightness:.3f}." if len(ways) > 1 else ""
+    mark = _mark(used.straightness, used.straightness_error, 0.3, math.inf)
+    return Verdict(
+        mark=mark,
+        topic="Straightness",
+        text=f"At guidance {used.guidance:g}, {used.straightness:.3f} ± {used.straightness_error:.2g} of the squared "
+        f"speed on the way from noise to data is not spent on the straight line, and the way turns by "
+        f"{math.degrees(used.total_turning):.0f} degrees in all.{plain}",
+        rule="0 is a straight way, which one Euler step goes exactly. Fine up to 0.3; beyond, see whether more steps "
+        "change the pictures. How many they need is not measured here: latentflow sweep does." + _advice(mark),
+    )
+
+
+def _latents_verdict(statistics: LatentStatistics) -> Verdict:
+    shift, ratio = largest_shift(statistics.samples, statistics.data)
+    by_chance = largest_shift(*statistics.halves)
+    mark = _mark(_off(shift, ratio), _off(*by_chance) / _SIGMAS, 0.1, 0.3)
+    return Verdict(
+        mark=mark,
+        topic="Latent statistics",
+        text=f"The mean of a channel is off by up to {shift:.2f} of its standard deviation, and the standard deviation "
+        f"by a factor of up to {ratio:.2f}; between two halves of the data it is {by_chance[0]:.2f} and "
+        f"{by_chance[1]:.2f}.",
+        rule="Fine within 0.1 and a factor of 1.1, trouble from 0.3 and 1.35, give or take what two halves of the data "
+        "differ by. Guidance moves both on purpose: draw at guidance 1 to see the model alone."
+        + (f" Undecided, as the halves differ by too much: {_MORE_IMAGES}." if mark == "undecided" else ""),
+    )
+
+
+def _off(shift: float, ratio: float) -> float:
+    return max(shift, _log(ratio))
+
+
+def _log(ratio: float) -> float:
+    return abs(math.log(ratio)) if 0 < ratio < math.inf else math.inf
+
+
+def _detail_verdict(statistics: LatentStatistics) -> Verdict:
+    ratio = fine_detail(statistics.frequencies, statistics.spectrum_samples, statistics.spectrum_data)
+    by_chance = fine_detail(statistics.frequencies, *statistics.spectrum_halves)
+    mark = _mark(_log(ratio), _log(by_chance) / _SIGMAS, math.log(1.25), math.log(2))
+    if not statistics.frequencies:
+        return Verdict(mark=mark, topic="Fine detail", text="Latents of one pixel have none.", rule="")
+    kind = "" if mark in ("good", "undecided") else ": too smooth" if ratio < 1 else ": too rough"
+    return Verdict(
+        mark=mark,
+        topic="Fine detail",
+        text=f"Latents of samples have {ratio:.2f} times the power of data in the highest third of the "
+        f"frequencies{kind}; one half of the data has {by_chance:.2f} times that of the other.",
+        rule="Fine between 0.8 and 1.25, trouble below 0.5 and above 2, give or take what two halves of the data "
+        "differ by."
+        + (f" Undecided, as the halves differ by too much: {_MORE_IMAGES}." if mark == "undecided" else ""),
+    )
+
+
+def _memorisation_verdict(test: Memorisation) -> Verdict:
+    found = [_copies(space, len(test.spaces)) for space in test.spaces]
+    mark, space, p_value, low, high = max(found, key=lambda one: _RANKS.index(one[0]))
+    num, share = len(space.samples), test.num_training / test.num_all
+    text = (
+        f"In {space.space}, {space.copies} of {num} samples stand nearer to one training image than {_all_but(space)} "
+        f"of {len(space.held_out)} held-out images do; chance alone gives as many with probability {p_value:.2g}, and "
+        f"the share of such samples lies between {100 * low:.1f} and {100 * high:.1f} %. A sample is nearer "
+        f"to the training images than a held-out image is with chance {space.nearer:.2f}, where 0.5 is alike."
+    )
+    rule = (
+        f"Trouble where chance alone gives so many in fewer than {100 * _SURE:g} of 100 such tests, and the share is "
+        f"surely above {100 * _MATTERS:g} %; fine where it is surely below. Counted are samples that are near to one "
+        "training image and not to ten of them: plain samples, as strong guidance makes them, are nearer to all."
+    )
+    highest = max(bounds[4] for bounds in found) / share
+    if mark == "undecided" and highest <= _MATTERS and test.covers:
+        mark = "good"
+    elif mark == "undecided":
+        rule += f" Undecided: {_what_would_decide(test, highest, num)}."
+    twins = (
+        f" {test.num_twins} images of DATA are training images themselves, and were left out." if test.num_twins else ""
+    )
+    return Verdict(mark=mark, topic="Memorisation", text=text + twins, rule=rule)
+
+
+def _copies(space: Nearness, num_spaces: int) -> tuple[Mark, Nearness, float, float, float]:
+    """The verdict of one space by itself, "undecided" where it does not alarm; chance, and bounds of the share."""
+    count, num = space.copies, len(space.samples)
+    p_value = chance_of_before(count, num, space.rank, len(space.held_out))
+    low, high = share_bounds(count, num)
+    p_of_all = p_value * num_spaces
+    mark: Mark = "undecided"
+    if p_of_all <= _SURE and low > _MATTERS:
+        mark = "bad"
+    elif p_of_all <= _LIKELY:
+        mark = "look"
+    return mark, space, p_value, low, high
+
+
+def _all_but(space: Nearness) -> str:
+    return "any" if space.rank == 1 else f"all but {space.rank - 1}"
+
+
+def _what_would_decide(test: Memorisation, highest: float, num: int) -> str:
+    if not test.covers:
+        return f"it is not known that any of these images was trained on; {_GIVE_TRAIN}"
+    if test.num_training < test.num_all and highest * test.num_training / test.num_all <= _MATTERS:
+        return (
+            f"only {test.num_training:,} of {test.num_all:,} training images were looked among; with --num-train "
+            f"{test.num_all} no copy is overlooked"
+        )
+    least = math.ceil(math.log(1 - 0.95) / math.log(1 - _MATTERS))
+    room = f"{num} samples leave room for {100 * min(highest, 1):.0f} % of copies"
+    return f"{room}; --num {max(4 * num, 4 * least)} would tell"
+
+
+def _floor_verdict(floor: Floor) -> Verdict:
+    lost, made = max(floor.reconstructed - floor.real, 0.0), floor.samples - floor.real
+    error = math.hypot(floor.standard_errors[0], floor.standard_errors[2])
+    fine, bad = max(2 * lost, floor.real), 10 * max(lost, floor.real)
+    mark = _mark(made, error, fine, bad)
+    words = {
+        "good": "the generator is no further from the data than the autoencoder, or chance, explains",
+        "undecided": "two standard errors reach across a limit",
+        "look": "the generator, and not the autoencoder, is what holds the pictures back",
+        "bad": "the generator is far from the data, and the autoencoder has little to do with it",
+    }[mark]
+    return Verdict(
+        mark=mark,
+        topic="Generator and autoencoder",
+        text=f"The Fréchet distance of random features is {floor.samples:.3g} ± {floor.standard_errors[2]:.2g} for "
+        f"samples, {floor.reconstructed:.3g} ± {floor.standard_errors[1]:.2g} for reconstructions and "
+        f"{floor.real:.3g} ± {floor.standard_errors[0]:.2g} for other real images: {words}.",
+        rule="Fine while samples exceed other real images by no more than these measure, or than twice what "
+        "reconstructions exceed them by; trouble beyond ten times the larger. Random features see colours and "
+        "textures, not objects." + (f" Undecided: {_MORE_IMAGES}." if mark == "undecided" else ""),
+    )
+
+
+_RANKS = ("good", "undecided", "look", "bad")

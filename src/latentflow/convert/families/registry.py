@@ -1,0 +1,63 @@
+"""The families of networks whose weights are understood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from latentflow.convert.architecture import Architecture, explained
+from latentflow.convert.families.dit import DiTOptions, dit
+from latentflow.convert.families.edm_unet import EdmUNetOptions, edm_unet
+from latentflow.convert.families.lfm import lfm
+from latentflow.errors import ConfigError, nearest
+
+FAMILIES = ("lfm", "sit", "dit", "edm")
+
+
+def architecture(
+    family: str,
+    options: Mapping[str, Any],
+    *,
+    inpainting: bool = False,
+    num_map_classes: int = 0,
+    keep_variance: bool = False,
+) -> Architecture:
+    """A published network as one of ours, from the options its own program builds it with.
+
+        network = architecture("sit", {"hidden_size": 1152, "depth": 28, "num_heads": 16}).load(weights)
+        velocity = network(latents, time, Condition(labels))
+
+    Args:
+        family: "lfm" (flags of its training scripts, or arguments of its class DiT), "sit" and "dit" (arguments of
+            their classes), "edm" (arguments of DhariwalUNet and SongUNet, and `model_type`).
+        inpainting, num_map_classes: of "lfm": what its input holds behind the latents; see `lfm`.
+        keep_variance: of "dit": keep the second half of the output.
+
+    Raises:
+        ConfigError: an unknown family or option, or values that do not fit together.
+    """
+    require_family(family)
+    if family != "lfm" and (inpainting or num_map_classes):
+        raise ConfigError(f"inpainting and num_map_classes are of lfm; networks of {family} do not paint")
+    if family != "dit" and keep_variance:
+        raise ConfigError(f"keep_variance is of dit; networks of {family} predict no variance")
+    try:
+        if family == "lfm":
+            return lfm(options, inpainting=inpainting, num_map_classes=num_map_classes)
+        if family == "edm":
+            return edm_unet(EdmUNetOptions.read(options))
+        return dit(DiTOptions.read(options), family, keep_variance=keep_variance)
+    except ValidationError as error:  # of the network that these options describe
+        raise explained(error) from error
+
+
+def require_family(family: str) -> None:
+    """Refuse a family whose weights are not understood.
+
+    Raises:
+        ConfigError: the nearest one is named.
+    """
+    if family not in FAMILIES:
+        raise ConfigError(f"unknown family {family!r}: {nearest(family, FAMILIES)}")

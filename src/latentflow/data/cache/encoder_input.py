@@ -1,0 +1,132 @@
+"""What an encoder is given: the pictures of a source, read and made square, with what a cache stores beside them.
+
+Legend: n images, S image side, h and w latent height and width, K classes of the semantic map, V mask variants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from latentflow.data.cache.reader import CachePlan
+from latentflow.data.painting.latent_size import class_counts, hole_counts
+from latentflow.data.painting.masks import draw_mask
+from latentflow.data.sources.images import BrokenImage
+from latentflow.data.sources.items import ImageItem, ImageSource
+from latentflow.randomness import derive_seed
+
+_SENT = ("pixels", "holes")  # to the device
+
+
+@dataclass(frozen=True)
+class EncoderInput:
+    """Some images of a source that follow each other, as far as they can be read.
+
+    Attributes:
+        num_rows: how many images these are, broken ones included.
+        broken: the names of those that cannot be read, and the reasons.
+        names: of the n others.
+        cuts: share of each picture that its square leaves out.
+        pixels: [n, S, S, 3] uint8.
+        labels: [n] int64; None for an unlabelled source.
+        class_counts: [n, K, h, w] in the dtype they are stored in; None where there are no maps.
+        holes: [n, V, S, S] uint8, 1 in the hole; None where none are stored.
+        hole_counts: [n, V, 1, h, w], likewise.
+    """
+
+    num_rows: int
+    broken: list[tuple[str, str]]
+    names: list[str]
+    cuts: list[float]
+    pixels: Tensor | None = None
+    labels: Tensor | None = None
+    class_counts: Tensor | None = None
+    holes: Tensor | None = None
+    hole_counts: Tensor | None = None
+
+    def pin_memory(self) -> EncoderInput:
+        """Pin what goes to the device; called by the data loader."""
+        sent = {name: getattr(self, name) for name in _SENT}
+        return replace(self, **{name: None if x is None else x.pin_memory() for name, x in sent.items()})
+
+
+class EncoderInputs(Dataset):
+    """Reads what an encoder is given, in any thread or process.
+
+    Args:
+        source: of the images.
+        plan: of the cache that is made of them.
+    """
+
+    def __init__(self, source: ImageSource, plan: CachePlan):
+        self.source = source
+        self.factor, self.num_map_classes = plan.factor, len(plan.map_class_names)
+        self.masks, self.variants = plan.masks, plan.mask_variants
+        self.counts = counts_dtype(plan)
+
+    @property
+    def bytes_per_image(self) -> int:
+        """About what one image takes."""
+        side = self.source.image_size
+        return side**2 * (3 + self.variants) + (side // self.factor) ** 2 * (self.num_map_classes + self.variants)
+
+    def __getitems__(self, rows: range) -> EncoderInput:
+        """The images of `rows`."""
+        items: list[tuple[int, ImageItem]] = []
+        broken = []
+        for row in rows:
+            try:
+                items.append((row, self.source[row]))
+            except BrokenImage as error:
+                broken.append((error.name, error.reason))
+        names, cuts = [item.name for _, item in items], [item.cut for _, item in items]
+        read = EncoderInput(len(rows), broken, names, cuts)
+        if not items:
+            return read
+        tensors = {"pixels": torch.from_numpy(np.stack([item.pixels for _, item in items]))}
+        if self.source.class_names:
+            tensors["labels"] = torch.tensor([item.label for _, item in items])
+        if self.num_map_classes:
+            maps = [class_counts(item.semantic_map, self.num_map_classes, self.factor) for _, item in items]
+            tensors["class_counts"] = torch.stack(maps).to(self.counts)
+        if self.variants:
+            tensors |= self._holes([row for row, _ in items])
+        return replace(read, **tensors)
+
+    def _holes(self, rows: list[int]) -> dict[str, Tensor]:
+        side, told_as = self.source.image_size, self.masks.told_as
+        seeds = [derive_seed("mask variant", row, variant) for row in rows for variant in range(self.variants)]
+        holes = [draw_mask(self.masks, side, side, seed) for seed in seeds]
+        counts = torch.stack([hole_counts(hole, self.factor, told_as) for hole in holes]).to(self.counts)
+        grouped = (len(rows), self.variants)
+        return {
+            "holes": torch.from_numpy(np.stack(holes)).unflatten(0, grouped),
+            "hole_counts": counts.unflatten(0, grouped),
+        }
+
+
+def counts_dtype(plan: CachePlan) -> torch.dtype:
+    """What counts of pixels are stored in."""
+    return torch.uint8 if plan.factor**2 <= 255 else torch.int16
+
+
+def joined(parts: list[EncoderInput], device: torch.device) -> EncoderInput:
+    """Several parts as one, in order, with what is encoded on `device`, which is not waited for."""
+    tensors = {}
+    for field in fields(EncoderInput):
+        values = [value for part in parts if isinstance(value := getattr(part, field.name), Tensor)]
+        if field.name in _SENT:  # each on its own: joined on the CPU they would not be pinned any more
+            values = [value.to(device, non_blocking=device.type == "cuda") for value in values]
+        if values:
+            tensors[field.name] = values[0] if len(values) == 1 else torch.cat(values)
+    return EncoderInput(
+        num_rows=sum(part.num_rows for part in parts),
+        broken=[one for part in parts for one in part.broken],
+        names=[name for part in parts for name in part.names],
+        cuts=[cut for part in parts for cut in part.cuts],
+        **tensors,
+    )

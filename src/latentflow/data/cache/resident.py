@@ -1,0 +1,116 @@
+"""A latent cache in the memory of one device: a batch is one indexed read for each of its tensors, there.
+
+Legend: N images, V mask variants of an image; other shapes as in `latent_cache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BeforeValidator
+from torch import Tensor
+
+from latentflow.data.cache.reader import LatentCache, mirrored
+from latentflow.data.painting.latent_size import shares, told_mask
+from latentflow.errors import ConfigError
+from latentflow.progress import image_progress
+
+Switch = Annotated[
+    Literal["auto", "true", "false"],
+    BeforeValidator(lambda given: str(given).lower() if isinstance(given, bool) else given),
+]
+
+_SHARE = {"cuda": 1 / 3, "cpu": 1 / 4}  # of the free memory that a cache may take unasked
+_OF_VARIANTS = ("known_moments", "hole_counts")
+
+
+class ResidentCache:
+    """The tensors of a latent cache that training reads, whole, on one device.
+
+    It is read as `LatentCache` is, by tensors on its device.
+
+    Args:
+        cache: what is held.
+        names: of its tensors, without those of mirrored images.
+        flips: whether mirrored images are held, too; the cache must have them.
+    """
+
+    def __init__(self, cache: LatentCache, names: Collection[str], *, flips: bool, device: torch.device):
+        self.device = device
+        self._plan, self._num_images = cache.plan, len(cache)
+        self._tensors: dict[str, Tensor] = {}
+        with image_progress("loading", len(cache)) as on_images:
+            for name in names:
+                parts = _parts(name, flips)
+                like = cache.tensor(0, name)
+                whole = torch.empty(len(parts), len(cache), *like.shape[1:], dtype=like.dtype, device=device)
+                for part, stored in zip(whole, parts, strict=True):
+                    start = 0
+                    for shard, record in enumerate(cache.index.shards):
+                        part[start : start + record.num_images] = cache.tensor(shard, stored)
+                        start += record.num_images
+                        on_images(record.num_images if stored == "moments" else 0)
+                self._tensors[name] = whole.flatten(0, 2 if name in _OF_VARIANTS else 1)
+
+    def moments(self, indices: Tensor, flipped: Tensor | None = None) -> Tensor:
+        """See `LatentCache.moments`."""
+        return self._tensors["moments"].index_select(0, self._rows(indices, flipped))
+
+    def class_fractions(self, indices: Tensor, flipped: Tensor | None = None) -> Tensor:
+        """See `LatentCache.class_fractions`."""
+        counts = self._tensors["class_counts"].index_select(0, indices)
+        return shares(mirrored(counts, flipped), self._plan.factor)
+
+    def known(self, indices: Tensor, variants: Tensor, flipped: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `LatentCache.known`."""
+        num = self._plan.mask_variants
+        moments = self._tensors["known_moments"].index_select(0, self._rows(indices, flipped) * num + variants)
+        counts = self._tensors["hole_counts"].index_select(0, indices * num + variants)
+        return moments, told_mask(shares(mirrored(counts, flipped), self._plan.factor), self._plan.masks.told_as)
+
+    def labels(self, indices: Tensor) -> Tensor | None:
+        """See `LatentCache.labels`."""
+        return self._tensors["labels"].index_select(0, indices) if "labels" in self._tensors else None
+
+    def _rows(self, indices: Tensor, flipped: Tensor | None) -> Tensor:
+        """Where images lie in a tensor whose second half holds them mirrored."""
+        return indices if flipped is None else indices + flipped * self._num_images
+
+
+def resident_bytes(cache: LatentCache, names: Collection[str], *, flips: bool) -> int:
+    """What `ResidentCache` takes in memory."""
+    likes = (cache.tensor(0, stored) for name in names for stored in _parts(name, flips))
+    return sum(len(cache) * like.shape[1:].numel() * like.element_size() for like in likes)
+
+
+def stays_resident(wanted: Switch, num_bytes: int, device: torch.device, free: int | None, sharing: int = 1) -> bool:
+    """Whether a cache is to lie in the memory of `device` for as long as it is trained on.
+
+    Args:
+        wanted: as the recipe's data.resident; auto: if it is a small part of the memory.
+        num_bytes: what it takes.
+        free: bytes of the device's memory that are free; None where nobody knows.
+        sharing: processes that share this memory; each would hold the whole cache.
+
+    Raises:
+        ConfigError: it is wanted, and does not fit.
+    """
+    needed = num_bytes * sharing
+    if wanted == "auto":
+        return free is not None and needed <= _SHARE.get(device.type, 0) * free
+    if wanted == "true" and free is not None and needed > free:
+        what = "GPU memory" if device.type == "cuda" else "memory"
+        each = f" in {sharing} processes" if sharing > 1 else ""
+        raise ConfigError(
+            f"data.resident = true, but the latent cache takes {needed / 2**30:.2f} GiB of {what}{each}, and "
+            f"{free / 2**30:.2f} GiB are free; set data.resident=auto, which reads it from its files where it does "
+            "not fit"
+        )
+    return wanted == "true"
+
+
+def _parts(name: str, flips: bool) -> list[str]:
+    """The stored tensors of one name: as it is, and of mirrored images where those are encoded anew."""
+    return [name, f"{name}_flipped"] if flips and name.endswith("moments") else [name]

@@ -1,0 +1,332 @@
+"""Masks for inpainting: holes for training, drawn from a seed or chosen from a folder of mask files.
+
+A mask is uint8 [H, W]: 0 is known and stays, 1 is painted anew.
+
+Random holes follow the large masks of LaMa (Suvorov et al., arXiv 2109.07161, the "mixed" policy that
+arXiv 2307.08698 trains with), and go further: halves and borders teach a model to paint on beyond an edge,
+no mask is empty, and lengths are shares of the image, so that any image size works.
+
+Legend: H height and W width in pixels. Positions are shares of width and height, in [0, 1].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from latentflow.console import notice
+from latentflow.data.painting.latent_size import ToldAs
+from latentflow.data.painting.mask_reader import read_mask
+from latentflow.data.stores.files import FolderStore, is_image
+from latentflow.data.stores.layout import counted, unread_pictures
+from latentflow.errors import ConfigError, DataError
+from latentflow.progress import image_progress
+
+HoleKind = Literal["strokes", "boxes", "halves", "borders"]
+
+MIXTURE: dict[HoleKind, float] = {"strokes": 0.4, "boxes": 0.4, "halves": 0.1, "borders": 0.1}  # the policy "mixed"
+
+# LaMa's numbers, which are pixels of a 256 px image there.
+_MOST_PIECES: dict[HoleKind, int] = {"strokes": 5, "boxes": 4}  # 1 up to so many are drawn, evenly
+_MOST_SEGMENTS = 5
+_STROKE_LENGTHS = (10 / 256, 200 / 256)  # of one segment
+_NARROWEST_STROKE = 5 / 100  # of the widest
+_MOST_ANGLE = 4.0  # radians off the heading
+_SMALLEST_BOX_SIDE = 30 / 150  # of the largest
+_MARGIN = 10 / 256  # of boxes
+
+# Least and most share of an image that each kind can paint anew.
+REACH: dict[HoleKind, tuple[float, float]] = {
+    "strokes": (0.0, 1.0),
+    "boxes": (0.0, (1 - 2 * _MARGIN) ** 2),
+    "halves": (1 / 3, 2 / 3),
+    "borders": (1 / 8, 3 / 4),
+}
+
+_PATIENCE = 300  # pieces drawn for one mask, over all attempts; the default rules need 2.5 on average
+
+
+class MaskRules(BaseModel):
+    """How random holes are drawn, as a recipe, a latent cache and a model folder store it.
+
+    Raises:
+        ConfigError: no mask can meet these rules.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    policy: Literal["mixed", HoleKind] = Field(
+        "mixed",
+        description="strokes: thick brush strokes; boxes: rectangles; halves: one side of a straight cut; borders: "
+        "all but a rectangle, for outpainting; mixed: "
+        + ", ".join(f"{weight:.0%} {kind}" for kind, weight in MIXTURE.items())
+        + ", without those that the shares rule out.",
+    )
+    least_share: float = Field(0.05, ge=0, le=1, description="Least share of the image that is painted anew.")
+    most_share: float = Field(0.75, ge=0, le=1, description="Most of the image that is painted anew.")
+    widest_stroke: float = Field(
+        100 / 256, ge=0.02, le=1, description="Width of the widest stroke, as a share of the image's shorter side."
+    )
+    largest_box: float = Field(
+        150 / 256, ge=0.05, le=0.9, description="Longest side of a box, as a share of the image's width or height."
+    )
+
+    told_as: ToldAs = Field(
+        "share",
+        description="How a model is told of a hole. share: painted gray, and how much of each latent pixel lies in it, "
+        "0 to 1; sign: painted black, and 1 or -1 by the first pixel of each latent pixel, as published.",
+    )
+    folder: str = Field(
+        "", description="A folder of mask files to choose from in place of all this; empty: holes are drawn at random."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> MaskRules:
+        least, most = self.least_share, self.most_share
+        if least >= most:
+            raise ConfigError(f"least_share {least:g} is not below most_share {most:g}; 0.05 and 0.75 are usual")
+        if not _weights(self):
+            low, high = REACH[self.policy]
+            raise ConfigError(
+                f"masks of the policy {self.policy!r} paint {low:.3g} to {high:.3g} of the image anew, never "
+                f"{least:g} to {most:g}; widen least_share and most_share, or use 'strokes'"
+            )
+        return self
+
+
+def draw_mask(rules: MaskRules, height: int, width: int, seed: int) -> np.ndarray:
+    """Draw one random mask, the same for the same arguments; another size nearly always shows the same scene.
+
+    Strokes and boxes are added beyond the number drawn for as long as too little is painted anew, and a mask
+    that paints too much is drawn afresh. Where `rules` cannot be met (few pixels, shares close together), the
+    mask is a box in the middle, as near to them as whole pixels allow. It is neither empty nor full, ever.
+
+    Args:
+        rules: what the holes are like.
+        height, width: in pixels, >= 2.
+        seed: >= 0.
+
+    Returns:
+        [H, W] uint8: 1 is painted anew, 0 is known.
+
+    Raises:
+        DataError: a side is shorter than 2 pixels, or a mask file of `rules.folder` cannot be used.
+    """
+    if min(height, width) < 2:
+        raise DataError(f"a mask of {width} x {height} pixels (width x height) has no room: give at least 2 x 2")
+    if rules.folder:
+        files = mask_files(rules.folder)
+        return _fitted(files[int(len(files) * _random(seed).random())], height, width)
+    random = _random(seed)
+    kind = _kind(rules, random)
+    num_pixels = height * width
+    least = max(rules.least_share * num_pixels, 1)
+    most = min(rules.most_share * num_pixels, num_pixels - 1)
+    pieces_left = 0
+    for _ in range(_PATIENCE):
+        if pieces_left == 0:
+            mask = np.zeros((height, width), np.uint8)
+            pieces_left = 1 + int(_MOST_PIECES.get(kind, 1) * random.random())
+        _PAINT[kind](rules, random, mask)
+        pieces_left -= 1
+        painted = np.count_nonzero(mask)
+        if pieces_left == 0 and least <= painted <= most:
+            return mask
+        if painted > most:
+            pieces_left = 0
+        elif pieces_left == 0 and kind in _MOST_PIECES:
+            pieces_left = 1
+    return _middle_box((least + most) / 2, height, width)
+
+
+def mask_files(folder: str | Path) -> list[Path]:
+    """The mask files of a folder and its sub-folders, of any format that is read for images, sorted by name.
+
+    Raises:
+        DataError: there are none.
+    """
+    found, unread = _listed(str(folder))
+    if not found:
+        some = f", but {unread}" if unread else ""
+        raise DataError(f"no mask files in {folder}{some}; put PNG masks there, white where an image is painted anew")
+    if unread:
+        notice(f"{folder}: some files are passed over: {unread}")
+    return found
+
+
+def masks_fingerprint(rules: MaskRules) -> str:
+    """What identifies the content of a folder of masks; "" for random holes, which follow from the rules."""
+    if not rules.folder:
+        return ""
+    files = [str(file.relative_to(rules.folder)) for file in mask_files(rules.folder)]
+    contents = FolderStore(Path(rules.folder)).contents(files)
+    text = "".join(f"{name}\0{content}\0" for name, content in zip(files, contents, strict=True))
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def check_masks(rules: MaskRules, height: int, width: int) -> None:
+    """Read every mask file that `draw_mask` might choose for images of this size; random holes need no check.
+
+    Raises:
+        DataError: there are none, or one cannot be used.
+    """
+    if rules.folder:
+        files = mask_files(rules.folder)
+        with image_progress("looking at masks,", len(files)) as on_files:
+            for file in files:
+                _fitted(file, height, width)
+                on_files(1)
+
+
+def hole_kind(rules: MaskRules, seed: int) -> HoleKind:
+    """Which kind of hole `draw_mask` draws for `seed`, whatever the size.
+
+    "mixed" chooses by the weights of `MIXTURE`, without the kinds that `rules` leave no room for. A mixed
+    mask is the very mask that the policy of its kind draws for the seed.
+    """
+    return _kind(rules, _random(seed))
+
+
+@lru_cache(maxsize=4)
+def _listed(folder: str) -> tuple[list[Path], str]:
+    """The masks in a folder, and which other pictures are there."""
+    if not Path(folder).is_dir():
+        return [], ""
+    store = FolderStore(Path(folder))
+    files = store.files()
+    masks = [Path(folder) / files[name].path for name in sorted(files) if is_image(name)]
+    others = [name for name in files if not is_image(name)]
+    return masks, counted(unread_pictures(others, lambda name: store.mark(files[name].path)))
+
+
+def _fitted(file: Path, height: int, width: int) -> np.ndarray:
+    """A mask file stretched to a size: [H, W] uint8, 1 wherever any of the hole is."""
+    return np.unpackbits(_packed(file, height, width), count=height * width).reshape(height, width)
+
+
+@lru_cache(maxsize=512)  # 64 MB of masks of 1024 x 1024
+def _packed(file: Path, height: int, width: int) -> np.ndarray:
+    whole = Image.fromarray(read_mask(file).astype(np.float32))
+    mask = np.asarray(whole.resize((width, height), Image.Resampling.BOX)) > 0
+    if mask.all():
+        raise DataError(f"the mask {file} keeps nothing of an image of {width} x {height} pixels; remove it")
+    return np.packbits(mask)
+
+
+# Kinds of holes. Each paints one piece onto `mask` and draws as many random numbers for every image size.
+
+
+def _paint_stroke(rules: MaskRules, random: np.random.Generator, mask: np.ndarray) -> None:
+    """A thick polyline with round joints, whose segments swing from side to side of a heading."""
+    height, width = mask.shape
+    thickness = _between(random, _NARROWEST_STROKE, 1) * rules.widest_stroke * min(height, width)
+    points = [(random.random(), random.random())]
+    heading, side = 2 * math.pi * random.random(), 1
+    for _ in range(1 + int(_MOST_SEGMENTS * random.random())):
+        angle, length = heading + side * _MOST_ANGLE * random.random(), _between(random, *_STROKE_LENGTHS)
+        x, y = points[-1][0] + length * math.cos(angle), points[-1][1] + length * math.sin(angle)
+        points.append((min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)))
+        side = -side
+
+    image = Image.new("L", (width, height))
+    pen = ImageDraw.Draw(image)
+    corners = [(x * width - 0.5, y * height - 0.5) for x, y in points]  # pixel i spans i - 0.5 to i + 0.5
+    pen.line(corners, fill=1, width=max(1, round(thickness)))
+    radius = (thickness - 1) / 2
+    if radius > 0:
+        for x, y in corners:
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=1)
+    mask |= np.asarray(image)
+
+
+def _paint_box(rules: MaskRules, random: np.random.Generator, mask: np.ndarray) -> None:
+    spans = []
+    for pixels in mask.shape:
+        length = _between(random, _SMALLEST_BOX_SIDE, 1) * rules.largest_box
+        spans.append(_span(_between(random, _MARGIN, 1 - _MARGIN - length), length, pixels))
+    mask[spans[0], spans[1]] = 1
+
+
+def _paint_half(rules: MaskRules, random: np.random.Generator, mask: np.ndarray) -> None:
+    """The left, right, top or bottom, to an exact half every other time, else to a cut drawn evenly in `REACH`."""
+    low, high = _reach("halves", rules)
+    exact, side = random.random() < 0.5, int(4 * random.random())
+    share = _between(random, low, high)
+    if exact:
+        share = min(max(0.5, low), high)
+    span = _span(0.0 if side % 2 else 1 - share, share, mask.shape[side // 2])
+    mask[(span, slice(None)) if side < 2 else (slice(None), span)] = 1
+
+
+def _paint_border(rules: MaskRules, random: np.random.Generator, mask: np.ndarray) -> None:
+    """All but a rectangle: a frame every other time, else any of the 15 sets of sides."""
+    known = 1 - _between(random, *_reach("borders", rules))
+    frame, choice = random.random() < 0.5, 1 + int(15 * random.random())
+    sides = (3, 3) if frame else divmod(choice, 4)  # of each axis; bit 1: top or left, bit 2: bottom or right
+    # The known part is the product of two lengths; an axis without a border keeps its whole length.
+    split = _between(random, 0.3, 0.7) if all(sides) else float(sides[0] > 0)
+    spans = []
+    for side, exponent, pixels in zip(sides, (split, 1 - split), mask.shape, strict=True):
+        length = known**exponent
+        before = _between(random, 0.25, 0.75) if side == 3 else float(side == 1)  # share of the border, top or left
+        spans.append(_span(before * (1 - length), length, pixels))
+    mask[:] = 1
+    mask[spans[0], spans[1]] = 0
+
+
+_PAINT = {"strokes": _paint_stroke, "boxes": _paint_box, "halves": _paint_half, "borders": _paint_border}
+
+
+def _middle_box(num_pixels: float, height: int, width: int) -> np.ndarray:
+    """A box of about `num_pixels` in the middle of an image of at least 2 x 2, never all of it."""
+    mask = np.zeros((height, width), np.uint8)
+    rows = min(max(round(height * math.sqrt(num_pixels / (height * width))), 1), height)
+    columns = min(max(round(num_pixels / rows), 1), width - (rows == height))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    mask[top : top + rows, left : left + columns] = 1
+    return mask
+
+
+def _weights(rules: MaskRules) -> dict[HoleKind, float]:
+    """How often each kind is drawn, up to a common factor; kinds that cannot meet the shares are left out."""
+    weights = MIXTURE if rules.policy == "mixed" else {rules.policy: 1.0}
+    possible = {}
+    for kind, weight in weights.items():
+        low, high = _reach(kind, rules)
+        if low <= high:
+            possible[kind] = weight
+    return possible
+
+
+def _reach(kind: HoleKind, rules: MaskRules) -> tuple[float, float]:
+    """Least and most share that holes of a kind paint anew under these rules; least > most where there is none."""
+    low, high = REACH[kind]
+    return max(low, rules.least_share), min(high, rules.most_share)
+
+
+def _kind(rules: MaskRules, random: np.random.Generator) -> HoleKind:
+    weights = _weights(rules)
+    ends = list(accumulate(weights.values()))
+    return list(weights)[bisect(ends, random.random() * ends[-1], hi=len(ends) - 1)]
+
+
+def _random(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def _between(random: np.random.Generator, low: float, high: float) -> float:
+    return low + (high - low) * random.random()
+
+
+def _span(start: float, length: float, pixels: int) -> slice:
+    """The pixels of an interval that is given in shares of the side."""
+    return slice(round(start * pixels), round((start + length) * pixels))

@@ -1,0 +1,121 @@
+"""Any picture as upright 8-bit sRGB: one rule for training images, references and edits, as FID depends on it.
+
+In this order: the EXIF rotation is applied; numbers of 16 bits become 8 bits; the colours of a profile (see
+`profile_of`) become those of sRGB; transparent parts are laid on white.
+
+A picture without a profile, or whose profile is sRGB within 2 levels, keeps its numbers. A profile that is damaged, or
+for another kind of colours than its picture's, is passed over with a notice.
+
+Of 16 bits 65535 is white. Gray is rounded, and of colours Pillow reads the upper half.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from latentflow.console import notice
+from latentflow.data.pictures.decode import stored_mode, upright
+from latentflow.data.pictures.profiles import open_profile, profile_of
+
+PIXEL_RULES = "srgb"
+"""The name of these rules; it changes when they make other pixels of a file. Before it, profiles were passed over."""
+
+_HDR = (b"\x10", b"\x12")  # transfer functions of PNG's cICP: PQ and HLG
+_DARKEST = 65536 // 8  # a picture whose numbers stay below may hold 12 bits, or 8, in a wider file
+
+
+def to_rgb(image: Image.Image, name: str = "a picture") -> Image.Image:
+    """Any Pillow image as upright 8-bit sRGB, without metadata.
+
+    Args:
+        name: what notices call it.
+
+    Raises:
+        ValueError: its numbers are floating-point, negative or above 65535: their white is not defined.
+    """
+    stored, profile = stored_mode(image), profile_of(image)  # decoding may forget how it was stored
+    if image.info.get("cicp", b"")[1:2] in _HDR:
+        notice(f"{name} is HDR, whose light is not read right; save such files as 8-bit sRGB", kind="HDR")
+    image, alpha = upright(image), None
+    if image.mode.startswith(("I", "F")):
+        image, alpha = _eight_bits(image, name)
+    else:
+        if image.has_transparency_data:
+            image, alpha = _apart(image)
+        if ";16" in stored:
+            _notice_dark_colours(image, name)
+    rgb = _in_srgb(image, profile, name)
+    rgb.info = {}  # of a rotation, a colour profile or a transparent colour, which are no more
+    if alpha is not None:
+        rgb.putalpha(alpha)
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    return rgb
+
+
+def zero_is_white(image: Image.Image) -> bool:
+    """Whether the 16-bit numbers of a TIFF file count from white to black; Pillow turns those of 8 bits around only."""
+    return getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0
+
+
+def _apart(image: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """A picture with any kind of transparency as its colours, L or RGB, and its alpha channel."""
+    if image.mode == "La":  # gray multiplied by alpha, which Pillow converts to nothing but this
+        image = image.convert("LA")
+    colours = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    image = image.convert(f"{colours}A")
+    return image.convert(colours), image.getchannel("A")
+
+
+def _eight_bits(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
+    """Gray of 16 or 32 bits as L, and its alpha channel where one number means transparent."""
+    values = np.asarray(image)
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"pixels of mode {image.mode} have no defined white; save it as 8 or 16 bits a channel")
+    top, wide = int(values.max()), image.mode == "I" and image.format != "PPM"  # PPM is scaled to 16 bits
+    bits = max(top.bit_length(), 8)
+    white = (1 << (bits if wide else bits + bits % 2)) - 1  # of 8, 10, 12 or 14 bits
+    if white < 65535 and (wide or 0 < top < _DARKEST):
+        notice(
+            f"{name} holds {32 if wide else 16}-bit numbers, of which 65535 is white, and its largest is {top}; if "
+            f"{white} is white there, scale all such files first and save them as PNG, in Pillow Image.fromarray("
+            f"np.rint(np.asarray(image) * (65535 / {white})).astype(np.uint16))",
+            kind=f"dark numbers of mode {image.mode}",
+        )
+    table = np.rint(np.arange(65536) / 257).astype(np.uint8)
+    if zero_is_white(image):
+        table = table[::-1]
+    clear = image.info.get("transparency")
+    alpha = None if clear is None else Image.fromarray(np.where(values == clear, np.uint8(0), np.uint8(255)))
+    return Image.fromarray(table[values]), alpha
+
+
+def _notice_dark_colours(image: Image.Image, name: str) -> None:
+    top = int(np.max(image.getextrema()))
+    if 0 < top < _DARKEST >> 8:
+        notice(
+            f"{name} holds 16-bit colours, of which 65535 is white, and its largest is about {257 * top}; if less is "
+            "white there, as with 12 bits, save all such files anew with values up to 65535 or with 8 bits a channel",
+            kind="dark colours",
+        )
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Image:
+    """A picture without transparency as RGB; always a new picture."""
+    mode = {"1": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
+    if not profile and mode == "CMYK":
+        notice(
+            f"{name} is CMYK without a colour profile, and its colours are a guess; convert such files to RGB with the "
+            "profile that they were made for",
+            kind="CMYK",
+        )
+    if profile and image.mode != "LAB":  # whose numbers are colours without a profile
+        try:
+            return open_profile(profile).to_srgb(image.convert(mode))
+        except ValueError as error:
+            notice(
+                f"the colour profile of {name} cannot be used ({error}) and is passed over, like others of the kind; "
+                "save such files as sRGB if their colours come out wrong",
+                kind="profile",
+            )
+    return image.convert("RGB")

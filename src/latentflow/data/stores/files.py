@@ -1,0 +1,349 @@
+"""The files below a folder or inside a zip archive, under names that are the same for both.
+
+A name has forward slashes and accents as one letter with them (NFC), however a Mac writes them. Where the bytes of a
+file's or folder's name are not UTF-8 they are read as Latin-1, and in an archive packed under DOS or Windows as code
+page 437. Hidden files and what systems leave behind (`is_clutter`) are not listed.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import stat
+import struct
+import threading
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from latentflow.console import notice
+from latentflow.data.pictures.decode import check_bytes, most_pixels, read_file
+from latentflow.errors import DataError
+from latentflow.ledger import Ledger, one_at_a_time
+from latentflow.progress import image_progress
+
+SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp", ".bmp", ".dib", ".tif")
+SUFFIXES += (".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".avif")
+
+_CLUTTER = {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "lost+found", "system volume information"}
+_CLUTTER |= {"thumbs.db", "ehthumbs.db", "desktop.ini"}
+_UTF8_FLAG, _ENCRYPTED_FLAG, _DOS, _UNICODE_PATH = 0x800, 0x1, 0, 0x7075
+_MARK_BYTES = 4096  # enough to see what a file is
+_CHUNK = 1 << 20  # bytes read at a time
+_SAVED_TOGETHER = 5000  # files
+
+
+class StoredFile(NamedTuple):
+    """Where a store keeps one file.
+
+    Attributes:
+        path: what `read` of the store takes.
+    """
+
+    path: str
+
+
+class Listing(NamedTuple):
+    """What a store holds.
+
+    Attributes:
+        files: by name.
+        folders: names of all folders, empty ones included.
+    """
+
+    files: dict[str, StoredFile]
+    folders: list[str]
+
+
+def open_store(path: Path) -> FolderStore | ZipStore:
+    """Open a folder or a .zip archive.
+
+    Raises:
+        DataError: there is nothing at `path`, or a file of another kind.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise DataError(
+            f"cannot open {path}: {error.strerror}; give a folder of images, a .zip file, or 'synthetic'"
+        ) from error
+    if stat.S_ISDIR(mode):
+        return FolderStore(path)
+    if path.suffix.lower() == ".zip" and stat.S_ISREG(mode):
+        return ZipStore(path)
+    raise DataError(
+        f"{path} is a single file; give the folder it lies in or unpacks to, or a .zip file, or 'synthetic'"
+    )
+
+
+class FolderStore:
+    """Files below a folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def listing(self) -> Listing:
+        """Every file and folder that is neither hidden nor clutter, by its path inside the folder.
+
+        Raises:
+            DataError: a folder cannot be listed, or two files have names that mean the same.
+        """
+        found, special, guessed = Listing({}, []), [], []
+        for name, path, entry in self._walk(self.path, "", "", frozenset([self.path.resolve()])):
+            if not _is_utf8(os.fsencode(path)):
+                guessed.append(name)
+            if _is(entry, "is_dir"):
+                found.folders.append(name)
+            elif _is(entry, "is_file") or not os.path.exists(entry.path):  # noqa: PTH110 - a dangling link is broken
+                _add(found, name, StoredFile(path), self.path)
+            else:
+                special.append(name)
+        if special:
+            some = f"{min(special)}{', ...' if len(special) > 1 else ''}"
+            notice(f"{self.path}: {len(special)} pipes, sockets, devices or looping links are not read ({some})")
+        _tell_guessed(self.path, guessed, "rename them")
+        return found
+
+    def files(self) -> dict[str, StoredFile]:
+        """The files of `listing`."""
+        return self.listing().files
+
+    def read(self, path: str) -> bytes:
+        return read_file(self.path / path)
+
+    def held_bytes(self, path: str) -> int:
+        """What a file takes in memory while it is read, as far as that is known beforehand: of a folder's it is not."""
+        return 0
+
+    def mark(self, path: str) -> bytes:
+        """The first bytes of a file; none where it cannot be read."""
+        try:
+            with open(self.path / path, "rb") as file:  # noqa: PTH123
+                return file.read(_MARK_BYTES)
+        except OSError:
+            return b""
+
+    def contents(self, paths: Sequence[str]) -> list[str]:
+        """What identifies each file's content: size and CRC-32, as "1234:89abcdef".
+
+        Files are read once, and remembered as long as they do not change. One that cannot be read is "unreadable".
+        """
+        with one_at_a_time(self.path), Ledger("crc32", self.path) as ledger, ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda path: self._remembered(path, ledger), paths, chunksize=64))
+            unknown = [place for place, content in enumerate(found) if content is None]
+            with image_progress("looking for changes in", len(unknown)) as on_files:
+                for start in range(0, len(unknown), _SAVED_TOGETHER):
+                    some = unknown[start : start + _SAVED_TOGETHER]
+                    computed = pool.map(lambda place: self._content(paths[place], ledger), some)
+                    for place, content in zip(some, computed, strict=True):
+                        found[place] = content
+                        on_files(1)
+                    ledger.save()
+        return found
+
+    def _remembered(self, path: str, ledger: Ledger) -> str | None:
+        try:
+            return ledger.get(path, os.stat(self.path / path))  # noqa: PTH116
+        except OSError:
+            return "unreadable"
+
+    def _content(self, path: str, ledger: Ledger) -> str:
+        crc = size = 0
+        try:
+            with open(self.path / path, "rb") as file:  # noqa: PTH123
+                status = os.fstat(file.fileno())
+                while chunk := file.read(_CHUNK):
+                    crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+        except OSError:
+            return "unreadable"
+        ledger.put(path, status, content := _identity(size, crc))
+        return content
+
+    def _walk(
+        self, folder: Path, name: str, path: str, parents: frozenset[Path]
+    ) -> Iterator[tuple[str, str, os.DirEntry]]:
+        """Name, path and entry of everything below a folder, whose name and path end in a slash."""
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise DataError(f"cannot list {folder}: {error.strerror}") from error
+        for entry in entries:
+            if is_clutter(entry.name):
+                continue
+            found = name + _as_text(os.fsencode(entry.name), "latin-1"), path + entry.name
+            if not _is(entry, "is_dir"):
+                yield *found, entry
+                continue
+            real = Path(entry.path).resolve()
+            if real not in parents:  # a link to a folder above would never end
+                yield *found, entry
+                yield from self._walk(Path(entry.path), *(f"{one}/" for one in found), parents | {real})
+
+
+class ZipStore:
+    """Members of a zip archive. Every process opens its own handle: a fork would share the file position."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._opened: tuple[int, zipfile.ZipFile, threading.Lock] | None = None
+
+    def listing(self) -> Listing:
+        """Every file and folder that is neither hidden nor clutter, by its path inside the archive.
+
+        Raises:
+            DataError: it is encrypted, or two members have names that mean the same.
+        """
+        found, folders, outside, guessed = Listing({}, []), set(), [], []
+        for member in self._archive()[0].infolist():
+            name = _member_name(member)
+            if not _is_utf8(_raw_name(member)):
+                guessed.append(name)
+            if ".." in name.split("/"):
+                outside.append(name)
+            if any(map(is_clutter, name.split("/"))):
+                continue
+            parts = name.split("/")[: None if member.is_dir() else -1]
+            folders |= {"/".join(parts[:depth]) for depth in range(1, len(parts) + 1)}
+            if member.is_dir():
+                continue
+            if member.flag_bits & _ENCRYPTED_FLAG:
+                raise DataError(f"{self.path} is encrypted ({name}); unpack it with its password, and give the folder")
+            _add(found, name, StoredFile(member.filename), self.path)
+        if outside:
+            notice(f"{self.path}: {len(outside)} members that lead out of it are not read ({min(outside)})")
+        unpack = f'zipfile.ZipFile("{self.path}", metadata_encoding="cp932").extractall("DST")'
+        _tell_guessed(self.path, guessed, f"unpack it with the right one, in Python 3.11 {unpack}, and give DST")
+        found.folders.extend(sorted(folders))
+        return found
+
+    def files(self) -> dict[str, StoredFile]:
+        """The files of `listing`."""
+        return self.listing().files
+
+    def held_bytes(self, path: str) -> int:
+        """What a member takes in memory while it is read: its unpacked size."""
+        return self._archive()[0].getinfo(path).file_size
+
+    def read(self, path: str) -> bytes:
+        """The content of a member.
+
+        Raises:
+            ValueError: it claims to unpack to more bytes than a picture in an archive may have: one for each of
+                `decode.most_pixels`.
+            zipfile.BadZipFile: it is damaged; decoders raise nearly anything else, too.
+        """
+        archive, lock = self._archive()
+        check_bytes(archive.getinfo(path).file_size, most_pixels())
+        with lock:
+            return archive.read(path)
+
+    def mark(self, path: str) -> bytes:
+        """The first bytes of a member; none where it cannot be read."""
+        archive, lock = self._archive()
+        try:
+            with lock, archive.open(path) as file:
+                return file.read(_MARK_BYTES)
+        except Exception:  # damaged archives raise nearly anything
+            return b""
+
+    def contents(self, paths: Sequence[str]) -> list[str]:
+        """What identifies each member's content, as that of a folder's file: the archive states size and CRC-32."""
+        members = map(self._archive()[0].getinfo, paths)
+        return [_identity(member.file_size, member.CRC) for member in members]
+
+    def _archive(self) -> tuple[zipfile.ZipFile, threading.Lock]:
+        opened = self._opened
+        if opened is None or opened[0] != os.getpid():
+            try:
+                self._opened = opened = (os.getpid(), zipfile.ZipFile(self.path), threading.Lock())
+            except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+                raise DataError(f"{self.path} is not a readable zip archive ({error}); pack or copy it anew") from error
+        return opened[1:]
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "_opened": None}
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's suffix is that of an image, in either case."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 - ten times as fast as Path
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder is hidden, or left behind by a system: thumbnails, waste baskets, a Mac's forks."""
+    return name.startswith(".") or name.lower() in _CLUTTER  # a "..", which would lead out of the archive, included
+
+
+def wrapper(names: Iterable[str]) -> str:
+    """The path that all names have in front, where a single folder wraps everything, with its last slash."""
+    folder = posixpath.commonpath({posixpath.dirname(name) for name in names})
+    return f"{folder}/" if folder else ""
+
+
+def _is(entry: os.DirEntry, what: str) -> bool:
+    try:
+        return getattr(entry, what)()
+    except OSError:  # a link to itself
+        return False
+
+
+def _add(found: Listing, name: str, file: StoredFile, where: Path) -> None:
+    other = found.files.setdefault(name, file)
+    if other is not file:
+        same = "twice" if other.path == file.path else "in two ways of writing the same letters"
+        raise DataError(f"{where} holds {name} {same}; rename or remove one of them")
+
+
+def _identity(size: int, crc: int) -> str:
+    return f"{size}:{crc:08x}"
+
+
+def _member_name(member: zipfile.ZipInfo) -> str:
+    """A member's name: forward slashes only, and no "./" or "/" in front, whatever program packed the archive."""
+    other = "cp437" if member.create_system == _DOS else "latin-1"
+    parts = _raw_name(member).replace(b"\\", b"/").split(b"/")
+    return "/".join(_as_text(part, other) for part in parts if part not in (b"", b"."))
+
+
+def _raw_name(member: zipfile.ZipInfo) -> bytes:
+    """The bytes of a member's name, in UTF-8 where the archive has it like that."""
+    if member.flag_bits & _UTF8_FLAG:
+        return member.filename.encode("utf-8", "surrogatepass")
+    raw = member.filename.encode("cp437", "replace")  # what Python has read the bytes as, which gives them back
+    return _unicode_path(member.extra, raw) or raw
+
+
+def _unicode_path(extra: bytes, raw: bytes) -> bytes | None:
+    """The UTF-8 name that WinRAR and Info-ZIP give beside one in a code page (APPNOTE 4.6.9); None without it."""
+    while len(extra) >= 4:
+        kind, size = struct.unpack("<HH", extra[:4])
+        field, extra = extra[4 : 4 + size], extra[4 + size :]
+        if kind == _UNICODE_PATH and field[1:5] == zlib.crc32(raw).to_bytes(4, "little") and _is_utf8(field[5:]):
+            return field[5:]
+    return None
+
+
+def _is_utf8(name: bytes) -> bool:
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _as_text(name: bytes, otherwise: str) -> str:
+    """A part of a path, UTF-8 if its bytes are that."""
+    return unicodedata.normalize("NFC", name.decode() if _is_utf8(name) else name.decode(otherwise))
+
+
+def _tell_guessed(where: Path, names: Sequence[str], remedy: str) -> None:
+    """Say that an encoding is guessed."""
+    if names:
+        notice(
+            f"{where}: {len(names)} names are not UTF-8, and their encoding is guessed (such as {min(names)}); where "
+            f"they read wrong, {remedy}"
+        )

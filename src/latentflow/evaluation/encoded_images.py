@@ -1,0 +1,162 @@
+"""Images as commands that measure a model take them: in a random order, encoded as in training, told labels alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentflow.analysis.bound import Reconstruction, reconstruction_term
+from latentflow.autoencoder import to_unit_range
+from latentflow.data.batches import epoch_order
+from latentflow.data.cache.reader import is_cache
+from latentflow.data.sources.images import BrokenImage, open_images
+from latentflow.data.sources.items import ImageItem, ImageSource
+from latentflow.errors import ConfigError, DataError, NonFiniteError
+from latentflow.model.flow_model import LatentFlow
+from latentflow.progress import image_progress
+from latentflow.randomness import ImageRandom
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""A function of x [B, ...] and t [B]."""
+
+_READ_AT_ONCE = 32  # images of a batch whose reconstructions are not wanted
+
+
+@dataclass(frozen=True)
+class ReferenceLatents:
+    """Images in a random order, encoded as in training; on the CPU.
+
+    Attributes:
+        source: where they come from.
+        indices: which images of it.
+        latents: [N, C, h, w] float32, normalised.
+        labels: [N] int64, what the model is told of each; None where it is told nothing.
+    """
+
+    source: ImageSource
+    indices: list[int]
+    latents: Tensor
+    labels: Tensor | None
+
+    def rows(self, rows: Tensor | slice) -> ReferenceLatents:
+        """Some of them."""
+        indices = torch.tensor(self.indices)[rows].tolist()
+        labels = None if self.labels is None else self.labels[rows]
+        return ReferenceLatents(self.source, indices, self.latents[rows], labels)
+
+    @property
+    def told(self) -> str:
+        """In words, what the model is told."""
+        return "nothing" if self.labels is None else "the label of each image"
+
+
+def open_reference(flow: LatentFlow, data: str | Path) -> ImageSource:
+    """Images that the model can be measured on, told their labels alone.
+
+    Raises:
+        ConfigError: they are a latent cache or have other classes, or the model cannot do without a condition.
+        DataError: there are no images.
+    """
+    if is_cache(data):
+        raise ConfigError(f"{data} is a latent cache, which holds no pixels to compare with; give the images")
+    conditioning = flow.config.conditioning
+    source = open_images(data, flow.config.image_size)
+    for name, share in conditioning.dropout.items():
+        if share == 0 and name != "label":
+            raise ConfigError(
+                f"the model never learned to do without the condition {name}, and here it is told labels at most: "
+                f"this can be measured of models whose {name} was dropped in training now and then"
+            )
+    if conditioning.num_classes and source.class_names and list(source.class_names) != conditioning.class_names:
+        raise ConfigError(
+            f"{data} has the classes {list(source.class_names)}, but the model knows {conditioning.class_names}"
+        )
+    if conditioning.num_classes and not source.class_names and conditioning.label_dropout == 0:
+        raise ConfigError(f"{data} has no labels, and the model never learned to do without; give labelled images")
+    return source
+
+
+@torch.no_grad()
+def encode_reference(
+    flow: LatentFlow,
+    source: ImageSource,
+    num: int,
+    *,
+    least: int,
+    batch_size: int,
+    seed: int,
+    num_decoded: int = 0,
+    visit: Callable[[Tensor, Tensor], None] = lambda pixels, latents: None,
+) -> tuple[ReferenceLatents, Reconstruction | None]:
+    """Encode the first `num` images of a random order, broken ones left out, and compare some with what is decoded.
+
+    Args:
+        num: how many; fewer where there are no more.
+        least: fewer than these are refused.
+        num_decoded: of how many reconstructions are compared.
+        visit: shown each batch: pixels [B, 3, S, S] uint8 on the CPU, and latents [B, C, h, w] on the device.
+
+    Raises:
+        DataError: too few images can be read.
+        NonFiniteError: latents are not finite.
+    """
+    labelled = bool(flow.config.conditioning.num_classes and source.class_names)
+    indices: list[int] = []
+    labels: list[int] = []
+    latents: list[Tensor] = []
+    reconstructions: list[Reconstruction] = []
+    order = iter(epoch_order(seed, len(source), 0).tolist())
+    with image_progress("encoding", min(num, len(source))) as on_images:
+        while len(indices) < num:
+            size = batch_size if len(indices) < num_decoded else _READ_AT_ONCE
+            items = list(islice(_readable(source, order), min(size, num - len(indices))))
+            if not items:
+                break
+            found = [index for index, _ in items]
+            labels += [item.label for _, item in items if labelled]
+            batch = torch.stack([torch.from_numpy(item.pixels).permute(2, 0, 1) for _, item in items])
+            images = to_unit_range(batch).to(flow.device)
+            encoded = flow.encode(images, ImageRandom.at(seed, "posterior", found, flow.device))
+            if not encoded.isfinite().all():
+                raise NonFiniteError("the autoencoder's latents of these images are not finite")
+            missing = num_decoded - len(indices)
+            if missing > 0:
+                reconstructions.append(reconstruction_term(images[:missing], flow.decode(encoded[:missing])))
+            visit(batch, encoded)
+            indices += found
+            latents.append(encoded.float().cpu())
+            on_images(len(found))
+    if len(indices) < least:
+        raise DataError(
+            f"{source.description}: {len(indices)} images can be read, and {least} are asked for; "
+            f"give more images, or --num {max(len(indices), 2)}"
+        )
+    told = torch.tensor(labels) if labelled else None
+    whole = reconstructions[0] if reconstructions else None
+    for part in reconstructions[1:]:
+        whole = whole + part
+    return ReferenceLatents(source, indices, torch.cat(latents), told), whole
+
+
+def _readable(source: ImageSource, order: Iterator[int]) -> Iterator[tuple[int, ImageItem]]:
+    """The images at some indices, without the broken ones."""
+    for index in order:
+        with suppress(BrokenImage):
+            yield index, source[index]
+
+
+def told_velocity(flow: LatentFlow, labels: Tensor | None, count: int) -> Velocity:
+    """The model's velocity of `count` images told `labels` and nothing else, in the dtype and on the device of x."""
+    shape = (count, *flow.config.latent_shape)
+    condition = flow.config.conditioning.build(shape, flow.device, labels=labels)
+
+    def velocity(x: Tensor, time: Tensor) -> Tensor:
+        return flow.velocity(x.to(flow.device, torch.float32), time.to(flow.device, torch.float32), condition).to(x)
+
+    return velocity

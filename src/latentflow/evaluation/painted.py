@@ -1,0 +1,338 @@
+"""The parts of `latentflow evaluate` where each drawn image belongs to a real one: holes, and semantic maps.
+
+Legend: B and N images, S side of the model's images, K classes of the semantic map.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latentflow.artifacts import sha256_file
+from latentflow.autoencoder import to_unit_range
+from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares, told_mask
+from latentflow.data.painting.masks import MaskRules, check_masks, draw_mask, mask_files
+from latentflow.data.sources.items import ImageItem, ImageSource
+from latentflow.errors import ConfigError, DataError, nearest
+from latentflow.evaluation.drawn_set import drawn_columns, model_plan
+from latentflow.evaluation.read_images import read_batches, stack_pixels
+from latentflow.evaluation.real_images import image_features
+from latentflow.evaluation.shards import OnImages, compute_in_shards
+from latentflow.metrics.evaluation_report import Score
+from latentflow.metrics.features.extractors import FeatureExtractor
+from latentflow.metrics.pairs import PairJudge, confusion, iou, pair_order
+from latentflow.model.flow_model import LatentFlow
+from latentflow.randomness import derive_seed
+from latentflow.runtime import Runtime
+from latentflow.sampling.inpaint import Frame
+from latentflow.sampling.pipeline import Given
+from latentflow.sampling.request import SampleRequest, make_request
+from latentflow.sampling.samples import Samples
+
+POLICIES = ("mixed", "strokes", "boxes", "halves", "borders")
+_WINDOW = 11  # pixels, of SSIM
+
+Segmenter = Callable[[Tensor], Tensor]
+"""uint8 images [B, 3, H, W] => class indices [B, H, W]."""
+
+
+@dataclass(frozen=True)
+class Painting:
+    """What is painted over real images, checked before anything is computed.
+
+    Attributes:
+        request: of the first image; image i has the next seeds.
+        own_labels: whether each image is told the class of its real one.
+        rules: which holes are drawn; None: the task is to paint semantic maps.
+        segmenter: what finds maps in pictures; None: mean IoU is not wanted.
+        judge: what is measured of the pairs.
+        inputs: holes or segmenter, for the report.
+    """
+
+    request: SampleRequest
+    own_labels: bool
+    rules: MaskRules | None = None
+    segmenter: Segmenter | None = None
+    judge: PairJudge = field(default_factory=PairJudge)
+    inputs: dict[str, str] = field(default_factory=dict)
+
+
+def plan_painting(
+    model: LatentFlow,
+    source: ImageSource,
+    task: str,
+    *,
+    labels: str,
+    masks: str | None,
+    segmenter: str | None,
+    judge: PairJudge,
+    seed: int,
+    preset: dict[str, Any],
+) -> Painting:
+    """Everything that `painted` needs.
+
+    Args:
+        labels: "none", or "data": each image is told the class of its real one.
+        masks: a policy or a folder; None: the holes that the model learned to fill.
+        segmenter: "package.module:function".
+
+    Raises:
+        ConfigError, DataError: what is asked for does not exist, or does not fit model and images.
+    """
+    conditioning = model.config.conditioning
+    if labels not in ("none", "data"):
+        raise ConfigError(f"labels {labels!r}: in this task an image is told the class of its real one: data, or none")
+    own_labels = labels == "data" and conditioning.num_classes > 0
+    if own_labels:
+        require_same_classes(model, source)
+    replacing = task == "inpaint" and not conditioning.inpainting
+    told = ["inpainting"] if task == "inpaint" and not replacing else []
+    if task == "mask-to-image" or conditioning.dropout.get("semantic_map") == 0:
+        conditioning.require("semantic_map")
+        if list(source.map_class_names) != conditioning.map_class_names:
+            found = ", ".join(source.map_class_names) or "none"
+            raise ConfigError(
+                f"the images have the map classes {found}; the model knows {conditioning.map_class_names}"
+            )
+        told.append("semantic_map")
+    classes = [0] if own_labels else []
+    request = make_request(model, num=1, seed=seed, classes=classes, task=task, told=told, **preset)
+    if task == "mask-to-image":
+        found = _segmenter(segmenter) if segmenter else None
+        return Painting(request, own_labels, segmenter=found, inputs={"segmenter": segmenter} if segmenter else {})
+    rules = _rules(model, masks)
+    check_masks(rules, model.config.image_size, model.config.image_size)
+    inputs = {"holes": _described(rules)}
+    return Painting(request, own_labels, rules=rules, judge=judge, inputs=inputs)
+
+
+def require_same_classes(model: LatentFlow, source: ImageSource) -> None:
+    """Refuse labels that would mean something else.
+
+    Raises:
+        ConfigError: the images have other classes than the model.
+    """
+    known, found = model.config.conditioning.class_names, list(source.class_names)
+    if found != known:
+        raise ConfigError(f"labels 'data': the images have the classes {found or 'none'}, but the model knows {known}")
+
+
+def painted(
+    model: LatentFlow,
+    painting: Painting,
+    source: ImageSource,
+    rows: Sequence[int],
+    extractor: FeatureExtractor,
+    *,
+    batch_size: int,
+    folder: Path | None,
+    runtime: Runtime,
+    on_images: OnImages,
+) -> dict[str, Tensor]:
+    """Paint over real images: features, evaluations, seconds, labels, and what the pairs are worth.
+
+    Hole and noise of image i come from i alone.
+
+    Returns:
+        The columns of `drawn_columns`; for holes psnr, ssim, psnr-hole and ssim-hole [N]; for maps with a segmenter
+        the counts of `confusion`, [any, K, K], of what is painted and of the real images.
+    """
+
+    def compute(places: range) -> dict[str, Tensor]:
+        read = read_batches(source, [rows[place] for place in places], len(places))
+        items = [_item(found) for batch in read for _, found in batch]
+        seed = painting.request.seeds[0]
+        labels = [item.label for item in items] if painting.own_labels else []
+        request = painting.request.model_copy(update={"seeds": [seed + place for place in places], "labels": labels})
+        real = stack_pixels([item.pixels for item in items])
+        maps = [item.semantic_map for item in items]
+        holes = []
+        if painting.rules is not None:
+            size = model.config.image_size
+            seeds = [derive_seed("evaluate", "hole", int(rows[place])) for place in places]
+            holes = [draw_mask(painting.rules, size, size, one) for one in seeds]
+
+        def finish(samples: Samples, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            if painting.rules is None:
+                return samples.pixels, _confusions(painting.segmenter, samples.pixels, real[part], maps[part], model)
+            filled = _pasted(samples.pixels, real[part], holes[part])
+            return filled, hole_values(filled, real[part], holes[part], judge=painting.judge)
+
+        given = _given(model, painting, real, holes, maps)
+        how = {"batch_size": batch_size, "on_images": on_images, "finish": finish}
+        columns = drawn_columns(model, request, given, extractor, **how)
+        return columns | {"labels": torch.tensor(labels or [-1] * len(items))}
+
+    plan = {
+        **model_plan(model, painting.request),
+        "data": source.fingerprint(),
+        "features": extractor.hash,
+        "own_labels": painting.own_labels,
+        "pairs": painting.judge.key,
+        **painting.inputs,
+    }
+    return compute_in_shards(len(rows), compute, plan=plan, folder=folder, runtime=runtime, on_images=on_images)
+
+
+def paired_images(
+    samples: ImageSource,
+    sample_rows: Sequence[int],
+    source: ImageSource,
+    rows: Sequence[int],
+    extractor: FeatureExtractor,
+    *,
+    judge: PairJudge,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """The same of images that were painted elsewhere: pairs are made by name, whatever the suffix.
+
+    The options are `image_features`'.
+
+    Raises:
+        DataError: a name is missing on one side.
+    """
+    stems, others = (
+        [str(PurePosixPath(images.name(row)).with_suffix("")) for row in chosen]
+        for images, chosen in ((source, rows), (samples, sample_rows))
+    )
+    order = [sample_rows[place] for place in pair_order(stems, others)]
+    partner = dict(zip(order, rows, strict=True))
+
+    def change(pixels: Tensor, painted: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        (pairs,) = read_batches(source, [partner[row] for row in painted], len(painted))
+        return pixels, judge(pixels, stack_pixels([_item(found).pixels for _, found in pairs]))
+
+    plan = {
+        "samples": samples.fingerprint(),
+        "data": source.fingerprint(),
+        "features": extractor.hash,
+        "pairs": judge.key,
+    }
+    columns = image_features(samples, order, extractor, plan=plan, change=change, for_all=("rows",), **options)
+    if len(columns["rows"]) < len(order):
+        raise DataError(f"{len(order) - len(columns['rows'])} of the painted images cannot be read; paint them anew")
+    return columns
+
+
+def map_scores(columns: dict[str, Tensor]) -> dict[str, Score]:
+    """Mean IoU of painted maps, and what the segmenter reaches on the real images."""
+    reached, limit = iou(columns["confusion"].sum(0)), iou(columns["real_confusion"].sum(0))
+    return {"miou": Score(label="mean IoU of maps", value=reached.mean, limit=limit.mean)}
+
+
+def hole_values(filled: Tensor, real: Tensor, holes: Sequence[np.ndarray], *, judge: PairJudge) -> dict[str, Tensor]:
+    """What `judge` says of the whole, and PSNR and SSIM in the hole: [B] each.
+
+    Images are uint8 [B, 3, S, S], holes [S, S].
+
+    Outside the hole images are equal to the bit, so a window that does not touch it has an SSIM of 1: the mean over
+    the windows that do follows from the mean over all.
+    """
+    inside = torch.from_numpy(np.stack(holes))[:, None] > 0
+    values = judge(filled, real)
+    squares = (filled.double() - real.double()).square() * inside
+    count = 3 * inside.flatten(1).sum(1)
+    values["psnr-hole"] = 10 * torch.log10(255**2 * count / squares.flatten(1).sum(1).clamp(min=1))
+    if "ssim" in values:
+        touching = F.max_pool2d(inside.double(), _WINDOW, stride=1).flatten(1).mean(1)
+        values["ssim-hole"] = 1 - (1 - values["ssim"]) / touching
+    return values
+
+
+def _item(found: ImageItem | DataError) -> ImageItem:
+    if isinstance(found, DataError):  # it could be read a moment ago
+        raise found
+    return found
+
+
+def _given(
+    model: LatentFlow,
+    painting: Painting,
+    real: Tensor,
+    holes: Sequence[np.ndarray],
+    maps: Sequence[np.ndarray | None],
+) -> Given:
+    """What the images of a shard are drawn from."""
+    told, factor = painting.request.told, model.config.autoencoder.factor
+    given: dict[str, Tensor] = {}
+    if "semantic_map" in told:
+        num_classes = model.config.conditioning.num_map_classes
+        given["class_fractions"] = shares(torch.stack([class_counts(one, num_classes, factor) for one in maps]), factor)
+    if holes:
+        told_as = painting.rules.told_as
+        pictures = real.permute(0, 2, 3, 1).numpy()
+        hidden = stack_pixels([hide(one, hole, told_as) for one, hole in zip(pictures, holes, strict=True)])
+        share = shares(torch.stack([hole_counts(hole, factor, told_as) for hole in holes]), factor)
+        parts = model.autoencoder.slices(hidden)
+        known = torch.cat([model.encode(to_unit_range(part.to(model.device))).cpu() for part in parts])
+        if "inpainting" in told:
+            given |= {"masked_latents": known, "mask": told_mask(share, told_as)}
+        else:
+            given |= {"latents": known, "hole": (share > 0).float()}
+    return Given(**given)
+
+
+def _pasted(drawn: Tensor, real: Tensor, holes: Sequence[np.ndarray]) -> Tensor:
+    """Real images with their holes filled from drawn ones, by the rule of `latentflow inpaint`: [B, 3, S, S] uint8."""
+    height, width = drawn.shape[2:]
+    frame = Frame((0, 0, width, height), (height, width))
+    pictures = (x.permute(0, 2, 3, 1).contiguous().numpy() for x in (drawn, real))
+    return stack_pixels([frame.paste(*one, feather=0) for one in zip(*pictures, holes, strict=True)])
+
+
+def _confusions(
+    segmenter: Segmenter | None, pixels: Tensor, real: Tensor, maps: Sequence[np.ndarray], model: LatentFlow
+) -> dict[str, Tensor]:
+    if segmenter is None:
+        return {}
+    true, num_classes = torch.from_numpy(np.stack(maps)), model.config.conditioning.num_map_classes
+    counts = {}
+    for name, images in (("confusion", pixels), ("real_confusion", real)):
+        found = torch.as_tensor(segmenter(images.to(model.device))).cpu()
+        if found.is_floating_point() or found.shape != true.shape:
+            raise DataError(
+                f"the segmenter returned {found.dtype} of shape {list(found.shape)}; class indices of shape "
+                f"{list(true.shape)} are needed"
+            )
+        counts[name] = confusion(found, true, num_classes)[None]
+    return counts
+
+
+def _rules(model: LatentFlow, masks: str | None) -> MaskRules:
+    learned = model.config.masks or MaskRules()
+    if masks is None:
+        return learned
+    if masks in POLICIES:
+        return MaskRules(policy=masks, told_as=learned.told_as)
+    if not Path(masks).is_dir():
+        raise ConfigError(f"masks {masks!r} are neither a folder nor a policy: {nearest(masks, POLICIES)}")
+    return MaskRules(folder=masks, told_as=learned.told_as)
+
+
+def _described(rules: MaskRules) -> str:
+    """Which holes: equal texts mean equal holes."""
+    if rules.folder:
+        digest = hashlib.sha256("".join(sha256_file(file) for file in mask_files(rules.folder)).encode())
+        return f"files sha256:{digest.hexdigest()[:12]}"
+    shape = rules.model_dump(exclude={"folder", "told_as", "policy"})
+    return ", ".join([rules.policy, *(f"{key} {value:.4g}" for key, value in shape.items())])
+
+
+def _segmenter(name: str) -> Segmenter:
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"segmenter {name!r}: {error}; write package.module:function, on PYTHONPATH") from error
+    if not callable(found):
+        raise ConfigError(f"segmenter {name!r} is not a function")
+    return found

@@ -1,0 +1,143 @@
+"""Images of a source, read ahead while a network looks at others: by threads, or by processes where that pays.
+
+Legend: n images, S image side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from latentflow.data.ahead import lost_workers, read_ahead, read_in_threads, reading_processes, usable_cpus
+from latentflow.data.sources.images import BrokenImage
+from latentflow.data.sources.items import ImageItem, ImageSource
+
+_OPTION = "--num-workers"
+_MOST_THREADS = 16
+
+
+@dataclass(frozen=True)
+class ReadImages:
+    """A batch of a source, as far as it can be read.
+
+    Attributes:
+        num_tried: images of the batch, broken ones included.
+        rows: of the n others.
+        labels: [n] int64, -1 where there are none.
+        pixels: [n, 3, S, S] uint8.
+    """
+
+    num_tried: int
+    rows: list[int]
+    labels: Tensor
+    pixels: Tensor
+
+    def pin_memory(self) -> ReadImages:
+        """Pin what goes to the device; called by what reads ahead."""
+        return replace(self, pixels=self.pixels.pin_memory())
+
+
+class _Reading(Dataset):
+    """Reads batches of rows, in any thread or process."""
+
+    def __init__(self, source: ImageSource):
+        self.source = source
+
+    def __getitems__(self, rows: Sequence[int]) -> ReadImages:
+        found = []
+        for row in rows:
+            try:
+                found.append((row, self.source[row]))
+            except BrokenImage:
+                continue
+        labels = torch.tensor([-1 if item.label is None else item.label for _, item in found], dtype=torch.int64)
+        side = self.source.image_size
+        pixels = stack_pixels([item.pixels for _, item in found]) if found else torch.zeros(0, 3, side, side).byte()
+        return ReadImages(len(rows), [row for row, _ in found], labels, pixels)
+
+
+class ImageReader:
+    """Reads the images of shards, batch by batch, in the order in which they will be asked for.
+
+    Args:
+        rows: of the source; a shard is a range of places among them.
+        batch_size: images read together; the last batch of a shard may have fewer.
+        device: where they go: for a GPU they are pinned.
+        sharing: processes of this machine that read likewise.
+        num_workers: processes that read; 0: threads; None: as many as pay.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        rows: Sequence[int],
+        batch_size: int,
+        *,
+        device: torch.device,
+        sharing: int = 1,
+        num_workers: int | None = None,
+    ):
+        self.source, self.rows, self.batch_size = source, rows, batch_size
+        self.device, self.sharing, self.num_workers = device, sharing, num_workers
+        self._read: Generator[Any, None, None] | None = None
+
+    def begin(self, shards: Sequence[range]) -> None:
+        """Read these shards from now on."""
+        batches = [
+            [self.rows[place] for place in shard[start : start + self.batch_size]]
+            for shard in shards
+            for start in range(0, len(shard), self.batch_size)
+        ]
+        how = {"pin_memory": self.device.type == "cuda", "sharing": self.sharing}
+        num_bytes = 3 * self.source.image_size**2 * self.batch_size
+        if self.num_workers is None:
+            room = {"device": self.device, "num_bytes": num_bytes, "sharing": self.sharing}
+            self.num_workers = reading_processes(lambda place: self.source[self.rows[place]], shards, **room)
+        if self.num_workers:
+            how |= {"num_workers": self.num_workers, "num_bytes": num_bytes, "option": _OPTION}
+            self._read = read_ahead(_Reading(self.source), batches, **how)
+        else:
+            self._read = read_in_threads(_Reading(self.source), batches, **how)
+
+    def __next__(self) -> ReadImages:
+        with lost_workers(self.num_workers, _OPTION):
+            return next(self._read)
+
+    def __enter__(self) -> ImageReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._read is not None:
+            self._read.close()
+
+
+def read_batches(
+    source: ImageSource, rows: Sequence[int], batch_size: int
+) -> Iterator[list[tuple[int, ImageItem | BrokenImage]]]:
+    """Batches of (row, item or what is wrong with it), in order; threads decode ahead."""
+
+    def read(row: int) -> tuple[int, ImageItem | BrokenImage]:
+        try:
+            return row, source[row]
+        except BrokenImage as error:
+            return row, error
+
+    with ThreadPoolExecutor(min(max(usable_cpus(), 4), _MOST_THREADS)) as pool:
+        found = pool.map(read, rows)
+        for start in range(0, len(rows), batch_size):
+            yield [next(found) for _ in rows[start : start + batch_size]]
+
+
+def stack_pixels(pictures: Sequence[np.ndarray]) -> Tensor:
+    """Pictures [S, S, 3] uint8 => [n, 3, S, S] uint8."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()

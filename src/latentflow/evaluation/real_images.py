@@ -1,0 +1,294 @@
+"""The real images of an evaluation: their features, computed once, kept beside the results, and used again.
+
+Legend: M real images that can be read, D features of an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentflow.artifacts import read_json, require_writable, sha256_file
+from latentflow.data.cache.reader import CROP_RULE
+from latentflow.data.pictures.colour import PIXEL_RULES
+from latentflow.data.sources.images import open_images
+from latentflow.data.sources.items import ImageSource
+from latentflow.errors import ArtifactError, DataError
+from latentflow.evaluation.read_images import ImageReader
+from latentflow.evaluation.shards import Columns, OnImages, compute_in_shards, join_columns, of_the_first
+from latentflow.metrics.evaluation_report import ReferenceFacts
+from latentflow.metrics.features.extractors import FeatureExtractor
+from latentflow.metrics.statistics import FeatureStatistics, require_features
+from latentflow.metrics.stored_statistics import FOREIGN_SUFFIXES, Provenance, Reference, load_reference
+from latentflow.runtime import Runtime
+
+_OWN_SUFFIX = ".safetensors"
+_RULES = f"{CROP_RULE}, {PIXEL_RULES}"
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The reference of an evaluation, as far as it is known before its features are.
+
+    Attributes:
+        data: what the user gave.
+        source: the images; None where only statistics are there.
+        stored: the statistics; None where they are still to be computed.
+        fingerprint: of the images; of a foreign file of statistics, its SHA-256.
+        image_size: height and width in pixels; 0: not known.
+        notes: warnings for people.
+    """
+
+    data: str
+    source: ImageSource | None
+    stored: Reference | None
+    fingerprint: str
+    image_size: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_images(self) -> int:
+        """M, broken images included; 0: not known."""
+        return self.stored.statistics.n if self.source is None else len(self.source)
+
+    def facts(self, num_images: int) -> ReferenceFacts:
+        """What a report says of it.
+
+        Args:
+            num_images: that could be read.
+        """
+        made = None if self.stored is None else self.stored.provenance
+        return ReferenceFacts(
+            data=made.data if made else self.source.description,
+            fingerprint=self.fingerprint,
+            num_images=num_images,
+            image_size=self.image_size,
+            resize=made.resize if made else _RULES,
+        )
+
+
+@dataclass(frozen=True)
+class RealFeatures:
+    """The reference of an evaluation.
+
+    Attributes:
+        num_images: that could be read; 0: a file of statistics does not say.
+        statistics: mean and covariance; None in all but the first of several processes.
+        features: [M, D] float32; None where only statistics are there, and in all but the first of several processes.
+        rows: [M] int64, which images of the source these are: the others cannot be read.
+        labels: [M] int64, -1 where there are none.
+        notes: warnings for people.
+    """
+
+    num_images: int
+    statistics: FeatureStatistics | None = None
+    features: Tensor | None = None
+    rows: Tensor | None = None
+    labels: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+
+def open_reference(data: str | Path, image_size: int) -> RealImages:
+    """Open images, or a file of statistics; no image is decoded.
+
+    Raises:
+        DataError, ArtifactError: there is nothing usable, or the statistics are of images of another size.
+    """
+    file = Path(data)
+    if file.suffix not in (_OWN_SUFFIX, *FOREIGN_SUFFIXES) or file.is_dir():
+        source = open_images(data, image_size)
+        return RealImages(str(data), source, None, source.fingerprint(), image_size)
+    stored = load_reference(file)
+    made = stored.provenance
+    if made.image_size and made.image_size != image_size:
+        raise DataError(
+            f"{data} is of images of {made.image_size} pixels and the others have {image_size}: FID depends on it; "
+            "give the reference images instead"
+        )
+    notes = () if made.image_size else (f"{file.name} does not say at which size its images were: it is taken to fit",)
+    return RealImages(str(data), None, stored, made.fingerprint or f"sha256:{sha256_file(file)}", image_size, notes)
+
+
+def reference_file(real: RealImages, extractor: FeatureExtractor, beside: Path) -> Path:
+    """Where the statistics of a reference lie unless the user says: next to a result, named by what they are of."""
+    key = hashlib.sha256(json.dumps(_plan(real, extractor), sort_keys=True).encode()).hexdigest()
+    return beside.parent / f"reference-{key[:12]}{_OWN_SUFFIX}"
+
+
+def reference_features(
+    real: RealImages,
+    extractor: FeatureExtractor,
+    *,
+    file: Path | None = None,
+    batch_size: int = 32,
+    num_workers: int | None = None,
+    runtime: Runtime | None = None,
+    on_images: OnImages = lambda num_images: None,
+) -> RealFeatures:
+    """The features of a reference; what `file` and the folder of features beside it hold already is used again.
+
+    Args:
+        file: where statistics go, a .safetensors file; features go to the folder of that name with .features. None:
+            nothing is kept.
+        num_workers: processes that read images; 0: threads; None: as many as pay.
+        runtime: whose processes share the work, each of which gets rows and labels; None: this one does it alone.
+
+    Raises:
+        DataError: other features than those of a file of statistics, or no image can be read.
+        ArtifactError: `file` is the reference of something else.
+    """
+    if real.source is None:
+        warning = real.stored.require_same_features(extractor.name, extractor.hash, extractor.dim)
+        found = _companion(real, extractor, runtime)
+        notes, statistics = (*real.notes, *([warning] if warning else [])), real.stored.statistics
+        return RealFeatures(statistics.n, statistics, *(found or (None, None, None)), notes=notes)
+    provenance = Provenance(
+        data=real.source.description,
+        fingerprint=real.fingerprint,
+        image_size=real.image_size,
+        resize=_RULES,
+        feature_name=extractor.name,
+        feature_hash=extractor.hash,
+    )
+    kept = None
+    if file is not None:
+        require_writable(file, suffix=_OWN_SUFFIX)
+        kept = _stored(file, provenance)
+    columns = image_features(
+        real.source,
+        range(len(real.source)),
+        extractor,
+        plan=_plan(real, extractor),
+        folder=None if file is None else file.with_suffix(".features"),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        runtime=runtime,
+        for_all=("rows", "labels"),
+        on_images=on_images,
+    )
+    num = len(columns["rows"])
+    if not num:
+        raise DataError(f"{real.source.description}: none can be read")
+    features, statistics = columns.get("features"), None
+    if features is not None:
+        statistics = kept.statistics if kept else FeatureStatistics.of(features, extractor.device)
+        if file is not None and kept is None:
+            Reference(statistics, provenance).save(file)
+    missing = len(real.source) - num
+    notes = (f"{missing} of {len(real.source)} reference images cannot be read, and are left out",) if missing else ()
+    return RealFeatures(num, statistics, features, columns["rows"], columns["labels"], (*real.notes, *notes))
+
+
+def image_features(
+    source: ImageSource,
+    rows: Sequence[int],
+    extractor: FeatureExtractor,
+    *,
+    plan: dict[str, Any],
+    folder: Path | None = None,
+    batch_size: int = 32,
+    num_workers: int | None = None,
+    runtime: Runtime | None = None,
+    for_all: Collection[str] = (),
+    on_images: OnImages = lambda num_images: None,
+    change: Callable[[Tensor, list[int]], tuple[Tensor, Columns]] | None = None,
+) -> Columns:
+    """Features [M, D], `rows` [M] and labels [M] of those images of a source that can be read; see `compute_in_shards`.
+
+    Args:
+        rows: which images; every one of them is tried.
+        num_workers: see `ImageReader`.
+        change: what becomes of uint8 images [B, 3, H, W], given with their rows, before their features are taken;
+            returns such images, and further numbers [B, ...] of each.
+    """
+    whose = "generated" if change else "real"
+
+    def compute(places: range) -> Columns:
+        parts = []
+        for _ in range(0, len(places), batch_size):
+            read = next(reader)
+            if read.rows:
+                pixels, more = change(read.pixels, read.rows) if change else (read.pixels, {})
+                own = {"rows": torch.tensor(read.rows), "labels": read.labels}
+                parts.append({"features": extractor(pixels), **own, **more})
+            on_images(read.num_tried)
+        if not parts:
+            none = torch.zeros(0, dtype=torch.int64)
+            return {"features": torch.zeros(0, extractor.dim), "rows": none, "labels": none.clone()}
+        columns = join_columns(parts)
+        columns["features"] = require_features(columns["features"].float().cpu(), whose)  # read once a shard
+        return columns
+
+    sharing = 1 if runtime is None else runtime.local_world
+    with ImageReader(
+        source, rows, batch_size, device=extractor.device, sharing=sharing, num_workers=num_workers
+    ) as reader:
+        how = {"plan": plan, "folder": folder, "runtime": runtime, "for_all": for_all, "on_images": on_images}
+        return compute_in_shards(len(rows), compute, on_begin=reader.begin, **how)
+
+
+def _plan(real: RealImages, extractor: FeatureExtractor) -> dict[str, Any]:
+    return {
+        "data": real.fingerprint,
+        "num_images": real.num_images if real.source is not None else None,
+        "image_size": real.image_size,
+        "resize": _RULES,
+        "features": extractor.hash,
+    }
+
+
+def _stored(file: Path, wanted: Provenance) -> Reference | None:
+    """The statistics in `file`; None where there is none yet.
+
+    Raises:
+        ArtifactError: they are of something else.
+    """
+    if not file.exists():
+        return None
+    found = load_reference(file)
+    keys = ("fingerprint", "image_size", "resize", "feature_name", "feature_hash")
+    differing = [key for key in keys if getattr(found.provenance, key) != getattr(wanted, key)]
+    if differing:
+        raise ArtifactError(
+            f"{file} is the reference of something else ({found.provenance.data}; another {', '.join(differing)}); "
+            "choose another --reference-out, or delete it"
+        )
+    return found
+
+
+def _companion(
+    real: RealImages, extractor: FeatureExtractor, runtime: Runtime | None
+) -> tuple[Tensor | None, Tensor, Tensor] | None:
+    """Features (in the first process), rows and labels from the folder beside a file of statistics, if they fit it."""
+    folder = Path(real.data).with_suffix(".features")
+    found = _beside(real, extractor, folder) if runtime is None or runtime.is_main else {}
+    shared = of_the_first(runtime, {name: found[name] for name in ("rows", "labels") if found})
+    return (found.get("features"), shared["rows"], shared["labels"]) if shared else None
+
+
+def _beside(real: RealImages, extractor: FeatureExtractor, folder: Path) -> Columns:
+    if not (folder / "plan.json").is_file():
+        return {}
+    plan = read_json(folder / "plan.json")
+    wanted = _plan(real, extractor) | {"num_images": plan.get("num_images"), "shard_size": plan.get("shard_size")}
+    if plan != wanted:
+        return {}
+
+    def compute(rows: range) -> Columns:
+        raise ArtifactError(f"{folder} lacks the images {rows.start} to {rows.stop - 1}")
+
+    try:
+        return compute_in_shards(plan["num_images"], compute, plan=_without(plan, "shard_size"), folder=folder)
+    except ArtifactError:
+        return {}
+
+
+def _without(plan: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in plan.items() if name != key}

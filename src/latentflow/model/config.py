@@ -1,0 +1,162 @@
+"""What a model folder says about itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation
+from latentflow.data.painting.masks import MaskRules
+from latentflow.flow.path import LinearPath, PathConfig
+from latentflow.model.conditioning import Conditioning, ConditionName
+from latentflow.networks.velocity_network import (
+    DenoiserPrediction,
+    NetworkConfig,
+    NoisePrediction,
+    PredictionConfig,
+    VelocityPrediction,
+    build_network,
+)
+
+AUTOENCODER_FOLDER = "autoencoder"
+"""Where a model folder keeps a first stage that is no hub id."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SamplingPreset(_Section):
+    """How a model is sampled unless the user says otherwise."""
+
+    solver: str = Field("heun", description="A name from flow.solvers.SOLVERS.")
+    steps: int = Field(
+        25, ge=1, le=10_000, description="Intervals of a fixed-step solver; adaptive solvers choose their own."
+    )
+    guidance: float = Field(1.0, ge=0, le=1000, description="Classifier-free guidance scale; 1: off.")
+    guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Times at which guidance applies.")
+    guided_by: list[ConditionName] | None = Field(
+        None, description="Conditions that guidance strengthens; null: all that an image is told."
+    )
+    guided_channels: int | None = Field(
+        None, ge=1, description="Guidance acts on the first latent channels alone; null: on all, as it should."
+    )
+    shift: float = Field(1.0, gt=0, le=1e4, description="Time shift of the grid; above 1: more steps near the noise.")
+    rtol: float = Field(1e-5, gt=0, le=1, description="Relative tolerance of adaptive solvers, per image.")
+    atol: float = Field(1e-5, gt=0, le=100, description="Absolute tolerance of adaptive solvers, per image.")
+
+
+class AutoencoderRecord(_Section):
+    """Which first stage a model lives on."""
+
+    reference: str = Field(
+        max_length=1000, description=f"A hub id, or {AUTOENCODER_FOLDER!r}: the folder inside the model folder."
+    )
+    content_hash: str = Field(pattern="^[0-9a-f]{64}$")
+    factor: int = Field(ge=1, le=4096)
+    num_channels: int = Field(ge=1, le=65_536)
+
+    @classmethod
+    def of(cls, autoencoder: Autoencoder) -> AutoencoderRecord:
+        """The record of a first stage; one that is no hub id is kept inside the model folder."""
+        embedded = autoencoder.reference in BUILT_IN or Path(autoencoder.reference).is_dir()
+        return cls(
+            reference=AUTOENCODER_FOLDER if embedded else autoencoder.reference,
+            content_hash=autoencoder.content_hash,
+            factor=autoencoder.factor,
+            num_channels=autoencoder.num_channels,
+        )
+
+
+class TrainingRecord(_Section):
+    """What a model was trained on and for how long."""
+
+    data: str = Field("", max_length=10_000)
+    data_fingerprint: str = Field("", max_length=1000)
+    masks_fingerprint: str = Field("", max_length=1000, description="Of the folder that holes were taken from.")
+    num_images: int = Field(0, ge=0)
+    images_per_class: list[int] = Field(
+        default_factory=list, description="Training images of each class; empty: not known."
+    )
+    step: int = Field(0, ge=0)
+    images_seen: int = Field(0, ge=0)
+
+
+class ModelConfig(_Section):
+    """Everything a model folder says about itself."""
+
+    format_version: Literal[1] = 1
+    image_size: int = Field(ge=1, le=16_384)
+    network: NetworkConfig
+    prediction: PredictionConfig = VelocityPrediction()
+    path: PathConfig = LinearPath()
+    conditioning: Conditioning = Conditioning()
+    masks: MaskRules | None = Field(None, description="Which holes an inpainting model learned to fill.")
+    autoencoder: AutoencoderRecord
+    normalisation: LatentNormalisation
+    sampling: SamplingPreset = SamplingPreset()
+    training: TrainingRecord = TrainingRecord()
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one image's latents."""
+        side = self.image_size // self.autoencoder.factor
+        return self.autoencoder.num_channels, side, side
+
+    @property
+    def pixel_multiple(self) -> int:
+        """What height and width of an image must be multiples of."""
+        return self.autoencoder.factor * self.network.size_multiple
+
+    @property
+    def seen_classes(self) -> list[int]:
+        """The classes that a training image had; all of them where that is not known."""
+        counts = self.training.images_per_class or [1] * self.conditioning.num_classes
+        return [label for label, count in enumerate(counts) if count > 0]
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if len(self.training.images_per_class) not in (0, self.conditioning.num_classes):
+            raise ValueError(
+                f"{len(self.training.images_per_class)} counts of images for {self.conditioning.num_classes} classes"
+            )
+        if isinstance(self.prediction, NoisePrediction) and self.path.kind != "cosine":
+            raise ValueError(f"a network that predicts noise needs the cosine path, not {self.path.kind}")
+        if isinstance(self.prediction, DenoiserPrediction) and self.path != LinearPath(sigma_min=0):
+            raise ValueError("a denoiser needs the linear path with sigma_min 0")
+        channels, multiple = self.autoencoder.num_channels, self.pixel_multiple
+        if self.image_size % multiple:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of {multiple}, as the network needs it")
+        lengths = len(self.normalisation.shift), len(self.normalisation.scale)
+        if lengths != (channels, channels):
+            raise ValueError(f"normalisation has {lengths[0]} and {lengths[1]} numbers for {channels} latent channels")
+        if (self.sampling.guided_channels or 1) > channels:
+            raise ValueError(f"sampling.guided_channels {self.sampling.guided_channels}: there are {channels} channels")
+        return self
+
+    @property
+    def computation(self) -> dict[str, Any]:
+        """What changes the numbers that come out, and cannot be seen from the weights' shapes, as JSON holds it."""
+        fields = {
+            "image_size": True,
+            "network": True,
+            "prediction": True,
+            "path": True,
+            "normalisation": True,
+            "autoencoder": {"content_hash", "factor", "num_channels"},
+        }
+        return self.model_dump(mode="json", include=fields, exclude={"network": {"dropout"}})
+
+    def build_network(self) -> torch.nn.Module:
+        """A network with fresh weights, as this config describes it."""
+        return build_network(
+            self.network,
+            self.prediction,
+            channels=self.autoencoder.num_channels,
+            num_classes=self.conditioning.num_classes,
+            inpainting=self.conditioning.inpainting,
+            num_map_classes=self.conditioning.num_map_classes,
+        )

@@ -1,0 +1,370 @@
+"""The waist of the house: network, path, conditioning and autoencoder as one model, one folder on disk."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from latentflow.artifacts import (
+    atomic_folder,
+    open_tensors,
+    read_json,
+    read_tensors,
+    restore,
+    sha256_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from latentflow.autoencoder import Autoencoder, latent_mean, sample_latents
+from latentflow.autoencoder_files import AUTOENCODER_FILES
+from latentflow.errors import ArtifactError, ConfigError
+from latentflow.hub import CARD_FILE, HubId, fetch, looks_like, push_folder, require_token
+from latentflow.model.card import model_card
+from latentflow.model.config import AUTOENCODER_FOLDER, ModelConfig
+from latentflow.randomness import ImageRandom
+from latentflow.runtime import PrecisionWord, Runtime, open_runtime
+from latentflow.shapes import Condition
+from latentflow.weights import filled, require_fit, tensor_shapes
+
+if TYPE_CHECKING:
+    from latentflow.sampling.inversion import Inversion
+    from latentflow.sampling.pipeline import Samples
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "velocity.safetensors"
+_MOST_CONFIG_BYTES = 64 << 20  # a million class names fit
+MODEL_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CARD_FILE,
+    *(f"{AUTOENCODER_FOLDER}/{name}" for name in AUTOENCODER_FILES),
+)
+"""What a model folder consists of, as patterns; nothing else travels to the hub or from it."""
+
+
+class LatentFlow:
+    """A flow-matching model in the latent space of an autoencoder.
+
+    Args:
+        config: what the model is.
+        network: called as network(latents [B, C, h, w], time [B], condition) => velocity [B, C, h, w].
+        autoencoder: the frozen first stage.
+        runtime: where it computes, and in what precision; None: where the network is, in fp32.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        network: torch.nn.Module,
+        autoencoder: Autoencoder,
+        runtime: Runtime | None = None,
+    ):
+        self.config = config
+        self.network = network
+        self.autoencoder = autoencoder
+        self.runtime = runtime or Runtime(self.device)
+        self.reference = ""
+        """The folder it was loaded from, or the hub id with the commit: owner/name@commit."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        device: torch.device | str | None = None,
+        precision: PrecisionWord = "auto",
+        runtime: Runtime | None = None,
+    ) -> LatentFlow:
+        """Load a model folder, a run folder (its `model/`), or a hub id: owner/name or owner/name@revision.
+
+        Args:
+            revision: a branch, tag or commit on the hub; None: the default branch.
+            device: where to put it; None: a GPU if there is one, else the CPU.
+            precision: what the network computes in: fp32, tf32, bf16, fp16, or auto, which is bf16 on a GPU that has
+                it. The autoencoder computes in float32, on a GPU with TF32 unless this is fp32.
+            runtime: says both for a command.
+
+        Raises:
+            ArtifactError: nothing usable is there, or the autoencoder is not the one the model was trained with.
+            ConfigError: there is no such device, or a revision is given for a folder.
+        """
+        runtime = runtime or open_runtime(device, precision, alone=True)
+        folder = find_model(model, revision)
+        config, weights = read_config(folder), folder / WEIGHTS_FILE
+        require_fit(config.build_network, tensor_shapes(weights), weights, folder / CONFIG_FILE)
+        _require_written_with(config, weights)
+        own = folder / AUTOENCODER_FOLDER
+        if config.autoencoder.reference == AUTOENCODER_FOLDER and not own.is_dir():
+            raise ArtifactError(f"{folder} lacks its folder {AUTOENCODER_FOLDER}/; copy the model folder whole")
+        autoencoder = Autoencoder.from_pretrained(own if own.is_dir() else config.autoencoder.reference)
+        if autoencoder.content_hash != config.autoencoder.content_hash:
+            raise ArtifactError(
+                f"{folder} was trained with an autoencoder of hash {config.autoencoder.content_hash[:12]}, but "
+                f"{autoencoder.reference} has hash {autoencoder.content_hash[:12]}; restore the original one"
+            )
+        found = {"factor": autoencoder.factor, "num_channels": autoencoder.num_channels}
+        for name, number in found.items():
+            if number != getattr(config.autoencoder, name):
+                raise ArtifactError(
+                    f"{folder / CONFIG_FILE}: autoencoder.{name} is {getattr(config.autoencoder, name)}, but that of "
+                    f"{autoencoder.reference} is {number}; restore the original {CONFIG_FILE}"
+                )
+        network = filled(config.build_network, read_tensors(weights), weights)
+        loaded = cls(config, network.eval().requires_grad_(False), autoencoder).to(runtime)
+        is_local = Path(model).exists()
+        loaded.reference = str(model) if is_local else HubId.parse(str(model), revision).pinned(folder)
+        return loaded
+
+    def save_pretrained(self, folder: str | Path, *, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write the model folder, complete or not at all.
+
+        Args:
+            weights: the network's state to write in place of its own, for example the EMA of it.
+        """
+        with atomic_folder(folder) as temporary:
+            write_json(temporary / CONFIG_FILE, self.config.model_dump(mode="json"))
+            metadata = {"config": json.dumps(self.config.computation)}  # one entry: safetensors shuffles several
+            write_tensors(temporary / WEIGHTS_FILE, weights or self.network.state_dict(), metadata)
+            write_text(temporary / CARD_FILE, model_card(self.config))
+            if self.config.autoencoder.reference == AUTOENCODER_FOLDER:
+                self.autoencoder.save_pretrained(temporary / AUTOENCODER_FOLDER)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        commit_message: str = "Upload a latentflow model",
+        token: str | None = None,
+    ) -> str:
+        """Put the model on the Hugging Face hub in one commit; returns its page.
+
+        Args:
+            repo_id: owner/name or owner/name@branch; created if it is not there.
+            private: create it private; one that is there and public is refused.
+            revision: the branch, created if it is not there; None: the default branch.
+            token: one that may write; None: that of HF_TOKEN or of `hf auth login`.
+
+        Raises:
+            ConfigError: the id is none, or there is no token. Nothing was sent.
+            ArtifactError: the hub refuses, cannot be reached, or has something else under that name.
+        """
+        target, token = HubId.parse(repo_id, revision), require_token(token)
+        with TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            self.save_pretrained(folder)
+            return push_folder(
+                *(folder, target, MODEL_FILES),
+                marker=WEIGHTS_FILE,
+                private=private,
+                message=commit_message,
+                token=token,
+            )
+
+    def to(self, place: Runtime | torch.device | str) -> LatentFlow:
+        """Move network and autoencoder, and compute as the runtime says; returns itself.
+
+        On CUDA the weights of convolutions lie channels last, as tensor cores want them. On the CPU they do not: it
+        gains nothing, and torch's GroupNorm loses up to three digits there (1e-4 of the output of a small U-Net).
+        """
+        self.runtime = place if isinstance(place, Runtime) else replace(self.runtime, device=torch.device(place))
+        device = self.runtime.device
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self.network.to(device, memory_format=layout)
+        self.autoencoder.to(self.runtime.for_autoencoder())
+        return self
+
+    def computing_in(self, precision: PrecisionWord) -> LatentFlow:
+        """The same model with the same weights, whose network computes in `precision`.
+
+        Raises:
+            ConfigError: the device cannot.
+        """
+        other = copy.copy(self)
+        other.runtime = self.runtime.with_precision(precision)
+        return other
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """The SHA-256 of the network's weights when this was first asked for: two models with it draw alike."""
+        return sha256_tensors(self.network.state_dict())
+
+    def encode(self, pixels: Tensor, random: ImageRandom | None = None) -> Tensor:
+        """pixels [B, 3, S, S] in [-1, 1] => latents [B, C, h, w]: the posterior's mode, or drawn by `random`."""
+        return self.latents(self.autoencoder.encode(pixels), random)
+
+    def latents(self, moments: Tensor, random: ImageRandom | None = None) -> Tensor:
+        """moments [B, C or 2C, h, w] => normalised latents [B, C, h, w]."""
+        channels = self.config.autoencoder.num_channels
+        raw = latent_mean(moments, channels) if random is None else sample_latents(moments, channels, random)
+        return self.config.normalisation.normalise(raw)
+
+    def velocity(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """The learned velocity at x_t = latents [B, C, h, w] and time [B] (0 data, 1 noise): [B, C, h, w]."""
+        with self.runtime.autocast():
+            return self.network(latents, time, condition)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B, C, h, w] => pixels [B, 3, S, S] in [-1, 1]."""
+        return self.autoencoder.decode(self.config.normalisation.restore(latents))
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """latents [B, C, h, w] => pixels [B, 3, S, S] uint8, rounded where they are decoded."""
+        return self.autoencoder.decode_to_uint8(self.config.normalisation.restore(latents))
+
+    def sample(self, num: int = 1, **request: Any) -> Samples:
+        """Draw `num` images; the arguments are those of `latentflow.sampling.pipeline.sample`.
+
+        LatentFlow.from_pretrained("runs/photos").sample(num=16, classes=["cat", "dog"], guidance=1.5, seed=0).images
+        """
+        from latentflow.sampling.pipeline import sample  # upward, as below: methods for the user's convenience
+
+        return sample(self, num=num, **request)
+
+    def inpaint(self, image: Any, mask: Any, **request: Any) -> Samples:
+        """Fill the hole of an image; the arguments are those of `latentflow.sampling.inpaint.inpaint`.
+
+        model.inpaint("street.jpg", "hole.png", num=4, seed=0).images
+        """
+        from latentflow.sampling.inpaint import inpaint
+
+        return inpaint(self, image, mask, **request)
+
+    def mask_to_image(self, semantic_map: Any, **request: Any) -> Samples:
+        """Paint a semantic map; the arguments are those of `latentflow.sampling.mask_to_image.mask_to_image`."""
+        from latentflow.sampling.mask_to_image import mask_to_image
+
+        return mask_to_image(self, semantic_map, **request)
+
+    def image_to_image(self, image: Any, **request: Any) -> Samples:
+        """Redraw an image; the arguments are those of `latentflow.sampling.edits.image_to_image`.
+
+        model.image_to_image("cat.jpg", strength=0.6, classes=["dog"], num=4).images
+        """
+        from latentflow.sampling.edits import image_to_image
+
+        return image_to_image(self, image, **request)
+
+    def interpolate(self, **request: Any) -> Samples:
+        """Draw frames between two seeds or classes; the arguments are those of `latentflow.sampling.edits.interpolate`.
+
+        model.interpolate(seeds=(3, 8), classes=["cat", "dog"], num=9).images
+        """
+        from latentflow.sampling.edits import interpolate
+
+        return interpolate(self, **request)
+
+    def vary(self, **request: Any) -> Samples:
+        """Draw pictures near that of one seed; the arguments are those of `latentflow.sampling.edits.vary`."""
+        from latentflow.sampling.edits import vary
+
+        return vary(self, **request)
+
+    def invert(self, image: Any, **request: Any) -> Inversion:
+        """Find the noise of an image; the arguments are those of `latentflow.sampling.inversion.invert`.
+
+        inversion = model.invert("cat.jpg", classes=["cat"])
+        model.sample(noise=inversion.noise, classes=["dog"], guidance=1).images
+        """
+        from latentflow.sampling.inversion import invert
+
+        return invert(self, image, **request)
+
+
+def find_model(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model given as a model folder, a run folder or a hub id; what is here wins over the hub.
+
+    Raises:
+        ArtifactError: there is no such model.
+        ConfigError: a revision is given for a folder.
+    """
+    path = Path(model)
+    for folder in (path, path / "model"):
+        restore(folder)
+        if _is_model(folder):
+            if revision is not None:
+                raise ConfigError(f"{model} is a folder here, and folders have no revision {revision!r}; leave it out")
+            return folder
+    if path.is_file():
+        raise ArtifactError(f"{model} is a file; a model is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if path.exists():
+        raise ArtifactError(
+            f"{model} is not a model folder: it has no {CONFIG_FILE} with {WEIGHTS_FILE}, nor has {path / 'model'}"
+        )
+    try:
+        hub_id = HubId.parse(str(model), revision)
+    except ConfigError as error:
+        raise ArtifactError(
+            f"{model} does not exist; give a model folder, a run folder or a hub id ({error})"
+        ) from error
+    try:
+        folder = fetch(hub_id, MODEL_FILES)
+    except ArtifactError as error:
+        raise ArtifactError(f"{model}: there is no such folder here, and {error}") from error
+    if not _is_model(folder):
+        raise ArtifactError(
+            f"{hub_id.url} is not a latentflow model: it has no {CONFIG_FILE} with {WEIGHTS_FILE}; {looks_like(folder)}"
+        )
+    return folder
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The config of a model folder.
+
+    Raises:
+        ArtifactError: it is missing, damaged or of another kind.
+    """
+    file = Path(folder) / CONFIG_FILE
+    if file.is_file() and file.stat().st_size > _MOST_CONFIG_BYTES:
+        raise ArtifactError(f"{file} is larger than {_MOST_CONFIG_BYTES >> 20} MiB, which no config is; restore it")
+    try:
+        return ModelConfig.model_validate(read_json(file))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+    except ConfigError as error:  # of a section that says itself what is wrong
+        reason = str(error)
+    raise ArtifactError(f"{file} is not the config of a latentflow model ({shorten(reason, 400, placeholder=' ...')})")
+
+
+def _require_written_with(config: ModelConfig, weights: Path) -> None:
+    """Refuse a config that is not the one which the weights were written with, where shapes cannot tell."""
+    with open_tensors(weights) as file:
+        written = (file.metadata() or {}).get("config")
+    difference = written and _first_difference(json.loads(written), config.computation)
+    if difference:
+        name, then, now = difference
+        raise ArtifactError(
+            f"{weights.parent / CONFIG_FILE} says {name} = {now}, but {weights.name} was written with {then}; restore "
+            "the two files that belong together"
+        )
+
+
+def _first_difference(then: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """Name and values of what differs between two JSON values; keys that `then` has not are no difference."""
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return None if then == now else (name, then, now)
+    pairs = (_first_difference(value, now.get(key), f"{name}.{key}".strip(".")) for key, value in then.items())
+    return next((pair for pair in pairs if pair), None)

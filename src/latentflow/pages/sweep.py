@@ -1,0 +1,307 @@
+"""What a sweep found: the record of it, as JSON, as a chart and as a page to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentflow.evaluation.sweep_rounds import Round
+from latentflow.evaluation.sweep_rules import ACCURACY_MARGIN, CONFIDENCE, SIGMAS, Candidate, Ceiling, Point
+from latentflow.model.config import SamplingPreset
+from latentflow.pages.html import Series, chart_file, code, details, figure, line_chart, page, paragraph, tiles
+from latentflow.pages.html import table as html_table
+
+HEADER = ("preset", "evaluations", "distance", "std error", "classes", "ms per image", "")
+_MOST_IMAGES = 100_000  # that anybody draws to compare presets
+_MARKS = {"front": "front", "undecided": "undecided", "beaten": ""}
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What `sweep` found.
+
+    Attributes:
+        out: the folder with page.html, sweep.json, sweep.svg and the candidates.
+        model: as it was given.
+        label: what the distance is called.
+        rounds: in order of their number of images.
+        final: the last complete round, which everything below is about; the first one where none is complete.
+        marks: by name: "front", "undecided" or "beaten"; see `sweep_rules.marks`.
+        needed: by name, of how many images each the numbers would show that a candidate is as good as any other.
+        margin: a difference of distances that does not matter, as a share of the other's.
+        ceiling: what the class judge makes of real images; None where classes are not judged.
+        last_size: images per candidate in the last round that was planned.
+        budget: seconds that were given.
+        seconds_per_image: of all candidates of the final round together, for one more image of each.
+        best: name of the cheapest candidate that is shown to be as good as any other; None: undecided.
+        old, new: the model's preset, and that of `best`.
+        asked_to_write: whether the best preset was to become that of the model.
+        presets: by name, what every candidate changes in the model's preset.
+        failed: by name, why a candidate could not be measured.
+        notes: what one should know about the figures.
+        seconds: of this call, the reference not counted.
+    """
+
+    out: Path
+    model: str
+    label: str
+    rounds: list[Round]
+    final: Round
+    marks: dict[str, str]
+    needed: dict[str, float]
+    margin: float
+    ceiling: Ceiling | None
+    last_size: int
+    budget: float | None
+    seconds_per_image: float
+    best: str | None
+    old: SamplingPreset
+    new: SamplingPreset | None
+    asked_to_write: bool
+    presets: dict[str, Candidate]
+    failed: dict[str, str]
+    notes: list[str]
+    seconds: float
+
+    @property
+    def written(self) -> bool:
+        """Whether the model has the new preset now."""
+        return self.asked_to_write and self.best is not None
+
+
+def verdict(result: SweepResult) -> list[str]:
+    """What the sweep found, in sentences; where it is undecided, also what would decide it."""
+    margins = f"a distance larger by more than {100 * result.margin:g} %"
+    if result.ceiling:
+        margins = f"class accuracy lower by more than {100 * ACCURACY_MARGIN:g} points, or {margins} at equal accuracy"
+    basis = f"{result.final.num:,} images each of {len(result.final.measured)} presets, the same seeds for all"
+    if result.best is not None:
+        found = (
+            f"{result.best} is the cheapest preset that is as good as any other: none beats it by {margins} "
+            f"({100 * CONFIDENCE:g} % confidence; {basis})."
+        )
+        if len(result.final.measured) == 1:
+            found = f"{result.best} is the only preset that was measured: it was compared with nothing."
+        return [
+            found,
+            *(["It is the preset of the model now."] if result.written else []),
+        ]
+    return [
+        f"Undecided: no preset is shown to be as good as all others ({basis}); worse means {margins}, at "
+        f"{100 * CONFIDENCE:g} % confidence.",
+        _would_decide(result),
+        *(["Nothing was written: the model keeps its preset."] if result.asked_to_write else []),
+    ]
+
+
+def _would_decide(result: SweepResult) -> str:
+    """What to do about an undecided result."""
+    if result.final.missing:
+        return (
+            f"{len(result.final.missing)} of {len(result.presets)} presets were not measured for lack of time: repeat "
+            "the command to go on."
+        )
+    name = min(result.needed, key=lambda one: (result.needed[one], one))
+    if math.isinf(result.needed[name]):
+        return "No number of images would decide it: give a larger --margin."
+    digits = 10 ** (len(str(math.ceil(result.needed[name]))) - 2)
+    num = math.ceil(result.needed[name] / digits) * digits
+    seconds = math.ceil(1.5 * (num - result.final.num) * result.seconds_per_image)
+    text = f"About {num:,} images each would decide it, {name} being the closest to it"
+    if num > _MOST_IMAGES:
+        return f"{text}: too close to tell apart in practice; give a larger --margin, or fewer presets."
+    options = [f"--num {num}"] if num > result.last_size else []
+    options += [f"--budget {seconds}"] if result.budget is not None else []
+    how = f" with {' '.join(options)}" if options else ""
+    return f"{text}: repeat the command{how} to go on; it takes some {max(round(seconds / 60), 1):,} minutes."
+
+
+def summary(result: SweepResult) -> dict[str, Any]:
+    """A sweep as JSON. Resamples and earlier rounds of a candidate stand in OUT/candidates."""
+    return {
+        "model": result.model,
+        "distance": result.label,
+        "num": result.final.num,
+        "decided": result.best is not None,
+        "best": result.best,
+        "verdict": " ".join(verdict(result)),
+        "confidence": CONFIDENCE,
+        "margin": result.margin,
+        "accuracy_margin": ACCURACY_MARGIN if result.ceiling else None,
+        "real_accuracy": result.ceiling.accuracy if result.ceiling else None,
+        "old_preset": result.old.model_dump(mode="json"),
+        "new_preset": None if result.new is None else result.new.model_dump(mode="json"),
+        "written": result.written,
+        "candidates": [
+            {
+                "name": point.name,
+                "mark": result.marks[point.name],
+                "evaluations": point.evaluations,
+                "distance": point.distance,
+                "standard_error": point.standard_error,
+                "class_accuracy": point.accuracy,
+                "images_needed": None
+                if math.isinf(result.needed[point.name])
+                else math.ceil(result.needed[point.name]),
+                "milliseconds": result.final.measured[point.name].milliseconds,
+                "preset": result.presets[point.name],
+            }
+            for point in _by_cost(result.final)
+        ],
+        "rounds": [
+            {"num": one.num, "distances": {p.name: p.distance for p in _by_cost(one)}, "missing": one.missing}
+            for one in result.rounds
+        ],
+        "failed": result.failed,
+        "notes": result.notes,
+        "seconds": result.seconds,
+    }
+
+
+def rows(result: SweepResult) -> list[tuple[str, ...]]:
+    """The table of the final round under `HEADER`, by rising cost."""
+    return [
+        (
+            *_figures(point, result.final),
+            _MARKS[result.marks[point.name]] + (", BEST" if point.name == result.best else ""),
+        )
+        for point in _by_cost(result.final)
+    ]
+
+
+def sweep_picture(result: SweepResult) -> str:
+    """Distance against evaluations as an SVG file."""
+    return chart_file(_series(result.final, result.marks), **_axes(result.final))
+
+
+def sweep_page(result: SweepResult) -> str:
+    """The whole result as one HTML document."""
+    sections = [
+        ("The best preset" if result.best else "No best preset yet", _best(result)),
+        ("Quality against cost", _chart(result)),
+        ("Every candidate", _table(result)),
+    ]
+    if earlier := [one for one in result.rounds if one is not result.final]:
+        sections.append(("Other rounds", "".join(_other_round(one) for one in earlier)))
+    sections.append(("What to keep in mind", "".join(map(paragraph, _remarks(result)))))
+    lead = (
+        f"How the images of {result.model} get better with the network calls that are spent on them, for "
+        f"{len(result.presets)} presets. All of them drew the same seeds."
+    )
+    return page("latentflow: sweep", lead, sections, "Written by latentflow sweep; the figures are in sweep.json.")
+
+
+def _best(result: SweepResult) -> str:
+    told = "".join(map(paragraph, verdict(result)))
+    if result.best is None:
+        return told
+    point = next(p for p in result.final.points if p.name == result.best)
+    key = [
+        (point.name, "the cheapest preset that is as good as any other"),
+        (f"{point.evaluations:g}", "network calls per image"),
+        (f"{point.distance:.4g}", f"distance, standard error {point.standard_error:.2g}"),
+        (f"{result.final.measured[point.name].milliseconds:.3g} ms", "per image"),
+    ]
+    if point.accuracy is not None:
+        key.insert(
+            2, (f"{100 * point.accuracy:.1f} %", f"show their class; of real {100 * result.ceiling.accuracy:.1f} %")
+        )
+    advice = "" if result.written else paragraph("To make it the preset of the model, repeat the command with --write.")
+    return tiles(key) + told + advice + code(_command(result))
+
+
+def _command(result: SweepResult) -> str:
+    parts = []
+    for name, value in result.presets[result.best].items():
+        text = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value}"
+        parts.append(f"--{name.replace('_', '-')} {text}")
+    return f"latentflow sample {result.model} --out samples \\\n    {' '.join(parts)}"
+
+
+def _chart(result: SweepResult) -> str:
+    caption = (
+        f"{result.label}; less is better. Every preset drew {result.final.num} images; bars are one standard error of "
+        "the distance, most of which the presets have in common. The line joins the Pareto front: presets that are "
+        "surely better than everything on the front that costs no more."
+    )
+    return figure(line_chart(_series(result.final, result.marks), **_axes(result.final)), caption)
+
+
+def _table(result: SweepResult) -> str:
+    made = rows(result)
+    return html_table(HEADER, made, strong=[n for n, row in enumerate(made) if row[0] == result.best])
+
+
+def _other_round(one: Round) -> str:
+    text = f"{one.num} images each, {len(one.measured)} presets"
+    text += f", {len(one.missing)} not measured" if one.missing else ""
+    return details(text, html_table(HEADER[:-1], [_figures(point, one) for point in _by_cost(one)]))
+
+
+def _remarks(result: SweepResult) -> list[str]:
+    return [
+        *result.notes,
+        *(f"{name} could not be measured: {why}" for name, why in result.failed.items()),
+        "A best preset is named where one-sided tests of paired differences over the same seeds show it not worse than "
+        f"any other of the last complete round by more than the margins, at {100 * CONFIDENCE:g} % confidence for all "
+        "presets together (Bonferroni); standard errors of differences of distances are found by drawing the same "
+        "images of both presets again and again with replacement.",
+        *([_judge_remark(result)] if result.ceiling else []),
+        f"The marks front and undecided are of distances alone: there a difference counts where it is larger than "
+        f"{SIGMAS:g} of its own standard errors.",
+        "Distances of different numbers of images are never compared, as they depend on the number.",
+    ]
+
+
+def _judge_remark(result: SweepResult) -> str:
+    return (
+        "Classes: the share of images that a linear discriminant on these features, fitted to real images, takes for "
+        "their class and that lie as near to it as 95 % of real images do; of real images that it was not fitted "
+        f"to it is {100 * result.ceiling.accuracy:.1f} %, and more than that counts as no merit."
+    )
+
+
+def _series(one: Round, marks: dict[str, str]) -> list[Series]:
+    """The front as a line, and the candidates of each solver as points."""
+    points = _by_cost(one)
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.name.partition("-")[0], []).append(point)
+    front = [(p.evaluations, p.distance) for p in points if marks[p.name] == "front"]
+    return [
+        *(
+            Series(
+                solver,
+                [(p.evaluations, p.distance) for p in group],
+                line=False,
+                errors=[p.standard_error for p in group],
+                tips=[f"{p.name}: {p.evaluations:g} evaluations, {p.distance:.4g}" for p in group],
+            )
+            for solver, group in groups.items()
+        ),
+        Series("Pareto front", front, dashed=True, markers=False),
+    ]
+
+
+def _axes(one: Round) -> dict[str, Any]:
+    distances = [point.distance for point in one.points]
+    wide = min(distances) > 0 and max(distances) > 8 * min(distances)
+    return {"x_label": "network calls per image", "y_label": "distance", "log_x": True, "log_y": wide}
+
+
+def _figures(point: Point, one: Round) -> tuple[str, ...]:
+    return (
+        point.name,
+        f"{point.evaluations:.4g}",
+        f"{point.distance:.4g}",
+        f"{point.standard_error:.2g}",
+        "" if point.accuracy is None else f"{100 * point.accuracy:.1f} %",
+        f"{one.measured[point.name].milliseconds:.4g}",
+    )
+
+
+def _by_cost(one: Round) -> Sequence[Point]:
+    return sorted(one.points, key=lambda point: (point.evaluations, point.distance))

@@ -1,0 +1,238 @@
+"""How fast a network trains on the device at hand: a few real steps, of a part of it where the whole would take long.
+
+Legend: B images, C latent channels, h and w latent height and width.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from latentflow.errors import ConfigError
+from latentflow.flow.loss import flow_matching_loss
+from latentflow.model.config import ModelConfig
+from latentflow.networks.dit import DiTConfig
+from latentflow.networks.running import MemoryMode, compile_blocks, set_memory
+from latentflow.runtime import Runtime
+from latentflow.training.ema import EMA
+from latentflow.training.memory import count_parameters, forward_flops
+from latentflow.training.optim import OptimizerConfig, build_optimizer, clip_gradients
+
+_UPDATED = {"cpu": 4_000_000, "cuda": 100_000_000}  # parameters that the update is timed with
+_PASSES = 3  # forward and backward together, in units of the way forward
+SLOWER: dict[MemoryMode, float] = {"none": 1.0, "recompute-cheap": 1.05, "checkpoint": 4 / 3}
+"""How much longer a step takes in the modes of `training.memory`, about."""
+_REACHED = 0.4  # of what a maker states; the largest networks reach a little more, small ones less
+_LARGEST_PROBE = 2**30  # bytes of weights, on a CPU
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured.
+
+    Attributes:
+        seconds_per_image: forward and backward.
+        seconds_per_update: optimizer, gradient clipping and average, once a step.
+        forward_flops: of one image, exact: 2 for each multiplication with its addition.
+        flops_per_second: that were reached.
+        probed: what ran, in words.
+        whole: whether that was the network itself, not a part of it.
+        measured: whether anything ran.
+    """
+
+    seconds_per_image: float
+    seconds_per_update: float
+    forward_flops: int
+    flops_per_second: float
+    probed: str
+    whole: bool
+    measured: bool = True
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a network is run."""
+
+    runtime: Runtime
+    mode: MemoryMode
+    compiled: bool
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A network of fewer blocks, or on smaller latents, and about which share of the whole one's operations it has."""
+
+    config: ModelConfig
+    share: float
+    what: str
+
+
+def probe(
+    config: ModelConfig,
+    runtime: Runtime,
+    *,
+    images: int,
+    seconds: float,
+    mode: MemoryMode = "none",
+    compiled: bool = False,
+) -> Speed:
+    """Time a few steps.
+
+    Of a transformer that is too large the first blocks run: once one, once two, and the difference is what each of them
+    takes. Of a U-Net that is too large, it runs on smaller latents. Its speed is then that of the whole network's
+    operations.
+
+    Args:
+        images: computed together in training; fewer are taken where they take too long.
+        seconds: about how long this may take, without compiling.
+        mode: what is computed again in the backward pass.
+        compiled: whether blocks are compiled first, each distinct one once.
+    """
+    way = _Way(runtime, mode, compiled)
+    whole = forward_flops(config)
+    update = _seconds_per_update(config, runtime)
+    rate = _matmul_rate(runtime)
+    budget = rate * seconds / (4 * _PASSES)  # operations of one way forward: two networks, each once to warm up
+    parts = list(_parts(config))
+    small = (part for part in parts if part.share * whole <= budget and _fits(part.config, runtime))
+    part = next(small, parts[-1])
+    flops = forward_flops(part.config) if part.share < 1 else whole
+    together = max(min(images, int(budget // flops)), 1)
+    per_image = _seconds_of_pass(part.config, way, together, seconds / 3) / together
+    if part.share < 1:
+        scaled = per_image * whole / flops
+        if isinstance(config.network, DiTConfig):
+            first = _seconds_of_pass(_with_depth(config, 1), way, together, seconds / 3) / together
+            block = (per_image - first) / (part.config.network.depth - 1)
+            by_block = first + block * (config.network.depth - 1)
+            # where the clock was disturbed in between, the count of operations is the better guide
+            scaled = by_block if 0.5 * scaled < by_block < 2 * scaled else scaled
+        per_image = scaled
+    speed = _PASSES * whole / per_image
+    what = f"{together} images, {part.what}" + (", compiled" if compiled else "")
+    return Speed(per_image, update, whole, speed, what, part.share == 1)
+
+
+def stated_speed(config: ModelConfig, peak: float, mode: MemoryMode) -> Speed:
+    """What a device may reach that does `peak` operations a second at most; nothing is measured."""
+    flops, reached = forward_flops(config), _REACHED * peak / SLOWER[mode]
+    what = f"{_REACHED:.0%} of {peak / 1e12:g} TFLOP/s, as training reaches it"
+    return Speed(_PASSES * flops / reached, 0.0, flops, reached, what, whole=False, measured=False)
+
+
+def _parts(config: ModelConfig) -> Iterator[_Part]:
+    """The network itself, then ever smaller parts of it."""
+    yield _Part(config, 1.0, "the whole network")
+    network = config.network
+    if isinstance(network, DiTConfig):
+        if network.depth > 2:
+            yield _Part(_with_depth(config, 2), 2 / network.depth, f"2 of {network.depth} blocks")
+        return
+    size, multiple = config.image_size, config.pixel_multiple
+    while size // 2 >= multiple and (size // 2) % multiple == 0:
+        size //= 2
+        side = size // config.autoencoder.factor
+        smaller = config.model_copy(update={"image_size": size})
+        yield _Part(smaller, (size / config.image_size) ** 2, f"on latents of {side} x {side}")
+    with suppress(ConfigError):  # its heads or norms may not divide the channels
+        channels = network.channels // 2
+        half = network.model_copy(update={"channels": channels, "stem_channels": channels})
+        narrow = config.model_copy(update={"network": half, "image_size": size})
+        count_parameters(narrow)
+        side = size // config.autoencoder.factor
+        what = f"half as wide, on latents of {side} x {side}"
+        yield _Part(narrow, (size / config.image_size) ** 2 / 4, what)
+
+
+def _with_depth(config: ModelConfig, depth: int) -> ModelConfig:
+    network = config.network.model_copy(update={"depth": depth, "name": None})
+    return config.model_copy(update={"network": network})
+
+
+def _fits(config: ModelConfig, runtime: Runtime) -> bool:
+    return runtime.device.type != "cpu" or 4 * count_parameters(config) <= _LARGEST_PROBE
+
+
+def _inputs(config: ModelConfig, images: int, device: torch.device):
+    """(latents [B, C, h, w], time [B], condition) of noise, told nothing."""
+    latents = torch.randn(images, *config.latent_shape, device=device)
+    condition = config.conditioning.build(latents.shape, device)
+    return latents, torch.full((images,), 0.5, device=device), condition
+
+
+def _seconds_of_pass(config: ModelConfig, way: _Way, images: int, seconds: float) -> float:
+    """Of one way forward and back for some images: the least of a few, after one that warms up."""
+    runtime, network = way.runtime, _network(config, way.runtime.device).train()
+    set_memory(network, way.mode)
+    if way.compiled:
+        compile_blocks(network)
+    data, time_, condition = _inputs(config, images, runtime.device)
+    noise, taken, began = torch.randn_like(data), [], 0.0
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with runtime.autocast():
+            return network(x, t, condition)
+
+    while len(taken) < 2 or (time.perf_counter() - began < seconds and len(taken) < 20):
+        start = _now(runtime.device)
+        began = start if len(taken) == 1 else began
+        with runtime.float32_policy():
+            flow_matching_loss(velocity, config.path, data, noise, time_).mean().backward()
+        taken.append(_now(runtime.device) - start)
+    return min(taken[1:])
+
+
+def _network(config: ModelConfig, device: torch.device) -> nn.Module:
+    """A network with weights that are quickly made and nowhere zero: denormal numbers are slow."""
+    with torch.device("meta"):
+        network = config.build_network()
+    network.to_empty(device=device)
+    some = 0.02 * torch.randn(2**16, device=device)
+    with torch.no_grad():
+        for tensor in [*network.parameters(), *(b for b in network.buffers() if b.is_floating_point())]:
+            flat = tensor.view(-1)
+            for start in range(0, len(flat), len(some)):
+                flat[start : start + len(some)] = some[: len(flat) - start]
+    return network
+
+
+def _seconds_per_update(config: ModelConfig, runtime: Runtime) -> float:
+    """Of clipping, optimizer and average, from those of a part of the weights: memory is what limits them."""
+    total = count_parameters(config)
+    number = min(total, _UPDATED.get(runtime.device.type, _UPDATED["cpu"]))
+    layers = nn.ParameterList(torch.full((2**16,), 0.5) for _ in range(math.ceil(number / 2**16)))
+    layers.to(runtime.device)
+    optimizer, average = build_optimizer(layers, OptimizerConfig()), EMA(layers, 0.999)
+    taken = []
+    for step in range(3):
+        for parameter in layers.parameters():
+            parameter.grad = torch.full_like(parameter, 0.1)
+        start = _now(runtime.device)
+        clip_gradients(list(layers.parameters()), 1.0)
+        optimizer.step()
+        average.update(step)
+        taken.append(_now(runtime.device) - start)
+    return min(taken[1:]) * total / (len(layers) * 2**16)
+
+
+def _matmul_rate(runtime: Runtime, size: int = 512) -> float:
+    """Operations per second of a matrix product, a rough guide to how much can be probed."""
+    a, taken = torch.full((size, size), 0.5, device=runtime.device), []
+    for _ in range(3):
+        start = _now(runtime.device)
+        with runtime.autocast():
+            a @ a
+        taken.append(_now(runtime.device) - start)
+    return 2 * size**3 / min(taken[1:])
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

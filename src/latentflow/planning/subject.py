@@ -1,0 +1,296 @@
+"""What a recipe would train, found or assumed: nothing is read but headers, and nothing is fetched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import ValidationError
+from torch import nn
+
+from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation
+from latentflow.data.cache.reader import CachePlan, LatentCache, is_cache
+from latentflow.data.sources.images import open_images
+from latentflow.errors import ConfigError
+from latentflow.model.conditioning import Conditioning
+from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig
+from latentflow.training.config import Recipe
+from latentflow.training.fitting import Situation, fit, is_set, with_values
+from latentflow.training.settings import explained
+
+_ASSUMED_IMAGES, _ASSUMED_CLASSES, _ASSUMED_MAP_CLASSES = 10_000, 10, 20
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the training data are.
+
+    Attributes:
+        num_images: None where nobody knows.
+        num_classes, num_map_classes: 0 where there are none.
+        cache: of a latent cache that is there: what it holds.
+        num_bytes: of a latent cache that is there, on disk.
+        assumed: why these numbers are not read from the data; "" where they are.
+    """
+
+    num_images: int | None
+    num_classes: int
+    num_map_classes: int = 0
+    cache: CachePlan | None = None
+    num_bytes: int | None = None
+    assumed: str = ""
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """What the first stage is.
+
+    Attributes:
+        num_moments: channels that a latent cache stores.
+        num_bytes: of its weights in memory; None where nobody knows.
+        width: channels that its decoder has at the size of the image; None where nobody knows.
+        assumed: as in `DataFacts`.
+    """
+
+    factor: int
+    num_channels: int
+    num_moments: int
+    num_bytes: int | None = None
+    width: int | None = None
+    assumed: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned: the recipe with everything decided, the model it trains, and where that is known from."""
+
+    recipe: Recipe
+    config: ModelConfig
+    data: DataFacts
+    stage: StageFacts
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def assumed(self) -> list[str]:
+        """What was not read from data or autoencoder, a line each."""
+        return [line for line in (self.data.assumed, self.stage.assumed) if line]
+
+
+_SD = StageFacts(8, 4, 8, 334_615_452, 128)
+_TAESD = StageFacts(8, 4, 4, 9_780_252, 64)
+KNOWN_STAGES = {
+    "stabilityai/sd-vae-ft-mse": _SD,
+    "stabilityai/sd-vae-ft-ema": _SD,
+    "stabilityai/sdxl-vae": _SD,
+    "madebyollin/sdxl-vae-fp16-fix": _SD,
+    "stabilityai/stable-diffusion-3-medium-diffusers/vae": StageFacts(8, 16, 32, 335_278_732, 128),
+    "madebyollin/taesd": _TAESD,
+    "madebyollin/taesdxl": _TAESD,
+    "madebyollin/taesd3": StageFacts(8, 16, 16, 9_835_596, 64),
+}
+"""Published autoencoders by hub id, for machines on which they are not."""
+
+_CELEBA, _IMAGENET = DataFacts(27_000, 0), DataFacts(1_281_167, 1000)
+PUBLISHED_DATA = {
+    "bed_f8": DataFacts(120_000, 0),
+    "church_f8": DataFacts(120_000, 0),
+    "celeb_f8": _CELEBA,
+    "celeb256_f8": _CELEBA,
+    "celeb512_f8": DataFacts(30_000, 0),
+    "celeb1024_f8": DataFacts(30_000, 0),
+    "ffhq_f8": DataFacts(63_000, 0),
+    "imnet_f8": _IMAGENET,
+    "inpainting_kl": _CELEBA,
+    "semantic_kl": DataFacts(27_000, 0, 19),
+    "cifar10_64": DataFacts(50_000, 10),
+    "camvid_128": DataFacts(367, 0, 32),
+}
+"""What recipes that come with the package are for, by the beginning of their names."""
+
+
+def plan_subject(
+    recipe: Recipe,
+    name: str,
+    *,
+    gpu: bool,
+    memory: int | None,
+    num_processes: int,
+    num_images: int | None = None,
+    num_classes: int | None = None,
+    latents: Sequence[int] | None = None,
+) -> Subject:
+    """Find out what a recipe would train.
+
+    Args:
+        name: of the recipe; those that come with the package are for data of known sizes.
+        gpu, memory, num_processes: of the machine, for a recipe that is fitted to it.
+        num_images, num_classes: in place of what is assumed where the data are not there.
+        latents: (channels, height, width) of an image's latents, in place of what the autoencoder says.
+
+    Raises:
+        ConfigError: the parts do not fit together, or an autoencoder is not here and nothing is known of it.
+        DataError, ArtifactError: what is there is damaged.
+    """
+    data = _data(recipe, name, num_images, num_classes)
+    recipe = _as_cached(recipe, data.cache)
+    stage = _stage(recipe, name, data.cache, latents)
+    size, side = recipe.data.image_size, recipe.data.image_size // stage.factor
+    if size % stage.factor:
+        raise ConfigError(
+            f"data.image_size = {size} is not a multiple of {stage.factor}, the reduction factor of "
+            f"{recipe.autoencoder}"
+        )
+    reasons: list[str] = []
+    if recipe.fit:
+        if data.num_images is None:
+            data = replace(data, num_images=_ASSUMED_IMAGES)
+        situation = Situation(
+            num_images=data.num_images,
+            num_classes=data.num_classes if recipe.data.labels else 0,
+            side=side,
+            gpu=gpu,
+            memory=memory,
+            num_processes=num_processes,
+        )
+        recipe, reasons = fit(recipe, situation)
+    return Subject(recipe, _config(recipe, data, stage), data, stage, tuple(reasons))
+
+
+def _data(recipe: Recipe, name: str, num_images: int | None, num_classes: int | None) -> DataFacts:
+    path = recipe.data.path
+    if is_cache(path) if path else False:
+        cache = LatentCache(path)
+        plan, index = cache.plan, cache.index
+        num_bytes = sum(shard.num_bytes for shard in index.shards)
+        return DataFacts(index.num_images, len(plan.class_names), len(plan.map_class_names), plan, num_bytes)
+    if path and (path.startswith("synthetic:") or Path(path).exists()):
+        source = open_images(path, recipe.data.image_size)
+        return DataFacts(len(source), len(source.class_names), len(source.map_class_names))
+    known = next((facts for start, facts in PUBLISHED_DATA.items() if name.startswith(start)), None)
+    classes = _ASSUMED_CLASSES if recipe.data.labels else 0
+    maps = _ASSUMED_MAP_CLASSES if recipe.conditioning.semantic_map else 0
+    facts = known or DataFacts(_ASSUMED_IMAGES if recipe.fit else None, classes, maps)
+    facts = replace(
+        facts,
+        num_images=facts.num_images if num_images is None else num_images,
+        num_classes=facts.num_classes if num_classes is None else num_classes,
+    )
+    told = facts.num_classes if recipe.data.labels else 0
+    parts = [f"{facts.num_images:,} images" if facts.num_images else "a number of images that is not known"]
+    parts += [f"{told:,} classes"] if told else ["no classes"]
+    parts += [f"{facts.num_map_classes} classes of maps"] if recipe.conditioning.semantic_map else []
+    why = f"{path} is not there" if path else "data.path is not set"
+    given = "; --images and --classes say otherwise" if num_images is None or num_classes is None else ""
+    return replace(facts, assumed=f"{why}: {', '.join(parts)}{' as published' if known else ''}{given}")
+
+
+def _as_cached(recipe: Recipe, cache: CachePlan | None) -> Recipe:
+    """A recipe with what a latent cache decides, where it is not set."""
+    if cache is None:
+        return recipe
+    told = {"data.image_size": cache.image_size, "data.flip": cache.flips, "autoencoder": cache.autoencoder}
+    return with_values(recipe, {key: value for key, value in told.items() if not is_set(recipe, key)})
+
+
+def _stage(recipe: Recipe, name: str, cache: CachePlan | None, latents: Sequence[int] | None) -> StageFacts:
+    reference = recipe.autoencoder
+    if latents is not None:
+        channels, side = latents[0], latents[1]
+        if recipe.data.image_size % side:
+            raise ConfigError(
+                f"--latents {'x'.join(map(str, latents))}: {side} is not a part of data.image_size = "
+                f"{recipe.data.image_size}"
+            )
+        factor = recipe.data.image_size // side
+        return StageFacts(factor, channels, 2 * channels, assumed=f"latents {'x'.join(map(str, latents))}, as given")
+    folder = _folder_here(reference)
+    if folder is not None:
+        return _facts_of(Autoencoder.from_pretrained(folder))
+    known = KNOWN_STAGES.get(reference)
+    if cache is not None:
+        facts = StageFacts(cache.factor, cache.num_channels, cache.moments_shape[0])
+        return replace(facts, num_bytes=known.num_bytes, width=known.width) if known else facts
+    if known is not None:
+        what = f"{known.num_channels} channels, factor {known.factor}"
+        return replace(known, assumed=f"the autoencoder {reference} is not here: {what}, as published")
+    if re.search("_f8(_|$)", name):
+        return replace(_SD, num_bytes=None, assumed=f"the autoencoder {reference} is not here: 4 channels, factor 8")
+    raise ConfigError(
+        f"the autoencoder {reference} is not here, and its latents are not known; add --latents 4x32x32 (channels, "
+        "height and width of an image's latents), autoencoder=FOLDER, or data.path=CACHE"
+    )
+
+
+def _folder_here(reference: str) -> str | None:
+    """Where an autoencoder can be loaded from without asking anybody; None where it would have to be fetched."""
+    if reference in BUILT_IN or Path(reference).expanduser().exists():
+        return reference
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    parts = reference.split("/")
+    try:
+        folder = Path(snapshot_download("/".join(parts[:2]), local_files_only=True)).joinpath(*parts[2:])
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+    return str(folder) if any(folder.rglob("*.safetensors")) else None
+
+
+def _facts_of(autoencoder: Autoencoder) -> StageFacts:
+    tensors = autoencoder.model.state_dict().values()
+    ends = [m.in_channels for m in autoencoder.model.modules() if isinstance(m, nn.Conv2d) and m.out_channels == 3]
+    return StageFacts(
+        autoencoder.factor,
+        autoencoder.num_channels,
+        autoencoder.num_moments,
+        sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        max(ends, default=None),
+    )
+
+
+def _config(recipe: Recipe, data: DataFacts, stage: StageFacts) -> ModelConfig:
+    """The model that would be trained; names of classes, normalisation and hash do not matter to its size."""
+    told = recipe.conditioning
+    if told.semantic_map and not data.num_map_classes:
+        raise ConfigError(f"conditioning.semantic_map = true, but {recipe.data.path} has no semantic maps")
+    side, multiple = recipe.data.image_size // stage.factor, recipe.network.size_multiple
+    if side % multiple:
+        raise ConfigError(
+            f"network: latents of {side} x {side} do not fit a {recipe.network.title}, which needs multiples of "
+            f"{multiple}; choose another patch_size or fewer levels, or a data.image_size that is a multiple of "
+            f"{stage.factor * multiple}"
+        )
+    num_classes = data.num_classes if recipe.data.labels else 0
+    num_maps = data.num_map_classes if told.semantic_map else 0
+    try:
+        return ModelConfig(
+            image_size=recipe.data.image_size,
+            network=recipe.network,
+            path=recipe.path,
+            conditioning=Conditioning(
+                class_names=[f"#{number}" for number in range(num_classes)],
+                label_dropout=told.label_dropout,
+                inpainting=told.inpainting,
+                inpainting_dropout=told.inpainting_dropout,
+                map_class_names=[f"#{number}" for number in range(num_maps)],
+                map_palette=[(0, 0, 0)] * num_maps,
+                map_dropout=told.map_dropout,
+            ),
+            autoencoder=AutoencoderRecord(
+                reference=AUTOENCODER_FOLDER if _is_embedded(recipe.autoencoder) else recipe.autoencoder,
+                content_hash="0" * 64,
+                factor=stage.factor,
+                num_channels=stage.num_channels,
+            ),
+            normalisation=LatentNormalisation(shift=[0.0] * stage.num_channels, scale=[1.0] * stage.num_channels),
+            sampling=recipe.sampling,
+        )
+    except ValidationError as error:
+        raise explained(error, ModelConfig, "recipe") from error
+
+
+def _is_embedded(reference: str) -> bool:
+    """Whether a model folder holds the autoencoder itself."""
+    return reference in BUILT_IN or Path(reference).is_dir()

@@ -1,0 +1,172 @@
+"""A folder of drawn pictures belongs to one request: it is completed, never mixed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentflow.artifacts import require_writable
+from latentflow.data.pictures.decode import BrokenImage, open_image
+from latentflow.data.stores.files import is_image
+from latentflow.errors import ArtifactError
+from latentflow.model.flow_model import LatentFlow
+from latentflow.sampling.cost import compile_where_it_pays, tell_cost
+from latentflow.sampling.naming import picture_facts, picture_name
+from latentflow.sampling.picture_file import facts_in, read_facts, unlike
+from latentflow.sampling.pipeline import Given, draw_batches, drawn_by
+from latentflow.sampling.request import SampleRequest
+from latentflow.sampling.samples import PictureWriter
+
+GRID = re.compile(r"(^|/)grid(-\d+-of-\d+)?\.png$")
+"""Contact sheets, which stand beside the pictures that they show and are none."""
+
+
+@dataclass(frozen=True)
+class DrawnFolder:
+    """What lies in a folder after drawing.
+
+    Attributes:
+        files: one per picture asked for, in order.
+        kept: how many of them were there already.
+        evaluations: mean network calls per picture.
+        seconds: of solver and decoder, for those that were not.
+    """
+
+    files: list[Path]
+    kept: int
+    evaluations: float
+    seconds: float
+
+
+class PictureFolder:
+    """The folder of the pictures of some requests; other pictures in it are refused when this is made.
+
+    What an earlier run of the same requests left there is kept. Files that are no images are of no concern, nor are
+    pictures of this program in folders below; other pictures there make it a folder of data.
+
+    Args:
+        requests: all that belongs in it, of all processes.
+
+    Raises:
+        ArtifactError: it cannot be written, or holds a picture of anybody else.
+    """
+
+    def __init__(self, flow: LatentFlow, folder: str | Path, *requests: SampleRequest):
+        self.path = require_writable(folder)
+        _refuse_data(self.path)
+        self._flow = flow
+        self._evaluations: dict[str, int] = {}
+        expected = {name: (own, row) for own in requests for row, name in enumerate(self._names(own))}
+        refuse_others(self.path, lambda file: self._look_at(file, expected.get(file.name), requests[0]))
+
+    def draw(
+        self,
+        request: SampleRequest,
+        *,
+        batch_size: int,
+        on_images: Callable[[int], None] = lambda num_images: None,
+    ) -> DrawnFolder:
+        """Draw what is missing of a request. Batches are those of a run that finds nothing, so the bytes are, too.
+
+        Pictures are written while the next batch is drawn.
+        """
+        names = self._names(request)
+        kept, seconds = sum(name in self._evaluations for name in names), 0.0
+        if kept < len(names):
+            tell_cost(self._flow, request, batch_size)
+        batches = [slice(start, start + batch_size) for start in range(0, len(names), batch_size)]
+        missing = [rows for rows in batches if any(name not in self._evaluations for name in names[rows])]
+        on_images(sum(len(names[rows]) for rows in batches) - sum(len(names[rows]) for rows in missing))
+        compile_where_it_pays(self._flow, request, batch_size=batch_size, num_batches=len(missing))
+        drawn = draw_batches(self._flow, ((request.at(rows), Given()) for rows in missing), batch_size)
+        with PictureWriter() as writer:
+            for rows, samples in zip(missing, drawn, strict=True):
+                own = {place: name for place, name in enumerate(names[rows]) if name not in self._evaluations}
+                writer.write(samples, [self.path / name for name in own.values()], own)
+                self._evaluations |= {name: int(samples.evaluations[place]) for place, name in own.items()}
+                seconds += samples.seconds
+                on_images(len(samples.pixels))
+        calls = sum(self._evaluations[name] for name in names) / max(len(names), 1)
+        return DrawnFolder([self.path / name for name in names], kept, calls, seconds)
+
+    def _names(self, request: SampleRequest) -> list[str]:
+        class_names = tuple(self._flow.config.conditioning.class_names)
+        return [picture_name(request.at(slice(row, row + 1)), class_names) for row in range(len(request.seeds))]
+
+    def _look_at(self, file: Path, place: tuple[SampleRequest, int] | None, request: SampleRequest) -> str:
+        """Why a file is not of this request; "" where it is, or where it is a damaged one of it, to be drawn anew."""
+        try:
+            with open_image(file) as image:
+                image.load()  # its pixels are checked as they are read
+                facts = facts_in(image)
+        except BrokenImage:
+            return "" if place is not None else "no readable image"
+        if facts is None:
+            return "not drawn by this program, or edited since"
+        asked, row = place or (request, 0)
+        asked = asked.at(slice(row, row + 1))
+        own = picture_facts(asked, self._flow.config.conditioning.class_names, drawn_by(self._flow))
+        if why := unlike(own, facts):
+            return why
+        if place is None:
+            return "another seed or class"
+        if any(facts.get(name) != own[name] for name in ("seeds", "labels", "blends", "inputs")):
+            return "another seed, class or input"
+        self._evaluations[file.name] = int(facts.get("evaluations", 0))
+        return ""
+
+
+def refuse_others(folder: Path, why: Callable[[Path], str]) -> None:
+    """Refuse a folder with pictures that do not belong there; contact sheets and hidden files do not count.
+
+    Args:
+        why: says why a picture does not belong, or "" where it does.
+
+    Raises:
+        ArtifactError: naming one of them.
+    """
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    pictures = [file for file in found if is_image(file.name) and not file.name.startswith(".") and file.is_file()]
+    others = [f"{file.name} ({said})" for file in pictures if not GRID.search(file.name) and (said := why(file))]
+    if others:
+        many = f"{len(others)} pictures that are not" if len(others) > 1 else "a picture that is not"
+        raise ArtifactError(
+            f"{folder} holds {many} of this request: {others[0]}; give another --out, so that they do not mix"
+        )
+
+
+def _refuse_data(folder: Path) -> None:
+    """Refuse a folder with class folders of somebody's own pictures: what is drawn would become part of them."""
+    for below in sorted(folder.glob("[!.]*/")):
+        first = next((file for file in sorted(below.glob("[!.]*")) if is_image(file.name) and file.is_file()), None)
+        if first is not None and not _drawn_here(first):
+            raise ArtifactError(
+                f"{folder} holds folders of other pictures ({below.name}/{first.name}); "
+                "give another --out, so that they do not mix"
+            )
+
+
+def _drawn_here(file: Path) -> bool:
+    try:
+        return GRID.search(file.name) is not None or read_facts(str(file)) is not None
+    except BrokenImage:
+        return True
+
+
+def read_pixels(files: Sequence[Path]) -> Tensor:
+    """Drawn pictures of one size: [B, 3, H, W] uint8.
+
+    Raises:
+        BrokenImage: one of them is gone or damaged.
+    """
+    pictures = []
+    for file in files:
+        with open_image(file) as image:
+            pictures.append(np.asarray(image.convert("RGB")))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)

@@ -1,0 +1,177 @@
+"""Preview grids of a training run: what the averaged weights draw, on fixed seeds and conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from latentflow.autoencoder import to_unit_range
+from latentflow.console import notice
+from latentflow.data.batches import TrainingImages
+from latentflow.data.painting.semantic_maps import colour_map
+from latentflow.errors import NonFiniteError
+from latentflow.flow.solvers import expected_evaluations, is_adaptive
+from latentflow.model.conditioning import CONDITION_FIELDS
+from latentflow.model.config import SamplingPreset
+from latentflow.model.flow_model import LatentFlow
+from latentflow.networks.running import uncompiled
+from latentflow.runtime import Runtime
+from latentflow.sampling.contact_sheet import save_grid
+from latentflow.sampling.pipeline import Given, draw
+from latentflow.sampling.request import SampleRequest
+
+MOST_EVALUATIONS = 50
+"""Network calls a picture, guidance not counted; what takes more is drawn by `_QUICK`."""
+
+_QUICK = {"solver": "heun", "steps": 25}
+_PER_CLASS, _MOST_IMAGES, _COLUMNS = 4, 40, 8
+
+
+def preview_request(model: LatentFlow) -> SampleRequest:
+    """The request of a preview: rows are classes, or, with spatial conditions, columns are training images."""
+    conditioning = model.config.conditioning
+    spatial = [name for name in conditioning.dropout if name != "label"]
+    shown = model.config.seen_classes[: _MOST_IMAGES // _PER_CLASS]
+    labels = [label for label in shown for _ in range(_PER_CLASS)]
+    num_images = len(labels) or _PER_CLASS**2
+    if spatial:
+        labels, num_images = shown[:1] * _COLUMNS, _COLUMNS
+    return SampleRequest(
+        task="preview",
+        seeds=list(range(num_images)),
+        labels=labels,
+        told=[*(["label"] if labels else []), *spatial],
+        sampling=_affordable(model.config.sampling),
+        precision=model.runtime.precision,
+    )
+
+
+def save_preview(
+    model: LatentFlow,
+    weights: Mapping[str, Tensor],
+    images: TrainingImages,
+    file: Path,
+    runtime: Runtime,
+    batch_size: int,
+) -> None:
+    """Draw a fixed grid from `weights` in eval mode; the seeds are 0, 1, 2, ... each time.
+
+    Every process draws its share, and the first one writes. With spatial conditions the rows are the first training
+    images, what the model is told of them, and what it draws told each condition alone (where it can do without the
+    others) and all of them.
+
+    Args:
+        weights: what the network draws with; its own are the same afterwards, to the bit.
+        batch_size: images that a process draws together, as many as it trains on at a time.
+
+    Raises:
+        NonFiniteError: there is no picture; in every process.
+    """
+    with drawing_with(model.network, weights):
+        rows, columns, captions = _rows(model, images, runtime, batch_size)
+    if runtime.is_main:
+        save_grid(file, torch.cat(rows), columns, captions=captions)
+
+
+@contextmanager
+def drawing_with(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the network has other weights and is in eval mode; its own come back to the bit, whatever happens.
+
+    Its compiled blocks are not called: they would be compiled again for another shape of batch.
+    """
+    own = network.state_dict(keep_vars=True)
+    tensors, others = list(own.values()), [weights[name] for name in own]
+    kept, modes = [tensor.detach().clone() for tensor in tensors], [(m, m.training) for m in network.modules()]
+    try:
+        _copy(tensors, others)
+        network.eval()
+        with uncompiled(network):
+            yield
+    finally:
+        _copy(tensors, kept)
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def _copy(tensors: list[Tensor], values: list[Tensor]) -> None:
+    torch._foreach_copy_(tensors, values)
+
+
+def _rows(
+    model: LatentFlow, images: TrainingImages, runtime: Runtime, batch_size: int
+) -> tuple[list[Tensor], int, list[str]]:
+    """The pictures of a grid, [N, 3, S, S] uint8 each, the number of its columns, and what stands beside them."""
+    request, conditioning = preview_request(model), model.config.conditioning
+    if "inpainting" not in request.told and "semantic_map" not in request.told:
+        pictures = _drawn(model, request, Given(), runtime, batch_size)
+        return [pictures], _PER_CLASS, [conditioning.class_names[label] for label in request.labels]
+    batch = images.at(range(len(request.seeds))).to(model.device)
+    moments = model.autoencoder.encode(to_unit_range(batch.pixels)) if batch.moments is None else batch.moments
+    rows = [model.pixels(model.latents(moments)).cpu()]
+    given: dict[str, Tensor] = {}
+    if "inpainting" in request.told:
+        cached = batch.known_pixels is None
+        known = batch.known_moments if cached else model.autoencoder.encode(to_unit_range(batch.known_pixels))
+        given |= {"masked_latents": model.latents(known), "mask": batch.mask}
+        rows.append(model.pixels(given["masked_latents"]).cpu())
+    if "semantic_map" in request.told:
+        given["class_fractions"] = batch.class_fractions
+        rows.append(map_pictures(batch.class_fractions, conditioning.map_palette, model.config.image_size))
+    if request.labels:
+        request = request.model_copy(update={"labels": batch.labels.tolist()})
+    needed = [name for name, share in conditioning.dropout.items() if share == 0]
+    alone = [[name for name in request.told if name == chosen or name in needed] for chosen in request.told]
+    for told in [*alone, request.told] if len(request.told) > 1 else [request.told]:
+        labels = request.labels if "label" in told else []
+        kept = {field: given[field] for name in told for field in CONDITION_FIELDS[name] if field in given}
+        able = [name for name in request.sampling.guided_by or told if name in told and name in conditioning.can_guide]
+        guidance = {"guided_by": able} if able else {"guided_by": None, "guidance": 1.0}
+        sampling = request.sampling.model_copy(update=guidance)
+        part = request.model_copy(update={"told": told, "labels": labels, "sampling": sampling})
+        rows.append(_drawn(model, part, Given(**kept), runtime, batch_size))
+    return rows, len(request.seeds), []
+
+
+def _drawn(model: LatentFlow, request: SampleRequest, given: Given, runtime: Runtime, batch_size: int) -> Tensor:
+    """The pictures of a request, [N, 3, S, S] uint8 on the CPU in every process, each of which draws a share."""
+    places = range(len(request.seeds))
+    own = slice(runtime.rank, None, runtime.world)
+    pixels, error = torch.empty(0, 3, *(model.config.image_size,) * 2, dtype=torch.uint8), None
+    try:
+        parts = draw(model, request.at(own), given.at(own), batch_size=batch_size) if runtime.share(places) else ()
+        pixels = torch.cat([pixels, *(samples.pixels for samples in parts)])
+    except Exception as caught:  # the others wait for this process all the same
+        error = caught
+    if runtime.sum(torch.tensor([float(error is not None)])) > 0:
+        raise error or NonFiniteError("another process could not draw its part of a preview")
+    order = [place for rank in range(runtime.world) for place in places[rank :: runtime.world]]
+    return runtime.gather(pixels)[torch.tensor(order).argsort()]
+
+
+def _affordable(sampling: SamplingPreset) -> SamplingPreset:
+    """The preset, or in its place one that does not keep a run waiting; this is said once."""
+    adaptive, most = is_adaptive(sampling.solver), MOST_EVALUATIONS
+    if not adaptive and expected_evaluations(sampling.solver, sampling.steps, sampling.rtol) <= most:
+        return sampling
+    pace = f"tolerance {sampling.rtol:g}" if adaptive else f"{sampling.steps} steps"
+    notice(
+        f"previews are drawn by heun in 25 steps, since {sampling.solver} with {pace} takes "
+        + ("a number of network calls that nobody knows before" if adaptive else f"more than {most} network calls")
+        + "; the model keeps its preset"
+    )
+    return sampling.model_copy(update=_QUICK)
+
+
+def map_pictures(class_fractions: Tensor, palette: list[tuple[int, int, int]], image_size: int) -> Tensor:
+    """The commonest class of each latent pixel in its colour: [B, K, h, w] => [B, 3, S, S] uint8."""
+    unlabelled = 1 - class_fractions.sum(1, keepdim=True)  # as class K, which has no colour
+    indices = torch.cat([class_fractions, unlabelled], 1).argmax(1).byte().cpu().numpy()
+    coloured = np.stack([colour_map(one, palette) for one in indices])
+    pixels = torch.from_numpy(coloured).permute(0, 3, 1, 2)
+    return torch.nn.functional.interpolate(pixels, size=(image_size, image_size), mode="nearest")

@@ -1,0 +1,274 @@
+"""Conditions and their nulls: built one way, dropped each on its own, refused where a model has none."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from latentflow.errors import ConfigError
+from latentflow.model.conditioning import CONDITION_NAMES, Conditioning
+from latentflow.randomness import ImageRandom
+from latentflow.shapes import Condition
+
+ANIMALS = Conditioning(class_names=["cat", "dog", "owl"], label_dropout=0.25)
+ALL = Conditioning(
+    class_names=["cat", "dog", "owl"],
+    label_dropout=0.25,
+    inpainting=True,
+    inpainting_dropout=0.5,
+    map_class_names=["sky", "sea"],
+    map_palette=[(0, 0, 255), (0, 255, 0)],
+    map_dropout=0.1,
+)
+LATENTS = (4, 3, 2)  # channels, height, width
+FIELDS = {"label": ["labels"], "inpainting": ["masked_latents", "mask"], "semantic_map": ["class_fractions"]}
+NULLS = {"labels": 3, "masked_latents": 0, "mask": 1, "class_fractions": 0}
+
+
+def given(num_images: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Everything that `ALL` can be told of some images; no value of it is that of a null."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"masked_latents": LATENTS, "mask": (1, 3, 2), "class_fractions": (2, 3, 2)}
+    drawn = {name: 0.1 + 0.8 * torch.rand(num_images, *shape, generator=generator) for name, shape in shapes.items()}
+    return {"labels": torch.randint(3, (num_images,), generator=generator), **drawn}
+
+
+def is_null(condition: Condition, name: str) -> torch.Tensor:
+    """Which images are not told a field: [B] bool."""
+    return (getattr(condition, name) == NULLS[name]).reshape(len(condition.labels), -1).all(1)
+
+
+def test_the_null_label_is_the_index_behind_the_last_class():
+    assert ANIMALS.null_label == 3
+    built = ANIMALS.build((2, *LATENTS), "cpu")
+    assert built.names == ["labels"]
+    assert built.labels.tolist() == [3, 3]
+
+
+def test_what_is_given_is_taken_and_the_rest_is_null():
+    told, nothing = ALL.build((2, *LATENTS), "cpu", **given(2)), ALL.build((2, *LATENTS), "cpu")
+    assert told.names == nothing.names == list(NULLS)
+    for name, value in given(2).items():
+        assert torch.equal(getattr(told, name), value)
+        null = getattr(nothing, name)
+        assert (null.shape, null.dtype) == (value.shape, value.dtype)
+        assert (null == NULLS[name]).all()
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_one_field_may_be_given_alone(name):
+    some = given(2)
+    built = ALL.build((2, *LATENTS), "cpu", **{name: some[name]})
+    assert torch.equal(getattr(built, name), some[name])
+    assert all(is_null(built, other).all() for other in NULLS if other != name)
+
+
+def test_fields_get_the_dtype_of_training():
+    halves = {name: value.half() if value.is_floating_point() else value.int() for name, value in given(2).items()}
+    built = ALL.build((2, *LATENTS), "cpu", **halves)
+    assert [getattr(built, name).dtype for name in built.names] == [torch.int64] + [torch.float32] * 3
+
+
+@pytest.mark.parametrize(
+    ("told", "name", "said"),
+    [
+        (Conditioning(), "labels", "it is told nothing: it is unconditional"),
+        (ANIMALS, "mask", "not trained with the condition inpainting; it is told label"),
+        (ANIMALS, "masked_latents", "not trained with the condition inpainting; it is told label"),
+        (Conditioning(inpainting=True), "class_fractions", "the condition semantic_map; it is told inpainting"),
+    ],
+)
+def test_a_condition_that_the_model_does_not_have_is_refused(told, name, said):
+    with pytest.raises(ConfigError, match=said):
+        told.build((2, *LATENTS), "cpu", **{name: given(2)[name]})
+
+
+def test_require_and_can_guide():
+    assert list(ALL.dropout.items()) == [("label", 0.25), ("inpainting", 0.5), ("semantic_map", 0.1)]
+    for name in CONDITION_NAMES:
+        ALL.require(name)
+        with pytest.raises(ConfigError, match=f"the condition {name}; it is told nothing"):
+            Conditioning().require(name)
+    assert ALL.can_guide == list(CONDITION_NAMES)
+    assert ALL.model_copy(update={"inpainting_dropout": 0}).can_guide == ["label", "semantic_map"]
+    assert Conditioning(class_names=["cat"], label_dropout=0.0, inpainting=True).can_guide == ["inpainting"]
+    assert Conditioning().can_guide == []
+
+
+def test_each_condition_is_dropped_on_its_own_at_its_rate():
+    num_images = 4000
+    dropped = ALL.draw_dropped(ImageRandom.of_seeds("test", range(num_images)))
+    assert list(dropped) == list(CONDITION_NAMES)
+    for name, share in ALL.dropout.items():  # standard errors of binomials
+        assert abs(dropped[name].double().mean() - share) < 4 * (share * (1 - share) / num_images) ** 0.5
+    for one, other in (("label", "inpainting"), ("label", "semantic_map"), ("inpainting", "semantic_map")):
+        together = ALL.dropout[one] * ALL.dropout[other]
+        share = (dropped[one] & dropped[other]).double().mean()
+        assert abs(share - together) < 4 * (together * (1 - together) / num_images) ** 0.5
+    again = ALL.draw_dropped(ImageRandom.of_seeds("test", [17, 5]))
+    assert all(torch.equal(again[name], dropped[name][[17, 5]]) for name in dropped)
+
+
+def test_a_rate_of_zero_drops_nothing_and_draws_as_many_numbers():
+    """So that the noise of a run does not depend on what is dropped in it."""
+    never = ALL.model_copy(update={"label_dropout": 0.0, "inpainting_dropout": 0.0, "map_dropout": 0.0})
+    streams = [ImageRandom.of_seeds("test", range(500)) for _ in range(2)]
+    assert not any(rows.any() for rows in never.draw_dropped(streams[0]).values())
+    ALL.draw_dropped(streams[1])
+    assert torch.equal(*(random.normal(2) for random in streams))
+
+
+@pytest.mark.parametrize("kinds", [[], ["label"], ["inpainting"], ["semantic_map"], list(CONDITION_NAMES)])
+def test_dropping_puts_nulls_in_those_rows_and_nowhere_else(kinds):
+    told = ALL.build((4, *LATENTS), "cpu", **given(4))
+    rows = {kind: torch.arange(4) % (2 + place) == 0 for place, kind in enumerate(kinds)}
+    changed = ALL.drop(told, rows)
+    for kind, names in FIELDS.items():
+        expected = rows.get(kind, torch.zeros(4, dtype=torch.bool))
+        for name in names:
+            assert torch.equal(is_null(changed, name), expected)
+            assert torch.equal(getattr(changed, name)[~expected], getattr(told, name)[~expected])
+
+
+def test_without_is_the_null_twin():
+    told, nothing = ALL.build((2, *LATENTS), "cpu", **given(2)), ALL.build((2, *LATENTS), "cpu")
+    twin = ALL.without(told, CONDITION_NAMES)
+    assert all(torch.equal(getattr(twin, name), getattr(nothing, name)) for name in NULLS)
+    partly = ALL.without(told, ["inpainting"])
+    assert is_null(partly, "masked_latents").all()
+    assert is_null(partly, "mask").all()
+    assert torch.equal(partly.labels, told.labels)
+    assert torch.equal(partly.class_fractions, told.class_fractions)
+    assert Conditioning().without(Condition(), []) == Condition()
+
+
+def test_an_unconditional_model_has_empty_conditions():
+    nothing = Conditioning()
+    assert nothing.build((3, *LATENTS), "cpu").names == []
+    assert nothing.draw_dropped(ImageRandom.of_seeds("test", [0])) == {}
+    assert nothing.drop(Condition(), {}).names == []
+
+
+def test_maps_need_a_colour_for_each_class():
+    with pytest.raises(ValidationError, match="1 colours for 2 map classes"):
+        Conditioning(map_class_names=["sky", "sea"], map_palette=[(0, 0, 0)])
+    with pytest.raises(ValidationError, match="given twice: sky"):
+        Conditioning(map_class_names=["sky", "sky"], map_palette=[(0, 0, 0), (1, 1, 1)])
+
+
+@pytest.mark.parametrize(
+    ("given", "index"),
+    [("dog", 1), (2, 2), ("#0", 0), (" owl ", 2), (" #1 ", 1), (np.int64(1), 1), (torch.tensor(2), 2)],
+)
+def test_a_class_is_found_by_name_or_index(given, index):
+    assert ANIMALS.class_index(given) == index
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("dgo", "did you mean 'dog'"),
+        ("Dog", "did you mean 'dog'"),
+        (3, "class #3 does not exist; this model has the classes #0 to #2"),
+        (-1, "class #-1 does not exist"),
+        ("#3", "class #3 does not exist"),
+        ("1.5", "no class is named '1.5'"),
+        ("2", "no class is named '2'; the class with that index, 'owl', is written '#2'"),
+        ("02", "'owl', is written '#2'"),
+        ("3", "no class is named '3'; valid: cat, dog, owl"),
+        ("", "no class is named ''"),
+        (1.0, "class 1.0 is neither a name nor an index"),
+        (True, "class True is neither a name nor an index"),
+        (None, "class None is neither a name nor an index"),
+    ],
+)
+def test_a_class_that_does_not_exist_is_refused_with_the_nearest(given, message):
+    with pytest.raises(ConfigError, match=message):
+        ANIMALS.class_index(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "indices"),
+    [
+        ("cat", [0]),
+        (2, [2]),
+        (["owl", "cat", "owl"], [2, 0, 2]),
+        (("#2", "#0"), [2, 0]),
+        ([2, "#0"], [2, 0]),
+        (range(2), [0, 1]),
+        (torch.tensor([2, 1]), [2, 1]),
+        ([], []),
+        ("none", []),
+        (["none"], []),
+        ("#none", []),
+    ],
+)
+def test_a_text_is_one_class_and_a_list_is_all_names_or_all_indices(given, indices):
+    assert ANIMALS.class_indices(given) == indices
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["cat", "#2"], "the classes 'cat' and '#2' in one list; give all by name, or all by index"),
+        ([2, "cat"], "the classes 'cat' and '#2' in one list"),
+        (["cat", "none"], "no class is named 'none'"),
+        ("cat,dog", "no class is named 'cat,dog'"),
+    ],
+)
+def test_names_and_indices_are_never_mixed(given, message):
+    with pytest.raises(ConfigError, match=message):
+        ANIMALS.class_indices(given)
+
+
+def test_a_name_is_compared_composed_and_a_class_may_look_like_a_notation():
+    odd = Conditioning(class_names=["#1", "none", "Zu\u0308rich", "Doe, Jane", " padded"])
+    assert odd.class_indices("#1") == [0]
+    assert odd.class_indices(["#2", "#3"]) == [2, 3]
+    assert odd.class_indices(["#1", "none"]) == [0, 1]  # both are names
+    assert (odd.class_indices("none"), odd.class_indices("#none")) == ([1], [])
+    assert odd.class_indices(["Z\u00fcrich", "Doe, Jane", " padded"]) == [2, 3, 4]
+    with pytest.raises(ConfigError, match="'#1' and '#4' in one list"):
+        odd.class_indices(["#1", "#4"])
+
+
+@pytest.mark.parametrize("given", [b"cat", ["cat", None], [None, 1], ["cat", b"dog"], [["cat"]], 1.0, True])
+def test_a_class_is_a_text_or_a_whole_number(given):
+    with pytest.raises(ConfigError, match="is neither a name nor an index; give a text or a whole number"):
+        ANIMALS.class_indices(given)
+
+
+@pytest.mark.parametrize("given", [{"cat", "dog"}, frozenset({0})])
+def test_classes_have_an_order(given):
+    with pytest.raises(ConfigError, match="a set has no order; give a list"):
+        ANIMALS.class_indices(given)
+
+
+@pytest.mark.parametrize("name", ["tench, Tinca tinca", 'a "b", c', '"quoted"'])
+def test_a_name_is_shown_as_a_list_asks_for_it(name):
+    """What the message shows, copied into --classes, asks for that class."""
+    model = Conditioning(class_names=["cat", name, "007"])
+    with pytest.raises(ConfigError, match="no class is named") as refused:
+        model.class_indices(name.split(",")[:1] if "," in name else ["xyz"])
+    shown = next(csv.reader([str(refused.value).rsplit(": ", 1)[1]], skipinitialspace=True, strict=True))
+    assert name in shown
+    assert 1 in model.class_indices(shown)
+
+
+def test_an_unconditional_model_has_no_class_to_ask_for():
+    with pytest.raises(ConfigError, match="class 'cat': this model has no classes; leave the classes out"):
+        Conditioning().class_index("cat")
+
+
+def test_class_names_must_differ():
+    with pytest.raises(ValidationError, match="given twice: cat"):
+        Conditioning(class_names=["cat", "dog", "cat"])
+
+
+def test_a_text_is_a_name_where_classes_are_called_by_numbers():
+    """Folders 1, 0, 2 are the classes of index 0, 1, 2."""
+    digits = Conditioning(class_names=["1", "0", "2"])
+    assert digits.class_indices([0, 1, 2]) == digits.class_indices(["#0", "#1", "#2"]) == [0, 1, 2]
+    assert digits.class_indices(["0", "1", "2"]) == [1, 0, 2]
