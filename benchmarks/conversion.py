@@ -18,9 +18,9 @@ import torch
 from diffusers import AutoencoderKL
 from measuring import RESULTS, setup, write_results
 
+from latentflow import LatentFlow
 from latentflow.commands.convert import convert
 from latentflow.convert.families.lfm import EXPERIMENTS
-from latentflow.model.flow_model import LatentFlow
 
 STEPS = 2
 

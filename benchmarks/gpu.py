@@ -32,6 +32,7 @@ import yaml
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from latentflow import LatentFlow
 from latentflow.artifacts import make_folder, read_json
 from latentflow.autoencoder import Autoencoder, LatentNormalisation, to_uint8
 from latentflow.cli import app
@@ -39,7 +40,6 @@ from latentflow.data.cache.writer import write_cache
 from latentflow.data.sources.images import open_images
 from latentflow.model.conditioning import Conditioning
 from latentflow.model.config import AutoencoderRecord, ModelConfig
-from latentflow.model.flow_model import LatentFlow
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.running import compile_blocks, set_memory
 from latentflow.runtime import open_runtime

@@ -33,6 +33,7 @@ from measuring import REST, Enough, Lap, Stopwatch, by_clock, median_and_quartil
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from latentflow import LatentFlow
 from latentflow.commands.train import build_model
 from latentflow.data.batches import TrainingImages
 from latentflow.data.cache.reader import LatentCache
@@ -42,7 +43,6 @@ from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import SOLVERS, integrate
 from latentflow.flow.times import TrainingTimes, sampling_times
 from latentflow.model.conditioning import Conditioning
-from latentflow.model.flow_model import LatentFlow
 from latentflow.networks.running import compile_blocks
 from latentflow.randomness import ImageRandom
 from latentflow.runtime import Runtime, open_runtime

@@ -544,7 +544,7 @@ def test_info_of_nothing(command, tmp_path, leaves_nothing):
 
 def test_sample_needs_no_gradients(model_folder):
     """A loaded model is ready to sample: frozen, in eval mode."""
-    from latentflow.model.flow_model import LatentFlow
+    from latentflow.api import LatentFlow
 
     model = LatentFlow.from_pretrained(model_folder, device="cpu")
     assert not model.network.training

@@ -23,9 +23,10 @@ import yaml
 from huggingface_hub import ModelCard, constants, file_download, utils
 from PIL import Image
 
+from latentflow.api import LatentFlow
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.hub import CARD_NAME, HubId
-from latentflow.model.flow_model import LatentFlow, find_model
+from latentflow.model.flow_model import find_model
 from tests import tiny
 from tests.processes import run_here
 

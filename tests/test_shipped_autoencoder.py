@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from latentflow.api import LatentFlow
 from latentflow.autoencoder import BUILT_IN, Autoencoder, latent_mean, to_unit_range
 from latentflow.commands.train import build_model
 from latentflow.commands.train_autoencoder import reconstruct
@@ -15,7 +16,6 @@ from latentflow.data.batches import TrainingImages
 from latentflow.data.pictures.single import psnr
 from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.model.config import AUTOENCODER_FOLDER
-from latentflow.model.flow_model import LatentFlow
 from latentflow.training.autoencoder import load_autoencoder_recipe
 from tests import tiny
 

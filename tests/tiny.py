@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from latentflow.api import LatentFlow
 from latentflow.artifacts import atomic_file
 from latentflow.autoencoder import Autoencoder
+from latentflow.data.items import UNLABELLED
 from latentflow.data.painting.masks import MaskRules
 from latentflow.data.painting.semantic_maps import MapClasses
-from latentflow.data.sources.items import UNLABELLED
 from latentflow.flow.path import LinearPath
 from latentflow.model.conditioning import Conditioning
 from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig, SamplingPreset
-from latentflow.model.flow_model import LatentFlow
 from latentflow.networks.dit import DiTConfig
 from latentflow.runtime import Runtime
 from latentflow.training.config import Recipe

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from latentflow.analysis.bound import VARIANTS, empirical_velocity, gaussian_w2
+from latentflow.api import LatentFlow
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands.bound import bound as run_bound
 from latentflow.commands.bound import data_velocity, differentiable_decoder, measure
@@ -25,7 +26,6 @@ from latentflow.evaluation.encoded_images import encode_reference, open_referenc
 from latentflow.flow.path import LinearPath
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
-from latentflow.model.flow_model import LatentFlow
 from latentflow.pages.bound import bound_page, looseness, number, parts, verdict
 from tests import tiny
 from tests.processes import run_here

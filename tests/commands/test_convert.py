@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from latentflow.api import LatentFlow
 from latentflow.commands.convert import convert
 from latentflow.convert.families.registry import architecture
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.flow.path import CosinePath
-from latentflow.model.flow_model import LatentFlow
 from latentflow.shapes import Condition, per_image
 from tests import tiny
 from tests.convert import foreign

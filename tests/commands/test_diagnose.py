@@ -28,6 +28,7 @@ from latentflow.analysis.diagnosis import (
     radial_spectrum,
 )
 from latentflow.analysis.verdicts import verdicts
+from latentflow.api import LatentFlow
 from latentflow.autoencoder import LatentNormalisation, to_unit_range
 from latentflow.commands.diagnose import diagnose
 from latentflow.data.sources.images import open_images
@@ -35,7 +36,6 @@ from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.flow.loss import flow_matching_loss
 from latentflow.flow.path import CosinePath, LinearPath
 from latentflow.model.config import TrainingRecord
-from latentflow.model.flow_model import LatentFlow
 from latentflow.networks.dit import DiTConfig
 from tests import tiny
 from tests.processes import run_here

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from latentflow.api import LatentFlow
 from latentflow.artifacts import read_tensors
-from latentflow.model.flow_model import LatentFlow
 from latentflow.sampling.edits import variation_seed
 from latentflow.sampling.inversion import ROUND_TRIPS
 from tests import tiny

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
+from latentflow.api import LatentFlow
 from latentflow.commands.evaluate import evaluate
 from latentflow.commands.sample import sample
 from latentflow.commands.train_autoencoder import reconstruct
@@ -30,7 +31,6 @@ from latentflow.metrics.pairs import PairJudge, psnr, ssim
 from latentflow.metrics.scores import frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
 from latentflow.metrics.stored_statistics import load_reference
-from latentflow.model.flow_model import LatentFlow
 from tests import tiny
 from tests.metrics.features.test_lpips import published
 from tests.processes import finish, run_here, start, start_processes, wait_until

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentflow.api import LatentFlow
 from latentflow.data.painting.semantic_maps import colour_map
-from latentflow.model.flow_model import LatentFlow
 from tests import tiny
 from tests.processes import Result, run_here
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from latentflow.api import LatentFlow
 from latentflow.artifacts import read_tensors
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands import plan as plan_module
@@ -16,7 +17,6 @@ from latentflow.commands.plan import Plan, cached_bytes, gib
 from latentflow.commands.plan import plan as plan_command
 from latentflow.commands.train import train
 from latentflow.errors import ConfigError
-from latentflow.model.flow_model import LatentFlow
 from latentflow.networks.running import MEMORY_MODES
 from latentflow.planning import probe as plan_probe
 from latentflow.planning.probe import SLOWER, Speed, probe

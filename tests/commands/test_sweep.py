@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from latentflow.api import LatentFlow
 from latentflow.artifacts import read_json, write_json
 from latentflow.commands import sweep as sweep_module
 from latentflow.commands.sweep import sweep
@@ -35,7 +36,7 @@ from latentflow.metrics.scores import frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
 from latentflow.metrics.stored_statistics import Provenance, Reference
 from latentflow.model.config import SamplingPreset
-from latentflow.model.flow_model import LatentFlow, read_config
+from latentflow.model.flow_model import read_config
 from latentflow.pages.sweep import verdict
 from latentflow.sampling.pipeline import sample
 from tests import tiny

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from latentflow.api import LatentFlow
 from latentflow.artifacts import read_tensors
 from latentflow.commands.convert import ConvertResult, convert
 from latentflow.convert.families.lfm import EXPERIMENTS
 from latentflow.convert.foreign_file import read_checkpoint
 from latentflow.convert.published import imagenet_synsets, published
 from latentflow.errors import ArtifactError
-from latentflow.model.flow_model import WEIGHTS_FILE, LatentFlow
+from latentflow.model.flow_model import WEIGHTS_FILE
 from latentflow.networks import dit
 from tests import tiny
 from tests.convert import foreign

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from latentflow.api import LatentFlow
 from latentflow.convert.selfcheck import SelfCheck, check_flow
 from latentflow.errors import ArtifactError
 from latentflow.flow.path import CosinePath, LinearPath
-from latentflow.model.flow_model import LatentFlow
 from latentflow.shapes import Condition, per_image
 from tests import tiny
 

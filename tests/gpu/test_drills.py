@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from latentflow.api import LatentFlow
 from latentflow.artifacts import read_tensors
-from latentflow.model.flow_model import LatentFlow
 from latentflow.training.log import read_metrics
 from latentflow.training.settings import to_yaml
 from tests import tiny

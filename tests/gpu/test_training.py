@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from latentflow.api import LatentFlow
 from latentflow.artifacts import read_json, read_tensors
 from latentflow.commands.train import train
-from latentflow.model.flow_model import LatentFlow
 from latentflow.training.log import read_metrics
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")

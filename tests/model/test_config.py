@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from latentflow.api import LatentFlow
 from latentflow.artifacts import read_tensors, write_tensors
 from latentflow.errors import ArtifactError, LatentFlowError
-from latentflow.model.flow_model import CONFIG_FILE, WEIGHTS_FILE, LatentFlow, read_config
+from latentflow.model.flow_model import CONFIG_FILE, WEIGHTS_FILE, read_config
 from latentflow.networks.unet import UNetConfig
 from tests import tiny
 from tests.processes import run_here

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import interpolate, one_hot
 
+from latentflow.data.items import UNLABELLED
 from latentflow.data.painting.latent_size import class_counts, shares
-from latentflow.data.sources.items import UNLABELLED
 from latentflow.networks.dit import DiT, DiTConfig
 from latentflow.networks.spatial_encoder import SpatialEncoder, SpatialInputs
 from latentflow.shapes import Condition

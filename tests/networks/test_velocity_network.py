@@ -8,13 +8,14 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from latentflow.api import LatentFlow
 from latentflow.artifacts import read_tensors
 from latentflow.commands.train import train as train_command
 from latentflow.errors import ConfigError, LatentFlowError
 from latentflow.flow.path import CosinePath, LinearPath
 from latentflow.flow.solvers import integrate
 from latentflow.model.config import ModelConfig
-from latentflow.model.flow_model import LatentFlow, read_config
+from latentflow.model.flow_model import read_config
 from latentflow.networks.dit import DiT, DiTConfig
 from latentflow.networks.running import set_memory
 from latentflow.networks.unet import UNet, UNetConfig

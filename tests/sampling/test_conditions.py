@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from latentflow.api import LatentFlow
 from latentflow.errors import ConfigError
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
-from latentflow.model.flow_model import LatentFlow
 from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, initial_noise, sample
 from latentflow.sampling.request import SampleRequest, check_request, guided_by, make_request
 from tests import tiny

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from latentflow.api import LatentFlow
 from latentflow.autoencoder import to_unit_range
 from latentflow.data.pictures.crop import center_crop
 from latentflow.errors import ConfigError, DataError
-from latentflow.model.flow_model import LatentFlow
 from latentflow.sampling.edits import image_to_image, interpolate, variation_seed, vary
 from latentflow.sampling.pipeline import Given, draw_all, initial_noise, sample
 from latentflow.sampling.request import SampleRequest

@@ -13,20 +13,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from latentflow.api import LatentFlow
 from latentflow.autoencoder import to_uint8
 from latentflow.data.batches import SpatialData, TrainingImages
+from latentflow.data.items import UNLABELLED
 from latentflow.data.painting.latent_size import HOLE_GRAY, class_counts, shares
 from latentflow.data.painting.masks import MaskRules, draw_mask
 from latentflow.data.painting.semantic_maps import colour_map
 from latentflow.data.pictures.colour import to_rgb
 from latentflow.data.pictures.orientation import turned
 from latentflow.data.sources.images import open_images
-from latentflow.data.sources.items import UNLABELLED
 from latentflow.errors import ConfigError, DataError
 from latentflow.flow.solvers import is_adaptive
 from latentflow.flow.times import TrainingTimes
 from latentflow.model.conditioning import CONDITION_NAMES
-from latentflow.model.flow_model import LatentFlow
 from latentflow.randomness import derive_seed
 from latentflow.sampling.inpaint import FITS, METHODS, Frame, choose_frame, inpaint
 from latentflow.shapes import Condition

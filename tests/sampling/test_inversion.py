@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from latentflow.api import LatentFlow
 from latentflow.data.pictures.single import psnr
 from latentflow.errors import ConfigError, DataError
-from latentflow.model.flow_model import LatentFlow
 from latentflow.sampling.inversion import ROUND_TRIPS, compare_round_trips, invert
 from latentflow.sampling.pipeline import sample
 from tests import tiny

@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentflow.api import LatentFlow
 from latentflow.autoencoder import to_uint8
 from latentflow.data.batches import SpatialData, TrainingImages
+from latentflow.data.items import UNLABELLED
 from latentflow.data.painting.latent_size import class_counts, shares
 from latentflow.data.painting.semantic_maps import colour_map, crop_map
 from latentflow.data.sources.images import open_images
-from latentflow.data.sources.items import UNLABELLED
 from latentflow.errors import ConfigError, DataError
 from latentflow.flow.times import TrainingTimes
 from latentflow.model.conditioning import CONDITION_NAMES
-from latentflow.model.flow_model import LatentFlow
 from latentflow.sampling.mask_to_image import mask_to_image
 from latentflow.shapes import Condition
 from latentflow.training.step import training_step

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from latentflow.api import LatentFlow
 from latentflow.commands.interpolate import interpolate
 from latentflow.commands.invert import invert
 from latentflow.commands.sample import sample
 from latentflow.commands.vary import vary
 from latentflow.errors import ArtifactError
-from latentflow.model.flow_model import LatentFlow
 from latentflow.sampling.picture_folder import PictureFolder
 from latentflow.sampling.request import make_request
 from tests import tiny

@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
+from latentflow.api import LatentFlow
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands.sample import sample as sample_command
 from latentflow.errors import ConfigError, NonFiniteError
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import SOLVERS, integrate, is_adaptive
 from latentflow.flow.times import sampling_times
-from latentflow.model.flow_model import LatentFlow
 from latentflow.runtime import Runtime
 from latentflow.sampling import pipeline
 from latentflow.sampling.pipeline import Given, draw, draw_all, initial_noise, join_samples, sample

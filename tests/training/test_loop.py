@@ -25,6 +25,7 @@ from PIL import Image
 from torch import nn
 
 from latentflow import artifacts
+from latentflow.api import LatentFlow
 from latentflow.artifacts import read_json, read_tensors
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands.train import build_model, open_source
@@ -32,7 +33,7 @@ from latentflow.commands.train import train as train_command
 from latentflow.data.batches import TrainingImages
 from latentflow.data.cache.reader import LatentCache
 from latentflow.errors import ArtifactError, ConfigError, LatentFlowError, NonFiniteError
-from latentflow.model.flow_model import LatentFlow, read_config
+from latentflow.model.flow_model import read_config
 from latentflow.runtime import Runtime
 from latentflow.sampling.preview import save_preview
 from latentflow.training import checkpoint, loop

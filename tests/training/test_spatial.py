@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from latentflow.api import LatentFlow
 from latentflow.artifacts import read_tensors
 from latentflow.commands.info import describe
 from latentflow.commands.train import build_model, open_source, spatial_data
@@ -15,7 +16,7 @@ from latentflow.commands.train import train as train_command
 from latentflow.data.batches import TrainingImages
 from latentflow.data.painting.masks import MaskRules
 from latentflow.errors import ConfigError
-from latentflow.model.flow_model import LatentFlow, read_config
+from latentflow.model.flow_model import read_config
 from latentflow.training import loop
 from latentflow.training.checkpoint import newest_checkpoint
 from tests import tiny

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentflow.api import LatentFlow
 from latentflow.autoencoder import to_unit_range
 from latentflow.data import batches
 from latentflow.data.batches import Batch, SpatialData, TrainingImages
@@ -17,7 +18,6 @@ from latentflow.data.cache.reader import LatentCache
 from latentflow.data.painting.masks import MaskRules, draw_mask
 from latentflow.data.sources.images import open_images
 from latentflow.flow.times import TrainingTimes
-from latentflow.model.flow_model import LatentFlow
 from latentflow.randomness import ImageRandom
 from latentflow.sampling.inpaint import inpaint
 from latentflow.sampling.mask_to_image import mask_to_image

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentflow.errors import ConfigError
 from latentflow.flow.times import sampling_times
 from latentflow.model.config import SamplingPreset
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.pipeline import conditioned_velocity, initial_noise, solve
@@ -111,14 +111,14 @@ def benchmark(
         preset: what differs from the model's sampling preset: solver, steps, guidance, guidance_interval, ...
 
     Raises:
-        ArtifactError, ConfigError: see `LatentFlow.from_pretrained` and `make_request`; numbers below 1.
+        ArtifactError, ConfigError: see `FlowModel.from_pretrained` and `make_request`; numbers below 1.
     """
     if not batch_sizes:
         raise ConfigError("no batch sizes; give one or more, such as 1,8")
     for name, value in (("images", num), ("repeats", repeats), *(("images in a batch", size) for size in batch_sizes)):
         if value < 1:
             raise ConfigError(f"number of {name} {value}: at least 1 is needed")
-    flow = LatentFlow.from_pretrained(model, runtime=runtime)
+    flow = FlowModel.from_pretrained(model, runtime=runtime)
     whole = {size: _request(flow, math.ceil(num / size) * size, seed, preset) for size in sorted(set(batch_sizes))}
     counts: Tensor = torch.zeros(0)
     costs = []
@@ -170,7 +170,7 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def multiply_adds(model: LatentFlow, request: SampleRequest) -> int | None:
+def multiply_adds(model: FlowModel, request: SampleRequest) -> int | None:
     """Multiplications with an addition in one network call for the first image of `request`, by torch's own count.
 
     The count is of matrix products and convolutions. None: torch cannot count them.
@@ -194,7 +194,7 @@ class _Timed:
     decoder: float
 
 
-def _request(model: LatentFlow, num: int, seed: int, preset: dict[str, object]) -> SampleRequest:
+def _request(model: FlowModel, num: int, seed: int, preset: dict[str, object]) -> SampleRequest:
     """Images that are told everything the model knows of; what maps and holes say makes no difference to the cost."""
     conditioning = model.config.conditioning
     return make_request(
@@ -209,7 +209,7 @@ def _request(model: LatentFlow, num: int, seed: int, preset: dict[str, object]) 
 
 
 @torch.inference_mode()
-def _draw_timed(model: LatentFlow, request: SampleRequest) -> _Timed:
+def _draw_timed(model: FlowModel, request: SampleRequest) -> _Timed:
     sampling = request.sampling
     noise = initial_noise(model, request)
     velocity = conditioned_velocity(model, request, {}, noise.shape)

@@ -43,7 +43,7 @@ from latentflow.evaluation.encoded_images import (
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
 from latentflow.locks import writes
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.pages.bound import MeasuredBound, bound_charts, bound_page, bound_record
 from latentflow.pages.html import chart_file
 from latentflow.progress import image_progress
@@ -88,7 +88,7 @@ def bound(
     if bins < 1 or points < bins:
         raise ConfigError(f"{points} points for {bins} bins of time: at least 1 bin, and a point in each, is needed")
     folder = None if out is None else require_writable(out)
-    flow = LatentFlow.from_pretrained(model, precision="fp32", runtime=runtime)
+    flow = FlowModel.from_pretrained(model, precision="fp32", runtime=runtime)
     if out is not None:
         require_apart(out, data)
     source = open_reference(flow, data)
@@ -109,7 +109,7 @@ def bound(
 
 
 def measure(
-    flow: LatentFlow,
+    flow: FlowModel,
     reference: ReferenceLatents,
     reconstruction: Reconstruction,
     *,
@@ -147,7 +147,7 @@ def measure(
     )
 
 
-def data_velocity(flow: LatentFlow, reference: ReferenceLatents, labels: Tensor | None) -> Velocity:
+def data_velocity(flow: FlowModel, reference: ReferenceLatents, labels: Tensor | None) -> Velocity:
     """The velocity of the path if the data are the latents of `reference`, of one label where `labels` [B] are told."""
     path = flow.config.path
     if labels is None:
@@ -163,8 +163,8 @@ def data_velocity(flow: LatentFlow, reference: ReferenceLatents, labels: Tensor 
     return velocity
 
 
-def differentiable_decoder(flow: LatentFlow) -> Callable[[Tensor], Tensor]:
-    """The decoder as a function of latents [B, C, h, w] that can be differentiated: `LatentFlow.decode` but the clamp.
+def differentiable_decoder(flow: FlowModel) -> Callable[[Tensor], Tensor]:
+    """The decoder as a function of latents [B, C, h, w] that can be differentiated: `FlowModel.decode` but the clamp.
 
     The model's images are clamped to [-1, 1]. That is the projection on a convex set (a cube), and projections on
     convex sets bring no two points further apart: so the constant of this function is one of the clamped decoder, too,
@@ -178,7 +178,7 @@ def differentiable_decoder(flow: LatentFlow) -> Callable[[Tensor], Tensor]:
 
 
 def _velocity_errors(
-    flow: LatentFlow,
+    flow: FlowModel,
     reference: ReferenceLatents,
     num: int,
     bins: int,
@@ -229,7 +229,7 @@ class _Own:
 
 @torch.no_grad()
 def _own_trajectories(
-    flow: LatentFlow, reference: ReferenceLatents, points: int, batch_size: int, seed: int
+    flow: FlowModel, reference: ReferenceLatents, points: int, batch_size: int, seed: int
 ) -> tuple[_Own, Estimate]:
     """One state of each of `points` trajectories, at times spread over [0, 1], and how far the flow ends from that of
     the data when both start from the same noise."""
@@ -264,7 +264,7 @@ def _own_trajectories(
 
 
 def _growth(
-    flow: LatentFlow,
+    flow: FlowModel,
     states: Tensor,
     times: Tensor,
     labels: Tensor | None,
@@ -287,7 +287,7 @@ def _growth(
 
 
 def _decoder_constants(
-    flow: LatentFlow, latents: Tensor, batch_size: int, seed: int, on_images: Callable[[int], None]
+    flow: FlowModel, latents: Tensor, batch_size: int, seed: int, on_images: Callable[[int], None]
 ) -> Tensor:
     """The largest singular value of the decoder's derivative at each of the latents, [B]."""
     decode, found = differentiable_decoder(flow), []

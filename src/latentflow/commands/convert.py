@@ -21,7 +21,7 @@ from latentflow.convert.published import class_names_of, published
 from latentflow.convert.selfcheck import SelfCheck, check_flow
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.locks import writes
-from latentflow.model.flow_model import WEIGHTS_FILE, LatentFlow
+from latentflow.model.flow_model import WEIGHTS_FILE, FlowModel
 from latentflow.runtime import Runtime, open_runtime
 
 
@@ -38,7 +38,7 @@ class ConvertResult:
         seconds: wall time.
     """
 
-    model: LatentFlow
+    model: FlowModel
     num_parameters: int
     part: str
     check: SelfCheck | None

@@ -29,7 +29,7 @@ from latentflow.analysis.trajectories import follow
 from latentflow.analysis.verdicts import verdicts
 from latentflow.artifacts import make_folder, require_apart, require_writable, write_json, write_text
 from latentflow.autoencoder import to_uint8
-from latentflow.data.sources.items import ImageSource
+from latentflow.data.items import ImageSource
 from latentflow.errors import ConfigError, DataError
 from latentflow.evaluation.encoded_images import (
     ReferenceLatents,
@@ -43,7 +43,7 @@ from latentflow.metrics.features.extractors import RandomFeatures
 from latentflow.metrics.resampling import interval_over_images
 from latentflow.metrics.scores import frechet_contributions, frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.pages.diagnosis import diagnosis_page
 from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom
@@ -120,7 +120,7 @@ def diagnose(
     if num < 8 or num_train < 2:
         raise ConfigError(f"{num} images and {num_train} of training: at least 8, in two halves, and 2 are needed")
     folder = require_writable(out)
-    flow = LatentFlow.from_pretrained(model, precision="fp32", runtime=runtime)
+    flow = FlowModel.from_pretrained(model, precision="fp32", runtime=runtime)
     require_apart(out, data, train)
     source = open_reference(flow, data)
     train_source = None if train is None else open_reference(flow, train)
@@ -161,7 +161,7 @@ def diagnose(
 
 
 def _look(
-    flow: LatentFlow,
+    flow: FlowModel,
     source: ImageSource,
     network: RandomFeatures,
     num: int,
@@ -187,11 +187,11 @@ def _as_many(latents: ReferenceLatents, num: int) -> ReferenceLatents:
     return latents.rows(slice(0, num))
 
 
-def _is_training_data(flow: LatentFlow, source: ImageSource) -> bool:
+def _is_training_data(flow: FlowModel, source: ImageSource) -> bool:
     return source.fingerprint() == flow.config.training.data_fingerprint
 
 
-def _loss(flow: LatentFlow, reference: ReferenceLatents, batch_size: int, seed: int) -> LossByTime:
+def _loss(flow: FlowModel, reference: ReferenceLatents, batch_size: int, seed: int) -> LossByTime:
     """Each image at some times, spread evenly over [0, 1]."""
     path, count, curve = flow.config.path, len(reference.indices), None
     elements = reference.latents[0].numel()
@@ -216,14 +216,14 @@ def _loss(flow: LatentFlow, reference: ReferenceLatents, batch_size: int, seed: 
     )
 
 
-def _mean_baseline(flow: LatentFlow, latents: Tensor) -> list[float]:
+def _mean_baseline(flow: FlowModel, latents: Tensor) -> list[float]:
     """The baseline's mean over each bin, of 20 times within it."""
     fine = (torch.arange(20 * _BINS, dtype=torch.float64) + 0.5) / (20 * _BINS)
     losses = torch.tensor(baseline_loss(flow.config.path, latents, fine), dtype=torch.float64)
     return losses.reshape(_BINS, 20).mean(1).tolist()
 
 
-def _ways(flow: LatentFlow, request: SampleRequest, batch_size: int) -> list[Ways]:
+def _ways(flow: FlowModel, request: SampleRequest, batch_size: int) -> list[Ways]:
     """Trajectories of the first samples, as they are drawn and, where that is guided, without guidance."""
     few = request.at(slice(0, min(len(request.seeds), _MOST_WAYS)))
     plain = few.model_copy(update={"sampling": few.sampling.model_copy(update={"guidance": 1.0, "guided_by": None})})
@@ -232,7 +232,7 @@ def _ways(flow: LatentFlow, request: SampleRequest, batch_size: int) -> list[Way
         return [_followed(flow, one, batch_size, on_images) for one in chosen]
 
 
-def _followed(flow: LatentFlow, request: SampleRequest, batch_size: int, on_images: Callable[[int], None]) -> Ways:
+def _followed(flow: FlowModel, request: SampleRequest, batch_size: int, on_images: Callable[[int], None]) -> Ways:
     ways = None
     for start in range(0, len(request.seeds), batch_size):
         part = request.at(slice(start, start + batch_size))
@@ -270,7 +270,7 @@ def _latent_statistics(samples: Tensor, data: Tensor, half: int) -> LatentStatis
 
 
 def _memorisation(
-    flow: LatentFlow, samples: Samples, features: Tensor, first: Looked, second: Looked, training: Looked | None
+    flow: FlowModel, samples: Samples, features: Tensor, first: Looked, second: Looked, training: Looked | None
 ) -> tuple[Memorisation, dict[str, Tensor]]:
     """The test, and its sheets of pictures by name: nearest pairs of samples in each space, and of held-out images."""
     members = first if training is None else training

@@ -11,9 +11,9 @@ from latentflow.artifacts import require_apart
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.cache.reader import CacheIndex
 from latentflow.data.cache.writer import write_cache
+from latentflow.data.items import ImageSource
 from latentflow.data.painting.masks import MaskRules
 from latentflow.data.sources.images import BrokenImage, open_images
-from latentflow.data.sources.items import ImageSource
 from latentflow.errors import DataError
 from latentflow.locks import writes
 from latentflow.progress import image_progress

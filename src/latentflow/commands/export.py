@@ -8,7 +8,7 @@ from latentflow.artifacts import require_new
 from latentflow.convert.diffusers.export import Exported, export_diffusers
 from latentflow.convert.diffusers.keys import diffusers_network
 from latentflow.locks import writes
-from latentflow.model.flow_model import LatentFlow, find_model, read_config
+from latentflow.model.flow_model import FlowModel, find_model, read_config
 
 
 @writes("out")
@@ -25,4 +25,4 @@ def export(model: str | Path, out: str | Path) -> Exported:
     """
     require_new(out)
     diffusers_network(read_config(find_model(model)))  # refused before any weights are read
-    return export_diffusers(LatentFlow.from_pretrained(model, device="cpu"), out)
+    return export_diffusers(FlowModel.from_pretrained(model, device="cpu"), out)

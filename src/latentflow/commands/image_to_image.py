@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.commands.pictures import Pictures, require_picture_file, write_pictures
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.edits import image_to_image as redraw
@@ -30,6 +30,6 @@ def image_to_image(
         ArtifactError, ConfigError, DataError: before anything is written.
     """
     require_picture_file(out, image)
-    flow = LatentFlow.from_pretrained(model, runtime=runtime)
+    flow = FlowModel.from_pretrained(model, runtime=runtime)
     with image_progress("redrawing", num) as on_images:
         return write_pictures(redraw(flow, image, num=num, on_images=on_images, **request), out, image)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.commands.pictures import Pictures, require_picture_file, write_pictures
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.inpaint import inpaint as fill_hole
@@ -32,6 +32,6 @@ def inpaint(
     """
     inputs = [file for file in (image, mask, request.get("semantic_map")) if file is not None]
     require_picture_file(out, *inputs)
-    flow = LatentFlow.from_pretrained(model, runtime=runtime)
+    flow = FlowModel.from_pretrained(model, runtime=runtime)
     with image_progress("inpainting", num) as on_images:
         return write_pictures(fill_hole(flow, image, mask, num=num, on_images=on_images, **request), out, *inputs)

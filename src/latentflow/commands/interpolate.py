@@ -9,7 +9,7 @@ from typing import Any
 from latentflow.artifacts import require_writable
 from latentflow.commands.sample import GRID_IMAGES
 from latentflow.locks import writes
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.contact_sheet import save_grid
@@ -50,7 +50,7 @@ def interpolate(
         ArtifactError, ConfigError: before anything is written.
     """
     require_writable(out)
-    flow = LatentFlow.from_pretrained(model, runtime=runtime)
+    flow = FlowModel.from_pretrained(model, runtime=runtime)
     frames = interpolation(flow, num=num, **request)
     folder = PictureFolder(flow, out, frames)
     with image_progress("interpolating", num) as on_images:

@@ -10,7 +10,7 @@ from latentflow.artifacts import require_writable, write_tensors
 from latentflow.data.pictures.single import describe_file
 from latentflow.locks import writes
 from latentflow.model.conditioning import ClassList
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.contact_sheet import save_grid
@@ -77,7 +77,7 @@ def invert(
     """
     require_writable(out)
     refuse_others(Path(out), lambda file: _why_not(file, describe_file(image)))
-    flow = LatentFlow.from_pretrained(model, precision="fp32", runtime=runtime)
+    flow = FlowModel.from_pretrained(model, precision="fp32", runtime=runtime)
     inversion = find_noise(flow, image, classes=classes, **preset)
     round_trip = inversion.round_trip(flow)
     rows = []

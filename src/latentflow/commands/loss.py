@@ -6,11 +6,11 @@ from pathlib import Path
 
 from latentflow.data.batches import SpatialData, TrainingImages
 from latentflow.data.cache.reader import LatentCache, is_cache
+from latentflow.data.items import ImageSource
 from latentflow.data.sources.images import open_images, readable
-from latentflow.data.sources.items import ImageSource
 from latentflow.errors import ConfigError
 from latentflow.model.conditioning import Conditioning, ConditionName
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.training.held_out import HeldOutLoss, held_out_loss
@@ -34,7 +34,7 @@ def loss(
     Raises:
         ArtifactError, ConfigError, DataError: the model or the data cannot be used, or do not fit each other.
     """
-    flow = LatentFlow.from_pretrained(model, precision="fp32", runtime=runtime)
+    flow = FlowModel.from_pretrained(model, precision="fp32", runtime=runtime)
     images = held_out_images(flow, data, seed=seed)
     sets = condition_sets(flow.config.conditioning)
     if num < 1:
@@ -54,7 +54,7 @@ def condition_sets(conditioning: Conditioning) -> list[list[ConditionName]]:
     return [list(told) for told in dict.fromkeys(map(tuple, [*sets, everything]))]
 
 
-def held_out_images(model: LatentFlow, data: str | Path, *, seed: int = 0) -> TrainingImages:
+def held_out_images(model: FlowModel, data: str | Path, *, seed: int = 0) -> TrainingImages:
     """Images to measure the loss of a model on, with the holes it learned to fill.
 
     Raises:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.commands.pictures import Pictures, require_picture_file, write_pictures
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.mask_to_image import mask_to_image as paint_map
@@ -30,6 +30,6 @@ def mask_to_image(
         ArtifactError, ConfigError, DataError: before anything is written.
     """
     require_picture_file(out, semantic_map)
-    flow = LatentFlow.from_pretrained(model, runtime=runtime)
+    flow = FlowModel.from_pretrained(model, runtime=runtime)
     with image_progress("painting", num) as on_images:
         return write_pictures(paint_map(flow, semantic_map, num=num, on_images=on_images, **request), out, semantic_map)

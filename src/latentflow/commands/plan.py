@@ -21,7 +21,7 @@ from torch import nn
 from latentflow.data.cache.resident import stays_resident
 from latentflow.flow.solvers import expected_evaluations, is_adaptive
 from latentflow.model.config import AUTOENCODER_FOLDER
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.networks.dit import NAMES, SIZES, DiTConfig
 from latentflow.networks.running import MEMORY_MODES
 from latentflow.planning.probe import SLOWER, Speed, probe, stated_speed
@@ -380,7 +380,7 @@ def _stays_resident(recipe: Recipe, num_bytes: int, machine: Machine) -> bool:
 
 def _preview_of(subject: Subject) -> SampleRequest:
     """What a preview asks for."""
-    return preview_request(LatentFlow(subject.config, nn.Linear(1, 1), None))
+    return preview_request(FlowModel(subject.config, nn.Linear(1, 1), None))
 
 
 def _state_bytes(network: nn.Module) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from latentflow.hub import HubId, push_folder, require_token
-from latentflow.model.flow_model import MODEL_FILES, WEIGHTS_FILE, LatentFlow, find_model
+from latentflow.model.flow_model import MODEL_FILES, WEIGHTS_FILE, FlowModel, find_model
 
 
 def push(model: str | Path, repo_id: str, *, private: bool = False, message: str = "Upload a latentflow model") -> str:
@@ -20,7 +20,7 @@ def push(model: str | Path, repo_id: str, *, private: bool = False, message: str
         ArtifactError: the model is not complete, or the hub does not take it.
     """
     target, token = HubId.parse(repo_id), require_token()
-    LatentFlow.from_pretrained(model, device="cpu")
+    FlowModel.from_pretrained(model, device="cpu")
     return push_folder(
         *(find_model(model), target, MODEL_FILES), marker=WEIGHTS_FILE, private=private, message=message, token=token
     )

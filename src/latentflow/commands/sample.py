@@ -7,7 +7,7 @@ from pathlib import Path
 
 from latentflow.locks import writes
 from latentflow.model.conditioning import ClassList
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.contact_sheet import save_grid
@@ -65,7 +65,7 @@ def sample(
         ConfigError: see `make_request`.
     """
     assert runtime is not None  # opened by `writes`
-    flow = LatentFlow.from_pretrained(model, runtime=runtime)
+    flow = FlowModel.from_pretrained(model, runtime=runtime)
     whole = make_request(flow, num=num, classes=classes, seed=seed, **preset)
     own = whole.at(slice(runtime.rank, None, runtime.world))
     folder = PictureFolder(flow, out, whole)

@@ -40,7 +40,7 @@ from latentflow.metrics.features.extractors import open_features
 from latentflow.metrics.scores import require_enough
 from latentflow.model.card import model_card
 from latentflow.model.config import SamplingPreset
-from latentflow.model.flow_model import CONFIG_FILE, WEIGHTS_FILE, LatentFlow, find_model, read_config
+from latentflow.model.flow_model import CONFIG_FILE, WEIGHTS_FILE, FlowModel, find_model, read_config
 from latentflow.pages.sweep import SweepResult, summary, sweep_page, sweep_picture
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
@@ -121,7 +121,7 @@ def sweep(
         require_writable(folder / CONFIG_FILE, suffix=".json")
     require_writable(out)
     require_apart(out, data)
-    flow = LatentFlow.from_pretrained(model, runtime=runtime)
+    flow = FlowModel.from_pretrained(model, runtime=runtime)
     for candidate in candidates.values():
         make_request(flow, num=1, **candidate)
     extractor = open_features(
@@ -232,7 +232,7 @@ def _notes(result_of: Sequence[Round], final: Round, plan: SweepPlan, dim: int, 
     return notes
 
 
-def _class_judge(flow: LatentFlow, real: RealImages, reference: RealFeatures) -> tuple[ClassJudge | None, list[str]]:
+def _class_judge(flow: FlowModel, real: RealImages, reference: RealFeatures) -> tuple[ClassJudge | None, list[str]]:
     """What judges the classes of images, or none and why there is none."""
     known = flow.config.conditioning.class_names
     if not known:

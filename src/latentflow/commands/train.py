@@ -19,14 +19,14 @@ from latentflow.autoencoder import Autoencoder, LatentNormalisation, to_unit_ran
 from latentflow.data.batches import SpatialData, TrainingImages, epoch_order
 from latentflow.data.cache.reader import ChannelSums, LatentCache, is_cache
 from latentflow.data.cache.resident import resident_bytes, stays_resident
+from latentflow.data.items import ImageSource, require_every_class
 from latentflow.data.painting.masks import check_masks, masks_fingerprint
 from latentflow.data.sources.images import open_images, readable
-from latentflow.data.sources.items import ImageSource, require_every_class
 from latentflow.errors import ConfigError, DataError
 from latentflow.locks import writes
 from latentflow.model.conditioning import Conditioning
 from latentflow.model.config import AutoencoderRecord, ModelConfig, TrainingRecord
-from latentflow.model.flow_model import CONFIG_FILE, LatentFlow, read_config
+from latentflow.model.flow_model import CONFIG_FILE, FlowModel, read_config
 from latentflow.progress import image_progress
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
@@ -68,7 +68,7 @@ class Prepared:
 
     recipe: Recipe
     runtime: Runtime
-    model: LatentFlow
+    model: FlowModel
     images: TrainingImages
     broken: list[str]
     changes: Changes | None
@@ -157,7 +157,7 @@ def train(
         prepared.images.hold(prepared.runtime.device)
     batch_size = micro_batches(prepared.recipe.training, prepared.runtime).size
 
-    def preview(model: LatentFlow, weights: Mapping[str, Tensor], step: int) -> None:
+    def preview(model: FlowModel, weights: Mapping[str, Tensor], step: int) -> None:
         file = run / "samples" / f"step-{step:08d}.png"
         save_preview(model, weights, prepared.images, file, prepared.runtime, batch_size)
 
@@ -289,7 +289,7 @@ def _stays_resident(recipe: Recipe, images: TrainingImages, runtime: Runtime) ->
     return stays_resident(data.resident, num_bytes, device, free_memory(device), sharing)
 
 
-def _check_preview(recipe: Recipe, model: LatentFlow) -> None:
+def _check_preview(recipe: Recipe, model: FlowModel) -> None:
     """Refuse guidance, solvers and conditions that no picture could be drawn with."""
     conditioning, scale = model.config.conditioning, recipe.sampling.guidance
     if scale != 1 and not conditioning.can_guide:
@@ -389,7 +389,7 @@ def build_model(
     images: TrainingImages,
     *,
     check: Callable[[ModelConfig], None] = lambda config: None,
-) -> LatentFlow:
+) -> FlowModel:
     """A fresh model for a recipe: what the data and the autoencoder decide is read from them.
 
     Unlabelled images make an unconditional model.
@@ -446,7 +446,7 @@ def build_model(
         raise explained(error, ModelConfig, "recipe") from error
     check(config)
     torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
-    return LatentFlow(config, config.build_network(), autoencoder)
+    return FlowModel(config, config.build_network(), autoencoder)
 
 
 def _masks_fingerprint(spatial: SpatialData | None, source: LatentCache | ImageSource) -> str:

@@ -10,7 +10,7 @@ from latentflow.artifacts import require_writable
 from latentflow.commands.sample import GRID_IMAGES
 from latentflow.locks import writes
 from latentflow.model.conditioning import ClassList
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.contact_sheet import save_grid
@@ -57,7 +57,7 @@ def vary(
         ArtifactError, ConfigError: before anything is written.
     """
     require_writable(out)
-    flow = LatentFlow.from_pretrained(model, runtime=runtime)
+    flow = FlowModel.from_pretrained(model, runtime=runtime)
     original = make_request(flow, classes=at_most_one(flow, classes), seed=seed, **preset)
     near = variations(flow, seed=seed, num=num, amount=amount, classes=classes, **preset)
     folder = PictureFolder(flow, out, original, near)

@@ -13,13 +13,13 @@ from latentflow.data.painting.semantic_maps import default_palette
 from latentflow.errors import ConfigError
 from latentflow.model.conditioning import Conditioning
 from latentflow.model.config import AutoencoderRecord, ModelConfig
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.networks.velocity_network import wrap_network
 
 
 def assemble(
     published: Published, network: nn.Module, autoencoder: Autoencoder, *, class_names: Sequence[str] = ()
-) -> LatentFlow:
+) -> FlowModel:
     """A model of a converted network.
 
     Args:
@@ -78,4 +78,4 @@ def assemble(
         sampling=published.sampling,
         training=published.training,
     )
-    return LatentFlow(config, wrap_network(network, published.prediction).eval(), autoencoder)
+    return FlowModel(config, wrap_network(network, published.prediction).eval(), autoencoder)

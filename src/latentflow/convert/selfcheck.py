@@ -18,7 +18,7 @@ from latentflow.errors import ArtifactError
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.shapes import Condition
 
 _STEPS = 8
@@ -57,7 +57,7 @@ class SelfCheck:
 
 
 @torch.inference_mode()
-def check_flow(model: LatentFlow, labels: Sequence[int] | None = None) -> SelfCheck:
+def check_flow(model: FlowModel, labels: Sequence[int] | None = None) -> SelfCheck:
     """Probe a model with two images.
 
     Args:
@@ -98,7 +98,7 @@ def check_flow(model: LatentFlow, labels: Sequence[int] | None = None) -> SelfCh
     return SelfCheck(slope, _smoothness(data), data.std().item(), deaf_to)
 
 
-def _told(model: LatentFlow, x: Tensor, labels: Sequence[int] | None) -> Condition:
+def _told(model: FlowModel, x: Tensor, labels: Sequence[int] | None) -> Condition:
     given = None if labels is None else torch.tensor(labels)
     return model.config.conditioning.build(x.shape, model.device, labels=given)
 

@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 from latentflow.data.ahead import lost_workers, read_ahead, room_for_workers, usable_cpus
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.cache.resident import ResidentCache
+from latentflow.data.items import ImageSource
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares, told_mask
 from latentflow.data.painting.masks import MaskRules, draw_mask
-from latentflow.data.sources.items import ImageSource
 from latentflow.randomness import ImageRandom, derive_seed
 
 __all__ = [

@@ -273,7 +273,7 @@ def _how_to_go_on(out: Path) -> str:
         + code(_THIS_MODEL.format(run=out / "run"))
         + paragraph("Or from Python:")
         + code(
-            "from latentflow import LatentFlow\n\n"
+            "from latentflow import FlowModel\n\n"
             f'model = LatentFlow.from_pretrained("{out / "run"}")\n'
             'images = model.sample(num=16, classes=["red circle", "blue cross"], guidance=2.0, seed=0).images'
         )

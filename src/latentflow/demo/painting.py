@@ -13,15 +13,15 @@ from torch import Tensor
 from latentflow.autoencoder import to_unit_range
 from latentflow.commands.loss import condition_sets, held_out_images
 from latentflow.commands.train_autoencoder import reconstruct
+from latentflow.data.items import ImageItem
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares
 from latentflow.data.painting.masks import draw_mask
 from latentflow.data.painting.semantic_maps import colour_map
-from latentflow.data.sources.items import ImageItem
 from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.demo.figures import DemoFigures
 from latentflow.demo.recognition import recover_map
 from latentflow.model.conditioning import ConditionName
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
 from latentflow.sampling.contact_sheet import save_grid
@@ -38,7 +38,7 @@ _BATCH = 64
 
 def paint_maps(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
     """Paint held-out semantic maps at several guidance scales, and recover them from the pictures."""
-    model, items = LatentFlow.from_pretrained(out / "run", runtime=runtime), _held_out(figures)
+    model, items = FlowModel.from_pretrained(out / "run", runtime=runtime), _held_out(figures)
     maps, real = [item.semantic_map for item in items], _pixels([item.pixels for item in items])
     palette, factor = model.config.conditioning.map_palette, model.config.autoencoder.factor
     counts = [class_counts(semantic_map, len(palette), factor) for semantic_map in maps]
@@ -61,7 +61,7 @@ def paint_maps(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, A
 
 def fill_holes(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
     """Fill holes in held-out images: told the known part, told nothing, and in two ways without training for it."""
-    model, items = LatentFlow.from_pretrained(out / "run", runtime=runtime), _held_out(figures)
+    model, items = FlowModel.from_pretrained(out / "run", runtime=runtime), _held_out(figures)
     size, factor, rules = model.config.image_size, model.config.autoencoder.factor, model.config.masks
     pictures = [item.pixels for item in items]
     holes = [draw_mask(rules, size, size, derive_seed("demo", "hole", n)) for n in range(len(items))]
@@ -94,7 +94,7 @@ def fill_holes(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, A
 
 def compare_losses(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
     """The loss on held-out images, told nothing, each condition alone, and everything."""
-    model, num_draws = LatentFlow.from_pretrained(out / "run", runtime=runtime), figures.scale.num_draws
+    model, num_draws = FlowModel.from_pretrained(out / "run", runtime=runtime), figures.scale.num_draws
     images = held_out_images(model, f"synthetic:{num_draws}:{HELD_OUT_SEED}")
     runs = []
     for told in condition_sets(model.config.conditioning):
@@ -118,7 +118,7 @@ def _held_out(figures: DemoFigures) -> list[ImageItem]:
     return list(SyntheticShapes(figures.scale.num_painted, figures.recipe.data.image_size, HELD_OUT_SEED))
 
 
-def _draw(model: LatentFlow, num: int, told: list[ConditionName], given: Given, *, guidance: float) -> Samples:
+def _draw(model: FlowModel, num: int, told: list[ConditionName], given: Given, *, guidance: float) -> Samples:
     request = make_request(model, num=num, classes=[], told=told, guidance=guidance)
     return draw_all(model, request, given, batch_size=_BATCH)
 

@@ -30,7 +30,7 @@ from latentflow.demo.painting import HELD_OUT_SEED, compare_losses, fill_holes, 
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.flow.solvers import SOLVERS, AdamsBashforth, is_adaptive
 from latentflow.locks import writes
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime, open_runtime
 from latentflow.sampling.contact_sheet import save_grid
@@ -171,14 +171,14 @@ def _train(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def _draw(model: LatentFlow, num: int, **preset: Any) -> Samples:
+def _draw(model: FlowModel, num: int, **preset: Any) -> Samples:
     request = make_request(model, num=num, **preset)
     with image_progress("sampling", num) as on_images:
         return join_samples(list(draw(model, request, batch_size=_BATCH, on_images=on_images)))
 
 
 def _sample(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
-    samples = _draw(LatentFlow.from_pretrained(out / "run", runtime=runtime), figures.scale.num_judged)
+    samples = _draw(FlowModel.from_pretrained(out / "run", runtime=runtime), figures.scale.num_judged)
     samples.save(out / "samples" / "images")
     columns = figures.scale.num_shown
     by_class = [samples.pixels[label :: len(CLASS_NAMES)][:columns] for label in range(len(CLASS_NAMES))]
@@ -191,7 +191,7 @@ def _sample(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]
 
 
 def _sweep_guidance(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
-    model, runs, rows = LatentFlow.from_pretrained(out / "run", runtime=runtime), [], []
+    model, runs, rows = FlowModel.from_pretrained(out / "run", runtime=runtime), [], []
     for scale in figures.scale.guidance_scales:
         samples = _draw(model, figures.scale.num_per_scale, guidance=scale)
         recognised = judge(samples.pixels, samples.request.labels)
@@ -203,7 +203,7 @@ def _sweep_guidance(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[s
 
 
 def _compare_solvers(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
-    model, scale, runs = LatentFlow.from_pretrained(out / "run", runtime=runtime), figures.scale, []
+    model, scale, runs = FlowModel.from_pretrained(out / "run", runtime=runtime), figures.scale, []
     reference = _draw(model, scale.num_solved, solver="rk4", steps=scale.reference_steps)
     for solver in SOLVERS:
         if is_adaptive(solver):

@@ -27,7 +27,7 @@ from latentflow.errors import ConfigError, nearest
 from latentflow.evaluation.shards import SHARD_SIZE, Columns, OnImages, compute_in_shards, join_columns
 from latentflow.metrics.features.extractors import FeatureExtractor
 from latentflow.metrics.statistics import require_features
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
 from latentflow.sampling.cost import compile_where_it_pays
@@ -62,7 +62,7 @@ class DrawnSet:
 
 
 def draw_set(
-    model: LatentFlow,
+    model: FlowModel,
     extractor: FeatureExtractor,
     *,
     num: int,
@@ -125,7 +125,7 @@ def draw_set(
 
 
 def drawn_columns(
-    model: LatentFlow,
+    model: FlowModel,
     request: SampleRequest,
     given: Given,
     extractor: FeatureExtractor,
@@ -159,7 +159,7 @@ def drawn_columns(
 
 
 def set_request(
-    model: LatentFlow,
+    model: FlowModel,
     *,
     labels: str = "balanced",
     label_shares: Sequence[float] | None = None,
@@ -180,7 +180,7 @@ def set_request(
 
 
 def _label_rule(
-    model: LatentFlow, policy: str, shares: Sequence[float] | None, seed: int
+    model: FlowModel, policy: str, shares: Sequence[float] | None, seed: int
 ) -> Callable[[int], int | None]:
     if policy not in LABEL_POLICIES:
         raise ConfigError(f"there is no label policy {policy!r}: {nearest(policy, LABEL_POLICIES)}")
@@ -204,7 +204,7 @@ def _label_rule(
     return drawn
 
 
-def model_plan(model: LatentFlow, request: SampleRequest) -> dict[str, Any]:
+def model_plan(model: FlowModel, request: SampleRequest) -> dict[str, Any]:
     """What must agree before images of a model go into one set: weights, config, first seed and way of sampling."""
     config = model.config.model_dump(mode="json", exclude={"sampling", "training"})
     return {

@@ -15,10 +15,10 @@ from latentflow.analysis.bound import Reconstruction, reconstruction_term
 from latentflow.autoencoder import to_unit_range
 from latentflow.data.batches import epoch_order
 from latentflow.data.cache.reader import is_cache
+from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.sources.images import BrokenImage, open_images
-from latentflow.data.sources.items import ImageItem, ImageSource
 from latentflow.errors import ConfigError, DataError, NonFiniteError
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom
 
@@ -56,7 +56,7 @@ class ReferenceLatents:
         return "nothing" if self.labels is None else "the label of each image"
 
 
-def open_reference(flow: LatentFlow, data: str | Path) -> ImageSource:
+def open_reference(flow: FlowModel, data: str | Path) -> ImageSource:
     """Images that the model can be measured on, told their labels alone.
 
     Raises:
@@ -84,7 +84,7 @@ def open_reference(flow: LatentFlow, data: str | Path) -> ImageSource:
 
 @torch.no_grad()
 def encode_reference(
-    flow: LatentFlow,
+    flow: FlowModel,
     source: ImageSource,
     num: int,
     *,
@@ -151,7 +151,7 @@ def _readable(source: ImageSource, order: Iterator[int]) -> Iterator[tuple[int, 
             yield index, source[index]
 
 
-def told_velocity(flow: LatentFlow, labels: Tensor | None, count: int) -> Velocity:
+def told_velocity(flow: FlowModel, labels: Tensor | None, count: int) -> Velocity:
     """The model's velocity of `count` images told `labels` and nothing else, in the dtype and on the device of x."""
     shape = (count, *flow.config.latent_shape)
     condition = flow.config.conditioning.build(shape, flow.device, labels=labels)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from latentflow.artifacts import sha256_file
 from latentflow.autoencoder import to_unit_range
+from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares, told_mask
 from latentflow.data.painting.masks import MaskRules, check_masks, draw_mask, mask_files
-from latentflow.data.sources.items import ImageItem, ImageSource
 from latentflow.errors import ConfigError, DataError, nearest
 from latentflow.evaluation.drawn_set import drawn_columns, model_plan
 from latentflow.evaluation.read_images import read_batches, stack_pixels
@@ -30,7 +30,7 @@ from latentflow.evaluation.shards import OnImages, compute_in_shards
 from latentflow.metrics.evaluation_report import Score
 from latentflow.metrics.features.extractors import FeatureExtractor
 from latentflow.metrics.pairs import PairJudge, confusion, iou, pair_order
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
 from latentflow.sampling.inpaint import Frame
@@ -67,7 +67,7 @@ class Painting:
 
 
 def plan_painting(
-    model: LatentFlow,
+    model: FlowModel,
     source: ImageSource,
     task: str,
     *,
@@ -115,7 +115,7 @@ def plan_painting(
     return Painting(request, own_labels, rules=rules, judge=judge, inputs=inputs)
 
 
-def require_same_classes(model: LatentFlow, source: ImageSource) -> None:
+def require_same_classes(model: FlowModel, source: ImageSource) -> None:
     """Refuse labels that would mean something else.
 
     Raises:
@@ -127,7 +127,7 @@ def require_same_classes(model: LatentFlow, source: ImageSource) -> None:
 
 
 def painted(
-    model: LatentFlow,
+    model: FlowModel,
     painting: Painting,
     source: ImageSource,
     rows: Sequence[int],
@@ -255,7 +255,7 @@ def _item(found: ImageItem | DataError) -> ImageItem:
 
 
 def _given(
-    model: LatentFlow,
+    model: FlowModel,
     painting: Painting,
     real: Tensor,
     holes: Sequence[np.ndarray],
@@ -290,7 +290,7 @@ def _pasted(drawn: Tensor, real: Tensor, holes: Sequence[np.ndarray]) -> Tensor:
 
 
 def _confusions(
-    segmenter: Segmenter | None, pixels: Tensor, real: Tensor, maps: Sequence[np.ndarray], model: LatentFlow
+    segmenter: Segmenter | None, pixels: Tensor, real: Tensor, maps: Sequence[np.ndarray], model: FlowModel
 ) -> dict[str, Tensor]:
     if segmenter is None:
         return {}
@@ -307,7 +307,7 @@ def _confusions(
     return counts
 
 
-def _rules(model: LatentFlow, masks: str | None) -> MaskRules:
+def _rules(model: FlowModel, masks: str | None) -> MaskRules:
     learned = model.config.masks or MaskRules()
     if masks is None:
         return learned

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentflow.data.ahead import lost_workers, read_ahead, read_in_threads, reading_processes, usable_cpus
+from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.sources.images import BrokenImage
-from latentflow.data.sources.items import ImageItem, ImageSource
 
 _OPTION = "--num-workers"
 _MOST_THREADS = 16

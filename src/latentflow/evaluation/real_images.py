@@ -17,9 +17,9 @@ from torch import Tensor
 
 from latentflow.artifacts import read_json, require_writable, sha256_file
 from latentflow.data.cache.reader import CROP_RULE
+from latentflow.data.items import ImageSource
 from latentflow.data.pictures.colour import PIXEL_RULES
 from latentflow.data.sources.images import open_images
-from latentflow.data.sources.items import ImageSource
 from latentflow.errors import ArtifactError, DataError
 from latentflow.evaluation.read_images import ImageReader
 from latentflow.evaluation.shards import Columns, OnImages, compute_in_shards, join_columns, of_the_first

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from latentflow.autoencoder import BUILT_IN, Autoencoder
 from latentflow.commands.train_autoencoder import reconstruct
-from latentflow.data.sources.items import ImageSource
+from latentflow.data.items import ImageSource
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.evaluation.real_images import image_features
 from latentflow.metrics.evaluation_report import Score
 from latentflow.metrics.features.extractors import FeatureExtractor
 from latentflow.metrics.pairs import PairJudge
 from latentflow.metrics.resampling import interval_over_images
-from latentflow.model.flow_model import CONFIG_FILE, LatentFlow, find_model
+from latentflow.model.flow_model import CONFIG_FILE, FlowModel, find_model
 from latentflow.runtime import Runtime
 
 
@@ -40,7 +40,7 @@ def open_autoencoder(reference: str, image_size: int | None, runtime: Runtime) -
             raise ConfigError("an autoencoder on its own has no size of images: give --image-size, for example 256")
         autoencoder.latent_side(image_size)
         return autoencoder, image_size
-    model = LatentFlow.from_pretrained(reference, runtime=runtime)
+    model = FlowModel.from_pretrained(reference, runtime=runtime)
     if image_size not in (None, model.config.image_size):
         raise ConfigError(f"--image-size {image_size}: the model has {model.config.image_size}; leave it out")
     return model.autoencoder, model.config.image_size

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from latentflow.autoencoder import Autoencoder
+from latentflow.data.items import ImageSource
 from latentflow.data.pictures.decode import open_image, reason
 from latentflow.data.sources.images import ImageFiles
-from latentflow.data.sources.items import ImageSource
 from latentflow.data.stores.files import FolderStore, Listing, ZipStore, is_image, open_store
 from latentflow.errors import ArtifactError, ConfigError, DataError, nearest
 from latentflow.evaluation.drawn_set import LABEL_POLICIES, set_request
@@ -25,7 +25,7 @@ from latentflow.metrics.evaluation_report import FEATURE_METRICS, ModelFacts, ch
 from latentflow.metrics.features.extractors import NAMES, FeatureExtractor, open_features
 from latentflow.metrics.pairs import PairJudge
 from latentflow.metrics.scores import require_enough
-from latentflow.model.flow_model import CONFIG_FILE, LatentFlow
+from latentflow.model.flow_model import CONFIG_FILE, FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.picture_file import facts_in, unlike, which, whose
@@ -72,7 +72,7 @@ class Subject:
     image_size: int
     device: torch.device
     facts: Callable[[], ModelFacts]
-    flow: LatentFlow | None = None
+    flow: FlowModel | None = None
     samples: ImageSource | None = None
     sample_rows: Sequence[int] = ()
     autoencoder: Autoencoder | None = None
@@ -155,7 +155,7 @@ def open_subject(model: str, task: str, image_size: int | None, runtime: Runtime
         facts = ModelFacts(name=samples.description, weights=samples.fingerprint())
         given = (task, samples.image_size, runtime.device, lambda: facts)
         return Subject(*given, samples=samples, sample_rows=rows)
-    flow = LatentFlow.from_pretrained(model, runtime=runtime)
+    flow = FlowModel.from_pretrained(model, runtime=runtime)
 
     def described() -> ModelFacts:
         training = flow.config.training.model_dump(mode="json")

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentflow.data.items import UNLABELLED
 from latentflow.data.pictures.single import psnr
-from latentflow.data.sources.items import UNLABELLED
 from latentflow.errors import ConfigError, DataError
 from latentflow.metrics.features.lpips import Lpips
 from latentflow.metrics.scores import require_enough

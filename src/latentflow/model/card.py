@@ -41,7 +41,7 @@ tags: [{", ".join(["flow-matching", "image-generation", *(tag for tag, can in ta
 
 or from Python:
 
-    from latentflow import LatentFlow
+    from latentflow import FlowModel
     images = LatentFlow.from_pretrained("{CARD_NAME}").sample(num=16, seed=0).images
 
 ## Limits

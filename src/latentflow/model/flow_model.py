@@ -1,4 +1,7 @@
-"""The waist of the house: network, path, conditioning and autoencoder as one model, one folder on disk."""
+"""The waist of the house: network, path, conditioning and autoencoder as one model, one folder on disk.
+
+It draws nothing by itself: `latentflow.api` adds that for users.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,7 @@ from latentflow.shapes import Condition
 from latentflow.weights import filled, require_fit, tensor_shapes
 
 if TYPE_CHECKING:
-    from latentflow.sampling.inversion import Inversion
-    from latentflow.sampling.pipeline import Samples
+    from typing_extensions import Self  # typing has it from Python 3.11 on
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "velocity.safetensors"
 _MOST_CONFIG_BYTES = 64 << 20  # a million class names fit
@@ -53,7 +55,7 @@ MODEL_FILES = (
 """What a model folder consists of, as patterns; nothing else travels to the hub or from it."""
 
 
-class LatentFlow:
+class FlowModel:
     """A flow-matching model in the latent space of an autoencoder.
 
     Args:
@@ -86,7 +88,7 @@ class LatentFlow:
         device: torch.device | str | None = None,
         precision: PrecisionWord = "auto",
         runtime: Runtime | None = None,
-    ) -> LatentFlow:
+    ) -> Self:
         """Load a model folder, a run folder (its `model/`), or a hub id: owner/name or owner/name@revision.
 
         Args:
@@ -174,7 +176,7 @@ class LatentFlow:
                 token=token,
             )
 
-    def to(self, place: Runtime | torch.device | str) -> LatentFlow:
+    def to(self, place: Runtime | torch.device | str) -> Self:
         """Move network and autoencoder, and compute as the runtime says; returns itself.
 
         On CUDA the weights of convolutions lie channels last, as tensor cores want them. On the CPU they do not: it
@@ -187,7 +189,7 @@ class LatentFlow:
         self.autoencoder.to(self.runtime.for_autoencoder())
         return self
 
-    def computing_in(self, precision: PrecisionWord) -> LatentFlow:
+    def computing_in(self, precision: PrecisionWord) -> Self:
         """The same model with the same weights, whose network computes in `precision`.
 
         Raises:
@@ -228,64 +230,6 @@ class LatentFlow:
     def pixels(self, latents: Tensor) -> Tensor:
         """latents [B, C, h, w] => pixels [B, 3, S, S] uint8, rounded where they are decoded."""
         return self.autoencoder.decode_to_uint8(self.config.normalisation.restore(latents))
-
-    def sample(self, num: int = 1, **request: Any) -> Samples:
-        """Draw `num` images; the arguments are those of `latentflow.sampling.pipeline.sample`.
-
-        LatentFlow.from_pretrained("runs/photos").sample(num=16, classes=["cat", "dog"], guidance=1.5, seed=0).images
-        """
-        from latentflow.sampling.pipeline import sample  # upward, as below: methods for the user's convenience
-
-        return sample(self, num=num, **request)
-
-    def inpaint(self, image: Any, mask: Any, **request: Any) -> Samples:
-        """Fill the hole of an image; the arguments are those of `latentflow.sampling.inpaint.inpaint`.
-
-        model.inpaint("street.jpg", "hole.png", num=4, seed=0).images
-        """
-        from latentflow.sampling.inpaint import inpaint
-
-        return inpaint(self, image, mask, **request)
-
-    def mask_to_image(self, semantic_map: Any, **request: Any) -> Samples:
-        """Paint a semantic map; the arguments are those of `latentflow.sampling.mask_to_image.mask_to_image`."""
-        from latentflow.sampling.mask_to_image import mask_to_image
-
-        return mask_to_image(self, semantic_map, **request)
-
-    def image_to_image(self, image: Any, **request: Any) -> Samples:
-        """Redraw an image; the arguments are those of `latentflow.sampling.edits.image_to_image`.
-
-        model.image_to_image("cat.jpg", strength=0.6, classes=["dog"], num=4).images
-        """
-        from latentflow.sampling.edits import image_to_image
-
-        return image_to_image(self, image, **request)
-
-    def interpolate(self, **request: Any) -> Samples:
-        """Draw frames between two seeds or classes; the arguments are those of `latentflow.sampling.edits.interpolate`.
-
-        model.interpolate(seeds=(3, 8), classes=["cat", "dog"], num=9).images
-        """
-        from latentflow.sampling.edits import interpolate
-
-        return interpolate(self, **request)
-
-    def vary(self, **request: Any) -> Samples:
-        """Draw pictures near that of one seed; the arguments are those of `latentflow.sampling.edits.vary`."""
-        from latentflow.sampling.edits import vary
-
-        return vary(self, **request)
-
-    def invert(self, image: Any, **request: Any) -> Inversion:
-        """Find the noise of an image; the arguments are those of `latentflow.sampling.inversion.invert`.
-
-        inversion = model.invert("cat.jpg", classes=["cat"])
-        model.sample(noise=inversion.noise, classes=["dog"], guidance=1).images
-        """
-        from latentflow.sampling.inversion import invert
-
-        return invert(self, image, **request)
 
 
 def find_model(model: str | Path, revision: str | None = None) -> Path:

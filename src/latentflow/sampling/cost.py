@@ -8,7 +8,7 @@ import torch
 
 from latentflow.console import notice
 from latentflow.flow.solvers import expected_evaluations, is_adaptive
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import compile_blocks, is_compiled
 from latentflow.progress import duration
 from latentflow.sampling.request import SampleRequest
@@ -19,7 +19,7 @@ MANY_CALLS = 100
 _WORTH_SECONDS = 100.0  # of drawing as it is: compiling takes up to half a minute, and saves up to half of them
 
 
-def tell_cost(model: LatentFlow, request: SampleRequest, batch_size: int) -> None:
+def tell_cost(model: FlowModel, request: SampleRequest, batch_size: int) -> None:
     """Say once what a request costs that needs many network calls, and what draws the like sooner."""
     calls, quick = network_calls(request), {"solver": "heun", "steps": 25}
     sampling = request.sampling.model_copy(update=quick)
@@ -38,7 +38,7 @@ def tell_cost(model: LatentFlow, request: SampleRequest, batch_size: int) -> Non
     )
 
 
-def compile_where_it_pays(model: LatentFlow, request: SampleRequest, *, batch_size: int, num_batches: int) -> None:
+def compile_where_it_pays(model: FlowModel, request: SampleRequest, *, batch_size: int, num_batches: int) -> None:
     """Compile the network's blocks if a GPU draws for minutes; that it was done, and how long it took, is said.
 
     They are compiled for batches of this size, to which `draw` fills up smaller ones. Adaptive solvers call the network
@@ -84,7 +84,7 @@ def _batch_sizes(request: SampleRequest, batch_size: int) -> list[int]:
 
 
 @torch.inference_mode()
-def _seconds_of_a_call(model: LatentFlow, request: SampleRequest, num_images: int) -> float:
+def _seconds_of_a_call(model: FlowModel, request: SampleRequest, num_images: int) -> float:
     """Wall time of one network call for images that are told nothing, once a first call has made a GPU ready."""
     channels, *sides = model.config.latent_shape
     if request.image_size is not None:

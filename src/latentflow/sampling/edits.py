@@ -22,7 +22,7 @@ from latentflow.autoencoder import to_unit_range
 from latentflow.data.pictures.single import describe_file, read_picture, square_picture
 from latentflow.errors import ConfigError
 from latentflow.model.conditioning import ClassList
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
 from latentflow.sampling.inpaint import require_latent_pixel
 from latentflow.sampling.pipeline import Given, draw_all
@@ -33,7 +33,7 @@ MOST_FRAMES = 10_000
 
 
 def image_to_image(
-    model: LatentFlow,
+    model: FlowModel,
     image: str | Path | Image.Image,
     *,
     strength: float = 0.6,
@@ -71,7 +71,7 @@ def image_to_image(
 
 
 def interpolate(
-    model: LatentFlow,
+    model: FlowModel,
     *,
     batch_size: int = 16,
     on_images: Callable[[int], None] = lambda num_images: None,
@@ -82,7 +82,7 @@ def interpolate(
 
 
 def interpolation(
-    model: LatentFlow,
+    model: FlowModel,
     *,
     seeds: Sequence[int] = (0, 1),
     num: int = 9,
@@ -122,7 +122,7 @@ def interpolation(
 
 
 def vary(
-    model: LatentFlow,
+    model: FlowModel,
     *,
     batch_size: int = 16,
     on_images: Callable[[int], None] = lambda num_images: None,
@@ -133,7 +133,7 @@ def vary(
 
 
 def variations(
-    model: LatentFlow,
+    model: FlowModel,
     *,
     seed: int = 0,
     num: int = 8,
@@ -165,7 +165,7 @@ def variation_seed(seed: int, number: int) -> int:
     return derive_seed("vary", seed, number) % 2**32
 
 
-def read_input(model: LatentFlow, image: str | Path | Image.Image) -> tuple[Tensor, dict[str, str]]:
+def read_input(model: FlowModel, image: str | Path | Image.Image) -> tuple[Tensor, dict[str, str]]:
     """The image as the model sees it, [1, 3, S, S] uint8, and what the request remembers of it.
 
     Raises:
@@ -178,12 +178,12 @@ def read_input(model: LatentFlow, image: str | Path | Image.Image) -> tuple[Tens
     return pixels, {"image": describe_file(image)} if is_file else {}
 
 
-def encode_input(model: LatentFlow, pixels: Tensor) -> Tensor:
+def encode_input(model: FlowModel, pixels: Tensor) -> Tensor:
     """pixels [B, 3, S, S] uint8 => latents [B, C, h, w], the posterior's mode, on the CPU."""
     return model.encode(to_unit_range(pixels).to(model.device)).cpu()
 
 
-def at_most_one(model: LatentFlow, classes: ClassList | None) -> list[int] | None:
+def at_most_one(model: FlowModel, classes: ClassList | None) -> list[int] | None:
     """The class of a single picture, as an index; [] where none is told, None where it is left open.
 
     Raises:

@@ -33,7 +33,7 @@ from latentflow.data.pictures.originals import Original, original_of
 from latentflow.data.pictures.single import describe_file
 from latentflow.errors import ConfigError, DataError, nearest
 from latentflow.model.conditioning import ClassList
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import make_request
 from latentflow.sampling.samples import Samples
@@ -107,7 +107,7 @@ class Frame:
 
 
 def inpaint(
-    model: LatentFlow,
+    model: FlowModel,
     image: str | Path | Image.Image | np.ndarray,
     mask: Mask,
     *,
@@ -197,7 +197,7 @@ def inpaint(
     return replace(samples, pixels=pixels, finish=partial(original.painted, hole=hole))
 
 
-def choose_frame(model: LatentFlow, mask: np.ndarray, fit: Fit | None = None) -> Frame:
+def choose_frame(model: FlowModel, mask: np.ndarray, fit: Fit | None = None) -> Frame:
     """The part of an image that the model sees, for a hole `mask` [H, W] that is neither empty nor everything.
 
     Raises:
@@ -221,7 +221,7 @@ def choose_frame(model: LatentFlow, mask: np.ndarray, fit: Fit | None = None) ->
     return Frame((0, 0, width, height), size)
 
 
-def native_size(model: LatentFlow, height: int, width: int) -> tuple[int, int]:
+def native_size(model: FlowModel, height: int, width: int) -> tuple[int, int]:
     """The same height and width, if the network can take them as they are.
 
     Raises:
@@ -238,7 +238,7 @@ def native_size(model: LatentFlow, height: int, width: int) -> tuple[int, int]:
 
 
 def map_indices(
-    model: LatentFlow, semantic_map: str | Path | Image.Image | np.ndarray, photo: Photo | None = None
+    model: FlowModel, semantic_map: str | Path | Image.Image | np.ndarray, photo: Photo | None = None
 ) -> np.ndarray:
     """A semantic map of the model's classes: [H, W] uint8.
 
@@ -258,7 +258,7 @@ def map_indices(
     return indices if photo is None else upright_as(indices, None, photo, "the semantic map", "map")
 
 
-def require_latent_pixel(model: LatentFlow, height: int, width: int) -> None:
+def require_latent_pixel(model: FlowModel, height: int, width: int) -> None:
     """Refuse an image or map smaller than one latent pixel.
 
     Raises:

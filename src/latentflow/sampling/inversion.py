@@ -25,7 +25,7 @@ from latentflow.errors import ConfigError
 from latentflow.flow.solvers import is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.model.conditioning import ClassList
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.edits import at_most_one, encode_input, read_input
 from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, naming_noise, solve
 from latentflow.sampling.request import SampleRequest, make_request
@@ -62,7 +62,7 @@ class Inversion:
     evaluations: int
     request: SampleRequest
 
-    def round_trip(self, model: LatentFlow) -> RoundTrip:
+    def round_trip(self, model: FlowModel) -> RoundTrip:
         """Draw the image again from its noise, with the same solver and class."""
         drawn = draw_all(model, naming_noise(self.request, self.noise), Given(noise=self.noise))
         autoencoded = _decode(model, self.latents)
@@ -101,7 +101,7 @@ class RoundTrip:
 
 
 def invert(
-    model: LatentFlow,
+    model: FlowModel,
     image: str | Path | Image.Image,
     *,
     classes: ClassList | None = None,
@@ -155,7 +155,7 @@ class RoundTripRow:
 
 
 def compare_round_trips(
-    model: LatentFlow,
+    model: FlowModel,
     images: Sequence[str | Path | Image.Image],
     settings: Sequence[Mapping[str, Any]] | None = None,
     *,
@@ -206,9 +206,7 @@ def compare_round_trips(
 
 
 @torch.inference_mode()
-def _to_noise(
-    model: LatentFlow, latents: Tensor, request: SampleRequest, batch_size: int = 16
-) -> tuple[Tensor, Tensor]:
+def _to_noise(model: FlowModel, latents: Tensor, request: SampleRequest, batch_size: int = 16) -> tuple[Tensor, Tensor]:
     """dx/dt = velocity(x, t) from x = latents at t = 0 to t = 1: noise [B, C, h, w] and evaluations [B], on the CPU."""
     noise, evaluations = [], []
     sampling = request.sampling
@@ -223,7 +221,7 @@ def _to_noise(
     return torch.cat(noise), torch.cat(evaluations)
 
 
-def _decode(model: LatentFlow, latents: Tensor) -> Tensor:
+def _decode(model: FlowModel, latents: Tensor) -> Tensor:
     """latents [B, C, h, w] => pixels [B, 3, S, S] uint8, on the CPU."""
     return model.pixels(latents.to(model.device)).cpu()
 

@@ -16,7 +16,7 @@ from latentflow.data.painting.latent_size import class_counts, shares
 from latentflow.data.painting.semantic_maps import crop_map
 from latentflow.data.pictures.single import describe_file
 from latentflow.model.conditioning import ClassList
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.inpaint import map_indices, native_size, require_latent_pixel
 from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import make_request
@@ -24,7 +24,7 @@ from latentflow.sampling.samples import Samples
 
 
 def mask_to_image(
-    model: LatentFlow,
+    model: FlowModel,
     semantic_map: str | Path | Image.Image | np.ndarray,
     *,
     num: int = 1,

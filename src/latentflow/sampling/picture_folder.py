@@ -15,7 +15,7 @@ from latentflow.artifacts import require_writable
 from latentflow.data.pictures.decode import BrokenImage, open_image
 from latentflow.data.stores.files import is_image
 from latentflow.errors import ArtifactError
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.cost import compile_where_it_pays, tell_cost
 from latentflow.sampling.naming import picture_facts, picture_name
 from latentflow.sampling.picture_file import facts_in, read_facts, unlike
@@ -57,7 +57,7 @@ class PictureFolder:
         ArtifactError: it cannot be written, or holds a picture of anybody else.
     """
 
-    def __init__(self, flow: LatentFlow, folder: str | Path, *requests: SampleRequest):
+    def __init__(self, flow: FlowModel, folder: str | Path, *requests: SampleRequest):
         self.path = require_writable(folder)
         _refuse_data(self.path)
         self._flow = flow

@@ -25,7 +25,7 @@ from latentflow.flow.composition import BlendedVelocity, KnownRegionVelocity
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import Solution, Velocity, integrate
 from latentflow.flow.times import sampling_times
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import is_compiled
 from latentflow.randomness import ImageRandom
 from latentflow.sampling.cost import tell_cost
@@ -73,7 +73,7 @@ class Given:
 
 
 def draw(
-    model: LatentFlow,
+    model: FlowModel,
     request: SampleRequest,
     given: Given = Given(),
     *,
@@ -97,7 +97,7 @@ def draw(
 
 
 def draw_batches(
-    model: LatentFlow, batches: Iterable[tuple[SampleRequest, Given]], batch_size: int
+    model: FlowModel, batches: Iterable[tuple[SampleRequest, Given]], batch_size: int
 ) -> Iterator[Samples]:
     """Draw batches one after another; a GPU draws the next while the pictures of one are looked at or written.
 
@@ -118,7 +118,7 @@ def draw_batches(
     yield from (batch.arrived() for batch in begun)
 
 
-def draw_all(model: LatentFlow, request: SampleRequest, given: Given = Given(), **options: Any) -> Samples:
+def draw_all(model: FlowModel, request: SampleRequest, given: Given = Given(), **options: Any) -> Samples:
     """Draw a request at once into memory; the options are those of `draw`.
 
     Raises:
@@ -135,7 +135,7 @@ def draw_all(model: LatentFlow, request: SampleRequest, given: Given = Given(), 
 
 
 def sample(
-    model: LatentFlow, *, num: int = 1, batch_size: int = 16, noise: Tensor | None = None, **request: Any
+    model: FlowModel, *, num: int = 1, batch_size: int = 16, noise: Tensor | None = None, **request: Any
 ) -> Samples:
     """Draw `num` images at once into memory; the arguments are those of `make_request`.
 
@@ -160,7 +160,7 @@ def naming_noise(request: SampleRequest, noise: Tensor) -> SampleRequest:
     return request.model_copy(update={"inputs": {**request.inputs, "noise": origin}})
 
 
-def initial_noise(model: LatentFlow, request: SampleRequest) -> Tensor:
+def initial_noise(model: FlowModel, request: SampleRequest) -> Tensor:
     """The Gaussian noise each image of a request starts from, [B, C, h, w] float32; equal on every device.
 
     A blend lies between the noises of two seeds on a great circle, where Gaussian noise has its usual length:
@@ -175,7 +175,7 @@ def initial_noise(model: LatentFlow, request: SampleRequest) -> Tensor:
     return per_image(angle.cos(), own) * own + per_image(angle.sin(), own) * other
 
 
-def _noise(model: LatentFlow, seeds: Sequence[int], image_size: tuple[int, int] | None) -> Tensor:
+def _noise(model: FlowModel, seeds: Sequence[int], image_size: tuple[int, int] | None) -> Tensor:
     random = ImageRandom.of_seeds("sample", seeds, model.device)
     channels, *sides = model.config.latent_shape
     if image_size is not None:
@@ -184,7 +184,7 @@ def _noise(model: LatentFlow, seeds: Sequence[int], image_size: tuple[int, int] 
 
 
 def conditioned_velocity(
-    model: LatentFlow, request: SampleRequest, given: Mapping[str, Tensor | None], latents_shape: Sequence[int]
+    model: FlowModel, request: SampleRequest, given: Mapping[str, Tensor | None], latents_shape: Sequence[int]
 ) -> ConditionedVelocity | BlendedVelocity:
     """The guided velocity of a request's images, in its precision; `given` as from `Given.on`."""
     conditioning, network = model.config.conditioning, model.computing_in(request.precision).velocity
@@ -226,7 +226,7 @@ def solve(request: SampleRequest, velocity: Velocity, x: Tensor, times: Tensor) 
     )
 
 
-def drawn_by(model: LatentFlow) -> dict[str, str | int]:
+def drawn_by(model: FlowModel) -> dict[str, str | int]:
     """Whose pictures these are, as each of them says: the program, the model, and the weights it draws with."""
     training = model.config.training
     return {
@@ -240,7 +240,7 @@ def drawn_by(model: LatentFlow) -> dict[str, str | int]:
 
 
 @torch.inference_mode()
-def _begin(model: LatentFlow, request: SampleRequest, given: Given, size: int = 0) -> _Begun:
+def _begin(model: FlowModel, request: SampleRequest, given: Given, size: int = 0) -> _Begun:
     """Ask the device for a batch of pictures; with fixed steps, without waiting for any of it.
 
     Args:
@@ -268,7 +268,7 @@ def _begin(model: LatentFlow, request: SampleRequest, given: Given, size: int = 
 class _Begun:
     """A batch that a GPU may still be at work on; `arrived` waits for it."""
 
-    model: LatentFlow
+    model: FlowModel
     request: SampleRequest
     pixels: Tensor
     latents: Tensor

@@ -18,7 +18,7 @@ from latentflow.errors import NonFiniteError
 from latentflow.flow.solvers import expected_evaluations, is_adaptive
 from latentflow.model.conditioning import CONDITION_FIELDS
 from latentflow.model.config import SamplingPreset
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import uncompiled
 from latentflow.runtime import Runtime
 from latentflow.sampling.contact_sheet import save_grid
@@ -32,7 +32,7 @@ _QUICK = {"solver": "heun", "steps": 25}
 _PER_CLASS, _MOST_IMAGES, _COLUMNS = 4, 40, 8
 
 
-def preview_request(model: LatentFlow) -> SampleRequest:
+def preview_request(model: FlowModel) -> SampleRequest:
     """The request of a preview: rows are classes, or, with spatial conditions, columns are training images."""
     conditioning = model.config.conditioning
     spatial = [name for name in conditioning.dropout if name != "label"]
@@ -52,7 +52,7 @@ def preview_request(model: LatentFlow) -> SampleRequest:
 
 
 def save_preview(
-    model: LatentFlow,
+    model: FlowModel,
     weights: Mapping[str, Tensor],
     images: TrainingImages,
     file: Path,
@@ -104,7 +104,7 @@ def _copy(tensors: list[Tensor], values: list[Tensor]) -> None:
 
 
 def _rows(
-    model: LatentFlow, images: TrainingImages, runtime: Runtime, batch_size: int
+    model: FlowModel, images: TrainingImages, runtime: Runtime, batch_size: int
 ) -> tuple[list[Tensor], int, list[str]]:
     """The pictures of a grid, [N, 3, S, S] uint8 each, the number of its columns, and what stands beside them."""
     request, conditioning = preview_request(model), model.config.conditioning
@@ -138,7 +138,7 @@ def _rows(
     return rows, len(request.seeds), []
 
 
-def _drawn(model: LatentFlow, request: SampleRequest, given: Given, runtime: Runtime, batch_size: int) -> Tensor:
+def _drawn(model: FlowModel, request: SampleRequest, given: Given, runtime: Runtime, batch_size: int) -> Tensor:
     """The pictures of a request, [N, 3, S, S] uint8 on the CPU in every process, each of which draws a share."""
     places = range(len(request.seeds))
     own = slice(runtime.rank, None, runtime.world)

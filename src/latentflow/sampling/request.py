@@ -14,7 +14,7 @@ from latentflow.flow.solvers import is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.model.conditioning import CONDITION_NAMES, ClassList, ConditionName
 from latentflow.model.config import SamplingPreset
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.runtime import Precision, Runtime
 from latentflow.shapes import Condition
 
@@ -75,7 +75,7 @@ class SampleRequest(BaseModel):
 
 
 def make_request(
-    model: LatentFlow,
+    model: FlowModel,
     *,
     num: int = 1,
     classes: ClassList | None = None,
@@ -214,7 +214,7 @@ def _pace(solver: str) -> tuple[str, ...]:
     return ("rtol", "atol") if is_adaptive(solver) else ("steps",)
 
 
-def check_request(model: LatentFlow, request: SampleRequest) -> None:
+def check_request(model: FlowModel, request: SampleRequest) -> None:
     """Refuse what cannot be drawn, before anything is computed.
 
     Raises:
@@ -276,7 +276,7 @@ def check_request(model: LatentFlow, request: SampleRequest) -> None:
     )
 
 
-def guided_by(model: LatentFlow, request: SampleRequest) -> list[ConditionName]:
+def guided_by(model: FlowModel, request: SampleRequest) -> list[ConditionName]:
     """The conditions that guidance strengthens: those that its null twin is not told.
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 from latentflow.data.batches import TrainingImages
 from latentflow.flow.times import TrainingTimes, sum_by_time
 from latentflow.model.conditioning import ConditionName
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.training.step import training_step
 
 
@@ -33,7 +33,7 @@ class HeldOutLoss:
 
 @torch.inference_mode()
 def held_out_loss(
-    model: LatentFlow,
+    model: FlowModel,
     images: TrainingImages,
     told: Collection[ConditionName],
     *,

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from latentflow.data.batches import Batch, StreamPositions, TrainingImages, lost_workers, stream_batches
 from latentflow.errors import ConfigError
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import compile_blocks, restore_blocks, set_memory
 from latentflow.runtime import Runtime
 from latentflow.training.checkpoint import CheckpointWriter, Progress, keep_newest, load_checkpoint, newest_checkpoint
@@ -31,7 +31,7 @@ from latentflow.training.memory import memory_mode
 from latentflow.training.optim import build_optimizer, clip_gradients, loss_scaler, scaler_state
 from latentflow.training.step import training_step
 
-Preview = Callable[[LatentFlow, Mapping[str, Tensor], int], None]
+Preview = Callable[[FlowModel, Mapping[str, Tensor], int], None]
 """Called with (model, EMA weights, step) in every process to draw a grid together."""
 
 
@@ -61,7 +61,7 @@ def micro_batches(config: TrainingConfig, runtime: Runtime) -> MicroBatches:
 
 def train(
     recipe: Recipe,
-    model: LatentFlow,
+    model: FlowModel,
     images: TrainingImages,
     run: Path,
     runtime: Runtime,

@@ -15,7 +15,7 @@ from latentflow.data.batches import Batch
 from latentflow.flow.loss import flow_matching_loss
 from latentflow.flow.times import TrainingTimes
 from latentflow.model.conditioning import ConditionName
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import ImageRandom, derive_seed, on_device
 from latentflow.shapes import Condition
 
@@ -34,7 +34,7 @@ class StepResult:
 
 
 def training_step(
-    model: LatentFlow,
+    model: FlowModel,
     network: Callable[[Tensor, Tensor, Condition], Tensor],
     batch: Batch,
     *,
@@ -86,7 +86,7 @@ def _repeatable_dropout(network: nn.Module, seed: int) -> Iterator[None]:
         yield
 
 
-def _condition(model: LatentFlow, batch: Batch, data: Tensor, dropped: dict[ConditionName, Tensor]) -> Condition:
+def _condition(model: FlowModel, batch: Batch, data: Tensor, dropped: dict[ConditionName, Tensor]) -> Condition:
     """What each image is told, less what is `dropped`."""
     conditioning = model.config.conditioning
     masked_latents = None

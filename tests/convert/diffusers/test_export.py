@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from latentflow.api import LatentFlow
 from latentflow.autoencoder import Autoencoder, LatentNormalisation
 from latentflow.convert.diffusers import export as diffusers_export
 from latentflow.convert.diffusers.export import LIMIT, export_diffusers, told_by_diffusers
@@ -20,7 +21,6 @@ from latentflow.errors import ArtifactError
 from latentflow.flow.path import CosinePath, LinearPath
 from latentflow.model.conditioning import Conditioning
 from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig, SamplingPreset
-from latentflow.model.flow_model import LatentFlow
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.unet import UNetConfig
 from latentflow.networks.velocity_network import DenoiserPrediction, NoisePrediction

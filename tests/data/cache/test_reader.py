@@ -15,8 +15,8 @@ from latentflow.artifacts import read_json
 from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
 from latentflow.data.cache.reader import CacheIndex, LatentCache, ShardRecord, parse_record
 from latentflow.data.cache.writer import write_cache
+from latentflow.data.items import ImageItem
 from latentflow.data.sources.images import BrokenImage, open_images
-from latentflow.data.sources.items import ImageItem
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from tests import processes, tiny
 

@@ -17,10 +17,10 @@ from latentflow.data import ahead
 from latentflow.data.cache import writer as cache_writer
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.cache.writer import write_cache
+from latentflow.data.items import UNLABELLED, ImageItem
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares
 from latentflow.data.painting.masks import MaskRules, draw_mask
 from latentflow.data.sources.images import BrokenImage, open_images
-from latentflow.data.sources.items import UNLABELLED, ImageItem
 from latentflow.errors import ArtifactError
 from latentflow.randomness import derive_seed
 from tests import tiny

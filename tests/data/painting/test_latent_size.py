@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from latentflow.data.items import UNLABELLED
 from latentflow.data.painting.latent_size import HOLE_GRAY, class_counts, hide, hole_counts, shares, told_mask
-from latentflow.data.sources.items import UNLABELLED
 
 
 def counted(semantic_map: np.ndarray, num_classes: int, factor: int) -> list:

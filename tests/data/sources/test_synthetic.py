@@ -4,8 +4,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from latentflow.data.items import ImageSource
 from latentflow.data.painting.semantic_maps import UNLABELLED_COLOUR, MapClasses, check_map
-from latentflow.data.sources.items import ImageSource
 from latentflow.data.sources.synthetic import (
     CLASS_NAMES,
     COLOURS,

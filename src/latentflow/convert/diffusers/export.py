@@ -27,7 +27,7 @@ from latentflow.convert.diffusers.keys import DiffusersNetwork, diffusers_networ
 from latentflow.data.painting.latent_size import HOLE_GRAY
 from latentflow.errors import ArtifactError
 from latentflow.model.config import AUTOENCODER_FOLDER, ModelConfig
-from latentflow.model.flow_model import LatentFlow
+from latentflow.model.flow_model import FlowModel
 from latentflow.shapes import Condition
 
 LIMIT = 1e-5
@@ -54,7 +54,7 @@ class Exported:
 
 
 @torch.no_grad()
-def export_diffusers(model: LatentFlow, folder: str | Path) -> Exported:
+def export_diffusers(model: FlowModel, folder: str | Path) -> Exported:
     """Write a model as a folder of diffusers, once diffusers has computed the same with it.
 
     Args:
@@ -155,7 +155,7 @@ def _questions(config: ModelConfig, made: DiffusersNetwork) -> Iterator[tuple[Te
 # The page
 
 
-def _readme(model: LatentFlow, made: DiffusersNetwork) -> str:
+def _readme(model: FlowModel, made: DiffusersNetwork) -> str:
     config, told = model.config, model.config.conditioning
     size = f"{config.image_size} x {config.image_size}"
     reference = config.autoencoder.reference
@@ -220,11 +220,11 @@ and put the known pixels back behind the decoder.
     return "\n".join(parts)
 
 
-def _variational(model: LatentFlow) -> bool:
+def _variational(model: FlowModel) -> bool:
     return model.autoencoder.num_moments != model.autoencoder.num_channels
 
 
-def _scaling_note(model: LatentFlow) -> str:
+def _scaling_note(model: FlowModel) -> str:
     normalisation = model.config.normalisation
     if len({*normalisation.shift}) == len({*normalisation.scale}) == 1:
         return (
@@ -237,7 +237,7 @@ def _scaling_note(model: LatentFlow) -> str:
     )
 
 
-def _program(model: LatentFlow, made: DiffusersNetwork) -> str:
+def _program(model: FlowModel, made: DiffusersNetwork) -> str:
     """Python that draws images with diffusers alone, in the exported folder."""
     config, told = model.config, model.config.conditioning
     preset = config.sampling

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentflow.data.cache.reader import CachePlan
+from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.painting.latent_size import class_counts, hole_counts
 from latentflow.data.painting.masks import draw_mask
 from latentflow.data.sources.images import BrokenImage
-from latentflow.data.sources.items import ImageItem, ImageSource
 from latentflow.randomness import derive_seed
 
 _SENT = ("pixels", "holes")  # to the device

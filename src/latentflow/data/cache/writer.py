@@ -41,11 +41,11 @@ from latentflow.data.cache.reader import (
     parse_record,
     sealed,
 )
+from latentflow.data.items import ImageSource, fingerprint_of
 from latentflow.data.painting.latent_size import hole_shade
 from latentflow.data.painting.masks import MaskRules, check_masks, masks_fingerprint
 from latentflow.data.pictures.colour import PIXEL_RULES
 from latentflow.data.sources.images import BrokenImage
-from latentflow.data.sources.items import ImageSource, fingerprint_of
 from latentflow.errors import ArtifactError, DataError
 from latentflow.runtime import Runtime
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from latentflow.artifacts import write_text
+from latentflow.data.items import UNLABELLED
 from latentflow.data.pictures.crop import crop_map
-from latentflow.data.sources.items import UNLABELLED
 from latentflow.errors import DataError
 
 __all__ = [

@@ -20,12 +20,12 @@ from urllib.parse import quote_from_bytes
 import PIL
 
 from latentflow.data.ahead import lost_workers, read_ahead, read_in_threads, reading_processes
+from latentflow.data.items import ImageItem, ImageSource, fingerprint_of
 from latentflow.data.packed import PackedText
 from latentflow.data.pictures.colour import PIXEL_RULES, to_rgb
 from latentflow.data.pictures.crop import center_crop, crop_map
 from latentflow.data.pictures.decode import BrokenImage, most_pixels, open_image, reason, room_for
 from latentflow.data.pictures.orientation import Photo, with_turn
-from latentflow.data.sources.items import ImageItem, ImageSource, fingerprint_of
 from latentflow.data.sources.maps import MapFiles
 from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.data.stores.files import (

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latentflow.data.sources.items import ImageItem
+from latentflow.data.items import ImageItem
 from latentflow.errors import DataError
 from latentflow.randomness import derive_seed
 
