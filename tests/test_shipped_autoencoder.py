@@ -11,7 +11,6 @@ import torch
 from latentflow.api import LatentFlow
 from latentflow.autoencoder import BUILT_IN, Autoencoder, latent_mean, to_unit_range
 from latentflow.commands.train import build_model
-from latentflow.commands.train_autoencoder import reconstruct
 from latentflow.data.batches import TrainingImages
 from latentflow.data.pictures.single import psnr
 from latentflow.data.sources.synthetic import SyntheticShapes
@@ -56,7 +55,7 @@ def test_the_recipe_still_describes_it(shapes):
 
 def test_it_reconstructs_as_well_as_its_readme_says(shapes, pixels):
     promised = re.search(r"([\d.]+) dB", (FOLDER / "README.md").read_text(encoding="utf-8"))
-    assert psnr(pixels, reconstruct(shapes, pixels)).mean().item() > float(promised[1]) - 1
+    assert psnr(pixels, shapes.reconstruct(pixels)).mean().item() > float(promised[1]) - 1
 
 
 def test_its_latents_suit_the_flow(shapes, pixels):

@@ -280,6 +280,11 @@ class Autoencoder:
         """
         return torch.cat([to_uint8(self._decoded(part)) for part in self.slices(raw, latents=True)])
 
+    def reconstruct(self, pixels: Tensor) -> Tensor:
+        """pixels [B, 3, S, S] uint8 => encoded to the posterior's mode and decoded: [B, 3, S, S] uint8, on the CPU."""
+        moments = self.encode(to_unit_range(pixels))
+        return self.decode_to_uint8(latent_mean(moments, self.num_channels)).cpu()
+
     def slices(self, images: Tensor, *, latents: bool = False) -> tuple[Tensor, ...]:
         """Images in the parts that are encoded or decoded at a time: those of `slice_of`, or half, or a quarter ...
 

@@ -15,7 +15,6 @@ from PIL.PngImagePlugin import PngInfo
 from latentflow.api import LatentFlow
 from latentflow.commands.evaluate import evaluate
 from latentflow.commands.sample import sample
-from latentflow.commands.train_autoencoder import reconstruct
 from latentflow.data.sources import images as module
 from latentflow.data.sources.images import open_images
 from latentflow.data.stores.files import FolderStore, ZipStore
@@ -297,7 +296,7 @@ def test_reconstruction(command, tmp_path, kl, kl_folder, model_folder, images):
     real = torch.from_numpy(np.stack([item.pixels for item in open_images(images, tiny.IMAGE_SIZE)])).permute(
         0, 3, 1, 2
     )
-    given_back = reconstruct(kl, real)
+    given_back = kl.reconstruct(real)
     wanted = {"psnr": psnr(given_back, real), "ssim": ssim(given_back, real)}
     for name, values in wanted.items():
         assert report["scores"][name]["value"] == pytest.approx(float(values.mean()), rel=1e-4)
@@ -315,7 +314,7 @@ def test_lpips_of_reconstructions(command, tmp_path, kl, kl_folder):
     report = found(command(kl_folder, *args, "--metrics", "lpips", "--lpips", tmp_path / "lpips.pth", "--json"))
     images = open_images("synthetic:8", 32)
     real = torch.from_numpy(np.stack([item.pixels for item in images])).permute(0, 3, 1, 2)
-    wanted = load_lpips(tmp_path / "lpips.pth")(reconstruct(kl, real), real)
+    wanted = load_lpips(tmp_path / "lpips.pth")(kl.reconstruct(real), real)
     assert report["scores"]["lpips"]["value"] == pytest.approx(float(wanted.mean()), rel=1e-4)
     refused = command(kl_folder, *args, "--metrics", "lpips")
     assert (refused.code, "lpips needs the weights" in refused.error) == (2, True)

@@ -21,7 +21,7 @@ from latentflow.artifacts import (
     write_json,
     write_text,
 )
-from latentflow.autoencoder import Autoencoder, latent_mean, to_uint8, to_unit_range
+from latentflow.autoencoder import Autoencoder, to_unit_range
 from latentflow.commands.train import environment, times, usable_name
 from latentflow.data.batches import TrainingImages, epoch_order
 from latentflow.data.cache.reader import ChannelSums, is_cache
@@ -265,7 +265,7 @@ def finish(
 
     decibels, pictures = [], []
     for pixels in _pixels(source, held_out):
-        rebuilt = reconstruct(autoencoder, pixels)
+        rebuilt = autoencoder.reconstruct(pixels)
         decibels += psnr(pixels, rebuilt).tolist()
         pictures.append(torch.stack([pixels, rebuilt]))
     shown = torch.cat(pictures, dim=1)[:, :_PICTURED]
@@ -282,12 +282,6 @@ def finish(
     )
     write_json(run / "metrics" / "report.json", asdict(report))
     return report
-
-
-def reconstruct(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
-    """Encode to the posterior's mode and decode: [B, 3, S, S] uint8 => the same shape, uint8, on the CPU."""
-    moments = autoencoder.encode(to_unit_range(pixels))
-    return to_uint8(autoencoder.decode(latent_mean(moments, autoencoder.num_channels))).cpu()
 
 
 def _set_scaling(autoencoder: Autoencoder, source: ImageSource, indices: Sequence[int]) -> dict[str, object]:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from latentflow.autoencoder import to_unit_range
 from latentflow.commands.loss import condition_sets, held_out_images
-from latentflow.commands.train_autoencoder import reconstruct
 from latentflow.data.items import ImageItem
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares
 from latentflow.data.painting.masks import draw_mask
@@ -54,7 +53,7 @@ def paint_maps(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, A
     return {
         "num_images": len(items),
         "real_iou": mean_iou(maps, real),
-        "reconstructed_iou": mean_iou(maps, reconstruct(model.autoencoder, real)),
+        "reconstructed_iou": mean_iou(maps, model.autoencoder.reconstruct(real)),
         "runs": runs,
     }
 

@@ -21,7 +21,6 @@ from latentflow.autoencoder import Autoencoder
 from latentflow.commands.encode import encode
 from latentflow.commands.info import describe
 from latentflow.commands.train import train
-from latentflow.commands.train_autoencoder import reconstruct
 from latentflow.data.pictures.single import psnr
 from latentflow.data.sources.synthetic import CLASS_NAMES, SyntheticShapes
 from latentflow.demo.figures import DemoFigures, DemoScale, judge
@@ -140,7 +139,7 @@ def _reconstruct(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str,
     source = SyntheticShapes(figures.scale.num_judged, figures.recipe.data.image_size, HELD_OUT_SEED)
     labels = [source.label(index) for index in range(len(source))]
     real = torch.from_numpy(np.stack([item.pixels for item in source])).permute(0, 3, 1, 2)
-    decoded = reconstruct(autoencoder, real)
+    decoded = autoencoder.reconstruct(real)
     decibels = psnr(real, decoded)
     shown = np.argsort(labels[: len(CLASS_NAMES)])  # the first of each class, in the order of the classes
     save_grid(out / "samples" / "reconstructions.png", torch.cat([real[shown], decoded[shown]]), len(shown))

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from latentflow.autoencoder import BUILT_IN, Autoencoder
-from latentflow.commands.train_autoencoder import reconstruct
 from latentflow.data.items import ImageSource
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.evaluation.real_images import image_features
@@ -67,7 +66,7 @@ def reconstructed(
     """Features of reconstructions, and what `judge` says of them, [N]; the options are `image_features`'."""
 
     def change(pixels: Tensor, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        given_back = torch.cat([reconstruct(autoencoder, part) for part in autoencoder.slices(pixels)])
+        given_back = torch.cat([autoencoder.reconstruct(part) for part in autoencoder.slices(pixels)])
         return given_back, judge(given_back, pixels)
 
     plan = {**plan, "autoencoder": autoencoder.content_hash, "pairs": judge.key}
