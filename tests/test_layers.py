@@ -24,6 +24,7 @@ LAYERS = {
     "hub": 0,
     "ledger": 0,
     "progress": 0,
+    "records": 0,
     "weights": 0,
     "runtime": 1,
     "locks": 2,

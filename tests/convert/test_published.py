@@ -99,8 +99,8 @@ def test_an_autoencoder_of_another_factor():
         ({}, {"experiment": "ffhq_f8_dti"}, "did you mean 'ffhq_f8_dit'?"),
         ({"num_clases": 3}, {}, "unknown option 'num_clases' of the published network; did you mean 'num_classes'?"),
         ({"nff": 32}, {"experiment": "ffhq_f8_adm"}, "unknown option 'nff'"),
-        ({"nf": "wide"}, {"experiment": "ffhq_f8_adm"}, "option nf of the published network"),
-        ({"nf": 0}, {"experiment": "ffhq_f8_adm"}, "option nf of the published network"),
+        ({"nf": "wide"}, {"experiment": "ffhq_f8_adm"}, "published network: nf = 'wide'"),
+        ({"nf": 0}, {"experiment": "ffhq_f8_adm"}, "published network: nf = 0"),
         ({"layout": True}, {"experiment": "ffhq_f8_adm"}, "--layout"),
         ({"model_type": "DiT-M/2"}, {}, "model_type 'DiT-M/2'"),
         ({"model_type": "DiT-S/2"}, {}, "needs num_classes"),
@@ -187,7 +187,7 @@ def test_the_size_of_images_and_that_of_latents():
 def test_options_of_transformers():
     assert "did you mean 'num_heads'?" in refusal("dit", {**SMALL, "num_head": 2})
     assert "needs hidden_size" in refusal("dit", {"depth": 1, "num_heads": 2})
-    assert "option depth of the published network" in refusal("dit", {**SMALL, "depth": 0})
+    assert "published network: depth = 0" in refusal("dit", {**SMALL, "depth": 0})
     assert "--experiment names one of LFM's" in refusal("sit", {}, experiment="ffhq_f8_dit")
 
 
@@ -207,14 +207,14 @@ def test_edm():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"model_type": "adm++"}, "option model_type"),
+        ({"model_type": "adm++"}, "published network: model_type"),
         ({"channel_mult_emb": 2}, "channel_mult_emb 2"),
         ({"model_type": "ddpm++", "encoder_type": "skip"}, "'skip' are not supported"),
         ({"decoder_type": "skip"}, "'skip' are not supported"),
         ({"encoder_type": "residual"}, "arguments of SongUNet"),
         ({"model_type": "ddpm++", "resample_filter": "1 2 1"}, "resample_filter (1, 2, 1)"),
         ({"num_block": 1}, "did you mean 'num_blocks'?"),
-        ({"attn_resolutions": "wide"}, "option attn_resolutions"),
+        ({"attn_resolutions": "wide"}, "published network: attn_resolutions"),
     ],
 )
 def test_what_edm_has_not(options, said):

@@ -29,6 +29,7 @@ from latentflow.model.config import AutoencoderRecord, ModelConfig, TrainingReco
 from latentflow.model.flow_model import CONFIG_FILE, FlowModel, read_config
 from latentflow.progress import image_progress
 from latentflow.randomness import derive_seed
+from latentflow.records import explain
 from latentflow.runtime import Runtime
 from latentflow.sampling.preview import preview_request, save_preview
 from latentflow.sampling.request import check_request
@@ -45,7 +46,7 @@ from latentflow.training.memory import (
     require_memory,
     total_memory,
 )
-from latentflow.training.settings import explained, load_settings, to_yaml
+from latentflow.training.settings import load_settings, to_yaml
 
 _REPLACED = ("model", "checkpoints", "samples")  # folders of a run
 _STATISTICS_IMAGES = 2048  # enough for per-channel means and deviations to three digits
@@ -443,7 +444,7 @@ def build_model(
             ),
         )
     except ValidationError as error:
-        raise explained(error, ModelConfig, "recipe") from error
+        raise ConfigError(f"recipe: {explain(error, ModelConfig)}") from error
     check(config)
     torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
     return FlowModel(config, config.build_network(), autoencoder)

@@ -15,6 +15,7 @@ from latentflow.errors import ConfigError, nearest
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.unet import UNetConfig
 from latentflow.networks.velocity_network import NETWORKS
+from latentflow.records import explain
 from latentflow.weights import without_memory
 
 
@@ -56,10 +57,7 @@ def explained(error: ValidationError) -> ConfigError:
     if missing:
         name = ", or its name, such as name=SiT-XL/2" if "hidden_size" in missing else ""
         return ConfigError(f"the published network needs {', '.join(missing)}; give them as key=value{name}")
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    return ConfigError(f"option {where} of the published network: {message}" if where else message)
+    return ConfigError(f"published network: {explain(error)}")
 
 
 def _is_list(annotation: object) -> bool:

@@ -37,6 +37,7 @@ from latentflow.metrics.scores import (
 )
 from latentflow.metrics.statistics import FeatureStatistics, exact_device
 from latentflow.progress import image_progress
+from latentflow.records import explain
 from latentflow.runtime import Precision
 
 FEATURE_METRICS = ("fid", "kid", "is", *NEIGHBOUR_SCORES)
@@ -191,9 +192,7 @@ class EvaluationReport(_Record):
         try:
             return cls.model_validate(read_json(file))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the whole"
-            raise ArtifactError(f"{file} is no report of `latentflow evaluate` ({where}: {first['msg']})") from error
+            raise ArtifactError(f"{file} is no report of `latentflow evaluate` ({explain(error)})") from error
 
 
 @dataclass(frozen=True)

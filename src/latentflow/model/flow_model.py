@@ -37,6 +37,7 @@ from latentflow.hub import CARD_FILE, HubId, fetch, looks_like, push_folder, req
 from latentflow.model.card import model_card
 from latentflow.model.config import AUTOENCODER_FOLDER, ModelConfig
 from latentflow.randomness import ImageRandom
+from latentflow.records import explain
 from latentflow.runtime import PrecisionWord, Runtime, open_runtime
 from latentflow.shapes import Condition
 from latentflow.weights import filled, require_fit, tensor_shapes
@@ -285,9 +286,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     try:
         return ModelConfig.model_validate(read_json(file))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+        reason = explain(error, ModelConfig)
     except ConfigError as error:  # of a section that says itself what is wrong
         reason = str(error)
     raise ArtifactError(f"{file} is not the config of a latentflow model ({shorten(reason, 400, placeholder=' ...')})")

@@ -16,9 +16,9 @@ from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError
 from latentflow.model.conditioning import Conditioning
 from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig
+from latentflow.records import explain
 from latentflow.training.config import Recipe
 from latentflow.training.fitting import Situation, fit, is_set, with_values
-from latentflow.training.settings import explained
 
 _ASSUMED_IMAGES, _ASSUMED_CLASSES, _ASSUMED_MAP_CLASSES = 10_000, 10, 20
 
@@ -288,7 +288,7 @@ def _config(recipe: Recipe, data: DataFacts, stage: StageFacts) -> ModelConfig:
             sampling=recipe.sampling,
         )
     except ValidationError as error:
-        raise explained(error, ModelConfig, "recipe") from error
+        raise ConfigError(f"recipe: {explain(error, ModelConfig)}") from error
 
 
 def _is_embedded(reference: str) -> bool:

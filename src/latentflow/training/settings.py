@@ -18,17 +18,17 @@ from __future__ import annotations
 
 import json
 import re
-import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from latentflow.errors import ConfigError, nearest
+from latentflow.records import alternatives, annotation_of, default_kind, explain, sections_of
 from latentflow.training.plain_yaml import Node, Scalar, read_file, read_text
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -53,7 +53,7 @@ def load_settings(schema: type[Schema], file: Path, overrides: Sequence[str] = (
     try:
         return schema.model_validate(_read_section((schema,), values, ""))
     except ValidationError as error:
-        raise explained(error, schema, file.stem) from error
+        raise ConfigError(f"{file.stem}: {explain(error, schema)}") from error
 
 
 def to_yaml(settings: BaseModel) -> str:
@@ -124,8 +124,8 @@ def _apply(schema: type[BaseModel], values: dict[str, Node], path: list[str], va
     """Set one override in nested mappings."""
     sections: tuple[type[BaseModel], ...] = (schema,)
     for number, part in enumerate(path[:-1], start=1):
-        annotation = _field_type(_one_of(sections, values), part)
-        sections = _sections(annotation)
+        annotation = annotation_of(_one_of(sections, values), part)
+        sections = sections_of(annotation)
         inner = values.setdefault(part, {})
         if isinstance(inner, Scalar) and not inner.quoted and not inner.text:
             inner = values[part] = {}
@@ -135,7 +135,7 @@ def _apply(schema: type[BaseModel], values: dict[str, Node], path: list[str], va
             return  # an unknown key, which the check of the whole names
         values = inner
     told = values.get("kind")
-    before = told.text if isinstance(told, Scalar) else _default_kind(sections[0])
+    before = told.text if isinstance(told, Scalar) else default_kind(sections[0])
     if path[-1] == "kind" and before != value.text:
         values.clear()
     values[path[-1]] = value
@@ -143,13 +143,13 @@ def _apply(schema: type[BaseModel], values: dict[str, Node], path: list[str], va
 
 def _read(annotation: Any, node: Node, key: str) -> Any:
     """The value of `node` for the field `key`, whose type says how it is to be read."""
-    kinds = _alternatives(annotation)
+    kinds = alternatives(annotation)
     empty = isinstance(node, Scalar) and not node.quoted and node.text.strip() in _NULL
     if type(None) in kinds and empty:
         return None
     kinds = [kind for kind in kinds if kind is not type(None)]
-    if _sections(annotation):
-        return _read_section(_sections(annotation), node, key)
+    if sections_of(annotation):
+        return _read_section(sections_of(annotation), node, key)
     kind = kinds[0] if len(kinds) == 1 else str
     if typing.get_origin(kind) in (list, tuple):
         return _read_list(kind, node, key)
@@ -177,12 +177,12 @@ def _read_section(schemas: Sequence[type[BaseModel]], node: Node, key: str) -> d
         raise ConfigError(
             f"{_first_place(node)}{key} = {found!r} is a section with keys of its own, like {key}.{example}"
         )
-    kinds, told = [_default_kind(one) for one in schemas], node.get("kind")
+    kinds, told = [default_kind(one) for one in schemas], node.get("kind")
     if len(schemas) > 1 and isinstance(told, Scalar) and told.text not in kinds:
         raise ConfigError(f"{told.where}: {key}: unknown kind {told.text!r}; {nearest(told.text, kinds)}")
     return {
         name: _plain(value)
-        if (annotation := _field_type(schema, name)) is None
+        if (annotation := annotation_of(schema, name)) is None
         else _read(annotation, value, f"{key}.{name}".lstrip("."))
         for name, value in node.items()
     }
@@ -238,35 +238,11 @@ def _read_word(kind: Any, node: Scalar, key: str) -> str:
     return node.text
 
 
-def _alternatives(annotation: Any) -> list[Any]:
-    """The types that an annotation allows, unions taken apart."""
-    if typing.get_origin(annotation) is typing.Annotated:
-        return _alternatives(typing.get_args(annotation)[0])
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        return [kind for one in typing.get_args(annotation) for kind in _alternatives(one)]
-    return [annotation]
-
-
-def _sections(annotation: Any) -> tuple[type[BaseModel], ...]:
-    """The kinds of section that an annotation allows; none for a value."""
-    return tuple(kind for kind in _alternatives(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel))
-
-
 def _one_of(schemas: Sequence[type[BaseModel]], node: Node) -> type[BaseModel]:
     """The kind of section that `node` says it is, the first one where it says nothing known."""
     told = node.get("kind") if isinstance(node, dict) else None
-    named = [schema for schema in schemas if isinstance(told, Scalar) and _default_kind(schema) == told.text]
+    named = [schema for schema in schemas if isinstance(told, Scalar) and default_kind(schema) == told.text]
     return [*named, *schemas][0]
-
-
-def _default_kind(schema: type[BaseModel]) -> str | None:
-    return schema.model_fields["kind"].default if "kind" in schema.model_fields else None
-
-
-def _field_type(schema: type[BaseModel], name: str) -> Any:
-    """The annotation of a field, or of a key that the schema turns into fields; None: there is none."""
-    field = schema.model_fields.get(name)
-    return field.annotation if field else getattr(schema, "also_given", {}).get(name)
 
 
 def _first_place(node: Node) -> str:
@@ -283,36 +259,6 @@ def _plain(node: Node) -> Any:
     if isinstance(node, dict):
         return {key: _plain(value) for key, value in node.items()}
     return [_plain(entry) for entry in node] if isinstance(node, list) else node.text
-
-
-def explained(error: ValidationError, schema: type[BaseModel], origin: str) -> ConfigError:
-    """The first complaint of pydantic as one line for the user."""
-    first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return ConfigError(f"{origin}: {message}")
-    *path, last = (str(part) for part in first["loc"])
-    shown, section = _section_at(schema, path)
-    key = ".".join([*shown, last])
-    if first["type"] == "extra_forbidden":
-        return ConfigError(f"{origin}: unknown key {key!r}; {nearest(last, section.model_fields)}")
-    return ConfigError(f"{origin}: {key} = {first['input']!r}: {message}")
-
-
-def _section_at(schema: type[BaseModel], path: Sequence[str]) -> tuple[list[str], Any]:
-    """Follow pydantic's `path` into nested sections: the keys a user writes, and the class of the last section.
-
-    Where a section may be of several kinds, pydantic's path also names the kind, which is not a key.
-    """
-    shown: list[str] = []
-    sections: tuple[type[BaseModel], ...] = (schema,)
-    for part in path:
-        if len(sections) > 1:
-            sections = tuple(kind for kind in sections if _default_kind(kind) == part)
-        else:
-            shown.append(part)
-            sections = _sections(_field_type(sections[0], part)) or sections
-    return shown, sections[0]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

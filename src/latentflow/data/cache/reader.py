@@ -36,6 +36,7 @@ from latentflow.data.painting.latent_size import shares, told_mask
 from latentflow.data.painting.masks import MaskRules
 from latentflow.errors import ArtifactError, DataError
 from latentflow.ledger import Ledger
+from latentflow.records import explain
 
 SCHEMA_VERSION = 1
 CROP_RULE = "adm-center"
@@ -372,11 +373,7 @@ def parse_record(record: type[_Record], file: Path) -> Any:
     try:
         found = record.model_validate(read_json(file))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ArtifactError(
-            f"{file} does not fit latent cache schema {SCHEMA_VERSION} ({where}: {first['msg']})"
-        ) from error
+        raise ArtifactError(f"{file} does not fit latent cache schema {SCHEMA_VERSION} ({explain(error)})") from error
     checksum = getattr(found, "checksum", None)
     if checksum is not None and checksum != record_checksum(found):
         raise ArtifactError(
