@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from latentflow.artifacts import read_json, sha256_tensors, write_json
 from latentflow.autoencoder_files import load_first_stage
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.randomness import ImageRandom
+from latentflow.records import Record
 from latentflow.runtime import Runtime
 
 BUILT_IN = {"shapes": Path(__file__).parent / "assets" / "shapes_autoencoder"}
@@ -40,10 +41,8 @@ _BYTES_OF_A_SLICE_ON_CPU = 1 << 30
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps alike
 
 
-class LatentNormalisation(BaseModel):
+class LatentNormalisation(Record):
     """Per-channel map between raw latents and those the flow sees; each list holds C numbers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     shift: list[float]
     scale: list[Annotated[float, Field(gt=0)]]

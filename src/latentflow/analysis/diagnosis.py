@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from latentflow.flow.path import Path
+from latentflow.records import Record
 from latentflow.runtime import Runtime
 
 RARE = 0.01
@@ -21,11 +22,7 @@ _OF_MANY = 10  # a training image may be there so many times, less one, and its 
 _BLOCK = 1024  # rows of a distance matrix held at a time
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LossByTime(_Record):
+class LossByTime(Record):
     """The flow-matching loss, mean over the elements of a latent, in equal bins of time."""
 
     data: str
@@ -45,7 +42,7 @@ class LossByTime(_Record):
         return math.hypot(*self.standard_error) / sum(self.baseline)
 
 
-class Ways(_Record):
+class Ways(Record):
     """The shapes of trajectories; see `metrics.trajectories`."""
 
     guidance: float
@@ -58,7 +55,7 @@ class Ways(_Record):
     turning: list[float] = Field(description="Mean over images at `times`, radians per unit of time.")
 
 
-class ChannelMoments(_Record):
+class ChannelMoments(Record):
     """Moments of each channel over images and positions; kurtosis is that in excess of a Gaussian's."""
 
     mean: list[float]
@@ -67,7 +64,7 @@ class ChannelMoments(_Record):
     kurtosis: list[float]
 
 
-class LatentStatistics(_Record):
+class LatentStatistics(Record):
     """Latents of samples beside those of data, and of two halves of the data beside each other."""
 
     samples: ChannelMoments
@@ -79,7 +76,7 @@ class LatentStatistics(_Record):
     spectrum_halves: tuple[list[float], list[float]]
 
 
-class Nearness(_Record):
+class Nearness(Record):
     """How near samples lie to the training images, beside how near held-out images do, in one kind of coordinates."""
 
     space: str
@@ -123,7 +120,7 @@ class Nearness(_Record):
         return sum(distance < self.threshold for distance in self.samples)
 
 
-class Memorisation(_Record):
+class Memorisation(Record):
     """The memorisation test."""
 
     against: str = Field(description="What counts as training images, and what as held out.")
@@ -135,7 +132,7 @@ class Memorisation(_Record):
     spaces: list[Nearness]
 
 
-class Floor(_Record):
+class Floor(Record):
     """Fréchet distances to one half of the real images, each of as many images."""
 
     label: str
@@ -146,7 +143,7 @@ class Floor(_Record):
     standard_errors: tuple[float, float, float]
 
 
-class Diagnosis(_Record):
+class Diagnosis(Record):
     """Everything that was measured."""
 
     model: str

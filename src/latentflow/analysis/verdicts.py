@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from latentflow.analysis.counts import chance_of_before, share_bounds
 from latentflow.analysis.diagnosis import (
     Diagnosis,
@@ -23,6 +21,7 @@ from latentflow.analysis.diagnosis import (
     fine_detail,
     largest_shift,
 )
+from latentflow.records import Record
 
 Mark = Literal["good", "undecided", "look", "bad"]
 
@@ -36,10 +35,8 @@ _MORE_IMAGES = "more images (--num) would decide it"
 _GIVE_TRAIN = "give the images that the model was trained on with --train, and others as DATA"
 
 
-class Verdict(BaseModel):
+class Verdict(Record):
     """One finding in plain words, and the rule it follows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     mark: Mark
     topic: str

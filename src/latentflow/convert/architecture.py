@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args, get_origin
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ConfigDict, ValidationError, model_validator
 from torch import Tensor, nn
 
 from latentflow.convert.keymap import KeyMap
@@ -15,18 +15,18 @@ from latentflow.errors import ConfigError, nearest
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.unet import UNetConfig
 from latentflow.networks.velocity_network import NETWORKS
-from latentflow.records import explain
+from latentflow.records import Record, explain
 from latentflow.weights import without_memory
 
 
-class PublishedOptions(BaseModel):
+class PublishedOptions(Record):
     """Arguments of a published class, under the names it gives them.
 
     Raises:
         ConfigError: an argument it does not have (the nearest is named), or a value that cannot be.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+    model_config = ConfigDict(populate_by_name=True)
 
     @model_validator(mode="before")
     @classmethod

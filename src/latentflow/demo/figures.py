@@ -7,19 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from latentflow.data.sources.synthetic import CLASS_NAMES
 from latentflow.demo.recognition import recognise
+from latentflow.records import Record
 from latentflow.training.config import Recipe
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DemoScale(_Record):
+class DemoScale(Record):
     """How much the demo draws and measures."""
 
     num_judged: int = Field(200, ge=12, description="Samples, and as many real images, that are recognised.")
@@ -39,7 +36,7 @@ class DemoScale(_Record):
         return min(8, self.num_judged // len(CLASS_NAMES))
 
 
-class Recognised(_Record):
+class Recognised(Record):
     """How many of some pictures show what they should, as shares of `num_images`."""
 
     num_images: int
@@ -76,7 +73,7 @@ def judge(pixels: Tensor, labels: Sequence[int]) -> Recognised:
     )
 
 
-class Encoding(_Record):
+class Encoding(Record):
     """Images => latent cache."""
 
     seconds: float
@@ -86,7 +83,7 @@ class Encoding(_Record):
     images_per_second: float = Field(description="Of the images that this call encoded.")
 
 
-class FirstStage(_Record):
+class FirstStage(Record):
     """What the autoencoder keeps of images that nothing was trained on; PSNR in dB of 8-bit pixels."""
 
     seconds: float
@@ -97,7 +94,7 @@ class FirstStage(_Record):
     reconstructed: Recognised
 
 
-class Training(_Record):
+class Training(Record):
     """The training of the velocity network."""
 
     seconds: float = Field(description="Spent in optimizer steps, over all calls of the demo.")
@@ -112,7 +109,7 @@ class Training(_Record):
         return self.images_seen / self.seconds
 
 
-class Sampling(_Record):
+class Sampling(Record):
     """Class-conditional samples with the recipe's own preset."""
 
     seconds: float
@@ -121,7 +118,7 @@ class Sampling(_Record):
     recognised: Recognised
 
 
-class GuidanceRun(_Record):
+class GuidanceRun(Record):
     """The samples of one guidance scale."""
 
     scale: float
@@ -129,14 +126,14 @@ class GuidanceRun(_Record):
     recognised: Recognised
 
 
-class GuidanceSweep(_Record):
+class GuidanceSweep(Record):
     """The same seeds at several guidance scales."""
 
     seconds: float
     runs: list[GuidanceRun]
 
 
-class MapRun(_Record):
+class MapRun(Record):
     """Held-out semantic maps, painted at one guidance scale."""
 
     scale: float
@@ -144,7 +141,7 @@ class MapRun(_Record):
     iou: float = Field(description="Mean over maps of the mean IoU of their classes, asked for against recovered.")
 
 
-class MapPainting(_Record):
+class MapPainting(Record):
     """Mask-to-image: the map is recovered from the picture by a program and held against the one asked for."""
 
     seconds: float
@@ -154,7 +151,7 @@ class MapPainting(_Record):
     runs: list[MapRun]
 
 
-class HoleRun(_Record):
+class HoleRun(Record):
     """Images with holes, filled in one way."""
 
     name: str
@@ -163,7 +160,7 @@ class HoleRun(_Record):
     known_changed: int = Field(description="Values outside the holes that differ from the image.")
 
 
-class HoleFilling(_Record):
+class HoleFilling(Record):
     """Inpainting of held-out images, against the image that the hole covered."""
 
     seconds: float
@@ -172,7 +169,7 @@ class HoleFilling(_Record):
     runs: list[HoleRun]
 
 
-class ConditionLoss(_Record):
+class ConditionLoss(Record):
     """The loss on held-out images told this or that."""
 
     told: list[str]
@@ -180,7 +177,7 @@ class ConditionLoss(_Record):
     standard_error: float
 
 
-class ConditionLosses(_Record):
+class ConditionLosses(Record):
     """What each condition is worth to the network."""
 
     seconds: float
@@ -188,7 +185,7 @@ class ConditionLosses(_Record):
     runs: list[ConditionLoss]
 
 
-class SolverRun(_Record):
+class SolverRun(Record):
     """One solver at one setting, against the fine reference."""
 
     solver: str
@@ -198,7 +195,7 @@ class SolverRun(_Record):
     distance: float = Field(description="Root mean square distance of the latents over that of the reference from 0.")
 
 
-class SolverComparison(_Record):
+class SolverComparison(Record):
     """Every solver at several costs."""
 
     seconds: float
@@ -206,7 +203,7 @@ class SolverComparison(_Record):
     runs: list[SolverRun]
 
 
-class DemoFigures(_Record):
+class DemoFigures(Record):
     """Everything the demo measured; a stage that has not been run is None."""
 
     scale: DemoScale

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from latentflow.artifacts import read_json, read_tensors, write_json, write_tensors
@@ -23,16 +23,13 @@ from latentflow.metrics.resampling import draw_counts
 from latentflow.metrics.scores import resampled_frechet
 from latentflow.metrics.statistics import FeatureStatistics
 from latentflow.progress import image_progress
+from latentflow.records import Record
 from latentflow.runtime import Precision
 
 _RESAMPLES = 100  # a standard error to 7 %
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SweepPlan(_Record):
+class SweepPlan(Record):
     """What makes two sweeps the same: the results of one go on in the other."""
 
     format_version: int = 2
@@ -50,7 +47,7 @@ class SweepPlan(_Record):
     candidates: dict[str, Candidate]
 
 
-class Measured(_Record):
+class Measured(Record):
     """A candidate in one round."""
 
     num: int = Field(description="Images the figures are of.")
@@ -72,11 +69,11 @@ class Measured(_Record):
         return 1000 * self.drawing_seconds / self.num
 
 
-class CandidateRecord(_Record):
+class CandidateRecord(Record):
     """Everything that is known of a candidate; OUT/candidates/NAME.json."""
 
     name: str
-    rounds: list[Measured] = []
+    rounds: list[Measured] = Field([])
     failed: str = Field("", description="Why it cannot be measured.")
 
     @property

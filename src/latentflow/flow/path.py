@@ -14,16 +14,15 @@ from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 from torch import Tensor
 
+from latentflow.records import Record
 from latentflow.shapes import per_image
 
 
-class Path(BaseModel):
+class Path(Record):
     """A path between data and noise, given by its two coefficients as functions of time."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:

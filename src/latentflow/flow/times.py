@@ -9,10 +9,11 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from latentflow.errors import ConfigError
+from latentflow.records import Record
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -23,10 +24,8 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return (shift * t / (1 + (shift - 1) * t)).clamp(0, 1)
 
 
-class TrainingTimes(BaseModel):
+class TrainingTimes(Record):
     """The distribution of the time at which a training image is seen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     distribution: Literal["uniform", "logit_normal"] = Field(
         "uniform", description="uniform on [0, 1] (arXiv 2307.08698), or sigmoid(N(mean, std^2)) (arXiv 2403.03206)."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from latentflow.artifacts import read_json, write_json
@@ -37,7 +37,7 @@ from latentflow.metrics.scores import (
 )
 from latentflow.metrics.statistics import FeatureStatistics, exact_device
 from latentflow.progress import image_progress
-from latentflow.records import explain
+from latentflow.records import Record, explain
 from latentflow.runtime import Precision
 
 FEATURE_METRICS = ("fid", "kid", "is", *NEIGHBOUR_SCORES)
@@ -50,11 +50,7 @@ _RESAMPLES = 200  # of fewer, bounds are not called an interval
 _SUBSET = 1000  # images in a subset of the published KID
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Score(_Record):
+class Score(Record):
     """One number, and how far it can be trusted."""
 
     label: str = Field(description="What it is called.")
@@ -82,7 +78,7 @@ class Score(_Record):
         return " ".join(parts)
 
 
-class FeatureFacts(_Record):
+class FeatureFacts(Record):
     """What images were compared by."""
 
     name: str
@@ -91,7 +87,7 @@ class FeatureFacts(_Record):
     precision: Precision = Field("fp32", description="What they were computed in; published ones are fp32.")
 
 
-class ReferenceFacts(_Record):
+class ReferenceFacts(Record):
     """The real images."""
 
     data: str
@@ -101,7 +97,7 @@ class ReferenceFacts(_Record):
     resize: str
 
 
-class ModelFacts(_Record):
+class ModelFacts(Record):
     """Whose images they are."""
 
     name: str
@@ -109,7 +105,7 @@ class ModelFacts(_Record):
     training: dict[str, Any] = Field(default_factory=dict, description="As the model's config has it.")
 
 
-class EvaluationCounts(_Record):
+class EvaluationCounts(Record):
     """Network calls per image; a guided call counts twice."""
 
     mean: float
@@ -117,7 +113,7 @@ class EvaluationCounts(_Record):
     max: int
 
 
-class EvaluationProtocol(_Record):
+class EvaluationProtocol(Record):
     """Everything that the scores depend on, and what they cost."""
 
     task: Literal["sample", "images", "reconstruction", "inpaint", "mask-to-image"]
@@ -165,7 +161,7 @@ class EvaluationProtocol(_Record):
         }
 
 
-class EvaluationReport(_Record):
+class EvaluationReport(Record):
     """What `latentflow evaluate` finds."""
 
     schema_version: Literal[1] = 1

@@ -12,22 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from latentflow.artifacts import checked_tensors, open_tensors, write_tensors
 from latentflow.errors import ArtifactError, DataError
 from latentflow.metrics.foreign_statistics import read_pickled_arrays
 from latentflow.metrics.statistics import FeatureStatistics
+from latentflow.records import Record
 
 _KEY = "latentflow.reference"
 FOREIGN_SUFFIXES = (".npz", ".npy")
 
 
-class Provenance(BaseModel):
+class Provenance(Record):
     """Where reference statistics come from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str
     """One line for people: the images and how many there are."""

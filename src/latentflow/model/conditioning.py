@@ -23,11 +23,12 @@ from dataclasses import replace
 from typing import Annotated, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from latentflow.errors import ConfigError, nearest
 from latentflow.randomness import ImageRandom
+from latentflow.records import Record
 from latentflow.shapes import Condition
 
 ConditionName = Literal["label", "inpainting", "semantic_map"]
@@ -48,10 +49,8 @@ ClassName = Annotated[str, Field(max_length=1000)]
 Channel = Annotated[int, Field(ge=0, le=255)]
 
 
-class Conditioning(BaseModel):
+class Conditioning(Record):
     """The conditions of a model, as its config stores them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     class_names: list[ClassName] = Field(
         default_factory=list, max_length=1_000_000, description="One name per class; empty: a model without labels."

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation
 from latentflow.data.painting.masks import MaskRules
@@ -20,16 +20,13 @@ from latentflow.networks.velocity_network import (
     VelocityPrediction,
     build_network,
 )
+from latentflow.records import Record
 
 AUTOENCODER_FOLDER = "autoencoder"
 """Where a model folder keeps a first stage that is no hub id."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class SamplingPreset(_Section):
+class SamplingPreset(Record):
     """How a model is sampled unless the user says otherwise."""
 
     solver: str = Field("heun", description="A name from flow.solvers.SOLVERS.")
@@ -49,7 +46,7 @@ class SamplingPreset(_Section):
     atol: float = Field(1e-5, gt=0, le=100, description="Absolute tolerance of adaptive solvers, per image.")
 
 
-class AutoencoderRecord(_Section):
+class AutoencoderRecord(Record):
     """Which first stage a model lives on."""
 
     reference: str = Field(
@@ -71,7 +68,7 @@ class AutoencoderRecord(_Section):
         )
 
 
-class TrainingRecord(_Section):
+class TrainingRecord(Record):
     """What a model was trained on and for how long."""
 
     data: str = Field("", max_length=10_000)
@@ -85,7 +82,7 @@ class TrainingRecord(_Section):
     images_seen: int = Field(0, ge=0)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Record):
     """Everything a model folder says about itself."""
 
     format_version: Literal[1] = 1

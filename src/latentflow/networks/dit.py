@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -25,6 +25,7 @@ from latentflow.networks.layers import (
     rotary_positions,
     sincos_positions,
 )
+from latentflow.records import Record
 from latentflow.shapes import Condition
 
 # Table 1 of the paper.
@@ -44,7 +45,7 @@ VARIANTS = {
 }
 
 
-class DiTConfig(BaseModel):
+class DiTConfig(Record):
     """A diffusion transformer. Give a `name`, or the four sizes, or a name and the sizes that differ from it.
 
     A config is resolved when it is born: every size and option holds its value, so that what is saved stands alone.
@@ -53,8 +54,6 @@ class DiTConfig(BaseModel):
     Raises:
         ConfigError: unknown option, name or variant, a size missing, or sizes that do not fit together.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     kind: Literal["dit"] = "dit"
     name: str | None = Field(

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -26,6 +26,7 @@ from latentflow.errors import ConfigError, nearest
 from latentflow.networks.inputs import FORMER_OPTIONS, VelocityNetwork
 from latentflow.networks.layers import time_sinusoid
 from latentflow.networks.unet_blocks import Downsample, InputBranch, MapAttention, ResidualBlock, Upsample, group_norm
+from latentflow.records import Record
 from latentflow.shapes import Condition
 
 _ADM = {
@@ -76,7 +77,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class UNetConfig(BaseModel):
+class UNetConfig(Record):
     """A U-Net: its sizes, and a `variant` that sets the options not given.
 
     A config is resolved when it is born: every size and option holds its value, so that what is saved stands alone.
@@ -87,7 +88,7 @@ class UNetConfig(BaseModel):
         ConfigError: unknown option or variant, or sizes that do not fit together.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(validate_default=True)
     also_given: ClassVar[Mapping[str, Any]] = {"attention_sizes": tuple[int, ...], "latent_size": int | None}
 
     kind: Literal["unet"] = "unet"

@@ -12,12 +12,13 @@ import math
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
 from latentflow.errors import ConfigError, nearest
 from latentflow.networks.dit import DiT, DiTConfig
 from latentflow.networks.unet import UNet, UNetConfig
+from latentflow.records import Record
 from latentflow.shapes import Condition, per_image
 
 
@@ -41,17 +42,13 @@ NetworkConfig = Annotated[
 NETWORKS: dict[str, type[DiT | UNet]] = {"dit": DiT, "unet": UNet}
 
 
-class _Prediction(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class VelocityPrediction(_Prediction):
+class VelocityPrediction(Record):
     """The network's output is the velocity."""
 
     kind: Literal["velocity"] = "velocity"
 
 
-class NoisePrediction(_Prediction):
+class NoisePrediction(Record):
     """The output is the noise, on a variance-preserving chain of discrete steps (DDPM, DiT); the path is the cosine.
 
     A chain's x_k = sqrt(abar_k) data + sqrt(1 - abar_k) noise lies on the cosine path, whose coefficients are cos and
@@ -66,7 +63,7 @@ class NoisePrediction(_Prediction):
     last_beta: float = Field(0.02, gt=0, lt=1, description="Variance added by the last; between them it grows evenly.")
 
 
-class DenoiserPrediction(_Prediction):
+class DenoiserPrediction(Record):
     """The output is the inner network of EDM's preconditioned denoiser (arXiv 2206.00364, table 1); linear path."""
 
     kind: Literal["edm"] = "edm"

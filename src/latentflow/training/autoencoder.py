@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from latentflow.autoencoder import sample_latents, to_unit_range
 from latentflow.data.batches import Batch, StreamPositions, TrainingImages, lost_workers, stream_batches
 from latentflow.errors import ConfigError
 from latentflow.randomness import ImageRandom, derive_seed
+from latentflow.records import Record
 from latentflow.runtime import Runtime
 from latentflow.shapes import image_mean
 from latentflow.training.changes import ChangeRules
@@ -50,11 +51,7 @@ AUTOENCODER_RECIPES = RECIPES / "autoencoders"
 _KEPT_BYTES = 42  # per residual block, channel and pixel, for the backward pass in float32; measured
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class AutoencoderData(_Section):
+class AutoencoderData(Record):
     """Where the images come from."""
 
     path: str = Field("", description="A folder or zip of images, or 'synthetic:COUNT'.")
@@ -73,7 +70,7 @@ class AutoencoderData(_Section):
     )
 
 
-class AutoencoderNetwork(_Section):
+class AutoencoderNetwork(Record):
     """Convolutions and residual blocks, one level per entry of `channels`, half the side of the one before."""
 
     channels: list[Annotated[int, Field(ge=1, le=4096)]] = Field(
@@ -99,7 +96,7 @@ class AutoencoderNetwork(_Section):
         return self
 
 
-class AutoencoderLoss(_Section):
+class AutoencoderLoss(Record):
     """Weights of the terms beside the absolute error, whose weight is 1."""
 
     edge_weight: float = Field(
@@ -113,7 +110,7 @@ class AutoencoderLoss(_Section):
     )
 
 
-class AutoencoderTraining(_Section):
+class AutoencoderTraining(Record):
     """How long, how fast, and how carefully."""
 
     steps: int = Field(20_000, ge=1, le=MOST_STEPS, description="Optimizer steps.")
@@ -128,7 +125,7 @@ class AutoencoderTraining(_Section):
     keep_checkpoints: int = Field(2, ge=1, le=MOST_STEPS, description="How many of the newest checkpoints stay.")
 
 
-class AutoencoderRecipe(_Section):
+class AutoencoderRecipe(Record):
     """Everything `latentflow train-autoencoder` needs to know."""
 
     description: str = Field("", description="One line, shown by `latentflow recipes`.")

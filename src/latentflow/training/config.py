@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from latentflow.data.cache.resident import Switch
 from latentflow.data.painting.masks import MaskRules
@@ -19,6 +19,7 @@ from latentflow.flow.times import TrainingTimes
 from latentflow.model.config import SamplingPreset
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.velocity_network import NetworkConfig
+from latentflow.records import Record
 from latentflow.runtime import PrecisionWord
 from latentflow.training.changes import ChangeRules
 from latentflow.training.optim import OptimizerConfig
@@ -32,11 +33,7 @@ LARGEST_IMAGE = 8192
 LARGEST_SEED = 2**63 - 1
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class DataConfig(_Section):
+class DataConfig(Record):
     """Where the images come from."""
 
     path: str = Field("", description="A latent cache, a folder or zip of images, or 'synthetic:COUNT'.")
@@ -67,7 +64,7 @@ class DataConfig(_Section):
     )
 
 
-class ConditioningConfig(_Section):
+class ConditioningConfig(Record):
     """What the model is told, and how often it is not, so that guidance by it means something."""
 
     label_dropout: float = Field(0.1, ge=0, lt=1, description="Share of labels left out; 0: no guidance by them.")
@@ -77,7 +74,7 @@ class ConditioningConfig(_Section):
     map_dropout: float = Field(0.1, ge=0, lt=1, description="Share of maps left out; 0: no guidance by them.")
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Record):
     """How long, how fast, and how carefully."""
 
     steps: int = Field(100_000, ge=1, le=MOST_STEPS, description="Optimizer steps.")
@@ -118,7 +115,7 @@ class TrainingConfig(_Section):
         return step % self.checkpoint_every == 0 or (self.keep_every is not None and step % self.keep_every == 0)
 
 
-class Recipe(_Section):
+class Recipe(Record):
     """Everything `latentflow train` needs to know."""
 
     description: str = Field("", description="One line, shown by `latentflow recipes`.")

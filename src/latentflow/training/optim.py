@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from latentflow.records import Record
 from latentflow.runtime import Runtime
 
 
-class OptimizerConfig(BaseModel):
+class OptimizerConfig(Record):
     """AdamW and the course of its learning rate."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     learning_rate: float = Field(1e-4, gt=0, le=1e9, description="At its highest, after the warm-up.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)

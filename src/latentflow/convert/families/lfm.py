@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from latentflow.convert.architecture import Architecture, PublishedOptions
 from latentflow.convert.families.dit import DiTOptions, dit
@@ -14,6 +14,7 @@ from latentflow.convert.families.guided_unet import GuidedUNetOptions, guided_un
 from latentflow.data.prepare import CELEBAMASK_HQ
 from latentflow.errors import ConfigError, nearest
 from latentflow.networks.dit import NAMES
+from latentflow.records import Record
 
 
 class LfmFlags(PublishedOptions):
@@ -65,10 +66,8 @@ class LfmFlags(PublishedOptions):
         return self
 
 
-class Experiment(BaseModel):
+class Experiment(Record):
     """One published experiment: what was trained on what, and how it was drawn from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str
     num_images: int

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from latentflow.artifacts import checksum_of, open_tensors, read_json, sha256_file, verifies
@@ -36,7 +36,7 @@ from latentflow.data.painting.latent_size import shares, told_mask
 from latentflow.data.painting.masks import MaskRules
 from latentflow.errors import ArtifactError, DataError
 from latentflow.ledger import Ledger
-from latentflow.records import explain
+from latentflow.records import Record, explain
 
 SCHEMA_VERSION = 1
 CROP_RULE = "adm-center"
@@ -45,11 +45,7 @@ Indices = Sequence[int] | np.ndarray | Tensor
 Flags = Sequence[bool] | np.ndarray | Tensor
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CachePlan(_Record):
+class CachePlan(Record):
     """What a cache holds; two runs may share a cache only if their plans are equal."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -70,8 +66,8 @@ class CachePlan(_Record):
     num_channels: int
     moments_shape: tuple[int, int, int]
     class_names: list[str]
-    map_class_names: list[str] = []
-    map_palette: list[tuple[int, int, int]] = []
+    map_class_names: list[str] = Field([])
+    map_palette: list[tuple[int, int, int]] = Field([])
     masks: MaskRules | None = None
     masks_fingerprint: str = ""
     mask_variants: int = 0
@@ -86,7 +82,7 @@ class CachePlan(_Record):
         return -(-self.num_source_images // self.shard_size)
 
 
-class ShardRecord(_Record):
+class ShardRecord(Record):
     """One finished shard: its checks and its share of the statistics (sums over images and positions)."""
 
     file: str
@@ -103,14 +99,14 @@ class ShardRecord(_Record):
     checksum: int | None = None  # of this record
 
 
-class CachedSource(_Record):
+class CachedSource(Record):
     """The images that a cache was made from, one after the other; read only where something has changed."""
 
     names: list[str]
     contents: list[str]
 
 
-class CacheIndex(_Record):
+class CacheIndex(Record):
     """The complete cache: its plan, its shards, per-channel statistics of the raw latents."""
 
     plan: CachePlan
@@ -364,7 +360,7 @@ def check_size(file: str | Path, shard: ShardRecord) -> None:
         )
 
 
-def parse_record(record: type[_Record], file: Path) -> Any:
+def parse_record(record: type[Record], file: Path) -> Any:
     """The `record` in a JSON file of a cache.
 
     Raises:
@@ -383,11 +379,11 @@ def parse_record(record: type[_Record], file: Path) -> Any:
     return found
 
 
-def record_checksum(record: _Record) -> int:
+def record_checksum(record: Record) -> int:
     """The checksum of a record without the checksum in it; fields that later versions add do not change it."""
     return checksum_of(record.model_dump(mode="json", exclude={"checksum"}, exclude_defaults=True))
 
 
-def sealed(record: _Record) -> dict[str, Any]:
+def sealed(record: Record) -> dict[str, Any]:
     """A record with its checksum, to be written as JSON."""
     return {**record.model_dump(mode="json"), "checksum": record_checksum(record)}

@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from latentflow.console import notice
 from latentflow.data.painting.latent_size import ToldAs
@@ -30,6 +30,7 @@ from latentflow.data.stores.files import FolderStore, is_image
 from latentflow.data.stores.layout import counted, unread_pictures
 from latentflow.errors import ConfigError, DataError
 from latentflow.progress import image_progress
+from latentflow.records import Record
 
 HoleKind = Literal["strokes", "boxes", "halves", "borders"]
 
@@ -55,14 +56,12 @@ REACH: dict[HoleKind, tuple[float, float]] = {
 _PATIENCE = 300  # pieces drawn for one mask, over all attempts; the default rules need 2.5 on average
 
 
-class MaskRules(BaseModel):
+class MaskRules(Record):
     """How random holes are drawn, as a recipe, a latent cache and a model folder store it.
 
     Raises:
         ConfigError: no mask can meet these rules.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     policy: Literal["mixed", HoleKind] = Field(
         "mixed",
