@@ -274,7 +274,7 @@ def sampling_laps(recipe: Recipe, model: LatentFlow, runtime: Runtime, solver: s
     batch_size, conditioning = recipe.training.batch_size, model.config.conditioning
     noise = initial_noise(model, SampleRequest(seeds=range(batch_size)))
     labels = torch.arange(batch_size) % conditioning.num_classes
-    condition = conditioning.build(noise.shape, device, labels=labels)
+    condition = conditioning.build(noise.shape, device, Condition(labels=labels))
     null = conditioning.without(condition, ["label"])
     stopwatch, laps = Stopwatch(device), []
     warm_up = warm_up_rounds(device)

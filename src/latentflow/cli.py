@@ -22,9 +22,9 @@ from latentflow.door import guarded, hush_libraries
 from latentflow.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from latentflow.commands.pictures import Pictures
     from latentflow.model.config import SamplingPreset
     from latentflow.runtime import Runtime
+    from latentflow.sampling.named_files import Pictures
 
 app = typer.Typer(
     name="latentflow",
@@ -1067,8 +1067,8 @@ def vary(
     )
     rows = {
         "folder": str(out),
-        "original": str(result.original),
-        "variations": len(result.files),
+        "original": str(result.files[0]),
+        "variations": len(result.files) - 1,
         "grid": str(result.grid),
         "evaluations per image": round(result.evaluations, 2),
         "seconds": round(result.seconds, 2),

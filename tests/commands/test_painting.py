@@ -195,7 +195,7 @@ def test_an_old_picture_of_ours_is_replaced_and_no_other_file(paint, place):
         (place / "old.png").write_bytes(content)
         refused = paint("inpaint", "all", "image", "mask", "--out", str(place / "old.png"))
         assert refused.code == 2
-        assert "old.png is there and was not drawn by this program, so it stays; choose another --out" in refused.err
+        assert "old.png exists and was not drawn by this program, so it stays; choose another --out" in refused.err
         assert (place / "old.png").read_bytes() == content
 
 
@@ -227,7 +227,7 @@ def test_an_input_is_not_overwritten_by_one_of_several(paint, place):
         (("image", "none.png"), "none.png does not exist"),
         (("none.png", "mask"), "none.png does not exist"),
         (("image", "."), "is a folder"),
-        (("line", "line_mask"), "less than one latent pixel"),
+        (("line", "line_mask"), "smaller than one latent pixel"),
         (("image", "mask", "--map", "small_map"), "28 x 26"),
         (("image", "mask", "--map", "unknown_class"), "class 3"),
         (("image", "mask", "--map", "unknown_colours"), "of no class"),
@@ -279,7 +279,7 @@ def test_inpaint_bad_requests(paint, leaves_nothing, model, options, said):
         ("all", ("text",), "no image that Pillow can read"),
         ("all", ("none.png",), "none.png does not exist"),
         ("all", (".",), "is a folder"),
-        ("all", ("line_map",), "less than one latent pixel"),
+        ("all", ("line_map",), "smaller than one latent pixel"),
         ("all", ("map", "--native"), "resize to 32 x 24"),
         ("all", ("map", "--num", "0"), "number of images 0"),
         ("all", ("map", "--guidance", "2", "--guided-by", "inpainting"), "not told"),

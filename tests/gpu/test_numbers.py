@@ -12,6 +12,7 @@ from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
 from latentflow.randomness import ImageRandom
 from latentflow.runtime import Runtime
+from latentflow.shapes import Condition
 from latentflow.training.log import read_metrics
 from tests import tiny
 from tests.gpu.test_training import checkpoint, furthest
@@ -49,10 +50,10 @@ def test_velocities_agree(device, kl, conditioning):
         told["masked_latents"] = torch.randn(latents.shape, generator=random)
         told["mask"] = torch.rand(3, 1, *latents.shape[2:], generator=random)
         told["class_fractions"] = torch.rand(3, 3, *latents.shape[2:], generator=random)
-    here = model.velocity(latents, time, model.config.conditioning.build(latents.shape, "cpu", **told))
+    here = model.velocity(latents, time, model.config.conditioning.build(latents.shape, "cpu", Condition(**told)))
     model.to(Runtime(torch.device(device), precision="fp32"))
     told = {name: value.to(device) for name, value in told.items()}
-    condition = model.config.conditioning.build(latents.shape, device, **told)
+    condition = model.config.conditioning.build(latents.shape, device, Condition(**told))
     there = model.velocity(latents.to(device), time.to(device), condition).cpu()
     torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-5)
 
@@ -110,7 +111,7 @@ def test_fixed_steps_never_wait_for_the_gpu(cuda, kl, solver, interval):
     conditioning = model.config.conditioning
     noise = torch.randn(4, *model.config.latent_shape, device="cuda")
     labels = torch.tensor([0, 1, 2, 0], device="cuda")
-    condition = conditioning.build(noise.shape, "cuda", labels=labels)
+    condition = conditioning.build(noise.shape, "cuda", Condition(labels=labels))
     null = conditioning.without(condition, ["label"])
     velocity = ConditionedVelocity(model.velocity, condition, null, 2.0, interval=interval)
     times = sampling_times(5)

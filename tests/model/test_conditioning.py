@@ -48,7 +48,7 @@ def test_the_null_label_is_the_index_behind_the_last_class():
 
 
 def test_what_is_given_is_taken_and_the_rest_is_null():
-    told, nothing = ALL.build((2, *LATENTS), "cpu", **given(2)), ALL.build((2, *LATENTS), "cpu")
+    told, nothing = ALL.build((2, *LATENTS), "cpu", Condition(**given(2))), ALL.build((2, *LATENTS), "cpu")
     assert told.names == nothing.names == list(NULLS)
     for name, value in given(2).items():
         assert torch.equal(getattr(told, name), value)
@@ -60,36 +60,40 @@ def test_what_is_given_is_taken_and_the_rest_is_null():
 @pytest.mark.parametrize("name", NULLS)
 def test_one_field_may_be_given_alone(name):
     some = given(2)
-    built = ALL.build((2, *LATENTS), "cpu", **{name: some[name]})
+    built = ALL.build((2, *LATENTS), "cpu", Condition(**{name: some[name]}))
     assert torch.equal(getattr(built, name), some[name])
     assert all(is_null(built, other).all() for other in NULLS if other != name)
 
 
 def test_fields_get_the_dtype_of_training():
     halves = {name: value.half() if value.is_floating_point() else value.int() for name, value in given(2).items()}
-    built = ALL.build((2, *LATENTS), "cpu", **halves)
+    built = ALL.build((2, *LATENTS), "cpu", Condition(**halves))
     assert [getattr(built, name).dtype for name in built.names] == [torch.int64] + [torch.float32] * 3
 
 
 @pytest.mark.parametrize(
     ("told", "name", "said"),
     [
-        (Conditioning(), "labels", "it is told nothing: it is unconditional"),
-        (ANIMALS, "mask", "not trained with the condition inpainting; it is told label"),
-        (ANIMALS, "masked_latents", "not trained with the condition inpainting; it is told label"),
-        (Conditioning(inpainting=True), "class_fractions", "the condition semantic_map; it is told inpainting"),
+        (Conditioning(), "labels", "it is unconditional"),
+        (ANIMALS, "mask", "not trained with the condition inpainting; it is conditioned on label"),
+        (ANIMALS, "masked_latents", "not trained with the condition inpainting; it is conditioned on label"),
+        (
+            Conditioning(inpainting=True),
+            "class_fractions",
+            "the condition semantic_map; it is conditioned on inpainting",
+        ),
     ],
 )
 def test_a_condition_that_the_model_does_not_have_is_refused(told, name, said):
     with pytest.raises(ConfigError, match=said):
-        told.build((2, *LATENTS), "cpu", **{name: given(2)[name]})
+        told.build((2, *LATENTS), "cpu", Condition(**{name: given(2)[name]}))
 
 
 def test_require_and_can_guide():
     assert list(ALL.dropout.items()) == [("label", 0.25), ("inpainting", 0.5), ("semantic_map", 0.1)]
     for name in CONDITION_NAMES:
         ALL.require(name)
-        with pytest.raises(ConfigError, match=f"the condition {name}; it is told nothing"):
+        with pytest.raises(ConfigError, match=f"the condition {name}; it is unconditional"):
             Conditioning().require(name)
     assert ALL.can_guide == list(CONDITION_NAMES)
     assert ALL.model_copy(update={"inpainting_dropout": 0}).can_guide == ["label", "semantic_map"]
@@ -122,7 +126,7 @@ def test_a_rate_of_zero_drops_nothing_and_draws_as_many_numbers():
 
 @pytest.mark.parametrize("kinds", [[], ["label"], ["inpainting"], ["semantic_map"], list(CONDITION_NAMES)])
 def test_dropping_puts_nulls_in_those_rows_and_nowhere_else(kinds):
-    told = ALL.build((4, *LATENTS), "cpu", **given(4))
+    told = ALL.build((4, *LATENTS), "cpu", Condition(**given(4)))
     rows = {kind: torch.arange(4) % (2 + place) == 0 for place, kind in enumerate(kinds)}
     changed = ALL.drop(told, rows)
     for kind, names in FIELDS.items():
@@ -133,7 +137,7 @@ def test_dropping_puts_nulls_in_those_rows_and_nowhere_else(kinds):
 
 
 def test_without_is_the_null_twin():
-    told, nothing = ALL.build((2, *LATENTS), "cpu", **given(2)), ALL.build((2, *LATENTS), "cpu")
+    told, nothing = ALL.build((2, *LATENTS), "cpu", Condition(**given(2))), ALL.build((2, *LATENTS), "cpu")
     twin = ALL.without(told, CONDITION_NAMES)
     assert all(torch.equal(getattr(twin, name), getattr(nothing, name)) for name in NULLS)
     partly = ALL.without(told, ["inpainting"])

@@ -13,6 +13,7 @@ from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
 from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, initial_noise, sample
 from latentflow.sampling.request import SampleRequest, check_request, guided_by, make_request
+from latentflow.shapes import Condition
 from tests import tiny
 from tests.sampling.test_pipeline import ROUNDING, same_pictures
 
@@ -118,7 +119,7 @@ def test_no_class_draws_unconditionally(kl, nobody):
     null = torch.full((3,), 3)
 
     def velocity(x, t):
-        return model.network(x, t.float(), model.config.conditioning.build(x.shape, "cpu", labels=null))
+        return model.network(x, t.float(), model.config.conditioning.build(x.shape, "cpu", Condition(labels=null)))
 
     with torch.inference_mode():
         x = integrate(velocity, initial_noise(model, drawn.request), sampling_times(2), solver="euler").x
@@ -239,5 +240,5 @@ def test_a_condition_that_was_never_dropped_must_be_told(kl, missing, said):
 
 @pytest.mark.parametrize("kind", SPACE)
 def test_a_condition_that_the_model_has_not_is_refused(kl, kind):
-    with pytest.raises(ConfigError, match=f"not trained with the condition {kind}; it is told label"):
+    with pytest.raises(ConfigError, match=f"not trained with the condition {kind}; it is conditioned on label"):
         make_request(tiny.model(kl), told=[kind])

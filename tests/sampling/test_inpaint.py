@@ -28,7 +28,8 @@ from latentflow.flow.solvers import is_adaptive
 from latentflow.flow.times import TrainingTimes
 from latentflow.model.conditioning import CONDITION_NAMES
 from latentflow.randomness import derive_seed
-from latentflow.sampling.inpaint import FITS, METHODS, Frame, choose_frame, inpaint
+from latentflow.sampling.frame import FITS, Frame, choose_frame
+from latentflow.sampling.inpaint import METHODS, inpaint
 from latentflow.shapes import Condition
 from latentflow.training.step import training_step
 from tests import tiny
@@ -218,7 +219,7 @@ def test_known_pixels_stay_for_any_hole(model, height, width, seed, feather):
     try:
         result = inpaint(model, image, mask, feather=feather)
     except DataError as error:  # of few pixels with holes all over, nothing may be left
-        assert "leaves nothing" in str(error)
+        assert "the mask covers the whole image" in str(error)
         return
     assert (pixels_of(result)[0] == image)[mask == 0].all()
 
@@ -662,7 +663,7 @@ def test_requests_that_are_refused(model, request_, message):
         (picture(16, 16), np.ones((16, 16)), None, "all white"),
         (picture(16, 16), np.ones((16, 16, 2)), None, r"\[16, 16, 2\]"),
         (picture(16, 16), Image.new("L", (16, 16), 90), None, "darker than half white"),
-        (picture(1, 16), box(1, 16, 0, 3, 1, 5), None, "less than one latent pixel"),
+        (picture(1, 16), box(1, 16, 0, 3, 1, 5), None, "smaller than one latent pixel"),
         (picture(16, 16).astype(np.float64), middle(16, 16), None, r"\[height, width, 3\] uint8"),
         (Image.fromarray(np.ones((16, 16), np.float32)), middle(16, 16), None, "mode F have no defined white"),
         (picture(16, 16), middle(16, 16), np.zeros((16, 20), np.uint8), "20 x 16"),
@@ -680,14 +681,14 @@ def test_images_masks_and_maps_that_are_refused(model, image, mask, semantic_map
 def test_a_hole_that_leaves_nothing_at_the_size_the_model_sees(model):
     grid = np.ones((160, 160), np.uint8)
     grid[::10, ::10] = 0
-    with pytest.raises(DataError, match=r"at 16 x 16 pixels.*leaves nothing"):
+    with pytest.raises(DataError, match=r"at 16 x 16 pixels.*the mask covers the whole image"):
         inpaint(model, picture(160, 160), grid)
     result = inpaint(model, picture(160, 160), grid, fit="native")
     assert (pixels_of(result)[0] == picture(160, 160))[grid == 0].all()
     comb = np.zeros((16, 16), np.uint8)
     comb[:, ::2] = 1  # a hole in every latent pixel: known to a model that is told shares, and to no other
     assert inpaint(model, picture(16, 16), comb).request.told == ["inpainting"]
-    with pytest.raises(DataError, match="leaves nothing"):
+    with pytest.raises(DataError, match="the mask covers the whole image"):
         inpaint(model, picture(16, 16), comb, method="replacement")
 
 

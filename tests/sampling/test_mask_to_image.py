@@ -213,7 +213,7 @@ def test_a_map_that_was_never_dropped_cannot_guide(kl):
         (np.zeros((16, 16, 3), np.uint8), r"\[16, 16, 3\]"),
         (np.zeros((16, 16)), "float64"),
         (np.zeros((16, 16), bool), "bool"),
-        (np.zeros((1, 16), np.uint8), "less than one latent pixel"),
+        (np.zeros((1, 16), np.uint8), "smaller than one latent pixel"),
         (Image.new("RGB", (16, 16), (1, 2, 3)), "of no class"),
         (Image.new("RGBA", (16, 16), (*tiny.MAP_PALETTE[0], 90)), "not opaque"),
         (Image.new("F", (16, 16)), "mode F"),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latentflow.commands.pictures import Pictures, require_picture_file, write_pictures
 from latentflow.model.flow_model import FlowModel
-from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.edits import image_to_image as redraw
+from latentflow.sampling.named_files import Pictures, draw_to
+from latentflow.sampling.samples import Samples
 
 
 def image_to_image(
@@ -21,15 +22,9 @@ def image_to_image(
     runtime: Runtime | None = None,
     **request: Any,
 ) -> Pictures:
-    """Redraw an image once per seed; the request is that of `latentflow.sampling.edits.image_to_image`.
+    """Redraw an image once per seed; see `latentflow.sampling.edits.image_to_image` and `draw_to`."""
 
-    Args:
-        out: the PNG file; several pictures are named like it, with their seeds.
+    def draw(flow: FlowModel, on_images: Callable[[int], None]) -> Samples:
+        return redraw(flow, image, num=num, on_images=on_images, **request)
 
-    Raises:
-        ArtifactError, ConfigError, DataError: before anything is written.
-    """
-    require_picture_file(out, image)
-    flow = FlowModel.from_pretrained(model, runtime=runtime)
-    with image_progress("redrawing", num) as on_images:
-        return write_pictures(redraw(flow, image, num=num, on_images=on_images, **request), out, image)
+    return draw_to(out, model, draw, inputs=(image,), num=num, doing="redrawing", runtime=runtime)

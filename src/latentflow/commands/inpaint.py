@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latentflow.commands.pictures import Pictures, require_picture_file, write_pictures
 from latentflow.model.flow_model import FlowModel
-from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.inpaint import inpaint as fill_hole
+from latentflow.sampling.named_files import Pictures, draw_to
+from latentflow.sampling.samples import Samples
 
 
 def inpaint(
@@ -22,16 +23,10 @@ def inpaint(
     runtime: Runtime | None = None,
     **request: Any,
 ) -> Pictures:
-    """Fill the hole of an image once per seed; the request is that of `latentflow.sampling.inpaint.inpaint`.
+    """Fill the hole of an image once per seed; see `latentflow.sampling.inpaint.inpaint` and `draw_to`."""
 
-    Args:
-        out: the PNG file; several pictures are named like it, with their seeds.
+    def draw(flow: FlowModel, on_images: Callable[[int], None]) -> Samples:
+        return fill_hole(flow, image, mask, num=num, on_images=on_images, **request)
 
-    Raises:
-        ArtifactError, ConfigError, DataError: before anything is written.
-    """
-    inputs = [file for file in (image, mask, request.get("semantic_map")) if file is not None]
-    require_picture_file(out, *inputs)
-    flow = FlowModel.from_pretrained(model, runtime=runtime)
-    with image_progress("inpainting", num) as on_images:
-        return write_pictures(fill_hole(flow, image, mask, num=num, on_images=on_images, **request), out, *inputs)
+    inputs = (image, mask, request.get("semantic_map"))
+    return draw_to(out, model, draw, inputs=inputs, num=num, doing="inpainting", runtime=runtime)

@@ -9,7 +9,7 @@ from typing import Any
 from latentflow.artifacts import require_writable, write_tensors
 from latentflow.data.pictures.single import describe_file
 from latentflow.locks import writes
-from latentflow.model.conditioning import ClassList
+from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime

@@ -48,10 +48,9 @@ def loss(
 
 def condition_sets(conditioning: Conditioning) -> list[list[ConditionName]]:
     """Nothing, each condition alone, all of them; what the model cannot do without is always told."""
-    needed = [name for name, share in conditioning.dropout.items() if share == 0]
-    everything = list(conditioning.dropout)
-    sets = [needed, *([name for name in everything if name == chosen or name in needed] for chosen in everything)]
-    return [list(told) for told in dict.fromkeys(map(tuple, [*sets, everything]))]
+    everything = list(conditioning.kinds)
+    sets = [[], *([name] for name in everything), everything]
+    return [list(told) for told in dict.fromkeys(tuple(conditioning.with_required(names)) for names in sets)]
 
 
 def held_out_images(model: FlowModel, data: str | Path, *, seed: int = 0) -> TrainingImages:

@@ -100,7 +100,7 @@ def check_flow(model: FlowModel, labels: Sequence[int] | None = None) -> SelfChe
 
 def _told(model: FlowModel, x: Tensor, labels: Sequence[int] | None) -> Condition:
     given = None if labels is None else torch.tensor(labels)
-    return model.config.conditioning.build(x.shape, model.device, labels=given)
+    return model.config.conditioning.build(x.shape, model.device, Condition(labels=given))
 
 
 def _smoothness(x: Tensor) -> float:

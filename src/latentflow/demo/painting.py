@@ -24,7 +24,7 @@ from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
 from latentflow.sampling.contact_sheet import save_grid
-from latentflow.sampling.inpaint import Frame
+from latentflow.sampling.frame import Frame
 from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import make_request
 from latentflow.sampling.samples import Samples
@@ -46,7 +46,7 @@ def paint_maps(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, A
     runs, rows = [], [coloured[:NUM_COLUMNS]]
     for scale in figures.scale.painting_scales:
         samples = _draw(model, len(items), ["semantic_map"], given, guidance=scale)
-        evaluations = samples.evaluations.double().mean().item()
+        evaluations = samples.mean_evaluations
         runs.append({"scale": scale, "evaluations": evaluations, "iou": mean_iou(maps, samples.pixels)})
         rows.append(samples.pixels[:NUM_COLUMNS])
     save_grid(out / "samples" / "maps.png", torch.cat([*rows, real[:NUM_COLUMNS]]), min(NUM_COLUMNS, len(items)))
@@ -80,7 +80,7 @@ def fill_holes(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, A
     for name, conditions, given, scale in ways:
         samples = _draw(model, len(items), conditions, given, guidance=scale)
         filled = _pasted(samples.pixels, pictures, holes)
-        evaluations = samples.evaluations.double().mean().item()
+        evaluations = samples.mean_evaluations
         runs.append({"name": name, "evaluations": evaluations, **_errors(filled, real, inside)})
         rows.append(filled[:NUM_COLUMNS])
     outside = (~inside).float()

@@ -184,7 +184,7 @@ def _sample(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]
     save_grid(out / "samples" / "classes.png", torch.cat(by_class), columns)
     return {
         "drawing_seconds": samples.seconds,
-        "evaluations": samples.evaluations.double().mean().item(),
+        "evaluations": samples.mean_evaluations,
         "recognised": judge(samples.pixels, samples.request.labels),
     }
 
@@ -194,7 +194,7 @@ def _sweep_guidance(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[s
     for scale in figures.scale.guidance_scales:
         samples = _draw(model, figures.scale.num_per_scale, guidance=scale)
         recognised = judge(samples.pixels, samples.request.labels)
-        evaluations = samples.evaluations.double().mean().item()
+        evaluations = samples.mean_evaluations
         runs.append({"scale": scale, "evaluations": evaluations, "recognised": recognised})
         rows.append(samples.pixels[: len(CLASS_NAMES)])
     save_grid(out / "samples" / "guidance.png", torch.cat(rows), len(CLASS_NAMES))
@@ -216,9 +216,9 @@ def _compare_solvers(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[
             )
             error = (samples.latents - reference.latents).square().mean().sqrt()
             distance = error / reference.latents.square().mean().sqrt()
-            evaluations = samples.evaluations.double().mean().item()
+            evaluations = samples.mean_evaluations
             runs.append({"solver": solver, **setting, "evaluations": evaluations, "distance": distance.item()})
-    return {"reference_evaluations": reference.evaluations.double().mean().item(), "runs": runs}
+    return {"reference_evaluations": reference.mean_evaluations, "runs": runs}
 
 
 def steps_within(solver: str, budget: int) -> int:

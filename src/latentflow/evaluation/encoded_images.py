@@ -21,6 +21,7 @@ from latentflow.errors import ConfigError, DataError, NonFiniteError
 from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom
+from latentflow.shapes import Condition
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """A function of x [B, ...] and t [B]."""
@@ -154,7 +155,7 @@ def _readable(source: ImageSource, order: Iterator[int]) -> Iterator[tuple[int, 
 def told_velocity(flow: FlowModel, labels: Tensor | None, count: int) -> Velocity:
     """The model's velocity of `count` images told `labels` and nothing else, in the dtype and on the device of x."""
     shape = (count, *flow.config.latent_shape)
-    condition = flow.config.conditioning.build(shape, flow.device, labels=labels)
+    condition = flow.config.conditioning.build(shape, flow.device, Condition(labels=labels))
 
     def velocity(x: Tensor, time: Tensor) -> Tensor:
         return flow.velocity(x.to(flow.device, torch.float32), time.to(flow.device, torch.float32), condition).to(x)

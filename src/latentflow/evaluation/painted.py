@@ -33,7 +33,7 @@ from latentflow.metrics.pairs import PairJudge, confusion, iou, pair_order
 from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
-from latentflow.sampling.inpaint import Frame
+from latentflow.sampling.frame import Frame
 from latentflow.sampling.pipeline import Given
 from latentflow.sampling.request import SampleRequest, make_request
 from latentflow.sampling.samples import Samples

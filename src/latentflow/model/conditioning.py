@@ -1,52 +1,189 @@
-"""What the network is told besides latents and time, built the same way in training and sampling.
+"""The conditions of a model: what the network sees besides latents and time.
 
-A model may hear any set of three conditions. Each has a null, "nothing is said", which training puts in its
-place now and then (dropout), each condition on its own. So any subset of them can be asked for, and
-classifier-free guidance works for each.
+A model has any subset of three conditions, one class each. Every condition has a null value. Training puts it in the
+place of the true value at random (dropout), for each condition independently, so a model can be sampled with any subset
+of its conditions, and classifier-free guidance (arXiv 2207.12598) works for each of them.
 
-    condition       what it is                                              its null
-    label           a class index                                           the null label, behind the last class
-    inpainting      latents of the image without its hole, and the mask     latents 0, mask 1: all is to be painted
-    semantic_map    shares of map classes in each latent pixel              0: no class is named
+    condition       value                                                   null value
+    label           a class index                                           the null label, after the last class
+    inpainting      latents of the image without its hole, and the mask     latents 0, mask 1: everything is hole
+    semantic_map    fraction of each map class in each latent pixel         0 for every class
+
+A new condition is one class here: its name, the fields of `Condition` that it fills, their shapes and null values.
 
 Legend: B images, C latent channels, h and w latent height and width, K classes of the semantic map.
 """
 
 from __future__ import annotations
 
-import operator
-import re
-import unicodedata
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence, Set
-from dataclasses import replace
-from typing import Annotated, Literal, get_args
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from latentflow.errors import ConfigError, nearest
+from latentflow.errors import ConfigError
+from latentflow.model.class_names import ClassList, class_index, class_indices
 from latentflow.randomness import ImageRandom
 from latentflow.records import Record
 from latentflow.shapes import Condition
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
+
 ConditionName = Literal["label", "inpainting", "semantic_map"]
 CONDITION_NAMES: tuple[ConditionName, ...] = get_args(ConditionName)
 
-ClassList = int | str | Sequence[int | str]
-"""Classes as a person gives them: one, or a list of either names or indices; see `Conditioning.class_indices`."""
-
-CONDITION_FIELDS: dict[ConditionName, tuple[str, ...]] = {
-    "label": ("labels",),
-    "inpainting": ("masked_latents", "mask"),
-    "semantic_map": ("class_fractions",),
-}
-"""The fields of `Condition` that each condition fills."""
-
+NOTHING = Condition()
+"""No condition is given."""
 
 ClassName = Annotated[str, Field(max_length=1000)]
 Channel = Annotated[int, Field(ge=0, le=255)]
+
+
+@dataclass(frozen=True)
+class ConditionKind(ABC):
+    """One condition of a model.
+
+    Attributes:
+        dropout: fraction of training images that see the null value; 0: the model cannot do without the condition.
+        name: in requests and in the metadata of pictures.
+        dropout_key: the key of `dropout` in a recipe's `conditioning` and in config.json.
+        task: of `latentflow evaluate` that gives this condition.
+        fields: of `Condition` that it fills.
+        dtype: of these fields.
+    """
+
+    dropout: float
+
+    name: ClassVar[ConditionName]
+    dropout_key: ClassVar[str]
+    task: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]]
+    dtype: ClassVar[torch.dtype] = torch.float32
+
+    @classmethod
+    @abstractmethod
+    def of(cls, config: Conditioning) -> Self | None:
+        """The condition as a config describes it; None: the model does not have it."""
+
+    @property
+    @abstractmethod
+    def nulls(self) -> tuple[float, ...]:
+        """The null value of each field."""
+
+    @abstractmethod
+    def shapes(self, latents_shape: Sequence[int]) -> list[tuple[int, ...]]:
+        """The shape of each field, for latents of the shape [B, C, h, w]."""
+
+    @abstractmethod
+    def remedy(self, given: Collection[ConditionName]) -> str:
+        """How to give this condition, to a user who gave the others."""
+
+    def complete(self, given: Condition, latents_shape: Sequence[int], device: torch.device | str) -> dict[str, Tensor]:
+        """The fields of this condition on `device`: as given, or null."""
+        complete = {}
+        for field, null, shape in zip(self.fields, self.nulls, self.shapes(latents_shape), strict=True):
+            value = getattr(given, field)
+            if value is None:
+                value = torch.full(shape, null, dtype=self.dtype, device=device)
+            complete[field] = value.to(device, self.dtype)
+            assert complete[field].shape == shape, (field, complete[field].shape, shape)
+        return complete
+
+    def drop(self, condition: Condition, rows: Tensor | None = None) -> Condition:
+        """Put null values in place of this condition for the images in `rows` ([B] bool); None: for all images."""
+        dropped = {}
+        for field, null in zip(self.fields, self.nulls, strict=True):
+            value = getattr(condition, field)
+            if rows is None:
+                dropped[field] = torch.full_like(value, null)
+            else:
+                dropped[field] = value.masked_fill(rows.reshape(-1, *[1] * (value.dim() - 1)), null)
+        return replace(condition, **dropped)
+
+
+@dataclass(frozen=True)
+class Label(ConditionKind):
+    """A class index; its null value is the index after the last class."""
+
+    num_classes: int
+
+    name, dropout_key, task = "label", "label_dropout", "sample"
+    fields, dtype = ("labels",), torch.int64
+
+    @classmethod
+    def of(cls, config: Conditioning) -> Label | None:
+        return cls(config.label_dropout, config.num_classes) if config.num_classes else None
+
+    @property
+    def nulls(self) -> tuple[float, ...]:
+        return (self.num_classes,)
+
+    def shapes(self, latents_shape: Sequence[int]) -> list[tuple[int, ...]]:
+        return [(latents_shape[0],)]
+
+    def remedy(self, given: Collection[ConditionName]) -> str:
+        return "give --classes"
+
+
+@dataclass(frozen=True)
+class Inpainting(ConditionKind):
+    """The known part of an image and the mask of its hole; null: everything is hole."""
+
+    name, dropout_key, task = "inpainting", "inpainting_dropout", "inpaint"
+    fields = ("masked_latents", "mask")
+
+    @classmethod
+    def of(cls, config: Conditioning) -> Inpainting | None:
+        return cls(config.inpainting_dropout) if config.inpainting else None
+
+    @property
+    def nulls(self) -> tuple[float, ...]:
+        return 0, 1
+
+    def shapes(self, latents_shape: Sequence[int]) -> list[tuple[int, ...]]:
+        num_images, channels, height, width = latents_shape
+        return [(num_images, channels, height, width), (num_images, 1, height, width)]
+
+    def remedy(self, given: Collection[ConditionName]) -> str:
+        needs_map = " and --map" if "semantic_map" in given else ""
+        return f"it can only fill holes: `latentflow inpaint` with the method 'condition'{needs_map}"
+
+
+@dataclass(frozen=True)
+class SemanticMap(ConditionKind):
+    """The fraction of each map class in each latent pixel; null: 0 for every class."""
+
+    num_classes: int
+
+    name, dropout_key, task = "semantic_map", "map_dropout", "mask-to-image"
+    fields = ("class_fractions",)
+
+    @classmethod
+    def of(cls, config: Conditioning) -> SemanticMap | None:
+        return cls(config.map_dropout, config.num_map_classes) if config.num_map_classes else None
+
+    @property
+    def nulls(self) -> tuple[float, ...]:
+        return (0,)
+
+    def shapes(self, latents_shape: Sequence[int]) -> list[tuple[int, ...]]:
+        num_images, _, height, width = latents_shape
+        return [(num_images, self.num_classes, height, width)]
+
+    def remedy(self, given: Collection[ConditionName]) -> str:
+        if "inpainting" in given:
+            return "give a map: `latentflow inpaint --map`"
+        return "it can only paint maps: `latentflow mask-to-image`"
+
+
+CONDITION_KINDS: tuple[type[ConditionKind], ...] = (Label, Inpainting, SemanticMap)
+"""All conditions, in the order in which dropout draws their random numbers: a new one comes last."""
 
 
 class Conditioning(Record):
@@ -56,11 +193,11 @@ class Conditioning(Record):
         default_factory=list, max_length=1_000_000, description="One name per class; empty: a model without labels."
     )
     label_dropout: float = Field(
-        0.1, ge=0, lt=1, description="Share of training images whose label is dropped; 0: no guidance by it."
+        0.1, ge=0, lt=1, description="Fraction of training images without their label; 0: no guidance on labels."
     )
-    inpainting: bool = Field(False, description="Whether the model is told the known part of an image and a mask.")
+    inpainting: bool = Field(False, description="Whether the model is conditioned on the known part of an image.")
     inpainting_dropout: float = Field(
-        0.1, ge=0, lt=1, description="Share of training images that are all hole; 0: no guidance by the known part."
+        0.1, ge=0, lt=1, description="Fraction of training images that are all hole; 0: no guidance on the known part."
     )
     map_class_names: list[ClassName] = Field(
         default_factory=list,
@@ -71,13 +208,13 @@ class Conditioning(Record):
         default_factory=list, max_length=255, description="The RGB colour of each map class, 0 to 255."
     )
     map_dropout: float = Field(
-        0.1, ge=0, lt=1, description="Share of training images whose map is dropped; 0: no guidance by it."
+        0.1, ge=0, lt=1, description="Fraction of training images without their map; 0: no guidance on maps."
     )
 
     @model_validator(mode="after")
     def _check(self) -> Conditioning:
-        for names in (self.class_names, self.map_class_names):
-            doubled = sorted(name for name, count in Counter(names).items() if count > 1)
+        for given in (self.class_names, self.map_class_names):
+            doubled = sorted(name for name, count in Counter(given).items() if count > 1)
             if doubled:
                 raise ValueError(f"class names must differ; given twice: {', '.join(doubled)}")
         if len(self.map_palette) != len(self.map_class_names):
@@ -96,172 +233,95 @@ class Conditioning(Record):
 
     @property
     def null_label(self) -> int:
-        """The label that means "no label": the index behind the last class."""
+        """The label that means "no label": the index after the last class."""
         return self.num_classes
 
     @property
+    def kinds(self) -> dict[ConditionName, ConditionKind]:
+        """The conditions of this model."""
+        return {kind.name: kind for every in CONDITION_KINDS if (kind := every.of(self)) is not None}
+
+    @property
     def dropout(self) -> dict[ConditionName, float]:
-        """The conditions of this model, each with the share of training images that were not told it."""
-        conditions = {
-            "label": (self.num_classes > 0, self.label_dropout),
-            "inpainting": (self.inpainting, self.inpainting_dropout),
-            "semantic_map": (self.num_map_classes > 0, self.map_dropout),
-        }
-        return {name: share for name, (is_there, share) in conditions.items() if is_there}
+        """The dropout of each condition of this model."""
+        return {name: kind.dropout for name, kind in self.kinds.items()}
 
     @property
     def can_guide(self) -> list[ConditionName]:
-        """The conditions whose null was trained, so that classifier-free guidance by them means something."""
+        """The conditions that were dropped in training, so that there is an unconditional branch to guide away from."""
         return [name for name, share in self.dropout.items() if share > 0]
 
+    @property
+    def required(self) -> list[ConditionName]:
+        """The conditions that were never dropped in training, so that the model cannot do without them."""
+        return [name for name, share in self.dropout.items() if share == 0]
+
+    def with_required(
+        self, chosen: Collection[ConditionName], among: Collection[ConditionName] = CONDITION_NAMES
+    ) -> list[ConditionName]:
+        """The chosen conditions and those that the model requires, as far as they are `among` some."""
+        return [name for name in self.kinds if name in among and (name in chosen or name in self.required)]
+
     def draw_dropped(self, random: ImageRandom) -> dict[ConditionName, Tensor]:
-        """Which training images are not told which condition: [B] bool each, drawn independently."""
+        """Which training images lose which condition: [B] bool each, drawn independently."""
         return {name: random.uniform() < share for name, share in self.dropout.items()}
 
-    def build(
-        self,
-        latents_shape: Sequence[int],
-        device: torch.device | str,
-        *,
-        labels: Tensor | None = None,
-        masked_latents: Tensor | None = None,
-        mask: Tensor | None = None,
-        class_fractions: Tensor | None = None,
-    ) -> Condition:
-        """The condition of images whose latents have the shape [B, C, h, w]; what is not given is null.
-
-        Args:
-            labels: [B] int64 in [0, num_classes].
-            masked_latents, mask: [B, C, h, w] and [B, 1, h, w], given together.
-            class_fractions: [B, K, h, w].
+    def build(self, latents_shape: Sequence[int], device: torch.device | str, given: Condition = NOTHING) -> Condition:
+        """The condition of images with latents of the shape [B, C, h, w]: what is given, and null values for the rest.
 
         Raises:
             ConfigError: the model does not have a condition that is given.
         """
-        num_images, channels, height, width = latents_shape
-        given = {
-            "labels": labels,
-            "masked_latents": masked_latents,
-            "mask": mask,
-            "class_fractions": class_fractions,
-        }
-        shapes = {
-            "labels": (num_images,),
-            "masked_latents": (num_images, channels, height, width),
-            "mask": (num_images, 1, height, width),
-            "class_fractions": (num_images, self.num_map_classes, height, width),
-        }
-        built = {}
-        for condition, names in CONDITION_FIELDS.items():
-            for name in names:
-                if condition in self.dropout:
-                    dtype = torch.int64 if name == "labels" else torch.float32
-                    null = torch.full(shapes[name], self._null(name), dtype=dtype, device=device)
-                    built[name] = null if given[name] is None else given[name].to(null)
-                    assert built[name].shape == null.shape, (name, built[name].shape, null.shape)
-                elif given[name] is not None:
-                    self.require(condition)
+        for kind in CONDITION_KINDS:
+            if set(kind.fields) & set(given.names):
+                self.require(kind.name)
+        built: dict[str, Tensor] = {}
+        for own in self.kinds.values():
+            built |= own.complete(given, latents_shape, device)
         return Condition(**built)
 
     def drop(self, condition: Condition, dropped: dict[ConditionName, Tensor]) -> Condition:
-        """Put nulls in the place of what is `dropped`: for each condition a [B] bool on the condition's device."""
-        changed = {}
-        for kind, rows in dropped.items():
-            for name in CONDITION_FIELDS[kind]:
-                value = getattr(condition, name)
-                rows = rows.reshape(-1, *[1] * (value.dim() - 1))
-                changed[name] = value.masked_fill(rows, self._null(name))
-        return replace(condition, **changed)
+        """Put null values in place of what is `dropped`: for each condition a [B] bool on the condition's device."""
+        kinds = self.kinds
+        for name, rows in dropped.items():
+            condition = kinds[name].drop(condition, rows)
+        return condition
 
-    def without(self, condition: Condition, kinds: Collection[ConditionName]) -> Condition:
-        """The same images told nothing of `kinds`: the null twin that guidance compares with."""
-        fields = {kind: getattr(condition, CONDITION_FIELDS[kind][0]) for kind in kinds}
-        every = {kind: torch.ones(len(x), dtype=torch.bool, device=x.device) for kind, x in fields.items()}
-        return self.drop(condition, every)
+    def without(self, condition: Condition, dropped: Collection[ConditionName]) -> Condition:
+        """The same images without the conditions `dropped`: what guidance compares with."""
+        kinds = self.kinds
+        for name in dropped:
+            condition = kinds[name].drop(condition)
+        return condition
 
-    def require(self, kind: ConditionName) -> None:
+    def require(self, name: ConditionName) -> None:
         """Refuse a condition that the model was not trained with.
 
         Raises:
-            ConfigError: saying which conditions it has.
+            ConfigError: naming the conditions it has.
         """
-        if kind not in self.dropout:
-            told = ", ".join(self.dropout) or "nothing: it is unconditional"
-            raise ConfigError(f"this model was not trained with the condition {kind}; it is told {told}")
+        if name not in self.kinds:
+            own = f"it is conditioned on {', '.join(self.kinds)}" if self.kinds else "it is unconditional"
+            raise ConfigError(f"this model was not trained with the condition {name}; {own}")
+
+    def require_all(self, given: Collection[ConditionName]) -> None:
+        """Refuse to leave out a condition that the model cannot do without.
+
+        Raises:
+            ConfigError: naming it, and how to give it.
+        """
+        for name in self.required:
+            if name not in given:
+                kind = self.kinds[name]
+                raise ConfigError(
+                    f"this model requires the condition {name}: it was trained with {kind.dropout_key} = 0; "
+                    f"{kind.remedy(given)}"
+                )
 
     def class_index(self, given: int | str) -> int:
-        """A class: a number is its index; a text is its name, or "#3" for its index where no class is called so.
-
-        Names are compared as they are, or else in Unicode's composed form (NFC).
-
-        Raises:
-            ConfigError: there is no such class; with the nearest name, or with how an index is written.
-        """
-        if isinstance(given, str) and (index := self._named(given)) is not None:
-            return index
-        if not self.num_classes:
-            raise ConfigError(f"class {str(given)!r}: this model has no classes; leave the classes out")
-        index = _written_index(given)
-        if index is not None:
-            if 0 <= index < self.num_classes:
-                return index
-            raise ConfigError(
-                f"class #{index} does not exist; this model has the classes #0 to #{self.num_classes - 1}"
-            )
-        name = given.strip()
-        hint = nearest(name, [_in_a_list(one) for one in self.class_names])
-        if begun := next((one for one in self.class_names if one.startswith(f"{name},")), None):
-            hint = f"a name with a comma stands in double quotes: {_in_a_list(begun)}"
-        elif re.fullmatch("[0-9]{1,9}", name) and int(name) < self.num_classes:
-            hint = f"the class with that index, {self.class_names[int(name)]!r}, is written '#{int(name)}'"
-        raise ConfigError(f"no class is named {name!r}; {hint}")
+        """The index of one class; see `latentflow.model.class_names.class_index`."""
+        return class_index(self.class_names, given)
 
     def class_indices(self, given: ClassList) -> list[int]:
-        """Classes: one, or a list of names or of indices; "none" or an empty list: no class is told.
-
-        Where a class is called none, "#none" tells no class.
-
-        Raises:
-            ConfigError: there is no such class, or names and indices stand in one list.
-        """
-        if isinstance(given, Set):
-            raise ConfigError(f"classes {given!r}: a set has no order; give a list")
-        listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else [given]
-        asked = [one if isinstance(one, str) else _written_index(one) for one in listed]
-        indices = [one for one in asked if not self._is_name(one)]
-        if len(listed) == 1 and (indices == ["#none"] or (listed == ["none"] and self._named("none") is None)):
-            return []
-        if indices and len(indices) < len(listed):
-            name = next(one for one in listed if self._is_name(one))
-            index = str(indices[0]).strip().lstrip("#")
-            raise ConfigError(f"the classes {name!r} and '#{index}' in one list; give all by name, or all by index")
-        return [self.class_index(one) for one in listed]
-
-    def _is_name(self, given: int | str) -> bool:
-        return isinstance(given, str) and (self._named(given) is not None or not given.strip().startswith("#"))
-
-    def _named(self, text: str) -> int | None:
-        for name in (text, text.strip()):
-            if name in self.class_names:
-                return self.class_names.index(name)
-        composed = [unicodedata.normalize("NFC", name) for name in self.class_names]
-        wanted = unicodedata.normalize("NFC", text.strip())
-        return composed.index(wanted) if wanted in composed else None
-
-    def _null(self, field: str) -> float:
-        return {"labels": self.null_label, "masked_latents": 0, "mask": 1, "class_fractions": 0}[field]
-
-
-def _in_a_list(name: str) -> str:
-    """A class's name as a list in CSV asks for it."""
-    return '"' + name.replace('"', '""') + '"' if "," in name or name.startswith('"') else name
-
-
-def _written_index(given: int | str) -> int | None:
-    """The index that a number or a text like "#3" stands for; None: it is a name."""
-    if isinstance(given, str):
-        written = re.fullmatch("#(-?[0-9]{1,18})", given.strip())
-        return int(written[1]) if written else None
-    if isinstance(given, bool) or not hasattr(given, "__index__"):
-        raise ConfigError(f"class {given!r} is neither a name nor an index; give a text or a whole number")
-    return operator.index(given)
+        """The indices of one class or several; see `latentflow.model.class_names.class_indices`."""
+        return class_indices(self.class_names, given)

@@ -12,19 +12,13 @@ Legend: B images, C latent channels, h and w latent height and width, S side of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from torch import Tensor
-
-from latentflow.autoencoder import to_unit_range
-from latentflow.data.pictures.single import describe_file, read_picture, square_picture
 from latentflow.errors import ConfigError
-from latentflow.model.conditioning import ClassList
+from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
-from latentflow.sampling.inpaint import require_latent_pixel
+from latentflow.sampling.inputs import ImageInput, at_most_one, encode_input, read_input
 from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import Blend, SampleRequest, check_request, make_request, require_count
 from latentflow.sampling.samples import Samples
@@ -34,7 +28,7 @@ MOST_FRAMES = 10_000
 
 def image_to_image(
     model: FlowModel,
-    image: str | Path | Image.Image,
+    image: ImageInput,
     *,
     strength: float = 0.6,
     num: int = 1,
@@ -163,33 +157,3 @@ def variations(
 def variation_seed(seed: int, number: int) -> int:
     """The seed that variation `number` (0, 1, ...) of `seed` is turned towards: a number below 2^32."""
     return derive_seed("vary", seed, number) % 2**32
-
-
-def read_input(model: FlowModel, image: str | Path | Image.Image) -> tuple[Tensor, dict[str, str]]:
-    """The image as the model sees it, [1, 3, S, S] uint8, and what the request remembers of it.
-
-    Raises:
-        DataError: it cannot be read, or is less than one latent pixel.
-    """
-    is_file = isinstance(image, str | Path)
-    picture = read_picture(image) if is_file else image
-    require_latent_pixel(model, picture.height, picture.width)
-    pixels = square_picture(picture, model.config.image_size)
-    return pixels, {"image": describe_file(image)} if is_file else {}
-
-
-def encode_input(model: FlowModel, pixels: Tensor) -> Tensor:
-    """pixels [B, 3, S, S] uint8 => latents [B, C, h, w], the posterior's mode, on the CPU."""
-    return model.encode(to_unit_range(pixels).to(model.device)).cpu()
-
-
-def at_most_one(model: FlowModel, classes: ClassList | None) -> list[int] | None:
-    """The class of a single picture, as an index; [] where none is told, None where it is left open.
-
-    Raises:
-        ConfigError: there are several.
-    """
-    chosen = None if classes is None else model.config.conditioning.class_indices(classes)
-    if len(chosen or ()) > 1:
-        raise ConfigError(f"{len(chosen)} classes for one picture; give one, or none")
-    return chosen

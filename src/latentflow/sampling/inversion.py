@@ -13,20 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from latentflow.data.pictures.single import psnr
 from latentflow.errors import ConfigError
 from latentflow.flow.solvers import is_adaptive
 from latentflow.flow.times import sampling_times
-from latentflow.model.conditioning import ClassList
+from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
-from latentflow.sampling.edits import at_most_one, encode_input, read_input
+from latentflow.sampling.inputs import ImageInput, at_most_one, encode_input, read_input
 from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, naming_noise, solve
 from latentflow.sampling.request import SampleRequest, make_request
 from latentflow.sampling.samples import Samples
@@ -102,7 +100,7 @@ class RoundTrip:
 
 def invert(
     model: FlowModel,
-    image: str | Path | Image.Image,
+    image: ImageInput,
     *,
     classes: ClassList | None = None,
     guidance: float | None = None,
@@ -156,7 +154,7 @@ class RoundTripRow:
 
 def compare_round_trips(
     model: FlowModel,
-    images: Sequence[str | Path | Image.Image],
+    images: Sequence[ImageInput],
     settings: Sequence[Mapping[str, Any]] | None = None,
     *,
     classes: ClassList | None = None,
@@ -196,7 +194,7 @@ def compare_round_trips(
                 steps=None if adaptive else sampling.steps,
                 tolerance=sampling.rtol if adaptive else None,
                 evaluations_there=float(there.double().mean()),
-                evaluations_back=float(drawn.evaluations.double().mean()),
+                evaluations_back=drawn.mean_evaluations,
                 noise_error=float(_relative_error(noise, right).mean()),
                 latent_error=float(_relative_error(drawn.latents, latents).mean()),
                 solver_psnr=float(psnr(autoencoded, drawn.pixels).mean()),

@@ -6,18 +6,19 @@ Legend: H and W map height and width, S size of the training images, K classes, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from latentflow.data.painting.latent_size import class_counts, shares
 from latentflow.data.painting.semantic_maps import crop_map
-from latentflow.data.pictures.single import describe_file
-from latentflow.model.conditioning import ClassList
+from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
-from latentflow.sampling.inpaint import map_indices, native_size, require_latent_pixel
+from latentflow.sampling.inputs import (
+    MapInput,
+    describe_inputs,
+    map_fractions,
+    map_indices,
+    native_size,
+    require_latent_pixel,
+)
 from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import make_request
 from latentflow.sampling.samples import Samples
@@ -25,7 +26,7 @@ from latentflow.sampling.samples import Samples
 
 def mask_to_image(
     model: FlowModel,
-    semantic_map: str | Path | Image.Image | np.ndarray,
+    semantic_map: MapInput,
     *,
     num: int = 1,
     classes: ClassList | None = None,
@@ -47,9 +48,8 @@ def mask_to_image(
     Raises:
         ConfigError, DataError: before anything is computed.
     """
-    conditioning, factor = model.config.conditioning, model.config.autoencoder.factor
-    conditioning.require("semantic_map")
-    inputs = {"map": describe_file(semantic_map)} if isinstance(semantic_map, str | Path) else {}
+    model.config.conditioning.require("semantic_map")
+    inputs = describe_inputs(map=semantic_map)
     indices = map_indices(model, semantic_map)
     require_latent_pixel(model, *indices.shape)
     if native:
@@ -67,5 +67,5 @@ def mask_to_image(
         image_size=indices.shape,
         **preset,
     )
-    fractions = shares(class_counts(indices, conditioning.num_map_classes, factor), factor)[None]
-    return draw_all(model, request, Given(class_fractions=fractions), batch_size=batch_size, on_images=on_images)
+    given = Given(class_fractions=map_fractions(model, indices))
+    return draw_all(model, request, given, batch_size=batch_size, on_images=on_images)

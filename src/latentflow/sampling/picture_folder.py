@@ -16,6 +16,9 @@ from latentflow.data.pictures.decode import BrokenImage, open_image
 from latentflow.data.stores.files import is_image
 from latentflow.errors import ArtifactError
 from latentflow.model.flow_model import FlowModel
+from latentflow.progress import image_progress
+from latentflow.runtime import Runtime
+from latentflow.sampling.contact_sheet import save_grid
 from latentflow.sampling.cost import compile_where_it_pays, tell_cost
 from latentflow.sampling.naming import picture_facts, picture_name
 from latentflow.sampling.picture_file import facts_in, read_facts, unlike
@@ -24,37 +27,103 @@ from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import PictureWriter
 
 GRID = re.compile(r"(^|/)grid(-\d+-of-\d+)?\.png$")
-"""Contact sheets, which stand beside the pictures that they show and are none."""
+"""Contact sheets, which lie next to the pictures that they show and do not count as such."""
+GRID_IMAGES = 64
+"""The most pictures on a contact sheet."""
 
 
 @dataclass(frozen=True)
 class DrawnFolder:
-    """What lies in a folder after drawing.
+    """What is in a folder after drawing.
 
     Attributes:
-        files: one per picture asked for, in order.
-        kept: how many of them were there already.
+        files: one per requested picture, in order.
+        kept: how many of them an earlier run had drawn.
         evaluations: mean network calls per picture.
-        seconds: of solver and decoder, for those that were not.
+        seconds: of solver and decoder, for the others.
+        grid: a contact sheet of the first of them, if there is one.
     """
 
     files: list[Path]
     kept: int
     evaluations: float
     seconds: float
+    grid: Path | None = None
+
+
+def draw_folder(
+    out: str | Path,
+    model: str | Path,
+    plan: Callable[[FlowModel], Sequence[SampleRequest]],
+    *,
+    doing: str,
+    batch_size: int = 16,
+    columns: int | None = None,
+    captions: bool = False,
+    runtime: Runtime | None = None,
+) -> DrawnFolder:
+    """Draw requests into a folder: one PNG per picture, and a contact sheet of the first `GRID_IMAGES`.
+
+    Repeating the call continues where it stopped. Each process of `runtime` draws its share of every request.
+
+    Args:
+        out: a folder for these pictures only.
+        model: a model folder, a run folder or a hub id.
+        plan: the requests, given the model.
+        doing: the word before the progress bar.
+        columns: of the contact sheet; None: one per class, if they fit, else 8.
+        captions: whether the contact sheet names the classes.
+
+    Raises:
+        ArtifactError: no such model, or the folder cannot be written or holds other pictures.
+        ConfigError: as `plan` does.
+    """
+    require_writable(out)
+    flow = FlowModel.from_pretrained(model, runtime=runtime)
+    rank, world = flow.runtime.rank, flow.runtime.world
+    requests = plan(flow)
+    folder = PictureFolder(flow, out, *requests)
+    shares = [request.at(slice(rank, None, world)) for request in requests]
+    labels = [label for share in shares for label in share.labels][:GRID_IMAGES]
+    num_images = sum(len(share.seeds) for share in shares)
+    if not num_images:  # fewer images than processes
+        return DrawnFolder([], 0, 0.0, 0.0)
+    with image_progress(doing, num_images) as on_images:
+        parts = [folder.draw(share, batch_size=batch_size, on_images=on_images) for share in shares]
+    files = [file for part in parts for file in part.files]
+    grid = save_grid(
+        folder.path / ("grid.png" if world == 1 else f"grid-{rank}-of-{world}.png"),
+        read_pixels(files[:GRID_IMAGES]),
+        columns or _columns(labels),
+        captions=[flow.config.conditioning.class_names[label] for label in labels] if captions else [],
+    )
+    return DrawnFolder(
+        files,
+        kept=sum(part.kept for part in parts),
+        evaluations=sum(part.evaluations * len(part.files) for part in parts) / len(files),
+        seconds=sum(part.seconds for part in parts),
+        grid=grid,
+    )
+
+
+def _columns(labels: list[int], most: int = 12) -> int:
+    """One column per class if the labels cycle through few of them, else 8."""
+    period = len(dict.fromkeys(labels))
+    cycles = period and all(label == labels[place % period] for place, label in enumerate(labels))
+    return period if cycles and 1 < period <= most else 8
 
 
 class PictureFolder:
-    """The folder of the pictures of some requests; other pictures in it are refused when this is made.
+    """The folder of the pictures of some requests, and of no others.
 
-    What an earlier run of the same requests left there is kept. Files that are no images are of no concern, nor are
-    pictures of this program in folders below; other pictures there make it a folder of data.
+    Pictures that an earlier run of the same requests left there are kept. Files that are not images are ignored, and so
+    are pictures of this program in subfolders; other pictures in subfolders mean that this is a folder of data.
 
     Args:
-        requests: all that belongs in it, of all processes.
+        requests: everything that belongs in the folder, of all processes.
 
     Raises:
-        ArtifactError: it cannot be written, or holds a picture of anybody else.
+        ArtifactError: it cannot be written, or holds other pictures.
     """
 
     def __init__(self, flow: FlowModel, folder: str | Path, *requests: SampleRequest):
@@ -72,7 +141,7 @@ class PictureFolder:
         batch_size: int,
         on_images: Callable[[int], None] = lambda num_images: None,
     ) -> DrawnFolder:
-        """Draw what is missing of a request. Batches are those of a run that finds nothing, so the bytes are, too.
+        """Draw what is missing of a request, in the batches of a run that starts from nothing: the bytes are the same.
 
         Pictures are written while the next batch is drawn.
         """
@@ -100,7 +169,7 @@ class PictureFolder:
         return [picture_name(request.at(slice(row, row + 1)), class_names) for row in range(len(request.seeds))]
 
     def _look_at(self, file: Path, place: tuple[SampleRequest, int] | None, request: SampleRequest) -> str:
-        """Why a file is not of this request; "" where it is, or where it is a damaged one of it, to be drawn anew."""
+        """Why a file is not of this request; "" where it is, or where it is a damaged one of it, to be drawn again."""
         try:
             with open_image(file) as image:
                 image.load()  # its pixels are checked as they are read

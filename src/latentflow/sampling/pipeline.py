@@ -31,7 +31,7 @@ from latentflow.randomness import ImageRandom
 from latentflow.sampling.cost import tell_cost
 from latentflow.sampling.request import SampleRequest, check_request, guided_by, make_request, require_count
 from latentflow.sampling.samples import Samples, join_samples
-from latentflow.shapes import per_image, send
+from latentflow.shapes import Condition, per_image, send
 
 MOST_TOGETHER = 65_536
 """Images in one batch."""
@@ -189,13 +189,10 @@ def conditioned_velocity(
     """The guided velocity of a request's images, in its precision; `given` as from `Given.on`."""
     conditioning, network = model.config.conditioning, model.computing_in(request.precision).velocity
 
-    def told(labels: Sequence[int]) -> ConditionedVelocity:
-        condition = conditioning.build(
-            latents_shape,
-            model.device,
-            labels=send(torch.tensor(labels), model.device) if labels else None,
-            **{name: given.get(name) for name in ("masked_latents", "mask", "class_fractions")},
-        )
+    def conditioned_on(labels: Sequence[int]) -> ConditionedVelocity:
+        label = {"labels": send(torch.tensor(labels), model.device)} if labels else {}
+        spatial = {field: given.get(field) for field in ("masked_latents", "mask", "class_fractions")}
+        condition = conditioning.build(latents_shape, model.device, Condition(**label, **spatial))
         guided = guided_by(model, request) if request.sampling.guidance != 1 else []
         null = conditioning.without(condition, guided) if guided else None
         sampling = request.sampling
@@ -204,11 +201,11 @@ def conditioned_velocity(
         )
 
     if all(blend.label is None for blend in request.blends):
-        return told(request.labels)
+        return conditioned_on(request.labels)
     pairs = zip(request.labels, request.blends, strict=True)
     others = [own if blend.label is None else blend.label for own, blend in pairs]
     weights = send(torch.tensor([blend.weight for blend in request.blends]), model.device)
-    return BlendedVelocity(told(request.labels), told(others), weights)
+    return BlendedVelocity(conditioned_on(request.labels), conditioned_on(others), weights)
 
 
 def solve(request: SampleRequest, velocity: Velocity, x: Tensor, times: Tensor) -> Solution:

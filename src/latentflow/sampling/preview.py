@@ -16,7 +16,6 @@ from latentflow.data.batches import TrainingImages
 from latentflow.data.painting.semantic_maps import colour_map
 from latentflow.errors import NonFiniteError
 from latentflow.flow.solvers import expected_evaluations, is_adaptive
-from latentflow.model.conditioning import CONDITION_FIELDS
 from latentflow.model.config import SamplingPreset
 from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import uncompiled
@@ -125,11 +124,10 @@ def _rows(
         rows.append(map_pictures(batch.class_fractions, conditioning.map_palette, model.config.image_size))
     if request.labels:
         request = request.model_copy(update={"labels": batch.labels.tolist()})
-    needed = [name for name, share in conditioning.dropout.items() if share == 0]
-    alone = [[name for name in request.told if name == chosen or name in needed] for chosen in request.told]
-    for told in [*alone, request.told] if len(request.told) > 1 else [request.told]:
+    singly = [conditioning.with_required([name], among=request.told) for name in request.told]
+    for told in [*singly, request.told] if len(request.told) > 1 else [request.told]:
         labels = request.labels if "label" in told else []
-        kept = {field: given[field] for name in told for field in CONDITION_FIELDS[name] if field in given}
+        kept = {field: given[field] for name in told for field in conditioning.kinds[name].fields if field in given}
         able = [name for name in request.sampling.guided_by or told if name in told and name in conditioning.can_guide]
         guidance = {"guided_by": able} if able else {"guided_by": None, "guidance": 1.0}
         sampling = request.sampling.model_copy(update=guidance)

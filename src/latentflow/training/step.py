@@ -95,12 +95,10 @@ def _condition(model: FlowModel, batch: Batch, data: Tensor, dropped: dict[Condi
     elif batch.known_pixels is not None:
         # All of them: leaving out those that are all hole would make the host wait to learn which.
         masked_latents = model.encode(to_unit_range(batch.known_pixels))
-    condition = conditioning.build(
-        data.shape,
-        data.device,
+    given = Condition(
         labels=batch.labels if conditioning.num_classes else None,
         masked_latents=masked_latents,
         mask=batch.mask,
         class_fractions=batch.class_fractions,
     )
-    return conditioning.drop(condition, dropped)
+    return conditioning.drop(conditioning.build(data.shape, data.device, given), dropped)

@@ -24,6 +24,7 @@ from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, Model
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.unet import UNetConfig
 from latentflow.networks.velocity_network import DenoiserPrediction, NoisePrediction
+from latentflow.shapes import Condition
 from tests import tiny
 from tests.convert.parity import relative_error
 from tests.processes import run_here
@@ -119,7 +120,7 @@ def test_diffusers_computes_the_same(kl, tmp_path, name):
         spatial = {}
         if told.get("inpainting"):
             spatial = {"masked_latents": torch.randn_like(latents), "mask": torch.rand(9, 1, height, width)}
-        condition = given.config.conditioning.build(latents.shape, "cpu", labels=labels, **spatial)
+        condition = given.config.conditioning.build(latents.shape, "cpu", Condition(labels=labels, **spatial))
         expected = given.velocity(latents, time, condition)
         assert expected.std() > 1e-2, "nothing to compare"
         assert relative_error(told_by_diffusers(theirs, given.config, latents, time, condition), expected) <= LIMIT
@@ -130,7 +131,7 @@ def test_time_and_label_matter(kl, tmp_path):
     for name in ("unet with classes", "dit with classes"):
         given = model(kl, *NETWORKS[name])
         latents = torch.randn(1, 4, LATENT_SIDE, LATENT_SIDE).expand(4, -1, -1, -1)
-        told = given.config.conditioning.build(latents.shape, "cpu", labels=torch.tensor([0, 1, 1, 3]))
+        told = given.config.conditioning.build(latents.shape, "cpu", Condition(torch.tensor([0, 1, 1, 3])))
         a, b, c, d = given.velocity(latents, torch.tensor([0.5, 0.5, 0.8, 0.5]), told)
         for one, other in ((a, b), (b, c), (b, d)):
             assert (one - other).abs().max() > 1e-2 * one.abs().max()

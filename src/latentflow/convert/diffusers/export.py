@@ -146,7 +146,8 @@ def _questions(config: ModelConfig, made: DiffusersNetwork) -> Iterator[tuple[Te
         for turn in range(2 if told.num_classes else 1):  # the second time round, every time meets another label
             drawn = torch.randn(4, 2 * channels + 1, *shape, generator=generator)
             latents, masked_latents, mask = drawn.split([channels, channels, 1], dim=1)
-            condition = told.build(latents.shape, "cpu", labels=None if labels is None else labels.roll(turn))
+            given = Condition(labels=None if labels is None else labels.roll(turn))
+            condition = told.build(latents.shape, "cpu", given)
             if told.inpainting:
                 condition = replace(condition, masked_latents=masked_latents, mask=mask.sigmoid())
             yield latents, time, condition

@@ -1,0 +1,130 @@
+"""The frame of an inpainting: which part of the image the model sees, at which size, and how it gets back.
+
+Legend: H and W image height and width, h and w those the model sees, all in pixels; a mask is 1 in the hole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from PIL import Image
+
+from latentflow.data.painting.latent_size import ToldAs, hide
+from latentflow.errors import ConfigError, nearest
+from latentflow.model.flow_model import FlowModel
+from latentflow.sampling.feather import feathered, hole_spans, stretch_sums
+from latentflow.sampling.inputs import native_size, require_latent_pixel
+
+Fit = Literal["window", "whole", "native"]
+"""What the model sees of an image: a square window around the hole, with as much context as hole, scaled to the size of
+the training images; the whole image, its shorter side scaled to that size; or the whole image at its native size."""
+FITS: tuple[Fit, ...] = get_args(Fit)
+_CONTEXT = 2  # side of the window, in sides of the hole
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The part of an image that the model sees, and the size it sees it at.
+
+    Attributes:
+        box: left, top, right, bottom in pixels of the image.
+        size: height and width after resizing, in pixels.
+    """
+
+    box: tuple[int, int, int, int]
+    size: tuple[int, int]
+
+    def cut(self, image: np.ndarray, mask: np.ndarray, told_as: ToldAs = "share") -> tuple[np.ndarray, np.ndarray]:
+        """The frame of an image [H, W, 3] uint8 and of a mask [H, W] as the model sees them.
+
+        Resizing mixes neighbouring pixels. Colours are therefore weighted by what is known, R(known * image) / R(known)
+        with the bicubic resize R, so that nothing inside the hole leaks into its neighbours.
+
+        Returns:
+            [h, w, 3] uint8, with the hole painted over; [h, w] uint8, 1 in every pixel that the hole touches.
+        """
+        hole = self._inside(mask) > 0
+        seen_hole = _covered(hole, self.size)
+        known = np.where(hole, np.float32(0), np.float32(1))
+        weight = np.maximum(self._scaled(known), 1e-3)  # where it is small, the hole is
+        channels = [self._scaled(known * channel) / weight for channel in np.moveaxis(self._inside(image), -1, 0)]
+        seen = np.rint(np.clip(np.stack(channels, -1), 0, 255)).astype(np.uint8)
+        return hide(seen, seen_hole, told_as), seen_hole.astype(np.uint8)
+
+    def cut_map(self, semantic_map: np.ndarray) -> np.ndarray:
+        """The frame of a semantic map: [h, w] uint8, the class at each pixel's centre."""
+        inside = Image.fromarray(self._inside(semantic_map))
+        return np.asarray(inside.resize(self.size[::-1], Image.Resampling.NEAREST))
+
+    def paste(self, picture: np.ndarray, image: np.ndarray, mask: np.ndarray, feather: int) -> np.ndarray:
+        """The image with its hole filled from `picture` [h, w, 3]; all other pixels are unchanged, bit for bit."""
+        known, hole = self._inside(image), self._inside(mask)
+        filled = np.asarray(Image.fromarray(picture).resize(known.shape[1::-1], Image.Resampling.BICUBIC))
+        if feather:
+            filled = feathered(filled, known, hole, feather)
+        pasted = image.copy()
+        self._inside(pasted)[:] = np.where(hole[..., None] > 0, filled, known)
+        return pasted
+
+    def _inside(self, array: np.ndarray) -> np.ndarray:
+        """A view of the frame of an array [H, W, ...]."""
+        left, top, right, bottom = self.box
+        return array[top:bottom, left:right]
+
+    def _scaled(self, values: np.ndarray) -> np.ndarray:
+        """Float32 values of the frame at the size the model sees: [h, w]."""
+        return np.asarray(Image.fromarray(values).resize(self.size[::-1], Image.Resampling.BICUBIC))
+
+
+def choose_frame(model: FlowModel, mask: np.ndarray, fit: Fit | None = None) -> Frame:
+    """The frame of an image, given its `mask` [H, W] of 0 and 1, which has both.
+
+    Args:
+        fit: None: "window" if the hole leaves room for one, else "whole".
+
+    Raises:
+        ConfigError: an unknown `fit`, or one that the hole or the size of the image does not allow.
+        DataError: a side of the image is shorter than one latent pixel.
+    """
+    if fit is not None and fit not in FITS:
+        raise ConfigError(f"fit {fit!r}: there is no such fit; {nearest(fit, FITS)}")
+    height, width = mask.shape
+    require_latent_pixel(model, height, width)
+    window = _window(mask, model.config.image_size)
+    if fit == "window" and window is None:
+        raise ConfigError("fit 'window': no square in this image holds the hole and its surroundings; use fit 'whole'")
+    if window is not None and fit in (None, "window"):
+        return Frame(window, (model.config.image_size,) * 2)
+    if fit == "native":
+        return Frame((0, 0, width, height), native_size(model, height, width))
+    multiple = model.config.pixel_multiple
+    scale = model.config.image_size / min(height, width)
+    size = tuple(max(round(side * scale / multiple), 1) * multiple for side in (height, width))
+    return Frame((0, 0, width, height), size)
+
+
+def _window(mask: np.ndarray, image_size: int) -> tuple[int, int, int, int] | None:
+    """A square with the hole and some of its surroundings: left, top, right, bottom; None: there is none."""
+    spans = hole_spans(mask)
+    extents = [int(span[-1] - span[0]) + 1 for span in spans]
+    shorter = min(mask.shape)
+    side = min(max(_CONTEXT * max(extents), min(image_size, shorter)), shorter)
+    starts = []
+    for span, extent, pixels in zip(spans, extents, mask.shape, strict=True):
+        start = min(max(int(span[0]) - (side - extent) // 2, 0), pixels - side)
+        cut_before, cut_after = start > 0 and span[0] <= start, start + side < pixels and span[-1] + 1 >= start + side
+        if extent > side or cut_before or cut_after:
+            return None
+        starts.append(start)
+    top, left = starts
+    return left, top, left + side, top + side
+
+
+def _covered(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A boolean mask [H, W] at another size [h, w]: true in every pixel that it touches, however thin it is."""
+    for axis, length in enumerate(size):
+        edges = np.arange(length + 1) * mask.shape[axis]
+        mask = stretch_sums(mask, edges[:-1] // length, -(-edges[1:] // length), axis) > 0
+    return mask
