@@ -296,8 +296,7 @@ def _check_preview(recipe: Recipe, model: FlowModel) -> None:
     if scale != 1 and not conditioning.can_guide:
         why, other = f"{recipe.data.path} has no labels, so nothing is told that it could strengthen", ""
         if conditioning.dropout:
-            keys = {"label": "label_dropout", "inpainting": "inpainting_dropout", "semantic_map": "map_dropout"}
-            key = keys[next(iter(conditioning.dropout))]
+            key = next(iter(conditioning.kinds.values())).dropout_key
             why, other = f"conditioning.{key} = 0: what is never left out cannot be strengthened", f" or raise {key}"
         raise ConfigError(f"sampling.guidance = {scale:g}, but {why}; add sampling.guidance=1{other}")
     check_request(model, preview_request(model))

@@ -171,9 +171,12 @@ def set_request(
     Raises:
         ConfigError: a request that the model was not trained for.
     """
-    for name, task in (("inpainting", "inpaint"), ("semantic_map", "mask-to-image")):
-        if model.config.conditioning.dropout.get(name) == 0:
-            raise ConfigError(f"the model never learned to do without the condition {name}: evaluate it --task {task}")
+    conditioning = model.config.conditioning
+    for name in conditioning.required:
+        if name != "label":
+            raise ConfigError(
+                f"this model requires the condition {name}: evaluate it with --task {conditioning.kinds[name].task}"
+            )
     label_of = _label_rule(model, labels, label_shares, seed)
     told = [] if label_of(0) is None else [label_of(0)]
     return make_request(model, num=1, seed=seed, classes=told, **(preset or {})), label_of

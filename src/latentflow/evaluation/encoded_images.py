@@ -58,7 +58,7 @@ class ReferenceLatents:
 
 
 def open_reference(flow: FlowModel, data: str | Path) -> ImageSource:
-    """Images that the model can be measured on, told their labels alone.
+    """Images that the model can be measured on, conditioned on nothing but their labels.
 
     Raises:
         ConfigError: they are a latent cache or have other classes, or the model cannot do without a condition.
@@ -68,18 +68,21 @@ def open_reference(flow: FlowModel, data: str | Path) -> ImageSource:
         raise ConfigError(f"{data} is a latent cache, which holds no pixels to compare with; give the images")
     conditioning = flow.config.conditioning
     source = open_images(data, flow.config.image_size)
-    for name, share in conditioning.dropout.items():
-        if share == 0 and name != "label":
+    for name in conditioning.required:
+        if name != "label":
             raise ConfigError(
-                f"the model never learned to do without the condition {name}, and here it is told labels at most: "
-                f"this can be measured of models whose {name} was dropped in training now and then"
+                f"this model requires the condition {name}, and here it gets labels only; this can be measured of "
+                f"models trained with {conditioning.kinds[name].dropout_key} above 0"
             )
     if conditioning.num_classes and source.class_names and list(source.class_names) != conditioning.class_names:
         raise ConfigError(
             f"{data} has the classes {list(source.class_names)}, but the model knows {conditioning.class_names}"
         )
     if conditioning.num_classes and not source.class_names and conditioning.label_dropout == 0:
-        raise ConfigError(f"{data} has no labels, and the model never learned to do without; give labelled images")
+        raise ConfigError(
+            f"{data} has no labels, and this model requires a label: it was trained with label_dropout = 0; "
+            "give labelled images"
+        )
     return source
 
 

@@ -96,7 +96,7 @@ def plan_painting(
         require_same_classes(model, source)
     replacing = task == "inpaint" and not conditioning.inpainting
     told = ["inpainting"] if task == "inpaint" and not replacing else []
-    if task == "mask-to-image" or conditioning.dropout.get("semantic_map") == 0:
+    if task == "mask-to-image" or "semantic_map" in conditioning.required:
         conditioning.require("semantic_map")
         if list(source.map_class_names) != conditioning.map_class_names:
             found = ", ".join(source.map_class_names) or "none"
