@@ -33,7 +33,7 @@ GUIDED = {"sit": 3, "dit": 3}
 
 
 def task_of(fixture: dict[str, Any]) -> dict[str, Any]:
-    """What the network is told beside labels, which the published constructors do not say."""
+    """What the published constructors do not say: other conditions than labels, and outputs to keep."""
     if fixture["kind"] == "fbdit":
         return {"keep_variance": True}
     return {"inpainting": True} if fixture["constructor"].get("num_in_channels") == 9 else {}
@@ -55,46 +55,98 @@ def cases():
     ]
 
 
-@needs_parity
 @pytest.mark.parametrize(("fixture", "case"), cases())
-@torch.no_grad()
 def test_networks(fixture, case):
+    error = error_of(fixture, case)
+    print(f"parity {fixture['id']} {case['name']}: largest error {error:.1e} of the largest value")
+    assert error <= LIMIT
+
+
+@torch.no_grad()
+def error_of(fixture: dict[str, Any], case: dict[str, Any]) -> float:
+    """The largest error of the converted network, relative to the largest published value."""
     family, dtype, given = FAMILY_OF_KIND[fixture["kind"]], dtype_of(case), tensors(fixture)
     published = architecture(family, fixture["constructor"], **task_of(fixture))
     network = published.load(weights(fixture, case.get("weight_gain", 1)), fixture["file"]).to(dtype)
+    x, time, labels = inputs(network, case, given)
+    if family == "sit":
+        time = 1 - time
+    expected = given[case["output"]]
+    if case["method"] == "forward_with_cfg":
+        found, expected = guided(network, x, time, labels, case["kwargs"]["cfg_scale"], family), expected[: len(x) // 2]
+    else:
+        latents, told = condition(network, x, labels)
+        found = network(latents, time, told)
+    assert found.dtype == dtype
+    return relative_error(-found if family == "sit" else found, expected)
+
+
+def inputs(
+    network: torch.nn.Module, case: dict[str, Any], given: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Latents, times and labels of a case; the null label where it gives none."""
+    dtype = dtype_of(case)
     x = given[case["inputs"]["x"]].to(dtype)
     time = given[case["inputs"]["t"]].expand(len(x))
     if time.is_floating_point():
         time = time.to(dtype)
-    if family == "sit":
-        time = 1 - time
-    labels = None
-    if network.num_classes:
-        labels = given[case["inputs"]["y"]] if "y" in case["inputs"] else torch.full((len(x),), network.null_label)
+    if not network.num_classes:
+        return x, time, None
+    labels = given[case["inputs"]["y"]] if "y" in case["inputs"] else torch.full((len(x),), network.null_label)
     if case.get("kwargs", {}).get("drop_half_label"):
         labels = labels.clone()
         labels[len(x) // 2 :] = network.null_label
+    return x, time, labels
 
-    if case["method"] == "forward_with_cfg":
-        half = len(x) // 2
-        null = Condition(torch.full((half,), network.null_label))
-        scale = case["kwargs"]["cfg_scale"]
 
-        def at_their_times(x: Tensor, _: Tensor, told: Condition) -> Tensor:
-            return network(x, time, told)  # these cases ask the two halves at different times
+def guided(network: torch.nn.Module, x: Tensor, time: Tensor, labels: Tensor, scale: float, family: str) -> Tensor:
+    """Classifier-free guidance of the first half of a batch; these cases evaluate the halves at different times."""
+    half = len(x) // 2
+    null = Condition(torch.full((half,), network.null_label))
+    velocity = ConditionedVelocity(
+        lambda x, _, condition: network(x, time, condition),
+        Condition(labels[:half]),
+        null,
+        scale,
+        guided_channels=GUIDED.get(family),
+    )
+    return velocity(x[:half], time[:half])
 
-        told = Condition(labels[:half])
-        guided = ConditionedVelocity(at_their_times, told, null, scale, guided_channels=GUIDED.get(family))
-        found, expected = guided(x[:half], time[:half]), given[case["output"]][:half]
-    else:
-        latents, told = condition(network, x, labels)
-        found, expected = network(latents, time, told), given[case["output"]]
-    if family == "sit":
-        found = -found
-    error = relative_error(found, expected)
-    print(f"parity {fixture['id']} {case['name']}: largest error {error:.1e} of the largest value")
-    assert found.dtype == dtype
-    assert error <= LIMIT
+
+def wrong_gelu(patch: pytest.MonkeyPatch) -> None:
+    gelu = torch.nn.functional.gelu
+    patch.setattr(torch.nn.functional, "gelu", lambda x, approximate="none": gelu(x))
+
+
+def wrong_attention_scale(patch: pytest.MonkeyPatch) -> None:
+    attend = torch.nn.functional.scaled_dot_product_attention
+    patch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v: attend(1.01 * q, k, v))
+
+
+def wrong_norm_eps(patch: pytest.MonkeyPatch) -> None:
+    normalise = torch.nn.functional.group_norm
+    patch.setattr(torch.nn.functional, "group_norm", lambda x, g, w, b, eps: normalise(x, g, w, b, 2 * eps))
+
+
+@pytest.mark.parametrize(
+    ("fixture", "case", "change"),
+    [
+        ("sit", "base", wrong_gelu),
+        ("sit", "base", wrong_attention_scale),
+        ("guided_unet", "base", wrong_attention_scale),
+        ("guided_unet", "small_x", wrong_norm_eps),
+        ("guided_unet_inpainting", "base", wrong_attention_scale),
+        ("edm_ddpmpp", "gain2", wrong_attention_scale),
+        ("edm_ddpmpp", "small_x", wrong_norm_eps),
+    ],
+)
+def test_the_fixtures_are_sharp(monkeypatch, fixture, case, change):
+    """What is easily mistaken in a port moves the outputs by many times the tolerance."""
+    found = find(fixture)
+    change(monkeypatch)
+    error = error_of(found, next(one for one in found["cases"] if one["name"] == case))
+    print(f"parity {fixture} {case} with {change.__name__}: largest error {error:.1e} of the largest value")
+    assert error > 5 * LIMIT
 
 
 @needs_parity

@@ -1,10 +1,11 @@
-"""Statistics of reference images on disk, with all that must agree before a score may be compared.
+"""Statistics of reference images on disk, with everything that must agree before scores may be compared.
 
-Own files are safetensors; those of pytorch-fid (.npz) and of LFM (.npy) are read too, but say nothing of their origin.
+Our files are safetensors. The .npz files of pytorch-fid are read, too, but do not say how they were made.
 """
 
 from __future__ import annotations
 
+import shlex
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -17,35 +18,36 @@ from safetensors import SafetensorError
 
 from latentflow.artifacts import checked_tensors, open_tensors, write_tensors
 from latentflow.errors import ArtifactError, DataError
-from latentflow.metrics.foreign_statistics import read_pickled_arrays
 from latentflow.metrics.statistics import FeatureStatistics
 from latentflow.records import Record
 
 _KEY = "latentflow.reference"
 FOREIGN_SUFFIXES = (".npz", ".npy")
+_RESAVE = "import sys, numpy; numpy.savez(sys.argv[2], **numpy.load(sys.argv[1], allow_pickle=True).item())"
+"""What a user runs to turn a .npy file into .npz; never run here."""
 
 
 class Provenance(Record):
-    """Where reference statistics come from."""
+    """How reference statistics were made."""
 
     data: str
     """One line for people: the images and how many there are."""
     fingerprint: str
-    """`ImageSource.fingerprint` of the images; "" if it is not known."""
+    """`ImageSource.fingerprint` of the images; "" if not known."""
     image_size: int
-    """Height and width in pixels that images were brought to before the feature network; 0 if it is not known."""
+    """Height and width in pixels to which images were resized before feature extraction; 0 if not known."""
     resize: str
-    """The rule they were brought to that size by."""
+    """How they were resized."""
     feature_name: str
     """`FeatureExtractor.name`."""
     feature_hash: str
-    """`FeatureExtractor.hash`; "" if it is not known, as in files of other programs."""
+    """`FeatureExtractor.hash`; "" if not known, as in files of other programs."""
     schema_version: int = 1
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics and where they come from."""
+    """Statistics and how they were made."""
 
     statistics: FeatureStatistics
     provenance: Provenance
@@ -55,10 +57,10 @@ class Reference:
         write_tensors(path, self.statistics.state(), {_KEY: self.provenance.model_dump_json()})
 
     def require_same_features(self, name: str, hash: str, dim: int) -> str | None:
-        """Refuse another feature network than the reference was made with.
+        """Refuse a feature network other than the one the reference was made with.
 
         Returns:
-            A warning, where the file does not say which network that was and only the number of features agrees.
+            A warning if the file does not name its network, so that only the number of features could be compared.
 
         Raises:
             DataError: another network, other weights, another preprocessing, or another number of features.
@@ -70,7 +72,7 @@ class Reference:
                 "compute the reference with the same feature network"
             )
         if not made.feature_hash:
-            return f"{made.data} does not say which feature network it was made with; it is taken to be {name}"
+            return f"{made.data} does not say which feature network it was made with; assuming {name}"
         if (made.feature_name, made.feature_hash) != (name, hash):
             raise DataError(
                 f"the reference was made with features {made.feature_name} ({made.feature_hash[:12]}), these are "
@@ -80,22 +82,23 @@ class Reference:
 
 
 def load_reference(path: str | Path) -> Reference:
-    """Read statistics: an own .safetensors file, or .npz and .npy files with `mu` and `sigma`.
-
-    Nothing is unpickled: see `metrics.pickled`.
+    """Read statistics from a .safetensors file of ours, or from a .npz file with arrays `mu` and `sigma`.
 
     Raises:
-        ArtifactError: the file is missing, damaged or of another kind.
+        ArtifactError: the file is missing, damaged or of another kind. A .npy file, in which `mu` and `sigma` can only
+            be pickled, is refused with the command that turns it into .npz.
     """
     path = Path(path)
-    if path.suffix in FOREIGN_SUFFIXES:
+    if path.suffix == ".npy":
+        raise ArtifactError(_refusal(path) if path.exists() else f"{path} does not exist")
+    if path.suffix == ".npz":
         return _foreign(path)
     if path.suffix != ".safetensors":
-        raise ArtifactError(f"{path} is no file of statistics; those end in .safetensors, .npz or .npy")
+        raise ArtifactError(f"{path} is not a file of statistics; those end in .safetensors or .npz")
     with open_tensors(path) as file:
         text = (file.metadata() or {}).get(_KEY)
         if text is None:
-            raise ArtifactError(f"{path} holds no reference statistics, but other tensors")
+            raise ArtifactError(f"{path} holds other tensors, not reference statistics")
         try:
             tensors = checked_tensors(file, path)
             return Reference(FeatureStatistics.from_state(tensors), Provenance.model_validate_json(text))
@@ -104,12 +107,20 @@ def load_reference(path: str | Path) -> Reference:
             raise ArtifactError(f"{path} cannot be used: {reason}; compute the statistics again") from error
 
 
+def _refusal(path: Path) -> str:
+    files = shlex.join([str(path), str(path.with_suffix(".npz"))])
+    return (
+        f"{path} was not read: mu and sigma in a .npy file are a pickle, which can run code. If you trust the file, "
+        f'save it as .npz with: python -c "{_RESAVE}" {files}'
+    )
+
+
 def _foreign(path: Path) -> Reference:
-    arrays = _npz(path) if path.suffix == ".npz" else read_pickled_arrays(path)
+    arrays = _npz(path)
     if missing := {"mu", "sigma"} - arrays.keys():
         raise ArtifactError(
-            f"{path} has no {' and no '.join(sorted(missing))}, but {', '.join(sorted(arrays)) or 'nothing'}; "
-            "statistics are an array mu of D values and an array sigma of D x D"
+            f"{path} has no {' and no '.join(sorted(missing))}; statistics are an array mu of D values and an array "
+            "sigma of D x D values"
         )
     try:
         mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
@@ -129,7 +140,7 @@ def _foreign(path: Path) -> Reference:
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path) as file:  # objects are refused unless numpy is told otherwise
+        with np.load(path) as file:  # which refuses pickled objects by default
             return {name: file[name] for name in ("mu", "sigma") if name in file.files}
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
