@@ -33,7 +33,6 @@ from measuring import REST, Enough, Lap, Stopwatch, by_clock, median_and_quartil
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from latentflow import LatentFlow
 from latentflow.commands.train import build_model
 from latentflow.data.batches import TrainingImages
 from latentflow.data.cache.reader import LatentCache
@@ -43,6 +42,7 @@ from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import SOLVERS, integrate
 from latentflow.flow.times import TrainingTimes, sampling_times
 from latentflow.model.conditioning import Conditioning
+from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import compile_blocks
 from latentflow.randomness import ImageRandom
 from latentflow.runtime import Runtime, open_runtime
@@ -55,7 +55,8 @@ from latentflow.training.config import Recipe, load_recipe
 from latentflow.training.ema import EMA
 from latentflow.training.fitting import with_values
 from latentflow.training.log import LossByTime, RunLog
-from latentflow.training.loop import FiniteGuard, train
+from latentflow.training.loop import FiniteGuard
+from latentflow.training.velocity import train_velocity
 
 NETWORK, BARE, PAUSE = "network", "bare network", "pause"
 OPTIMIZER_PARTS = ("optimizer", "gradient clipping", "EMA")
@@ -147,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return results
 
 
-def prepare(recipe: Recipe, folder: Path) -> tuple[TrainingImages, LatentFlow]:
+def prepare(recipe: Recipe, folder: Path) -> tuple[TrainingImages, FlowModel]:
     """A cache with the latent shape of Stable Diffusion's autoencoder, and a model that has left its zeros.
 
     The gates of a fresh network are zero, and so close to zero are its first gradients that AdamW computes with
@@ -165,7 +166,7 @@ def prepare(recipe: Recipe, folder: Path) -> tuple[TrainingImages, LatentFlow]:
 
 
 def training_laps(
-    recipe: Recipe, images: TrainingImages, model: LatentFlow, run: Path, runtime: Runtime, rounds: int
+    recipe: Recipe, images: TrainingImages, model: FlowModel, run: Path, runtime: Runtime, rounds: int
 ) -> list[Lap]:
     """The parts of each step of the real loop, with a bare forward and backward pass before it."""
     device = runtime.device
@@ -192,7 +193,7 @@ def training_laps(
         stopwatch.fine = times_parts(device, len(laps))
 
     with between_steps(before_step), timed_parts(stopwatch, model.network):
-        train(recipe, model, images, run, runtime)
+        train_velocity(recipe, model, images, run, runtime)
     return laps[1 + warm_up :]
 
 
@@ -213,7 +214,7 @@ def timed_parts(stopwatch: Stopwatch, network: nn.Module) -> Iterator[None]:
             (ImageRandom, "normal", "randomness"),
             (ImageRandom, "uniform", "randomness"),
             (TrainingTimes, "draw", "randomness"),
-            (LatentFlow, "latents", "latents and condition"),
+            (FlowModel, "latents", "latents and condition"),
             (Conditioning, "draw_dropped", "latents and condition"),
             (Conditioning, "build", "latents and condition"),
             (Conditioning, "drop", "latents and condition"),
@@ -230,7 +231,7 @@ def timed_parts(stopwatch: Stopwatch, network: nn.Module) -> Iterator[None]:
 
 
 def idle_steps(
-    recipe: Recipe, images: TrainingImages, model: LatentFlow, run: Path, runtime: Runtime, rounds: int
+    recipe: Recipe, images: TrainingImages, model: FlowModel, run: Path, runtime: Runtime, rounds: int
 ) -> dict[str, Any]:
     """Milliseconds of a step with `Dummy` in the network's place; nobody waits for the device in between.
 
@@ -238,7 +239,7 @@ def idle_steps(
     image a step there is next to nothing to compute, and what is left is what a device would have to wait for.
     """
     warm_up = warm_up_rounds(runtime.device)
-    light = LatentFlow(model.config, Dummy(model.config.conditioning.num_classes), model.autoencoder)
+    light = FlowModel(model.config, Dummy(model.config.conditioning.num_classes), model.autoencoder)
     stopwatch, readings, laps = Stopwatch(torch.device("cpu")), [], []
 
     def read() -> None:
@@ -248,7 +249,7 @@ def idle_steps(
             raise Enough
 
     with between_steps(read), timed_parts(stopwatch, light.network):
-        train(recipe, light, images, run, runtime)
+        train_velocity(recipe, light, images, run, runtime)
     laps = laps[1 + warm_up :]
     parts = sorted({part for lap in laps for part in lap})
     return {
@@ -268,7 +269,7 @@ def spread(laps: np.ndarray) -> dict[str, dict[str, float]]:
 
 
 @torch.inference_mode()
-def sampling_laps(recipe: Recipe, model: LatentFlow, runtime: Runtime, solver: str, rounds: int) -> list[Lap]:
+def sampling_laps(recipe: Recipe, model: FlowModel, runtime: Runtime, solver: str, rounds: int) -> list[Lap]:
     """The parts of each step of the real solver, with the bare network's calls before it."""
     network, device = model.to(runtime).network.eval(), runtime.device
     batch_size, conditioning = recipe.training.batch_size, model.config.conditioning

@@ -34,7 +34,7 @@ from latentflow.data.sources.images import open_images
 from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.runtime import open_runtime
 from latentflow.training.config import load_recipe
-from latentflow.training.loop import train
+from latentflow.training.velocity import train_velocity
 
 CACHED, ENCODING = "latent cache", "encoding in the loop"
 STORED, ANEW = "holes stored in the cache", "holes cut anew"
@@ -164,7 +164,7 @@ def measure(
     )
     model = build_model(recipe, autoencoder, cached)
     with suppress(Enough):
-        train(recipe, model, batches, folder / "run", open_runtime(device, recipe.training.precision))
+        train_velocity(recipe, model, batches, folder / "run", open_runtime(device, recipe.training.precision))
     size = batch_size * options.steps_per_round
     rounds = {
         side: seconds(laps, READING, REST).reshape(options.rounds, -1, 2).sum(1) for side, laps in batches.laps.items()

@@ -17,8 +17,8 @@ import typer
 from PIL import Image
 
 from latentflow.cli import app
-from latentflow.training.autoencoder import AUTOENCODER_RECIPES, load_autoencoder_recipe
 from latentflow.training.config import RECIPES, find_recipe, load_recipe
+from latentflow.training.first_stage import AUTOENCODER_RECIPES, load_autoencoder_recipe
 from latentflow.training.settings import to_yaml
 from tests import tiny
 from tests.processes import Result, run_here
@@ -227,8 +227,8 @@ def test_recipes_name_themselves_in_their_comments():
 
 
 def test_recipes_are_listed_and_valid(command):
-    from latentflow.training.autoencoder import AUTOENCODER_RECIPES
     from latentflow.training.config import recipe_names
+    from latentflow.training.first_stage import AUTOENCODER_RECIPES
 
     listed = json.loads(command("recipes", "--json").out)
     first_stages = [f"train-autoencoder {name}" for name in recipe_names(AUTOENCODER_RECIPES)]

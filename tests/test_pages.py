@@ -14,8 +14,8 @@ import typer
 from PIL import Image
 
 from latentflow.cli import app
-from latentflow.training.autoencoder import load_autoencoder_recipe
 from latentflow.training.config import load_recipe
+from latentflow.training.first_stage import load_autoencoder_recipe
 from tests import tiny
 from tests.processes import run_here
 

@@ -15,7 +15,7 @@ from latentflow.data.batches import TrainingImages
 from latentflow.data.pictures.single import psnr
 from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.model.config import AUTOENCODER_FOLDER
-from latentflow.training.autoencoder import load_autoencoder_recipe
+from latentflow.training.first_stage import load_autoencoder_recipe
 from tests import tiny
 
 FOLDER = BUILT_IN["shapes"]

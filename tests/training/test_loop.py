@@ -33,10 +33,10 @@ from latentflow.commands.train import train as train_command
 from latentflow.data.batches import TrainingImages
 from latentflow.data.cache.reader import LatentCache
 from latentflow.errors import ArtifactError, ConfigError, LatentFlowError, NonFiniteError
-from latentflow.model.flow_model import read_config
+from latentflow.model.flow_model import FlowModel, read_config
 from latentflow.runtime import Runtime
 from latentflow.sampling.preview import save_preview
-from latentflow.training import checkpoint, loop
+from latentflow.training import checkpoint, loop, velocity
 from latentflow.training.checkpoint import CheckpointWriter, Progress, load_checkpoint, newest_checkpoint
 from latentflow.training.ema import EMA
 from latentflow.training.log import read_metrics
@@ -94,7 +94,7 @@ def at_step(step: int, act) -> callable:
             act()
         return true_step(*args, **options)
 
-    true_step = loop.training_step
+    true_step = velocity.training_step
     return stand_in
 
 
@@ -188,7 +188,7 @@ def test_resume_by_steps_is_exact(train, stop):
 def test_a_signal_saves_and_resume_is_exact(recipe, train, monkeypatch, number):
     whole = train("whole")
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "training_step", at_step(4, lambda: signal.raise_signal(number)))
+        patched.setattr(velocity, "training_step", at_step(4, lambda: signal.raise_signal(number)))
         before = signal.getsignal(number)
         outcome = train_command(recipe("parts"), runtime=tiny.CPU).outcome
         assert signal.getsignal(number) == before
@@ -210,7 +210,7 @@ def test_resume_with_everything_switched_on(train):
     whole = train("whole", training=steps, **given)
     with pytest.MonkeyPatch.context() as patched:
         for stop in (5, 11):  # micro-batches: within step 3, and within step 6 of the rest
-            patched.setattr(loop, "training_step", at_step(stop, partial(signal.raise_signal, signal.SIGTERM)))
+            patched.setattr(velocity, "training_step", at_step(stop, partial(signal.raise_signal, signal.SIGTERM)))
             train("parts", training=steps, **given)
             patched.undo()
     assert newest_checkpoint(whole.with_name("parts")).name == "step-00000009"
@@ -238,7 +238,7 @@ def test_metrics_after_resume_are_not_doubled(train, monkeypatch):
 
     whole = train("whole", training={"checkpoint_every": 6})
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "training_step", at_step(9, die))
+        patched.setattr(velocity, "training_step", at_step(9, die))
         with pytest.raises(KeyError):
             train("parts", training={"checkpoint_every": 6})
     parts = whole.with_name("parts")
@@ -272,7 +272,7 @@ def test_killed_between_model_and_checkpoint(train, monkeypatch):
     assert final(train("parts")) == final(whole)
 
     with monkeypatch.context() as patched:
-        patched.setattr(LatentFlow, "save_pretrained", die)
+        patched.setattr(FlowModel, "save_pretrained", die)
         with pytest.raises(KeyError):
             train("other")
     assert final(train("other")) == final(whole)
@@ -464,7 +464,7 @@ def test_a_full_disk_ends_the_run_at_the_next_step(train, recipe, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "write_tensors", full)
-        patched.setattr(loop, "training_step", slowed(loop.training_step))
+        patched.setattr(velocity, "training_step", slowed(velocity.training_step))
         with pytest.raises(ArtifactError, match=r"cannot write .*: no space left on device; free some space"):
             train("run", training={"checkpoint_every": 4})
     run = Path(recipe("run").out)
@@ -770,7 +770,7 @@ class Watched:
     def train(self) -> None:
         run = Path(self.recipe.out)
         run.mkdir(exist_ok=True)
-        loop.train(self.recipe, self.model, self.images, run, self.runtime)
+        velocity.train_velocity(self.recipe, self.model, self.images, run, self.runtime)
 
 
 @pytest.mark.parametrize("deferred", [False, True], ids=["read at every step", "read with the log, as on a GPU"])

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from latentflow.errors import ConfigError
 from latentflow.training import autoencoder
-from latentflow.training.autoencoder import AutoencoderRecipe
 from latentflow.training.config import CHANGES, RECIPES, Recipe, load_recipe, recipe_names
+from latentflow.training.first_stage import AutoencoderRecipe
 from latentflow.training.settings import differences, keys_of, load_settings, to_yaml
 from tests import tiny
 

@@ -17,7 +17,7 @@ from latentflow.data.batches import TrainingImages
 from latentflow.data.painting.masks import MaskRules
 from latentflow.errors import ConfigError
 from latentflow.model.flow_model import read_config
-from latentflow.training import loop
+from latentflow.training import velocity
 from latentflow.training.checkpoint import newest_checkpoint
 from tests import tiny
 from tests.training.test_loop import at_step, final, largest_difference
@@ -95,7 +95,7 @@ def test_resume_is_exact(train, source):
     }
     whole = train("whole", source, **given)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "training_step", at_step(5, partial(signal.raise_signal, signal.SIGTERM)))
+        patched.setattr(velocity, "training_step", at_step(5, partial(signal.raise_signal, signal.SIGTERM)))
         train("parts", source, **given)
     assert newest_checkpoint(whole.with_name("parts")).name == "step-00000003"
     assert final(train("parts", source, **given)) == final(whole)

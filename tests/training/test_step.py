@@ -185,7 +185,7 @@ def test_a_step_never_waits_for_the_device(kl, conditioning, stratified):
     def step() -> None:
         result = training_step(model, model.network, batch, times=times, batch_size=6, seed=0)
         result.loss.mean().backward()
-        losses.add(result.time, result.loss)
+        losses.add(result)
 
     step()  # constants travel to the device once
     with watched() as waits:

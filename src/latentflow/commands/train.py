@@ -36,8 +36,8 @@ from latentflow.sampling.request import check_request
 from latentflow.training.changes import RECIPE_FILE, Changes, as_begun, check_changes
 from latentflow.training.config import CHANGES, Recipe
 from latentflow.training.fitting import FITTED, Situation, fit, is_set, value_of, with_values
-from latentflow.training.loop import Outcome, micro_batches
-from latentflow.training.loop import train as run_loop
+from latentflow.training.interruption import Outcome
+from latentflow.training.loop import micro_batches
 from latentflow.training.memory import (
     bytes_per_image,
     count_parameters,
@@ -47,6 +47,7 @@ from latentflow.training.memory import (
     total_memory,
 )
 from latentflow.training.settings import load_settings, to_yaml
+from latentflow.training.velocity import train_velocity
 
 _REPLACED = ("model", "checkpoints", "samples")  # folders of a run
 _STATISTICS_IMAGES = 2048  # enough for per-channel means and deviations to three digits
@@ -162,7 +163,7 @@ def train(
         file = run / "samples" / f"step-{step:08d}.png"
         save_preview(model, weights, prepared.images, file, prepared.runtime, batch_size)
 
-    outcome = run_loop(prepared.recipe, prepared.model, prepared.images, run, prepared.runtime, preview=preview)
+    outcome = train_velocity(prepared.recipe, prepared.model, prepared.images, run, prepared.runtime, preview=preview)
     return TrainResult(run, outcome, prepared.broken)
 
 

@@ -32,14 +32,14 @@ from latentflow.locks import writes
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime, open_runtime
 from latentflow.sampling.contact_sheet import save_grid
-from latentflow.training.autoencoder import (
+from latentflow.training.changes import RECIPE_FILE, Changes, as_begun, check_changes
+from latentflow.training.first_stage import (
     CHANGES,
     AutoencoderRecipe,
     build_autoencoder,
     require_autoencoder_memory,
     train_autoencoder,
 )
-from latentflow.training.changes import RECIPE_FILE, Changes, as_begun, check_changes
 from latentflow.training.interruption import Outcome
 from latentflow.training.memory import free_memory
 from latentflow.training.settings import to_yaml

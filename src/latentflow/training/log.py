@@ -19,6 +19,7 @@ from torch import Tensor
 from latentflow.artifacts import json_line, write_text, writing
 from latentflow.console import notice, printable
 from latentflow.flow.times import sum_by_time
+from latentflow.training.step import StepResult
 
 NUM_TIME_BINS = 10
 
@@ -29,12 +30,12 @@ class LossByTime:
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(2, NUM_TIME_BINS, device=device)
 
-    def add(self, time: Tensor, loss: Tensor) -> None:
-        """Take in the losses [B] of images seen at `time` [B]."""
-        self.sums += torch.stack(sum_by_time(time, loss, NUM_TIME_BINS))
+    def add(self, result: StepResult) -> None:
+        """Take in the losses of a micro-batch."""
+        self.sums += torch.stack(sum_by_time(result.time, result.loss.detach(), NUM_TIME_BINS))
 
-    def means(self, reduce: Callable[[Tensor], Tensor]) -> tuple[float, dict[str, float]]:
-        """Mean loss over all images, and over those of each time bin ("0.3-0.4"); bins without images are left out.
+    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """The mean `loss` over all images, and `loss_by_time` over those of each time bin that has any ("0.3-0.4").
 
         Args:
             reduce: sums a tensor over all processes.
@@ -45,7 +46,7 @@ class LossByTime:
             for n, (total, count) in enumerate(zip(sums, counts, strict=True))
             if count
         }
-        return sum(sums) / sum(counts), bins
+        return {"loss": sum(sums) / sum(counts), "loss_by_time": bins}
 
 
 class Clock:

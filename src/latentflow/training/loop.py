@@ -1,43 +1,43 @@
-"""The training loop.
+"""The training loop, for whatever learns from images: a velocity network, a first stage.
 
-Read `train` from top to bottom: set up, restore, then for each step read, compare, step, average, log, save.
+Read `run_loop` from top to bottom: restore, then for each step read, compare, step, average, log, save.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from latentflow.data.batches import Batch, StreamPositions, TrainingImages, lost_workers, stream_batches
 from latentflow.errors import ConfigError
-from latentflow.model.flow_model import FlowModel
-from latentflow.networks.running import compile_blocks, restore_blocks, set_memory
+from latentflow.networks.running import compile_blocks
 from latentflow.runtime import Runtime
-from latentflow.training.checkpoint import CheckpointWriter, Progress, keep_newest, load_checkpoint, newest_checkpoint
-from latentflow.training.compiling import compiles
-from latentflow.training.config import Recipe, TrainingConfig
+from latentflow.training.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    SaveModel,
+    keep_newest,
+    load_checkpoint,
+    newest_checkpoint,
+)
+from latentflow.training.config import TrainingConfig
 from latentflow.training.ema import EMA
 from latentflow.training.guard import FiniteGuard
 from latentflow.training.interruption import Outcome, SharedStop, collected_signals, ended_at_once
-from latentflow.training.log import Clock, LossByTime, RunLog
-from latentflow.training.memory import memory_mode
-from latentflow.training.optim import build_optimizer, clip_gradients, loss_scaler, scaler_state
-from latentflow.training.step import training_step
-
-Preview = Callable[[FlowModel, Mapping[str, Tensor], int], None]
-"""Called with (model, EMA weights, step) in every process to draw a grid together."""
+from latentflow.training.log import Clock, RunLog
+from latentflow.training.optim import OptimizerConfig, build_optimizer, clip_gradients, loss_scaler, scaler_state
 
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """How an optimizer step is shared: each process computes `number` micro-batches of `size` images."""
+    """How an optimizer step is split: each process computes `number` micro-batches of `size` images."""
 
     size: int
     number: int
@@ -47,7 +47,7 @@ def micro_batches(config: TrainingConfig, runtime: Runtime) -> MicroBatches:
     """The micro-batches of one optimizer step of one process.
 
     Raises:
-        ConfigError: the batch cannot be shared out evenly.
+        ConfigError: the batch cannot be split evenly.
     """
     size = config.micro_batch_size or max(config.batch_size // runtime.world, 1)
     together = size * runtime.world
@@ -59,125 +59,186 @@ def micro_batches(config: TrainingConfig, runtime: Runtime) -> MicroBatches:
     return MicroBatches(size, config.batch_size // together)
 
 
-def train(
-    recipe: Recipe,
-    model: FlowModel,
-    images: TrainingImages,
-    run: Path,
-    runtime: Runtime,
-    *,
-    preview: Preview | None = None,
-) -> Outcome:
-    """Train `model.network` until the recipe's last step, or until SIGTERM or Ctrl-C.
+class StepLosses(Protocol):
+    """What a forward pass gives: the loss [B] of each image, with its graph."""
 
-    The newest complete checkpoint in `run` is continued exactly: on the CPU the weights equal those of an
+    @property
+    def loss(self) -> Tensor: ...
+
+
+class Meter(Protocol):
+    """Sums the results of steps on the device between two lines of the log."""
+
+    def add(self, result: Any) -> None:
+        """Take in one micro-batch."""
+
+    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Means for the log, among them "loss"; `reduce` sums a tensor over all processes."""
+
+
+class Pace(Protocol):
+    """The part of a recipe that the loop follows."""
+
+    steps: int
+    batch_size: int
+    ema_decay: float
+    log_every: int
+    keep_checkpoints: int
+
+    def is_saved(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop trains, and what it writes on the way.
+
+    Attributes:
+        network: in training mode, on the device of `runtime`.
+        compare: (network, batch) => the losses of the batch.
+        meter: makes the sums for the next line of the log, on a device.
+        images: what is trained on.
+        run: the run folder, for checkpoints and metrics.
+        num_workers: processes that read ahead; see `stream_batches`.
+        compiles: whether to compile the network's blocks, given the number of images left.
+        before_save: prepares for a checkpoint, while none is being written.
+        save_model: writes the model folder that goes with a checkpoint.
+        keep_every: steps between milestones; None: there are none.
+        after_step: called in every process with the averaged weights and the number of steps done.
+    """
+
+    network: nn.Module
+    compare: Callable[[nn.Module, Batch], StepLosses]
+    meter: Callable[..., Meter]
+    images: TrainingImages
+    run: Path
+    runtime: Runtime
+    config: Pace
+    optimizer: OptimizerConfig
+    parts: MicroBatches
+    num_workers: int | None
+    compiles: Callable[[int], bool] = lambda images_left: False
+    before_save: Callable[[Progress], None] = lambda progress: None
+    save_model: SaveModel | None = None
+    keep_every: int | None = None
+    after_step: Callable[[Mapping[str, Tensor], int], None] = lambda average, step: None
+
+
+class Learner:
+    """A network with everything that trains it, as the newest complete checkpoint of the run left it."""
+
+    def __init__(self, job: Job):
+        self.job, self.network, self.parameters = job, job.network, list(job.network.parameters())
+        self.ema = EMA(job.network, job.config.ema_decay)
+        self.optimizer = build_optimizer(job.network, job.optimizer)
+        newest = newest_checkpoint(job.run)
+        self.is_resumed = newest is not None
+        self.progress = load_checkpoint(newest, job.network, self.ema, self.optimizer) if newest else Progress()
+        self.scaler = loss_scaler(job.runtime, self.progress.loss_scale, self.progress.growth_tracker)
+        scaled = self.scaler.is_enabled()
+        self.guard = FiniteGuard(self.optimizer, job.runtime, scaled=scaled, remedy=job.optimizer.gentler)
+        self.wrapped = _distributed(job.network, job.runtime)
+
+    def backward(self, read: Sequence[Batch], meter: Meter) -> list[Tensor]:
+        """Forward and backward passes of the micro-batches of one step; returns the losses [B] of each."""
+        losses = []
+        for number, batch in enumerate(read, start=1):
+            with _exchange_gradients(self.wrapped, number == len(read)):
+                result = self.job.compare(self.wrapped, batch)
+                self.scaler.scale(result.loss.mean() / len(read)).backward()
+            meter.add(result)
+            losses.append(result.loss.detach())
+        return losses
+
+    def update(self, read: Sequence[Batch], losses: Sequence[Tensor]) -> tuple[float, Tensor]:
+        """Clip, step and average, if the gradient is finite; returns the learning rate and the gradient norm."""
+        step, batch_size = self.progress.step, self.job.config.batch_size
+        rate = self.job.optimizer.rate(step, self.job.config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.parameters, self.job.optimizer.clip_norm)
+        self.guard.watch(norm, losses, step, [batch.positions for batch in read])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.ema.update(step)
+        self.progress = replace(self.progress, step=step + 1, images_seen=self.progress.images_seen + batch_size)
+        return rate, norm
+
+    def save(self, writer: CheckpointWriter) -> None:
+        """Begin to write a checkpoint."""
+        writer.wait()
+        self.job.before_save(self.progress)
+        scale, tracker = scaler_state(self.scaler)
+        progress = replace(self.progress, loss_scale=scale, growth_tracker=tracker)
+        writer.save(progress, self.network, self.ema, self.optimizer)
+
+
+def run_loop(job: Job) -> tuple[Outcome, Mapping[str, Tensor]]:
+    """Train until the last step, or until SIGTERM or Ctrl-C; returns how it ended, and the averaged weights.
+
+    The newest complete checkpoint in the run folder is continued exactly: on the CPU the weights equal those of an
     uninterrupted run bit for bit.
-
-    Args:
-        run: the run folder; checkpoints, metrics and the model go there.
-        preview: draws sample grids; sampling belongs to a sibling layer, so it is handed in.
 
     Raises:
         NonFiniteError: a gradient was not finite; the weights are those from before that step.
     """
-    config, main, parts = recipe.training, runtime.is_main, micro_batches(recipe.training, runtime)
-    network = model.to(runtime).network.train().requires_grad_()
-    set_memory(network, memory_mode(config.memory, model.config, parts.size, runtime))
-    ema, optimizer = EMA(network, config.ema_decay), build_optimizer(network, recipe.optimizer)
-    parameters = list(network.parameters())
-    newest = newest_checkpoint(run)
-    progress = load_checkpoint(newest, network, ema, optimizer) if newest else Progress()
-    scaler = loss_scaler(runtime, progress.loss_scale, progress.growth_tracker)
-    wrapped = _distributed(network, runtime)
-    batches = _open_stream(recipe, images, runtime, parts, first_position=progress.images_seen)
-    compare = partial(training_step, model, times=recipe.times, batch_size=config.batch_size, seed=config.seed)
-    images_left = (config.steps - progress.step) * config.batch_size
-    if first_step_compiles := compiles(config.compile, model.config, images_left, runtime):
-        compile_blocks(network)
-
-    def save() -> None:
-        if main:
-            writer.wait()  # until the model's config is not read any more
-            done = {"num_images": len(images), "step": progress.step, "images_seen": progress.images_seen}
-            record = model.config.training.model_copy(update=done)
-            model.config = model.config.model_copy(update={"training": record})
-            scale, tracker = scaler_state(scaler)
-            writer.save(replace(progress, loss_scale=scale, growth_tracker=tracker), network, ema, optimizer)
-
-    def save_model(folder: Path, average: Mapping[str, Tensor]) -> None:
-        model.save_pretrained(folder, weights=average)
-
-    kept = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
-    log = RunLog(run, num_steps=config.steps, first_step=progress.step, enabled=main)
-    if newest:
-        log.say(f"resuming from step {progress.step} ({progress.images_seen:,} images seen)")
-        if main:
-            keep_newest(run, **kept)
-    guard = FiniteGuard(optimizer, runtime, scaled=scaler.is_enabled(), remedy=recipe.optimizer.gentler)
-    losses, clock, saved_at, stopping = LossByTime(runtime.device), Clock(), progress.step, False
+    config, runtime, learner = job.config, job.runtime, Learner(job)
+    batches = _open_stream(job, first_position=learner.progress.images_seen)
+    if is_compiling := job.compiles((config.steps - learner.progress.step) * config.batch_size):
+        compile_blocks(job.network)
+    kept = {"keep": config.keep_checkpoints, "keep_every": job.keep_every}
+    log = RunLog(job.run, num_steps=config.steps, first_step=learner.progress.step, enabled=runtime.is_main)
+    if learner.is_resumed:
+        log.say(f"resuming from step {learner.progress.step} ({learner.progress.images_seen:,} images seen)")
+        if runtime.is_main:
+            keep_newest(job.run, **kept)
+    meter, clock, saved_at, stopping = job.meter(runtime.device), Clock(), learner.progress.step, False
     with (
         log,
         closing(batches),
-        lost_workers(recipe.data.num_workers),
+        lost_workers(job.num_workers),
         runtime.float32_policy(),
         collected_signals() as received,
-        CheckpointWriter(run, runtime.device, **kept, save_model=save_model) as writer,
+        CheckpointWriter(job.run, runtime.device, **kept, save_model=job.save_model) as writer,
     ):
         stop = SharedStop(runtime, received)
-        while progress.step < config.steps and not stopping:
-            rate = recipe.optimizer.rate(progress.step, config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            read = [next(batches) for _ in range(parts.number)]
-            results = []
+        while learner.progress.step < config.steps and not stopping:
+            read = [next(batches) for _ in range(job.parts.number)]
             began = time.perf_counter()
-            with ended_at_once("the network was compiled") if first_step_compiles else nullcontext():
-                for number, batch in enumerate(read, start=1):
-                    with _exchange_gradients(wrapped, number == len(read)):
-                        result = compare(wrapped, batch)
-                        scaler.scale(result.loss.mean() / len(read)).backward()
-                    losses.add(result.time, result.loss)
-                    results.append(result.loss.detach())
-            if first_step_compiles:
+            with ended_at_once("the network was compiled") if is_compiling else nullcontext():
+                losses = learner.backward(read, meter)
+            if is_compiling:
                 if received:
                     break  # somewhere in the first step, of which nothing is left; what was before it is on disk
                 log.say(f"compiled in {time.perf_counter() - began:.0f} s")
-                first_step_compiles = False
-            scaler.unscale_(optimizer)
-            norm = clip_gradients(parameters, recipe.optimizer.clip_norm)
-            guard.watch(norm, results, progress.step, [batch.positions for batch in read])
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            ema.update(progress.step)
-            progress = replace(progress, step=progress.step + 1, images_seen=progress.images_seen + config.batch_size)
+                is_compiling = False
+            rate, norm = learner.update(read, losses)
             clock.count(config.batch_size)
 
             writer.raise_failure()
-            stopping = stop.is_due()
-            ends = stopping or progress.step == config.steps
-            saves = config.is_saved(progress.step) or ends
-            if guard.is_due(progress.step, config.log_every) or saves:
-                guard.raise_if_bad(compare, network, images, saved_at)
-            if progress.step % config.log_every == 0 or ends:
-                loss, by_time = losses.means(runtime.sum)
+            step, stopping = learner.progress.step, stop.is_due()
+            ends = stopping or step == config.steps
+            saves = config.is_saved(step) or ends
+            if learner.guard.is_due(step, config.log_every) or saves:
+                learner.guard.raise_if_bad(job.compare, job.network, job.images, saved_at)
+            if step % config.log_every == 0 or ends:
+                numbers = {"images_seen": learner.progress.images_seen, **meter.means(runtime.sum)}
                 speed = {"learning_rate": rate, "images_per_second": clock.rate()}
-                seen = {"images_seen": progress.images_seen, "loss": loss, "grad_norm": float(norm)}
-                log.metrics(progress.step, {**seen, **speed, "loss_by_time": by_time})
-                losses, clock = LossByTime(runtime.device), Clock()
-            log.advance(progress.step)
+                log.metrics(step, {**numbers, "grad_norm": float(norm), **speed})
+                meter, clock = job.meter(runtime.device), Clock()
+            log.advance(step)
             with clock.paused():
-                if saves:
-                    save()
-                    saved_at = progress.step
-                last = progress.step == config.steps
-                if preview and config.preview_every and (progress.step % config.preview_every == 0 or last):
-                    preview(model, ema.average, progress.step)
+                if saves and runtime.is_main:
+                    learner.save(writer)
+                saved_at = step if saves else saved_at
+                job.after_step(learner.ema.average, step)
         else:
             writer.wait()
             runtime.barrier()  # the model of the run is there when any process returns
-    restore_blocks(network.eval().requires_grad_(False))
-    return Outcome(progress.step, finished=progress.step >= config.steps, signal=received[0] if received else None)
+    step, signal = learner.progress.step, received[0] if received else None
+    return Outcome(step, finished=step >= config.steps, signal=signal), learner.ema.average
 
 
 def _distributed(network: nn.Module, runtime: Runtime) -> nn.Module:
@@ -188,15 +249,14 @@ def _distributed(network: nn.Module, runtime: Runtime) -> nn.Module:
     return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
 
 
-def _open_stream(
-    recipe: Recipe, images: TrainingImages, runtime: Runtime, parts: MicroBatches, *, first_position: int
-) -> Generator[Batch, None, None]:
+def _open_stream(job: Job, *, first_position: int) -> Generator[Batch, None, None]:
     """The batches of this process, from the image after the last one that the run has seen."""
-    positions = StreamPositions(first_position, recipe.training.batch_size, parts.size, runtime.rank, runtime.world)
+    runtime = job.runtime
+    positions = StreamPositions(first_position, job.config.batch_size, job.parts.size, runtime.rank, runtime.world)
     return stream_batches(
-        images,
+        job.images,
         positions,
-        num_workers=recipe.data.num_workers,
+        num_workers=job.num_workers,
         pin_memory=runtime.device.type == "cuda",
         sharing=runtime.local_world,
     )

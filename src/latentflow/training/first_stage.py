@@ -15,9 +15,8 @@ Legend: B images, S side of the training crops, C latent channels, h = w = S / f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -27,21 +26,18 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from latentflow.autoencoder import sample_latents, to_unit_range
-from latentflow.data.batches import Batch, StreamPositions, TrainingImages, lost_workers, stream_batches
+from latentflow.data.batches import Batch, TrainingImages
 from latentflow.errors import ConfigError
 from latentflow.randomness import ImageRandom, derive_seed
 from latentflow.records import Record
 from latentflow.runtime import Runtime
 from latentflow.shapes import image_mean
 from latentflow.training.changes import ChangeRules
-from latentflow.training.checkpoint import CheckpointWriter, Progress, keep_newest, load_checkpoint, newest_checkpoint
 from latentflow.training.config import LARGEST_IMAGE, LARGEST_SEED, MOST_STEPS, RECIPES, find_recipe
-from latentflow.training.ema import EMA
-from latentflow.training.guard import FiniteGuard
-from latentflow.training.interruption import Outcome, collected_signals
-from latentflow.training.log import Clock, RunLog
+from latentflow.training.interruption import Outcome
+from latentflow.training.loop import Job, MicroBatches, run_loop
 from latentflow.training.memory import require_memory
-from latentflow.training.optim import OptimizerConfig, build_optimizer, clip_gradients
+from latentflow.training.optim import OptimizerConfig
 from latentflow.training.settings import load_settings
 
 if TYPE_CHECKING:
@@ -123,6 +119,10 @@ class AutoencoderTraining(Record):
     log_every: int = Field(50, ge=1, le=MOST_STEPS, description="Steps between lines of metrics.jsonl.")
     checkpoint_every: int = Field(500, ge=1, le=MOST_STEPS, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, le=MOST_STEPS, description="How many of the newest checkpoints stay.")
+
+    def is_saved(self, step: int) -> bool:
+        """Whether a checkpoint is written after `step` steps, if the run does not end there."""
+        return step % self.checkpoint_every == 0
 
 
 class AutoencoderRecipe(Record):
@@ -296,62 +296,22 @@ def train_autoencoder(
     Raises:
         NonFiniteError: a gradient was not finite; the checkpoints are from before that step.
     """
-    config, device = recipe.training, runtime.device
-    network.to(device)
-    ema, optimizer = EMA(network, config.ema_decay), build_optimizer(network, recipe.optimizer)
-    parameters = list(network.parameters())
-    newest = newest_checkpoint(run)
-    progress = load_checkpoint(newest, network, ema, optimizer) if newest else Progress()
-    positions = StreamPositions(progress.images_seen, config.batch_size, config.batch_size, rank=0, num_processes=1)
-    batches = stream_batches(images, positions, num_workers=recipe.data.num_workers, pin_memory=device.type == "cuda")
-    compare = partial(autoencoder_step, recipe=recipe, runtime=runtime)
-    guard = FiniteGuard(optimizer, runtime, scaled=False, remedy=recipe.optimizer.gentler)
-    log = RunLog(run, num_steps=config.steps, first_step=progress.step, enabled=True)
-    if newest:
-        log.say(f"resuming from step {progress.step} ({progress.images_seen:,} images seen)")
-        keep_newest(run, config.keep_checkpoints)
-    means, clock, saved_at, ends = _Means(device), Clock(), progress.step, False
-    with (
-        log,
-        closing(batches),
-        lost_workers(recipe.data.num_workers),
-        runtime.float32_policy(),
-        collected_signals() as received,
-        CheckpointWriter(run, device, keep=config.keep_checkpoints) as writer,
-    ):
-        while progress.step < config.steps and not ends:
-            rate = recipe.optimizer.rate(progress.step, config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            batch = next(batches)
-            result = compare(network, batch)
-            result.loss.mean().backward()
-            norm = clip_gradients(parameters, recipe.optimizer.clip_norm)
-            guard.watch(norm, [result.loss], progress.step, [batch.positions])
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.update(progress.step)
-            means.add(result)
-            progress = replace(progress, step=progress.step + 1, images_seen=progress.images_seen + config.batch_size)
-            clock.count(config.batch_size)
-
-            writer.raise_failure()
-            ends = bool(received) or progress.step == config.steps
-            saves = ends or progress.step % config.checkpoint_every == 0
-            if saves or guard.is_due(progress.step, config.log_every):
-                guard.raise_if_bad(compare, network, images, saved_at)
-            if ends or progress.step % config.log_every == 0:
-                numbers = {"images_seen": progress.images_seen, **means.read(), "grad_norm": float(norm)}
-                speed = {"learning_rate": rate, "images_per_second": clock.rate()}
-                log.metrics(progress.step, {**numbers, **speed})
-                means, clock = _Means(device), Clock()
-            log.advance(progress.step)
-            if saves:
-                with clock.paused():
-                    writer.save(progress, network, ema, optimizer)
-                saved_at = progress.step
-    network.load_state_dict(ema.average)
-    return Outcome(progress.step, finished=progress.step >= config.steps, signal=received[0] if received else None)
+    config = recipe.training
+    job = Job(
+        network=network.to(runtime.device),
+        compare=partial(autoencoder_step, recipe=recipe, runtime=runtime),
+        meter=MeanTerms,
+        images=images,
+        run=run,
+        runtime=runtime,
+        config=config,
+        optimizer=recipe.optimizer,
+        parts=MicroBatches(config.batch_size, 1),
+        num_workers=recipe.data.num_workers,
+    )
+    outcome, average = run_loop(job)
+    network.load_state_dict(average)
+    return outcome
 
 
 def _random_crops(batch: Batch, side: int | None, seed: int) -> Tensor:
@@ -371,17 +331,19 @@ def _edges(pixels: Tensor) -> tuple[Tensor, Tensor]:
     return pixels[..., 1:, :] - pixels[..., :-1, :], pixels[..., 1:] - pixels[..., :-1]
 
 
-class _Means:
-    """Means of the terms of the loss since it was made, summed on the device and read once per log line."""
+class MeanTerms:
+    """Means of the terms of the loss, summed on the device and read once per log line."""
 
     def __init__(self, device: torch.device):
         self.names = [field.name for field in fields(AutoencoderStep)]
         self.sums = torch.zeros(len(self.names), device=device)
         self.num_steps = 0
 
-    def add(self, step: AutoencoderStep) -> None:
-        self.sums += torch.stack([getattr(step, name).detach().mean() for name in self.names])
+    def add(self, result: AutoencoderStep) -> None:
+        """Take in one batch."""
+        self.sums += torch.stack([getattr(result, name).detach().mean() for name in self.names])
         self.num_steps += 1
 
-    def read(self) -> dict[str, float]:
-        return dict(zip(self.names, (self.sums / self.num_steps).tolist(), strict=True))
+    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Each term by its name; `reduce` sums over processes, of which there is one."""
+        return dict(zip(self.names, (reduce(self.sums) / self.num_steps).tolist(), strict=True))

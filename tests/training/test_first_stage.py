@@ -18,16 +18,16 @@ from latentflow.data.sources.images import open_images
 from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.errors import ConfigError, DataError, NonFiniteError
 from latentflow.randomness import ImageRandom
-from latentflow.training import autoencoder as training
-from latentflow.training.autoencoder import (
+from latentflow.training import first_stage as training
+from latentflow.training.checkpoint import newest_checkpoint
+from latentflow.training.config import recipe_names
+from latentflow.training.first_stage import (
     AUTOENCODER_RECIPES,
     AutoencoderRecipe,
     autoencoder_step,
     build_autoencoder,
     load_autoencoder_recipe,
 )
-from latentflow.training.checkpoint import newest_checkpoint
-from latentflow.training.config import recipe_names
 from latentflow.training.log import read_metrics
 from latentflow.training.settings import load_settings, to_yaml
 from tests import tiny

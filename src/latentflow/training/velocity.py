@@ -1,0 +1,79 @@
+"""Training a velocity network: what `run_loop` needs to know of a flow-matching model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from latentflow.data.batches import TrainingImages
+from latentflow.model.flow_model import FlowModel
+from latentflow.networks.running import restore_blocks, set_memory
+from latentflow.runtime import Runtime
+from latentflow.training.checkpoint import Progress
+from latentflow.training.compiling import compiles
+from latentflow.training.config import Recipe
+from latentflow.training.interruption import Outcome
+from latentflow.training.log import LossByTime
+from latentflow.training.loop import Job, micro_batches, run_loop
+from latentflow.training.memory import memory_mode
+from latentflow.training.step import training_step
+
+Preview = Callable[[FlowModel, Mapping[str, Tensor], int], None]
+"""Called with (model, averaged weights, step) in every process; together they draw a grid."""
+
+
+def train_velocity(
+    recipe: Recipe,
+    model: FlowModel,
+    images: TrainingImages,
+    run: Path,
+    runtime: Runtime,
+    *,
+    preview: Preview | None = None,
+) -> Outcome:
+    """Train `model.network` until the recipe's last step, or until SIGTERM or Ctrl-C; see `run_loop`.
+
+    Args:
+        run: the run folder; checkpoints, metrics and the model go there.
+        preview: draws sample grids. Sampling is a sibling of training, so it is passed in.
+
+    Raises:
+        NonFiniteError: a gradient was not finite; the weights are those from before that step.
+    """
+    config, parts = recipe.training, micro_batches(recipe.training, runtime)
+    network = model.to(runtime).network.train().requires_grad_()
+    set_memory(network, memory_mode(config.memory, model.config, parts.size, runtime))
+
+    def record(progress: Progress) -> None:
+        done = {"num_images": len(images), "step": progress.step, "images_seen": progress.images_seen}
+        training = model.config.training.model_copy(update=done)
+        model.config = model.config.model_copy(update={"training": training})
+
+    def draw_if_due(average: Mapping[str, Tensor], step: int) -> None:
+        every = config.preview_every
+        if preview and every and (step % every == 0 or step == config.steps):
+            preview(model, average, step)
+
+    job = Job(
+        network=network,
+        compare=partial(training_step, model, times=recipe.times, batch_size=config.batch_size, seed=config.seed),
+        meter=LossByTime,
+        images=images,
+        run=run,
+        runtime=runtime,
+        config=config,
+        optimizer=recipe.optimizer,
+        parts=parts,
+        num_workers=recipe.data.num_workers,
+        compiles=lambda images_left: compiles(config.compile, model.config, images_left, runtime),
+        before_save=record,
+        save_model=lambda folder, average: model.save_pretrained(folder, weights=average),
+        keep_every=config.keep_every,
+        after_step=draw_if_due,
+    )
+    outcome, _ = run_loop(job)
+    restore_blocks(network.eval().requires_grad_(False))
+    return outcome
