@@ -1,8 +1,11 @@
-"""The README.md of a model folder: what people read, headed by the metadata that the hub reads."""
+"""The README.md of a model folder: what people read, below the metadata that the hub reads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from latentflow.hub import CARD_NAME
 from latentflow.model.config import ModelConfig
@@ -11,70 +14,72 @@ _MOST_NAMES = 50
 
 
 def model_card(config: ModelConfig) -> str:
-    """Markdown of what a model is, how it is used, and what it is not."""
-    told = config.conditioning
+    """Markdown that says what a model is, how to use it, and what its limits are.
+
+    `CARD_NAME` stands for the path of the model, until `latentflow push` puts the hub id there.
+    """
+    values = {"facts": _facts(config), "model": CARD_NAME}
+    return render_card("latentflow.model", "README.md.j2", config, "latentflow", **values)
+
+
+def render_card(package: str, template: str, config: ModelConfig, library: str, **values: object) -> str:
+    """A page with its metadata, from a Jinja2 template in the folder `templates` of a package.
+
+    Args:
+        library: the library that loads the folder, as the hub calls it.
+        values: what the template uses besides `config` and `conditioning`.
+    """
+    conditioning = config.conditioning
     tags = {
-        "class-conditional": bool(told.class_names),
-        "inpainting": told.inpainting,
-        "semantic-image-synthesis": bool(told.map_class_names),
+        "class-conditional": bool(conditioning.class_names),
+        "inpainting": conditioning.inpainting,
+        "semantic-image-synthesis": bool(conditioning.map_class_names),
     }
-    usage = [f"latentflow sample {CARD_NAME} --num 16 --out samples"]
-    if told.inpainting:
-        usage.append(f"latentflow inpaint {CARD_NAME} IMAGE HOLE --out filled.png")
-    if told.map_class_names:
-        usage.append(f"latentflow mask-to-image {CARD_NAME} MAP --out painted.png")
-    commands = "\n".join(f"    {line}" for line in usage)
-    rows = "\n".join(f"| {name} | {_cell(fact)} |" for name, fact in _facts(config).items() if fact)
-    paints = told.inpainting or told.map_class_names
-    return f"""---
-library_name: latentflow
-pipeline_tag: {"image-to-image" if paints else "unconditional-image-generation"}
-tags: [{", ".join(["flow-matching", "image-generation", *(tag for tag, can in tags.items() if can)])}]
----
-# A latent flow-matching model
-
-| | |
-|---|---|
-{rows}
-
-{commands}
-
-or from Python:
-
-    from latentflow import FlowModel
-    images = LatentFlow.from_pretrained("{CARD_NAME}").sample(num=16, seed=0).images
-
-## Limits
-
-It draws only what its training images show, at about their size, with no finer detail than its autoencoder keeps.
-Nothing filters what it draws, and it may repeat training images and whatever is one-sided in them.
-"""
+    edits = conditioning.inpainting or conditioning.map_class_names
+    metadata = ModelCardData(
+        library_name=library,
+        pipeline_tag="image-to-image" if edits else "unconditional-image-generation",
+        tags=["flow-matching", "image-generation", *(tag for tag, applies in tags.items() if applies)],
+    )
+    environment = Environment(
+        loader=PackageLoader(package),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {"cell": _cell, "number": lambda value: f"{value:g}"}
+    text = environment.get_template(template).render(config=config, conditioning=conditioning, **values)
+    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}"))
 
 
 def _facts(config: ModelConfig) -> dict[str, str]:
-    told, training, sampling = config.conditioning, config.training, config.sampling
-    guided = ", ".join(told.can_guide)
+    """The rows of the table; those without a value are left out."""
+    conditioning, training, sampling = config.conditioning, config.training, config.sampling
+    guided = ", ".join(conditioning.can_guide)
     seen = f"{training.step:,} steps, {training.images_seen:,} images seen"
-    return {
+    facts = {
         "image size": f"{config.image_size} x {config.image_size}",
         "network": config.network.title,
         "latents": f"{' x '.join(map(str, config.latent_shape))}, autoencoder `{config.autoencoder.reference}`",
-        "told": ", ".join(told.dropout) or "nothing (unconditional)",
-        "classes": _listed(told.class_names) or "none (unconditional)",
-        "map classes": _listed(told.map_class_names),
-        "holes": config.masks.policy if config.masks else "",
-        "guidance": f"trained for it, by {guided}" if guided else "not available: no null condition was trained",
+        "conditions": ", ".join(conditioning.kinds) or "none (unconditional)",
+        "classes": _listed(conditioning.class_names),
+        "map classes": _listed(conditioning.map_class_names),
+        "mask policy": config.masks.policy if config.masks else "",
+        "guidance": f"on {guided}" if guided else "not available: no condition was dropped in training",
         "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}",
         "trained on": training.data or "not known",
-        "training": seen if training.step else "elsewhere",
+        "training": seen if training.step else "not recorded",
     }
+    return {name: fact for name, fact in facts.items() if fact}
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The names, or the first of many."""
+    """All the names, or the first of many and their number."""
     more = f", ... ({len(names)} in all)" if len(names) > _MOST_NAMES else ""
     return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def _cell(text: str) -> str:
+    """Text that cannot end a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")

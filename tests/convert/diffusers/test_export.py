@@ -1,9 +1,11 @@
-"""Models exported to diffusers: the same function, drawn with by the program of the page, or refused."""
+"""Models exported to diffusers: the same function, sampled by the program on the page, or refused."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from PIL import Image
 from latentflow.api import LatentFlow
 from latentflow.autoencoder import Autoencoder, LatentNormalisation
 from latentflow.convert.diffusers import export as diffusers_export
-from latentflow.convert.diffusers.export import LIMIT, export_diffusers, told_by_diffusers
+from latentflow.convert.diffusers.export import LIMIT, diffusers_velocity, export_diffusers
 from latentflow.convert.diffusers.keys import diffusers_network
 from latentflow.errors import ArtifactError
 from latentflow.flow.path import CosinePath, LinearPath
@@ -29,6 +31,7 @@ from tests import tiny
 from tests.convert.parity import relative_error
 from tests.processes import run_here
 
+ROOT = Path(__file__).parents[3]
 LATENT_SIDE = tiny.IMAGE_SIZE // tiny.FACTOR
 CLASSES = {"class_names": list(tiny.CLASSES)}
 
@@ -66,14 +69,14 @@ NETWORKS = {
 
 
 def model(
-    autoencoder: Autoencoder, network: UNetConfig | DiTConfig, told: dict[str, Any], /, **given: Any
+    autoencoder: Autoencoder, network: UNetConfig | DiTConfig, conditions: dict[str, Any], /, **given: Any
 ) -> LatentFlow:
     """A model with random weights, none of them zero."""
     values = {
         "image_size": tiny.IMAGE_SIZE,
         "network": network,
         "path": LinearPath(),
-        "conditioning": Conditioning(**told),
+        "conditioning": Conditioning(**conditions),
         "autoencoder": AutoencoderRecord(
             reference=AUTOENCODER_FOLDER,
             content_hash=autoencoder.content_hash,
@@ -95,14 +98,22 @@ def loaded(folder: Path, exported: diffusers_export.Exported) -> torch.nn.Module
 
 
 def program(folder: Path) -> str:
-    """The program on the page, to the letter."""
+    """The program on the page, verbatim."""
     return re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+
+
+def lint(source: str) -> None:
+    """Check and format as this repository is; fails with the complaint."""
+    for command in (["check", "--quiet"], ["format", "--diff", "--quiet"]):
+        ruff = [sys.executable, "-m", "ruff", *command, "--stdin-filename", "sample.py", "-"]
+        done = subprocess.run(ruff, cwd=ROOT, input=source, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_diffusers_computes_the_same(kl, tmp_path, name):
-    """At other latents, times and sizes than the export has looked at; every label."""
+    """At latents, times and sizes that the export did not check; every label."""
     network, told = NETWORKS[name]
     given = model(kl, network, told)
     exported = export_diffusers(given, tmp_path / "out")
@@ -123,11 +134,11 @@ def test_diffusers_computes_the_same(kl, tmp_path, name):
         condition = given.config.conditioning.build(latents.shape, "cpu", Condition(labels=labels, **spatial))
         expected = given.velocity(latents, time, condition)
         assert expected.std() > 1e-2, "nothing to compare"
-        assert relative_error(told_by_diffusers(theirs, given.config, latents, time, condition), expected) <= LIMIT
+        assert relative_error(diffusers_velocity(theirs, given.config, latents, time, condition), expected) <= LIMIT
 
 
 def test_time_and_label_matter(kl, tmp_path):
-    """Otherwise the comparison above would say little of them."""
+    """Otherwise the comparison above would not test them."""
     for name in ("unet with classes", "dit with classes"):
         given = model(kl, *NETWORKS[name])
         latents = torch.randn(1, 4, LATENT_SIDE, LATENT_SIDE).expand(4, -1, -1, -1)
@@ -148,12 +159,13 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_the_program_on_the_page_draws_what_the_model_draws(kl, tmp_path, monkeypatch, name):
+def test_the_program_on_the_page_samples_what_the_model_samples(kl, tmp_path, monkeypatch, name):
     network, told = NETWORKS[name]
     preset = SamplingPreset(solver="euler", steps=7, **PROGRAMS[name])
     given = model(kl, network, told, sampling=preset)
     export_diffusers(given, tmp_path / "out")
     monkeypatch.chdir(tmp_path / "out")
+    lint(program(tmp_path / "out"))
     drawn: dict[str, Any] = {}
     exec(compile(program(tmp_path / "out"), "README.md", "exec"), drawn)
 
@@ -173,13 +185,13 @@ def test_the_program_on_the_page_draws_what_the_model_draws(kl, tmp_path, monkey
 
 
 @pytest.mark.parametrize("solver", ["heun", "dopri5"])
-def test_the_program_takes_fifty_euler_steps_in_the_place_of_another_solver(kl, tmp_path, solver):
+def test_the_program_takes_fifty_euler_steps_in_place_of_another_solver(kl, tmp_path, solver):
     given = model(kl, *NETWORKS["unet"], sampling=SamplingPreset(solver=solver, steps=5))
     export_diffusers(given, tmp_path / "out")
-    assert "num, steps = 4, 50\n" in program(tmp_path / "out")
+    assert "\nsteps = 50\n" in program(tmp_path / "out")
 
 
-def test_a_class_model_without_null_is_drawn_without_guidance(kl, tmp_path):
+def test_a_class_model_without_null_label_is_sampled_without_guidance(kl, tmp_path):
     given = model(kl, unet(), {**CLASSES, "label_dropout": 0.0})
     export_diffusers(given, tmp_path / "out")
     assert "guidance" not in program(tmp_path / "out")
@@ -187,7 +199,7 @@ def test_a_class_model_without_null_is_drawn_without_guidance(kl, tmp_path):
 
 
 def test_latents_scaled_per_channel(kl, tmp_path, monkeypatch):
-    """The program takes the numbers from model.json: the autoencoder's config has one number alone."""
+    """The program takes the numbers from model.json: the autoencoder's config has room for only one."""
     normalisation = LatentNormalisation(shift=[0.1, -0.2, 0.3, 0.0], scale=[0.5, 0.7, 1.1, 2.0])
     given = model(kl, unet(), {}, normalisation=normalisation, sampling=SamplingPreset(solver="euler", steps=3))
     export_diffusers(given, tmp_path / "out")
@@ -209,7 +221,7 @@ def test_latents_scaled_per_channel(kl, tmp_path, monkeypatch):
 
 
 def test_an_autoencoder_from_elsewhere_comes_along(tmp_path):
-    """The folder stands alone, and says where it is from."""
+    """The folder is complete, and names the origin."""
     autoencoder = Autoencoder.from_pretrained("shapes")
     record = AutoencoderRecord(
         reference="shapes",
@@ -224,8 +236,8 @@ def test_an_autoencoder_from_elsewhere_comes_along(tmp_path):
 
 
 @pytest.mark.parametrize("make", [tiny.deterministic, tiny.deep_compression])
-def test_other_autoencoders_draw_and_hide(tmp_path, monkeypatch, make):
-    """The program as it stands, then the lines for holes, whose latents are those the model was told."""
+def test_other_autoencoders_sample_and_inpaint(tmp_path, monkeypatch, make):
+    """The program, then the lines for inpainting, whose latents are those the model was trained with."""
     autoencoder = Autoencoder(make(), "test")
     given = model(autoencoder, unet(), {"inpainting": True})
     export_diffusers(given, tmp_path / "out")
@@ -233,7 +245,7 @@ def test_other_autoencoders_draw_and_hide(tmp_path, monkeypatch, make):
     first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path / "out")
     drawn: dict[str, Any] = {}
-    exec(first.replace(", 50", ", 2"), drawn)
+    exec(first.replace("steps = 50", "steps = 2"), drawn)
     generator = torch.Generator().manual_seed(0)
     hole = (torch.rand(2, 1, 16, 16, generator=generator) > 0.5).float()
     image = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
@@ -245,7 +257,7 @@ def test_other_autoencoders_draw_and_hide(tmp_path, monkeypatch, make):
     assert relative_error(drawn["masked_latents"].cpu(), expected) < 1e-5
     side = tiny.IMAGE_SIZE // autoencoder.factor
     assert drawn["mask"].shape == (2, 1, side, side)
-    assert "paints the whole image. To" in page
+    assert "generates the whole image. To" in page
     assert drawn["mask"].mean().item() == pytest.approx(hole.mean().item())
 
 
@@ -306,7 +318,7 @@ def test_a_difference_is_found_and_nothing_is_written(kl, tmp_path, monkeypatch,
 
 
 def test_an_untrained_model_is_exported(kl, tmp_path):
-    """Its velocity is zero everywhere, which is nothing to be divided by."""
+    """Its velocity is zero everywhere, and nothing is divided by zero."""
     given = model(kl, *NETWORKS["unet"])
     given.network.reset_parameters()
     assert export_diffusers(given, tmp_path / "out").error == 0

@@ -1,0 +1,49 @@
+"""The README.md of a model folder: its commands and its program work as they are printed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+from huggingface_hub import ModelCard
+
+from latentflow.hub import CARD_NAME
+from latentflow.model.card import model_card
+from tests import tiny
+from tests.processes import run_here
+
+
+@pytest.fixture
+def folder(tmp_path, kl):
+    tiny.model(kl).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_program_runs(folder):
+    [program] = blocks((folder / "README.md").read_text(encoding="utf-8"), "python")
+    found: dict = {}
+    exec(program.replace(CARD_NAME, str(folder)), found)
+    assert len(found["images"]) == 16
+
+
+def test_the_command_runs(folder, tmp_path, capsys, monkeypatch):
+    [commands] = blocks((folder / "README.md").read_text(encoding="utf-8"), "bash")
+    name, *words = shlex.split(commands.replace(CARD_NAME, str(folder)))
+    monkeypatch.chdir(tmp_path)
+    assert name == "latentflow"
+    assert run_here(words, capsys, monkeypatch).code == 0
+    assert len(list((tmp_path / "samples").glob("*.png"))) >= 16
+
+
+def test_facts_cannot_break_the_table(kl):
+    """Names of data and classes are other people's words."""
+    config = tiny.model(kl).config
+    training = config.training.model_copy(update={"data": "a | b\nc {{ 1 + 1 }}"})
+    text = model_card(config.model_copy(update={"training": training}))
+    assert "| trained on | a \\| b c {{ 1 + 1 }} |\n" in text
+    assert ModelCard(text).data.tags == ["flow-matching", "image-generation", "class-conditional"]
