@@ -276,11 +276,11 @@ REFUSED = {
     "first level has 16 channels": (unet(multipliers=(2, 2)), {}, {}),
     "first convolution 16": (unet(stem_channels=16), {}, {}),
     "its time_scale is 0.5": (unet(time_scale=0.5), {}, {}),
-    "told semantic maps": (unet(), {"map_class_names": ["sky"], "map_palette": [(0, 0, 0)]}, {}),
-    "cosine one": (unet(), {}, {"path": CosinePath()}),
+    "conditioned on semantic maps": (unet(), {"map_class_names": ["sky"], "map_palette": [(0, 0, 0)]}, {}),
+    "its path is cosine": (unet(), {}, {"path": CosinePath()}),
     "predicts noise": (unet(), {}, {"prediction": NoisePrediction(), "path": CosinePath()}),
     "predicts edm": (unet(), {}, {"prediction": DenoiserPrediction(), "path": LinearPath(sigma_min=0)}),
-    "with times from 0 to 1000": (dit(time_scale=1000.0), {}, {}),
+    "for times from 0 to 1000": (dit(time_scale=1000.0), {}, {}),
     "position is 'rope'": (dit(variant="modern"), {}, {}),
     "mlp is 'swiglu'": (dit(mlp="swiglu"), {}, {}),
     "norm is 'rmsnorm'": (dit(norm="rmsnorm"), {}, {}),
@@ -363,5 +363,5 @@ def test_an_unsupported_model_costs_one_line(kl, tmp_path, capsys, monkeypatch):
     before = tiny.tree(tmp_path)
     done = run_here(["export", tmp_path / "model", "--out", tmp_path / "deep" / "out"], capsys, monkeypatch)
     assert done.code == 2
-    assert "DiTTransformer2DModel knows time by other frequencies" in done.error
+    assert "DiTTransformer2DModel has other time frequencies" in done.error
     assert tiny.tree(tmp_path) == before

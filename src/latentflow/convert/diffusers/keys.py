@@ -1,7 +1,7 @@
-"""Our networks as classes of diffusers: which one it is, its arguments, and where each of our weights goes.
+"""Our networks as classes of diffusers: the class, its arguments, and where each of our weights goes.
 
-Only what is the same function is mapped: `UNet2DModel` for the U-Nets it can be, `DiTTransformer2DModel` for
-transformers whose time it can be told. Everything else is refused with the reason.
+Only identical functions are mapped: to `UNet2DModel` the U-Nets that it can express, to `DiTTransformer2DModel` the
+transformers whose time features it can reproduce. Everything else is refused with the reason.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from latentflow.networks.unet_blocks import MapAttention, ResidualBlock
 from latentflow.weights import without_memory
 
 TIME_CHANNELS = 256
-"""Time features of a transformer, here and there."""
+"""Time features of a transformer, in both libraries."""
 
-_TIME_TOLERANCE = 1e-6  # of features between -1 and 1; float32 itself is off by 1e-7
+_TIME_TOLERANCE = 1e-6  # of features in [-1, 1]; float32 rounds them by 1e-7
 
 
 @dataclass(frozen=True)
 class DiffusersNetwork:
-    """What a velocity network is in diffusers.
+    """A velocity network in diffusers.
 
     Attributes:
-        class_name: of diffusers' class.
-        folder: where pipelines of diffusers keep such a network.
+        class_name: name of the class.
+        folder: subfolder that diffusers' pipelines use for such a network.
+        keys: where our weights go.
         arguments: of the class.
-        keys: foreign keys of its weights.
-        any_size: whether latents of other sizes than the arguments' are the same there; else one square size is.
+        any_size: whether it computes the same for latents of every size; False: only for the size in `arguments`.
     """
 
     class_name: str
@@ -56,26 +56,26 @@ def diffusers_network(config: ModelConfig) -> DiffusersNetwork:
     Raises:
         ArtifactError: there is none; the message says why.
     """
-    network, told = config.network, config.conditioning
+    network, conditioning = config.network, config.conditioning
     _refuse(
         (config.prediction.kind != "velocity", f"its network predicts {config.prediction.kind}, not the velocity"),
         (
             config.path.kind != "linear",
-            f"its path is the {config.path.kind} one; FlowMatchEulerDiscreteScheduler knows the linear path alone",
+            f"its path is {config.path.kind}; FlowMatchEulerDiscreteScheduler only knows the linear path",
         ),
         (
-            told.num_map_classes > 0,
-            "it is told semantic maps, and diffusers' networks have no encoder of maps",
+            conditioning.num_map_classes > 0,
+            "it is conditioned on semantic maps, and diffusers' networks have no encoder of maps",
         ),
         (
             not float(network.time_scale).is_integer(),
-            f"its time_scale is {network.time_scale:g}; FlowMatchEulerDiscreteScheduler counts time in whole steps",
+            f"its time_scale is {network.time_scale:g}; FlowMatchEulerDiscreteScheduler needs a whole number",
         ),
     )
     channels = config.autoencoder.num_channels
     arguments = {
         "sample_size": config.latent_shape[-1],
-        "in_channels": 2 * channels + 1 if told.inpainting else channels,
+        "in_channels": 2 * channels + 1 if conditioning.inpainting else channels,
         "out_channels": channels,
     }
     if isinstance(network, UNetConfig):
@@ -93,77 +93,83 @@ def _refuse(*reasons: tuple[bool, str]) -> None:
 
 
 def _unet(config: ModelConfig, network: UNetConfig, arguments: dict[str, Any]) -> DiffusersNetwork:
-    widths = [network.channels * multiplier for multiplier in network.multipliers]
-    attends = [2**level in network.attention_factors for level in range(len(widths))]
+    _require_unet2d(network, config.conditioning.num_classes)
+    with without_memory():
+        built = config.build_network()
+    num_groups, head_channels = _groups_and_head_channels(built)
+    num_classes = config.conditioning.num_classes
+    by_block = network.resample == "block"
+    plain = {"down": "ResnetDownsampleBlock2D", "up": "ResnetUpsampleBlock2D"}
+    if not by_block:
+        plain = {"down": "DownBlock2D", "up": "UpBlock2D"}
+    attends = [2**level in network.attention_factors for level in range(len(network.multipliers))]
+    arguments = arguments | {
+        "block_out_channels": [network.channels * multiplier for multiplier in network.multipliers],
+        "down_block_types": ["AttnDownBlock2D" if attending else plain["down"] for attending in attends],
+        "up_block_types": ["AttnUpBlock2D" if attending else plain["up"] for attending in reversed(attends)],
+        "layers_per_block": network.blocks_per_level,
+        "downsample_type": "resnet" if by_block else "conv",
+        "upsample_type": "resnet" if by_block else "conv",
+        "downsample_padding": 1,
+        "add_attention": network.middle_attention,
+        "attention_head_dim": head_channels,
+        "norm_num_groups": num_groups,
+        "attn_norm_num_groups": num_groups,  # of the middle, which otherwise would have no norm
+        "norm_eps": network.norm_eps,
+        "resnet_time_scale_shift": "scale_shift" if network.modulation == "scale_shift" else "default",
+        "time_embedding_type": "positional",
+        "flip_sin_to_cos": True,  # cosines first
+        "freq_shift": 1 if network.sinusoid_endpoint else 0,
+        "num_class_embeds": num_classes + 1 if num_classes else None,
+        "dropout": network.dropout,
+    }
+    return DiffusersNetwork("UNet2DModel", "unet", KeyMap(_unet_rules(built)), arguments)
+
+
+def _require_unet2d(network: UNetConfig, num_classes: int) -> None:
+    """Refuse options that UNet2DModel does not have."""
+    first = network.channels * network.multipliers[0]
+    attends = any(2**level in network.attention_factors for level in range(len(network.multipliers)))
     _refuse(
         (network.time_features != "sinusoid", "its time features are Fourier's, which UNet2DModel scales differently"),
         (network.input_on_every_level, "its input enters on every level, which no block of UNet2DModel does"),
         (network.residual_scale != 1, f"its sums are scaled by {network.residual_scale:.4g}, in UNet2DModel by 1"),
         (
-            network.label_joins != "embedding" and config.conditioning.num_classes > 0,
+            network.label_joins != "embedding" and num_classes > 0,
             "its labels are added to the time features, in UNet2DModel to their embedding",
         ),
-        (network.resample == "plain", "it changes sizes without a convolution, which UNet2DModel has not"),
+        (network.resample == "plain", "it changes sizes without a convolution, which UNet2DModel cannot do"),
         (
             network.resample == "block" and (network.resample_filter != "box" or network.resample_skip_conv),
-            "its blocks that change sizes have filters or convolutions on the skip, those of UNet2DModel have not",
+            "its blocks that change sizes have filters or convolutions on the skip, those of UNet2DModel do not",
         ),
         (
-            network.decoder_attention != "every" and any(attends),
+            network.decoder_attention != "every" and attends,
             "only the last blocks of its levels attend on the way up, in UNet2DModel all do",
         ),
         (
-            not widths[0] == network.stem_channels == network.time_channels == network.embedding_channels // 4,
-            f"its first level has {widths[0]} channels, its first convolution {network.stem_channels}, its time "
+            not first == network.stem_channels == network.time_channels == network.embedding_channels // 4,
+            f"its first level has {first} channels, its first convolution {network.stem_channels}, its time "
             f"{network.time_channels} and a quarter of its embedding {network.embedding_channels // 4}; "
             "in UNet2DModel these four are one number",
         ),
     )
-    with without_memory():
-        built = config.build_network()
-    groups = {module.num_groups for module in built.modules() if isinstance(module, torch.nn.GroupNorm)}
-    heads = {(m.norm.num_channels, m.attention.num_heads) for m in built.modules() if isinstance(m, MapAttention)}
+
+
+def _groups_and_head_channels(network: UNet) -> tuple[int, int | None]:
+    """The groups of every norm, and the channels of every attention head; None: every attention has one head."""
+    groups = {module.num_groups for module in network.modules() if isinstance(module, torch.nn.GroupNorm)}
+    heads = {(m.norm.num_channels, m.attention.num_heads) for m in network.modules() if isinstance(m, MapAttention)}
     head_channels = {channels // count for channels, count in heads}
-    one_head = all(count == 1 for _, count in heads)
     _refuse(
         (len(groups) > 1, f"its norms have {_listed(groups)} groups, those of UNet2DModel have one number of them"),
         (
-            len(head_channels) > 1 and not one_head,
+            len(head_channels) > 1 and any(count > 1 for _, count in heads),
             f"its attention heads have {_listed(head_channels)} channels, those of UNet2DModel have one number of "
             "them; train with network.head_channels in place of network.num_heads",
         ),
     )
-    num_groups = groups.pop()
-    by_block = network.resample == "block"
-    plain_down, plain_up = (
-        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if by_block else ("DownBlock2D", "UpBlock2D")
-    )
-    return DiffusersNetwork(
-        "UNet2DModel",
-        "unet",
-        KeyMap(_unet_rules(built)),
-        {
-            **arguments,
-            "block_out_channels": widths,
-            "down_block_types": ["AttnDownBlock2D" if attending else plain_down for attending in attends],
-            "up_block_types": ["AttnUpBlock2D" if attending else plain_up for attending in reversed(attends)],
-            "layers_per_block": network.blocks_per_level,
-            "downsample_type": "resnet" if by_block else "conv",
-            "upsample_type": "resnet" if by_block else "conv",
-            "downsample_padding": 1,
-            "add_attention": network.middle_attention,
-            "attention_head_dim": head_channels.pop() if len(head_channels) == 1 else None,  # None: one head
-            "norm_num_groups": num_groups,
-            "attn_norm_num_groups": num_groups,  # of the middle, which would have no norm without
-            "norm_eps": network.norm_eps,
-            "resnet_time_scale_shift": "scale_shift" if network.modulation == "scale_shift" else "default",
-            "time_embedding_type": "positional",
-            "flip_sin_to_cos": True,  # cosines first
-            "freq_shift": 1 if network.sinusoid_endpoint else 0,
-            "num_class_embeds": config.conditioning.num_classes + 1 if config.conditioning.num_classes else None,
-            "dropout": network.dropout,
-        },
-    )
+    return groups.pop(), head_channels.pop() if len(head_channels) == 1 else None
 
 
 def _listed(numbers: set[int]) -> str:
@@ -179,7 +185,7 @@ def _unet_rules(network: UNet) -> list[Rule]:
     for level, stage in enumerate(network.encoder):
         for index, block in enumerate(stage.blocks):
             rules += _block(f"encoder.{level}.blocks.{index}", f"down_blocks.{level}", index, block)
-        if stage.resize is not None:  # theirs belongs to the level before
+        if stage.resize is not None:  # in diffusers it belongs to the level before
             rules += _resize(f"encoder.{level}.resize", f"down_blocks.{level - 1}.downsamplers.0", stage.resize)
     for index, block in enumerate(network.middle):
         rules += _block(f"middle.{index}", "mid_block", index, block)
@@ -251,9 +257,9 @@ def _transformer(config: ModelConfig, network: DiTConfig, arguments: dict[str, A
     _refuse(
         (
             residual > _TIME_TOLERANCE,
-            "DiTTransformer2DModel knows time by other frequencies, 10000^(-i/127) where ours are 10000^(-i/128); "
-            f"with times from 0 to {network.time_scale:g} neither can be made of the other (with network.time_scale "
-            "up to 10 they can; a U-Net has ours)",
+            "DiTTransformer2DModel has other time frequencies, 10000^(-i/127) where ours are 10000^(-i/128); for times "
+            f"from 0 to {network.time_scale:g} its features cannot express ours (with network.time_scale up to 10 "
+            "they can; U-Nets have no such limit)",
         )
     )
     num_classes = config.conditioning.num_classes
@@ -267,7 +273,7 @@ def _transformer(config: ModelConfig, network: DiTConfig, arguments: dict[str, A
             "attention_head_dim": network.hidden_size // network.num_heads,
             "num_layers": network.depth,
             "patch_size": network.patch_size,
-            "num_embeds_ada_norm": num_classes,  # their table has a null row too; without classes that is all
+            "num_embeds_ada_norm": num_classes,  # a null row is added; without classes it is the only row
             "attention_bias": True,
             "activation_fn": "gelu-approximate",
             "norm_type": "ada_norm_zero",
@@ -282,7 +288,7 @@ def _transformer_keys(network: DiTConfig, num_classes: int, turned: Tensor) -> K
     blocks = [f"transformer_blocks.{index}" for index in range(network.depth)]
 
     def shared(ours: str, theirs: str, change: Callable[[Tensor], Tensor] | None = None) -> Rule:
-        """Every block there has its own copy of the embedding of time and label."""
+        """In diffusers every block has its own copy of the embedding of time and label."""
         copies = tuple(f"{block}.norm1.emb.{theirs}" for block in blocks)
         return Rule(
             ours,
@@ -323,11 +329,11 @@ def _transformer_keys(network: DiTConfig, num_classes: int, turned: Tensor) -> K
 
 @lru_cache(maxsize=4)
 def _time_in_their_frequencies(time_scale: float) -> tuple[Tensor, float]:
-    """What turns weights on our time features into weights on theirs, and the largest error of a feature.
+    """The matrix M that expresses our time features f by those of diffusers, g, and the largest error of a feature.
 
-    Over times from 0 to `time_scale` a layer sees W f(t) = W M g(t), with our features f and theirs g, if f = M g. For
-    short times all of these are smooth, and each of ours lies between two of theirs: least squares find M, with
-    entries no larger than 1. For long times they are too far apart, and no M will do.
+    If f(t) = M g(t) for times from 0 to `time_scale`, a layer with weights W on f has weights W M on g. For short times
+    all features are smooth, and each of ours lies between two of theirs: least squares find M, with entries no larger
+    than 1. For long times they are too far apart, and no M fits.
     """
     points = (1 - torch.linspace(0, math.pi, 2000, dtype=torch.float64).cos()) / 2 * time_scale  # dense at the ends
     half = TIME_CHANNELS // 2
