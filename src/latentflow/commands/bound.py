@@ -45,7 +45,7 @@ from latentflow.flow.times import sampling_times
 from latentflow.locks import writes
 from latentflow.model.flow_model import FlowModel
 from latentflow.pages.bound import MeasuredBound, bound_charts, bound_page, bound_record
-from latentflow.pages.html import chart_file
+from latentflow.pages.charts import chart_file
 from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom, derive_seed
 from latentflow.runtime import Runtime
@@ -103,7 +103,7 @@ def bound(
         make_folder(folder)
         write_json(folder / "bound.json", bound_record(measured))
         for name, chart in bound_charts(measured).items():
-            write_text(folder / f"{name}.svg", chart_file(*chart.lines, **chart.options))
+            write_text(folder / f"{name}.svg", chart_file(chart))
         write_text(folder / "page.html", bound_page(measured))
     return measured
 

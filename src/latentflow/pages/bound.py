@@ -1,14 +1,16 @@
-"""What `bound` measured: as a record, as charts, and as a page to read."""
+"""The result of `bound`: as a record, as charts and as a page."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from latentflow.analysis.bound import VARIANTS, Estimate, WassersteinBound
 from latentflow.analysis.lipschitz import TimeCurve
-from latentflow.pages.html import Series, figure, line_chart, page, paragraph, table, tiles
+from latentflow.pages.charts import TIME, Chart, Series
+from latentflow.pages.numbers import number, percent
+from latentflow.pages.page import Table, render
 
 KINDS = {
     "exact": "exact",
@@ -19,24 +21,23 @@ KINDS = {
 }
 """What an `Estimate.bias` is called here."""
 
-_TIME = "time t: 0 is data, 1 is noise"
 _ERROR_NAMES = {"loss": "loss", "velocity": "velocity error"}
 
 
 @dataclass(frozen=True)
 class MeasuredBound:
-    """A bound with what was measured beside it.
+    """A bound, and how it was measured.
 
     Attributes:
         bound: its terms.
-        coupling: sqrt(E|y - x|^2) of latents that the model (y) and the flow of the data (x) make from the same noise:
-            what `WassersteinBound.flow_distance` bounds, but for the steps of the solvers.
+        coupling: sqrt(E|y - x|^2) of the latents that the model (y) and the flow of the data (x) generate from the
+            same noise: what `WassersteinBound.flow_distance` bounds, except for the error of the solvers.
         data: which images.
-        told: what the model was told of them, in words.
+        told: the condition of the model, in words; "nothing" for an unconditional one.
         num, num_data, points: see `bound`.
-        is_training_data: whether these are the very images that the model was trained on.
-        model: where it came from.
-        seconds: it took in all.
+        is_training_data: whether the model was trained on these images.
+        model: as it was given.
+        seconds: the time of the whole measurement.
     """
 
     bound: WassersteinBound
@@ -52,21 +53,12 @@ class MeasuredBound:
 
     @property
     def farthest(self) -> float:
-        """No two images with values in [-1, 1] are further apart than this."""
+        """The largest distance of two images with values in [-1, 1]."""
         return 2 * math.sqrt(self.bound.reconstruction.elements)
 
 
-@dataclass(frozen=True)
-class Chart:
-    """The arguments of `line_chart` and `chart_file`, and what there is to see."""
-
-    lines: tuple[list[Series], str, str]
-    caption: str
-    options: dict[str, bool] = field(default_factory=dict)
-
-
 def growth_factor(measured: MeasuredBound, variant: str, error: str) -> float:
-    """By how much the bound on the flows' distance exceeds sqrt(int e dt), which it would be if errors did not grow."""
+    """The bound on the distance of the flows over sqrt(int e dt), its value if errors did not grow."""
     bound = measured.bound
     curve = bound.loss if error == "loss" else bound.error
     root = math.sqrt(curve.integral())
@@ -85,44 +77,44 @@ def parts(measured: MeasuredBound, variant: str, error: str) -> dict[str, float]
 
 
 def verdict(measured: MeasuredBound) -> str:
-    """Which term dominates, in one sentence, and what that is made of, in another."""
+    """Which term dominates, and what it consists of."""
     bound = measured.bound
     tightest = parts(measured, "one_sided", "velocity")
     total = sum(tightest.values())
     name, value = max(tightest.items(), key=lambda part: part[1])
-    share = f"{100 * value / total:.3g} %" if 0 < total < math.inf else "all"
+    share = percent(value / total) if 0 < total < math.inf else "all"
     factor = growth_factor(measured, "one_sided", "velocity")
     named = {
         "reconstruction": "the autoencoder's reconstruction error",
         "noise left": "the noise that the path leaves on the latents",
         "flow": "the flow",
     }[name]
-    first = f"The term that dominates is {named}: {share} of the tightest total."
-    root = math.sqrt(bound.error.integral())
-    second = (
-        f" There the velocity's error, {number(root)} as a root mean square, is stretched {number(factor)} times on "
-        f"its way to the data and {number(float(bound.decoder.max()))} times by the decoder; the paper's form has the "
-        f"factor {number(growth_factor(measured, 'sup', 'velocity'))} in place of {number(factor)}."
+    paper = growth_factor(measured, "sup", "velocity")
+    return (
+        f"The dominant term is {named}: {share} of the tightest total. The RMS velocity error of "
+        f"{number(math.sqrt(bound.error.integral()))} grows {number(factor)} times on its way to the data, and "
+        f"{number(float(bound.decoder.max()))} times in the decoder. The paper's form has a factor of {number(paper)} "
+        f"instead of {number(factor)}."
     )
-    return first + second
 
 
 def looseness(measured: MeasuredBound) -> str:
-    """How much the bound says, in one sentence."""
-    totals = {(v, e): measured.bound.total(v, e).value for v in VARIANTS for e in measured.bound.errors}
+    """Which variants are not vacuous, and how far they are above the measured distance."""
+    bound = measured.bound
+    totals = {(v, e): bound.total(v, e).value for v in VARIANTS for e in bound.errors}
     useful = [f"{v} with the {_ERROR_NAMES[e]}" for (v, e), total in totals.items() if total < measured.farthest]
-    limit = f"{number(measured.farthest)}, which no two images in [-1, 1] exceed"
-    reached = measured.coupling.value
-    bounded = measured.bound.flow_distance("one_sided", "velocity").value
-    measured_words = (
-        f" The flows' distance itself, measured from the same noise, is {number(reached)}, where the tightest variant "
-        f"allows {number(bounded)} and the paper's {number(measured.bound.flow_distance('sup', 'velocity').value)}."
-    )
+    limit = f"{number(measured.farthest)}, the largest distance of two images in [-1, 1]"
     if not useful:
-        return f"No variant says anything here: every total is above {limit}.{measured_words}"
-    if len(useful) == len(totals):
-        return f"Every total is below {limit}.{measured_words}"
-    return f"Below {limit}, stay only {' and '.join(useful)}; the others say nothing here.{measured_words}"
+        found = f"All variants are vacuous here: every total is above {limit}."
+    elif len(useful) == len(totals):
+        found = f"Every total is below {limit}."
+    else:
+        found = f"Only {' and '.join(useful)} stay below {limit}; the other variants are vacuous here."
+    return (
+        f"{found} The distance of the flows, measured from the same noise, is {number(measured.coupling.value)}; the "
+        f"tightest variant allows {number(bound.flow_distance('one_sided', 'velocity').value)}, the paper's form "
+        f"{number(bound.flow_distance('sup', 'velocity').value)}."
+    )
 
 
 def term_rows(measured: MeasuredBound) -> list[tuple[str, ...]]:
@@ -196,112 +188,45 @@ def bound_charts(measured: MeasuredBound) -> dict[str, Chart]:
     def line(name: str, curve: TimeCurve, values: Any, errors: Any = (), dashed: bool = False) -> Series:
         return Series(name, list(zip(curve.times.tolist(), values.tolist(), strict=True)), dashed, errors=errors)
 
+    errors = [
+        line("loss", bound.loss, bound.loss.mean, bound.loss.standard_error.tolist(), dashed=True),
+        line("velocity error", bound.error, bound.error.mean, bound.error.standard_error.tolist()),
+    ]
     return {
         "two_sided": Chart(
-            ([line("largest", two, two.highest), line("mean", two, two.mean, dashed=True)], _TIME, "L(t)"),
-            "The two-sided Lipschitz constant of the velocity: the largest singular value of its derivative. The "
-            "paper's form takes the largest of all times, whichever way it stretches.",
-            {"log_y": True},
+            [line("maximum", two, two.highest), line("mean", two, two.mean, dashed=True)], TIME, "L(t)", log_y=True
         ),
-        "one_sided": Chart(
-            ([line("largest", one, one.highest), line("mean", one, one.mean, dashed=True)], _TIME, "M(t)"),
-            "The one-sided constant: the rate at which generated neighbours part on their way to the data. Below zero "
-            "they draw together, and errors made earlier shrink.",
-        ),
-        "error": Chart(
-            (
-                [
-                    line("loss", bound.loss, bound.loss.mean, bound.loss.standard_error.tolist(), dashed=True),
-                    line("velocity error", bound.error, bound.error.mean, bound.error.standard_error.tolist()),
-                ],
-                _TIME,
-                "squared, summed over a latent",
-            ),
-            "The loss, and the same with the variance taken out that no velocity can avoid. Bars are one standard "
-            "error. Where the lines meet, towards t = 0, the velocity of a finite set of images points at one of them, "
-            "which no model follows that generalises; with more images they part earlier.",
-        ),
+        "one_sided": Chart([line("maximum", one, one.highest), line("mean", one, one.mean, dashed=True)], TIME, "M(t)"),
+        "error": Chart(errors, TIME, "squared error, summed over a latent"),
     }
 
 
 def bound_page(measured: MeasuredBound) -> str:
     """The page, one HTML document with its charts inside."""
     bound = measured.bound
-    tightest = bound.total("one_sided", "velocity")
-    key = [
-        (number(tightest.value), "the tightest bound, as a distance of images in pixels"),
-        (number(bound.total("sup", "loss").value), "the paper's form: largest constant, raw loss"),
-        (number(bound.reconstruction.distance.value), "of it the autoencoder's, whatever the flow does"),
-        (number(measured.farthest), "the largest distance of any two images: above it, a bound says nothing"),
-    ]
-    result = tiles(key) + paragraph(verdict(measured)) + paragraph(looseness(measured))
-    terms = table(("term", "value", "standard error", "draws", "kind"), term_rows(measured))
-    totals = table(
-        ("variant", "error", "growth factor", "flow, in latents", "total, in pixels", "per value"),
-        total_rows(measured),
-        strong=[len(total_rows(measured)) - 1],
-    )
-    charts = "".join(
-        figure(line_chart(*chart.lines, **chart.options), chart.caption) for chart in bound_charts(measured).values()
-    )
-    sections = [
-        ("The result", result),
-        (
-            "The terms",
-            figure(
-                terms,
-                "Distances are summed over all values of an image or a latent. A lower estimate is the largest of the "
-                "points looked at; an upper one exceeds what stands in the theorem.",
+    totals = total_rows(measured)
+    return render(
+        "bound.html",
+        measured=measured,
+        tiles_of_the_result=[
+            (
+                number(bound.total("one_sided", "velocity").value),
+                "the tightest bound, a distance of images in pixels",
             ),
+            (number(bound.total("sup", "loss").value), "the paper's form: largest constant, raw loss"),
+            (number(bound.reconstruction.distance.value), "the autoencoder's share, whatever the flow does"),
+            (number(measured.farthest), "the largest distance of any two images: a bound above it is vacuous"),
+        ],
+        verdict=verdict(measured),
+        looseness=looseness(measured),
+        terms=Table(("term", "value", "standard error", "draws", "kind"), term_rows(measured)),
+        totals=Table(
+            ("variant", "error", "growth factor", "flow, in latents", "total, in pixels", "per value"),
+            totals,
+            strong=[len(totals) - 1],
         ),
-        (
-            "The totals",
-            figure(
-                totals,
-                "The growth factor is what the flow's distance is, divided by the root of the integrated error. The "
-                "last column is the total divided by the root of the number of pixel values.",
-            ),
-        ),
-        ("By time", charts),
-        ("How it was measured", _method(measured)),
-    ]
-    lead = f"How far can the images of {measured.model or 'this model'} be from the data? The Wasserstein-2 bound."
-    footer = "Written by latentflow bound. Every figure on this page is in bound.json beside it."
-    return page("latentflow: the bound", lead, sections, footer)
-
-
-def _method(measured: MeasuredBound) -> str:
-    same = (
-        " These are the images that the model was trained on: its errors on them may be smaller than on others."
-        if measured.is_training_data
-        else ""
+        charts=bound_charts(measured),
     )
-    texts = [
-        f"The images: {measured.data}. The model was told {measured.told}, without guidance.{same}",
-        f"{measured.num:,} images were encoded and decoded for the first term. The loss has {measured.num:,} draws of "
-        f"image, time and noise in each bin of time. Derivatives were taken at {measured.points} states on the path, "
-        f"at {measured.points} on the model's own trajectories, and at {measured.points} latents for the decoder.",
-        f"The velocity error is one against the velocity of the latents of {measured.num_data:,} images"
-        f"{' (of the same label)' if measured.told != 'nothing' else ''}, each as likely as the other. That knows more "
-        "than can be learnt of what the images are a sample of: in the mean, the figure lies between the true error "
-        "and the loss, and it falls with more images (--num-data).",
-        "The constants are the largest of the points looked at, and so too low; a proof would need the largest of all. "
-        "What stands here is an estimate of the bound, and no certificate. The bound is one of the exact solution: the "
-        "steps of a solver are not in it. The decoder's constant is that of the decoder before its values are clamped, "
-        "which cannot bring images further apart.",
-    ]
-    return "".join(map(paragraph, texts))
-
-
-def number(value: float | None) -> str:
-    """Three digits, as people write them."""
-    if value is None or math.isnan(value):
-        return ""
-    if math.isinf(value):
-        return "beyond 1e308"
-    if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.1e}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _row(estimate: Estimate) -> tuple[str, ...]:

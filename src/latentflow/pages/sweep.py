@@ -1,4 +1,4 @@
-"""What a sweep found: the record of it, as JSON, as a chart and as a page to read."""
+"""The result of a sweep: as a record, as a chart and as a page."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 from latentflow.evaluation.sweep_rounds import Round
 from latentflow.evaluation.sweep_rules import ACCURACY_MARGIN, CONFIDENCE, SIGMAS, Candidate, Ceiling, Point
 from latentflow.model.config import SamplingPreset
-from latentflow.pages.html import Series, chart_file, code, details, figure, line_chart, page, paragraph, tiles
-from latentflow.pages.html import table as html_table
+from latentflow.pages.charts import Chart, Series, chart_file
+from latentflow.pages.numbers import number, percent
+from latentflow.pages.page import Table, render
 
 HEADER = ("preset", "evaluations", "distance", "std error", "classes", "ms per image", "")
 _MOST_IMAGES = 100_000  # that anybody draws to compare presets
@@ -84,7 +85,7 @@ def verdict(result: SweepResult) -> list[str]:
             f"({100 * CONFIDENCE:g} % confidence; {basis})."
         )
         if len(result.final.measured) == 1:
-            found = f"{result.best} is the only preset that was measured: it was compared with nothing."
+            found = f"{result.best} is the only preset that was measured; there is nothing to compare it with."
         return [
             found,
             *(["It is the preset of the model now."] if result.written else []),
@@ -174,132 +175,88 @@ def rows(result: SweepResult) -> list[tuple[str, ...]]:
 
 def sweep_picture(result: SweepResult) -> str:
     """Distance against evaluations as an SVG file."""
-    return chart_file(_series(result.final, result.marks), **_axes(result.final))
+    return chart_file(_chart(result))
 
 
 def sweep_page(result: SweepResult) -> str:
     """The whole result as one HTML document."""
-    sections = [
-        ("The best preset" if result.best else "No best preset yet", _best(result)),
-        ("Quality against cost", _chart(result)),
-        ("Every candidate", _table(result)),
-    ]
-    if earlier := [one for one in result.rounds if one is not result.final]:
-        sections.append(("Other rounds", "".join(_other_round(one) for one in earlier)))
-    sections.append(("What to keep in mind", "".join(map(paragraph, _remarks(result)))))
-    lead = (
-        f"How the images of {result.model} get better with the network calls that are spent on them, for "
-        f"{len(result.presets)} presets. All of them drew the same seeds."
+    table = rows(result)
+    return render(
+        "sweep.html",
+        result=result,
+        verdict=verdict(result),
+        tiles_of_the_best=_tiles(result) if result.best is not None else [],
+        options=_options(result) if result.best is not None else "",
+        quality=_chart(result),
+        candidates=Table(HEADER, table, strong=[n for n, row in enumerate(table) if row[0] == result.best]),
+        other_rounds=[
+            (one, Table(HEADER[:-1], [_figures(point, one) for point in _by_cost(one)]))
+            for one in result.rounds
+            if one is not result.final
+        ],
+        confidence=CONFIDENCE,
+        sigmas=SIGMAS,
     )
-    return page("latentflow: sweep", lead, sections, "Written by latentflow sweep; the figures are in sweep.json.")
 
 
-def _best(result: SweepResult) -> str:
-    told = "".join(map(paragraph, verdict(result)))
-    if result.best is None:
-        return told
+def _tiles(result: SweepResult) -> list[tuple[str, str]]:
     point = next(p for p in result.final.points if p.name == result.best)
-    key = [
+    tiles = [
         (point.name, "the cheapest preset that is as good as any other"),
-        (f"{point.evaluations:g}", "network calls per image"),
-        (f"{point.distance:.4g}", f"distance, standard error {point.standard_error:.2g}"),
-        (f"{result.final.measured[point.name].milliseconds:.3g} ms", "per image"),
+        (number(point.evaluations, 4), "network calls per image"),
+        (number(point.distance, 4), f"distance, standard error {number(point.standard_error, 2)}"),
+        (f"{number(result.final.measured[point.name].milliseconds)} ms", "per image"),
     ]
     if point.accuracy is not None:
-        key.insert(
-            2, (f"{100 * point.accuracy:.1f} %", f"show their class; of real {100 * result.ceiling.accuracy:.1f} %")
-        )
-    advice = "" if result.written else paragraph("To make it the preset of the model, repeat the command with --write.")
-    return tiles(key) + told + advice + code(_command(result))
+        real = percent(result.ceiling.accuracy)
+        tiles.insert(2, (percent(point.accuracy), f"of the images show their class; of real images {real}"))
+    return tiles
 
 
-def _command(result: SweepResult) -> str:
+def _options(result: SweepResult) -> str:
+    """The best preset as options of the command line."""
     parts = []
     for name, value in result.presets[result.best].items():
         text = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value}"
         parts.append(f"--{name.replace('_', '-')} {text}")
-    return f"latentflow sample {result.model} --out samples \\\n    {' '.join(parts)}"
+    return " ".join(parts)
 
 
-def _chart(result: SweepResult) -> str:
-    caption = (
-        f"{result.label}; less is better. Every preset drew {result.final.num} images; bars are one standard error of "
-        "the distance, most of which the presets have in common. The line joins the Pareto front: presets that are "
-        "surely better than everything on the front that costs no more."
-    )
-    return figure(line_chart(_series(result.final, result.marks), **_axes(result.final)), caption)
-
-
-def _table(result: SweepResult) -> str:
-    made = rows(result)
-    return html_table(HEADER, made, strong=[n for n, row in enumerate(made) if row[0] == result.best])
-
-
-def _other_round(one: Round) -> str:
-    text = f"{one.num} images each, {len(one.measured)} presets"
-    text += f", {len(one.missing)} not measured" if one.missing else ""
-    return details(text, html_table(HEADER[:-1], [_figures(point, one) for point in _by_cost(one)]))
-
-
-def _remarks(result: SweepResult) -> list[str]:
-    return [
-        *result.notes,
-        *(f"{name} could not be measured: {why}" for name, why in result.failed.items()),
-        "A best preset is named where one-sided tests of paired differences over the same seeds show it not worse than "
-        f"any other of the last complete round by more than the margins, at {100 * CONFIDENCE:g} % confidence for all "
-        "presets together (Bonferroni); standard errors of differences of distances are found by drawing the same "
-        "images of both presets again and again with replacement.",
-        *([_judge_remark(result)] if result.ceiling else []),
-        f"The marks front and undecided are of distances alone: there a difference counts where it is larger than "
-        f"{SIGMAS:g} of its own standard errors.",
-        "Distances of different numbers of images are never compared, as they depend on the number.",
-    ]
-
-
-def _judge_remark(result: SweepResult) -> str:
-    return (
-        "Classes: the share of images that a linear discriminant on these features, fitted to real images, takes for "
-        "their class and that lie as near to it as 95 % of real images do; of real images that it was not fitted "
-        f"to it is {100 * result.ceiling.accuracy:.1f} %, and more than that counts as no merit."
-    )
-
-
-def _series(one: Round, marks: dict[str, str]) -> list[Series]:
-    """The front as a line, and the candidates of each solver as points."""
-    points = _by_cost(one)
+def _chart(result: SweepResult) -> Chart:
+    """The front of the final round as a line, and the candidates of each solver as points."""
+    points = _by_cost(result.final)
     groups: dict[str, list[Point]] = {}
     for point in points:
         groups.setdefault(point.name.partition("-")[0], []).append(point)
-    front = [(p.evaluations, p.distance) for p in points if marks[p.name] == "front"]
-    return [
-        *(
-            Series(
-                solver,
-                [(p.evaluations, p.distance) for p in group],
-                line=False,
-                errors=[p.standard_error for p in group],
-                tips=[f"{p.name}: {p.evaluations:g} evaluations, {p.distance:.4g}" for p in group],
-            )
-            for solver, group in groups.items()
-        ),
-        Series("Pareto front", front, dashed=True, markers=False),
+    series = [
+        Series(
+            solver,
+            [(p.evaluations, p.distance) for p in group],
+            line=False,
+            errors=[p.standard_error for p in group],
+            tips=[f"{p.name}: {number(p.evaluations, 4)} evaluations, {number(p.distance, 4)}" for p in group],
+        )
+        for solver, group in groups.items()
     ]
-
-
-def _axes(one: Round) -> dict[str, Any]:
-    distances = [point.distance for point in one.points]
-    wide = min(distances) > 0 and max(distances) > 8 * min(distances)
-    return {"x_label": "network calls per image", "y_label": "distance", "log_x": True, "log_y": wide}
+    front = [(p.evaluations, p.distance) for p in points if result.marks[p.name] == "front"]
+    distances = [point.distance for point in points]
+    return Chart(
+        [*series, Series("Pareto front", front, dashed=True, markers=False)],
+        "network calls per image",
+        "distance",
+        log_x=True,
+        log_y=min(distances) > 0 and max(distances) > 8 * min(distances),
+    )
 
 
 def _figures(point: Point, one: Round) -> tuple[str, ...]:
     return (
         point.name,
-        f"{point.evaluations:.4g}",
-        f"{point.distance:.4g}",
-        f"{point.standard_error:.2g}",
-        "" if point.accuracy is None else f"{100 * point.accuracy:.1f} %",
-        f"{one.measured[point.name].milliseconds:.4g}",
+        number(point.evaluations, 4),
+        number(point.distance, 4),
+        number(point.standard_error, 2),
+        "" if point.accuracy is None else percent(point.accuracy),
+        number(one.measured[point.name].milliseconds, 4),
     )
 
 
