@@ -655,4 +655,4 @@ def test_a_folder_with_something_else_is_left_alone(small, tmp_path):
 
 def test_a_single_preset_is_not_said_to_be_compared(small):
     found = verdict(small(steps=[1]))
-    assert found[0] == "euler-1 is the only preset that was measured: it was compared with nothing."
+    assert found[0] == "euler-1 is the only preset that was measured; there is nothing to compare it with."
