@@ -23,6 +23,7 @@ LAYERS = {
     "errors": 0,
     "hub": 0,
     "ledger": 0,
+    "plans": 0,
     "progress": 0,
     "records": 0,
     "weights": 0,

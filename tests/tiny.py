@@ -17,7 +17,7 @@ from latentflow.api import LatentFlow
 from latentflow.artifacts import atomic_file
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.items import UNLABELLED
-from latentflow.data.painting.masks import MaskRules
+from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.semantic_maps import MapClasses
 from latentflow.flow.path import LinearPath
 from latentflow.model.conditioning import Conditioning

@@ -84,7 +84,7 @@ def test_a_cache_that_was_begun_without_looking_at_profiles_is_not_gone_on_with(
     assert plan.pop("pixel_rules") == "srgb"
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(
-        ArtifactError, match=r"was begun with pixel_rules 'profiles ignored', not 'srgb'; choose another"
+        ArtifactError, match=r'other settings \(pixel_rules: "profiles ignored", now "srgb"\); choose another'
     ):
         encode(faces, tmp_path, autoencoder=kl_folder, image_size=SIDE, first=3)
 

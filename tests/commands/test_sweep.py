@@ -527,7 +527,7 @@ def test_other_settings_do_not_mix(command, tmp_path):
     assert "holds a sweep with other settings (sizes: [8], now [7])" in result.err
     result = command("classes", "--num", "8", "--seed", "3", "--batch-size", "2", "--steps", "1,2,3")
     assert "batch_size: 32, now 2" in result.err
-    assert "and 4 more" in result.err
+    assert "more); choose another --out" in result.err
     assert command("nothing").code == 2
 
 
@@ -648,7 +648,7 @@ def test_a_reference_of_another_size_or_kind_is_refused(small, cache, tmp_path):
 
 def test_a_folder_with_something_else_is_left_alone(small, tmp_path):
     (tmp_path / "letter.txt").write_text("dear", encoding="utf-8")
-    with pytest.raises(ConfigError, match="is not empty, and no sweep"):
+    with pytest.raises(ArtifactError, match=r"is not empty \(letter\.txt, .*does not hold a sweep"):
         small(out=tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["letter.txt"]
 

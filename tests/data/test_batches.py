@@ -25,7 +25,8 @@ from latentflow.data.batches import (
 )
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.cache.writer import write_cache
-from latentflow.data.painting.masks import MaskRules, draw_mask
+from latentflow.data.painting.mask_rules import MaskRules
+from latentflow.data.painting.masks import draw_mask
 from latentflow.data.sources.images import open_images
 from latentflow.errors import DataError
 from latentflow.flow.times import TrainingTimes

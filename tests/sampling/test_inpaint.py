@@ -18,7 +18,8 @@ from latentflow.autoencoder import to_uint8
 from latentflow.data.batches import SpatialData, TrainingImages
 from latentflow.data.items import UNLABELLED
 from latentflow.data.painting.latent_size import HOLE_GRAY, class_counts, shares
-from latentflow.data.painting.masks import MaskRules, draw_mask
+from latentflow.data.painting.mask_rules import MaskRules
+from latentflow.data.painting.masks import draw_mask
 from latentflow.data.painting.semantic_maps import colour_map
 from latentflow.data.pictures.colour import to_rgb
 from latentflow.data.pictures.orientation import turned

@@ -13,7 +13,7 @@ from PIL import Image
 from latentflow.autoencoder import to_uint8
 from latentflow.data.batches import SpatialData, TrainingImages
 from latentflow.data.cache.reader import LatentCache
-from latentflow.data.painting.masks import MaskRules
+from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.semantic_maps import UNLABELLED_COLOUR
 from latentflow.data.sources.images import open_images
 from latentflow.errors import NonFiniteError

@@ -14,7 +14,7 @@ from latentflow.commands.info import describe
 from latentflow.commands.train import build_model, open_source, spatial_data
 from latentflow.commands.train import train as train_command
 from latentflow.data.batches import TrainingImages
-from latentflow.data.painting.masks import MaskRules
+from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.errors import ConfigError
 from latentflow.model.flow_model import read_config
 from latentflow.training import velocity

@@ -15,7 +15,8 @@ from latentflow.autoencoder import to_unit_range
 from latentflow.data import batches
 from latentflow.data.batches import Batch, SpatialData, TrainingImages
 from latentflow.data.cache.reader import LatentCache
-from latentflow.data.painting.masks import MaskRules, draw_mask
+from latentflow.data.painting.mask_rules import MaskRules
+from latentflow.data.painting.masks import draw_mask
 from latentflow.data.sources.images import open_images
 from latentflow.flow.times import TrainingTimes
 from latentflow.randomness import ImageRandom

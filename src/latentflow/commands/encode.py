@@ -12,7 +12,7 @@ from latentflow.autoencoder import Autoencoder
 from latentflow.data.cache.reader import CacheIndex
 from latentflow.data.cache.writer import write_cache
 from latentflow.data.items import ImageSource
-from latentflow.data.painting.masks import MaskRules
+from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.sources.images import BrokenImage, open_images
 from latentflow.errors import DataError
 from latentflow.locks import writes

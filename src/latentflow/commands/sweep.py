@@ -11,8 +11,6 @@ import torch
 from pydantic import ValidationError
 
 from latentflow.artifacts import (
-    contents,
-    read_json,
     require_apart,
     require_writable,
     sha256_file,
@@ -42,10 +40,10 @@ from latentflow.model.card import model_card
 from latentflow.model.config import SamplingPreset
 from latentflow.model.flow_model import CONFIG_FILE, WEIGHTS_FILE, FlowModel, find_model, read_config
 from latentflow.pages.sweep import SweepResult, summary, sweep_page, sweep_picture
+from latentflow.plans import PLAN_FILE, claim_folder, require_same_plan
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.request import make_request
-from latentflow.training.settings import differences, told
 
 SOLVERS = ("euler", "heun", "ab2", "dopri5")
 STEPS = (4, 8, 16, 32)
@@ -57,7 +55,8 @@ MARGIN = 0.1
 """A difference of distances that does not matter, as a share of the other's."""
 
 _NAMED = 5  # of the presets that were not measured
-_PLAN_FILE, _REFERENCE_FILE, _CANDIDATES = "plan.json", "reference.safetensors", "candidates"
+_REFERENCE_FILE, _CANDIDATES = "reference.safetensors", "candidates"
+_WHAT = "a sweep"  # in `out`, for messages
 
 
 @writes("out")
@@ -250,29 +249,22 @@ def _class_judge(flow: FlowModel, real: RealImages, reference: RealFeatures) -> 
 
 
 def _claim(out: Path, plan: SweepPlan) -> SweepPlan:
-    """Make `out` the folder of this plan, or of the plan there with rounds of more images where `plan` asks for them.
+    """The plan of the sweep in `out`: `plan`, or the one found there, extended to the images that `plan` asks for.
 
     Raises:
-        ConfigError: it holds another sweep, or something else.
+        ArtifactError: it holds another sweep, or something else.
     """
-    file = out / _PLAN_FILE
-    if file.is_file():
-        try:
-            other = SweepPlan.model_validate(read_json(file))
-        except ValidationError as error:
-            raise ArtifactError(f"{file} is damaged or of another version; choose another --out") from error
-        if goes_on := plan.sizes[-1] >= other.sizes[-1]:
-            plan = plan.model_copy(update={"sizes": with_more(other.sizes, plan.sizes[-1])})
-        changed = differences(other.model_copy(update={"sizes": plan.sizes}) if goes_on else other, plan)
-        if changed:
-            shown, more = dict(list(changed.items())[:3]), f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise ConfigError(f"{out} holds a sweep with other settings ({told(shown)}{more}); choose another --out")
-        if plan != other:
-            write_json(file, plan.model_dump(mode="json"))
-        return plan
-    if out.is_dir() and contents(out):
-        raise ConfigError(f"{out} is not empty, and no sweep; choose another --out")
-    write_json(file, plan.model_dump(mode="json"))
+    wanted = plan.model_dump(mode="json")
+    try:
+        other = SweepPlan.model_validate(claim_folder(out, wanted, _WHAT))
+    except ValidationError as error:
+        raise ArtifactError(f"{out / PLAN_FILE} is damaged or of another version; choose another --out") from error
+    if goes_on := plan.sizes[-1] >= other.sizes[-1]:
+        plan = plan.model_copy(update={"sizes": with_more(other.sizes, plan.sizes[-1])})
+    free = ["sizes"] if goes_on else []
+    require_same_plan(out, other.model_dump(mode="json"), plan.model_dump(mode="json"), _WHAT, free=free)
+    if plan != other:
+        write_json(out / PLAN_FILE, plan.model_dump(mode="json"))
     return plan
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from latentflow.autoencoder import Autoencoder, LatentNormalisation
 from latentflow.convert.published import Published
-from latentflow.data.painting.masks import MaskRules
+from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.semantic_maps import default_palette
 from latentflow.errors import ConfigError
 from latentflow.model.conditioning import Conditioning

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentflow.data.ahead import lost_workers, read_ahead, room_for_workers, usable_cpus
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.cache.resident import ResidentCache
 from latentflow.data.items import ImageSource
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares, told_mask
-from latentflow.data.painting.masks import MaskRules, draw_mask
+from latentflow.data.painting.mask_rules import MaskRules
+from latentflow.data.painting.masks import draw_mask
+from latentflow.data.prefetch import Reading, lost_workers, room_for_workers, stream_processes, usable_cpus
 from latentflow.randomness import ImageRandom, derive_seed
 
 __all__ = [
@@ -369,8 +370,8 @@ def stream_batches(
     if num_workers is None:
         num_workers = room_for_workers(_readers(images, pin_memory, sharing), num_bytes, sharing)
     if num_workers and images.held is None:
-        room = {"num_workers": num_workers, "num_bytes": num_bytes, "sharing": sharing}
-        return read_ahead(images, positions, pin_memory=pin_memory, **room)
+        how = Reading(num_workers, num_bytes, pin_memory, sharing=sharing, option="data.num_workers")
+        return stream_processes(images, positions, how)
     return _read_here(images, positions, pin_memory)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentflow.data.ahead import shared_bytes
+from latentflow.data.prefetch import shared_bytes
 
 
 class PackedBytes(Sequence[bytes]):

@@ -7,7 +7,6 @@ outside the data set, whatever links in it say, and none of its files is changed
 
 from __future__ import annotations
 
-import os
 import posixpath
 import re
 import shlex
@@ -15,8 +14,7 @@ import shutil
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +26,7 @@ from latentflow.artifacts import atomic_folder, contents
 from latentflow.console import notice
 from latentflow.data.painting.semantic_maps import MapClasses
 from latentflow.data.pictures.decode import BrokenImage, open_image, reason
+from latentflow.data.prefetch import in_threads
 from latentflow.data.sources.maps import pair_maps, read_classes
 from latentflow.data.stores.files import StoredFile, ZipStore, is_image, open_store, wrapper
 from latentflow.errors import DataError, nearest
@@ -103,12 +102,13 @@ class PublishedData:
         out = Path(out)
         if out.is_dir() and contents(out):
             raise DataError(f"{out} exists already; choose another place, or delete it to prepare the data anew")
-        with atomic_folder(out) as folder, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with atomic_folder(out) as folder:
             for split, pairs in self.splits.items():
                 (folder / split).mkdir()
                 self.classes.write(folder / split / "classes.json")
-                for _ in pool.map(partial(_write_pair, folder / split), pairs):
-                    on_images(1)
+                with closing(in_threads(partial(_write_pair, folder / split), pairs)) as written:
+                    for _ in written:
+                        on_images(1)
 
 
 def find_dataset(kind: str, path: str | Path, *, link: bool = False) -> PublishedData:

@@ -30,6 +30,7 @@ from latentflow.errors import ArtifactError, ConfigError
 from latentflow.flow.solvers import SOLVERS, AdamsBashforth, is_adaptive
 from latentflow.locks import writes
 from latentflow.model.flow_model import FlowModel
+from latentflow.plans import changed_values, spelled_out
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime, open_runtime
 from latentflow.sampling.contact_sheet import save_grid
@@ -38,7 +39,7 @@ from latentflow.sampling.request import make_request
 from latentflow.sampling.samples import Samples, join_samples
 from latentflow.training.config import load_recipe
 from latentflow.training.log import read_metrics
-from latentflow.training.settings import differences, is_within, told
+from latentflow.training.settings import is_within
 
 _BATCH = 64
 _MASK_VARIANTS = 1  # a hole for each image: encoding them anew in each step would cost more than the step
@@ -105,9 +106,10 @@ def _earlier_figures(out: Path, plan: DemoFigures) -> DemoFigures:
     except (ValidationError, ConfigError) as error:
         raise ArtifactError(f"{file} is not the record of a demo of this version; choose another --out") from error
     done = [stage.name for stage in STAGES]
-    changed = {key: values for key, values in differences(found, plan).items() if not is_within(key, done)}
+    before, now = found.model_dump(mode="json"), plan.model_dump(mode="json")
+    changed = {key: values for key, values in changed_values(before, now).items() if not is_within(key, done)}
     if changed:
-        raise ConfigError(f"{out} holds a demo with other settings ({told(changed)}); choose another --out")
+        raise ConfigError(f"{out} holds a demo with other settings ({spelled_out(changed)}); choose another --out")
     return found
 
 

@@ -21,7 +21,8 @@ from latentflow.artifacts import sha256_file
 from latentflow.autoencoder import to_unit_range
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares, told_mask
-from latentflow.data.painting.masks import MaskRules, check_masks, draw_mask, mask_files
+from latentflow.data.painting.mask_rules import MaskRules
+from latentflow.data.painting.masks import check_masks, draw_mask, mask_files
 from latentflow.errors import ConfigError, DataError, nearest
 from latentflow.evaluation.drawn_set import drawn_columns, model_plan
 from latentflow.evaluation.read_images import read_batches, stack_pixels

@@ -5,23 +5,19 @@ Legend: n images, S image side.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentflow.data.ahead import lost_workers, read_ahead, read_in_threads, reading_processes, usable_cpus
 from latentflow.data.items import ImageItem, ImageSource
+from latentflow.data.prefetch import Reading, in_threads, prefetch
 from latentflow.data.sources.images import BrokenImage
-
-_OPTION = "--num-workers"
-_MOST_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class ReadImages:
         return replace(self, pixels=self.pixels.pin_memory())
 
 
-class _Reading(Dataset):
+class _Batches(Dataset):
     """Reads batches of rows, in any thread or process."""
 
     def __init__(self, source: ImageSource):
@@ -86,8 +82,14 @@ class ImageReader:
         num_workers: int | None = None,
     ):
         self.source, self.rows, self.batch_size = source, rows, batch_size
-        self.device, self.sharing, self.num_workers = device, sharing, num_workers
-        self._read: Generator[Any, None, None] | None = None
+        self.how = Reading(
+            num_workers,
+            batch_bytes=3 * source.image_size**2 * batch_size,
+            pin_memory=device.type == "cuda",
+            cpu_is_busy=device.type == "cpu",
+            sharing=sharing,
+        )
+        self._stack = ExitStack()
 
     def begin(self, shards: Sequence[range]) -> None:
         """Read these shards from now on."""
@@ -96,20 +98,10 @@ class ImageReader:
             for shard in shards
             for start in range(0, len(shard), self.batch_size)
         ]
-        how = {"pin_memory": self.device.type == "cuda", "sharing": self.sharing}
-        num_bytes = 3 * self.source.image_size**2 * self.batch_size
-        if self.num_workers is None:
-            room = {"device": self.device, "num_bytes": num_bytes, "sharing": self.sharing}
-            self.num_workers = reading_processes(lambda place: self.source[self.rows[place]], shards, **room)
-        if self.num_workers:
-            how |= {"num_workers": self.num_workers, "num_bytes": num_bytes, "option": _OPTION}
-            self._read = read_ahead(_Reading(self.source), batches, **how)
-        else:
-            self._read = read_in_threads(_Reading(self.source), batches, **how)
+        self._read = self._stack.enter_context(prefetch(_Batches(self.source), batches, self.how))
 
     def __next__(self) -> ReadImages:
-        with lost_workers(self.num_workers, _OPTION):
-            return next(self._read)
+        return next(self._read)
 
     def __enter__(self) -> ImageReader:
         return self
@@ -117,8 +109,7 @@ class ImageReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._read is not None:
-            self._read.close()
+        self._stack.__exit__(kind, error, trace)
 
 
 def read_batches(
@@ -132,8 +123,7 @@ def read_batches(
         except BrokenImage as error:
             return row, error
 
-    with ThreadPoolExecutor(min(max(usable_cpus(), 4), _MOST_THREADS)) as pool:
-        found = pool.map(read, rows)
+    with closing(in_threads(read, rows)) as found:
         for start in range(0, len(rows), batch_size):
             yield [next(found) for _ in rows[start : start + batch_size]]
 

@@ -17,21 +17,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from latentflow.artifacts import (
-    checked_tensors,
-    contents,
-    make_folder,
-    open_tensors,
-    read_json,
-    write_json,
-    write_tensors,
-)
+from latentflow.artifacts import checked_tensors, make_folder, open_tensors, write_tensors
 from latentflow.errors import ArtifactError
 from latentflow.locks import only_writer
+from latentflow.plans import claim_folder, require_same_plan
 from latentflow.runtime import Runtime
 
 SHARD_SIZE = 256  # images; the most that a kill loses
-_PLAN = "plan.json"
+_WHAT = "features of images"  # in such a folder, for messages
 
 OnImages = Callable[[int], None]
 Columns = dict[str, Tensor]
@@ -74,7 +67,8 @@ def compute_in_shards(
     with nullcontext() if folder is None else only_writer(folder, runtime):
         found: dict[int, Columns] = {}
         if folder is not None:
-            _claim(folder, json.loads(json.dumps({**plan, "shard_size": SHARD_SIZE})))
+            wanted = json.loads(json.dumps({**plan, "shard_size": SHARD_SIZE}))  # tuples as lists, as a file gives them
+            require_same_plan(folder, claim_folder(folder, wanted, _WHAT), wanted, _WHAT)
             found = _found(folder, shards) if runtime.is_main else {}
         places = [place for place in range(len(shards)) if place not in found]
         missing = json.loads(_of_the_first(runtime, json.dumps(places).encode()))
@@ -155,28 +149,6 @@ def _of_the_first(runtime: Runtime, content: bytes) -> bytes:
 def _found(folder: Path, shards: Sequence[range]) -> dict[int, Columns]:
     found = ((place, _read_shard(folder, rows)) for place, rows in enumerate(shards))
     return {place: tensors for place, tensors in found if tensors is not None}
-
-
-def _claim(folder: Path, plan: dict[str, Any]) -> None:
-    """Write the plan into an empty folder, or make sure that the plan found there is the same."""
-    file = folder / _PLAN
-    # Listed before looking for the plan: what another process writes in between must not seem strange.
-    strangers = contents(folder)
-    if not file.exists():
-        if strangers:
-            raise ArtifactError(
-                f"{folder} is not empty ({strangers[0].name}, ...) and holds no features; choose another place"
-            )
-        write_json(file, plan)
-        return
-    found = read_json(file)
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{file} is damaged; delete {folder} or choose another place")
-    if differing := sorted(key for key in plan.keys() | found.keys() if plan.get(key) != found.get(key)):
-        raise ArtifactError(
-            f"{folder} was begun with other images or features (another {', '.join(differing)}); "
-            "choose another --out or delete the folder"
-        )
 
 
 def _shard(folder: Path, rows: range) -> Path:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation
-from latentflow.data.painting.masks import MaskRules
+from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.model.conditioning import Conditioning, ConditionName
 from latentflow.networks.velocity_network import (

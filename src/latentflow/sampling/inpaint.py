@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from latentflow.console import notice
-from latentflow.data.painting.latent_size import ToldAs, hole_counts, shares, told_mask
+from latentflow.data.painting.latent_size import hole_counts, shares, told_mask
 from latentflow.data.painting.mask_reader import Mask, read_mask
+from latentflow.data.painting.mask_rules import ToldAs
 from latentflow.data.pictures.decode import open_image
 from latentflow.data.pictures.orientation import Photo, with_turn
 from latentflow.data.pictures.originals import Original, original_of

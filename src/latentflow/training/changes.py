@@ -13,8 +13,9 @@ from pydantic import BaseModel
 from latentflow.artifacts import write_text
 from latentflow.console import notice
 from latentflow.errors import ConfigError, nearest
+from latentflow.plans import changed_values, spelled_out
 from latentflow.training.checkpoint import newest_checkpoint, step_of
-from latentflow.training.settings import differences, is_within, keys_of, load_settings, told
+from latentflow.training.settings import is_within, keys_of, load_settings
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -70,7 +71,7 @@ class Changes:
     def tell(self) -> None:
         """Say what changed, and what that does to the learning rate."""
         if self.values:
-            notice(f"from step {self.step + 1} on with another recipe: {told(self.values)}")
+            notice(f"from step {self.step + 1} on with another recipe: {spelled_out(self.values)}")
         before, now = self.rates()
         if before != now:
             last = self.old.optimizer.rate(max(self.step - 1, 0), self.old.training.steps)
@@ -106,20 +107,20 @@ def check_changes(run: Path, recipe: BaseModel, rules: ChangeRules, allowed: Seq
     if step is None:
         return None
     old = load_settings(type(recipe), run / RECIPE_FILE)
-    changed = differences(old, recipe)
+    changed = changed_values(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
     for key, values in changed.items():
         reason = next((reason for name, reason in rules.fixed.items() if is_within(key, [name])), None)
         if reason:
             raise ConfigError(
-                f"{run} was trained with another recipe ({told({key: values})}), and {key} cannot change: {reason}; "
-                "restore it, or choose another out"
+                f"{run} was trained with another recipe ({spelled_out({key: values})}), and {key} cannot change: "
+                f"{reason}; restore it, or choose another out"
             )
     refused = {key: values for key, values in changed.items() if not is_within(key, [*rules.free, *allowed])}
     if refused:
         flags = " ".join(f"--allow-change {key}" for key in refused)
         raise ConfigError(
-            f"{run} was trained with another recipe ({told(refused)}); add {flags} to go on with the new one, restore "
-            "the old one, or choose another out"
+            f"{run} was trained with another recipe ({spelled_out(refused)}); add {flags} to go on with the new one, "
+            "restore the old one, or choose another out"
         )
     return Changes(run, step, old, recipe, changed)
 

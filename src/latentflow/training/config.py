@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from latentflow.data.cache.resident import Switch
-from latentflow.data.painting.masks import MaskRules
+from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.flow.times import TrainingTimes

@@ -16,10 +16,9 @@ An override reaches any depth (`training.batch_size=64`). One that changes a sec
 
 from __future__ import annotations
 
-import json
 import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,6 +27,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from latentflow.errors import ConfigError, nearest
+from latentflow.plans import flat
 from latentflow.records import alternatives, annotation_of, default_kind, explain, sections_of
 from latentflow.training.plain_yaml import Node, Scalar, read_file, read_text
 
@@ -72,22 +72,6 @@ def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def differences(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
-    """The keys in which two settings differ, each with its old and new value."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-    return {key: (before.get(key), after.get(key)) for key in keys}
-
-
-def told(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """Differences as they are said: keys and values as in a recipe."""
-    lines = (
-        f"{key}: {json.dumps(old, ensure_ascii=False)}, now {json.dumps(new, ensure_ascii=False)}"
-        for key, (old, new) in changed.items()
-    )
-    return "; ".join(lines)
-
-
 def is_within(key: str, names: Sequence[str]) -> bool:
     """Whether `key` is one of `names`, or stands in a section that is."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
@@ -95,8 +79,7 @@ def is_within(key: str, names: Sequence[str]) -> bool:
 
 def keys_of(settings: BaseModel) -> list[str]:
     """Every key, sections included, as an override names it."""
-    flat = _flat(settings.model_dump(mode="json"))
-    parts = (key.split(".") for key in flat)
+    parts = (key.split(".") for key in flat(settings.model_dump(mode="json")))
     return list(dict.fromkeys(".".join(part[: n + 1]) for part in parts for n in range(len(part))))
 
 
@@ -259,10 +242,3 @@ def _plain(node: Node) -> Any:
     if isinstance(node, dict):
         return {key: _plain(value) for key, value in node.items()}
     return [_plain(entry) for entry in node] if isinstance(node, list) else node.text
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

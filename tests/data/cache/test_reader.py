@@ -162,8 +162,8 @@ def test_another_plan_is_refused(cache, images, source, kl, deterministic):
     before = tiny.tree(cache)
     other_size = open_images(images, 2 * tiny.IMAGE_SIZE)
     for given, said in (
-        ((other_size, kl, {"flips": True}), f"image_size {tiny.IMAGE_SIZE}, not {2 * tiny.IMAGE_SIZE}"),
-        ((source, kl, {"flips": False}), "flips True, not False"),
+        ((other_size, kl, {"flips": True}), f"image_size: {tiny.IMAGE_SIZE}, now {2 * tiny.IMAGE_SIZE}"),
+        ((source, kl, {"flips": False}), "flips: true, now false"),
         ((source, deterministic, {"flips": True}), "autoencoder_hash"),
     ):
         images_, autoencoder, options = given

@@ -12,7 +12,7 @@ from latentflow.data.batches import Batch, SpatialData, StreamPositions, Trainin
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.cache.resident import resident_bytes, stays_resident
 from latentflow.data.cache.writer import write_cache
-from latentflow.data.painting.masks import MaskRules
+from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.training.config import DataConfig, load_recipe

@@ -19,7 +19,8 @@ from latentflow.data.cache.reader import LatentCache
 from latentflow.data.cache.writer import write_cache
 from latentflow.data.items import UNLABELLED, ImageItem
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares
-from latentflow.data.painting.masks import MaskRules, draw_mask
+from latentflow.data.painting.mask_rules import MaskRules
+from latentflow.data.painting.masks import draw_mask
 from latentflow.data.sources.images import BrokenImage, open_images
 from latentflow.errors import ArtifactError
 from latentflow.randomness import derive_seed
@@ -242,7 +243,7 @@ def test_masks_count_by_their_content_and_not_by_their_place(tmp_path, source, k
     mask = Image.new("L", (16, 16))
     mask.paste(255, (0, 0, 3, 3))
     mask.save(moved / "1.bmp")
-    with pytest.raises(ArtifactError, match=r"was begun with masks_fingerprint .* choose another --out"):
+    with pytest.raises(ArtifactError, match=r"other settings \(masks_fingerprint: .* choose another --out"):
         write_cache(source, kl, tmp_path / "cache", masks=MaskRules(folder=str(moved)), **options)
 
 

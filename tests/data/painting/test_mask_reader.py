@@ -8,7 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 from latentflow.data.painting.mask_reader import read_mask
-from latentflow.data.painting.masks import MaskRules, draw_mask
+from latentflow.data.painting.mask_rules import MaskRules
+from latentflow.data.painting.masks import draw_mask
 from latentflow.data.pictures.orientation import Photo
 from latentflow.errors import DataError
 

@@ -5,16 +5,8 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from latentflow.data.painting.masks import (
-    MIXTURE,
-    REACH,
-    MaskRules,
-    _packed,
-    check_masks,
-    draw_mask,
-    hole_kind,
-    mask_files,
-)
+from latentflow.data.painting.mask_rules import MIXTURE, REACH, HoleKind, MaskRules
+from latentflow.data.painting.masks import _kind, _packed, _random, check_masks, draw_mask, mask_files
 from latentflow.errors import ConfigError, DataError
 
 POLICIES = ["mixed", *MIXTURE]
@@ -23,6 +15,11 @@ POLICIES = ["mixed", *MIXTURE]
 def masks(policy: str, num: int, height: int = 64, width: int = 64, **options) -> list[np.ndarray]:
     rules = MaskRules(policy=policy, **options)
     return [draw_mask(rules, height, width, seed) for seed in range(num)]
+
+
+def hole_kind(rules: MaskRules, seed: int) -> HoleKind:
+    """The kind of hole that `draw_mask` draws for a seed; it does not depend on the size."""
+    return _kind(rules, _random(seed))
 
 
 def rectangle(part: np.ndarray) -> tuple[int, int, int, int] | None:
@@ -261,7 +258,7 @@ def test_least_share_must_be_below_most_share(least, most):
 def test_shares_out_of_reach_of_a_policy_are_refused(policy, least, most):
     low, high = REACH[policy]
     with pytest.raises(
-        ConfigError, match=f"'{policy}' paint {low:.3g} to {high:.3g} .* never {least} to {most}; widen"
+        ConfigError, match=f"'{policy}' cover {low:.3g} to {high:.3g} .* never {least} to {most}; widen"
     ):
         MaskRules(policy=policy, least_share=least, most_share=most)
 

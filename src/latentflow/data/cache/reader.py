@@ -33,7 +33,7 @@ from torch import Tensor
 from latentflow.artifacts import checksum_of, open_tensors, read_json, sha256_file, verifies
 from latentflow.autoencoder import Autoencoder, latent_mean
 from latentflow.data.painting.latent_size import shares, told_mask
-from latentflow.data.painting.masks import MaskRules
+from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.errors import ArtifactError, DataError
 from latentflow.ledger import Ledger
 from latentflow.records import Record, explain

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from latentflow.artifacts import (
-    contents,
     make_folder,
     open_tensors,
     remove_leftovers,
@@ -43,16 +42,20 @@ from latentflow.data.cache.reader import (
 )
 from latentflow.data.items import ImageSource, fingerprint_of
 from latentflow.data.painting.latent_size import hole_shade
-from latentflow.data.painting.masks import MaskRules, check_masks, masks_fingerprint
+from latentflow.data.painting.mask_rules import MaskRules
+from latentflow.data.painting.masks import check_masks, masks_fingerprint
 from latentflow.data.pictures.colour import PIXEL_RULES
 from latentflow.data.sources.images import BrokenImage
 from latentflow.errors import ArtifactError, DataError
+from latentflow.plans import PLAN_FILE, claim_folder, require_same_plan
 from latentflow.runtime import Runtime
 
 _NAMED = 5  # images or classes in a message
 _MOST_READ_TOGETHER, _BYTES_READ_TOGETHER = 32, 4 << 20  # images and bytes of one piece of a batch
 _BATCH_SIZE = 32
 _OPTION = "--num-workers"
+_WHAT = "a latent cache"  # for messages
+_FREE = {"autoencoder", "source", "source_fingerprint", "num_source_images"}  # where things lie, and which images
 _PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -162,26 +165,17 @@ def _claim(folder: Path, plan: CachePlan, source: ImageSource) -> None:
 
     Only images that were broken, or are not encoded yet, may hold something else than when the cache was begun.
     """
-    file, images = folder / "plan.json", folder / "source.json"
-    # Listed before looking for the plan: what another process writes in between must not seem strange.
-    strangers = contents(folder)
-    if not file.exists():
-        if strangers:
-            raise ArtifactError(
-                f"{folder} is not empty ({strangers[0].name}, ...) and not a latent cache; choose another --out"
-            )
-        write_json(file, plan.model_dump(mode="json"))
+    file, images = folder / PLAN_FILE, folder / "source.json"
+    claim_folder(folder, plan.model_dump(mode="json"), _WHAT)
     found = parse_record(CachePlan, file)
     if found.identity != plan.identity:
         raise ArtifactError(
             f"{folder} was encoded by an earlier version, which did not keep what its images held: it can be trained "
             "on, but not gone on with; choose another --out or delete the folder"
         )
-    differing = _differences(found, plan)
-    if differing:
-        raise ArtifactError(
-            f"{folder} was begun with {'; '.join(differing)}; choose another --out or delete the folder"
-        )
+    free = _FREE | ({"masks.folder"} if found.masks_fingerprint and plan.masks_fingerprint else set())
+    old, new = (record.model_dump(mode="json") for record in (found, plan))
+    require_same_plan(folder, old, new, _WHAT, free=free)
     same = found.source_fingerprint == plan.source_fingerprint
     if same and images.exists():
         return
@@ -191,15 +185,6 @@ def _claim(folder: Path, plan: CachePlan, source: ImageSource) -> None:
     record = CachedSource(names=names, contents=list(source.contents()))
     write_json(images, record.model_dump(mode="json"))
     write_json(file, plan.model_dump(mode="json"))
-
-
-def _differences(found: CachePlan, wanted: CachePlan) -> list[str]:
-    """What differs between two plans, where things lie and what the images are left out."""
-    apart = {"autoencoder", "source", "source_fingerprint", "num_source_images"}
-    old, new = found.model_dump(exclude=apart), wanted.model_dump(exclude=apart)
-    if found.masks_fingerprint and wanted.masks_fingerprint:
-        old["masks"]["folder"] = new["masks"]["folder"]
-    return [f"{key} {old[key]!r}, not {new[key]!r}" for key in new if old[key] != new[key]]
 
 
 def _require_only_broken_changed(folder: Path, found: CachePlan, source: ImageSource) -> None:

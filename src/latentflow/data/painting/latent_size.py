@@ -8,14 +8,11 @@ Legend: S image height and width, h = w = S / factor, K map classes.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from torch import Tensor
 
-ToldAs = Literal["share", "sign"]
-"""How a model is told of a hole; see `MaskRules.told_as`."""
+from latentflow.data.painting.mask_rules import ToldAs
 
 HOLE_GRAY = 128
 """What a hole is painted with before the encoder sees the image, of 255: the middle, which looks like neither end."""

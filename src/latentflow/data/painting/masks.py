@@ -1,10 +1,6 @@
-"""Masks for inpainting: holes for training, drawn from a seed or chosen from a folder of mask files.
+"""Masks for inpainting: holes for training, drawn from a seed by `MaskRules` or chosen from a folder of mask files.
 
-A mask is uint8 [H, W]: 0 is known and stays, 1 is painted anew.
-
-Random holes follow the large masks of LaMa (Suvorov et al., arXiv 2109.07161, the "mixed" policy that
-arXiv 2307.08698 trains with), and go further: halves and borders teach a model to paint on beyond an edge,
-no mask is empty, and lengths are shares of the image, so that any image size works.
+A mask is uint8 [H, W]: 0 is known and preserved, 1 is repainted.
 
 Legend: H height and W width in pixels. Positions are shares of width and height, in [0, 1].
 """
@@ -17,24 +13,17 @@ from bisect import bisect
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
-from pydantic import Field, model_validator
 
 from latentflow.console import notice
-from latentflow.data.painting.latent_size import ToldAs
 from latentflow.data.painting.mask_reader import read_mask
+from latentflow.data.painting.mask_rules import BOX_MARGIN, HoleKind, MaskRules
 from latentflow.data.stores.files import FolderStore, is_image
 from latentflow.data.stores.layout import counted, unread_pictures
-from latentflow.errors import ConfigError, DataError
+from latentflow.errors import DataError
 from latentflow.progress import image_progress
-from latentflow.records import Record
-
-HoleKind = Literal["strokes", "boxes", "halves", "borders"]
-
-MIXTURE: dict[HoleKind, float] = {"strokes": 0.4, "boxes": 0.4, "halves": 0.1, "borders": 0.1}  # the policy "mixed"
 
 # LaMa's numbers, which are pixels of a 256 px image there.
 _MOST_PIECES: dict[HoleKind, int] = {"strokes": 5, "boxes": 4}  # 1 up to so many are drawn, evenly
@@ -43,71 +32,16 @@ _STROKE_LENGTHS = (10 / 256, 200 / 256)  # of one segment
 _NARROWEST_STROKE = 5 / 100  # of the widest
 _MOST_ANGLE = 4.0  # radians off the heading
 _SMALLEST_BOX_SIDE = 30 / 150  # of the largest
-_MARGIN = 10 / 256  # of boxes
 
-# Least and most share of an image that each kind can paint anew.
-REACH: dict[HoleKind, tuple[float, float]] = {
-    "strokes": (0.0, 1.0),
-    "boxes": (0.0, (1 - 2 * _MARGIN) ** 2),
-    "halves": (1 / 3, 2 / 3),
-    "borders": (1 / 8, 3 / 4),
-}
-
-_PATIENCE = 300  # pieces drawn for one mask, over all attempts; the default rules need 2.5 on average
-
-
-class MaskRules(Record):
-    """How random holes are drawn, as a recipe, a latent cache and a model folder store it.
-
-    Raises:
-        ConfigError: no mask can meet these rules.
-    """
-
-    policy: Literal["mixed", HoleKind] = Field(
-        "mixed",
-        description="strokes: thick brush strokes; boxes: rectangles; halves: one side of a straight cut; borders: "
-        "all but a rectangle, for outpainting; mixed: "
-        + ", ".join(f"{weight:.0%} {kind}" for kind, weight in MIXTURE.items())
-        + ", without those that the shares rule out.",
-    )
-    least_share: float = Field(0.05, ge=0, le=1, description="Least share of the image that is painted anew.")
-    most_share: float = Field(0.75, ge=0, le=1, description="Most of the image that is painted anew.")
-    widest_stroke: float = Field(
-        100 / 256, ge=0.02, le=1, description="Width of the widest stroke, as a share of the image's shorter side."
-    )
-    largest_box: float = Field(
-        150 / 256, ge=0.05, le=0.9, description="Longest side of a box, as a share of the image's width or height."
-    )
-
-    told_as: ToldAs = Field(
-        "share",
-        description="How a model is told of a hole. share: painted gray, and how much of each latent pixel lies in it, "
-        "0 to 1; sign: painted black, and 1 or -1 by the first pixel of each latent pixel, as published.",
-    )
-    folder: str = Field(
-        "", description="A folder of mask files to choose from in place of all this; empty: holes are drawn at random."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> MaskRules:
-        least, most = self.least_share, self.most_share
-        if least >= most:
-            raise ConfigError(f"least_share {least:g} is not below most_share {most:g}; 0.05 and 0.75 are usual")
-        if not _weights(self):
-            low, high = REACH[self.policy]
-            raise ConfigError(
-                f"masks of the policy {self.policy!r} paint {low:.3g} to {high:.3g} of the image anew, never "
-                f"{least:g} to {most:g}; widen least_share and most_share, or use 'strokes'"
-            )
-        return self
+_MOST_DRAWN = 300  # pieces of one mask, over all attempts; the default rules need 2.5 on average
 
 
 def draw_mask(rules: MaskRules, height: int, width: int, seed: int) -> np.ndarray:
-    """Draw one random mask, the same for the same arguments; another size nearly always shows the same scene.
+    """Draw one random mask: equal arguments give equal masks, and other sizes nearly always show the same scene.
 
-    Strokes and boxes are added beyond the number drawn for as long as too little is painted anew, and a mask
-    that paints too much is drawn afresh. Where `rules` cannot be met (few pixels, shares close together), the
-    mask is a box in the middle, as near to them as whole pixels allow. It is neither empty nor full, ever.
+    Strokes and boxes are added until the hole is large enough, and a hole that is too large is drawn again. If `rules`
+    cannot be met (few pixels, shares close together), the mask is a box in the middle, as near to them as whole pixels
+    allow. A mask is never empty and never full.
 
     Args:
         rules: what the holes are like.
@@ -115,7 +49,7 @@ def draw_mask(rules: MaskRules, height: int, width: int, seed: int) -> np.ndarra
         seed: >= 0.
 
     Returns:
-        [H, W] uint8: 1 is painted anew, 0 is known.
+        [H, W] uint8: 1 is repainted, 0 is known.
 
     Raises:
         DataError: a side is shorter than 2 pixels, or a mask file of `rules.folder` cannot be used.
@@ -131,7 +65,7 @@ def draw_mask(rules: MaskRules, height: int, width: int, seed: int) -> np.ndarra
     least = max(rules.least_share * num_pixels, 1)
     most = min(rules.most_share * num_pixels, num_pixels - 1)
     pieces_left = 0
-    for _ in range(_PATIENCE):
+    for _ in range(_MOST_DRAWN):
         if pieces_left == 0:
             mask = np.zeros((height, width), np.uint8)
             pieces_left = 1 + int(_MOST_PIECES.get(kind, 1) * random.random())
@@ -156,7 +90,7 @@ def mask_files(folder: str | Path) -> list[Path]:
     found, unread = _listed(str(folder))
     if not found:
         some = f", but {unread}" if unread else ""
-        raise DataError(f"no mask files in {folder}{some}; put PNG masks there, white where an image is painted anew")
+        raise DataError(f"no mask files in {folder}{some}; put PNG masks there, white where to repaint")
     if unread:
         notice(f"{folder}: some files are passed over: {unread}")
     return found
@@ -184,15 +118,6 @@ def check_masks(rules: MaskRules, height: int, width: int) -> None:
             for file in files:
                 _fitted(file, height, width)
                 on_files(1)
-
-
-def hole_kind(rules: MaskRules, seed: int) -> HoleKind:
-    """Which kind of hole `draw_mask` draws for `seed`, whatever the size.
-
-    "mixed" chooses by the weights of `MIXTURE`, without the kinds that `rules` leave no room for. A mixed
-    mask is the very mask that the policy of its kind draws for the seed.
-    """
-    return _kind(rules, _random(seed))
 
 
 @lru_cache(maxsize=4)
@@ -251,13 +176,13 @@ def _paint_box(rules: MaskRules, random: np.random.Generator, mask: np.ndarray) 
     spans = []
     for pixels in mask.shape:
         length = _between(random, _SMALLEST_BOX_SIDE, 1) * rules.largest_box
-        spans.append(_span(_between(random, _MARGIN, 1 - _MARGIN - length), length, pixels))
+        spans.append(_span(_between(random, BOX_MARGIN, 1 - BOX_MARGIN - length), length, pixels))
     mask[spans[0], spans[1]] = 1
 
 
 def _paint_half(rules: MaskRules, random: np.random.Generator, mask: np.ndarray) -> None:
     """The left, right, top or bottom, to an exact half every other time, else to a cut drawn evenly in `REACH`."""
-    low, high = _reach("halves", rules)
+    low, high = rules.reach("halves")
     exact, side = random.random() < 0.5, int(4 * random.random())
     share = _between(random, low, high)
     if exact:
@@ -268,7 +193,7 @@ def _paint_half(rules: MaskRules, random: np.random.Generator, mask: np.ndarray)
 
 def _paint_border(rules: MaskRules, random: np.random.Generator, mask: np.ndarray) -> None:
     """All but a rectangle: a frame every other time, else any of the 15 sets of sides."""
-    known = 1 - _between(random, *_reach("borders", rules))
+    known = 1 - _between(random, *rules.reach("borders"))
     frame, choice = random.random() < 0.5, 1 + int(15 * random.random())
     sides = (3, 3) if frame else divmod(choice, 4)  # of each axis; bit 1: top or left, bit 2: bottom or right
     # The known part is the product of two lengths; an axis without a border keeps its whole length.
@@ -295,25 +220,8 @@ def _middle_box(num_pixels: float, height: int, width: int) -> np.ndarray:
     return mask
 
 
-def _weights(rules: MaskRules) -> dict[HoleKind, float]:
-    """How often each kind is drawn, up to a common factor; kinds that cannot meet the shares are left out."""
-    weights = MIXTURE if rules.policy == "mixed" else {rules.policy: 1.0}
-    possible = {}
-    for kind, weight in weights.items():
-        low, high = _reach(kind, rules)
-        if low <= high:
-            possible[kind] = weight
-    return possible
-
-
-def _reach(kind: HoleKind, rules: MaskRules) -> tuple[float, float]:
-    """Least and most share that holes of a kind paint anew under these rules; least > most where there is none."""
-    low, high = REACH[kind]
-    return max(low, rules.least_share), min(high, rules.most_share)
-
-
 def _kind(rules: MaskRules, random: np.random.Generator) -> HoleKind:
-    weights = _weights(rules)
+    weights = rules.weights()
     ends = list(accumulate(weights.values()))
     return list(weights)[bisect(ends, random.random() * ends[-1], hi=len(ends) - 1)]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,13 @@ from urllib.parse import quote_from_bytes
 
 import PIL
 
-from latentflow.data.ahead import lost_workers, read_ahead, read_in_threads, reading_processes
 from latentflow.data.items import ImageItem, ImageSource, fingerprint_of
 from latentflow.data.packed import PackedText
 from latentflow.data.pictures.colour import PIXEL_RULES, to_rgb
 from latentflow.data.pictures.crop import center_crop, crop_map
 from latentflow.data.pictures.decode import BrokenImage, most_pixels, open_image, reason, room_for
 from latentflow.data.pictures.orientation import Photo, with_turn
+from latentflow.data.prefetch import Reading, prefetch
 from latentflow.data.sources.maps import MapFiles
 from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.data.stores.files import (
@@ -156,13 +156,7 @@ def _problems(
 ) -> Iterator[tuple[Sequence[int], Sequence[str]]]:
     """Some of `rows` after others, each time with what is wrong with them."""
     parts = [rows[start : start + _CHECKED_TOGETHER] for start in range(0, len(rows), _CHECKED_TOGETHER)]
-    num_workers = reading_processes(source.__getitem__, parts, num_bytes=1) if processes else 0
-    checking = _Checking(source)
-    if num_workers:
-        checked = read_ahead(checking, parts, num_workers=num_workers, num_bytes=1, pin_memory=False)
-    else:
-        checked = read_in_threads(checking, parts)
-    with closing(checked), lost_workers(num_workers):
+    with prefetch(_Checking(source), parts, Reading(None if processes else 0, option="data.num_workers")) as checked:
         yield from zip(parts, checked, strict=True)
 
 

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from latentflow.data.ahead import read_ahead, room_for_workers, usable_cpus
 
 from latentflow.data import ahead, batches
-from latentflow.data.ahead import read_ahead, room_for_workers, usable_cpus
 from latentflow.data.batches import SpatialData, StreamPositions, TrainingImages, stream_batches
 from latentflow.data.cache.reader import LatentCache
-from latentflow.data.painting.masks import MaskRules
+from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.sources.images import open_images
 from tests import tiny
 
