@@ -36,6 +36,7 @@ from latentflow import LatentFlow
 from latentflow.artifacts import make_folder, read_json
 from latentflow.autoencoder import Autoencoder, LatentNormalisation, to_uint8
 from latentflow.cli import app
+from latentflow.data.cache.request import CacheOptions
 from latentflow.data.cache.writer import write_cache
 from latentflow.data.sources.images import open_images
 from latentflow.model.conditioning import Conditioning
@@ -164,7 +165,9 @@ def latents_as_images(setting: Setting, side: int) -> Path:
         if not autoencoder.exists():
             stand_in.save_pretrained(autoencoder)
         source = open_images(f"synthetic:{64 if setting.quick else 6000}", side)
-        write_cache(source, Autoencoder.from_pretrained(autoencoder).to(setting.device), folder, batch_size=512)
+        write_cache(
+            source, Autoencoder.from_pretrained(autoencoder).to(setting.device), folder, CacheOptions(batch_size=512)
+        )
     return folder
 
 

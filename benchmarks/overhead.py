@@ -36,6 +36,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from latentflow.commands.train import build_model
 from latentflow.data.batches import TrainingImages
 from latentflow.data.cache.reader import LatentCache
+from latentflow.data.cache.request import CacheOptions
 from latentflow.data.cache.writer import write_cache
 from latentflow.data.sources.images import open_images
 from latentflow.flow.guidance import ConditionedVelocity
@@ -156,7 +157,7 @@ def prepare(recipe: Recipe, folder: Path) -> tuple[TrainingImages, FlowModel]:
     """
     autoencoder = measuring.variational((8, 8, 8, 8), layers_per_block=1, name="a small stand-in")
     source = open_images(f"synthetic:{NUM_IMAGES}", recipe.data.image_size)
-    write_cache(source, autoencoder, folder / "cache", flips=True)
+    write_cache(source, autoencoder, folder / "cache", CacheOptions(flips=True))
     images = TrainingImages(LatentCache(folder / "cache"), seed=0, flip=recipe.data.flip)
     model = build_model(recipe, autoencoder, images)
     with torch.no_grad():

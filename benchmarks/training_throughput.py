@@ -29,6 +29,7 @@ from latentflow.autoencoder import Autoencoder
 from latentflow.commands.train import build_model
 from latentflow.data.batches import Batch, SpatialData, StreamPositions, TrainingImages, stream_batches
 from latentflow.data.cache.reader import LatentCache
+from latentflow.data.cache.request import CacheOptions
 from latentflow.data.cache.writer import write_cache
 from latentflow.data.sources.images import open_images
 from latentflow.data.sources.synthetic import SyntheticShapes
@@ -139,7 +140,7 @@ def measure(
         recipe.data.image_size,
     )
     began = time.perf_counter()
-    write_cache(source, autoencoder, folder / "cache", mask_variants=int(options.holes))
+    write_cache(source, autoencoder, folder / "cache", CacheOptions(mask_variants=int(options.holes)))
     encoding_seconds = time.perf_counter() - began
 
     batch_size, training = recipe.training.batch_size, {"seed": recipe.training.seed, "flip": recipe.data.flip}

@@ -13,9 +13,9 @@ import torch
 
 from latentflow import console
 from latentflow.autoencoder import Autoencoder
-from latentflow.data.cache.writer import write_cache
 from latentflow.data.sources.images import open_images
 from tests import tiny
+from tests.tiny import write_cache
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start: by another number of threads sums differ
 torch.set_num_threads(1)

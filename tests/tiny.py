@@ -16,7 +16,10 @@ from PIL import Image
 from latentflow.api import LatentFlow
 from latentflow.artifacts import atomic_file
 from latentflow.autoencoder import Autoencoder
-from latentflow.data.items import UNLABELLED
+from latentflow.data.cache import writer
+from latentflow.data.cache.request import CacheOptions
+from latentflow.data.cache.schema import CacheIndex
+from latentflow.data.items import UNLABELLED, ImageSource
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.semantic_maps import MapClasses
 from latentflow.flow.path import LinearPath
@@ -27,6 +30,12 @@ from latentflow.runtime import Runtime
 from latentflow.training.config import Recipe
 
 CPU = Runtime(torch.device("cpu"))
+
+
+def write_cache(source: ImageSource, autoencoder: Autoencoder, folder: Path, **options: Any) -> CacheIndex | None:
+    """`writer.write_cache`, with the fields of `CacheOptions` among the others."""
+    others = {name: options.pop(name) for name in ("runtime", "on_images", "on_kept") if name in options}
+    return writer.write_cache(source, autoencoder, folder, CacheOptions(**options), **others)
 
 
 def one_of_two(rank: int) -> Runtime:

@@ -12,7 +12,6 @@ from PIL import Image
 from latentflow.commands import train as train_module
 from latentflow.commands.train import prepare
 from latentflow.commands.train import train as train_command
-from latentflow.data.cache.writer import write_cache
 from latentflow.data.sources.images import ImageFiles, open_images
 from latentflow.data.stores.files import FolderStore
 from latentflow.errors import ArtifactError, ConfigError, DataError, LatentFlowError
@@ -24,6 +23,7 @@ from latentflow.training.memory import bytes_per_image, state_bytes
 from latentflow.training.settings import differences
 from tests import tiny
 from tests.processes import run_here
+from tests.tiny import write_cache
 
 
 @pytest.fixture

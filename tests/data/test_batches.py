@@ -24,7 +24,6 @@ from latentflow.data.batches import (
     stream_batches,
 )
 from latentflow.data.cache.reader import LatentCache
-from latentflow.data.cache.writer import write_cache
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import draw_mask
 from latentflow.data.sources.images import open_images
@@ -32,6 +31,7 @@ from latentflow.errors import DataError
 from latentflow.flow.times import TrainingTimes
 from latentflow.training.step import training_step
 from tests import tiny
+from tests.tiny import write_cache
 
 SPOTS = list(range(60))  # five epochs of the segmented images
 
@@ -182,7 +182,7 @@ def losses(model, images, spots):
 def test_float32_moments_give_the_step_of_pixels(images, cache, kl, tmp_path):
     """The same posterior draw, noise, time and label: the losses agree to rounding."""
     source, model, spots = open_images(images, tiny.IMAGE_SIZE), tiny.model(kl), list(range(12, 24))
-    write_cache(source, kl, tmp_path / "exact", flips=True, precision="float32")
+    write_cache(source, kl, tmp_path / "exact", flips=True, dtype="float32")
     pixels, exact, rounded = (
         losses(model, TrainingImages(s, seed=7, flip=True), spots)
         for s in (source, LatentCache(tmp_path / "exact"), LatentCache(cache))

@@ -1,4 +1,4 @@
-"""Reading ahead in processes of their own."""
+"""Batches that are read in the background."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from latentflow.data.ahead import read_ahead, room_for_workers, usable_cpus
 
-from latentflow.data import ahead, batches
+from latentflow.data import batches, prefetch
 from latentflow.data.batches import SpatialData, StreamPositions, TrainingImages, stream_batches
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.painting.mask_rules import MaskRules
+from latentflow.data.prefetch import Reading, room_for_workers, stream_processes, usable_cpus
 from latentflow.data.sources.images import open_images
 from tests import tiny
 
@@ -80,7 +80,7 @@ def test_readers_for_a_gpu(
 def test_processes_that_are_started_anew_give_the_same(images, start):
     own = TrainingImages(open_images(images, tiny.IMAGE_SIZE), seed=2, flip=True)
     positions = [range(5), range(5, 9), range(9, 20)]
-    read = list(read_ahead(own, positions, num_workers=2, num_bytes=1, pin_memory=False, start=start))
+    read = list(stream_processes(own, positions, Reading(2), start=start))
     assert [batch.positions.tolist() for batch in read] == [list(some) for some in positions]
     for some, batch in zip(positions, read, strict=True):
         assert torch.equal(batch.pixels, own.at(some).pixels)
@@ -97,7 +97,7 @@ def test_after_cuda_has_begun_nothing_is_forked(images, monkeypatch):
         def __iter__(self):
             return iter([])
 
-    monkeypatch.setattr(ahead, "DataLoader", Loader)
+    monkeypatch.setattr(prefetch, "DataLoader", Loader)
     own = TrainingImages(open_images(images, tiny.IMAGE_SIZE), seed=2, flip=True)
     assert list(stream_batches(own, StreamPositions(0, 2, 2, 0, 1), num_workers=1, pin_memory=False)) == []
     assert used == ["spawn"]
@@ -108,7 +108,7 @@ def test_signals_to_the_whole_group_leave_the_readers_alive(images, start):
     """Those of a terminal and of a batch system, also while processes begin."""
     own = TrainingImages(open_images(images, tiny.IMAGE_SIZE), seed=2, flip=True)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    stream = read_ahead(own, StreamPositions(0, 2, 2, 0, 1), num_workers=1, num_bytes=1, pin_memory=False, start=start)
+    stream = stream_processes(own, StreamPositions(0, 2, 2, 0, 1), Reading(1), start=start)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
     worker = stream.gi_frame.f_locals["batches"]._workers[0]
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # perhaps before it has begun
@@ -125,13 +125,13 @@ def test_signals_to_the_whole_group_leave_the_readers_alive(images, start):
 
 SCRIPT = """
 import sys
-from latentflow.data.ahead import read_ahead
+from latentflow.data.prefetch import Reading, stream_processes
 from latentflow.data.batches import TrainingImages
 from latentflow.data.sources.images import open_images
 
 print("the script runs", flush=True)
 images = TrainingImages(open_images(sys.argv[1], 16), seed=0, flip=False)
-read = read_ahead(images, [range(4), range(4, 6)], num_workers=2, num_bytes=1, pin_memory=False, start="spawn")
+read = stream_processes(images, [range(4), range(4, 6)], Reading(2), start="spawn")
 print([len(batch.pixels) for batch in read])
 """
 

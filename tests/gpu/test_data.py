@@ -11,11 +11,11 @@ from latentflow.artifacts import read_tensors
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.batches import Batch, SpatialData, StreamPositions, TrainingImages, stream_batches
 from latentflow.data.cache.reader import LatentCache
-from latentflow.data.cache.writer import write_cache
 from latentflow.data.sources.images import open_images
 from tests import tiny
+from tests.tiny import write_cache
 
-MANY = {"flips": True, "mask_variants": 2, "shard_size": 5, "batch_size": 3, "precision": "float32"}
+MANY = {"flips": True, "mask_variants": 2, "shard_size": 5, "batch_size": 3, "dtype": "float32"}
 
 
 @pytest.fixture

@@ -487,8 +487,8 @@ def slowed(function):
 
 
 def test_the_data_may_move_but_not_change(train, cache, tmp_path, kl):
-    from latentflow.data.cache.writer import write_cache
     from latentflow.data.sources.images import open_images
+    from tests.tiny import write_cache
 
     whole = train("whole")
     train("parts", training={"steps": 4})

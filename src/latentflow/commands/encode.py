@@ -5,19 +5,19 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from latentflow.artifacts import require_apart
 from latentflow.autoencoder import Autoencoder
-from latentflow.data.cache.reader import CacheIndex
+from latentflow.data.cache.request import EncodeRequest
+from latentflow.data.cache.schema import CacheIndex
 from latentflow.data.cache.writer import write_cache
 from latentflow.data.items import ImageSource
-from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.sources.images import BrokenImage, open_images
 from latentflow.errors import DataError
 from latentflow.locks import writes
 from latentflow.progress import image_progress
-from latentflow.runtime import PrecisionWord, Runtime
+from latentflow.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class EncodeResult:
     """What `encode` did.
 
     Attributes:
-        index: of the finished cache; None where other processes are still encoding.
+        index: of the finished cache; None while other processes are still encoding.
         is_new: whether any image was encoded.
         seconds: wall time.
     """
@@ -36,76 +36,39 @@ class EncodeResult:
 
 
 @writes("out", launch=True)
-def encode(
-    data: str | Path,
-    out: str | Path,
-    *,
-    autoencoder: str | Path,
-    image_size: int,
-    first: int | None = None,
-    flips: bool = False,
-    dtype: Literal["float16", "float32"] = "float16",
-    batch_size: int | None = None,
-    shard_size: int = 1024,
-    masks: MaskRules | None = None,
-    mask_variants: int = 0,
-    strict: bool = False,
-    num_workers: int | None = None,
-    precision: PrecisionWord = "tf32",
-    runtime: Runtime | None = None,
-) -> EncodeResult:
-    """Encode images into a latent cache; repeating the call goes on where a kill ended it.
+def encode(data: str | Path, out: str | Path, *, runtime: Runtime | None = None, **options: Any) -> EncodeResult:
+    """Encode images into a latent cache; repeating the call continues after a kill.
 
     Args:
         data: a folder, a zip, an LMDB environment, or 'synthetic:COUNT'.
-        first: encode the first so many images, of class folders evenly; None: all of them. See `open_images`.
-        flips: also encode the mirrored images, so that training can mirror.
-        masks: which holes are drawn; None: those of the usual policy.
-        dtype: how moments are stored.
-        mask_variants: images with holes that are encoded of each image, for inpainting; 0: none.
-        batch_size: images encoded together; None: 32, and on a GPU as many as make a megapixel.
-        num_workers: processes that read and resize images; 0: threads; None: as many as pay.
-        strict: a broken image is an error; otherwise it is left out and listed in the index.
-        precision: what the autoencoder computes in; half precision only where it is asked for.
-        runtime: where; None: see `open_runtime`.
+        out: the cache, a folder.
+        runtime: where to compute; None: see `open_runtime`.
+        options: the other fields of `EncodeRequest`.
 
     Raises:
         DataError, ArtifactError, ConfigError: see `open_images`, `Autoencoder.from_pretrained` and `write_cache`.
     """
     began = time.perf_counter()
-    require_apart(out, data, masks.folder if masks else None)
-    source = open_images(data, image_size, first=first, strict=strict)
+    request = EncodeRequest(data=data, **options)
+    require_apart(out, request.data, request.masks.folder)
+    source = open_images(request.data, request.image_size, first=request.first, strict=request.strict)
     _require_one_readable(source)
     assert runtime is not None  # opened by `writes`
-    encoder = Autoencoder.from_pretrained(autoencoder).to(runtime.with_precision(precision))
-    num_images, finished, kept = len(source) // runtime.world, [], []
-    with image_progress("encoding", num_images) as on_images:
+    encoder = Autoencoder.from_pretrained(request.autoencoder).to(runtime.with_precision(request.precision))
+    finished: list[int] = []
+    kept: list[int] = []
+    with image_progress("encoding", len(source) // runtime.world) as on_images:
 
         def count(number: int) -> None:
             finished.append(number)
             on_images(number)
 
-        index = write_cache(
-            source,
-            encoder,
-            out,
-            flips=flips,
-            precision=dtype,
-            batch_size=batch_size,
-            shard_size=shard_size,
-            masks=masks,
-            mask_variants=mask_variants,
-            strict=strict,
-            runtime=runtime,
-            num_workers=num_workers,
-            on_images=count,
-            on_kept=kept.append,
-        )
+        index = write_cache(source, encoder, out, request, runtime=runtime, on_images=count, on_kept=kept.append)
     return EncodeResult(index, sum(finished) > sum(kept), time.perf_counter() - began)
 
 
 def _require_one_readable(source: ImageSource) -> None:
-    """Refuse images none of which can be read, before anything is written; usually the first one can."""
+    """Refuse a source without a readable image, before anything is written; usually the first one is readable."""
     errors = []
     for row in range(len(source)):
         try:
@@ -113,4 +76,4 @@ def _require_one_readable(source: ImageSource) -> None:
             return
         except BrokenImage as error:
             errors.append(error)
-    raise DataError(f"{source.description}: none can be read, for example {errors[0].name}: {errors[0].reason}")
+    raise DataError(f"{source.description}: no image can be read, for example {errors[0].name}: {errors[0].reason}")

@@ -17,9 +17,10 @@ import latentflow
 from latentflow.artifacts import make_folder, require_apart, require_writable, write_json, write_text
 from latentflow.autoencoder import Autoencoder, LatentNormalisation, to_unit_range
 from latentflow.data.batches import SpatialData, TrainingImages, epoch_order
-from latentflow.data.cache.reader import ChannelSums, LatentCache, is_cache
+from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.cache.resident import resident_bytes, stays_resident
 from latentflow.data.items import ImageSource, require_every_class
+from latentflow.data.latent_statistics import ChannelSums
 from latentflow.data.painting.masks import check_masks, masks_fingerprint
 from latentflow.data.sources.images import open_images, readable
 from latentflow.errors import ConfigError, DataError

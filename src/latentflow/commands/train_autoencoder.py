@@ -24,7 +24,8 @@ from latentflow.artifacts import (
 from latentflow.autoencoder import Autoencoder, to_unit_range
 from latentflow.commands.train import environment, times, usable_name
 from latentflow.data.batches import TrainingImages, epoch_order
-from latentflow.data.cache.reader import ChannelSums, is_cache
+from latentflow.data.cache.reader import is_cache
+from latentflow.data.latent_statistics import ChannelSums
 from latentflow.data.pictures.single import psnr
 from latentflow.data.sources.images import ImageSource, open_images, readable
 from latentflow.errors import ConfigError, DataError

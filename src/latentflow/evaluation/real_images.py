@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from latentflow.artifacts import read_json, require_writable, sha256_file
-from latentflow.data.cache.reader import CROP_RULE
 from latentflow.data.items import ImageSource
 from latentflow.data.pictures.colour import PIXEL_RULES
+from latentflow.data.pictures.crop import CROP_RULE
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, DataError
 from latentflow.evaluation.read_images import ImageReader

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation
-from latentflow.data.cache.reader import CachePlan, LatentCache, is_cache
+from latentflow.data.cache.reader import LatentCache, is_cache
+from latentflow.data.cache.schema import CachePlan
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError
 from latentflow.model.conditioning import Conditioning

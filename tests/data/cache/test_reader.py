@@ -13,12 +13,13 @@ from PIL import Image
 
 from latentflow.artifacts import read_json
 from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
-from latentflow.data.cache.reader import CacheIndex, LatentCache, ShardRecord, parse_record
-from latentflow.data.cache.writer import write_cache
+from latentflow.data.cache.reader import LatentCache
+from latentflow.data.cache.schema import CacheIndex, ShardRecord, read_cache_record
 from latentflow.data.items import ImageItem
 from latentflow.data.sources.images import BrokenImage, open_images
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from tests import processes, tiny
+from tests.tiny import write_cache
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_a_deterministic_autoencoder_stores_latents_alone(tmp_path, source, dete
 
 
 def test_float32_is_kept_to_the_last_bit(tmp_path, source, kl):
-    write_cache(source, kl, tmp_path / "cache", precision="float32", batch_size=len(source))
+    write_cache(source, kl, tmp_path / "cache", dtype="float32", batch_size=len(source))
     stored = LatentCache(tmp_path / "cache").moments(range(len(source)), [False] * len(source))
     assert torch.equal(stored, moments_of(source, kl))
 
@@ -99,7 +100,7 @@ def test_nothing_but_broken_images_is_refused(tmp_path, kl):
     (tmp_path / "images").mkdir()
     for number in range(2):
         (tmp_path / "images" / f"{number}.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"2 images from .*: none can be read, for example 0\.png: its content"):
+    with pytest.raises(DataError, match=r"2 images from .*: no image can be read, for example 0\.png: its content"):
         write_cache(open_images(tmp_path / "images", tiny.IMAGE_SIZE), kl, tmp_path / "cache")
 
 
@@ -136,7 +137,7 @@ def test_two_processes_share_the_work(tmp_path, source, kl):
     assert tiny.tree(tmp_path / "shared") == tiny.tree(tmp_path / "alone")
 
 
-def test_a_truncated_shard_is_named_and_encoded_anew(tmp_path, cache, source, kl):
+def test_a_truncated_shard_is_named_and_encoded_again(tmp_path, cache, source, kl):
     damaged = shutil.copytree(cache, tmp_path / "damaged")
     shard = damaged / "shard-00002.safetensors"
     os.truncate(shard, shard.stat().st_size - 10)
@@ -329,7 +330,7 @@ def test_kill_9_at_random_moments(tmp_path, kl_folder):
 
 
 @pytest.mark.parametrize("missing", ["shard-00002.safetensors", "shard-00002.json"])
-def test_a_missing_file_is_made_anew_and_nothing_else(tmp_path, cache, source, kl, missing):
+def test_a_missing_file_is_made_again_and_nothing_else(tmp_path, cache, source, kl, missing):
     damaged = shutil.copytree(cache, tmp_path / "damaged")
     others = {file: file.stat().st_mtime_ns for file in damaged.glob("shard-*") if "00002" not in file.name}
     (damaged / missing).unlink()
@@ -417,9 +418,12 @@ def test_images_that_changed_came_or_went_are_named(tmp_path, own, kl):
         (lambda: (own / "apple" / "0.png").write_bytes(other), r"since then 1 changed \(apple/0\.png\); restore them"),
         (
             lambda: new.write_bytes(other),
-            r"1 changed \(apple/0\.png\), 1 come \(apple/new\.png\)",
+            r"1 changed \(apple/0\.png\), 1 added \(apple/new\.png\)",
         ),
-        (lambda: (own / "berry" / "3.png").unlink(), r", 1 come \(apple/new\.png\), 1 gone \(berry/3\.png\); restore"),
+        (
+            lambda: (own / "berry" / "3.png").unlink(),
+            r", 1 added \(apple/new\.png\), 1 removed \(berry/3\.png\); restore",
+        ),
     ):
         change()
         with pytest.raises(ArtifactError, match=said):
@@ -439,7 +443,7 @@ def test_what_was_broken_and_is_whole_now_is_taken_in(tmp_path, own, images, kl)
     shutil.copy(images / "apple/3.png", own / "apple/3.png")
     index, kept = _encode(own, kl, tmp_path / "cache")
     assert [line.partition(":")[0] for line in index.broken] == ["cherry/0.png"]
-    assert kept == tiny.NUM_IMAGES - 5  # one shard of five was encoded anew
+    assert kept == tiny.NUM_IMAGES - 5  # one shard of five was encoded again
     shutil.copy(images / "cherry/0.png", own / "cherry/0.png")
     index, _ = _encode(own, kl, tmp_path / "cache")
     assert index.broken == []
@@ -466,15 +470,15 @@ def test_a_cache_of_an_earlier_version_can_be_trained_on_but_not_gone_on_with(tm
                 record.pop("source_fingerprint")
         file.write_text(json.dumps(text))
     assert len(LatentCache(old)) == tiny.NUM_IMAGES
-    with pytest.raises(ArtifactError, match="it can be trained on, but not gone on with; choose another --out"):
+    with pytest.raises(ArtifactError, match="it can be trained on, but not extended; choose another --out"):
         write_cache(source, kl, old, flips=True, shard_size=5)
 
 
-def test_a_class_of_broken_images_is_told_of(tmp_path, own, kl, caplog):
+def test_a_class_of_broken_images_is_noticed(tmp_path, own, kl, caplog):
     for file in (own / "berry").iterdir():
         file.write_bytes(b"<html>404")
     _encode(own, kl, tmp_path / "cache")
-    assert "has no image that can be read of 1 of its classes (berry), and training with labels refuses" in caplog.text
+    assert "has no readable image of 1 of its classes (berry), so training with labels will refuse" in caplog.text
 
 
 def test_the_index_says_what_the_squares_leave_out(tmp_path, kl):
@@ -508,7 +512,7 @@ def test_a_digit_of_a_record_is_noticed_and_encoding_again_helps(cache, tmp_path
     sums[0] += 0.5
     (copy / name).write_text(json.dumps(record))
     with pytest.raises(ArtifactError, match=rf"{name} is damaged"):
-        parse_record(CacheIndex if name == "index.json" else ShardRecord, copy / name)
+        read_cache_record(CacheIndex if name == "index.json" else ShardRecord, copy / name)
     write_cache(open_images(images, tiny.IMAGE_SIZE), kl, copy, flips=True, shard_size=5)
     assert tiny.tree(copy) == tiny.tree(cache)
 

@@ -11,12 +11,12 @@ from latentflow.commands.train import prepare, train
 from latentflow.data.batches import Batch, SpatialData, StreamPositions, TrainingImages, stream_batches
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.cache.resident import resident_bytes, stays_resident
-from latentflow.data.cache.writer import write_cache
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.training.config import DataConfig, load_recipe
 from tests import tiny
+from tests.tiny import write_cache
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 POSITIONS = range(5, 65)

@@ -13,18 +13,20 @@ from PIL import Image
 from latentflow.artifacts import open_tensors
 from latentflow.autoencoder import Autoencoder, to_unit_range
 from latentflow.commands.info import describe
-from latentflow.data import ahead
+from latentflow.data import prefetch
+from latentflow.data.cache import shard as cache_shard
 from latentflow.data.cache import writer as cache_writer
 from latentflow.data.cache.reader import LatentCache
-from latentflow.data.cache.writer import write_cache
 from latentflow.data.items import UNLABELLED, ImageItem
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import draw_mask
+from latentflow.data.prefetch import Reading
 from latentflow.data.sources.images import BrokenImage, open_images
 from latentflow.errors import ArtifactError
 from latentflow.randomness import derive_seed
 from tests import tiny
+from tests.tiny import write_cache
 
 VARIANTS = 3
 NUM_IMAGES = 12
@@ -90,7 +92,7 @@ def test_rows_variants_and_mirrors_are_chosen_one_by_one(segmented_cache):
         assert torch.equal(fractions[row], stored.class_fractions([chosen[0]], [chosen[2]])[0])
     straight, mirrored = (stored.known([3], [1], [flip]) for flip in (False, True))
     assert torch.equal(straight[1].flip(-1), mirrored[1])
-    assert (straight[0].flip(-1) - mirrored[0]).abs().max() > 1e-3  # encoded anew: an encoder is not symmetric
+    assert (straight[0].flip(-1) - mirrored[0]).abs().max() > 1e-3  # encoded on its own: an encoder is not symmetric
 
 
 def test_masks_follow_the_rules_of_the_plan(tmp_path, source, kl):
@@ -154,9 +156,9 @@ def test_resumed_after_a_kill_it_is_the_same_to_the_byte(tmp_path, source, segme
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"mask_variants": 2}, "mask_variants 3, not 2"),
-        ({}, "mask_variants 3, not 0"),
-        ({"mask_variants": 3, "masks": MaskRules(policy="boxes")}, "masks .*'mixed'.*, not .*'boxes'"),
+        ({"mask_variants": 2}, "mask_variants: 3, now 2"),
+        ({}, "mask_variants: 3, now 0"),
+        ({"mask_variants": 3, "masks": MaskRules(policy="boxes")}, 'masks.policy: "mixed", now "boxes"'),
     ],
 )
 def test_another_set_of_masks_is_refused(segmented_cache, source, kl, options, said):
@@ -290,7 +292,7 @@ def test_a_shard_that_cannot_be_written_is_told(tmp_path, source, kl, monkeypatc
     def full(*given, **options):
         raise ArtifactError("no space left")
 
-    monkeypatch.setattr(cache_writer, "write_tensors", full)
+    monkeypatch.setattr(cache_shard, "write_tensors", full)
     with pytest.raises(ArtifactError, match="no space left"):
         write_cache(source, kl, tmp_path / "cache", shard_size=5)
     assert not (tmp_path / "cache" / "index.json").exists()
@@ -306,22 +308,19 @@ def test_processes_that_read_leave_the_telling_to_the_run(tmp_path, kl, caplog):
     assert caplog.text.count("holds several pictures, of which the first is read") == 1
 
 
-def test_processes_read_where_that_takes_long(monkeypatch, source):
+def test_processes_read_where_that_takes_long(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(ahead, "usable_cpus", lambda: 8)
-    monkeypatch.setattr(ahead.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(prefetch, "usable_cpus", lambda: 8)
+    monkeypatch.setattr(prefetch.time, "perf_counter", lambda: clock[0])
 
     class Slow:
-        def __getitem__(self, row: int) -> ImageItem:
-            clock[0] += 0.002
-            if row % 2:
-                raise BrokenImage("x", "damaged")
-            return source[0]
+        def __getitems__(self, rows: range) -> None:
+            clock[0] += 0.002 * len(rows)
 
     def processes(num_images: int, device: str = "cuda", sharing: int = 1) -> int:
         rows = [range(start, min(start + 1024, num_images)) for start in range(0, num_images, 1024)]
-        room = {"device": torch.device(device), "num_bytes": 1 << 20, "sharing": sharing}
-        return ahead.reading_processes(Slow().__getitem__, rows, **room)
+        how = Reading(batch_bytes=1 << 20, cpu_is_busy=device == "cpu", sharing=sharing)
+        return prefetch.workers_that_pay(Slow(), rows, how)
 
     assert processes(100_000) == 7
     assert processes(100_000, sharing=2) == 3

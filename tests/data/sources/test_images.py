@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from latentflow import ledger
+from latentflow.data import prefetch
 from latentflow.data.painting.semantic_maps import UNLABELLED, MapClasses, colour_map, crop_map, default_palette
 from latentflow.data.pictures.colour import to_rgb
 from latentflow.data.pictures.orientation import turned
@@ -942,7 +943,7 @@ def test_processes_that_look_for_broken_images_find_the_same(partly_broken, monk
     """And what they find is remembered, also where the command is ended before all was looked at."""
     source = open_images(partly_broken, 8)
     kept, broken = readable(open_images(shutil.copytree(partly_broken, partly_broken.with_name("copy")), 8))
-    monkeypatch.setattr(image_sets, "reading_processes", lambda *given, **options: 2)
+    monkeypatch.setattr(prefetch, "workers_that_pay", lambda *given: 2)
     monkeypatch.setattr(image_sets, "_CHECKED_TOGETHER", 2)
     monkeypatch.setattr(image_sets, "_SAVED_TOGETHER", 1)
 

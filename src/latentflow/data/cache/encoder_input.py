@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentflow.data.cache.reader import CachePlan
+from latentflow.data.cache.schema import CachePlan
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.painting.latent_size import class_counts, hole_counts
 from latentflow.data.painting.masks import draw_mask

@@ -1,10 +1,11 @@
-"""Images encoded once, read back memory-mapped.
+"""A latent cache: images encoded once by `writer`, read back memory-mapped.
 
 A cache is a folder: `plan.json` (what is being encoded), `source.json` (names and checksums of the images),
-`shard-*.safetensors` with a `shard-*.json` beside each (counts, checksum, sums), and at the end `index.json`, which
-makes the cache complete.
-Moments are stored raw, so that scaling can change without encoding anew; semantic maps and masks are stored at
-latent size, as counts of pixels. `cache_writer.py` fills a cache, this file knows what is in it.
+`shard-*.safetensors`, each with a `shard-*.json` (counts, checksum, sums), and at the end `index.json`, which makes the
+cache complete.
+
+Moments are stored raw, so that scaling can change without encoding again. Semantic maps and masks are stored at latent
+size, as counts of pixels.
 
 Legend: N images of a shard, M moment channels (C or 2C), h and w latent height and width, K classes of the semantic
 map, V mask variants of an image.
@@ -23,148 +24,26 @@ import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
 from torch import Tensor
 
-from latentflow.artifacts import checksum_of, open_tensors, read_json, sha256_file, verifies
-from latentflow.autoencoder import Autoencoder, latent_mean
+from latentflow.artifacts import open_tensors, sha256_file, verifies
+from latentflow.autoencoder import Autoencoder
+from latentflow.data.cache.schema import INDEX_FILE, CacheIndex, check_size, read_cache_record
 from latentflow.data.painting.latent_size import shares, told_mask
-from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.errors import ArtifactError, DataError
 from latentflow.ledger import Ledger
-from latentflow.records import Record, explain
-
-SCHEMA_VERSION = 1
-CROP_RULE = "adm-center"
+from latentflow.plans import PLAN_FILE
 
 Indices = Sequence[int] | np.ndarray | Tensor
 Flags = Sequence[bool] | np.ndarray | Tensor
 
 
-class CachePlan(Record):
-    """What a cache holds; two runs may share a cache only if their plans are equal."""
-
-    schema_version: Literal[1] = SCHEMA_VERSION
-    autoencoder: str
-    autoencoder_hash: str
-    pixel_range: tuple[float, float] = (-1.0, 1.0)
-    image_size: int
-    crop_rule: str = CROP_RULE
-    pixel_rules: str = "profiles ignored"  # of caches that do not say; see `PIXEL_RULES`
-    flips: bool
-    precision: Literal["float16", "float32"]
-    source: str
-    source_fingerprint: str
-    identity: Literal["sizes", "contents"] = "sizes"
-    """What the fingerprint follows beside names; caches that do not say followed the sizes of files."""
-    num_source_images: int
-    shard_size: int
-    num_channels: int
-    moments_shape: tuple[int, int, int]
-    class_names: list[str]
-    map_class_names: list[str] = Field([])
-    map_palette: list[tuple[int, int, int]] = Field([])
-    masks: MaskRules | None = None
-    masks_fingerprint: str = ""
-    mask_variants: int = 0
-
-    @property
-    def factor(self) -> int:
-        """Image side divided by latent side."""
-        return self.image_size // self.moments_shape[-1]
-
-    @property
-    def num_shards(self) -> int:
-        return -(-self.num_source_images // self.shard_size)
-
-
-class ShardRecord(Record):
-    """One finished shard: its checks and its share of the statistics (sums over images and positions)."""
-
-    file: str
-    num_images: int
-    num_bytes: int
-    sha256: str
-    num_values: int
-    channel_sum: list[float]
-    channel_sum_of_squares: list[float]
-    broken: list[str]
-    source_fingerprint: str = ""  # of this shard's images
-    cut_sum: float = 0.0  # of the shares that the squares leave out of their pictures
-    cut_most: float = 0.0
-    checksum: int | None = None  # of this record
-
-
-class CachedSource(Record):
-    """The images that a cache was made from, one after the other; read only where something has changed."""
-
-    names: list[str]
-    contents: list[str]
-
-
-class CacheIndex(Record):
-    """The complete cache: its plan, its shards, per-channel statistics of the raw latents."""
-
-    plan: CachePlan
-    num_images: int
-    channel_mean: list[float]
-    channel_std: list[float]
-    shards: list[ShardRecord]
-    broken: list[str]
-    checksum: int | None = None  # of this record
-
-    @property
-    def cut(self) -> tuple[float, float]:
-        """Share of the pictures that their squares leave out: of all on average, and of the worst."""
-        total = sum(shard.cut_sum for shard in self.shards)
-        return total / max(self.num_images, 1), max((shard.cut_most for shard in self.shards), default=0.0)
-
-
-class ChannelSums:
-    """Running per-channel sums of raw latents, posterior variance included: what normalisation needs.
-
-    They are kept where the moments are.
-    """
-
-    def __init__(self, num_channels: int):
-        self.num_channels = num_channels
-        self.num_values = 0
-        self.sum = torch.zeros(num_channels, dtype=torch.float64)
-        self.sum_of_squares = torch.zeros(num_channels, dtype=torch.float64)
-
-    def add(self, moments: Tensor) -> None:
-        """Count moments [B, C or 2C, h, w]. E[z^2] = mean^2 + variance for every latent value."""
-        moments = (moments.cpu() if moments.device.type == "mps" else moments).double()
-        mean = latent_mean(moments, self.num_channels)
-        square = mean**2
-        if moments.shape[1] > self.num_channels:
-            square = square + moments[:, self.num_channels :].exp()
-        if not self.num_values:
-            self.sum, self.sum_of_squares = torch.zeros_like(mean[0, :, 0, 0]), torch.zeros_like(mean[0, :, 0, 0])
-        self.num_values += mean[:, 0].numel()
-        self.sum += mean.sum((0, 2, 3))
-        self.sum_of_squares += square.sum((0, 2, 3))
-
-    def send_home(self) -> None:
-        """Begin to copy the sums to the CPU; they are there once all that is queued on the device is done."""
-        for name in ("sum", "sum_of_squares"):
-            home = torch.empty(self.num_channels, dtype=torch.float64, pin_memory=True)
-            setattr(self, name, home.copy_(getattr(self, name), non_blocking=True))
-
-    def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Per-channel mean and standard deviation, C numbers each."""
-        mean = self.sum / self.num_values
-        variance = (self.sum_of_squares / self.num_values - mean**2).clamp(min=1e-12)
-        return mean.tolist(), variance.sqrt().tolist()
-
-
 def is_cache(path: str | Path) -> bool:
     """Whether `path` is a folder that encoding has begun to fill."""
-    return (Path(path) / "plan.json").is_file()
+    return (Path(path) / PLAN_FILE).is_file()
 
 
 class LatentCache:
@@ -179,12 +58,10 @@ class LatentCache:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not (self.folder / "index.json").is_file():
-            unfinished = "its encoding is not finished" if is_cache(folder) else "there is no index.json in it"
-            raise ArtifactError(
-                f"{folder} is not a complete latent cache: {unfinished}; run `latentflow encode` (again)"
-            )
-        self.index = parse_record(CacheIndex, self.folder / "index.json")
+        if not (self.folder / INDEX_FILE).is_file():
+            why = "its encoding is not finished" if is_cache(folder) else f"there is no {INDEX_FILE} in it"
+            raise ArtifactError(f"{folder} is not a complete latent cache: {why}; run `latentflow encode` (again)")
+        self.index = read_cache_record(CacheIndex, self.folder / INDEX_FILE)
         self.plan = self.index.plan
         self._files = [os.fspath(self.folder / shard.file) for shard in self.index.shards]
         for file, shard in zip(self._files, self.index.shards, strict=True):
@@ -341,49 +218,3 @@ def mirrored(maps: Tensor, flipped: Flags | None) -> Tensor:
     if flipped is None:
         return maps
     return torch.where(torch.as_tensor(flipped, device=maps.device)[:, None, None, None], maps.flip(-1), maps)
-
-
-def check_size(file: str | Path, shard: ShardRecord) -> None:
-    """Refuse a shard whose file is missing or of another size.
-
-    Raises:
-        ArtifactError: with the remedy.
-    """
-    try:
-        num_bytes = os.stat(file).st_size  # noqa: PTH116 - asked for each shard of each batch
-    except OSError:
-        num_bytes = 0
-    if num_bytes != shard.num_bytes:
-        raise ArtifactError(
-            f"{file} is truncated or damaged: {num_bytes} bytes, not {shard.num_bytes}; "
-            "run the same `latentflow encode` again, which encodes this shard anew"
-        )
-
-
-def parse_record(record: type[Record], file: Path) -> Any:
-    """The `record` in a JSON file of a cache.
-
-    Raises:
-        ArtifactError: the file is damaged or of another schema.
-    """
-    try:
-        found = record.model_validate(read_json(file))
-    except ValidationError as error:
-        raise ArtifactError(f"{file} does not fit latent cache schema {SCHEMA_VERSION} ({explain(error)})") from error
-    checksum = getattr(found, "checksum", None)
-    if checksum is not None and checksum != record_checksum(found):
-        raise ArtifactError(
-            f"{file} is damaged: it does not match its checksum; run the same `latentflow encode` again, which makes "
-            "it anew"
-        )
-    return found
-
-
-def record_checksum(record: Record) -> int:
-    """The checksum of a record without the checksum in it; fields that later versions add do not change it."""
-    return checksum_of(record.model_dump(mode="json", exclude={"checksum"}, exclude_defaults=True))
-
-
-def sealed(record: Record) -> dict[str, Any]:
-    """A record with its checksum, to be written as JSON."""
-    return {**record.model_dump(mode="json"), "checksum": record_checksum(record)}

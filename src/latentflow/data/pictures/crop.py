@@ -10,6 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+CROP_RULE = "adm-center"
+"""The name of this rule, as caches and reports record it."""
+
 _MOST_RESIZED_PIXELS = 1 << 26  # a long, thin strip grows beyond this before it is cropped
 
 

@@ -1,0 +1,175 @@
+"""The JSON files of a latent cache: what it is made from, what each shard holds, and the finished index."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from latentflow.artifacts import checksum_of, read_json
+from latentflow.data.painting.mask_rules import MaskRules
+from latentflow.data.pictures.crop import CROP_RULE
+from latentflow.errors import ArtifactError
+from latentflow.records import Record, explain
+
+SCHEMA_VERSION = 1
+SOURCE_FILE, INDEX_FILE = "source.json", "index.json"  # `plans.PLAN_FILE` is the third
+
+CacheRecord = TypeVar("CacheRecord", bound=Record)
+
+
+class CachePlan(Record):
+    """What a cache holds; two runs may share a cache only if their plans are equal."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    autoencoder: str
+    autoencoder_hash: str
+    pixel_range: tuple[float, float] = (-1.0, 1.0)
+    image_size: int
+    crop_rule: str = CROP_RULE
+    pixel_rules: str = "profiles ignored"  # in older caches, which do not say; see `PIXEL_RULES`
+    flips: bool
+    precision: Literal["float16", "float32"]
+    source: str
+    source_fingerprint: str
+    identity: Literal["sizes", "contents"] = "sizes"
+    """What the fingerprint hashes next to names; older caches, which do not say, hashed file sizes."""
+    num_source_images: int
+    shard_size: int
+    num_channels: int
+    moments_shape: tuple[int, int, int]
+    class_names: list[str]
+    map_class_names: list[str] = Field([])
+    map_palette: list[tuple[int, int, int]] = Field([])
+    masks: MaskRules | None = None
+    masks_fingerprint: str = ""
+    mask_variants: int = 0
+
+    @property
+    def factor(self) -> int:
+        """Image side divided by latent side."""
+        return self.image_size // self.moments_shape[-1]
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_source_images // self.shard_size)
+
+    def rows(self, number: int) -> range:
+        """The images of the source that shard `number` holds, broken ones included."""
+        return range(number * self.shard_size, min((number + 1) * self.shard_size, self.num_source_images))
+
+
+class ShardRecord(Record):
+    """One finished shard: its checks and its share of the statistics (sums over images and positions)."""
+
+    file: str
+    num_images: int
+    num_bytes: int
+    sha256: str
+    num_values: int
+    channel_sum: list[float]
+    channel_sum_of_squares: list[float]
+    broken: list[str]
+    source_fingerprint: str = ""  # of this shard's images
+    cut_sum: float = 0.0  # of the shares that the square crops leave out
+    cut_most: float = 0.0
+    checksum: int | None = None  # of this record
+
+    def is_broken(self, name: str) -> bool:
+        """Whether image `name` could not be read when this shard was encoded."""
+        return any(line.startswith(f"{name}: ") for line in self.broken)
+
+
+class CachedSource(Record):
+    """Names and content checksums of the images that a cache is made from; only read where something has changed."""
+
+    names: list[str]
+    contents: list[str]
+
+
+class CacheIndex(Record):
+    """The complete cache: its plan, its shards, per-channel statistics of the raw latents."""
+
+    plan: CachePlan
+    num_images: int
+    channel_mean: list[float]
+    channel_std: list[float]
+    shards: list[ShardRecord]
+    broken: list[str]
+    checksum: int | None = None  # of this record
+
+    @property
+    def cut(self) -> tuple[float, float]:
+        """Share of the pictures that the square crops leave out: the mean over all images, and the largest."""
+        total = sum(shard.cut_sum for shard in self.shards)
+        return total / max(self.num_images, 1), max((shard.cut_most for shard in self.shards), default=0.0)
+
+
+def shard_file(folder: Path, number: int) -> Path:
+    """The tensors of a shard."""
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def record_file(folder: Path, number: int) -> Path:
+    """The `ShardRecord` of a shard."""
+    return folder / f"shard-{number:05d}.json"
+
+
+def finished_shards(folder: Path, plan: CachePlan) -> Iterator[tuple[int, ShardRecord]]:
+    """The shards that have a record, with their numbers.
+
+    Raises:
+        ArtifactError: a record is damaged.
+    """
+    for number in range(plan.num_shards):
+        if (file := record_file(folder, number)).exists():
+            yield number, read_cache_record(ShardRecord, file)
+
+
+def check_size(file: str | Path, shard: ShardRecord) -> None:
+    """Refuse a shard whose file is missing or of another size.
+
+    Raises:
+        ArtifactError: with the remedy.
+    """
+    try:
+        num_bytes = os.stat(file).st_size  # noqa: PTH116 - called for each shard of each batch
+    except OSError:
+        num_bytes = 0
+    if num_bytes != shard.num_bytes:
+        raise ArtifactError(
+            f"{file} is truncated or damaged: {num_bytes} bytes, not {shard.num_bytes}; "
+            "run the same `latentflow encode` again, which restores this shard"
+        )
+
+
+def read_cache_record(kind: type[CacheRecord], file: Path) -> CacheRecord:
+    """Read one JSON file of a cache.
+
+    Raises:
+        ArtifactError: the file is damaged or of another schema.
+    """
+    try:
+        record = kind.model_validate(read_json(file))
+    except ValidationError as error:
+        raise ArtifactError(f"{file} does not fit latent cache schema {SCHEMA_VERSION} ({explain(error)})") from error
+    checksum = getattr(record, "checksum", None)
+    if checksum is not None and checksum != record_checksum(record):
+        raise ArtifactError(
+            f"{file} is damaged: it does not match its checksum; run the same `latentflow encode` again, which "
+            "restores it"
+        )
+    return record
+
+
+def record_checksum(record: Record) -> int:
+    """The checksum of a record, without its own checksum and defaults: fields of later versions do not change it."""
+    return checksum_of(record.model_dump(mode="json", exclude={"checksum"}, exclude_defaults=True))
+
+
+def sealed(record: Record) -> dict[str, Any]:
+    """A record with its checksum, to be written as JSON."""
+    return {**record.model_dump(mode="json"), "checksum": record_checksum(record)}

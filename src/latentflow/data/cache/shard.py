@@ -1,0 +1,198 @@
+"""One shard of a latent cache in the making: encode its images, collect the tensors, write them.
+
+Tensors cross from the device without waiting. While one shard is written the next one is being encoded.
+
+Legend: n images, S image side; other shapes as in `reader`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentflow.artifacts import sha256_file, write_json, write_tensors
+from latentflow.autoencoder import Autoencoder, to_unit_range
+from latentflow.data.cache.encoder_input import EncoderInput, counts_dtype, joined
+from latentflow.data.cache.schema import CachePlan, ShardRecord, record_file, sealed, shard_file
+from latentflow.data.items import ImageSource, fingerprint_of
+from latentflow.data.latent_statistics import ChannelSums
+from latentflow.data.painting.latent_size import hole_shade
+from latentflow.data.sources.images import BrokenImage
+from latentflow.errors import DataError
+
+_PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
+
+
+class ShardWriter:
+    """Encodes the images of a cache and writes them, shard by shard.
+
+    Args:
+        folder: the cache.
+        batch_size: images encoded together.
+        strict: a broken image is an error.
+        on_images: called with the number of images just encoded.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: CachePlan,
+        source: ImageSource,
+        autoencoder: Autoencoder,
+        *,
+        batch_size: int,
+        strict: bool = False,
+        on_images: Callable[[int], None] = lambda num_images: None,
+    ):
+        self.folder, self.plan, self.source, self.autoencoder = folder, plan, source, autoencoder
+        self.batch_size, self.strict, self.on_images = batch_size, strict, on_images
+
+    def write(self, numbers: Sequence[int], read: Iterator[EncoderInput]) -> None:
+        """Encode the images of shards `numbers`, which `read` gives in order, and write each shard.
+
+        Raises:
+            BrokenImage: an image cannot be read, with `strict`.
+            DataError: moments are not finite.
+            ArtifactError: a shard cannot be written.
+        """
+        written: Future[None] | None = None
+        with ThreadPoolExecutor(1) as background:
+            for number in numbers:
+                shard = self._encoded(self.plan.rows(number), read)
+                if written:
+                    written.result()
+                shard.close()
+                fingerprint = fingerprint_of(self.source, self.plan.rows(number))
+                written = background.submit(shard.write, self.folder, number, fingerprint)
+            if written:
+                written.result()
+
+    def _encoded(self, rows: range, read: Iterator[EncoderInput]) -> Shard:
+        shard = Shard(self.plan, len(rows), self.autoencoder.device)
+        for start in range(0, len(rows), self.batch_size):
+            parts, wanted = [], min(self.batch_size, len(rows) - start)
+            while (got := sum(part.num_rows for part in parts)) < wanted:
+                parts.append(next(read))
+            batch = joined(parts, self.autoencoder.device)
+            if batch.broken and self.strict:
+                raise BrokenImage(*batch.broken[0])
+            shard.add(batch, encode_batch(batch, self.autoencoder, self.plan) if batch.names else {})
+            self.on_images(got)
+        return shard
+
+
+class Shard:
+    """The tensors of one shard, on their way from the device, and what is known of its images.
+
+    Args:
+        num_rows: the most images it can have; broken ones are left out.
+    """
+
+    def __init__(self, plan: CachePlan, num_rows: int, device: torch.device):
+        self.plan = plan
+        self.on_gpu = device.type == "cuda"
+        self.sums = ChannelSums(plan.num_channels)
+        self.names: list[str] = []
+        self.broken: list[str] = []
+        self.cuts: list[float] = []
+        self.tensors = {
+            name: torch.empty(num_rows, *like.shape[1:], dtype=like.dtype, pin_memory=self.on_gpu)
+            for name, like in _empty_tensors(plan).items()
+        }
+        self.arrived: torch.cuda.Event | None = None
+
+    def add(self, batch: EncoderInput, encoded: dict[str, Tensor]) -> None:
+        """Append a batch; nothing waits for the device."""
+        first = len(self.names)
+        for name, values in encoded.items():
+            place = self.tensors[name][first : first + len(batch.names)]
+            place.copy_(values.to(place.dtype), non_blocking=self.on_gpu)
+        if encoded:
+            self.sums.add(encoded["moments"])
+        self.names += batch.names
+        self.cuts += batch.cuts
+        self.broken += [f"{name}: {reason}" for name, reason in batch.broken]
+
+    def close(self) -> None:
+        """Mark the end: all batches have been added."""
+        if self.on_gpu:
+            self.sums.send_home()
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def write(self, folder: Path, number: int, source_fingerprint: str) -> None:
+        """Wait for the device and write the tensors, then the record, which makes the shard count.
+
+        Raises:
+            DataError: moments are not finite.
+            ArtifactError: a file cannot be written.
+        """
+        if self.arrived:
+            self.arrived.synchronize()
+        plan, names, sums = self.plan, self.names, self.sums
+        tensors = {name: tensor[: len(names)] for name, tensor in self.tensors.items()}
+        if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+            raise DataError(
+                f"moments of {names[0]} ... {names[-1]} are not finite as {plan.precision}; "
+                + ("store them with --dtype float32" if plan.precision == "float16" else "the autoencoder is damaged")
+            )
+        file = shard_file(folder, number)
+        write_tensors(file, tensors, metadata={"names": json.dumps(names)})
+        record = ShardRecord(
+            file=file.name,
+            num_images=len(names),
+            num_bytes=file.stat().st_size,
+            sha256=sha256_file(file),
+            num_values=sums.num_values,
+            channel_sum=sums.sum.tolist(),
+            channel_sum_of_squares=sums.sum_of_squares.tolist(),
+            broken=self.broken,
+            source_fingerprint=source_fingerprint,
+            cut_sum=sum(self.cuts),
+            cut_most=max(self.cuts, default=0.0),
+        )
+        write_json(record_file(folder, number), sealed(record))
+
+
+def encode_batch(batch: EncoderInput, autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
+    """Everything that a cache stores of some images; see the legend of `reader`."""
+    encoded = _moments("moments", batch.pixels, autoencoder, plan)
+    if batch.holes is not None:
+        hole = batch.holes[..., None] > 0
+        hidden = torch.where(hole, hole_shade(plan.masks.told_as), batch.pixels[:, None])
+        known = _moments("known_moments", hidden.flatten(0, 1), autoencoder, plan)
+        encoded |= {name: moments.unflatten(0, hole.shape[:2]) for name, moments in known.items()}
+    counted = {name: getattr(batch, name) for name in ("labels", "class_counts", "hole_counts")}
+    return encoded | {name: values for name, values in counted.items() if values is not None}
+
+
+def _moments(name: str, pictures: Tensor, autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
+    """Moments of pictures [n, S, S, 3] uint8, and of their mirror images where the plan has them."""
+    pixels = to_unit_range(pictures.permute(0, 3, 1, 2))
+    encoded = {name: autoencoder.encode(pixels)}
+    if plan.flips:
+        encoded[f"{name}_flipped"] = autoencoder.encode(pixels.flip(-1))
+    return encoded
+
+
+def _empty_tensors(plan: CachePlan) -> dict[str, Tensor]:
+    """The tensors of a shard of no images, each in the dtype it is stored in."""
+    counts = counts_dtype(plan)
+    precision, moments, side = _PRECISIONS[plan.precision], plan.moments_shape, plan.moments_shape[1:]
+    tensors = {"moments": torch.empty(0, *moments, dtype=precision)}
+    if plan.class_names:
+        tensors["labels"] = torch.empty(0, dtype=torch.int64)
+    if plan.map_class_names:
+        tensors["class_counts"] = torch.empty(0, len(plan.map_class_names), *side, dtype=counts)
+    if plan.mask_variants:
+        tensors["known_moments"] = torch.empty(0, plan.mask_variants, *moments, dtype=precision)
+        tensors["hole_counts"] = torch.empty(0, plan.mask_variants, 1, *side, dtype=counts)
+    if plan.flips:
+        encoded = [name for name in tensors if name.endswith("moments")]
+        tensors |= {f"{name}_flipped": tensors[name] for name in encoded}
+    return tensors
