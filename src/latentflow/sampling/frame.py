@@ -11,7 +11,8 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
-from latentflow.data.painting.latent_size import ToldAs, hide
+from latentflow.data.painting.latent_size import hide
+from latentflow.data.painting.mask_rules import ToldAs
 from latentflow.errors import ConfigError, nearest
 from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.feather import feathered, hole_spans, stretch_sums
