@@ -1,4 +1,4 @@
-"""Velocities made of other velocities, each again a function of (x, t).
+"""Velocities composed of other velocities; each is again a function of (x, t).
 
 Legend: B images of the whole, b images of a call, C latent channels, H and W latent height and width.
 """
@@ -34,7 +34,7 @@ class BlendedVelocity:
         return self.first.evaluations + self.second.evaluations
 
     def at(self, time: float | Tensor) -> BlendedVelocity:
-        """The same velocity, to be called at times that are known on the CPU: one number for all images, or [b]."""
+        """The same velocity, with the time of its next call known on the CPU: one number for all images, or [b]."""
         return BlendedVelocity(self.first.at(time), self.second.at(time), self.weight)
 
     def select(self, rows: Tensor) -> BlendedVelocity:
@@ -52,8 +52,8 @@ class KnownRegionVelocity:
 
         v = m v_model + (1 - m) u,    u = alpha'(t) data + sigma'(t) noise
 
-    Started at x_t of the path, what is known stays on the path: the known region is replaced at every moment, and
-    the model sees it noised to the right degree while it fills the hole. No training is needed for this.
+    Started at x_t of the path, the known region stays on the path: the model sees it at the right noise level while it
+    fills the hole. This needs no training for inpainting.
 
     Args:
         velocity: of the model.
@@ -76,7 +76,7 @@ class KnownRegionVelocity:
         return self.velocity.evaluations
 
     def at(self, time: float | Tensor) -> KnownRegionVelocity:
-        """The same velocity, to be called at times that are known on the CPU: one number for all images, or [b]."""
+        """The same velocity, with the time of its next call known on the CPU: one number for all images, or [b]."""
         known = copy.copy(self)
         known.velocity = self.velocity.at(time)
         return known

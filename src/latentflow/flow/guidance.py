@@ -1,4 +1,4 @@
-"""A velocity network made into a function of (x, t), with classifier-free guidance."""
+"""Classifier-free guidance: a velocity network and its conditions as one function of (x, t)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,23 @@ from latentflow.errors import ConfigError
 from latentflow.shapes import Condition, send
 
 
+def check_guidance(
+    scale: float, interval: tuple[float, float] = (0.0, 1.0), guided_channels: int | None = None
+) -> None:
+    """Refuse settings of guidance that mean nothing.
+
+    Raises:
+        ConfigError: a scale below 0 or not finite, an interval that is not 0 <= low <= high <= 1, no guided channels.
+    """
+    low, high = interval
+    if not 0 <= scale < float("inf"):
+        raise ConfigError(f"guidance scale is {scale}: it must be a number >= 0; 1 means no guidance")
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(f"guidance interval is {low}..{high}: it must be two times 0 <= low <= high <= 1")
+    if guided_channels is not None and guided_channels < 1:
+        raise ConfigError(f"guided channels: {guided_channels}; give 1 or more, or none for all")
+
+
 class ConditionedVelocity:
     """The velocity of `network` under one condition per image, guided away from the null condition.
 
@@ -22,15 +39,15 @@ class ConditionedVelocity:
 
     Args:
         network: called as network(latents [n, C, H, W], time [n] float32, condition of n images).
-        condition: what each of the B images is told.
-        null: the null condition of the same images; needed for every scale but 1.
-        scale: s >= 0; 1 means no guidance, 0 the null velocity alone.
+        condition: of B images.
+        null: the same images without the conditions that guidance strengthens; needed for every scale but 1.
+        scale: s >= 0; 1 means no guidance, 0 the unconditional velocity.
         interval: the times in [0, 1] between which guidance acts; each image has its own time.
-        guided_channels: guidance acts on the first channels alone, the others stay v_cond; None: on all, as it should.
-            The published samples of DiT and SiT were drawn with 3.
+        guided_channels: guide only the first latent channels, the others keep v_cond; None: guide all of them. The
+            published samples of DiT and SiT were drawn with 3.
 
     Raises:
-        ConfigError: a negative scale, an interval that is not 0 <= low <= high <= 1, no null condition, or no channels.
+        ConfigError: see `check_guidance`; also for a scale other than 1 without `null`.
     """
 
     def __init__(
@@ -42,20 +59,14 @@ class ConditionedVelocity:
         interval: tuple[float, float] = (0.0, 1.0),
         guided_channels: int | None = None,
     ):
-        low, high = interval
-        if not 0 <= scale < float("inf"):
-            raise ConfigError(f"guidance scale is {scale}: it must be a number >= 0; 1 means no guidance")
-        if not 0 <= low <= high <= 1:
-            raise ConfigError(f"guidance interval is {low}..{high}: it must be two times 0 <= low <= high <= 1")
+        check_guidance(scale, interval, guided_channels)
         if scale != 1 and null is None:
             raise ConfigError(f"guidance scale is {scale}, but the model has no null condition; use 1")
-        if guided_channels is not None and guided_channels < 1:
-            raise ConfigError(f"guided channels: {guided_channels}; give 1 or more, or none for all")
         self.network = network
         self.condition = condition
         self.null = null
         self.scale = scale
-        self.interval = (low, high)
+        self.interval = interval
         self.guided_channels = guided_channels
         self._both = self._joined()
         self._known: float | Tensor | None = None  # the times of the next call, where the caller has them
@@ -68,7 +79,7 @@ class ConditionedVelocity:
         return self._counter.counts
 
     def at(self, time: float | Tensor) -> ConditionedVelocity:
-        """The same velocity, to be called at times that need not be read back from the device.
+        """The same velocity, with the time of its next call known on the CPU: nothing is read back from the device.
 
         Args:
             time: one number for all images, or one for each, [b] on the CPU.
@@ -93,13 +104,13 @@ class ConditionedVelocity:
         """The velocity at x ([b, C, H, W]) and time ([b] in [0, 1]): [b, C, H, W] in x's dtype."""
         inside = self._inside(time)
         rows = torch.arange(len(x)) if self._rows is None else self._rows
-        self._counter.add(rows, 1 if self._is_null_alone else 1 + inside)
+        self._counter.add(rows, 1 if self._only_null else 1 + inside)
         time = time.float()
         if isinstance(inside, Tensor):
             return self._guided_some(x, time, inside)
         if not inside:
             return self.network(x, time, self.condition).to(x.dtype)
-        if self._is_null_alone:
+        if self._only_null:
             return self.network(x, time, self.null).to(x.dtype)
         v = self.network(torch.cat([x, x]), torch.cat([time, time]), self._both).to(x.dtype)
         return self._mixed(*v.chunk(2))
@@ -107,9 +118,9 @@ class ConditionedVelocity:
     def _guided_some(self, x: Tensor, time: Tensor, inside: Tensor) -> Tensor:
         """The velocity where some images are guided and others are not."""
         batch = len(x)
-        if self._is_null_alone:
-            told = send(torch.arange(batch) + batch * inside, x.device)
-            return self.network(x, time, self.condition.concatenate(self.null).select(told)).to(x.dtype)
+        if self._only_null:
+            rows = send(torch.arange(batch) + batch * inside, x.device)
+            return self.network(x, time, self.condition.concatenate(self.null).select(rows)).to(x.dtype)
         guided = send(inside.nonzero().flatten(), x.device)
         v = self.network(
             torch.cat([x, x[guided]]),
@@ -126,12 +137,12 @@ class ConditionedVelocity:
         return torch.cat([mixed[:, : self.guided_channels], v_cond[:, self.guided_channels :]], dim=1)
 
     def _joined(self) -> Condition | None:
-        """What the doubled batch is told, made once; None where no batch is doubled."""
-        return None if self.scale == 1 or self._is_null_alone else self.condition.concatenate(self.null)
+        """The conditions of the doubled batch, made once; None if no batch is doubled."""
+        return None if self.scale == 1 or self._only_null else self.condition.concatenate(self.null)
 
     @property
-    def _is_null_alone(self) -> bool:
-        """Whether v = v_null, so that v_cond need not be computed."""
+    def _only_null(self) -> bool:
+        """Whether v = v_null inside the interval, so that v_cond is not computed there."""
         return self.scale == 0 and self.guided_channels is None
 
     def _inside(self, time: Tensor) -> bool | Tensor:

@@ -1,4 +1,4 @@
-"""The objective of flow matching, written once."""
+"""The flow matching objective."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from latentflow.shapes import image_mean
 def flow_matching_loss(
     velocity: Callable[[Tensor, Tensor], Tensor], path: Path, data: Tensor, noise: Tensor, time: Tensor
 ) -> Tensor:
-    """How far `velocity` is from the velocity of the path, per image: mean over C, H, W of |v(x_t, t) - u|^2.
+    """The flow matching loss of each image: the mean over C, H, W of |v(x_t, t) - u|^2.
 
     The objective of arXiv 2307.08698 before the expectation over images, noise and time.
 
@@ -26,7 +26,7 @@ def flow_matching_loss(
         time: [B] in [0, 1].
 
     Returns:
-        [B], in float32 whatever `velocity` computes in (float64 where the data is).
+        [B], in float32 whatever `velocity` computes in (float64 for float64 data).
     """
     dtype = torch.promote_types(data.dtype, torch.float32)
     data, noise = data.to(dtype), noise.to(dtype)

@@ -1,7 +1,7 @@
-"""Paths from data to noise, x_t = alpha(t) data + sigma(t) noise, and what can be read off them.
+"""Paths from data to noise, x_t = alpha(t) data + sigma(t) noise, and the conversions between their quantities.
 
-t = 0 is data, t = 1 is noise. Images are [B, ...], times [B]. Along a path four quantities say the same
-about x_t: the data, the noise, the velocity and the score. With D = alpha sigma' - alpha' sigma,
+t = 0 is data, t = 1 is noise. Images are [B, ...], times [B]. Given x_t, any one of four quantities determines the
+others: the data, the noise, the velocity and the score. With D = alpha sigma' - alpha' sigma,
 
     x = alpha  data + sigma  noise             data  = (sigma' x - sigma v) / D
     v = alpha' data + sigma' noise             noise = (alpha v - alpha' x) / D
@@ -49,17 +49,17 @@ class Path(Record):
         return per_image(self.d_alpha(time), data) * data + per_image(self.d_sigma(time), data) * noise
 
     def data_from_velocity(self, x: Tensor, velocity: Tensor, time: Tensor) -> Tensor:
-        """The data that x_t = `x` ([B, ...]) and `velocity` ([B, ...]) point at; any `time` [B] in [0, 1]."""
+        """The data that belongs to x_t = `x` ([B, ...]) and `velocity` ([B, ...]); any `time` [B] in [0, 1]."""
         _, sigma, _, d_sigma, determinant = self._coefficients(x, time)
         return (d_sigma * x - sigma * velocity) / determinant
 
     def noise_from_velocity(self, x: Tensor, velocity: Tensor, time: Tensor) -> Tensor:
-        """The noise that x_t = `x` ([B, ...]) and `velocity` ([B, ...]) come from; any `time` [B] in [0, 1]."""
+        """The noise that belongs to x_t = `x` ([B, ...]) and `velocity` ([B, ...]); any `time` [B] in [0, 1]."""
         alpha, _, d_alpha, _, determinant = self._coefficients(x, time)
         return (alpha * velocity - d_alpha * x) / determinant
 
     def velocity_from_data(self, x: Tensor, data: Tensor, time: Tensor) -> Tensor:
-        """The velocity at x_t = `x` ([B, ...]) that points at `data`, for `time` [B] in (0, 1].
+        """The velocity that belongs to x_t = `x` ([B, ...]) and `data` ([B, ...]), for `time` [B] in (0, 1].
 
         Divides by sigma(t): errors of `x` and `data` grow as 1/t towards t = 0, where the cosine path gives
         a non-finite result.
@@ -68,7 +68,7 @@ class Path(Record):
         return (d_sigma * x - determinant * data) / sigma
 
     def velocity_from_noise(self, x: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """The velocity at x_t = `x` ([B, ...]) that comes from `noise`, for `time` [B] in [0, 1).
+        """The velocity that belongs to x_t = `x` ([B, ...]) and `noise` ([B, ...]), for `time` [B] in [0, 1).
 
         Divides by alpha(t): errors of `x` and `noise` grow as 1/(1 - t) towards t = 1, where the result is
         not meaningful.
@@ -77,7 +77,7 @@ class Path(Record):
         return (d_alpha * x + determinant * noise) / alpha
 
     def score_from_velocity(self, x: Tensor, velocity: Tensor, time: Tensor) -> Tensor:
-        """The score grad_x log p_t(x) = -E[noise | x] / sigma that belongs to `velocity`, for `time` [B] in (0, 1].
+        """The score grad_x log p_t(x) = -E[noise | x] / sigma, for `time` [B] in (0, 1].
 
         Divides by sigma(t), as `velocity_from_data` does.
         """
@@ -133,4 +133,4 @@ def _kind(value: Any) -> str:
 PathConfig = Annotated[
     Annotated[LinearPath, Tag("linear")] | Annotated[CosinePath, Tag("cosine")], Discriminator(_kind)
 ]
-"""The path of a model as it stands in a config: `kind` says which, "linear" where it says nothing."""
+"""The path of a model in its config: `kind` selects the class; without it, the path is linear."""

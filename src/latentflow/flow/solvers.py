@@ -1,8 +1,9 @@
 """Solvers of dx/dt = velocity(x, t), from noise (t = 1) to data (t = 0) or back.
 
-A method is a table of numbers; `integrate` carries it out. Nothing here looks across images: each image of an
-adaptive solve has its own time, step size and error control, and leaves the batch when it has arrived.
-Times and step sizes are float64 on the CPU, the state keeps its own dtype and device.
+A method is a table of coefficients in `SOLVERS`; `integrate` runs it. To add a fixed-step or an adaptive Runge-Kutta
+method, add its Butcher tableau. Images never influence each other: in an adaptive solver every image has its own time,
+step size and error control, and leaves the batch when it reaches the end. Times and step sizes are float64 on the CPU;
+the state keeps its dtype and device.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from latentflow.shapes import image_mean, per_image, send
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """dx/dt as a function of x [b, C, H, W] and t [b].
 
-It may have `select(rows)`, which narrows it to some images, and `at(time)`, which tells it the times of its next call
-as the solver has them on the CPU: one number for all images, or [b] float64.
+It may have `select(rows)`, which restricts it to some images, and `at(time)`, which passes the time of the next call as
+the solver has it on the CPU: one number for all images, or [b] float64.
 """
 
 
@@ -96,8 +97,8 @@ DOPRI5 = RungeKutta(
 class AdamsBashforth:
     """The explicit multistep method that integrates the polynomial through the last `order` velocities.
 
-    One evaluation a step; the first `order` - 1 steps, which have no such past, are taken by Heun's method, whose
-    local error is small enough to keep the global order up to 3.
+    One evaluation per step. The first `order` - 1 steps are taken by Heun's method, whose local error is small enough
+    to keep the global order up to 3.
     """
 
     order: int
@@ -128,13 +129,13 @@ SOLVERS: dict[str, RungeKutta | AdamsBashforth] = {
 
 @dataclass(frozen=True)
 class Solution:
-    """Where the images arrived, and what it took; all counts are [B] int64 on the CPU.
+    """The state at the end, and how much work it took; all counts are [B] int64 on the CPU.
 
     Attributes:
         x: [B, ...], the state at the last time, in the dtype of the first.
-        evaluations: calls of the velocity per image (not counting how often it calls a network itself).
-        steps: steps taken; of an adaptive solver, those accepted.
-        rejected: steps of an adaptive solver that were tried and taken back.
+        evaluations: calls of the velocity per image, however often it calls a network.
+        steps: steps taken; for an adaptive solver, those accepted.
+        rejected: steps that an adaptive solver tried and rejected.
     """
 
     x: Tensor
@@ -144,7 +145,7 @@ class Solution:
 
 
 def is_adaptive(solver: str) -> bool:
-    """Whether `solver` chooses its own steps by a tolerance.
+    """Whether `solver` controls its step size by a tolerance.
 
     Raises:
         ConfigError: no such solver.
@@ -153,10 +154,10 @@ def is_adaptive(solver: str) -> bool:
 
 
 def expected_evaluations(solver: str, steps: int, tolerance: float) -> float:
-    """Calls of the velocity from one end to the other: exact for fixed steps, roughly known for adaptive ones.
+    """The number of calls of the velocity: exact for fixed steps, a rough estimate for adaptive ones.
 
-    The error of a step of order p falls as its size to the power p, so their number grows as tolerance^(-1 / p). How
-    many there are depends on the field: the true number may be half as large or twice as large.
+    The error of a step of order p scales as its size to the power p, so the number of steps scales as
+    tolerance^(-1 / p). It also depends on the velocity: the true number may be half or twice as large.
 
     Raises:
         ConfigError: no such solver.
@@ -187,17 +188,17 @@ def integrate(
 
     Args:
         velocity: dx/dt, called with x [b, ...] and t [b] (float64; float32 on MPS) on x's device. If it has
-            `select(rows)` it is narrowed to the images still under way; else it always gets the whole batch. If it has
-            `at(time)` it need not wait for the device to know the time: fixed steps then never do.
+            `select(rows)`, it is restricted to the images that have not reached the end; otherwise it always gets the
+            whole batch. If it has `at(time)`, fixed steps never wait for the device.
         x: [B, ...], the state at times[0].
         times: [steps + 1] float64, falling or rising (`times.sampling_times`). Fixed-step solvers take these steps;
-            adaptive ones use the two ends alone.
+            adaptive ones only use the two ends.
         solver: a name of `SOLVERS`.
         rtol, atol: of adaptive solvers: the root mean square over an image of its estimated error in one step,
             divided by atol + rtol |x|, is kept below 1.
-        rounding: of adaptive solvers: how much the velocity may differ in another batch, relative to it; None: by what
-            x's dtype rounds. Networks computed in less say so: errors below are not told apart, and steps stay small.
-        callback: of fixed-step solvers: called as callback(step, time, x) after each step, which counts from 1.
+        rounding: of adaptive solvers: the relative rounding error of the velocity, which error estimates cannot go
+            below; None: that of x's dtype. Give it for networks that compute in a lower precision.
+        callback: of fixed-step solvers: called as callback(step, time, x) after each step, counted from 1.
 
     Raises:
         ConfigError: unknown solver, a grid that does not fall or rise throughout, a negative tolerance or no
@@ -254,10 +255,10 @@ def _integrate_fixed(
 _SAFETY, _MIN_FACTOR = 0.9, 0.2  # as in torchdiffeq
 _MAX_FACTOR = 4.0  # lies on the lattice below: a step that grows by it is free of the rounding of a tiny estimate
 _SMALLEST_STEP = 1e-12  # relative to the whole span
-# A network's matrix products round differently in batches of another shape, so the error estimate of an image is
-# not quite the same there. Step sizes are rounded down to the lattice span / 2^(n / 8), and an estimate counts no
-# less than what rounding alone may cause: so the same steps are taken in any batch, unless an estimate lies within
-# rounding of a lattice point. It costs 2 % more evaluations with bosh3, 1 to 7 % with dopri5 in float32.
+# A network's matrix products round differently in batches of another shape, and so does the error estimate of an
+# image. Step sizes are therefore rounded down to the lattice span / 2^(n / 8), and an estimate is never below what
+# rounding can cause: the same steps are taken in any batch, unless an estimate lies within rounding of a lattice point.
+# This costs 2 % more evaluations with bosh3, 1 to 7 % with dopri5 in float32.
 _LATTICE = 8
 _ROUNDING = 2.0  # in units of rounding h |velocity|
 
@@ -278,14 +279,14 @@ def _integrate_adaptive(
     if not hasattr(velocity, "select"):
         velocity = _WholeBatch(velocity, x, torch.arange(len(x)), start)
 
-    # One entry per image under way: its row in the whole batch, its time, and the size of its next step (> 0).
+    # One entry per image that has not reached the end: its row in the batch, its time, the size of its next step (> 0).
     rows = torch.arange(len(x))
     time = torch.full((len(x),), start, dtype=torch.float64)
     slope = _ask(velocity, x, time)
     size = _first_step(velocity, tableau.order, x, slope, atol + rtol * x.abs(), start, span)
     evaluations += 2
     while len(rows):
-        # The last step ends exactly at the end; stretching it by 1 % spares a step of dust.
+        # The last step ends exactly at the end; stretching it by up to 1 % avoids a tiny extra step.
         remaining = (end - time).abs()
         last = size * 1.01 >= remaining
         size = torch.where(last, remaining, size)
@@ -293,26 +294,14 @@ def _integrate_adaptive(
         if (size < _SMALLEST_STEP * abs(span)).any():
             raise NonFiniteError(f"the step size fell below {_SMALLEST_STEP:g} at t = {float(time[size.argmin()]):.6g}")
 
-        # Stage times and steps travel to the device together, and the error ratios back: one wait per step.
-        nodes = torch.tensor(tableau.nodes[1:], dtype=torch.float64)[:, None]
-        stage_times = (1 - nodes) * time + nodes * next_time
-        *clocks, h = _clock(x, torch.cat([stage_times, (next_time - time)[None]]))
-        h = per_image(h, x)
-        slopes = _slopes(velocity, tableau, x, slope, stage_times, h, clocks)
-        x_new = x + h * _combine(tableau.weights, slopes)
-        error = h * _combine(tableau.error_weights, slopes)
-        ratio, speed = _norms([error, slope], scale=atol + rtol * torch.maximum(x.abs(), x_new.abs()))
-        if not ratio.isfinite().all():
-            t = float(time[~ratio.isfinite()][0])
-            raise NonFiniteError(f"the velocity or the state is not finite in the step from t = {t:.6g}")
-
+        x_new, slope_new, ratio, speed = _try_step(velocity, tableau, x, slope, time, next_time, (rtol, atol))
         accepted = ratio <= 1
-        evaluations[rows] += len(slopes) - 1
+        evaluations[rows] += len(tableau.nodes) - 1  # the first stage is the last one of the step before
         steps[rows] += accepted
         rejected[rows] += ~accepted
         mask = per_image(send(accepted, x.device), x).bool()
         x = torch.where(mask, x_new, x)
-        slope = torch.where(mask, slopes[-1], slope)
+        slope = torch.where(mask, slope_new, slope)
         time = torch.where(accepted, next_time, time)
         ratio = torch.maximum(ratio, _ROUNDING * rounding * size * speed)
         factor = _SAFETY * ratio ** (-1 / tableau.order)
@@ -331,6 +320,37 @@ def _integrate_adaptive(
     return Solution(arrived, evaluations, steps, rejected)
 
 
+def _try_step(
+    velocity: Velocity,
+    tableau: RungeKutta,
+    x: Tensor,
+    slope: Tensor,
+    time: Tensor,
+    next_time: Tensor,
+    tolerances: tuple[float, float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One step of every image from `time` to `next_time` ([b] on the CPU), given the velocity `slope` at its start.
+
+    Returns:
+        The state and the velocity at the end of the step, [b, ...]; the norms of the error estimate and of `slope`, in
+        units of the tolerance atol + rtol |x|, [b] on the CPU.
+    """
+    # Stage times and steps go to the device together, and the error ratios come back: one synchronisation per step.
+    nodes = torch.tensor(tableau.nodes[1:], dtype=torch.float64)[:, None]
+    stage_times = (1 - nodes) * time + nodes * next_time
+    *clocks, h = _clock(x, torch.cat([stage_times, (next_time - time)[None]]))
+    h = per_image(h, x)
+    slopes = _slopes(velocity, tableau, x, slope, stage_times, h, clocks)
+    x_new = x + h * _combine(tableau.weights, slopes)
+    error = h * _combine(tableau.error_weights, slopes)
+    rtol, atol = tolerances
+    ratio, speed = _norms([error, slope], scale=atol + rtol * torch.maximum(x.abs(), x_new.abs()))
+    if not ratio.isfinite().all():
+        t = float(time[~ratio.isfinite()][0])
+        raise NonFiniteError(f"the velocity or the state is not finite in the step from t = {t:.6g}")
+    return x_new, slopes[-1], ratio, speed
+
+
 def _first_step(
     velocity: Velocity, order: int, x: Tensor, slope: Tensor, scale: Tensor, start: float, span: float
 ) -> Tensor:
@@ -346,7 +366,7 @@ def _first_step(
 
 
 def _snap(size: Tensor, span: float) -> Tensor:
-    """Round step sizes down to the lattice; one that lies on it, but for rounding, stays."""
+    """Round step sizes down to the lattice; one that lies on it, up to rounding, is kept."""
     return abs(span) * 2 ** (torch.floor(torch.log2(size / abs(span)) * _LATTICE + 1e-6) / _LATTICE)
 
 
@@ -359,7 +379,7 @@ def _slopes(
     h: float | Tensor,
     clocks: Iterable[Tensor | None] = repeat(None),
 ) -> list[Tensor]:
-    """The stages k_1 ... k_s of one step, given k_1 = `first`, the times of the others, and these on x's device."""
+    """The stages k_1 ... k_s of one step, given k_1 = `first`; `times` on the CPU, `clocks` on x's device."""
     slopes = [first]
     for row, time, clock in zip(tableau.matrix[1:], times, clocks, strict=False):
         slopes.append(_ask(velocity, x + h * _combine(row, slopes), time, clock))
@@ -367,7 +387,7 @@ def _slopes(
 
 
 def _ask(velocity: Velocity, x: Tensor, time: float | Tensor, clock: Tensor | None = None) -> Tensor:
-    """The velocity at times on the CPU or one for all images; `clock` are the same on x's device, if they are there."""
+    """The velocity at one time or at times [b] on the CPU; `clock`: the same on x's device, if known."""
     if hasattr(velocity, "at"):
         velocity = velocity.at(time)
     return velocity(x, _clock(x, time) if clock is None else clock).to(x.dtype)
@@ -385,7 +405,7 @@ def _norms(tensors: Sequence[Tensor], scale: Tensor) -> Tensor:
 
 
 def _clock(x: Tensor, time: float | Tensor) -> Tensor:
-    """Times as a velocity gets them, on x's device: [b] for a number; any tensor keeps its shape."""
+    """Times as a velocity takes them, on x's device: [b] for a number; a tensor keeps its shape."""
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     if isinstance(time, Tensor):
         return send(time.to(dtype), x.device)
@@ -394,9 +414,9 @@ def _clock(x: Tensor, time: float | Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _WholeBatch:
-    """A velocity that may close over its whole batch: it gets all images each time, and only `rows` are returned.
+    """A velocity without `select`: it gets the whole batch each time, and only `rows` are returned.
 
-    The others stand where they started.
+    The other images stay at the start.
     """
 
     velocity: Velocity

@@ -1,4 +1,4 @@
-"""When to look: the times at which a network is trained, and the grid on which it is integrated.
+"""Times: the distribution that a network is trained on, and the grid that it is integrated on.
 
 t = 0 is data, t = 1 is noise.
 """
@@ -25,7 +25,7 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 class TrainingTimes(Record):
-    """The distribution of the time at which a training image is seen."""
+    """The distribution of training times."""
 
     distribution: Literal["uniform", "logit_normal"] = Field(
         "uniform", description="uniform on [0, 1] (arXiv 2307.08698), or sigmoid(N(mean, std^2)) (arXiv 2403.03206)."
@@ -53,7 +53,7 @@ class TrainingTimes(Record):
         if self.stratified:
             if positions is None or batch_size is None:
                 raise ValueError("stratified times need the positions of the images and the global batch size")
-            # The rank follows from the position alone, so that no process has to know what the others draw.
+            # The rank depends only on the position, so no process needs to know what the others draw.
             rank = positions.to(quantile.device) % batch_size
             quantile = (rank + quantile) / batch_size
         if self.distribution == "logit_normal":
