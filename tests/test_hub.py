@@ -358,7 +358,7 @@ def test_a_folder_here_wins_over_the_hub(hub, model_folder, tmp_path, monkeypatc
     shutil.copytree(model_folder, "me/fruit")
     assert load("me/fruit").reference == "me/fruit"
     assert hub.requests == []
-    refused(lambda: load("me/fruit", revision="main"), "me/fruit", "is a folder here", "'main'", error=ConfigError)
+    refused(lambda: load("me/fruit", revision="main"), "me/fruit", "is a local folder", "'main'", error=ConfigError)
 
 
 def test_a_copy_in_the_cache_serves_when_the_hub_does_not(hub, model, go_offline):

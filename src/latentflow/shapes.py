@@ -1,4 +1,4 @@
-"""Shapes that travel through the whole house, and the record of what a network is told.
+"""Helpers for tensors with one row per image, and the conditions of a velocity network.
 
 Legend: B images, C latent channels, H and W latent height and width.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
-    """Shape one value per image so that it multiplies whole images: [B] => [B, 1, ..., 1] of `like`'s rank.
+    """Reshape one value per image to broadcast over whole images: [B] => [B, 1, ..., 1] of `like`'s rank.
 
     The result has `like`'s device and dtype. A [B] tensor against [B, C, H, W] would otherwise
     broadcast silently along W.
@@ -27,7 +27,7 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
 
 
 def send(values: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the host on `device`, for which the host does not wait: a GPU fetches it from pinned memory."""
+    """Copy a tensor to `device` without waiting: to a GPU from pinned memory."""
     if torch.device(device).type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
@@ -40,14 +40,14 @@ def image_mean(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a velocity network is told beside latents and time, one row per image; None: the model has no such input.
+    """The conditions of a velocity network, one row per image; None: the model does not have that input.
 
     Attributes:
         labels: [B] int64, class index in [0, num_classes]; `num_classes` itself is the null label.
         masked_latents: [B, C, H, W], latents of the image whose hole is painted over with gray.
-        mask: [B, 1, H, W] in [0, 1], share of each latent pixel that lies in the hole; goes with `masked_latents`.
-            Models that are told so hear -1 and 1 instead (`MaskRules.told_as`).
-        class_fractions: [B, K, H, W] in [0, 1], share of each latent pixel that belongs to each of K map classes.
+        mask: [B, 1, H, W] in [0, 1], fraction of each latent pixel inside the hole; with `masked_latents`. Some
+            published models take -1 and 1 instead (`MaskRules.told_as`).
+        class_fractions: [B, K, H, W] in [0, 1], fraction of each latent pixel that belongs to each of K map classes.
     """
 
     labels: Tensor | None = None
@@ -71,7 +71,7 @@ class Condition:
 
     @property
     def names(self) -> list[str]:
-        """The fields that are there."""
+        """The fields that are not None."""
         return [field.name for field in fields(self) if getattr(self, field.name) is not None]
 
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> Condition:

@@ -254,7 +254,7 @@ def test_weights_of_a_like_model_that_computes_otherwise(folders, tmp_path, kl):
 def test_an_autoencoder_of_another_model(folders, deterministic_folder, tmp_path):
     folder = shutil.copytree(folders["dit"], tmp_path / "swapped")
     shutil.rmtree(folder / "autoencoder")
-    with pytest.raises(ArtifactError, match="lacks its folder autoencoder/; copy the model folder whole"):
+    with pytest.raises(ArtifactError, match="is incomplete: autoencoder/ is missing; copy the whole folder"):
         LatentFlow.from_pretrained(folder, device="cpu")
     shutil.copytree(deterministic_folder, folder / "autoencoder")
     with pytest.raises(ArtifactError, match="restore the original one"):

@@ -501,7 +501,7 @@ def test_what_costs_much_is_said_before_it_is_drawn(model, caplog):
 
 
 @pytest.mark.parametrize("solver", ["euler", "ab3", "dopri5"])
-def test_what_is_not_finite_is_no_picture(kl, solver):
+def test_latents_that_are_not_finite_raise(kl, solver):
     model = tiny.model(kl)
     next(model.network.parameters()).data.fill_(float("nan"))
     with pytest.raises(NonFiniteError) as caught:
@@ -509,13 +509,13 @@ def test_what_is_not_finite_is_no_picture(kl, solver):
     assert caught.value.exit_code == 1
 
 
-def test_what_overflows_in_half_precision_is_told_how_to_be_drawn(model):
+def test_overflow_in_half_precision_names_a_remedy(model):
     begun = pipeline._begin(model, make_request(model, num=3), Given())
     latents = torch.zeros(begun.latents.shape)
     latents[1, 0, 0, 0] = float("inf")
-    for word, remedy in (("bf16", "weights of the model are damaged"), ("fp16", "use --precision bf16 or tf32")):
+    for word, remedy in (("bf16", "the weights are damaged"), ("fp16", "use --precision bf16 or tf32")):
         request = begun.request.model_copy(update={"precision": word})
-        with pytest.raises(NonFiniteError, match=f"latents of seed 1 are NaN or infinite.* {remedy}"):
+        with pytest.raises(NonFiniteError, match=f"latents of seed 1 are not finite.* {remedy}"):
             replace(begun, request=request, latents=latents).arrived()
 
 

@@ -1,4 +1,4 @@
-"""What a model folder says about itself."""
+"""The config of a model, as its folder stores it in config.json."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from latentflow.networks.velocity_network import (
 from latentflow.records import Record
 
 AUTOENCODER_FOLDER = "autoencoder"
-"""Where a model folder keeps a first stage that is no hub id."""
+"""The subfolder of a model folder for an autoencoder that is not on the hub."""
 
 
 class SamplingPreset(Record):
-    """How a model is sampled unless the user says otherwise."""
+    """How a model is sampled by default."""
 
     solver: str = Field("heun", description="A name from flow.solvers.SOLVERS.")
     steps: int = Field(
@@ -36,10 +36,10 @@ class SamplingPreset(Record):
     guidance: float = Field(1.0, ge=0, le=1000, description="Classifier-free guidance scale; 1: off.")
     guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Times at which guidance applies.")
     guided_by: list[ConditionName] | None = Field(
-        None, description="Conditions that guidance strengthens; null: all that an image is told."
+        None, description="Conditions that guidance strengthens; null: all that are given."
     )
     guided_channels: int | None = Field(
-        None, ge=1, description="Guidance acts on the first latent channels alone; null: on all, as it should."
+        None, ge=1, description="Guide only the first latent channels, as the published DiT does; null: all of them."
     )
     shift: float = Field(1.0, gt=0, le=1e4, description="Time shift of the grid; above 1: more steps near the noise.")
     rtol: float = Field(1e-5, gt=0, le=1, description="Relative tolerance of adaptive solvers, per image.")
@@ -47,7 +47,7 @@ class SamplingPreset(Record):
 
 
 class AutoencoderRecord(Record):
-    """Which first stage a model lives on."""
+    """The autoencoder that a model was trained with."""
 
     reference: str = Field(
         max_length=1000, description=f"A hub id, or {AUTOENCODER_FOLDER!r}: the folder inside the model folder."
@@ -58,7 +58,7 @@ class AutoencoderRecord(Record):
 
     @classmethod
     def of(cls, autoencoder: Autoencoder) -> AutoencoderRecord:
-        """The record of a first stage; one that is no hub id is kept inside the model folder."""
+        """The record of an autoencoder; one that is not on the hub is kept inside the model folder."""
         embedded = autoencoder.reference in BUILT_IN or Path(autoencoder.reference).is_dir()
         return cls(
             reference=AUTOENCODER_FOLDER if embedded else autoencoder.reference,
@@ -69,7 +69,7 @@ class AutoencoderRecord(Record):
 
 
 class TrainingRecord(Record):
-    """What a model was trained on and for how long."""
+    """What a model was trained on, and for how long."""
 
     data: str = Field("", max_length=10_000)
     data_fingerprint: str = Field("", max_length=1000)
@@ -83,7 +83,7 @@ class TrainingRecord(Record):
 
 
 class ModelConfig(Record):
-    """Everything a model folder says about itself."""
+    """Everything that defines a model but its weights."""
 
     format_version: Literal[1] = 1
     image_size: int = Field(ge=1, le=16_384)
@@ -105,12 +105,12 @@ class ModelConfig(Record):
 
     @property
     def pixel_multiple(self) -> int:
-        """What height and width of an image must be multiples of."""
+        """The number that height and width of an image must be multiples of."""
         return self.autoencoder.factor * self.network.size_multiple
 
     @property
     def seen_classes(self) -> list[int]:
-        """The classes that a training image had; all of them where that is not known."""
+        """The classes with training images; all classes if that is not known."""
         counts = self.training.images_per_class or [1] * self.conditioning.num_classes
         return [label for label, count in enumerate(counts) if count > 0]
 
@@ -136,7 +136,7 @@ class ModelConfig(Record):
 
     @property
     def computation(self) -> dict[str, Any]:
-        """What changes the numbers that come out, and cannot be seen from the weights' shapes, as JSON holds it."""
+        """Everything that affects the output but not the shapes of the weights, as JSON holds it."""
         fields = {
             "image_size": True,
             "network": True,
@@ -148,7 +148,7 @@ class ModelConfig(Record):
         return self.model_dump(mode="json", include=fields, exclude={"network": {"dropout"}})
 
     def build_network(self) -> torch.nn.Module:
-        """A network with fresh weights, as this config describes it."""
+        """A new network with random weights."""
         return build_network(
             self.network,
             self.prediction,

@@ -1,6 +1,6 @@
-"""The waist of the house: network, path, conditioning and autoencoder as one model, one folder on disk.
+"""Network, path, conditioning and autoencoder as one model, and one folder on disk.
 
-It draws nothing by itself: `latentflow.api` adds that for users.
+`latentflow.api.LatentFlow` adds sampling for users.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MODEL_FILES = (
     CARD_FILE,
     *(f"{AUTOENCODER_FOLDER}/{name}" for name in AUTOENCODER_FILES),
 )
-"""What a model folder consists of, as patterns; nothing else travels to the hub or from it."""
+"""The files of a model folder, as patterns; nothing else is uploaded or downloaded."""
 
 
 class FlowModel:
@@ -62,8 +62,8 @@ class FlowModel:
     Args:
         config: what the model is.
         network: called as network(latents [B, C, h, w], time [B], condition) => velocity [B, C, h, w].
-        autoencoder: the frozen first stage.
-        runtime: where it computes, and in what precision; None: where the network is, in fp32.
+        autoencoder: frozen.
+        runtime: device and precision; None: the device of the network, in fp32.
     """
 
     def __init__(
@@ -94,13 +94,13 @@ class FlowModel:
 
         Args:
             revision: a branch, tag or commit on the hub; None: the default branch.
-            device: where to put it; None: a GPU if there is one, else the CPU.
-            precision: what the network computes in: fp32, tf32, bf16, fp16, or auto, which is bf16 on a GPU that has
-                it. The autoencoder computes in float32, on a GPU with TF32 unless this is fp32.
-            runtime: says both for a command.
+            device: None: a GPU if there is one, else the CPU.
+            precision: of the network: fp32, tf32, bf16, fp16, or auto, which is bf16 on a GPU that supports it. The
+                autoencoder computes in float32, on a GPU with TF32 unless this is fp32.
+            runtime: device and precision in one, in place of both.
 
         Raises:
-            ArtifactError: nothing usable is there, or the autoencoder is not the one the model was trained with.
+            ArtifactError: there is no usable model, or the autoencoder is not the one that it was trained with.
             ConfigError: there is no such device, or a revision is given for a folder.
         """
         runtime = runtime or open_runtime(device, precision, alone=True)
@@ -110,7 +110,7 @@ class FlowModel:
         _require_written_with(config, weights)
         own = folder / AUTOENCODER_FOLDER
         if config.autoencoder.reference == AUTOENCODER_FOLDER and not own.is_dir():
-            raise ArtifactError(f"{folder} lacks its folder {AUTOENCODER_FOLDER}/; copy the model folder whole")
+            raise ArtifactError(f"{folder} is incomplete: {AUTOENCODER_FOLDER}/ is missing; copy the whole folder")
         autoencoder = Autoencoder.from_pretrained(own if own.is_dir() else config.autoencoder.reference)
         if autoencoder.content_hash != config.autoencoder.content_hash:
             raise ArtifactError(
@@ -134,7 +134,7 @@ class FlowModel:
         """Write the model folder, complete or not at all.
 
         Args:
-            weights: the network's state to write in place of its own, for example the EMA of it.
+            weights: written in place of the network's own, for example their EMA.
         """
         with atomic_folder(folder) as temporary:
             write_json(temporary / CONFIG_FILE, self.config.model_dump(mode="json"))
@@ -153,17 +153,17 @@ class FlowModel:
         commit_message: str = "Upload a latentflow model",
         token: str | None = None,
     ) -> str:
-        """Put the model on the Hugging Face hub in one commit; returns its page.
+        """Upload the model to the Hugging Face hub in one commit; returns its page.
 
         Args:
-            repo_id: owner/name or owner/name@branch; created if it is not there.
-            private: create it private; one that is there and public is refused.
-            revision: the branch, created if it is not there; None: the default branch.
-            token: one that may write; None: that of HF_TOKEN or of `hf auth login`.
+            repo_id: owner/name or owner/name@branch; created if it does not exist.
+            private: create a private repository; an existing public one is refused.
+            revision: the branch, created if it does not exist; None: the default branch.
+            token: with write access; None: that of HF_TOKEN or of `hf auth login`.
 
         Raises:
-            ConfigError: the id is none, or there is no token. Nothing was sent.
-            ArtifactError: the hub refuses, cannot be reached, or has something else under that name.
+            ConfigError: an invalid id, or there is no token. Nothing was sent.
+            ArtifactError: the hub refuses, cannot be reached, or holds something else under that name.
         """
         target, token = HubId.parse(repo_id, revision), require_token(token)
         with TemporaryDirectory() as temporary:
@@ -178,10 +178,10 @@ class FlowModel:
             )
 
     def to(self, place: Runtime | torch.device | str) -> Self:
-        """Move network and autoencoder, and compute as the runtime says; returns itself.
+        """Move network and autoencoder to a device, in the precision of the runtime; returns itself.
 
-        On CUDA the weights of convolutions lie channels last, as tensor cores want them. On the CPU they do not: it
-        gains nothing, and torch's GroupNorm loses up to three digits there (1e-4 of the output of a small U-Net).
+        On CUDA the weights of convolutions are channels last, which tensor cores are fastest with. On the CPU they are
+        not: it gains nothing, and torch's GroupNorm loses up to three digits (1e-4 of the output of a small U-Net).
         """
         self.runtime = place if isinstance(place, Runtime) else replace(self.runtime, device=torch.device(place))
         device = self.runtime.device
@@ -191,10 +191,10 @@ class FlowModel:
         return self
 
     def computing_in(self, precision: PrecisionWord) -> Self:
-        """The same model with the same weights, whose network computes in `precision`.
+        """A model that shares the weights of this one, and whose network computes in `precision`.
 
         Raises:
-            ConfigError: the device cannot.
+            ConfigError: the device does not support it.
         """
         other = copy.copy(self)
         other.runtime = self.runtime.with_precision(precision)
@@ -206,11 +206,11 @@ class FlowModel:
 
     @cached_property
     def weights_hash(self) -> str:
-        """The SHA-256 of the network's weights when this was first asked for: two models with it draw alike."""
+        """The SHA-256 of the network's weights at the first use of this property."""
         return sha256_tensors(self.network.state_dict())
 
     def encode(self, pixels: Tensor, random: ImageRandom | None = None) -> Tensor:
-        """pixels [B, 3, S, S] in [-1, 1] => latents [B, C, h, w]: the posterior's mode, or drawn by `random`."""
+        """pixels [B, 3, S, S] in [-1, 1] => latents [B, C, h, w]: the posterior's mode, or a sample by `random`."""
         return self.latents(self.autoencoder.encode(pixels), random)
 
     def latents(self, moments: Tensor, random: ImageRandom | None = None) -> Tensor:
@@ -229,12 +229,12 @@ class FlowModel:
         return self.autoencoder.decode(self.config.normalisation.restore(latents))
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """latents [B, C, h, w] => pixels [B, 3, S, S] uint8, rounded where they are decoded."""
+        """latents [B, C, h, w] => pixels [B, 3, S, S] uint8, rounded on the device."""
         return self.autoencoder.decode_to_uint8(self.config.normalisation.restore(latents))
 
 
 def find_model(model: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model given as a model folder, a run folder or a hub id; what is here wins over the hub.
+    """The folder of a model, given as a model folder, a run folder or a hub id; local folders take precedence.
 
     Raises:
         ArtifactError: there is no such model.
@@ -245,7 +245,7 @@ def find_model(model: str | Path, revision: str | None = None) -> Path:
         restore(folder)
         if _is_model(folder):
             if revision is not None:
-                raise ConfigError(f"{model} is a folder here, and folders have no revision {revision!r}; leave it out")
+                raise ConfigError(f"{model} is a local folder, which has no revision {revision!r}; leave it out")
             return folder
     if path.is_file():
         raise ArtifactError(f"{model} is a file; a model is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
@@ -293,7 +293,7 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def _require_written_with(config: ModelConfig, weights: Path) -> None:
-    """Refuse a config that is not the one which the weights were written with, where shapes cannot tell."""
+    """Refuse a config other than the one that the weights were written with, where shapes do not show it."""
     with open_tensors(weights) as file:
         written = (file.metadata() or {}).get("config")
     difference = written and _first_difference(json.loads(written), config.computation)
@@ -306,7 +306,7 @@ def _require_written_with(config: ModelConfig, weights: Path) -> None:
 
 
 def _first_difference(then: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """Name and values of what differs between two JSON values; keys that `then` has not are no difference."""
+    """Name and values of the first difference between two JSON values; keys that `then` does not have are ignored."""
     if not (isinstance(then, dict) and isinstance(now, dict)):
         return None if then == now else (name, then, now)
     pairs = (_first_difference(value, now.get(key), f"{name}.{key}".strip(".")) for key, value in then.items())

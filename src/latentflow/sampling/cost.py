@@ -1,4 +1,4 @@
-"""What drawing costs: network calls and seconds, said before; and whether a network is worth compiling for it."""
+"""The cost of drawing, announced beforehand: network calls and seconds; and when compiling the network pays."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from latentflow.progress import duration
 from latentflow.sampling.request import SampleRequest
 
 MANY_CALLS = 100
-"""Network calls a picture from which on their cost is said before drawing."""
+"""Network calls per picture above which the cost is announced."""
 
-_WORTH_SECONDS = 100.0  # of drawing as it is: compiling takes up to half a minute, and saves up to half of them
+_WORTH_SECONDS = 100.0  # of drawing without compiling, which takes up to half a minute and saves up to half of them
 
 
 def tell_cost(model: FlowModel, request: SampleRequest, batch_size: int) -> None:
-    """Say once what a request costs that needs many network calls, and what draws the like sooner."""
+    """Announce, once, the cost of a request with many network calls, and a faster alternative."""
     calls, quick = network_calls(request), {"solver": "heun", "steps": 25}
     sampling = request.sampling.model_copy(update=quick)
     fewer = network_calls(request.model_copy(update={"sampling": sampling}))
@@ -39,13 +39,12 @@ def tell_cost(model: FlowModel, request: SampleRequest, batch_size: int) -> None
 
 
 def compile_where_it_pays(model: FlowModel, request: SampleRequest, *, batch_size: int, num_batches: int) -> None:
-    """Compile the network's blocks if a GPU draws for minutes; that it was done, and how long it took, is said.
+    """Compile the network's blocks if a GPU is going to draw for minutes, and announce how long it took.
 
-    They are compiled for batches of this size, to which `draw` fills up smaller ones. Adaptive solvers call the network
-    for fewer and fewer images, each number of which would be compiled by itself: with them nothing is.
+    They are compiled for batches of this size, to which `draw_batches` pads smaller ones. Nothing is compiled for
+    adaptive solvers: they call the network with fewer and fewer images, and each number would be compiled again.
 
     Args:
-        request: of any image; the others are drawn likewise.
         num_batches: to be drawn by this process.
     """
     if not _can_compile(model.device) or is_adaptive(request.sampling.solver) or is_compiled(model.network):
@@ -66,7 +65,7 @@ def compile_where_it_pays(model: FlowModel, request: SampleRequest, *, batch_siz
 
 
 def network_calls(request: SampleRequest) -> float:
-    """Network calls a picture; of an adaptive solver a rough guess."""
+    """Network calls per picture; a rough estimate for adaptive solvers."""
     sampling = request.sampling
     calls = expected_evaluations(sampling.solver, sampling.steps, sampling.rtol)
     guided, blended = sampling.guidance not in (0, 1), any(blend.label is not None for blend in request.blends)
@@ -75,7 +74,7 @@ def network_calls(request: SampleRequest) -> float:
 
 
 def _batch_sizes(request: SampleRequest, batch_size: int) -> list[int]:
-    """How many images a network is called for at a time: a guided batch is doubled."""
+    """The batch sizes that the network is called with: a guided batch is doubled."""
     sampling = request.sampling
     if sampling.guidance == 1 or (sampling.guidance == 0 and sampling.guided_channels is None):
         return [batch_size]
@@ -85,7 +84,7 @@ def _batch_sizes(request: SampleRequest, batch_size: int) -> list[int]:
 
 @torch.inference_mode()
 def _seconds_of_a_call(model: FlowModel, request: SampleRequest, num_images: int) -> float:
-    """Wall time of one network call for images that are told nothing, once a first call has made a GPU ready."""
+    """Wall time of one unconditional network call; on a GPU, after a first call to warm up."""
     channels, *sides = model.config.latent_shape
     if request.image_size is not None:
         sides = [side // model.config.autoencoder.factor for side in request.image_size]

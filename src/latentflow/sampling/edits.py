@@ -1,10 +1,10 @@
-"""Edits of pictures that need no training.
+"""Edits of images that need no training.
 
     image-to-image   latents z => x_s = alpha(s) z + sigma(s) noise => z', from time s, the strength (arXiv 2108.01073)
     interpolation    noise on the great circle between two seeds, v = (1 - w) v_a + w v_b between two classes
-    variation        the noise of one seed, turned a little towards other seeds
+    variation        the noise of one seed, rotated a little towards other seeds
 
-The fourth, to find an image's own noise, is `latentflow.sampling.inversion`.
+The fourth edit, finding the noise of an image, is `latentflow.sampling.inversion`.
 
 Legend: B images, C latent channels, h and w latent height and width, S side of the square images in pixels.
 """
@@ -38,13 +38,13 @@ def image_to_image(
     on_images: Callable[[int], None] = lambda num_images: None,
     **preset: Any,
 ) -> Samples:
-    """Redraw one image, once for each of `num` seeds: noise is mixed into it and taken out again.
+    """Redraw one image, once for each of `num` seeds: add noise to it, and integrate back from there.
 
     Args:
         image: of any size; its square middle is scaled to the size of the training images.
-        strength: the time in (0, 1] at which drawing starts; 1: nothing is left of the image. All steps of a
-            fixed-step solver are spent between there and 0.
-        classes: as for `make_request`; None: no class is told.
+        strength: the time in (0, 1] to start from; 1: nothing is left of the image. A fixed-step solver takes all its
+            steps between there and 0.
+        classes: as for `make_request`; None: no label.
         preset: fields of `SamplingPreset`.
 
     Raises:
@@ -52,8 +52,8 @@ def image_to_image(
     """
     if not 0 < strength <= 1:
         raise ConfigError(
-            f"strength {strength:g}: it must be above 0, which is the image itself, and at most 1, where nothing is "
-            "left of it; 0.6 is usual"
+            f"strength {strength:g}: it must be above 0, the image itself, and at most 1, where nothing is left of it; "
+            "0.6 is usual"
         )
     pixels, inputs = read_input(model, image)
     request = make_request(
@@ -86,10 +86,10 @@ def interpolation(
     """The request of `num` frames from one seed to another, and from one class to another, both ends included.
 
     Args:
-        seeds: from, to; twice the same to change the class alone.
+        seeds: from, to; the same seed twice to change only the class.
         num: at least 2.
-        classes: one: that of all frames; two: from, to; none: no class is told; None: those of the two seeds, so that
-            the ends are the pictures that `sample` draws of them.
+        classes: one for all frames, or two: from, to; []: no label; None: those of the two seeds, so that the ends are
+            the pictures that `sample` draws for them.
         preset: fields of `SamplingPreset`.
 
     Raises:
@@ -122,7 +122,7 @@ def vary(
     on_images: Callable[[int], None] = lambda num_images: None,
     **request: Any,
 ) -> Samples:
-    """Draw pictures near that of one seed; the request is that of `variations`."""
+    """Draw variations of the picture of one seed; the request is that of `variations`."""
     return draw_all(model, variations(model, **request), batch_size=batch_size, on_images=on_images)
 
 
@@ -135,19 +135,19 @@ def variations(
     classes: ClassList | None = None,
     **preset: Any,
 ) -> SampleRequest:
-    """The request of `num` pictures near that which `sample` draws of a seed.
+    """The request of `num` variations of the picture that `sample` draws for a seed.
 
     Args:
-        amount: how far the noise is turned towards that of another seed, in [0, 1]: by `amount` times 90 degrees.
-            0: the picture itself; 1: pictures that have nothing to do with it.
-        classes: one; none: no class is told; None: that of the seed, as in `sample`.
+        amount: how far the noise is rotated towards that of another seed, in [0, 1]: by `amount` times 90 degrees.
+            0: the picture itself; 1: unrelated pictures.
+        classes: one; []: no label; None: that of the seed, as in `sample`.
         preset: fields of `SamplingPreset`.
 
     Raises:
         ConfigError: before anything is computed.
     """
     if not 0 <= amount <= 1:
-        raise ConfigError(f"amount {amount:g}: it must lie in 0 (the picture itself) to 1 (other pictures)")
+        raise ConfigError(f"amount {amount:g}: it must be from 0 (the picture itself) to 1 (unrelated pictures)")
     require_count("number of variations", num, 1, MOST_FRAMES)
     original = make_request(model, classes=at_most_one(model, classes), seed=seed, task="vary", **preset)
     blends = [Blend(seed=variation_seed(seed, number), weight=amount) for number in range(num)]
@@ -155,5 +155,5 @@ def variations(
 
 
 def variation_seed(seed: int, number: int) -> int:
-    """The seed that variation `number` (0, 1, ...) of `seed` is turned towards: a number below 2^32."""
+    """The seed that variation `number` (0, 1, ...) of `seed` is rotated towards: a number below 2^32."""
     return derive_seed("vary", seed, number) % 2**32

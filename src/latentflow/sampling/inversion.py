@@ -1,10 +1,10 @@
-"""Inversion: the noise that an image would have been drawn from.
+"""Inversion: the noise that an image would be drawn from.
 
     image => latents z => noise => z' => image        the same velocity, integrated from t = 0 to t = 1 and back
 
-The flow is an ordinary differential equation, so nothing but the solver stands between z and z'. That z' is near z
-does not say that the noise is right, though: a solver that takes the same steps back undoes much of its own error,
-the even orders (heun, rk4) more than the others. `compare_round_trips` therefore shows the error of the noise as well.
+The flow is an ordinary differential equation, so only the error of the solver separates z and z'. A small difference
+does not mean that the noise is right, though: a solver that takes the same steps back cancels much of its own error,
+even orders (heun, rk4) more than odd ones. `compare_round_trips` therefore also measures the error of the noise.
 
 Legend: B images, C latent channels, h and w latent height and width, S side of the square images in pixels.
 """
@@ -36,22 +36,22 @@ ROUND_TRIPS: tuple[dict[str, Any], ...] = (
     *({"solver": "ab2", "steps": steps} for steps in (7, 15, 31, 63)),
     *({"solver": "dopri5", "rtol": tolerance, "atol": tolerance} for tolerance in (1e-2, 1e-3, 1e-4, 1e-5)),
 )
-"""What `compare_round_trips` tries unless told otherwise: 8, 16, 32 and 64 evaluations, or four tolerances."""
+"""The default of `compare_round_trips`: 8, 16, 32 and 64 evaluations, or four tolerances."""
 
 REFERENCE: dict[str, Any] = {"solver": "rk4", "steps": 200}
-"""The noise that others are compared with. Of fixed steps: so near the limit, tolerances take more evaluations."""
+"""The solver of the noise to compare with; this close to the limit, fixed steps need fewer evaluations."""
 
 
 @dataclass(frozen=True)
 class Inversion:
-    """The noise that an image would have been drawn from; all tensors on the CPU.
+    """The noise that an image would be drawn from; all tensors on the CPU.
 
     Attributes:
         noise: [1, C, h, w] float32, x_t at t = 1.
         latents: [1, C, h, w] float32, the encoded image, x_t at t = 0.
         pixels: [1, 3, S, S] uint8, the image as the model sees it.
         evaluations: network calls from data to noise.
-        request: the solver and the class of the way there.
+        request: the solver and the class from data to noise.
     """
 
     noise: Tensor
@@ -77,11 +77,11 @@ class Inversion:
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """How well an image comes back: z its latents, z' those drawn again from its noise, g the decoder.
+    """How well an image is recovered: z its latents, z' those drawn from its noise, g the decoder.
 
     Attributes:
         samples: the image drawn again, z' and g(z').
-        autoencoded: [1, 3, S, S] uint8, g(z): all that any inversion can reach.
+        autoencoded: [1, 3, S, S] uint8, g(z): the best that any inversion can reach.
         evaluations: network calls from noise to data.
         latent_error: |z' - z| / |z|.
         solver_psnr: dB between g(z) and g(z'), what the two integrations lose.
@@ -106,17 +106,17 @@ def invert(
     guidance: float | None = None,
     **preset: Any,
 ) -> Inversion:
-    """Find the noise that an image would have been drawn from: its latents, integrated from t = 0 to t = 1.
+    """Find the noise that an image would be drawn from: its latents, integrated from t = 0 to t = 1.
 
-    `model.sample(noise=inversion.noise, classes=[], guidance=1)` draws the image again; told another class than the
-    inversion was, it draws an edit of the image.
+    `model.sample(noise=inversion.noise, classes=[], guidance=1)` draws the image again; with another class than that of
+    the inversion, it draws an edit of the image.
 
     Args:
         image: of any size; its square middle is scaled to the size of the training images.
-        classes: at most one; None: no class is told.
-        guidance: None: 1, whatever the preset says. It is the velocity without guidance that carries noise to the
-            data; the larger the scale, the less the noise of a real image is like drawn noise.
-        preset: the other fields of `SamplingPreset`; the more evaluations, the nearer the image comes back.
+        classes: at most one; None: no label.
+        guidance: None: 1, whatever the preset says. Only the velocity without guidance transports noise to data; the
+            larger the scale, the less the noise of a real image resembles Gaussian noise.
+        preset: the other fields of `SamplingPreset`; more evaluations recover the image better.
 
     Raises:
         ConfigError, DataError: before anything is computed.
@@ -133,13 +133,13 @@ def invert(
 
 @dataclass(frozen=True)
 class RoundTripRow:
-    """One solver there and back, the mean over some images; see `RoundTrip`.
+    """The round trip of one solver, as means over images; see `RoundTrip`.
 
     Attributes:
         steps: of a fixed-step solver, else None.
         tolerance: rtol of an adaptive solver, else None.
         evaluations_there, evaluations_back: network calls per image to the noise, and from it.
-        noise_error: |noise - reference| / |reference|, with the noise that 200 steps of rk4 find.
+        noise_error: |noise - reference| / |reference|, where the reference is the noise of 200 steps of rk4.
     """
 
     solver: str
@@ -161,12 +161,12 @@ def compare_round_trips(
     batch_size: int = 16,
     on_images: Callable[[int], None] = lambda num_images: None,
 ) -> list[RoundTripRow]:
-    """Invert images and draw them again, once for each setting: the error against solver and evaluations.
+    """Invert images and draw them again with each setting: error against solver and evaluations.
 
     Args:
-        settings: fields of `SamplingPreset`; None: `ROUND_TRIPS`. Guidance is 1 in all.
-        classes: dealt out in turn; None: no class is told.
-        on_images: told the number of images just drawn again.
+        settings: fields of `SamplingPreset`; None: `ROUND_TRIPS`. Guidance is always 1.
+        classes: cycled over the images; None: no label.
+        on_images: called with the number of images just drawn again.
 
     Raises:
         ConfigError, DataError: before anything is computed.

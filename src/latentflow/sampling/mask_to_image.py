@@ -39,10 +39,9 @@ def mask_to_image(
     """Paint one semantic map, once for each of `num` seeds.
 
     Args:
-        semantic_map: class indices [H, W], or a picture of them as `read_map` takes it.
-        classes: as for `make_request`; None: no class is told.
-        native: paint the map at its own size, which must be a multiple of what the network can take; otherwise its
-            square middle is scaled to the size of the training images, as in training.
+        classes: as for `make_request`; None: no label.
+        native: draw at the size of the map, whose sides must be multiples of what the network needs; otherwise the
+            square middle of the map is scaled to the size of the training images, as in training.
         preset: fields of `SamplingPreset`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a picture is called, and what it says of itself: the same for equal requests, wherever they are drawn."""
+"""The file name and the metadata of a picture; both depend only on its request."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def picture_name(request: SampleRequest, class_names: Sequence[str]) -> str:
 
 
 def picture_facts(request: SampleRequest, class_names: Sequence[str], drawn_by: dict[str, Any]) -> dict[str, Any]:
-    """What the picture of a request for one says of itself, as JSON holds it; its evaluations come with drawing.
+    """The metadata of the picture of a request for one, as JSON holds it, but for the evaluations.
 
     Args:
-        drawn_by: which model, and which version of this program.
+        drawn_by: the origin of the picture, see `latentflow.sampling.pipeline.drawn_by`.
     """
     facts = request.model_dump(mode="json") | {"drawn_by": drawn_by}
     if request.labels:
@@ -43,9 +43,9 @@ def picture_facts(request: SampleRequest, class_names: Sequence[str], drawn_by: 
 
 @lru_cache(maxsize=8)
 def file_names(class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """Class names that every file system takes, no two alike even where case does not count.
+    """Class names as valid file names on every system, distinct even if case is ignored.
 
-    A name that had to change, or that would be mistaken for another, ends in its index: "and/or" is "and_or~3".
+    A name that had to change, or that collides with another, ends in its index: "and/or" becomes "and_or~3".
     """
     safe = [_safe(name) for name in class_names]
     taken = Counter(name.casefold() for name in safe)

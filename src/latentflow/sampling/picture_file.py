@@ -1,4 +1,4 @@
-"""What a drawn picture says of itself, read back: whose it is, and whether two are of one set."""
+"""The metadata of a drawn picture, read back: where it comes from, and whether two pictures belong to one set."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _GIVEN = ("inpaint", "mask-to-image", "image-to-image")
 
 
 def read_facts(file: bytes | str, name: str | None = None) -> dict[str, Any] | None:
-    """What a PNG that was drawn here says of itself; None: it says nothing of the kind.
+    """The metadata of a PNG that this program drew; None: it was not drawn by this program.
 
     Args:
         file: its path or its content.
-        name: what to call it in errors.
+        name: how errors call it.
 
     Raises:
-        BrokenImage: it is no image.
+        BrokenImage: it is not an image.
     """
     with open_image(file, name) as image:
         return facts_in(image)
 
 
 def facts_in(image: Image.Image) -> dict[str, Any] | None:
-    """The same of a picture that is open; its pixels are not decoded."""
+    """The same for an open picture, without decoding its pixels."""
     text = image.info.get("latentflow")
     try:
         facts = json.loads(text) if isinstance(text, str) else None
@@ -40,9 +40,9 @@ def facts_in(image: Image.Image) -> dict[str, Any] | None:
 
 
 def whose(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What all pictures of one set have in common: the model, by its weights, and how it was asked, flattened.
+    """What all pictures of one set have in common: the model's weights and the sampling settings, flattened.
 
-    The name of the model's folder does not count, and neither do the inputs of pictures that are drawn from others.
+    The name of the model's folder does not count, nor do the inputs of pictures that are drawn from other pictures.
     """
     apart = {*_OWN, *(_OF_INPUT if facts.get("task") in _GIVEN else ())}
     common = {name: value for name, value in facts.items() if name not in apart}
@@ -52,12 +52,12 @@ def whose(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def which(facts: Mapping[str, Any]) -> str:
-    """What tells a picture from the others of its set, as text to compare."""
+    """What distinguishes a picture from the others of its set, as text to compare."""
     return json.dumps([facts.get(name) for name in ("seeds", "labels", "blends", "inputs")], sort_keys=True)
 
 
 def unlike(facts: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """The first thing in which `other` is of another set than `facts`, for people; "" where it is of the same one."""
+    """The first difference between the sets of two pictures, for people; "" if they are of the same set."""
     ours, theirs = whose(facts), whose(other)
     for name in dict.fromkeys([*ours, *theirs]):
         if ours.get(name) != theirs.get(name):

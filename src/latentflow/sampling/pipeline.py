@@ -1,8 +1,8 @@
-"""Requests in, images out; what a request is, stands in `request.py`.
+"""From a request to images; `latentflow.sampling.request` defines what a request is.
 
-    noise, one stream per seed  ->  condition and its null twin  ->  solver over the guided velocity  ->  decode
+    noise, one stream per seed  ->  condition and null condition  ->  solver over the guided velocity  ->  decode
 
-Nothing here looks across images: image i of a request is the same in any batch and on any number of processes.
+Images never influence each other: image i of a request is the same in any batch and on any number of processes.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from latentflow.shapes import Condition, per_image, send
 MOST_TOGETHER = 65_536
 """Images in one batch."""
 MOST_BYTES = 8 * 2**30
-"""Of pictures that are held in memory at once."""
+"""Of pictures held in memory at once."""
 _ROUNDING = {"tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10}  # of a network's products
 
 
 @dataclass(frozen=True)
 class Given:
-    """What images are drawn from besides seeds and classes; one row per image, or one row for all.
+    """The tensors that images are drawn from, in addition to seeds and labels; one row per image, or one row for all.
 
     Attributes:
-        masked_latents: [B, C, h, w], what the model is told of the known part of an image.
-        mask: [B, 1, h, w], share of each latent pixel in the hole; with `masked_latents`.
-        class_fractions: [B, K, h, w], the semantic map.
-        noise: [B, C, h, w], in place of the seeds' own.
-        latents: [B, C, h, w] of an image to start from: x_t of the path at the request's `start`.
-        hole: [B, 1, h, w] of 0 and 1; outside it the path to `latents` is followed.
+        masked_latents: [B, C, h, w], condition: latents of the known part of an image.
+        mask: [B, 1, h, w], condition: fraction of each latent pixel in the hole; with `masked_latents`.
+        class_fractions: [B, K, h, w], condition: the semantic map.
+        noise: [B, C, h, w], replaces the noise of the seeds.
+        latents: [B, C, h, w] of an image to start from, at x_t of the path for t = the request's `start`.
+        hole: [B, 1, h, w] of 0 and 1; outside it the state follows the path to `latents`.
     """
 
     masked_latents: Tensor | None = None
@@ -83,9 +83,9 @@ def draw(
     """Draw a request batch by batch.
 
     Args:
-        given: what it is drawn from besides seeds and classes.
+        given: the tensors that it is drawn from, in addition to seeds and labels.
         batch_size: images computed together; it changes speed and memory, not the pictures.
-        on_images: told the number of images just finished.
+        on_images: called with the number of images just finished.
     """
     check_request(model, request)
     require_count("batch size", batch_size, 1, MOST_TOGETHER, "16 are usual")
@@ -99,10 +99,10 @@ def draw(
 def draw_batches(
     model: FlowModel, batches: Iterable[tuple[SampleRequest, Given]], batch_size: int
 ) -> Iterator[Samples]:
-    """Draw batches one after another; a GPU draws the next while the pictures of one are looked at or written.
+    """Draw batches one after another; a GPU draws the next batch while the caller processes the last one.
 
     Args:
-        batch_size: to which a compiled network's batches are filled up: for another size it would be compiled again.
+        batch_size: batches of a compiled network are padded to it: another size would be compiled again.
     """
     size = batch_size if is_compiled(model.network) else 0
     ahead = _batches_ahead(model.device)
@@ -110,7 +110,7 @@ def draw_batches(
     for request, given in batches:
         try:
             begun.append(_begin(model, request, given, size))
-        except NonFiniteError:  # what was drawn before is not lost
+        except NonFiniteError:  # the batches before are not lost
             yield from (batch.arrived() for batch in begun)
             raise
         if len(begun) > ahead:
@@ -119,10 +119,10 @@ def draw_batches(
 
 
 def draw_all(model: FlowModel, request: SampleRequest, given: Given = Given(), **options: Any) -> Samples:
-    """Draw a request at once into memory; the options are those of `draw`.
+    """Draw a whole request into memory; the options are those of `draw`.
 
     Raises:
-        ConfigError: the pictures would need more than `MOST_BYTES` of it.
+        ConfigError: the pictures would need more than `MOST_BYTES`.
     """
     height, width = request.image_size or (model.config.image_size,) * 2
     most = MOST_BYTES // (3 * height * width)
@@ -155,7 +155,7 @@ def sample(
 
 
 def naming_noise(request: SampleRequest, noise: Tensor) -> SampleRequest:
-    """The request as it is remembered where this noise takes the place of the seeds'."""
+    """The request with the hash of the noise that replaces that of its seeds."""
     origin = f"sha256:{sha256_tensors({'noise': noise})[:12]}"
     return request.model_copy(update={"inputs": {**request.inputs, "noise": origin}})
 
@@ -186,7 +186,7 @@ def _noise(model: FlowModel, seeds: Sequence[int], image_size: tuple[int, int] |
 def conditioned_velocity(
     model: FlowModel, request: SampleRequest, given: Mapping[str, Tensor | None], latents_shape: Sequence[int]
 ) -> ConditionedVelocity | BlendedVelocity:
-    """The guided velocity of a request's images, in its precision; `given` as from `Given.on`."""
+    """The guided velocity of a request's images, in the request's precision; `given` as from `Given.on`."""
     conditioning, network = model.config.conditioning, model.computing_in(request.precision).velocity
 
     def conditioned_on(labels: Sequence[int]) -> ConditionedVelocity:
@@ -209,7 +209,7 @@ def conditioned_velocity(
 
 
 def solve(request: SampleRequest, velocity: Velocity, x: Tensor, times: Tensor) -> Solution:
-    """Integrate the velocity of a request's images from x at times[0] to times[-1], as it says."""
+    """Integrate the velocity of a request's images from x at times[0] to times[-1], with the request's solver."""
     sampling = request.sampling
     computed = "fp32" if request.precision == "tf32" and not x.is_cuda else request.precision
     return integrate(
@@ -224,7 +224,7 @@ def solve(request: SampleRequest, velocity: Velocity, x: Tensor, times: Tensor) 
 
 
 def drawn_by(model: FlowModel) -> dict[str, str | int]:
-    """Whose pictures these are, as each of them says: the program, the model, and the weights it draws with."""
+    """The origin of pictures, as their metadata states it: the program, the model and its weights."""
     training = model.config.training
     return {
         "latentflow": latentflow.__version__,
@@ -238,10 +238,10 @@ def drawn_by(model: FlowModel) -> dict[str, str | int]:
 
 @torch.inference_mode()
 def _begin(model: FlowModel, request: SampleRequest, given: Given, size: int = 0) -> _Begun:
-    """Ask the device for a batch of pictures; with fixed steps, without waiting for any of it.
+    """Queue a batch of pictures on the device; with fixed steps, without waiting for any of it.
 
     Args:
-        size: of the batch that is computed, where that is more: it is filled up with its last picture.
+        size: the least size of the batch that is computed: it is padded with copies of its last picture.
     """
     watch, sampling, path, num = _Stopwatch(model.device), request.sampling, model.config.path, len(request.seeds)
     whole = request
@@ -263,7 +263,7 @@ def _begin(model: FlowModel, request: SampleRequest, given: Given, size: int = 0
 
 @dataclass(frozen=True)
 class _Begun:
-    """A batch that a GPU may still be at work on; `arrived` waits for it."""
+    """A batch that a GPU may still be computing; `arrived` waits for it."""
 
     model: FlowModel
     request: SampleRequest
@@ -276,10 +276,10 @@ class _Begun:
         seconds = self.watch.seconds()
         if (wrong := ~self.latents.isfinite().flatten(1).all(1)).any():
             seed = self.request.seeds[int(wrong.nonzero()[0])]
-            remedy = "if more steps or less guidance do not help, the weights of the model are damaged"
+            remedy = "try more steps or less guidance; if that does not help, the weights are damaged"
             if self.request.precision == "fp16":
-                remedy = "its network may exceed what fp16 can hold: use --precision bf16 or tf32"
-            raise NonFiniteError(f"the latents of seed {seed} are NaN or infinite, so there is no picture; {remedy}")
+                remedy = "the network may exceed the range of fp16: use --precision bf16 or tf32"
+            raise NonFiniteError(f"the latents of seed {seed} are not finite, so there is no picture; {remedy}")
         return Samples(
             pixels=self.pixels,
             latents=self.latents,
@@ -292,12 +292,12 @@ class _Begun:
 
 
 def _batches_ahead(device: torch.device) -> int:
-    """How many batches are begun before the first one is waited for; a device that works while asked has none."""
+    """How many batches are queued before the first one is waited for; none on a device that computes synchronously."""
     return 1 if device.type == "cuda" else 0
 
 
 class _Stopwatch:
-    """How long a device is at work between two places of a program, of which a GPU takes note as it gets there."""
+    """Time on the device between two points of the program; on a GPU measured by CUDA events."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -307,7 +307,7 @@ class _Stopwatch:
         self._marks.append(self._mark())
 
     def seconds(self) -> float:
-        """Waits until the device has got to the second place."""
+        """Waits until the device has reached the second point."""
         began, ended = self._marks
         if self._device.type != "cuda":
             return ended - began
@@ -323,5 +323,5 @@ class _Stopwatch:
 
 
 def _fetched(x: Tensor) -> Tensor:
-    """A tensor of the device on the host; from a GPU into pinned memory, where it arrives later."""
+    """Copy a tensor to the host; from a GPU asynchronously, into pinned memory."""
     return x.to("cpu", non_blocking=x.is_cuda)

@@ -1,10 +1,9 @@
-"""PNG files of 8-bit RGB, written by many threads at once.
+"""PNG files of 8-bit RGB, encoded by many threads at once.
 
-Pillow holds the interpreter while it compresses, some 50 ms for a photograph of 256 pixels, and whoever else is at work
-waits. numpy and zlib let go of it. They also look for runs alone (Z_RLE): of filtered rows, longer matches are worth
-1 % of the size at several times the cost.
+Pillow holds the interpreter lock while it compresses, some 50 ms for a photograph of 256 pixels; numpy and zlib release
+it. Only runs are searched for (Z_RLE): in filtered rows, longer matches save 1 % of the size at several times the cost.
 
-Legend: H and W image height and width; the letters a, b, c stand for the pixel at the left, above, and above that one.
+Legend: H and W image height and width; a, b, c are the pixels to the left, above, and above left.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 
 PILLOW_OPTIONS = {"compress_type": zlib.Z_RLE, "compress_level": 1}
-"""The same for a picture of another form, which Pillow writes."""
+"""The same compression for pictures of other modes, which Pillow writes."""
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

@@ -1,4 +1,4 @@
-"""Preview grids of a training run: what the averaged weights draw, on fixed seeds and conditions."""
+"""Preview grids of a training run: samples of the EMA weights, with fixed seeds and conditions."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from latentflow.sampling.pipeline import Given, draw
 from latentflow.sampling.request import SampleRequest
 
 MOST_EVALUATIONS = 50
-"""Network calls a picture, guidance not counted; what takes more is drawn by `_QUICK`."""
+"""Network calls per picture, without guidance; a preset that takes more is replaced by `_QUICK`."""
 
 _QUICK = {"solver": "heun", "steps": 25}
 _PER_CLASS, _MOST_IMAGES, _COLUMNS = 4, 40, 8
 
 
 def preview_request(model: FlowModel) -> SampleRequest:
-    """The request of a preview: rows are classes, or, with spatial conditions, columns are training images."""
+    """The request of a preview: one row per class, or with spatial conditions one column per training image."""
     conditioning = model.config.conditioning
     spatial = [name for name in conditioning.dropout if name != "label"]
     shown = model.config.seen_classes[: _MOST_IMAGES // _PER_CLASS]
@@ -58,18 +58,18 @@ def save_preview(
     runtime: Runtime,
     batch_size: int,
 ) -> None:
-    """Draw a fixed grid from `weights` in eval mode; the seeds are 0, 1, 2, ... each time.
+    """Draw a fixed grid from `weights` in eval mode; the seeds are always 0, 1, 2, ...
 
     Every process draws its share, and the first one writes. With spatial conditions the rows are the first training
-    images, what the model is told of them, and what it draws told each condition alone (where it can do without the
-    others) and all of them.
+    images, their conditions, and the samples given each condition by itself (with those that the model requires) and
+    given all of them.
 
     Args:
-        weights: what the network draws with; its own are the same afterwards, to the bit.
+        weights: what the network draws with; afterwards it has its own weights again, bit for bit.
         batch_size: images that a process draws together, as many as it trains on at a time.
 
     Raises:
-        NonFiniteError: there is no picture; in every process.
+        NonFiniteError: a picture is not finite; in every process.
     """
     with drawing_with(model.network, weights):
         rows, columns, captions = _rows(model, images, runtime, batch_size)
@@ -79,7 +79,7 @@ def save_preview(
 
 @contextmanager
 def drawing_with(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the network has other weights and is in eval mode; its own come back to the bit, whatever happens.
+    """Inside, the network has other weights and is in eval mode; afterwards its own are restored, bit for bit.
 
     Its compiled blocks are not called: they would be compiled again for another shape of batch.
     """
@@ -105,7 +105,7 @@ def _copy(tensors: list[Tensor], values: list[Tensor]) -> None:
 def _rows(
     model: FlowModel, images: TrainingImages, runtime: Runtime, batch_size: int
 ) -> tuple[list[Tensor], int, list[str]]:
-    """The pictures of a grid, [N, 3, S, S] uint8 each, the number of its columns, and what stands beside them."""
+    """The pictures of a grid, [N, 3, S, S] uint8 each, the number of its columns, and the captions."""
     request, conditioning = preview_request(model), model.config.conditioning
     if "inpainting" not in request.told and "semantic_map" not in request.told:
         pictures = _drawn(model, request, Given(), runtime, batch_size)
@@ -153,21 +153,21 @@ def _drawn(model: FlowModel, request: SampleRequest, given: Given, runtime: Runt
 
 
 def _affordable(sampling: SamplingPreset) -> SamplingPreset:
-    """The preset, or in its place one that does not keep a run waiting; this is said once."""
+    """The preset, or a quick one in place of a preset that takes too long; this is announced once."""
     adaptive, most = is_adaptive(sampling.solver), MOST_EVALUATIONS
     if not adaptive and expected_evaluations(sampling.solver, sampling.steps, sampling.rtol) <= most:
         return sampling
     pace = f"tolerance {sampling.rtol:g}" if adaptive else f"{sampling.steps} steps"
     notice(
         f"previews are drawn by heun in 25 steps, since {sampling.solver} with {pace} takes "
-        + ("a number of network calls that nobody knows before" if adaptive else f"more than {most} network calls")
+        + ("a number of network calls that is not known beforehand" if adaptive else f"more than {most} network calls")
         + "; the model keeps its preset"
     )
     return sampling.model_copy(update=_QUICK)
 
 
 def map_pictures(class_fractions: Tensor, palette: list[tuple[int, int, int]], image_size: int) -> Tensor:
-    """The commonest class of each latent pixel in its colour: [B, K, h, w] => [B, 3, S, S] uint8."""
+    """The most frequent class of each latent pixel in its colour: [B, K, h, w] => [B, 3, S, S] uint8."""
     unlabelled = 1 - class_fractions.sum(1, keepdim=True)  # as class K, which has no colour
     indices = torch.cat([class_fractions, unlabelled], 1).argmax(1).byte().cpu().numpy()
     coloured = np.stack([colour_map(one, palette) for one in indices])

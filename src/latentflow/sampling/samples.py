@@ -1,4 +1,4 @@
-"""What came out of drawing: pictures in memory, and how they become files."""
+"""Drawn pictures in memory, and how they are written to files."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from latentflow.sampling.naming import picture_facts, picture_name
 from latentflow.sampling.png import PILLOW_OPTIONS, encode_png
 from latentflow.sampling.request import SampleRequest
 
-_THREADS = 8  # more than cores do no harm: a good part of their time they wait for the disk
+_THREADS = 8  # more than there are cores: they spend much of their time waiting for the disk
 _WAITING = 2
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What came out.
+    """Drawn pictures.
 
     Attributes:
         pixels: [B, 3, H, W] uint8.
         latents: [B, C, h, w] float32, normalised, at t = 0.
         evaluations: [B] int64, network calls of each image; a guided call counts twice.
-        request: what was asked for.
+        request: what was drawn.
         class_names: of the model.
-        drawn_by: says which model, and which version of this program.
+        drawn_by: returns the origin of the pictures, see `latentflow.sampling.pipeline.drawn_by`.
         seconds: wall time of solver and decoder.
-        finish: makes of the pixels of a picture, [H, W, 3], the image that is written; None: they are it.
+        finish: turns the pixels of a picture, [H, W, 3], into the image that is written; None: they are written as PNG.
     """
 
     pixels: Tensor
@@ -51,7 +51,7 @@ class Samples:
 
     @property
     def images(self) -> list[Image.Image]:
-        """The pictures, as RGB images of Pillow."""
+        """The pictures as RGB images of Pillow."""
         return [Image.fromarray(self._array(row)) for row in range(len(self.pixels))]
 
     @property
@@ -60,11 +60,11 @@ class Samples:
         return float(self.evaluations.double().mean())
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write one PNG per image, named by class and seed, with its request in the metadata."""
+        """Write one PNG per image, named after class and seed, with its request in the metadata."""
         return self._write_all([Path(folder) / self.name(row) for row in range(len(self.pixels))])
 
     def save_as(self, file: str | Path) -> list[Path]:
-        """Write one image to `file`, several to files named like it and by what sets them apart."""
+        """Write one image to `file`; several images to files named after it and after class and seed."""
         return self._write_all(files_like(file, self.request, self.class_names))
 
     def name(self, row: int) -> str:
@@ -93,7 +93,7 @@ class Samples:
 
 
 def files_like(file: str | Path, request: SampleRequest, class_names: Sequence[str]) -> list[Path]:
-    """Where the pictures of a request go: one to `file`, several to files named like it and by what sets them apart."""
+    """The files of a request's pictures: `file` for one, for several `file` with class and seed added to its name."""
     file = Path(file)
     if len(request.seeds) == 1:
         return [file]
@@ -119,8 +119,8 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
 class PictureWriter:
     """Writes pictures in threads while the next ones are drawn; each file appears complete or not at all.
 
-    At most `_WAITING` batches are held; `write` waits for the oldest of more. What goes wrong in a thread is raised by
-    the next call, or at the end of the `with`.
+    At most `_WAITING` batches are kept; `write` waits for the oldest of more. An error in a thread is raised by the
+    next call, or at the end of the `with` block.
     """
 
     def __init__(self):
@@ -138,7 +138,7 @@ class PictureWriter:
             self._threads.shutdown(cancel_futures=True)
 
     def write(self, samples: Samples, files: Iterable[Path], rows: Iterable[int] | None = None) -> None:
-        """Begin to write images of `samples` to `files`.
+        """Start to write images of `samples` to `files`.
 
         Args:
             rows: the images, one per file; None: all.
