@@ -212,7 +212,10 @@ def test_examples_of_the_help_are_commands(example):
         loader(context.params["recipe"], context.params["overrides"])
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))])
+PAGES = ["README.md", *sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_recipes_that_the_pages_name_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for verb, name in re.findall(r"latentflow (train|train-autoencoder) (\w\S*)", text):

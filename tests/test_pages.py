@@ -1,42 +1,63 @@
-"""What the pages say is so: every command line parses, and those for which small stand-ins can be had run."""
+"""What the pages say is so: commands parse or run, programs run, links and files exist, figures are those measured."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import importlib
+import importlib.util
+import io
 import re
 import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import typer
 from PIL import Image
 
+from latentflow.artifacts import read_json
 from latentflow.cli import app
 from latentflow.training.config import load_recipe
 from latentflow.training.first_stage import load_autoencoder_recipe
 from tests import tiny
 from tests.processes import run_here
+from tests.test_layers import LAYERS
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
+SOURCE = ROOT / "src" / "latentflow"
+DOCS = ROOT / "docs"
+PAGES = ["README.md", *sorted(file.relative_to(ROOT).as_posix() for file in DOCS.rglob("*.md"))]
+AROUND = ["CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
 VERBS = typer.main.get_command(app).commands
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 def command_lines(page: str) -> list[list[str]]:
     """The indented lines of a page that call latentflow, as words, without what stands after a #."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    lines = re.findall(r"^    (?:\.venv/bin/)?(latentflow .*)$", text, re.MULTILINE)
+    lines = re.findall(r"^    (?:\.venv/bin/)?(latentflow .*)$", text_of(page), re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
 
+def programs(page: str) -> list[str]:
+    """The blocks of Python on a page."""
+    return re.findall(r"^```python\n(.*?)^```", text_of(page), re.MULTILINE | re.DOTALL)
+
+
 EVERY = [(page, words) for page in PAGES for words in command_lines(page)]
+PROGRAMS = [(page, program) for page in PAGES for program in programs(page)]
 
 
-def test_the_pages_show_commands():
-    assert {page for page, _ in EVERY} == {*PAGES}
-    assert len(EVERY) > 40
+def test_the_pages_show_commands_and_programs():
+    assert len({page for page, _ in EVERY}) > 10
+    assert len(EVERY) > 70
+    assert len(PROGRAMS) > 5
 
 
 @pytest.mark.parametrize(("page", "words"), EVERY, ids=lambda x: x if isinstance(x, str) else x[1])
@@ -48,7 +69,141 @@ def test_every_command_of_the_pages_is_one(page, words):
         loader(context.params["recipe"], context.params["overrides"])
 
 
-# A place where the files that README names are there, in small
+def test_every_verb_is_on_a_page():
+    assert {words[1] for _, words in EVERY} >= VERBS.keys() - {"recipes", "demo"}
+
+
+@pytest.mark.parametrize(("page", "program"), PROGRAMS, ids=lambda x: x if x.endswith(".md") else "")
+def test_what_programs_import_is_there(page, program):
+    for node in ast.walk(ast.parse(program)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+# Files and links
+
+
+@pytest.mark.parametrize("page", [*PAGES, *AROUND])
+def test_links_lead_to_files_and_headings(page):
+    """Within the project; `make docs` looks at the pages that it generates."""
+    generated = {"reference/commands", "reference/recipes", "benchmarks", "contributing", "changelog", "reference/python/"}
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)):
+        if link.startswith(("https://", "#")):
+            continue
+        file, _, heading = link.partition("#")
+        target = (ROOT / page).parent / file
+        if target.resolve().is_relative_to(DOCS):
+            name = target.resolve().relative_to(DOCS).with_suffix("").as_posix()
+            if name.startswith(tuple(generated)):
+                continue
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\s-]", "", one.lower()).strip().replace(" ", "-") for one in headings]
+            assert heading in slugs, (link, slugs)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *AROUND])
+def test_files_that_the_pages_name_are_there(page):
+    for name in re.findall(r"`((?:[\w.]+/)+[\w.]+\.(?:py|yaml|json|sh|md|css))`", text_of(page)):
+        if not name.startswith(("runs/", "caches/", "demo/", "samples/", "diagnosis/")):
+            assert (ROOT / name).exists() or (SOURCE / name).exists(), name
+
+
+def test_names_that_contributing_says_are_in_the_files_it_names():
+    """An item names files, and things that stand in one of them."""
+    looked_at = 0
+    for item in re.split(r"^(?:\d\. |## |- )", text_of("CONTRIBUTING.md"), flags=re.MULTILINE):
+        item = item.partition("\n\n")[0]
+        quoted = re.findall(r"`([^`]+)`", item)
+        files = [ROOT / one for one in quoted if re.fullmatch(r"(src|tests)/[\w/]+\.py", one)]
+        texts = "".join(file.read_text(encoding="utf-8") for file in files)
+        for name in quoted:
+            if files and re.fullmatch(r"[A-Za-z_]\w{3,}", name):
+                assert re.search(rf"\b{name}\b", texts), (name, files)
+                looked_at += 1
+    assert looked_at > 30
+
+
+def test_readme_draws_the_layers_that_are_tested():
+    drawn: dict[str, int] = {}
+    picture = text_of("README.md").split("## How it is built\n\n")[1].partition("\n\n")[0]
+    for number, names in re.findall(r"^    (\d| )  (.+)$", picture, re.MULTILINE):
+        level = int(number) if number != " " else level
+        drawn |= dict.fromkeys(re.findall(r"\b(\w+)(?:/|\.py)", names), level)
+    assert drawn == {name: level for name, level in LAYERS.items() if is_there(name)}
+
+
+def is_there(room: str) -> bool:
+    return (SOURCE / room).is_dir() or (SOURCE / f"{room}.py").is_file()
+
+
+def test_readme_has_every_room_in_its_tree():
+    tree = text_of("README.md").split("    src/latentflow/\n")[1].partition("\n\n")[0]
+    folder, named = "", set()
+    for line in tree.splitlines():
+        names = re.findall(r"\w+(?:/|\.py)", line.partition("    ")[2].split("      ")[0])
+        indented = line.startswith("    │")
+        folder = folder if indented else names[0]
+        for name in names:
+            path = SOURCE / folder / name if indented else SOURCE / name
+            assert path.exists(), line
+            named.add(name.rstrip("/"))
+    assert named >= {file.name for file in SOURCE.iterdir() if file.is_dir() and file.name not in ("__pycache__", "assets")}
+
+
+def test_the_figures_of_a_gpu_are_those_that_were_stored():
+    page = text_of("benchmarks/README.md")
+    for name, part in (("S/2", "train_s2"), ("XL/2", "train_xl2")):
+        stored = read_json(ROOT / "benchmarks" / "results" / f"gpu_{part}-cuda.json")
+        row = next(line for line in page.splitlines() if line.startswith(f"| `latentflow train`, DiT-{name}"))
+        speed, memory, mfu, seconds = (cell.strip() for cell in row.strip("| ").split("|")[1:])
+        assert speed == f"{stored['images_per_second']:,.0f}"
+        assert memory == f"{stored['gib']:.1f}"
+        assert mfu == f"{100 * stored['mfu']['measured']:.1f} %"
+        assert seconds == f"{stored['seconds_to_first_step']:.1f}"
+
+
+# What is written from the code
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_command_reference_has_every_option(hooks):
+    page = hooks.command_page()
+    parts = dict(re.findall(r"^#+ latentflow ([\w-]+) .*?$(.*?)(?=^#|\Z)", page, re.MULTILINE | re.DOTALL))
+    assert parts.keys() == VERBS.keys()
+    for verb, command in VERBS.items():
+        options = [name for one in command.params for name in one.opts if name.startswith("--")]
+        assert options
+        for option in options:
+            assert re.search(rf"<code>[^<]*{option}\b", parts[verb]), (verb, option)
+
+
+def test_the_recipe_reference_has_every_key(hooks):
+    from latentflow.training.config import Recipe
+    from latentflow.training.settings import keys_of
+
+    page = hooks.recipe_page()
+    for key in keys_of(Recipe()):
+        assert f"<code>{key}</code>" in page or key.endswith(".kind"), key
+    assert "<code>network.channels</code>" in page  # of a U-Net, which is not the default
+
+
+def test_the_python_reference_has_every_file_of_a_room(hooks):
+    page = hooks.python_page("flow")
+    assert [f"::: latentflow.flow.{file.stem}" in page for file in sorted((SOURCE / "flow").glob("[!_]*.py"))] == [True] * 6
+    assert all(is_there(room) for room in hooks.ROOMS)
+
+
+# A place where the files that the pages name are there, in small
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +229,9 @@ def place(tmp_path_factory, kl, kl_folder) -> Iterator[Path]:
 
 SMALL = {
     "stabilityai/sd-vae-ft-mse": "autoencoder",
+    "madebyollin/taesd": "autoencoder",
     "256": str(tiny.IMAGE_SIZE),
+    "64": str(tiny.IMAGE_SIZE),
     "10000": "12",
     "600": "2",
 }
@@ -99,16 +256,63 @@ NOT_HERE = ("prepare", "convert", "push")
 """Their inputs are others' files, or the hub; their own tests have stand-ins."""
 
 
-def test_the_commands_of_the_readme_run_one_after_the_other(place, capsys, monkeypatch):
-    ran = []
-    for words in command_lines("README.md"):
-        if words[1] in NOT_HERE or (words[1] in ("encode", "train") and "camvid" in " ".join(words)):
+def run_page(page: str, capsys, monkeypatch) -> set[str]:
+    """Run the commands of a page one after the other; which verbs ran."""
+    ran = set()
+    for words in command_lines(page):
+        if words[1] in NOT_HERE or any(word.startswith(("training.", "network.")) for word in words):
             continue
         given = [SMALL.get(word, word) for word in words[1:]]
         done = run_here([*given, *MORE.get(words[1], [])], capsys, monkeypatch)
         assert done.code == 0, (words, done.err)
-        ran.append(words[1])
-    assert {*ran} >= {"encode", "train", "sample", "inpaint", "mask-to-image", "image-to-image", "interpolate", "vary"}
-    assert {*ran} >= {"invert", "export", "evaluate", "sweep", "diagnose", "bound"}
-    for file in ("filled.png", "street_seed-00000003.png", "again.png", "samples/grid.png", "diagnosis/page.html"):
-        assert list(place.glob(file)) or list(place.glob(f"*{file}")), (file, sorted(place.iterdir()))
+        ran.add(words[1])
+    return ran
+
+
+def test_the_commands_of_the_readme_run_one_after_the_other(place, capsys, monkeypatch):
+    ran = run_page("README.md", capsys, monkeypatch)
+    assert ran >= {"encode", "train", "sample", "inpaint", "mask-to-image", "image-to-image", "interpolate", "vary"}
+    assert ran >= {"invert", "export", "evaluate", "sweep", "diagnose", "bound"}
+    for file in ("filled_seed-00000003.png", "street_seed-00000003.png", "again.png", "samples/grid.png"):
+        assert (place / file).is_file(), (file, sorted(place.iterdir()))
+    assert (place / "diagnosis" / "page.html").is_file()
+
+
+def test_the_program_of_the_readme_runs(place):
+    """After its commands, whose model it draws with."""
+    (program,) = programs("README.md")
+    exec(compile(program, "README.md", "exec"), {})
+    with Image.open(place / "cat.png") as image:
+        assert image.size == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+    assert program in programs("docs/index.md")
+
+
+def test_the_start_page_shows_the_five_commands_of_the_readme():
+    assert command_lines("docs/index.md") == command_lines("README.md")[:5]
+
+
+def test_the_tutorial_runs(place, capsys, monkeypatch):
+    """In its own folders; what it overrides for a longer run is left out."""
+    for folder in ("caches", "runs/photos", "samples", "diagnosis"):
+        shutil.rmtree(place / folder, ignore_errors=True)
+    assert run_page("docs/tutorial.md", capsys, monkeypatch) == {"encode", "train", "sample", "diagnose"}
+    assert (place / "caches" / "photos.png").is_file()
+    assert (place / "samples" / "grid.png").is_file()
+
+
+def test_the_script_of_the_bound_prints_the_exact_distances_of_its_page():
+    """They follow from the model of the page in closed form, whatever the number of samples."""
+    (program,) = programs("docs/theory/bound.md")
+    assert "n = LinearPath(), 8, 20_000" in program
+    import torch
+
+    before, printed = torch.get_default_dtype(), io.StringIO()
+    try:
+        with torch.random.fork_rng(), contextlib.redirect_stdout(printed):
+            exec(compile(program.replace("20_000", "500").replace("2000", "50"), "bound.md", "exec"), {})
+    finally:
+        torch.set_default_dtype(before)
+    rows = [line for line in printed.getvalue().splitlines() if re.match(r"\| \d", line)]
+    page = text_of("docs/theory/bound.md").partition("| wrong | exact |")[2].splitlines()
+    table = [line for line in page if re.match(r"\| 0\.", line)]
+    assert [row.split("|")[1:3] for row in rows] == [row.split("|")[1:3] for row in table[:5]]

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-UNTESTED = {"torch", "ruff", "setuptools"}
+UNTESTED = {"torch", "ruff", "setuptools", "mkdocs-material", "mkdocstrings-python", "latex2mathml"}
 """torch: no build of its oldest release for the CPU; the others compute nothing."""
 
 

@@ -20,8 +20,8 @@ def attention(ours: str, theirs: dict[str, str], num_heads: int, order: str, num
     Args:
         ours: our `MapAttention`.
         theirs: names of its "norm", "qkv" and "out".
-        order: how rows of qkv are laid out in the foreign file: "qhc" (ours: [q|k|v][head][channel]), "hqc"
-            ([head][q|k|v][channel]) or "hcq" ([head][channel][q|k|v]).
+        order: how rows of qkv are laid out in the foreign file: "qhc" (ours: `[q|k|v][head][channel]`), "hqc"
+            (`[head][q|k|v][channel]`) or "hcq" (`[head][channel][q|k|v]`).
         num_spatial: size-one dimensions behind the weights of what are 1x1 convolutions there.
     """
     forth, back = partial(to_qhc, num_heads=num_heads, order=order), partial(from_qhc, num_heads=num_heads, order=order)
