@@ -18,7 +18,7 @@ lint: .venv/installed
 
 # The documentation site, site/index.html; a broken link is an error.
 docs: .venv/installed-docs
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # With the oldest versions that are allowed, in an environment of their own.
 test-oldest: .venv-oldest/installed

@@ -124,20 +124,18 @@ def _inline(text: str) -> str:
 
 def recipe_page() -> str:
     """Every key of a recipe, with its type, default and meaning, from the records that check it."""
-    from latentflow.training.autoencoder import AUTOENCODER_RECIPES, AutoencoderRecipe, load_autoencoder_recipe
     from latentflow.training.config import Recipe, load_recipe, recipe_names
+    from latentflow.training.first_stage import AUTOENCODER_RECIPES, AutoencoderRecipe, load_autoencoder_recipe
 
     rows = [(f"`{name}`", load_recipe(name).description) for name in recipe_names()]
-    stages = [
-        (f"`{name}`", load_autoencoder_recipe(name).description) for name in recipe_names(AUTOENCODER_RECIPES)
-    ]
+    stages = [(f"`{name}`", load_autoencoder_recipe(name).description) for name in recipe_names(AUTOENCODER_RECIPES)]
     return "\n".join(
         [
             "# Recipes\n",
             "This page is generated from the records that check a recipe.\n",
             "A recipe is a YAML file, or one of the names below. Any key can be overridden on the command line: "
-            "`latentflow train own_images training.steps=50000`. Unknown keys are refused, and the nearest valid one is "
-            "named.\n",
+            "`latentflow train own_images training.steps=50000`. Unknown keys are refused, and the nearest valid one "
+            "is named.\n",
             "## Recipes of `latentflow train` {: #named }\n",
             _markdown_table(("Name", "What it trains"), rows),
             "## Recipes of `latentflow train-autoencoder` {: #named-autoencoders }\n",
@@ -168,15 +166,12 @@ def _rows(schema: Any, prefix: str) -> list[str]:
         for section in sections:
             kind = f", <code>kind: {_kind(section)}</code>" if len(sections) > 1 else ""
             about = _inline((section.__doc__ or "").strip().split("\n\n")[0])
-            rows.append(
-                f'<tr class="section"><td colspan="3"><code>{prefix}{name}</code>{kind}: {about}</td></tr>\n'
-            )
+            rows.append(f'<tr class="section"><td colspan="3"><code>{prefix}{name}</code>{kind}: {about}</td></tr>\n')
             rows += _rows(section, f"{prefix}{name}.")
         if not sections and name != "kind":
             value = "; ".join([html.escape(_type(field.annotation)), *_default(field)])
-            rows.append(
-                f"<tr><td><code>{prefix}{name}</code></td><td>{value}</td><td>{_inline(field.description or '')}</td></tr>\n"
-            )
+            cells = (f"<code>{prefix}{name}</code>", value, _inline(field.description or ""))
+            rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n")
     return rows
 
 
@@ -233,7 +228,9 @@ def python_page(room: str) -> str:
         return f"{head}\n::: latentflow.{room}\n"
     files = sorted((SOURCE / room).rglob("*.py"))
     names = [".".join(file.relative_to(SOURCE).with_suffix("").parts) for file in files if file.stem != "__init__"]
-    return head + "".join(f"\n## {name}\n\n::: latentflow.{name}\n    options: {{heading_level: 3}}\n" for name in names)
+    return head + "".join(
+        f"\n## {name}\n\n::: latentflow.{name}\n    options: {{heading_level: 3}}\n" for name in names
+    )
 
 
 # Equations

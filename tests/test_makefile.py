@@ -119,3 +119,11 @@ def test_the_oldest_versions_have_an_environment_of_their_own(project):
     for name, constraints in ((".venv", "constraints.txt"), (".venv-oldest", "constraints-oldest.txt")):
         made = (project / name / "made").read_text(encoding="utf-8").splitlines()
         assert f"--constraint {constraints} " in made[1]
+
+
+def test_what_builds_the_documentation_joins_the_environment_of_the_tests(project):
+    assert make(project, (3, 11), ".venv/installed-docs").returncode == 0
+    tests, docs = (project / ".venv" / "made").read_text(encoding="utf-8").splitlines()[1:]
+    assert tests.endswith("--constraint constraints.txt --editable .[dev]")
+    assert docs.endswith("--constraint constraints.txt --editable .[docs]")
+    assert "up to date" in make(project, (3, 11), ".venv/installed-docs").stdout

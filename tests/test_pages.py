@@ -87,7 +87,14 @@ def test_what_programs_import_is_there(page, program):
 @pytest.mark.parametrize("page", [*PAGES, *AROUND])
 def test_links_lead_to_files_and_headings(page):
     """Within the project; `make docs` looks at the pages that it generates."""
-    generated = {"reference/commands", "reference/recipes", "benchmarks", "contributing", "changelog", "reference/python/"}
+    generated = {
+        "reference/commands",
+        "reference/recipes",
+        "benchmarks",
+        "contributing",
+        "changelog",
+        "reference/python/",
+    }
     for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)):
         if link.startswith(("https://", "#")):
             continue
@@ -127,7 +134,7 @@ def test_names_that_contributing_says_are_in_the_files_it_names():
 
 
 def test_readme_draws_the_layers_that_are_tested():
-    drawn: dict[str, int] = {}
+    drawn, level = {}, -1
     picture = text_of("README.md").split("## How it is built\n\n")[1].partition("\n\n")[0]
     for number, names in re.findall(r"^    (\d| )  (.+)$", picture, re.MULTILINE):
         level = int(number) if number != " " else level
@@ -150,7 +157,9 @@ def test_readme_has_every_room_in_its_tree():
             path = SOURCE / folder / name if indented else SOURCE / name
             assert path.exists(), line
             named.add(name.rstrip("/"))
-    assert named >= {file.name for file in SOURCE.iterdir() if file.is_dir() and file.name not in ("__pycache__", "assets")}
+    assert named >= {
+        file.name for file in SOURCE.iterdir() if file.is_dir() and file.name not in ("__pycache__", "assets")
+    }
 
 
 def test_the_figures_of_a_gpu_are_those_that_were_stored():
@@ -199,7 +208,9 @@ def test_the_recipe_reference_has_every_key(hooks):
 
 def test_the_python_reference_has_every_file_of_a_room(hooks):
     page = hooks.python_page("flow")
-    assert [f"::: latentflow.flow.{file.stem}" in page for file in sorted((SOURCE / "flow").glob("[!_]*.py"))] == [True] * 6
+    assert [f"::: latentflow.flow.{file.stem}" in page for file in sorted((SOURCE / "flow").glob("[!_]*.py"))] == [
+        True
+    ] * 6
     assert all(is_there(room) for room in hooks.ROOMS)
 
 
