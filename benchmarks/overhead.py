@@ -47,8 +47,8 @@ from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import compile_blocks
 from latentflow.randomness import ImageRandom
 from latentflow.runtime import Runtime, open_runtime
+from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.pipeline import initial_noise
-from latentflow.sampling.request import SampleRequest
 from latentflow.shapes import Condition
 from latentflow.training import loop as loop_module
 from latentflow.training import step as step_module
@@ -274,7 +274,7 @@ def sampling_laps(recipe: Recipe, model: FlowModel, runtime: Runtime, solver: st
     """The parts of each step of the real solver, with the bare network's calls before it."""
     network, device = model.to(runtime).network.eval(), runtime.device
     batch_size, conditioning = recipe.training.batch_size, model.config.conditioning
-    noise = initial_noise(model, SampleRequest(seeds=range(batch_size)))
+    noise = initial_noise(model, Drawing(seeds=range(batch_size)))
     labels = torch.arange(batch_size) % conditioning.num_classes
     condition = conditioning.build(noise.shape, device, Condition(labels=labels))
     null = conditioning.without(condition, ["label"])

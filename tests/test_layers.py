@@ -26,6 +26,7 @@ LAYERS = {
     "plans": 0,
     "progress": 0,
     "records": 0,
+    "requests": 0,
     "weights": 0,
     "runtime": 1,
     "locks": 2,

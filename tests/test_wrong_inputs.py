@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from latentflow.sampling.request import SampleRequest
 from latentflow.training.settings import to_yaml
 from tests import tiny
 from tests.processes import run_here
@@ -319,8 +320,9 @@ def drawn(world) -> Path:
     """Pictures of two models, one folder each and one of both."""
     from latentflow.commands.sample import sample
 
-    sample(str(world / "unconditional"), world / "samples_of_another", num=2, steps=1, solver="euler")
-    sample(str(world / "model"), world / "mixed_samples", num=2, steps=1, solver="euler")
+    request = SampleRequest(num=2, steps=1, solver="euler")
+    sample(str(world / "unconditional"), request, world / "samples_of_another")
+    sample(str(world / "model"), request, world / "mixed_samples")
     for file in (world / "samples_of_another").glob("*.png"):
         shutil.copy(file, world / "mixed_samples" / f"another-{file.name}")
     return world

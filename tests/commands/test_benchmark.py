@@ -11,7 +11,8 @@ import torch
 from latentflow.commands.benchmark import benchmark, multiply_adds
 from latentflow.errors import ConfigError
 from latentflow.model.flow_model import read_config
-from latentflow.sampling.request import make_request
+from latentflow.sampling.drawing import make_drawing
+from latentflow.sampling.request import SampleRequest
 from tests import tiny
 from tests.processes import run_here
 
@@ -74,7 +75,7 @@ def test_multiply_adds_are_those_of_the_layers(deterministic):
 
     for module in model.network.modules():
         module.register_forward_hook(count)
-    made = multiply_adds(model, make_request(model, num=2))
+    made = multiply_adds(model, make_drawing(model, SampleRequest(num=2)))
     tokens, config = (tiny.IMAGE_SIZE // tiny.FACTOR // 2) ** 2, model.config.network
     assert made == counted["n"] + config.depth * 2 * tokens**2 * config.hidden_size
 

@@ -30,6 +30,7 @@ from latentflow.metrics.pairs import PairJudge, psnr, ssim
 from latentflow.metrics.scores import frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
 from latentflow.metrics.stored_statistics import load_reference
+from latentflow.sampling.request import SampleRequest
 from tests import tiny
 from tests.metrics.features.test_lpips import published
 from tests.processes import finish, run_here, start, start_processes, wait_until
@@ -419,7 +420,7 @@ def test_a_report_is_compared_by_its_folder(command, tmp_path, model_folder, ima
 def drawn(tmp_path_factory, model_folder) -> Path:
     """Six samples, and the grid of them."""
     folder = tmp_path_factory.mktemp("drawn")
-    sample(model_folder, folder, num=6, runtime=tiny.CPU)
+    sample(model_folder, SampleRequest(num=6), folder, runtime=tiny.CPU)
     return folder
 
 
@@ -480,7 +481,7 @@ def test_a_sample_that_says_more_than_usual_is_read_whole(command, tmp_path, dra
 def test_samples_of_two_requests_are_never_one_score(command, tmp_path, drawn, model_folder, images, request_, said):
     mixed = tmp_path / "mixed"
     shutil.copytree(drawn, mixed)
-    sample(model_folder, mixed / "more", runtime=tiny.CPU, **request_)
+    sample(model_folder, SampleRequest(**request_), mixed / "more", runtime=tiny.CPU)
     result = command(mixed, "--data", images, *FAST, "--metrics", "fid")
     assert result.code == 2
     assert said in result.error
@@ -490,7 +491,7 @@ def test_samples_of_two_models_and_strangers(command, tmp_path, drawn, kl, image
     mixed = tmp_path / "mixed"
     shutil.copytree(drawn, mixed)
     tiny.model(kl, seed=7).save_pretrained(tmp_path / "another")
-    sample(tmp_path / "another", mixed / "more", num=8, runtime=tiny.CPU)
+    sample(tmp_path / "another", SampleRequest(num=8), mixed / "more", runtime=tiny.CPU)
     result = command(mixed, "--data", images, *FAST, "--metrics", "fid")
     assert result.code == 2
     assert "holds images of 2 sets" in result.error

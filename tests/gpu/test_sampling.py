@@ -13,9 +13,10 @@ from latentflow.networks.running import is_compiled
 from latentflow.runtime import Runtime
 from latentflow.sampling import cost, pipeline
 from latentflow.sampling.cost import compile_where_it_pays
+from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.picture_file import read_facts
 from latentflow.sampling.pipeline import Given, draw, draw_all
-from latentflow.sampling.request import make_request
+from latentflow.sampling.request import SampleRequest
 from tests import tiny
 
 FIXED = {"solver": "heun", "steps": 6, "guidance": 2.0, "guidance_interval": (0.2, 0.7)}
@@ -36,7 +37,7 @@ def near(one: torch.Tensor, other: torch.Tensor, tolerance: float = 0.05) -> boo
 @pytest.mark.parametrize("solver", ["euler", "heun", "ab3"])
 def test_a_whole_batch_is_asked_for_without_waiting(cuda, model, solver):
     """From its seeds to 8-bit pixels on their way to the host. CUDA itself raises where anything synchronises."""
-    request = make_request(model, num=6, seed=3, **{**FIXED, "solver": solver})
+    request = make_drawing(model, SampleRequest(num=6, seed=3, **{**FIXED, "solver": solver}))
     first = pipeline._begin(model, request, Given()).arrived()  # what is made once is made
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -51,7 +52,7 @@ def test_a_whole_batch_is_asked_for_without_waiting(cuda, model, solver):
 
 def test_batches_that_overlap_are_what_they_are_alone(model):
     """The next batch is on its way while the pixels of one arrive."""
-    request = make_request(model, num=20, **FIXED)
+    request = make_drawing(model, SampleRequest(num=20, **FIXED))
     together = list(draw(model, request, batch_size=4))
     for number, samples in enumerate(together):
         alone = pipeline._begin(model, request.at(slice(4 * number, 4 * number + 4)), Given()).arrived()
@@ -61,16 +62,16 @@ def test_batches_that_overlap_are_what_they_are_alone(model):
 
 def test_seconds_are_those_of_the_device(model):
     began = time.perf_counter()
-    parts = list(draw(model, make_request(model, num=12, **FIXED), batch_size=4))
+    parts = list(draw(model, make_drawing(model, SampleRequest(num=12, **FIXED)), batch_size=4))
     assert all(part.seconds > 0 for part in parts)
     assert sum(part.seconds for part in parts) <= time.perf_counter() - began
 
 
 def test_a_picture_does_not_depend_on_its_batch(model):
     """In bf16 as far as that goes."""
-    whole = draw_all(model, make_request(model, num=8, **FIXED), batch_size=8)
+    whole = draw_all(model, make_drawing(model, SampleRequest(num=8, **FIXED)), batch_size=8)
     for batch_size in (1, 3):
-        parts = draw_all(model, make_request(model, num=8, **FIXED), batch_size=batch_size)
+        parts = draw_all(model, make_drawing(model, SampleRequest(num=8, **FIXED)), batch_size=batch_size)
         assert near(parts.latents, whole.latents)
         assert torch.equal(parts.evaluations, whole.evaluations)
 
@@ -78,7 +79,7 @@ def test_a_picture_does_not_depend_on_its_batch(model):
 @pytest.mark.parametrize("solver", ["bosh3", "dopri5"])
 def test_adaptive_steps_do_not_depend_on_the_batch(model, solver):
     """Nobody asked for bf16, so the network computes in float32, and IEEE products on a GPU."""
-    request = make_request(model, num=8, solver=solver, rtol=1e-3, atol=1e-3, guidance=2.0)
+    request = make_drawing(model, SampleRequest(num=8, solver=solver, rtol=1e-3, atol=1e-3, guidance=2.0))
     assert request.precision == "fp32"
     whole = draw_all(model, request, batch_size=8)
     for batch_size in (1, 3):
@@ -90,7 +91,7 @@ def test_adaptive_steps_do_not_depend_on_the_batch(model, solver):
 
 def test_a_compiled_job_draws_the_same(cuda, model, monkeypatch, caplog):
     """Its last batch is filled up; all is compiled before the first one."""
-    request = make_request(model, num=10, **FIXED)
+    request = make_drawing(model, SampleRequest(num=10, **FIXED))
     plain = draw_all(model, request, batch_size=4)
     monkeypatch.setattr(cost, "_WORTH_SECONDS", 0.0)
     compile_where_it_pays(model, request, batch_size=4, num_batches=3)
@@ -120,5 +121,7 @@ def test_a_slice_takes_no_more_than_is_thought(cuda, kl_folder, way):
 
 def test_a_picture_says_what_its_network_computed_in(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
-    drawn = sample_command(tmp_path / "model", tmp_path / "drawn", num=3, batch_size=2, runtime=model.runtime, **FIXED)
+    drawn = sample_command(
+        tmp_path / "model", SampleRequest(num=3, **FIXED), tmp_path / "drawn", batch_size=2, runtime=model.runtime
+    )
     assert [read_facts(str(file))["precision"] for file in drawn.files] == ["bf16"] * 3

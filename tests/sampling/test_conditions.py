@@ -11,8 +11,9 @@ from latentflow.api import LatentFlow
 from latentflow.errors import ConfigError
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
+from latentflow.sampling.drawing import Drawing, check_drawing, guided_by, make_drawing
 from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, initial_noise, sample
-from latentflow.sampling.request import SampleRequest, check_request, guided_by, make_request
+from latentflow.sampling.request import SampleRequest
 from latentflow.shapes import Condition
 from tests import tiny
 from tests.sampling.test_pipeline import ROUNDING, same_pictures
@@ -38,9 +39,11 @@ def given(num_images: int, seed: int = 0) -> Given:
     )
 
 
-def request(model: LatentFlow, num: int, told: list[str] = EVERYTHING, **preset) -> SampleRequest:
+def request(model: LatentFlow, num: int, told: list[str] = EVERYTHING, **preset) -> Drawing:
     classes = ["cherry", "apple"] if "label" in told else []
-    return make_request(model, num=num, classes=classes, told=[name for name in told if name != "label"], **preset)
+    return make_drawing(
+        model, SampleRequest(num=num, classes=classes, **preset), told=[name for name in told if name != "label"]
+    )
 
 
 def told_only(told: list[str], whole: Given) -> Given:
@@ -129,9 +132,9 @@ def test_no_class_draws_unconditionally(kl, nobody):
 
 def test_classes_of_a_model_that_is_told_more(model):
     """All classes in turn where nothing else is told, as ever; none where space is told."""
-    assert make_request(model, num=4).labels == [0, 1, 2, 0]
-    assert make_request(model, num=4, told=SPACE).labels == []
-    assert make_request(model, num=4, told=SPACE, classes=["berry"]).told == ["label", *SPACE]
+    assert make_drawing(model, SampleRequest(num=4)).labels == [0, 1, 2, 0]
+    assert make_drawing(model, SampleRequest(num=4), told=SPACE).labels == []
+    assert make_drawing(model, SampleRequest(num=4, classes=["berry"]), told=SPACE).told == ["label", *SPACE]
 
 
 def test_noise_in_place_of_the_seeds_own(model):
@@ -141,7 +144,9 @@ def test_noise_in_place_of_the_seeds_own(model):
     assert torch.equal(again.latents, drawn.latents)
     elsewhere = sample(model, num=3, seed=70, noise=own, batch_size=2)
     same_pictures(elsewhere, drawn)
-    one_for_all = draw_all(model, make_request(model, num=3, classes=["berry"]), Given(noise=own[:1])).latents
+    one_for_all = draw_all(
+        model, make_drawing(model, SampleRequest(num=3, classes=["berry"])), Given(noise=own[:1])
+    ).latents
     torch.testing.assert_close(one_for_all[0], one_for_all[2], rtol=0, atol=ROUNDING)
     with pytest.raises(ConfigError, match=r"noise of shape \[2, 4, 8, 8\]; 3 images of this model need \[3, 4, 8, 8\]"):
         sample(model, num=3, noise=own[:2])
@@ -235,10 +240,10 @@ def test_a_condition_that_was_never_dropped_must_be_told(kl, missing, said):
     with pytest.raises(ConfigError) as caught:
         request(model, 1, [name for name in EVERYTHING if name != missing])
     assert said in str(caught.value)
-    check_request(model, request(model, 1, EVERYTHING))
+    check_drawing(model, request(model, 1, EVERYTHING))
 
 
 @pytest.mark.parametrize("kind", SPACE)
 def test_a_condition_that_the_model_has_not_is_refused(kl, kind):
     with pytest.raises(ConfigError, match=f"not trained with the condition {kind}; it is conditioned on label"):
-        make_request(tiny.model(kl), told=[kind])
+        make_drawing(tiny.model(kl), SampleRequest(num=1), told=[kind])

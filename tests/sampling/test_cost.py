@@ -10,8 +10,9 @@ import torch
 from latentflow.networks.running import compile_blocks, is_compiled
 from latentflow.sampling import cost
 from latentflow.sampling.cost import compile_where_it_pays
+from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.pipeline import Given, draw, draw_all
-from latentflow.sampling.request import make_request
+from latentflow.sampling.request import SampleRequest
 from tests import tiny
 
 
@@ -42,7 +43,7 @@ def calls_of(model, monkeypatch) -> list[int]:
 )
 def test_a_long_job_is_compiled_once_for_batches_of_one_size(model, monkeypatch, caplog, preset, sizes):
     """The last batch is filled up, so that nothing is compiled anew; the pictures are those of the plain network."""
-    request = make_request(model, num=10, solver="heun", steps=5, **preset)
+    request = make_drawing(model, SampleRequest(num=10, solver="heun", steps=5, **preset))
     plain = draw_all(model, request, batch_size=4)
     monkeypatch.setattr(cost, "_seconds_of_a_call", lambda *given: 10.0)
     compile_where_it_pays(model, request, batch_size=4, num_batches=3)
@@ -59,7 +60,9 @@ def test_a_long_job_is_compiled_once_for_batches_of_one_size(model, monkeypatch,
 
 def test_all_shapes_are_compiled_before_drawing(model, monkeypatch):
     """The warm-up calls the network for the very batches that are drawn; drawing then compiles nothing."""
-    request = make_request(model, num=7, solver="heun", steps=5, guidance=2.0, guidance_interval=(0.2, 0.6))
+    request = make_drawing(
+        model, SampleRequest(num=7, solver="heun", steps=5, guidance=2.0, guidance_interval=(0.2, 0.6))
+    )
     monkeypatch.setattr(cost, "_WORTH_SECONDS", 0.0)
     compile_where_it_pays(model, request, batch_size=3, num_batches=3)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -77,7 +80,7 @@ def test_all_shapes_are_compiled_before_drawing(model, monkeypatch):
 )
 def test_what_is_not_compiled(model, monkeypatch, preset, seconds, num_batches):
     monkeypatch.setattr(cost, "_seconds_of_a_call", lambda *given: seconds)
-    request = make_request(model, num=10, **preset)
+    request = make_drawing(model, SampleRequest(num=10, **preset))
     compile_where_it_pays(model, request, batch_size=4, num_batches=num_batches)
     assert not is_compiled(model.network)
 
@@ -85,12 +88,12 @@ def test_what_is_not_compiled(model, monkeypatch, preset, seconds, num_batches):
 def test_a_cpu_compiles_nothing(kl, monkeypatch):
     monkeypatch.setattr(cost, "_seconds_of_a_call", lambda *given: 1000.0)
     model = tiny.model(kl)
-    compile_where_it_pays(model, make_request(model, num=10), batch_size=4, num_batches=100)
+    compile_where_it_pays(model, make_drawing(model, SampleRequest(num=10)), batch_size=4, num_batches=100)
     assert not is_compiled(model.network)
 
 
 def test_what_pictures_are_drawn_from_is_filled_up_as_well(model):
-    request = make_request(model, num=3, solver="heun", steps=5)
+    request = make_drawing(model, SampleRequest(num=3, solver="heun", steps=5))
     noise = torch.randn(3, *model.config.latent_shape, generator=torch.Generator().manual_seed(0))
     given = Given(noise=noise, latents=noise[:1], hole=torch.ones(1, 1, *noise.shape[2:]))
     plain = draw_all(model, request, given, batch_size=8)

@@ -15,9 +15,9 @@ from latentflow.api import LatentFlow
 from latentflow.autoencoder import to_unit_range
 from latentflow.data.pictures.crop import center_crop
 from latentflow.errors import ConfigError, DataError
+from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.edits import image_to_image, interpolate, variation_seed, vary
 from latentflow.sampling.pipeline import Given, draw_all, initial_noise, sample
-from latentflow.sampling.request import SampleRequest
 from tests import tiny
 from tests.fields import LinearField
 
@@ -51,7 +51,7 @@ def latents_of(model: LatentFlow, photo: Path) -> torch.Tensor:
 
 
 def noise_of(model: LatentFlow, *seeds: int) -> torch.Tensor:
-    return initial_noise(model, SampleRequest(seeds=list(seeds)))
+    return initial_noise(model, Drawing(seeds=list(seeds)))
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> None:
@@ -254,7 +254,7 @@ def test_a_png_holds_what_draws_it_again(model, photo, tmp_path):
                 pixels = np.array(image).astype(int)
             assert told["task"] == task
             assert told["evaluations"] == drawn.evaluations[row]
-            request = SampleRequest.model_validate({key: told[key] for key in SampleRequest.model_fields})
+            request = Drawing.model_validate({key: told[key] for key in Drawing.model_fields})
             again = draw_all(model, request, given.get(task, Given()))
             close(again.latents[0], drawn.latents[row])
             assert np.abs(np.array(again.images[0]).astype(int) - pixels).max() <= 1

@@ -6,8 +6,8 @@ import unicodedata
 
 import pytest
 
+from latentflow.sampling.drawing import Blend, Drawing
 from latentflow.sampling.naming import file_names, picture_facts, picture_name
-from latentflow.sampling.request import Blend, SampleRequest
 
 NAMES = ("cat", "dog", "and/or", "owl")
 
@@ -26,14 +26,14 @@ NAMES = ("cat", "dog", "and/or", "owl")
     ],
 )
 def test_a_picture_is_called_by_class_and_seed(of, name):
-    assert picture_name(SampleRequest(seeds=[17], **of), NAMES) == name
+    assert picture_name(Drawing(seeds=[17], **of), NAMES) == name
 
 
 def test_a_picture_says_its_classes_by_name():
-    request = SampleRequest(seeds=[17], labels=[2], blends=[Blend(seed=17, weight=0.5, label=3)])
+    request = Drawing(seeds=[17], labels=[2], blends=[Blend(seed=17, weight=0.5, label=3)])
     facts = picture_facts(request, NAMES, {"model": "m"})
     assert (facts["class_name"], facts["to_class_name"], facts["drawn_by"]) == ("and/or", "owl", {"model": "m"})
-    assert SampleRequest.model_validate({name: facts[name] for name in SampleRequest.model_fields}) == request
+    assert Drawing.model_validate({name: facts[name] for name in Drawing.model_fields}) == request
 
 
 @pytest.mark.parametrize(
@@ -77,5 +77,5 @@ def test_long_names_stay_short_and_whole():
     long = ("é" * 200 + "a", "é" * 200 + "b")
     found = file_names(long)
     assert len(set(found)) == 2
-    request = SampleRequest(seeds=[2**63 - 1], labels=[0], blends=[Blend(seed=2**62, weight=1, label=1)])
+    request = Drawing(seeds=[2**63 - 1], labels=[0], blends=[Blend(seed=2**62, weight=1, label=1)])
     assert len(picture_name(request, long).encode()) <= 255

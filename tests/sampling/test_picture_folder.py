@@ -14,8 +14,9 @@ from latentflow.commands.invert import invert
 from latentflow.commands.sample import sample
 from latentflow.commands.vary import vary
 from latentflow.errors import ArtifactError
+from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.picture_folder import PictureFolder
-from latentflow.sampling.request import make_request
+from latentflow.sampling.request import SampleRequest
 from tests import tiny
 
 
@@ -30,8 +31,10 @@ def models(tmp_path_factory, kl) -> Path:
 
 @pytest.fixture
 def draw(models):
-    def drawn(out, number=0, runtime=tiny.CPU, **request):
-        return sample(models / str(number) / "fruit", out, runtime=runtime, **request)
+    def drawn(out, number=0, runtime=tiny.CPU, batch_size=16, **request):
+        return sample(
+            models / str(number) / "fruit", SampleRequest(**request), out, batch_size=batch_size, runtime=runtime
+        )
 
     return drawn
 
@@ -125,9 +128,9 @@ def test_what_is_no_picture_is_of_no_concern(draw, tmp_path):
 
 
 def test_a_folder_by_another_name_holds_the_same_model(models, tmp_path, monkeypatch):
-    sample(models / "0" / "fruit", tmp_path, num=2, runtime=tiny.CPU)
+    sample(models / "0" / "fruit", SampleRequest(num=2), tmp_path, runtime=tiny.CPU)
     monkeypatch.chdir(models / "0")
-    assert sample("fruit", tmp_path, num=2, runtime=tiny.CPU).kept == 2
+    assert sample("fruit", SampleRequest(num=2), tmp_path, runtime=tiny.CPU).kept == 2
 
 
 def test_the_original_of_variations_is_the_picture_of_sample(models, draw, tmp_path):
@@ -151,7 +154,7 @@ def test_edits_complete_and_never_mix(verb, models, tmp_path):
     with pytest.raises(ArtifactError, match="not of this request"):
         verb(models / "1" / "fruit", out, num=3, runtime=tiny.CPU)
     with pytest.raises(ArtifactError, match="not of this request"):
-        sample(model, out, num=3, runtime=tiny.CPU)
+        sample(model, SampleRequest(num=3), out, runtime=tiny.CPU)
     assert tiny.tree(out) == before
 
 
@@ -175,7 +178,7 @@ def test_each_picture_names_the_weights(models, draw, tmp_path):
     with Image.open(file) as image:
         facts = json.loads(image.text["latentflow"])
     assert facts["drawn_by"]["weights"] == flow.weights_hash[:12]
-    PictureFolder(flow, tmp_path, make_request(flow, num=1))
+    PictureFolder(flow, tmp_path, make_drawing(flow, SampleRequest(num=1)))
     other = LatentFlow.from_pretrained(models / "1" / "fruit", runtime=tiny.CPU)
     assert other.weights_hash != flow.weights_hash
 

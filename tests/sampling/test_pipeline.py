@@ -25,8 +25,9 @@ from latentflow.flow.solvers import SOLVERS, integrate, is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.runtime import Runtime
 from latentflow.sampling import pipeline
+from latentflow.sampling.drawing import Drawing, check_drawing, make_drawing
 from latentflow.sampling.pipeline import Given, draw, draw_all, initial_noise, join_samples, sample
-from latentflow.sampling.request import SampleRequest, check_request, make_request
+from latentflow.sampling.request import SampleRequest
 from latentflow.shapes import Condition
 from tests import processes, tiny
 from tests.dispatch import watched
@@ -116,17 +117,17 @@ def test_adaptive_images_have_steps_of_their_own(kl):
 
 def test_a_picture_does_not_depend_on_its_neighbours(model):
     """The same two seeds and classes amid others, and in another order."""
-    preset = make_request(model, num=1, guidance=2.0, solver="dopri5", rtol=1e-3, atol=1e-3).sampling
-    alone = SampleRequest(seeds=[7, 8], labels=[2, 0], told=["label"], sampling=preset)
-    amid = SampleRequest(seeds=[1, 8, 2, 7, 3], labels=[0, 0, 1, 2, 1], told=["label"], sampling=preset)
+    preset = make_drawing(model, SampleRequest(num=1, guidance=2.0, solver="dopri5", rtol=1e-3, atol=1e-3)).sampling
+    alone = Drawing(seeds=[7, 8], labels=[2, 0], told=["label"], sampling=preset)
+    amid = Drawing(seeds=[1, 8, 2, 7, 3], labels=[0, 0, 1, 2, 1], told=["label"], sampling=preset)
     one, other = (join_samples(list(draw(model, request))) for request in (alone, amid))
     torch.testing.assert_close(one.latents, other.latents[[3, 1]], rtol=0, atol=ROUNDING)
     assert torch.equal(one.evaluations, other.evaluations[[3, 1]])
 
 
 def test_seeds_and_labels_make_the_picture(model):
-    preset = make_request(model).sampling
-    request = SampleRequest(seeds=[3, 3, 3, 4], labels=[1, 1, 2, 1], told=["label"], sampling=preset)
+    preset = make_drawing(model, SampleRequest(num=1)).sampling
+    request = Drawing(seeds=[3, 3, 3, 4], labels=[1, 1, 2, 1], told=["label"], sampling=preset)
     latents = join_samples(list(draw(model, request))).latents
     torch.testing.assert_close(latents[0], latents[1], rtol=0, atol=ROUNDING)
     assert (latents[0] - latents[2]).abs().max() > 0.1
@@ -150,11 +151,11 @@ def test_the_global_generator_has_no_say(model):
 
 
 def test_noise_is_standard_normal_and_its_own(model):
-    noise = initial_noise(model, SampleRequest(seeds=range(200)))
+    noise = initial_noise(model, Drawing(seeds=range(200)))
     assert noise.shape == (200, *model.config.latent_shape)
     assert abs(noise.mean().item()) < 4 / noise.numel() ** 0.5
     assert abs(noise.std().item() - 1) < 4 / (2 * noise.numel()) ** 0.5
-    assert torch.equal(initial_noise(model, SampleRequest(seeds=[17]))[0], noise[17])
+    assert torch.equal(initial_noise(model, Drawing(seeds=[17]))[0], noise[17])
     assert (noise[0] - noise[1]).abs().max() > 1
 
 
@@ -257,11 +258,11 @@ def computing(model: LatentFlow, word: str, *, asked: bool = True) -> LatentFlow
 )
 def test_what_a_network_computes_in(model, word, asked, solver, computed, caplog):
     """As asked; of itself, a solver that looks at small differences gets float32. A picture says which."""
-    request = make_request(computing(model, word, asked=asked), solver=solver)
+    request = make_drawing(computing(model, word, asked=asked), SampleRequest(num=1, solver=solver))
     assert request.precision == computed
     coarse = is_adaptive(solver) and computed != "fp32"
     assert (f"{computed} rounds more than that" in caplog.text) == coarse
-    assert SampleRequest(seeds=[0]).precision == "fp32"
+    assert Drawing(seeds=[0]).precision == "fp32"
 
 
 @pytest.mark.parametrize("solver", ["heun", "ab2", "bosh3"])
@@ -302,7 +303,7 @@ def test_a_batch_is_asked_for_without_waiting(kl, monkeypatch, solver, guidance)
     model = tiny.model(Autoencoder(tiny.kl(), "meta"))
     model.to("meta")
     monkeypatch.setattr(pipeline, "_fetched", lambda tensor: tensor)
-    request = make_request(model, num=5, solver=solver, steps=3, **guidance)
+    request = make_drawing(model, SampleRequest(num=5, solver=solver, steps=3, **guidance))
     for _ in range(2):  # constants are sent once, before the first batch
         with watched() as waits:
             begun = pipeline._begin(model, request, Given())
@@ -313,11 +314,11 @@ def test_a_batch_is_asked_for_without_waiting(kl, monkeypatch, solver, guidance)
 
 def test_the_next_batch_is_begun_before_the_first_one_arrives(model, monkeypatch):
     """As on a GPU; the pictures are the same, in the same order."""
-    usual = list(draw(model, make_request(model, num=5), batch_size=2))
+    usual = list(draw(model, make_drawing(model, SampleRequest(num=5)), batch_size=2))
     begin, begun, seen = pipeline._begin, [], []
     monkeypatch.setattr(pipeline, "_batches_ahead", lambda device: 1)
     monkeypatch.setattr(pipeline, "_begin", lambda *given: begun.append(given[1].seeds) or begin(*given))
-    for samples in draw(model, make_request(model, num=5), batch_size=2):
+    for samples in draw(model, make_drawing(model, SampleRequest(num=5)), batch_size=2):
         assert torch.equal(samples.pixels, usual[len(seen)].pixels)
         seen.append(samples.request.seeds)
         assert len(begun) == min(len(seen) + 1, 3)
@@ -336,7 +337,7 @@ def test_nothing_is_delivered_in_the_place_of_what_failed(model, monkeypatch):
     monkeypatch.setattr(pipeline, "_batches_ahead", lambda device: 1)
     monkeypatch.setattr(pipeline._Begun, "arrived", damaged)
     with pytest.raises(NonFiniteError, match="no picture"):
-        seen.extend(samples.request.seeds for samples in draw(model, make_request(model, num=5), batch_size=1))
+        seen.extend(samples.request.seeds for samples in draw(model, make_drawing(model, SampleRequest(num=5)), batch_size=1))
     assert seen == [[0]]
 
 
@@ -351,7 +352,7 @@ def test_what_was_drawn_before_an_error_is_delivered(model, monkeypatch):
     monkeypatch.setattr(pipeline, "_batches_ahead", lambda device: 1)
     monkeypatch.setattr(pipeline, "_begin", fails_at_the_third)
     with pytest.raises(NonFiniteError, match="no picture"):
-        seen.extend(samples.request.seeds for samples in draw(model, make_request(model, num=5), batch_size=1))
+        seen.extend(samples.request.seeds for samples in draw(model, make_drawing(model, SampleRequest(num=5)), batch_size=1))
     assert seen == [[0], [1]]
 
 
@@ -359,38 +360,38 @@ def test_what_was_drawn_before_an_error_is_delivered(model, monkeypatch):
 
 
 def test_classes_are_dealt_out_in_turn(model):
-    assert make_request(model, num=5, classes=["cherry", "apple"], seed=7).labels == [2, 0, 2, 0, 2]
-    assert make_request(model, num=3, classes=["#1", 2]).labels == [1, 2, 1]
-    assert make_request(model, num=3, classes="berry").labels == [1] * 3
+    assert make_drawing(model, SampleRequest(num=5, classes=["cherry", "apple"], seed=7)).labels == [2, 0, 2, 0, 2]
+    assert make_drawing(model, SampleRequest(num=3, classes=["#1", 2])).labels == [1, 2, 1]
+    assert make_drawing(model, SampleRequest(num=3, classes="berry")).labels == [1] * 3
 
 
 def test_a_seed_has_a_class_of_its_own_where_none_is_asked_for(model):
-    assert make_request(model, num=5).labels == [0, 1, 2, 0, 1]
+    assert make_drawing(model, SampleRequest(num=5)).labels == [0, 1, 2, 0, 1]
     for seed in range(5):
-        assert make_request(model, seed=seed).labels == [seed % 3]
-    assert make_request(model, seed=5, task="image-to-image").labels == []
+        assert make_drawing(model, SampleRequest(num=1, seed=seed)).labels == [seed % 3]
+    assert make_drawing(model, SampleRequest(num=1, seed=5), task="image-to-image").labels == []
 
 
 def test_a_class_that_no_training_image_had_is_never_drawn(kl):
     model = tiny.model(kl)
     training = model.config.training.model_copy(update={"images_per_class": [6, 0, 6]})
     model.config = model.config.model_copy(update={"training": training})
-    assert make_request(model, num=5).labels == [0, 2, 0, 2, 0]
-    assert make_request(model, num=2, classes=["cherry", "apple"]).labels == [2, 0]
+    assert make_drawing(model, SampleRequest(num=5)).labels == [0, 2, 0, 2, 0]
+    assert make_drawing(model, SampleRequest(num=2, classes=["cherry", "apple"])).labels == [2, 0]
     for asked in (["berry"], ["#1"], [2, 1], "berry"):
         with pytest.raises(ConfigError, match=r"'berry' was in no training image.* it learned 2 of its 3 classes"):
-            make_request(model, num=2, classes=asked)
+            make_drawing(model, SampleRequest(num=2, classes=asked))
 
 
 def test_seeds_count_upwards(model):
-    assert make_request(model, num=3, seed=40).seeds == [40, 41, 42]
+    assert make_drawing(model, SampleRequest(num=3, seed=40)).seeds == [40, 41, 42]
 
 
 def test_what_is_not_asked_for_comes_from_the_model(kl):
     model = tiny.model(kl, solver="rk4", steps=7, guidance=2.5, guidance_interval=(0.1, 0.9))
-    assert make_request(model).sampling == model.config.sampling
-    assert make_request(model, steps=3).sampling == model.config.sampling.model_copy(update={"steps": 3})
-    assert make_request(model, guidance=0.0).sampling.guidance == 0.0
+    assert make_drawing(model, SampleRequest(num=1)).sampling == model.config.sampling
+    assert make_drawing(model, SampleRequest(num=1, steps=3)).sampling == model.config.sampling.model_copy(update={"steps": 3})
+    assert make_drawing(model, SampleRequest(num=1, guidance=0.0)).sampling.guidance == 0.0
 
 
 @pytest.mark.parametrize(
@@ -407,12 +408,12 @@ def test_what_is_not_asked_for_comes_from_the_model(kl):
         ({"steps": 0}, "steps 0: give a whole number from 1 to 10,000"),
         ({"steps": 10**9}, "steps 1000000000"),
         ({"steps": 2.5}, "steps 2.5"),
-        ({"steps": "3"}, "steps 3"),
+        ({"steps": "3"}, "steps '3'"),
         ({"guidance": -1.0}, "guidance -1: give a number from 0 to 1000; 1 switches it off"),
         ({"guidance": float("nan")}, "guidance nan"),
         ({"guidance": float("inf")}, "guidance inf"),
         ({"guidance": 1e30}, "guidance 1e+30"),
-        ({"guidance": "much"}, "guidance much"),
+        ({"guidance": "much"}, "guidance 'much'"),
         ({"guidance_interval": (0.8, 0.2), "guidance": 2.0}, "0.8"),
         ({"guidance_interval": (-0.1, 0.2), "guidance": 2.0}, "-0.1"),
         ({"guided_channels": 5, "guidance": 2.0}, "guided_channels 5: give a whole number from 1 to 4"),
@@ -438,7 +439,7 @@ def test_what_is_not_asked_for_comes_from_the_model(kl):
 )
 def test_requests_that_cannot_be_drawn(model, given, said):
     with pytest.raises(ConfigError) as caught:
-        make_request(model, **given)
+        make_drawing(model, SampleRequest(**{"num": 1, **given}))
     assert said in str(caught.value)
 
 
@@ -457,7 +458,7 @@ def test_guidance_needs_a_null_condition_that_was_trained(kl):
 @pytest.mark.parametrize("labels", [[], [0], [0, 1, 2], [0, 3]])
 def test_labels_that_do_not_fit_the_seeds(model, labels):
     with pytest.raises(ConfigError):
-        check_request(model, SampleRequest(seeds=[0, 1], labels=labels, told=["label"]))
+        check_drawing(model, Drawing(seeds=[0, 1], labels=labels, told=["label"]))
 
 
 def test_every_solver_draws(model):
@@ -468,22 +469,22 @@ def test_every_solver_draws(model):
 
 
 def test_another_solver_says_what_it_keeps_of_the_preset(model, caplog):
-    make_request(model, solver="dopri5")
-    make_request(model, solver="dopri5")
+    make_drawing(model, SampleRequest(num=1, solver="dopri5"))
+    make_drawing(model, SampleRequest(num=1, solver="dopri5"))
     assert caplog.messages == ["dopri5 takes rtol 1e-05 and atol 1e-05 from the model's preset, which draws with euler"]
-    make_request(model, solver="dopri5", rtol=1e-2, atol=1e-2, shift=1.0)
-    make_request(model, solver="heun")
-    make_request(model, guidance_interval=(0.0, 1.0), guidance=1.0)
+    make_drawing(model, SampleRequest(num=1, solver="dopri5", rtol=1e-2, atol=1e-2, shift=1.0))
+    make_drawing(model, SampleRequest(num=1, solver="heun"))
+    make_drawing(model, SampleRequest(num=1, guidance_interval=(0.0, 1.0), guidance=1.0))
     assert len(caplog.messages) == 1
 
 
 def test_steps_of_an_adaptive_preset_are_said(kl, caplog):
     model = tiny.model(kl, solver="dopri5", steps=7)
     with pytest.raises(ConfigError, match="steps 3 has no effect with dopri5, the solver of the model's preset"):
-        make_request(model, steps=3)
-    assert make_request(model, solver="heun").sampling.steps == 7
+        make_drawing(model, SampleRequest(num=1, steps=3))
+    assert make_drawing(model, SampleRequest(num=1, solver="heun")).sampling.steps == 7
     assert caplog.messages == ["heun takes steps 7 from the model's preset, which draws with dopri5"]
-    assert make_request(model, solver="heun", steps=3).sampling.steps == 3  # what the error advises
+    assert make_drawing(model, SampleRequest(num=1, solver="heun", steps=3)).sampling.steps == 3  # what the error advises
     assert len(caplog.messages) == 1
 
 
@@ -510,7 +511,7 @@ def test_latents_that_are_not_finite_raise(kl, solver):
 
 
 def test_overflow_in_half_precision_names_a_remedy(model):
-    begun = pipeline._begin(model, make_request(model, num=3), Given())
+    begun = pipeline._begin(model, make_drawing(model, SampleRequest(num=3)), Given())
     latents = torch.zeros(begun.latents.shape)
     latents[1, 0, 0, 0] = float("inf")
     for word, remedy in (("bf16", "the weights are damaged"), ("fp16", "use --precision bf16 or tf32")):
@@ -523,7 +524,7 @@ def test_batches_and_memory_are_bounded(model):
     for size in (0, -1, 10**9, 2.5):
         with pytest.raises(ConfigError, match=f"batch size {size}: give a whole number from 1 to 65,536"):
             sample(model, batch_size=size)
-    request = make_request(model, num=10**6).model_copy(update={"image_size": (256, 256)})
+    request = make_drawing(model, SampleRequest(num=10**6)).model_copy(update={"image_size": (256, 256)})
     with pytest.raises(ConfigError, match="1,000,000 images of 256 x 256 pixels at once in memory: at most 43,690"):
         draw_all(model, request)
 
@@ -547,7 +548,7 @@ def test_a_png_holds_its_request_and_can_be_made_again(model, tmp_path):
         assert (pixels == drawn.pixels[row].permute(1, 2, 0).numpy()).all()
         assert told["class_name"] == ("cherry", "apple", "cherry")[row]
         assert told["evaluations"] == drawn.evaluations[row]
-        again = SampleRequest.model_validate({key: told[key] for key in SampleRequest.model_fields})
+        again = Drawing.model_validate({key: told[key] for key in Drawing.model_fields})
         assert again.seeds == [40 + row]
         assert again.sampling == drawn.request.sampling
         redrawn = join_samples(list(draw(model, again)))
@@ -569,7 +570,8 @@ def same_files(one: Path, other: Path) -> None:
 def test_two_processes_draw_what_one_draws(model_folder, tmp_path):
     """`latentflow sample` under torchrun: 7 images, so that the shares differ."""
     arguments = ("--num", "7", "--seed", "3", "--guidance", "2", "--steps", "4", "--device", "cpu")
-    sample_command(model_folder, tmp_path / "one", num=7, seed=3, guidance=2.0, steps=4, runtime=tiny.CPU)
+    request = SampleRequest(num=7, seed=3, guidance=2.0, steps=4)
+    sample_command(model_folder, request, tmp_path / "one", runtime=tiny.CPU)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -593,9 +595,9 @@ def test_two_processes_draw_what_one_draws(model_folder, tmp_path):
 def test_more_processes_than_images(model_folder, tmp_path):
     for rank in range(3):
         runtime = Runtime(torch.device("cpu"), rank, world=3)
-        result = sample_command(model_folder, tmp_path / "three", num=2, runtime=runtime)
+        result = sample_command(model_folder, SampleRequest(num=2), tmp_path / "three", runtime=runtime)
         assert len(result.files) == (1 if rank < 2 else 0)
-    sample_command(model_folder, tmp_path / "one", num=2, runtime=tiny.CPU)
+    sample_command(model_folder, SampleRequest(num=2), tmp_path / "one", runtime=tiny.CPU)
     same_files(tmp_path / "one", tmp_path / "three")
 
 

@@ -20,9 +20,9 @@ from latentflow.errors import NonFiniteError
 from latentflow.networks.running import compile_blocks, is_compiled
 from latentflow.runtime import Runtime
 from latentflow.sampling import preview as preview_module
+from latentflow.sampling.drawing import Drawing, check_drawing
 from latentflow.sampling.pipeline import Given, draw, draw_all
 from latentflow.sampling.preview import drawing_with, map_pictures, preview_request, save_preview
-from latentflow.sampling.request import SampleRequest, check_request
 from tests import tiny
 
 COLUMNS, GAP = 8, 2
@@ -61,7 +61,7 @@ def preview(model, images, file) -> list[torch.Tensor]:
 )
 def test_a_row_for_everything_that_is_told(kl, images, tmp_path, given, num_rows):
     model = tiny.model(kl, **given)
-    check_request(model, preview_request(model))
+    check_drawing(model, preview_request(model))
     assert len(preview(model, images, tmp_path / "grid.png")) == num_rows
 
 
@@ -81,7 +81,7 @@ def test_what_the_rows_show(kl, images, tmp_path):
     }
     for row, told in zip(rows[3:], [["label"], ["inpainting"], ["semantic_map"], list(parts)], strict=True):
         labels = batch.labels.tolist() if "label" in told else []
-        request = SampleRequest(seeds=range(COLUMNS), labels=labels, told=told, sampling=model.config.sampling)
+        request = Drawing(seeds=range(COLUMNS), labels=labels, told=told, sampling=model.config.sampling)
         given = Given(**{key: value for name in told for key, value in parts[name].items()})
         drawn = draw_all(model, request, given, batch_size=COLUMNS)
         assert torch.equal(row, drawn.pixels), told
@@ -112,7 +112,7 @@ def test_the_preview_of_a_cache_shows_its_holes(kl, segmented_cache, tmp_path):
 def test_a_preset_with_guidance_never_stops_a_run(kl, images, tmp_path, given, num_rows):
     """Each row is guided by what of the preset it is told."""
     model = tiny.model(kl, **{"conditioning": tiny.SPATIAL, **given})
-    check_request(model, preview_request(model))  # all that is asked before training
+    check_drawing(model, preview_request(model))  # all that is asked before training
     assert len(preview(model, images, tmp_path / "grid.png")) == num_rows
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from latentflow import artifacts
 from latentflow.errors import ArtifactError
 from latentflow.sampling import samples as samples_module
+from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.png import encode_png
-from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import PictureWriter, Samples
 
 RANDOM = np.random.default_rng(0)
@@ -25,7 +25,7 @@ NAMES = ["a.png", "b.png", "c.png"]
 def some(num: int = 3) -> Samples:
     """Pictures of noise of 8 x 8 pixels."""
     pixels = torch.from_numpy(RANDOM.integers(0, 256, (num, 3, 8, 8), dtype=np.uint8))
-    request = SampleRequest(seeds=list(range(num)))
+    request = Drawing(seeds=list(range(num)))
     return Samples(pixels, torch.zeros(num, 4, 4, 4), torch.full((num,), 7), request)
 
 

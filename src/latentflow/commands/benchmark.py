@@ -24,8 +24,9 @@ from latentflow.model.config import SamplingPreset
 from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
+from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.pipeline import conditioned_velocity, initial_noise, solve
-from latentflow.sampling.request import SampleRequest, make_request
+from latentflow.sampling.request import SampleRequest
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def benchmark(
         preset: what differs from the model's sampling preset: solver, steps, guidance, guidance_interval, ...
 
     Raises:
-        ArtifactError, ConfigError: see `FlowModel.from_pretrained` and `make_request`; numbers below 1.
+        ArtifactError, ConfigError: see `FlowModel.from_pretrained` and `make_drawing`; numbers below 1.
     """
     if not batch_sizes:
         raise ConfigError("no batch sizes; give one or more, such as 1,8")
@@ -170,7 +171,7 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def multiply_adds(model: FlowModel, request: SampleRequest) -> int | None:
+def multiply_adds(model: FlowModel, request: Drawing) -> int | None:
     """Multiplications with an addition in one network call for the first image of `request`, by torch's own count.
 
     The count is of matrix products and convolutions. None: torch cannot count them.
@@ -194,22 +195,19 @@ class _Timed:
     decoder: float
 
 
-def _request(model: FlowModel, num: int, seed: int, preset: dict[str, object]) -> SampleRequest:
+def _request(model: FlowModel, num: int, seed: int, preset: dict[str, object]) -> Drawing:
     """Images that are told everything the model knows of; what maps and holes say makes no difference to the cost."""
     conditioning = model.config.conditioning
-    return make_request(
+    return make_drawing(
         model,
-        num=num,
-        classes=model.config.seen_classes,
-        seed=seed,
+        SampleRequest(num=num, classes=model.config.seen_classes, seed=seed, **preset),
         task="benchmark",
         told=[name for name in conditioning.dropout if name != "label"],
-        **preset,
     )
 
 
 @torch.inference_mode()
-def _draw_timed(model: FlowModel, request: SampleRequest) -> _Timed:
+def _draw_timed(model: FlowModel, request: Drawing) -> _Timed:
     sampling = request.sampling
     noise = initial_noise(model, request)
     velocity = conditioned_velocity(model, request, {}, noise.shape)

@@ -49,8 +49,9 @@ from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom
 from latentflow.runtime import Runtime
 from latentflow.sampling.contact_sheet import save_grid
+from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, initial_noise
-from latentflow.sampling.request import SampleRequest, make_request
+from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples
 
 _BINS = 10
@@ -125,7 +126,7 @@ def diagnose(
     source = open_reference(flow, data)
     train_source = None if train is None else open_reference(flow, train)
     half = num // 2
-    request = make_request(flow, num=half, seed=seed, guidance=guidance)
+    request = make_drawing(flow, SampleRequest(num=half, seed=seed, guidance=guidance))
     network = RandomFeatures(flow.device)
     looked = _look(flow, source, network, num, least=num, seed=seed, batch_size=batch_size, reconstruct=True)
     training = None
@@ -223,7 +224,7 @@ def _mean_baseline(flow: FlowModel, latents: Tensor) -> list[float]:
     return losses.reshape(_BINS, 20).mean(1).tolist()
 
 
-def _ways(flow: FlowModel, request: SampleRequest, batch_size: int) -> list[Ways]:
+def _ways(flow: FlowModel, request: Drawing, batch_size: int) -> list[Ways]:
     """Trajectories of the first samples, as they are drawn and, where that is guided, without guidance."""
     few = request.at(slice(0, min(len(request.seeds), _MOST_WAYS)))
     plain = few.model_copy(update={"sampling": few.sampling.model_copy(update={"guidance": 1.0, "guided_by": None})})
@@ -232,7 +233,7 @@ def _ways(flow: FlowModel, request: SampleRequest, batch_size: int) -> list[Ways
         return [_followed(flow, one, batch_size, on_images) for one in chosen]
 
 
-def _followed(flow: FlowModel, request: SampleRequest, batch_size: int, on_images: Callable[[int], None]) -> Ways:
+def _followed(flow: FlowModel, request: Drawing, batch_size: int, on_images: Callable[[int], None]) -> Ways:
     ways = None
     for start in range(0, len(request.seeds), batch_size):
         part = request.at(slice(start, start + batch_size))

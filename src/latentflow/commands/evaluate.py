@@ -59,7 +59,7 @@ from latentflow.metrics.pairs import PairJudge, discriminative_scores
 from latentflow.metrics.scores import require_enough, some_of, some_rows
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
-from latentflow.sampling.request import precision_for
+from latentflow.sampling.drawing import precision_for
 
 _REPORT = "report.json"  # in the folder of an evaluation
 

@@ -28,8 +28,8 @@ from latentflow.planning.probe import SLOWER, Speed, probe, stated_speed
 from latentflow.planning.subject import Subject, plan_subject
 from latentflow.progress import duration
 from latentflow.runtime import Runtime
+from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.preview import preview_request
-from latentflow.sampling.request import SampleRequest
 from latentflow.training.compiling import compiles
 from latentflow.training.config import Recipe
 from latentflow.training.fitting import with_values
@@ -378,7 +378,7 @@ def _stays_resident(recipe: Recipe, num_bytes: int, machine: Machine) -> bool:
     return stays_resident(data.resident, num_bytes, torch.device("cuda" if machine.gpu else "cpu"), machine.memory)
 
 
-def _preview_of(subject: Subject) -> SampleRequest:
+def _preview_of(subject: Subject) -> Drawing:
     """What a preview asks for."""
     return preview_request(FlowModel(subject.config, nn.Linear(1, 1), None))
 

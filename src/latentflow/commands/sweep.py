@@ -43,7 +43,8 @@ from latentflow.pages.sweep import SweepResult, summary, sweep_page, sweep_pictu
 from latentflow.plans import PLAN_FILE, claim_folder, require_same_plan
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
-from latentflow.sampling.request import make_request
+from latentflow.sampling.drawing import make_drawing
+from latentflow.sampling.request import SampleRequest
 
 SOLVERS = ("euler", "heun", "ab2", "dopri5")
 STEPS = (4, 8, 16, 32)
@@ -122,7 +123,7 @@ def sweep(
     require_apart(out, data)
     flow = FlowModel.from_pretrained(model, runtime=runtime)
     for candidate in candidates.values():
-        make_request(flow, num=1, **candidate)
+        make_drawing(flow, SampleRequest(num=1, **candidate))
     extractor = open_features(
         features,
         weights=weights,

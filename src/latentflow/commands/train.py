@@ -32,8 +32,8 @@ from latentflow.progress import image_progress
 from latentflow.randomness import derive_seed
 from latentflow.records import explain
 from latentflow.runtime import Runtime
+from latentflow.sampling.drawing import check_drawing
 from latentflow.sampling.preview import preview_request, save_preview
-from latentflow.sampling.request import check_request
 from latentflow.training.changes import RECIPE_FILE, Changes, as_begun, check_changes
 from latentflow.training.config import CHANGES, Recipe
 from latentflow.training.fitting import FITTED, Situation, fit, is_set, value_of, with_values
@@ -301,7 +301,7 @@ def _check_preview(recipe: Recipe, model: FlowModel) -> None:
             key = next(iter(conditioning.kinds.values())).dropout_key
             why, other = f"conditioning.{key} = 0: what is never left out cannot be strengthened", f" or raise {key}"
         raise ConfigError(f"sampling.guidance = {scale:g}, but {why}; add sampling.guidance=1{other}")
-    check_request(model, preview_request(model))
+    check_drawing(model, preview_request(model))
 
 
 def _device(runtime: Runtime) -> str:

@@ -9,10 +9,11 @@ from latentflow.locks import writes
 from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
 from latentflow.runtime import Runtime
+from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.edits import variations
 from latentflow.sampling.inputs import at_most_one
 from latentflow.sampling.picture_folder import DrawnFolder, draw_folder
-from latentflow.sampling.request import SampleRequest, make_request
+from latentflow.sampling.request import SampleRequest
 
 
 @writes("out")
@@ -34,8 +35,8 @@ def vary(
         The folder; its first file is the picture of the seed.
     """
 
-    def plan(flow: FlowModel) -> list[SampleRequest]:
-        original = make_request(flow, classes=at_most_one(flow, classes), seed=seed, **preset)
+    def plan(flow: FlowModel) -> list[Drawing]:
+        original = make_drawing(flow, SampleRequest(num=1, classes=at_most_one(flow, classes), seed=seed, **preset))
         return [original, variations(flow, seed=seed, num=num, amount=amount, classes=classes, **preset)]
 
     columns = min(num + 1, 9)

@@ -24,9 +24,10 @@ from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
 from latentflow.sampling.contact_sheet import save_grid
+from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.frame import Frame
 from latentflow.sampling.pipeline import Given, draw_all
-from latentflow.sampling.request import make_request
+from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples
 from latentflow.training.held_out import held_out_loss
 
@@ -118,7 +119,7 @@ def _held_out(figures: DemoFigures) -> list[ImageItem]:
 
 
 def _draw(model: FlowModel, num: int, told: list[ConditionName], given: Given, *, guidance: float) -> Samples:
-    request = make_request(model, num=num, classes=[], told=told, guidance=guidance)
+    request = make_drawing(model, SampleRequest(num=num, classes=[], guidance=guidance), told=told)
     return draw_all(model, request, given, batch_size=_BATCH)
 
 

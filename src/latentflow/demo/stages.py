@@ -34,8 +34,9 @@ from latentflow.plans import changed_values, spelled_out
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime, open_runtime
 from latentflow.sampling.contact_sheet import save_grid
+from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.pipeline import draw
-from latentflow.sampling.request import make_request
+from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples, join_samples
 from latentflow.training.config import load_recipe
 from latentflow.training.log import read_metrics
@@ -173,7 +174,7 @@ def _train(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
 
 
 def _draw(model: FlowModel, num: int, **preset: Any) -> Samples:
-    request = make_request(model, num=num, **preset)
+    request = make_drawing(model, SampleRequest(num=num, **preset))
     with image_progress("sampling", num) as on_images:
         return join_samples(list(draw(model, request, batch_size=_BATCH, on_images=on_images)))
 

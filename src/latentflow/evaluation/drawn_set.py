@@ -31,8 +31,9 @@ from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
 from latentflow.sampling.cost import compile_where_it_pays
+from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.pipeline import Given, draw
-from latentflow.sampling.request import SampleRequest, make_request
+from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples
 
 LABEL_POLICIES = ("balanced", "uniform", "data", "none")
@@ -126,7 +127,7 @@ def draw_set(
 
 def drawn_columns(
     model: FlowModel,
-    request: SampleRequest,
+    request: Drawing,
     given: Given,
     extractor: FeatureExtractor,
     *,
@@ -165,7 +166,7 @@ def set_request(
     label_shares: Sequence[float] | None = None,
     seed: int = 0,
     preset: Mapping[str, Any] | None = None,
-) -> tuple[SampleRequest, Callable[[int], int | None]]:
+) -> tuple[Drawing, Callable[[int], int | None]]:
     """The request of a set's first image, and which class image i is told (None: no class); see `draw_set`.
 
     Raises:
@@ -179,7 +180,7 @@ def set_request(
             )
     label_of = _label_rule(model, labels, label_shares, seed)
     told = [] if label_of(0) is None else [label_of(0)]
-    return make_request(model, num=1, seed=seed, classes=told, **(preset or {})), label_of
+    return make_drawing(model, SampleRequest(num=1, seed=seed, classes=told, **preset or {})), label_of
 
 
 def _label_rule(
@@ -207,7 +208,7 @@ def _label_rule(
     return drawn
 
 
-def model_plan(model: FlowModel, request: SampleRequest) -> dict[str, Any]:
+def model_plan(model: FlowModel, request: Drawing) -> dict[str, Any]:
     """What must agree before images of a model go into one set: weights, config, first seed and way of sampling."""
     config = model.config.model_dump(mode="json", exclude={"sampling", "training"})
     return {

@@ -34,9 +34,10 @@ from latentflow.metrics.pairs import PairJudge, confusion, iou, pair_order
 from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
+from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.frame import Frame
 from latentflow.sampling.pipeline import Given
-from latentflow.sampling.request import SampleRequest, make_request
+from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples
 
 POLICIES = ("mixed", "strokes", "boxes", "halves", "borders")
@@ -59,7 +60,7 @@ class Painting:
         inputs: holes or segmenter, for the report.
     """
 
-    request: SampleRequest
+    request: Drawing
     own_labels: bool
     rules: MaskRules | None = None
     segmenter: Segmenter | None = None
@@ -106,7 +107,7 @@ def plan_painting(
             )
         told.append("semantic_map")
     classes = [0] if own_labels else []
-    request = make_request(model, num=1, seed=seed, classes=classes, task=task, told=told, **preset)
+    request = make_drawing(model, SampleRequest(num=1, seed=seed, classes=classes, **preset), task=task, told=told)
     if task == "mask-to-image":
         found = _segmenter(segmenter) if segmenter else None
         return Painting(request, own_labels, segmenter=found, inputs={"segmenter": segmenter} if segmenter else {})

@@ -11,7 +11,7 @@ from latentflow.flow.solvers import expected_evaluations, is_adaptive
 from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import compile_blocks, is_compiled
 from latentflow.progress import duration
-from latentflow.sampling.request import SampleRequest
+from latentflow.sampling.drawing import Drawing
 
 MANY_CALLS = 100
 """Network calls per picture above which the cost is announced."""
@@ -19,7 +19,7 @@ MANY_CALLS = 100
 _WORTH_SECONDS = 100.0  # of drawing without compiling, which takes up to half a minute and saves up to half of them
 
 
-def tell_cost(model: FlowModel, request: SampleRequest, batch_size: int) -> None:
+def tell_cost(model: FlowModel, request: Drawing, batch_size: int) -> None:
     """Announce, once, the cost of a request with many network calls, and a faster alternative."""
     calls, quick = network_calls(request), {"solver": "heun", "steps": 25}
     sampling = request.sampling.model_copy(update=quick)
@@ -38,7 +38,7 @@ def tell_cost(model: FlowModel, request: SampleRequest, batch_size: int) -> None
     )
 
 
-def compile_where_it_pays(model: FlowModel, request: SampleRequest, *, batch_size: int, num_batches: int) -> None:
+def compile_where_it_pays(model: FlowModel, request: Drawing, *, batch_size: int, num_batches: int) -> None:
     """Compile the network's blocks if a GPU is going to draw for minutes, and announce how long it took.
 
     They are compiled for batches of this size, to which `draw_batches` pads smaller ones. Nothing is compiled for
@@ -64,7 +64,7 @@ def compile_where_it_pays(model: FlowModel, request: SampleRequest, *, batch_siz
     )
 
 
-def network_calls(request: SampleRequest) -> float:
+def network_calls(request: Drawing) -> float:
     """Network calls per picture; a rough estimate for adaptive solvers."""
     sampling = request.sampling
     calls = expected_evaluations(sampling.solver, sampling.steps, sampling.rtol)
@@ -73,7 +73,7 @@ def network_calls(request: SampleRequest) -> float:
     return calls * (1 + (high - low) * guided) * (1 + blended)
 
 
-def _batch_sizes(request: SampleRequest, batch_size: int) -> list[int]:
+def _batch_sizes(request: Drawing, batch_size: int) -> list[int]:
     """The batch sizes that the network is called with: a guided batch is doubled."""
     sampling = request.sampling
     if sampling.guidance == 1 or (sampling.guidance == 0 and sampling.guided_channels is None):
@@ -83,7 +83,7 @@ def _batch_sizes(request: SampleRequest, batch_size: int) -> list[int]:
 
 
 @torch.inference_mode()
-def _seconds_of_a_call(model: FlowModel, request: SampleRequest, num_images: int) -> float:
+def _seconds_of_a_call(model: FlowModel, request: Drawing, num_images: int) -> float:
     """Wall time of one unconditional network call; on a GPU, after a first call to warm up."""
     channels, *sides = model.config.latent_shape
     if request.image_size is not None:

@@ -18,9 +18,10 @@ from latentflow.errors import ConfigError
 from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
+from latentflow.sampling.drawing import Blend, Drawing, check_drawing, make_drawing, require_count
 from latentflow.sampling.inputs import ImageInput, at_most_one, encode_input, read_input
 from latentflow.sampling.pipeline import Given, draw_all
-from latentflow.sampling.request import Blend, SampleRequest, check_request, make_request, require_count
+from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples
 
 MOST_FRAMES = 10_000
@@ -44,7 +45,7 @@ def image_to_image(
         image: of any size; its square middle is scaled to the size of the training images.
         strength: the time in (0, 1] to start from; 1: nothing is left of the image. A fixed-step solver takes all its
             steps between there and 0.
-        classes: as for `make_request`; None: no label.
+        classes: as for `make_drawing`; None: no label.
         preset: fields of `SamplingPreset`.
 
     Raises:
@@ -56,9 +57,7 @@ def image_to_image(
             "0.6 is usual"
         )
     pixels, inputs = read_input(model, image)
-    request = make_request(
-        model, num=num, classes=classes, seed=seed, task="image-to-image", inputs=inputs, start=strength, **preset
-    )
+    request = make_drawing(model, SampleRequest(num=num, classes=classes, seed=seed, **preset), task="image-to-image", inputs=inputs, start=strength)
     return draw_all(
         model, request, Given(latents=encode_input(model, pixels)), batch_size=batch_size, on_images=on_images
     )
@@ -82,7 +81,7 @@ def interpolation(
     num: int = 9,
     classes: ClassList | None = None,
     **preset: Any,
-) -> SampleRequest:
+) -> Drawing:
     """The request of `num` frames from one seed to another, and from one class to another, both ends included.
 
     Args:
@@ -98,20 +97,20 @@ def interpolation(
     if len(seeds) != 2:
         raise ConfigError(f"{len(seeds)} seeds; an interpolation needs two, from and to")
     require_count("number of frames", num, 2, MOST_FRAMES, "the two ends are two of them")
-    common = {"task": "interpolate", **preset}
     if classes is None:
-        ends = [make_request(model, seed=seed, **common) for seed in seeds]
+        ends = [make_drawing(model, SampleRequest(num=1, seed=seed, **preset), task="interpolate") for seed in seeds]
         labels = [end.labels[0] for end in ends if end.labels]
     else:
         labels = model.config.conditioning.class_indices(classes)
         if len(labels) > 2:
             raise ConfigError(f"{len(labels)} classes; give none, one for all frames, or two: from and to")
-        ends = [make_request(model, classes=labels[:1], seed=seed, **common) for seed in seeds]
+        asked = [SampleRequest(num=1, classes=labels[:1], seed=seed, **preset) for seed in seeds]
+        ends = [make_drawing(model, request, task="interpolate") for request in asked]
     other = labels[1] if len(set(labels)) == 2 else None
     blends = [Blend(seed=seeds[1], weight=frame / (num - 1), label=other) for frame in range(num)]
     update = {"seeds": [seeds[0]] * num, "labels": ends[0].labels * num, "blends": blends}
     request = ends[0].model_copy(update=update)
-    check_request(model, request)
+    check_drawing(model, request)
     return request
 
 
@@ -134,7 +133,7 @@ def variations(
     amount: float = 0.3,
     classes: ClassList | None = None,
     **preset: Any,
-) -> SampleRequest:
+) -> Drawing:
     """The request of `num` variations of the picture that `sample` draws for a seed.
 
     Args:
@@ -149,7 +148,7 @@ def variations(
     if not 0 <= amount <= 1:
         raise ConfigError(f"amount {amount:g}: it must be from 0 (the picture itself) to 1 (unrelated pictures)")
     require_count("number of variations", num, 1, MOST_FRAMES)
-    original = make_request(model, classes=at_most_one(model, classes), seed=seed, task="vary", **preset)
+    original = make_drawing(model, SampleRequest(num=1, classes=at_most_one(model, classes), seed=seed, **preset), task="vary")
     blends = [Blend(seed=variation_seed(seed, number), weight=amount) for number in range(num)]
     return original.model_copy(update={"seeds": [seed] * num, "labels": original.labels * num, "blends": blends})
 

@@ -31,10 +31,11 @@ from latentflow.data.pictures.originals import Original, original_of
 from latentflow.errors import ConfigError, DataError, nearest
 from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
+from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.frame import Fit, Frame, choose_frame
 from latentflow.sampling.inputs import ImageInput, MapInput, describe_inputs, encode_input, map_fractions, map_indices
 from latentflow.sampling.pipeline import Given, draw_all
-from latentflow.sampling.request import make_request
+from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples
 
 Method = Literal["condition", "replacement"]
@@ -63,7 +64,7 @@ def inpaint(
     Args:
         image: of any size whose sides are at least one latent pixel; an array is [H, W, 3] uint8.
         mask: of the image's size, white where the image is to be filled; see `read_mask`.
-        classes: as for `make_request`; None: no label.
+        classes: as for `make_drawing`; None: no label.
         semantic_map: of the image's size, for a model that is conditioned on maps as well.
         fit: which part of the image the model sees; see `choose_frame`.
         feather: width in pixels of the band inside the hole in which colours blend into the surroundings.
@@ -87,16 +88,13 @@ def inpaint(
         raise ConfigError(f"feather {feather} is below zero; 0 switches it off, 8 pixels are usual")
     inputs = describe_inputs(image=image, mask=mask, map=semantic_map)
     canvas = _read(model, image, mask, fit, method)
-    request = make_request(
+    request = make_drawing(
         model,
-        num=num,
-        classes=classes,
-        seed=seed,
+        SampleRequest(num=num, classes=classes, seed=seed, **preset),
         task="inpaint",
         told=conditions,
         inputs={**inputs, "method": method, "frame": "{} {} {} {}".format(*canvas.frame.box), "feather": str(feather)},
         image_size=canvas.frame.size,
-        **preset,
     )
     given = canvas.given(model, method)
     if semantic_map is not None:

@@ -24,9 +24,10 @@ from latentflow.flow.solvers import is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
+from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.inputs import ImageInput, at_most_one, encode_input, read_input
 from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, naming_noise, solve
-from latentflow.sampling.request import SampleRequest, make_request
+from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples
 
 ROUND_TRIPS: tuple[dict[str, Any], ...] = (
@@ -58,7 +59,7 @@ class Inversion:
     latents: Tensor
     pixels: Tensor
     evaluations: int
-    request: SampleRequest
+    request: Drawing
 
     def round_trip(self, model: FlowModel) -> RoundTrip:
         """Draw the image again from its noise, with the same solver and class."""
@@ -123,8 +124,11 @@ def invert(
     """
     pixels, inputs = read_input(model, image)
     guidance = 1.0 if guidance is None else guidance
-    request = make_request(
-        model, classes=at_most_one(model, classes), task="invert", inputs=inputs, guidance=guidance, **preset
+    request = make_drawing(
+        model,
+        SampleRequest(num=1, classes=at_most_one(model, classes), guidance=guidance, **preset),
+        task="invert",
+        inputs=inputs,
     )
     latents = encode_input(model, pixels)
     noise, evaluations = _to_noise(model, latents, request)
@@ -175,7 +179,9 @@ def compare_round_trips(
         raise ConfigError("no images to invert; give at least one")
     settings = ROUND_TRIPS if settings is None else settings
     reference, *requests = (
-        make_request(model, num=len(images), classes=classes, task="invert", **{**setting, "guidance": 1.0})
+        make_drawing(
+            model, SampleRequest(num=len(images), classes=classes, **{**setting, "guidance": 1.0}), task="invert"
+        )
         for setting in (REFERENCE, *settings)
     )
     pixels = torch.cat([read_input(model, image)[0] for image in images])
@@ -204,7 +210,7 @@ def compare_round_trips(
 
 
 @torch.inference_mode()
-def _to_noise(model: FlowModel, latents: Tensor, request: SampleRequest, batch_size: int = 16) -> tuple[Tensor, Tensor]:
+def _to_noise(model: FlowModel, latents: Tensor, request: Drawing, batch_size: int = 16) -> tuple[Tensor, Tensor]:
     """dx/dt = velocity(x, t) from x = latents at t = 0 to t = 1: noise [B, C, h, w] and evaluations [B], on the CPU."""
     noise, evaluations = [], []
     sampling = request.sampling

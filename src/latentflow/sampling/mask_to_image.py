@@ -11,6 +11,7 @@ from typing import Any
 from latentflow.data.painting.semantic_maps import crop_map
 from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
+from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.inputs import (
     MapInput,
     describe_inputs,
@@ -20,7 +21,7 @@ from latentflow.sampling.inputs import (
     require_latent_pixel,
 )
 from latentflow.sampling.pipeline import Given, draw_all
-from latentflow.sampling.request import make_request
+from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples
 
 
@@ -39,7 +40,7 @@ def mask_to_image(
     """Paint one semantic map, once for each of `num` seeds.
 
     Args:
-        classes: as for `make_request`; None: no label.
+        classes: as for `make_drawing`; None: no label.
         native: draw at the size of the map, whose sides must be multiples of what the network needs; otherwise the
             square middle of the map is scaled to the size of the training images, as in training.
         preset: fields of `SamplingPreset`.
@@ -55,16 +56,6 @@ def mask_to_image(
         native_size(model, *indices.shape)
     else:
         indices = crop_map(indices, model.config.image_size)
-    request = make_request(
-        model,
-        num=num,
-        classes=classes,
-        seed=seed,
-        task="mask-to-image",
-        told=["semantic_map"],
-        inputs=inputs,
-        image_size=indices.shape,
-        **preset,
-    )
+    request = make_drawing(model, SampleRequest(num=num, classes=classes, seed=seed, **preset), task="mask-to-image", told=["semantic_map"], inputs=inputs, image_size=indices.shape)
     given = Given(class_fractions=map_fractions(model, indices))
     return draw_all(model, request, given, batch_size=batch_size, on_images=on_images)

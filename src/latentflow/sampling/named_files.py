@@ -12,8 +12,8 @@ from latentflow.errors import ArtifactError
 from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
+from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.picture_file import read_facts
-from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples, files_like
 
 
@@ -29,7 +29,7 @@ class Pictures:
     """
 
     files: list[Path]
-    request: SampleRequest
+    request: Drawing
     evaluations: float
     seconds: float
 

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from latentflow.sampling.request import SampleRequest
+from latentflow.sampling.drawing import Drawing
 
 _UNSAFE = frozenset('<>:"/\\|?*')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # device names of Windows
 _MOST_BYTES = 72  # of a class in a file name; two of them, two seeds and a weight stay below 255
 
 
-def picture_name(request: SampleRequest, class_names: Sequence[str]) -> str:
+def picture_name(request: Drawing, class_names: Sequence[str]) -> str:
     """The file name of the picture of a request for one: "cat_seed-00000017.png"."""
     names = file_names(tuple(class_names)) if request.labels else ()
     parts = [names[label] for label in request.labels] + [f"seed-{seed:08d}" for seed in request.seeds]
@@ -27,7 +27,7 @@ def picture_name(request: SampleRequest, class_names: Sequence[str]) -> str:
     return "_".join(parts) + ".png"
 
 
-def picture_facts(request: SampleRequest, class_names: Sequence[str], drawn_by: dict[str, Any]) -> dict[str, Any]:
+def picture_facts(request: Drawing, class_names: Sequence[str], drawn_by: dict[str, Any]) -> dict[str, Any]:
     """The metadata of the picture of a request for one, as JSON holds it, but for the evaluations.
 
     Args:

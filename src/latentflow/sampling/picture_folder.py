@@ -20,10 +20,10 @@ from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.contact_sheet import save_grid
 from latentflow.sampling.cost import compile_where_it_pays, tell_cost
+from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.naming import picture_facts, picture_name
 from latentflow.sampling.picture_file import facts_in, read_facts, unlike
 from latentflow.sampling.pipeline import Given, draw_batches, drawn_by
-from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import PictureWriter
 
 GRID = re.compile(r"(^|/)grid(-\d+-of-\d+)?\.png$")
@@ -54,7 +54,7 @@ class DrawnFolder:
 def draw_folder(
     out: str | Path,
     model: str | Path,
-    plan: Callable[[FlowModel], Sequence[SampleRequest]],
+    plan: Callable[[FlowModel], Sequence[Drawing]],
     *,
     doing: str,
     batch_size: int = 16,
@@ -126,7 +126,7 @@ class PictureFolder:
         ArtifactError: it cannot be written, or holds other pictures.
     """
 
-    def __init__(self, flow: FlowModel, folder: str | Path, *requests: SampleRequest):
+    def __init__(self, flow: FlowModel, folder: str | Path, *requests: Drawing):
         self.path = require_writable(folder)
         _refuse_data(self.path)
         self._flow = flow
@@ -136,7 +136,7 @@ class PictureFolder:
 
     def draw(
         self,
-        request: SampleRequest,
+        request: Drawing,
         *,
         batch_size: int,
         on_images: Callable[[int], None] = lambda num_images: None,
@@ -164,11 +164,11 @@ class PictureFolder:
         calls = sum(self._evaluations[name] for name in names) / max(len(names), 1)
         return DrawnFolder([self.path / name for name in names], kept, calls, seconds)
 
-    def _names(self, request: SampleRequest) -> list[str]:
+    def _names(self, request: Drawing) -> list[str]:
         class_names = tuple(self._flow.config.conditioning.class_names)
         return [picture_name(request.at(slice(row, row + 1)), class_names) for row in range(len(request.seeds))]
 
-    def _look_at(self, file: Path, place: tuple[SampleRequest, int] | None, request: SampleRequest) -> str:
+    def _look_at(self, file: Path, place: tuple[Drawing, int] | None, request: Drawing) -> str:
         """Why a file is not of this request; "" where it is, or where it is a damaged one of it, to be drawn again."""
         try:
             with open_image(file) as image:

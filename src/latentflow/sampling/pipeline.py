@@ -1,4 +1,4 @@
-"""From a request to images; `latentflow.sampling.request` defines what a request is.
+"""From a request to images; `latentflow.sampling.drawing` defines what a request is.
 
     noise, one stream per seed  ->  condition and null condition  ->  solver over the guided velocity  ->  decode
 
@@ -29,7 +29,8 @@ from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import is_compiled
 from latentflow.randomness import ImageRandom
 from latentflow.sampling.cost import tell_cost
-from latentflow.sampling.request import SampleRequest, check_request, guided_by, make_request, require_count
+from latentflow.sampling.drawing import Drawing, check_drawing, guided_by, make_drawing, require_count
+from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples, join_samples
 from latentflow.shapes import Condition, per_image, send
 
@@ -74,7 +75,7 @@ class Given:
 
 def draw(
     model: FlowModel,
-    request: SampleRequest,
+    request: Drawing,
     given: Given = Given(),
     *,
     batch_size: int = 16,
@@ -87,7 +88,7 @@ def draw(
         batch_size: images computed together; it changes speed and memory, not the pictures.
         on_images: called with the number of images just finished.
     """
-    check_request(model, request)
+    check_drawing(model, request)
     require_count("batch size", batch_size, 1, MOST_TOGETHER, "16 are usual")
     tell_cost(model, request, batch_size)
     parts = [slice(start, start + batch_size) for start in range(0, len(request.seeds), batch_size)]
@@ -97,7 +98,7 @@ def draw(
 
 
 def draw_batches(
-    model: FlowModel, batches: Iterable[tuple[SampleRequest, Given]], batch_size: int
+    model: FlowModel, batches: Iterable[tuple[Drawing, Given]], batch_size: int
 ) -> Iterator[Samples]:
     """Draw batches one after another; a GPU draws the next batch while the caller processes the last one.
 
@@ -118,7 +119,7 @@ def draw_batches(
     yield from (batch.arrived() for batch in begun)
 
 
-def draw_all(model: FlowModel, request: SampleRequest, given: Given = Given(), **options: Any) -> Samples:
+def draw_all(model: FlowModel, request: Drawing, given: Given = Given(), **options: Any) -> Samples:
     """Draw a whole request into memory; the options are those of `draw`.
 
     Raises:
@@ -137,15 +138,15 @@ def draw_all(model: FlowModel, request: SampleRequest, given: Given = Given(), *
 def sample(
     model: FlowModel, *, num: int = 1, batch_size: int = 16, noise: Tensor | None = None, **request: Any
 ) -> Samples:
-    """Draw `num` images at once into memory; the arguments are those of `make_request`.
+    """Draw `num` images at once into memory; the arguments are those of `make_drawing`.
 
     Args:
         noise: [num, C, h, w] to start from instead of the seeds' noise, for example from `invert`.
 
     Raises:
-        ConfigError: see `make_request`; also for noise of another shape.
+        ConfigError: see `make_drawing`; also for noise of another shape.
     """
-    made = make_request(model, num=num, **request)
+    made = make_drawing(model, SampleRequest(num=num, **request))
     if noise is not None:
         wanted = (num, *model.config.latent_shape)
         if tuple(noise.shape) != wanted:
@@ -154,13 +155,13 @@ def sample(
     return draw_all(model, made, Given(noise=noise), batch_size=batch_size)
 
 
-def naming_noise(request: SampleRequest, noise: Tensor) -> SampleRequest:
+def naming_noise(request: Drawing, noise: Tensor) -> Drawing:
     """The request with the hash of the noise that replaces that of its seeds."""
     origin = f"sha256:{sha256_tensors({'noise': noise})[:12]}"
     return request.model_copy(update={"inputs": {**request.inputs, "noise": origin}})
 
 
-def initial_noise(model: FlowModel, request: SampleRequest) -> Tensor:
+def initial_noise(model: FlowModel, request: Drawing) -> Tensor:
     """The Gaussian noise each image of a request starts from, [B, C, h, w] float32; equal on every device.
 
     A blend lies between the noises of two seeds on a great circle, where Gaussian noise has its usual length:
@@ -184,7 +185,7 @@ def _noise(model: FlowModel, seeds: Sequence[int], image_size: tuple[int, int] |
 
 
 def conditioned_velocity(
-    model: FlowModel, request: SampleRequest, given: Mapping[str, Tensor | None], latents_shape: Sequence[int]
+    model: FlowModel, request: Drawing, given: Mapping[str, Tensor | None], latents_shape: Sequence[int]
 ) -> ConditionedVelocity | BlendedVelocity:
     """The guided velocity of a request's images, in the request's precision; `given` as from `Given.on`."""
     conditioning, network = model.config.conditioning, model.computing_in(request.precision).velocity
@@ -208,7 +209,7 @@ def conditioned_velocity(
     return BlendedVelocity(conditioned_on(request.labels), conditioned_on(others), weights)
 
 
-def solve(request: SampleRequest, velocity: Velocity, x: Tensor, times: Tensor) -> Solution:
+def solve(request: Drawing, velocity: Velocity, x: Tensor, times: Tensor) -> Solution:
     """Integrate the velocity of a request's images from x at times[0] to times[-1], with the request's solver."""
     sampling = request.sampling
     computed = "fp32" if request.precision == "tf32" and not x.is_cuda else request.precision
@@ -237,7 +238,7 @@ def drawn_by(model: FlowModel) -> dict[str, str | int]:
 
 
 @torch.inference_mode()
-def _begin(model: FlowModel, request: SampleRequest, given: Given, size: int = 0) -> _Begun:
+def _begin(model: FlowModel, request: Drawing, given: Given, size: int = 0) -> _Begun:
     """Queue a batch of pictures on the device; with fixed steps, without waiting for any of it.
 
     Args:
@@ -266,7 +267,7 @@ class _Begun:
     """A batch that a GPU may still be computing; `arrived` waits for it."""
 
     model: FlowModel
-    request: SampleRequest
+    request: Drawing
     pixels: Tensor
     latents: Tensor
     evaluations: Tensor

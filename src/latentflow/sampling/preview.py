@@ -21,8 +21,8 @@ from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import uncompiled
 from latentflow.runtime import Runtime
 from latentflow.sampling.contact_sheet import save_grid
+from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.pipeline import Given, draw
-from latentflow.sampling.request import SampleRequest
 
 MOST_EVALUATIONS = 50
 """Network calls per picture, without guidance; a preset that takes more is replaced by `_QUICK`."""
@@ -31,7 +31,7 @@ _QUICK = {"solver": "heun", "steps": 25}
 _PER_CLASS, _MOST_IMAGES, _COLUMNS = 4, 40, 8
 
 
-def preview_request(model: FlowModel) -> SampleRequest:
+def preview_request(model: FlowModel) -> Drawing:
     """The request of a preview: one row per class, or with spatial conditions one column per training image."""
     conditioning = model.config.conditioning
     spatial = [name for name in conditioning.dropout if name != "label"]
@@ -40,7 +40,7 @@ def preview_request(model: FlowModel) -> SampleRequest:
     num_images = len(labels) or _PER_CLASS**2
     if spatial:
         labels, num_images = shown[:1] * _COLUMNS, _COLUMNS
-    return SampleRequest(
+    return Drawing(
         task="preview",
         seeds=list(range(num_images)),
         labels=labels,
@@ -136,7 +136,7 @@ def _rows(
     return rows, len(request.seeds), []
 
 
-def _drawn(model: FlowModel, request: SampleRequest, given: Given, runtime: Runtime, batch_size: int) -> Tensor:
+def _drawn(model: FlowModel, request: Drawing, given: Given, runtime: Runtime, batch_size: int) -> Tensor:
     """The pictures of a request, [N, 3, S, S] uint8 on the CPU in every process, each of which draws a share."""
     places = range(len(request.seeds))
     own = slice(runtime.rank, None, runtime.world)

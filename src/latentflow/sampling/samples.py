@@ -17,9 +17,9 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from latentflow.artifacts import atomic_file, sync
+from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.naming import picture_facts, picture_name
 from latentflow.sampling.png import PILLOW_OPTIONS, encode_png
-from latentflow.sampling.request import SampleRequest
 
 _THREADS = 8  # more than there are cores: they spend much of their time waiting for the disk
 _WAITING = 2
@@ -43,7 +43,7 @@ class Samples:
     pixels: Tensor
     latents: Tensor
     evaluations: Tensor
-    request: SampleRequest
+    request: Drawing
     class_names: Sequence[str] = field(default=())
     drawn_by: Callable[[], Mapping[str, str | int]] = field(default=dict)
     seconds: float = 0.0
@@ -92,7 +92,7 @@ class Samples:
         return self.pixels[row].permute(1, 2, 0).numpy()
 
 
-def files_like(file: str | Path, request: SampleRequest, class_names: Sequence[str]) -> list[Path]:
+def files_like(file: str | Path, request: Drawing, class_names: Sequence[str]) -> list[Path]:
     """The files of a request's pictures: `file` for one, for several `file` with class and seed added to its name."""
     file = Path(file)
     if len(request.seeds) == 1:

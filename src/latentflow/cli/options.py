@@ -1,0 +1,175 @@
+"""Options of a verb, generated from the record of what it can be asked.
+
+    @command(example="latentflow sample runs/pets --num 4 --out samples")
+    def sample(model: Model, request: SampleRequest, out: ..., device: Device = None) -> None: ...
+
+A parameter that is a request stands for the options of its fields; the others are options as typer knows them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from latentflow.errors import ConfigError
+from latentflow.records import alternatives
+from latentflow.requests import FromText, Option, Request, RequestError, markers_of, option_of, range_text
+
+app = typer.Typer(
+    name="latentflow",
+    help="Train, sample and measure image generators by flow matching in the latent space of a pretrained autoencoder.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+class Precision(str, Enum):
+    """What networks compute in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    tf32 = "tf32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or mps; default: a GPU if there is one. Each of several processes gets its own."),
+]
+ComputesIn = Annotated[
+    Precision, typer.Option(help="What the network computes in; auto: bf16 on a GPU that has it, else fp32.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images computed together; does not change them.")]
+Model = Annotated[str, typer.Argument(help="A model folder, a run folder or a hub id.")]
+
+
+def command(*, example: str, group: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a function to the command line as a verb, with an example below its help.
+
+    Args:
+        group: the heading that it stands under in the list of verbs.
+    """
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(verb, eval_str=True)
+        records = {
+            name: parameter.annotation
+            for name, parameter in signature.parameters.items()
+            if isinstance(parameter.annotation, type) and issubclass(parameter.annotation, Request)
+        }
+        parameters = []
+        for name, parameter in signature.parameters.items():
+            parameters += _parameters(records[name]) if name in records else [parameter]
+
+        def run(**options: Any) -> None:
+            given = {name: _asked(record, options) for name, record in records.items()}
+            verb(**options, **given)
+
+        run.__name__, run.__doc__ = verb.__name__, verb.__doc__
+        arguments_first = sorted(parameters, key=lambda one: not isinstance(_info(one), typer.models.ArgumentInfo))
+        run.__signature__ = inspect.Signature(  # what typer reads
+            [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in arguments_first]
+        )
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        app.command(epilog=f"Example: {example}", rich_help_panel=group)(run)
+        return verb
+
+    return decorate
+
+
+def _info(parameter: inspect.Parameter) -> object:
+    return parameter.annotation.__metadata__[0] if get_origin(parameter.annotation) is Annotated else None
+
+
+def _parameters(record: type[Request]) -> list[inspect.Parameter]:
+    """The options and arguments that a request's fields are."""
+    return [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=_default(field),
+            annotation=_annotation(name, field),
+        )
+        for name, field in _own_first(record).items()
+    ]
+
+
+def _default(field: FieldInfo) -> Any:
+    """The default as it is written on the command line."""
+    if field.is_required():
+        return inspect.Parameter.empty
+    default = field.get_default(call_default_factory=True)
+    return ",".join(map(str, default)) if isinstance(default, list | tuple) else default
+
+
+def _own_first(record: type[Request]) -> dict[str, FieldInfo]:
+    """The fields of a request, those that it has in common with others behind its own."""
+    names = [name for kind in record.__mro__ for name in getattr(kind, "__annotations__", {})]
+    return {name: record.model_fields[name] for name in dict.fromkeys(names) if name in record.model_fields}
+
+
+def _annotation(name: str, field: FieldInfo) -> Any:
+    """A field as typer knows options: its type, or text that is read by its `FromText`."""
+    option, kind = option_of(field), _kind(field)
+    between = range_text(field)
+    text = f"{field.description} ({between})" if between and kind in (int, float) else field.description
+    if option.argument:
+        info = typer.Argument(help=text, metavar=option.metavar)
+    else:
+        names = (option.name,) if option.name else (_flag(name),) if kind is bool and not field.get_default() else ()
+        info = typer.Option(*names, help=text, metavar=option.metavar)
+    return Annotated[kind if field.is_required() or field.get_default() is not None else kind | None, info]
+
+
+def _kind(field: FieldInfo) -> Any:
+    """int, float, bool, Path, a Literal, or str for whatever else is written as text."""
+    if any(isinstance(one, FromText) for one in markers_of(field)):
+        return str
+    kinds = [kind for kind in alternatives(field.annotation) if kind is not type(None)]
+    return kinds[0] if len(kinds) == 1 and (kinds[0] in _TYPED or get_origin(kinds[0]) is Literal) else str
+
+
+_TYPED = (int, float, bool, Path)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _asked(record: type[Request], options: dict[str, Any]) -> Request:
+    """Take the options of a record out of all options, and check them.
+
+    Raises:
+        ConfigError: in one line that names the option as it is written.
+    """
+    given = {}
+    for name, field in record.model_fields.items():
+        value = options.pop(name)
+        reader = next((one for one in markers_of(field) if isinstance(one, FromText)), None)
+        if isinstance(value, str) and reader is not None:
+            try:
+                value = reader.parse(value)
+            except ValueError as error:
+                raise ConfigError(f"{_written(name, option_of(field))} {value!r} {error}") from None
+        given[name] = value
+    try:
+        return record(**given)
+    except RequestError as error:
+        if not error.field:
+            raise
+        option = option_of(record.model_fields[error.field])
+        raise ConfigError(f"{_written(error.field, option)}{error.reason}") from None
+
+
+def _written(name: str, option: Option) -> str:
+    return (option.metavar or name.upper()) if option.argument else option.name or _flag(name)

@@ -1,0 +1,66 @@
+"""Lists and pairs as they are written on the command line."""
+
+from __future__ import annotations
+
+import csv
+import re
+from typing import Any
+
+from latentflow.errors import ConfigError
+
+
+def latent_shape(text: str | None) -> tuple[int, int, int] | None:
+    """Channels, height and width of latents written as 4x32x32."""
+    if text is None:
+        return None
+    if not re.fullmatch("[1-9][0-9]{0,4}(x[1-9][0-9]{0,4}){2}", text):
+        raise ConfigError(f"--latents {text!r} is not three numbers like 4x32x32: channels, height and width")
+    channels, height, width = map(int, text.split("x"))
+    if height != width:
+        raise ConfigError(f"--latents {text}: training images are square, and so are their latents")
+    return channels, height, width
+
+
+def names(text: str | None) -> list[str] | None:
+    """What a list with commas names; None where it was left out."""
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def class_list(text: str | None) -> list[str] | None:
+    """The classes of a list in CSV, where a name with a comma stands in quotes; None where it was left out."""
+    if text is None:
+        return None
+    try:
+        rows = list(csv.reader([text], skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        raise ConfigError(
+            f"--classes {text!r} is not a list like cat,dog ({error}); a name with a comma stands in double quotes"
+        ) from None
+    return rows[0] if rows and rows[0] else [""]
+
+
+def numbers(text: str | None, option: str, kind: type = float) -> list[Any] | None:
+    """The numbers of a list with commas; None where it was left out."""
+    try:
+        return None if text is None else [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        example = "4,8,16" if kind is int else "1,1.5,2"
+        raise ConfigError(f"{option} {text!r} is not a list of numbers like {example}") from None
+
+
+def two_seeds(text: str) -> tuple[int, int]:
+    try:
+        first, second = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--seeds {text!r} is not two whole numbers like 3,8") from None
+    return first, second
+
+
+def pair(text: str | None, option: str, separator: str = ",") -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(separator))
+    except ValueError:
+        raise ConfigError(f"{option} {text!r} is not two numbers like 0.1{separator}0.8") from None
+    return low, high

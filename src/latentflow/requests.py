@@ -1,0 +1,221 @@
+"""Requests: a record of what a verb can be asked is its command line, its Python arguments and part of its result.
+
+Nothing here, and nothing that a request imports, may import torch: `latentflow --help` has to be quick.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BeforeValidator, SkipValidation, ValidationError
+from pydantic.fields import FieldInfo
+
+from latentflow.errors import ConfigError, nearest
+from latentflow.records import Record
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the name and the type of a request's field do not say. Stands in the `Annotated` of the field.
+
+    Attributes:
+        name: on the command line, where it is not that of the field: "--map".
+        argument: it is given by position, without a name.
+        metavar: stands for the value in the help.
+        called: what messages call the field in Python; None: by its name.
+        remedy: ends the message about a value out of range.
+    """
+
+    name: str | None = None
+    argument: bool = False
+    metavar: str | None = None
+    called: str | None = None
+    remedy: str = ""
+
+
+def markers_of(field: FieldInfo) -> list[object]:
+    """All that stands in the `Annotated` of a field, inside of `X | None` as well."""
+
+    def within(annotation: object) -> Iterator[object]:
+        if get_origin(annotation) is Annotated:
+            inner, *markers = get_args(annotation)
+            yield from markers
+            yield from within(inner)
+        elif get_origin(annotation) in (Union, UnionType):
+            for one in get_args(annotation):
+                yield from within(one)
+
+    return [*field.metadata, *within(field.annotation)]
+
+
+def option_of(field: FieldInfo) -> Option:
+    """The field's `Option`."""
+    return next((one for one in markers_of(field) if isinstance(one, Option)), Option())
+
+
+class RequestError(ConfigError):
+    """A field of a request was refused.
+
+    Attributes:
+        field: its name in Python; "" for what no single field is to blame for.
+        reason: the message without the name.
+    """
+
+    def __init__(self, field: str, reason: str, called: str | None = None):
+        super().__init__(f"{called or field}{reason}")
+        self.field, self.reason = field, reason
+
+
+class Request(Record):
+    """What a verb can be asked. Every field has a description, a range and a default, and is checked once.
+
+    Raises:
+        RequestError: in one line, for the first value that is refused.
+    """
+
+    def __init__(self, **given: Any):
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise _refusal(type(self), error) from None
+
+
+def _refusal(request: type[Request], error: ValidationError) -> RequestError:
+    """The first thing that is wrong, in one line with its remedy."""
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return RequestError("", f"there is no {name!r} to ask for; {nearest(name, request.model_fields)}")
+    if first["type"] == "missing":
+        return RequestError(name, " is missing")
+    reason = first["msg"].removeprefix("Value error, ")
+    if not name:
+        return RequestError("", reason)
+    option, value = option_of(request.model_fields[name]), first["input"]
+    wanted = _range_of(request.model_fields[name])
+    shown = _shown(value, wanted and wanted[2])
+    if wanted:
+        low, high, kind = wanted
+        reason = f"give a {kind} from {low} to {high}" if high else f"give a {kind} of at least {low}"
+        return RequestError(name, f" {shown}: {reason}" + (option.remedy and f"; {option.remedy}"), option.called)
+    separator = " " if reason.startswith("is ") else ": "
+    return RequestError(name, f" {shown}{separator}{reason}", option.called)
+
+
+def _shown(value: object, kind: str | None) -> str:
+    """A value in a message, cut where it is long."""
+    if isinstance(value, float) and kind == "number":
+        return f"{value:g}"
+    if isinstance(value, Real):
+        return "of more than 40 digits" if abs(value) >= 10**40 else str(value)
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"of {len(text)} characters"
+
+
+_MOST_SHOWN = 60
+
+
+def _range_of(field: FieldInfo) -> tuple[str, str, str] | None:
+    """Lowest and highest value of a number as text ("" for no highest), and what kind of number it is."""
+    markers = markers_of(field)
+    bounds = {name: getattr(one, name) for one in markers for name in ("ge", "le") if hasattr(one, name)}
+    if "ge" not in bounds:
+        return None
+    kind = "whole number" if _whole in (getattr(one, "func", None) for one in markers) else "number"
+    low, high = (
+        format(bounds[name], "," if kind == "whole number" else "g") if name in bounds else "" for name in ("ge", "le")
+    )
+    return low, high, kind
+
+
+_WIDEST_BOUND = 12  # characters; what is longer bounds the type, not the meaning
+
+
+def range_text(field: FieldInfo) -> str:
+    """The range of a number as the help shows it: "1 to 1,000"; "" where there is none."""
+    wanted = _range_of(field)
+    if wanted is None:
+        return ""
+    low, high, _ = wanted
+    return f"{low} to {high}" if high and len(high) <= _WIDEST_BOUND else f"at least {low}"
+
+
+def _whole(value: object) -> object:
+    """Numbers of other libraries become Python's; a bool is no number."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError("is not a whole number")
+    return int(value)
+
+
+def _real(value: object) -> object:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError("is not a number")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class FromText:
+    """How the command line's text becomes the value of a field that is no plain number or text; in its `Annotated`.
+
+    Attributes:
+        parse: raises ValueError, whose message follows the option and the text: "is not a list like ...".
+    """
+
+    parse: Callable[[str], Any]
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _classes(text: str) -> list[str]:
+    """A list in CSV, where a name with a comma stands in quotes."""
+    try:
+        rows = list(csv.reader([text], skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"is not a list like cat,dog ({error}); a name with a comma stands in double quotes") from None
+    return rows[0] if rows and rows[0] else [""]
+
+
+def numbers_like(example: str, kind: type = float) -> Callable[[str], list[Any]]:
+    """Reads a list of numbers with commas."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",") if part.strip()]
+        except ValueError:
+            raise ValueError(f"is not a list of numbers like {example}") from None
+
+    return parse
+
+
+def pair_like(example: str, kind: type = float, separator: str = ",") -> Callable[[str], tuple[Any, Any]]:
+    """Reads two numbers."""
+
+    def parse(text: str) -> tuple[Any, Any]:
+        try:
+            first, second = (kind(part) for part in text.split(separator))
+        except ValueError:
+            raise ValueError(f"is not two {'whole ' if kind is int else ''}numbers like {example}") from None
+        return first, second
+
+    return parse
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Number = Annotated[float, BeforeValidator(_real)]
+Names = Annotated[list[str], FromText(_names)]
+Classes = Annotated[int | str | Sequence[int | str], SkipValidation, FromText(_classes)]
+"""Classes as a person gives them: one, or a list of names or indices; see `Conditioning.class_indices`."""
+WholeNumbers = Annotated[list[Whole], FromText(numbers_like("4,8,16", int))]
+Numbers = Annotated[list[Number], FromText(numbers_like("1,1.5,2"))]
+Times = Annotated[tuple[Number, Number], FromText(pair_like("0.1,0.8"))]
