@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BeforeValidator, SkipValidation, ValidationError
+from pydantic import BeforeValidator, ConfigDict, SkipValidation, ValidationError
 from pydantic.fields import FieldInfo
 
 from latentflow.errors import ConfigError, nearest
@@ -77,6 +77,8 @@ class Request(Record):
     Raises:
         RequestError: in one line, for the first value that is refused.
     """
+
+    model_config = ConfigDict(defer_build=True)  # help shows the fields of all requests, and checks none
 
     def __init__(self, **given: Any):
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
@@ -20,15 +21,6 @@ from pydantic.fields import FieldInfo
 from latentflow.errors import ConfigError
 from latentflow.records import alternatives
 from latentflow.requests import FromText, Option, Request, RequestError, markers_of, option_of, range_text
-
-app = typer.Typer(
-    name="latentflow",
-    help="Train, sample and measure image generators by flow matching in the latent space of a pretrained autoencoder.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-)
 
 
 class Precision(str, Enum):
@@ -53,15 +45,25 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images computed together; d
 Model = Annotated[str, typer.Argument(help="A model folder, a run folder or a hub id.")]
 
 
-def command(*, example: str, group: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a function to the command line as a verb, with an example below its help.
+@dataclass(frozen=True)
+class _Verb:
+    """A verb of the command line; its options are made when it is called, so that the list of verbs is quick."""
 
-    Args:
-        group: the heading that it stands under in the list of verbs.
-    """
+    function: Callable[..., None]
+    example: str
+    group: str
 
-    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(verb, eval_str=True)
+    @property
+    def name(self) -> str:
+        return self.function.__name__.replace("_", "-")
+
+    def summary(self) -> typer.core.TyperCommand:
+        """What the list of verbs shows."""
+        return typer.core.TyperCommand(self.name, help=inspect.getdoc(self.function), rich_help_panel=self.group)
+
+    def command(self) -> typer.core.TyperCommand:
+        """The whole command."""
+        signature = inspect.signature(self.function, eval_str=True)
         records = {
             name: parameter.annotation
             for name, parameter in signature.parameters.items()
@@ -70,21 +72,68 @@ def command(*, example: str, group: str) -> Callable[[Callable[..., None]], Call
         parameters = []
         for name, parameter in signature.parameters.items():
             parameters += _parameters(records[name]) if name in records else [parameter]
+        arguments_first = sorted(parameters, key=lambda one: not isinstance(_info(one), typer.models.ArgumentInfo))
 
         def run(**options: Any) -> None:
             given = {name: _asked(record, options) for name, record in records.items()}
-            verb(**options, **given)
+            self.function(**options, **given)
 
-        run.__name__, run.__doc__ = verb.__name__, verb.__doc__
-        arguments_first = sorted(parameters, key=lambda one: not isinstance(_info(one), typer.models.ArgumentInfo))
+        run.__name__, run.__doc__ = self.function.__name__, self.function.__doc__
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
         run.__signature__ = inspect.Signature(  # what typer reads
             [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in arguments_first]
         )
-        run.__annotations__ = {one.name: one.annotation for one in parameters}
-        app.command(epilog=f"Example: {example}", rich_help_panel=group)(run)
-        return verb
+        alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        alone.command(self.name, epilog=f"Example: {self.example}")(run)
+        return typer.main.get_command(alone)
+
+
+_VERBS: dict[str, _Verb] = {}
+
+
+class _Verbs(typer.core.TyperGroup):
+    """The verbs, of which only the one that is called is made in full."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _VERBS[cmd_name].summary() if cmd_name in _VERBS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, found and _VERBS[found.name].command(), rest
+
+
+app = typer.Typer(
+    name="latentflow",
+    help="Train, sample and measure image generators by flow matching in the latent space of a pretrained autoencoder.",
+    cls=_Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+def command(*, example: str, group: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a function to the command line as a verb, with an example below its help.
+
+    Args:
+        group: the heading that it stands under in the list of verbs.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        verb = _Verb(function, example, group)
+        _VERBS[verb.name] = verb
+        return function
 
     return decorate
+
+
+def every_command() -> dict[str, typer.core.TyperCommand]:
+    """All verbs in full, as the documentation shows them."""
+    return {name: verb.command() for name, verb in _VERBS.items()}
 
 
 def _info(parameter: inspect.Parameter) -> object:
