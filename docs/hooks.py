@@ -66,7 +66,7 @@ def command_page() -> str:
     """Every command with its arguments and options, as the parser has them."""
     import typer
 
-    from latentflow.cli import app
+    from latentflow.cli.options import app, every_command
 
     group = typer.main.get_command(app)
     context = group.make_context("latentflow", ["recipes"], resilient_parsing=True)
@@ -77,8 +77,7 @@ def command_page() -> str:
         _table(group, context, "option"),
     ]
     heading = None
-    for name in group.list_commands(context):
-        command = group.get_command(context, name)
+    for name, command in every_command().items():
         inner = type(context)(command, info_name=name, parent=context)
         usage = " ".join(["latentflow", name, *command.collect_usage_pieces(inner)])
         example = (command.epilog or "").removeprefix("Example: ")

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from PIL import Image
 
-from latentflow.cli import app
+from latentflow.cli.options import every_command
 from latentflow.training.config import RECIPES, find_recipe, load_recipe
 from latentflow.training.first_stage import AUTOENCODER_RECIPES, load_autoencoder_recipe
 from latentflow.training.settings import to_yaml
@@ -24,7 +23,7 @@ from tests import tiny
 from tests.processes import Result, run_here
 
 ROOT = Path(__file__).parents[1]
-VERBS = sorted(command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands)
+VERBS = every_command()
 
 
 @pytest.fixture
@@ -197,15 +196,13 @@ def test_dry_run_finds_what_training_would_refuse(command, recipe_file, leaves_n
     leaves_nothing()
 
 
-EXAMPLES = [
-    shlex.split(command.epilog.removeprefix("Example: ")) for command in app.registered_commands if command.epilog
-]
+EXAMPLES = [shlex.split(verb.epilog.removeprefix("Example: ")) for verb in VERBS.values()]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda words: words[1])
 def test_examples_of_the_help_are_commands(example):
     """Every word is parsed as it would be, and the recipes that are named exist."""
-    verb = typer.main.get_command(app).commands[example[1]]
+    verb = VERBS[example[1]]
     context = verb.make_context(example[1], example[2:])
     loader = {"train": load_recipe, "train-autoencoder": load_autoencoder_recipe}.get(example[1])
     if loader:

@@ -16,11 +16,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
 
 from latentflow.artifacts import read_json
-from latentflow.cli import app
+from latentflow.cli.options import every_command
 from latentflow.training.config import load_recipe
 from latentflow.training.first_stage import load_autoencoder_recipe
 from tests import tiny
@@ -32,7 +31,7 @@ SOURCE = ROOT / "src" / "latentflow"
 DOCS = ROOT / "docs"
 PAGES = ["README.md", *sorted(file.relative_to(ROOT).as_posix() for file in DOCS.rglob("*.md"))]
 AROUND = ["CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
-VERBS = typer.main.get_command(app).commands
+VERBS = every_command()
 
 
 def text_of(page: str) -> str:

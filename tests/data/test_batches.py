@@ -372,7 +372,10 @@ def test_a_reading_process_that_is_killed_is_one_line(images):
         pin_memory=False,
     )
     next(batches)
-    with pytest.raises(DataError, match=r"one of 1 worker processes .* was lost .*data\.num_workers=0"), lost_workers(1):
+    with (
+        pytest.raises(DataError, match=r"one of 1 worker processes .* was lost .*data\.num_workers=0"),
+        lost_workers(1),
+    ):
         multiprocessing.active_children()[-1].kill()
         while True:
             next(batches)

@@ -337,7 +337,9 @@ def test_nothing_is_delivered_in_the_place_of_what_failed(model, monkeypatch):
     monkeypatch.setattr(pipeline, "_batches_ahead", lambda device: 1)
     monkeypatch.setattr(pipeline._Begun, "arrived", damaged)
     with pytest.raises(NonFiniteError, match="no picture"):
-        seen.extend(samples.request.seeds for samples in draw(model, make_drawing(model, SampleRequest(num=5)), batch_size=1))
+        seen.extend(
+            samples.request.seeds for samples in draw(model, make_drawing(model, SampleRequest(num=5)), batch_size=1)
+        )
     assert seen == [[0]]
 
 
@@ -352,7 +354,9 @@ def test_what_was_drawn_before_an_error_is_delivered(model, monkeypatch):
     monkeypatch.setattr(pipeline, "_batches_ahead", lambda device: 1)
     monkeypatch.setattr(pipeline, "_begin", fails_at_the_third)
     with pytest.raises(NonFiniteError, match="no picture"):
-        seen.extend(samples.request.seeds for samples in draw(model, make_drawing(model, SampleRequest(num=5)), batch_size=1))
+        seen.extend(
+            samples.request.seeds for samples in draw(model, make_drawing(model, SampleRequest(num=5)), batch_size=1)
+        )
     assert seen == [[0], [1]]
 
 
@@ -390,7 +394,9 @@ def test_seeds_count_upwards(model):
 def test_what_is_not_asked_for_comes_from_the_model(kl):
     model = tiny.model(kl, solver="rk4", steps=7, guidance=2.5, guidance_interval=(0.1, 0.9))
     assert make_drawing(model, SampleRequest(num=1)).sampling == model.config.sampling
-    assert make_drawing(model, SampleRequest(num=1, steps=3)).sampling == model.config.sampling.model_copy(update={"steps": 3})
+    assert make_drawing(model, SampleRequest(num=1, steps=3)).sampling == model.config.sampling.model_copy(
+        update={"steps": 3}
+    )
     assert make_drawing(model, SampleRequest(num=1, guidance=0.0)).sampling.guidance == 0.0
 
 
@@ -484,7 +490,9 @@ def test_steps_of_an_adaptive_preset_are_said(kl, caplog):
         make_drawing(model, SampleRequest(num=1, steps=3))
     assert make_drawing(model, SampleRequest(num=1, solver="heun")).sampling.steps == 7
     assert caplog.messages == ["heun takes steps 7 from the model's preset, which draws with dopri5"]
-    assert make_drawing(model, SampleRequest(num=1, solver="heun", steps=3)).sampling.steps == 3  # what the error advises
+    assert (
+        make_drawing(model, SampleRequest(num=1, solver="heun", steps=3)).sampling.steps == 3
+    )  # what the error advises
     assert len(caplog.messages) == 1
 
 

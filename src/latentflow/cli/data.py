@@ -79,7 +79,7 @@ def encode(
         _look(data, out, look, autoencoder, image_size, first, device, as_json)
         return
     from latentflow.commands.encode import encode as run
-    from latentflow.data.painting.masks import MaskRules
+    from latentflow.data.painting.mask_rules import MaskRules
 
     result = run(
         data,

@@ -281,8 +281,8 @@ def vary(
     )
     rows = {
         "folder": str(out),
-        "original": str(result.original),
-        "variations": len(result.files),
+        "original": str(result.files[0]),
+        "variations": len(result.files) - 1,
         "grid": str(result.grid),
         "evaluations per image": round(result.evaluations, 2),
         "seconds": round(result.seconds, 2),

@@ -84,7 +84,7 @@ class _Verb:
             [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in arguments_first]
         )
         alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
-        alone.command(self.name, epilog=f"Example: {self.example}")(run)
+        alone.command(self.name, epilog=f"Example: {self.example}", rich_help_panel=self.group)(run)
         return typer.main.get_command(alone)
 
 

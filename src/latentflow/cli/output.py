@@ -14,8 +14,8 @@ from latentflow.cli.options import Precision
 from latentflow.console import printable
 
 if TYPE_CHECKING:
-    from latentflow.commands.pictures import Pictures
     from latentflow.runtime import Runtime
+    from latentflow.sampling.named_files import Pictures
 
 
 def open_runtime(device: str | None, precision: Precision = Precision.auto) -> Runtime:

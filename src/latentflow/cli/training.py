@@ -129,7 +129,7 @@ def train_autoencoder(
     print_recipe: PrintRecipe = False,
 ) -> None:
     """Train a first stage on one device. Repeat the command to resume exactly where it was stopped."""
-    from latentflow.training.autoencoder import load_autoencoder_recipe
+    from latentflow.training.first_stage import load_autoencoder_recipe
 
     given = load_autoencoder_recipe(recipe, overrides or ())
     given = given.model_copy(update={"out": given.out or f"runs/{Path(recipe).stem}_autoencoder"})
@@ -180,8 +180,8 @@ def loss(
 @verb(example="latentflow recipes")
 def recipes(as_json: AsJson = False) -> None:
     """List the recipes that come with the package."""
-    from latentflow.training.autoencoder import AUTOENCODER_RECIPES, load_autoencoder_recipe
     from latentflow.training.config import load_recipe, recipe_names
+    from latentflow.training.first_stage import AUTOENCODER_RECIPES, load_autoencoder_recipe
 
     rows = {name: load_recipe(name).description for name in recipe_names()}
     for name in recipe_names(AUTOENCODER_RECIPES):

@@ -8,9 +8,9 @@ from typing import Any
 from latentflow.locks import writes
 from latentflow.model.flow_model import FlowModel
 from latentflow.runtime import Runtime
+from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.edits import interpolation
 from latentflow.sampling.picture_folder import GRID_IMAGES, DrawnFolder, draw_folder
-from latentflow.sampling.request import SampleRequest
 
 
 @writes("out")
@@ -25,7 +25,7 @@ def interpolate(
 ) -> DrawnFolder:
     """Draw the frames of an interpolation; see `latentflow.sampling.edits.interpolation` and `draw_folder`."""
 
-    def plan(flow: FlowModel) -> list[SampleRequest]:
+    def plan(flow: FlowModel) -> list[Drawing]:
         return [interpolation(flow, num=num, **request)]
 
     columns = min(num, GRID_IMAGES)

@@ -57,7 +57,13 @@ def image_to_image(
             "0.6 is usual"
         )
     pixels, inputs = read_input(model, image)
-    request = make_drawing(model, SampleRequest(num=num, classes=classes, seed=seed, **preset), task="image-to-image", inputs=inputs, start=strength)
+    request = make_drawing(
+        model,
+        SampleRequest(num=num, classes=classes, seed=seed, **preset),
+        task="image-to-image",
+        inputs=inputs,
+        start=strength,
+    )
     return draw_all(
         model, request, Given(latents=encode_input(model, pixels)), batch_size=batch_size, on_images=on_images
     )
@@ -148,7 +154,9 @@ def variations(
     if not 0 <= amount <= 1:
         raise ConfigError(f"amount {amount:g}: it must be from 0 (the picture itself) to 1 (unrelated pictures)")
     require_count("number of variations", num, 1, MOST_FRAMES)
-    original = make_drawing(model, SampleRequest(num=1, classes=at_most_one(model, classes), seed=seed, **preset), task="vary")
+    original = make_drawing(
+        model, SampleRequest(num=1, classes=at_most_one(model, classes), seed=seed, **preset), task="vary"
+    )
     blends = [Blend(seed=variation_seed(seed, number), weight=amount) for number in range(num)]
     return original.model_copy(update={"seeds": [seed] * num, "labels": original.labels * num, "blends": blends})
 

@@ -56,6 +56,13 @@ def mask_to_image(
         native_size(model, *indices.shape)
     else:
         indices = crop_map(indices, model.config.image_size)
-    request = make_drawing(model, SampleRequest(num=num, classes=classes, seed=seed, **preset), task="mask-to-image", told=["semantic_map"], inputs=inputs, image_size=indices.shape)
+    request = make_drawing(
+        model,
+        SampleRequest(num=num, classes=classes, seed=seed, **preset),
+        task="mask-to-image",
+        told=["semantic_map"],
+        inputs=inputs,
+        image_size=indices.shape,
+    )
     given = Given(class_fractions=map_fractions(model, indices))
     return draw_all(model, request, given, batch_size=batch_size, on_images=on_images)

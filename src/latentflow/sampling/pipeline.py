@@ -97,9 +97,7 @@ def draw(
         on_images(len(samples.pixels))
 
 
-def draw_batches(
-    model: FlowModel, batches: Iterable[tuple[Drawing, Given]], batch_size: int
-) -> Iterator[Samples]:
+def draw_batches(model: FlowModel, batches: Iterable[tuple[Drawing, Given]], batch_size: int) -> Iterator[Samples]:
     """Draw batches one after another; a GPU draws the next batch while the caller processes the last one.
 
     Args:
