@@ -194,9 +194,16 @@ def bound_charts(measured: MeasuredBound) -> dict[str, Chart]:
     ]
     return {
         "two_sided": Chart(
-            [line("maximum", two, two.highest), line("mean", two, two.mean, dashed=True)], TIME, "L(t)", log_y=True
+            [line("maximum", two, two.highest), line("mean", two, two.mean, dashed=True)],
+            TIME,
+            "two-sided constant L(t)",
+            log_y=True,
         ),
-        "one_sided": Chart([line("maximum", one, one.highest), line("mean", one, one.mean, dashed=True)], TIME, "M(t)"),
+        "one_sided": Chart(
+            [line("maximum", one, one.highest), line("mean", one, one.mean, dashed=True)],
+            TIME,
+            "one-sided constant M(t)",
+        ),
         "error": Chart(errors, TIME, "squared error, summed over a latent"),
     }
 
@@ -219,11 +226,12 @@ def bound_page(measured: MeasuredBound) -> str:
         ],
         verdict=verdict(measured),
         looseness=looseness(measured),
-        terms=Table(("term", "value", "standard error", "draws", "kind"), term_rows(measured)),
+        terms=Table(("term", "value", "standard error", "draws", "kind"), term_rows(measured), text=(0, 4)),
         totals=Table(
             ("variant", "error", "growth factor", "flow, in latents", "total, in pixels", "per value"),
             totals,
             strong=[len(totals) - 1],
+            text=(0, 1),
         ),
         charts=bound_charts(measured),
     )

@@ -60,7 +60,7 @@ def _trajectory_table(runs: list[Ways]) -> Table:
         )
         for ways in runs
     ]
-    return Table(("trajectories", "straightness", "80 % of the samples", "total turning", "samples"), rows)
+    return Table(("trajectories", "straightness", "10th to 90th percentile", "total turning", "samples"), rows)
 
 
 def _turning_chart(runs: list[Ways]) -> Chart:

@@ -19,11 +19,19 @@ from latentflow.pages.numbers import number, percent, whole
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. The first column names the rows, the others hold numbers; `strong` says which rows stand out."""
+    """A table of texts, whose first column names the rows.
+
+    Attributes:
+        header: the names of the columns.
+        rows: their cells.
+        strong: the rows that stand out, by number.
+        text: the columns that hold words instead of numbers.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     strong: Collection[int] = ()
+    text: Collection[int] = (0,)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,8 @@ class Sheet:
 
 def render(template: str, **values: Any) -> str:
     """A template of pages/templates filled with values; a value that is missing is an error."""
-    return _environment().get_template(template).render(values)
+    text = _environment().get_template(template).render(values)
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 @cache

@@ -15,7 +15,7 @@ from latentflow.pages.charts import Chart, Series, chart_file
 from latentflow.pages.numbers import number, percent
 from latentflow.pages.page import Table, render
 
-HEADER = ("preset", "evaluations", "distance", "std error", "classes", "ms per image", "")
+HEADER = ("preset", "evaluations", "distance", "std error", "classes", "ms per image", "mark")
 _MOST_IMAGES = 100_000  # that anybody draws to compare presets
 _MARKS = {"front": "front", "undecided": "undecided", "beaten": ""}
 
@@ -188,7 +188,9 @@ def sweep_page(result: SweepResult) -> str:
         tiles_of_the_best=_tiles(result) if result.best is not None else [],
         options=_options(result) if result.best is not None else "",
         quality=_chart(result),
-        candidates=Table(HEADER, table, strong=[n for n, row in enumerate(table) if row[0] == result.best]),
+        candidates=Table(
+            HEADER, table, strong=[n for n, row in enumerate(table) if row[0] == result.best], text=(0, 6)
+        ),
         other_rounds=[
             (one, Table(HEADER[:-1], [_figures(point, one) for point in _by_cost(one)]))
             for one in result.rounds
