@@ -327,13 +327,13 @@ def test_an_operation_without_second_derivative(kl, images, monkeypatch, model_f
 
 
 def test_the_table_of_the_theory_page_is_what_its_script_prints():
-    text = (Path(__file__).parents[2] / "docs" / "theory.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "theory" / "bound.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     default = torch.get_default_dtype()
     printed = io.StringIO()
     try:
         with redirect_stdout(printed):
-            exec(compile(script, "theory.md", "exec"), SimpleNamespace().__dict__)
+            exec(compile(script, "bound.md", "exec"), SimpleNamespace().__dict__)
     finally:
         torch.set_default_dtype(default)
     lines = printed.getvalue().splitlines()
