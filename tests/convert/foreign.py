@@ -50,7 +50,6 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sit": ("sit", _META_DIT, {}),
     "sit, velocity alone": ("sit", {**_META_DIT, "learn_sigma": False}, {}),
     "dit": ("dit", _META_DIT, {}),
-    "dit, with variance": ("dit", _META_DIT, {"keep_variance": True}),
     "dit, noise alone": ("dit", {**_META_DIT, "learn_sigma": False}, {}),
     "guided": ("lfm", _ORIGIN, {}),
     "guided, updown": ("lfm", {**_ORIGIN, "resblock_updown": True}, {}),

@@ -15,7 +15,9 @@ import torch
 from latentflow.api import LatentFlow
 from latentflow.artifacts import read_tensors
 from latentflow.commands.convert import ConvertResult, convert
+from latentflow.convert.architecture import Architecture
 from latentflow.convert.families.lfm import EXPERIMENTS
+from latentflow.convert.families.registry import architecture
 from latentflow.convert.foreign_file import read_checkpoint
 from latentflow.convert.published import imagenet_synsets, published
 from latentflow.errors import ArtifactError
@@ -49,12 +51,17 @@ SCALE = 0.18215
 IMAGE_SIZE = 256
 
 
+def built(name: str) -> Architecture:
+    """The network of an experiment."""
+    return architecture("lfm", EXPERIMENTS[name].flags, **EXPERIMENTS[name].task)
+
+
 @EVERY
 def test_number_of_parameters(name):
-    architecture = EXPERIMENTS[name].architecture()
-    shapes = architecture.keys.foreign_shapes(architecture.empty().state_dict())
+    network = built(name)
+    shapes = network.keys.foreign_shapes(network.empty().state_dict())
     total = sum(shape.numel() for shape in shapes.values())
-    total += sum(constant.value.numel() for constant in architecture.keys.constants if constant.theirs == "pos_embed")
+    total += sum(constant.value.numel() for constant in network.keys.constants if constant.theirs == "pos_embed")
     assert total / 1e6 == pytest.approx(MILLIONS[name], abs=0.0500001)
 
 
@@ -64,10 +71,10 @@ def test_the_table_is_complete():
 
 def test_what_the_attention_flag_means():
     """One flag, 16 8, two meanings: factors in guided-diffusion's network, sizes of maps in EDM's."""
-    assert EXPERIMENTS["church_f8_adm"].architecture().network.attention_factors == (8,)
-    assert EXPERIMENTS["ffhq_f8_adm"].architecture().network.attention_factors == (2, 4, 8)
-    assert EXPERIMENTS["celeb512_f8_adm"].architecture().network.attention_factors == (16, 8)
-    assert EXPERIMENTS["celeb1024_f8_adm"].architecture().network.attention_factors == (8, 16)
+    assert built("church_f8_adm").network.attention_factors == (8,)
+    assert built("ffhq_f8_adm").network.attention_factors == (2, 4, 8)
+    assert built("celeb512_f8_adm").network.attention_factors == (16, 8)
+    assert built("celeb1024_f8_adm").network.attention_factors == (8, 16)
 
 
 @pytest.fixture(scope="module")

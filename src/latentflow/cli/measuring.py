@@ -175,7 +175,7 @@ def evaluate(
         typer.Argument(help="A model; a folder or zip of PNG samples; with --reconstruction, also an autoencoder."),
     ],
     data: Annotated[
-        str, typer.Option(help="Real images as for `encode`, or statistics of them: .safetensors, .npz or .npy.")
+        str, typer.Option(help="Real images as for `encode`, or statistics of them: .safetensors or .npz.")
     ],
     metrics: Annotated[
         str | None,

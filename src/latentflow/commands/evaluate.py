@@ -113,7 +113,7 @@ def evaluate(
     Args:
         model: a model, whose images are drawn and never written; or a folder or zip of PNG images; or, with
             `reconstruction`, a model or an autoencoder.
-        data: real images as for `encode`, or stored statistics of them (.safetensors, .npz, .npy).
+        data: real images as for `encode`, or stored statistics of them (.safetensors, .npz).
         task: "sample", "inpaint" or "mask-to-image".
         metrics: names of `METRICS`; None: the usual ones of the task.
         num: images; None: 50,000 for drawn samples, else all there are.

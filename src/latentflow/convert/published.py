@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
-from pydantic import ValidationError
-
-from latentflow.convert.architecture import Architecture, explained
-from latentflow.convert.families.dit import DiTOptions, dit
-from latentflow.convert.families.edm_unet import EdmUNetOptions, edm_unet
-from latentflow.convert.families.lfm import PROTOCOL, Experiment, LfmFlags, find_experiment, lfm
-from latentflow.convert.families.registry import require_family
+from latentflow.convert.architecture import Architecture
+from latentflow.convert.families.dit import DiTOptions
+from latentflow.convert.families.edm_unet import EdmUNetOptions
+from latentflow.convert.families.lfm import PROTOCOL, Experiment, LfmFlags, find_experiment
+from latentflow.convert.families.registry import architecture, require_family
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import CosinePath, LinearPath, PathConfig
 from latentflow.model.config import SamplingPreset, TrainingRecord
@@ -81,14 +79,11 @@ def published(
     require_family(family)
     if experiment is not None and family != "lfm":
         raise ConfigError(f"--experiment names one of LFM's; of {family}, give options such as name={family}-XL/2")
-    try:
-        if family == "lfm":
-            return _lfm(options, experiment, found or {}, image_size, factor)
-        if family == "edm":
-            return _edm(dict(options), image_size, factor or 8)
-        return _transformer(family, dict(options), found or {}, image_size, factor or 8)
-    except ValidationError as error:  # of the network that these options describe
-        raise explained(error) from error
+    if family == "lfm":
+        return _lfm(options, experiment, found or {}, image_size, factor)
+    if family == "edm":
+        return _edm(dict(options), image_size, factor or 8)
+    return _transformer(family, dict(options), found or {}, image_size, factor or 8)
 
 
 def imagenet_synsets() -> list[str]:
@@ -96,9 +91,9 @@ def imagenet_synsets() -> list[str]:
     return files("latentflow").joinpath("assets", "imagenet_synsets.txt").read_text(encoding="utf-8").split()
 
 
-def class_names_of(architecture: Architecture) -> list[str]:
+def class_names_of(network: Architecture) -> list[str]:
     """ImageNet's names where there are 1000 classes; else none."""
-    return imagenet_synsets() if architecture.num_classes == _IMAGENET_CLASSES else []
+    return imagenet_synsets() if network.num_classes == _IMAGENET_CLASSES else []
 
 
 def _lfm(
@@ -114,7 +109,7 @@ def _lfm(
         factor = factor or 8
         sizes = _sizes(options, image_size, factor)
         return Published(
-            dit(sizes, "lfm"),
+            architecture("lfm", dict(sizes)),
             _pixels(sizes.input_size, factor, image_size),
             label_dropout=sizes.class_dropout_prob,
             sampling=SamplingPreset(**_DOPRI5),
@@ -122,8 +117,8 @@ def _lfm(
     size = {} if image_size is None else {"image_size": image_size}
     if experiment is not None:
         known = find_experiment(experiment)
-        flags = LfmFlags.read({**known.flags, **options, **size})
-        return _from_flags(flags, known.architecture(**options, **size), known, experiment, factor)
+        given = {**known.flags, **options, **size}
+        return _from_flags(LfmFlags.read(given), architecture("lfm", given, **known.task), known, experiment, factor)
     flag_names = LfmFlags.model_fields.keys() - {"learn_sigma"}
     own = {key: value for key, value in found.items() if key in flag_names and value is not None}
     if not own and options.keys() <= {"learn_sigma"}:
@@ -138,7 +133,7 @@ def _lfm(
         task["inpainting"] = flags.num_in_channels == 2 * flags.num_out_channels + 1
         if flags.num_in_channels == 2 * flags.num_out_channels:
             raise ConfigError("a painter of semantic maps needs --experiment semantic_kl, which names its classes")
-    return _from_flags(flags, lfm(flags.model_dump(exclude_none=True), **task), None, "", factor)
+    return _from_flags(flags, architecture("lfm", flags.model_dump(exclude_none=True), **task), None, "", factor)
 
 
 def _sizes(options: Mapping[str, Any], image_size: int | None, factor: int) -> DiTOptions:
@@ -165,7 +160,7 @@ def _pixels(latent_side: int, factor: int, image_size: int | None) -> int:
 
 
 def _from_flags(
-    flags: LfmFlags, architecture: Architecture, known: Experiment | None, name: str, factor: int | None
+    flags: LfmFlags, network: Architecture, known: Experiment | None, name: str, factor: int | None
 ) -> Published:
     if factor not in (None, flags.f):
         raise ConfigError(
@@ -184,11 +179,11 @@ def _from_flags(
         if name == "semantic_kl":
             notes.append("the published training left its encoder of semantic maps at its random start")
     return Published(
-        architecture,
+        network,
         flags.image_size,
         latent_scale=flags.scale_factor,
         # guidance needs a null row, which guided-diffusion's network does not have
-        label_dropout=flags.label_dropout if architecture.num_classes and not flags.builds_guided_unet else 0.0,
+        label_dropout=flags.label_dropout if network.num_classes and not flags.builds_guided_unet else 0.0,
         map_class_names=known.map_class_names if known else (),
         sampling=SamplingPreset(**_DOPRI5, guidance=guidance),
         training=record,
@@ -240,9 +235,10 @@ def _transformer(
         "training": TrainingRecord(data="ImageNet" if sizes.num_classes == _IMAGENET_CLASSES else ""),
     }
     if family == "sit":
-        return Published(dit(sizes, "sit"), path=path, sampling=SamplingPreset(**_DOPRI5, **sampling), **common)
+        sit = architecture("sit", dict(sizes))
+        return Published(sit, path=path, sampling=SamplingPreset(**_DOPRI5, **sampling), **common)
     return Published(
-        dit(sizes, "dit"),
+        architecture("dit", dict(sizes)),
         path=path,
         prediction=NoisePrediction(),
         sampling=SamplingPreset(solver="heun", steps=50, **sampling),
@@ -255,7 +251,7 @@ def _edm(options: dict[str, Any], image_size: int | None, factor: int) -> Publis
     denoiser = {key: options.pop(key) for key in ("sigma_data", "sigma_min", "sigma_max") if key in options}
     sizes = EdmUNetOptions.read(options)
     return Published(
-        edm_unet(sizes),
+        architecture("edm", dict(sizes)),
         image_size=_pixels(sizes.img_resolution, factor, image_size),
         label_dropout=sizes.label_dropout if sizes.label_dim else 0.0,
         path=LinearPath(sigma_min=0),

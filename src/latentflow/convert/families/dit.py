@@ -49,22 +49,15 @@ class DiTOptions(PublishedOptions):
     )
 
 
-def dit(options: DiTOptions, family: Family, *, keep_variance: bool = False) -> Architecture:
-    """A published transformer as our `DiT`.
-
-    Args:
-        keep_variance: of the family "dit": keep the output's second half, the variance, which no velocity needs.
+def dit(options: DiTOptions, family: Family) -> Architecture:
+    """A published transformer as our `DiT`; the second half of a doubled output is dropped.
 
     Raises:
-        ConfigError: there is no variance to keep.
+        ConfigError: more positions than any published network has.
     """
     doubled = family != "lfm" if options.learn_sigma is None else options.learn_sigma
-    if keep_variance and (family != "dit" or not doubled):
-        raise ConfigError(f"keep_variance: networks of {family} without a learned variance have none to keep")
     has_null = options.class_dropout_prob > 0 or family != "lfm"
     constant_label = options.num_classes == 1 and not has_null
-    keeps = doubled and keep_variance
-    channels = options.in_channels
     config = DiTConfig(
         depth=options.depth,
         hidden_size=options.hidden_size,
@@ -84,7 +77,7 @@ def dit(options: DiTOptions, family: Family, *, keep_variance: bool = False) -> 
         rules += layer(f"{ours}.mlp.up", f"{theirs}.mlp.fc1")
         rules += layer(f"{ours}.mlp.down", f"{theirs}.mlp.fc2")
     rules += layer("final_modulation", "final_layer.adaLN_modulation.1")
-    last = _LastLayer(channels, drops=doubled and not keeps, sign=-1 if family == "sit" else 1)
+    last = _LastLayer(options.in_channels, drops=doubled, sign=-1 if family == "sit" else 1)
     rules += [
         Rule(f"final_linear.{part}", (f"final_layer.linear.{part}",), last.forth, last.back, not last.drops)
         for part in ("weight", "bias")
@@ -98,8 +91,8 @@ def dit(options: DiTOptions, family: Family, *, keep_variance: bool = False) -> 
     positions = Constant("pos_embed", sincos_positions(side, side, options.hidden_size)[None])
     return Architecture(
         config,
-        channels,
-        out_channels=2 * channels if keeps else channels,
+        options.in_channels,
+        options.in_channels,
         keys=KeyMap(rules, [positions]),
         num_classes=0 if constant_label else options.num_classes,
     )

@@ -77,10 +77,10 @@ class Experiment(Record):
     inpainting: bool = False
     map_class_names: tuple[str, ...] = ()
 
-    def architecture(self, **flags: Any) -> Architecture:
-        """The network it built; `flags` replace its own."""
-        merged = {**self.flags, **flags}
-        return lfm(merged, inpainting=self.inpainting, num_map_classes=len(self.map_class_names))
+    @property
+    def task(self) -> dict[str, Any]:
+        """What its network takes besides latents, as `lfm` names it."""
+        return {"inpainting": self.inpainting, "num_map_classes": len(self.map_class_names)}
 
 
 PROTOCOL = "50,000 JPEG-compressed samples of dopri5 at tolerance 1e-5, against JPEG-compressed references"

@@ -22,7 +22,6 @@ def architecture(
     *,
     inpainting: bool = False,
     num_map_classes: int = 0,
-    keep_variance: bool = False,
 ) -> Architecture:
     """A published network as one of ours, from the options its own program builds it with.
 
@@ -33,7 +32,6 @@ def architecture(
         family: "lfm" (flags of its training scripts, or arguments of its class DiT), "sit" and "dit" (arguments of
             their classes), "edm" (arguments of DhariwalUNet and SongUNet, and `model_type`).
         inpainting, num_map_classes: of "lfm": what its input holds behind the latents; see `lfm`.
-        keep_variance: of "dit": keep the second half of the output.
 
     Raises:
         ConfigError: an unknown family or option, or values that do not fit together.
@@ -41,14 +39,12 @@ def architecture(
     require_family(family)
     if family != "lfm" and (inpainting or num_map_classes):
         raise ConfigError(f"inpainting and num_map_classes are of lfm; networks of {family} do not paint")
-    if family != "dit" and keep_variance:
-        raise ConfigError(f"keep_variance is of dit; networks of {family} predict no variance")
     try:
         if family == "lfm":
             return lfm(options, inpainting=inpainting, num_map_classes=num_map_classes)
         if family == "edm":
             return edm_unet(EdmUNetOptions.read(options))
-        return dit(DiTOptions.read(options), family, keep_variance=keep_variance)
+        return dit(DiTOptions.read(options), family)
     except ValidationError as error:  # of the network that these options describe
         raise explained(error) from error
 
