@@ -81,8 +81,9 @@ def command_page() -> str:
         inner = type(context)(command, info_name=name, parent=context)
         usage = " ".join(["latentflow", name, *command.collect_usage_pieces(inner)])
         example = (command.epilog or "").removeprefix("Example: ")
-        if command.rich_help_panel not in (heading, None):
-            heading = command.rich_help_panel
+        panel = group.get_command(context, name).rich_help_panel
+        if panel not in (heading, None):
+            heading = panel
             parts.append(f"\n## {heading}\n")
         parts += [f"\n{'###' if heading else '##'} latentflow {name} {{: #{name} }}\n", _text(command.help)]
         parts.append(f"\n    {usage}\n")
