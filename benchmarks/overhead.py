@@ -33,7 +33,6 @@ from measuring import REST, Enough, Lap, Stopwatch, by_clock, median_and_quartil
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from latentflow.commands.train import build_model
 from latentflow.data.batches import TrainingImages
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.cache.request import CacheOptions
@@ -55,6 +54,7 @@ from latentflow.training import step as step_module
 from latentflow.training.config import Recipe, load_recipe
 from latentflow.training.ema import EMA
 from latentflow.training.fitting import with_values
+from latentflow.training.fresh_model import build_model
 from latentflow.training.log import LossByTime, RunLog
 from latentflow.training.loop import FiniteGuard
 from latentflow.training.velocity import train_velocity

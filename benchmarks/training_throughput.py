@@ -26,7 +26,6 @@ from measuring import REST, Enough, Lap, Stopwatch, by_clock, median_and_quartil
 from PIL import Image
 
 from latentflow.autoencoder import Autoencoder
-from latentflow.commands.train import build_model
 from latentflow.data.batches import Batch, SpatialData, StreamPositions, TrainingImages, stream_batches
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.cache.request import CacheOptions
@@ -35,6 +34,7 @@ from latentflow.data.sources.images import open_images
 from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.runtime import open_runtime
 from latentflow.training.config import load_recipe
+from latentflow.training.fresh_model import build_model
 from latentflow.training.velocity import train_velocity
 
 CACHED, ENCODING = "latent cache", "encoding in the loop"

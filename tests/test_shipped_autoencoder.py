@@ -10,12 +10,12 @@ import torch
 
 from latentflow.api import LatentFlow
 from latentflow.autoencoder import BUILT_IN, Autoencoder, latent_mean, to_unit_range
-from latentflow.commands.train import build_model
 from latentflow.data.batches import TrainingImages
 from latentflow.data.pictures.single import psnr
 from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.model.config import AUTOENCODER_FOLDER
 from latentflow.training.first_stage import load_autoencoder_recipe
+from latentflow.training.fresh_model import build_model
 from tests import tiny
 
 FOLDER = BUILT_IN["shapes"]

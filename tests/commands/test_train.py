@@ -9,18 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentflow.commands import train as train_module
 from latentflow.commands.train import prepare
 from latentflow.commands.train import train as train_command
 from latentflow.data.sources.images import ImageFiles, open_images
 from latentflow.data.stores.files import FolderStore
 from latentflow.errors import ArtifactError, ConfigError, DataError, LatentFlowError
-from latentflow.training import fitting
+from latentflow.plans import changed_values
+from latentflow.training import fitting, velocity_run
 from latentflow.training.config import Recipe, load_recipe
 from latentflow.training.fitting import with_values
 from latentflow.training.loop import micro_batches
 from latentflow.training.memory import bytes_per_image, state_bytes
-from latentflow.training.settings import differences
 from tests import tiny
 from tests.processes import run_here
 from tests.tiny import write_cache
@@ -148,12 +147,12 @@ def test_own_images_are_trained_by_their_recipe(own, cache, flat, tmp_path, labe
 def test_a_resume_fits_nothing_anew(own, flat, cache, tmp_path, monkeypatch):
     assert own(flat, "training.steps=2").code == 0
     before = load_recipe(tmp_path / "run" / "recipe.yaml")
-    monkeypatch.setattr(train_module, "total_memory", lambda device: 1)  # another machine would be fitted otherwise
+    monkeypatch.setattr(velocity_run, "total_memory", lambda device: 1)  # another machine would be fitted otherwise
     monkeypatch.setattr(fitting, "_STEPS_PER_IMAGE", 1)
     result = own(flat, "training.steps=3")
     assert result.code == 0, result.err
     after = load_recipe(tmp_path / "run" / "recipe.yaml")
-    assert differences(before, after) == {"training.steps": (2, 3)}
+    assert changed_values(before.model_dump(mode="json"), after.model_dump(mode="json")) == {"training.steps": (2, 3)}
     assert own(cache).code == 2  # other images
 
 
@@ -180,13 +179,13 @@ def test_fewer_images_at_a_time_where_memory_is_short(flat, tmp_path, monkeypatc
     num_parameters = sum(parameter.numel() for parameter in roomy.model.network.parameters())
     per_image = bytes_per_image(recipe.network, 8, half=False)
     free = round((state_bytes(num_parameters) + 1.5 * per_image) / 0.9)
-    monkeypatch.setattr(train_module, "free_memory", lambda device: free)
+    monkeypatch.setattr(velocity_run, "free_memory", lambda device: free)
     with pytest.raises(ConfigError, match=r"use training\.micro_batch_size=1") as caught:
         prepare(with_values(recipe, {"training.batch_size": 64}), tiny.CPU)
     assert "GiB are free" in str(caught.value)
     remedy = with_values(recipe, {"training.batch_size": 64, "training.micro_batch_size": 1})
     assert micro_batches(prepare(remedy, tiny.CPU).recipe.training, tiny.CPU).number == 64
-    monkeypatch.setattr(train_module, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(velocity_run, "free_memory", lambda device: 1000)
     with pytest.raises(ConfigError, match="choose a smaller network"):
         prepare(recipe, tiny.CPU)
 
@@ -249,5 +248,5 @@ def test_a_class_that_an_old_cache_has_no_image_of(refused, tmp_path, images, kl
             return 5
 
     write_cache(First(FolderStore(images), tiny.IMAGE_SIZE), kl, tmp_path / "cache")
-    words = ("has no image that can be read of 2 of its classes (berry, cherry); encode it anew",)
+    words = ("has no image that can be read of 2 of its classes (berry, cherry); encode it again",)
     refused(DataError, *words, data={"path": tmp_path / "cache"})

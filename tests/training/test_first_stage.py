@@ -11,7 +11,7 @@ import torch
 
 from latentflow.artifacts import read_json
 from latentflow.autoencoder import Autoencoder, latent_mean, sample_latents, to_uint8, to_unit_range
-from latentflow.commands.train_autoencoder import split, train_first_stage
+from latentflow.commands.train_autoencoder import train_first_stage
 from latentflow.data.batches import Batch
 from latentflow.data.pictures.single import psnr
 from latentflow.data.sources.images import open_images
@@ -28,6 +28,7 @@ from latentflow.training.first_stage import (
     build_autoencoder,
     load_autoencoder_recipe,
 )
+from latentflow.training.first_stage_run import split
 from latentflow.training.log import read_metrics
 from latentflow.training.settings import load_settings, to_yaml
 from tests import tiny

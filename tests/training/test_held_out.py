@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from latentflow.commands.loss import condition_sets, held_out_images
 from latentflow.training import held_out
-from latentflow.training.held_out import held_out_loss
+from latentflow.training.held_out import condition_sets, held_out_images, held_out_loss
 from tests import tiny
 
 

@@ -28,7 +28,6 @@ from latentflow import artifacts
 from latentflow.api import LatentFlow
 from latentflow.artifacts import read_json, read_tensors
 from latentflow.autoencoder import Autoencoder
-from latentflow.commands.train import build_model, open_source
 from latentflow.commands.train import train as train_command
 from latentflow.data.batches import TrainingImages
 from latentflow.data.cache.reader import LatentCache
@@ -39,9 +38,11 @@ from latentflow.sampling.preview import save_preview
 from latentflow.training import checkpoint, loop, velocity
 from latentflow.training.checkpoint import CheckpointWriter, Progress, load_checkpoint, newest_checkpoint
 from latentflow.training.ema import EMA
+from latentflow.training.fresh_model import build_model
 from latentflow.training.log import read_metrics
 from latentflow.training.optim import OptimizerConfig, build_optimizer
 from latentflow.training.settings import to_yaml
+from latentflow.training.training_data import open_source
 from tests import processes, tiny
 
 STATE = ("network.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")

@@ -11,10 +11,11 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from latentflow.errors import ConfigError
-from latentflow.training import autoencoder
+from latentflow.plans import changed_values
+from latentflow.training import first_stage
 from latentflow.training.config import CHANGES, RECIPES, Recipe, load_recipe, recipe_names
 from latentflow.training.first_stage import AutoencoderRecipe
-from latentflow.training.settings import differences, keys_of, load_settings, to_yaml
+from latentflow.training.settings import keys_of, load_settings, to_yaml
 from tests import tiny
 
 
@@ -156,14 +157,15 @@ def test_yaml_round_trip(tmp_path):
 
 
 def test_differences():
-    old, new = tiny.recipe(), tiny.recipe(training={"steps": 11, "seed": 5}, sampling={"steps": 9})
-    assert differences(old, old) == {}
-    assert differences(old, new) == {"sampling.steps": (2, 9), "training.seed": (0, 5), "training.steps": (10, 11)}
+    changed = {"training": {"steps": 11, "seed": 5}, "sampling": {"steps": 9}}
+    old, new = (tiny.recipe(**given).model_dump(mode="json") for given in ({}, changed))
+    assert changed_values(old, old) == {}
+    assert changed_values(old, new) == {"sampling.steps": (2, 9), "training.seed": (0, 5), "training.steps": (10, 11)}
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), AutoencoderRecipe()], ids=["train", "train-autoencoder"])
 def test_what_the_rules_of_change_name_exists(recipe):
-    rules = {Recipe: CHANGES, AutoencoderRecipe: autoencoder.CHANGES}[type(recipe)]
+    rules = {Recipe: CHANGES, AutoencoderRecipe: first_stage.CHANGES}[type(recipe)]
     assert {*rules.free, *rules.fixed} <= set(keys_of(recipe))
 
 

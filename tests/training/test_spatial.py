@@ -11,7 +11,6 @@ import torch
 from latentflow.api import LatentFlow
 from latentflow.artifacts import read_tensors
 from latentflow.commands.info import describe
-from latentflow.commands.train import build_model, open_source, spatial_data
 from latentflow.commands.train import train as train_command
 from latentflow.data.batches import TrainingImages
 from latentflow.data.painting.mask_rules import MaskRules
@@ -19,6 +18,8 @@ from latentflow.errors import ConfigError
 from latentflow.model.flow_model import read_config
 from latentflow.training import velocity
 from latentflow.training.checkpoint import newest_checkpoint
+from latentflow.training.fresh_model import build_model
+from latentflow.training.training_data import open_source, spatial_data
 from tests import tiny
 from tests.training.test_loop import at_step, final, largest_difference
 

@@ -133,11 +133,12 @@ def train_autoencoder(
 
     given = load_autoencoder_recipe(recipe, overrides or ())
     given = given.model_copy(update={"out": given.out or f"runs/{Path(recipe).stem}_autoencoder"})
-    from latentflow.commands.train_autoencoder import prepare, train_first_stage
+    from latentflow.commands.train_autoencoder import train_first_stage
+    from latentflow.training.first_stage_run import prepare_first_stage
 
     told = teller(print_recipe)
     if dry_run:
-        told(prepare(given, open_runtime(device), allow_change=allow_change or ()))
+        told(prepare_first_stage(given, open_runtime(device), allow_change=allow_change or ()))
         say("all is well; nothing was written")
         return
     result = train_first_stage(given, allow_change=allow_change or (), on_prepared=told, runtime=open_runtime(device))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from latentflow.autoencoder import to_unit_range
-from latentflow.commands.loss import condition_sets, held_out_images
 from latentflow.data.items import ImageItem
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares
 from latentflow.data.painting.masks import draw_mask
@@ -29,7 +28,7 @@ from latentflow.sampling.frame import Frame
 from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples
-from latentflow.training.held_out import held_out_loss
+from latentflow.training.held_out import condition_sets, held_out_images, held_out_loss
 
 HELD_OUT_SEED = 20240612  # of real images that neither the autoencoder nor the velocity network was trained on
 NUM_COLUMNS = 12

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import ValidationError
 from torch import nn
 
 from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation
@@ -15,11 +14,11 @@ from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.cache.schema import CachePlan
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError
-from latentflow.model.conditioning import Conditioning
 from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig
-from latentflow.records import explain
 from latentflow.training.config import Recipe
-from latentflow.training.fitting import Situation, fit, is_set, with_values
+from latentflow.training.fitting import Situation, fit
+from latentflow.training.fresh_model import model_config
+from latentflow.training.training_data import with_cached
 
 _ASSUMED_IMAGES, _ASSUMED_CLASSES, _ASSUMED_MAP_CLASSES = 10_000, 10, 20
 
@@ -135,7 +134,7 @@ def plan_subject(
         DataError, ArtifactError: what is there is damaged.
     """
     data = _data(recipe, name, num_images, num_classes)
-    recipe = _as_cached(recipe, data.cache)
+    recipe = with_cached(recipe, data.cache) if data.cache else recipe
     stage = _stage(recipe, name, data.cache, latents)
     size, side = recipe.data.image_size, recipe.data.image_size // stage.factor
     if size % stage.factor:
@@ -185,14 +184,6 @@ def _data(recipe: Recipe, name: str, num_images: int | None, num_classes: int | 
     why = f"{path} is not there" if path else "data.path is not set"
     given = "; --images and --classes say otherwise" if num_images is None or num_classes is None else ""
     return replace(facts, assumed=f"{why}: {', '.join(parts)}{' as published' if known else ''}{given}")
-
-
-def _as_cached(recipe: Recipe, cache: CachePlan | None) -> Recipe:
-    """A recipe with what a latent cache decides, where it is not set."""
-    if cache is None:
-        return recipe
-    told = {"data.image_size": cache.image_size, "data.flip": cache.flips, "autoencoder": cache.autoencoder}
-    return with_values(recipe, {key: value for key, value in told.items() if not is_set(recipe, key)})
 
 
 def _stage(recipe: Recipe, name: str, cache: CachePlan | None, latents: Sequence[int] | None) -> StageFacts:
@@ -253,43 +244,25 @@ def _facts_of(autoencoder: Autoencoder) -> StageFacts:
 
 def _config(recipe: Recipe, data: DataFacts, stage: StageFacts) -> ModelConfig:
     """The model that would be trained; names of classes, normalisation and hash do not matter to its size."""
-    told = recipe.conditioning
-    if told.semantic_map and not data.num_map_classes:
+    has_maps = recipe.conditioning.semantic_map
+    if has_maps and not data.num_map_classes:
         raise ConfigError(f"conditioning.semantic_map = true, but {recipe.data.path} has no semantic maps")
-    side, multiple = recipe.data.image_size // stage.factor, recipe.network.size_multiple
-    if side % multiple:
-        raise ConfigError(
-            f"network: latents of {side} x {side} do not fit a {recipe.network.title}, which needs multiples of "
-            f"{multiple}; choose another patch_size or fewer levels, or a data.image_size that is a multiple of "
-            f"{stage.factor * multiple}"
-        )
     num_classes = data.num_classes if recipe.data.labels else 0
-    num_maps = data.num_map_classes if told.semantic_map else 0
-    try:
-        return ModelConfig(
-            image_size=recipe.data.image_size,
-            network=recipe.network,
-            path=recipe.path,
-            conditioning=Conditioning(
-                class_names=[f"#{number}" for number in range(num_classes)],
-                label_dropout=told.label_dropout,
-                inpainting=told.inpainting,
-                inpainting_dropout=told.inpainting_dropout,
-                map_class_names=[f"#{number}" for number in range(num_maps)],
-                map_palette=[(0, 0, 0)] * num_maps,
-                map_dropout=told.map_dropout,
-            ),
-            autoencoder=AutoencoderRecord(
-                reference=AUTOENCODER_FOLDER if _is_embedded(recipe.autoencoder) else recipe.autoencoder,
-                content_hash="0" * 64,
-                factor=stage.factor,
-                num_channels=stage.num_channels,
-            ),
-            normalisation=LatentNormalisation(shift=[0.0] * stage.num_channels, scale=[1.0] * stage.num_channels),
-            sampling=recipe.sampling,
-        )
-    except ValidationError as error:
-        raise ConfigError(f"recipe: {explain(error, ModelConfig)}") from error
+    num_maps = data.num_map_classes if has_maps else 0
+    autoencoder = AutoencoderRecord(
+        reference=AUTOENCODER_FOLDER if _is_embedded(recipe.autoencoder) else recipe.autoencoder,
+        content_hash="0" * 64,
+        factor=stage.factor,
+        num_channels=stage.num_channels,
+    )
+    return model_config(
+        recipe,
+        autoencoder,
+        LatentNormalisation(shift=[0.0] * stage.num_channels, scale=[1.0] * stage.num_channels),
+        class_names=[f"#{number}" for number in range(num_classes)],
+        map_class_names=[f"#{number}" for number in range(num_maps)],
+        map_palette=[(0, 0, 0)] * num_maps,
+    )
 
 
 def _is_embedded(reference: str) -> bool:

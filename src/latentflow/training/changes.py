@@ -68,7 +68,7 @@ class Changes:
         old, new = ((one.optimizer, one.training.steps) for one in (self.old, self.new))
         return old[0].rate(self.step, old[1]), new[0].rate(self.step, new[1])
 
-    def tell(self) -> None:
+    def announce(self) -> None:
         """Say what changed, and what that does to the learning rate."""
         if self.values:
             notice(f"from step {self.step + 1} on with another recipe: {spelled_out(self.values)}")

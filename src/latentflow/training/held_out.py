@@ -1,15 +1,20 @@
-"""The loss on images that a model was not trained on, told this or told that."""
+"""The loss on images that a model was not trained on, given some of its conditions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from latentflow.data.batches import TrainingImages
+from latentflow.data.batches import SpatialData, TrainingImages
+from latentflow.data.cache.reader import LatentCache, is_cache
+from latentflow.data.items import ImageSource
+from latentflow.data.sources.images import open_images, readable
+from latentflow.errors import ConfigError
 from latentflow.flow.times import TrainingTimes, sum_by_time
-from latentflow.model.conditioning import ConditionName
+from latentflow.model.conditioning import Conditioning, ConditionName
 from latentflow.model.flow_model import FlowModel
 from latentflow.training.step import training_step
 
@@ -19,7 +24,7 @@ class HeldOutLoss:
     """The flow-matching loss of one set of conditions.
 
     Attributes:
-        told: the conditions that were not null.
+        told: the conditions that were given; the others were null.
         loss: mean over images, noises and times.
         standard_error: of `loss`, from the spread between draws.
         by_time: mean over images whose time falls into each tenth of [0, 1].
@@ -42,12 +47,12 @@ def held_out_loss(
     seed: int = 0,
     on_images: Callable[[int], None] = lambda num_images: None,
 ) -> HeldOutLoss:
-    """The mean loss over `num_draws` draws of image, time and noise, times spread evenly over [0, 1].
+    """The mean loss over `num_draws` draws of image, time and noise, with times spread evenly over [0, 1].
 
-    Equal arguments draw equal images, times and noises whatever the model is told, so that losses can be compared.
+    Images, times and noise follow from `seed` only, so that losses with different conditions can be compared.
 
     Args:
-        images: with the spatial data that `told` needs; images are taken in turn, in a random order.
+        images: with the spatial data that `told` needs; they are cycled, in a random order.
         told: conditions that are given; the others are null.
     """
     losses, times = [], []
@@ -73,3 +78,46 @@ def held_out_loss(
         standard_error=(values.std() / len(values) ** 0.5).item(),
         by_time=tuple((bins.sums / bins.counts.clamp(min=1)).tolist()),
     )
+
+
+def condition_sets(conditioning: Conditioning) -> list[list[ConditionName]]:
+    """No condition, each condition by itself, and all of them; a condition that the model requires is always there."""
+    everything = list(conditioning.kinds)
+    sets = [[], *([name] for name in everything), everything]
+    return [list(given) for given in dict.fromkeys(tuple(conditioning.with_required(names)) for names in sets)]
+
+
+def held_out_images(model: FlowModel, data: str | Path, *, seed: int = 0) -> TrainingImages:
+    """Images to measure the loss of a model on, with holes as it was trained on.
+
+    Raises:
+        ConfigError: classes, image size or autoencoder are not those of the model.
+    """
+    config, kept = model.config, None
+    source: LatentCache | ImageSource
+    if is_cache(data):
+        source = LatentCache(data)
+        source.verify()
+        source.require_autoencoder(model.autoencoder)
+        if source.plan.image_size != config.image_size:
+            raise ConfigError(f"{data} holds images of {source.plan.image_size}, the model draws {config.image_size}")
+    else:
+        source = open_images(data, config.image_size)
+        kept, _ = readable(source)
+    conditioning = config.conditioning
+    for what, found, wanted in (
+        ("classes", source.class_names, conditioning.class_names),
+        ("map classes", source.map_class_names, conditioning.map_class_names),
+    ):
+        if wanted and list(found) != wanted:
+            raise ConfigError(f"{data} has the {what} {list(found)}, but the model knows {wanted}")
+    cached = conditioning.inpainting and isinstance(source, LatentCache)
+    if cached and not source.plan.mask_variants:
+        raise ConfigError(f"{data} holds no images with holes; give the images, or encode with --mask-variants 4")
+    spatial = SpatialData(
+        config.autoencoder.factor,
+        holes=config.masks if conditioning.inpainting else None,
+        cached_holes=cached,
+        maps=conditioning.num_map_classes > 0,
+    )
+    return TrainingImages(source, seed=seed, flip=False, kept=kept, spatial=spatial)

@@ -1,0 +1,140 @@
+"""A model with random weights for a recipe: what the data and the autoencoder decide is read from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from pydantic import ValidationError
+
+from latentflow.autoencoder import Autoencoder, LatentNormalisation, to_unit_range
+from latentflow.data.batches import SpatialData, TrainingImages, epoch_order
+from latentflow.data.cache.reader import LatentCache
+from latentflow.data.items import ImageSource
+from latentflow.data.latent_statistics import ChannelSums
+from latentflow.data.painting.mask_rules import MaskRules
+from latentflow.data.painting.masks import masks_fingerprint
+from latentflow.errors import ConfigError
+from latentflow.model.conditioning import Conditioning
+from latentflow.model.config import AutoencoderRecord, ModelConfig, TrainingRecord
+from latentflow.model.flow_model import FlowModel
+from latentflow.randomness import derive_seed
+from latentflow.records import explain
+from latentflow.training.config import Recipe
+
+_STATISTICS_IMAGES = 2048  # enough for per-channel means and deviations to three digits
+
+
+def build_model(
+    recipe: Recipe,
+    autoencoder: Autoencoder,
+    images: TrainingImages,
+    *,
+    check: Callable[[ModelConfig], None] = lambda config: None,
+) -> FlowModel:
+    """A fresh model for a recipe. Images without labels make an unconditional model.
+
+    Args:
+        check: called with the model's config before the network is built.
+
+    Raises:
+        ConfigError: the network does not fit the latents.
+    """
+    source, has_maps = images.source, recipe.conditioning.semantic_map
+    class_names = list(source.class_names) if recipe.data.labels else []
+    own = recipe.normalise == "autoencoder"
+    config = model_config(
+        recipe,
+        AutoencoderRecord.of(autoencoder),
+        autoencoder.normalisation if own else _per_channel(autoencoder, images),
+        class_names=class_names,
+        map_class_names=source.map_class_names if has_maps else [],
+        map_palette=source.map_palette if has_maps else [],
+        masks=images.spatial.holes if images.spatial else None,
+        training=_training_record(images, labelled=bool(class_names)),
+    )
+    check(config)
+    torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
+    return FlowModel(config, config.build_network(), autoencoder)
+
+
+def model_config(
+    recipe: Recipe,
+    autoencoder: AutoencoderRecord,
+    normalisation: LatentNormalisation,
+    *,
+    class_names: Sequence[str],
+    map_class_names: Sequence[str],
+    map_palette: Sequence[tuple[int, int, int]],
+    masks: MaskRules | None = None,
+    training: TrainingRecord | None = None,
+) -> ModelConfig:
+    """The config of the model that a recipe trains on data with these classes.
+
+    Raises:
+        ConfigError: the network does not fit the latents, or the parts contradict each other.
+    """
+    side, multiple = recipe.data.image_size // autoencoder.factor, recipe.network.size_multiple
+    if side % multiple:
+        raise ConfigError(
+            f"network: latents of {side} x {side} do not fit a {recipe.network.title}, which needs multiples of "
+            f"{multiple}; choose another patch_size or fewer levels, or a data.image_size that is a multiple of "
+            f"{autoencoder.factor * multiple}"
+        )
+    conditions = recipe.conditioning
+    try:
+        return ModelConfig(
+            image_size=recipe.data.image_size,
+            network=recipe.network,
+            path=recipe.path,
+            conditioning=Conditioning(
+                class_names=list(class_names),
+                label_dropout=conditions.label_dropout,
+                inpainting=conditions.inpainting,
+                inpainting_dropout=conditions.inpainting_dropout,
+                map_class_names=list(map_class_names),
+                map_palette=list(map_palette),
+                map_dropout=conditions.map_dropout,
+            ),
+            masks=masks,
+            autoencoder=autoencoder,
+            normalisation=normalisation,
+            sampling=recipe.sampling,
+            training=training or TrainingRecord(),
+        )
+    except ValidationError as error:
+        raise ConfigError(f"recipe: {explain(error, ModelConfig)}") from error
+
+
+def _training_record(images: TrainingImages, *, labelled: bool) -> TrainingRecord:
+    source = images.source
+    if isinstance(source, LatentCache):
+        description, fingerprint = source.plan.source, source.plan.source_fingerprint
+    else:
+        description, fingerprint = source.description, source.fingerprint()
+    return TrainingRecord(
+        data=description,
+        data_fingerprint=fingerprint,
+        masks_fingerprint=_masks_fingerprint(images.spatial, source),
+        num_images=len(images),
+        images_per_class=images.images_per_class() if labelled else [],
+    )
+
+
+def _masks_fingerprint(spatial: SpatialData | None, source: LatentCache | ImageSource) -> str:
+    if spatial is None or spatial.holes is None:
+        return ""
+    return source.plan.masks_fingerprint if spatial.cached_holes else masks_fingerprint(spatial.holes)
+
+
+def _per_channel(autoencoder: Autoencoder, images: TrainingImages) -> LatentNormalisation:
+    """Zero mean and unit variance per channel: from the cache's statistics, or from a sample of the images."""
+    if isinstance(images.source, LatentCache):
+        mean, std = images.source.index.channel_mean, images.source.index.channel_std
+    else:
+        sums = ChannelSums(autoencoder.num_channels)
+        for index in epoch_order(0, len(images), 0)[:_STATISTICS_IMAGES].tolist():
+            pixels = torch.from_numpy(images.source[int(images.kept[index])].pixels.copy()).permute(2, 0, 1)
+            sums.add(autoencoder.encode(to_unit_range(pixels[None])))
+        mean, std = sums.mean_and_std()
+    return LatentNormalisation(shift=mean, scale=[1.0 / s for s in std])

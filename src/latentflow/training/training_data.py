@@ -1,0 +1,93 @@
+"""The data of a recipe: a latent cache or images, with the holes and maps that its conditions need."""
+
+from __future__ import annotations
+
+from latentflow.data.batches import SpatialData
+from latentflow.data.cache.reader import LatentCache, is_cache
+from latentflow.data.cache.schema import CachePlan
+from latentflow.data.items import ImageSource
+from latentflow.data.painting.masks import check_masks
+from latentflow.data.sources.images import open_images
+from latentflow.errors import ConfigError, DataError
+from latentflow.progress import image_progress
+from latentflow.training.config import Recipe
+from latentflow.training.fitting import is_set, with_values
+
+
+def with_cached(recipe: Recipe, plan: CachePlan) -> Recipe:
+    """A recipe in which a latent cache decides image size, flips and autoencoder where they are not set."""
+    cached = {"data.image_size": plan.image_size, "data.flip": plan.flips, "autoencoder": plan.autoencoder}
+    return with_values(recipe, {key: value for key, value in cached.items() if not is_set(recipe, key)})
+
+
+def open_source(recipe: Recipe) -> LatentCache | ImageSource:
+    """The recipe's data: a latent cache if the path is one, else images.
+
+    Raises:
+        ConfigError: the cache does not agree with the recipe.
+        DataError, ArtifactError: see `open_images` and `LatentCache`.
+    """
+    data = recipe.data
+    if not is_cache(data.path):
+        return open_images(data.path, data.image_size)
+    cache = LatentCache(data.path)
+    with image_progress("checking", len(cache)) as on_images:
+        cache.verify(on_images)
+    if cache.plan.image_size != data.image_size:
+        size = cache.plan.image_size
+        raise ConfigError(
+            f"data.image_size = {data.image_size}, but {data.path} holds images of {size}; set data.image_size={size}"
+        )
+    if data.flip and not cache.plan.flips:
+        raise ConfigError(
+            f"data.flip = true, but {data.path} holds no mirrored images; set data.flip=false or encode with --flips"
+        )
+    return cache
+
+
+def spatial_data(recipe: Recipe, source: LatentCache | ImageSource, factor: int) -> SpatialData | None:
+    """Where holes and semantic maps come from; None for a model with neither condition.
+
+    Raises:
+        ConfigError: the data have no maps, or there are no holes to train on.
+        DataError: `data.images` are not the images of the latent cache.
+    """
+    conditions, data = recipe.conditioning, recipe.data
+    if conditions.semantic_map and not source.map_class_names:
+        raise ConfigError(
+            f"conditioning.semantic_map = true, but {data.path} has no semantic maps; lay the data out as images/, "
+            "masks/ and classes.json (`latentflow prepare --help`), or set it to false"
+        )
+    if not conditions.inpainting:
+        return SpatialData(factor, maps=True) if conditions.semantic_map else None
+    if data.images or not isinstance(source, LatentCache):
+        check_masks(data.masks, data.image_size, data.image_size)
+    if not isinstance(source, LatentCache):
+        return SpatialData(factor, holes=data.masks, maps=conditions.semantic_map)
+    if data.images:
+        pictures = _images_of_cache(data.images, source, data.path)
+        return SpatialData(factor, holes=data.masks, maps=conditions.semantic_map, pictures=pictures)
+    if not source.plan.mask_variants:
+        raise ConfigError(
+            f"conditioning.inpainting = true, but {data.path} holds no images with holes; set data.images to the "
+            "images it was made from, or encode with --mask-variants 4"
+        )
+    return SpatialData(factor, holes=source.plan.masks, cached_holes=True, maps=conditions.semantic_map)
+
+
+def _images_of_cache(path: str, cache: LatentCache, cache_path: str) -> ImageSource:
+    """The images at `path`, which must be those that a cache was made from."""
+    plan = cache.plan
+    images = open_images(path, plan.image_size)
+    if len(images) > plan.num_source_images:  # the cache may hold the first of them
+        images = open_images(path, plan.image_size, first=plan.num_source_images)
+    if plan.identity == "sizes":  # of an earlier version, which has only names to compare
+        same = set(cache.names()) <= {images.name(row) for row in range(len(images))}
+    else:
+        same = images.fingerprint() == plan.source_fingerprint
+    if not same:
+        raise DataError(
+            f"data.images = {path} ({images.description}) are not the images that {cache_path} was made from "
+            f"({plan.source})"
+        )
+    return images

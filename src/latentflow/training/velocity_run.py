@@ -1,0 +1,216 @@
+"""A run of `latentflow train` before its first step: everything is decided and checked, and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from latentflow.autoencoder import Autoencoder
+from latentflow.data.batches import TrainingImages
+from latentflow.data.cache.reader import LatentCache, is_cache
+from latentflow.data.cache.resident import resident_bytes, stays_resident
+from latentflow.data.items import ImageSource, require_every_class
+from latentflow.data.sources.images import readable
+from latentflow.errors import ConfigError, DataError
+from latentflow.model.config import ModelConfig
+from latentflow.model.flow_model import CONFIG_FILE, FlowModel, read_config
+from latentflow.runtime import Runtime
+from latentflow.training.changes import RECIPE_FILE, as_begun, check_changes
+from latentflow.training.config import CHANGES, Recipe
+from latentflow.training.fitting import FITTED, Situation, fit, is_set, value_of, with_values
+from latentflow.training.fresh_model import build_model
+from latentflow.training.loop import micro_batches
+from latentflow.training.memory import (
+    bytes_per_image,
+    count_parameters,
+    free_memory,
+    memory_mode,
+    require_memory,
+    total_memory,
+)
+from latentflow.training.run_folder import PreparedRun, check_places
+from latentflow.training.settings import load_settings
+from latentflow.training.training_data import open_source, spatial_data, with_cached
+
+_REPLACED = ("model", "checkpoints", "samples")  # folders of a run
+_MOST_NAMED = 6
+
+
+@dataclass(frozen=True)
+class PreparedVelocity(PreparedRun):
+    """A checked run of a velocity network.
+
+    Attributes:
+        model: with fresh weights.
+        resident: whether the latent cache is kept in the device's memory.
+        reasons: why the recipe was fitted as it was, in a few lines.
+    """
+
+    recipe: Recipe
+    model: FlowModel
+    resident: bool
+    reasons: list[str]
+
+    def describe(self) -> dict[str, str]:
+        """The run in about ten lines."""
+        config, conditioning = self.model.config, self.model.config.conditioning
+        side, optimizer = config.latent_shape[-1], self.recipe.optimizer
+        size = f"{config.image_size} x {config.image_size}" + (", mirrored at random" if self.recipe.data.flip else "")
+        parameters = sum(parameter.numel() for parameter in self.model.network.parameters())
+        in_memory, names = ", in memory" if self.resident else "", conditioning.class_names
+        listed = ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
+        rows = {
+            "data": f"{len(self.images):,} images of {size}: {self.recipe.data.path}{in_memory}",
+            "classes": f"{len(names)}: {listed}" if names else "none",
+            "latents": f"{config.latent_shape[0]} x {side} x {side}, by {self.recipe.autoencoder}",
+            "network": f"{config.network.title}, {parameters:,} parameters",
+            "optimizer": f"AdamW at {optimizer.learning_rate:g}, {optimizer.schedule}",
+            **self.rows(),
+        }
+        if set(conditioning.dropout) - {"label"}:
+            rows["conditions"] = ", ".join(conditioning.dropout)
+        if self.reasons:
+            rows["fitted"] = "; ".join(self.reasons)
+        if not isinstance(self.images.source, LatentCache):
+            rows["hint"] = "images are encoded in every step; `latentflow encode` does it once, which trains faster"
+        return rows
+
+
+def prepare_velocity(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence[str] = ()) -> PreparedVelocity:
+    """Decide what a recipe leaves open and check all of it; nothing is written.
+
+    Args:
+        allow_change: keys of the recipe that may differ from the run's although they change what is computed.
+
+    Raises:
+        ConfigError, DataError, ArtifactError: the first thing that is wrong.
+    """
+    run = check_places(
+        recipe, "images, a zip, or a latent cache", [recipe.data.images, recipe.data.masks.folder], replaced=_REPLACED
+    )
+    if is_cache(recipe.data.path):
+        recipe = with_cached(recipe, LatentCache(recipe.data.path).plan)
+    recipe = as_begun(_fitted_before(recipe, run), run)
+    changes = None if recipe.fit else check_changes(run, recipe, CHANGES, allow_change)
+    source, autoencoder = open_source(recipe), Autoencoder.from_pretrained(recipe.autoencoder)
+    kept, broken = _usable(recipe, source, autoencoder)
+    side, reasons = autoencoder.latent_side(recipe.data.image_size), []
+    if recipe.fit:
+        num_images = len(source) if kept is None else len(kept)
+        recipe, reasons = fit(recipe, _situation(recipe, source, num_images, side, runtime))
+    runtime = runtime.with_precision(recipe.training.precision)
+    micro_batches(recipe.training, runtime)
+    autoencoder = autoencoder.to(runtime.for_autoencoder())
+    spatial = spatial_data(recipe, source, autoencoder.factor)
+    images = TrainingImages(source, seed=recipe.training.seed, flip=recipe.data.flip, kept=kept, spatial=spatial)
+    model = build_model(recipe, autoencoder, images, check=partial(_require_memory, recipe, runtime))
+    _refuse_other_content(run, recipe, model.config)
+    resident = _stays_resident(recipe, images, runtime)
+    return PreparedVelocity(
+        recipe=recipe,
+        runtime=runtime,
+        images=images,
+        broken=broken,
+        changes=changes,
+        model=model,
+        resident=resident,
+        reasons=reasons,
+    )
+
+
+def _fitted_before(recipe: Recipe, run: Path) -> Recipe:
+    """A recipe to be fitted, with what was fitted when its run began."""
+    file = run / RECIPE_FILE
+    if not recipe.fit or not file.exists():
+        return recipe
+    old = load_settings(Recipe, file)
+    values = {key: value_of(old, key) for key in FITTED if not is_set(recipe, key)}
+    return with_values(recipe, {"fit": False, **values})
+
+
+def _usable(
+    recipe: Recipe, source: LatentCache | ImageSource, autoencoder: Autoencoder
+) -> tuple[list[int] | None, list[str]]:
+    """Which images of the source can be read (None: all), and those that cannot, each with the reason."""
+    if isinstance(source, LatentCache):
+        source.require_autoencoder(autoencoder)
+        kept, broken = None, source.index.broken
+    else:
+        kept, unreadable = readable(source, processes=recipe.data.num_workers != 0)
+        broken = [f"{error.name}: {error.reason}" for error in unreadable]
+        if not kept:
+            raise DataError(f"{recipe.data.path}: none of {len(broken)} images can be read; {unreadable[0]}")
+    if recipe.data.labels and source.class_names:
+        remedy = f"{broken[0]}; repair them or take the folders away" if broken else "encode it again"
+        labels = source.labels(range(len(source))).tolist() if kept is None else map(source.label, kept)
+        require_every_class(source.class_names, labels, recipe.data.path, f"{remedy}, or set data.labels=false")
+    return kept, broken
+
+
+def _situation(
+    recipe: Recipe, source: LatentCache | ImageSource, num_images: int, side: int, runtime: Runtime
+) -> Situation:
+    memory, gpu = total_memory(runtime.device), runtime.device.type == "cuda"
+    shared = 1 if gpu else runtime.local_world
+    return Situation(
+        num_images=num_images,
+        num_classes=len(source.class_names) if recipe.data.labels else 0,
+        side=side,
+        gpu=gpu,
+        memory=memory // shared if memory else None,
+        num_processes=runtime.world,
+    )
+
+
+def _require_memory(recipe: Recipe, runtime: Runtime, config: ModelConfig) -> None:
+    """Refuse a network or a batch that the memory cannot hold, before it is built."""
+    share, half = micro_batches(recipe.training, runtime).size, runtime.precision in ("bf16", "fp16")
+    mode = memory_mode(recipe.training.memory, config, share, runtime)
+    free, shared = free_memory(runtime.device), 1 if runtime.device.type == "cuda" else runtime.local_world
+    require_memory(
+        config.network.title,
+        count_parameters(config),
+        bytes_per_image(config.network, config.latent_shape[-1], half=half, memory=mode),
+        share,
+        free // shared if free else None,
+        key="training.micro_batch_size",
+    )
+
+
+def _stays_resident(recipe: Recipe, images: TrainingImages, runtime: Runtime) -> bool:
+    """Whether the latent cache is kept in the device's memory.
+
+    Not where pictures are decoded for each batch, and with "auto" not where worker processes are to read it.
+    """
+    data, device = recipe.data, runtime.device
+    if images.decodes or (data.resident == "auto" and data.num_workers):
+        return False
+    num_bytes = resident_bytes(images.source, images.cached_tensors, flips=images.flip)
+    sharing = 1 if device.type == "cuda" else runtime.local_world
+    return stays_resident(data.resident, num_bytes, device, free_memory(device), sharing)
+
+
+def _refuse_other_content(run: Path, recipe: Recipe, config: ModelConfig) -> None:
+    """Images and autoencoder may have moved since the run began; their content must be the same."""
+    if not (run / "model" / CONFIG_FILE).exists():
+        return
+    before = read_config(run / "model")
+    if config.autoencoder.content_hash != before.autoencoder.content_hash:
+        raise ConfigError(
+            f"{run} was trained with an autoencoder of hash {before.autoencoder.content_hash[:12]}, but "
+            f"{recipe.autoencoder} has {config.autoencoder.content_hash[:12]}; restore that one or choose another out"
+        )
+    if config.masks != before.masks:
+        raise ConfigError(f"{run} was trained with the holes {before.masks}, not {config.masks}; choose another out")
+    if before.training.masks_fingerprint and config.training.masks_fingerprint != before.training.masks_fingerprint:
+        raise ConfigError(
+            f"the mask files in {config.masks.folder} have changed since {run} was begun; restore them or choose "
+            "another out"
+        )
+    if config.training.data_fingerprint != before.training.data_fingerprint:
+        raise ConfigError(
+            f"{run} was trained on other images ({before.training.data}) than data.path holds now "
+            f"({config.training.data}); restore them or choose another out"
+        )
