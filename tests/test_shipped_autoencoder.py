@@ -11,7 +11,7 @@ import torch
 from latentflow.api import LatentFlow
 from latentflow.autoencoder import BUILT_IN, Autoencoder, latent_mean, to_unit_range
 from latentflow.data.batches import TrainingImages
-from latentflow.data.pictures.single import psnr
+from latentflow.data.pictures.user_picture import psnr
 from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.model.config import AUTOENCODER_FOLDER
 from latentflow.training.first_stage import load_autoencoder_recipe

@@ -11,7 +11,8 @@ from PIL import Image
 
 from latentflow.commands.train import prepare
 from latentflow.commands.train import train as train_command
-from latentflow.data.sources.images import ImageFiles, open_images
+from latentflow.data.sources.images import open_images
+from latentflow.data.sources.stored import ImageFiles
 from latentflow.data.stores.files import FolderStore
 from latentflow.errors import ArtifactError, ConfigError, DataError, LatentFlowError
 from latentflow.plans import changed_values

@@ -14,18 +14,11 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from latentflow.data import batches
-from latentflow.data.batches import (
-    Batch,
-    SpatialData,
-    StreamPositions,
-    TrainingImages,
-    epoch_order,
-    lost_workers,
-    stream_batches,
-)
+from latentflow.data.batches import Batch, SpatialData, StreamPositions, TrainingImages, epoch_order, stream_batches
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import draw_mask
+from latentflow.data.prefetch import lost_workers
 from latentflow.data.sources.images import open_images
 from latentflow.errors import DataError
 from latentflow.flow.times import TrainingTimes

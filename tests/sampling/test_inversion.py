@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from latentflow.api import LatentFlow
-from latentflow.data.pictures.single import psnr
+from latentflow.data.pictures.user_picture import psnr
 from latentflow.errors import ConfigError, DataError
 from latentflow.sampling.inversion import ROUND_TRIPS, compare_round_trips, invert
 from latentflow.sampling.pipeline import sample

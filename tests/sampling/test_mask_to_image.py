@@ -15,7 +15,8 @@ from latentflow.autoencoder import to_uint8
 from latentflow.data.batches import SpatialData, TrainingImages
 from latentflow.data.items import UNLABELLED
 from latentflow.data.painting.latent_size import class_counts, shares
-from latentflow.data.painting.semantic_maps import colour_map, crop_map
+from latentflow.data.painting.semantic_maps import colour_map
+from latentflow.data.pictures.crop import crop_map
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError, DataError
 from latentflow.flow.times import TrainingTimes

@@ -13,7 +13,7 @@ from latentflow.artifacts import read_json
 from latentflow.autoencoder import Autoencoder, latent_mean, sample_latents, to_uint8, to_unit_range
 from latentflow.commands.train_autoencoder import train_first_stage
 from latentflow.data.batches import Batch
-from latentflow.data.pictures.single import psnr
+from latentflow.data.pictures.user_picture import psnr
 from latentflow.data.sources.images import open_images
 from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.errors import ConfigError, DataError, NonFiniteError

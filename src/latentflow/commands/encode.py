@@ -13,7 +13,8 @@ from latentflow.data.cache.request import EncodeRequest
 from latentflow.data.cache.schema import CacheIndex
 from latentflow.data.cache.writer import write_cache
 from latentflow.data.items import ImageSource
-from latentflow.data.sources.images import BrokenImage, open_images
+from latentflow.data.pictures.decode import BrokenImage
+from latentflow.data.sources.images import open_images
 from latentflow.errors import DataError
 from latentflow.locks import writes
 from latentflow.progress import image_progress

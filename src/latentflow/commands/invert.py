@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.artifacts import require_writable, write_tensors
-from latentflow.data.pictures.single import describe_file
+from latentflow.data.pictures.user_picture import describe_file
 from latentflow.locks import writes
 from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel

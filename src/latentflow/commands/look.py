@@ -13,8 +13,9 @@ from latentflow.artifacts import require_apart, require_writable
 from latentflow.autoencoder import Autoencoder, latent_mean, to_uint8, to_unit_range
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.painting.semantic_maps import colour_map
-from latentflow.data.pictures.single import psnr
-from latentflow.data.sources.images import BrokenImage, open_images
+from latentflow.data.pictures.decode import BrokenImage
+from latentflow.data.pictures.user_picture import psnr
+from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError, DataError
 from latentflow.runtime import Runtime, open_runtime
 from latentflow.sampling.contact_sheet import save_grid

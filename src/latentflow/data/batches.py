@@ -22,18 +22,8 @@ from latentflow.data.items import ImageSource
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares, told_mask
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import draw_mask
-from latentflow.data.prefetch import Reading, lost_workers, room_for_workers, stream_processes, usable_cpus
+from latentflow.data.prefetch import Reading, room_for_workers, stream_processes, usable_cpus
 from latentflow.randomness import ImageRandom, derive_seed
-
-__all__ = [
-    "Batch",
-    "SpatialData",
-    "StreamPositions",
-    "TrainingImages",
-    "epoch_order",
-    "lost_workers",
-    "stream_batches",
-]
 
 _MOST_DECODING, _MOST_READING = 16, 4  # processes for one GPU
 _DRAWN_TOGETHER = 8192  # positions

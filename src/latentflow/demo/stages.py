@@ -21,7 +21,7 @@ from latentflow.autoencoder import Autoencoder
 from latentflow.commands.encode import encode
 from latentflow.commands.info import describe
 from latentflow.commands.train import train
-from latentflow.data.pictures.single import psnr
+from latentflow.data.pictures.user_picture import psnr
 from latentflow.data.sources.synthetic import CLASS_NAMES, SyntheticShapes
 from latentflow.demo.figures import DemoFigures, DemoScale, judge
 from latentflow.demo.page import demo_page

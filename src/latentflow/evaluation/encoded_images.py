@@ -16,7 +16,8 @@ from latentflow.autoencoder import to_unit_range
 from latentflow.data.batches import epoch_order
 from latentflow.data.cache.reader import is_cache
 from latentflow.data.items import ImageItem, ImageSource
-from latentflow.data.sources.images import BrokenImage, open_images
+from latentflow.data.pictures.decode import BrokenImage
+from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError, DataError, NonFiniteError
 from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentflow.data.items import ImageItem, ImageSource
+from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.prefetch import Reading, in_threads, prefetch
-from latentflow.data.sources.images import BrokenImage
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.items import ImageSource
 from latentflow.data.pictures.decode import open_image, reason
-from latentflow.data.sources.images import ImageFiles
+from latentflow.data.sources.stored import ImageFiles
 from latentflow.data.stores.files import FolderStore, Listing, ZipStore, is_image, open_store
 from latentflow.errors import ArtifactError, ConfigError, DataError, nearest
 from latentflow.evaluation.drawn_set import LABEL_POLICIES, set_request

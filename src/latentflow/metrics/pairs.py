@@ -1,6 +1,6 @@
 """Scores of pairs: an image and the one it should have become, or a map and the one it should be.
 
-SSIM is torchmetrics'. PSNR is `latentflow.data.pictures.single.psnr`, which gives equal images a finite value.
+SSIM is torchmetrics'. PSNR is `latentflow.data.pictures.user_picture.psnr`, which gives equal images a finite value.
 
 Legend: B or N images, H and W height and width in pixels, D features of an image, K classes.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from latentflow.data.items import UNLABELLED
-from latentflow.data.pictures.single import psnr
+from latentflow.data.pictures.user_picture import psnr
 from latentflow.errors import ConfigError, DataError
 from latentflow.metrics.features.lpips import Lpips
 from latentflow.metrics.scores import require_enough

@@ -17,7 +17,7 @@ from latentflow.data.painting.latent_size import class_counts, shares
 from latentflow.data.painting.map_reader import read_map
 from latentflow.data.painting.semantic_maps import MapClasses, check_map
 from latentflow.data.pictures.orientation import Photo, upright_as
-from latentflow.data.pictures.single import describe_file, read_picture, square_picture
+from latentflow.data.pictures.user_picture import describe_file, read_picture, square_picture
 from latentflow.errors import ConfigError, DataError
 from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel

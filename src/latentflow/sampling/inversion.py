@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentflow.data.pictures.single import psnr
+from latentflow.data.pictures.user_picture import psnr
 from latentflow.errors import ConfigError
 from latentflow.flow.solvers import is_adaptive
 from latentflow.flow.times import sampling_times

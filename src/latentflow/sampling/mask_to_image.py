@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from latentflow.data.painting.semantic_maps import crop_map
+from latentflow.data.pictures.crop import crop_map
 from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.drawing import make_drawing

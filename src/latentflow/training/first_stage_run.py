@@ -16,9 +16,11 @@ from latentflow.artifacts import atomic_folder, read_json, write_json
 from latentflow.autoencoder import Autoencoder, to_unit_range
 from latentflow.data.batches import TrainingImages, epoch_order
 from latentflow.data.cache.reader import is_cache
+from latentflow.data.items import ImageSource
 from latentflow.data.latent_statistics import ChannelSums
-from latentflow.data.pictures.single import psnr
-from latentflow.data.sources.images import ImageSource, open_images, readable
+from latentflow.data.pictures.user_picture import psnr
+from latentflow.data.sources.images import open_images
+from latentflow.data.sources.readable import readable
 from latentflow.errors import ConfigError, DataError
 from latentflow.model.config import AUTOENCODER_FOLDER
 from latentflow.randomness import derive_seed

@@ -11,7 +11,8 @@ import torch
 from latentflow.data.batches import SpatialData, TrainingImages
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.items import ImageSource
-from latentflow.data.sources.images import open_images, readable
+from latentflow.data.sources.images import open_images
+from latentflow.data.sources.readable import readable
 from latentflow.errors import ConfigError
 from latentflow.flow.times import TrainingTimes, sum_by_time
 from latentflow.model.conditioning import Conditioning, ConditionName

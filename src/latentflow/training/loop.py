@@ -15,7 +15,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from latentflow.data.batches import Batch, StreamPositions, TrainingImages, lost_workers, stream_batches
+from latentflow.data.batches import Batch, StreamPositions, TrainingImages, stream_batches
+from latentflow.data.prefetch import lost_workers
 from latentflow.errors import ConfigError
 from latentflow.networks.running import compile_blocks
 from latentflow.runtime import Runtime

@@ -12,7 +12,7 @@ from latentflow.data.batches import TrainingImages
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.cache.resident import resident_bytes, stays_resident
 from latentflow.data.items import ImageSource, require_every_class
-from latentflow.data.sources.images import readable
+from latentflow.data.sources.readable import readable
 from latentflow.errors import ConfigError, DataError
 from latentflow.model.config import ModelConfig
 from latentflow.model.flow_model import CONFIG_FILE, FlowModel, read_config

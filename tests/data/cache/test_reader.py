@@ -16,7 +16,8 @@ from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.cache.schema import CacheIndex, ShardRecord, read_cache_record
 from latentflow.data.items import ImageItem
-from latentflow.data.sources.images import BrokenImage, open_images
+from latentflow.data.pictures.decode import BrokenImage
+from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from tests import processes, tiny
 from tests.tiny import write_cache

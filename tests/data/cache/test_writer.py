@@ -21,8 +21,9 @@ from latentflow.data.items import UNLABELLED, ImageItem
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import draw_mask
+from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.prefetch import Reading
-from latentflow.data.sources.images import BrokenImage, open_images
+from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError
 from latentflow.randomness import derive_seed
 from tests import tiny

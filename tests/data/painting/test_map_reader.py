@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentflow.data.items import UNLABELLED
 from latentflow.data.painting.map_reader import read_map
-from latentflow.data.painting.semantic_maps import (
-    UNLABELLED,
-    UNLABELLED_COLOUR,
-    MapClasses,
-    colour_map,
-    default_palette,
-)
+from latentflow.data.painting.semantic_maps import UNLABELLED_COLOUR, MapClasses, colour_map, default_palette
 from latentflow.data.pictures.orientation import Photo
 from latentflow.errors import DataError
 

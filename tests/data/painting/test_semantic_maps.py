@@ -5,16 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentflow.data.painting.semantic_maps import (
-    UNLABELLED,
-    UNLABELLED_COLOUR,
-    MapClasses,
-    check_map,
-    colour_map,
-    crop_map,
-    default_palette,
-)
-from latentflow.data.pictures.crop import center_crop
+from latentflow.data.items import UNLABELLED
+from latentflow.data.painting.semantic_maps import UNLABELLED_COLOUR, MapClasses, check_map, colour_map, default_palette
+from latentflow.data.pictures.crop import center_crop, crop_map
 from latentflow.errors import DataError
 
 TOWN = MapClasses(("sky", "road", "tree", "car"), ((128, 128, 128), (128, 64, 128), (128, 128, 0), (64, 0, 128)))

@@ -14,9 +14,10 @@ from PIL import Image, ImageCms
 
 from latentflow import console
 from latentflow.data.pictures.colour import to_rgb
+from latentflow.data.pictures.crop import center_crop
 from latentflow.data.pictures.decode import BrokenImage, open_image
-from latentflow.data.pictures.single import read_picture
-from latentflow.data.sources.images import center_crop, open_images
+from latentflow.data.pictures.user_picture import read_picture
+from latentflow.data.sources.images import open_images
 from tests.profiles import (
     ADOBE_RGB,
     DISPLAY_P3,

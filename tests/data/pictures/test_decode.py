@@ -28,7 +28,8 @@ from latentflow.data.pictures.decode import (
     read_file,
     upright,
 )
-from latentflow.data.sources.images import open_images, readable
+from latentflow.data.sources.images import open_images
+from latentflow.data.sources.readable import readable
 from latentflow.errors import ConfigError
 
 SOURCE = Path(latentflow.__file__).parent

@@ -20,19 +20,16 @@ from PIL import Image
 
 from latentflow import ledger
 from latentflow.data import prefetch
-from latentflow.data.painting.semantic_maps import UNLABELLED, MapClasses, colour_map, crop_map, default_palette
+from latentflow.data.items import UNLABELLED, ImageItem, ImageSource
+from latentflow.data.painting.semantic_maps import MapClasses, colour_map, default_palette
 from latentflow.data.pictures.colour import to_rgb
+from latentflow.data.pictures.crop import center_crop, crop_map
+from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.pictures.orientation import turned
-from latentflow.data.sources import images as image_sets
-from latentflow.data.sources.images import (
-    BrokenImage,
-    ImageFiles,
-    ImageItem,
-    ImageSource,
-    center_crop,
-    open_images,
-    readable,
-)
+from latentflow.data.sources import readable as checks
+from latentflow.data.sources.images import open_images
+from latentflow.data.sources.readable import readable
+from latentflow.data.sources.stored import ImageFiles
 from latentflow.errors import DataError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -944,8 +941,8 @@ def test_processes_that_look_for_broken_images_find_the_same(partly_broken, monk
     source = open_images(partly_broken, 8)
     kept, broken = readable(open_images(shutil.copytree(partly_broken, partly_broken.with_name("copy")), 8))
     monkeypatch.setattr(prefetch, "workers_that_pay", lambda *given: 2)
-    monkeypatch.setattr(image_sets, "_CHECKED_TOGETHER", 2)
-    monkeypatch.setattr(image_sets, "_SAVED_TOGETHER", 1)
+    monkeypatch.setattr(checks, "_CHECKED_TOGETHER", 2)
+    monkeypatch.setattr(checks, "_SAVED_TOGETHER", 1)
 
     @contextmanager
     def killed_after_the_second(what, number):
@@ -958,10 +955,10 @@ def test_processes_that_look_for_broken_images_find_the_same(partly_broken, monk
 
     seen: list[int] = []
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(image_sets, "image_progress", killed_after_the_second)
+        patch.setattr(checks, "image_progress", killed_after_the_second)
         readable(source)
     numbers = []
-    monkeypatch.setattr(image_sets, "image_progress", lambda what, number: numbers.append(number) or nullcontext(print))
+    monkeypatch.setattr(checks, "image_progress", lambda what, number: numbers.append(number) or nullcontext(print))
     found = readable(source)
     assert found[0] == kept and [str(error) for error in found[1]] == [str(error) for error in broken]
     assert numbers == [1]  # of five

@@ -21,8 +21,11 @@ from PIL import Image
 
 from latentflow import ledger
 from latentflow.data.batches import StreamPositions, TrainingImages, stream_batches
+from latentflow.data.items import ImageSource
 from latentflow.data.pictures.crop import center_crop
-from latentflow.data.sources.images import BrokenImage, ImageSource, open_images, readable
+from latentflow.data.pictures.decode import BrokenImage
+from latentflow.data.sources.images import open_images
+from latentflow.data.sources.readable import readable
 from latentflow.errors import DataError
 
 PAGE = 4096

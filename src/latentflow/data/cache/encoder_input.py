@@ -16,7 +16,7 @@ from latentflow.data.cache.schema import CachePlan
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.painting.latent_size import class_counts, hole_counts
 from latentflow.data.painting.masks import draw_mask
-from latentflow.data.sources.images import BrokenImage
+from latentflow.data.pictures.decode import BrokenImage
 from latentflow.randomness import derive_seed
 
 _SENT = ("pixels", "holes")  # to the device

@@ -22,7 +22,7 @@ from latentflow.data.cache.schema import CachePlan, ShardRecord, record_file, se
 from latentflow.data.items import ImageSource, fingerprint_of
 from latentflow.data.latent_statistics import ChannelSums
 from latentflow.data.painting.latent_size import hole_shade
-from latentflow.data.sources.images import BrokenImage
+from latentflow.data.pictures.decode import BrokenImage
 from latentflow.errors import DataError
 
 _PRECISIONS = {"float16": torch.float16, "float32": torch.float32}

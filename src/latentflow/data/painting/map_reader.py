@@ -23,14 +23,8 @@ import numpy as np
 from PIL import Image
 
 from latentflow.console import notice
-from latentflow.data.painting.semantic_maps import (
-    UNLABELLED,
-    UNLABELLED_COLOUR,
-    Colour,
-    MapClasses,
-    check_map,
-    default_palette,
-)
+from latentflow.data.items import UNLABELLED
+from latentflow.data.painting.semantic_maps import UNLABELLED_COLOUR, Colour, MapClasses, check_map, default_palette
 from latentflow.data.pictures.decode import BrokenImage, open_image, read_file, reason, stored_mode
 from latentflow.data.pictures.orientation import Photo, own_turn, turned, upright_as
 from latentflow.errors import DataError

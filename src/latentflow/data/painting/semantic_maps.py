@@ -16,19 +16,7 @@ import numpy as np
 
 from latentflow.artifacts import write_text
 from latentflow.data.items import UNLABELLED
-from latentflow.data.pictures.crop import crop_map
 from latentflow.errors import DataError
-
-__all__ = [
-    "EXAMPLE",
-    "UNLABELLED",
-    "UNLABELLED_COLOUR",
-    "MapClasses",
-    "check_map",
-    "colour_map",
-    "crop_map",
-    "default_palette",
-]
 
 Colour = tuple[int, int, int]
 

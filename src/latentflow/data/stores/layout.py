@@ -40,16 +40,6 @@ Mark = Callable[[str], bytes]
 """The first bytes of a file of that name."""
 
 
-def evenly(labels: Sequence[int], first: int) -> list[int]:
-    """The places of `first` images, in order: the first of each class, then the second of each, and so on."""
-    seen: dict[int, int] = defaultdict(int)
-    turns = []
-    for place, label in enumerate(labels):
-        turns.append((seen[label], label, place))
-        seen[label] += 1
-    return sorted(place for _, _, place in sorted(turns)[:first])
-
-
 def class_folders(names: Iterable[str], where: Path, prefix: str, has_maps: bool) -> tuple[str, ...]:
     """The sorted class folders of images; none when they all lie at the top.
 

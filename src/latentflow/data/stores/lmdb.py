@@ -24,6 +24,7 @@ from weakref import WeakValueDictionary
 
 from latentflow.data.packed import PackedBytes, PackedText
 from latentflow.data.pictures.decode import BrokenImage, open_image
+from latentflow.data.stores.first import check_first
 from latentflow.errors import DataError
 from latentflow.ledger import Ledger, one_at_a_time
 from latentflow.progress import image_progress
@@ -128,18 +129,6 @@ def environment_file(path: Path) -> Path | None:
     """The file that holds the LMDB environment at `path`; None if there is no such environment."""
     file = path if path.suffix.lower() in (".mdb", ".lmdb") and not path.is_dir() else path / "data.mdb"
     return file if os.path.isfile(file) else None  # noqa: PTH113 - says no, where looking is not allowed
-
-
-def check_first(first: int | None, available: int, path: object) -> None:
-    """Refuse to take the first 0 images, or more than there are; None means all.
-
-    Raises:
-        DataError: with both numbers.
-    """
-    if first is not None and first < 1:
-        raise DataError(f"first must be at least 1 image, got {first}; leave it out for all {available}")
-    if first is not None and first > available:
-        raise DataError(f"first = {first}, but {path} has {available} images; give at most {available}")
 
 
 @dataclass(eq=False)

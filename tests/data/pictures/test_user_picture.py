@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from latentflow.data.pictures.crop import center_crop
-from latentflow.data.pictures.single import describe_file, psnr, read_picture, square_picture
+from latentflow.data.pictures.user_picture import describe_file, psnr, read_picture, square_picture
 from latentflow.errors import DataError
 
 
