@@ -325,7 +325,8 @@ def test_memory_of_many_threads_is_that_of_few_pictures(tmp_path):
     for index in range(1, 8):
         (tmp_path / f"{index}.bmp").symlink_to("0.bmp")
     code = (
-        "import resource, sys; from latentflow.data.sources.images import open_images, readable\n"
+        "import resource, sys; from latentflow.data.sources.images import open_images\n"
+        "from latentflow.data.sources.readable import readable\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); kept, broken = readable(open_images(sys.argv[1], 8)); print(len(kept), peak() - before)"
     )
