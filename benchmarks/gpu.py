@@ -36,8 +36,8 @@ from latentflow import LatentFlow
 from latentflow.artifacts import make_folder, read_json
 from latentflow.autoencoder import Autoencoder, LatentNormalisation, to_uint8
 from latentflow.cli import app
-from latentflow.data.cache.request import CacheOptions
 from latentflow.data.cache.writer import write_cache
+from latentflow.data.request import CacheOptions
 from latentflow.data.sources.images import open_images
 from latentflow.model.conditioning import Conditioning
 from latentflow.model.config import AutoencoderRecord, ModelConfig

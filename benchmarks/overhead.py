@@ -35,8 +35,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from latentflow.data.batches import TrainingImages
 from latentflow.data.cache.reader import LatentCache
-from latentflow.data.cache.request import CacheOptions
 from latentflow.data.cache.writer import write_cache
+from latentflow.data.request import CacheOptions
 from latentflow.data.sources.images import open_images
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.solvers import SOLVERS, integrate

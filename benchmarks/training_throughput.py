@@ -28,8 +28,8 @@ from PIL import Image
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.batches import Batch, SpatialData, StreamPositions, TrainingImages, stream_batches
 from latentflow.data.cache.reader import LatentCache
-from latentflow.data.cache.request import CacheOptions
 from latentflow.data.cache.writer import write_cache
+from latentflow.data.request import CacheOptions
 from latentflow.data.sources.images import open_images
 from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.runtime import open_runtime

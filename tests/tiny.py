@@ -17,11 +17,11 @@ from latentflow.api import LatentFlow
 from latentflow.artifacts import atomic_file
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.cache import writer
-from latentflow.data.cache.request import CacheOptions
 from latentflow.data.cache.schema import CacheIndex
 from latentflow.data.items import UNLABELLED, ImageSource
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.semantic_maps import MapClasses
+from latentflow.data.request import CacheOptions
 from latentflow.flow.path import LinearPath
 from latentflow.model.conditioning import Conditioning
 from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig, SamplingPreset
@@ -34,7 +34,7 @@ CPU = Runtime(torch.device("cpu"))
 
 def write_cache(source: ImageSource, autoencoder: Autoencoder, folder: Path, **options: Any) -> CacheIndex | None:
     """`writer.write_cache`, with the fields of `CacheOptions` among the others."""
-    others = {name: options.pop(name) for name in ("runtime", "on_images", "on_kept") if name in options}
+    others = {name: options.pop(name) for name in ("masks", "runtime", "on_images", "on_kept") if name in options}
     return writer.write_cache(source, autoencoder, folder, CacheOptions(**options), **others)
 
 

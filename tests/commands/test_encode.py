@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
@@ -15,11 +16,13 @@ from PIL import Image
 
 from latentflow import cli
 from latentflow.autoencoder import Autoencoder, to_unit_range
-from latentflow.commands.encode import encode
+from latentflow.commands.encode import EncodeResult
+from latentflow.commands.encode import encode as encode_command
 from latentflow.commands.look import look
 from latentflow.commands.train import train
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.painting.semantic_maps import colour_map
+from latentflow.data.request import EncodeRequest
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.sampling.contact_sheet import _LINE
@@ -27,6 +30,10 @@ from tests import tiny
 
 SIDE = tiny.IMAGE_SIZE
 NUM_IMAGES = 24
+
+
+def encode(data: str | Path, out: Path, **options: Any) -> EncodeResult:
+    return encode_command(EncodeRequest(data=data, **options), out)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +155,8 @@ def test_a_look_passes_over_what_is_broken(images, kl_folder, tmp_path):
     own = shutil.copytree(images, tmp_path / "own")
     for number in range(6):
         (own / "apple" / f"{number}.png").write_bytes(b"no image")
-    seen = look(own, tmp_path / "sheet.png", num=18, autoencoder=kl_folder, image_size=SIDE, runtime=tiny.CPU)
+    request = EncodeRequest(data=own, autoencoder=kl_folder, image_size=SIDE)
+    seen = look(request, tmp_path / "sheet.png", num=18, runtime=tiny.CPU)
     assert seen.sheet == tmp_path / "sheet.png"
     assert len(seen.names) == 12 and not any(name.startswith("apple") for name in seen.names)
 
@@ -156,5 +164,5 @@ def test_a_look_passes_over_what_is_broken(images, kl_folder, tmp_path):
 @pytest.mark.parametrize("num", [0, -1, 65])
 def test_a_look_at_nothing_or_too_much_is_refused(images, kl_folder, tmp_path, num):
     with pytest.raises(ConfigError, match=f"--look {num}: a sheet has 1 to 64 images"):
-        look(images, tmp_path / "cache", num=num, autoencoder=kl_folder, image_size=SIDE)
+        look(EncodeRequest(data=images, autoencoder=kl_folder, image_size=SIDE), tmp_path / "cache", num=num)
     assert list(tmp_path.iterdir()) == []

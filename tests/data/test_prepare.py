@@ -9,13 +9,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentflow.commands.prepare import prepare
+from latentflow.commands.prepare import PrepareResult
+from latentflow.commands.prepare import prepare as run
 from latentflow.data.painting.semantic_maps import MapClasses, default_palette
 from latentflow.data.prepare import CAMVID, CELEBAMASK_HQ, KINDS, find_dataset
+from latentflow.data.request import PrepareRequest
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, DataError
 
 PACK = Path(__file__).parents[3] / "shared" / "data" / "camvid.zip"
+
+
+def prepare(kind: str, source: Path, out: Path, **options: bool) -> PrepareResult:
+    return run(PrepareRequest(kind=kind, source=source, **options), out)
 
 
 def save(path: Path, pixels: np.ndarray) -> Path:

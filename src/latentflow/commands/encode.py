@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from latentflow.artifacts import require_apart
 from latentflow.autoencoder import Autoencoder
-from latentflow.data.cache.request import EncodeRequest
 from latentflow.data.cache.schema import CacheIndex
 from latentflow.data.cache.writer import write_cache
 from latentflow.data.items import ImageSource
 from latentflow.data.pictures.decode import BrokenImage
+from latentflow.data.request import EncodeRequest
 from latentflow.data.sources.images import open_images
 from latentflow.errors import DataError
 from latentflow.locks import writes
@@ -37,21 +36,18 @@ class EncodeResult:
 
 
 @writes("out", launch=True)
-def encode(data: str | Path, out: str | Path, *, runtime: Runtime | None = None, **options: Any) -> EncodeResult:
+def encode(request: EncodeRequest, out: str | Path, *, runtime: Runtime | None = None) -> EncodeResult:
     """Encode images into a latent cache; repeating the call continues after a kill.
 
     Args:
-        data: a folder, a zip, an LMDB environment, or 'synthetic:COUNT'.
         out: the cache, a folder.
         runtime: where to compute; None: see `open_runtime`.
-        options: the other fields of `EncodeRequest`.
 
     Raises:
         DataError, ArtifactError, ConfigError: see `open_images`, `Autoencoder.from_pretrained` and `write_cache`.
     """
     began = time.perf_counter()
-    request = EncodeRequest(data=data, **options)
-    require_apart(out, request.data, request.masks.folder)
+    require_apart(out, request.data, request.mask_folder)
     source = open_images(request.data, request.image_size, first=request.first, strict=request.strict)
     _require_one_readable(source)
     assert runtime is not None  # opened by `writes`
@@ -64,7 +60,8 @@ def encode(data: str | Path, out: str | Path, *, runtime: Runtime | None = None,
             finished.append(number)
             on_images(number)
 
-        index = write_cache(source, encoder, out, request, runtime=runtime, on_images=count, on_kept=kept.append)
+        callbacks = {"on_images": count, "on_kept": kept.append}
+        index = write_cache(source, encoder, out, request, masks=request.masks, runtime=runtime, **callbacks)
     return EncodeResult(index, sum(finished) > sum(kept), time.perf_counter() - began)
 
 

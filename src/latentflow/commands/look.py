@@ -15,6 +15,7 @@ from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.painting.semantic_maps import colour_map
 from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.pictures.user_picture import psnr
+from latentflow.data.request import EncodeRequest
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError, DataError
 from latentflow.runtime import Runtime, open_runtime
@@ -41,16 +42,7 @@ class Look:
     psnr: float
 
 
-def look(
-    data: str | Path,
-    out: str | Path,
-    *,
-    num: int,
-    autoencoder: str | Path,
-    image_size: int,
-    first: int | None = None,
-    runtime: Runtime | None = None,
-) -> Look:
+def look(request: EncodeRequest, out: str | Path, *, num: int, runtime: Runtime | None = None) -> Look:
     """Write OUT.png beside the cache OUT: each image's square, its map if it has one, and what its latents keep.
 
     Under the last stands its PSNR. The images lie evenly over all there are, and so over the classes of a folder.
@@ -58,7 +50,7 @@ def look(
 
     Args:
         num: images, 1 to 64.
-        data, autoencoder, image_size, first: as `encode` takes them.
+        request: as for `encode`.
 
     Raises:
         DataError, ArtifactError, ConfigError: as `encode` raises them; or `num` is out of range.
@@ -66,11 +58,11 @@ def look(
     if not 1 <= num <= _MOST_IMAGES:
         raise ConfigError(f"--look {num}: a sheet has 1 to {_MOST_IMAGES} images")
     sheet = Path(out).with_name(f"{Path(out).name.removesuffix('.png')}.png")
-    require_apart(sheet, data)
+    require_apart(sheet, request.data)
     require_writable(sheet, suffix=".png")
-    source = open_images(data, image_size, first=first)
-    encoder = Autoencoder.from_pretrained(autoencoder).to(runtime or open_runtime(precision="tf32", alone=True))
-    encoder.latent_side(image_size)
+    source = open_images(request.data, request.image_size, first=request.first)
+    encoder = Autoencoder.from_pretrained(request.autoencoder).to(runtime or open_runtime(precision="tf32", alone=True))
+    encoder.latent_side(request.image_size)
     items = _evenly(source, num)
     pixels = torch.stack([_as_tensor(item.pixels) for item in items])
     given_back = to_uint8(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from latentflow.artifacts import require_apart
 from latentflow.data.prepare import find_dataset
+from latentflow.data.request import PrepareRequest
 from latentflow.locks import writes
 from latentflow.progress import image_progress
 
@@ -28,21 +29,18 @@ class PrepareResult:
 
 
 @writes("out")
-def prepare(kind: str, source: str | Path, out: str | Path, *, link: bool = False) -> PrepareResult:
+def prepare(request: PrepareRequest, out: str | Path) -> PrepareResult:
     """Bring a published data set into folders that can be trained on: out/train, out/val, ...
 
     Args:
-        kind: one of `latentflow.data.prepare.KINDS`.
-        source: the data set as published: a folder or a zip.
-        out: a new folder, outside of `source`.
-        link: hard links instead of copies; see `find_dataset`.
+        out: a new folder, outside of the data set's.
 
     Raises:
         DataError, ArtifactError: see `find_dataset` and `PublishedData.write`.
     """
     began = time.perf_counter()
-    require_apart(out, source)
-    dataset = find_dataset(kind, source, link=link)
+    require_apart(out, request.source)
+    dataset = find_dataset(request.kind, request.source, link=request.link)
     with image_progress("preparing", len(dataset)) as on_images:
         dataset.write(out, on_images)
     num_images = {split: len(pairs) for split, pairs in dataset.splits.items()}

@@ -22,6 +22,7 @@ from latentflow.commands.encode import encode
 from latentflow.commands.info import describe
 from latentflow.commands.train import train
 from latentflow.data.pictures.user_picture import psnr
+from latentflow.data.request import EncodeRequest
 from latentflow.data.sources.synthetic import CLASS_NAMES, SyntheticShapes
 from latentflow.demo.figures import DemoFigures, DemoScale, judge
 from latentflow.demo.page import demo_page
@@ -117,17 +118,16 @@ def _earlier_figures(out: Path, plan: DemoFigures) -> DemoFigures:
 def _encode(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
     data, folder = figures.recipe.data, out / "cache"
     before = sum(read_json(record)["num_images"] for record in folder.glob("shard-*.json"))
-    result = encode(
-        data.path,
-        folder,
+    request = EncodeRequest(
+        data=data.path,
         autoencoder=figures.recipe.autoencoder,
         image_size=data.image_size,
         flips=data.flip,
-        masks=data.masks,
+        mask_policy=data.masks.policy,
         mask_variants=_MASK_VARIANTS,
         batch_size=_BATCH,
-        runtime=runtime,
     )
+    result = encode(request, folder, runtime=runtime)
     plan, num_images = result.index.plan, result.index.num_images
     return {
         "num_images": num_images,

@@ -44,8 +44,8 @@ class ShardWriter:
         plan: CachePlan,
         source: ImageSource,
         autoencoder: Autoencoder,
-        *,
         batch_size: int,
+        *,
         strict: bool = False,
         on_images: Callable[[int], None] = lambda num_images: None,
     ):

@@ -15,7 +15,6 @@ from latentflow.artifacts import make_folder, open_tensors, remove_leftovers, sh
 from latentflow.autoencoder import Autoencoder
 from latentflow.console import notice
 from latentflow.data.cache.encoder_input import EncoderInputs
-from latentflow.data.cache.request import CacheOptions
 from latentflow.data.cache.schema import (
     INDEX_FILE,
     SOURCE_FILE,
@@ -32,9 +31,11 @@ from latentflow.data.cache.schema import (
 from latentflow.data.cache.shard import ShardWriter
 from latentflow.data.items import ImageSource, fingerprint_of
 from latentflow.data.latent_statistics import ChannelSums
+from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import check_masks, masks_fingerprint
 from latentflow.data.pictures.colour import PIXEL_RULES
 from latentflow.data.prefetch import Reading, prefetch
+from latentflow.data.request import CacheOptions
 from latentflow.errors import ArtifactError, DataError
 from latentflow.plans import PLAN_FILE, claim_folder, require_same_plan
 from latentflow.runtime import Runtime
@@ -52,6 +53,7 @@ def write_cache(
     folder: str | Path,
     options: CacheOptions | None = None,
     *,
+    masks: MaskRules | None = None,
     runtime: Runtime | None = None,
     on_images: Callable[[int], None] = lambda num_images: None,
     on_kept: Callable[[int], None] = lambda num_images: None,
@@ -62,6 +64,7 @@ def write_cache(
     repaired; then its shard is encoded again.
 
     Args:
+        masks: how the holes of `options.mask_variants` are drawn; None: the default rules.
         runtime: processes that share the work: of n, process r encodes shards r, r + n, r + 2n, ...; None: only this
             one.
         on_images: called with the number of images just finished, kept shards included.
@@ -75,7 +78,7 @@ def write_cache(
         DataError: no image can be read, or, with `options.strict`, one is broken.
     """
     options = options or CacheOptions()
-    plan = _plan(source, autoencoder, options)
+    plan = _plan(source, autoencoder, options, masks or MaskRules())
     folder = make_folder(folder)
     remove_leftovers(folder)
     _claim(folder, plan, source)
@@ -88,19 +91,12 @@ def write_cache(
         else:
             missing.append(number)
     if missing:
+        device, inputs = autoencoder.device.type, EncoderInputs(source, plan)
         batch_size = options.batch_size or max(autoencoder.slice_of(plan.image_size), _BATCH_SIZE)
-        inputs = EncoderInputs(source, plan)
-        how = Reading(
-            options.num_workers,
-            _BYTES_READ_TOGETHER,
-            pin_memory=autoencoder.device.type == "cuda",
-            cpu_is_busy=autoencoder.device.type == "cpu",
-            sharing=runtime.local_world,
-        )
-        writer = ShardWriter(
-            folder, plan, source, autoencoder, batch_size=batch_size, strict=options.strict, on_images=on_images
-        )
-        with prefetch(inputs, _parts(inputs, [plan.rows(number) for number in missing], batch_size), how) as read:
+        writer = ShardWriter(folder, plan, source, autoencoder, batch_size, strict=options.strict, on_images=on_images)
+        parts = _parts(inputs, [plan.rows(number) for number in missing], batch_size)
+        how = Reading(options.num_workers, _BYTES_READ_TOGETHER, device == "cuda", device == "cpu", runtime.local_world)
+        with prefetch(inputs, parts, how) as read:
             writer.write(missing, read)
     index = _finish(folder, plan, source)
     if index is None and runtime.world == 1:
@@ -108,12 +104,12 @@ def write_cache(
     return index
 
 
-def _plan(source: ImageSource, autoencoder: Autoencoder, options: CacheOptions) -> CachePlan:
+def _plan(source: ImageSource, autoencoder: Autoencoder, options: CacheOptions, masks: MaskRules) -> CachePlan:
     side = autoencoder.latent_side(source.image_size)
-    masks = {}
+    holes = {}
     if options.mask_variants:
-        check_masks(options.masks, source.image_size, source.image_size)
-        masks = {"masks": options.masks, "masks_fingerprint": masks_fingerprint(options.masks)}
+        check_masks(masks, source.image_size, source.image_size)
+        holes = {"masks": masks, "masks_fingerprint": masks_fingerprint(masks)}
     return CachePlan(
         autoencoder=autoencoder.reference,
         autoencoder_hash=autoencoder.content_hash,
@@ -132,7 +128,7 @@ def _plan(source: ImageSource, autoencoder: Autoencoder, options: CacheOptions) 
         map_class_names=list(source.map_class_names),
         map_palette=list(source.map_palette),
         mask_variants=options.mask_variants,
-        **masks,
+        **holes,
     )
 
 

@@ -1,0 +1,67 @@
+"""Requests of the verbs that prepare data."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from latentflow.data.painting.mask_rules import MaskPolicy, MaskRules
+from latentflow.requests import Option, Request, Whole
+
+PathText = Annotated[str, BeforeValidator(lambda given: os.fspath(given) if isinstance(given, os.PathLike) else given)]
+"""A path, as text."""
+
+
+class CacheOptions(Request):
+    """What a latent cache stores of each image, and how the work is done."""
+
+    flips: bool = Field(False, description="Also encode the mirrored images, so that training can mirror.")
+    dtype: Literal["float16", "float32"] = Field(
+        "float16", description="How moments are stored; float16 rounds by at most 1 part in 2048."
+    )
+    batch_size: Whole | None = Field(
+        None, ge=1, description="Images encoded together; otherwise 32, and on a GPU as many as make a megapixel."
+    )
+    shard_size: Whole = Field(
+        1024, ge=1, description="Images per shard; a kill loses the one being encoded and the one being written."
+    )
+    num_workers: Whole | None = Field(
+        None, ge=0, le=256, description="Worker processes that read images; 0: threads; otherwise as many as pay off."
+    )
+    mask_variants: Whole = Field(0, ge=0, description="Random holes encoded per image, for inpainting; 0: none.")
+    strict: bool = Field(False, description="Stop at a broken image instead of leaving it out.")
+
+
+class EncodeRequest(CacheOptions):
+    """Images, and the autoencoder that encodes them."""
+
+    data: Annotated[PathText, Option(argument=True)] = Field(
+        description="A folder or zip of images, an LMDB, or synthetic:COUNT."
+    )
+    autoencoder: PathText = Field(description="A diffusers autoencoder: folder, hub id, or 'shapes'.")
+    image_size: Whole = Field(256, description="Side of the square images in pixels.")
+    first: Whole | None = Field(
+        None, description="Encode so many images: the first of each class, then the second, and so on."
+    )
+    mask_policy: MaskPolicy = Field("mixed", description="How the holes are drawn.")
+    mask_folder: PathText | None = Field(None, description="Mask files to choose from instead; white is repainted.")
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
+        "tf32", description="What the autoencoder computes in; tf32 is float32 where there is no TF32."
+    )
+
+    @property
+    def masks(self) -> MaskRules:
+        """The rules of the holes."""
+        return MaskRules(policy=self.mask_policy, folder=self.mask_folder or "")
+
+
+class PrepareRequest(Request):
+    """A published data set of images and semantic maps."""
+
+    kind: Annotated[str, Option(argument=True)] = Field(description="camvid, celebamask-hq, ade20k or coco-stuff.")
+    source: Annotated[PathText, Option(argument=True)] = Field(
+        description="The data set as published: a folder or a zip."
+    )
+    link: bool = Field(False, description="Hard links instead of copies: editing one then edits the original as well.")
