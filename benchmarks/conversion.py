@@ -21,6 +21,7 @@ from measuring import RESULTS, setup, write_results
 from latentflow import LatentFlow
 from latentflow.commands.convert import convert
 from latentflow.convert.families.lfm import EXPERIMENTS
+from latentflow.convert.request import ConvertRequest
 
 STEPS = 2
 
@@ -69,7 +70,7 @@ def measure(name: str, folder: Path, autoencoder: Path, *, prefix: str) -> dict[
     """One experiment from file to picture."""
     file, out = folder / "model.pth", folder / name
     published = write_checkpoint(name, file, prefix=prefix)
-    result = convert("lfm", file, out, experiment=name, autoencoder=autoencoder)
+    result = convert(ConvertRequest(family="lfm", checkpoint=file, experiment=name, autoencoder=autoencoder), out)
     model = LatentFlow.from_pretrained(out)
     began = time.perf_counter()
     pixels = draw(model)

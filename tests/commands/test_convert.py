@@ -13,6 +13,7 @@ import torch
 from latentflow.api import LatentFlow
 from latentflow.commands.convert import convert
 from latentflow.convert.families.registry import architecture
+from latentflow.convert.request import ConvertRequest
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.flow.path import CosinePath
 from latentflow.model.flow_model import FlowModel
@@ -54,8 +55,9 @@ def run(tmp_path, kl_folder, sit_file):
     """Convert the small SiT with one thing changed; the model folder is `tmp_path`/model."""
 
     def convert_it(family="sit", checkpoint=sit_file, out=tmp_path / "model", options=SIT, **changed):
-        how = {"autoencoder": kl_folder, "image_size": tiny.IMAGE_SIZE, "runtime": tiny.CPU, **changed}
-        return convert(family, checkpoint, out, options=options, **how)
+        how = {"autoencoder": kl_folder, "image_size": tiny.IMAGE_SIZE, **changed}
+        request = ConvertRequest(family=family, checkpoint=checkpoint, options=list(options), **how)
+        return convert(request, out, runtime=tiny.CPU)
 
     return convert_it
 

@@ -20,6 +20,7 @@ from latentflow.convert.families.lfm import EXPERIMENTS
 from latentflow.convert.families.registry import architecture
 from latentflow.convert.foreign_file import read_checkpoint
 from latentflow.convert.published import imagenet_synsets, published
+from latentflow.convert.request import ConvertRequest
 from latentflow.errors import ArtifactError
 from latentflow.model.flow_model import WEIGHTS_FILE
 from latentflow.networks import dit
@@ -97,17 +98,15 @@ def small(monkeypatch, tmp_path, autoencoder):
             options |= {"nf": 32, "num_res_blocks": 1}
         weights = foreign.draw(published("lfm", options, experiment=name).architecture)
         file = foreign.save(weights, tmp_path / "model.pth", prefix=prefix)
-        result = convert(
-            "lfm",
-            file,
-            tmp_path / "model",
+        request = ConvertRequest(
+            family="lfm",
+            checkpoint=file,
             experiment=name,
             options=[f"{key}={value}" for key, value in options.items() if key != "image_size"],
             image_size=IMAGE_SIZE,
             autoencoder=autoencoder,
-            runtime=tiny.CPU,
         )
-        return result, tmp_path / "model", weights
+        return convert(request, tmp_path / "model", runtime=tiny.CPU), tmp_path / "model", weights
 
     return run
 
@@ -188,5 +187,6 @@ def test_files_of_another_experiment(small, tmp_path, autoencoder):
     _, _, weights = small("celeb_f8_dit", "")
     file = foreign.save(weights, tmp_path / "other.pth")
     with pytest.raises(ArtifactError, match=r"other\.pth is not a checkpoint of this network: it lacks"):
-        convert("lfm", file, tmp_path / "other", experiment="celeb256_f8_adm", autoencoder=autoencoder)
+        request = ConvertRequest(family="lfm", checkpoint=file, experiment="celeb256_f8_adm", autoencoder=autoencoder)
+        convert(request, tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -188,7 +188,7 @@ def _kind(field: FieldInfo) -> Any:
     return kinds[0] if len(kinds) == 1 and (kinds[0] in _TYPED or get_origin(kinds[0]) is Literal) else str
 
 
-_TYPED = (int, float, bool, Path)
+_TYPED = (int, float, bool, Path, list[str])  # a list without a `FromText` is given as several words
 
 
 def _flag(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -12,14 +11,9 @@ import typer
 from latentflow.cli.options import AsJson, Device, Model, Precision, command
 from latentflow.cli.output import open_runtime, shortened, show
 from latentflow.console import say
+from latentflow.convert.request import ConvertRequest, ExportRequest
 
 verb = partial(command, group="Models")
-
-
-class ExportFormat(str, Enum):
-    """What a model is exported for."""
-
-    diffusers = "diffusers"
 
 
 @verb(example="latentflow info runs/cifar10")
@@ -27,9 +21,9 @@ def info(
     model: Annotated[str, typer.Argument(help="A model folder, a run folder, a hub id, or a latent cache.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say what a model or a latent cache is; of long lists, such as class names, the first few.
+    """Show the facts of a model or a latent cache, and of long lists, such as class names, the first few.
 
-    Classes are called as their folders are, or as `convert --class-names` says.
+    Classes have the names of their folders, or those of `convert --class-names`.
     """
     from latentflow.commands.info import describe
 
@@ -39,41 +33,15 @@ def info(
 
 @verb(example="latentflow convert lfm model_475.pth --experiment ffhq_f8_dit --out models/ffhq")
 def convert(
-    family: Annotated[str, typer.Argument(help="Whose weights they are: lfm, sit, dit or edm.")],
-    checkpoint: Annotated[Path, typer.Argument(help="A .pth, .pt or .safetensors file.")],
-    out: Annotated[Path, typer.Option(help="The model folder, new.")],
-    options: Annotated[
-        list[str] | None, typer.Argument(help="key=value, arguments of the published program: name=SiT-XL/2")
-    ] = None,
-    experiment: Annotated[str | None, typer.Option(help="Of lfm: ffhq_f8_dit and the like.")] = None,
-    autoencoder: Annotated[
-        str, typer.Option(help="The autoencoder it was trained with.")
-    ] = "stabilityai/sd-vae-ft-mse",
-    image_size: Annotated[int | None, typer.Option(help="Side of its images in pixels; otherwise as it says.")] = None,
-    class_names: Annotated[Path | None, typer.Option(help="A text file of one class name per line.")] = None,
-    encoder: Annotated[
-        Path | None, typer.Option(help="Of lfm: the file of the encoder of semantic maps, where it stands apart.")
-    ] = None,
-    check: Annotated[bool, typer.Option(help="Probe whether it flows the right way.")] = True,
+    request: ConvertRequest,
+    out: Annotated[Path, typer.Option(help="Folder of the model; must be new.")],
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Turn published weights into a model folder. Nothing in the file is ever run."""
+    """Turn published weights into a model folder. No code in the file is run."""
     from latentflow.commands.convert import convert as run
 
-    result = run(
-        family,
-        checkpoint,
-        out,
-        experiment=experiment,
-        options=options or (),
-        autoencoder=autoencoder,
-        image_size=image_size,
-        class_names=class_names,
-        encoder=encoder,
-        check=check,
-        runtime=open_runtime(device, Precision.fp32),
-    )
+    result = run(request, out, runtime=open_runtime(device, Precision.fp32))
     config = result.model.config
     rows = {
         "model": str(out),
@@ -92,15 +60,15 @@ def convert(
 @verb(example="latentflow export runs/streets --out streets-diffusers")
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option(help="A new folder.")],
-    format: Annotated[ExportFormat, typer.Option(help="What it is for.")] = ExportFormat.diffusers,
+    request: ExportRequest,
+    out: Annotated[Path, typer.Option(help="Folder to write; must be new.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write a model for diffusers, once diffusers has been seen to compute the same; refused where it cannot."""
+    """Write a model for diffusers, after checking that diffusers computes the same; refused where it cannot."""
     from latentflow.commands.export import export as run
     from latentflow.convert.diffusers.export import SCHEDULER
 
-    result = run(model, out)
+    result = run(model, out, request)
     folder, class_name = result.network
     rows = {
         "folder": str(result.folder),
@@ -116,12 +84,13 @@ def export(
 def push(
     model: Model,
     repo_id: Annotated[str, typer.Argument(metavar="NAME", help="On the hub: owner/name, or owner/name@branch.")],
-    private: Annotated[bool, typer.Option("--private", help="Create it for yourself and those you invite.")] = False,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a latentflow model",
+    private: Annotated[
+        bool, typer.Option("--private", help="Create the repository for you and those you invite.")
+    ] = False,
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload a latentflow model",
     as_json: AsJson = False,
 ) -> None:
-    """Put a model on the Hugging Face hub, once it has been found to load; nothing else of a run is sent."""
+    """Upload a model to the Hugging Face hub, after checking that it loads; nothing else of a run is sent."""
     from latentflow.commands.push import push as run
 
-    url = run(model, repo_id, private=private, message=message)
-    show({"model": url}, as_json)
+    show({"model": run(model, repo_id, private=private, message=message)}, as_json)

@@ -1,4 +1,4 @@
-"""`latentflow export`: a model => a folder that diffusers loads."""
+"""`latentflow export`: a model => a folder that another library loads."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from pathlib import Path
 from latentflow.artifacts import require_new
 from latentflow.convert.diffusers.export import Exported, export_diffusers
 from latentflow.convert.diffusers.keys import diffusers_network
+from latentflow.convert.request import ExportRequest
 from latentflow.locks import writes
 from latentflow.model.flow_model import FlowModel, find_model, read_config
 
+_FORMATS = {"diffusers": (diffusers_network, export_diffusers)}
+"""For each format: what refuses a config that it cannot express, and what writes the folder."""
+
 
 @writes("out")
-def export(model: str | Path, out: str | Path) -> Exported:
-    """Write a model for diffusers, after diffusers has been seen to compute the same with it.
+def export(model: str | Path, out: str | Path, request: ExportRequest | None = None) -> Exported:
+    """Write a model for another library, after checking that the library computes the same.
 
     Args:
         model: a model folder, a run folder or a hub id.
         out: a new folder.
 
     Raises:
-        ArtifactError: no such model, a folder that is not empty, or a network that no class of diffusers is the same
-            function as. Nothing was written.
+        ArtifactError: no such model, a folder that is not empty, or a network that the library cannot express.
+            Nothing is written.
     """
     require_new(out)
-    diffusers_network(read_config(find_model(model)))  # refused before any weights are read
-    return export_diffusers(FlowModel.from_pretrained(model, device="cpu"), out)
+    require_expressible, write = _FORMATS[(request or ExportRequest()).format]
+    require_expressible(read_config(find_model(model)))  # before any weights are read
+    return write(FlowModel.from_pretrained(model, device="cpu"), out)

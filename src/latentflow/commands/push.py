@@ -9,18 +9,25 @@ from latentflow.model.flow_model import MODEL_FILES, WEIGHTS_FILE, FlowModel, fi
 
 
 def push(model: str | Path, repo_id: str, *, private: bool = False, message: str = "Upload a latentflow model") -> str:
-    """Push the files of a model folder as they are, once they have been found to load; returns the page.
+    """Upload the files of a model folder unchanged, after checking that they load; returns their page on the hub.
 
     Args:
         model: a model folder, a run folder, of which only `model/` is sent, or another hub id.
         repo_id: owner/name or owner/name@branch.
+        private: create the repository private.
 
     Raises:
-        ConfigError: the id is none, or there is no token.
-        ArtifactError: the model is not complete, or the hub does not take it.
+        ConfigError: the hub id is malformed, or there is no token.
+        ArtifactError: the model is incomplete, or the hub refuses it.
     """
     target, token = HubId.parse(repo_id), require_token()
     FlowModel.from_pretrained(model, device="cpu")
     return push_folder(
-        *(find_model(model), target, MODEL_FILES), marker=WEIGHTS_FILE, private=private, message=message, token=token
+        find_model(model),
+        target,
+        MODEL_FILES,
+        marker=WEIGHTS_FILE,
+        private=private,
+        message=message,
+        token=token,
     )

@@ -1,4 +1,4 @@
-"""A published network, its weights and what is known of its training, made into a model."""
+"""A model from a published network, its weights and what is known of its training."""
 
 from __future__ import annotations
 
@@ -24,12 +24,44 @@ def assemble(
 
     Args:
         network: as `published.architecture.load` returns it.
-        autoencoder: the first stage it was trained with.
+        autoencoder: the one the network was trained with.
         class_names: one per class; none given: "0", "1", ...
 
     Raises:
         ConfigError: the autoencoder, the image size or the class names do not fit the network.
     """
+    _require_fit(published, autoencoder, class_names)
+    architecture = published.architecture
+    names = list(class_names) or [str(index) for index in range(architecture.num_classes)]
+    normalisation = autoencoder.normalisation
+    if published.latent_scale is not None:
+        channels = architecture.channels
+        normalisation = LatentNormalisation(shift=[0.0] * channels, scale=[published.latent_scale] * channels)
+    maps = published.map_class_names
+    config = ModelConfig(
+        image_size=published.image_size,
+        network=architecture.network,
+        prediction=published.prediction,
+        path=published.path,
+        conditioning=Conditioning(
+            class_names=names,
+            label_dropout=published.label_dropout,
+            inpainting=architecture.inpainting,
+            inpainting_dropout=0,
+            map_class_names=list(maps),
+            map_palette=list(default_palette(len(maps))),
+            map_dropout=0,
+        ),
+        masks=MaskRules(told_as="sign") if architecture.inpainting else None,
+        autoencoder=AutoencoderRecord.of(autoencoder),
+        normalisation=normalisation,
+        sampling=published.sampling,
+        training=published.training,
+    )
+    return FlowModel(config, wrap_network(network, published.prediction).eval(), autoencoder)
+
+
+def _require_fit(published: Published, autoencoder: Autoencoder, class_names: Sequence[str]) -> None:
     architecture, image_size = published.architecture, published.image_size
     if architecture.out_channels != architecture.channels:
         raise ConfigError(
@@ -52,30 +84,3 @@ def assemble(
         )
     if class_names and len(class_names) != architecture.num_classes:
         raise ConfigError(f"{len(class_names)} class names for a network of {architecture.num_classes} classes")
-    names = list(class_names) or [str(index) for index in range(architecture.num_classes)]
-    normalisation = autoencoder.normalisation
-    if published.latent_scale is not None:
-        channels = architecture.channels
-        normalisation = LatentNormalisation(shift=[0.0] * channels, scale=[published.latent_scale] * channels)
-    maps = published.map_class_names
-    config = ModelConfig(
-        image_size=image_size,
-        network=architecture.network,
-        prediction=published.prediction,
-        path=published.path,
-        conditioning=Conditioning(
-            class_names=names,
-            label_dropout=published.label_dropout,
-            inpainting=architecture.inpainting,
-            inpainting_dropout=0,
-            map_class_names=list(maps),
-            map_palette=list(default_palette(len(maps))),
-            map_dropout=0,
-        ),
-        masks=MaskRules(told_as="sign") if architecture.inpainting else None,
-        autoencoder=AutoencoderRecord.of(autoencoder),
-        normalisation=normalisation,
-        sampling=published.sampling,
-        training=published.training,
-    )
-    return FlowModel(config, wrap_network(network, published.prediction).eval(), autoencoder)

@@ -86,9 +86,6 @@ class Experiment(Record):
 PROTOCOL = "50,000 JPEG-compressed samples of dopri5 at tolerance 1e-5, against JPEG-compressed references"
 """What the published FIDs were measured by; they cannot be compared with those of PNG images."""
 
-AUTOENCODER = "stabilityai/sd-vae-ft-mse"
-"""The first stage of every experiment."""
-
 _COMMON = {"image_size": 256, "num_in_channels": 4, "num_out_channels": 4}
 _ORIGIN = {**_COMMON, "model_type": "adm", "use_origin_adm": True, "attn_resolutions": (16, 8), "ch_mult": (1, 2, 3, 4)}
 _EDM = {**_COMMON, "model_type": "adm", "attn_resolutions": (16, 8, 4), "ch_mult": (1, 2, 3, 4)}
