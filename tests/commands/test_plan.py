@@ -13,14 +13,19 @@ from latentflow.api import LatentFlow
 from latentflow.artifacts import read_tensors
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands import plan as plan_module
-from latentflow.commands.plan import Plan, cached_bytes, gib
 from latentflow.commands.plan import plan as plan_command
 from latentflow.commands.train import train
 from latentflow.errors import ConfigError
 from latentflow.networks.running import MEMORY_MODES
 from latentflow.planning import probe as plan_probe
+from latentflow.planning.advice import advice
+from latentflow.planning.estimate import cached_bytes
+from latentflow.planning.plan import Plan
 from latentflow.planning.probe import SLOWER, Speed, probe
+from latentflow.planning.report import numbers, tables
+from latentflow.planning.request import PlanRequest
 from latentflow.planning.subject import KNOWN_STAGES, PUBLISHED_DATA
+from latentflow.planning.units import gib
 from latentflow.training.config import Recipe, load_recipe, recipe_names
 from latentflow.training.memory import forward_flops
 from latentflow.training.settings import to_yaml
@@ -56,7 +61,8 @@ def recipe(cache, kl_folder, tmp_path):
 def planned(recipe: Recipe | str, *overrides: str, **options) -> Plan:
     """The plan of a recipe, given by name or as it is."""
     name = recipe if isinstance(recipe, str) else "fruit"
-    return plan_command(load_recipe(name, overrides) if isinstance(recipe, str) else recipe, name, tiny.CPU, **options)
+    given = load_recipe(name, overrides) if isinstance(recipe, str) else recipe
+    return plan_command(given, name, PlanRequest(**options), tiny.CPU)
 
 
 def num_bytes(file: Path) -> int:
@@ -118,13 +124,13 @@ def test_every_recipe_has_a_plan_without_its_data(name):
     found = planned(name)
     there = name == "demo"
     assert bool(found.subject.assumed) is not there
-    record = json.loads(json.dumps(found.record()))
+    record = json.loads(json.dumps(numbers(found)))
     assert record["parameters"] > 10**5
     assert record["memory"]["peak"] > sum(record["memory"]["exact"].values())
     assert record["time"]["seconds"] > 0
     kept = [record["memory"]["kept_for_backward"][mode] for mode in MEMORY_MODES]
     assert kept == sorted(kept, reverse=True)
-    for rows in found.sections().values():
+    for rows in tables(found).values():
         assert all(value and all(isinstance(part, str) for part in (row, value, known)) for row, value, known in rows)
 
 
@@ -160,11 +166,11 @@ def test_published_autoencoders_are_of_known_sizes(shared):
 
 @pytest.mark.usefixtures("unprobed")
 def test_what_is_assumed_may_be_said():
-    found = planned(LARGE, num_images=5000, num_classes=3, latents=(16, 64, 64))
+    found = planned(LARGE, images=5000, classes=3, latents=(16, 64, 64))
     assert found.subject.config.latent_shape == (16, 64, 64)
     assert found.subject.config.conditioning.num_classes == 3
     assert found.subject.data.num_images == 5000
-    fewer = planned(LARGE, num_classes=2, latents=(16, 64, 64)).num_parameters
+    fewer = planned(LARGE, classes=2, latents=(16, 64, 64)).num_parameters
     assert found.num_parameters - fewer == 768  # one row of the labels' embedding
 
 
@@ -174,8 +180,8 @@ def test_what_is_assumed_may_be_said():
 def test_what_is_advised_fits(name, memory):
     """Each line of advice, followed, makes a plan that fits; and so does every larger micro-batch not."""
     found = planned(name, "training.preview_every=0", device_memory=memory)
-    assert found.memory.fits(found.machine.memory) is not any("would fit" in line for line in found.advice)
-    for line in found.advice:
+    assert found.memory.fits(found.machine.memory) is not any("would fit" in line for line in advice(found))
+    for line in advice(found):
         changes = re.findall(r"\S+=\S+", line)
         assert changes, line
         settled = [change for change in changes if not change.startswith("training.memory=")]
@@ -189,8 +195,8 @@ def test_what_is_advised_fits(name, memory):
 @pytest.mark.usefixtures("unprobed")
 def test_a_network_that_fits_nowhere_has_a_smaller_one_named():
     found = planned("ffhq_f8_dit", device_memory=7)
-    assert any("not even one image" in line for line in found.advice)
-    line = next(line for line in found.advice if "network.name" in line)
+    assert any("not even one image" in line for line in advice(found))
+    line = next(line for line in advice(found) if "network.name" in line)
     smaller = re.search(r"network.name=(\S+)", line)[1]
     assert planned("ffhq_f8_dit", f"network.name={smaller}", device_memory=7).memory.largest_micro_batch(
         "none", 7 << 30
@@ -199,7 +205,7 @@ def test_a_network_that_fits_nowhere_has_a_smaller_one_named():
 
 @pytest.mark.usefixtures("unprobed")
 def test_processes_share_a_batch():
-    one, four = (planned(LARGE, num_processes=number, device_memory=80) for number in (1, 4))
+    one, four = (planned(LARGE, processes=number, device_memory=80) for number in (1, 4))
     assert four.memory.share * 4 == one.memory.share == 1280
     assert four.memory.exact == one.memory.exact
     assert four.memory.kept("none") * 4 == one.memory.kept("none")

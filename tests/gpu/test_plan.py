@@ -7,6 +7,7 @@ import torch
 
 from latentflow.commands.plan import plan
 from latentflow.commands.train import train
+from latentflow.planning.request import PlanRequest
 
 NETWORK = {"depth": 6, "hidden_size": 384, "num_heads": 6, "patch_size": 1, "variant": "modern"}
 
@@ -17,7 +18,7 @@ def test_memory_is_what_was_planned(recipe, runtime, cuda, mode, variant):
     """Within a quarter: an estimate that is too low breaks runs, and one that is too high wastes the device."""
     place, training = runtime("bf16"), {"precision": "bf16", "steps": 3, "batch_size": 512, "compile": "false"}
     given = recipe("planned", network={**NETWORK, "variant": variant}, training={**training, "memory": mode})
-    found = plan(given, "planned", place)
+    found = plan(given, "planned", PlanRequest(), place)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -29,6 +30,6 @@ def test_memory_is_what_was_planned(recipe, runtime, cuda, mode, variant):
 
 def test_speed_is_what_was_planned(recipe, runtime, device):
     """A few probed steps say how long a step takes, to a factor; nothing is left behind on the device."""
-    found = plan(recipe("probed"), "probed", runtime("fp32"))
+    found = plan(recipe("probed"), "probed", PlanRequest(), runtime("fp32"))
     assert found.speed.whole
     assert 0 < found.seconds_per_step < 1

@@ -3,22 +3,9 @@
 from __future__ import annotations
 
 import csv
-import re
 from typing import Any
 
 from latentflow.errors import ConfigError
-
-
-def latent_shape(text: str | None) -> tuple[int, int, int] | None:
-    """Channels, height and width of latents written as 4x32x32."""
-    if text is None:
-        return None
-    if not re.fullmatch("[1-9][0-9]{0,4}(x[1-9][0-9]{0,4}){2}", text):
-        raise ConfigError(f"--latents {text!r} is not three numbers like 4x32x32: channels, height and width")
-    channels, height, width = map(int, text.split("x"))
-    if height != width:
-        raise ConfigError(f"--latents {text}: training images are square, and so are their latents")
-    return channels, height, width
 
 
 def names(text: str | None) -> list[str] | None:

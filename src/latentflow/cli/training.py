@@ -14,9 +14,13 @@ from rich.table import Table
 
 from latentflow.cli.options import AsJson, Device, Model, Precision, command
 from latentflow.cli.output import open_runtime, show, teller
-from latentflow.cli.text import latent_shape
 from latentflow.console import printable, say
+from latentflow.planning.request import PlanRequest
 
+RecipeName = Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes of the recipe: key=value, for example training.steps=1000")
+]
 AllowChange = Annotated[
     list[str] | None,
     typer.Option(
@@ -34,8 +38,8 @@ verb = partial(command, group="Training")
 
 @verb(example="latentflow train cifar10_64 data.path=caches/cifar10 autoencoder=taesd out=runs/cifar10")
 def train(
-    recipe: Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=1000")] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     device: Device = None,
     allow_change: AllowChange = None,
     dry_run: DryRun = False,
@@ -67,62 +71,43 @@ def train(
 
 @verb(example="latentflow plan imnet_f8_ditb2 training.batch_size=256 --device-memory 80")
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.batch_size=64")] = None,
-    device_memory: Annotated[
-        float | None, typer.Option(min=0.001, help="Plan for a GPU with so many GiB, in place of this machine.")
-    ] = None,
-    device_tflops: Annotated[
-        float | None, typer.Option(min=0.001, help="Its speed as its maker states it, in place of steps probed here.")
-    ] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="That share a batch, each with a device.")] = None,
-    images: Annotated[int | None, typer.Option(min=1, help="Of the data, where they are not here.")] = None,
-    classes: Annotated[int | None, typer.Option(min=0, help="Of the data, where they are not here.")] = None,
-    latents: Annotated[
-        str | None, typer.Option(help="Of an image, as 4x32x32, where the autoencoder is not here.")
-    ] = None,
+    recipe: RecipeName,
+    request: PlanRequest,
+    overrides: Overrides = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run will take before it is begun: memory by part, time, disk, and what would make it fit."""
+    """Estimate what a run takes before it begins: memory by part, time, disk space, and what would make it fit."""
     from latentflow.commands.plan import plan as run
+    from latentflow.planning.advice import advice
+    from latentflow.planning.report import numbers, tables
     from latentflow.training.config import load_recipe
 
     given = load_recipe(recipe, overrides or ())
     given = given.model_copy(update={"out": given.out or f"runs/{Path(recipe).stem}"})
-    found = run(
-        given,
-        Path(recipe).stem,
-        open_runtime(device),
-        device_memory=device_memory,
-        device_tflops=device_tflops,
-        num_processes=processes,
-        num_images=images,
-        num_classes=classes,
-        latents=latent_shape(latents),
-    )
+    found = run(given, Path(recipe).stem, request, open_runtime(device))
     if as_json:
-        show(found.record(), as_json)
+        show(numbers(found), as_json)
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column()
     table.add_column(overflow="fold")
     table.add_column(style="dim")
-    for title, rows in found.sections().items():
+    for title, rows in tables(found).items():
         if title:
             table.add_row()
             table.add_row(f"[bold]{escape(title)}")
         for name, value, known in rows:
             table.add_row(f"[bold]{name}" if not title else f"  {name}", escape(printable(value)), known)
     Console().print(table)
-    for line in found.advice:
+    for line in advice(found):
         say(line)
 
 
 @verb(example="latentflow train-autoencoder own_images data.path=photos out=runs/photos_autoencoder")
 def train_autoencoder(
-    recipe: Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.steps=1000")] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     device: Device = None,
     allow_change: AllowChange = None,
     dry_run: DryRun = False,

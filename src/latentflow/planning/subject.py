@@ -15,6 +15,8 @@ from latentflow.data.cache.schema import CachePlan
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError
 from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig
+from latentflow.planning.machine import Machine
+from latentflow.planning.request import PlanRequest
 from latentflow.training.config import Recipe
 from latentflow.training.fitting import Situation, fit
 from latentflow.training.fresh_model import model_config
@@ -110,32 +112,21 @@ PUBLISHED_DATA = {
 """What recipes that come with the package are for, by the beginning of their names."""
 
 
-def plan_subject(
-    recipe: Recipe,
-    name: str,
-    *,
-    gpu: bool,
-    memory: int | None,
-    num_processes: int,
-    num_images: int | None = None,
-    num_classes: int | None = None,
-    latents: Sequence[int] | None = None,
-) -> Subject:
+def plan_subject(recipe: Recipe, name: str, machine: Machine, request: PlanRequest) -> Subject:
     """Find out what a recipe would train.
 
     Args:
         name: of the recipe; those that come with the package are for data of known sizes.
-        gpu, memory, num_processes: of the machine, for a recipe that is fitted to it.
-        num_images, num_classes: in place of what is assumed where the data are not there.
-        latents: (channels, height, width) of an image's latents, in place of what the autoencoder says.
+        machine: what a recipe that is to be fitted is fitted to.
+        request: facts that replace what is assumed about data and autoencoder that are not here.
 
     Raises:
         ConfigError: the parts do not fit together, or an autoencoder is not here and nothing is known of it.
         DataError, ArtifactError: what is there is damaged.
     """
-    data = _data(recipe, name, num_images, num_classes)
+    data = _data(recipe, name, request.images, request.classes)
     recipe = with_cached(recipe, data.cache) if data.cache else recipe
-    stage = _stage(recipe, name, data.cache, latents)
+    stage = _stage(recipe, name, data.cache, request.latents)
     size, side = recipe.data.image_size, recipe.data.image_size // stage.factor
     if size % stage.factor:
         raise ConfigError(
@@ -150,9 +141,9 @@ def plan_subject(
             num_images=data.num_images,
             num_classes=data.num_classes if recipe.data.labels else 0,
             side=side,
-            gpu=gpu,
-            memory=memory,
-            num_processes=num_processes,
+            gpu=machine.gpu,
+            memory=machine.memory,
+            num_processes=machine.num_processes,
         )
         recipe, reasons = fit(recipe, situation)
     return Subject(recipe, _config(recipe, data, stage), data, stage, tuple(reasons))

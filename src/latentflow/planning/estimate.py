@@ -1,0 +1,219 @@
+"""Memory and disk space of a training run. Sizes of weights are exact; what a pass keeps and decodes is estimated."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from latentflow.data.cache.resident import stays_resident
+from latentflow.model.config import AUTOENCODER_FOLDER
+from latentflow.model.flow_model import FlowModel
+from latentflow.networks.running import MEMORY_MODES
+from latentflow.planning.machine import Machine
+from latentflow.planning.subject import Subject
+from latentflow.sampling.drawing import Drawing
+from latentflow.sampling.preview import preview_request
+from latentflow.training.config import Recipe
+from latentflow.training.memory import bytes_per_image, fitting_mode, micro_batch_that_fits
+
+_PNG_BYTES = 2  # of a pixel of a preview, about
+_DECODED = 12  # maps of the decoder's last width that are alive at once, float32, about
+_DECODED_TOGETHER = 16
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one process of the run takes.
+
+    Attributes:
+        exact: weights, gradients, average and optimizer, by name.
+        estimated: what else is always there, by name.
+        kept_per_image: for the backward pass, by mode of `training.memory`.
+        preview: while a preview is decoded, when nothing is kept for a backward pass.
+        mode: of `training.memory` that the run uses.
+        micro_batch_size: images in one forward pass.
+        share: images of one process in one step.
+    """
+
+    exact: Mapping[str, int]
+    estimated: Mapping[str, int]
+    kept_per_image: Mapping[str, int]
+    preview: int
+    mode: str
+    micro_batch_size: int
+    share: int
+
+    @property
+    def fixed(self) -> int:
+        """What is there whatever the batch."""
+        return sum(self.exact.values()) + sum(self.estimated.values())
+
+    def kept(self, mode: str) -> int:
+        """For the backward pass of a micro-batch."""
+        return self.kept_per_image[mode] * self.micro_batch_size
+
+    @property
+    def peak(self) -> int:
+        """The most at any time, about."""
+        return self.fixed + max(self.kept(self.mode), self.preview)
+
+    def largest_micro_batch(self, mode: str, memory: int | None) -> int:
+        """The largest part of a process's images that fits in training; 0: not even one image."""
+        return micro_batch_that_fits(self.fixed, self.kept_per_image[mode], self.share, memory)
+
+    def previews_fit(self, memory: int | None) -> bool:
+        """Whether a preview can be decoded beside all that stays."""
+        return micro_batch_that_fits(self.fixed, self.preview, 1, memory) == 1
+
+    def fits(self, memory: int | None) -> bool:
+        """Whether the run as it is set fits."""
+        return self.largest_micro_batch(self.mode, memory) >= self.micro_batch_size and self.previews_fit(memory)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes on disk, without the headers of files (a few hundred bytes for each tensor).
+
+    Attributes:
+        checkpoint: one of them: weights, average, optimizer.
+        num_checkpoints: that are there at once, milestones and one that is being written included.
+        num_milestones: of them hold a model of their own.
+        model: the folder that is sampled from.
+        cache: the latent cache; None where the number of images is not known, or images are trained from.
+        cache_is_here: whether it is there already.
+        previews: all of them.
+        free: where the run would be written.
+    """
+
+    checkpoint: int
+    num_checkpoints: int
+    num_milestones: int
+    model: int
+    cache: int | None
+    cache_is_here: bool
+    previews: int
+    free: int
+
+    @property
+    def run(self) -> int:
+        """Of the run folder."""
+        return self.checkpoint * self.num_checkpoints + self.model * (1 + self.num_milestones) + self.previews
+
+
+def estimate_memory(subject: Subject, network: nn.Module, machine: Machine, *, share: int, micro: int) -> Memory:
+    """What one process of the run takes.
+
+    Args:
+        network: on the meta device.
+        share: images of one process in one step.
+        micro: images in one forward pass.
+    """
+    config, recipe = subject.config, subject.recipe
+    parameters = list(network.parameters())
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    exact = {
+        "weights": weights,
+        "gradients": weights,
+        "moving average": _state_bytes(network),
+        "optimizer's moments": _optimizer_bytes(network),
+    }
+    latents = config.latent_shape[0] * config.latent_shape[1] * config.latent_shape[2]
+    estimated = {"batch and noise": 5 * 4 * micro * latents}
+    if machine.half:
+        cast = (m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+        estimated[f"weights in {machine.precision}"] = sum(2 * p.numel() for m in cast for p in m.parameters())
+    if machine.num_processes > 1:
+        estimated["gradients on their way"] = weights
+    if subject.stage.num_bytes:
+        estimated["autoencoder"] = subject.stage.num_bytes
+    cached = cached_bytes(subject)
+    if cached is not None and _stays_resident(subject.recipe, cached, machine):
+        estimated["latent cache"] = cached
+    if not machine.gpu:
+        estimated["copy for a checkpoint"] = _checkpoint_bytes(network)
+    side = config.latent_shape[-1]
+    kept = {mode: bytes_per_image(config.network, side, half=machine.half, memory=mode) for mode in MEMORY_MODES}
+    preview = 0
+    if recipe.training.preview_every:
+        together = min(len(preview_of(subject).seeds), _DECODED_TOGETHER, micro)
+        decoded = together * _DECODED * 4 * (subject.stage.width or 128) * recipe.data.image_size**2
+        preview = weights + decoded  # the weights that the average stands in for are set aside
+    mode = recipe.training.memory
+    if mode == "auto":
+        memory = machine.memory
+        mode = fitting_mode(config, micro, half=machine.half, memory=memory) if memory is not None else "none"
+    return Memory(exact, estimated, kept, preview, mode, micro, share)
+
+
+def cached_bytes(subject: Subject) -> int | None:
+    """What the tensors of a latent cache take, mirrored images included; None where their number is not known.
+
+    Data that are not there are taken to become a cache, as the recipes advise.
+    """
+    data, config = subject.data, subject.config
+    if data.num_images is None or (data.cache is None and not data.assumed):
+        return None
+    channels, (side, _) = subject.stage.num_moments, config.latent_shape[1:]
+    wide = data.cache is not None and data.cache.precision == "float32"
+    moments = channels * side**2 * (4 if wide else 2) * (2 if subject.recipe.data.flip else 1)
+    counts = side**2 * (1 if subject.stage.factor**2 <= 255 else 2)
+    variants = data.cache.mask_variants if data.cache is not None and config.conditioning.inpainting else 0
+    per_image = moments * (1 + variants) + counts * (config.conditioning.num_map_classes + variants)
+    return data.num_images * (per_image + (8 if config.conditioning.num_classes else 0))
+
+
+def _stays_resident(recipe: Recipe, num_bytes: int, machine: Machine) -> bool:
+    """Whether training holds the cache in memory, as if all of the memory were free."""
+    data = recipe.data
+    if data.images or (data.resident == "auto" and data.num_workers):
+        return False
+    return stays_resident(data.resident, num_bytes, torch.device("cuda" if machine.gpu else "cpu"), machine.memory)
+
+
+def preview_of(subject: Subject) -> Drawing:
+    """What a preview asks for."""
+    return preview_request(FlowModel(subject.config, nn.Linear(1, 1), None))
+
+
+def _state_bytes(network: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+
+
+def _optimizer_bytes(network: nn.Module) -> int:
+    """Two moments like the weights, and a step for each of them."""
+    return sum(2 * p.numel() * p.element_size() + 4 for p in network.parameters())
+
+
+def _checkpoint_bytes(network: nn.Module) -> int:
+    return 2 * _state_bytes(network) + _optimizer_bytes(network)
+
+
+def estimate_disk(subject: Subject, network: nn.Module) -> Disk:
+    """What the run folder and the latent cache take."""
+    training, config = subject.recipe.training, subject.config
+    embedded = config.autoencoder.reference == AUTOENCODER_FOLDER
+    every, milestones = training.checkpoint_every, training.keep_every or 0
+    num_milestones = training.steps // milestones if milestones else 0
+    num_saved = training.steps // every + num_milestones + (not training.is_saved(training.steps))
+    if milestones:
+        num_saved -= training.steps // math.lcm(every, milestones)
+    previews = -(-training.steps // training.preview_every) if training.preview_every else 0
+    pixels = len(preview_of(subject).seeds) * subject.recipe.data.image_size**2
+    place = next((p for p in Path(subject.recipe.out or "runs").absolute().parents if p.is_dir()), Path.cwd())
+    here = subject.data.num_bytes
+    return Disk(
+        checkpoint=_checkpoint_bytes(network),
+        num_checkpoints=min(training.keep_checkpoints + 1 + num_milestones, num_saved),
+        num_milestones=num_milestones,
+        model=_state_bytes(network) + (subject.stage.num_bytes or 0 if embedded else 0),
+        cache=cached_bytes(subject) if here is None else here,
+        cache_is_here=here is not None,
+        previews=previews * pixels * _PNG_BYTES,
+        free=shutil.disk_usage(place).free,
+    )

@@ -1,0 +1,53 @@
+"""What a training run takes, all together: memory, disk and time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from latentflow.flow.solvers import expected_evaluations, is_adaptive
+from latentflow.planning.estimate import Disk, Memory, preview_of
+from latentflow.planning.machine import Machine
+from latentflow.planning.probe import SLOWER, Speed
+from latentflow.planning.subject import Subject
+from latentflow.training.config import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take."""
+
+    name: str
+    subject: Subject
+    machine: Machine
+    num_parameters: int
+    memory: Memory
+    disk: Disk
+    speed: Speed
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.subject.recipe
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.memory.share * self.speed.seconds_per_image + self.speed.seconds_per_update
+
+    @property
+    def num_previews(self) -> int:
+        every = self.recipe.training.preview_every
+        return -(-self.recipe.training.steps // every) if every else 0
+
+    @cached_property
+    def preview_seconds(self) -> float:
+        """Of one preview, shared by the processes, without decoding."""
+        request = preview_of(self.subject)
+        preset, num_images = request.sampling, -(-len(request.seeds) // self.machine.num_processes)
+        tolerance = preset.rtol if is_adaptive(preset.solver) else 1.0
+        calls = expected_evaluations(preset.solver, preset.steps, tolerance) * (1 if preset.guidance == 1 else 2)
+        return calls * num_images * self.speed.seconds_per_image / (3 * SLOWER[self.memory.mode])
+
+    @property
+    def seconds(self) -> float:
+        """Of the run, saving left out."""
+        return self.recipe.training.steps * self.seconds_per_step + self.num_previews * self.preview_seconds
