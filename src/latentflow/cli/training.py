@@ -1,11 +1,12 @@
-"""Verbs that train, and those that say what training takes and has brought."""
+"""Verbs that train, and verbs that say what training will take and what it achieved."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +17,7 @@ from latentflow.cli.options import AsJson, Device, Model, Precision, command
 from latentflow.cli.output import open_runtime, show, teller
 from latentflow.console import printable, say
 from latentflow.planning.request import PlanRequest
+from latentflow.training.request import LossRequest
 
 RecipeName = Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")]
 Overrides = Annotated[
@@ -24,13 +26,13 @@ Overrides = Annotated[
 AllowChange = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="KEY", help="Go on although this key of the recipe has changed since the run began; may be repeated."
+        metavar="KEY", help="Continue although this key of the recipe has changed since the run began; may be repeated."
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check all of it, without a step and without writing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything without training or writing.")]
 PrintRecipe = Annotated[
     bool,
-    typer.Option("--print", help="Print the whole recipe, everything decided, in place of the summary."),
+    typer.Option("--print", help="Print the resolved recipe instead of the summary."),
 ]
 
 verb = partial(command, group="Training")
@@ -46,27 +48,71 @@ def train(
     print_recipe: PrintRecipe = False,
 ) -> None:
     """Train a model. Repeat the command to resume exactly where it was stopped."""
-    from latentflow.training.config import load_recipe
-
-    given = load_recipe(recipe, overrides or ())
-    given = given.model_copy(update={"out": given.out or f"runs/{Path(recipe).stem}"})
     from latentflow.commands.train import prepare
     from latentflow.commands.train import train as run
+    from latentflow.training.config import load_recipe
 
-    told = teller(print_recipe)
+    given, runtime = _resolved(load_recipe, recipe, overrides), open_runtime(device)
+    on_prepared, changes = teller(print_recipe), allow_change or ()
     if dry_run:
-        told(prepare(given, open_runtime(device), allow_change=allow_change or ()))
-        say("all is well; nothing was written")
+        _checked(on_prepared, prepare(given, runtime, allow_change=changes))
         return
-    runtime = open_runtime(device)
-    result = run(given, allow_change=allow_change or (), on_prepared=told, runtime=runtime)
+    result = run(given, allow_change=changes, on_prepared=on_prepared, runtime=runtime)
+    _report_end(result)
+    if runtime.is_main:
+        say(f"{result.outcome.step} steps done; the model is {result.run / 'model'}")
+
+
+@verb(example="latentflow train-autoencoder own_images data.path=photos out=runs/photos_autoencoder")
+def train_autoencoder(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    device: Device = None,
+    allow_change: AllowChange = None,
+    dry_run: DryRun = False,
+    print_recipe: PrintRecipe = False,
+) -> None:
+    """Train a first stage on one device. Repeat the command to resume exactly where it was stopped."""
+    from latentflow.commands.train_autoencoder import train_first_stage
+    from latentflow.training.first_stage import load_autoencoder_recipe
+    from latentflow.training.first_stage_run import prepare_first_stage
+
+    given, runtime = _resolved(load_autoencoder_recipe, recipe, overrides, "_autoencoder"), open_runtime(device)
+    on_prepared, changes = teller(print_recipe), allow_change or ()
+    if dry_run:
+        _checked(on_prepared, prepare_first_stage(given, runtime, allow_change=changes))
+        return
+    result = train_first_stage(given, allow_change=changes, on_prepared=on_prepared, runtime=runtime)
+    _report_end(result)
+    found = result.report
+    rows = {
+        "autoencoder": str(result.run / "autoencoder"),
+        "reconstruction": f"{found.psnr:.2f} dB PSNR on {found.num_held_out} held-out images",
+        "latents": f"{found.num_channels} channels, factor {found.factor}, posterior std {found.posterior_std:.3f}",
+        "parameters": f"{found.num_parameters:,} in {found.num_bytes / 1e6:.2f} MB",
+        "pictures": str(result.run / "reconstructions.png"),
+    }
+    show(rows, as_json=False)
+
+
+def _resolved(load: Callable[..., Any], recipe: str, overrides: list[str] | None, suffix: str = "") -> Any:
+    """The recipe with its overrides; the run folder is named after it unless it is set."""
+    given = load(recipe, overrides or ())
+    return given.model_copy(update={"out": given.out or f"runs/{Path(recipe).stem}{suffix}"})
+
+
+def _checked(on_prepared: Callable[[Any], None], prepared: Any) -> None:
+    on_prepared(prepared)
+    say("all is well; nothing was written")
+
+
+def _report_end(result: Any) -> None:
+    """Name the images that were left out; exit as a shell does if a signal ended the run."""
     for name in result.broken:
         say(f"left out: {name}")
     if not result.outcome.finished:
         say(f"stopped by a signal at step {result.outcome.step}, saved; repeat the command to go on")
         raise typer.Exit(128 + (result.outcome.signal or 0))
-    if runtime.is_main:
-        say(f"{result.outcome.step} steps done; the model is {result.run / 'model'}")
 
 
 @verb(example="latentflow plan imnet_f8_ditb2 training.batch_size=256 --device-memory 80")
@@ -83,8 +129,7 @@ def plan(
     from latentflow.planning.report import numbers, tables
     from latentflow.training.config import load_recipe
 
-    given = load_recipe(recipe, overrides or ())
-    given = given.model_copy(update={"out": given.out or f"runs/{Path(recipe).stem}"})
+    given = _resolved(load_recipe, recipe, overrides)
     found = run(given, Path(recipe).stem, request, open_runtime(device))
     if as_json:
         show(numbers(found), as_json)
@@ -104,59 +149,18 @@ def plan(
         say(line)
 
 
-@verb(example="latentflow train-autoencoder own_images data.path=photos out=runs/photos_autoencoder")
-def train_autoencoder(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    device: Device = None,
-    allow_change: AllowChange = None,
-    dry_run: DryRun = False,
-    print_recipe: PrintRecipe = False,
-) -> None:
-    """Train a first stage on one device. Repeat the command to resume exactly where it was stopped."""
-    from latentflow.training.first_stage import load_autoencoder_recipe
-
-    given = load_autoencoder_recipe(recipe, overrides or ())
-    given = given.model_copy(update={"out": given.out or f"runs/{Path(recipe).stem}_autoencoder"})
-    from latentflow.commands.train_autoencoder import train_first_stage
-    from latentflow.training.first_stage_run import prepare_first_stage
-
-    told = teller(print_recipe)
-    if dry_run:
-        told(prepare_first_stage(given, open_runtime(device), allow_change=allow_change or ()))
-        say("all is well; nothing was written")
-        return
-    result = train_first_stage(given, allow_change=allow_change or (), on_prepared=told, runtime=open_runtime(device))
-    for name in result.broken:
-        say(f"left out: {name}")
-    if result.report is None:
-        say(f"stopped by a signal at step {result.outcome.step}, saved; repeat the command to go on")
-        raise typer.Exit(128 + (result.outcome.signal or 0))
-    report = result.report
-    rows = {
-        "autoencoder": str(result.run / "autoencoder"),
-        "reconstruction": f"{report.psnr:.2f} dB PSNR on {report.num_held_out} held-out images",
-        "latents": f"{report.num_channels} channels, factor {report.factor}, posterior std {report.posterior_std:.3f}",
-        "parameters": f"{report.num_parameters:,} in {report.num_bytes / 1e6:.2f} MB",
-        "pictures": str(result.run / "reconstructions.png"),
-    }
-    show(rows, as_json=False)
-
-
 @verb(example="latentflow loss runs/streets --data streets/val")
 def loss(
     model: Model,
-    data: Annotated[str, typer.Option(help="Images as for `encode`, or a latent cache.")],
-    num: Annotated[int, typer.Option(help="Draws of image, time and noise.")] = 1000,
+    request: LossRequest,
     batch_size: Annotated[int, typer.Option(min=1, help="Images computed together.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of images, times, noises and holes.")] = 0,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the loss on images, held out or not: told nothing, each condition alone, and everything."""
+    """Measure the loss on images, held out or not: unconditional, with each condition by itself, and with all."""
     from latentflow.commands.loss import loss as run
 
-    results = run(model, data, num=num, batch_size=batch_size, seed=seed, runtime=open_runtime(device, Precision.fp32))
+    results = run(model, request, batch_size=batch_size, runtime=open_runtime(device, Precision.fp32))
     rows = {" + ".join(r.told) or "nothing": f"{r.loss:.4f} +- {r.standard_error:.4f}" for r in results}
     if as_json:
         rows = {name: asdict(result) for name, result in zip(rows, results, strict=True)}

@@ -4,36 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latentflow.errors import ConfigError
 from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.training.held_out import HeldOutLoss, condition_sets, held_out_images, held_out_loss
+from latentflow.training.request import LossRequest
 
 
 def loss(
-    model: str | Path,
-    data: str | Path,
-    *,
-    num: int = 1000,
-    batch_size: int = 64,
-    seed: int = 0,
-    runtime: Runtime | None = None,
+    model: str | Path, request: LossRequest, *, batch_size: int = 64, runtime: Runtime | None = None
 ) -> list[HeldOutLoss]:
-    """The mean loss over `num` draws without any condition, with each condition by itself, and with all of them.
-
-    Args:
-        data: a folder or zip of images, 'synthetic:COUNT:SEED', or a latent cache, with the labels and semantic maps
-            of the model.
+    """The mean loss without any condition, with each condition by itself, and with all of them.
 
     Raises:
         ArtifactError, ConfigError, DataError: the model or the data cannot be used, or do not fit each other.
     """
     flow = FlowModel.from_pretrained(model, precision="fp32", runtime=runtime)
-    images = held_out_images(flow, data, seed=seed)
+    images, num, seed = held_out_images(flow, request.data, seed=request.seed), request.num, request.seed
     sets = condition_sets(flow.config.conditioning)
-    if num < 1:
-        raise ConfigError(f"number of draws {num}: at least 1 is needed")
     with image_progress("measuring", num * len(sets)) as on_images:
         return [
             held_out_loss(flow, images, given, num_draws=num, batch_size=batch_size, seed=seed, on_images=on_images)

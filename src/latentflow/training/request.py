@@ -1,0 +1,15 @@
+"""What `latentflow loss` can be asked. A training run is asked for by its recipe."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from latentflow.requests import Request, Whole
+
+
+class LossRequest(Request):
+    """Which images to measure the loss on, and how often."""
+
+    data: str = Field(description="A folder or zip of images, 'synthetic:COUNT:SEED', or a latent cache.")
+    num: Whole = Field(1000, ge=1, le=10**9, description="Draws of image, time and noise.")
+    seed: Whole = Field(0, ge=0, le=2**63 - 1, description="Seed of images, times, noise and holes.")
