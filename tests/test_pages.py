@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib
 import importlib.util
-import io
 import re
 import shlex
 import shutil
@@ -309,21 +307,3 @@ def test_the_tutorial_runs(place, capsys, monkeypatch):
     assert run_page("docs/tutorial.md", capsys, monkeypatch) == {"encode", "train", "sample", "diagnose"}
     assert (place / "caches" / "photos.png").is_file()
     assert (place / "samples" / "grid.png").is_file()
-
-
-def test_the_script_of_the_bound_prints_the_exact_distances_of_its_page():
-    """They follow from the model of the page in closed form, whatever the number of samples."""
-    (program,) = programs("docs/theory/bound.md")
-    assert "n = LinearPath(), 8, 20_000" in program
-    import torch
-
-    before, printed = torch.get_default_dtype(), io.StringIO()
-    try:
-        with torch.random.fork_rng(), contextlib.redirect_stdout(printed):
-            exec(compile(program.replace("20_000", "500").replace("2000", "50"), "bound.md", "exec"), {})
-    finally:
-        torch.set_default_dtype(before)
-    rows = [line for line in printed.getvalue().splitlines() if re.match(r"\| \d", line)]
-    page = text_of("docs/theory/bound.md").partition("| wrong | exact |")[2].splitlines()
-    table = [line for line in page if re.match(r"\| 0\.", line)]
-    assert [row.split("|")[1:3] for row in rows] == [row.split("|")[1:3] for row in table[:5]]
