@@ -1,12 +1,15 @@
-"""The ranges in pyproject.toml begin where the oldest tested set does."""
+"""Versions agree wherever they stand: ranges and pins, linter, citation; continuous integration runs what we run."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+import latentflow
 
 ROOT = Path(__file__).parents[1]
 UNTESTED = {"torch", "ruff", "setuptools", "mkdocs-material", "mkdocstrings-python", "latex2mathml"}
@@ -39,3 +42,22 @@ def test_the_usual_set_is_inside_the_ranges():
         if one.name.lower() in usual:
             assert one.specifier.contains(usual[one.name.lower()]), one.name
     assert {"torch", "diffusers", "pillow"} <= usual.keys()
+
+
+def test_the_linter_of_pre_commit_is_that_of_the_tests():
+    text = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    (revision,) = re.findall(r"ruff-pre-commit\n    rev: v(\S+)", text)
+    assert Version(revision) == _pins("constraints.txt")["ruff"]
+
+
+def test_the_citation_is_of_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == latentflow.__version__
+    assert cited["license"] in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_continuous_integration_runs_the_two_commands_of_the_makefile():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "checks.yml").read_text(encoding="utf-8"))
+    ran = [step["run"] for step in workflow["jobs"]["checks"]["steps"] if "run" in step]
+    assert ran == ["make test", "make docs"]
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-2:] == ran
