@@ -14,12 +14,15 @@ from PIL import Image
 
 from latentflow.commands.train import TrainResult
 from latentflow.data.sources.synthetic import CLASS_NAMES, SyntheticShapes
-from latentflow.demo import stages as demo_command
-from latentflow.demo.figures import DemoScale, Recognised, judge
+from latentflow.demo import building
+from latentflow.demo.building import Interrupted
+from latentflow.demo.classes import steps_within
+from latentflow.demo.figures import DemoScale, Recognised
+from latentflow.demo.judging import judge, mean_iou
 from latentflow.demo.page import key_figures
-from latentflow.demo.painting import mean_iou
 from latentflow.demo.recognition import recognise
-from latentflow.demo.stages import STAGES, Interrupted, demo, steps_within
+from latentflow.demo.stages import STAGES, demo
+from latentflow.demo.workshop import HELD_OUT_SEED
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.flow.solvers import SOLVERS, integrate, is_adaptive
 from latentflow.flow.times import sampling_times
@@ -144,7 +147,7 @@ def test_autoencoder_is_measured_on_images_of_another_seed(made, page):
     for column, shown in enumerate(figures.shown_psnr):
         original, decoded = (cells[y : y + 32, column * 34 : column * 34 + 32] for y in (0, 34))
         assert shown == pytest.approx(10 * math.log10(255**2 / np.square(original - decoded).mean()))
-    source = SyntheticShapes(12, 32, demo_command.HELD_OUT_SEED)
+    source = SyntheticShapes(12, 32, HELD_OUT_SEED)
     first = next(item for item in source if item.label == 0)
     assert np.array_equal(cells[:32, :32], first.pixels)
 
@@ -169,7 +172,7 @@ def test_guidance_counts_its_calls(made, page):
 def test_maps_are_recovered_from_the_pictures(made, page):
     out, figures = made
     maps = figures.maps
-    source = list(SyntheticShapes(SCALE.num_painted, 32, demo_command.HELD_OUT_SEED))
+    source = list(SyntheticShapes(SCALE.num_painted, 32, HELD_OUT_SEED))
     assert maps.num_images == 8 and [(run.scale, run.evaluations) for run in maps.runs] == [(1.0, 4), (2.0, 8)]
     real = torch.from_numpy(np.stack([item.pixels for item in source])).permute(0, 3, 1, 2)
     wanted = [item.semantic_map for item in source]
@@ -274,7 +277,7 @@ def test_another_file_of_that_name_is_refused(tmp_path, kl_folder):
 
 def test_interrupted_training_leaves_no_figures(tmp_path, kl_folder, monkeypatch):
     stopped = TrainResult(tmp_path, Outcome(1, finished=False, signal=15), [])
-    monkeypatch.setattr(demo_command, "train", lambda recipe, runtime: stopped)
+    monkeypatch.setattr(building, "train", lambda recipe, runtime: stopped)
     with pytest.raises(Interrupted, match="step 1, saved; repeat the command") as caught:
         demo(tmp_path, scale=SCALE, overrides=overrides(kl_folder))
     assert caught.value.signal == 15

@@ -186,8 +186,8 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Do everything once, offline, and end in OUT/report.html. Repeat the command to go on after a kill."""
+    from latentflow.demo.building import Interrupted
     from latentflow.demo.page import key_figures
-    from latentflow.demo.stages import Interrupted
     from latentflow.demo.stages import demo as run
 
     try:

@@ -1,9 +1,8 @@
-"""The demo's stages of painting: held-out maps and holes, by the one network, and what each condition is worth."""
+"""The demo's stages of the other conditions: semantic maps, holes, and what each condition contributes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,130 +10,96 @@ import torch
 from torch import Tensor
 
 from latentflow.autoencoder import to_unit_range
-from latentflow.data.items import ImageItem
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares
 from latentflow.data.painting.masks import draw_mask
 from latentflow.data.painting.semantic_maps import colour_map
-from latentflow.data.sources.synthetic import SyntheticShapes
-from latentflow.demo.figures import DemoFigures
-from latentflow.demo.recognition import recover_map
-from latentflow.model.conditioning import ConditionName
-from latentflow.model.flow_model import FlowModel
+from latentflow.demo.judging import mean_iou
+from latentflow.demo.workshop import BATCH, HELD_OUT_SEED, Workshop, as_tensor
 from latentflow.randomness import derive_seed
-from latentflow.runtime import Runtime
-from latentflow.sampling.contact_sheet import save_grid
-from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.frame import Frame
-from latentflow.sampling.pipeline import Given, draw_all
-from latentflow.sampling.request import SampleRequest
-from latentflow.sampling.samples import Samples
+from latentflow.sampling.pipeline import Given
 from latentflow.training.held_out import condition_sets, held_out_images, held_out_loss
 
-HELD_OUT_SEED = 20240612  # of real images that neither the autoencoder nor the velocity network was trained on
 NUM_COLUMNS = 12
-_BATCH = 64
+"""Pictures in a row of a contact sheet."""
 
 
-def paint_maps(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
-    """Paint held-out semantic maps at several guidance scales, and recover them from the pictures."""
-    model, items = FlowModel.from_pretrained(out / "run", runtime=runtime), _held_out(figures)
-    maps, real = [item.semantic_map for item in items], _pixels([item.pixels for item in items])
-    palette, factor = model.config.conditioning.map_palette, model.config.autoencoder.factor
+def paint_maps(work: Workshop) -> dict[str, Any]:
+    """Draw from held-out semantic maps at several guidance scales, and recover the maps from the samples."""
+    scale, config = work.figures.scale, work.model.config
+    items = list(work.held_out(scale.num_painted))
+    maps, real = [item.semantic_map for item in items], as_tensor([item.pixels for item in items])
+    palette, factor = config.conditioning.map_palette, config.autoencoder.factor
     counts = [class_counts(semantic_map, len(palette), factor) for semantic_map in maps]
     given = Given(class_fractions=shares(torch.stack(counts), factor))
-    coloured = _pixels([colour_map(semantic_map, palette) for semantic_map in maps])
-    runs, rows = [], [coloured[:NUM_COLUMNS]]
-    for scale in figures.scale.painting_scales:
-        samples = _draw(model, len(items), ["semantic_map"], given, guidance=scale)
-        evaluations = samples.mean_evaluations
-        runs.append({"scale": scale, "evaluations": evaluations, "iou": mean_iou(maps, samples.pixels)})
-        rows.append(samples.pixels[:NUM_COLUMNS])
-    save_grid(out / "samples" / "maps.png", torch.cat([*rows, real[:NUM_COLUMNS]]), min(NUM_COLUMNS, len(items)))
+    runs, rows = [], [as_tensor([colour_map(semantic_map, palette) for semantic_map in maps])]
+    for guidance in scale.painting_scales:
+        samples = work.draw(len(items), given, ["semantic_map"], classes=[], guidance=guidance)
+        iou = mean_iou(maps, samples.pixels)
+        runs.append({"scale": guidance, "evaluations": samples.mean_evaluations, "iou": iou})
+        rows.append(samples.pixels)
+    work.save_sheet("maps", [row[:NUM_COLUMNS] for row in (*rows, real)])
     return {
         "num_images": len(items),
         "real_iou": mean_iou(maps, real),
-        "reconstructed_iou": mean_iou(maps, model.autoencoder.reconstruct(real)),
+        "reconstructed_iou": mean_iou(maps, work.model.autoencoder.reconstruct(real)),
         "runs": runs,
     }
 
 
-def fill_holes(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
-    """Fill holes in held-out images: told the known part, told nothing, and in two ways without training for it."""
-    model, items = FlowModel.from_pretrained(out / "run", runtime=runtime), _held_out(figures)
-    size, factor, rules = model.config.image_size, model.config.autoencoder.factor, model.config.masks
-    pictures = [item.pixels for item in items]
-    holes = [draw_mask(rules, size, size, derive_seed("demo", "hole", n)) for n in range(len(items))]
-    hidden = _pixels([hide(picture, hole) for picture, hole in zip(pictures, holes, strict=True)])
-    real, inside = _pixels(pictures), torch.from_numpy(np.stack(holes))[:, None] > 0
+def fill_holes(work: Workshop) -> dict[str, Any]:
+    """Fill holes in held-out images: conditioned on the known part, unconditional, and without any training for it."""
+    scale, config = work.figures.scale, work.model.config
+    pictures = [item.pixels for item in work.held_out(scale.num_painted)]
+    size, factor, num = config.image_size, config.autoencoder.factor, len(pictures)
+    holes = [draw_mask(config.masks, size, size, derive_seed("demo", "hole", n)) for n in range(num)]
+    hidden = as_tensor([hide(picture, hole) for picture, hole in zip(pictures, holes, strict=True)])
+    real, inside = as_tensor(pictures), torch.from_numpy(np.stack(holes))[:, None] > 0
     mask = shares(torch.stack([hole_counts(hole, factor) for hole in holes]), factor)
-    known = model.encode(to_unit_range(hidden)).cpu()
-    told = Given(masked_latents=known, mask=mask)
-    replaced = Given(latents=known, hole=(mask > 0).float())
+    known = work.model.encode(to_unit_range(hidden)).cpu()
+    condition = Given(masked_latents=known, mask=mask)
+    imposed = Given(latents=known, hole=(mask > 0).float())
 
-    ways = [
-        (f"told the known part, guidance {scale:g}", ["inpainting"], told, scale)
-        for scale in figures.scale.painting_scales
-    ]
-    ways += [("replaced along the path", [], replaced, 1.0), ("told nothing", [], Given(), 1.0)]
-    runs, rows = [], [real[:NUM_COLUMNS], hidden[:NUM_COLUMNS]]
-    for name, conditions, given, scale in ways:
-        samples = _draw(model, len(items), conditions, given, guidance=scale)
+    ways = [(f"told the known part, guidance {s:g}", ["inpainting"], condition, s) for s in scale.painting_scales]
+    ways += [("replaced along the path", [], imposed, 1.0), ("told nothing", [], Given(), 1.0)]
+    runs, rows = [], [real, hidden]
+    for name, conditions, given, guidance in ways:
+        samples = work.draw(num, given, conditions, classes=[], guidance=guidance)
         filled = _pasted(samples.pixels, pictures, holes)
-        evaluations = samples.mean_evaluations
-        runs.append({"name": name, "evaluations": evaluations, **_errors(filled, real, inside)})
-        rows.append(filled[:NUM_COLUMNS])
-    outside = (~inside).float()
-    mean_colour = (real * outside).sum((2, 3), keepdim=True) / outside.sum((2, 3), keepdim=True)
-    flat = torch.where(inside, mean_colour.round().byte(), real)
+        runs.append({"name": name, "evaluations": samples.mean_evaluations, **_errors(filled, real, inside)})
+        rows.append(filled)
+    flat = torch.where(inside, _mean_colour(real, ~inside), real)
     runs.append({"name": "mean colour of the known part", "evaluations": 0, **_errors(flat, real, inside)})
-    save_grid(out / "samples" / "holes.png", torch.cat(rows), min(NUM_COLUMNS, len(items)))
-    return {"num_images": len(items), "share": inside.float().mean().item(), "runs": runs}
+    work.save_sheet("holes", [row[:NUM_COLUMNS] for row in rows])
+    return {"num_images": num, "share": inside.float().mean().item(), "runs": runs}
 
 
-def compare_losses(figures: DemoFigures, out: Path, runtime: Runtime) -> dict[str, Any]:
-    """The loss on held-out images, told nothing, each condition alone, and everything."""
-    model, num_draws = FlowModel.from_pretrained(out / "run", runtime=runtime), figures.scale.num_draws
-    images = held_out_images(model, f"synthetic:{num_draws}:{HELD_OUT_SEED}")
+def compare_losses(work: Workshop) -> dict[str, Any]:
+    """The loss on held-out images: unconditional, with each condition, and with all of them."""
+    num_draws = work.figures.scale.num_draws
+    images = held_out_images(work.model, f"synthetic:{num_draws}:{HELD_OUT_SEED}")
     runs = []
-    for told in condition_sets(model.config.conditioning):
-        result = held_out_loss(model, images, told, num_draws=num_draws, batch_size=_BATCH)
-        runs.append({"told": told, "loss": result.loss, "standard_error": result.standard_error})
+    for conditions in condition_sets(work.model.config.conditioning):
+        result = held_out_loss(work.model, images, conditions, num_draws=num_draws, batch_size=BATCH)
+        runs.append({"told": conditions, "loss": result.loss, "standard_error": result.standard_error})
     return {"num_draws": num_draws, "runs": runs}
-
-
-def mean_iou(maps: Sequence[np.ndarray], pictures: Tensor) -> float:
-    """How well maps are recovered from pictures [B, 3, S, S] uint8: the mean over maps of the mean over their classes
-    of intersection over union."""
-    values = []
-    for wanted, picture in zip(maps, pictures, strict=True):
-        found = recover_map(picture.permute(1, 2, 0).numpy())
-        pairs = [(wanted == index, found == index) for index in np.unique(wanted)]
-        values.append(np.mean([(one & other).sum() / (one | other).sum() for one, other in pairs]))
-    return float(np.mean(values))
-
-
-def _held_out(figures: DemoFigures) -> list[ImageItem]:
-    return list(SyntheticShapes(figures.scale.num_painted, figures.recipe.data.image_size, HELD_OUT_SEED))
-
-
-def _draw(model: FlowModel, num: int, told: list[ConditionName], given: Given, *, guidance: float) -> Samples:
-    request = make_drawing(model, SampleRequest(num=num, classes=[], guidance=guidance), told=told)
-    return draw_all(model, request, given, batch_size=_BATCH)
-
-
-def _pixels(pictures: Sequence[np.ndarray]) -> Tensor:
-    """Pictures [S, S, 3] uint8 => [B, 3, S, S] uint8."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
 def _pasted(drawn: Tensor, pictures: Sequence[np.ndarray], holes: Sequence[np.ndarray]) -> Tensor:
     """Pictures [S, S, 3] with their holes filled from `drawn` [B, 3, S, S], as `inpaint` does it: [B, 3, S, S]."""
     frame = Frame((0, 0, *drawn.shape[:1:-1]), tuple(drawn.shape[2:]))
     fills = drawn.permute(0, 2, 3, 1).numpy()
-    return _pixels([frame.paste(*one, feather=0) for one in zip(fills, pictures, holes, strict=True)])
+    return as_tensor([frame.paste(*one, feather=0) for one in zip(fills, pictures, holes, strict=True)])
+
+
+def _mean_colour(pixels: Tensor, where: Tensor) -> Tensor:
+    """The mean of pixels [B, 3, S, S] over `where` [B, 1, S, S] bool: [B, 3, 1, 1] uint8."""
+    weights = where.float()
+    return ((pixels * weights).sum((2, 3), keepdim=True) / weights.sum((2, 3), keepdim=True)).round().byte()
 
 
 def _errors(filled: Tensor, real: Tensor, inside: Tensor) -> dict[str, float | int]:
+    """The RMSE inside the holes, and the number of values outside them that changed."""
     difference = filled.double() - real.double()
     holes = inside.expand_as(difference)
     return {

@@ -26,7 +26,7 @@ class Series:
     Attributes:
         name: in the legend.
         points: (x, y) pairs, drawn in this order.
-        dashed: a second way to tell lines apart.
+        dashed: whether its line is dashed.
         markers: whether each point is marked.
         line: whether the points are joined.
         errors: half the length of each point's error bar, in units of y; empty for no bars.
