@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentflow.commands.benchmark import benchmark, multiply_adds
+from latentflow.commands.benchmark import benchmark
 from latentflow.errors import ConfigError
+from latentflow.evaluation.drawing_cost import multiply_adds
+from latentflow.evaluation.request import BenchmarkRequest
 from latentflow.model.flow_model import read_config
 from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.request import SampleRequest
@@ -24,6 +26,10 @@ MODELS = {
 }
 
 
+def measured(model, **given):
+    return benchmark(BenchmarkRequest(model=model, **given), tiny.CPU)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, deterministic) -> dict[str, Path]:
     """Models on disk by what they are told."""
@@ -35,7 +41,7 @@ def models(tmp_path_factory, deterministic) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_kind_of_model_is_told_all_it_can_be_told(models, name):
-    result = benchmark(models[name], num=3, batch_sizes=[2, 1, 2], repeats=1, runtime=tiny.CPU, solver="heun", steps=3)
+    result = measured(models[name], num=3, batch_sizes=[2, 1, 2], repeats=1, solver="heun", steps=3)
     assert (result.evaluations, result.fewest, result.most) == (6, 6, 6)
     assert [batch.batch_size for batch in result.batches] == [1, 2]
     assert result.num == 4  # whole batches of 2
@@ -45,17 +51,15 @@ def test_every_kind_of_model_is_told_all_it_can_be_told(models, name):
 
 
 def test_guided_calls_count_twice_and_only_inside_the_interval(models):
-    costs = {"num": 2, "batch_sizes": [2], "repeats": 1, "runtime": tiny.CPU, "solver": "euler", "steps": 4}
-    assert benchmark(models["classes"], **costs, guidance=2).evaluations == 8
+    costs = {"num": 2, "batch_sizes": [2], "repeats": 1, "solver": "euler", "steps": 4}
+    assert measured(models["classes"], **costs, guidance=2).evaluations == 8
     # t = 1, 0.75, 0.5, 0.25, of which two lie inside
-    assert benchmark(models["classes"], **costs, guidance=2, guidance_interval=(0.4, 0.8)).evaluations == 6
-    assert benchmark(models["painting"], **costs, guidance=2, guided_by=["semantic_map"]).evaluations == 8
+    assert measured(models["classes"], **costs, guidance=2, guidance_interval=(0.4, 0.8)).evaluations == 6
+    assert measured(models["painting"], **costs, guidance=2, guided_by=["semantic_map"]).evaluations == 8
 
 
 def test_adaptive_solvers_get_a_histogram(models):
-    result = benchmark(
-        models["classes"], num=4, batch_sizes=[4], repeats=1, runtime=tiny.CPU, solver="bosh3", rtol=1e-3, atol=1e-3
-    )
+    result = measured(models["classes"], num=4, batch_sizes=[4], repeats=1, solver="bosh3", rtol=1e-3, atol=1e-3)
     assert sum(result.histogram.values()) == 4
     assert sum(calls * n for calls, n in result.histogram.items()) / 4 == result.evaluations
     assert (min(result.histogram), max(result.histogram)) == (result.fewest, result.most)
@@ -81,7 +85,7 @@ def test_multiply_adds_are_those_of_the_layers(deterministic):
 
 
 def test_peak_memory_says_what_it_is(models):
-    result = benchmark(models["nothing"], num=1, batch_sizes=[1], repeats=1, runtime=tiny.CPU)
+    result = measured(models["nothing"], num=1, batch_sizes=[1], repeats=1)
     assert "resident" in result.memory
     assert result.batches[0].peak_bytes >= 0
 
@@ -91,7 +95,7 @@ def test_peak_memory_says_what_it_is(models):
     [
         ({"num": 0}, "number of images 0"),
         ({"repeats": 0}, "number of repeats 0"),
-        ({"batch_sizes": [4, 0]}, "number of images in a batch 0"),
+        ({"batch_sizes": [4, 0]}, "0 images in a batch"),
         ({"batch_sizes": []}, "no batch sizes"),
         ({"solver": "huen"}, "did you mean 'heun'"),
         ({"guidance": 2.0}, "unconditional"),
@@ -99,7 +103,7 @@ def test_peak_memory_says_what_it_is(models):
 )
 def test_bad_input_is_refused(models, given, message):
     with pytest.raises(ConfigError, match=message):
-        benchmark(models["nothing"], runtime=tiny.CPU, **given)
+        measured(models["nothing"], **given)
 
 
 def test_command_prints_a_table_and_json(models, capsys, monkeypatch):

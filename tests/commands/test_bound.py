@@ -20,10 +20,11 @@ from torch import nn
 from latentflow.analysis.bound import VARIANTS, empirical_velocity, gaussian_w2
 from latentflow.api import LatentFlow
 from latentflow.autoencoder import Autoencoder
-from latentflow.commands.bound import bound as run_bound
-from latentflow.commands.bound import data_velocity, differentiable_decoder, measure
+from latentflow.commands import bound as module
 from latentflow.errors import ConfigError, DataError, NonFiniteError
-from latentflow.evaluation.encoded_images import encode_reference, open_reference, told_velocity
+from latentflow.evaluation.encoded_images import encode_reference, open_images_for, velocity_given
+from latentflow.evaluation.measured_bound import data_velocity, differentiable_decoder, measure_bound
+from latentflow.evaluation.request import BoundRequest
 from latentflow.flow.path import LinearPath
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
@@ -33,6 +34,10 @@ from tests import tiny
 from tests.processes import run_here
 
 SMALL = {"num": 6, "num_data": 18, "points": 4, "bins": 2, "batch_size": 3}
+
+
+def run_bound(model, data, out=None, **given):
+    return module.bound(BoundRequest(model=model, data=data, out=out, **{**SMALL, **given}), tiny.CPU)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,7 @@ def model_folder(tmp_path_factory, kl) -> Path:
 def measured(tmp_path_factory, model_folder, images):
     """A bound of the tiny model, and the folder it was written to."""
     folder = tmp_path_factory.mktemp("out") / "bound"
-    return run_bound(model_folder, images, folder, runtime=tiny.CPU, **SMALL), folder
+    return run_bound(model_folder, images, folder), folder
 
 
 # ---- where everything is known
@@ -113,9 +118,10 @@ def known(tmp_path_factory):
 def known_bound(known):
     flow, folder, *_ = known
     reference, reconstruction = encode_reference(
-        flow, open_reference(flow, folder), 700, least=2, batch_size=64, seed=0, num_decoded=700
+        flow, open_images_for(flow, folder), 700, least=2, batch_size=64, seed=0, num_decoded=700
     )
-    return measure(flow, reference, reconstruction, num=256, points=32, bins=4, batch_size=64)
+    request = BoundRequest(model="known", data=str(folder), num=256, points=32, bins=4, batch_size=64)
+    return measure_bound(flow, reference, reconstruction, request)
 
 
 def test_terms_are_those_of_the_linear_autoencoder_and_the_gaussian(known, known_bound):
@@ -149,7 +155,7 @@ def test_the_bound_holds_and_the_coupling_is_below_it(known, known_bound):
     """The images' true distance to the model's, both Gaussian but for rounding, is below every total."""
     flow, _, latents, _ = known
     corners = torch.cat([torch.zeros(1, 3), torch.eye(3)]).double()[:, :, None, None]
-    ends = integrate(told_velocity(flow, None, 4), corners, sampling_times(400), solver="rk4").x.flatten(1)
+    ends = integrate(velocity_given(flow, None, 4), corners, sampling_times(400), solver="rk4").x.flatten(1)
     columns = (ends[1:] - ends[0]).T
     exact = gaussian_w2(latents.mean(0), latents.T.cov(), ends[0], columns @ columns.T)
     bound = known_bound.bound
@@ -174,7 +180,7 @@ def test_the_decoder_is_the_models_but_for_the_clamp(kl):
 
 def test_data_velocity_looks_at_latents_of_the_same_label(kl, images):
     flow = tiny.model(kl)
-    reference, _ = encode_reference(flow, open_reference(flow, images), 18, least=2, batch_size=4, seed=0)
+    reference, _ = encode_reference(flow, open_images_for(flow, images), 18, least=2, batch_size=4, seed=0)
     assert sorted(reference.indices) == list(range(18)) and reference.told == "the label of each image"
     x, time = torch.randn(4, 4, 8, 8), torch.tensor([0.3, 0.5, 0.7, 0.9])
     labels = torch.tensor([2, 0, 2, 1])
@@ -218,7 +224,7 @@ def test_files_and_page(measured):
 
 def test_same_seed_same_bound_in_any_batch(measured, model_folder, images):
     result, _ = measured
-    again = run_bound(model_folder, images, runtime=tiny.CPU, **{**SMALL, "batch_size": 64})
+    again = run_bound(model_folder, images, batch_size=64)
     for one, other in zip(result.bound.terms(), again.bound.terms(), strict=True):
         assert one.value == pytest.approx(other.value, rel=2e-3), one.name
 
@@ -232,19 +238,19 @@ def test_screen(model_folder, images, capsys, monkeypatch):
     assert done.err.startswith("The dominant term is ")
     bad = run_here(["bound", model_folder, "--data", images, "--num", 100], capsys, monkeypatch)
     assert bad.code == 2
-    assert "18 images can be read, and 100 are asked for; give more images, or --num 18" in bad.error
+    assert "18 images can be read, and 100 are needed; give more images, or --num 18" in bad.error
 
 
 def test_images_without_labels_are_told_nothing(model_folder, tmp_path):
     flat = tiny.write_images(tmp_path / "flat", classes=(), per_class=6)
-    result = run_bound(model_folder, flat, runtime=tiny.CPU, **{**SMALL, "num": 4})
+    result = run_bound(model_folder, flat, num=4)
     assert result.told == "nothing" and result.num_data == 6
 
 
 def test_a_broken_image_is_left_out(model_folder, tmp_path):
     flat = tiny.write_images(tmp_path / "flat", classes=(), per_class=6)
     (flat / "2.png").write_bytes(b"no image")
-    assert run_bound(model_folder, flat, runtime=tiny.CPU, **{**SMALL, "num": 4}).num_data == 5
+    assert run_bound(model_folder, flat, num=4).num_data == 5
 
 
 # ---- refusals
@@ -259,36 +265,36 @@ def save(flow: LatentFlow, folder: Path) -> Path:
     ("options", "said"),
     [
         ({"num": 1}, "at least 2"),
-        ({"points": 1}, "1 points for 2 bins"),
-        ({"bins": 0}, "at least 1 bin"),
+        ({"points": 1}, "points 1: give at least one for each of the 2 bins"),
+        ({"bins": 0}, "bins 0: give a whole number of at least 1"),
         ({"num": 19}, "18 images can be read"),
     ],
 )
 def test_bad_values(model_folder, images, tmp_path, options, said):
     with pytest.raises((ConfigError, DataError), match=said):
-        run_bound(model_folder, images, runtime=tiny.CPU, **{**SMALL, **options})
+        run_bound(model_folder, images, **options)
 
 
 def test_a_cache_and_other_classes_and_no_images(model_folder, cache, tmp_path):
     with pytest.raises(ConfigError, match="latent cache, which holds no pixels"):
-        run_bound(model_folder, cache, runtime=tiny.CPU, **SMALL)
+        run_bound(model_folder, cache)
     others = tiny.write_images(tmp_path / "others", classes=("ant", "bee"), per_class=2)
     with pytest.raises(ConfigError, match="ant"):
-        run_bound(model_folder, others, runtime=tiny.CPU, **SMALL)
+        run_bound(model_folder, others)
     with pytest.raises(DataError):
-        run_bound(model_folder, tmp_path / "nothing", runtime=tiny.CPU, **SMALL)
+        run_bound(model_folder, tmp_path / "nothing")
 
 
 def test_what_the_model_cannot_do_without(kl, images, tmp_path):
     spatial = tiny.model(kl, conditioning={**tiny.SPATIAL, "map_dropout": 0.0})
     with pytest.raises(ConfigError, match="this model requires the condition semantic_map"):
-        run_bound(save(spatial, tmp_path / "spatial"), images, runtime=tiny.CPU, **SMALL)
+        run_bound(save(spatial, tmp_path / "spatial"), images)
     flat = tiny.write_images(tmp_path / "flat", classes=(), per_class=6)
     with pytest.raises(ConfigError, match="has no labels"):
-        run_bound(save(tiny.model(kl, label_dropout=0.0), tmp_path / "labels"), flat, runtime=tiny.CPU, **SMALL)
+        run_bound(save(tiny.model(kl, label_dropout=0.0), tmp_path / "labels"), flat)
     # nulls that were trained are used
     given = tiny.model(kl, conditioning=tiny.SPATIAL)
-    assert run_bound(save(given, tmp_path / "given"), images, runtime=tiny.CPU, **SMALL).told.startswith("the label")
+    assert run_bound(save(given, tmp_path / "given"), images).told.startswith("the label")
 
 
 def test_a_model_that_is_not_finite(kl, images, tmp_path):
@@ -297,7 +303,7 @@ def test_a_model_that_is_not_finite(kl, images, tmp_path):
     with torch.no_grad():
         next(broken.network.parameters()).fill_(1e38)
     with pytest.raises(NonFiniteError):
-        run_bound(save(broken, tmp_path / "broken"), images, tmp_path / "out", runtime=tiny.CPU, **SMALL)
+        run_bound(save(broken, tmp_path / "broken"), images, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -320,7 +326,7 @@ def test_an_operation_without_second_derivative(kl, images, monkeypatch, model_f
 
     monkeypatch.setattr(type(kl.model), "decode", once)
     with pytest.raises(ConfigError, match="the decoder of this model cannot be differentiated twice: "):
-        run_bound(model_folder, images, runtime=tiny.CPU, **SMALL)
+        run_bound(model_folder, images)
 
 
 # ---- the page in docs

@@ -23,22 +23,27 @@ from latentflow.analysis.diagnosis import (
     channel_moments,
     fine_detail,
     largest_shift,
-    nearest,
+    nearest_members,
     nearness,
     radial_spectrum,
 )
 from latentflow.analysis.verdicts import verdicts
 from latentflow.api import LatentFlow
 from latentflow.autoencoder import LatentNormalisation, to_unit_range
-from latentflow.commands.diagnose import diagnose
+from latentflow.commands.diagnose import diagnose as run_diagnose
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, ConfigError, DataError
+from latentflow.evaluation.request import DiagnoseRequest
 from latentflow.flow.loss import flow_matching_loss
 from latentflow.flow.path import CosinePath, LinearPath
 from latentflow.model.config import TrainingRecord
 from latentflow.networks.dit import DiTConfig
 from tests import tiny
 from tests.processes import run_here
+
+
+def diagnose(model, data, out, **given):
+    return run_diagnose(DiagnoseRequest(model=model, data=data, out=out, **given), tiny.CPU)
 
 
 def normal(*shape, seed=0):
@@ -95,7 +100,7 @@ def test_the_baseline_is_the_loss_of_the_best_gaussian_velocity(path):
 def test_nearest_by_brute_force_and_copies_at_distance_zero():
     members, queries = 100 + normal(40, 7), 100 + normal(9, 7, seed=1)
     queries[4] = members[13]
-    distance, index, alone = nearest(queries, members)
+    distance, index, alone = nearest_members(queries, members)
     brute = (queries[:, None] - members).norm(dim=2).min(1)
     torch.testing.assert_close(distance, brute.values, rtol=1e-4, atol=1e-4)
     assert index.tolist() == brute.indices.tolist()
@@ -104,7 +109,7 @@ def test_nearest_by_brute_force_and_copies_at_distance_zero():
     torch.testing.assert_close(alone, brute.values / tenth, rtol=1e-4, atol=1e-4)
 
 
-def test_who_learns_by_heart_is_found_out():
+def test_memorisation_is_found_out():
     training, held_out, fresh = normal(300, 2, 3, 3), normal(200, 2, 3, 3, seed=1), normal(200, 2, 3, 3, seed=2)
     copies = training[:200] + 1e-3 * normal(200, 2, 3, 3, seed=3)
     honest, cheat = nearness("x", fresh, held_out, training), nearness("x", copies, held_out, training)
@@ -235,7 +240,7 @@ def test_the_highest_frequencies_are_at_least_one(powers, ratio):
 
 
 @pytest.mark.parametrize("spectrum", [[], [0.0], [0.0, 0.0]])
-def test_no_power_at_all_is_no_trouble(spectrum):
+def test_no_power_at_all_is_no_problem(spectrum):
     """Latents of one pixel, or data without any variation."""
     nothing = {
         "frequencies": list(range(1, len(spectrum) + 1)),
@@ -275,7 +280,7 @@ def test_verdicts_on_memorisation(copied, num, mark):
 
 
 def test_what_would_decide_on_memorisation_is_said():
-    assert "30 samples leave room for 10 % of copies; --num 236 would tell" in memorisation(copying(0, 30)).rule
+    assert "with 30 samples up to 10 % may be copies; --num 236 would decide it" in memorisation(copying(0, 30)).rule
     assert memorisation(copying(0, 118)).mark == "good"  # half of 236 are drawn
     part = memorisation(copying(0, num_all=1000))
     assert part.mark == "undecided" and "only 100 of 1,000" in part.rule and "--num-train 1000" in part.rule
@@ -343,7 +348,7 @@ def written(tmp_path_factory, model_folder, images):
     """A diagnosis with training images of its own, and its folder."""
     root = tmp_path_factory.mktemp("out")
     others = tiny.write_images(root / "others", per_class=4)
-    return diagnose(model_folder, others, root / "out", train=images, num=12, runtime=tiny.CPU), root / "out"
+    return diagnose(model_folder, others, root / "out", train=images, num=12), root / "out"
 
 
 def test_files_and_page(written):
@@ -378,9 +383,9 @@ def test_what_was_measured(written):
 
 
 def test_one_set_is_split(model_folder, images, tmp_path):
-    found = diagnose(model_folder, images, tmp_path / "out", num=18, guidance=1.0, batch_size=64, runtime=tiny.CPU)
+    found = diagnose(model_folder, images, tmp_path / "out", num=18, guidance=1.0, batch_size=64)
     assert found.is_training_data and found.training_loss is None and not found.memorisation.is_test
-    assert found.memorisation.against.startswith("9 images, one half of ")
+    assert found.memorisation.against.startswith("9 images, half of ")
     assert "all of which the model was trained on" in found.memorisation.against
     assert len(found.ways) == 1
     assert "give training images with --train" in (tmp_path / "out" / "page.html").read_text()
@@ -402,35 +407,35 @@ def test_screen(model_folder, images, tmp_path, capsys, monkeypatch):
     ("options", "said"),
     [
         ({"num": 7}, "at least 8"),
-        ({"num": 19}, "18 images can be read, and 19 are asked for"),
+        ({"num": 19}, "18 images can be read, and 19 are needed"),
         ({"train": "nowhere"}, "nowhere"),
         ({"guidance": -1.0}, "guidance -1: give a number from 0"),
     ],
 )
 def test_bad_values(model_folder, images, tmp_path, options, said):
     with pytest.raises((ConfigError, DataError), match=said):
-        diagnose(model_folder, images, tmp_path / "out", runtime=tiny.CPU, **{"num": 8, **options})
+        diagnose(model_folder, images, tmp_path / "out", **{"num": 8, **options})
     assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_diagnosed(kl, cache, images, model_folder, tmp_path):
     with pytest.raises(ConfigError, match="latent cache"):
-        diagnose(model_folder, cache, tmp_path / "out", num=8, runtime=tiny.CPU)
+        diagnose(model_folder, cache, tmp_path / "out", num=8)
     tiny.model(kl, conditioning={**tiny.SPATIAL, "inpainting_dropout": 0.0}).save_pretrained(tmp_path / "holes")
-    with pytest.raises(ConfigError, match="without the condition inpainting"):
-        diagnose(tmp_path / "holes", images, tmp_path / "out", num=8, runtime=tiny.CPU)
+    with pytest.raises(ConfigError, match="this model requires the condition inpainting"):
+        diagnose(tmp_path / "holes", images, tmp_path / "out", num=8)
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="is a file"):
-        diagnose(model_folder, images, tmp_path / "file", num=8, runtime=tiny.CPU)
+        diagnose(model_folder, images, tmp_path / "file", num=8)
     broken = tiny.model(kl)
     with torch.no_grad():
         next(broken.network.parameters()).fill_(math.nan)
     broken.save_pretrained(tmp_path / "broken")
     with pytest.raises(ArtifactError, match="not finite"):
-        diagnose(tmp_path / "broken", images, tmp_path / "out", num=8, runtime=tiny.CPU)
+        diagnose(tmp_path / "broken", images, tmp_path / "out", num=8)
 
 
-# ---- a model that has learnt by heart, and one that has not
+# ---- a model that memorises, and one that does not
 
 
 def learnt(num: int, steps: int, autoencoder, folder: Path) -> Path:
@@ -465,9 +470,9 @@ def learnt(num: int, steps: int, autoencoder, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("num", "steps", "mark"), [(8, 500, "bad"), (256, 150, "good")])
-def test_learning_by_heart_is_trouble_and_nothing_else_is(num, steps, mark, deterministic, tmp_path):
+def test_memorising_is_a_problem_and_nothing_else_is(num, steps, mark, deterministic, tmp_path):
     model = learnt(num, steps, deterministic, tmp_path / "model")
-    options = {"num": 160, "num_train": num, "runtime": tiny.CPU, "batch_size": 64}
+    options = {"num": 160, "num_train": num, "batch_size": 64}
     found = diagnose(model, "synthetic:160:9", tmp_path / "out", train=f"synthetic:{num}:0", **options)
     assert found.memorisation.is_test
     assert memorisation(found).mark == mark, memorisation(found)

@@ -21,8 +21,9 @@ from latentflow.data.stores.files import FolderStore, ZipStore
 from latentflow.errors import DataError
 from latentflow.evaluation.painted import hole_values
 from latentflow.evaluation.read_images import stack_pixels
-from latentflow.evaluation.reconstruction import mean_score
-from latentflow.evaluation.subject import open_subject
+from latentflow.evaluation.request import EvaluationRequest
+from latentflow.evaluation.samples_in_files import open_samples
+from latentflow.evaluation.scoring import mean_score
 from latentflow.metrics.evaluation_report import EvaluationReport
 from latentflow.metrics.features.extractors import RandomFeatures, open_features
 from latentflow.metrics.features.lpips import load_lpips
@@ -127,8 +128,9 @@ def test_report_of_a_model(command, tmp_path, model_folder, images):
 
 
 def test_value_is_the_distance_to_the_reference(model_folder, images):
-    given = {"metrics": ["fd"], "num": 9, "features": "latents", "runtime": tiny.CPU, "resamples": 0}
-    score = evaluate(model_folder, images, **given).report.scores["fd"].value
+    given = {"metrics": ["fd"], "num": 9, "features": "latents", "resamples": 0}
+    request = EvaluationRequest(model=model_folder, data=images, **given)
+    score = evaluate(request, tiny.CPU).report.scores["fd"].value
     model = LatentFlow.from_pretrained(model_folder, runtime=tiny.CPU)
     extract = open_features("latents", autoencoder=model.autoencoder, image_size=tiny.IMAGE_SIZE)
     real = torch.from_numpy(np.stack([item.pixels for item in open_images(images, tiny.IMAGE_SIZE)])).permute(
@@ -209,7 +211,7 @@ def test_reference_is_kept_and_used_again(command, tmp_path, model_folder, image
     shutil.rmtree(tmp_path / "real.features")
     assert list(found(command(*args, "--data", file))["scores"]) == ["fd"]
     refused = command(*args, "--data", file, "--metrics", "fid,recall")
-    assert (refused.code, "statistics alone" in refused.error, "recall" in refused.error) == (2, True, True)
+    assert (refused.code, "only statistics" in refused.error, "recall" in refused.error) == (2, True, True)
 
     other = command(*args, "--data", "synthetic:9", "--reference-out", file)
     assert (other.code, "reference of something else" in other.error) == (2, True)
@@ -244,7 +246,7 @@ def test_broken_reference_images_are_left_out_and_told(command, tmp_path, model_
     (tmp_path / "real" / "apple" / "0.png").write_bytes(b"no image")
     report = found(command(model_folder, "--data", tmp_path / "real", "--num", 9, *FAST, "--json"))
     assert report["protocol"]["reference"]["num_images"] == tiny.NUM_IMAGES - 1
-    assert report["notes"] == ["1 of 18 reference images cannot be read, and are left out"]
+    assert report["notes"] == ["1 of 18 reference images cannot be read and are left out"]
 
 
 def test_comparison(command, tmp_path, model_folder, images):
@@ -440,8 +442,8 @@ def test_a_set_of_samples_is_listed_once_and_only_the_beginnings_of_its_files_ar
         monkeypatch.setattr(store, "read", lambda self, path: pytest.fail(f"{path} was read as a whole"))
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("a picture was decoded"))
     place = shutil.make_archive(str(tmp_path / "drawn"), "zip", drawn) if packed else drawn
-    subject = open_subject(str(place), "sample", None, tiny.CPU)
-    assert (subject.image_size, len(subject.sample_rows), len(listed)) == (tiny.IMAGE_SIZE, 6, 1)
+    samples, rows = open_samples(str(place))
+    assert (samples.image_size, len(rows), len(listed)) == (tiny.IMAGE_SIZE, 6, 1)
 
 
 def test_no_picture_is_decoded_twice(command, monkeypatch, drawn, images):
@@ -500,29 +502,29 @@ def test_samples_of_two_models_and_strangers(command, tmp_path, drawn, kl, image
     shutil.copy(next(pngs.rglob("*.png")), mixed / "stranger.png")
     result = command(mixed, "--data", images, *FAST, "--metrics", "fid")
     assert result.code == 2
-    assert "1 such as stranger.png (it does not say what drew it)" in result.error
+    assert "1 such as stranger.png (it has no metadata of a model)" in result.error
 
 
 def test_bad_words(command, tmp_path, model_folder, painter_folder, images, segmented):
     for args, said in (
         (("--metrics", "fid,precison"), "did you mean 'precision'?"),
-        (("--metrics", "psnr"), "no metric 'psnr' of the task sample"),
+        (("--metrics", "psnr"), "--metrics: there is no metric 'psnr' of the task sample"),
         (("--metrics", "is"), "Inception Score"),
         (("--task", "inpant"), "did you mean 'inpaint'?"),
         (("--labels", "balance"), "did you mean 'balanced'?"),
         (("--num", 1), "at least 2"),
         (("--num", 0), "at least 2"),
-        (("--num", 4), "precision of 4 images"),
-        (("--resamples", 1), "1 resamples"),
+        (("--num", 4), "precision needs at least 6 images"),
+        (("--resamples", 1), "--resamples 1: give 0 for none"),
         (("--solver", "huen"), "did you mean 'heun'?"),
-        (("--masks", "boxes"), "--masks"),
-        (("--segmenter", "a:b"), "--segmenter"),
-        (("--image-size", 16), "--image-size"),
+        (("--masks", "boxes"), "--masks has no effect with --task sample; remove it"),
+        (("--segmenter", "a:b"), "--segmenter has no effect with --task sample; remove it"),
+        (("--image-size", 16), "--image-size has no effect with --task sample; remove it"),
         (("--against", tmp_path / "nowhere.json"), "nowhere.json; give what `latentflow evaluate --out` wrote"),
         (("--against", images), "report.json; give what `latentflow evaluate --out` wrote"),
         (("--features", "randm"), "did you mean 'random'?"),
         (("--features-precision", "bf17"), "did you mean 'bf16'?"),
-        (("--neighbours", 5), "give 6 and more, or 0 for all"),
+        (("--neighbours", 5), "give 6 or more, or 0 for all"),
         (("--task", "inpaint", "--reconstruction"), "--reconstruction"),
         (("--task", "inpaint", "--masks", "boxs"), "did you mean 'boxes'?"),
         (("--task", "inpaint", "--num", 99), "there are 18 images"),
@@ -554,7 +556,7 @@ def test_bad_places(command, tmp_path, model_folder, images, pngs, kl):
     bound.save_pretrained(tmp_path / "bound")
     before = tiny.tree(tmp_path)
     for model, data, said in (
-        (jpegs, images, "a.jpg is no PNG"),
+        (jpegs, images, "a.jpg is not a PNG"),
         (sizes, images, "1.png has 32 x 32 pixels"),
         (shapes, images, "0.png has 16 x 24 pixels"),
         (empty, images, "not a model folder"),
@@ -587,7 +589,7 @@ def test_statistics_of_another_size_or_features(command, tmp_path, model_folder,
     for number in range(6):
         Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(large / f"{number}.png")
     refused = command(large, "--data", file, *FAST)
-    assert (refused.code, "16 pixels and the others have 32" in refused.error) == (2, True)
+    assert (refused.code, "16 pixels, and the images to score have 32" in refused.error) == (2, True)
     refused = command(model_folder, "--data", file, "--num", 9, *FAST, "--features", "latents")
     assert (refused.code, "features random" in refused.error) == (2, True)
     refused = command(model_folder, "--data", file, *FAST, "--task", "inpaint")
@@ -598,4 +600,4 @@ def test_features_that_are_not_finite(model_folder, images, monkeypatch):
     call = RandomFeatures.__call__
     monkeypatch.setattr(RandomFeatures, "__call__", lambda self, x: call(self, x) / 0)
     with pytest.raises(DataError, match="real images have features that are NaN or infinite"):
-        evaluate(model_folder, images, num=9, features="random", runtime=tiny.CPU)
+        evaluate(EvaluationRequest(model=model_folder, data=images, num=9, features="random"), tiny.CPU)

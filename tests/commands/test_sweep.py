@@ -6,18 +6,18 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from latentflow.api import LatentFlow
 from latentflow.artifacts import read_json, write_json
-from latentflow.commands import sweep as sweep_module
 from latentflow.commands.sweep import sweep
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, ConfigError, DataError, NonFiniteError
 from latentflow.evaluation import sweep_rounds
+from latentflow.evaluation.drawn_set import ImageSet
+from latentflow.evaluation.request import SweepRequest
 from latentflow.evaluation.sweep_rounds import Candidates, SweepPlan, measure_rounds
 from latentflow.evaluation.sweep_rules import (
     Ceiling,
@@ -46,7 +46,7 @@ GRID = {"tolerances": [0.01], "guidances": [1.0], "intervals": [(0.0, 1.0)], "sh
 
 
 def points(*pairs: tuple[float, float], noise: float = 0.0) -> list[Point]:
-    """Candidates a, b, c, ... of (evaluations, distance), each with noise of its own in two resamples."""
+    """Candidates a, b, c, ... of (evaluations, distance), each with its own noise in two resamples."""
     made = []
     for n, (evaluations, distance) in enumerate(pairs):
         resamples = tuple(distance + noise * sign for sign in ((1, -1), (-1, 1))[n % 2])
@@ -191,7 +191,7 @@ def test_what_two_candidates_have_in_common_is_no_noise():
 def drawn(
     name: str, evaluations: float, distance: float, own_noise: float, wrong: int = 0, num: int = 1000, seed: int = 0
 ) -> Point:
-    """A candidate whose distance has, beside what all have in common, noise of its own; its first images are wrong."""
+    """A candidate whose distance has own noise and noise common to all; its first images are wrong."""
     shared = torch.randn(100, generator=torch.Generator().manual_seed(99))
     own = torch.randn(100, generator=torch.Generator().manual_seed(seed))
     resamples = tuple((distance + 0.1 * shared + own_noise * own).tolist())
@@ -315,9 +315,8 @@ class FakeDraw:
             self.clock.now += steps * num
         rows = [torch.randn(3, generator=torch.Generator().manual_seed(seed + i)) for i in range(num)]
         features = torch.stack(rows) + 10 / steps
-        return SimpleNamespace(
-            features=features, evaluations=torch.full((num,), steps), drawing_seconds=float(steps * num), num=num
-        )
+        seconds = torch.tensor([[float(steps * num), 0.0]], dtype=torch.float64)
+        return {"features": features, "evaluations": torch.full((num,), steps), "seconds": seconds}
 
 
 @pytest.fixture
@@ -364,7 +363,7 @@ def test_later_rounds_draw_only_what_is_new_and_score_all(fake, tmp_path):
     ]
     assert calls[4:] == [("euler-2", 9, 4), ("euler-16", 9, 4)]
     whole = FakeDraw(Clock())(num=8, seed=5, preset={"solver": "euler", "steps": 16})
-    exact = frechet_distance(FeatureStatistics.of(whole.features), candidates.reference)
+    exact = frechet_distance(FeatureStatistics.of(whole["features"]), candidates.reference)
     assert rounds[1].measured["euler-16"].distance == pytest.approx(exact, rel=1e-9)
     assert rounds[1].measured["euler-16"].evaluations == [16] * 8
     assert rounds[1].measured["euler-16"].drawing_seconds == 8 * 16
@@ -439,15 +438,15 @@ def small(models, images, tmp_path_factory) -> Callable[..., object]:
 
     def run(model: str = "classes", data: object = images, **given: object):
         out = given.pop("out", None) or tmp_path_factory.mktemp("sweeps") / "out"
-        options = {"num": 8, "solvers": ["euler"], "steps": [1, 2], "guidances": [1.0], "runtime": tiny.CPU, **given}
-        return sweep(models.get(model, model), data, out, **options)
+        options = {"num": 8, "solvers": ["euler"], "steps": [1, 2], "guidance": [1.0], **given}
+        return sweep(SweepRequest(model=models.get(model, model), data=data, out=out, **options), tiny.CPU)
 
     return run
 
 
 @pytest.fixture
 def command(capsys, monkeypatch, models, images, tmp_path) -> Callable[..., Result]:
-    """Run `latentflow sweep` on a model with a few images of few candidates, unless it is told otherwise."""
+    """Run `latentflow sweep` on a model with a few images of few candidates, by default."""
 
     def run(model: str = "classes", *args: object) -> Result:
         given = {"--data": images, "--num": 8, "--solvers": "euler", "--steps": "1,2", "--guidance": "1"}
@@ -474,7 +473,7 @@ def test_distances_are_those_of_the_images(small, models, images):
 def test_a_sweep_writes_json_picture_and_a_page_without_links(command, tmp_path):
     result = command("classes", "--guidance", "1,2", "--intervals", "0:1,0.1:0.6")
     assert result.code == 0, result.err
-    assert "singular covariance" in result.err
+    assert "biased upward at this sample size" in result.err
     out = tmp_path / "out"
     found = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
     assert [c["name"] for c in found["candidates"][:1]] == ["euler-1"]
@@ -494,7 +493,7 @@ def test_a_sweep_writes_json_picture_and_a_page_without_links(command, tmp_path)
 
 def test_repeating_draws_nothing_and_ends_the_same(small, monkeypatch, tmp_path):
     first = small(out=tmp_path / "out")
-    monkeypatch.setattr(sweep_module, "draw_set", lambda *args, **given: pytest.fail("drawn again"))
+    monkeypatch.setattr(ImageSet, "draw", lambda *args, **given: pytest.fail("drawn again"))
     monkeypatch.setattr(RandomFeatures, "__call__", lambda *args: pytest.fail("computed again"))
     again = small(out=tmp_path / "out")
     assert again.final == first.final
@@ -593,7 +592,7 @@ def test_write_changes_the_preset_and_nothing_else(command, deterministic, tmp_p
 def test_write_to_a_hub_id_is_refused_before_anything(command, tmp_path):
     result = command("someone/streets", "--write")
     assert result.code == 2
-    assert "someone/streets is no folder here" in result.err
+    assert "someone/streets is not a folder here" in result.err
     assert not (tmp_path / "out").exists()
 
 
@@ -602,13 +601,13 @@ def test_write_to_a_hub_id_is_refused_before_anything(command, tmp_path):
     [
         ("classes", ["--solvers", "huen"], "did you mean 'heun'"),
         ("nothing", ["--guidance", "1,2"], "the model is unconditional"),
-        ("classes", ["--budget", "0"], "budget 0 s: it must be above 0"),
+        ("classes", ["--budget", "0"], "--budget 0 s: give more than 0"),
         ("classes", ["--steps", ""], "no candidates"),
         ("classes", ["--steps", "four"], "--steps 'four' is not a list of numbers"),
-        ("classes", ["--intervals", "0.5"], "--intervals '0.5' is not two numbers like 0.1:0.8"),
+        ("classes", ["--intervals", "0.5"], "--intervals '0.5' is not a list of intervals like 0:1,0.1:0.8"),
         ("classes", ["--guidance", "2", "--intervals", "0.8:0.1"], "guidance interval is 0.8..0.1"),
         ("classes", ["--features", "rnadom"], "did you mean 'random'"),
-        ("classes", ["--num", "1"], "a covariance needs two"),
+        ("classes", ["--num", "1"], "--num 1: give a whole number of at least 2"),
         ("classes", ["--margin", "1"], "margin 1"),
         ("classes", ["--data", "nowhere"], "nowhere"),
         ("nowhere", [], "nowhere"),
@@ -635,10 +634,10 @@ def test_a_reference_of_another_size_or_kind_is_refused(small, cache, tmp_path):
     statistics = FeatureStatistics.of(torch.randn(8, extractor.dim, generator=torch.Generator().manual_seed(0)))
     file = tmp_path / "reference.safetensors"
     Reference(statistics, made).save(file)
-    with pytest.raises(DataError, match="of images of 32 pixels and the others have 16"):
+    with pytest.raises(DataError, match="of images of 32 pixels, and the images to score have 16"):
         small(data=file)
     Reference(statistics, made.model_copy(update={"image_size": 16, "feature_hash": "other"})).save(file)
-    with pytest.raises(DataError, match="scores would mean nothing"):
+    with pytest.raises(DataError, match="scores would be meaningless"):
         small(data=file)
     Reference(statistics, made.model_copy(update={"image_size": 16})).save(file)
     assert small(data=file, steps=[1]).best == "euler-1"

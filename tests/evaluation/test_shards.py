@@ -15,7 +15,7 @@ from torch.distributed import TCPStore
 
 from latentflow.errors import ArtifactError
 from latentflow.evaluation import shards
-from latentflow.evaluation.shards import compute_in_shards, join_columns
+from latentflow.evaluation.shards import Work, compute_in_shards, join_columns
 from latentflow.runtime import leave, open_runtime
 
 SIZE = 4  # images in a shard here
@@ -45,23 +45,23 @@ def _share(rank: int, world: int, port: int, num: int, folder: Path | None, fata
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     torch.set_num_threads(1)
     shards.SHARD_SIZE = SIZE
-    computed, told = [], []
+    computed, counted = [], []
 
     def compute(rows: range) -> dict[str, torch.Tensor]:
         if rows.start // SIZE == fatal:
             os.kill(os.getpid(), signal.SIGKILL)
         computed.append(rows.start // SIZE)
-        told.append(len(rows))
+        counted.append(len(rows))
         return numbers(rows)
 
     runtime = open_runtime("cpu")
-    given = {"plan": PLAN, "runtime": runtime, "folder": folder, "for_all": ("rows",), "on_images": told.append}
+    work = Work(folder=folder, runtime=runtime, on_images=counted.append)
     try:
-        found = compute_in_shards(num, compute, **given)
+        found = compute_in_shards(num, compute, plan=PLAN, work=work, for_all=("rows",))
     except ArtifactError as error:
         results.put((rank, str(error), computed, 0))
         raise SystemExit(2) from error
-    results.put((rank, {name: column.tolist() for name, column in found.items()}, computed, sum(told)))
+    results.put((rank, {name: column.tolist() for name, column in found.items()}, computed, sum(counted)))
     leave()
 
 
@@ -91,12 +91,12 @@ def test_the_first_process_gets_all_and_the_others_what_is_for_all(tmp_path, wor
     assert found[0][1] == wanted
     assert [columns for _, columns, *_ in found[1:]] == [{"rows": wanted["rows"]}] * (world - 1)
     assert [computed for *_, computed, _ in found] == [places[rank::world] for rank in range(world)]
-    assert sum(told for *_, told in found) == num
+    assert sum(counted for *_, counted in found) == num
     if kept:
         again = run(world, num, folder)
         assert [columns for _, columns, *_ in again] == [columns for _, columns, *_ in found]
         assert not any(computed for *_, computed, _ in again)
-        assert sum(told for *_, told in again) == num
+        assert sum(counted for *_, counted in again) == num
         assert sorted(file.name for file in folder.iterdir()) == [
             "plan.json",
             *(f"shard-{place:05d}.safetensors" for place in places),
@@ -121,7 +121,7 @@ def test_a_process_that_is_killed_ends_the_others_and_costs_one_shard(tmp_path):
 
 def test_one_process_alone(tmp_path):
     for folder in (None, tmp_path / "set", tmp_path / "set"):
-        found = compute_in_shards(10, numbers, plan=PLAN, folder=folder)
+        found = compute_in_shards(10, numbers, plan=PLAN, work=Work(folder=folder))
         assert {name: column.tolist() for name, column in found.items()} == whole(10)
 
 
@@ -142,6 +142,6 @@ def test_a_folder_that_is_removed_meanwhile_is_noticed_with_the_next_shard(tmp_p
         return {"features": torch.zeros(len(rows), 2)}
 
     with pytest.raises(ArtifactError, match=r"shard-00001\.safetensors was removed while it was needed; repeat"):
-        compute_in_shards(10, compute, plan=PLAN, folder=folder)
+        compute_in_shards(10, compute, plan=PLAN, work=Work(folder=folder))
     assert len(computed) == 2
     assert not list(folder.glob("*.safetensors"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from latentflow.metrics.evaluation_report import feature_scores
+from latentflow.metrics.feature_scores import Scoring, feature_scores
 from latentflow.metrics.features.extractors import open_features
 from latentflow.metrics.scores import frechet_contributions, frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
@@ -27,11 +29,12 @@ def sets() -> tuple[torch.Tensor, torch.Tensor]:
 def test_scores_and_intervals(device, sets, resamples):
     """Whether features are there already or are moved in parts."""
     logits = torch.randn(NUM, 50, generator=torch.Generator().manual_seed(1))
-    given = {"features": "inception", "resamples": resamples, "neighbours": 1200}
-    here = feature_scores(METRICS, sets[0], FeatureStatistics.of(sets[1]), sets[1], logits=logits, **given)
+    given = {"features": "inception", "logits": logits}
+    how = Scoring(resamples, neighbours=1200)
+    here = feature_scores(METRICS, sets[0], FeatureStatistics.of(sets[1]), sets[1], how=how, **given)
     for generated, real in (sets, [x.to(device) for x in sets]):
         reference = FeatureStatistics.of(real, device)
-        there = feature_scores(METRICS, generated, reference, real, logits=logits, device=device, **given)
+        there = feature_scores(METRICS, generated, reference, real, how=replace(how, device=device), **given)
         for name in METRICS:
             tolerance = 2e-3 if name in METRICS[3:] else 1e-7  # a distance that is a radius may fall on either side
             for key in ("value", "low", "high", "standard_error"):

@@ -47,7 +47,7 @@ def test_too_few_images_and_features_that_see_nothing_are_refused():
         ClassJudge(*clouds(240, 0), 3)
     with pytest.raises(DataError, match="several of each class"):
         ClassJudge(*clouds(600, 0), 4)
-    with pytest.raises(DataError, match="do not tell the classes apart"):
+    with pytest.raises(DataError, match="do not separate the classes"):
         ClassJudge(*clouds(600, 0, apart=0.0), 3)
 
 

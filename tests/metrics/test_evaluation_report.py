@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from latentflow import progress
+from latentflow.artifacts import read_json, write_json
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.metrics.evaluation_report import (
     EvaluationProtocol,
@@ -14,11 +15,9 @@ from latentflow.metrics.evaluation_report import (
     ModelFacts,
     ReferenceFacts,
     Score,
-    check_metrics,
     compare,
-    feature_scores,
-    frechet_name,
 )
+from latentflow.metrics.feature_scores import Scoring, check_metrics, feature_scores, frechet_name
 from latentflow.metrics.neighbours import neighbour_scores
 from latentflow.metrics.scores import (
     frechet_distance,
@@ -63,7 +62,7 @@ def sets() -> tuple[torch.Tensor, torch.Tensor]:
 def test_values_are_those_of_the_scores_and_lie_in_their_intervals(sets, resamples):
     generated, real = sets
     reference = FeatureStatistics.of(real)
-    scores = feature_scores(ALL, generated, reference, real, features="inception", resamples=resamples)
+    scores = feature_scores(ALL, generated, reference, real, features="inception", how=Scoring(resamples))
     near = neighbour_scores(generated, real)
     wanted = {name: getattr(near, name) for name in ALL[2:]}
     wanted |= {"fid": frechet_distance(FeatureStatistics.of(generated), reference)}
@@ -79,7 +78,7 @@ def test_values_are_those_of_the_scores_and_lie_in_their_intervals(sets, resampl
 def test_both_kinds_of_interval_agree(sets):
     given = (sets[0], FeatureStatistics.of(sets[1]), sets[1])
     over_images, resampled = (
-        feature_scores(ALL, *given, features="inception", resamples=number) for number in (None, 400)
+        feature_scores(ALL, *given, features="inception", how=Scoring(number)) for number in (None, 400)
     )
     for name, score in over_images.items():
         assert score.standard_error == pytest.approx(resampled[name].standard_error, rel=0.2)
@@ -103,11 +102,13 @@ def test_bounds_from_few_resamples_are_called_what_they_are():
 def test_neighbours_are_looked_for_among_some_images_drawn_from_all(sets):
     generated, real = sets
     given = (generated, FeatureStatistics.of(real), real)
-    scores = feature_scores(("recall", "fid"), *given, features="inception", neighbours=70)
+    scores = feature_scores(("recall", "fid"), *given, features="inception", how=Scoring(neighbours=70))
     assert scores["recall"].value == neighbour_scores(generated, real[some_of(80, 70)]).recall
-    assert scores["recall"].notes == ["looks at 60 of 60 images and 70 of 80 real ones, drawn from all (--neighbours)"]
+    assert scores["recall"].notes == [
+        "computed on 60 of 60 images and 70 of 80 real ones, chosen at random (--neighbours)"
+    ]
     assert scores["fid"].notes == []
-    assert feature_scores(("recall",), *given, features="inception", neighbours=80)["recall"].notes == []
+    assert feature_scores(("recall",), *given, features="inception", how=Scoring(neighbours=80))["recall"].notes == []
     assert some_of(80, 70).tolist() == some_of(80, 70).sort().values.unique().tolist() != list(range(70))
 
 
@@ -115,7 +116,7 @@ def test_scoring_says_how_far_it_is_without_a_terminal(sets, monkeypatch, capsys
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     given = (sets[0], FeatureStatistics.of(sets[1]), sets[1])
     for resamples, total in ((None, 2 * 60 + 60 + 80 + 60), (40, 41 * 60 + 60 + 80 + 60)):
-        feature_scores(("fid", "recall"), *given, features="inception", resamples=resamples)
+        feature_scores(("fid", "recall"), *given, features="inception", how=Scoring(resamples))
         lines = capsys.readouterr().err.splitlines()
         assert lines[0].startswith(f"scoring 60/{total} images")
         assert lines[-1].startswith(f"scoring {total}/{total} images")
@@ -125,7 +126,7 @@ def test_kid_of_many_images_is_the_published_mean_over_subsets():
     generator = torch.Generator().manual_seed(0)
     generated, real = torch.randn(1001, 3, generator=generator), torch.randn(1100, 3, generator=generator)
     given = (("kid",), generated, FeatureStatistics.of(real), real)
-    score = feature_scores(*given, features="inception", resamples=0)["kid"]
+    score = feature_scores(*given, features="inception", how=Scoring(0))["kid"]
     found = kernel_distance(generated, real)
     assert (score.value, score.spread, score.low, score.notes) == (found.mean, found.std, None, [])
 
@@ -133,13 +134,15 @@ def test_kid_of_many_images_is_the_published_mean_over_subsets():
 def test_inception_score_is_of_logits(sets):
     logits = torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
     reference = FeatureStatistics.of(sets[1])
-    score = feature_scores(("is",), sets[0], reference, None, features="inception", logits=logits, resamples=0)["is"]
+    score = feature_scores(("is",), sets[0], reference, None, features="inception", logits=logits, how=Scoring(0))["is"]
     assert (score.value, score.spread) == tuple(vars(inception_score(logits)).values())
 
 
 def test_other_features_are_named(sets):
     generated, real = sets
-    scores = feature_scores(("fid", "kid"), generated, FeatureStatistics.of(real), real, features="random", resamples=0)
+    scores = feature_scores(
+        ("fid", "kid"), generated, FeatureStatistics.of(real), real, features="random", how=Scoring(0)
+    )
     assert list(scores) == ["fd", "kid"]
     assert scores["fd"].label == "FD (random features), a relative measure"
     assert scores["kid"].label == "KID (random features)"
@@ -148,7 +151,7 @@ def test_other_features_are_named(sets):
 
 def test_singular_covariances_are_warned_of_in_the_score():
     rows = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
-    scores = feature_scores(("fid",), rows[:6], FeatureStatistics.of(rows[6:]), None, features="random", resamples=0)
+    scores = feature_scores(("fid",), rows[:6], FeatureStatistics.of(rows[6:]), None, features="random", how=Scoring(0))
     assert "singular" in scores["fd"].notes[0]
     assert report(scores=scores).warnings[0].startswith("FD (random features)")
 
@@ -175,6 +178,16 @@ def test_round_trip(tmp_path):
     report().save(tmp_path / "a.json")
     assert EvaluationReport.load(tmp_path / "a.json") == report()
     assert report().scores["fd"].text == "3 [2, 4]"
+
+
+def test_reports_of_earlier_versions_have_no_request_and_are_compared(tmp_path):
+    report(scores={"fd": Score(label="FD", value=1.0)}).save(tmp_path / "a.json")
+    written = read_json(tmp_path / "a.json")
+    assert written.pop("request") == {}
+    write_json(tmp_path / "a.json", written)
+    old = EvaluationReport.load(tmp_path / "a.json")
+    assert old.request == {}
+    assert compare(report(), old).scores["fd"].difference == 2.0
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 2}', '{"protocol": {}, "scores": {}}'])

@@ -66,7 +66,7 @@ def test_ssim_of_equal_images_and_of_one(shapes):
     assert ssim(shapes[:1], noisy[:1]).shape == (1,)
     with pytest.raises(DataError, match="11 pixels"):
         ssim(shapes[..., :10], shapes[..., :10])
-    with pytest.raises(DataError, match="no pairs"):
+    with pytest.raises(DataError, match="not pairs"):
         ssim(shapes[:2], shapes[:3])
 
 
@@ -141,7 +141,7 @@ def test_maps_that_do_not_fit():
     maps = torch.zeros(2, 4, dtype=torch.uint8)
     with pytest.raises(DataError, match="class 9; there are 3"):
         confusion(maps + 9, maps, 3)
-    with pytest.raises(DataError, match="no pairs"):
+    with pytest.raises(DataError, match="not pairs"):
         confusion(maps, maps[:1], 3)
     with pytest.raises(DataError, match="no labelled pixel"):
         iou(confusion(maps, maps + 255, 3))

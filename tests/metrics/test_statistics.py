@@ -65,25 +65,6 @@ def test_reading_in_between_changes_nothing_but_rounding():
     torch.testing.assert_close(statistics.covariance, FeatureStatistics.of(x).covariance, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("parts", [(1, 299), (0, 300), (300, 0), (150, 150)])
-def test_merge(parts):
-    x = features(300, offset=5.0)
-    first, second = (gathered(part, 40) for part in x.split(parts))
-    merged = first.merge(second)
-    expected = FeatureStatistics.of(x)
-    assert merged.n == 300
-    torch.testing.assert_close(merged.mean, expected.mean, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(merged.covariance, expected.covariance, rtol=1e-12, atol=1e-12)
-
-
-def test_merge_refuses_what_does_not_fit():
-    with pytest.raises(DataError, match="3 and of 7"):
-        FeatureStatistics(3).merge(FeatureStatistics(7))
-    unknown = FeatureStatistics.from_moments(torch.zeros(7), torch.eye(7), 0)
-    with pytest.raises(DataError, match="how many"):
-        FeatureStatistics.of(features(9)).merge(unknown)
-
-
 def test_state_round_trip():
     statistics = FeatureStatistics.of(features(20))
     restored = FeatureStatistics.from_state(statistics.state())

@@ -53,7 +53,7 @@ def test_features_must_be_the_same(statistics):
     reference = Reference(statistics, provenance())
     assert reference.require_same_features("random", "f" * 64, 3) is None
     for name, hash in (("inception", "f" * 64), ("random", "0" * 64)):
-        with pytest.raises(DataError, match="scores would mean nothing"):
+        with pytest.raises(DataError, match="scores would be meaningless"):
             reference.require_same_features(name, hash, 3)
     with pytest.raises(DataError, match="3 features per image and random gives 5"):
         reference.require_same_features("random", "f" * 64, 5)

@@ -7,7 +7,7 @@ the model's, and e(t) = E|v - v_hat|^2 over x_t ~ p_t, squared distances summed 
     W2(p_data, p_model) <= sqrt(E|x - g(f(x))|^2) + Lip(g) W2(q, q_hat)
     W2(q, q_hat)        <= sigma(0) sqrt(d) + W2(p_0, q_hat)
 
-by the triangle inequality over g#q and p_0, each with a coupling at hand: an image and its reconstruction; the same
+by the triangle inequality over g#q and p_0, each with an explicit coupling: an image and its reconstruction; the same
 latent decoded twice; a latent and itself with the noise sigma(0) that the path leaves on it, of d elements.
 
 For the last distance start both flows from the same noise at t = 1: dx/dt = v(x, t), which passes through p_t and
@@ -29,11 +29,11 @@ not above the second, as M <= L. In n bins of time with M the largest of its bin
 sum_k sqrt(W_k E_k), where E_k is the integral of e and W_k that of exp(2 int_0^t M) over bin k: not below the
 integral, by Cauchy and Schwarz.
 
-The bound is one of the exact solution of dx/dt = v_hat; steps of a solver are not in it. With conditions it holds
-for pairs of image and condition, v being the velocity given the condition. A guided velocity is measured as it is.
+The bound is for the exact solution of dx/dt = v_hat; the discretisation of a solver is not in it. With conditions it
+holds for pairs of image and condition, v being the velocity given the condition. A guided velocity is measured as such.
 Of e(t) there are three measurements: the loss, which is e(t) + E Var(u | x_t) and so an upper bound; against a known
 velocity v; and against `empirical_velocity`. The Lipschitz constants are lower estimates (`analysis/lipschitz.py`):
-what comes out is an estimate of the bound, and no certificate.
+the result is an estimate of the bound, not a certificate.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ ERRORS = ("loss", "velocity")
 
 @dataclass(frozen=True)
 class Estimate:
-    """One number of the bound and what it is worth.
+    """One number of the bound and its uncertainty.
 
     Attributes:
         name: what it is.
         value: the estimate, >= 0 but for one-sided constants.
-        standard_error: of `value`, from the spread of independent draws; None where there is no such thing.
-        count: draws or points it rests on.
-        bias: where it stands to the quantity in the theorem: "exact"; "none" (the mean of independent draws, or a
+        standard_error: of `value`, from the spread of independent draws; None if it has none.
+        count: number of draws or points.
+        bias: relative to the quantity in the theorem: "exact"; "none" (the mean of independent draws, or a
             smooth function of such means); "low" (a lower estimate: a supremum over the points looked at);
             "high" (an upper bound in the mean); "mixed" (made of low and high ones).
     """
@@ -105,7 +105,7 @@ class Reconstruction:
 
     @property
     def pixel_rms(self) -> float:
-        """The root mean square error of one value, for reading: `distance` / sqrt(`elements`)."""
+        """The root mean square error of one value: `distance` / sqrt(`elements`)."""
         return self.distance.value / math.sqrt(self.elements)
 
 
@@ -173,20 +173,20 @@ def velocity_error(
 
 @torch.no_grad()
 def empirical_velocity(path: Path, data_set: Tensor, x: Tensor, time: Tensor, chunk: int = 512) -> Tensor:
-    """The exact velocity of the path at x_t = x if the data are the finite set `data_set`, each member alike often.
+    """The exact velocity of the path at x_t = x if the data are the finite set `data_set`, uniformly distributed.
 
         E[data | x] = sum_i w_i data_i,    w = softmax(-|x - alpha data_i|^2 / (2 sigma^2))
 
-    A network that had this velocity would generate the members of the set and nothing else: near t = 0 it points at
-    the nearest of them. So near data a good model differs from it because it generalises, and the error against it
-    measures the distance to the training set, not to what the set is a sample of.
+    A network with this velocity would memorise the set: near t = 0 it points at the nearest member. So near data a good
+    model differs from it because it generalises, and the error against it measures the distance to the training set,
+    not to the distribution that the set is a sample of.
 
     Args:
         path: the path between data and noise.
         data_set: [N, ...], all the latents (for a class, those of that class), where float64 is available.
         x: [B, ...]; float32 rounding of x is an error of about 1e-7 |x| / sigma(t) in the velocity.
         time: [B] in (0, 1], or [0, 1] where the path leaves noise on the data.
-        chunk: members of the set that are looked at together; the memory is chunk times the size of one.
+        chunk: members of the set that are processed together; the memory is chunk times the size of one.
 
     Returns:
         [B, ...] in the dtype and on the device of x; computed in float64.
@@ -198,7 +198,7 @@ def empirical_velocity(path: Path, data_set: Tensor, x: Tensor, time: Tensor, ch
     """
     check_times(time, len(x))
     if not len(data_set) or data_set.shape[1:] != x.shape[1:]:
-        raise DataError(f"a data set of shape {list(data_set.shape)} does not go with latents {list(x.shape)}")
+        raise DataError(f"a data set of shape {list(data_set.shape)} does not match latents {list(x.shape)}")
     t = time.to(data_set.device).double()
     alpha, sigma = path.alpha(t)[:, None], path.sigma(t)[:, None]
     if (sigma == 0).any():
@@ -230,7 +230,7 @@ def empirical_velocity(path: Path, data_set: Tensor, x: Tensor, time: Tensor, ch
 
 @dataclass(frozen=True)
 class WassersteinBound:
-    """The bound on W2(p_data, p_model), its terms and how well each is known. Pixels in [-1, 1], all sums over images.
+    """The bound on W2(p_data, p_model), and its terms with their uncertainty. Pixels in [-1, 1], all sums over images.
 
     Attributes:
         path: the path between data and noise.
@@ -262,7 +262,7 @@ class WassersteinBound:
 
     @property
     def errors(self) -> tuple[str, ...]:
-        """Those of `ERRORS` that are there."""
+        """Those of `ERRORS` that are known."""
         return ERRORS if self.error is not None else ERRORS[:1]
 
     @property
@@ -287,7 +287,7 @@ class WassersteinBound:
     def flow_distance(self, variant: str = "sup", error: str = "loss") -> Estimate:
         """The bound on W2(p_0, q_hat), in latents, by one of `VARIANTS` and one of `ERRORS`; inf beyond 1e308.
 
-        The standard error is that of the errors alone, to first order: the constants have none.
+        The standard error is that of the errors only, to first order: the constants have none.
 
         Raises:
             ConfigError: no such variant, no such error, or the error of the velocity is not known.
@@ -322,7 +322,7 @@ class WassersteinBound:
         return Estimate(f"bound ({variant}, {error})", value, deviation, min(first.count, flow.count), flow.bias)
 
     def totals(self) -> list[Estimate]:
-        """The bound in every variant with every error that is known."""
+        """The bound in every variant with every known error."""
         return [self.total(variant, error) for error in self.errors for variant in VARIANTS]
 
     def _curve(self, error: str) -> TimeCurve:

@@ -1,4 +1,4 @@
-"""What `diagnose` measures: the records of it and the arithmetic behind them.
+"""The records of a diagnosis, and the arithmetic behind them.
 
 Legend: N images, C latent channels, h and w latent height and width, D features of an image.
 """
@@ -6,6 +6,7 @@ Legend: N images, C latent channels, h and w latent height and width, D features
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -18,7 +19,7 @@ from latentflow.runtime import Runtime
 RARE = 0.01
 """The share of held-out images, the nearest ones, that a copy must be nearer than."""
 
-_OF_MANY = 10  # a training image may be there so many times, less one, and its copy still stands out
+_OF_MANY = 10  # a copy stands out even if its training image is there this many times, less one
 _BLOCK = 1024  # rows of a distance matrix held at a time
 
 
@@ -29,7 +30,7 @@ class LossByTime(Record):
     times: list[float]
     loss: list[float]
     standard_error: list[float]
-    baseline: list[float] = Field(description="Of a model that knows mean and variance of each channel alone.")
+    baseline: list[float] = Field(description="Of a model that knows only mean and variance of each channel.")
 
     @property
     def ratio(self) -> float:
@@ -43,7 +44,7 @@ class LossByTime(Record):
 
 
 class Ways(Record):
-    """The shapes of trajectories; see `metrics.trajectories`."""
+    """The shapes of trajectories; see `analysis.trajectories`."""
 
     guidance: float
     num: int
@@ -65,7 +66,7 @@ class ChannelMoments(Record):
 
 
 class LatentStatistics(Record):
-    """Latents of samples beside those of data, and of two halves of the data beside each other."""
+    """Latents of samples compared with those of data, and of one half of the data with the other."""
 
     samples: ChannelMoments
     data: ChannelMoments
@@ -77,29 +78,29 @@ class LatentStatistics(Record):
 
 
 class Nearness(Record):
-    """How near samples lie to the training images, beside how near held-out images do, in one kind of coordinates."""
+    """How near samples lie to the training images, compared with held-out images, in one kind of coordinates."""
 
     space: str
     samples: list[float] = Field(description="Distance of each sample to the nearest training image.")
     held_out: list[float] = Field(description="Distance of each held-out image to the nearest training image.")
-    nearest_of_samples: list[int] = Field(description="Which training image that is, by its place among them.")
+    nearest_of_samples: list[int] = Field(description="The index of this training image.")
     nearest_of_held_out: list[int]
     samples_alone: list[float] = Field(
-        description="This distance over that to the tenth-nearest: near 1 for what is as near to many training images, "
-        "near 0 for a copy of one, or of one that is there a few times."
+        description="This distance over that to the tenth-nearest: near 1 for what is equally near to many training "
+        "images, near 0 for a copy of one, also of one that is there a few times."
     )
     held_out_alone: list[float]
 
     @property
     def nearer(self) -> float:
-        """The chance that a sample is nearer to the training images than a held-out image is; 1/2: alike."""
+        """The probability that a sample is nearer to the training images than a held-out image; 1/2: no difference."""
         samples, held_out = torch.tensor(self.samples).double(), torch.tensor(self.held_out).double()
         less, equal = samples[:, None] < held_out, samples[:, None] == held_out
         return float(less.double().mean() + equal.double().mean() / 2)
 
     @property
     def rank(self) -> int:
-        """Of the held-out image whose distance a copy stays below, counted from the nearest: one in a hundred."""
+        """The rank, from the nearest, of the held-out image that a copy must be nearer than: one in a hundred."""
         return max(round(RARE * len(self.held_out)), 1)
 
     @property
@@ -110,9 +111,9 @@ class Nearness(Record):
     @property
     def copies(self) -> int:
         """How many samples are nearer to a training image than `threshold`, also by `samples_alone`."""
-        alone = sorted(self.held_out_alone)[self.rank - 1]
+        limit = sorted(self.held_out_alone)[self.rank - 1]
         pairs = zip(self.samples, self.samples_alone, strict=True)
-        return sum(near < self.threshold and single < alone for near, single in pairs)
+        return sum(near < self.threshold and single < limit for near, single in pairs)
 
     @property
     def near(self) -> int:
@@ -123,21 +124,21 @@ class Nearness(Record):
 class Memorisation(Record):
     """The memorisation test."""
 
-    against: str = Field(description="What counts as training images, and what as held out.")
-    is_test: bool = Field(description="Whether these are taken for images the model was trained on, and others.")
-    covers: bool = Field(description="Whether it is known, or was said, that the model was trained on the former.")
+    against: str = Field(description="Which images count as training images, and which as held out.")
+    is_test: bool = Field(description="Whether these are training images of the model, and others.")
+    covers: bool = Field(description="Whether the model is known, or declared, to be trained on the former.")
     num_training: int
-    num_all: int = Field(description="Training images there are: of them, `num_training` were looked among.")
-    num_twins: int = Field(0, description="Held-out images left out, as they are among the training images themselves.")
+    num_all: int = Field(description="All training images; `num_training` of them were searched.")
+    num_twins: int = Field(0, description="Held-out images left out because they are training images themselves.")
     spaces: list[Nearness]
 
 
 class Floor(Record):
-    """Fréchet distances to one half of the real images, each of as many images."""
+    """Fréchet distances to one half of the real images, all with the same number of images."""
 
     label: str
     num: int
-    real: float = Field(description="Of the other half: chance alone.")
+    real: float = Field(description="Of the other half: the effect of chance.")
     reconstructed: float = Field(description="Of the other half, encoded and decoded: the floor of any generator.")
     samples: float
     standard_errors: tuple[float, float, float]
@@ -146,6 +147,7 @@ class Floor(Record):
 class Diagnosis(Record):
     """Everything that was measured."""
 
+    request: dict[str, Any] = Field(default_factory=dict, description="The request as it was given.")
     model: str
     data: str
     is_training_data: bool = Field(description="Whether DATA are the very images the model was trained on.")
@@ -203,11 +205,13 @@ def radial_spectrum(latents: Tensor) -> tuple[list[int], list[float]]:
     return frequencies, [float(power[radius == frequency].mean()) for frequency in frequencies]
 
 
-def nearest(queries: Tensor, members: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """The distance of each query ([N, D]) to the nearest of `members` ([M, D]), which it is, and how it stands out.
+def nearest_members(
+    queries: Tensor, members: Tensor, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distance of each query ([N, D]) to the nearest of `members` ([M, D]), its index, and how much it stands out.
 
-    The last is this distance over that to the tenth-nearest member, or the farthest of fewer; 1 where both are 0. The
-    search, on `device`, may mistake two members that are alike to rounding; the distance is exact. [N] each.
+    The last is this distance over that to the tenth-nearest member, or the farthest of fewer; 1 if both are 0. The
+    search, on `device`, may confuse members that are equal up to rounding; the distance is exact. [N] each.
     """
     queries, members = queries.float(), members.float()
     centre, rank = members.mean(0), min(_OF_MANY, len(members))
@@ -225,7 +229,7 @@ def nearness(
 ) -> Nearness:
     """The record of one kind of coordinates: [N, ...], [N, ...] and [M, ...], on the CPU."""
     members = training.flatten(1)
-    of_samples, of_held_out = (nearest(images.flatten(1), members, device) for images in (samples, held_out))
+    of_samples, of_held_out = (nearest_members(images.flatten(1), members, device) for images in (samples, held_out))
     return Nearness(
         space=space,
         samples=of_samples[0].tolist(),
@@ -238,7 +242,7 @@ def nearness(
 
 
 def largest_shift(moments: ChannelMoments, reference: ChannelMoments) -> tuple[float, float]:
-    """Of the channels, the largest shift of the mean in standard deviations, and the ratio of these furthest from 1."""
+    """Over channels, the largest shift of the mean in standard deviations, and the ratio of these furthest from 1."""
     triples = list(zip(moments.mean, reference.mean, reference.std, strict=True))
     shift = max(abs(mean - other) / std if std else math.inf for mean, other, std in triples)
     ratios = [a / b if b else math.inf for a, b in zip(moments.std, reference.std, strict=True)]

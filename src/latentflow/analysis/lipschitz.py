@@ -1,14 +1,14 @@
 """How fast a function stretches, measured from its derivatives: Lipschitz constants of a velocity and of a decoder.
 
-With J the Jacobian of a function at one point there are two constants, and both belong to that point alone:
+With J the Jacobian of a function at one point there are two constants, both of that point only:
 
     two-sided    |J|      = largest singular value of J           |f(y) - f(x)| <= L |y - x|
     one-sided    mu(J)    = largest eigenvalue of (J + J^T) / 2   <y - x, f(y) - f(x)> <= M |y - x|^2
 
 where L and M are the largest |J| and mu(J) on the segment from x to y. mu(J) <= |J|, and mu is negative where f
-contracts. A constant of the whole function is the supremum over all points; what is measured here is the largest of
-the points looked at, and of each point what an iteration has found so far. So every number here is a LOWER estimate
-of the constant it stands for.
+contracts. A constant of the whole function is the supremum over all points; what is measured here is the largest over
+some points, and at each point what an iteration has found so far. So every number here is a LOWER estimate of its
+constant.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from latentflow.errors import ConfigError, DataError, NonFiniteError
 
 @dataclass(frozen=True)
 class TimeCurve:
-    """What was measured at many times in [0, 1], gathered in n equal bins; curves of several batches add up.
+    """Values at many times in [0, 1], gathered in n equal bins; curves of several batches add up.
 
     Attributes:
         counts: [n] float64 on the CPU, number of values in each bin.
@@ -97,7 +97,7 @@ class TimeCurve:
         return int(self.counts.sum())
 
     def integral(self) -> float:
-        """The integral over [0, 1] of the mean at time t; each bin counts alike, however many values it has.
+        """The integral over [0, 1] of the mean at time t; every bin has the same weight, however many values it has.
 
         Raises:
             DataError: a bin is empty.
@@ -143,11 +143,11 @@ def largest_singular_value(
 ) -> Spectral:
     """The largest singular value of the Jacobian of `function` at each row of x: how far it can stretch there.
 
-    Lanczos iteration on J^T J, which needs products alone and finds at least what as many power iterations find.
+    Lanczos iteration on J^T J. It needs only products, and finds at least what as many power iterations find.
     A lower estimate of |J| at x, and so of the Lipschitz constant of `function`.
 
     Args:
-        function: x [B, ...] => [B, ...] of any shape, whose rows depend on the same row of x alone. It must not
+        function: x [B, ...] => [B, ...] of any shape, each row of which depends only on the same row of x. It must not
             stop derivatives (`torch.no_grad`, `detach`). It is differentiated twice: attention runs in its plain
             form here, and a compiled network must be passed uncompiled.
         x: [B, ...], float32 or float64.
@@ -184,12 +184,12 @@ def largest_growth_rate(
 
 @dataclass(frozen=True)
 class VelocityGrowth:
-    """How strongly a velocity stretches along its way, as curves in time; growths of several batches add up.
+    """How strongly a velocity stretches along its trajectories, as curves in time; growths of several batches add up.
 
     Attributes:
         two_sided: |J| of the velocity in x.
         one_sided: mu(-J): with time running from 1 (noise) to 0 (data) the state moves along -velocity, so this is
-            the rate at which generated neighbours part; negative where they draw together.
+            the rate at which neighbouring trajectories diverge; negative where they converge.
     """
 
     two_sided: TimeCurve
@@ -212,11 +212,11 @@ def lipschitz_along_paths(
     """The Lipschitz constants in x of a velocity at `states`, by time: largest and mean of each bin.
 
     For the bound they should be the largest on every segment between a point x_t of the path (`Path.interpolate`)
-    and a point of the model's own trajectory (the callback of `solvers.integrate`): states of both kinds are good.
+    and a point of the model's own trajectory (the callback of `solvers.integrate`): states of both kinds are useful.
 
     Args:
         velocity: a function of x [B, ...] and t [B].
-        states: [B, ...], float32 or float64; all are looked at in one batch.
+        states: [B, ...], float32 or float64; all in one batch.
         time: [B] in [0, 1], the time of each state.
         bins: equal bins of time.
         iterations, tolerance, seed: see `largest_singular_value`.
@@ -293,16 +293,16 @@ def _lanczos(
 
     The values are [B] float64 on the CPU. Each row has its own basis, kept orthogonal in full (Golub and Van Loan,
     Matrix Computations, section 10.3.1): with n directions the operator is the tridiagonal matrix of `diagonal` and
-    `beside`, whose largest eigenvalue is the largest Rayleigh quotient of all vectors they span.
+    `off_diagonal`, whose largest eigenvalue is the largest Rayleigh quotient of all vectors they span.
     """
     if iterations < 1 or not tolerance >= 0:
         raise ConfigError(f"iterations must be at least 1 and tolerance at least 0; got {iterations} and {tolerance}")
     batch, size = len(x), x[0].numel()
-    # Drawn on the CPU and alike for all rows: what is found at a point depends on no device and no neighbour.
+    # Drawn on the CPU and equal for all rows: the value at a point depends neither on the device nor on other points.
     start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     direction = (start / start.norm()).to(x.dtype).to(x.device).expand(batch, size)
     basis = []
-    diagonal, beside = torch.zeros(2, batch, min(iterations, size), dtype=torch.float64)
+    diagonal, off_diagonal = torch.zeros(2, batch, min(iterations, size), dtype=torch.float64)
     going = torch.ones(batch, dtype=torch.bool)  # rows whose directions do not yet span an invariant space
     for step in range(min(iterations, size)):
         basis.append(direction)
@@ -318,7 +318,7 @@ def _lanczos(
         length = image.norm(dim=1).cpu().double()
 
         filled = step + 1
-        inner = beside[:, : filled - 1]
+        inner = off_diagonal[:, : filled - 1]
         matrix = torch.diag_embed(diagonal[:, :filled]) + torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)
         values, vectors = torch.linalg.eigh(matrix)
         largest, size_of_operator = values[:, -1], values.abs().amax(1)
@@ -327,7 +327,7 @@ def _lanczos(
         residual = length * vectors[:, -1, -1].abs()
         if (residual <= tolerance * size_of_operator).all():
             break
-        beside[:, step] = length
+        off_diagonal[:, step] = length
         scale = torch.where(going, 1 / length, 0).to(x.dtype).to(x.device)  # MPS has no float64
         direction = image * scale[:, None]
     return largest, residual, filled

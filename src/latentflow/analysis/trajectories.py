@@ -1,7 +1,7 @@
-"""How straight the way from noise to data is: what decides in how few steps a model can be sampled.
+"""How straight the trajectories from noise to data are, which limits how few steps a model can be sampled in.
 
-On its way dx/dt = v(x, t) from t = 1 to t = 0 an image moves by the chord x_1 - x_0. If v were the chord all the time,
-one Euler step would be exact (arXiv 2209.03003, which calls the integral below the straightness).
+Along dx/dt = v(x, t) from t = 1 to t = 0 an image moves by the chord x_1 - x_0. If v were equal to the chord at all
+times, one Euler step would be exact (arXiv 2209.03003, which calls the integral below the straightness).
 
 Legend: B images, K steps.
 """
@@ -20,11 +20,11 @@ from latentflow.flow.solvers import integrate
 
 @dataclass(frozen=True)
 class Trajectories:
-    """The shapes of B ways; all tensors are float64 on the CPU but `ends`.
+    """The shapes of B trajectories; all tensors but `ends` are float64 on the CPU.
 
     Attributes:
-        times: [K + 1], as they were passed through.
-        ends: [B, ...], where the ways end, as the velocity left them.
+        times: [K + 1], in the order of integration.
+        ends: [B, ...], the final states, on the device of the velocity.
         excess: [B], the mean over time of |v - chord|^2, squares summed over the elements of an image.
         energy: [B], the mean over time of |v|^2 = |chord|^2 + excess.
         speeds: [B, K + 1], |v| at each time.
@@ -40,12 +40,12 @@ class Trajectories:
 
     @property
     def straightness(self) -> Tensor:
-        """[B], `excess` over `energy`: 0 for a straight way at constant speed, 1 for one that ends where it began."""
+        """[B], `excess` over `energy`: 0 for a straight trajectory at constant speed, 1 for a closed one."""
         return torch.where(self.energy > 0, self.excess / self.energy, 0.0)
 
     @property
     def total_turning(self) -> Tensor:
-        """[B], all angles added up, in radians: 0 for a straight way, pi for half a circle."""
+        """[B], the sum of all angles in radians: 0 for a straight trajectory, pi for half a circle."""
         return (self.turning * self.times.diff().abs()).sum(1)
 
     @property
@@ -54,13 +54,13 @@ class Trajectories:
         return (self.times[1:] + self.times[:-1]) / 2
 
     def __add__(self, other: Trajectories) -> Trajectories:
-        """The ways of two batches.
+        """The trajectories of two batches.
 
         Raises:
             DataError: they were not followed at the same times.
         """
         if not torch.equal(self.times, other.times):
-            raise DataError("only ways that were followed at the same times can be added up")
+            raise DataError("only trajectories that were followed at the same times can be joined")
         names = ("ends", "excess", "energy", "speeds", "turning")
         return Trajectories(self.times, *(torch.cat([getattr(self, name), getattr(other, name)]) for name in names))
 
@@ -69,7 +69,7 @@ class Trajectories:
 def follow(
     velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, times: Tensor, *, solver: str = "heun"
 ) -> Trajectories:
-    """Integrate dx/dt = `velocity` from `noise`, and look at the velocity at every time of the grid.
+    """Integrate dx/dt = `velocity` from `noise`, and evaluate the velocity at every time of the grid.
 
     The means over time are those of the trapezoid rule, whose error falls as the square of the step.
 
@@ -77,7 +77,7 @@ def follow(
         velocity: a function of x [B, ...] and t [B].
         noise: [B, ...], the states at times[0].
         times: [K + 1], falling or rising, such as `flow.times.sampling_times(50)`.
-        solver: one of fixed steps; K + 1 evaluations come on top of its own.
+        solver: a fixed-step solver; K + 1 evaluations come on top of its own.
 
     Raises:
         DataError: no images.
@@ -85,7 +85,7 @@ def follow(
         NonFiniteError: a velocity is not finite.
     """
     if not len(noise):
-        raise DataError("there is nothing to follow: the batch is empty")
+        raise DataError("there are no trajectories to follow: the batch is empty")
     grid = torch.as_tensor(times, dtype=torch.float64, device="cpu")
     states = [noise]
     solution = integrate(velocity, noise, grid, solver=solver, callback=lambda step, time, x: states.append(x))

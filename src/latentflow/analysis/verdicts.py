@@ -1,6 +1,6 @@
-"""What the numbers of a diagnosis say, and what they do not: a verdict is given where the other ones are ruled out.
+"""Verdicts on the numbers of a diagnosis: one is given only if the numbers rule out the others.
 
-A number with a limit is fine, or trouble, where two standard errors do not carry it across the limit. Otherwise the
+A number counts as fine, or as a problem, if it stays on one side of the limit within two standard errors. Otherwise the
 verdict is "undecided", with what would decide it.
 """
 
@@ -25,18 +25,18 @@ from latentflow.records import Record
 
 Mark = Literal["good", "undecided", "look", "bad"]
 
-WORDS: dict[Mark, str] = {"good": "fine", "undecided": "undecided", "look": "look here", "bad": "trouble"}
-"""Marks as they are said."""
+WORDS: dict[Mark, str] = {"good": "fine", "undecided": "undecided", "look": "warning", "bad": "problem"}
+"""Marks in words."""
 
 _SIGMAS = 2.0
 _MATTERS = 0.05  # share of copies among the samples
 _SURE, _LIKELY = 0.01, 0.05  # chances of a false alarm, all spaces together
 _MORE_IMAGES = "more images (--num) would decide it"
-_GIVE_TRAIN = "give the images that the model was trained on with --train, and others as DATA"
+_GIVE_TRAIN = "give the training images of the model with --train, and held-out ones as DATA"
 
 
 class Verdict(Record):
-    """One finding in plain words, and the rule it follows."""
+    """One finding in words, and its rule."""
 
     mark: Mark
     topic: str
@@ -45,7 +45,7 @@ class Verdict(Record):
 
 
 def verdicts(diagnosis: Diagnosis) -> list[Verdict]:
-    """What the numbers say, each with the rule."""
+    """The verdict on each number of a diagnosis."""
     found = [_loss_verdict(diagnosis.loss)]
     if diagnosis.training_loss is not None:
         found.append(_gap_verdict(diagnosis.loss, diagnosis.training_loss, diagnosis.memorisation))
@@ -60,7 +60,7 @@ def verdicts(diagnosis: Diagnosis) -> list[Verdict]:
 
 
 def _mark(value: float, error: float, good: float, bad: float) -> Mark:
-    """By a value that is better the smaller it is, where `error` does not carry it across a limit; NaN is bad."""
+    """The mark of a value that should be small, if it is the same within two of its errors; NaN is bad."""
     if math.isinf(error):
         return "undecided"
     low, high = (_exact_mark(value + sign * _SIGMAS * error, good, bad) for sign in (-1, 1))
@@ -72,7 +72,7 @@ def _exact_mark(value: float, good: float, bad: float) -> Mark:
 
 
 def _advice(mark: Mark) -> str:
-    return f" Undecided, as two standard errors reach across a limit: {_MORE_IMAGES}." if mark == "undecided" else ""
+    return f" Undecided: a limit lies within two standard errors; {_MORE_IMAGES}." if mark == "undecided" else ""
 
 
 def _loss_verdict(loss: LossByTime) -> Verdict:
@@ -81,10 +81,10 @@ def _loss_verdict(loss: LossByTime) -> Verdict:
     return Verdict(
         mark=mark,
         topic="Loss",
-        text=f"It is {loss.ratio:.2f} ± {loss.ratio_error:.2g} of what a model reaches that knows no more than mean "
-        f"and variance of each channel; at its worst, near t = {loss.times[worst]:.2f}, "
-        f"{loss.loss[worst] / loss.baseline[worst]:.2f}.",
-        rule="Fine up to 0.8, trouble from 1, where mean and variance alone do as well." + _advice(mark),
+        text=f"The loss is {loss.ratio:.2f} ± {loss.ratio_error:.2g} times that of a model that knows only mean and "
+        f"variance of each channel; at its worst, near t = {loss.times[worst]:.2f}, "
+        f"{loss.loss[worst] / loss.baseline[worst]:.2f} times.",
+        rule="Fine up to 0.8, a problem from 1, where mean and variance are enough." + _advice(mark),
     )
 
 
@@ -92,14 +92,14 @@ def _gap_verdict(held_out: LossByTime, training: LossByTime, test: Memorisation)
     gap = sum(held_out.loss) / sum(training.loss) - 1
     error = math.hypot(*held_out.standard_error, *training.standard_error) / sum(training.loss)
     mark = _mark(gap, error, 0.05, 0.25)
-    rule = "Fine up to +5 %, trouble from +25 %: the network then knows the training images far better than others of "
-    rule += "their kind. The two sets must be of one kind, or the difference is theirs." + _advice(mark)
+    rule = "Fine up to +5 %, a problem from +25 %: the network overfits. The two sets must be samples of the same "
+    rule += "distribution, or the difference may be theirs." + _advice(mark)
     if not test.is_test and mark != "bad":
-        mark, rule = "undecided", f"{rule} These sets are not training images and others: {_GIVE_TRAIN}."
+        mark, rule = "undecided", f"{rule} These sets are not training and held-out images: {_GIVE_TRAIN}."
     return Verdict(
         mark=mark,
         topic="Overfitting",
-        text=f"The loss on held-out images differs by {100 * gap:+.1f} ± {100 * error:.1f} % from that on training "
+        text=f"The loss on held-out images differs by {100 * gap:+.1f} ± {100 * error:.1f} % from the loss on training "
         "images.",
         rule=rule,
     )
@@ -112,11 +112,11 @@ def _ways_verdict(ways: list[Ways]) -> Verdict:
     return Verdict(
         mark=mark,
         topic="Straightness",
-        text=f"At guidance {used.guidance:g}, {used.straightness:.3f} ± {used.straightness_error:.2g} of the squared "
-        f"speed on the way from noise to data is not spent on the straight line, and the way turns by "
-        f"{math.degrees(used.total_turning):.0f} degrees in all.{plain}",
-        rule="0 is a straight way, which one Euler step goes exactly. Fine up to 0.3; beyond, see whether more steps "
-        "change the pictures. How many they need is not measured here: latentflow sweep does." + _advice(mark),
+        text=f"At guidance {used.guidance:g}, a share of {used.straightness:.3f} ± {used.straightness_error:.2g} of "
+        f"the path energy is off the straight line from noise to data, and the trajectory turns by "
+        f"{math.degrees(used.total_turning):.0f} degrees in total.{plain}",
+        rule="0 is a straight trajectory, which one Euler step integrates exactly. Fine up to 0.3; beyond, check "
+        "whether more steps change the pictures. `latentflow sweep` measures how many are needed." + _advice(mark),
     )
 
 
@@ -127,12 +127,12 @@ def _latents_verdict(statistics: LatentStatistics) -> Verdict:
     return Verdict(
         mark=mark,
         topic="Latent statistics",
-        text=f"The mean of a channel is off by up to {shift:.2f} of its standard deviation, and the standard deviation "
-        f"by a factor of up to {ratio:.2f}; between two halves of the data it is {by_chance[0]:.2f} and "
+        text=f"The mean of a channel is off by up to {shift:.2f} standard deviations, and the standard deviation by a "
+        f"factor of up to {ratio:.2f}; between two halves of the data it is {by_chance[0]:.2f} and "
         f"{by_chance[1]:.2f}.",
-        rule="Fine within 0.1 and a factor of 1.1, trouble from 0.3 and 1.35, give or take what two halves of the data "
-        "differ by. Guidance moves both on purpose: draw at guidance 1 to see the model alone."
-        + (f" Undecided, as the halves differ by too much: {_MORE_IMAGES}." if mark == "undecided" else ""),
+        rule="Fine within 0.1 and a factor of 1.1, a problem from 0.3 and 1.35, within the difference of two halves of "
+        "the data. Guidance shifts both by design: use guidance 1 to measure the model itself."
+        + (f" Undecided: the halves differ too much; {_MORE_IMAGES}." if mark == "undecided" else ""),
     )
 
 
@@ -149,16 +149,15 @@ def _detail_verdict(statistics: LatentStatistics) -> Verdict:
     by_chance = fine_detail(statistics.frequencies, *statistics.spectrum_halves)
     mark = _mark(_log(ratio), _log(by_chance) / _SIGMAS, math.log(1.25), math.log(2))
     if not statistics.frequencies:
-        return Verdict(mark=mark, topic="Fine detail", text="Latents of one pixel have none.", rule="")
+        return Verdict(mark=mark, topic="Fine detail", text="Latents of one pixel have no frequencies.", rule="")
     kind = "" if mark in ("good", "undecided") else ": too smooth" if ratio < 1 else ": too rough"
     return Verdict(
         mark=mark,
         topic="Fine detail",
-        text=f"Latents of samples have {ratio:.2f} times the power of data in the highest third of the "
+        text=f"Latents of samples have {ratio:.2f} times the power of the data in the highest third of the "
         f"frequencies{kind}; one half of the data has {by_chance:.2f} times that of the other.",
-        rule="Fine between 0.8 and 1.25, trouble below 0.5 and above 2, give or take what two halves of the data "
-        "differ by."
-        + (f" Undecided, as the halves differ by too much: {_MORE_IMAGES}." if mark == "undecided" else ""),
+        rule="Fine between 0.8 and 1.25, a problem below 0.5 and above 2, within the difference of two halves of the "
+        "data." + (f" Undecided: the halves differ too much; {_MORE_IMAGES}." if mark == "undecided" else ""),
     )
 
 
@@ -167,15 +166,15 @@ def _memorisation_verdict(test: Memorisation) -> Verdict:
     mark, space, p_value, low, high = max(found, key=lambda one: _RANKS.index(one[0]))
     num, share = len(space.samples), test.num_training / test.num_all
     text = (
-        f"In {space.space}, {space.copies} of {num} samples stand nearer to one training image than {_all_but(space)} "
-        f"of {len(space.held_out)} held-out images do; chance alone gives as many with probability {p_value:.2g}, and "
-        f"the share of such samples lies between {100 * low:.1f} and {100 * high:.1f} %. A sample is nearer "
-        f"to the training images than a held-out image is with chance {space.nearer:.2f}, where 0.5 is alike."
+        f"In {space.space}, {space.copies} of {num} samples are nearer to one training image than {_all_but(space)} of "
+        f"{len(space.held_out)} held-out images; by chance that many occur with probability {p_value:.2g}, and the "
+        f"share of such samples lies between {100 * low:.1f} and {100 * high:.1f} %. A sample is nearer to the "
+        f"training images than a held-out image with probability {space.nearer:.2f}, where 0.5 means no difference."
     )
     rule = (
-        f"Trouble where chance alone gives so many in fewer than {100 * _SURE:g} of 100 such tests, and the share is "
-        f"surely above {100 * _MATTERS:g} %; fine where it is surely below. Counted are samples that are near to one "
-        "training image and not to ten of them: plain samples, as strong guidance makes them, are nearer to all."
+        f"A problem if chance gives so many in fewer than {100 * _SURE:g} of 100 such tests and the share is certainly "
+        f"above {100 * _MATTERS:g} %; fine if it is certainly below. A sample counts if it is near to one training "
+        "image but not to ten: smooth samples, as strong guidance makes them, are nearer to all."
     )
     highest = max(bounds[4] for bounds in found) / share
     if mark == "undecided" and highest <= _MATTERS and test.covers:
@@ -183,13 +182,13 @@ def _memorisation_verdict(test: Memorisation) -> Verdict:
     elif mark == "undecided":
         rule += f" Undecided: {_what_would_decide(test, highest, num)}."
     twins = (
-        f" {test.num_twins} images of DATA are training images themselves, and were left out." if test.num_twins else ""
+        f" {test.num_twins} images of DATA are training images themselves and were left out." if test.num_twins else ""
     )
     return Verdict(mark=mark, topic="Memorisation", text=text + twins, rule=rule)
 
 
 def _copies(space: Nearness, num_spaces: int) -> tuple[Mark, Nearness, float, float, float]:
-    """The verdict of one space by itself, "undecided" where it does not alarm; chance, and bounds of the share."""
+    """The verdict of one space, "undecided" if it raises no alarm; the probability by chance; bounds of the share."""
     count, num = space.copies, len(space.samples)
     p_value = chance_of_before(count, num, space.rank, len(space.held_out))
     low, high = share_bounds(count, num)
@@ -208,15 +207,15 @@ def _all_but(space: Nearness) -> str:
 
 def _what_would_decide(test: Memorisation, highest: float, num: int) -> str:
     if not test.covers:
-        return f"it is not known that any of these images was trained on; {_GIVE_TRAIN}"
+        return f"it is not known whether the model was trained on any of these images; {_GIVE_TRAIN}"
     if test.num_training < test.num_all and highest * test.num_training / test.num_all <= _MATTERS:
         return (
-            f"only {test.num_training:,} of {test.num_all:,} training images were looked among; with --num-train "
-            f"{test.num_all} no copy is overlooked"
+            f"only {test.num_training:,} of {test.num_all:,} training images were searched; --num-train {test.num_all} "
+            "searches all"
         )
     least = math.ceil(math.log(1 - 0.95) / math.log(1 - _MATTERS))
-    room = f"{num} samples leave room for {100 * min(highest, 1):.0f} % of copies"
-    return f"{room}; --num {max(4 * num, 4 * least)} would tell"
+    room = f"with {num} samples up to {100 * min(highest, 1):.0f} % may be copies"
+    return f"{room}; --num {max(4 * num, 4 * least)} would decide it"
 
 
 def _floor_verdict(floor: Floor) -> Verdict:
@@ -225,10 +224,10 @@ def _floor_verdict(floor: Floor) -> Verdict:
     fine, bad = max(2 * lost, floor.real), 10 * max(lost, floor.real)
     mark = _mark(made, error, fine, bad)
     words = {
-        "good": "the generator is no further from the data than the autoencoder, or chance, explains",
-        "undecided": "two standard errors reach across a limit",
-        "look": "the generator, and not the autoencoder, is what holds the pictures back",
-        "bad": "the generator is far from the data, and the autoencoder has little to do with it",
+        "good": "autoencoder or chance explain the distance of the generator",
+        "undecided": "a limit lies within two standard errors",
+        "look": "the generator limits the quality, not the autoencoder",
+        "bad": "the generator is far from the data, and the autoencoder contributes little to that",
     }[mark]
     return Verdict(
         mark=mark,
@@ -236,8 +235,8 @@ def _floor_verdict(floor: Floor) -> Verdict:
         text=f"The Fréchet distance of random features is {floor.samples:.3g} ± {floor.standard_errors[2]:.2g} for "
         f"samples, {floor.reconstructed:.3g} ± {floor.standard_errors[1]:.2g} for reconstructions and "
         f"{floor.real:.3g} ± {floor.standard_errors[0]:.2g} for other real images: {words}.",
-        rule="Fine while samples exceed other real images by no more than these measure, or than twice what "
-        "reconstructions exceed them by; trouble beyond ten times the larger. Random features see colours and "
+        rule="Fine if the excess of samples over other real images is at most the distance of these, or twice the "
+        "excess of reconstructions; a problem beyond ten times the larger. Random features capture colours and "
         "textures, not objects." + (f" Undecided: {_MORE_IMAGES}." if mark == "undecided" else ""),
     )
 

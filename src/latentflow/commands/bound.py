@@ -1,104 +1,40 @@
-"""`latentflow bound`: the terms of the Wasserstein-2 bound of arXiv 2307.08698, measured on images.
-
-What is measured, and where the formula comes from, stands in `analysis/bound.py`. Three choices are made here.
-
-    told       every image its own label, where the model has labels and the images have them; all that the model can
-               do without is left out. Guidance is off. With labels the bound is one for pairs of image and label.
-    data       latents are drawn as in training: once from the posterior of each image, where the encoder has one.
-    velocity   of the path, v, is that of the images' own latents (of one label): `empirical_velocity`. As images are a
-               sample of something larger, v says more than can be learnt from a sample: the error against it lies, in
-               the mean, between the true error and the loss, and falls with the number of images.
-"""
+"""`latentflow bound`: the paper's bound on how far a model's images can be from the data, term by term."""
 
 from __future__ import annotations
 
-import math
-import time as clock
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+import time
+from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from latentflow.analysis.bound import (
-    Estimate,
-    Reconstruction,
-    WassersteinBound,
-    empirical_velocity,
-    velocity_error,
-)
-from latentflow.analysis.lipschitz import TimeCurve, VelocityGrowth, largest_singular_value, lipschitz_along_paths
 from latentflow.artifacts import make_folder, require_apart, require_writable, write_json, write_text
-from latentflow.errors import ConfigError, NonFiniteError
-from latentflow.evaluation.encoded_images import (
-    ReferenceLatents,
-    Velocity,
-    encode_reference,
-    open_reference,
-    told_velocity,
-)
-from latentflow.flow.solvers import integrate
-from latentflow.flow.times import sampling_times
+from latentflow.evaluation.encoded_images import encode_reference, open_images_for
+from latentflow.evaluation.measured_bound import MeasuredBound, measure_bound
+from latentflow.evaluation.request import BoundRequest
 from latentflow.locks import writes
 from latentflow.model.flow_model import FlowModel
-from latentflow.pages.bound import MeasuredBound, bound_charts, bound_page, bound_record
+from latentflow.pages.bound import bound_charts, bound_page, bound_record
 from latentflow.pages.charts import chart_file
-from latentflow.progress import image_progress
-from latentflow.randomness import ImageRandom, derive_seed
 from latentflow.runtime import Runtime
 
-_OWN_STEPS = 20  # of Heun's method on the model's own trajectories
-_DATA_STEPS = 100  # of Euler's method on those of the data, whose last step ends on an image's latents
 
-
-@writes("out")
-def bound(
-    model: str | Path,
-    data: str | Path,
-    out: str | Path | None = None,
-    *,
-    num: int = 256,
-    num_data: int = 4096,
-    points: int = 64,
-    bins: int = 10,
-    batch_size: int = 8,
-    seed: int = 0,
-    runtime: Runtime | None = None,
-) -> MeasuredBound:
+@writes(lambda given: given["request"].out)
+def bound(request: BoundRequest, runtime: Runtime | None = None) -> MeasuredBound:
     """Measure every term of the bound, and write page.html, bound.json and the charts into `out`, if it is given.
-
-    Args:
-        num: images that are reconstructed, and draws of image, time and noise in each bin of time.
-        num_data: images whose latents stand for the data in `empirical_velocity`; fewer where there are no more.
-        points: states at which derivatives are taken: so many on paths, on the model's own trajectories, and for the
-            decoder half of each.
-        bins: equal bins of time.
-        batch_size: images computed together; derivatives take many times the memory of drawing.
 
     Raises:
         ArtifactError, ConfigError, DataError: the model or the images cannot be used, or do not fit each other.
         NonFiniteError: the model's numbers are not finite.
     """
-    began = clock.perf_counter()
-    if num < 2:
-        raise ConfigError(f"number of images {num}: at least 2 are needed, for a standard error")
-    if bins < 1 or points < bins:
-        raise ConfigError(f"{points} points for {bins} bins of time: at least 1 bin, and a point in each, is needed")
+    began = time.perf_counter()
+    out = request.out
     folder = None if out is None else require_writable(out)
-    flow = FlowModel.from_pretrained(model, precision="fp32", runtime=runtime)
+    flow = FlowModel.from_pretrained(request.model, precision="fp32", runtime=runtime)
     if out is not None:
-        require_apart(out, data)
-    source = open_reference(flow, data)
-    reference, reconstruction = encode_reference(
-        flow, source, max(num, num_data), least=num, batch_size=batch_size, seed=seed, num_decoded=num
-    )
-    measured = measure(
-        flow, reference, reconstruction, num=num, points=points, bins=bins, batch_size=batch_size, seed=seed
-    )
-    measured = replace(measured, model=str(model), seconds=clock.perf_counter() - began)
+        require_apart(out, request.data)
+    num = max(request.num, request.num_data)
+    how = {"least": request.num, "batch_size": request.batch_size, "seed": request.seed, "num_decoded": request.num}
+    reference, reconstruction = encode_reference(flow, open_images_for(flow, request.data), num, **how)
+    measured = measure_bound(flow, reference, reconstruction, request)
+    measured = replace(measured, seconds=time.perf_counter() - began)
     if folder is not None:
         make_folder(folder)
         write_json(folder / "bound.json", bound_record(measured))
@@ -106,219 +42,3 @@ def bound(
             write_text(folder / f"{name}.svg", chart_file(chart))
         write_text(folder / "page.html", bound_page(measured))
     return measured
-
-
-def measure(
-    flow: FlowModel,
-    reference: ReferenceLatents,
-    reconstruction: Reconstruction,
-    *,
-    num: int,
-    points: int,
-    bins: int,
-    batch_size: int,
-    seed: int = 0,
-) -> MeasuredBound:
-    """The bound of a model on encoded images; the arguments are those of `bound`."""
-    with image_progress("velocity error", num * bins) as on_images:
-        loss, error = _velocity_errors(flow, reference, num, bins, batch_size, seed, on_images)
-    own, coupling = _own_trajectories(flow, reference, points, batch_size, seed)
-    with image_progress("derivatives", 3 * points) as on_images:
-        drawn = reference.rows(_draw(len(reference.indices), points, seed, "points"))
-        noise = ImageRandom.at(seed, "noise of points", range(points)).normal(*drawn.latents.shape[1:])
-        times = _spread_times(points, seed)
-        states = flow.config.path.interpolate(drawn.latents.double(), noise.double(), times).float()
-        growth = _growth(flow, states, times, drawn.labels, bins, batch_size, seed, on_images)
-        growth = growth + _growth(flow, own.states, own.times, own.labels, bins, batch_size, seed, on_images)
-        halves = torch.cat([drawn.latents[: points - points // 2], own.ends[: points // 2]])
-        decoder = _decoder_constants(flow, halves, batch_size, seed, on_images)
-    made = WassersteinBound(
-        flow.config.path, reference.latents[0].numel(), reconstruction, decoder, growth, loss, error
-    )
-    return MeasuredBound(
-        bound=made,
-        coupling=coupling,
-        data=reference.source.description,
-        told=reference.told,
-        num=num,
-        num_data=len(reference.indices),
-        points=points,
-        is_training_data=reference.source.fingerprint() == flow.config.training.data_fingerprint,
-    )
-
-
-def data_velocity(flow: FlowModel, reference: ReferenceLatents, labels: Tensor | None) -> Velocity:
-    """The velocity of the path if the data are the latents of `reference`, of one label where `labels` [B] are told."""
-    path = flow.config.path
-    if labels is None:
-        return partial(empirical_velocity, path, reference.latents)
-
-    def velocity(x: Tensor, time: Tensor) -> Tensor:
-        found = torch.empty_like(x)
-        for label in labels.unique():
-            rows = labels == label
-            found[rows] = empirical_velocity(path, reference.latents[reference.labels == label], x[rows], time[rows])
-        return found
-
-    return velocity
-
-
-def differentiable_decoder(flow: FlowModel) -> Callable[[Tensor], Tensor]:
-    """The decoder as a function of latents [B, C, h, w] that can be differentiated: `FlowModel.decode` but the clamp.
-
-    The model's images are clamped to [-1, 1]. That is the projection on a convex set (a cube), and projections on
-    convex sets bring no two points further apart: so the constant of this function is one of the clamped decoder, too,
-    and does not vanish where a pixel is white.
-    """
-
-    def decode(latents: Tensor) -> Tensor:
-        return flow.autoencoder.model.decode(flow.config.normalisation.restore(latents), return_dict=False)[0].float()
-
-    return decode
-
-
-def _velocity_errors(
-    flow: FlowModel,
-    reference: ReferenceLatents,
-    num: int,
-    bins: int,
-    batch_size: int,
-    seed: int,
-    on_images: Callable[[int], None],
-) -> tuple[TimeCurve, TimeCurve]:
-    """The loss and the error against the velocity of the data, each of `num` draws in every bin.
-
-    The network computes in float32; everything around it, the velocity of the data above all, in float64.
-    """
-    path, shape = flow.config.path, reference.latents.shape[1:]
-    curves: list[tuple[TimeCurve, TimeCurve]] = []
-    for number in range(bins):
-        rows = _draw(len(reference.indices), num, seed, f"bin {number}")
-        times = (number + _spread_times(num, seed, f"bin {number}")) / bins
-        for start in range(0, num, batch_size):
-            part = reference.rows(rows[start : start + batch_size])
-            data, count, t = part.latents.double(), len(part.indices), times[start : start + batch_size]
-            positions = range(number * num + start, number * num + start + count)
-            noise = ImageRandom.at(seed, "noise of draws", positions).normal(*shape).double()
-            with torch.no_grad():  # once for both measurements
-                found = told_velocity(flow, part.labels, count)(path.interpolate(data, noise, t), t)
-            options = {"path": path, "data": data, "noise": noise, "time": t, "bins": bins}
-            velocity = _constant(found)
-            marginal = data_velocity(flow, reference, part.labels)
-            curves.append((velocity_error(velocity, **options), velocity_error(velocity, **options, marginal=marginal)))
-            on_images(count)
-    loss, error = curves[0]
-    for more_loss, more_error in curves[1:]:
-        loss, error = loss + more_loss, error + more_error
-    return loss, error
-
-
-def _constant(value: Tensor) -> Velocity:
-    return lambda x, time: value
-
-
-@dataclass(frozen=True)
-class _Own:
-    """States [B, ...] on the model's own trajectories at their `times` [B], told `labels` [B], and their `ends`."""
-
-    states: Tensor
-    times: Tensor
-    labels: Tensor | None
-    ends: Tensor
-
-
-@torch.no_grad()
-def _own_trajectories(
-    flow: FlowModel, reference: ReferenceLatents, points: int, batch_size: int, seed: int
-) -> tuple[_Own, Estimate]:
-    """One state of each of `points` trajectories, at times spread over [0, 1], and how far the flow ends from that of
-    the data when both start from the same noise."""
-    labels = None if reference.labels is None else reference.labels[_draw(len(reference.indices), points, seed, "own")]
-    noise = ImageRandom.at(seed, "noise of own", range(points)).normal(*reference.latents.shape[1:])
-    grid = sampling_times(_OWN_STEPS)
-    wanted = torch.linspace(0, _OWN_STEPS, points, dtype=torch.float64).round().long()
-    states, ends, squares = noise.clone(), [], []
-    with image_progress("own trajectories", points) as on_images:
-        for start in range(0, points, batch_size):
-            rows = slice(start, start + batch_size)
-            told = None if labels is None else labels[rows]
-            here, steps = states[rows], wanted[rows]
-
-            def keep(step: int, time: float, x: Tensor, here: Tensor = here, steps: Tensor = steps) -> None:
-                here[steps == step] = x[steps == step]
-
-            velocity = told_velocity(flow, told, len(here))
-            end = integrate(velocity, noise[rows], grid, solver="heun", callback=keep).x
-            exact = data_velocity(flow, reference, told)
-            end_of_data = integrate(exact, noise[rows].double(), sampling_times(_DATA_STEPS), solver="euler").x
-            ends.append(end)
-            squares.append((end.double() - end_of_data).square().flatten(1).sum(1))
-            on_images(len(here))
-    if not torch.cat(ends).isfinite().all():
-        raise NonFiniteError("the model's own trajectories do not stay finite")
-    square = torch.cat(squares)
-    distance = math.sqrt(float(square.mean()))
-    deviation = float(square.std()) / math.sqrt(points) / (2 * distance) if distance else 0.0
-    coupling = Estimate("distance of the flows from the same noise", distance, deviation, points, "none")
-    return _Own(states, grid[wanted], labels, torch.cat(ends)), coupling
-
-
-def _growth(
-    flow: FlowModel,
-    states: Tensor,
-    times: Tensor,
-    labels: Tensor | None,
-    bins: int,
-    batch_size: int,
-    seed: int,
-    on_images: Callable[[int], None],
-) -> VelocityGrowth:
-    """The Lipschitz constants of the velocity at some states."""
-    found = None
-    for start in range(0, len(states), batch_size):
-        rows = slice(start, start + batch_size)
-        x = states[rows].to(flow.device)
-        velocity = told_velocity(flow, None if labels is None else labels[rows], len(x))
-        with _derivatives_of("network"):
-            part = lipschitz_along_paths(velocity, x, times[rows].to(flow.device, torch.float32), bins=bins, seed=seed)
-        found = part if found is None else found + part
-        on_images(len(x))
-    return found
-
-
-def _decoder_constants(
-    flow: FlowModel, latents: Tensor, batch_size: int, seed: int, on_images: Callable[[int], None]
-) -> Tensor:
-    """The largest singular value of the decoder's derivative at each of the latents, [B]."""
-    decode, found = differentiable_decoder(flow), []
-    for part in latents.split(batch_size):
-        with _derivatives_of("decoder"):
-            found.append(largest_singular_value(decode, part.to(flow.device), seed=seed).value)
-        on_images(len(part))
-    return torch.cat(found)
-
-
-@contextmanager
-def _derivatives_of(what: str) -> Iterator[None]:
-    """Say in one line that something cannot be differentiated."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError) as error:  # what torch says where a derivative is not implemented
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"the {what} of this model cannot be differentiated twice: {reason}") from error
-
-
-def _draw(total: int, count: int, seed: int, purpose: str) -> Tensor:
-    """`count` of `total` images at random, none twice unless there are too few."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "bound", purpose))
-    orders = [torch.randperm(total, generator=generator) for _ in range(-(-count // total))]
-    return torch.cat(orders)[:count]
-
-
-def _spread_times(count: int, seed: int, purpose: str = "points") -> Tensor:
-    """One time in each of `count` equal parts of [0, 1], in a random order: [count] float64, above 0."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "times", purpose))
-    within = torch.rand(count, generator=generator, dtype=torch.float64).clamp(min=1e-3)
-    return (torch.randperm(count, generator=generator) + within) / count

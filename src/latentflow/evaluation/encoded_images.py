@@ -1,4 +1,4 @@
-"""Images as commands that measure a model take them: in a random order, encoded as in training, told labels alone."""
+"""Images to measure a model on: in a random order, encoded as in training, conditioned on labels only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from latentflow.shapes import Condition
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """A function of x [B, ...] and t [B]."""
 
-_READ_AT_ONCE = 32  # images of a batch whose reconstructions are not wanted
+_READ_AT_ONCE = 32  # images of a batch that are not decoded
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ReferenceLatents:
         source: where they come from.
         indices: which images of it.
         latents: [N, C, h, w] float32, normalised.
-        labels: [N] int64, what the model is told of each; None where it is told nothing.
+        labels: [N] int64, the condition of each; None: unconditional.
     """
 
     source: ImageSource
@@ -54,15 +54,15 @@ class ReferenceLatents:
 
     @property
     def told(self) -> str:
-        """In words, what the model is told."""
+        """The condition in words."""
         return "nothing" if self.labels is None else "the label of each image"
 
 
-def open_reference(flow: FlowModel, data: str | Path) -> ImageSource:
-    """Images that the model can be measured on, conditioned on nothing but their labels.
+def open_images_for(flow: FlowModel, data: str | Path) -> ImageSource:
+    """Images that a model can be measured on, conditioned on their labels only.
 
     Raises:
-        ConfigError: they are a latent cache or have other classes, or the model cannot do without a condition.
+        ConfigError: they are a latent cache or have other classes, or the model requires another condition.
         DataError: there are no images.
     """
     if is_cache(data):
@@ -99,13 +99,13 @@ def encode_reference(
     num_decoded: int = 0,
     visit: Callable[[Tensor, Tensor], None] = lambda pixels, latents: None,
 ) -> tuple[ReferenceLatents, Reconstruction | None]:
-    """Encode the first `num` images of a random order, broken ones left out, and compare some with what is decoded.
+    """Encode the first `num` images of a random order, without broken ones, and decode some of them again.
 
     Args:
-        num: how many; fewer where there are no more.
+        num: how many; fewer if there are no more.
         least: fewer than these are refused.
-        num_decoded: of how many reconstructions are compared.
-        visit: shown each batch: pixels [B, 3, S, S] uint8 on the CPU, and latents [B, C, h, w] on the device.
+        num_decoded: how many reconstructions are compared with their images.
+        visit: called with each batch: pixels [B, 3, S, S] uint8 on the CPU, and latents [B, C, h, w] on the device.
 
     Raises:
         DataError: too few images can be read.
@@ -139,14 +139,14 @@ def encode_reference(
             on_images(len(found))
     if len(indices) < least:
         raise DataError(
-            f"{source.description}: {len(indices)} images can be read, and {least} are asked for; "
+            f"{source.description}: {len(indices)} images can be read, and {least} are needed; "
             f"give more images, or --num {max(len(indices), 2)}"
         )
-    told = torch.tensor(labels) if labelled else None
+    label_of_each = torch.tensor(labels) if labelled else None
     whole = reconstructions[0] if reconstructions else None
     for part in reconstructions[1:]:
         whole = whole + part
-    return ReferenceLatents(source, indices, torch.cat(latents), told), whole
+    return ReferenceLatents(source, indices, torch.cat(latents), label_of_each), whole
 
 
 def _readable(source: ImageSource, order: Iterator[int]) -> Iterator[tuple[int, ImageItem]]:
@@ -156,8 +156,8 @@ def _readable(source: ImageSource, order: Iterator[int]) -> Iterator[tuple[int, 
             yield index, source[index]
 
 
-def told_velocity(flow: FlowModel, labels: Tensor | None, count: int) -> Velocity:
-    """The model's velocity of `count` images told `labels` and nothing else, in the dtype and on the device of x."""
+def velocity_given(flow: FlowModel, labels: Tensor | None, count: int) -> Velocity:
+    """The model's velocity of `count` images conditioned on `labels` only, in the dtype and on the device of x."""
     shape = (count, *flow.config.latent_shape)
     condition = flow.config.conditioning.build(shape, flow.device, Condition(labels=labels))
 

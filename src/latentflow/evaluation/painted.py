@@ -1,4 +1,4 @@
-"""The parts of `latentflow evaluate` where each drawn image belongs to a real one: holes, and semantic maps.
+"""Images that a model paints over real ones: filled holes, and painted semantic maps.
 
 Legend: B and N images, S side of the model's images, K classes of the semantic map.
 """
@@ -9,8 +9,7 @@ import hashlib
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,21 +18,20 @@ from torch import Tensor
 
 from latentflow.artifacts import sha256_file
 from latentflow.autoencoder import to_unit_range
-from latentflow.data.items import ImageItem, ImageSource
+from latentflow.data.items import ImageSource
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares, told_mask
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import check_masks, draw_mask, mask_files
 from latentflow.errors import ConfigError, DataError, nearest
 from latentflow.evaluation.drawn_set import drawn_columns, model_plan
-from latentflow.evaluation.read_images import read_batches, stack_pixels
-from latentflow.evaluation.real_images import image_features
-from latentflow.evaluation.shards import OnImages, compute_in_shards
+from latentflow.evaluation.read_images import read_batches, readable, stack_pixels
+from latentflow.evaluation.request import EvaluationRequest
+from latentflow.evaluation.shards import Columns, Work, compute_in_shards
 from latentflow.metrics.evaluation_report import Score
 from latentflow.metrics.features.extractors import FeatureExtractor
-from latentflow.metrics.pairs import PairJudge, confusion, iou, pair_order
+from latentflow.metrics.pairs import PairJudge, confusion, iou
 from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
-from latentflow.runtime import Runtime
 from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.frame import Frame
 from latentflow.sampling.pipeline import Given
@@ -49,18 +47,18 @@ Segmenter = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Painting:
-    """What is painted over real images, checked before anything is computed.
+    """How images are painted over real ones, checked before anything is computed.
 
     Attributes:
-        request: of the first image; image i has the next seeds.
-        own_labels: whether each image is told the class of its real one.
+        drawing: of the first image; image i has its seed plus i.
+        own_labels: whether the label of each image is that of its real one; otherwise it is unconditional.
         rules: which holes are drawn; None: the task is to paint semantic maps.
-        segmenter: what finds maps in pictures; None: mean IoU is not wanted.
-        judge: what is measured of the pairs.
+        segmenter: segments pictures into maps; None: mean IoU is not wanted.
+        judge: measures the pairs.
         inputs: holes or segmenter, for the report.
     """
 
-    request: Drawing
+    drawing: Drawing
     own_labels: bool
     rules: MaskRules | None = None
     segmenter: Segmenter | None = None
@@ -68,32 +66,14 @@ class Painting:
     inputs: dict[str, str] = field(default_factory=dict)
 
 
-def plan_painting(
-    model: FlowModel,
-    source: ImageSource,
-    task: str,
-    *,
-    labels: str,
-    masks: str | None,
-    segmenter: str | None,
-    judge: PairJudge,
-    seed: int,
-    preset: dict[str, Any],
-) -> Painting:
-    """Everything that `painted` needs.
-
-    Args:
-        labels: "none", or "data": each image is told the class of its real one.
-        masks: a policy or a folder; None: the holes that the model learned to fill.
-        segmenter: "package.module:function".
+def plan_painting(model: FlowModel, source: ImageSource, request: EvaluationRequest, judge: PairJudge) -> Painting:
+    """Check that a model can paint over the images of a source, and how.
 
     Raises:
-        ConfigError, DataError: what is asked for does not exist, or does not fit model and images.
+        ConfigError, DataError: something in the request does not exist, or does not fit model and images.
     """
-    conditioning = model.config.conditioning
-    if labels not in ("none", "data"):
-        raise ConfigError(f"labels {labels!r}: in this task an image is told the class of its real one: data, or none")
-    own_labels = labels == "data" and conditioning.num_classes > 0
+    conditioning, task = model.config.conditioning, request.task
+    own_labels = request.labels == "data" and conditioning.num_classes > 0
     if own_labels:
         require_same_classes(model, source)
     replacing = task == "inpaint" and not conditioning.inpainting
@@ -106,19 +86,19 @@ def plan_painting(
                 f"the images have the map classes {found}; the model knows {conditioning.map_class_names}"
             )
         told.append("semantic_map")
-    classes = [0] if own_labels else []
-    request = make_drawing(model, SampleRequest(num=1, seed=seed, classes=classes, **preset), task=task, told=told)
+    first = SampleRequest(num=1, seed=request.seed, classes=[0] if own_labels else [], **request.preset())
+    drawing = make_drawing(model, first, task=task, told=told)
     if task == "mask-to-image":
-        found = _segmenter(segmenter) if segmenter else None
-        return Painting(request, own_labels, segmenter=found, inputs={"segmenter": segmenter} if segmenter else {})
-    rules = _rules(model, masks)
+        name = request.segmenter
+        inputs = {"segmenter": name} if name else {}
+        return Painting(drawing, own_labels, segmenter=_segmenter(name) if name else None, inputs=inputs)
+    rules = _rules(model, request.masks)
     check_masks(rules, model.config.image_size, model.config.image_size)
-    inputs = {"holes": _described(rules)}
-    return Painting(request, own_labels, rules=rules, judge=judge, inputs=inputs)
+    return Painting(drawing, own_labels, rules=rules, judge=judge, inputs={"holes": _described(rules)})
 
 
 def require_same_classes(model: FlowModel, source: ImageSource) -> None:
-    """Refuse labels that would mean something else.
+    """Refuse labels that would mean other classes.
 
     Raises:
         ConfigError: the images have other classes than the model.
@@ -134,110 +114,66 @@ def painted(
     source: ImageSource,
     rows: Sequence[int],
     extractor: FeatureExtractor,
-    *,
-    batch_size: int,
-    folder: Path | None,
-    runtime: Runtime,
-    on_images: OnImages,
-) -> dict[str, Tensor]:
-    """Paint over real images: features, evaluations, seconds, labels, and what the pairs are worth.
-
-    Hole and noise of image i come from i alone.
+    work: Work,
+) -> Columns:
+    """Paint over real images, and compare each with its real one. Hole and noise of image i depend on i only.
 
     Returns:
-        The columns of `drawn_columns`; for holes psnr, ssim, psnr-hole and ssim-hole [N]; for maps with a segmenter
-        the counts of `confusion`, [any, K, K], of what is painted and of the real images.
+        The columns of `drawn_columns`, and labels [N]; for holes psnr, ssim, psnr-hole and ssim-hole [N]; for maps with
+        a segmenter the counts of `confusion`, [any, K, K], of the painted and of the real images.
     """
 
-    def compute(places: range) -> dict[str, Tensor]:
+    def compute(places: range) -> Columns:
         read = read_batches(source, [rows[place] for place in places], len(places))
-        items = [_item(found) for batch in read for _, found in batch]
-        seed = painting.request.seeds[0]
+        items = [readable(found) for batch in read for _, found in batch]
+        seed = painting.drawing.seeds[0]
         labels = [item.label for item in items] if painting.own_labels else []
-        request = painting.request.model_copy(update={"seeds": [seed + place for place in places], "labels": labels})
+        drawing = painting.drawing.model_copy(update={"seeds": [seed + place for place in places], "labels": labels})
         real = stack_pixels([item.pixels for item in items])
         maps = [item.semantic_map for item in items]
-        holes = []
-        if painting.rules is not None:
-            size = model.config.image_size
-            seeds = [derive_seed("evaluate", "hole", int(rows[place])) for place in places]
-            holes = [draw_mask(painting.rules, size, size, one) for one in seeds]
+        holes = _holes(painting, model.config.image_size, [int(rows[place]) for place in places])
 
-        def finish(samples: Samples, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        def finish(samples: Samples, part: slice) -> tuple[Tensor, Columns]:
             if painting.rules is None:
                 return samples.pixels, _confusions(painting.segmenter, samples.pixels, real[part], maps[part], model)
             filled = _pasted(samples.pixels, real[part], holes[part])
             return filled, hole_values(filled, real[part], holes[part], judge=painting.judge)
 
         given = _given(model, painting, real, holes, maps)
-        how = {"batch_size": batch_size, "on_images": on_images, "finish": finish}
-        columns = drawn_columns(model, request, given, extractor, **how)
+        columns = drawn_columns(model, drawing, given, extractor, work, finish)
         return columns | {"labels": torch.tensor(labels or [-1] * len(items))}
 
     plan = {
-        **model_plan(model, painting.request),
+        **model_plan(model, painting.drawing),
         "data": source.fingerprint(),
         "features": extractor.hash,
         "own_labels": painting.own_labels,
         "pairs": painting.judge.key,
         **painting.inputs,
     }
-    return compute_in_shards(len(rows), compute, plan=plan, folder=folder, runtime=runtime, on_images=on_images)
+    return compute_in_shards(len(rows), compute, plan=plan, work=work)
 
 
-def paired_images(
-    samples: ImageSource,
-    sample_rows: Sequence[int],
-    source: ImageSource,
-    rows: Sequence[int],
-    extractor: FeatureExtractor,
-    *,
-    judge: PairJudge,
-    **options: Any,
-) -> dict[str, Tensor]:
-    """The same of images that were painted elsewhere: pairs are made by name, whatever the suffix.
-
-    The options are `image_features`'.
-
-    Raises:
-        DataError: a name is missing on one side.
-    """
-    stems, others = (
-        [str(PurePosixPath(images.name(row)).with_suffix("")) for row in chosen]
-        for images, chosen in ((source, rows), (samples, sample_rows))
-    )
-    order = [sample_rows[place] for place in pair_order(stems, others)]
-    partner = dict(zip(order, rows, strict=True))
-
-    def change(pixels: Tensor, painted: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        (pairs,) = read_batches(source, [partner[row] for row in painted], len(painted))
-        return pixels, judge(pixels, stack_pixels([_item(found).pixels for _, found in pairs]))
-
-    plan = {
-        "samples": samples.fingerprint(),
-        "data": source.fingerprint(),
-        "features": extractor.hash,
-        "pairs": judge.key,
-    }
-    columns = image_features(samples, order, extractor, plan=plan, change=change, for_all=("rows",), **options)
-    if len(columns["rows"]) < len(order):
-        raise DataError(f"{len(order) - len(columns['rows'])} of the painted images cannot be read; paint them anew")
-    return columns
+def _holes(painting: Painting, size: int, rows: Sequence[int]) -> list[np.ndarray]:
+    """The hole of each image, [S, S]; none if the task has none."""
+    if painting.rules is None:
+        return []
+    return [draw_mask(painting.rules, size, size, derive_seed("evaluate", "hole", row)) for row in rows]
 
 
-def map_scores(columns: dict[str, Tensor]) -> dict[str, Score]:
-    """Mean IoU of painted maps, and what the segmenter reaches on the real images."""
+def map_scores(columns: Columns) -> dict[str, Score]:
+    """Mean IoU of painted maps, and the mean IoU of the real images themselves as its limit."""
     reached, limit = iou(columns["confusion"].sum(0)), iou(columns["real_confusion"].sum(0))
     return {"miou": Score(label="mean IoU of maps", value=reached.mean, limit=limit.mean)}
 
 
-def hole_values(filled: Tensor, real: Tensor, holes: Sequence[np.ndarray], *, judge: PairJudge) -> dict[str, Tensor]:
-    """What `judge` says of the whole, and PSNR and SSIM in the hole: [B] each.
+def hole_values(filled: Tensor, real: Tensor, holes: Sequence[np.ndarray], *, judge: PairJudge) -> Columns:
+    """The values of `judge` for the whole image, and PSNR and SSIM in the hole: [B] each.
 
     Images are uint8 [B, 3, S, S], holes [S, S].
 
-    Outside the hole images are equal to the bit, so a window that does not touch it has an SSIM of 1: the mean over
-    the windows that do follows from the mean over all.
+    Outside the hole images are bit-identical, so a window that does not touch it has an SSIM of 1: the mean over the
+    windows that do follows from the mean over all.
     """
     inside = torch.from_numpy(np.stack(holes))[:, None] > 0
     values = judge(filled, real)
@@ -250,12 +186,6 @@ def hole_values(filled: Tensor, real: Tensor, holes: Sequence[np.ndarray], *, ju
     return values
 
 
-def _item(found: ImageItem | DataError) -> ImageItem:
-    if isinstance(found, DataError):  # it could be read a moment ago
-        raise found
-    return found
-
-
 def _given(
     model: FlowModel,
     painting: Painting,
@@ -263,8 +193,8 @@ def _given(
     holes: Sequence[np.ndarray],
     maps: Sequence[np.ndarray | None],
 ) -> Given:
-    """What the images of a shard are drawn from."""
-    told, factor = painting.request.told, model.config.autoencoder.factor
+    """The conditions of the images of a shard."""
+    told, factor = painting.drawing.told, model.config.autoencoder.factor
     given: dict[str, Tensor] = {}
     if "semantic_map" in told:
         num_classes = model.config.conditioning.num_map_classes
@@ -293,7 +223,7 @@ def _pasted(drawn: Tensor, real: Tensor, holes: Sequence[np.ndarray]) -> Tensor:
 
 def _confusions(
     segmenter: Segmenter | None, pixels: Tensor, real: Tensor, maps: Sequence[np.ndarray], model: FlowModel
-) -> dict[str, Tensor]:
+) -> Columns:
     if segmenter is None:
         return {}
     true, num_classes = torch.from_numpy(np.stack(maps)), model.config.conditioning.num_map_classes
@@ -316,12 +246,12 @@ def _rules(model: FlowModel, masks: str | None) -> MaskRules:
     if masks in POLICIES:
         return MaskRules(policy=masks, told_as=learned.told_as)
     if not Path(masks).is_dir():
-        raise ConfigError(f"masks {masks!r} are neither a folder nor a policy: {nearest(masks, POLICIES)}")
+        raise ConfigError(f"masks {masks!r} is neither a folder nor a policy: {nearest(masks, POLICIES)}")
     return MaskRules(folder=masks, told_as=learned.told_as)
 
 
 def _described(rules: MaskRules) -> str:
-    """Which holes: equal texts mean equal holes."""
+    """The holes in words: equal texts mean equal holes."""
     if rules.folder:
         digest = hashlib.sha256("".join(sha256_file(file) for file in mask_files(rules.folder)).encode())
         return f"files sha256:{digest.hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""Images of a source, read ahead while a network looks at others: by threads, or by processes where that pays.
+"""Images of a source, read ahead while a network works: by threads, or by processes where that pays.
 
 Legend: n images, S image side.
 """
@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.prefetch import Reading, in_threads, prefetch
+from latentflow.evaluation.shards import Work
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ReadImages:
     pixels: Tensor
 
     def pin_memory(self) -> ReadImages:
-        """Pin what goes to the device; called by what reads ahead."""
+        """Pin the pixels, which go to the device; called while reading ahead."""
         return replace(self, pixels=self.pixels.pin_memory())
 
 
@@ -61,33 +62,22 @@ class _Batches(Dataset):
 
 
 class ImageReader:
-    """Reads the images of shards, batch by batch, in the order in which they will be asked for.
+    """Reads the images of shards, batch by batch, in the order in which they will be needed.
 
     Args:
         rows: of the source; a shard is a range of places among them.
-        batch_size: images read together; the last batch of a shard may have fewer.
         device: where they go: for a GPU they are pinned.
-        sharing: processes of this machine that read likewise.
-        num_workers: processes that read; 0: threads; None: as many as pay.
+        work: batch size (the last batch of a shard may have fewer images) and processes that read.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        rows: Sequence[int],
-        batch_size: int,
-        *,
-        device: torch.device,
-        sharing: int = 1,
-        num_workers: int | None = None,
-    ):
-        self.source, self.rows, self.batch_size = source, rows, batch_size
+    def __init__(self, source: ImageSource, rows: Sequence[int], device: torch.device, work: Work):
+        self.source, self.rows, self.batch_size = source, rows, work.batch_size
         self.how = Reading(
-            num_workers,
-            batch_bytes=3 * source.image_size**2 * batch_size,
+            work.num_workers,
+            batch_bytes=3 * source.image_size**2 * work.batch_size,
             pin_memory=device.type == "cuda",
             cpu_is_busy=device.type == "cpu",
-            sharing=sharing,
+            sharing=work.runtime.local_world,
         )
         self._stack = ExitStack()
 
@@ -115,7 +105,7 @@ class ImageReader:
 def read_batches(
     source: ImageSource, rows: Sequence[int], batch_size: int
 ) -> Iterator[list[tuple[int, ImageItem | BrokenImage]]]:
-    """Batches of (row, item or what is wrong with it), in order; threads decode ahead."""
+    """Batches of (row, item or error), in order; threads decode ahead."""
 
     def read(row: int) -> tuple[int, ImageItem | BrokenImage]:
         try:
@@ -126,6 +116,17 @@ def read_batches(
     with closing(in_threads(read, rows)) as found:
         for start in range(0, len(rows), batch_size):
             yield [next(found) for _ in rows[start : start + batch_size]]
+
+
+def readable(found: ImageItem | BrokenImage) -> ImageItem:
+    """An item of `read_batches` that could be read before.
+
+    Raises:
+        DataError: it no longer can.
+    """
+    if isinstance(found, BrokenImage):
+        raise found
+    return found
 
 
 def stack_pixels(pictures: Sequence[np.ndarray]) -> Tensor:

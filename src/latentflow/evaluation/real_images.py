@@ -1,4 +1,4 @@
-"""The real images of an evaluation: their features, computed once, kept beside the results, and used again.
+"""The real images of an evaluation: their features, computed once, kept next to the results, and reused.
 
 Legend: M real images that can be read, D features of an image.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from latentflow.data.pictures.crop import CROP_RULE
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, DataError
 from latentflow.evaluation.read_images import ImageReader
-from latentflow.evaluation.shards import Columns, OnImages, compute_in_shards, join_columns, of_the_first
+from latentflow.evaluation.shards import Columns, Work, compute_in_shards, join_columns, of_the_first
 from latentflow.metrics.evaluation_report import ReferenceFacts
 from latentflow.metrics.features.extractors import FeatureExtractor
 from latentflow.metrics.statistics import FeatureStatistics, require_features
@@ -35,7 +35,7 @@ _RULES = f"{CROP_RULE}, {PIXEL_RULES}"
 
 @dataclass(frozen=True)
 class RealImages:
-    """The reference of an evaluation, as far as it is known before its features are.
+    """The reference of an evaluation, before its features are known.
 
     Attributes:
         data: what the user gave.
@@ -43,7 +43,7 @@ class RealImages:
         stored: the statistics; None where they are still to be computed.
         fingerprint: of the images; of a foreign file of statistics, its SHA-256.
         image_size: height and width in pixels; 0: not known.
-        notes: warnings for people.
+        notes: warnings for the user.
     """
 
     data: str
@@ -84,7 +84,7 @@ class RealFeatures:
         features: [M, D] float32; None where only statistics are there, and in all but the first of several processes.
         rows: [M] int64, which images of the source these are: the others cannot be read.
         labels: [M] int64, -1 where there are none.
-        notes: warnings for people.
+        notes: warnings for the user.
     """
 
     num_images: int
@@ -95,7 +95,7 @@ class RealFeatures:
     notes: tuple[str, ...] = ()
 
 
-def open_reference(data: str | Path, image_size: int) -> RealImages:
+def open_real_images(data: str | Path, image_size: int) -> RealImages:
     """Open images, or a file of statistics; no image is decoded.
 
     Raises:
@@ -109,36 +109,28 @@ def open_reference(data: str | Path, image_size: int) -> RealImages:
     made = stored.provenance
     if made.image_size and made.image_size != image_size:
         raise DataError(
-            f"{data} is of images of {made.image_size} pixels and the others have {image_size}: FID depends on it; "
-            "give the reference images instead"
+            f"{data} holds statistics of images of {made.image_size} pixels, and the images to score have "
+            f"{image_size}: FID depends on the size; give the reference images instead"
         )
-    notes = () if made.image_size else (f"{file.name} does not say at which size its images were: it is taken to fit",)
+    notes = () if made.image_size else (f"{file.name} does not give its image size, which is assumed to match",)
     return RealImages(str(data), None, stored, made.fingerprint or f"sha256:{sha256_file(file)}", image_size, notes)
 
 
-def reference_file(real: RealImages, extractor: FeatureExtractor, beside: Path) -> Path:
-    """Where the statistics of a reference lie unless the user says: next to a result, named by what they are of."""
+def reference_file(real: RealImages, extractor: FeatureExtractor, result: Path) -> Path:
+    """The default place for the statistics of a reference: next to a result, named by images and features."""
     key = hashlib.sha256(json.dumps(_plan(real, extractor), sort_keys=True).encode()).hexdigest()
-    return beside.parent / f"reference-{key[:12]}{_OWN_SUFFIX}"
+    return result.parent / f"reference-{key[:12]}{_OWN_SUFFIX}"
 
 
 def reference_features(
-    real: RealImages,
-    extractor: FeatureExtractor,
-    *,
-    file: Path | None = None,
-    batch_size: int = 32,
-    num_workers: int | None = None,
-    runtime: Runtime | None = None,
-    on_images: OnImages = lambda num_images: None,
+    real: RealImages, extractor: FeatureExtractor, work: Work, *, file: Path | None = None
 ) -> RealFeatures:
-    """The features of a reference; what `file` and the folder of features beside it hold already is used again.
+    """The features of a reference; what `file` and the folder of features next to it hold already is reused.
 
     Args:
+        work: how it is done; every process gets rows and labels.
         file: where statistics go, a .safetensors file; features go to the folder of that name with .features. None:
             nothing is kept.
-        num_workers: processes that read images; 0: threads; None: as many as pay.
-        runtime: whose processes share the work, each of which gets rows and labels; None: this one does it alone.
 
     Raises:
         DataError: other features than those of a file of statistics, or no image can be read.
@@ -146,7 +138,7 @@ def reference_features(
     """
     if real.source is None:
         warning = real.stored.require_same_features(extractor.name, extractor.hash, extractor.dim)
-        found = _companion(real, extractor, runtime)
+        found = _companion(real, extractor, work.runtime)
         notes, statistics = (*real.notes, *([warning] if warning else [])), real.stored.statistics
         return RealFeatures(statistics.n, statistics, *(found or (None, None, None)), notes=notes)
     provenance = Provenance(
@@ -166,23 +158,19 @@ def reference_features(
         range(len(real.source)),
         extractor,
         plan=_plan(real, extractor),
-        folder=None if file is None else file.with_suffix(".features"),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        runtime=runtime,
+        work=replace(work, folder=None if file is None else file.with_suffix(".features")),
         for_all=("rows", "labels"),
-        on_images=on_images,
     )
     num = len(columns["rows"])
     if not num:
-        raise DataError(f"{real.source.description}: none can be read")
+        raise DataError(f"{real.source.description}: no image can be read")
     features, statistics = columns.get("features"), None
     if features is not None:
         statistics = kept.statistics if kept else FeatureStatistics.of(features, extractor.device)
         if file is not None and kept is None:
             Reference(statistics, provenance).save(file)
     missing = len(real.source) - num
-    notes = (f"{missing} of {len(real.source)} reference images cannot be read, and are left out",) if missing else ()
+    notes = (f"{missing} of {len(real.source)} reference images cannot be read and are left out",) if missing else ()
     return RealFeatures(num, statistics, features, columns["rows"], columns["labels"], (*real.notes, *notes))
 
 
@@ -192,33 +180,28 @@ def image_features(
     extractor: FeatureExtractor,
     *,
     plan: dict[str, Any],
-    folder: Path | None = None,
-    batch_size: int = 32,
-    num_workers: int | None = None,
-    runtime: Runtime | None = None,
+    work: Work,
     for_all: Collection[str] = (),
-    on_images: OnImages = lambda num_images: None,
     change: Callable[[Tensor, list[int]], tuple[Tensor, Columns]] | None = None,
 ) -> Columns:
     """Features [M, D], `rows` [M] and labels [M] of those images of a source that can be read; see `compute_in_shards`.
 
     Args:
         rows: which images; every one of them is tried.
-        num_workers: see `ImageReader`.
-        change: what becomes of uint8 images [B, 3, H, W], given with their rows, before their features are taken;
-            returns such images, and further numbers [B, ...] of each.
+        change: applied to uint8 images [B, 3, H, W], with their rows, before their features are computed; returns such
+            images, and further numbers [B, ...] of each.
     """
     whose = "generated" if change else "real"
 
     def compute(places: range) -> Columns:
         parts = []
-        for _ in range(0, len(places), batch_size):
+        for _ in range(0, len(places), work.batch_size):
             read = next(reader)
             if read.rows:
                 pixels, more = change(read.pixels, read.rows) if change else (read.pixels, {})
                 own = {"rows": torch.tensor(read.rows), "labels": read.labels}
                 parts.append({"features": extractor(pixels), **own, **more})
-            on_images(read.num_tried)
+            work.on_images(read.num_tried)
         if not parts:
             none = torch.zeros(0, dtype=torch.int64)
             return {"features": torch.zeros(0, extractor.dim), "rows": none, "labels": none.clone()}
@@ -226,12 +209,8 @@ def image_features(
         columns["features"] = require_features(columns["features"].float().cpu(), whose)  # read once a shard
         return columns
 
-    sharing = 1 if runtime is None else runtime.local_world
-    with ImageReader(
-        source, rows, batch_size, device=extractor.device, sharing=sharing, num_workers=num_workers
-    ) as reader:
-        how = {"plan": plan, "folder": folder, "runtime": runtime, "for_all": for_all, "on_images": on_images}
-        return compute_in_shards(len(rows), compute, on_begin=reader.begin, **how)
+    with ImageReader(source, rows, extractor.device, work) as reader:
+        return compute_in_shards(len(rows), compute, plan=plan, work=work, for_all=for_all, on_begin=reader.begin)
 
 
 def _plan(real: RealImages, extractor: FeatureExtractor) -> dict[str, Any]:
@@ -264,16 +243,16 @@ def _stored(file: Path, wanted: Provenance) -> Reference | None:
 
 
 def _companion(
-    real: RealImages, extractor: FeatureExtractor, runtime: Runtime | None
+    real: RealImages, extractor: FeatureExtractor, runtime: Runtime
 ) -> tuple[Tensor | None, Tensor, Tensor] | None:
-    """Features (in the first process), rows and labels from the folder beside a file of statistics, if they fit it."""
+    """Features (in the first process), rows and labels from the folder next to a file of statistics, if they fit it."""
     folder = Path(real.data).with_suffix(".features")
-    found = _beside(real, extractor, folder) if runtime is None or runtime.is_main else {}
+    found = _kept_features(real, extractor, folder) if runtime.is_main else {}
     shared = of_the_first(runtime, {name: found[name] for name in ("rows", "labels") if found})
     return (found.get("features"), shared["rows"], shared["labels"]) if shared else None
 
 
-def _beside(real: RealImages, extractor: FeatureExtractor, folder: Path) -> Columns:
+def _kept_features(real: RealImages, extractor: FeatureExtractor, folder: Path) -> Columns:
     if not (folder / "plan.json").is_file():
         return {}
     plan = read_json(folder / "plan.json")
@@ -285,10 +264,7 @@ def _beside(real: RealImages, extractor: FeatureExtractor, folder: Path) -> Colu
         raise ArtifactError(f"{folder} lacks the images {rows.start} to {rows.stop - 1}")
 
     try:
-        return compute_in_shards(plan["num_images"], compute, plan=_without(plan, "shard_size"), folder=folder)
+        given = {name: value for name, value in plan.items() if name != "shard_size"}
+        return compute_in_shards(plan["num_images"], compute, plan=given, work=Work(folder=folder))
     except ArtifactError:
         return {}
-
-
-def _without(plan: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in plan.items() if name != key}

@@ -1,8 +1,8 @@
-"""Work on many images in shards, which processes share and a kill does not take away.
+"""Work on many images in shards, which processes share and which survive a kill.
 
-Shard k holds the images 256 k to 256 k + 255. The processes of a launch divide among them the shards that are missing,
-each writes those that it has computed at once, and when all are done the first one gets what the others hold. Files are
-there to go on from after a kill: nobody waits for one.
+Shard k holds the images 256 k to 256 k + 255. The processes of a launch share the missing shards. Each writes a shard
+as soon as it is computed, and at the end the first process gathers what the others hold. Files serve to go on after a
+kill: no process waits for one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +32,43 @@ Columns = dict[str, Tensor]
 """Numbers of images by name, each tensor [B, ...]."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """How images are worked on. It changes speed and memory, not the numbers.
+
+    Attributes:
+        batch_size: images computed together.
+        num_workers: processes that read images; 0: threads; None: as many as pay.
+        folder: where finished shards are kept, so that repeating the call goes on; None: in memory only.
+        runtime: whose processes share the work; by default this process does all of it.
+        on_images: called with the number of images that this process has just finished, shards found complete included.
+    """
+
+    batch_size: int = 32
+    num_workers: int | None = None
+    folder: Path | None = None
+    runtime: Runtime = field(default_factory=lambda: Runtime(torch.device("cpu")))
+    on_images: OnImages = lambda num_images: None
+
+
 def compute_in_shards(
     num: int,
     compute: Callable[[range], Columns],
     *,
     plan: Mapping[str, Any],
-    runtime: Runtime | None = None,
-    folder: str | Path | None = None,
+    work: Work,
     for_all: Collection[str] = (),
     on_begin: Callable[[Sequence[range]], None] = lambda shards: None,
-    on_images: OnImages = lambda num_images: None,
 ) -> Columns:
-    """Compute something of images 0 ... num - 1, shard by shard, leaving out the shards that `folder` has already.
+    """Compute something of images 0 ... num - 1, shard by shard, except for the shards that the folder has already.
 
     All processes of the launch must get here, also one for which nothing is left to do.
 
     Args:
-        compute: the tensors of a range of images, to be joined along their first dimension.
+        compute: the tensors of a range of images, to be joined along their first dimension; it counts its images.
         plan: what makes two sets the same, as JSON; `num` need not be in it, since a larger set only has more shards.
-        runtime: whose processes share the work; None: this one does it alone.
-        folder: where finished shards are kept; None: in memory alone.
         for_all: columns that every process gets.
-        on_begin: told which ranges `compute` will be called with in this process, in order.
-        on_images: told of this process's part of the shards found complete; of others `compute` tells.
+        on_begin: called with the ranges that `compute` will be called with in this process, in order.
 
     Returns:
         The columns of all images; in all but the first process those of `for_all`.
@@ -61,7 +76,7 @@ def compute_in_shards(
     Raises:
         ArtifactError: the folder holds a set of another plan, it was removed, or another process of the launch ended.
     """
-    runtime = runtime or Runtime(torch.device("cpu"))
+    runtime, folder = work.runtime, work.folder
     shards = [range(start, min(start + SHARD_SIZE, num)) for start in range(0, num, SHARD_SIZE)]
     folder = None if folder is None else make_folder(folder)
     with nullcontext() if folder is None else only_writer(folder, runtime):
@@ -73,7 +88,7 @@ def compute_in_shards(
         places = [place for place in range(len(shards)) if place not in found]
         missing = json.loads(_of_the_first(runtime, json.dumps(places).encode()))
         complete = sorted({*range(len(shards))} - {*missing})
-        on_images(sum(len(shards[complete[index]]) for index in runtime.share(range(len(complete)))))
+        work.on_images(sum(len(shards[complete[index]]) for index in runtime.share(range(len(complete)))))
         own, ahead = [], [shards[missing[index]] for index in runtime.share(range(len(missing)))]
         on_begin(ahead)
         for rows in ahead:
@@ -101,9 +116,9 @@ def join_columns(parts: Sequence[Columns]) -> Columns:
     return joined
 
 
-def of_the_first(runtime: Runtime | None, columns: Columns) -> Columns:
+def of_the_first(runtime: Runtime, columns: Columns) -> Columns:
     """What the first process hands over, in all of them."""
-    if runtime is None or runtime.world == 1:
+    if runtime.world == 1:
         return columns
     return safetensors.torch.load(_of_the_first(runtime, _packed(columns)))
 
@@ -156,7 +171,7 @@ def _shard(folder: Path, rows: range) -> Path:
 
 
 def _write_shard(folder: Path, rows: range, columns: Columns) -> None:
-    if not folder.is_dir():  # writing would make it anew, without what it held
+    if not folder.is_dir():  # writing would create it again, without what it held
         raise ArtifactError(f"{_shard(folder, rows)} was removed while it was needed; repeat the command to go on")
     write_tensors(_shard(folder, rows), columns, {"rows": f"{rows.start} {rows.stop}"})
 

@@ -1,4 +1,4 @@
-"""The rounds of a sweep: candidates that draw the same seeds, are scored alike, and are kept on disk."""
+"""The rounds of a sweep: candidates that draw the same seeds, are scored in the same way, and are kept on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentflow.artifacts import read_json, read_tensors, write_json, write_tensors
 from latentflow.errors import ArtifactError, NonFiniteError
-from latentflow.evaluation.drawn_set import DrawnSet
+from latentflow.evaluation.shards import Columns, OnImages
 from latentflow.evaluation.sweep_rules import Candidate, Point, affordable
 from latentflow.metrics.class_judge import ClassJudge
 from latentflow.metrics.resampling import draw_counts
@@ -56,8 +56,8 @@ class Measured(Record):
     right: list[bool] = Field([], description="Whether each image is judged to show its class; empty: nothing judges.")
     evaluations: list[int] = Field(description="Network calls of each image; a guided call counts twice.")
     drawing_seconds: float = Field(description="Of all these images: solver and decoder.")
-    seconds: float = Field(description="Of this round alone, with features and arithmetic.")
-    added: int = Field(description="Images that this round drew anew.")
+    seconds: float = Field(description="Of this round only, with features and arithmetic.")
+    added: int = Field(description="Images that this round drew.")
 
     @property
     def mean_evaluations(self) -> float:
@@ -70,7 +70,7 @@ class Measured(Record):
 
 
 class CandidateRecord(Record):
-    """Everything that is known of a candidate; OUT/candidates/NAME.json."""
+    """The measurements of a candidate; OUT/candidates/NAME.json."""
 
     name: str
     rounds: list[Measured] = Field([])
@@ -78,22 +78,22 @@ class CandidateRecord(Record):
 
     @property
     def seconds_per_image(self) -> float:
-        """Of its last round, of the images that were drawn anew."""
+        """Of its last round, for the images that it drew."""
         return self.rounds[-1].seconds / self.rounds[-1].added
 
     def at(self, num: int) -> Measured | None:
-        """What was measured with `num` images, if it was."""
+        """The measurement with `num` images, if there is one."""
         return next((one for one in self.rounds if one.num == num), None)
 
 
 @dataclass(frozen=True)
 class Round:
-    """The candidates that were measured with equally many images.
+    """Candidates measured with equally many images.
 
     Attributes:
         num: images per candidate.
         measured: by name.
-        missing: names of those that the budget left out; the round is complete without any.
+        missing: names of those that the budget left out; none: the round is complete.
     """
 
     num: int
@@ -113,12 +113,12 @@ class Candidates:
 
     Args:
         folder: of their records and features.
-        draw: `draw_set` of the model and the features, called with num, seed, preset and on_images.
-        reference: what images are held against; scores are computed on its device.
+        draw: called with num, seed, preset and on_images; see `ImageSet.draw`.
+        reference: statistics of the real images; scores are computed on its device.
         judge: of classes; None: they are not judged.
 
     Attributes:
-        kept: by name, what is known.
+        kept: the record of each candidate, by name.
 
     Raises:
         ArtifactError: a record is damaged.
@@ -128,7 +128,7 @@ class Candidates:
         self,
         folder: Path,
         plan: SweepPlan,
-        draw: Callable[..., DrawnSet],
+        draw: Callable[..., Columns],
         reference: FeatureStatistics,
         judge: ClassJudge | None = None,
     ):
@@ -136,9 +136,9 @@ class Candidates:
         self.kept = {name: self._load(name) for name in plan.candidates}
         self._warm = False
 
-    def measure(self, name: str, num: int, on_images: Callable[[int], None]) -> None:
+    def measure(self, name: str, num: int, on_images: OnImages) -> None:
         """Bring a candidate to `num` images; those of earlier rounds are not drawn again."""
-        if not self._warm:  # the first call of anything is slow, and no candidate shall pay for it
+        if not self._warm:  # the first call of anything is slow, which no candidate should pay for
             self.draw(num=2, seed=self.plan.seed, preset={"solver": "euler", "steps": 1, "guidance": 1.0})
             self._warm = True
         began, record = time.perf_counter(), self.kept[name]
@@ -147,11 +147,12 @@ class Candidates:
         preset = self.plan.candidates[name]
         try:
             drawn = self.draw(num=num - have, seed=self.plan.seed + have, preset=preset, on_images=on_images)
-        except NonFiniteError as error:  # a preset can be unusable, and the others are not
+        except NonFiniteError as error:  # one preset may be unusable while the others are not
             self._save(record.model_copy(update={"failed": str(error)}))
             return
-        features, calls, drawing_seconds = drawn.features, drawn.evaluations.tolist(), drawn.drawing_seconds
-        right = self.judge.right(features, drawn.labels).tolist() if self.judge else []
+        features, calls = drawn["features"], drawn["evaluations"].tolist()
+        drawing_seconds = float(drawn["seconds"][:, 0].sum())
+        right = self.judge.right(features, drawn["labels"]).tolist() if self.judge else []
         if last:
             features = torch.cat([read_tensors(self._features(name))["features"][:have], features])
             calls, right = [*last.evaluations, *calls], [*last.right, *right]
@@ -198,8 +199,8 @@ def measure_rounds(candidates: Candidates, budget: float | None = None) -> list[
     """Round after round until the last or until the budget is spent; with a budget the better half goes on each time.
 
     Args:
-        budget: seconds after which nothing more is begun; None: no end, and every candidate takes part in every round.
-            What is on disk already costs nothing.
+        budget: seconds after which no further candidate is started; None: no limit, and every candidate takes part in
+            every round. What is on disk already costs nothing.
     """
     began, kept = time.perf_counter(), candidates.kept
 

@@ -1,4 +1,4 @@
-"""What `latentflow sweep` decides by: which settings are candidates, which are worth more images, which to take.
+"""The rules of a sweep: which settings are candidates, which are worth more images, and which one is the best.
 
 Everything here is arithmetic on small records; nothing is drawn.
 """
@@ -18,36 +18,36 @@ from latentflow.errors import ConfigError
 from latentflow.flow.solvers import SOLVERS, RungeKutta, is_adaptive
 
 Candidate = dict[str, Any]
-"""What a candidate changes in a model's preset: fields of `SamplingPreset`."""
+"""The fields of `SamplingPreset` that a candidate changes in a model's preset."""
 
 SIGMAS = 2.0
-"""In the marks, a difference of two distances counts where it is larger than so many of its standard errors."""
+"""In the marks, a difference of two distances counts if it exceeds this many of its standard errors."""
 CONFIDENCE = 0.95
-"""The share of sweeps of which a best preset that is named is not worse by more than the margins."""
+"""The share of sweeps whose best preset, if one is named, is not worse by more than the margins."""
 ACCURACY_MARGIN = 0.02
-"""A difference of class accuracy that does not matter, as a share of the images."""
+"""Differences of class accuracy below this share of the images are ties."""
 LEAST_TO_DECIDE = 100
-"""With fewer images each no preset is named: standard errors of so few are not known well enough."""
-_TESTS = 4  # kinds of tests that the naming of one preset may go wrong by; see `images_needed`
+"""With fewer images each no preset is named: their standard errors are too uncertain."""
+_TESTS = 4  # kinds of tests that may fail when a preset is named; see `images_needed`
 _LEAST_IMAGES, _LAST_CANDIDATES = 32, 4  # of the first round; of the last one, about
 
 
 @dataclass(frozen=True)
 class Gap:
-    """A difference of two candidates that drew the same seeds, or of one and real images.
+    """The difference of two candidates that drew the same seeds, or of a candidate and real images.
 
     Attributes:
-        estimate: positive where the first one is worse.
-        standard_error: of the difference itself: what the two owe to the same seeds is not in it.
+        estimate: positive if the first one is worse.
+        standard_error: of the difference itself, in which the noise of common seeds cancels.
     """
 
     estimate: float
     standard_error: float
 
     def share_needed(self, margin: float, z: float) -> float:
-        """How many times as many images show, if the estimate is right, that the first is worse by `margin` at most.
+        """How many times as many images would show that the first is worse by at most `margin` if the estimate holds.
 
-        At most 1: it is shown already. Infinite: no number of images does.
+        At most 1: it is shown already. Infinite: no number of images would.
         """
         return _share_needed(margin - self.estimate, z * self.standard_error)
 
@@ -64,11 +64,11 @@ def _share_needed(room: float, reach: float) -> float:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """How the class judge does on real images that it was not fitted to.
+    """The accuracy of the class judge on held-out real images.
 
     Attributes:
         accuracy: share that is judged right.
-        num: how many images that is of.
+        num: number of images.
     """
 
     accuracy: float
@@ -83,9 +83,9 @@ class Point:
         name: see `candidate_name`.
         evaluations: mean network calls per image, the cost.
         distance: to the reference; less is better.
-        resamples: the distance for some resamples of the images, the same ones for every candidate of the round: what
-            two candidates owe to the same images is not taken for a difference between them.
-        right: of each image, whether it is judged to show the class that was asked for; empty where nothing judges.
+        resamples: the distance for some resamples of the images, the same ones for every candidate of the round, so
+            that their common noise cancels in differences.
+        right: of each image, whether it is judged to show its class; empty if classes are not judged.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Point:
 
     @property
     def accuracy(self) -> float | None:
-        """The share of images judged right; None where nothing judges."""
+        """The share of images judged right; None if classes are not judged."""
         return sum(self.right) / len(self.right) if self.right else None
 
     @property
@@ -113,7 +113,7 @@ class Point:
         """How much lower the accuracy is than the other one, over the same images.
 
         The standard error of paired proportions has half an image added to each of the four cells of right and wrong,
-        so that a few images without a difference do not pass for certainty; Agresti and Min (2005).
+        so that a few images without a difference do not count as certainty; Agresti and Min (2005).
         """
         pairs = list(zip(self.right, other.right, strict=True))
         lost, won = sum(o and not s for s, o in pairs), sum(s and not o for s, o in pairs)
@@ -128,7 +128,7 @@ class Point:
         return Gap(ceiling.accuracy - sum(self.right) / len(self.right), math.sqrt(sum(variances)))
 
     def surely_worse_than(self, other: Point) -> bool:
-        """Whether the difference of distances is more than chance in the choice of the images makes."""
+        """Whether the difference of distances is larger than the choice of the images explains."""
         gap = self.worse_by(other)
         return gap.estimate > SIGMAS * gap.standard_error
 
@@ -142,10 +142,10 @@ def combinations(
     intervals: Sequence[tuple[float, float]],
     shifts: Sequence[float],
 ) -> dict[str, Candidate]:
-    """Every combination that differs from the others in what it draws, by name, the cheap ones of a kind first.
+    """Every combination that draws different images, by name, the cheapest first.
 
-    Adaptive solvers take tolerances (rtol = atol) instead of steps and shifts, one step knows no shift, and guidance
-    of 1 no interval.
+    Adaptive solvers take tolerances (rtol = atol) instead of steps and shifts; a shift has no effect on one step, nor
+    an interval on guidance 1.
 
     Raises:
         ConfigError: an unknown solver, steps, tolerances or shifts that are not above 0, or no candidate at all.
@@ -170,7 +170,7 @@ def combinations(
 
 
 def candidate_name(candidate: Candidate) -> str:
-    """What sets a candidate apart, fit for a file name: heun-8_g1.5_i0.1-0.8_s2, or dopri5-0.001."""
+    """The name of a candidate, valid as a file name: heun-8_g1.5_i0.1-0.8_s2, or dopri5-0.001."""
     pace = candidate.get("steps", candidate.get("rtol"))
     parts = [f"{candidate['solver']}-{pace:g}"]
     if candidate["guidance"] != 1:
@@ -183,7 +183,7 @@ def candidate_name(candidate: Candidate) -> str:
 
 
 def _expected_cost(candidate: Candidate) -> float:
-    """Network calls per image, roughly: an adaptive solver's are guessed, as are the times at which guidance acts."""
+    """Network calls per image, roughly: those of an adaptive solver and of a guidance interval are estimated."""
     method = SOLVERS[candidate["solver"]]
     stages = len(method.nodes) if isinstance(method, RungeKutta) else 1
     steps = candidate.get("steps", 0) or 4 * candidate["rtol"] ** (-1 / method.order)
@@ -210,10 +210,10 @@ def with_more(sizes: Sequence[int], num: int) -> list[int]:
 
 
 def worth_keeping(points: Sequence[Point], keep: int) -> list[Point]:
-    """The `keep` candidates that tell most about quality against cost, by rising cost.
+    """The `keep` most informative candidates about quality against cost, by rising cost.
 
-    The one that would be missed least is dropped, over and over: the one whose distance and share of wrong images are
-    improved upon most, or improve least, by the best of those that cost no more. The best in either stays as long as
+    The least informative candidate is dropped, again and again: the one that improves least in distance and in share of
+    wrong images over the best of those that cost no more, or is improved upon most. The best in either stays as long as
     there is room, the best distance to the last, and so does the cheapest.
     """
     kept = sorted(points, key=_by_cost)
@@ -243,8 +243,8 @@ def affordable(
 def marks(points: Sequence[Point]) -> dict[str, str]:
     """Where each candidate stands: "front", "undecided" or "beaten".
 
-    Going up in cost, a candidate is on the Pareto front where it is surely better than everything on the front that
-    costs no more; so noise puts nothing there. It is beaten where something that costs no more is surely better.
+    Going up in cost, a candidate is on the Pareto front if it is surely better than everything on the front that
+    costs no more; so noise puts nothing there. It is beaten if something that costs no more is surely better.
     """
     ordered = sorted(points, key=_by_cost)
     front: list[Point] = []
@@ -260,12 +260,12 @@ def marks(points: Sequence[Point]) -> dict[str, str]:
 
 
 def images_needed(points: Sequence[Point], num: int, margin: float, ceiling: Ceiling | None = None) -> dict[str, float]:
-    """Of how many images each the numbers show, if the estimates are right, that a candidate is as good as any other.
+    """How many images each would show, if the estimates are right, that a candidate is as good as any other.
 
     It must not be less accurate than any other by more than `ACCURACY_MARGIN`, or reach real images as nearly; and
     its distance must not be larger than that of any other by more than `margin` of it, except of others that are
-    surely less accurate than some candidate and than real images by more than `ACCURACY_MARGIN`: a picture of something
-    else is not made good by its colours. Candidates with at most `num` here are as good as the best.
+    surely less accurate than some candidate and than real images by more than `ACCURACY_MARGIN`: a low distance does
+    not make up for pictures of the wrong class. Candidates with at most `num` here are as good as the best.
 
     Each test is one-sided, of paired differences over the same seeds, at a level that leaves `CONFIDENCE` for all
     candidates together (Bonferroni); that a candidate passes against every other needs no further correction.
@@ -273,7 +273,7 @@ def images_needed(points: Sequence[Point], num: int, margin: float, ceiling: Cei
     Args:
         num: images of each candidate.
         margin: of distances, as a share of the other's.
-        ceiling: None where classes are not judged.
+        ceiling: None if classes are not judged.
 
     Returns:
         By name; infinite where no number of images would.
@@ -305,12 +305,12 @@ def images_needed(points: Sequence[Point], num: int, margin: float, ceiling: Cei
 
 
 def cheapest_as_good(points: Sequence[Point], num: int, needed: dict[str, float]) -> str | None:
-    """The cheapest candidate that `num` images show to be as good as any other; None: they show it of none."""
+    """The cheapest candidate that `num` images show to be as good as any other; None: there is none."""
     return next((p.name for p in sorted(points, key=_by_cost) if needed[p.name] <= num), None)
 
 
 def _missed(ordered: Sequence[Point]) -> dict[str, float]:
-    """By how much each is better than the best of those before it, as a share of its own distance or wrong images."""
+    """The improvement of each over the best of those before it, as a share of its own distance or wrong images."""
     missed, distance, wrong = {}, math.inf, math.inf
     for point in ordered:
         gains = [(distance - point.distance) / max(point.distance, 1e-12)]
@@ -322,7 +322,7 @@ def _missed(ordered: Sequence[Point]) -> dict[str, float]:
 
 
 def _wrong(point: Point) -> float:
-    """The share of images judged wrong; 0 where nothing judges."""
+    """The share of images judged wrong; 0 if classes are not judged."""
     return 1 - point.accuracy if point.right else 0.0
 
 

@@ -1,8 +1,8 @@
-"""Do generated images show the class that was asked for? A judge fitted to the features of real, labelled images.
+"""Do generated images show their class? A classifier fitted to the features of real, labelled images.
 
-Linear discriminant analysis: classes are normal clouds of one covariance, shrunk as Ledoit and Wolf do it. An image is
-right where its own class is the most likely one, and where it lies as near to that class as real images do: a picture
-of nothing is nearest to some class, too.
+Linear discriminant analysis: classes are Gaussians with a shared covariance, shrunk by the rule of Ledoit and Wolf. An
+image is right if its own class is the most likely one and if it lies as near to that class as real images do: even a
+picture of nothing is nearest to some class.
 
 Legend: N images, D features of an image, K classes.
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from latentflow.errors import DataError
 
-_HELD_OUT = 5  # one of so many real images is not fitted to, and says what the judge is worth
+_HELD_OUT = 5  # one in so many real images is held out, to measure the accuracy of the judge
 _LEAST_HELD_OUT = 50
-_AS_NEAR = 0.95  # the share of held-out real images of their own class that are near enough to it
+_AS_NEAR = 0.95  # the share of held-out real images that count as near enough to their class
 
 
 class ClassJudge:
@@ -24,10 +24,10 @@ class ClassJudge:
 
     Attributes:
         accuracy: the share of held-out real images that are judged right; no generator can be expected to exceed it.
-        num_held_out: how many images that is of.
+        num_held_out: number of held-out images.
 
     Raises:
-        DataError: there are too few images, or the features do not tell these classes apart.
+        DataError: there are too few images, or the features do not separate these classes.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, num_classes: int, seed: int = 0):
@@ -54,8 +54,8 @@ class ClassJudge:
         chance = float(counts.max() / counts.sum())
         if self.accuracy - chance < 3 * (chance * (1 - chance) / len(held_out)) ** 0.5:
             raise DataError(
-                f"these features do not tell the classes apart: of real images {100 * self.accuracy:.0f} % are judged "
-                f"right, and guessing gives {100 * chance:.0f} %"
+                f"these features do not separate the classes: {100 * self.accuracy:.0f} % of real images are judged "
+                f"right, and chance gives {100 * chance:.0f} %"
             )
 
     def right(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class ClassJudge:
 
 
 def _shrunk_covariance(residuals: Tensor) -> Tensor:
-    """The estimate of Ledoit and Wolf (2004), a well-conditioned one: [N, D] of mean 0 => [D, D]."""
+    """The well-conditioned estimate of Ledoit and Wolf (2004): [N, D] of mean 0 => [D, D]."""
     n, dim = residuals.shape
     sample = residuals.T @ residuals / n
     scale = sample.trace() / dim

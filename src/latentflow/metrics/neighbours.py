@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: how two sets of features lie among each other.
+"""Precision, recall, density and coverage: how much two sets of features overlap.
 
 Legend: N generated images, M real images, D features of an image.
 """
@@ -18,12 +18,11 @@ from latentflow.runtime import Runtime
 
 _BLOCK = 2048  # rows and columns of a distance matrix held at a time: 16 MiB in float32
 _BLOCK_ON_GPU = 8192
-SCORES = ("precision", "recall", "density", "coverage")
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What each image contributes to the four scores. The radius of an image is the distance to its k-th neighbour.
+    """The contribution of each image to the four scores. The radius of an image is the distance to its k-th neighbour.
 
     Attributes:
         precision_of: [N] 1 where a generated image lies within the radius of some real image, else 0.
@@ -44,26 +43,21 @@ class Neighbours:
 
     @property
     def recall(self) -> float:
-        """Share of real images that the generator could have made; arXiv 1904.06991."""
+        """Share of real images within the range of the generator; arXiv 1904.06991."""
         return float(self.recall_of.mean())
 
     @property
     def density(self) -> float:
-        """Like precision, but in crowded places counted more often; may pass 1; arXiv 2002.09797."""
+        """Like precision, but counting every real image near a generated one; may exceed 1; arXiv 2002.09797."""
         return float(self.density_of.mean())
 
     @property
     def coverage(self) -> float:
-        """Share of real images that have a generated one near; arXiv 2002.09797."""
+        """Share of real images with a generated one nearby; arXiv 2002.09797."""
         return float(self.coverage_of.mean())
 
-    @property
-    def f_score(self) -> float:
-        """Harmonic mean of precision and recall."""
-        return 2 * self.precision * self.recall / max(1e-5, self.precision + self.recall)
-
     def resampled(self, score: str) -> Resampled:
-        """For `bootstrap`: one of the four scores, radii and neighbours held fixed.
+        """For `bootstrap`: one of the four scores, with radii and neighbours fixed.
 
         Precision and density resample the N generated images, recall and coverage the M real ones.
         """
@@ -84,14 +78,14 @@ def neighbour_scores(
 
     An image is not its own neighbour; "within" includes the radius itself. Distances are computed block by block in
     the features' own precision, never in less than IEEE float32, from coordinates relative to the mean of the real
-    images: memory beside the features is two copies of them on the device, and a few dozen MiB (a few hundred on CUDA).
+    images. Memory: two copies of the features on the device, and a few dozen MiB (a few hundred on CUDA).
 
     Args:
         generated: [N, D].
         real: [M, D].
         device: where distances are computed; None: where `real` lies.
-        on_images: told how many images are done with in each of three passes: radii of the N, radii of the M, scores of
-            the N.
+        on_images: called with the number of images done in each of three passes: radii of the N, radii of the M,
+            scores of the N.
 
     Raises:
         DataError: features that are not finite or do not match, or no more images than neighbours.
@@ -99,7 +93,7 @@ def neighbour_scores(
     """
     most = max(k, k_density)
     if min(k, k_density) < 1:
-        raise ConfigError(f"k = {k} and k_density = {k_density}: count at least one neighbour")
+        raise ConfigError(f"k = {k} and k_density = {k_density}: at least one neighbour is needed")
     require_features(real, "real")
     require_features(generated, "generated", real.shape[1])
     for features in (real, generated):
@@ -108,7 +102,7 @@ def neighbour_scores(
     center = real.mean(0)
     generated, real = generated.to(real) - center, real - center
     with Runtime(real.device).autocast():
-        generated_radii, real_radii = _radii(generated, most, on_images), _radii(real, most, on_images)
+        generated_radii, real_radii = squared_radii(generated, most, on_images), squared_radii(real, most, on_images)
         k_radii, density_radii = real_radii[:, k - 1], real_radii[:, k_density - 1]
 
         precision, recall = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (generated, real))
@@ -129,18 +123,7 @@ def neighbour_scores(
     )
 
 
-def radii(features: Tensor, k: int) -> Tensor:
-    """Distance of each image to its k-th neighbour of the same set, itself not counted: [N, D] => [N].
-
-    Raises:
-        DataError: features that are not finite, or no more images than k.
-    """
-    require_enough("precision", len(require_features(features, "given")), neighbours=k)
-    with Runtime(features.device).autocast():
-        return _radii(features - features.mean(0), k)[:, -1].sqrt()
-
-
-def _radii(x: Tensor, k: int, on_images: Callable[[int], None] = lambda num_images: None) -> Tensor:
+def squared_radii(x: Tensor, k: int, on_images: Callable[[int], None] = lambda num_images: None) -> Tensor:
     """Squared distances to the 1st, ... k-th neighbour: [N, D] => [N, k]. A block serves its rows and its columns."""
     best = torch.full((len(x), k), torch.inf, dtype=x.dtype, device=x.device)
 

@@ -1,4 +1,4 @@
-"""Scores of pairs: an image and the one it should have become, or a map and the one it should be.
+"""Scores of pairs: an image and its target, or a map and its target.
 
 SSIM is torchmetrics'. PSNR is `latentflow.data.pictures.user_picture.psnr`, which gives equal images a finite value.
 
@@ -39,10 +39,10 @@ _EXTRA = "pip install 'latentflow[eval]'"
 
 @dataclass(frozen=True)
 class PairJudge:
-    """What is measured of every pair besides its PSNR.
+    """The measurements of a pair: PSNR, and optionally SSIM and LPIPS.
 
     Attributes:
-        device: where it is measured; the weights of `lpips` lie where they lie.
+        device: where it is measured; `lpips` moves the images to its own weights.
     """
 
     with_ssim: bool = False
@@ -95,7 +95,9 @@ def ssim(images: Tensor, other: Tensor) -> Tensor:
         ConfigError: the torchmetrics library is not installed.
     """
     if images.shape != other.shape or images.dim() != 4:
-        raise DataError(f"images of shape {list(images.shape)} and {list(other.shape)} are no pairs")
+        raise DataError(
+            f"images of shape {list(images.shape)} and {list(other.shape)} are not pairs; give equal shapes"
+        )
     if min(images.shape[2:]) < _SSIM_WINDOW:
         raise DataError(f"SSIM needs images of {_SSIM_WINDOW} pixels or more, not of {list(images.shape[2:])}")
     try:
@@ -111,11 +113,11 @@ def ssim(images: Tensor, other: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DiscriminativeScores:
-    """How well a linear classifier tells generated images from real ones; arXiv 2103.10428.
+    """How well a linear classifier separates generated images from real ones; arXiv 2103.10428.
 
     Attributes:
-        p_ids: share of pairs whose generated image is judged more real than its real one; 0 at worst, 0.5 is perfect.
-        u_ids: share of all images that are judged wrongly; 0 at worst, 0.5 is perfect.
+        p_ids: share of pairs whose generated image is classified as more real than its real one; 0 is worst, 0.5 best.
+        u_ids: share of all images that are misclassified; 0 is worst, 0.5 best.
     """
 
     p_ids: float
@@ -123,7 +125,7 @@ class DiscriminativeScores:
 
 
 def discriminative_scores(generated: Tensor, real: Tensor) -> DiscriminativeScores:
-    """P-IDS and U-IDS: a linear support vector machine is fitted to both sets, and judges the same images.
+    """P-IDS and U-IDS: a linear support vector machine is fitted to both sets, and classifies the same images.
 
     Args:
         generated: [N, D] features; row i belongs to row i of `real`, see `pair_order`.
@@ -136,7 +138,7 @@ def discriminative_scores(generated: Tensor, real: Tensor) -> DiscriminativeScor
     require_features(real, "real")
     require_features(generated, "generated", real.shape[1])
     if len(generated) != len(real):
-        raise DataError(f"{len(generated)} generated and {len(real)} real images are no pairs")
+        raise DataError(f"{len(generated)} generated and {len(real)} real images are not pairs; give as many of each")
     require_enough("p_ids", len(real))
     try:
         from sklearn.svm import LinearSVC
@@ -151,17 +153,17 @@ def discriminative_scores(generated: Tensor, real: Tensor) -> DiscriminativeScor
 
 
 def confusion(predicted: Tensor, true: Tensor, num_classes: int, *, ignore: int = UNLABELLED) -> Tensor:
-    """How often class i was predicted as class j: [K, K] int64, true classes as rows; sums over images may be added.
+    """How often class i was predicted as class j: [K, K] int64, true classes as rows; several images add up.
 
     Args:
         predicted: integers in [0, K), of any shape.
-        true: integers in [0, K), or `ignore` where nothing is known: these pixels do not count.
+        true: integers in [0, K), or `ignore` for unlabelled pixels, which do not count.
 
     Raises:
         DataError: shapes differ, or a class is outside [0, K).
     """
     if predicted.shape != true.shape:
-        raise DataError(f"maps of shape {list(predicted.shape)} and {list(true.shape)} are no pairs")
+        raise DataError(f"maps of shape {list(predicted.shape)} and {list(true.shape)} are not pairs")
     known = true != ignore
     predicted, true = predicted[known].long(), true[known].long()
     for what, classes in (("predicted", predicted), ("true", true)):

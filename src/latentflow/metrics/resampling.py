@@ -1,4 +1,4 @@
-"""Intervals of scores, by the spread over images or by resampling them.
+"""Confidence intervals of scores, from the spread over images or by the bootstrap.
 
 Legend: N images, R resamples.
 """
@@ -16,19 +16,19 @@ from torch import Tensor
 from latentflow.errors import ConfigError
 from latentflow.metrics.scores import Resampled
 
-_FOR_TAILS = 100  # resamples; of fewer, the tails that bounds are read from are not known
-_AT_A_TIME = 20  # resamples handed over together; bounds the memory of their counts
+_FOR_TAILS = 100  # resamples; fewer do not determine the tails that bounds are read from
+_AT_A_TIME = 20  # resamples scored together; bounds the memory of their counts
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A score and how far chance in the choice of the images carries it.
+    """A score, and its uncertainty over the choice of the images.
 
     Attributes:
         estimate: the score of the images themselves.
         low, high: bounds of the interval.
         standard_error: standard deviation of the resampled scores.
-        level: the share of such intervals that hold the score's expectation at this number of images.
+        level: the share of such intervals that contain the score's expectation at this number of images.
         num_resamples: R; 0: none were drawn.
     """
 
@@ -41,14 +41,15 @@ class Interval:
 
 
 def interval_over_images(contributions: Tensor, estimate: float, *, level: float = 0.95) -> Interval:
-    """The interval of a score by what each of N independent images contributes to it: the delta method.
+    """The interval of a score from the contributions of N independent images: the delta method.
 
-    A score that is no mean is one to first order, and its standard error is that of the mean of the contributions. For
-    scores that are smallest where two sets are alike, FID and KID, this errs on the side of a wide interval there: the
-    variance of N contributions holds twice what the second order adds, and a bootstrap's three times.
+    To first order every score is a mean of contributions, and its standard error is that of this mean. For scores that
+    are smallest for equal sets, FID and KID, the interval is conservative there: the variance of N contributions holds
+    twice the second-order term, and that of a bootstrap three times.
 
     Args:
-        contributions: [N] derivatives of the score by the weight of each image, times N; their mean does not count.
+        contributions: [N] derivatives of the score with respect to the weight of each image, times N; their mean does
+            not matter.
         estimate: the score.
         level: strictly between 0 and 1.
     """
@@ -69,19 +70,19 @@ def bootstrap(
 ) -> Interval:
     """The interval of a score over resamples of its N images, each of N draws with replacement.
 
-    Drawing an image twice makes distances such as FID larger, by about what the finite number of images does anyway.
-    The resampled scores therefore give the width only, and are shifted so that their mean is the estimate. Of fewer
-    than 100 resamples the bounds are not quantiles but standard errors times Student's factor.
+    Duplicates bias distances such as FID upward, by about as much as the finite number of images does already. The
+    resampled scores therefore give the width only, and are shifted so that their mean is the estimate. With fewer than
+    100 resamples the bounds are standard errors times Student's factor instead of quantiles.
 
     Args:
         scores: scores of [R, N] counts; see `resampled_frechet`, `resampled_kernel`, `resampled_inception_score` and
             `Neighbours.resampled`.
         n: N.
-        estimate: the score itself where it is known; None: that of counts of 1.
+        estimate: the score itself; None: it is computed from counts of 1.
         num: R; 100 are enough for the standard error, 1000 for the bounds' second digit.
         level: strictly between 0 and 1.
         seed: of the draws; the same on every device.
-        on_images: told N for each resample, once some are done.
+        on_images: called with N for each resample, several at a time.
 
     Raises:
         ConfigError: `num` or `level` are out of range.

@@ -1,19 +1,18 @@
 """Scores of two sets of features: Fréchet distance (FID), kernel distance (KID), Inception Score.
 
-All arithmetic is in float64, on the device that is named or on that of the features; features that lie elsewhere are
-moved there in parts. torchmetrics is not used here: its FID, KID and Inception Score come with a network of a library
-that this package does without, and draw their subsets by another rule.
+All arithmetic is in float64, on the given device or that of the features; features that lie elsewhere are moved there
+in parts. torchmetrics is not used here: its FID, KID and Inception Score depend on the network of a library that this
+package does not require, and draw their subsets by another rule.
 
-What each image contributes to a score is the score's derivative by the weight of that image, times N: the spread of
-these numbers over the images is the score's standard error to first order (the delta method).
+The contribution of an image to a score is the derivative of the score with respect to the weight of that image, times
+N. The standard deviation of the contributions gives the standard error of the score to first order (the delta method).
 
 Legend: N images, D features of an image, K classes, R resamples.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -29,13 +28,13 @@ Resampled = Callable[[Tensor], Tensor]
 
 SCORES = ("fid", "kid", "inception_score", "precision", "recall", "density", "coverage", "p_ids", "u_ids")
 _BLOCK = 1024  # rows and columns of a kernel matrix held at a time
-_CHUNK = 2048  # rows that are moved and made float64 at a time
-_PARTNERS = 5000  # images that each image is held against for what it contributes to KID
+_CHUNK = 2048  # rows moved and converted to float64 at a time
+_PARTNERS = 5000  # images that each image is compared with for its contribution to KID
 
 
 @dataclass(frozen=True)
 class MeanStd:
-    """A score that is a mean over subsets or splits, and the standard deviation (ddof 0) of what it is the mean of."""
+    """A score that is a mean over subsets or splits, and the standard deviation (ddof 0) over them."""
 
     mean: float
     std: float
@@ -50,7 +49,7 @@ def require_enough(
     neighbours: int = 5,
     splits: int = 10,
 ) -> str | None:
-    """Refuse too few images for a score, or warn of what the number does to it.
+    """Refuse too few images for a score, or warn of its bias at this number.
 
     Args:
         score: one of `SCORES`; "fid" stands for the Fréchet distance of any features.
@@ -61,7 +60,7 @@ def require_enough(
         splits: of "inception_score".
 
     Returns:
-        A warning for people, or None.
+        A warning for the user, or None.
 
     Raises:
         DataError: the score is not defined for so few.
@@ -70,24 +69,24 @@ def require_enough(
     if score not in SCORES:
         raise ConfigError(f"there is no score {score!r}: {nearest(score, SCORES)}")
     if score == "fid":
-        least, why = 2, "a covariance needs two"
+        least, why = 2, "for a covariance"
     elif score == "kid":
-        least, why = max(subset_size, 2), f"its subsets hold {subset_size}: take smaller ones, or more images"
+        least, why = max(subset_size, 2), f"for subsets of {subset_size}"
     elif score == "inception_score":
-        least, why = splits, f"it is a mean over {splits} splits: take fewer splits, or more images"
+        least, why = splits, f"for {splits} splits"
     elif score.endswith("_ids"):
-        least, why = 2, "a classifier needs two"
+        least, why = 2, "for a classifier"
     else:
-        least, why = neighbours + 1, f"each needs {neighbours} neighbours: take fewer neighbours, or more images"
+        least, why = neighbours + 1, f"for {neighbours} neighbours of each"
     if n < least:
-        raise DataError(f"{score} of {n} images: {why}")
+        raise DataError(f"{score} needs at least {least} images per set, {why}; got {n}")
     if score == "fid" and dim is not None and n <= dim:
         return (
-            f"{n} images have a singular covariance of {dim} features: the distance is far too large, "
-            "and may be compared with others of exactly as many images only"
+            f"the distance is strongly biased upward at this sample size ({n} images, whose covariance of {dim} "
+            f"features is singular); compare only with distances of exactly {n} images"
         )
     if score in ("p_ids", "u_ids") and dim is not None and 2 * n <= dim:
-        return f"{n} pairs of {dim} features: a linear classifier tells any such sets apart, so the score says nothing"
+        return f"{n} pairs of {dim} features: a linear classifier separates any such sets, so the score is meaningless"
     return None
 
 
@@ -101,7 +100,10 @@ def frechet_distance(statistics: FeatureStatistics, other: FeatureStatistics) ->
         DataError: different numbers of features.
     """
     if statistics.dim != other.dim:
-        raise DataError(f"statistics of {statistics.dim} and of {other.dim} features have no distance")
+        raise DataError(
+            f"statistics of {statistics.dim} and of {other.dim} features have no distance; compute both with the same "
+            "feature network"
+        )
     other_mean, other_covariance = other.mean.to(statistics.mean.device), other.covariance.to(statistics.mean.device)
     covariances = sorted((statistics.covariance, other_covariance), key=lambda s: float(s.trace()))
     traces = covariances[0].trace() + covariances[1].trace()
@@ -137,7 +139,7 @@ def _eigvalsh(matrix: Tensor) -> Tensor:
 
 
 def frechet_contributions(features: Tensor, statistics: FeatureStatistics, reference: FeatureStatistics) -> Tensor:
-    """What each image contributes to the Fréchet distance to a fixed reference: [N, D] => [N] float64, of mean zero.
+    """The contribution of each image to the Fréchet distance to a fixed reference: [N, D] => [N] float64, of mean zero.
 
     With R = S_r^(1/2) and T = R (R S R)^(-1/2) R, the linear map that carries the one normal distribution to the other,
     the derivatives of |m - m_r|^2, tr S and 2 tr (R S R)^(1/2) in the direction of an image at x = m + c are
@@ -224,57 +226,6 @@ def _factor(covariance: Tensor) -> Tensor:
     return vectors[:, kept] * values[kept].sqrt()
 
 
-@dataclass(frozen=True)
-class FrechetBySize:
-    """How the Fréchet distance falls with the number of images.
-
-    Attributes:
-        sizes: numbers of images.
-        distances: the mean distance of subsets of each size.
-        infinite: where a line in 1/N through them meets 1/N = 0 (FID_infinity of arXiv 1911.07023).
-    """
-
-    sizes: tuple[int, ...]
-    distances: tuple[float, ...]
-    infinite: float
-
-
-def frechet_by_size(
-    features: Tensor,
-    reference: FeatureStatistics,
-    *,
-    sizes: Sequence[int] | None = None,
-    repeats: int = 1,
-    seed: int = 0,
-) -> FrechetBySize:
-    """The Fréchet distance at several numbers of images, and its limit for infinitely many (of `features` only).
-
-    The distance of N images is too large by about a constant times 1/N, another one for each model: two models are
-    compared fairly at the same N, or at the limit.
-
-    Args:
-        features: [N, D].
-        sizes: numbers of images, at least two; None: 8 of them, evenly spaced from max(N // 8, 2) to N.
-        repeats: random subsets averaged at each size.
-
-    Raises:
-        DataError: features that are not finite, or sizes outside [2, N].
-    """
-    total = len(require_features(features, "generated", reference.dim))
-    chosen = sorted(set(sizes or np.linspace(max(total // 8, 2), total, 8).astype(int).tolist()))
-    if len(chosen) < 2 or not 2 <= chosen[0] <= chosen[-1] <= total:
-        raise DataError(f"sizes {chosen} of {total} images; give two or more different ones from 2 to {total}")
-    generator = torch.Generator().manual_seed(seed)
-
-    def distance(size: int) -> float:
-        rows = torch.randperm(total, generator=generator)[:size].to(features.device)
-        return frechet_distance(FeatureStatistics.of(features[rows]), reference)
-
-    distances = [math.fsum(distance(size) for _ in range(repeats)) / repeats for size in chosen]
-    _, infinite = np.polyfit(1 / np.array(chosen), distances, 1)
-    return FrechetBySize(tuple(chosen), tuple(distances), float(infinite))
-
-
 def kernel_distance(
     generated: Tensor,
     real: Tensor,
@@ -352,7 +303,7 @@ def resampled_kernel(generated: Tensor, real: Tensor, *, device: torch.device | 
 def kernel_contributions(
     generated: Tensor, real: Tensor, *, most: int = _PARTNERS, device: torch.device | str | None = None
 ) -> Tensor:
-    """What each generated image contributes to KID: [N, D] and [M, D] => [N] float64, of mean zero.
+    """The contribution of each generated image to KID: [N, D] and [M, D] => [N] float64, of mean zero.
 
     It is twice the mean of k(x, x') over other generated images, less twice that of k(x, y) over real ones.
 
@@ -472,7 +423,7 @@ def resampled_inception_score(logits: Tensor) -> Resampled:
 
 
 def inception_contributions(logits: Tensor) -> Tensor:
-    """What each image contributes to the Inception Score without splits: [N, K] logits => [N] float64, of mean zero."""
+    """The contribution of each image to the Inception Score without splits: [N, K] logits => [N] float64, mean zero."""
     log_p = torch.log_softmax(_float64(logits), 1)
     p = log_p.exp()
     log_mean = p.mean(0).clamp(min=torch.finfo(p.dtype).tiny).log()

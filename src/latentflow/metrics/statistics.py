@@ -135,24 +135,6 @@ class FeatureStatistics:
                 self._flush()
         return self
 
-    def merge(self, other: FeatureStatistics) -> FeatureStatistics:
-        """Add the images of `other`, gathered elsewhere; returns itself.
-
-        Raises:
-            DataError: another D, or one of the two does not know its N.
-        """
-        if other.dim != self.dim:
-            raise DataError(f"cannot join statistics of {self.dim} and of {other.dim} features")
-        self._flush()
-        mean, scatter = other.mean.to(self._mean.device), other._scatter.to(self._mean.device)
-        if (not self._n and self._scatter.any()) or (not other.n and scatter.any()):
-            raise DataError("cannot join statistics that do not say of how many images they are")
-        if other.n:
-            shift = self._join(mean, other.n)
-            self._scatter += scatter
-            self._scatter.addr_(shift, shift)
-        return self
-
     def state(self) -> dict[str, Tensor]:
         """Everything in three float64 or int64 tensors on the CPU, for a file: mean, covariance, n."""
         n = torch.tensor(self.n, dtype=torch.int64)

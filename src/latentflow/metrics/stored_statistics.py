@@ -31,7 +31,7 @@ class Provenance(Record):
     """How reference statistics were made."""
 
     data: str
-    """One line for people: the images and how many there are."""
+    """The images and their number in one line."""
     fingerprint: str
     """`ImageSource.fingerprint` of the images; "" if not known."""
     image_size: int
@@ -76,7 +76,7 @@ class Reference:
         if (made.feature_name, made.feature_hash) != (name, hash):
             raise DataError(
                 f"the reference was made with features {made.feature_name} ({made.feature_hash[:12]}), these are "
-                f"{name} ({hash[:12]}): scores would mean nothing; compute the reference again"
+                f"{name} ({hash[:12]}): scores would be meaningless; compute the reference again"
             )
         return None
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from latentflow.analysis.bound import VARIANTS, Estimate, WassersteinBound
+from latentflow.analysis.bound import VARIANTS, Estimate
 from latentflow.analysis.lipschitz import TimeCurve
+from latentflow.evaluation.measured_bound import MeasuredBound
 from latentflow.pages.charts import TIME, Chart, Series
 from latentflow.pages.numbers import number, percent
 from latentflow.pages.page import Table, render
@@ -22,39 +23,6 @@ KINDS = {
 """What an `Estimate.bias` is called here."""
 
 _ERROR_NAMES = {"loss": "loss", "velocity": "velocity error"}
-
-
-@dataclass(frozen=True)
-class MeasuredBound:
-    """A bound, and how it was measured.
-
-    Attributes:
-        bound: its terms.
-        coupling: sqrt(E|y - x|^2) of the latents that the model (y) and the flow of the data (x) generate from the
-            same noise: what `WassersteinBound.flow_distance` bounds, except for the error of the solvers.
-        data: which images.
-        told: the condition of the model, in words; "nothing" for an unconditional one.
-        num, num_data, points: see `bound`.
-        is_training_data: whether the model was trained on these images.
-        model: as it was given.
-        seconds: the time of the whole measurement.
-    """
-
-    bound: WassersteinBound
-    coupling: Estimate
-    data: str
-    told: str
-    num: int
-    num_data: int
-    points: int
-    is_training_data: bool
-    model: str = ""
-    seconds: float = 0.0
-
-    @property
-    def farthest(self) -> float:
-        """The largest distance of two images with values in [-1, 1]."""
-        return 2 * math.sqrt(self.bound.reconstruction.elements)
 
 
 def growth_factor(measured: MeasuredBound, variant: str, error: str) -> float:
@@ -145,13 +113,13 @@ def bound_record(measured: MeasuredBound) -> dict[str, Any]:
     """Everything as JSON; an infinite number is null."""
     bound = measured.bound
     return {
-        "model": measured.model,
+        "model": measured.request.model,
         "data": measured.data,
         "is_training_data": measured.is_training_data,
         "told": measured.told,
-        "num": measured.num,
+        "num": measured.request.num,
         "num_data": measured.num_data,
-        "points": measured.points,
+        "points": measured.request.points,
         "terms": [_json(estimate) for estimate in bound.terms()],
         "coupling": _json(measured.coupling),
         "totals": [

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from latentflow.evaluation.sweep import SweepResult
 from latentflow.evaluation.sweep_rounds import Round
-from latentflow.evaluation.sweep_rules import ACCURACY_MARGIN, CONFIDENCE, SIGMAS, Candidate, Ceiling, Point
-from latentflow.model.config import SamplingPreset
+from latentflow.evaluation.sweep_rules import ACCURACY_MARGIN, CONFIDENCE, SIGMAS, Point
 from latentflow.pages.charts import Chart, Series, chart_file
 from latentflow.pages.numbers import number, percent
 from latentflow.pages.page import Table, render
@@ -20,62 +18,9 @@ _MOST_IMAGES = 100_000  # that anybody draws to compare presets
 _MARKS = {"front": "front", "undecided": "undecided", "beaten": ""}
 
 
-@dataclass(frozen=True)
-class SweepResult:
-    """What `sweep` found.
-
-    Attributes:
-        out: the folder with page.html, sweep.json, sweep.svg and the candidates.
-        model: as it was given.
-        label: what the distance is called.
-        rounds: in order of their number of images.
-        final: the last complete round, which everything below is about; the first one where none is complete.
-        marks: by name: "front", "undecided" or "beaten"; see `sweep_rules.marks`.
-        needed: by name, of how many images each the numbers would show that a candidate is as good as any other.
-        margin: a difference of distances that does not matter, as a share of the other's.
-        ceiling: what the class judge makes of real images; None where classes are not judged.
-        last_size: images per candidate in the last round that was planned.
-        budget: seconds that were given.
-        seconds_per_image: of all candidates of the final round together, for one more image of each.
-        best: name of the cheapest candidate that is shown to be as good as any other; None: undecided.
-        old, new: the model's preset, and that of `best`.
-        asked_to_write: whether the best preset was to become that of the model.
-        presets: by name, what every candidate changes in the model's preset.
-        failed: by name, why a candidate could not be measured.
-        notes: what one should know about the figures.
-        seconds: of this call, the reference not counted.
-    """
-
-    out: Path
-    model: str
-    label: str
-    rounds: list[Round]
-    final: Round
-    marks: dict[str, str]
-    needed: dict[str, float]
-    margin: float
-    ceiling: Ceiling | None
-    last_size: int
-    budget: float | None
-    seconds_per_image: float
-    best: str | None
-    old: SamplingPreset
-    new: SamplingPreset | None
-    asked_to_write: bool
-    presets: dict[str, Candidate]
-    failed: dict[str, str]
-    notes: list[str]
-    seconds: float
-
-    @property
-    def written(self) -> bool:
-        """Whether the model has the new preset now."""
-        return self.asked_to_write and self.best is not None
-
-
 def verdict(result: SweepResult) -> list[str]:
     """What the sweep found, in sentences; where it is undecided, also what would decide it."""
-    margins = f"a distance larger by more than {100 * result.margin:g} %"
+    margins = f"a distance larger by more than {100 * result.request.margin:g} %"
     if result.ceiling:
         margins = f"class accuracy lower by more than {100 * ACCURACY_MARGIN:g} points, or {margins} at equal accuracy"
     basis = f"{result.final.num:,} images each of {len(result.final.measured)} presets, the same seeds for all"
@@ -94,7 +39,7 @@ def verdict(result: SweepResult) -> list[str]:
         f"Undecided: no preset is shown to be as good as all others ({basis}); worse means {margins}, at "
         f"{100 * CONFIDENCE:g} % confidence.",
         _would_decide(result),
-        *(["Nothing was written: the model keeps its preset."] if result.asked_to_write else []),
+        *(["Nothing was written: the model keeps its preset."] if result.request.write else []),
     ]
 
 
@@ -115,7 +60,7 @@ def _would_decide(result: SweepResult) -> str:
     if num > _MOST_IMAGES:
         return f"{text}: too close to tell apart in practice; give a larger --margin, or fewer presets."
     options = [f"--num {num}"] if num > result.last_size else []
-    options += [f"--budget {seconds}"] if result.budget is not None else []
+    options += [f"--budget {seconds}"] if result.request.budget is not None else []
     how = f" with {' '.join(options)}" if options else ""
     return f"{text}: repeat the command{how} to go on; it takes some {max(round(seconds / 60), 1):,} minutes."
 
@@ -123,14 +68,14 @@ def _would_decide(result: SweepResult) -> str:
 def summary(result: SweepResult) -> dict[str, Any]:
     """A sweep as JSON. Resamples and earlier rounds of a candidate stand in OUT/candidates."""
     return {
-        "model": result.model,
+        "model": result.request.model,
         "distance": result.label,
         "num": result.final.num,
         "decided": result.best is not None,
         "best": result.best,
         "verdict": " ".join(verdict(result)),
         "confidence": CONFIDENCE,
-        "margin": result.margin,
+        "margin": result.request.margin,
         "accuracy_margin": ACCURACY_MARGIN if result.ceiling else None,
         "real_accuracy": result.ceiling.accuracy if result.ceiling else None,
         "old_preset": result.old.model_dump(mode="json"),

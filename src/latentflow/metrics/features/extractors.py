@@ -1,4 +1,4 @@
-"""What images are compared by: feature networks with one way to be called.
+"""Feature networks, which images are compared by, with a common interface.
 
 Legend: B images, H and W image height and width in pixels, D features of an image.
 """
@@ -20,11 +20,10 @@ from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
 from latentflow.errors import ArtifactError, ConfigError, DataError, nearest
 from latentflow.metrics.features.inception import InceptionV3, download_weights, load_inception
 from latentflow.metrics.features.random_pyramid import RandomPyramid
+from latentflow.metrics.names import FEATURE_PRECISIONS, FEATURES
 from latentflow.runtime import Precision, Runtime
 from latentflow.weights import LOADING
 
-NAMES = ("inception", "dinov2", "latents", "random")
-PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16")
 DINOV2 = "facebook/dinov2-large"
 
 _RELATIVE = "a relative measure: compare models by it, never with published figures"
@@ -37,10 +36,10 @@ class FeatureExtractor(Protocol):
     computed in IEEE float32, as published ones are, unless `precision` says otherwise.
 
     Attributes:
-        name: one of `NAMES`.
-        label: what a Fréchet distance of these features is called, and what it may be compared with.
+        name: one of `FEATURES`.
+        label: the name of a Fréchet distance of these features, and what it may be compared with.
         dim: D.
-        hash: SHA-256 over the weights, everything that is done to the images before, and a precision other than fp32.
+        hash: SHA-256 over the weights, the preprocessing, and a precision other than fp32.
         device: where features are computed and returned.
         precision: what the network computes in.
     """
@@ -87,8 +86,8 @@ def open_features(
             library is.
         ArtifactError: the weights cannot be read or downloaded.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"features in precision {precision!r}: {nearest(precision, PRECISIONS)}")
+    if precision not in FEATURE_PRECISIONS:
+        raise ConfigError(f"features in precision {precision!r}: {nearest(precision, FEATURE_PRECISIONS)}")
     device = torch.device(device)
     precision = "fp32" if precision == "tf32" and device.type != "cuda" else precision
     Runtime(device).with_precision(precision)  # refuses one that the device has not
@@ -99,7 +98,7 @@ def open_features(
     if name == "random":
         return RandomFeatures(device, precision)
     if name != "latents":
-        raise ConfigError(f"there are no features {name!r}: {nearest(name, NAMES)}")
+        raise ConfigError(f"there are no features {name!r}: {nearest(name, FEATURES)}")
     if autoencoder is None or image_size is None:
         raise ConfigError("features 'latents' are those of a model's autoencoder: give a model, or choose 'random'")
     return LatentFeatures(autoencoder.to(device), image_size, precision)
@@ -235,12 +234,12 @@ class RandomFeatures:
 
 
 def _computing(features: FeatureExtractor) -> AbstractContextManager[None]:
-    """Convolutions and products in a precision, whatever the caller's is: TF32 alone moves features by 1e-3."""
+    """Convolutions and products in a precision, whatever the caller's is: even TF32 changes features by 1e-3."""
     return Runtime(features.device, precision=features.precision).autocast()
 
 
 def _sent(images: Tensor, device: torch.device) -> Tensor:
-    """Images on the device; without waiting, where they lie in pinned memory."""
+    """Images on the device; pinned ones are sent without blocking."""
     return _checked(images).to(device, non_blocking=True)
 
 

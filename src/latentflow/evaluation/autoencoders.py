@@ -1,0 +1,39 @@
+"""Autoencoders to evaluate: that of a model, or one without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from latentflow.autoencoder import BUILT_IN, Autoencoder
+from latentflow.errors import ArtifactError, ConfigError
+from latentflow.model.flow_model import CONFIG_FILE, FlowModel, find_model
+from latentflow.runtime import Runtime
+
+
+def open_autoencoder(reference: str, image_size: int | None, runtime: Runtime) -> tuple[Autoencoder, int]:
+    """The autoencoder of a model, or one without a model, and the image size to evaluate it at.
+
+    Raises:
+        ArtifactError: there is neither.
+        ConfigError: no size is given for one without a model, or one that is not the model's, or that does not fit.
+    """
+    path = Path(reference)
+    without_model = reference in BUILT_IN or ((path / CONFIG_FILE).is_file() and not _is_model(reference))
+    if without_model or not (path.exists() or _is_model(reference)):
+        autoencoder = Autoencoder.from_pretrained(reference).to(runtime)
+        if image_size is None:
+            raise ConfigError("an autoencoder without a model has no image size: give --image-size, for example 256")
+        autoencoder.latent_side(image_size)
+        return autoencoder, image_size
+    model = FlowModel.from_pretrained(reference, runtime=runtime)
+    if image_size not in (None, model.config.image_size):
+        raise ConfigError(f"--image-size {image_size}: the model has {model.config.image_size}; remove it")
+    return model.autoencoder, model.config.image_size
+
+
+def _is_model(reference: str) -> bool:
+    try:
+        find_model(reference)
+    except ArtifactError:
+        return False
+    return True

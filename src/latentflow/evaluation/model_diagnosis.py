@@ -1,0 +1,317 @@
+"""A model measured on images: its loss, trajectories, latents, copies of training images, and distance to the data.
+
+Half of the images are compared with the other half, and with as many samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentflow.analysis.bound import velocity_error
+from latentflow.analysis.diagnosis import (
+    Diagnosis,
+    Floor,
+    LatentStatistics,
+    LossByTime,
+    Memorisation,
+    Nearness,
+    Ways,
+    baseline_loss,
+    channel_moments,
+    nearness,
+    radial_spectrum,
+)
+from latentflow.analysis.trajectories import follow
+from latentflow.autoencoder import to_uint8
+from latentflow.data.items import ImageSource
+from latentflow.errors import DataError
+from latentflow.evaluation.encoded_images import ReferenceLatents, encode_reference, velocity_given
+from latentflow.evaluation.request import DiagnoseRequest
+from latentflow.flow.times import sampling_times
+from latentflow.metrics.features.extractors import RandomFeatures
+from latentflow.metrics.resampling import interval_over_images
+from latentflow.metrics.scores import frechet_contributions, frechet_distance
+from latentflow.metrics.statistics import FeatureStatistics
+from latentflow.model.flow_model import FlowModel
+from latentflow.progress import image_progress
+from latentflow.randomness import ImageRandom
+from latentflow.sampling.drawing import Drawing, make_drawing
+from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, initial_noise
+from latentflow.sampling.request import SampleRequest
+from latentflow.sampling.samples import Samples
+
+_BINS = 10
+_LOOKS = 4  # times at which the loss of each image is measured
+_MOST_WAYS, _WAY_STEPS = 64, 40
+_PAIRS = 8  # shown on each sheet
+_TWIN = 1e-5  # relative distance of features below which two images are the same
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Images by their latents and features, on the CPU.
+
+    Attributes:
+        latents: with labels and their source.
+        features: [N, D] of the images.
+        reconstructed: [N, D] of their reconstructions; None if they were not needed.
+    """
+
+    latents: ReferenceLatents
+    features: Tensor
+    reconstructed: Tensor | None = None
+
+    def rows(self, rows: slice | Tensor) -> Examined:
+        """Some of them."""
+        reconstructed = None if self.reconstructed is None else self.reconstructed[rows]
+        return Examined(self.latents.rows(rows), self.features[rows], reconstructed)
+
+    def pictures(self, rows: Sequence[int]) -> Tensor:
+        """Some of the images, read again: [B, 3, S, S] uint8."""
+        source = self.latents.source
+        pixels = [source[self.latents.indices[row]].pixels for row in rows]
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+
+
+def measure_diagnosis(
+    flow: FlowModel, source: ImageSource, train_source: ImageSource | None, request: DiagnoseRequest
+) -> tuple[Diagnosis, dict[str, Tensor]]:
+    """Measure a model on images.
+
+    Args:
+        source: best held-out images.
+        train_source: training images, for the memorisation test and for overfitting; None: half of `source` stands for
+            them.
+
+    Returns:
+        The diagnosis but its `seconds`; and sheets of pairs of pictures by name, [2 n, 3, S, S].
+
+    Raises:
+        DataError: too few images can be read.
+        NonFiniteError: the model's numbers are not finite.
+    """
+    half, batch_size = request.num // 2, request.batch_size
+    drawing = make_drawing(flow, SampleRequest(num=half, seed=request.seed, guidance=request.guidance))
+    network = RandomFeatures(flow.device)
+    examined = _examine(flow, source, network, request, least=request.num, reconstruct=True)
+    training = None
+    if train_source is not None:
+        training = _examine(flow, train_source, network, request, num=request.num_train)
+    with image_progress("drawing", half) as on_images:
+        samples = draw_all(flow, drawing, batch_size=batch_size, on_images=on_images)
+    features = torch.cat([network(part).cpu() for part in samples.pixels.split(batch_size)])
+    first, second = examined.rows(slice(0, half)), examined.rows(slice(half, 2 * half))
+    memorisation, pairs = _memorisation(flow, samples, features, first, second, training)
+    preset = drawing.sampling
+    training_latents = None if training is None else training.latents.rows(slice(0, request.num))
+    diagnosis = Diagnosis(
+        request=request.model_dump(mode="json"),
+        model=request.model,
+        data=source.description,
+        is_training_data=_is_training_data(flow, source),
+        told=examined.latents.told,
+        sampling=f"{preset.solver}, {preset.steps} steps, guidance {preset.guidance:g}",
+        num=request.num,
+        loss=_loss(flow, examined.latents, request),
+        training_loss=None if training_latents is None else _loss(flow, training_latents, request),
+        ways=_trajectories(flow, drawing, batch_size),
+        latents=_latent_statistics(samples.latents, examined.latents.latents, half),
+        memorisation=memorisation,
+        floor=_floor(network.label, features, first, second),
+        seconds=0.0,
+    )
+    return diagnosis, pairs
+
+
+def _examine(
+    flow: FlowModel,
+    source: ImageSource,
+    network: RandomFeatures,
+    request: DiagnoseRequest,
+    *,
+    num: int | None = None,
+    least: int = 2,
+    reconstruct: bool = False,
+) -> Examined:
+    features: list[Tensor] = []
+    reconstructed: list[Tensor] = []
+
+    def visit(pixels: Tensor, latents: Tensor) -> None:
+        features.append(network(pixels).cpu())
+        if reconstruct:
+            reconstructed.append(network(to_uint8(flow.decode(latents))).cpu())
+
+    how = {"least": least, "batch_size": request.batch_size, "seed": request.seed, "visit": visit}
+    latents, _ = encode_reference(flow, source, num or request.num, **how)
+    return Examined(latents, torch.cat(features), torch.cat(reconstructed) if reconstruct else None)
+
+
+def _is_training_data(flow: FlowModel, source: ImageSource) -> bool:
+    return source.fingerprint() == flow.config.training.data_fingerprint
+
+
+def _loss(flow: FlowModel, reference: ReferenceLatents, request: DiagnoseRequest) -> LossByTime:
+    """The loss of each image at some times, spread evenly over [0, 1]."""
+    path, count, curve = flow.config.path, len(reference.indices), None
+    batch_size, seed = request.batch_size, request.seed
+    elements = reference.latents[0].numel()
+    total = _LOOKS * count
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    times = (order.double() + 0.5) / total
+    with image_progress("loss", total) as on_images, torch.no_grad():
+        for start in range(0, total, batch_size):
+            places = range(start, min(start + batch_size, total))
+            part = reference.rows(torch.tensor([place % count for place in places]))
+            noise = ImageRandom.at(seed, "diagnose", places).normal(*part.latents.shape[1:])
+            velocity = velocity_given(flow, part.labels, len(part.indices))
+            drawn = velocity_error(velocity, path, part.latents, noise, times[list(places)], bins=_BINS)
+            curve = drawn if curve is None else curve + drawn
+            on_images(len(places))
+    return LossByTime(
+        data=reference.source.description,
+        times=curve.times.tolist(),
+        loss=(curve.filled().mean / elements).tolist(),
+        standard_error=(curve.standard_error / elements).tolist(),
+        baseline=_mean_baseline(flow, reference.latents),
+    )
+
+
+def _mean_baseline(flow: FlowModel, latents: Tensor) -> list[float]:
+    """The baseline's mean over each bin, of 20 times within it."""
+    fine = (torch.arange(20 * _BINS, dtype=torch.float64) + 0.5) / (20 * _BINS)
+    losses = torch.tensor(baseline_loss(flow.config.path, latents, fine), dtype=torch.float64)
+    return losses.reshape(_BINS, 20).mean(1).tolist()
+
+
+def _trajectories(flow: FlowModel, drawing: Drawing, batch_size: int) -> list[Ways]:
+    """Trajectories of the first samples, as they are drawn and, if that is guided, without guidance as well."""
+    few = drawing.at(slice(0, min(len(drawing.seeds), _MOST_WAYS)))
+    plain = few.model_copy(update={"sampling": few.sampling.model_copy(update={"guidance": 1.0, "guided_by": None})})
+    chosen = [few] if few.sampling.guidance == 1 else [few, plain]
+    with image_progress("trajectories", len(chosen) * len(few.seeds)) as on_images:
+        return [_followed(flow, one, batch_size, on_images) for one in chosen]
+
+
+def _followed(flow: FlowModel, drawing: Drawing, batch_size: int, on_images: Callable[[int], None]) -> Ways:
+    ways = None
+    for start in range(0, len(drawing.seeds), batch_size):
+        part = drawing.at(slice(start, start + batch_size))
+        noise = initial_noise(flow, part)
+        given = Given().on(flow.device, len(noise))
+        velocity = conditioned_velocity(flow, part, given, noise.shape)
+        followed = follow(velocity, noise, sampling_times(_WAY_STEPS))
+        ways = followed if ways is None else ways + followed
+        on_images(len(noise))
+    straightness = ways.straightness
+    tails = torch.quantile(straightness, torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
+    return Ways(
+        guidance=drawing.sampling.guidance,
+        num=len(straightness),
+        straightness=float(straightness.mean()),
+        straightness_error=float(straightness.std() / len(straightness) ** 0.5) if len(straightness) > 1 else 0.0,
+        straightness_quantiles=(tails[0], tails[1]),
+        total_turning=float(ways.total_turning.mean()),
+        times=ways.middles.tolist(),
+        turning=ways.turning.mean(0).tolist(),
+    )
+
+
+def _latent_statistics(samples: Tensor, data: Tensor, half: int) -> LatentStatistics:
+    frequencies, of_samples = radial_spectrum(samples)
+    return LatentStatistics(
+        samples=channel_moments(samples),
+        data=channel_moments(data),
+        halves=(channel_moments(data[:half]), channel_moments(data[half : 2 * half])),
+        frequencies=frequencies,
+        spectrum_samples=of_samples,
+        spectrum_data=radial_spectrum(data)[1],
+        spectrum_halves=(radial_spectrum(data[:half])[1], radial_spectrum(data[half : 2 * half])[1]),
+    )
+
+
+def _memorisation(
+    flow: FlowModel, samples: Samples, features: Tensor, first: Examined, second: Examined, training: Examined | None
+) -> tuple[Memorisation, dict[str, Tensor]]:
+    """The test, and sheets of pictures by name: nearest pairs of samples in each space, and of held-out images."""
+    members = first if training is None else training
+    second, num_twins = _without_twins(second, members)
+    spaces = [
+        nearness("latents", samples.latents, second.latents.latents, members.latents.latents, flow.device),
+        nearness("random features", features, second.features, members.features, flow.device),
+    ]
+    count = f"{len(members.latents.indices):,}"
+    source = members.latents.source.description
+    seen = _is_training_data(flow, members.latents.source)
+    unseen = not _is_training_data(flow, second.latents.source)
+    if training is None:
+        kind = "all of which the model was trained on" if seen else "none of which need have been trained on"
+        against = (
+            f"{count} images, half of {source}, stand for the training images, and the other half for held-out "
+            f"ones, {kind}: a test for copies of the first half only; give training images with --train for a real one"
+        )
+    else:
+        exact = "the images the model was trained on" if seen else "taken for images the model was trained on"
+        against = f"{count} of {source}, {exact}, and {len(second.latents.indices):,} others as held-out images"
+    test = Memorisation(
+        against=against,
+        is_test=training is not None and unseen,
+        covers=training is not None or seen,
+        num_training=len(members.latents.indices),
+        num_all=len(members.latents.source) if training is not None or seen else len(members.latents.indices),
+        num_twins=num_twins,
+        spaces=spaces,
+    )
+
+    def sheet(pictures: Callable[[list[int]], Tensor], distances: list[float], found: list[int]) -> Tensor:
+        rows = np.argsort(distances, kind="stable")[:_PAIRS].tolist()
+        return torch.cat([pictures(rows), members.pictures([found[row] for row in rows])])
+
+    def by_space(space: Nearness) -> Tensor:
+        return sheet(lambda rows: samples.pixels[rows], space.samples, space.nearest_of_samples)
+
+    held_out = sheet(second.pictures, spaces[0].held_out, spaces[0].nearest_of_held_out)
+    return test, {
+        "pairs_latents": by_space(spaces[0]),
+        "pairs_features": by_space(spaces[1]),
+        "pairs_held_out": held_out,
+    }
+
+
+def _without_twins(held_out: Examined, members: Examined) -> tuple[Examined, int]:
+    """The held-out images that are not among the members, and how many are.
+
+    Raises:
+        DataError: fewer than two are left.
+    """
+    distances = nearness("", held_out.features, held_out.features, members.features).samples
+    scale = held_out.features.double().norm(dim=1)
+    distinct = torch.tensor(distances, dtype=torch.float64) > _TWIN * scale
+    if int(distinct.sum()) < 2:
+        raise DataError(
+            "the images of DATA are the training images themselves, so no held-out images are left to compare with; "
+            "give other images as DATA, or remove --train"
+        )
+    return held_out.rows(distinct), int((~distinct).sum())
+
+
+def _floor(label: str, features: Tensor, first: Examined, second: Examined) -> Floor:
+    reference = FeatureStatistics.of(first.features)
+    distances, errors = [], []
+    for rows in (second.features, second.reconstructed, features):
+        statistics = FeatureStatistics.of(rows)
+        distances.append(frechet_distance(statistics, reference))
+        contributions = frechet_contributions(rows, statistics, reference)
+        errors.append(interval_over_images(contributions, distances[-1]).standard_error)
+    return Floor(
+        label=label,
+        num=len(features),
+        real=distances[0],
+        reconstructed=distances[1],
+        samples=distances[2],
+        standard_errors=(errors[0], errors[1], errors[2]),
+    )

@@ -1,0 +1,293 @@
+"""Requests of the verbs that measure: what a person asks, before anything is opened."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from latentflow.errors import nearest
+from latentflow.metrics.names import FEATURE_PRECISIONS, FEATURES, METRICS, NEIGHBOURS
+from latentflow.requests import FromText, Names, Number, Numbers, Option, Request, RequestError, Whole, WholeNumbers
+from latentflow.sampling.request import MOST_SEED, SamplingRequest
+
+LABEL_POLICIES = ("balanced", "uniform", "data", "none")
+_TASKS = ("sample", "inpaint", "mask-to-image")
+_NEIGHBOURS_EACH = 5  # that density and coverage count, so that six images are the fewest
+
+Place = Annotated[str, BeforeValidator(os.fspath)]
+"""A path, or the name of something that is no file: a hub id, a built-in autoencoder, synthetic images."""
+
+_BATCH_SIZE = "Images computed together; does not change the result."
+_FIRST_SEED = "Seed of the first image; image i has seed SEED + i."
+
+
+def _intervals(text: str) -> list[tuple[float, float]]:
+    try:
+        pairs = [tuple(map(float, part.split(":"))) for part in text.split(",")]
+    except ValueError:
+        pairs = [()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError("is not a list of intervals like 0:1,0.1:0.8")
+    return pairs
+
+
+class EvaluationRequest(SamplingRequest):
+    """Images to score against real ones, and by what."""
+
+    model: Annotated[Place, Option(argument=True)] = Field(
+        description="A model; a folder or zip of PNG samples; with --reconstruction, also an autoencoder."
+    )
+    data: Place = Field(description="Real images as for `encode`, or statistics of them: .safetensors or .npz.")
+    metrics: Names | None = Field(
+        None,
+        description="fid, kid, is, precision, recall, density, coverage; for pairs psnr, ssim, lpips; for holes "
+        "psnr-hole, ssim-hole, p-ids, u-ids; for maps miou. Otherwise the usual ones of the task.",
+    )
+    num: Annotated[Whole, Option(called="number of images", remedy="scores compare sets of images")] | None = Field(
+        None, ge=2, description="Number of images; otherwise 50,000 if they are drawn, or all there are."
+    )
+    task: str = Field(
+        "sample", description="sample; inpaint, which fills holes in DATA; mask-to-image, which paints its maps."
+    )
+    reconstruction: bool = Field(
+        False, description="Score the autoencoder's reconstructions of DATA: the best that its models can reach."
+    )
+    features: str = Field(
+        "inception", description="inception (FID); dinov2; latents or random, which need no download."
+    )
+    weights: Place | None = Field(None, description="Weights of the features: a file; otherwise downloaded once.")
+    features_precision: str = Field(
+        "fp32", description="Precision of the features: fp32, as published; tf32 or bf16 are faster and not comparable."
+    )
+    labels: str | None = Field(
+        None,
+        description="Class of image i: balanced (the default), uniform, data (as often as in DATA) or none.",
+    )
+    seed: Whole = Field(0, ge=0, le=MOST_SEED, description=_FIRST_SEED)
+    batch_size: Whole = Field(32, ge=1, description="Images computed together; does not change them.")
+    num_workers: Whole | None = Field(
+        None, ge=0, le=256, description="Processes that read images; 0: threads; otherwise as many as pay."
+    )
+    masks: Place | None = Field(
+        None,
+        description="Holes: a folder of masks, or mixed, strokes, boxes, halves, borders; otherwise as in training.",
+    )
+    segmenter: str | None = Field(
+        None, description="For miou: package.module:function, uint8 [B, 3, H, W] to classes [B, H, W]."
+    )
+    lpips: Path | None = Field(
+        None, description="For lpips: a folder with alexnet-owt-7be5be79.pth and alex.pth, or one file of both."
+    )
+    image_size: Whole | None = Field(None, ge=1, description="Image side in pixels; only if MODEL is an autoencoder.")
+    resamples: Annotated[Whole, Option(remedy="0 for none; 200 are usual")] | None = Field(
+        None,
+        ge=0,
+        description="Bootstrap resamples for the intervals; 0: no intervals; otherwise from the spread over images.",
+    )
+    neighbours: Whole = Field(
+        NEIGHBOURS,
+        ge=0,
+        description="Precision, recall, density and coverage look at this many images of each kind at most; 0: all.",
+    )
+    reference_out: Path | None = Field(
+        None, description="File for the statistics of DATA, .safetensors; otherwise next to OUT."
+    )
+    out: Path | None = Field(
+        None, description="A folder, or a .json file; repeat the command to go on after an interruption."
+    )
+    against: Path | None = Field(
+        None,
+        description="Another report to compare with: its folder or its .json file; refused if the protocols differ.",
+    )
+    anyway: bool = Field(False, description="Compare even if the protocols differ.")
+
+    @property
+    def whole_task(self) -> str:
+        """The task, "reconstruction" included."""
+        return "reconstruction" if self.reconstruction else self.task
+
+    @property
+    def wanted(self) -> list[str]:
+        """The metrics that are named, each once; empty: the usual ones."""
+        return list(dict.fromkeys("fid" if name == "fd" else name for name in self.metrics or ()))
+
+    @model_validator(mode="after")
+    def _check_words(self) -> EvaluationRequest:
+        _require_word(self, "task", _TASKS)
+        _require_word(self, "features", FEATURES)
+        _require_word(self, "features_precision", FEATURE_PRECISIONS)
+        if self.labels is not None:
+            _require_word(self, "labels", LABEL_POLICIES)
+        if self.reconstruction and self.task != "sample":
+            raise RequestError("reconstruction", f" measures the autoencoder only: remove --task {self.task}")
+        for name in self.wanted:
+            if name not in METRICS[self.whole_task]:
+                valid = nearest(name, METRICS[self.whole_task])
+                raise RequestError("metrics", f": there is no metric {name!r} of the task {self.whole_task}: {valid}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> EvaluationRequest:
+        if self.resamples == 1:
+            raise RequestError("resamples", " 1: give 0 for none, or 2 or more; 200 are usual")
+        if 0 < self.neighbours <= _NEIGHBOURS_EACH:
+            raise RequestError(
+                "neighbours",
+                f" among {self.neighbours} images: each needs {_NEIGHBOURS_EACH}, so give {_NEIGHBOURS_EACH + 1} or "
+                "more, or 0 for all",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_metrics(self) -> EvaluationRequest:
+        if "is" in self.wanted and self.features != "inception":
+            raise RequestError(
+                "metrics", f": the Inception Score needs the features 'inception', not {self.features!r}; remove 'is'"
+            )
+        if "lpips" in self.wanted and self.lpips is None:
+            raise RequestError(
+                "metrics", ": lpips needs the weights of its network: --lpips FILE, or a folder with the two files"
+            )
+        if "miou" in self.wanted and self.segmenter is None:
+            raise RequestError("metrics", ": miou needs a segmentation network: --segmenter package.module:function")
+        return self
+
+    @model_validator(mode="after")
+    def _check_effects(self) -> EvaluationRequest:
+        """Refuse what would change nothing, as far as that does not depend on what the model turns out to be."""
+        drawing = {"labels": self.labels is not None, **dict.fromkeys(self.preset(), True)}
+        useless = {
+            "image_size": self.image_size is not None and not self.reconstruction,
+            "masks": self.masks is not None and self.whole_task != "inpaint",
+            "segmenter": self.segmenter is not None and self.whole_task != "mask-to-image",
+            **{name: given and self.reconstruction for name, given in drawing.items()},
+        }
+        for name in (name for name, is_useless in useless.items() if is_useless):
+            raise RequestError(name, f" has no effect {self._with_what()}; remove it")
+        if self.task != "sample" and self.labels not in (None, "none", "data"):
+            raise RequestError(
+                "labels",
+                f" {self.labels!r}: with --task {self.task} an image has the class of its real one: data, or none",
+            )
+        return self
+
+    def _with_what(self) -> str:
+        return "with --reconstruction" if self.reconstruction else f"with --task {self.task}"
+
+
+class SweepRequest(Request):
+    """Sampling presets to compare, and by what."""
+
+    model: Annotated[Place, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
+    data: Place = Field(description="Images as for `encode`, or a file of reference statistics.")
+    out: Path = Field(Path("sweep"), description="Folder for page.html, sweep.json, sweep.svg and the candidates.")
+    features: str = Field("random", description="What images are compared by: random, latents, inception or dinov2.")
+    weights: Place | None = Field(
+        None, description="Weights of the features: of inception a file, of dinov2 a folder or hub id."
+    )
+    solvers: Names = Field(["euler", "heun", "ab2", "dopri5"], description="Solvers to compare.")
+    steps: WholeNumbers = Field([4, 8, 16, 32], description="Steps of the fixed-step solvers.")
+    tolerances: Numbers = Field([1e-2, 1e-3], description="Tolerances of bosh3 and dopri5: rtol = atol.")
+    guidance: Numbers | None = Field(
+        None,
+        description="Guidance scales; otherwise 1,1.5,2,3, or only 1 if the model cannot be guided by its classes.",
+    )
+    intervals: Annotated[list[tuple[Number, Number]], FromText(_intervals)] | None = Field(
+        None, description="Times between which guidance acts: 0:1,0.1:0.8; otherwise always."
+    )
+    shifts: Numbers = Field([1.0], description="Time shifts of the grid; 1: even.")
+    num: Whole = Field(1000, ge=2, description="Images per candidate in the last round.")
+    budget: Number | None = Field(
+        None,
+        description="Stop starting new candidates after this many seconds. All candidates then draw few images, the "
+        "promising half twice as many, and so on; without a budget all of them draw --num.",
+    )
+    margin: Number = Field(0.1, description="Treat a distance that is larger by less than this share as equal.")
+    write: bool = Field(
+        False, description="Write the best preset into the model folder; nothing is written if it is undecided."
+    )
+    batch_size: Whole = Field(32, ge=1, description=_BATCH_SIZE)
+    seed: Whole = Field(0, ge=0, le=MOST_SEED, description=_FIRST_SEED)
+
+    @model_validator(mode="after")
+    def _check(self) -> SweepRequest:
+        _require_word(self, "features", FEATURES)
+        if self.budget is not None and not self.budget > 0:
+            raise RequestError("budget", f" {self.budget:g} s: give more than 0, or remove it to measure everything")
+        if not 0 <= self.margin < 1:
+            raise RequestError("margin", f" {self.margin:g}: give a share from 0 to below 1, such as 0.1")
+        return self
+
+
+class DiagnoseRequest(Request):
+    """A model to examine, and the images to examine it on."""
+
+    model: Annotated[Place, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
+    data: Place = Field(description="Images as for `encode`, best held-out ones.")
+    out: Path = Field(Path("diagnosis"), description="Folder for page.html, diagnose.json and pictures.")
+    train: Place | None = Field(
+        None, description="Training images of the model, to search for copies; otherwise half of DATA."
+    )
+    num: Annotated[Whole, Option(called="number of images", remedy="they are compared in two halves")] = Field(
+        512, ge=8, description="Images of DATA; half as many are drawn."
+    )
+    num_train: Whole = Field(4096, ge=2, description="Images of --train, if there are as many.")
+    guidance: Number | None = Field(None, ge=0, le=1000, description="Guidance scale; otherwise the model's preset.")
+    batch_size: Whole = Field(16, ge=1, description=_BATCH_SIZE)
+    seed: Whole = Field(0, ge=0, le=MOST_SEED, description=_FIRST_SEED)
+
+
+class BoundRequest(Request):
+    """A model whose Wasserstein bound is measured, and on how many draws."""
+
+    model: Annotated[Place, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
+    data: Place = Field(description="Images as for `encode`, best held-out ones.")
+    out: Path | None = Field(None, description="Folder for page.html, bound.json and the charts.")
+    num: Annotated[Whole, Option(called="number of images", remedy="a standard error needs two")] = Field(
+        256, ge=2, description="Images to reconstruct, and draws for the loss in each bin of time."
+    )
+    num_data: Whole = Field(
+        4096, ge=1, description="Images whose latents stand for the data distribution, if there are as many."
+    )
+    points: Whole = Field(64, ge=1, description="States of each kind at which derivatives are taken.")
+    bins: Whole = Field(10, ge=1, description="Bins of time.")
+    batch_size: Whole = Field(8, ge=1, description="Images computed together; smaller needs less memory.")
+    seed: Whole = Field(0, ge=0, le=MOST_SEED, description="Seed of images, times and noises.")
+
+    @model_validator(mode="after")
+    def _check_points(self) -> BoundRequest:
+        if self.points < self.bins:
+            raise RequestError("points", f" {self.points}: give at least one for each of the {self.bins} bins of time")
+        return self
+
+
+class BenchmarkRequest(SamplingRequest):
+    """A model whose sampling is timed, and how often."""
+
+    model: Annotated[Place, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
+    num: Annotated[Whole, Option(called="number of images")] = Field(
+        8, ge=1, description="Images of each repeat, rounded up to whole batches."
+    )
+    batch_sizes: WholeNumbers = Field([1, 8], description="Batch sizes to compare.")
+    repeats: Annotated[Whole, Option(called="number of repeats")] = Field(
+        3, ge=1, description="Timed repeats, after one that warms up."
+    )
+    seed: Whole = Field(0, ge=0, le=MOST_SEED, description=_FIRST_SEED)
+
+    @model_validator(mode="after")
+    def _check_batch_sizes(self) -> BenchmarkRequest:
+        if not self.batch_sizes:
+            raise RequestError("batch_sizes", ": no batch sizes; give one or more, such as 1,8")
+        if min(self.batch_sizes) < 1:
+            raise RequestError("batch_sizes", f": {min(self.batch_sizes)} images in a batch; give 1 or more")
+        return self
+
+
+def _require_word(request: Request, field: str, words: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of `words`, naming the nearest of them."""
+    value = getattr(request, field)
+    if value not in words:
+        raise RequestError(field, f" {value!r}: {nearest(value, words)}")

@@ -1,0 +1,264 @@
+"""Sampling presets of a model, compared: the candidates, their rounds, and which preset the numbers name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from latentflow.artifacts import sha256_file
+from latentflow.data.cache.reader import is_cache
+from latentflow.errors import ConfigError, DataError, NonFiniteError
+from latentflow.evaluation.drawn_set import plan_set
+from latentflow.evaluation.real_images import RealFeatures, RealImages, open_real_images, reference_features
+from latentflow.evaluation.request import SweepRequest
+from latentflow.evaluation.shards import Columns, OnImages, Work
+from latentflow.evaluation.sweep_rounds import Candidates, Round, SweepPlan, measure_rounds
+from latentflow.evaluation.sweep_rules import (
+    Candidate,
+    Ceiling,
+    cheapest_as_good,
+    combinations,
+    images_needed,
+    marks,
+    round_sizes,
+)
+from latentflow.metrics.class_judge import ClassJudge
+from latentflow.metrics.features.extractors import FeatureExtractor, open_features
+from latentflow.metrics.scores import require_enough
+from latentflow.model.config import ModelConfig, SamplingPreset
+from latentflow.model.flow_model import WEIGHTS_FILE, FlowModel
+from latentflow.progress import image_progress
+from latentflow.runtime import Runtime
+from latentflow.sampling.drawing import make_drawing
+from latentflow.sampling.request import SampleRequest
+
+GUIDANCES = (1.0, 1.5, 2.0, 3.0)
+"""The guidance scales that are compared by default, if the model can be guided by its classes."""
+
+_NAMED = 5  # of the presets that were not measured
+_REFERENCE_FILE, _CANDIDATES = "reference.safetensors", "candidates"
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The result of a sweep.
+
+    Attributes:
+        request: as it was given.
+        label: what the distance is called.
+        rounds: in order of their number of images.
+        final: the last complete round, which everything below is about; the first one if none is complete.
+        marks: by name: "front", "undecided" or "beaten"; see `sweep_rules.marks`.
+        needed: by name, how many images would show that a candidate is as good as any other.
+        ceiling: the class judge's accuracy on real images; None if classes are not judged.
+        last_size: images per candidate in the last round that was planned.
+        seconds_per_image: of all candidates of the final round together, for one more image of each.
+        best: name of the cheapest candidate that is shown to be as good as any other; None: undecided.
+        old, new: the model's preset, and that of `best`.
+        presets: by name, what every candidate changes in the model's preset.
+        failed: by name, why a candidate could not be measured.
+        notes: what one should know about the figures.
+        seconds: of this call, without the reference.
+    """
+
+    request: SweepRequest
+    label: str
+    rounds: list[Round]
+    final: Round
+    marks: dict[str, str]
+    needed: dict[str, float]
+    ceiling: Ceiling | None
+    last_size: int
+    seconds_per_image: float
+    best: str | None
+    old: SamplingPreset
+    new: SamplingPreset | None
+    presets: dict[str, Candidate]
+    failed: dict[str, str]
+    notes: list[str]
+    seconds: float
+
+    @property
+    def written(self) -> bool:
+        """Whether the model has the new preset now."""
+        return self.request.write and self.best is not None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Candidates, model and reference, checked before anything is drawn.
+
+    Attributes:
+        plan: what makes two sweeps the same.
+    """
+
+    request: SweepRequest
+    flow: FlowModel
+    extractor: FeatureExtractor
+    real: RealImages
+    plan: SweepPlan
+
+
+def candidates_of(request: SweepRequest, config: ModelConfig) -> dict[str, Candidate]:
+    """The candidates of a request, by name.
+
+    Raises:
+        ConfigError: an unknown solver, a value out of range, or no candidate at all.
+    """
+    guidances = request.guidance
+    if guidances is None:
+        guidances = GUIDANCES if "label" in config.conditioning.can_guide else (1.0,)
+    return combinations(
+        solvers=request.solvers,
+        steps=request.steps,
+        tolerances=request.tolerances,
+        guidances=guidances,
+        intervals=[(0.0, 1.0)] if request.intervals is None else request.intervals,
+        shifts=request.shifts,
+    )
+
+
+def open_sweep(request: SweepRequest, folder: Path, candidates: dict[str, Candidate], runtime: Runtime | None) -> Sweep:
+    """Open model, features and reference.
+
+    Args:
+        folder: of the model.
+
+    Raises:
+        ArtifactError, ConfigError, DataError: something does not exist or does not fit.
+    """
+    flow = FlowModel.from_pretrained(request.model, runtime=runtime)
+    for candidate in candidates.values():
+        make_drawing(flow, SampleRequest(num=1, **candidate))
+    extractor = open_features(
+        request.features,
+        weights=request.weights,
+        autoencoder=flow.autoencoder,
+        image_size=flow.config.image_size,
+        device=flow.device,
+    )
+    if is_cache(request.data):
+        raise DataError(f"{request.data} is a latent cache; give the images it was made from, or their statistics")
+    real = open_real_images(request.data, flow.config.image_size)
+    if real.stored:
+        real.stored.require_same_features(extractor.name, extractor.hash, extractor.dim)
+    plan = SweepPlan(
+        weights=sha256_file(folder / WEIGHTS_FILE),
+        model=flow.config.model_dump(mode="json", exclude={"sampling", "training"}),
+        guided=flow.config.sampling.model_dump(mode="json", include={"guided_by", "guided_channels"}),
+        data=real.fingerprint,
+        features=extractor.name,
+        feature_hash=extractor.hash,
+        device=flow.device.type,
+        precision=flow.runtime.precision,
+        batch_size=request.batch_size,
+        seed=request.seed,
+        sizes=[request.num] if request.budget is None else round_sizes(request.num, len(candidates)),
+        candidates=candidates,
+    )
+    return Sweep(request, flow, extractor, real, plan)
+
+
+def measure_sweep(sweep: Sweep) -> SweepResult:
+    """Measure all candidates in rounds, and find the best preset if the numbers show it.
+
+    Raises:
+        ConfigError: the budget was spent before a candidate was measured.
+        NonFiniteError: no candidate can be measured.
+    """
+    request, plan, dim = sweep.request, sweep.plan, sweep.extractor.dim
+    with image_progress("reference", sweep.real.num_images, enabled=sweep.real.stored is None) as on_images:
+        work = Work(batch_size=request.batch_size, on_images=on_images)
+        reference = reference_features(sweep.real, sweep.extractor, work, file=request.out / _REFERENCE_FILE)
+    device = sweep.flow.device
+    statistics = reference.statistics.to(device) if device.type == "cuda" else reference.statistics
+    judge, unjudged = _class_judge(sweep.flow, sweep.real, reference)
+    candidates = Candidates(request.out / _CANDIDATES, plan, _drawing_of(sweep), statistics, judge)
+    began = time.perf_counter()
+    rounds = measure_rounds(candidates, request.budget)
+    failed = {name: record.failed for name, record in candidates.kept.items() if record.failed}
+    _require_some(rounds, failed, request.budget)
+    final = ([one for one in rounds if not one.missing] or rounds)[-1]
+    ceiling = Ceiling(judge.accuracy, judge.num_held_out) if judge else None
+    needed = images_needed(final.points, final.num, request.margin, ceiling)
+    best = None if final.missing else cheapest_as_good(final.points, final.num, needed)
+    old = sweep.flow.config.sampling
+    return SweepResult(
+        request=request,
+        label=sweep.extractor.label,
+        rounds=rounds,
+        final=final,
+        marks=marks(final.points),
+        needed=needed,
+        ceiling=ceiling,
+        last_size=plan.sizes[-1],
+        seconds_per_image=sum(candidates.kept[name].seconds_per_image for name in final.measured),
+        best=best,
+        old=old,
+        new=None if best is None else old.model_copy(update=plan.candidates[best]),
+        presets=plan.candidates,
+        failed=failed,
+        notes=[*reference.notes, *unjudged, *_notes(rounds, final, plan, dim, request.budget)],
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _drawing_of(sweep: Sweep) -> Callable[..., Columns]:
+    """Draws images of a candidate; all candidates draw the same seeds and classes."""
+    # balanced labels cycle over the classes, of which few images would show only the first
+    enough = sweep.plan.sizes[0] >= 4 * sweep.flow.config.conditioning.num_classes
+    labels = "balanced" if enough else "uniform"
+
+    def draw(*, num: int, seed: int, preset: Candidate, on_images: OnImages = lambda num_images: None) -> Columns:
+        work = Work(batch_size=sweep.request.batch_size, on_images=on_images)
+        return plan_set(sweep.flow, seed=seed, labels=labels, preset=preset).draw(sweep.extractor, num, work)
+
+    return draw
+
+
+def _require_some(rounds: Sequence[Round], failed: dict[str, str], budget: float | None) -> None:
+    if rounds:
+        return
+    if failed:
+        raise NonFiniteError(f"no candidate could be measured; {min(failed)}: {failed[min(failed)]}")
+    raise ConfigError(f"the budget of {budget:g} s was spent before a candidate was measured; give more")
+
+
+def _notes(rounds: Sequence[Round], final: Round, plan: SweepPlan, dim: int, budget: float | None) -> list[str]:
+    """What one should know about the figures."""
+    notes = [
+        require_enough("fid", final.num, dim=dim)
+        or f"distances of {final.num} images are biased upward, for all candidates alike: compare them only here"
+    ]
+    for one in rounds:
+        if one.missing:
+            more = ", ..." if len(one.missing) > _NAMED else ""
+            notes.append(
+                f"the budget of {budget:g} s is spent: with {one.num} images {len(one.missing)} of "
+                f"{len(one.missing) + len(one.measured)} were not measured ({', '.join(one.missing[:_NAMED])}{more}); "
+                "repeat the command to go on"
+            )
+    if later := [str(size) for size in plan.sizes if size > rounds[-1].num]:
+        notes.append(f"there was no time for rounds of {', '.join(later)} images; repeat the command to go on")
+    return notes
+
+
+def _class_judge(flow: FlowModel, real: RealImages, reference: RealFeatures) -> tuple[ClassJudge | None, list[str]]:
+    """A judge of the classes of images, or None and the reason."""
+    known = flow.config.conditioning.class_names
+    if not known:
+        return None, []
+    consequence = "class accuracy is not measured, and only the distance decides"
+    if real.source is None or not real.source.class_names:
+        return None, [f"{real.data} holds no labelled images: {consequence}"]
+    if sorted(real.source.class_names) != sorted(known):
+        return None, [f"{real.data} has other classes than the model: {consequence}"]
+    place = torch.tensor([known.index(name) for name in real.source.class_names])
+    try:
+        return ClassJudge(reference.features, place[reference.labels], len(known)), []
+    except DataError as error:
+        return None, [f"{error}; {consequence}"]

@@ -1,0 +1,31 @@
+"""Names of scores and of features, for the command line's help, which does not wait for torch."""
+
+from __future__ import annotations
+
+NEIGHBOUR_SCORES = ("precision", "recall", "density", "coverage")
+FEATURE_METRICS = ("fid", "kid", "is", *NEIGHBOUR_SCORES)
+"""Scores of two sets of features; "fid" is the Fréchet distance of any features."""
+
+PAIR_SCORES = ("psnr", "ssim")
+DISCRIMINATIVE_SCORES = ("p-ids", "u-ids")
+METRICS: dict[str, tuple[str, ...]] = {
+    "sample": FEATURE_METRICS,
+    "reconstruction": (*FEATURE_METRICS, *PAIR_SCORES, "lpips"),
+    "inpaint": (*FEATURE_METRICS, *DISCRIMINATIVE_SCORES, *PAIR_SCORES, "lpips", "psnr-hole", "ssim-hole"),
+    "mask-to-image": (*FEATURE_METRICS, "miou"),
+}
+"""The metrics of each task; "fd" is another name of "fid"."""
+
+USUAL_METRICS: dict[str, tuple[str, ...]] = {
+    "sample": ("fid", "precision", "recall"),
+    "reconstruction": ("fid", *PAIR_SCORES),
+    "inpaint": ("fid", *DISCRIMINATIVE_SCORES, *PAIR_SCORES, "psnr-hole", "ssim-hole"),
+    "mask-to-image": ("fid",),
+}
+"""What is computed unless the user asks for something else."""
+
+FEATURES = ("inception", "dinov2", "latents", "random")
+FEATURE_PRECISIONS = ("fp32", "tf32", "bf16")
+
+NEIGHBOURS = 10_000
+"""The default for how many images of each kind precision, recall, density and coverage look at."""
