@@ -1,4 +1,4 @@
-"""`latentflow encode --look`: what a model will see of some images, as a sheet for the eye."""
+"""`latentflow encode --look`: a contact sheet of what the model will see of the images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentflow.artifacts import require_apart, require_writable
-from latentflow.autoencoder import Autoencoder, latent_mean, to_uint8, to_unit_range
+from latentflow.autoencoder import Autoencoder
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.painting.semantic_maps import colour_map
 from latentflow.data.pictures.decode import BrokenImage
@@ -21,19 +21,19 @@ from latentflow.errors import ConfigError, DataError
 from latentflow.runtime import Runtime, open_runtime
 from latentflow.sampling.contact_sheet import save_grid
 
-_MOST_IMAGES, _TILES = 64, 8
-"""The most images of a sheet, and its pictures side by side."""
+_MOST_IMAGES = 64
+_MOST_COLUMNS = 8
 
 
 @dataclass(frozen=True)
 class Look:
-    """What was looked at.
+    """The images on a sheet.
 
     Attributes:
         sheet: the PNG file.
-        names: of the images on it.
-        cut: per image, the share that its square leaves out.
-        psnr: mean over the images of what the autoencoder gives back, in dB.
+        names: the names of the images.
+        cut: the share of each image that is cropped.
+        psnr: the mean PSNR of the reconstructions, in dB.
     """
 
     sheet: Path
@@ -43,17 +43,17 @@ class Look:
 
 
 def look(request: EncodeRequest, out: str | Path, *, num: int, runtime: Runtime | None = None) -> Look:
-    """Write OUT.png beside the cache OUT: each image's square, its map if it has one, and what its latents keep.
+    """Write OUT.png, a contact sheet next to the cache OUT; nothing is encoded.
 
-    Under the last stands its PSNR. The images lie evenly over all there are, and so over the classes of a folder.
-    Nothing is encoded.
+    It shows each image as it is cropped, its semantic map if it has one, and its reconstruction with the PSNR. The
+    images are spread evenly over the data, and so over the classes of a folder.
 
     Args:
-        num: images, 1 to 64.
+        num: number of images, 1 to 64.
         request: as for `encode`.
 
     Raises:
-        DataError, ArtifactError, ConfigError: as `encode` raises them; or `num` is out of range.
+        DataError, ArtifactError, ConfigError: as for `encode`; also if `num` is out of range.
     """
     if not 1 <= num <= _MOST_IMAGES:
         raise ConfigError(f"--look {num}: a sheet has 1 to {_MOST_IMAGES} images")
@@ -65,26 +65,24 @@ def look(request: EncodeRequest, out: str | Path, *, num: int, runtime: Runtime 
     encoder.latent_side(request.image_size)
     items = _evenly(source, num)
     pixels = torch.stack([_as_tensor(item.pixels) for item in items])
-    given_back = to_uint8(
-        encoder.decode(latent_mean(encoder.encode(to_unit_range(pixels)), encoder.num_channels))
-    ).cpu()
-    quality = psnr(pixels, given_back)
+    reconstructed = encoder.reconstruct(pixels)
+    quality = psnr(pixels, reconstructed)
     tiles, captions = [], []
-    for number, item in enumerate(items):
-        tiles.append(pixels[number])
+    for item, original, decoded, decibels in zip(items, pixels, reconstructed, quality.tolist(), strict=True):
+        tiles.append(original)
         captions.append(item.name.rpartition("/")[2] if item.label is None else source.class_names[item.label])
         if item.semantic_map is not None:
             tiles.append(_as_tensor(colour_map(item.semantic_map, source.map_palette)))
             captions.append("map")
-        tiles.append(given_back[number])
-        captions.append(f"{quality[number]:.1f} dB")
-    columns = _TILES - _TILES % (len(tiles) // len(items))
+        tiles.append(decoded)
+        captions.append(f"{decibels:.1f} dB")
+    columns = _MOST_COLUMNS - _MOST_COLUMNS % (len(tiles) // len(items))
     save_grid(sheet, torch.stack(tiles), columns, captions=captions)
     return Look(sheet, [item.name for item in items], [item.cut for item in items], quality.mean().item())
 
 
 def _evenly(source: ImageSource, num: int) -> list[ImageItem]:
-    """`num` images that lie evenly over the source; for one that cannot be read stands the next that can."""
+    """`num` images spread evenly over the source; a broken one is replaced by the next that can be read."""
     items: dict[int, ImageItem] = {}
     for start in np.linspace(0, len(source), min(num, len(source)), endpoint=False).astype(int).tolist():
         for row in range(start, len(source)):

@@ -1,8 +1,8 @@
-"""Contact sheets: many pictures as one, with what they show written beside them."""
+"""Contact sheets: many pictures as one, with captions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unicodedata import normalize
 
@@ -12,47 +12,76 @@ from torch import Tensor
 from latentflow.artifacts import atomic_file
 from latentflow.console import printable
 
-_LEAST_SIDE = 64  # pixels of a picture under or beside a caption; smaller ones are shown enlarged
+_GAP = 2  # white pixels between pictures
+_LEAST_SIDE = 64  # pixels of a picture that has a caption; smaller ones are enlarged
 _TEXT, _LINE = 11, 15  # height of the letters and of a caption, in pixels
+_MOST_LEFT = 160  # pixels for the captions of rows
 
 
-def image_grid(pixels: Tensor, columns: int, *, captions: Sequence[str] = (), gap: int = 2) -> Image.Image:
-    """Lay [B, 3, S, S] uint8 pictures out in rows of `columns`, `gap` white pixels apart.
+def image_grid(pixels: Tensor, columns: int, *, captions: Sequence[str] = ()) -> Image.Image:
+    """Lay [B, 3, S, S] uint8 pictures out in rows of `columns`, two white pixels apart.
 
     Args:
-        captions: what the pictures show, one each, or none. Where columns or rows show one thing each it is written
-            once, above or at the left; else under every picture. Pictures below 64 pixels are then enlarged by a whole
-            number.
+        captions: what the pictures show, one each, or none. Where all pictures of each column or of each row share
+            theirs, it is written once, above or on the left; otherwise below every picture. Pictures of less than 64
+            pixels are then enlarged by a whole number.
     """
-    num_images, _, height, width = pixels.shape
-    columns = min(columns, num_images)
-    if captions:
-        scale = -(-_LEAST_SIDE // min(height, width)) if min(height, width) < _LEAST_SIDE else 1
+    if captions and min(pixels.shape[2:]) < _LEAST_SIDE:
+        scale = -(-_LEAST_SIDE // min(pixels.shape[2:]))
         pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-        height, width = height * scale, width * scale
-    rows = -(-num_images // columns)
-    of_columns = [list(dict.fromkeys(captions[column::columns])) for column in range(columns)] if captions else []
-    of_rows = [
-        list(dict.fromkeys(captions[row * columns : (row + 1) * columns])) for row in range(rows if captions else 0)
-    ]
-    above = captions and all(len(found) == 1 for found in of_columns)
-    beside = captions and not above and all(len(found) == 1 for found in of_rows)
-    under = _LINE if captions and not above and not beside else 0
-    left = min(160, gap + max(_width(found[0]) for found in of_rows)) if beside else 0
-    top = _LINE if above else 0
-    size = (left + columns * (width + gap) - gap, top + rows * (height + under + gap) - gap)
-    sheet = Image.new("RGB", size, "white")
-    write = ImageDraw.Draw(sheet)
+    layout = _Layout(len(pixels), columns, pixels.shape[3], pixels.shape[2], captions)
+    sheet = Image.new("RGB", layout.size, "white")
     for number, picture in enumerate(pixels):
-        x, y = left + number % columns * (width + gap), top + number // columns * (height + under + gap)
-        sheet.paste(Image.fromarray(picture.permute(1, 2, 0).numpy()), (x, y))
-        if under:
-            _caption(write, (x, y + height), captions[number], width)
-    for column in range(columns if above else 0):
-        _caption(write, (column * (width + gap), 0), of_columns[column][0], width)
-    for row in range(rows if beside else 0):
-        _caption(write, (0, row * (height + gap) + (height - _LINE) // 2), of_rows[row][0], left - gap)
+        sheet.paste(Image.fromarray(picture.permute(1, 2, 0).numpy()), layout.corner(number))
+    write = ImageDraw.Draw(sheet)
+    for text, corner, room in layout.captions():
+        _caption(write, corner, text, room)
     return sheet
+
+
+class _Layout:
+    """Where the pictures and captions of a sheet are, in pixels.
+
+    Attributes:
+        above, left, below: the captions of the columns, of the rows, or of all pictures; at most one is not empty.
+    """
+
+    def __init__(self, num: int, columns: int, width: int, height: int, captions: Sequence[str]):
+        self.columns, self.width, self.height = min(columns, num), width, height
+        self.rows = -(-num // self.columns)
+        by_row = [captions[row * self.columns : (row + 1) * self.columns] for row in range(self.rows)]
+        self.above = _shared([captions[column :: self.columns] for column in range(self.columns)])
+        self.left = [] if self.above else _shared(by_row)
+        self.below = [] if self.above or self.left else list(captions)
+        self.margin_left = min(_MOST_LEFT, _GAP + max(map(_width, self.left))) if self.left else 0
+        self.margin_top = _LINE if self.above else 0
+        self.step_x, self.step_y = width + _GAP, height + (_LINE if self.below else 0) + _GAP
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The width and height of the sheet."""
+        width, height = self.columns * self.step_x - _GAP, self.rows * self.step_y - _GAP
+        return self.margin_left + width, self.margin_top + height
+
+    def corner(self, number: int) -> tuple[int, int]:
+        """The upper left corner of a picture."""
+        row, column = divmod(number, self.columns)
+        return self.margin_left + column * self.step_x, self.margin_top + row * self.step_y
+
+    def captions(self) -> Iterator[tuple[str, tuple[int, int], int]]:
+        """Each caption, its upper left corner, and the width that it may take."""
+        for column, text in enumerate(self.above):
+            yield text, (column * self.step_x, 0), self.width
+        for row, text in enumerate(self.left):
+            yield text, (0, row * self.step_y + (self.height - _LINE) // 2), self.margin_left - _GAP
+        for number, text in enumerate(self.below):
+            x, y = self.corner(number)
+            yield text, (x, y + self.height), self.width
+
+
+def _shared(groups: Sequence[Sequence[str]]) -> list[str]:
+    """The one caption of each group; empty if a group has none or several."""
+    return [group[0] for group in groups] if all(len(set(group)) == 1 for group in groups) else []
 
 
 def save_grid(file: str | Path, pixels: Tensor, columns: int, *, captions: Sequence[str] = ()) -> Path:
@@ -63,7 +92,7 @@ def save_grid(file: str | Path, pixels: Tensor, columns: int, *, captions: Seque
 
 
 def _caption(write: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, room: int) -> None:
-    """One line of text, cut short where it does not fit in `room` pixels."""
+    """Write one line of text, shortened to fit into `room` pixels."""
     shown = _legible(text)
     while len(shown) > 1 and _width(shown) > room:
         shown = shown.removesuffix("…")[:-1] + "…"
@@ -75,7 +104,7 @@ def _width(text: str) -> int:
 
 
 def _legible(text: str) -> str:
-    """`text` in letters that Pillow's own font has: others without their accents, or else as their codes."""
+    """`text` in letters of Pillow's own font; others lose their accents, or are written as their codes."""
     return "".join(c if c.isascii() or _is_drawn(c) else _rewritten(c) for c in printable(normalize("NFC", text)))
 
 
