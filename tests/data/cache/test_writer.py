@@ -306,7 +306,7 @@ def test_processes_that_read_leave_the_telling_to_the_run(tmp_path, kl, caplog):
         picture.save(tmp_path / "in" / f"{number}.gif", save_all=True, append_images=[Image.new("RGB", (16, 16))])
     source = open_images(tmp_path / "in", tiny.IMAGE_SIZE)
     write_cache(source, kl, tmp_path / "cache", batch_size=2, num_workers=2)
-    assert caplog.text.count("holds several pictures, of which the first is read") == 1
+    assert caplog.text.count("holds several pictures; the first is read") == 1
 
 
 def test_processes_read_where_that_takes_long(monkeypatch):

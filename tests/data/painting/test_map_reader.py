@@ -193,8 +193,8 @@ def test_a_foreign_palette_is_told_of_once(caplog, monkeypatch):
     for _ in range(2):
         read_map(GRAYS["foreign palette"], TOWN, name="m")
     assert [record.message for record in caplog.records] == [
-        "m: its palette has other colours than the classes, so it is read by place, as others of the kind: place 0 of "
-        "the palette is class 0, and so on"
+        "m: its palette has other colours than the classes, so it is read by place, as are others of the kind: place 0 "
+        "of the palette is class 0, and so on"
     ]
     caplog.clear()
     read_map(GRAYS["foreign palette"], PLAIN)
@@ -321,14 +321,14 @@ def test_a_map_of_stored_pixels_is_turned_with_its_photo():
 @pytest.mark.parametrize("content", [b"", b"no image", encoded(Image.fromarray(a_map(64, 64)))[:100]])
 def test_file_that_cannot_be_read_is_named(tmp_path, content):
     (tmp_path / "map.png").write_bytes(content)
-    with pytest.raises(DataError, match=r"map.png: it cannot be read \(.*\); save the map anew, as a PNG$") as caught:
+    with pytest.raises(DataError, match=r"map.png: it cannot be read \(.*\); save the map again, as a PNG$") as caught:
         read_map(tmp_path / "map.png", TOWN)
     assert "\n" not in str(caught.value)
 
 
 def test_file_that_is_missing_is_named(tmp_path):
     file = tmp_path / "map.png"
-    with refused(f"{file}: it cannot be read (No such file or directory); save the map anew, as a PNG"):
+    with refused(f"{file}: it cannot be read (No such file or directory); save the map again, as a PNG"):
         read_map(file, TOWN)
     with pytest.raises(DataError, match=r"^the semantic map: it cannot be read \(its content is no image"):
         read_map(b"no image", TOWN)

@@ -159,7 +159,7 @@ def test_arrays_and_tensors(mask):
 @pytest.mark.parametrize(
     "mask, message",
     [
-        (np.where(HOLE, np.nan, 0.0), "the mask has 21 pixels that are no numbers; give 0 to 1"),
+        (np.where(HOLE, np.nan, 0.0), "the mask has 21 non-finite pixels; give 0 to 1"),
         (HOLE.astype(float) - 1, "the mask has the value -1; a mask is 0 to 1, 0 to 255 or 0 to 65535"),
         (HOLE.astype(np.int32) * 70000, "the mask has the value 70000; a mask is 0 to 1, 0 to 255 or 0 to 65535"),
         (HOLE * 1j, "the mask is an array of complex128; give a file, a Pillow image, or an array of numbers"),
@@ -168,7 +168,7 @@ def test_arrays_and_tensors(mask):
         (np.zeros((6, 10, 4), np.uint8), "the mask is an array of shape [6, 10, 4]; give [height, width]"),
         (np.zeros(6), "the mask is an array of shape [6]; give [height, width]"),
         (np.zeros((0, 6)), "the mask is an array of shape [0, 6]; give [height, width]"),
-        (HOLE * 0, "the mask is all black, nothing is painted anew: make white what is to be painted anew"),
+        (HOLE * 0, "the mask is all black, so nothing would be repainted; make white what is to be repainted"),
     ],
 )
 def test_arrays_that_are_no_masks(mask, message):
@@ -191,8 +191,8 @@ def test_a_soft_mask_means_the_same_in_every_form(tmp_path, caplog):
     for form in forms:
         assert np.array_equal(read_mask(form), expected)
     assert [record.message for record in caplog.records] == [
-        "the mask has gray pixels, as soft brushes and JPEG leave them: from half white on they are painted anew, the "
-        "others stay; so for all masks"
+        "the mask has gray pixels, as soft brushes and JPEG leave them: those of at least half white are repainted, "
+        "the others preserved; the same goes for all masks"
     ]
 
 
@@ -224,9 +224,9 @@ def test_masks_on_one_side_of_half_are_refused_with_a_remedy_that_works(tmp_path
 def test_masks_with_nothing_to_paint_are_refused(tmp_path):
     path = save(tmp_path / "mask.png", HOLE * 0)
     assert refusal(path) == (
-        f"the mask {path} is all black, nothing is painted anew: make white what is to be painted anew"
+        f"the mask {path} is all black, so nothing would be repainted; make white what is to be repainted"
     )
-    assert refusal(np.full((6, 10), 77)).endswith("77 to 77 of 255, and white is painted anew; make it black and white")
+    assert refusal(np.full((6, 10), 77)).endswith("77 to 77 of 255, and white is repainted; make it black and white")
 
 
 @pytest.mark.parametrize("white", [1, 255])
@@ -269,7 +269,9 @@ def test_coloured_masks_are_refused_with_a_remedy_that_works(tmp_path, name, kin
     else:
         mask = image if kind == "in memory" else save(tmp_path / "mask.png", image)
     message = refusal(mask)
-    assert " coloured pixels, such as RGB (" in message and "but a mask is black (known) and white (painted" in message
+    assert (
+        " coloured pixels, such as RGB (" in message and "but a mask is black (known) and white (repainted" in message
+    )
     made = followed(re.search(r"in Pillow (Image.*)$", message)[1], mask)
     assert (made != expected).mean() <= (0.02 if kind == "jpg" else 0)  # JPEG moves edges of colour
 
@@ -291,13 +293,13 @@ def test_a_colour_on_a_photograph_is_refused_with_a_remedy_that_works(tmp_path):
         marked = np.where(share[..., None], np.uint8([255, 0, 255]), np.where(photo == 255, 0, photo))
         path = save(tmp_path / "mask.png", marked)
         message = refusal(path)
-        assert "if it is to be painted anew where it is (255, 0, 255), in Pillow" in message
+        assert "to repaint where it is (255, 0, 255), in Pillow" in message
         assert np.array_equal(followed(message.partition("in Pillow ")[2], path), share)
 
 
-def test_photographs_are_told_from_masks(tmp_path):
+def test_photographs_are_distinguished_from_masks(tmp_path):
     path = save(tmp_path / "photo.png", np.random.default_rng(0).integers(0, 256, (96, 160, 3), np.uint8))
-    assert refusal(path).endswith("it looks like a photograph: give the image first and its mask second")
+    assert refusal(path).endswith("it looks like a photograph; give the image first and the mask second")
 
 
 def test_coloured_arrays():
@@ -307,7 +309,7 @@ def test_coloured_arrays():
 
 
 def erased() -> dict[str, Image.Image]:
-    """Masks that are told by their alpha, mostly."""
+    """Masks that are given by their alpha, mostly."""
     return {
         "a hole erased from black": drawn_in((0, 0, 0, 0), (0, 0, 0, 255), "RGBA"),
         "white strokes on nothing": drawn_in((255, 255, 255, 255), (0, 0, 0, 0), "RGBA"),
@@ -324,7 +326,7 @@ def test_transparency_is_refused_with_remedies_that_work(tmp_path, name):
         mask.putpalette([0, 0, 0, 255, 255, 255])
     mask = save(tmp_path / "mask.png", mask, **({"transparency": 0} if name == "palette" else {}))
     message = refusal(mask)
-    opaque, clear = re.search(r"in Pillow, (mask.*?) if what is opaque is .*? anew, (mask.*?) if", message).groups()
+    opaque, clear = re.search(r"in Pillow, (mask.*?) if what is opaque is repainted, (mask.*?) if", message).groups()
     drawn = 1 - hole if name == "a hole erased from black" else hole
     assert np.array_equal(followed(opaque, mask), drawn) and np.array_equal(followed(clear, mask), 1 - drawn)
     if name in ("white strokes on nothing", "gray with alpha"):
@@ -334,7 +336,7 @@ def test_transparency_is_refused_with_remedies_that_work(tmp_path, name):
 @pytest.mark.parametrize("image", [palette([0, 0, 0, 255, 255, 255]), ACCEPTED["gray"]])
 def test_a_transparent_colour_is_ambiguous(tmp_path, image):
     path = save(tmp_path / "mask.png", image, transparency=0)
-    assert "transparent pixels, which may mean known or painted anew" in refusal(path)
+    assert "transparent pixels, which may mean known or repainted" in refusal(path)
 
 
 def test_a_transparent_deep_gray_is_refused_with_a_remedy_that_works(tmp_path):

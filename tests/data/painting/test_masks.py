@@ -299,7 +299,7 @@ def test_a_given_mask_that_keeps_nothing_at_that_size_is_refused(tmp_path):
     mask = np.full((64, 64), 255, np.uint8)
     mask[::2] = 0
     Image.fromarray(mask).save(tmp_path / "stripes.png")
-    with pytest.raises(DataError, match=r"stripes\.png keeps nothing of an image of 8 x 8 pixels"):
+    with pytest.raises(DataError, match=r"stripes\.png leaves nothing of an image of 8 x 8 pixels"):
         check_masks(MaskRules(folder=str(tmp_path)), 8, 8)
 
 
@@ -317,7 +317,7 @@ def test_pictures_that_are_not_read_are_named(mask_folder, tmp_path, caplog, mon
     (mask_folder / "0.png").rename(mask_folder / "0")
     assert len(mask_files(mask_folder)) == 2
     (said,) = [record.message for record in caplog.records]
-    assert said.startswith(f"{mask_folder}: some files are passed over: ")
+    assert said.startswith(f"{mask_folder}: some files are skipped: ")
     assert "1 .heic (" in said and "1 without suffix (rename them to end in .png)" in said
     only = tmp_path / "only"
     only.mkdir()

@@ -191,7 +191,7 @@ def test_a_profile_counts_more_than_gamma_and_less_than_cicp():
 def test_light_of_hdr_is_said_once(notices):
     for name in ("a.png", "b.png"):
         assert np.array_equal(read(saying(COLOURS, chunk(b"cICP", bytes([9, 16, 0, 1]))), name), COLOURS)
-    assert notices == ["a.png is HDR, whose light is not read right; save such files as 8-bit sRGB"]
+    assert notices == ["a.png is HDR, which is not read correctly; save such files as 8-bit sRGB"]
 
 
 @pytest.mark.parametrize("space, index, is_adobe", [(65535, "R03", True), (2, "R98", True), (1, "R98", False)])
@@ -486,7 +486,7 @@ def test_of_several_pictures_the_first_is_read_and_said_once(notices, kind):
     file = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     for name in ("a", "b"):
         assert off(read(file, name), (250, 0, 0)) <= 3
-    assert notices == ["a holds several pictures, of which the first is read"]
+    assert notices == ["a holds several pictures; the first is read"]
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG", "MPO", "JPEG"])

@@ -84,7 +84,7 @@ def test_nothing_else_hands_files_to_pillow():
         tree = ast.parse(file.read_text(encoding="utf-8"))
         calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         opening = {call for call in calls if call.endswith(("Image.open", "ImageFile.Parser", "ImagePlugin.open"))}
-        assert opening == ({"Image.open"} if file == SOURCE / "data" / "decode.py" else set()), file
+        assert opening == ({"Image.open"} if file == SOURCE / "data" / "pictures" / "decode.py" else set()), file
 
 
 # Formats
@@ -150,7 +150,7 @@ def test_other_formats_are_named_and_never_opened(tmp_path, monkeypatch, what, n
 def test_what_is_no_image_at_all(tmp_path):
     assert refusal(b"") == "it is empty (0 bytes)"
     assert refusal(b"hello", "a.png") == "its content is no image that Pillow can read"
-    assert refusal(bytes(5000)) == "its content is zeros, as after a copy that failed: copy it anew"
+    assert refusal(bytes(5000)) == "its content is zeros, as after a failed copy: copy it again"
     # Nearly anything could be a TGA, which has no mark at its beginning.
     tga = encoded(picture(), "TGA")
     assert refusal(tga, "a.png") == "its content is no image that Pillow can read"
@@ -244,7 +244,7 @@ def test_the_limit_is_raised_as_the_message_says(monkeypatch):
 def test_a_limit_that_is_no_number(tmp_path, monkeypatch, text):
     (tmp_path / "a.png").write_bytes(encoded(picture()))
     monkeypatch.setenv("LATENTFLOW_MAX_PIXELS", text)
-    said = f"LATENTFLOW_MAX_PIXELS='{text}' is no whole number above 0; unset it for "
+    said = f"LATENTFLOW_MAX_PIXELS='{text}' is not a whole number above 0; unset it for "
     with pytest.raises(ConfigError, match=said):
         open_images(tmp_path, 8)
     with pytest.raises(ConfigError, match=said):

@@ -121,11 +121,13 @@ def test_a_smaller_mask_of_the_stored_pixels_is_never_told_to_swap_sides(turn):
 
 def test_swapped_sides_and_other_shapes():
     message = misfit(STORED, Photo(3, 2))
-    assert "resize" not in message and "it is turned; turn it back, in Pillow mask.transpose" in message
+    assert "resize" not in message and "it is rotated; rotate it back, in Pillow mask.transpose" in message
     for remedy in message.partition("in Pillow ")[2].split(" or "):
         back = np.asarray(eval(remedy, {"mask": Image.fromarray(STORED), "Image": Image}))
         assert upright_as(back, None, Photo(3, 2), "m", "mask").shape == (3, 2)
-    assert misfit(np.zeros((64, 64)), Photo(480, 640)).endswith("of another shape; make the mask from this very image")
+    assert misfit(np.zeros((64, 64)), Photo(480, 640)).endswith(
+        "has another aspect ratio; make the mask from this very image"
+    )
 
 
 def test_how_a_picture_lies_in_its_file():

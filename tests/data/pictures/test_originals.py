@@ -1,4 +1,4 @@
-"""A part painted anew, and all the rest as it was, to the bit: profile, alpha and depth."""
+"""A part is repainted, and the rest is preserved to the bit: profile, alpha and depth."""
 
 from __future__ import annotations
 

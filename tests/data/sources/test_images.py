@@ -639,7 +639,7 @@ def test_broken_maps_make_broken_images(mapped):
         "its image 20 x 16: resize the map with nearest neighbour, in Pillow map.resize((20, 16), "
         "Image.Resampling.NEAREST)",
         "cannot read the image wood/deep/c.PNG: its map masks/wood/deep/c.png: it cannot be read (its content is no "
-        "image that Pillow can read); save the map anew, as a PNG",
+        "image that Pillow can read); save the map again, as a PNG",
     ]
     with pytest.raises(DataError, match=r"mapped: cannot read the image town/a.jpg: its map .* \(and 2 more\); repair"):
         open_images(mapped, 16, strict=True)

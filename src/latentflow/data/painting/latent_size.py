@@ -1,7 +1,7 @@
 """Masks and semantic maps at latent size, and images with a hole.
 
-Both shrink by area: a latent pixel that covers factor x factor pixels holds the share of them that lies in the hole, or
-that belongs to each class. Nothing thin vanishes, as it would by nearest neighbour.
+Both shrink by area: a latent pixel covers factor x factor pixels and holds the share of them that lies in the hole, or
+that belongs to each class. Thin structures survive, unlike under nearest neighbour.
 
 Legend: S image height and width, h = w = S / factor, K map classes.
 """
@@ -15,23 +15,23 @@ from torch import Tensor
 from latentflow.data.painting.mask_rules import ToldAs
 
 HOLE_GRAY = 128
-"""What a hole is painted with before the encoder sees the image, of 255: the middle, which looks like neither end."""
+"""The gray level, of 255, that a hole is filled with before encoding: the middle of the range."""
 
 
 def hide(pixels: np.ndarray, mask: np.ndarray, told_as: ToldAs = "share") -> np.ndarray:
-    """An image without its hole: pixels [S, S, 3] uint8, painted over where mask [S, S] is 1."""
+    """An image with its hole filled: pixels [S, S, 3] uint8, painted over where mask [S, S] is 1."""
     return np.where(mask[..., None] > 0, np.uint8(hole_shade(told_as)), pixels)
 
 
 def hole_shade(told_as: ToldAs) -> int:
-    """What a hole is painted with, of 255."""
+    """The gray level, of 255, that a hole is filled with."""
     return 0 if told_as == "sign" else HOLE_GRAY
 
 
 def hole_counts(mask: np.ndarray, factor: int, told_as: ToldAs = "share") -> Tensor:
     """How many pixels of each latent pixel count as hole: mask [S, S] of 0 and 1 => [1, h, w] int64.
 
-    Told as "sign", all of them do where the first one lies in the hole.
+    As "sign", all of them count if the first one lies in the hole.
     """
     if told_as == "sign":
         mask = mask[::factor, ::factor].repeat(factor, 0).repeat(factor, 1)[: mask.shape[0], : mask.shape[1]]
@@ -39,7 +39,7 @@ def hole_counts(mask: np.ndarray, factor: int, told_as: ToldAs = "share") -> Ten
 
 
 def told_mask(hole_shares: Tensor, told_as: ToldAs) -> Tensor:
-    """Shares of the hole in [0, 1] as the network hears them: as they are, or as -1 and 1."""
+    """Shares of the hole in [0, 1] in the form that the network takes: unchanged, or as -1 and 1."""
     return 2 * hole_shares - 1 if told_as == "sign" else hole_shares
 
 

@@ -1,17 +1,17 @@
-"""Semantic maps from image files: what a pixel means does not depend on how the picture is packed.
+"""Semantic maps from image files: what a pixel means does not depend on how the picture is compressed.
 
-A map is drawn in one of two ways. Either its pixels have the colours of the classes, or they are numbers, the indices
-of the classes. Programs that make files smaller turn the first into places in a palette, in any order, and the second
-into anything that shows the same grays. So the colours decide wherever they are the classes'; otherwise numbers do.
+A map is drawn in one of two ways: its pixels have the colours of the classes, or they are the indices of the classes.
+Programs that optimise files turn the former into palette entries, in any order, and the latter into anything that shows
+the same grays. So colours decide wherever they are those of the classes; otherwise numbers do.
 
     picture                          its pixels are read as
     RGB                              colours of classes; if all are gray and not all of classes, as gray
-    palette                          colours of classes, if all that are used are; else places in the palette
-    gray palette                     as above, but gray numbers before places
+    palette                          colours of classes, if all that are used are; otherwise palette indices
+    gray palette                     as above, but gray numbers before palette indices
     gray of 1, 2, 4, 8 bits          numbers; colours of classes where numbers make no sense
     gray of 16 and more bits         numbers
 
-Where two of these are possible and differ, the map is refused, with what to do for each.
+If two readings are possible and differ, the map is refused, with a remedy for each.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def read_map(
 ) -> np.ndarray:
     """Read a semantic map: [H, W] uint8 class indices.
 
-    The table above says how. Transparency is refused, except where places in a palette count, and so are formats with
-    loss. An EXIF rotation is applied, as to images.
+    The table above says how. Transparency is refused, except with palette indices, and so are lossy formats. The EXIF
+    rotation is applied, as to images.
 
     Args:
         file: a path, the content of a file, or a Pillow image.
-        name: what to call it in errors; the path unless given.
-        photo: the photograph that it belongs to; None: any.
+        name: for messages; default: the path.
+        photo: the photograph that it must fit; None: any.
 
     Raises:
         DataError: the file cannot be read, an index is not one of `classes`, a colour is of no class, the map may mean
@@ -65,7 +65,7 @@ def read_map(
             turn = own_turn(image)
             drawn = _drawn(image, stored, name)
     except (OSError, ValueError, BrokenImage) as error:
-        raise DataError(f"{name}: it cannot be read ({reason(error)}); save the map anew, as a PNG") from error
+        raise DataError(f"{name}: it cannot be read ({reason(error)}); save the map again, as a PNG") from error
     semantic_map = drawn.classes(classes, name)
     if photo is None:
         return turned(semantic_map, turn or 1)
@@ -142,7 +142,7 @@ class _Places:
         return _looked_up(self.values, meaning)
 
     def _by_look(self, used: list[int], colours: dict[int, Colour], classes: MapClasses, name: str) -> Meaning | None:
-        """What the colours say; None where they say nothing, so that the places count."""
+        """The classes by colour; None where colours say nothing and the palette indices count."""
         by_place, by_colour, own = _by_index(used, classes), _by_colour(colours, classes), _own_colours(classes)
         if own and by_place and self._is_voc():
             _say_by_place(name)
@@ -152,7 +152,7 @@ class _Places:
             if not own and by_place and by_colour != by_place:
                 notice(
                     f"{name}: its palette has the colours of the classes in another order, so it is read by colour, as "
-                    "others of the kind; they are those of Pascal VOC, as classes.json gives no others",
+                    "are others of the kind; they are the colours of Pascal VOC, as classes.json gives no others",
                     kind="map by colour",
                 )
             return by_colour
@@ -170,7 +170,7 @@ class _Places:
     def _by_gray(
         self, colours: dict[int, Colour], by_place: Meaning | None, classes: MapClasses, name: str
     ) -> Meaning | None:
-        """What a palette of grays means if these are numbers, as after a gray map was made smaller."""
+        """The classes if the grays of a palette are numbers, as after a gray map was optimised."""
         by_number = _by_number(sorted({colour[0] for colour in colours.values()}), classes)
         if by_number is None:
             return None
@@ -235,18 +235,18 @@ def _drawn(image: Image.Image, stored: str, name: str) -> _Colours | _Numbers | 
 
 
 def _refuse_lossy_webp(content: object, name: str) -> None:
-    """WebP is with loss or without; its chunks tell which, and Pillow does not."""
+    """WebP is lossy or lossless; its chunks say which, and Pillow does not."""
     if not isinstance(content, bytes) or content[:4] != b"RIFF" or content[8:12] != b"WEBP":
         return
     start = 12
     while start + 8 <= len(content):
         if content[start : start + 4] in (b"VP8 ", b"ANMF"):
-            raise DataError(f"{name}: WebP with loss smears classes into their neighbours'; save the map as a PNG")
+            raise DataError(f"{name}: lossy WebP smears classes into their neighbours'; save the map as a PNG")
         start += 8 + (int.from_bytes(content[start + 4 : start + 8], "little") + 1) // 2 * 2
 
 
 def _own_colours(classes: MapClasses) -> bool:
-    """Whether the colours of the classes were chosen, and are not those that classes without colours get."""
+    """Whether the classes have colours of their own, not the default palette."""
     return classes.palette != default_palette(len(classes))
 
 
@@ -323,7 +323,7 @@ def _refuse_colour(packed: np.ndarray, strange: np.ndarray, classes: MapClasses,
     colour = (key >> 16, key >> 8 & 255, key & 255)
     row, column = np.argwhere(packed == key)[0]
     index = int(((np.array(classes.palette) - colour) ** 2).sum(1).argmin())
-    smeared = f"; {len(colours)} such colours: was it resized or compressed with loss?" if len(colours) > 1 else ""
+    smeared = f"; {len(colours)} such colours: was it resized or compressed lossily?" if len(colours) > 1 else ""
     raise DataError(
         f"{name}: the colour {colour} at column {column}, row {row} is of no class; "
         f"the nearest is {classes.palette[index]}, class {index} {classes.names[index]!r}{smeared}"
@@ -339,8 +339,8 @@ def _refuse_clear(clear: int, name: str) -> None:
 
 def _say_by_place(name: str) -> None:
     notice(
-        f"{name}: its palette has other colours than the classes, so it is read by place, as others of the kind: place "
-        "0 of the palette is class 0, and so on",
+        f"{name}: its palette has other colours than the classes, so it is read by place, as are others of the kind: "
+        "place 0 of the palette is class 0, and so on",
         kind="map by place",
     )
 

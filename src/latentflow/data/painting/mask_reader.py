@@ -1,8 +1,8 @@
 """A user's mask: from a file, a Pillow image, an array or a tensor, by one rule for all of them.
 
-A pixel from half white on is painted anew, a darker one is known and stays. White is 1, 255 or 65535, the least of
-them that is not below the brightest pixel. So a soft mask means the same as 0 to 1 and as 0 to 255, and the ringing of
-a JPEG does no harm. Colours and transparency may mean either, so they are refused, with what to do.
+A pixel of at least half white is repainted; a darker one is known and preserved. White is 1, 255 or 65535, the smallest
+of them that is not below the brightest pixel. So a soft mask means the same as 0 to 1 and as 0 to 255, and the ringing
+of a JPEG does no harm. Colours and transparency may mean either, so they are refused with a remedy.
 """
 
 from __future__ import annotations
@@ -25,22 +25,21 @@ _FEW_COLOURS = 256  # of a drawing; photographs and JPEGs have more
 
 
 def read_mask(mask: Mask, photo: Photo | None = None) -> np.ndarray:
-    """Read a mask that a user painted: black is known, white is painted anew.
+    """Read a mask: black is known, white is repainted.
 
-    Any gray image will do: 1 to 32 bits or floating point, gray, palette or RGB, by the rule above. The EXIF rotation
-    is applied.
+    Any gray image is accepted: 1 to 32 bits or floating point, gray, palette or RGB. The EXIF rotation is applied.
 
     Args:
         mask: a path, an image in memory, or an array or tensor [H, W], of any numbers or bool; also with a channel
             dimension of 1, or as [H, W, 3] uint8 with equal channels.
-        photo: the photograph that it belongs to; None: any.
+        photo: the photograph that it must fit; None: any.
 
     Returns:
-        [H, W] uint8: 1 is painted anew, 0 is known.
+        [H, W] uint8: 1 is repainted, 0 is known.
 
     Raises:
-        DataError: it cannot be read, does not fit the photograph, has transparent or coloured pixels or such that are
-            no numbers, or all of it is painted anew or none.
+        DataError: it cannot be read, does not fit the photograph, has transparent, coloured or non-finite pixels, or
+            would repaint nothing or everything.
     """
     if isinstance(mask, str | Path | Image.Image):
         name, (channels, turn) = _from_image(mask)
@@ -54,7 +53,7 @@ def read_mask(mask: Mask, photo: Photo | None = None) -> np.ndarray:
         channels = turned(channels, turn)
     values = channels[..., 0]
     if not np.isfinite(values).all():
-        raise DataError(f"{name} has {(~np.isfinite(values)).sum()} pixels that are no numbers; give 0 to 1")
+        raise DataError(f"{name} has {(~np.isfinite(values)).sum()} non-finite pixels; give 0 to 1")
     _refuse_colours(channels, name, snippet)
     return _thresholded(values, name, snippet if channels.shape[2] == 1 else f"{snippet}[..., 0]")
 
@@ -68,32 +67,32 @@ def _thresholded(values: np.ndarray, name: str, snippet: str) -> np.ndarray:
         raise DataError(f"{name} has the value {strange:g}; a mask is 0 to 1, 0 to 255 or 0 to 65535")
     hole = values >= white / 2
     if brightest == 0:
-        raise DataError(f"{name} is all black, nothing is painted anew: make white what is to be painted anew")
+        raise DataError(f"{name} is all black, so nothing would be repainted; make white what is to be repainted")
     if darkest == white:
         raise DataError(
-            f"{name} is all white, nothing of the image is kept: make black what is to stay, or paint a whole new "
-            "image with latentflow sample"
+            f"{name} is all white, so nothing of the image would be kept; make black what is to be preserved, or "
+            "draw a whole new image with latentflow sample"
         )
     if not hole.any() or hole.all():
         what = "is darker" if not hole.any() else "is brighter"
-        advice = f"if all but the darkest is to be painted anew, in Pillow Image.fromarray({snippet} > {darkest:g})"
+        advice = f"to repaint all but the darkest, in Pillow Image.fromarray({snippet} > {darkest:g})"
         raise DataError(
             f"every pixel of {name} {what} than half white, {darkest:g} to {brightest:g} of {white}, and white is "
-            f"painted anew; {advice if darkest < brightest else 'make it black and white'}"
+            f"repainted; {advice if darkest < brightest else 'make it black and white'}"
         )
     if ((values != 0) & (values != white)).any():
         notice(
-            f"{name} has gray pixels, as soft brushes and JPEG leave them: from half white on they are painted anew, "
-            "the others stay; so for all masks",
+            f"{name} has gray pixels, as soft brushes and JPEG leave them: those of at least half white are "
+            "repainted, the others preserved; the same goes for all masks",
             kind="gray mask",
         )
     return hole.astype(np.uint8)
 
 
 def _refuse_colours(channels: np.ndarray, name: str, snippet: str) -> None:
-    """Refuse coloured pixels in [H, W, 1 or 3], and say what makes a mask of such a picture.
+    """Refuse coloured pixels in [H, W, 1 or 3], and say how to make a mask of such a picture.
 
-    On a background of one colour that is all that differs from it; on a photograph it is what has a pen's colour.
+    On a plain background the mask is all that differs from it; on a photograph it is all that has the pen's colour.
     """
     coloured = (channels != channels[..., :1]).any(-1)
     if not coloured.any():
@@ -106,24 +105,24 @@ def _refuse_colours(channels: np.ndarray, name: str, snippet: str) -> None:
     colour, example = tuple(colours[chosen].tolist()), tuple(channels[coloured][0].tolist())
     refusal = (
         f"{name} has {coloured.sum()} coloured pixels, such as RGB {example}, but a mask is black (known) and white "
-        "(painted anew); "
+        "(repainted); "
     )
     if few or 4 * counts[chosen] >= counts.sum():
         away = np.abs(colours - colour).max(1)
         threshold = 0 if 4 * away[away > 0].min() >= away.max() else away.max() // 2  # of soft edges and JPEG: half
         distance = f"abs({snippet}.astype(int) - {colour})" if any(colour) else snippet
-        remedy = f"if all is to be painted anew that is not {colour}, in Pillow Image.fromarray({distance}.max(2) > "
+        remedy = f"to repaint all that is not {colour}, in Pillow Image.fromarray({distance}.max(2) > "
         raise DataError(f"{refusal}{remedy}{threshold})")
     pen = int((counts * (np.ptp(colours, axis=1) > 0)).argmax())  # no shadow and no light, which are gray
     if 200 * counts[pen] >= counts.sum():
         colour = tuple(colours[pen].tolist())
-        remedy = f"if it is to be painted anew where it is {colour}, in Pillow Image.fromarray(({snippet} == {colour})"
+        remedy = f"to repaint where it is {colour}, in Pillow Image.fromarray(({snippet} == {colour})"
         raise DataError(f"{refusal}{remedy}.all(2))")
-    raise DataError(f"{refusal}it looks like a photograph: give the image first and its mask second")
+    raise DataError(f"{refusal}it looks like a photograph; give the image first and the mask second")
 
 
 def _from_image(mask: str | Path | Image.Image) -> tuple[str, tuple[np.ndarray, int | None]]:
-    """What to call a mask in errors; its pixels [H, W, 1 or 3] as stored, and its own EXIF orientation."""
+    """The name of a mask for messages, its pixels [H, W, 1 or 3] as stored, and its own EXIF orientation."""
     in_memory = isinstance(mask, Image.Image)
     name = str((getattr(mask, "filename", "") or "in memory") if in_memory else mask)
     try:
@@ -151,8 +150,8 @@ def _channels(image: Image.Image, name: str) -> np.ndarray:
 def _refuse_clear(image: Image.Image, name: str) -> None:
     if image.mode.startswith(("I", "F")):
         raise DataError(
-            f"{name} has a transparent gray, which may mean known or painted anew; save it without, in Pillow "
-            "Image.fromarray(numpy.asarray(mask))"
+            f"{name} has a transparent gray, which may mean known or repainted; save it without transparency, in "
+            "Pillow Image.fromarray(numpy.asarray(mask))"
         )
     alpha = np.asarray(image.convert("RGBA").getchannel("A"))
     if (alpha == 255).all():
@@ -163,8 +162,8 @@ def _refuse_clear(image: Image.Image, name: str) -> None:
         ', or mask.convert("RGBA").convert("RGB") if its colours count and not its alpha' if np.ptp(colours) else ""
     )
     raise DataError(
-        f"{name} has {(alpha < 255).sum()} transparent pixels, which may mean known or painted anew; save, in Pillow, "
-        f"{opaque} if what is opaque is painted anew, {opaque}.point(lambda v: 255 - v) if what is transparent is"
+        f"{name} has {(alpha < 255).sum()} transparent pixels, which may mean known or repainted; save, in Pillow, "
+        f"{opaque} if what is opaque is repainted, {opaque}.point(lambda v: 255 - v) if what is transparent is"
         f"{varied}"
     )
 

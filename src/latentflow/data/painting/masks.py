@@ -82,7 +82,7 @@ def draw_mask(rules: MaskRules, height: int, width: int, seed: int) -> np.ndarra
 
 
 def mask_files(folder: str | Path) -> list[Path]:
-    """The mask files of a folder and its sub-folders, of any format that is read for images, sorted by name.
+    """The mask files of a folder and its sub-folders, in any image format, sorted by name.
 
     Raises:
         DataError: there are none.
@@ -92,12 +92,12 @@ def mask_files(folder: str | Path) -> list[Path]:
         some = f", but {unread}" if unread else ""
         raise DataError(f"no mask files in {folder}{some}; put PNG masks there, white where to repaint")
     if unread:
-        notice(f"{folder}: some files are passed over: {unread}")
+        notice(f"{folder}: some files are skipped: {unread}")
     return found
 
 
 def masks_fingerprint(rules: MaskRules) -> str:
-    """What identifies the content of a folder of masks; "" for random holes, which follow from the rules."""
+    """A hash of the content of a folder of masks; "" for random holes, which follow from the rules."""
     if not rules.folder:
         return ""
     files = [str(file.relative_to(rules.folder)) for file in mask_files(rules.folder)]
@@ -114,7 +114,7 @@ def check_masks(rules: MaskRules, height: int, width: int) -> None:
     """
     if rules.folder:
         files = mask_files(rules.folder)
-        with image_progress("looking at masks,", len(files)) as on_files:
+        with image_progress("checking masks,", len(files)) as on_files:
             for file in files:
                 _fitted(file, height, width)
                 on_files(1)
@@ -122,7 +122,7 @@ def check_masks(rules: MaskRules, height: int, width: int) -> None:
 
 @lru_cache(maxsize=4)
 def _listed(folder: str) -> tuple[list[Path], str]:
-    """The masks in a folder, and which other pictures are there."""
+    """The masks in a folder, and a list of pictures there that are not read."""
     if not Path(folder).is_dir():
         return [], ""
     store = FolderStore(Path(folder))
@@ -142,11 +142,11 @@ def _packed(file: Path, height: int, width: int) -> np.ndarray:
     whole = Image.fromarray(read_mask(file).astype(np.float32))
     mask = np.asarray(whole.resize((width, height), Image.Resampling.BOX)) > 0
     if mask.all():
-        raise DataError(f"the mask {file} keeps nothing of an image of {width} x {height} pixels; remove it")
+        raise DataError(f"the mask {file} leaves nothing of an image of {width} x {height} pixels; remove it")
     return np.packbits(mask)
 
 
-# Kinds of holes. Each paints one piece onto `mask` and draws as many random numbers for every image size.
+# Kinds of holes. Each paints one piece onto `mask`; how many random numbers it draws does not depend on the size.
 
 
 def _paint_stroke(rules: MaskRules, random: np.random.Generator, mask: np.ndarray) -> None:
@@ -181,7 +181,7 @@ def _paint_box(rules: MaskRules, random: np.random.Generator, mask: np.ndarray) 
 
 
 def _paint_half(rules: MaskRules, random: np.random.Generator, mask: np.ndarray) -> None:
-    """The left, right, top or bottom, to an exact half every other time, else to a cut drawn evenly in `REACH`."""
+    """The left, right, top or bottom: exactly one half every second time, else a share uniform in `REACH`."""
     low, high = rules.reach("halves")
     exact, side = random.random() < 0.5, int(4 * random.random())
     share = _between(random, low, high)
@@ -192,7 +192,7 @@ def _paint_half(rules: MaskRules, random: np.random.Generator, mask: np.ndarray)
 
 
 def _paint_border(rules: MaskRules, random: np.random.Generator, mask: np.ndarray) -> None:
-    """All but a rectangle: a frame every other time, else any of the 15 sets of sides."""
+    """All but a rectangle: half of the time a frame, otherwise any of the 15 sets of sides."""
     known = 1 - _between(random, *rules.reach("borders"))
     frame, choice = random.random() < 0.5, 1 + int(15 * random.random())
     sides = (3, 3) if frame else divmod(choice, 4)  # of each axis; bit 1: top or left, bit 2: bottom or right

@@ -1,6 +1,6 @@
-"""Semantic maps: a class for every pixel. Their classes, and showing them in colours.
+"""Semantic maps, which give every pixel a class: their classes, and how to show them in colours.
 
-A map is [H, W] uint8; a value is the index of a class, or `UNLABELLED` (255), which says nothing about the pixel.
+A map is [H, W] uint8; a value is the index of a class, or `UNLABELLED` (255) where the class is unknown.
 
 Legend: K number of classes; H, W height and width in pixels.
 """
@@ -21,7 +21,7 @@ from latentflow.errors import DataError
 Colour = tuple[int, int, int]
 
 UNLABELLED_COLOUR: Colour = (224, 224, 192)
-"""What unlabelled pixels are shown as, after Pascal VOC; no default palette has it."""
+"""The colour of unlabelled pixels, after Pascal VOC; no default palette contains it."""
 
 EXAMPLE = '["sky", "road", "tree"] or {"names": ["sky", "road"], "palette": [[128, 128, 128], [128, 64, 128]]}'
 
@@ -72,7 +72,7 @@ class MapClasses:
 
     @classmethod
     def parse(cls, text: str | bytes, name: str) -> MapClasses:
-        """The classes that the content of a classes.json called `name` tells of; see `read`."""
+        """Parse the content of a classes.json called `name`; see `read`."""
         try:
             names, palette = _names_and_palette(json.loads(text))
             return cls(names, palette)
@@ -100,10 +100,10 @@ def default_palette(num_classes: int) -> tuple[Colour, ...]:
 
 
 def check_map(semantic_map: np.ndarray, classes: MapClasses, name: str) -> None:
-    """Make sure that a map is [H, W] of integers, each the index of a class or `UNLABELLED`.
+    """Require that a map is [H, W] of integers, each the index of a class or `UNLABELLED`.
 
     Raises:
-        DataError: it is not; `name` says which map in the message.
+        DataError: it is not; the message calls it `name`.
     """
     if semantic_map.ndim != 2 or semantic_map.dtype.kind not in "iu":
         form = f"{list(semantic_map.shape)} {semantic_map.dtype}"
@@ -129,7 +129,7 @@ def colour_map(semantic_map: np.ndarray, palette: tuple[Colour, ...]) -> np.ndar
 
 
 def _other_numbering(semantic_map: np.ndarray, num_classes: int) -> str:
-    """What to do if a map counts its classes from 1, or in steps; nothing if it does neither."""
+    """A remedy if a map counts its classes from 1, or in steps; "" otherwise."""
     used = np.unique(semantic_map)
     step = int(np.gcd.reduce(used))
     if used[-1] == num_classes:
@@ -153,7 +153,7 @@ def _names_and_palette(content: Any) -> tuple[tuple[str, ...], tuple[Colour, ...
     for colour in palette:
         in_range = isinstance(colour, list) and all(type(value) is int and 0 <= value <= 255 for value in colour)
         if not in_range or len(colour) != 3:
-            raise DataError(f"{json.dumps(colour)} is no colour; write [red, green, blue], each from 0 to 255")
+            raise DataError(f"{json.dumps(colour)} is not a colour; write [red, green, blue], each from 0 to 255")
     return tuple(names), tuple(map(tuple, palette))
 
 
@@ -162,5 +162,5 @@ def _pixels(count: int) -> str:
 
 
 def _repeated(values: tuple) -> Any | None:
-    """The first value that comes again, if any."""
+    """The first value that is repeated, if any."""
     return next((value for place, value in enumerate(values) if value in values[:place]), None)

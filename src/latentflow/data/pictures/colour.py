@@ -4,7 +4,7 @@ In this order: the EXIF rotation is applied; numbers of 16 bits become 8 bits; t
 `profile_of`) become those of sRGB; transparent parts are laid on white.
 
 A picture without a profile, or whose profile is sRGB within 2 levels, keeps its numbers. A profile that is damaged, or
-for another kind of colours than its picture's, is passed over with a notice.
+for another colour space than its picture's, is ignored with a notice.
 
 Of 16 bits 65535 is white. Gray is rounded, and of colours Pillow reads the upper half.
 """
@@ -19,24 +19,24 @@ from latentflow.data.pictures.decode import stored_mode, upright
 from latentflow.data.pictures.profiles import open_profile, profile_of
 
 PIXEL_RULES = "srgb"
-"""The name of these rules; it changes when they make other pixels of a file. Before it, profiles were passed over."""
+"""The name of these rules; it changes when they give other pixels. Before this one, profiles were ignored."""
 
 _HDR = (b"\x10", b"\x12")  # transfer functions of PNG's cICP: PQ and HLG
 _DARKEST = 65536 // 8  # a picture whose numbers stay below may hold 12 bits, or 8, in a wider file
 
 
 def to_rgb(image: Image.Image, name: str = "a picture") -> Image.Image:
-    """Any Pillow image as upright 8-bit sRGB, without metadata.
+    """Convert any Pillow image to upright 8-bit sRGB, without metadata.
 
     Args:
-        name: what notices call it.
+        name: for notices.
 
     Raises:
-        ValueError: its numbers are floating-point, negative or above 65535: their white is not defined.
+        ValueError: its numbers are floating-point, negative or above 65535, so that white is undefined.
     """
-    stored, profile = stored_mode(image), profile_of(image)  # decoding may forget how it was stored
+    stored, profile = stored_mode(image), profile_of(image)  # before decoding, which may lose how it was stored
     if image.info.get("cicp", b"")[1:2] in _HDR:
-        notice(f"{name} is HDR, whose light is not read right; save such files as 8-bit sRGB", kind="HDR")
+        notice(f"{name} is HDR, which is not read correctly; save such files as 8-bit sRGB", kind="HDR")
     image, alpha = upright(image), None
     if image.mode.startswith(("I", "F")):
         image, alpha = _eight_bits(image, name)
@@ -46,7 +46,7 @@ def to_rgb(image: Image.Image, name: str = "a picture") -> Image.Image:
         if ";16" in stored:
             _notice_dark_colours(image, name)
     rgb = _in_srgb(image, profile, name)
-    rgb.info = {}  # of a rotation, a colour profile or a transparent colour, which are no more
+    rgb.info = {}  # drop the rotation, profile and transparent colour, which have been applied
     if alpha is not None:
         rgb.putalpha(alpha)
         rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
@@ -54,7 +54,7 @@ def to_rgb(image: Image.Image, name: str = "a picture") -> Image.Image:
 
 
 def zero_is_white(image: Image.Image) -> bool:
-    """Whether the 16-bit numbers of a TIFF file count from white to black; Pillow turns those of 8 bits around only."""
+    """Whether the 16-bit numbers of a TIFF file count from white to black; Pillow only inverts those of 8 bits."""
     return getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0
 
 
@@ -95,7 +95,7 @@ def _notice_dark_colours(image: Image.Image, name: str) -> None:
     if 0 < top < _DARKEST >> 8:
         notice(
             f"{name} holds 16-bit colours, of which 65535 is white, and its largest is about {257 * top}; if less is "
-            "white there, as with 12 bits, save all such files anew with values up to 65535 or with 8 bits a channel",
+            "white there, as with 12 bits, save all such files again with values up to 65535, or with 8 bits a channel",
             kind="dark colours",
         )
 
@@ -114,8 +114,8 @@ def _in_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Imag
             return open_profile(profile).to_srgb(image.convert(mode))
         except ValueError as error:
             notice(
-                f"the colour profile of {name} cannot be used ({error}) and is passed over, like others of the kind; "
-                "save such files as sRGB if their colours come out wrong",
+                f"the colour profile of {name} cannot be used ({error}) and is ignored, like others of the kind; save "
+                "such files as sRGB if their colours come out wrong",
                 kind="profile",
             )
     return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""The square middle of a picture, and of its semantic map, by one geometry.
+"""The central square crop of a picture and of its semantic map.
 
 FID depends on this rule, so it is the same for training images and references.
 """
@@ -17,18 +17,18 @@ _MOST_RESIZED_PIXELS = 1 << 26  # a long, thin strip grows beyond this before it
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The square middle of an image: [size, size, 3] uint8.
+    """The central square crop of an image: [size, size, 3] uint8.
 
     The rule of ADM (Dhariwal & Nichol, arXiv 2105.05233), which published FID figures assume: halve with a
     box filter while the shorter side is at least twice `size`, make it exactly `size` with a bicubic
-    filter, and cut out the middle. Smaller images are enlarged.
+    filter, and crop the centre. Smaller images are enlarged.
 
     Args:
         image: RGB.
         size: height and width of the result in pixels.
 
     Raises:
-        ValueError: the image is so long and thin that it cannot be enlarged before the cut.
+        ValueError: the image is too long and thin to be enlarged before the crop.
     """
     for halved in _halvings(*image.size, size):
         image = image.resize(halved, Image.Resampling.BOX)
@@ -42,9 +42,9 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def crop_map(semantic_map: np.ndarray, size: int) -> np.ndarray:
-    """The square middle of a semantic map, which shows what `center_crop` shows of its image: [size, size].
+    """The same crop of a semantic map: [size, size].
 
-    Each pixel takes the class at its centre: classes are not mixed.
+    Each pixel takes the class at its centre, so classes are not mixed.
 
     Args:
         semantic_map: [H, W] of any integers, of the size of its image.
@@ -60,14 +60,14 @@ def crop_map(semantic_map: np.ndarray, size: int) -> np.ndarray:
 
 
 def _halvings(width: int, height: int, size: int) -> Iterator[tuple[int, int]]:
-    """The sizes on the way down while the shorter side is at least twice `size`."""
+    """The sizes after each halving, while the shorter side is at least twice `size`."""
     while min(width, height) >= 2 * size:
         width, height = width // 2, height // 2
         yield width, height
 
 
 def _placed(width: int, height: int, size: int) -> tuple[int, int, int, int]:
-    """The width and height whose shorter one is `size`, and the left and top of the square in them."""
+    """Width and height, the shorter of which is `size`, and the left and top of the central square."""
     scale = size / min(width, height)
     width, height = round(width * scale), round(height * scale)
     return width, height, (width - size) // 2, (height - size) // 2

@@ -1,11 +1,10 @@
-"""Image files, opened: the only place that hands a file to Pillow.
+"""Opening image files safely: the only place where Pillow reads a file.
 
-What a file claims to be is not believed. Of Pillow's formats those of photographs and of lossless storage are read, and
+What a file claims to be is not trusted. Of Pillow's formats, those for photographs and lossless storage are read, and
 none that starts another program (EPS starts Ghostscript). Only regular files are read. A picture's header is checked
-before its pixels are decoded, and what a PNG carries beside its pixels never decides whether it is read.
+before its pixels are decoded.
 
-One limit, `most_pixels`, bounds a single picture and the bytes of its file, and as much as that is what all threads
-together may hold at once.
+One limit, `most_pixels`, bounds a single picture, the bytes of its file, and what all threads together hold at once.
 """
 
 from __future__ import annotations
@@ -14,47 +13,27 @@ import io
 import os
 import re
 import stat
-import struct
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
-from PIL.ImageFile import SAFEBLOCK, ImageFile
+from PIL.ImageFile import ImageFile
 
 from latentflow.console import notice
+from latentflow.data.pictures.png_chunks import PNG, lean_png
 from latentflow.errors import ConfigError, DataError, LatentFlowError
-
-__all__ = [
-    "BrokenImage",
-    "most_bytes",
-    "most_pixels",
-    "open_image",
-    "orientation",
-    "read_file",
-    "reason",
-    "room_for",
-    "stored_mode",
-    "upright",
-]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # JPEG includes MPO
 _MOST_PIXELS = 1 << 28  # 16,384 x 16,384; a phone's 200 megapixels are 16,320 x 12,240
 _VARIABLE = "LATENTFLOW_MAX_PIXELS"
 _BYTES_PER_PIXEL = 4
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
-_PNG_KEPT = (b"tRNS", b"eXIf", b"iCCP", b"cHRM", b"gAMA", b"sRGB", b"cICP", b"acTL", b"fcTL", b"fdAT")
-_MOST_TEXT = 32 * SAFEBLOCK  # half of what Pillow takes of a whole file
-_MOST_PROFILE = 32 * SAFEBLOCK  # the largest profiles of printers have some 4 MiB
-
 if "PILLOW_BLOCK_SIZE" not in os.environ:
-    # Pillow keeps pictures in blocks, of 16 MiB by default. Those above 32 MiB go back to the system when they are
-    # free; of smaller ones each thread's heap keeps all that it ever had.
+    # Pillow stores pictures in blocks, of 16 MiB by default. Freed blocks above 32 MiB are returned to the system;
+    # smaller ones stay in the heap of their thread.
     Image.core.set_block_size(1 << 26)
 
 _TURNS = {
@@ -67,7 +46,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What people give the name of an image: place and mark in the file, what it is, and what to do.
+# What people name as an image: offset and magic bytes, the format, and the remedy.
 _AS_PNG = "save it as PNG"
 _STRANGERS = (
     (0, b"%!PS", "EPS or PostScript", _AS_PNG),
@@ -106,14 +85,14 @@ _DAMAGED = (
     b"\0\0\0\x0cjP  ",
     b"\xff\x4f\xff\x51",
 )
-_MARKUP = ((b"<svg", "SVG", _AS_PNG), (b"<html", "a web page", "download the image anew"))
+_MARKUP = ((b"<svg", "SVG", _AS_PNG), (b"<html", "a web page", "download the image again"))
 
 
 class BrokenImage(DataError):
-    """One file cannot be read as an image; others may be fine.
+    """One file that cannot be read as an image; others may be fine.
 
     Attributes:
-        name: of the file, as the user knows it.
+        name: the file, as the user knows it.
         reason: what is wrong with it.
     """
 
@@ -127,21 +106,21 @@ class BrokenImage(DataError):
 
 @contextmanager
 def open_image(file: bytes | str | Path | Image.Image, name: str | None = None) -> Iterator[Image.Image]:
-    """Open an image file. Its header is read; pixels are decoded when they are first asked for.
+    """Open an image file. Only its header is read; pixels are decoded on first use.
 
-    Use the picture inside the context: so long it counts against what all threads may decode at once.
+    Use the picture inside the context, while it counts towards what all threads may decode at once.
 
     Args:
-        file: a path, the content of a file, or a picture in memory, which is handed on as it is.
-        name: what to call it in errors; the path unless given.
+        file: a path, the content of a file, or a picture in memory, which is yielded unchanged.
+        name: for messages; default: the path.
 
     Yields:
-        The picture as Pillow has it: the pixels as stored, not turned (see `upright`), in any mode.
+        The picture as Pillow reads it: pixels as stored, not turned (see `upright`), in any mode.
 
     Raises:
-        BrokenImage: it is missing, no regular file, too large, damaged, or of a format that is not read; also for
-            whatever else goes wrong inside the context, since decoders of damaged files raise nearly anything.
-        ConfigError: LATENTFLOW_MAX_PIXELS is no number.
+        BrokenImage: it is missing, not a regular file, too large, damaged, or of a format that is not read; also for
+            any other exception inside the context, since decoders of damaged files raise nearly anything.
+        ConfigError: LATENTFLOW_MAX_PIXELS is not a number.
     """
     name = name if name is not None else str(file) if isinstance(file, str | Path) else "in memory"
     try:
@@ -151,7 +130,7 @@ def open_image(file: bytes | str | Path | Image.Image, name: str | None = None) 
         content = file if isinstance(file, bytes) else read_file(file)
         with _identified(content, name) as image, _pixels.holding(_checked(image.width * image.height)):
             if _holds_more(image):
-                notice(f"{name} holds several pictures, of which the first is read", kind="several pictures")
+                notice(f"{name} holds several pictures; the first is read", kind="several pictures")
             yield image
     except LatentFlowError:
         raise
@@ -162,9 +141,9 @@ def open_image(file: bytes | str | Path | Image.Image, name: str | None = None) 
 
 
 def orientation(image: Image.Image) -> int:
-    """How the pixels of a picture have to be turned, 1 to 8 as EXIF numbers it; 1 is upright, or nothing said.
+    """The EXIF orientation of a picture, 1 to 8; 1 is upright, or not stated.
 
-    For TIFF this is what is stored until the pixels are decoded, and then 1: Pillow turns them as it decodes.
+    For TIFF this is the stored value until the pixels are decoded, and then 1: Pillow turns them while decoding.
     """
     try:
         turn = int(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -174,7 +153,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def stored_mode(image: Image.Image) -> str:
-    """How the pixels lie in the file of an image that is not decoded yet, in Pillow's terms, such as "RGB;16B"."""
+    """Pillow's name for the pixel layout in the file of an image that is not decoded yet, such as "RGB;16B"."""
     if not isinstance(image, ImageFile) or not image.tile:
         return image.mode
     details = image.tile[0][3]
@@ -182,7 +161,7 @@ def stored_mode(image: Image.Image) -> str:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF orientation says; the picture itself where there is nothing to turn."""
+    """Turn a picture by its EXIF orientation; returns the picture itself if it is upright."""
     image.load()
     turn = orientation(image)
     return image if turn == 1 else image.transpose(_TURNS[turn])
@@ -209,7 +188,7 @@ def check_bytes(num_bytes: int, most: int | None = None) -> None:
     """Refuse a file that is larger than a picture may be.
 
     Args:
-        most: bytes; `most_bytes` unless told otherwise, and in proportion to it.
+        most: limit in bytes; default: `most_bytes`.
 
     Raises:
         ValueError: with both numbers, and the remedy.
@@ -223,16 +202,16 @@ def check_bytes(num_bytes: int, most: int | None = None) -> None:
 
 
 def most_pixels() -> int:
-    """The most pixels of one picture, and of all that are decoded at once: LATENTFLOW_MAX_PIXELS, or 2^28.
+    """The most pixels of one picture, and of all pictures decoded at once: LATENTFLOW_MAX_PIXELS, or 2^28.
 
     Raises:
-        ConfigError: the environment variable is no whole number above 0.
+        ConfigError: the environment variable is not a whole number above 0.
     """
     text = os.environ.get(_VARIABLE, "")
     if not text:
         return _MOST_PIXELS
     if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise ConfigError(f"{_VARIABLE}={text!r} is no whole number above 0; unset it for {_MOST_PIXELS}")
+        raise ConfigError(f"{_VARIABLE}={text!r} is not a whole number above 0; unset it for {_MOST_PIXELS}")
     return int(text)
 
 
@@ -252,7 +231,7 @@ def reason(error: Exception) -> str:
 
 
 class _Budget:
-    """What all threads may hold at once; a thread waits where there is no room for more."""
+    """A limit on what all threads hold at once; a thread waits until there is room."""
 
     def __init__(self, limit: Callable[[], int]) -> None:
         self._limit = limit
@@ -265,7 +244,7 @@ class _Budget:
 
     @contextmanager
     def holding(self, amount: int) -> Iterator[None]:
-        """Hold so much; a thread that holds something already does not wait, since it could wait for itself."""
+        """Hold `amount`; a thread that already holds something does not wait, since it could wait for itself."""
         outer = getattr(self._thread, "depth", 0)
         with self._change:
             self._change.wait_for(lambda: outer or not self._held or self._held + amount <= self._limit())
@@ -284,11 +263,11 @@ _bytes, _pixels = _Budget(most_bytes), _Budget(most_pixels)
 
 
 def room_for(num_bytes: int) -> AbstractContextManager[None]:
-    """Wait until a file of so many bytes may be held, beside those that other threads hold within their `room_for`."""
+    """Wait until a file of so many bytes may be held in memory; other threads count what they hold in the same way."""
     return _bytes.holding(num_bytes)
 
 
-if hasattr(os, "register_at_fork"):  # the threads that hold something do not exist in a child
+if hasattr(os, "register_at_fork"):  # the threads that hold something do not exist in the child
     os.register_at_fork(after_in_child=_bytes.reset)
     os.register_at_fork(after_in_child=_pixels.reset)
 
@@ -317,30 +296,30 @@ def _identified(content: bytes, name: str) -> ImageFile:
     if not content:
         raise ValueError("it is empty (0 bytes)")
     check_bytes(len(content))
-    lean, said = _lean_png(content) if content.startswith(_PNG) else (content, {})
-    # A TGA file has no mark at its beginning, and nearly anything could be one: there the name has to say so.
+    lean, metadata = lean_png(content) if content.startswith(PNG) else (content, {})
+    # A TGA file has no magic bytes and nearly anything could be one, so its name has to say so.
     formats = _formats() if name.lower().endswith(".tga") else [known for known in _formats() if known != "TGA"]
-    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, which also decoders ask; never made lower for others
+    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, checked by decoders; never lowered for others
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, most_pixels())
     try:
         image = Image.open(io.BytesIO(lean), formats=formats)
     except UnidentifiedImageError:
         raise ValueError(_strange(content)) from None
-    image.info.update(said)
+    image.info.update(metadata)
     return image
 
 
 def _holds_more(image: ImageFile) -> bool:
-    """Whether a file holds pictures beside the first: an animation, or pages; not the previews that cameras add."""
+    """Whether a file holds more than one picture: an animation or pages; not the previews that cameras add."""
     try:
         return image.format != "MPO" and getattr(image, "is_animated", False)
-    except Exception:  # the first may be whole where the second is damaged
+    except Exception:  # the first may be intact where the second is damaged
         image.seek(0)
         return False
 
 
 def _strange(content: bytes) -> str:
-    """What a file is that Pillow does not read."""
+    """What a file is if Pillow does not read it."""
     for place, mark, what, remedy in _STRANGERS:
         if content.startswith(mark, place):
             return f"its content is {what}, which is not read: {remedy}"
@@ -349,59 +328,7 @@ def _strange(content: bytes) -> str:
         if mark in start:
             return f"its content is {what}, which is not read: {remedy}"
     if content.startswith(_DAMAGED) or content[4:12] == b"ftypavif":
-        return "its content is damaged, or of a kind that Pillow does not know: copy it anew, or save it as 8-bit PNG"
+        return "its content is damaged, or of a kind that Pillow does not know: copy it again, or save it as 8-bit PNG"
     if not any(content[:4096]):
-        return "its content is zeros, as after a copy that failed: copy it anew"
+        return "its content is zeros, as after a failed copy: copy it again"
     return "its content is no image that Pillow can read"
-
-
-def _lean_png(content: bytes) -> tuple[bytes, dict[str, bytes]]:
-    """A PNG file without the chunks that do not change its pixels, and what it says that Pillow would not tell.
-
-    Pillow refuses a file for large or damaged texts. Texts of usual size stay, as they may hold the orientation.
-    """
-    kept, said, text, start, copied = [], {}, 0, len(_PNG), 0
-    while start + 8 <= len(content):
-        length, kind = struct.unpack_from(">I4s", content, start)
-        end = start + 12 + length
-        if end > len(content):  # cut short: what is left is for Pillow to judge
-            break
-        keep = kind[:1].isupper()
-        if not keep:
-            chunk = content[start + 8 : end - 4]
-            whole = zlib.crc32(kind + chunk) == int.from_bytes(content[end - 4 : end], "big")
-            keep = whole and kind in _PNG_KEPT
-            if whole and kind in _PNG_TEXT:
-                size = _text_size(kind, chunk)
-                text += size
-                keep = size <= SAFEBLOCK and text <= _MOST_TEXT
-            elif whole and kind == b"iCCP":
-                unpacked = _unpacked(chunk.partition(b"\0")[2][1:], _MOST_PROFILE)
-                keep = len(unpacked) <= SAFEBLOCK
-                if SAFEBLOCK < len(unpacked) <= _MOST_PROFILE:
-                    said["icc_profile"] = unpacked
-            elif whole and kind == b"cICP":
-                said["cicp"] = chunk
-        if not keep:
-            kept.append(content[copied:start])
-            copied = end
-        start = end
-    return (b"".join([*kept, content[copied:]]) if kept else content), said
-
-
-def _text_size(kind: bytes, chunk: bytes) -> int:
-    """Bytes of a PNG text once it is unpacked, counted to just above what Pillow takes."""
-    rest = chunk.partition(b"\0")[2]
-    if kind == b"zTXt":
-        return len(_unpacked(rest[1:], SAFEBLOCK))
-    if kind == b"iTXt" and rest[:1] != b"\0":
-        return len(_unpacked(rest[2:].partition(b"\0")[2].partition(b"\0")[2], SAFEBLOCK))
-    return len(chunk)
-
-
-def _unpacked(stream: bytes, most: int) -> bytes:
-    """A zlib stream, unpacked as far as one byte beyond `most`; nothing if it is damaged."""
-    try:
-        return zlib.decompressobj().decompress(stream, most + 1)
-    except zlib.error:
-        return b""

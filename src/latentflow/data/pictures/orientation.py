@@ -1,8 +1,8 @@
-"""Masks and maps of photographs that are stored turned.
+"""EXIF orientation: masks and maps of photographs that are stored turned.
 
-A phone stores the pixels as its sensor has them, and in EXIF how they have to be turned. Photographs are turned upright
-as they are read. A mask or map may have been drawn on either, the upright picture or the stored pixels (as OpenCV,
-labelme and Pillow hand them out when asked to, or not told otherwise).
+A phone stores the pixels as its sensor reads them, and the orientation in EXIF. Photographs are turned upright as they
+are read. A mask or map may have been drawn either on the upright picture or on the stored pixels, which OpenCV, labelme
+and Pillow can both give.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from latentflow.errors import DataError
 T = TypeVar("T")
 
 _TURNS = {
-    1: "as it is",
+    1: "unchanged",
     2: "mirrored",
     3: "rotated by 180 degrees",
     4: "mirrored upside down",
@@ -44,9 +44,9 @@ class Photo(NamedTuple):
 
 
 def with_turn(image: Image.Image, make: Callable[[Image.Image], T]) -> tuple[T, int]:
-    """What `make` makes of a picture that was just opened, and the picture's EXIF orientation.
+    """The result of `make` for a picture that was just opened, and the picture's EXIF orientation.
 
-    A TIFF forgets its orientation as it is decoded, and a PNG may be decoded when it is asked.
+    Decoding a TIFF loses its orientation, and asking a PNG for it may decode it.
     """
     turn = orientation(image) if image.format == "TIFF" else 0
     made = make(image)
@@ -54,12 +54,12 @@ def with_turn(image: Image.Image, make: Callable[[Image.Image], T]) -> tuple[T, 
 
 
 def own_turn(image: Image.Image) -> int | None:
-    """The EXIF orientation that a mask or map states for itself; None if none. To be asked before it is decoded."""
+    """The EXIF orientation that a mask or map states itself; None if it does not. Call this before decoding."""
     try:
         turn = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged EXIF says nothing
         return None
-    if image.format == "TIFF":  # turned as it is decoded; 1 is what programs write there without a thought
+    if image.format == "TIFF":  # turned while decoding; many programs write 1 there by default
         return 1 if turn in range(2, 9) else None
     return turn if turn in _TURNS else None
 
@@ -76,14 +76,14 @@ def turned(pixels: np.ndarray, turn: int) -> np.ndarray:
 
 
 def upright_as(pixels: np.ndarray, own: int | None, photo: Photo, name: str, what: str) -> np.ndarray:
-    """A mask or map [H, W, ...] turned as its photograph is.
+    """Turn a mask or map [H, W, ...] like its photograph.
 
-    An orientation of its own decides where its size allows that. Otherwise its size does.
+    Its own EXIF orientation decides if the size then fits; otherwise the size decides.
 
     Args:
         pixels: as they are stored.
-        own: its own orientation; None: it states none.
-        name: what to call it in errors.
+        own: its own orientation; None: not stated.
+        name: for messages.
         what: "mask" or "map", as the remedies call it.
 
     Raises:
@@ -111,7 +111,7 @@ def upright_as(pixels: np.ndarray, own: int | None, photo: Photo, name: str, wha
 
 
 def _misfit(height: int, width: int, photo: Photo, name: str, what: str) -> str:
-    """Tell of another size, and what to do: nothing that swaps sides or distorts."""
+    """The message for another size, with a remedy that neither swaps sides nor distorts."""
     sizes = f"{name} has {width} x {height} pixels (width x height), its image {photo.width} x {photo.height}"
     stored = (photo.width, photo.height) if photo.turn >= 5 else (photo.height, photo.width)
     for tall, wide in ((photo.height, photo.width), stored):
@@ -120,5 +120,5 @@ def _misfit(height: int, width: int, photo: Photo, name: str, what: str) -> str:
             return f"{sizes}: resize the {what} with nearest neighbour, in Pillow {resize}"
     if (height, width) == (photo.width, photo.height):
         ways = " or ".join(f"{what}.transpose(Image.Transpose.ROTATE_{angle})" for angle in (90, 270))
-        return f"{sizes}: it is turned; turn it back, in Pillow {ways}"
-    return f"{sizes}: it is of another shape; make the {what} from this very image"
+        return f"{sizes}: it is rotated; rotate it back, in Pillow {ways}"
+    return f"{sizes}: it has another aspect ratio; make the {what} from this very image"

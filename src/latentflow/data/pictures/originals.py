@@ -1,4 +1,4 @@
-"""A picture as its file holds it, so that a part can be painted anew and all the rest stays to the bit."""
+"""A picture as its file holds it, so that a part can be repainted and the rest is preserved to the bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Original:
         mode: Pillow's name for them: L, LA, RGB, RGBA or I;16.
         profile: the ICC profile that says what the numbers mean; None: they are sRGB.
         transparent: the number of I;16 that means transparent, if any.
-        lost: what is not kept, to tell the user: for example "its CMYK colours"; "" if nothing.
+        lost: what is not kept, for messages: for example "its CMYK colours"; "" if nothing.
     """
 
     rgb: np.ndarray
@@ -36,14 +36,14 @@ class Original:
     lost: str = ""
 
     def painted(self, picture: np.ndarray, hole: np.ndarray) -> Image.Image:
-        """This picture with a part painted anew; all else has the numbers, alpha and profile that it had.
+        """This picture with a part repainted; everything else keeps its numbers, alpha and profile.
 
         Args:
-            picture: [H, W, 3] uint8 sRGB; looked at in the hole alone.
-            hole: [H, W], above 0 where it is painted anew. There the result is opaque.
+            picture: [H, W, 3] uint8 sRGB; only used inside the hole.
+            hole: [H, W], above 0 where to repaint; the result is opaque there.
 
         Returns:
-            An image whose profile and transparent number lie in its `info`, where saving as PNG finds them.
+            An image with its profile and transparent number in `info`, where saving as PNG finds them.
         """
         new = np.asarray(_from_srgb(Image.fromarray(picture), self.profile, _COLOURS.get(self.mode, "L")))
         if self.mode == "I;16":
@@ -63,7 +63,7 @@ def original_of(image: Image.Image, name: str = "a picture") -> Original:
     """A picture that `open_image` yields, or one in memory, with what a PNG can keep of it.
 
     Args:
-        name: what notices call it.
+        name: for notices.
 
     Raises:
         ValueError: what `to_rgb` raises.

@@ -1,7 +1,7 @@
 """Colour profiles (ICC), to sRGB and back: what the numbers of a picture mean.
 
 A picture has a profile embedded, or says with a few numbers what `matrix_profile` makes one of: PNG with cICP, or gAMA
-and cHRM (PNG 3, section 4.3); cameras that are set to Adobe RGB with EXIF alone (DCF 2.0).
+and cHRM (PNG 3, section 4.3); cameras set to Adobe RGB only say so in EXIF (DCF 2.0).
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ class Profile:
         """An RGB picture in sRGB as a picture of this profile, of mode L or RGB; in L only the brightness stays.
 
         Raises:
-            ValueError: the profile leads to sRGB, but not back.
+            ValueError: the profile converts to sRGB, but not back.
         """
-        if mode == "L":  # before the colours change: what is shown then is the gray of what was painted
+        if mode == "L":  # before the conversion, so that the result shows the gray of what was painted
             image = image.convert("L").convert("RGB")
         if not self.is_srgb:
             image = ImageCms.applyTransform(image, self._from_srgb)
@@ -97,13 +97,13 @@ class Profile:
         try:
             return self._transform(self._srgb, "RGB", self._profile, self.mode)
         except ImageCms.PyCMSError as error:
-            raise ValueError("it leads to sRGB, but not back") from error
+            raise ValueError("it converts to sRGB, but not back") from error
 
     @staticmethod
     def _transform(source, source_mode: str, target, target_mode: str) -> ImageCms.ImageCmsTransform:
         intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
         if source_mode == "L":
-            flags |= ImageCms.Flags.NOOPTIMIZE  # slow and exact, for 256 levels alone
+            flags |= ImageCms.Flags.NOOPTIMIZE  # slow and exact, for just 256 levels
         return ImageCms.buildTransform(source, target, source_mode, target_mode, intent, flags)
 
 
@@ -122,15 +122,15 @@ _ADOBE_RGB = (*_D65, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
 
 _CICP_PRIMARIES = {1: _BT709, 9: _BT2020, 12: _DISPLAY_P3}  # of ITU-T H.273
 _CICP_GAMMAS = {4: 2.2, 8: 1.0, 13: None}
-_USUAL_GAMMA = 1 / 2.2  # which programs write of sRGB, whose curve is another
+_USUAL_GAMMA = 1 / 2.2  # which programs write for sRGB, although its curve differs
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 _D50 = np.array([0.9642, 1.0, 0.8249])
 
 
 def profile_of(image: Image.Image) -> bytes | None:
-    """The ICC profile that a picture has, or what it says in other words; None: nothing, so it is sRGB.
+    """The ICC profile of a picture, or one made from its other metadata; None: it is sRGB.
 
-    To be asked before the picture is changed, as that may forget what it says.
+    Call this before the picture is changed, which may lose its metadata.
     """
     info = image.info
     cicp = info.get("cicp", b"")

@@ -1,4 +1,4 @@
-"""Single pictures that a user hands over, by the rules of `data.images`."""
+"""Single pictures given by a user, read by the same rules as data sets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_picture(file: str | Path) -> Image.Image:
 
 
 def describe_file(file: str | Path) -> str:
-    """A file as a request remembers it: "photo.jpg sha256:0123456789ab".
+    """A file as a request records it: "photo.jpg sha256:0123456789ab".
 
     Raises:
         DataError: the file is missing or cannot be read.
@@ -40,7 +40,7 @@ def describe_file(file: str | Path) -> str:
 
 
 def square_picture(image: Image.Image, size: int) -> Tensor:
-    """The square middle of a picture of any mode, by `to_rgb` and `center_crop`: [1, 3, size, size] uint8.
+    """The central square crop of a picture of any mode, by `to_rgb` and `center_crop`: [1, 3, size, size] uint8.
 
     Raises:
         DataError: the picture is too long and thin, or of a mode without a defined white.
@@ -55,7 +55,7 @@ def square_picture(image: Image.Image, size: int) -> Tensor:
 def psnr(pixels: Tensor, other: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of 8-bit images, 10 log10(255^2 / mean squared error): [B, 3, S, S] => [B].
 
-    Equal images count as an error of 1 in a single value, since infinity has no mean.
+    Equal images count as if a single value were off by 1, to keep the result finite.
     """
     squares = (pixels.double() - other.double()).square().flatten(1)
     return 10 * torch.log10(255**2 / squares.mean(1).clamp(min=1 / squares.shape[1]))
