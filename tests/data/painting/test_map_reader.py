@@ -385,7 +385,7 @@ def test_unknown_colour_is_refused_with_the_nearest_class():
 
 def test_smeared_colours_are_refused():
     resized = Image.fromarray(SEEN).resize((50, 50), Image.Resampling.BICUBIC)
-    assert re.search(r"\d+ such colours: was it resized or compressed with loss\?$", refusal(encoded(resized)))
+    assert re.search(r"\d+ such colours: was it resized or compressed lossily\?$", refusal(encoded(resized)))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "JPEG2000", "AVIF"])
@@ -397,14 +397,14 @@ def test_formats_with_loss_are_refused(kind, mode):
         except (KeyError, OSError):
             pytest.skip(f"this Pillow does not write {kind}")
     message = refusal(encoded(Image.fromarray(a_map(32, 32, unlabelled=False)).convert(mode), kind))
-    kind = "WebP with loss" if kind == "WEBP" else kind
+    kind = "lossy WebP" if kind == "WEBP" else kind
     assert message == f"m: {kind} smears classes into their neighbours'; save the map as a PNG"
 
 
 def test_lossy_webp_behind_other_chunks_is_refused():
     image = Image.fromarray(a_map(32, 32, unlabelled=False)).convert("RGB")
     content = encoded(image, "WEBP", lossless=False, exif=b"Exif\0\0odd", icc_profile=b"any")
-    assert b"VP8X" in content[:32] and "WebP with loss" in refusal(content)
+    assert b"VP8X" in content[:32] and "lossy WebP" in refusal(content)
 
 
 def test_of_several_pictures_the_first_is_read():

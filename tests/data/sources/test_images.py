@@ -114,7 +114,7 @@ def test_a_prefix_of_names_is_no_wrapper(tmp_path):
 
 def test_images_beside_class_folders_are_refused(labelled):
     save(labelled / "loose.png")
-    with pytest.raises(DataError, match=r"1 images beside 3 sub-folders with images \(cat, dog, emu\): put every"):
+    with pytest.raises(DataError, match=r"1 images next to 3 sub-folders with images \(cat, dog, emu\): put every"):
         open_images(labelled, 8)
 
 
@@ -198,13 +198,13 @@ def test_splits_inside_classes_are_said(tmp_path, caplog):
     for name in ("cat/train/1.png", "cat/val/2.png", "dog/train/1.png", "dog/val/2.png"):
         save(tmp_path / name)
     assert open_images(tmp_path, 8).class_names == ("cat", "dog")
-    assert "the splits train, val inside the class folders are taken together" in caplog.text
+    assert "the splits train, val inside the class folders are merged into one set" in caplog.text
 
 
 def test_pictures_beside_those_with_maps_are_told_of(mapped, caplog):
     (mapped / "images" / "IMG_1.HEIC").write_bytes(b"")
     assert open_images(mapped, 16).map_class_names
-    assert "1 files are passed over: 1 .heic (save them as JPEG or PNG)" in caplog.text
+    assert "1 files are skipped: 1 .heic (save them as JPEG or PNG)" in caplog.text
 
 
 def test_maps_in_a_format_that_is_not_read_are_named(tmp_path):
@@ -306,7 +306,7 @@ def test_only_regular_files_are_opened(tmp_path, caplog, monkeypatch):
         source = open_images(tmp_path, 8)
     assert [source.name(i) for i in range(len(source))] == ["a.png", "d.png"]
     assert len(source.contents()) == 2 and [error.name for error in readable(source)[1]] == ["d.png"]
-    assert "3 pipes, sockets, devices or looping links are not read (b.png, ...)" in caplog.text
+    assert "3 pipes, sockets, devices or looping links are skipped (b.png, ...)" in caplog.text
 
 
 # What is not read
@@ -322,7 +322,7 @@ def test_pictures_that_are_not_read_are_counted_by_suffix_with_a_remedy_that_wor
         (tmp_path / name).write_bytes(b"something else")
     assert names(open_images(tmp_path, 8)) == ["a.jpg"]
     said, rename, convert = caplog.text, "(rename them to end in .jpg)", "(save them as JPEG or PNG)"
-    assert f"11 files are passed over: 1 without suffix {rename}, 1 .download {rename}, 2 .heic {convert}, " in said
+    assert f"11 files are skipped: 1 without suffix {rename}, 1 .download {rename}, 2 .heic {convert}, " in said
     assert f"1 '.jpg ' {rename}, 1 .jpg_large {rename}, 1 .jxl {convert}, 1 .nef {convert}" in said
     assert ".txt" not in said and "LICENSE" not in said
     for name in strange:
@@ -356,7 +356,7 @@ def test_a_class_without_an_image_that_is_read_is_refused(tmp_path, classes, pac
 
 def test_empty_folders_are_told_of(labelled, caplog):
     open_images(labelled, 8)
-    assert "folders without images are no classes (empty class)" in caplog.text
+    assert "folders without images are not classes (empty class)" in caplog.text
 
 
 # Names
@@ -456,7 +456,7 @@ def test_zip_members_that_lead_out_are_told_of(tmp_path, caplog):
         for name in ("in/a.png", "../b.png", "in/../../c.png", "/in/d.png"):
             file.writestr(name, png)
     assert names(open_images(tmp_path / "a.zip", 8)) == ["a.png", "d.png"]
-    assert "2 members that lead out of it are not read (../b.png)" in caplog.text
+    assert "2 members that lead out of it are skipped (../b.png)" in caplog.text
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -563,7 +563,7 @@ def test_map_that_is_the_painted_image_is_aligned_with_it(tmp_path):
 
 def test_maps_without_classes_are_refused_with_an_example(mapped):
     (mapped / "classes.json").unlink()
-    with pytest.raises(DataError, match=r"images/ and masks/ but beside them no classes.json, .* for example \["):
+    with pytest.raises(DataError, match=r"images/ and masks/ but no classes.json, .* for example \["):
         open_images(mapped, 16)
     (mapped / "classes.json").write_text("[]")
     with pytest.raises(DataError, match=r"mapped: classes.json: 0 classes of semantic maps; there must be 1 to 255"):
@@ -607,7 +607,7 @@ def test_names_are_paired_however_their_accents_are_written(tmp_path):
 
 def test_images_beside_images_and_maps_are_refused(mapped):
     save(mapped / "previews" / "a.png")
-    with pytest.raises(DataError, match=r"images/ and masks/, and more images beside them \(previews\): move those"):
+    with pytest.raises(DataError, match=r"images/ and masks/, and other images as well \(previews\): move those"):
         open_images(mapped, 16)
 
 
@@ -864,7 +864,7 @@ def test_bad_places_are_refused_with_a_remedy(tmp_path):
     with pytest.raises(DataError, match=r"table.csv is a single file; give the folder it lies in or unpacks to"):
         open_images(tmp_path / "table.csv", 8)
     (tmp_path / "bad.zip").write_bytes(b"PK and then nonsense")
-    with pytest.raises(DataError, match=r"bad.zip is not a readable zip archive .*; pack or copy it anew"):
+    with pytest.raises(DataError, match=r"bad.zip is not a readable zip archive .*; pack or copy it again"):
         open_images(tmp_path / "bad.zip", 8)
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
         pass

@@ -160,7 +160,7 @@ def test_listing_stops_at_the_first_images_that_are_wanted(tmp_path):
     content[last_leaf : last_leaf + PAGE] = b"\xff" * PAGE
     data.write_bytes(content)
     assert names(open_images(tmp_path / "e", 8, first=30)) == [key.decode() for key in keys[:30]]
-    with pytest.raises(DataError, match=r"e is a damaged LMDB environment \(.*\); copy it anew"):
+    with pytest.raises(DataError, match=r"e is a damaged LMDB environment \(.*\); copy it again"):
         open_images(tmp_path / "e", 8)
 
 
@@ -275,7 +275,7 @@ def test_values_of_another_kind_are_broken_images(tmp_path):
     source = open_images(write(tmp_path / "raw", raw), SIDE)
     kept, broken = readable(source)
     assert kept == [0, 2, 3]
-    assert str(broken[0]) == "cannot read the image 1: its 1000 bytes are no square of RGB pixels (3 x side x side)"
+    assert str(broken[0]) == "cannot read the image 1: its 1000 bytes are not a square of RGB pixels (3 x side x side)"
 
     files = [(str(i).encode(), encoded(i)) for i in range(4)]
     files[0], files[2] = (b"0", b"no picture"), (b"2", encoded(2)[:100])
@@ -323,11 +323,11 @@ def test_empty_environment_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda content: b"", r"is not a readable LMDB environment \(.*\); copy it anew"),
-        (lambda content: content[:100], r"is not a readable LMDB environment \(.*MDB_INVALID.*\); copy it anew"),
+        (lambda content: b"", r"is not a readable LMDB environment \(.*\); copy it again"),
+        (lambda content: content[:100], r"is not a readable LMDB environment \(.*MDB_INVALID.*\); copy it again"),
         (lambda content: bytes(len(content)), r"is not a readable LMDB environment \(.*MDB_INVALID.*\)"),
-        (lambda content: content[: 3 * PAGE], r"is cut short: 12288 bytes of \d+; copy it anew"),
-        (lambda content: content[:-1], r"is cut short: \d+ bytes of \d+; copy it anew"),
+        (lambda content: content[: 3 * PAGE], r"is cut short: 12288 bytes of \d+; copy it again"),
+        (lambda content: content[:-1], r"is cut short: \d+ bytes of \d+; copy it again"),
         (lambda content: content[: 2 * PAGE].ljust(len(content), b"\0"), r"is a damaged LMDB environment \(.*\)"),
     ],
 )

@@ -24,27 +24,27 @@ from latentflow.errors import DataError
 
 
 def open_images(path: str | Path, image_size: int, *, first: int | None = None, strict: bool = False) -> ImageSource:
-    """Open a set of images; only the listing is read, pictures are decoded when asked for.
+    """Open a set of images. Only the listing is read; pictures are decoded on access.
 
-    A folder with sub-folders is labelled: each sub-folder that holds images, at any depth below it, is a
-    class, and the classes are sorted by name. A folder of images alone is unlabelled. A single sub-folder
-    with nothing beside it is a wrapper, not a class, and is descended into. Folders named as splits (train,
-    val2017, test_set) are no classes. A .zip archive follows the same rules. Hidden files, what systems leave
-    behind (`@eaDir`, `__MACOSX`, `Thumbs.db`) and files that are not images are passed over; pictures in
-    formats or under names that are not read are told of.
+    A folder with sub-folders is labelled: each sub-folder that holds images, at any depth below it, is a class, and the
+    classes are sorted by name. A folder that only holds images is unlabelled. A single sub-folder with nothing next to
+    it is a wrapper, not a class, and is descended into. Folders named like splits (train, val2017, test_set) are not
+    classes. A .zip archive follows the same rules. Hidden files, files that systems leave behind (`@eaDir`, `__MACOSX`,
+    `Thumbs.db`) and files that are not images are skipped; for pictures in formats or under names that are not read a
+    notice is printed.
 
     A folder of `images/`, `masks/` and `classes.json` has semantic maps: images/a/x.jpg goes with
     masks/a/x.png, of the same size, and classes.json names the classes (see `MapClasses.read`); the rules
     above hold below `images/`. An image whose map cannot be used counts as broken.
 
-    An LMDB environment, a folder that holds data.mdb or a single .mdb or .lmdb file, has neither labels nor
-    maps; `lmdb_store` says which layouts are read, and in which order.
+    An LMDB environment, a folder that holds data.mdb or a single .mdb or .lmdb file, has neither labels nor maps; see
+    `stores.lmdb` for its layouts and order.
 
     Args:
         path: a folder, a .zip file, an LMDB environment, or "synthetic[:COUNT[:SEED]]" for the built-in shapes
-            (6000 images of seed 0 unless told otherwise). Write "./synthetic" for a folder of that name.
+            (default: 6000 images of seed 0). Write "./synthetic" for a folder of that name.
         image_size: height and width of every item in pixels, >= 1.
-        first: take the first so many images: of class folders evenly (the first of each, then the second of each,
+        first: only take so many images: of class folders evenly (the first of each, then the second of each,
             and so on), otherwise in the source's order; None: all of them.
         strict: decode every image now, and refuse the source if any is broken.
 
@@ -54,7 +54,7 @@ def open_images(path: str | Path, image_size: int, *, first: int | None = None, 
     """
     if image_size < 1:
         raise DataError(f"image_size must be at least 1 pixel, got {image_size}; 64 or 256 are usual")
-    most_pixels()  # a limit that is none is refused now, and not for each image
+    most_pixels()  # refuse an invalid limit now, not for each image
     if str(path) == "synthetic" or str(path).startswith("synthetic:"):
         return _open_synthetic(str(path), image_size, first)
     if environment_file(Path(path)):

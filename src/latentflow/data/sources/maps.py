@@ -25,7 +25,7 @@ class MapFiles:
         images: path of each image below images/.
 
     Raises:
-        DataError: there is no classes.json, it cannot be understood, or images and maps are not pairs.
+        DataError: there is no classes.json, it cannot be parsed, or images and maps do not pair up.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class MapFiles:
     ):
         if classes is None:
             raise DataError(
-                f"{store.path} has images/ and masks/ but beside them no classes.json, which names the classes of "
+                f"{store.path} has images/ and masks/ but no classes.json, which names the classes of "
                 f"the maps in order of their index, for example {EXAMPLE}"
             )
         self.classes = read_classes(store, classes)
@@ -47,7 +47,7 @@ class MapFiles:
         self._paths = PackedText(maps[name].path for name in self._names)
 
     def read(self, index: int, photo: Photo) -> np.ndarray:
-        """Map `index`, [H, W] uint8, of an image that is `photo`.
+        """Map `index`, [H, W] uint8, turned like its image `photo`.
 
         Raises:
             DataError: the map cannot be read, knows other classes, or does not fit the image.
@@ -56,7 +56,7 @@ class MapFiles:
         return read_map(self._store.read(self._paths[index]), self.classes, name=name, photo=photo)
 
     def contents(self, indices: Sequence[int]) -> list[str]:
-        """What identifies some of the maps: the name and the content of each."""
+        """Name, size and CRC-32 of each of some maps."""
         contents = self._store.contents([self._paths[index] for index in indices])
         return [f"{self._names[index]} {content}" for index, content in zip(indices, contents, strict=True)]
 
@@ -76,12 +76,12 @@ def read_classes(store: FolderStore | ZipStore, file: StoredFile) -> MapClasses:
 
 
 def pair_maps(images: Iterable[str], maps: Iterable[str], where: str) -> dict[str, str]:
-    """Find the map of each image: the one whose path differs in nothing but the suffix.
+    """Find the map of each image: the one whose path only differs in its suffix.
 
     Args:
         images: paths below images/.
         maps: paths below masks/.
-        where: what the data set is called in errors.
+        where: the data set, for messages.
 
     Raises:
         DataError: an image has no map, a map has no image, or two files claim one place.
@@ -104,6 +104,6 @@ def _by_stem(names: Iterable[str], where: str) -> dict[str, str]:
 
 
 def _listed(what: str, names: list[str]) -> list[str]:
-    """For example ["3 maps have no image (a.png, b.png, c.png)"]; nothing for no names."""
+    """For example ["3 maps have no image (a.png, b.png, c.png)"]; empty for no names."""
     some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
     return [f"{len(names)} {what} ({some})"] if names else []

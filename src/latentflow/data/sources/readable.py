@@ -17,15 +17,15 @@ _CHECKED_TOGETHER, _SAVED_TOGETHER = 32, 200  # images; so many times
 
 
 def readable(source: ImageSource, *, processes: bool = True) -> tuple[list[int], list[BrokenImage]]:
-    """Decode every image once: the indices that can be read, and what is wrong with the others.
+    """Decode every image once; returns the indices of those that can be read, and the errors of the others.
 
-    What was found is remembered by what the images hold, so that repeating a command costs no decoding. Of several
-    processes of a launch one decodes.
+    Results are remembered by content, so that repeating a command decodes nothing. Of several processes of a launch
+    only one decodes.
 
     Args:
-        processes: whether processes may be started for it, where it takes long; otherwise threads do it.
+        processes: whether worker processes may be started where this takes long; otherwise threads are used.
     """
-    place = getattr(source, "place", source.description)  # images that lie nowhere are not remembered either
+    place = getattr(source, "place", source.description)  # nothing is remembered of images without a place on disk
     maps = f"{source.map_class_names} {source.map_palette}"
     rules = f"{PIL.__version__} {PIXEL_RULES} {source.image_size} {most_pixels()} {maps}"
     contents = source.contents()
@@ -46,7 +46,7 @@ def readable(source: ImageSource, *, processes: bool = True) -> tuple[list[int],
 
 
 class _Checking:
-    """What is wrong with images; "" where nothing is."""
+    """Tries to decode images; the reason why one cannot be read, or ""."""
 
     def __init__(self, source: ImageSource):
         self.source = source
@@ -65,7 +65,7 @@ class _Checking:
 def _problems(
     source: ImageSource, rows: Sequence[int], processes: bool
 ) -> Iterator[tuple[Sequence[int], Sequence[str]]]:
-    """Some of `rows` after others, each time with what is wrong with them."""
+    """Parts of `rows`, each with the reasons that `_Checking` gives."""
     parts = [rows[start : start + _CHECKED_TOGETHER] for start in range(0, len(rows), _CHECKED_TOGETHER)]
     with prefetch(_Checking(source), parts, Reading(None if processes else 0, option="data.num_workers")) as checked:
         yield from zip(parts, checked, strict=True)

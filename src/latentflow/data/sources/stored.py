@@ -18,7 +18,7 @@ from latentflow.data.pictures.orientation import Photo, with_turn
 from latentflow.data.sources.maps import MapFiles
 from latentflow.data.stores.files import SUFFIXES, FolderStore, Listing, StoredFile, ZipStore, is_image, wrapper
 from latentflow.data.stores.first import check_first, evenly
-from latentflow.data.stores.layout import class_folders, counted, tell_passed_over, unread_pictures
+from latentflow.data.stores.layout import class_folders, counted, notice_skipped, unread_pictures
 from latentflow.data.stores.lmdb import LmdbStore
 from latentflow.errors import ConfigError, DataError
 
@@ -28,14 +28,14 @@ _PRINTABLE = bytes(sorted({*range(0x20, 0x7F)} - {ord("%")}))
 class ImageFiles:
     """The images of a folder or an archive; see `open_images` for the layout and `ImageSource` for the attributes.
 
-    Reading is safe from several threads, and from processes that are forked or spawned. The first images keep the
-    labels that they have among all.
+    Reading is safe from several threads, and from forked or spawned processes. With `first`, labels are those of the
+    whole set.
 
     Args:
-        listing: of the store, where it is known already.
+        listing: of the store, if it is known already.
 
     Raises:
-        DataError: no images or fewer than `first`, or a layout whose labels or maps would be nonsense.
+        DataError: there are no images or fewer than `first`, or a layout whose labels or maps would be nonsense.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ImageFiles:
         prefix = folder + wrapper(_below(folder, images))
         names = sorted(_below(prefix, images))
         self.class_names = class_folders(names, store.path, prefix, has_maps)
-        tell_passed_over(others, [] if has_maps else folders, self.class_names, prefix, store.path, mark)
+        notice_skipped(others, [] if has_maps else folders, self.class_names, prefix, store.path, mark)
         self._label_of = {name: label for label, name in enumerate(self.class_names)}
         self._maps = None
         if has_maps:
@@ -94,7 +94,7 @@ class ImageFiles:
 
     @property
     def place(self) -> Path:
-        """Where the images lie."""
+        """Where the images are."""
         return self._store.path
 
     @property
@@ -122,7 +122,7 @@ class ImageFiles:
         return self._contents
 
     def fingerprint(self) -> str:
-        """A hash of names and contents, and of the maps' classes; the same for a folder and for its zip archive."""
+        """A hash of names and contents, and of the maps' classes; equal for a folder and its zip archive."""
         return fingerprint_of(self, range(len(self)), repr(self._maps.classes) if self._maps else "")
 
     def __len__(self) -> int:
@@ -158,11 +158,11 @@ class ImageFiles:
         return self._label_of[name.partition("/")[0]] if self.class_names else None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_contents": None}  # which workers that read images do not need
+        return {**self.__dict__, "_contents": None}  # which worker processes do not need
 
 
 class LmdbImages:
-    """The images of an LMDB environment, unlabelled; see `lmdb_store` for layouts and order.
+    """The images of an LMDB environment, unlabelled; see `stores.lmdb` for layouts and order.
 
     A name is the key, with bytes that are not printable ASCII, and "%", written as %xx.
     """
@@ -175,7 +175,7 @@ class LmdbImages:
 
     @property
     def place(self) -> Path:
-        """Where the images lie."""
+        """Where the images are."""
         return self._store.path
 
     @property
@@ -211,7 +211,7 @@ class LmdbImages:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Whatever goes wrong in here makes `name` a broken image."""
+    """Turn any exception into `BrokenImage` of `name`."""
     try:
         yield
     except (BrokenImage, ConfigError):
@@ -231,7 +231,7 @@ def _how_many(source: ImageSource, available: int) -> str:
 
 
 def _refuse_environments(files: Iterable[str], path: Path) -> None:
-    """Name the LMDB environments that lie below a folder without images, or in an archive."""
+    """Name the LMDB environments below a folder without images, or in an archive."""
     found = sorted(posixpath.dirname(name) or "." for name in files if posixpath.basename(name) == "data.mdb")
     if found:
         remedy = "unpack it and give one of them" if path.is_file() else f"give one of them, such as {path / found[0]}"
@@ -249,7 +249,7 @@ def _has_maps(names: Iterable[str], path: Path) -> bool:
         return False
     if others := sorted(tops - {"images", "masks"}):
         raise DataError(
-            f"{path} has images/ and masks/, and more images beside them ({', '.join(others[:5])}): "
+            f"{path} has images/ and masks/, and other images as well ({', '.join(others[:5])}): "
             "move those elsewhere, or rename masks/ if it is a class like the others"
         )
     return True

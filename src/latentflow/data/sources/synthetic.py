@@ -1,8 +1,8 @@
-"""Coloured shapes on a muted ground: the built-in dataset, drawn by index and seed with nothing on disk.
+"""Coloured shapes on a muted ground: the built-in data set, drawn by index and seed without files.
 
-Image i is a pure function of (seed, i, image_size): it does not depend on the number of images or on
-the order in which they are asked for, and another image size draws the same scene. Shapes are signed
-distance functions, which give smooth edges without drawing anything larger.
+Image i is a pure function of (seed, i, image_size): it does not depend on the number of images or the order of access,
+and another image size shows the same scene. Shapes are signed distance functions, which give smooth edges without
+supersampling.
 
 Legend: S image size. Coordinates are in image widths, x to the right and y down, both in [0, 1].
 """
@@ -74,7 +74,7 @@ def reach(shape: str) -> float:
 
 @dataclass(frozen=True)
 class SyntheticShapes:
-    """An image source of one coloured shape per image, without end and without files.
+    """An image source with one coloured shape per image.
 
     The label is the pair of shape and colour (`CLASS_NAMES`); each run of 12 images holds every class
     once. The semantic map has 0 for the ground and one index per kind of shape (`MAP_CLASS_NAMES`).
@@ -111,7 +111,7 @@ class SyntheticShapes:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def contents(self) -> list[str]:
-        """Each image follows from its name, seed and size, which the fingerprint has."""
+        """Empty: each image follows from its name, seed and size, which the fingerprint covers."""
         return [""] * self.count
 
     def __len__(self) -> int:
@@ -130,11 +130,11 @@ class SyntheticShapes:
 
     def __getitem__(self, index: int) -> ImageItem:
         name, label = self.name(index), self.label(index)
-        pixels, semantic_map = draw(label, _random(self.seed, "image", index), self.image_size)
+        pixels, semantic_map = draw_shape(label, _random(self.seed, "image", index), self.image_size)
         return ImageItem(pixels, label, name, semantic_map)
 
 
-def draw(label: int, random: np.random.Generator, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_shape(label: int, random: np.random.Generator, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw one image of class `label`: [S, S, 3] uint8 RGB, and its semantic map, [S, S] uint8."""
     shape_index, colour_index = divmod(label, len(COLOURS))
     shape, (hue, saturation, value) = SHAPES[shape_index], list(COLOURS.values())[colour_index]

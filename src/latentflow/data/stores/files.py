@@ -1,8 +1,8 @@
 """The files below a folder or inside a zip archive, under names that are the same for both.
 
-A name has forward slashes and accents as one letter with them (NFC), however a Mac writes them. Where the bytes of a
-file's or folder's name are not UTF-8 they are read as Latin-1, and in an archive packed under DOS or Windows as code
-page 437. Hidden files and what systems leave behind (`is_clutter`) are not listed.
+Names have forward slashes and composed accents (NFC), however a Mac writes them. A file or folder name that is not
+UTF-8 is read as Latin-1, or as code page 437 in an archive packed under DOS or Windows. Hidden files and files that
+systems leave behind (`is_clutter`) are not listed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from latentflow.console import notice
 from latentflow.data.pictures.decode import check_bytes, most_pixels, read_file
+from latentflow.data.prefetch import in_threads
 from latentflow.errors import DataError
 from latentflow.ledger import Ledger, one_at_a_time
 from latentflow.progress import image_progress
@@ -32,7 +32,7 @@ SUFFIXES += (".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".
 _CLUTTER = {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "lost+found", "system volume information"}
 _CLUTTER |= {"thumbs.db", "ehthumbs.db", "desktop.ini"}
 _UTF8_FLAG, _ENCRYPTED_FLAG, _DOS, _UNICODE_PATH = 0x800, 0x1, 0, 0x7075
-_MARK_BYTES = 4096  # enough to see what a file is
+_MARK_BYTES = 4096  # enough to recognise a format
 _CHUNK = 1 << 20  # bytes read at a time
 _SAVED_TOGETHER = 5000  # files
 
@@ -41,18 +41,18 @@ class StoredFile(NamedTuple):
     """Where a store keeps one file.
 
     Attributes:
-        path: what `read` of the store takes.
+        path: the argument of the store's `read`.
     """
 
     path: str
 
 
 class Listing(NamedTuple):
-    """What a store holds.
+    """The contents of a store.
 
     Attributes:
         files: by name.
-        folders: names of all folders, empty ones included.
+        folders: names of all folders, including empty ones.
     """
 
     files: dict[str, StoredFile]
@@ -90,7 +90,7 @@ class FolderStore:
         """Every file and folder that is neither hidden nor clutter, by its path inside the folder.
 
         Raises:
-            DataError: a folder cannot be listed, or two files have names that mean the same.
+            DataError: a folder cannot be listed, or two files have the same name up to normalisation.
         """
         found, special, guessed = Listing({}, []), [], []
         for name, path, entry in self._walk(self.path, "", "", frozenset([self.path.resolve()])):
@@ -104,8 +104,8 @@ class FolderStore:
                 special.append(name)
         if special:
             some = f"{min(special)}{', ...' if len(special) > 1 else ''}"
-            notice(f"{self.path}: {len(special)} pipes, sockets, devices or looping links are not read ({some})")
-        _tell_guessed(self.path, guessed, "rename them")
+            notice(f"{self.path}: {len(special)} pipes, sockets, devices or looping links are skipped ({some})")
+        _notice_guessed(self.path, guessed, "rename them")
         return found
 
     def files(self) -> dict[str, StoredFile]:
@@ -116,11 +116,11 @@ class FolderStore:
         return read_file(self.path / path)
 
     def held_bytes(self, path: str) -> int:
-        """What a file takes in memory while it is read, as far as that is known beforehand: of a folder's it is not."""
+        """Memory that reading a file takes, if it is known beforehand: not for a folder."""
         return 0
 
     def mark(self, path: str) -> bytes:
-        """The first bytes of a file; none where it cannot be read."""
+        """The first bytes of a file; empty if it cannot be read."""
         try:
             with open(self.path / path, "rb") as file:  # noqa: PTH123
                 return file.read(_MARK_BYTES)
@@ -128,17 +128,17 @@ class FolderStore:
             return b""
 
     def contents(self, paths: Sequence[str]) -> list[str]:
-        """What identifies each file's content: size and CRC-32, as "1234:89abcdef".
+        """Size and CRC-32 of each file, as "1234:89abcdef"; "unreadable" for one that cannot be read.
 
-        Files are read once, and remembered as long as they do not change. One that cannot be read is "unreadable".
+        Files are read once; the results are remembered while the files do not change.
         """
-        with one_at_a_time(self.path), Ledger("crc32", self.path) as ledger, ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda path: self._remembered(path, ledger), paths, chunksize=64))
+        with one_at_a_time(self.path), Ledger("crc32", self.path) as ledger:
+            found = list(in_threads(lambda path: self._remembered(path, ledger), paths))
             unknown = [place for place, content in enumerate(found) if content is None]
             with image_progress("looking for changes in", len(unknown)) as on_files:
                 for start in range(0, len(unknown), _SAVED_TOGETHER):
                     some = unknown[start : start + _SAVED_TOGETHER]
-                    computed = pool.map(lambda place: self._content(paths[place], ledger), some)
+                    computed = in_threads(lambda place: self._content(paths[place], ledger), some)
                     for place, content in zip(some, computed, strict=True):
                         found[place] = content
                         on_files(1)
@@ -179,13 +179,13 @@ class FolderStore:
                 yield *found, entry
                 continue
             real = Path(entry.path).resolve()
-            if real not in parents:  # a link to a folder above would never end
+            if real not in parents:  # a link to a parent folder would never end
                 yield *found, entry
                 yield from self._walk(Path(entry.path), *(f"{one}/" for one in found), parents | {real})
 
 
 class ZipStore:
-    """Members of a zip archive. Every process opens its own handle: a fork would share the file position."""
+    """Members of a zip archive. Every process opens its own handle, since a fork would share the file position."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -195,7 +195,7 @@ class ZipStore:
         """Every file and folder that is neither hidden nor clutter, by its path inside the archive.
 
         Raises:
-            DataError: it is encrypted, or two members have names that mean the same.
+            DataError: it is encrypted, or two members have the same name up to normalisation.
         """
         found, folders, outside, guessed = Listing({}, []), set(), [], []
         for member in self._archive()[0].infolist():
@@ -214,9 +214,9 @@ class ZipStore:
                 raise DataError(f"{self.path} is encrypted ({name}); unpack it with its password, and give the folder")
             _add(found, name, StoredFile(member.filename), self.path)
         if outside:
-            notice(f"{self.path}: {len(outside)} members that lead out of it are not read ({min(outside)})")
+            notice(f"{self.path}: {len(outside)} members that lead out of it are skipped ({min(outside)})")
         unpack = f'zipfile.ZipFile("{self.path}", metadata_encoding="cp932").extractall("DST")'
-        _tell_guessed(self.path, guessed, f"unpack it with the right one, in Python 3.11 {unpack}, and give DST")
+        _notice_guessed(self.path, guessed, f"unpack it with the right one, in Python 3.11 {unpack}, and give DST")
         found.folders.extend(sorted(folders))
         return found
 
@@ -225,16 +225,15 @@ class ZipStore:
         return self.listing().files
 
     def held_bytes(self, path: str) -> int:
-        """What a member takes in memory while it is read: its unpacked size."""
+        """Memory that reading a member takes: its unpacked size."""
         return self._archive()[0].getinfo(path).file_size
 
     def read(self, path: str) -> bytes:
         """The content of a member.
 
         Raises:
-            ValueError: it claims to unpack to more bytes than a picture in an archive may have: one for each of
-                `decode.most_pixels`.
-            zipfile.BadZipFile: it is damaged; decoders raise nearly anything else, too.
+            ValueError: it claims to unpack to more bytes than `decode.most_pixels`.
+            zipfile.BadZipFile: it is damaged; decoders may raise nearly anything else.
         """
         archive, lock = self._archive()
         check_bytes(archive.getinfo(path).file_size, most_pixels())
@@ -242,7 +241,7 @@ class ZipStore:
             return archive.read(path)
 
     def mark(self, path: str) -> bytes:
-        """The first bytes of a member; none where it cannot be read."""
+        """The first bytes of a member; empty if it cannot be read."""
         archive, lock = self._archive()
         try:
             with lock, archive.open(path) as file:
@@ -251,7 +250,7 @@ class ZipStore:
             return b""
 
     def contents(self, paths: Sequence[str]) -> list[str]:
-        """What identifies each member's content, as that of a folder's file: the archive states size and CRC-32."""
+        """Size and CRC-32 of each member, in the form of `FolderStore.contents`; the archive states both."""
         members = map(self._archive()[0].getinfo, paths)
         return [_identity(member.file_size, member.CRC) for member in members]
 
@@ -261,7 +260,9 @@ class ZipStore:
             try:
                 self._opened = opened = (os.getpid(), zipfile.ZipFile(self.path), threading.Lock())
             except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-                raise DataError(f"{self.path} is not a readable zip archive ({error}); pack or copy it anew") from error
+                raise DataError(
+                    f"{self.path} is not a readable zip archive ({error}); pack or copy it again"
+                ) from error
         return opened[1:]
 
     def __getstate__(self) -> dict:
@@ -269,17 +270,17 @@ class ZipStore:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's suffix is that of an image, in either case."""
+    """Whether a file has the suffix of an image, in upper or lower case."""
     return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 - ten times as fast as Path
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file or folder is hidden, or left behind by a system: thumbnails, waste baskets, a Mac's forks."""
-    return name.startswith(".") or name.lower() in _CLUTTER  # a "..", which would lead out of the archive, included
+    """Whether a file or folder is hidden or left behind by a system: thumbnails, recycle bins, resource forks."""
+    return name.startswith(".") or name.lower() in _CLUTTER  # including "..", which would lead out of the archive
 
 
 def wrapper(names: Iterable[str]) -> str:
-    """The path that all names have in front, where a single folder wraps everything, with its last slash."""
+    """The common parent of all names, where a single folder wraps everything, with its trailing slash."""
     folder = posixpath.commonpath({posixpath.dirname(name) for name in names})
     return f"{folder}/" if folder else ""
 
@@ -303,22 +304,22 @@ def _identity(size: int, crc: int) -> str:
 
 
 def _member_name(member: zipfile.ZipInfo) -> str:
-    """A member's name: forward slashes only, and no "./" or "/" in front, whatever program packed the archive."""
+    """A member's name with forward slashes and without a leading "./" or "/", whatever program packed the archive."""
     other = "cp437" if member.create_system == _DOS else "latin-1"
     parts = _raw_name(member).replace(b"\\", b"/").split(b"/")
     return "/".join(_as_text(part, other) for part in parts if part not in (b"", b"."))
 
 
 def _raw_name(member: zipfile.ZipInfo) -> bytes:
-    """The bytes of a member's name, in UTF-8 where the archive has it like that."""
+    """The bytes of a member's name; UTF-8 if the archive says so."""
     if member.flag_bits & _UTF8_FLAG:
         return member.filename.encode("utf-8", "surrogatepass")
-    raw = member.filename.encode("cp437", "replace")  # what Python has read the bytes as, which gives them back
+    raw = member.filename.encode("cp437", "replace")  # undoes how Python decoded the bytes
     return _unicode_path(member.extra, raw) or raw
 
 
 def _unicode_path(extra: bytes, raw: bytes) -> bytes | None:
-    """The UTF-8 name that WinRAR and Info-ZIP give beside one in a code page (APPNOTE 4.6.9); None without it."""
+    """The UTF-8 name that WinRAR and Info-ZIP add to one in a code page (APPNOTE 4.6.9); None if there is none."""
     while len(extra) >= 4:
         kind, size = struct.unpack("<HH", extra[:4])
         field, extra = extra[4 : 4 + size], extra[4 + size :]
@@ -336,14 +337,14 @@ def _is_utf8(name: bytes) -> bool:
 
 
 def _as_text(name: bytes, otherwise: str) -> str:
-    """A part of a path, UTF-8 if its bytes are that."""
+    """Decode a part of a path, as UTF-8 if it is that."""
     return unicodedata.normalize("NFC", name.decode() if _is_utf8(name) else name.decode(otherwise))
 
 
-def _tell_guessed(where: Path, names: Sequence[str], remedy: str) -> None:
-    """Say that an encoding is guessed."""
+def _notice_guessed(where: Path, names: Sequence[str], remedy: str) -> None:
+    """Print a notice that an encoding is guessed."""
     if names:
         notice(
-            f"{where}: {len(names)} names are not UTF-8, and their encoding is guessed (such as {min(names)}); where "
-            f"they read wrong, {remedy}"
+            f"{where}: {len(names)} names are not UTF-8, and their encoding is guessed (such as {min(names)}); if they "
+            f"read wrong, {remedy}"
         )

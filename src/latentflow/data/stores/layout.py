@@ -1,4 +1,4 @@
-"""What the folders of a data set mean: which are classes, which are splits, and which files are passed over."""
+"""What the folders of a data set mean: which are classes, which are splits, and which files are skipped."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ _MARKS += ((b"II*\0", ".tif"), (b"MM\0*", ".tif"))
 _LOOKED_AT = 16  # files of one suffix in one folder
 _NAMED = 5
 
-Mark = Callable[[str], bytes]
-"""The first bytes of a file of that name."""
+FirstBytes = Callable[[str], bytes]
+"""The first bytes of the file of that name."""
 
 
 def class_folders(names: Iterable[str], where: Path, prefix: str, has_maps: bool) -> tuple[str, ...]:
-    """The sorted class folders of images; none when they all lie at the top.
+    """The sorted class folders of images; empty if all images are at the top level.
 
     Args:
         names: of the images, below `prefix`.
-        where: what the user gave.
-        prefix: the folder that wraps all images, with its last slash.
+        where: the path that the user gave.
+        prefix: the folder that wraps all images, with its trailing slash.
 
     Raises:
-        DataError: images lie beside folders of images, a folder is named as a split, or one holds maps of another.
+        DataError: there are images next to class folders, a folder is named like a split, or one holds maps of another.
     """
     tops, inner, loose = set(), set(), 0
     for name in names:
@@ -59,7 +59,7 @@ def class_folders(names: Iterable[str], where: Path, prefix: str, has_maps: bool
         loose += not below
     if tops and loose:
         raise DataError(
-            f"{where} has {loose} images beside {len(tops)} sub-folders with images ({_some(tops)}): "
+            f"{where} has {loose} images next to {len(tops)} sub-folders with images ({_some(tops)}): "
             "put every image into a class folder, or all of them into one folder without labels"
         )
     if splits := sorted(filter(_SPLIT.fullmatch, tops)):
@@ -67,67 +67,67 @@ def class_folders(names: Iterable[str], where: Path, prefix: str, has_maps: bool
         remedy = f"give one of them, such as {where / prefix / train}, unpacked if need be"
         if has_maps:
             remedy = f"run `latentflow prepare camvid {where} --out DST` and give DST/{splits[0]}"
-        beside = "" if len(splits) == len(tops) else f" beside {_some(tops - set(splits))}"
+        others = "" if len(splits) == len(tops) else f" next to {_some(tops - set(splits))}"
         way_out = f"; if {splits[0]} is a class like the others, rename it, for example to {splits[0]}_class"
         raise DataError(
-            f"{where} holds the splits {_some(splits)}{beside}, not classes: {remedy}{way_out if beside else ''}"
+            f"{where} holds the splits {_some(splits)}{others}, not classes: {remedy}{way_out if others else ''}"
         )
     pictures, maps = (sorted(filter(kind.fullmatch, tops)) for kind in (_PICTURES, _MAPS))
     if pictures and maps and not has_maps:
         raise DataError(
             f"{where} holds pictures and their maps ({pictures[0]}, {maps[0]}), not classes: give "
             f"{where / prefix / pictures[0]}, unpacked if need be, to do without maps; to learn from them, rename the "
-            "two to images and masks and write a classes.json beside them; if they are classes, rename one, for "
+            "two to images and masks and add a classes.json; if they are classes, rename one, for "
             f"example to {maps[0]}_class"
         )
     if len(splits := sorted(filter(_SPLIT.fullmatch, inner))) > 1 and tops:
-        notice(f"{where}: the splits {_some(splits)} inside the class folders are taken together, as images of one set")
+        notice(f"{where}: the splits {_some(splits)} inside the class folders are merged into one set")
     return tuple(sorted(tops))
 
 
-def tell_passed_over(
-    others: Iterable[str], folders: Iterable[str], classes: Sequence[str], prefix: str, where: Path, mark: Mark
+def notice_skipped(
+    others: Iterable[str], folders: Iterable[str], classes: Sequence[str], prefix: str, where: Path, mark: FirstBytes
 ) -> None:
-    """Say which pictures and folders are not taken, and how they could be.
+    """Print which pictures and folders are skipped, and how they could be used.
 
     Args:
-        others: names of the files that are not taken.
+        others: names of the files that are skipped.
         folders: names of all folders.
-        classes: the class folders below `prefix`; empty where there are none.
-        mark: gives the first bytes of a file.
+        classes: the class folders below `prefix`, if any.
+        mark: returns the first bytes of a file.
 
     Raises:
-        DataError: a folder beside the classes has pictures, but none that is read.
+        DataError: a folder next to the classes has pictures, but none in a format that is read.
     """
     unread = unread_pictures(others, mark)
     taken = prefix.rstrip("/").split("/") if prefix else []
-    beside: dict[str, list[str]] = defaultdict(list)  # folders that could be classes, with their unread pictures
+    candidates: dict[str, list[str]] = defaultdict(list)  # folders that could be classes, with their unread pictures
     for name in folders:
         parts = name.split("/")
         level = len(parts) - 1
         is_sibling = level < len(taken) and parts[:level] == taken[:level] and parts[level] != taken[level]
         if is_sibling or (classes and level == len(taken) and parts[:level] == taken and parts[-1] not in classes):
-            beside[name] = []
+            candidates[name] = []
     for name in unread:
-        for folder in beside:
+        for folder in candidates:
             if name.startswith(f"{folder}/"):
-                beside[folder].append(name)
-    for folder, names in beside.items():
+                candidates[folder].append(name)
+    for folder, names in candidates.items():
         if names:
             raise DataError(
                 f"{where}: no image in the folder {folder} is read: {counted({n: unread[n] for n in names})}; "
                 "or take the folder away"
             )
-    if beside:
-        notice(f"{where}: folders without images are no classes ({_some(beside)})")
+    if candidates:
+        notice(f"{where}: folders without images are not classes ({_some(candidates)})")
     if unread:
-        notice(f"{where}: {len(unread)} files are passed over: {counted(unread)}")
+        notice(f"{where}: {len(unread)} files are skipped: {counted(unread)}")
 
 
-def unread_pictures(names: Iterable[str], mark: Mark) -> dict[str, tuple[str, str]]:
-    """Files that hold pictures and are not taken for images, with their suffix and what to do about it.
+def unread_pictures(names: Iterable[str], mark: FirstBytes) -> dict[str, tuple[str, str]]:
+    """Files that hold pictures but are not read as images, with their suffix and the remedy.
 
-    Files whose suffix says nothing are looked into; of many in one folder some stand for the others.
+    Files whose suffix says nothing are opened; of many in one folder only a few are, which stand for the others.
     """
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in names:
@@ -159,7 +159,7 @@ def counted(unread: dict[str, tuple[str, str]]) -> str:
 
 
 def _suffix_of(mark: bytes) -> str | None:
-    """The suffix that the content of an image asks for; None where it is no image that is read."""
+    """The right suffix for the content of an image; None if it is not an image that is read."""
     if mark[:4] == b"RIFF" and mark[8:12] == b"WEBP":
         return ".webp"
     return next((suffix for start, suffix in _MARKS if mark.startswith(start)), None)

@@ -1,12 +1,12 @@
-"""The pictures in an LMDB environment, in which LSUN, CelebA-HQ 256 and FFHQ 256 are passed around.
+"""The pictures in an LMDB environment, the form in which LSUN, CelebA-HQ 256 and FFHQ 256 are distributed.
 
-Two layouts are in use, told apart by the values:
+Two layouts are in use, distinguished by their values:
 
     raw pixels      every value is 3 x side x side bytes, RGB row by row, without a header (CelebA-HQ and FFHQ of NVAE)
     image files     every value is an encoded image (LSUN: webp; NVAE with `is_encoded`)
 
-The order is that of the numbers where all keys are ASCII numbers, and the database's own, bytewise, otherwise: the
-order in which the first N images of LSUN are counted. Nothing is ever unpickled.
+Keys that are all ASCII numbers are in numerical order, others in the database's own, bytewise: the order in which the
+first N images of LSUN are counted. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from latentflow.progress import image_progress
 if TYPE_CHECKING:
     import lmdb
 
-_LEAST_SIDE = 8  # fewer raw pixels are no picture but a number or a label
-_NUM_LOOKED_AT = 16  # values that decide the layout
+_LEAST_SIDE = 8  # fewer raw pixels are a number or a label, not a picture
+_NUM_LOOKED_AT = 16  # values from which the layout is recognised
 _READ_TOGETHER = 64  # values
 
 
@@ -41,12 +41,12 @@ class LmdbStore:
     """The pictures of an LMDB environment, read-only; safe from several threads, and when forked or spawned.
 
     Args:
-        path: what the user calls it: the folder that holds data.mdb, or a single file.
-        first: how many pictures to list; None: all. Listing LSUN bedroom, of 3 million, takes seconds.
+        path: as the user gave it: the folder that holds data.mdb, or a single file.
+        first: how many pictures to list; None: all. Listing the 3 million of LSUN bedroom takes seconds.
 
     Attributes:
-        keys: of the pictures, in order.
-        num_entries: how many pictures there are in all.
+        keys: the pictures' keys, in order.
+        num_entries: the number of pictures in the environment.
 
     Raises:
         DataError: the environment is damaged or empty, holds no pictures, or has fewer than `first`.
@@ -65,15 +65,15 @@ class LmdbStore:
             self.keys, wanted = PackedBytes(_ordered_keys(transaction, first)), first or self.num_entries
             if len(self.keys) != wanted:
                 raise DataError(
-                    f"{path} is a damaged LMDB environment ({len(self.keys)} keys of {wanted}); copy it anew"
+                    f"{path} is a damaged LMDB environment ({len(self.keys)} keys of {wanted}); copy it again"
                 )
             self._is_raw = _is_raw(path, {key: transaction.get(key) for key in self.keys[:_NUM_LOOKED_AT]})
 
     def read(self, key: bytes) -> bytes:
-        """A picture as an image file; raw pixels become a PPM file, which is a header and those pixels.
+        """A picture as an image file; raw pixels become a PPM file, which is a header followed by the pixels.
 
         Raises:
-            ValueError: it is no square of raw pixels, where the others are.
+            ValueError: it is not a square of raw pixels, although the others are.
             DataError: the environment is damaged there.
         """
         with self._transaction() as transaction:
@@ -82,13 +82,13 @@ class LmdbStore:
             return value
         side = _side(value)
         if not side:
-            raise ValueError(f"its {len(value)} bytes are no square of RGB pixels (3 x side x side)")
+            raise ValueError(f"its {len(value)} bytes are not a square of RGB pixels (3 x side x side)")
         return b"P6 %d %d 255\n" % (side, side) + value
 
     def contents(self) -> Sequence[str]:
-        """What identifies each value: size and CRC-32, as "1234:89abcdef".
+        """Size and CRC-32 of each value, as "1234:89abcdef".
 
-        All values are read, which is remembered for as long as the environment does not change.
+        All values are read once; the result is remembered while the environment does not change.
         """
         if self._contents is None:
             self._contents = PackedText(self._checksums())
@@ -119,7 +119,7 @@ class LmdbStore:
             with self._handle.environment.begin() as transaction:
                 yield transaction
         except lmdb.Error as error:
-            raise DataError(f"{self.path} is a damaged LMDB environment ({error}); copy it anew") from error
+            raise DataError(f"{self.path} is a damaged LMDB environment ({error}); copy it again") from error
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_handle": None, "_contents": None}
@@ -144,7 +144,7 @@ _locks: dict[int, threading.Lock] = {}  # by process: a fork may copy a lock tha
 
 
 def _handle(path: Path, file: Path) -> _Handle:
-    """This process's handle on an environment: lmdb refuses to open one twice, and a fork must not use its parent's."""
+    """This process's handle on an environment: lmdb refuses to open it twice, and a fork must not use its parent's."""
     try:
         import lmdb
     except ImportError as error:
@@ -156,22 +156,22 @@ def _handle(path: Path, file: Path) -> _Handle:
             status = file.stat()
             handle = _handles.get((status.st_dev, status.st_ino))
             if handle is not None and handle.process != os.getpid():
-                handle.environment.close()  # in this process alone; the parent's stays open
+                handle.environment.close()  # only in this process; the parent's stays open
                 handle = None
             if handle is None:
                 opened = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
                 handle = _Handle(os.getpid(), opened)
                 _handles[status.st_dev, status.st_ino] = handle
         except (lmdb.Error, OSError) as error:
-            raise DataError(f"{path} is not a readable LMDB environment ({error}); copy it anew") from error
+            raise DataError(f"{path} is not a readable LMDB environment ({error}); copy it again") from error
         needed = (handle.environment.info()["last_pgno"] + 1) * handle.environment.stat()["psize"]
-        if status.st_size < needed:  # touching what is missing would end the process (SIGBUS)
-            raise DataError(f"{path} is cut short: {status.st_size} bytes of {needed}; copy it anew")
+        if status.st_size < needed:  # reading what is missing would kill the process (SIGBUS)
+            raise DataError(f"{path} is cut short: {status.st_size} bytes of {needed}; copy it again")
         return handle
 
 
 def _ordered_keys(transaction: lmdb.Transaction, first: int | None) -> list[bytes]:
-    """The first keys, without touching values; numbers must all be seen, as "10" comes before "2"."""
+    """The first keys, without reading values; of numbers all must be seen, as "10" is stored before "2"."""
     keys, numbered = [], True
     for key in transaction.cursor().iternext(keys=True, values=False):
         keys.append(key)
@@ -182,7 +182,7 @@ def _ordered_keys(transaction: lmdb.Transaction, first: int | None) -> list[byte
 
 
 def _is_raw(path: Path, values: dict[bytes, bytes]) -> bool:
-    """Whether these values are raw pixels, and not image files. One of either may be broken, or look like the other."""
+    """Whether these values are raw pixels, not image files; single ones may be broken, or look like the other kind."""
     num_square = sum(_side(value) > 0 for value in values.values())
     num_files = sum(map(_is_file, values.values()))
     if 2 * num_square > len(values) > num_files:
@@ -200,7 +200,7 @@ def _is_raw(path: Path, values: dict[bytes, bytes]) -> bool:
 
 
 def _side(value: bytes) -> int:
-    """The side of a square of raw RGB pixels; 0 if it is none."""
+    """The side of a square of raw RGB pixels; 0 if it is not one."""
     side = math.isqrt(len(value) // 3)
     return side if side >= _LEAST_SIDE and 3 * side * side == len(value) else 0
 
@@ -208,6 +208,6 @@ def _side(value: bytes) -> int:
 def _is_file(value: bytes) -> bool:
     try:
         with open_image(value) as image:
-            return image.format != "PPM"  # whose mark, two letters, raw pixels may well begin with
+            return image.format != "PPM"  # raw pixels may well begin with its two magic letters
     except BrokenImage:
         return False
