@@ -1,4 +1,4 @@
-"""Folders of models on the Hugging Face hub: fetch one, push one, and say in one line what is wrong.
+"""Fetch and push model folders on the Hugging Face hub, with one-line errors.
 
 Endpoint, cache, token and offline mode are those of huggingface_hub: HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE.
 """
@@ -18,7 +18,7 @@ from latentflow.errors import ArtifactError, ConfigError
 
 CARD_FILE = "README.md"
 CARD_NAME = "PATH_OF_THIS_FOLDER"
-"""How a model card calls its model until a push puts the hub id in its place."""
+"""Stands for the model in its card; a push replaces it by the hub id."""
 
 PIPELINE_FILE = "model_index.json"  # every diffusers pipeline has it
 _LOG_IN = "`hf auth login`, or set HF_TOKEN"
@@ -26,17 +26,17 @@ _LOG_IN = "`hf auth login`, or set HF_TOKEN"
 
 @dataclass(frozen=True)
 class HubId:
-    """A repository `owner/name`, and one of its branches, tags or commits; None: its default branch."""
+    """A repository `owner/name`, and a branch, tag or commit; None: the default branch."""
 
     repo: str
     revision: str | None = None
 
     @classmethod
     def parse(cls, text: str, revision: str | None = None) -> HubId:
-        """Read `owner/name` or `owner/name@revision`; the revision may be given apart instead.
+        """Parse `owner/name` or `owner/name@revision`; the revision may also be given separately.
 
         Raises:
-            ConfigError: it is not an id, or there are two revisions.
+            ConfigError: the id is malformed, or there are two revisions.
         """
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
@@ -57,7 +57,7 @@ class HubId:
         return f"{self.repo}@{self.revision}" if self.revision else self.repo
 
     def pinned(self, snapshot: Path) -> str:
-        """The id with the commit that `fetch` got: the folder of a snapshot is named after it."""
+        """The id with the commit that `fetch` downloaded, which names the folder of the snapshot."""
         return f"{self.repo}@{snapshot.name}"
 
     @property
@@ -67,10 +67,10 @@ class HubId:
 
 
 def fetch(source: HubId, patterns: Sequence[str]) -> Path:
-    """The folder in the cache with those files of a repository that match `patterns`, downloaded where they are not.
+    """Download the files of a repository that match `patterns`, unless they are cached; returns their folder.
 
     Raises:
-        ArtifactError: the hub does not give them, and the cache has not got them.
+        ArtifactError: they are neither in the cache nor available from the hub.
     """
     from huggingface_hub import snapshot_download
 
@@ -80,7 +80,7 @@ def fetch(source: HubId, patterns: Sequence[str]) -> Path:
 
 
 def looks_like(folder: Path) -> str:
-    """What a fetched folder without a model of ours seems to hold, for an error message."""
+    """What a folder that is not one of our models seems to hold, for an error message."""
     for name in (PIPELINE_FILE, "config.json"):
         if not (folder / name).is_file():
             continue
@@ -95,34 +95,35 @@ def looks_like(folder: Path) -> str:
 
 
 def require_token(token: str | None = None) -> str:
-    """The token that is given, or the one that huggingface_hub knows of.
+    """The given token, or the one that huggingface_hub finds.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no token.
     """
     from huggingface_hub import get_token
 
     token = token or get_token()
     if not token:
-        raise ConfigError(f"pushing to {_endpoint()} needs a token that may write: {_LOG_IN}")
+        raise ConfigError(f"pushing to {_endpoint()} needs a token with write access: {_LOG_IN}")
     return token
 
 
 def push_folder(
     folder: Path, target: HubId, patterns: Sequence[str], *, marker: str, private: bool, message: str, token: str
 ) -> str:
-    """Make one commit of those files of `folder` that match `patterns`; returns the page where they are.
+    """Push the files of `folder` that match `patterns` in one commit; returns their page on the hub.
 
-    The repository is created if need be. Files there that match `patterns` and are not in `folder` go:
-    they belong to the model which this one replaces. Other files there stay, and a card if `folder` has none.
+    The repository is created if it does not exist. Remote files that match `patterns` but are not in `folder` belong to
+    the model that is replaced, and are deleted. Other remote files are kept, and so is the remote card if `folder` has
+    none.
 
     Args:
-        marker: the file by which a repository that may be overwritten is known.
-        private: create it private; one that is there and public is refused.
+        marker: the file that marks a repository as one that may be overwritten.
+        private: create the repository private; an existing public one is refused.
 
     Raises:
-        ArtifactError: a file is a link out of `folder`, or the hub refuses, cannot be reached, or has something else
-            under that name.
+        ArtifactError: a file links out of `folder`, the hub refuses or cannot be reached, or the repository holds
+            something else.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -135,7 +136,7 @@ def push_folder(
         api.create_repo(target.repo, private=private or None, exist_ok=True)
         if private and not api.model_info(target.repo).private:
             raise ArtifactError(
-                f"{target.repo} is there already, and public; nothing was sent. Make it private at "
+                f"{target.repo} exists already and is public; nothing was sent. Make it private at "
                 f"{_endpoint()}/{target.repo}/settings, or choose another name"
             )
         if target.revision:
@@ -151,13 +152,13 @@ def push_folder(
 
 
 def _files_to_send(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
-    """The files of `folder` that match `patterns`, by their names in it; none of them lies elsewhere.
+    """The files of `folder` that match `patterns`, by their names relative to it.
 
     Raises:
-        ArtifactError: one is, or lies behind, a link that leads out of the folder.
+        ArtifactError: a file is, or lies behind, a link that leads out of the folder.
     """
     inside = [folder.resolve()]
-    if folder.parent.name == "snapshots":  # in the hub's cache the files of all revisions lie together, under links
+    if folder.parent.name == "snapshots":  # in the hub's cache, files are links to blobs that all revisions share
         inside.append(folder.parent.parent.resolve() / "blobs")
     files = {}
     for pattern in patterns:
@@ -165,8 +166,8 @@ def _files_to_send(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
             target = path.resolve()
             if not any(target.is_relative_to(place) for place in inside):
                 raise ArtifactError(
-                    f"{path} is a link to {target}, outside the folder; it might be private, and nothing was sent. "
-                    "Put a copy in its place, or delete it"
+                    f"{path} links to {target}, outside the folder, which might be private; nothing was sent. "
+                    "Replace the link by a copy, or delete it"
                 )
             if target.is_file():
                 files[path.relative_to(folder).as_posix()] = path
@@ -174,7 +175,7 @@ def _files_to_send(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
 
 
 def _is_ref(name: str) -> bool:
-    """Whether a branch, tag or commit may be called so; the hub's cache makes a path of it."""
+    """Whether it can be the name of a branch, tag or commit; the hub's cache uses it as a path."""
     return re.fullmatch(r"[\w][\w./+-]{0,249}", name) is not None and ".." not in name
 
 
@@ -190,12 +191,12 @@ def _endpoint() -> str:
 
 @contextmanager
 def _explained(place: HubId, purpose: str) -> Iterator[None]:
-    """Turn whatever goes wrong with `place`, which is there to "read" or "write", into an ArtifactError."""
+    """Turn any exception while trying to "read" or "write" a repository into an ArtifactError."""
     try:
         yield
     except ArtifactError:
         raise
-    except Exception as error:  # of httpx or of requests, by the version of huggingface_hub; OSError, ValueError
+    except Exception as error:  # of httpx or requests, depending on huggingface_hub's version; OSError, ValueError
         raise ArtifactError(_explanation(place, purpose, error)) from error
 
 
@@ -213,16 +214,16 @@ def _explanation(place: HubId, purpose: str, error: Exception) -> str:
     page, cache = f"{_endpoint()}/{place.repo}", constants.HF_HUB_CACHE
     missing = "" if purpose == "write" else f"{place} is not in the cache {cache}, and "
     if among(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-        return f"{missing}HF_HUB_OFFLINE forbids asking the hub; unset it"
+        return f"{missing}HF_HUB_OFFLINE is set; unset it to use the hub"
     if among(errors.GatedRepoError):
-        return f"{page} is gated; ask for access there, then {_LOG_IN}"
+        return f"{page} is gated; request access there, then {_LOG_IN}"
     if among(errors.RevisionNotFoundError):
-        return f"{page} has no revision {place.revision!r}; its page lists what there is"
+        return f"{page} has no revision {place.revision!r}; its page lists the revisions"
     if among(errors.RepositoryNotFoundError):
-        return f"there is no {page}, or it is private; check the name, and for a private one {_LOG_IN}"
+        return f"{page} does not exist or is private; check the name, and for a private one {_LOG_IN}"
     if status == 401:
-        return f"the token is not accepted by {_endpoint()}; {_LOG_IN} anew"
+        return f"{_endpoint()} does not accept the token; {_LOG_IN} to a valid one"
     if status == 403:
-        return f"the token may not {purpose} {page}; {_LOG_IN} to one that may"
+        return f"the token has no permission to {purpose} {page}; {_LOG_IN} to one that has"
     reason = shorten(str(chain[-1]) or type(chain[-1]).__name__, 160, placeholder=" ...")
     return f"{missing}{_endpoint()} cannot be used ({reason}); check the connection, or try again later"

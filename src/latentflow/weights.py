@@ -1,4 +1,4 @@
-"""Filling a network with weights from files: every key and shape is accounted for before memory is taken."""
+"""Load weights from files into a network: every key and shape is checked before memory is allocated."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from latentflow.artifacts import open_tensors
 from latentflow.errors import ArtifactError
 
 LOADING = threading.RLock()
-"""Held while a library builds modules: several keep what they change for that in globals of the process."""
+"""Held while a library builds modules: several libraries change global state of the process for that."""
 
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Modules that are built inside lie on the meta device: they have shapes, and take no memory."""
-    with LOADING, torch.device("meta"):  # torch keeps one global device of these contexts for all threads
+    """Build modules on the meta device: they have shapes, but use no memory."""
+    with LOADING, torch.device("meta"):  # the default device of torch is shared by all threads
         yield
 
 
 class _WithoutStart(TorchFunctionMode):
-    """Leaves out the drawing of first weights, in the thread that enters it; loading overwrites every one of them."""
+    """Skip the random initialisation of weights, which loading overwrites, in the thread that enters it."""
 
     def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__module__", "") == "torch.nn.init":
@@ -35,7 +35,7 @@ class _WithoutStart(TorchFunctionMode):
 
 
 def tensor_shapes(path: Any) -> dict[str, list[int]]:
-    """The shape of every tensor of a safetensors file, from its header.
+    """The shape of every tensor in a safetensors file, from its header.
 
     Raises:
         ArtifactError: see `open_tensors`.
@@ -47,7 +47,7 @@ def tensor_shapes(path: Any) -> dict[str, list[int]]:
 def require_fit(
     make: Callable[[], nn.Module], shapes: Mapping[str, Sequence[int]], origin: object, config: str = "its config"
 ) -> None:
-    """Refuse weights of other names or shapes than the network that `make` builds; no memory is taken.
+    """Refuse weights whose names or shapes differ from those of the network that `make` builds; uses no memory.
 
     Raises:
         ArtifactError: a key is missing or unknown, or a shape differs.
@@ -55,14 +55,14 @@ def require_fit(
     try:
         with without_memory():
             expected = make().state_dict()
-    except Exception as error:  # of our networks ConfigError, of torch and diffusers anything
+    except Exception as error:  # ConfigError from our networks, anything from torch and diffusers
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ArtifactError(f"{config} describes no network that can be built: {reason}") from error
+        raise ArtifactError(f"{config} describes a network that cannot be built: {reason}") from error
     _compare({name: list(tensor.shape) for name, tensor in expected.items()}, shapes, origin, config)
 
 
 def filled(make: Callable[[], nn.Module], weights: Mapping[str, Tensor], origin: object) -> nn.Module:
-    """The network that `make` builds, with `weights`; it draws nothing from torch's generators for them.
+    """The network that `make` builds, with `weights`; torch's random state is not advanced.
 
     Raises:
         ArtifactError: see `load_weights`.
@@ -74,17 +74,17 @@ def filled(make: Callable[[], nn.Module], weights: Mapping[str, Tensor], origin:
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], origin: object) -> None:
-    """Copy `weights` into `network`, every key and shape accounted for.
+    """Copy `weights` into `network`, after checking every key and shape.
 
     Raises:
-        ArtifactError: a key is missing or unknown, a shape differs, or a value is not a finite number.
+        ArtifactError: a key is missing or unknown, a shape differs, or a value is not finite.
     """
     require_values(network.state_dict(), weights, origin)
     network.load_state_dict(dict(weights))
 
 
 def require_values(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: object) -> None:
-    """Refuse weights of other names, shapes or kinds of numbers than `expected`, or that are not finite.
+    """Refuse weights whose names, shapes or kinds of numbers differ from `expected`, or that are not finite.
 
     Raises:
         ArtifactError: naming the tensor.

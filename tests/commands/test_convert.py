@@ -251,7 +251,7 @@ def test_the_probe_can_be_left_out(run, tmp_path):
 def test_a_wrong_sign_leaves_no_folder(run, tmp_path, monkeypatch):
     """A model that flows backwards is refused before anything is written."""
     monkeypatch.setattr(FlowModel, "velocity", lambda self, x, t, told: -x)
-    with pytest.raises(ArtifactError, match="its sign or its time is the other way round"):
+    with pytest.raises(ArtifactError, match="its sign or its time is reversed"):
         run()
     assert not (tmp_path / "model").exists()
     run(check=False)
@@ -271,7 +271,7 @@ def test_a_wrong_sign_leaves_no_folder(run, tmp_path, monkeypatch):
         ({"options": ["hidden_size=[1"]}, "not valid YAML"),
         ({"options": [*SIT, "num_head=2"]}, "did you mean 'num_heads'?"),
         ({"options": ["name=SiT-XL/3"]}, "no sit network 'SiT-XL/3'; did you mean 'SiT-"),
-        ({"options": [*SIT, "prediction=noise"]}, "divide by what vanishes"),
+        ({"options": [*SIT, "prediction=noise"]}, "divide by a coefficient that vanishes"),
         ({"options": [*SIT, "path_type=VP"]}, "path_type 'VP'"),
         ({"autoencoder": "/nowhere"}, "no such folder"),
     ],
@@ -375,12 +375,12 @@ def test_command(command, sit_file, tmp_path):
     assert report["parameters"] == f"{expected:,}"
 
 
-def test_command_without_a_probe_tells_its_notes(command, tmp_path):
+def test_command_without_a_probe_prints_its_notes(command, tmp_path):
     file = foreign.save(foreign.draw(architecture("dit", {**SIZES, "input_size": 8})), tmp_path / "dit.pt")
     done = command("dit", file, *SIT, "--no-check")
     assert done.code == 0, done.err
     assert "left out" in done.out
-    assert "its learned variance is left out" in done.err
+    assert "the learned variance is left out" in done.err
 
 
 @pytest.mark.parametrize(

@@ -171,8 +171,8 @@ def test_encoder_of_maps(tmp_path):
         (torch.ones(2), "holds a Tensor, not a state_dict"),
         ({}, "is empty"),
         ({"model": {}}, "is empty"),
-        ({"epoch": 3, "weights": WEIGHTS}, "has 'epoch', which is no tensor"),
-        ({"model": {**WEIGHTS, "args": 3}}, "has 'args', which is no tensor"),
+        ({"epoch": 3, "weights": WEIGHTS}, "has 'epoch', which is not a named tensor"),
+        ({"model": {**WEIGHTS, "args": 3}}, "has 'args', which is not a named tensor"),
         ({"w": torch.ones(2, 2).to_sparse()}, "'w' is not a dense tensor"),
     ],
 )

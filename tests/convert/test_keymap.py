@@ -345,7 +345,7 @@ def test_a_constant_of_another_value(name, key):
     published = foreign.network(name)
     theirs = foreign.draw(published)
     theirs[key].view(-1)[-1] += 1e-3
-    assert f"{key!r}, which is no weight, differs by 1.0e-03" in refusal(published, theirs)
+    assert f"{key!r}, which is not a weight, differs by 1.0e-03" in refusal(published, theirs)
     del theirs[key]  # the file need not have it
     published.load(theirs)
 

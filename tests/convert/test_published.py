@@ -109,7 +109,7 @@ def test_an_autoencoder_of_another_factor():
         (
             {"model_type": "ddpm++", "use_origin_adm": False},
             {"experiment": "inpainting_kl"},
-            "does not paint with model_type ddpm++",
+            "leave out model_type=ddpm++",
         ),
     ],
 )
@@ -153,7 +153,7 @@ def test_paths_and_predictions_of_sit():
     assert linear.path == LinearPath(sigma_min=0)
     assert gvp.path == CosinePath()
     assert linear.prediction == gvp.prediction == VelocityPrediction()
-    assert "divide by what vanishes" in refusal("sit", {**SMALL, "prediction": "noise"})
+    assert "divide by a coefficient that vanishes" in refusal("sit", {**SMALL, "prediction": "noise"})
     assert "prediction 'score'" in refusal("sit", {**SMALL, "prediction": "score"})
     assert "path_type 'VP'" in refusal("sit", {**SMALL, "path_type": "VP"})
 

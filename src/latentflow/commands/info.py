@@ -1,4 +1,4 @@
-"""`latentflow info`: what a model or a latent cache says about itself."""
+"""`latentflow info`: the facts of a model or a latent cache."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from latentflow.model.flow_model import WEIGHTS_FILE, find_model, read_config
 
 
 def describe(model: str | Path) -> dict[str, Any]:
-    """Facts of a model or a cache, name => value, ready to print or to be JSON.
+    """Facts of a model or a cache, name => value, for a table or JSON.
 
     Raises:
-        ArtifactError: there is neither.
+        ArtifactError: the folder holds neither.
     """
     return _describe_cache(model) if is_cache(model) else _describe_model(model)
 

@@ -1,4 +1,4 @@
-"""A published network as one of ours: its config, and where each of its weights goes."""
+"""A published network as one of ours: its config, and where each weight goes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from latentflow.weights import without_memory
 
 
 class PublishedOptions(Record):
-    """Arguments of a published class, under the names it gives them.
+    """Arguments of a published class, under its own names.
 
     Raises:
-        ConfigError: an argument it does not have (the nearest is named), or a value that cannot be.
+        ConfigError: an unknown argument (the nearest one is named), or an impossible value.
     """
 
     model_config = ConfigDict(populate_by_name=True)
@@ -40,7 +40,7 @@ class PublishedOptions(Record):
 
     @classmethod
     def read(cls, values: Mapping[str, object]):
-        """The options in `values`, checked.
+        """Check the options in `values`.
 
         Raises:
             ConfigError: see the class.
@@ -52,7 +52,7 @@ class PublishedOptions(Record):
 
 
 def explained(error: ValidationError) -> ConfigError:
-    """The first complaint about a published network as one line."""
+    """What pydantic says about the options of a published network, as one line."""
     missing = [str(e["loc"][-1]) for e in error.errors() if e["type"] == "missing"]
     if missing:
         name = ", or its name, such as name=SiT-XL/2" if "hidden_size" in missing else ""
@@ -65,7 +65,7 @@ def _is_list(annotation: object) -> bool:
 
 
 def _numbers(value: object) -> object:
-    """Lists as people write them on a command line: 16 8, or 16,8, or 16."""
+    """A list as written on a command line: 16 8, or 16,8, or 16."""
     if isinstance(value, int):
         return (value,)
     if isinstance(value, str):
@@ -75,14 +75,14 @@ def _numbers(value: object) -> object:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A published network, rebuilt.
+    """A published network in our terms.
 
     Attributes:
         network: our config.
-        channels: of the latents.
-        out_channels: of the network's output.
+        channels: latent channels.
+        out_channels: channels of the network's output.
         keys: where the published weights go.
-        num_classes, inpainting, num_map_classes: what it is told; see `DiT` and `UNet`.
+        num_classes, inpainting, num_map_classes: its conditions; see `DiT` and `UNet`.
     """
 
     network: DiTConfig | UNetConfig
@@ -94,7 +94,7 @@ class Architecture:
     num_map_classes: int = 0
 
     def empty(self, device: torch.device | str = "meta") -> nn.Module:
-        """The network without the published weights; on the meta device it takes no memory."""
+        """The network without the published weights; on the meta device it uses no memory."""
         with without_memory() if str(device) == "meta" else torch.device(device):
             return NETWORKS[self.network.kind](
                 self.network,

@@ -1,4 +1,4 @@
-"""Reading foreign checkpoint files: weights alone, whatever they are wrapped in."""
+"""Read the weights of a foreign checkpoint file, whatever they are wrapped in."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ WRAPPERS = (
     *("ema", "ema_model", "model_ema", "params_ema"),
     *("model_dict", "state_dict", "model_state_dict", "model", "net", "network", "params"),
 )
-"""Where training states keep the network, the best first: SiT and DiT have "ema" and "model", LFM "model_dict"."""
+"""Keys of the network in training states, the best first: SiT and DiT have "ema" and "model", LFM "model_dict"."""
 
 _MOST_BYTES = 1 << 20  # of a config.yaml
 
 PARTS = ("ema_model.", "model_ema.", "ema.", "model.diffusion_model.")
-"""How the keys of the network begin where a state_dict holds more than one, the best first."""
+"""Prefixes of the network's keys in a state_dict of several networks, the best first."""
 
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "net.", "network.", "diffusion_model.", *PARTS)
-"""What DistributedDataParallel, torch.compile, FSDP, Lightning and latent-diffusion put in front of every key."""
+"""Prefixes that DistributedDataParallel, torch.compile, FSDP, Lightning and latent-diffusion add to every key."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a foreign file holds.
+    """The content of a foreign file.
 
     Attributes:
         weights: by key, without prefixes.
-        options: the training program's own arguments, where the file or a config.yaml beside it has them.
+        options: arguments of the training program, if the file or a config.yaml in its folder has them.
         origin: the file, for messages.
-        part: which of the file's parts the weights are, "" for a file of weights alone.
+        part: the part of the file that held the weights; "" if it holds only weights.
     """
 
     weights: dict[str, Tensor]
@@ -48,13 +48,13 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path, *, encoder: str | Path | None = None) -> Checkpoint:
-    """Read a .safetensors, .pth, .pt or .ckpt file; nothing in it is ever run.
+    """Read a .safetensors, .pth, .pt or .ckpt file; no code in it is run.
 
     Args:
-        encoder: the file of LFM's encoder of semantic maps, where it stands apart.
+        encoder: the file with LFM's encoder of semantic maps, if it is separate.
 
     Raises:
-        ArtifactError: missing, truncated, wants to run code, or holds no weights.
+        ArtifactError: the file is missing or truncated, needs code to be read, or holds no weights.
     """
     path = Path(path)
     content = read_tensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
@@ -73,7 +73,7 @@ def read_checkpoint(path: str | Path, *, encoder: str | Path | None = None) -> C
 
 
 def _part(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """The network in a state_dict of several, and how its keys begin; "" where there is but one."""
+    """The network in a state_dict of several, and the prefix of its keys; "" if there is only one."""
     for start in PARTS:
         found = {key: value for key, value in content.items() if str(key).startswith(start)}
         if 0 < len(found) < len(content):
@@ -84,7 +84,7 @@ def _part(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
 def _weights(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     others = [key for key, value in content.items() if not (isinstance(value, Tensor) and isinstance(key, str))]
     if others or not content:
-        what = f"has {others[0]!r}, which is no tensor with a name" if others else "is empty"
+        what = f"has {others[0]!r}, which is not a named tensor" if others else "is empty"
         raise ArtifactError(f"{path} is not a state_dict of named tensors: it {what}")
     weights = dict(content)
     while start := next((start for start in PREFIXES if any(key.startswith(start) for key in weights)), ""):
@@ -104,16 +104,16 @@ def _encoder(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 def _options(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The arguments kept in a training state, or in the config.yaml that LFM writes beside its checkpoints."""
+    """The arguments in a training state, or in the config.yaml that LFM writes to the folder of its checkpoints."""
     args = content.get("args")
     if isinstance(args, Namespace):
         return vars(args)
     if isinstance(args, Mapping):
         return dict(args)
-    beside = path.parent / "config.yaml"
+    config = path.parent / "config.yaml"
     try:
-        small = beside.is_file() and beside.stat().st_size < _MOST_BYTES
-        found = yaml.safe_load(beside.read_text(encoding="utf-8")) if small else {}
+        small = config.is_file() and config.stat().st_size < _MOST_BYTES
+        found = yaml.safe_load(config.read_text(encoding="utf-8")) if small else {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -1,7 +1,7 @@
-"""Rename rules between a foreign checkpoint and our weights, both ways, with every key accounted for.
+"""Rules between a foreign checkpoint and our weights, in both directions, with every key accounted for.
 
-A key map lists every tensor of our network with the foreign tensors it is made of. Shapes are not written down: what a
-foreign tensor must look like follows from ours by the way back.
+A key map lists every tensor of our network with the foreign tensors it is made of. It has no shapes: the shape of a
+foreign tensor follows from ours by the way back.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Rule:
         ours: our key.
         theirs: the foreign keys.
         forth: foreign tensors (float64) => ours.
-        back: ours => the foreign tensors, of the right shapes; values are exact only where `exact_back`.
-        exact_back: whether the way back gives the foreign values, up to rounding.
+        back: ours => the foreign tensors; their shapes are always right, their values only if `exact_back`.
+        exact_back: whether `back` gives the foreign values, up to rounding.
     """
 
     ours: str
@@ -44,7 +44,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Constant:
-    """A foreign tensor that is no weight: what it must be."""
+    """A foreign tensor that is not a weight, and the value it must have."""
 
     theirs: str
     value: Tensor
@@ -57,8 +57,8 @@ class KeyMap:
 
     Attributes:
         rules: one per tensor of ours.
-        constants: foreign tensors beside the weights; the file need not have them.
-        unused: foreign keys that our network has no place for, with the reason.
+        constants: foreign tensors that are not weights; they may be absent from the file.
+        unused: foreign keys without a counterpart in our network, with the reason.
     """
 
     rules: Sequence[Rule]
@@ -70,12 +70,12 @@ class KeyMap:
 
         Args:
             foreign: by foreign key, any floating-point precision.
-            expected: our network's state, whose shapes and dtypes the result has; may live on the meta device.
+            expected: the state_dict of our network, for shapes and dtypes; may be on the meta device.
             origin: the file, for messages.
 
         Raises:
-            ArtifactError: a key is missing, unknown or doubled, a shape differs, a value is not finite, or a constant
-                has another value.
+            ArtifactError: a key is missing or unknown, a shape differs, a value is not finite, or a constant has
+                another value.
         """
         assert {rule.ours for rule in self.rules} == expected.keys(), "the key map does not match the network"
         shapes = self.foreign_shapes(expected)
@@ -90,7 +90,7 @@ class KeyMap:
                     "check the experiment and its options"
                 )
             if not foreign[key].is_floating_point():
-                raise ArtifactError(f"{origin}: {key!r} holds {foreign[key].dtype} and no floating-point numbers")
+                raise ArtifactError(f"{origin}: {key!r} holds {foreign[key].dtype}, not floating-point numbers")
             if not foreign[key].isfinite().all():
                 raise ArtifactError(f"{origin}: {key!r} holds values that are not finite; fetch the file again")
         for constant in self.constants:
@@ -132,13 +132,13 @@ class KeyMap:
         rounding = torch.finfo(found.dtype).eps * constant.value.abs().max().item()  # of a file in half precision
         if not error <= constant.tolerance + rounding:
             raise ArtifactError(
-                f"{origin}: {constant.theirs!r}, which is no weight, differs by {error:.1e} from what this network "
+                f"{origin}: {constant.theirs!r}, which is not a weight, differs by {error:.1e} from what this network "
                 "computes; it comes from another architecture"
             )
 
 
 def _complaint(missing: list[str], unknown: list[str]) -> str:
-    """One line about keys that should not be so."""
+    """One line about missing and unknown keys."""
     parts = []
     if missing:
         parts.append(f"it lacks {_some(missing)}")

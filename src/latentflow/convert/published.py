@@ -1,4 +1,4 @@
-"""What is known of a foreign checkpoint beside its weights: its network, its path, how it was drawn from."""
+"""What is known of a foreign checkpoint besides its weights: its network, its path, and how it was sampled."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _IMAGENET_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Published:
-    """A foreign model but for its weights and its autoencoder.
+    """A foreign model without its weights and its autoencoder.
 
     Attributes:
         architecture: its network, and where its weights go.
         image_size: height and width of its images in pixels.
-        latent_scale: what raw latents are multiplied by; None: as the autoencoder's config says.
-        label_dropout: share of labels left out in training; 0: no guidance.
-        map_class_names: of the semantic maps it paints.
-        path, prediction: what its output means.
-        sampling: how its published samples were drawn.
-        training: what it was trained on.
+        latent_scale: factor of the raw latents; None: that of the autoencoder's config.
+        label_dropout: fraction of labels dropped in training; 0: no guidance.
+        map_class_names: classes of its semantic maps.
+        path, prediction: the meaning of its output.
+        sampling: how its published samples were generated.
+        training: its training data.
         notes: what a user should know.
     """
 
@@ -64,14 +64,15 @@ def published(
     image_size: int | None = None,
     factor: int | None = None,
 ) -> Published:
-    """What a checkpoint of `family` is.
+    """Describe a checkpoint of a family.
 
     Args:
-        options: of the published network, under its own names; "name" of "sit" and "dit" is SiT-XL/2 and the like.
-        experiment: of "lfm", by name; `options` replace its flags.
-        found: what the file says about itself; all but "learn_sigma" is used only where there is no experiment.
-        image_size: in pixels; None: 256, or what the options say.
-        factor: pixels per latent pixel of the autoencoder; None: not known yet, taken for the published 8.
+        options: arguments of the published network, under its own names; for "sit" and "dit" also "name", for example
+            SiT-XL/2.
+        experiment: for "lfm", the name of an experiment; `options` replace its flags.
+        found: what the file says about itself; with an experiment, only "learn_sigma" of it is used.
+        image_size: in pixels; None: from the options, or 256.
+        factor: pixels per latent pixel of the autoencoder; None: not known yet, 8 is assumed.
 
     Raises:
         ConfigError: an unknown family, experiment or option, too few of them, or sizes that contradict each other.
@@ -87,12 +88,12 @@ def published(
 
 
 def imagenet_synsets() -> list[str]:
-    """The 1000 classes of ImageNet in the order of their labels, as its folders are called."""
+    """The names of ImageNet's 1000 class folders, in the order of the labels."""
     return files("latentflow").joinpath("assets", "imagenet_synsets.txt").read_text(encoding="utf-8").split()
 
 
 def class_names_of(network: Architecture) -> list[str]:
-    """ImageNet's names where there are 1000 classes; else none."""
+    """ImageNet's names for 1000 classes; else none."""
     return imagenet_synsets() if network.num_classes == _IMAGENET_CLASSES else []
 
 
@@ -129,15 +130,15 @@ def _lfm(
         )
     flags = LfmFlags.read({**own, **options, **size})
     task: dict[str, Any] = {}
-    if flags.model_type is None:  # the scripts for painting are told apart by the channels of their input
+    if flags.model_type is None:  # the channels of the input say whether it is the script for inpainting
         task["inpainting"] = flags.num_in_channels == 2 * flags.num_out_channels + 1
         if flags.num_in_channels == 2 * flags.num_out_channels:
-            raise ConfigError("a painter of semantic maps needs --experiment semantic_kl, which names its classes")
+            raise ConfigError("a network of semantic maps needs --experiment semantic_kl, which names its classes")
     return _from_flags(flags, architecture("lfm", flags.model_dump(exclude_none=True), **task), None, "", factor)
 
 
 def _sizes(options: Mapping[str, Any], image_size: int | None, factor: int) -> DiTOptions:
-    """Options of a transformer, made for latents of `image_size` where they do not say."""
+    """Options of a transformer, with the latent size of `image_size` if they do not give one."""
     own = options.keys() & {"input_size", "img_resolution"}
     if len(own) == 2:
         raise ConfigError("input_size and img_resolution are the same thing; give one of them")
@@ -145,16 +146,16 @@ def _sizes(options: Mapping[str, Any], image_size: int | None, factor: int) -> D
 
 
 def _pixels(latent_side: int, factor: int, image_size: int | None) -> int:
-    """Side of the images whose latents a network was made for.
+    """Image size of a network that was built for latents of one size.
 
     Raises:
-        ConfigError: `image_size` is another.
+        ConfigError: `image_size` differs.
     """
     side = factor * latent_side
     if image_size not in (None, side):
         raise ConfigError(
             f"image size {image_size}: with an autoencoder of factor {factor}, latents of {latent_side} x "
-            f"{latent_side} are images of {side} pixels; leave one of the two out"
+            f"{latent_side} are images of {side} pixels; leave out one of the two"
         )
     return side
 
@@ -175,14 +176,14 @@ def _from_flags(
         if known.fid is not None:
             notes.append(f"published FID {known.fid}: {PROTOCOL}")
         if name == "imnet_f8_adm":
-            notes.append("the published command drops no labels, so its null label may never have been trained")
+            notes.append("the published command drops no labels, so the null label may be untrained")
         if name == "semantic_kl":
-            notes.append("the published training left its encoder of semantic maps at its random start")
+            notes.append("the published training left the encoder of semantic maps at its random initialisation")
     return Published(
         network,
         flags.image_size,
         latent_scale=flags.scale_factor,
-        # guidance needs a null row, which guided-diffusion's network does not have
+        # guided-diffusion's network has no null row, which guidance needs
         label_dropout=flags.label_dropout if network.num_classes and not flags.builds_guided_unet else 0.0,
         map_class_names=known.map_class_names if known else (),
         sampling=SamplingPreset(**_DOPRI5, guidance=guidance),
@@ -194,7 +195,7 @@ def _from_flags(
 def _transformer(
     family: str, options: dict[str, Any], found: Mapping[str, Any], image_size: int | None, factor: int
 ) -> Published:
-    # The training states of SiT and DiT keep their arguments.
+    # The training states of SiT and DiT include their arguments.
     own = {"name": found.get("model"), **{key: found.get(key) for key in ("num_classes", "learn_sigma")}}
     if family == "sit":
         own |= {key: found.get(key) for key in ("prediction", "path_type")}
@@ -216,7 +217,7 @@ def _transformer(
         if prediction != "velocity":
             raise ConfigError(
                 f"prediction {prediction!r}: of SiT, networks that predict the velocity are converted; those for "
-                "noise and score divide by what vanishes at an end of the path"
+                "noise and score divide by a coefficient that vanishes at one end of the path"
             )
         paths: dict[str, PathConfig] = {"Linear": path, "GVP": CosinePath()}
         if path_type not in paths:
@@ -227,7 +228,7 @@ def _transformer(
     if image_size is None and not options.keys() & {"input_size", "img_resolution"}:
         image_size = int(found.get("image_size") or 256)
     sizes = _sizes(options, image_size, factor)
-    # Both published their samples with guidance on the first three of four channels.
+    # Both papers sample with guidance on the first three of four channels.
     sampling = {"guidance": 1.5, "guided_channels": 3} if sizes.class_dropout_prob else {}
     common = {
         "image_size": _pixels(sizes.input_size, factor, image_size),
@@ -242,7 +243,7 @@ def _transformer(
         path=path,
         prediction=NoisePrediction(),
         sampling=SamplingPreset(solver="heun", steps=50, **sampling),
-        notes=["a chain of 1000 steps, drawn from along its probability flow; its learned variance is left out"],
+        notes=["a diffusion of 1000 steps, sampled by its probability-flow ODE; the learned variance is left out"],
         **common,
     )
 
@@ -257,5 +258,5 @@ def _edm(options: dict[str, Any], image_size: int | None, factor: int) -> Publis
         path=LinearPath(sigma_min=0),
         prediction=DenoiserPrediction(**denoiser),
         sampling=SamplingPreset(solver="heun", steps=18),
-        notes=["EDM's preconditioned denoiser, drawn from along its probability flow"],
+        notes=["EDM's preconditioned denoiser, sampled by its probability-flow ODE"],
     )

@@ -1,4 +1,4 @@
-"""What the key maps of the published networks share."""
+"""Rules that the key maps of several published networks share."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from latentflow.convert.keymap import Rule
 
 
 def layer(ours: str, theirs: str) -> list[Rule]:
-    """Weight and bias of a layer that is the same in both."""
+    """Rules for the weight and the bias of a layer that is the same in both networks."""
     return [Rule(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in ("weight", "bias")]
 
 
 def attention(ours: str, theirs: dict[str, str], num_heads: int, order: str, num_spatial: int) -> list[Rule]:
-    """Norm, queries-keys-values and output of an attention on feature maps.
+    """Rules for the norm, the queries, keys and values, and the output of attention on feature maps.
 
     Args:
         ours: our `MapAttention`.
         theirs: names of its "norm", "qkv" and "out".
-        order: how rows of qkv are laid out in the foreign file: "qhc" (ours: `[q|k|v][head][channel]`), "hqc"
+        order: layout of the rows of qkv in the foreign file: "qhc" (ours: `[q|k|v][head][channel]`), "hqc"
             (`[head][q|k|v][channel]`) or "hcq" (`[head][channel][q|k|v]`).
-        num_spatial: size-one dimensions behind the weights of what are 1x1 convolutions there.
+        num_spatial: trailing dimensions of size 1, where the foreign layers are 1x1 convolutions.
     """
     forth, back = partial(to_qhc, num_heads=num_heads, order=order), partial(from_qhc, num_heads=num_heads, order=order)
     pad = (1,) * num_spatial
@@ -46,7 +46,7 @@ def attention(ours: str, theirs: dict[str, str], num_heads: int, order: str, num
 
 
 def to_qhc(rows: Tensor, num_heads: int, order: str) -> Tensor:
-    """Rows of qkv [3 * D, ...] from a foreign order into ours."""
+    """Reorder the rows of qkv [3 * D, ...] from a foreign order to ours."""
     if order == "hqc":
         return rows.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
     if order == "hcq":

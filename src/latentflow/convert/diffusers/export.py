@@ -155,7 +155,7 @@ def _probes(config: ModelConfig, made: DiffusersNetwork) -> Iterator[tuple[Tenso
 
 
 def _readme(model: FlowModel, made: DiffusersNetwork) -> str:
-    """The page, and on it the program; both are templates beside this file."""
+    """The page with its program; both are templates in `templates/`."""
     config, sampling = model.config, model.config.sampling
     normalisation, autoencoder = config.normalisation, _autoencoder_class(model)
     hole_as_sign = config.masks is not None and config.masks.told_as == "sign"

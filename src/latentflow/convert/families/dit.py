@@ -1,14 +1,12 @@
 """Diffusion transformers of DiT, SiT and LFM: one architecture, three conventions.
 
     family   output                             time            table of labels
-    lfm      velocity                           1 = noise       a null row only where labels were dropped
-    sit      velocity the other way, maybe a    0 = noise       with a null row
-             second half that is not used
-             (of lfm, too, where it was trained so)
+    lfm      velocity                           1 = noise       a null row only if labels were dropped
+    sit      velocity in the other direction    0 = noise       with a null row
     dit      noise and its variance             step 0 to 999   with a null row
 
-What differs can be said by weights alone: time turned round turns the sinusoids by a fixed angle, a sign or a half that
-is not used belongs to the last layer.
+The output of every family may have an unused second half (learn_sigma). All differences go into the weights: reversing
+time rotates the sinusoids by a fixed angle, and a sign or an unused half belongs to the last layer.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ _MOST_POSITIONS = 2**27  # one gigabyte in double precision
 
 
 class DiTOptions(PublishedOptions):
-    """Arguments of the published classes; where LFM has another name than DiT and SiT, both are understood."""
+    """Arguments of the published classes; where LFM's name differs from that of DiT and SiT, both are accepted."""
 
     input_size: int = Field(32, gt=0, le=512, alias="img_resolution", description="height and width of the latents")
     patch_size: int = Field(2, gt=0, le=256)
@@ -45,7 +43,7 @@ class DiTOptions(PublishedOptions):
     class_dropout_prob: float = Field(0.1, ge=0, lt=1, alias="label_dropout")
     num_classes: int = Field(1000, gt=0, le=1_000_000)
     learn_sigma: bool | None = Field(
-        None, description="twice as many output channels; otherwise true of DiT and SiT, false of LFM"
+        None, description="twice as many output channels; by default true for DiT and SiT, false for LFM"
     )
 
 
@@ -99,9 +97,9 @@ def dit(options: DiTOptions, family: Family) -> Architecture:
 
 
 def learns_sigma(weights: Mapping[str, Tensor]) -> bool | None:
-    """Whether a published transformer gives twice as many channels as it takes, by the shapes of its weights.
+    """Whether a published transformer has twice as many output as input channels, by the shapes of its weights.
 
-    None where the weights are not those of such a transformer.
+    None if the weights are not those of such a transformer.
     """
     first, last = weights.get("x_embedder.proj.weight"), weights.get("final_layer.linear.weight")
     if first is None or last is None or first.dim() != 4:
@@ -119,7 +117,7 @@ def _time_rules(family: Family, constant_label: bool) -> list[Rule]:
     ]
     if not constant_label:
         return [*rules, Rule(f"{ours}.2.bias", (f"{theirs}.2.bias",))]
-    # A table of one row is a constant: part of what is added to it.
+    # A table of one row is a constant, which is added to the bias.
     return [
         *rules,
         Rule(
@@ -133,7 +131,7 @@ def _time_rules(family: Family, constant_label: bool) -> list[Rule]:
 
 
 def turn_time(weight: Tensor) -> Tensor:
-    """The layer on the time's sinusoids [D, 256] so that it sees t where it saw 1 - t; its own inverse.
+    """Weights [D, 256] on the sinusoids of t that equal `weight` on the sinusoids of 1 - t; its own inverse.
 
     With cosines first: cos(w (1 - t)) = cos w cos wt + sin w sin wt, and sin(w (1 - t)) = sin w cos wt - cos w sin wt.
     """
@@ -149,7 +147,7 @@ def _table(has_null: bool) -> Rule:
     theirs = ("y_embedder.embedding_table.weight",)
     if has_null:
         return Rule("label_embedding.weight", theirs)
-    # Asked without a label, the published network takes the last row, which here is a class.
+    # Without a label the published network takes the last row, which is a class here.
     return Rule(
         "label_embedding.weight",
         theirs,
@@ -159,7 +157,7 @@ def _table(has_null: bool) -> Rule:
 
 
 class _LastLayer:
-    """The rows of the last layer: [row in patch][column in patch][channel], perhaps less their second half."""
+    """The rows of the last layer, [row in patch][column in patch][channel], without the unused half of the channels."""
 
     def __init__(self, channels: int, *, drops: bool, sign: int):
         self.channels, self.drops, self.sign = channels, drops, sign

@@ -18,19 +18,21 @@ _CHANNELS_PER_HEAD = 64  # of DhariwalUNet; narrower maps do not attend
 
 
 class EdmUNetOptions(PublishedOptions):
-    """Arguments of `DhariwalUNet` (model_type "adm") and of `SongUNet` ("ddpm++", "ncsn++") that shape them."""
+    """Arguments of `DhariwalUNet` (model_type "adm") and `SongUNet` ("ddpm++", "ncsn++") that shape the network."""
 
     model_type: Literal["adm", "ddpm++", "ncsn++"]
     img_resolution: int = Field(gt=0, le=4096)
     in_channels: int = Field(gt=0, le=65_536)
     out_channels: int = Field(gt=0, le=65_536)
     label_dim: int = Field(0, ge=0, le=1_000_000)
-    augment_dim: int = Field(0, ge=0, description="labels of augmentation; sampling has none, so they are left out")
+    augment_dim: int = Field(
+        0, ge=0, description="augmentation labels; they are zero in sampling, so their weights are left out"
+    )
     model_channels: int = Field(gt=0)
     channel_mult: tuple[PositiveInt, ...] = Field(min_length=1, max_length=12)
     channel_mult_emb: int = 4
     num_blocks: int = Field(gt=0)
-    attn_resolutions: tuple[int, ...] = Field(description="feature-map sizes; those of no level mean nothing")
+    attn_resolutions: tuple[int, ...] = Field(description="feature-map sizes; sizes that no level has are ignored")
     dropout: float = Field(0.0, ge=0, lt=1)
     label_dropout: float = Field(0.0, ge=0, lt=1)
     embedding_type: Literal["positional", "fourier"] | None = None
@@ -50,7 +52,7 @@ class EdmUNetOptions(PublishedOptions):
                 "(model_type ddpm++ or ncsn++); DhariwalUNet (adm) has none of them"
             )
         if self.encoder_type == "skip" or self.decoder_type == "skip":
-            raise ConfigError("encoders and decoders of type 'skip' are not supported; the published ones have none")
+            raise ConfigError("encoders and decoders of type 'skip' are not supported; no published network has them")
         if self.resample_filter not in (None, (1, 1), (1, 3, 3, 1)):
             raise ConfigError(f"resample_filter {self.resample_filter}: (1, 1) and (1, 3, 3, 1) are supported")
         return self
@@ -86,7 +88,7 @@ def edm_unet(options: EdmUNetOptions) -> Architecture:
     constants = [
         Constant(f"{module}.resample_filter", _filter(config.resample_filter)) for module in _resampled(config, sides)
     ]
-    unused = {"map_augment.weight": "labels of augmentation"} if options.augment_dim else {}
+    unused = {"map_augment.weight": "augmentation labels"} if options.augment_dim else {}
     return Architecture(
         config,
         options.in_channels,
@@ -129,7 +131,7 @@ def _embedding_rules(options: EdmUNetOptions, fourier: bool) -> list[Rule]:
     ]
     if fourier:
         rules.append(Rule("embedding.frequencies", ("map_noise.freqs",)))
-    if classes and song:  # W (sqrt(classes) one_hot) + b, which without a label is b
+    if classes and song:  # W (sqrt(classes) one_hot) + b; without a label, b
         root = classes**0.5
         rules.append(
             Rule(
@@ -139,7 +141,7 @@ def _embedding_rules(options: EdmUNetOptions, fourier: bool) -> list[Rule]:
                 back=lambda table: (_label_weight(swap_halves(table), root), swap_halves(table)[-1]),
             )
         )
-    elif classes:  # W one_hot, which without a label is nothing
+    elif classes:  # W one_hot; without a label, 0
         rules.append(
             Rule(
                 "embedding.label.weight",
@@ -156,12 +158,12 @@ def _label_weight(table: Tensor, root: float) -> Tensor:
 
 
 def swap_halves(x: Tensor) -> Tensor:
-    """Columns [sines|cosines], as SongUNet has its time features, into [cosines|sines]; its own inverse."""
+    """Reorder columns [sines|cosines], as in SongUNet's time features, to [cosines|sines]; its own inverse."""
     return torch.cat(x.chunk(2, dim=1)[::-1], dim=1)
 
 
 def _map_rules(options: EdmUNetOptions, config: UNetConfig, sides: list[int]) -> list[Rule]:
-    """Everything but the embedding, in the order of the forward pass."""
+    """Rules for everything but the embedding, in the order of the forward pass."""
     song, levels = options.model_type != "adm", len(sides)
     project = config.resample_skip_conv
     rules = layer("stem", f"enc.{sides[0]}x{sides[0]}_conv")
@@ -202,7 +204,7 @@ def _map_rules(options: EdmUNetOptions, config: UNetConfig, sides: list[int]) ->
 
 
 def _resampled(config: UNetConfig, sides: list[int]) -> list[str]:
-    """The foreign modules that keep a copy of the resampling filter."""
+    """The foreign modules that store a copy of the resampling filter."""
     modules = []
     for side in sides[1:]:
         modules += [f"enc.{side}x{side}_down.conv0", f"enc.{side}x{side}_down.skip"]

@@ -12,13 +12,15 @@ from latentflow.networks.unet import UNetConfig
 
 
 class GuidedUNetOptions(PublishedOptions):
-    """Arguments of `UNetModel` that shape it."""
+    """Arguments of `UNetModel` that shape the network."""
 
     in_channels: int = Field(gt=0, le=65_536)
     model_channels: int = Field(gt=0)
     out_channels: int = Field(gt=0, le=65_536)
     num_res_blocks: int = Field(gt=0)
-    attention_resolutions: tuple[int, ...] = Field(description="downsampling factors; those of no level mean nothing")
+    attention_resolutions: tuple[int, ...] = Field(
+        description="downsampling factors; factors that no level has are ignored"
+    )
     dropout: float = Field(0.0, ge=0, lt=1)
     channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 4, 8), min_length=1, max_length=12)
     conv_resample: bool = True
@@ -37,8 +39,8 @@ def guided_unet(
     """A `UNetModel` as our `UNet`.
 
     Args:
-        inpainting, num_map_classes: what its input channels beyond the latents are.
-        channels: of the latents; None: all its input channels.
+        inpainting, num_map_classes: the meaning of the input channels after the latents.
+        channels: latent channels; None: all input channels.
     """
     factors = {2**level for level in range(len(options.channel_mult))}
     by_channels = options.num_head_channels != -1
@@ -111,7 +113,7 @@ def _rules(options: GuidedUNetOptions, config: UNetConfig) -> list[Rule]:
 
 
 def _table() -> Rule:
-    """The published table has no null row; ours gets one of zeros, which nothing was trained with."""
+    """The published table has no null row; ours gets an untrained one of zeros."""
     return Rule(
         "embedding.label.weight",
         ("label_emb.weight",),
@@ -121,7 +123,7 @@ def _table() -> Rule:
 
 
 def _map_encoder() -> Rule:
-    """The 1x1 convolution of LFM's `SpatialRescaler`, whose halvings are done with the data."""
+    """The 1x1 convolution of LFM's `SpatialRescaler`; its downsampling is part of our data pipeline."""
     return Rule("spatial.map_encoder.mix.weight", ("cond_stage_model.channel_mapper.weight",))
 
 

@@ -1,4 +1,4 @@
-"""The published system's own networks and experiments (LFM, arXiv 2307.08698)."""
+"""Networks and experiments of LFM (arXiv 2307.08698)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from latentflow.records import Record
 
 
 class LfmFlags(PublishedOptions):
-    """The flags of the published training scripts that shape the network, with the scripts' own defaults.
+    """Flags of the published training scripts that shape the network, with the scripts' defaults.
 
-    A run of those scripts has them in its config.yaml, and in the "args" of a content.pth.
+    A run of those scripts stores them in its config.yaml, and as "args" in content.pth.
     """
 
     model_type: str | None = Field(
-        None, description="adm, ncsn++, ddpm++, or DiT-B/2 and the like; the scripts for painting have no such flag"
+        None, description="adm, ncsn++, ddpm++, or a name such as DiT-B/2; the scripts for inpainting do not have it"
     )
     use_origin_adm: bool = Field(False, description="guided-diffusion's U-Net, as without model_type")
     layout: bool = False
@@ -35,7 +35,7 @@ class LfmFlags(PublishedOptions):
     num_out_channels: int = Field(3, gt=0, le=65_536)
     nf: int = Field(256, gt=0)
     num_res_blocks: int = Field(2, gt=0)
-    num_blocks: int | None = Field(None, description="what ncsn++ reads in place of num_res_blocks")
+    num_blocks: int | None = Field(None, description="ncsn++ reads it in place of num_res_blocks")
     attn_resolutions: tuple[int, ...] = (16,)
     ch_mult: tuple[PositiveInt, ...] = Field((1, 1, 2, 2, 4, 4), min_length=1, max_length=12)
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -53,7 +53,7 @@ class LfmFlags(PublishedOptions):
 
     @property
     def builds_guided_unet(self) -> bool:
-        """Whether they build guided-diffusion's U-Net."""
+        """Whether these flags build guided-diffusion's U-Net."""
         return self.use_origin_adm or self.model_type is None
 
     @model_validator(mode="after")
@@ -67,13 +67,13 @@ class LfmFlags(PublishedOptions):
 
 
 class Experiment(Record):
-    """One published experiment: what was trained on what, and how it was drawn from."""
+    """A published experiment: the network, its training data, and how it was sampled."""
 
     data: str
     num_images: int
     flags: dict[str, Any] = Field(description="Of the training script; see `LfmFlags`.")
     guidance: float = 1.0
-    fid: float | None = Field(None, description="As published, under `PROTOCOL`; None: not in the repository.")
+    fid: float | None = Field(None, description="As published, by `PROTOCOL`; None: not in the repository.")
     inpainting: bool = False
     map_class_names: tuple[str, ...] = ()
 
@@ -84,7 +84,7 @@ class Experiment(Record):
 
 
 PROTOCOL = "50,000 JPEG-compressed samples of dopri5 at tolerance 1e-5, against JPEG-compressed references"
-"""What the published FIDs were measured by; they cannot be compared with those of PNG images."""
+"""How the published FIDs were measured; they are not comparable with FIDs of PNG images."""
 
 _COMMON = {"image_size": 256, "num_in_channels": 4, "num_out_channels": 4}
 _ORIGIN = {**_COMMON, "model_type": "adm", "use_origin_adm": True, "attn_resolutions": (16, 8), "ch_mult": (1, 2, 3, 4)}
@@ -102,7 +102,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "ffhq_f8_adm": Experiment(**_FFHQ, flags=_EDM, fid=6.12),
     "bed_f8_adm": Experiment(**_BEDROOM, flags=_EDM, fid=7.05),
     "church_f8_adm": Experiment(**_CHURCH, flags=_ORIGIN, fid=7.7),
-    # Drawn with guidance, though the published command drops no labels; its null label is no label at all.
+    # Sampled with guidance, though the published command drops no labels; its null label is the absence of a label.
     "imnet_f8_adm": Experiment(
         **_IMAGENET, flags={**_EDM, "label_dim": 1000, "label_dropout": 0.1}, guidance=1.25, fid=8.58
     ),
@@ -135,14 +135,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         map_class_names=CELEBAMASK_HQ,
     ),
 }
-"""The experiments of the published system; no weights were released of celeb1024_f8_adm and the last two."""
+"""The published experiments; no weights were released for celeb1024_f8_adm and the last two."""
 
 
 def find_experiment(name: str) -> Experiment:
-    """An experiment by its name.
+    """An experiment by name.
 
     Raises:
-        ConfigError: there is none of that name; the nearest is given.
+        ConfigError: there is no such experiment; the nearest name is given.
     """
     if name not in EXPERIMENTS:
         raise ConfigError(f"no experiment {name!r}; {nearest(name, EXPERIMENTS)}")
@@ -150,16 +150,16 @@ def find_experiment(name: str) -> Experiment:
 
 
 def lfm(options: Mapping[str, Any], *, inpainting: bool = False, num_map_classes: int = 0) -> Architecture:
-    """A network of the published system as one of ours.
+    """A network of LFM as one of ours.
 
     Args:
-        options: flags of its training scripts (see `LfmFlags`), or, for a transformer that has no name there, the
-            arguments of its class `DiT` (see `DiTOptions`).
-        inpainting: the input holds masked latents and a mask behind the latents.
-        num_map_classes: the input holds an encoded semantic map of so many classes behind the latents.
+        options: flags of its training scripts (see `LfmFlags`), or, for a transformer without a name, the arguments of
+            its class `DiT` (see `DiTOptions`).
+        inpainting: masked latents and a mask follow the latents in the input.
+        num_map_classes: an encoded semantic map of so many classes follows the latents in the input.
 
     Raises:
-        ConfigError: an option that does not exist or does not fit.
+        ConfigError: an unknown option, or one that does not fit.
     """
     if "hidden_size" in options:
         return dit(DiTOptions.read(options), "lfm")
@@ -167,7 +167,9 @@ def lfm(options: Mapping[str, Any], *, inpainting: bool = False, num_map_classes
     if flags.builds_guided_unet:
         return _origin(flags, inpainting, num_map_classes)
     if inpainting or num_map_classes:
-        raise ConfigError(f"the published system does not paint with model_type {flags.model_type}; leave it out")
+        raise ConfigError(
+            f"LFM's networks for inpainting and maps have no model_type; leave out model_type={flags.model_type}"
+        )
     if flags.model_type in NAMES:
         return dit(_dit_options(flags), "lfm")
     return edm_unet(

@@ -1,4 +1,4 @@
-"""The families of networks whose weights are understood."""
+"""The families of networks whose weights can be converted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def architecture(
     inpainting: bool = False,
     num_map_classes: int = 0,
 ) -> Architecture:
-    """A published network as one of ours, from the options its own program builds it with.
+    """A published network as one of ours, from the options of the program that built it.
 
         network = architecture("sit", {"hidden_size": 1152, "depth": 28, "num_heads": 16}).load(weights)
         velocity = network(latents, time, Condition(labels))
@@ -31,14 +31,14 @@ def architecture(
     Args:
         family: "lfm" (flags of its training scripts, or arguments of its class DiT), "sit" and "dit" (arguments of
             their classes), "edm" (arguments of DhariwalUNet and SongUNet, and `model_type`).
-        inpainting, num_map_classes: of "lfm": what its input holds behind the latents; see `lfm`.
+        inpainting, num_map_classes: for "lfm": what follows the latents in the input; see `lfm`.
 
     Raises:
         ConfigError: an unknown family or option, or values that do not fit together.
     """
     require_family(family)
     if family != "lfm" and (inpainting or num_map_classes):
-        raise ConfigError(f"inpainting and num_map_classes are of lfm; networks of {family} do not paint")
+        raise ConfigError(f"inpainting and num_map_classes are for lfm; networks of {family} have no such conditions")
     try:
         if family == "lfm":
             return lfm(options, inpainting=inpainting, num_map_classes=num_map_classes)
@@ -50,10 +50,10 @@ def architecture(
 
 
 def require_family(family: str) -> None:
-    """Refuse a family whose weights are not understood.
+    """Refuse an unknown family.
 
     Raises:
-        ConfigError: the nearest one is named.
+        ConfigError: naming the nearest one.
     """
     if family not in FAMILIES:
         raise ConfigError(f"unknown family {family!r}: {nearest(family, FAMILIES)}")
