@@ -18,7 +18,7 @@ from latentflow.analysis.diagnosis import (
     LossByTime,
     Memorisation,
     Nearness,
-    Ways,
+    TrajectoryShapes,
     baseline_loss,
     channel_moments,
     fine_detail,
@@ -159,7 +159,7 @@ def diagnosis(**changes) -> Diagnosis:
         "loss": loss,
         "training_loss": loss,
         "ways": [
-            Ways(
+            TrajectoryShapes(
                 guidance=1,
                 num=2,
                 straightness=0.1,

@@ -1,4 +1,4 @@
-"""Exact statements about counts: how large a share may be, and whether one set stands before another."""
+"""Exact tests of counts: confidence bounds of a share, and whether one set of values is smaller than another."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def share_bounds(count: int, num: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Lower and upper bound of a share of which `count` of `num` were found, each one-sided; Clopper and Pearson."""
+    """One-sided lower and upper confidence bounds of a share, for `count` of `num`; Clopper and Pearson."""
     chance = 1 - confidence
     low = 0.0 if count == 0 else _solve(lambda p: 1 - _at_most(count - 1, num, p), chance)
     high = 1.0 if count == num else _solve(lambda p: -_at_most(count, num, p), -chance)
@@ -15,12 +15,12 @@ def share_bounds(count: int, num: int, confidence: float = 0.95) -> tuple[float,
 
 
 def chance_of_before(count: int, num: int, rank: int, num_others: int) -> float:
-    """The chance that `count` or more of `num` values lie below the `rank`-th smallest of `num_others` others.
+    """The probability that `count` or more of `num` values lie below the `rank`-th smallest of `num_others` others.
 
-    By chance alone: all values come from one distribution, so that every order of them is equally likely. This is the
-    permutation test of the count, exact for any numbers.
+    Under the null hypothesis all values come from one distribution, so that every order of them is equally likely. This
+    is the permutation test of the count, exact for any numbers.
     """
-    first = count + rank - 1  # the others among the first values may be rank - 1 at most
+    first = count + rank - 1  # at most rank - 1 of the others may be among the first values
     if count > num or first > num + num_others:
         return 0.0
     orders = math.comb(num + num_others, first)
@@ -29,7 +29,7 @@ def chance_of_before(count: int, num: int, rank: int, num_others: int) -> float:
 
 
 def _at_most(count: int, num: int, share: float) -> float:
-    """The chance of `count` or fewer of `num`, each with probability `share`."""
+    """The probability of `count` or fewer of `num`, each with probability `share`."""
     if share >= 1:
         return float(count >= num)
     if share <= 0:
@@ -43,7 +43,7 @@ def _at_most(count: int, num: int, share: float) -> float:
 
 
 def _solve(rising: Callable[[float], float], value: float) -> float:
-    """The share at which a rising function has a value, by bisection."""
+    """The share at which a rising function takes a value, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -43,7 +43,7 @@ class LossByTime(Record):
         return math.hypot(*self.standard_error) / sum(self.baseline)
 
 
-class Ways(Record):
+class TrajectoryShapes(Record):
     """The shapes of trajectories; see `analysis.trajectories`."""
 
     guidance: float
@@ -156,7 +156,7 @@ class Diagnosis(Record):
     num: int
     loss: LossByTime
     training_loss: LossByTime | None
-    ways: list[Ways]
+    ways: list[TrajectoryShapes]
     latents: LatentStatistics
     memorisation: Memorisation
     floor: Floor

@@ -17,7 +17,7 @@ from latentflow.analysis.diagnosis import (
     LossByTime,
     Memorisation,
     Nearness,
-    Ways,
+    TrajectoryShapes,
     fine_detail,
     largest_shift,
 )
@@ -51,7 +51,7 @@ def verdicts(diagnosis: Diagnosis) -> list[Verdict]:
         found.append(_gap_verdict(diagnosis.loss, diagnosis.training_loss, diagnosis.memorisation))
     return [
         *found,
-        _ways_verdict(diagnosis.ways),
+        _trajectories_verdict(diagnosis.ways),
         _latents_verdict(diagnosis.latents),
         _detail_verdict(diagnosis.latents),
         _memorisation_verdict(diagnosis.memorisation),
@@ -105,7 +105,7 @@ def _gap_verdict(held_out: LossByTime, training: LossByTime, test: Memorisation)
     )
 
 
-def _ways_verdict(ways: list[Ways]) -> Verdict:
+def _trajectories_verdict(ways: list[TrajectoryShapes]) -> Verdict:
     used = ways[0]
     plain = f" Without guidance it is {ways[-1].straightness:.3f}." if len(ways) > 1 else ""
     mark = _mark(used.straightness, used.straightness_error, 0.3, math.inf)

@@ -20,7 +20,7 @@ from latentflow.analysis.diagnosis import (
     LossByTime,
     Memorisation,
     Nearness,
-    Ways,
+    TrajectoryShapes,
     baseline_loss,
     channel_moments,
     nearness,
@@ -188,8 +188,8 @@ def _mean_baseline(flow: FlowModel, latents: Tensor) -> list[float]:
     return losses.reshape(_BINS, 20).mean(1).tolist()
 
 
-def _trajectories(flow: FlowModel, drawing: Drawing, batch_size: int) -> list[Ways]:
-    """Trajectories of the first samples, as they are drawn and, if that is guided, without guidance as well."""
+def _trajectories(flow: FlowModel, drawing: Drawing, batch_size: int) -> list[TrajectoryShapes]:
+    """Trajectories of the first samples, with the guidance they are drawn with and, if there is any, without."""
     few = drawing.at(slice(0, min(len(drawing.seeds), _MOST_WAYS)))
     plain = few.model_copy(update={"sampling": few.sampling.model_copy(update={"guidance": 1.0, "guided_by": None})})
     chosen = [few] if few.sampling.guidance == 1 else [few, plain]
@@ -197,7 +197,7 @@ def _trajectories(flow: FlowModel, drawing: Drawing, batch_size: int) -> list[Wa
         return [_followed(flow, one, batch_size, on_images) for one in chosen]
 
 
-def _followed(flow: FlowModel, drawing: Drawing, batch_size: int, on_images: Callable[[int], None]) -> Ways:
+def _followed(flow: FlowModel, drawing: Drawing, batch_size: int, on_images: Callable[[int], None]) -> TrajectoryShapes:
     ways = None
     for start in range(0, len(drawing.seeds), batch_size):
         part = drawing.at(slice(start, start + batch_size))
@@ -209,7 +209,7 @@ def _followed(flow: FlowModel, drawing: Drawing, batch_size: int, on_images: Cal
         on_images(len(noise))
     straightness = ways.straightness
     tails = torch.quantile(straightness, torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
-    return Ways(
+    return TrajectoryShapes(
         guidance=drawing.sampling.guidance,
         num=len(straightness),
         straightness=float(straightness.mean()),

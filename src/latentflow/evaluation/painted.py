@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from latentflow.artifacts import sha256_file
 from latentflow.autoencoder import to_unit_range
 from latentflow.data.items import ImageSource
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares, told_mask
-from latentflow.data.painting.mask_rules import MaskRules
+from latentflow.data.painting.mask_rules import HoleKind, MaskPolicy, MaskRules
 from latentflow.data.painting.masks import check_masks, draw_mask, mask_files
 from latentflow.errors import ConfigError, DataError, nearest
 from latentflow.evaluation.drawn_set import drawn_columns, model_plan
@@ -38,7 +39,7 @@ from latentflow.sampling.pipeline import Given
 from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples
 
-POLICIES = ("mixed", "strokes", "boxes", "halves", "borders")
+_POLICIES = get_args(MaskPolicy)[:1] + get_args(HoleKind)
 _WINDOW = 11  # pixels, of SSIM
 
 Segmenter = Callable[[Tensor], Tensor]
@@ -77,7 +78,7 @@ def plan_painting(model: FlowModel, source: ImageSource, request: EvaluationRequ
     if own_labels:
         require_same_classes(model, source)
     replacing = task == "inpaint" and not conditioning.inpainting
-    told = ["inpainting"] if task == "inpaint" and not replacing else []
+    given = ["inpainting"] if task == "inpaint" and not replacing else []
     if task == "mask-to-image" or "semantic_map" in conditioning.required:
         conditioning.require("semantic_map")
         if list(source.map_class_names) != conditioning.map_class_names:
@@ -85,9 +86,9 @@ def plan_painting(model: FlowModel, source: ImageSource, request: EvaluationRequ
             raise ConfigError(
                 f"the images have the map classes {found}; the model knows {conditioning.map_class_names}"
             )
-        told.append("semantic_map")
+        given.append("semantic_map")
     first = SampleRequest(num=1, seed=request.seed, classes=[0] if own_labels else [], **request.preset())
-    drawing = make_drawing(model, first, task=task, told=told)
+    drawing = make_drawing(model, first, task=task, told=given)
     if task == "mask-to-image":
         name = request.segmenter
         inputs = {"segmenter": name} if name else {}
@@ -243,10 +244,10 @@ def _rules(model: FlowModel, masks: str | None) -> MaskRules:
     learned = model.config.masks or MaskRules()
     if masks is None:
         return learned
-    if masks in POLICIES:
+    if masks in _POLICIES:
         return MaskRules(policy=masks, told_as=learned.told_as)
     if not Path(masks).is_dir():
-        raise ConfigError(f"masks {masks!r} is neither a folder nor a policy: {nearest(masks, POLICIES)}")
+        raise ConfigError(f"masks {masks!r} is neither a folder nor a policy: {nearest(masks, _POLICIES)}")
     return MaskRules(folder=masks, told_as=learned.told_as)
 
 

@@ -53,7 +53,7 @@ class Measured(Record):
     num: int = Field(description="Images the figures are of.")
     distance: float = Field(description="Fréchet distance to the reference.")
     resamples: list[float] = Field(description="The same of resampled images, the same resamples for every candidate.")
-    right: list[bool] = Field([], description="Whether each image is judged to show its class; empty: nothing judges.")
+    right: list[bool] = Field([], description="Whether each image is judged to show its class; empty: not judged.")
     evaluations: list[int] = Field(description="Network calls of each image; a guided call counts twice.")
     drawing_seconds: float = Field(description="Of all these images: solver and decoder.")
     seconds: float = Field(description="Of this round only, with features and arithmetic.")

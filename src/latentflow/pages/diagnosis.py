@@ -6,7 +6,15 @@ import math
 from pathlib import Path
 from statistics import median
 
-from latentflow.analysis.diagnosis import RARE, Diagnosis, Floor, LatentStatistics, Memorisation, Ways, fine_detail
+from latentflow.analysis.diagnosis import (
+    RARE,
+    Diagnosis,
+    Floor,
+    LatentStatistics,
+    Memorisation,
+    TrajectoryShapes,
+    fine_detail,
+)
 from latentflow.analysis.verdicts import WORDS, verdicts
 from latentflow.pages.charts import TIME, Chart, Series
 from latentflow.pages.numbers import number
@@ -49,7 +57,7 @@ def _loss_chart(diagnosis: Diagnosis) -> Chart:
     return Chart([*series, baseline], TIME, "loss")
 
 
-def _trajectory_table(runs: list[Ways]) -> Table:
+def _trajectory_table(runs: list[TrajectoryShapes]) -> Table:
     rows = [
         (
             f"guidance {ways.guidance:g}",
@@ -63,7 +71,7 @@ def _trajectory_table(runs: list[Ways]) -> Table:
     return Table(("trajectories", "straightness", "10th to 90th percentile", "total turning", "samples"), rows)
 
 
-def _turning_chart(runs: list[Ways]) -> Chart:
+def _turning_chart(runs: list[TrajectoryShapes]) -> Chart:
     series = [
         Series(f"guidance {ways.guidance:g}", list(zip(ways.times, ways.turning, strict=True)), markers=False)
         for ways in runs

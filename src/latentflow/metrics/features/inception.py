@@ -239,15 +239,15 @@ def load_inception(path: str | Path) -> InceptionV3:
 
 
 def default_weights() -> Path:
-    """Where the published weights lie once they are downloaded: in the folder that `torch.hub` caches in."""
+    """The place of the published weights once they are downloaded: in the cache folder of `torch.hub`."""
     return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.rpartition("/")[2]
 
 
 def download_weights() -> Path:
-    """The published weights (91 MiB), downloaded from GitHub unless they are in their place already.
+    """The published weights (91 MiB), downloaded from GitHub unless they are there already.
 
     Raises:
-        ArtifactError: the network cannot be reached, or what came or was there is not the published file.
+        ArtifactError: the network cannot be reached, or the file is not the published one.
     """
     file = default_weights()
     if not file.is_file():
@@ -256,12 +256,12 @@ def download_weights() -> Path:
             torch.hub.download_url_to_file(WEIGHTS_URL, str(file), hash_prefix=WEIGHTS_HASH, progress=False)
         except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: a wrong hash
             raise ArtifactError(
-                f"cannot download the FID Inception weights: {error}. Fetch {WEIGHTS_URL} on a machine that can, "
-                f"and put the file at {file}, or name it yourself"
+                f"cannot download the FID Inception weights: {error}. Download {WEIGHTS_URL} elsewhere and put "
+                f"the file at {file}, or give its name"
             ) from error
     elif not sha256_file(file).startswith(WEIGHTS_HASH):
         raise ArtifactError(
-            f"{file} is not the published file (its SHA-256 does not start with {WEIGHTS_HASH}): delete it, "
-            "and it is downloaded anew"
+            f"{file} is not the published file (its SHA-256 does not start with {WEIGHTS_HASH}): delete it "
+            "to download it again"
         )
     return file

@@ -1,4 +1,4 @@
-"""LPIPS (arXiv 1801.03924, version 0.1, AlexNet): how far two images are apart to a network that has learnt to see.
+"""LPIPS (arXiv 1801.03924, version 0.1, AlexNet): the perceptual distance of two images.
 
 The weights are the published ones, in files that the user gives: those of torchvision's AlexNet
 (alexnet-owt-7be5be79.pth) and the five layers of the LPIPS package (alex.pth), in one folder, or the state_dict of
@@ -26,7 +26,7 @@ _CONVOLUTIONS[10] = (256, 256, 3, 1, 1)
 
 _POOLED = (3, 6)  # before these, the maximum over 3 x 3 is taken at every second pixel
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pixels in [-1, 1]
-_LEAST_SIDE = 31  # below, nothing is left for the last layers
+_LEAST_SIDE = 31  # smaller images vanish before the last layers
 
 
 class Lpips(nn.Module):
@@ -44,7 +44,7 @@ class Lpips(nn.Module):
             nn.Conv2d(i, o, kernel, stride, padding) for i, o, kernel, stride, padding in _CONVOLUTIONS.values()
         )
         self.weights = nn.ModuleList(nn.Conv2d(o, 1, 1, bias=False) for _, o, *_ in _CONVOLUTIONS.values())
-        for name, values in (("shift", _SHIFT), ("scale", _SCALE)):  # no part of the published weights
+        for name, values in (("shift", _SHIFT), ("scale", _SCALE)):  # not in the published weights
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     @torch.no_grad()
@@ -79,7 +79,7 @@ def load_lpips(path: str | Path, device: torch.device | str = "cpu") -> Lpips:
     """LPIPS with the published weights; see the head of this file for what `path` may be.
 
     Raises:
-        ArtifactError: a file is missing, damaged or of another network; nothing in it is ever run.
+        ArtifactError: a file is missing, damaged or of another network; no code in it is run.
     """
     path = Path(path)
     files = sorted(path.glob("*.pth")) + sorted(path.glob("*.safetensors")) if path.is_dir() else [path]

@@ -1,4 +1,4 @@
-"""A convolution pyramid with fixed random weights, which separates sets of images without having learnt anything.
+"""A convolution pyramid with fixed random weights, which separates sets of images without any training.
 
 Legend: B images, H and W image height and width in pixels, D features of an image.
 """
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 _CHANNELS = (3, 16, 48, 96, 96)
 _SEED = 20230717
-_GAIN = 1.5  # keeps the levels alike in size, though brightness is taken out
+_GAIN = 1.5  # keeps the levels at the same scale, as brightness is removed
 _SLICE = 64  # images at a time; bounds the memory of large batches
 
 
 class RandomPyramid(nn.Module):
     """Four levels of 3x3 convolution and ReLU, each at half the resolution of the one before.
 
-    Of each channel of each level, the mean and the standard deviation over space are kept: the mean tells how much of
-    a pattern there is, the deviation how it is gathered. Weights are normal (He) and sum to zero over a filter, so
-    that it answers to a pattern and not to brightness; half of the first level's may answer to colours. numpy's
-    legacy generator draws the same weights in every version.
+    The features are the mean and the standard deviation over space of each channel of each level: the amount of a
+    pattern, and its concentration. Weights are normal (He) and sum to zero over a filter, so that it responds to
+    patterns and not to brightness; half of those of the first level may respond to colours. numpy's legacy generator
+    draws the same weights in every version.
     """
 
     side = 64
