@@ -206,6 +206,7 @@ def test_files_and_page(measured):
         *("page.html", "bound.json", "two_sided.svg", "one_sided.svg", "error.svg")
     }
     record = json.loads((folder / "bound.json").read_text())
+    assert BoundRequest(**record["request"]) == result.request
     assert [term["value"] for term in record["terms"]] == [term.value for term in result.bound.terms()]
     assert [(one["variant"], one["error"]) for one in record["totals"]] == [
         (variant, error) for error in ("loss", "velocity") for variant in VARIANTS

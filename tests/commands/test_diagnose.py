@@ -360,6 +360,7 @@ def test_files_and_page(written):
     record = json.loads((folder / "diagnose.json").read_text())
     told = record.pop("verdicts")
     assert Diagnosis.model_validate(record) == found
+    assert DiagnoseRequest(**record["request"]).num == 12
     assert [one["topic"] for one in told] == [one.topic for one in verdicts(found)]
     page = (folder / "page.html").read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["'](?!data:)|https?://(?!www\.w3\.org)|<script|@import|url\(""", page)

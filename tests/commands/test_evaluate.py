@@ -121,6 +121,8 @@ def test_report_of_a_model(command, tmp_path, model_folder, images):
     assert protocol["features"]["hash"] == RandomFeatures().hash
     assert set(protocol["seconds"]) == {"reference", "drawing", "features", "scoring"}
     assert EvaluationReport.load(tmp_path / "a.json").model_dump(mode="json") == report
+    request = EvaluationRequest(**report["request"])
+    assert (request.num, request.seed, request.preset()) == (NUM, 3, {"guidance": 1.5})
     assert not list(tmp_path.rglob("*.png"))
     table = command(model_folder, "--data", images, *FAST, *options[:-1])
     assert "precision" in table.out

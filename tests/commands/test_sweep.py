@@ -476,6 +476,7 @@ def test_a_sweep_writes_json_picture_and_a_page_without_links(command, tmp_path)
     assert "biased upward at this sample size" in result.err
     out = tmp_path / "out"
     found = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
+    assert SweepRequest(**found["request"]).guidance == [1.0, 2.0]
     assert [c["name"] for c in found["candidates"][:1]] == ["euler-1"]
     assert {c["name"] for c in found["candidates"]} == {
         *("euler-1", "euler-2", "euler-1_g2", "euler-2_g2", "euler-1_g2_i0.1-0.6", "euler-2_g2_i0.1-0.6")

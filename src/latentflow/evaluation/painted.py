@@ -21,7 +21,7 @@ from latentflow.artifacts import sha256_file
 from latentflow.autoencoder import to_unit_range
 from latentflow.data.items import ImageSource
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares, told_mask
-from latentflow.data.painting.mask_rules import HoleKind, MaskPolicy, MaskRules
+from latentflow.data.painting.mask_rules import MaskPolicy, MaskRules
 from latentflow.data.painting.masks import check_masks, draw_mask, mask_files
 from latentflow.errors import ConfigError, DataError, nearest
 from latentflow.evaluation.drawn_set import drawn_columns, model_plan
@@ -39,7 +39,7 @@ from latentflow.sampling.pipeline import Given
 from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples
 
-_POLICIES = get_args(MaskPolicy)[:1] + get_args(HoleKind)
+_POLICIES = get_args(MaskPolicy)
 _WINDOW = 11  # pixels, of SSIM
 
 Segmenter = Callable[[Tensor], Tensor]

@@ -110,10 +110,8 @@ def feature_scores(
     others = [name for name in metrics if name not in near]
     if real is None and (needing := [*near, *({"kid"} & {*others})]):
         raise DataError(f"{needing[0]} needs the features of the real images themselves, not only their statistics")
-    place, of = (
-        torch.device(how.device or generated.device),
-        "" if features == "inception" else f" ({features} features)",
-    )
+    of = "" if features == "inception" else f" ({features} features)"
+    place = torch.device(how.device or generated.device)
     exact = exact_device(place)
     find = {
         "fid": lambda: _frechet(generated, reference, features, exact),

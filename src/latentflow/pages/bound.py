@@ -113,6 +113,7 @@ def bound_record(measured: MeasuredBound) -> dict[str, Any]:
     """Everything as JSON; an infinite number is null."""
     bound = measured.bound
     return {
+        "request": measured.request.model_dump(mode="json"),
         "model": measured.request.model,
         "data": measured.data,
         "is_training_data": measured.is_training_data,

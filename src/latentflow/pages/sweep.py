@@ -68,6 +68,7 @@ def _would_decide(result: SweepResult) -> str:
 def summary(result: SweepResult) -> dict[str, Any]:
     """A sweep as JSON. Resamples and earlier rounds of a candidate stand in OUT/candidates."""
     return {
+        "request": result.request.model_dump(mode="json"),
         "model": result.request.model,
         "distance": result.label,
         "num": result.final.num,
