@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from latentflow.api import LatentFlow
 from latentflow.commands.evaluate import evaluate
 from latentflow.commands.sample import sample
-from latentflow.data.sources import images as module
+from latentflow.data.sources import stored as module
 from latentflow.data.sources.images import open_images
 from latentflow.data.stores.files import FolderStore, ZipStore
 from latentflow.errors import DataError
