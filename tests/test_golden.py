@@ -7,7 +7,6 @@ import torch
 
 from latentflow.data.batches import Batch
 from latentflow.flow.times import TrainingTimes
-from latentflow.sampling.pipeline import sample
 from latentflow.training.step import training_step
 from tests import tiny
 
@@ -37,7 +36,7 @@ def test_a_training_step(model):
 
 
 def test_pictures_of_seeds(model):
-    drawn = sample(model, num=3, seed=4, classes=["apple", "cherry"], guidance=2.0, solver="heun", steps=4)
+    drawn = model.sample(num=3, seed=4, classes=["apple", "cherry"], guidance=2.0, solver="heun", steps=4)
     torch.testing.assert_close(
         drawn.latents[:, 1, 2, 3], torch.tensor([1.08411, 1.58416, -2.59942]), rtol=1e-3, atol=1e-4
     )

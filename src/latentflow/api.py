@@ -1,61 +1,193 @@
-"""A model as its users hold it: `FlowModel` with everything that can be drawn with it as methods."""
+"""The Python interface: `LatentFlow`, a model with a method for every verb that draws.
+
+Keyword arguments are the fields of the request of the same name in `latentflow.sampling.request`, which are the options
+of the command line as well.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
+import numpy as np
+from torch import Tensor
+
+from latentflow.data.painting.mask_reader import Mask
+from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
 from latentflow.sampling import edits, inpaint, inversion, mask_to_image, pipeline
+from latentflow.sampling.inputs import ImageInput, MapInput
 from latentflow.sampling.inversion import Inversion
+from latentflow.sampling.request import (
+    Fit,
+    ImageToImageRequest,
+    InpaintRequest,
+    InterpolateRequest,
+    InvertRequest,
+    MaskToImageRequest,
+    Method,
+    SampleRequest,
+    VaryRequest,
+)
 from latentflow.sampling.samples import Samples
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
+
+
+class SamplingOptions(TypedDict, total=False):
+    """`SamplingRequest`, for type checkers. What is left out comes from the preset in the model folder."""
+
+    guidance: float | None
+    guidance_interval: tuple[float, float] | None
+    guided_by: list[str] | None
+    guided_channels: int | None
+    solver: str | None
+    steps: int | None
+    shift: float | None
+    rtol: float | None
+    atol: float | None
+
+
+class SampleOptions(SamplingOptions, total=False):
+    """`SampleRequest`, for type checkers."""
+
+    num: int
+    classes: ClassList | None
+    seed: int
+
+
+class InpaintOptions(SampleOptions, total=False):
+    """`InpaintRequest`, for type checkers."""
+
+    fit: Fit | None
+    feather: int
+    method: Method | None
+
+
+class MaskToImageOptions(SampleOptions, total=False):
+    """`MaskToImageRequest`, for type checkers."""
+
+    native: bool
+
+
+class ImageToImageOptions(SampleOptions, total=False):
+    """`ImageToImageRequest`, for type checkers."""
+
+    strength: float
+
+
+class InterpolateOptions(SamplingOptions, total=False):
+    """`InterpolateRequest`, for type checkers."""
+
+    seeds: tuple[int, int]
+    num: int
+    classes: ClassList | None
+
+
+class VaryOptions(SamplingOptions, total=False):
+    """`VaryRequest`, for type checkers."""
+
+    seed: int
+    amount: float
+    num: int
+    classes: ClassList | None
+
+
+class InvertOptions(SamplingOptions, total=False):
+    """`InvertRequest`, for type checkers."""
+
+    classes: ClassList | None
 
 
 class LatentFlow(FlowModel):
-    """A flow-matching model that draws; `LatentFlow.from_pretrained(...)` loads one.
+    """A flow-matching model that draws; load one with `LatentFlow.from_pretrained(...)`.
 
-    Seeds, conditions, guidance and solver are those of the command line, and give the same pictures.
+    The same seeds and options give the same pictures as on the command line. Every method raises `ConfigError` or
+    `DataError` for bad input, before anything is computed.
     """
 
-    def sample(self, num: int = 1, **request: Any) -> Samples:
-        """Draw `num` images; the arguments are those of `latentflow.sampling.pipeline.sample`.
+    def sample(self, *, noise: Tensor | None = None, batch_size: int = 16, **options: Unpack[SampleOptions]) -> Samples:
+        """Draw images from seeds and classes; one unless `num` is given.
 
         LatentFlow.from_pretrained("runs/photos").sample(num=16, classes=["cat", "dog"], guidance=1.5, seed=0).images
-        """
-        return pipeline.sample(self, num=num, **request)
 
-    def inpaint(self, image: Any, mask: Any, **request: Any) -> Samples:
-        """Fill the hole of an image; the arguments are those of `latentflow.sampling.inpaint.inpaint`.
+        Args:
+            noise: [num, C, h, w] to start from instead of the seeds' noise, for example from `invert`.
+            batch_size: images computed together; it changes speed and memory, not the pictures.
+            options: the fields of `SampleRequest`.
+        """
+        request = SampleRequest(**{"num": 1, **options})
+        return pipeline.sample(self, request, noise=noise, batch_size=batch_size)
+
+    def inpaint(
+        self,
+        image: ImageInput | np.ndarray,
+        mask: Mask,
+        *,
+        semantic_map: MapInput | None = None,
+        batch_size: int = 4,
+        **options: Unpack[InpaintOptions],
+    ) -> Samples:
+        """Fill the hole of an image; see `latentflow.sampling.inpaint.inpaint`.
 
         model.inpaint("street.jpg", "hole.png", num=4, seed=0).images
+
+        Args:
+            mask: of the image's size, white where the image is to be filled.
+            semantic_map: of the image's size, for a model that is conditioned on maps as well.
+            options: the fields of `InpaintRequest`.
         """
-        return inpaint.inpaint(self, image, mask, **request)
+        request = InpaintRequest(**options)
+        return inpaint.inpaint(self, image, mask, request, semantic_map=semantic_map, batch_size=batch_size)
 
-    def mask_to_image(self, semantic_map: Any, **request: Any) -> Samples:
-        """Paint a semantic map; the arguments are those of `latentflow.sampling.mask_to_image.mask_to_image`."""
-        return mask_to_image.mask_to_image(self, semantic_map, **request)
+    def mask_to_image(
+        self, semantic_map: MapInput, *, batch_size: int = 16, **options: Unpack[MaskToImageOptions]
+    ) -> Samples:
+        """Draw images of a semantic map; see `latentflow.sampling.mask_to_image.mask_to_image`.
 
-    def image_to_image(self, image: Any, **request: Any) -> Samples:
-        """Redraw an image; the arguments are those of `latentflow.sampling.edits.image_to_image`.
+        Args:
+            options: the fields of `MaskToImageRequest`.
+        """
+        request = MaskToImageRequest(**options)
+        return mask_to_image.mask_to_image(self, semantic_map, request, batch_size=batch_size)
+
+    def image_to_image(
+        self, image: ImageInput, *, batch_size: int = 16, **options: Unpack[ImageToImageOptions]
+    ) -> Samples:
+        """Redraw an image; see `latentflow.sampling.edits.image_to_image`.
 
         model.image_to_image("cat.jpg", strength=0.6, classes=["dog"], num=4).images
-        """
-        return edits.image_to_image(self, image, **request)
 
-    def interpolate(self, **request: Any) -> Samples:
-        """Draw frames between two seeds or classes; the arguments are those of `latentflow.sampling.edits.interpolate`.
+        Args:
+            options: the fields of `ImageToImageRequest`.
+        """
+        return edits.image_to_image(self, image, ImageToImageRequest(**options), batch_size=batch_size)
+
+    def interpolate(self, *, batch_size: int = 16, **options: Unpack[InterpolateOptions]) -> Samples:
+        """Draw the frames between two seeds or classes; see `latentflow.sampling.edits.interpolation`.
 
         model.interpolate(seeds=(3, 8), classes=["cat", "dog"], num=9).images
+
+        Args:
+            options: the fields of `InterpolateRequest`.
         """
-        return edits.interpolate(self, **request)
+        return edits.interpolate(self, InterpolateRequest(**options), batch_size=batch_size)
 
-    def vary(self, **request: Any) -> Samples:
-        """Draw pictures near that of one seed; the arguments are those of `latentflow.sampling.edits.vary`."""
-        return edits.vary(self, **request)
+    def vary(self, *, batch_size: int = 16, **options: Unpack[VaryOptions]) -> Samples:
+        """Draw variations of the picture of one seed; see `latentflow.sampling.edits.variations`.
 
-    def invert(self, image: Any, **request: Any) -> Inversion:
-        """Find the noise of an image; the arguments are those of `latentflow.sampling.inversion.invert`.
+        Args:
+            options: the fields of `VaryRequest`.
+        """
+        return edits.vary(self, VaryRequest(**options), batch_size=batch_size)
+
+    def invert(self, image: ImageInput, **options: Unpack[InvertOptions]) -> Inversion:
+        """Find the noise that an image would be drawn from; see `latentflow.sampling.inversion.invert`.
 
         inversion = model.invert("cat.jpg", classes=["cat"])
         model.sample(noise=inversion.noise, classes=["dog"], guidance=1).images
+
+        Args:
+            options: the fields of `InvertRequest`.
         """
-        return inversion.invert(self, image, **request)
+        return inversion.invert(self, image, InvertRequest(**options))

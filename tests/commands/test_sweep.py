@@ -38,7 +38,6 @@ from latentflow.metrics.stored_statistics import Provenance, Reference
 from latentflow.model.config import SamplingPreset
 from latentflow.model.flow_model import read_config
 from latentflow.pages.sweep import verdict
-from latentflow.sampling.pipeline import sample
 from tests import tiny
 from tests.processes import Result, run_here
 
@@ -464,7 +463,7 @@ def test_distances_are_those_of_the_images(small, models, images):
     extractor, source = RandomFeatures(), open_images(images, tiny.IMAGE_SIZE)
     real = torch.stack([torch.from_numpy(source[i].pixels.copy()).permute(2, 0, 1) for i in range(len(source))])
     flow = LatentFlow.from_pretrained(models["classes"], runtime=tiny.CPU)
-    drawn = sample(flow, num=12, solver="euler", steps=2, guidance=1.0)
+    drawn = flow.sample(num=12, solver="euler", steps=2, guidance=1.0)
     exact = frechet_distance(FeatureStatistics.of(extractor(drawn.pixels)), FeatureStatistics.of(extractor(real)))
     assert result.final.measured["euler-2"].distance == pytest.approx(exact, rel=1e-4)
     assert result.final.measured["euler-2"].evaluations == [2] * 12

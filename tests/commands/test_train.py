@@ -86,7 +86,7 @@ def test_the_remedies_help(refused, tmp_path, images, cache, kl, kl_folder):
 )
 def test_previews_guided_by_what_was_never_dropped(refused, segmented, sampling, dropout, said):
     given = {"sampling": {"guidance": 2.0, **sampling}, "conditioning": {"semantic_map": True, **dropout}}
-    refused(ConfigError, said, "never trained", data={"path": segmented}, **given)
+    refused(ConfigError, said, "was not trained", data={"path": segmented}, **given)
 
 
 # What the data decide

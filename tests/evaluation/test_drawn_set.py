@@ -11,7 +11,6 @@ from latentflow.evaluation.drawn_set import plan_set
 from latentflow.evaluation.shards import Work
 from latentflow.metrics.features.extractors import RandomFeatures
 from latentflow.randomness import derive_seed
-from latentflow.sampling.pipeline import sample
 from tests import tiny
 
 NUM = 10
@@ -45,7 +44,7 @@ def small_shards(monkeypatch):
 
 
 def test_images_are_those_of_sample(model, extractor, whole):
-    samples = sample(model, num=NUM, seed=5)
+    samples = model.sample(num=NUM, seed=5)
     torch.testing.assert_close(whole["features"], extractor(samples.pixels), rtol=1e-3, atol=1e-3)
     assert whole["features"].dtype == torch.float32
     assert whole["labels"].tolist() == samples.request.labels == [(5 + i) % 3 for i in range(NUM)]

@@ -12,7 +12,7 @@ from latentflow.errors import ConfigError
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
 from latentflow.sampling.drawing import Drawing, check_drawing, guided_by, make_drawing
-from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, initial_noise, sample
+from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, initial_noise
 from latentflow.sampling.request import SampleRequest
 from latentflow.shapes import Condition
 from tests import tiny
@@ -117,7 +117,7 @@ def test_what_is_not_told_is_null(model):
 @pytest.mark.parametrize("nobody", [[], ["none"]])
 def test_no_class_draws_unconditionally(kl, nobody):
     model = tiny.model(kl, time_scale=20.0)
-    drawn = sample(model, num=3, classes=nobody, seed=2)
+    drawn = model.sample(num=3, classes=nobody, seed=2)
     assert (drawn.request.labels, drawn.request.told) == ([], [])
     null = torch.full((3,), 3)
 
@@ -138,18 +138,18 @@ def test_classes_of_a_model_that_is_told_more(model):
 
 
 def test_noise_in_place_of_the_seeds_own(model):
-    drawn = sample(model, num=3, seed=4)
+    drawn = model.sample(num=3, seed=4)
     own = initial_noise(model, drawn.request)
-    again = sample(model, num=3, seed=4, noise=own)
+    again = model.sample(num=3, seed=4, noise=own)
     assert torch.equal(again.latents, drawn.latents)
-    elsewhere = sample(model, num=3, seed=70, noise=own, batch_size=2)
+    elsewhere = model.sample(num=3, seed=70, noise=own, batch_size=2)
     same_pictures(elsewhere, drawn)
     one_for_all = draw_all(
         model, make_drawing(model, SampleRequest(num=3, classes=["berry"])), Given(noise=own[:1])
     ).latents
     torch.testing.assert_close(one_for_all[0], one_for_all[2], rtol=0, atol=ROUNDING)
     with pytest.raises(ConfigError, match=r"noise of shape \[2, 4, 8, 8\]; 3 images of this model need \[3, 4, 8, 8\]"):
-        sample(model, num=3, noise=own[:2])
+        model.sample(num=3, noise=own[:2])
 
 
 # Guidance
@@ -202,19 +202,24 @@ def test_without_further_words_all_that_is_told_guides(model, told):
             {},
             ["label"],
             ["inpainting"],
-            "guided by inpainting, which the images are not told (they are told label);",
+            "guided by inpainting, which is not given (conditions given: label);",
         ),
-        ({}, [], ["label"], "guided by label, which the images are not told"),
-        ({}, [], None, "the images are told nothing that it could strengthen"),
+        ({}, [], ["label"], "guided by label, which is not given"),
+        ({}, [], None, "no condition is given, so guidance has nothing to act on"),
         (
             {"map_dropout": 0.0},
             EVERYTHING,
             ["semantic_map"],
-            "never trained in this model, which can guide by label, in",
+            "its unconditional branch was not trained; this model supports guidance on label, in",
         ),
         ({"map_dropout": 0.0}, ["semantic_map"], None, "the model was trained with conditioning.map_dropout = 0"),
         ({}, EVERYTHING, ["semantic_mop"], "guided by 'semantic_mop': no such condition; did you mean 'semantic_map'?"),
-        ({"inpainting": False}, ["label"], ["inpainting"], "guided by inpainting: its null was never trained"),
+        (
+            {"inpainting": False},
+            ["label"],
+            ["inpainting"],
+            "its unconditional branch was not trained",
+        ),
     ],
 )
 def test_guidance_that_means_nothing_is_refused(kl, made, told, by, said):
@@ -227,7 +232,7 @@ def test_guidance_that_means_nothing_is_refused(kl, made, told, by, said):
 @pytest.mark.parametrize(
     ("missing", "said"),
     [
-        ("label", "never learned to do without the condition label; give --classes"),
+        ("label", "this model requires the condition label: it was trained with label_dropout = 0; give --classes"),
         ("inpainting", "it can only fill holes: `latentflow inpaint` with the method 'condition'"),
         ("semantic_map", "give a map: `latentflow inpaint --map`"),
     ],

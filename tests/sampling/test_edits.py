@@ -16,8 +16,8 @@ from latentflow.autoencoder import to_unit_range
 from latentflow.data.pictures.crop import center_crop
 from latentflow.errors import ConfigError, DataError
 from latentflow.sampling.drawing import Drawing
-from latentflow.sampling.edits import image_to_image, interpolate, variation_seed, vary
-from latentflow.sampling.pipeline import Given, draw_all, initial_noise, sample
+from latentflow.sampling.edits import variation_seed
+from latentflow.sampling.pipeline import Given, draw_all, initial_noise
 from tests import tiny
 from tests.fields import LinearField
 
@@ -63,32 +63,32 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("strength", [0.01, 0.3, 1.0])
 def test_drawing_starts_on_the_path(still, photo, strength):
-    drawn = image_to_image(still, photo, strength=strength, num=3, seed=4)
+    drawn = still.image_to_image(photo, strength=strength, num=3, seed=4)
     latents, noise = latents_of(still, photo).expand(3, -1, -1, -1), noise_of(still, 4, 5, 6)
     close(drawn.latents, still.config.path.interpolate(latents, noise, torch.full((3,), strength)))
 
 
 def test_full_strength_leaves_nothing_of_the_image(model, photo):
-    drawn = image_to_image(model, photo, strength=1.0, num=2, classes=["berry"], seed=4)
-    close(drawn.latents, sample(model, num=2, classes=["berry"], seed=4).latents)
+    drawn = model.image_to_image(photo, strength=1.0, num=2, classes=["berry"], seed=4)
+    close(drawn.latents, model.sample(num=2, classes=["berry"], seed=4).latents)
 
 
 def test_little_strength_leaves_the_image(model, photo):
-    drawn = image_to_image(model, photo, strength=1e-4, classes=["berry"])
+    drawn = model.image_to_image(photo, strength=1e-4, classes=["berry"])
     assert (drawn.latents - latents_of(model, photo)).abs().max() < 1e-2
 
 
 def test_the_solver_starts_at_the_strength(kl, photo):
     """v = x: one Euler step from s to 0 multiplies x_s by 1 - s."""
     model = LatentFlow(tiny.model(kl).config, LinearField(rate=1.0), kl)
-    drawn = image_to_image(model, photo, strength=0.25, seed=4, solver="euler", steps=1)
+    drawn = model.image_to_image(photo, strength=0.25, seed=4, solver="euler", steps=1)
     x = model.config.path.interpolate(latents_of(model, photo), noise_of(model, 4), torch.tensor([0.25]))
     close(drawn.latents, x * (1 - 0.25))
 
 
 def test_an_image_in_memory_is_one_in_a_file(model, photo):
     with Image.open(photo) as image:
-        one, other = image_to_image(model, image, seed=2), image_to_image(model, photo, seed=2)
+        one, other = model.image_to_image(image, seed=2), model.image_to_image(photo, seed=2)
     assert torch.equal(one.latents, other.latents)
     assert one.request.inputs == {}
     assert list(other.request.inputs) == ["image"]
@@ -98,22 +98,22 @@ def test_an_image_in_memory_is_one_in_a_file(model, photo):
 def test_small_pictures_are_enlarged_but_not_from_nothing(model):
     red = Image.new("RGB", (tiny.FACTOR, tiny.FACTOR), "red")
     large = Image.new("RGB", (50, 50), "red")
-    assert torch.equal(image_to_image(model, red).latents, image_to_image(model, large).latents)
+    assert torch.equal(model.image_to_image(red).latents, model.image_to_image(large).latents)
     with pytest.raises(DataError, match="latent pixel"):
-        image_to_image(model, red.resize((tiny.FACTOR - 1, 50)))
+        model.image_to_image(red.resize((tiny.FACTOR - 1, 50)))
 
 
 @pytest.mark.parametrize("strength", [0.0, -0.1, 1.5, math.nan])
 def test_strengths_that_mean_nothing(model, photo, strength):
     with pytest.raises(ConfigError, match="strength"):
-        image_to_image(model, photo, strength=strength)
+        model.image_to_image(photo, strength=strength)
 
 
 # Interpolation
 
 
 def test_noise_goes_along_a_great_circle(still):
-    drawn = interpolate(still, seeds=(3, 8), num=5)
+    drawn = still.interpolate(seeds=(3, 8), num=5)
     a, b = noise_of(still, 3, 8)
     for frame, w in enumerate([0, 0.25, 0.5, 0.75, 1]):
         close(drawn.latents[frame], math.cos(w * math.pi / 2) * a + math.sin(w * math.pi / 2) * b)
@@ -123,7 +123,7 @@ def test_velocities_are_mixed_in_proportion(kl):
     """v = c_label: each frame ends in noise - (1 - w) c_from - w c_to."""
     levels = torch.tensor([0.0, 1.0, 5.0, 100.0])
     model = LatentFlow(tiny.model(kl).config, LinearField(levels=levels), kl)
-    drawn = interpolate(model, seeds=(3, 3), classes=["berry", "cherry"], num=5)
+    drawn = model.interpolate(seeds=(3, 3), classes=["berry", "cherry"], num=5)
     expected = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).reshape(5, 1, 1, 1)
     close(drawn.latents, noise_of(model, 3) - expected)
 
@@ -141,24 +141,24 @@ def test_velocities_are_mixed_in_proportion(kl):
     ],
 )
 def test_the_ends_are_plain_samples(model, seeds, classes, ends):
-    drawn = interpolate(model, seeds=seeds, classes=classes, num=3, steps=4)
+    drawn = model.interpolate(seeds=seeds, classes=classes, num=3, steps=4)
     for row, seed, told in ((0, seeds[0], ends[0]), (2, seeds[1], ends[1])):
-        close(drawn.latents[row], sample(model, seed=seed, classes=told, steps=4).latents[0])
+        close(drawn.latents[row], model.sample(seed=seed, classes=told, steps=4).latents[0])
     assert (drawn.latents[1] - drawn.latents[0]).abs().max() > 0.1
     assert (drawn.latents[1] - drawn.latents[2]).abs().max() > 0.1
 
 
 def test_guidance_holds_for_both_classes(model):
-    drawn = interpolate(model, seeds=(3, 8), classes=["berry", "apple"], num=2, guidance=3.0)
-    close(drawn.latents[1], sample(model, seed=8, classes=["apple"], guidance=3.0).latents[0])
+    drawn = model.interpolate(seeds=(3, 8), classes=["berry", "apple"], num=2, guidance=3.0)
+    close(drawn.latents[1], model.sample(seed=8, classes=["apple"], guidance=3.0).latents[0])
     assert drawn.evaluations.tolist() == [8, 8]  # two Euler steps, guided, for two classes
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"seeds": (1,)}, "1 seeds"),
-        ({"seeds": (1, 2, 3)}, "3 seeds"),
+        ({"seeds": (1,)}, "seeds (1,): an interpolation needs two seeds, from and to"),
+        ({"seeds": (1, 2, 3)}, "an interpolation needs two seeds"),
         ({"num": 1}, "number of frames 1: give a whole number from 2"),
         ({"classes": ["apple", "berry", "cherry"]}, "3 classes"),
         ({"classes": ["aple", "berry"]}, "did you mean 'apple'?"),
@@ -169,7 +169,7 @@ def test_guidance_holds_for_both_classes(model):
 )
 def test_interpolations_that_cannot_be_drawn(model, given, said):
     with pytest.raises(ConfigError) as caught:
-        interpolate(model, **given)
+        model.interpolate(**given)
     assert said in str(caught.value)
 
 
@@ -177,7 +177,7 @@ def test_interpolations_that_cannot_be_drawn(model, given, said):
 
 
 def test_variations_turn_the_noise(still):
-    drawn = vary(still, seed=3, num=2, amount=0.3)
+    drawn = still.vary(seed=3, num=2, amount=0.3)
     own, first, second = noise_of(still, 3, variation_seed(3, 0), variation_seed(3, 1))
     turned = [math.cos(0.15 * math.pi) * own + math.sin(0.15 * math.pi) * other for other in (first, second)]
     close(drawn.latents, torch.stack(turned))
@@ -190,14 +190,14 @@ def test_variation_seeds_are_fixed():
 
 @pytest.mark.parametrize("told", [{}, {"classes": []}, {"classes": "cherry"}, {"classes": [1]}])
 def test_no_variation_is_the_picture_itself(model, told):
-    own = sample(model, seed=4, **told).latents
-    close(vary(model, seed=4, num=2, amount=0.0, **told).latents, own.expand(2, -1, -1, -1))
+    own = model.sample(seed=4, **told).latents
+    close(model.vary(seed=4, num=2, amount=0.0, **told).latents, own.expand(2, -1, -1, -1))
 
 
 def test_more_variation_is_farther_away(model):
-    own = sample(model, seed=3, classes=["berry"]).latents
+    own = model.sample(seed=3, classes=["berry"]).latents
     far = [
-        (vary(model, seed=3, num=8, amount=amount, classes=["berry"]).latents - own).square().mean()
+        (model.vary(seed=3, num=8, amount=amount, classes=["berry"]).latents - own).square().mean()
         for amount in (0.05, 0.2, 0.6)
     ]
     assert 0 < far[0] < far[1] < far[2]
@@ -215,7 +215,7 @@ def test_more_variation_is_farther_away(model):
 )
 def test_variations_that_cannot_be_drawn(model, given, said):
     with pytest.raises(ConfigError) as caught:
-        vary(model, **given)
+        model.vary(**given)
     assert said in str(caught.value)
 
 
@@ -225,9 +225,9 @@ def test_variations_that_cannot_be_drawn(model, given, said):
 def edits(model: LatentFlow, photo: Path, **options):
     """One of each kind."""
     return {
-        "image-to-image": image_to_image(model, photo, num=5, classes=["berry", "apple"], seed=3, **options),
-        "interpolate": interpolate(model, seeds=(3, 8), num=5, classes=["berry", "apple"], **options),
-        "vary": vary(model, seed=3, num=5, classes=["berry"], **options),
+        "image-to-image": model.image_to_image(photo, num=5, classes=["berry", "apple"], seed=3, **options),
+        "interpolate": model.interpolate(seeds=(3, 8), num=5, classes=["berry", "apple"], **options),
+        "vary": model.vary(seed=3, num=5, classes=["berry"], **options),
     }
 
 
@@ -262,12 +262,12 @@ def test_a_png_holds_what_draws_it_again(model, photo, tmp_path):
 
 def test_the_presets_guidance_is_for_pictures_that_are_told_something(kl, photo):
     model = tiny.model(kl, time_scale=20.0, guidance=3.0)
-    assert interpolate(model, seeds=(3, 8), num=2, classes=[]).request.sampling.guidance == 1
-    assert interpolate(model, seeds=(3, 8), num=2).request.sampling.guidance == 3
-    assert interpolate(model, seeds=(3, 8), num=2, classes=["apple"]).request.sampling.guidance == 3
-    assert sample(model, classes=[]).request.sampling.guidance == 1
+    assert model.interpolate(seeds=(3, 8), num=2, classes=[]).request.sampling.guidance == 1
+    assert model.interpolate(seeds=(3, 8), num=2).request.sampling.guidance == 3
+    assert model.interpolate(seeds=(3, 8), num=2, classes=["apple"]).request.sampling.guidance == 3
+    assert model.sample(classes=[]).request.sampling.guidance == 1
     with pytest.raises(ConfigError, match="use guidance 1"):
-        vary(model, guidance=3.0, classes="none")
+        model.vary(guidance=3.0, classes="none")
 
 
 def test_conditions_of_space_are_null(kl, photo):
@@ -279,16 +279,10 @@ def test_conditions_of_space_are_null(kl, photo):
 
 def test_a_condition_that_cannot_be_done_without(kl, photo):
     model = tiny.model(kl, conditioning={**tiny.SPATIAL, "map_dropout": 0.0})
-    for draw in (lambda: image_to_image(model, photo), lambda: interpolate(model), lambda: vary(model)):
+    for draw in (lambda: model.image_to_image(photo), lambda: model.interpolate(), lambda: model.vary()):
         with pytest.raises(ConfigError, match="mask-to-image"):
             draw()
     labelled = tiny.model(kl, label_dropout=0.0)
     with pytest.raises(ConfigError, match="give --classes"):
-        vary(labelled, classes=[])
-    assert len(vary(labelled, classes=["apple"], num=1).pixels) == 1
-
-
-def test_the_methods_of_the_model(model, photo):
-    assert torch.equal(model.image_to_image(photo, seed=2).pixels, image_to_image(model, photo, seed=2).pixels)
-    assert torch.equal(model.interpolate(num=2).pixels, interpolate(model, num=2).pixels)
-    assert torch.equal(model.vary(num=2).pixels, vary(model, num=2).pixels)
+        labelled.vary(classes=[])
+    assert len(labelled.vary(classes=["apple"], num=1).pixels) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -29,8 +30,9 @@ from latentflow.flow.solvers import is_adaptive
 from latentflow.flow.times import TrainingTimes
 from latentflow.model.conditioning import CONDITION_NAMES
 from latentflow.randomness import derive_seed
-from latentflow.sampling.frame import FITS, Frame, choose_frame
-from latentflow.sampling.inpaint import METHODS, inpaint
+from latentflow.sampling.frame import Frame, choose_frame
+from latentflow.sampling.inpaint import inpaint
+from latentflow.sampling.request import Fit, InpaintRequest, Method
 from latentflow.shapes import Condition
 from latentflow.training.step import training_step
 from tests import tiny
@@ -120,7 +122,7 @@ def test_files_keep_the_form_of_the_image_and_its_known_numbers(model, tmp_path,
     mode, make = FORMS[form]
     image, mask = make(scene(23, 41)), middle(23, 41)
     image.save(tmp_path / "in.png", icc_profile=profile)
-    result = inpaint(model, tmp_path / "in.png", mask, feather=feather, num=2)
+    result = model.inpaint(tmp_path / "in.png", mask, feather=feather, num=2)
     seen = np.asarray(to_rgb(Image.open(tmp_path / "in.png")))
     assert (pixels_of(result) == seen)[:, mask == 0].all()  # in memory: 8-bit sRGB, on white
     for row, file in enumerate(result.save_as(tmp_path / "out.png")):
@@ -149,7 +151,7 @@ def test_files_keep_the_form_of_the_image_and_its_known_numbers(model, tmp_path,
 def test_what_a_png_cannot_keep_is_told(model, tmp_path, caplog, monkeypatch, image, kind, told):
     monkeypatch.setattr("latentflow.console._told", set())
     image.save(tmp_path / "in", kind)
-    inpaint(model, tmp_path / "in", middle(23, 41))
+    model.inpaint(tmp_path / "in", middle(23, 41))
     messages = [record.message for record in caplog.records if "does not keep" in record.message]
     assert messages == ([f"the result does not keep all of {tmp_path / 'in'}: {told}"] if told else [])
 
@@ -173,7 +175,7 @@ def test_turned_photos_with_masks_and_maps_of_either_kind(model, tmp_path, turn,
         for name, pixels in pictures.items():
             pixels = turned(pixels, turn) if kind == "upright" else pixels
             Image.fromarray(pixels).save(tmp_path / f"{name}.png", **own)
-        result = inpaint(model, tmp_path / f"in.{suffix}", tmp_path / "mask.png", semantic_map=tmp_path / "map.png")
+        result = model.inpaint(tmp_path / f"in.{suffix}", tmp_path / "mask.png", semantic_map=tmp_path / "map.png")
         changed = (pixels_of(result)[0] != seen).any(-1)
         assert not changed[turned(hole, turn) == 0].any() and changed[turned(hole, turn) == 1].mean() > 0.5
         (file,) = result.save_as(tmp_path / "out.png")
@@ -189,22 +191,22 @@ def test_what_fits_a_turned_photo_both_ways_is_refused(model, tmp_path):
     Image.fromarray(scene(20, 32)).save(tmp_path / "in.png", exif=exif)
     hole, either = box(20, 32, 4, 6, 9, 20), box(20, 32, 4, 6, 16, 26)
     with pytest.raises(DataError, match=r"the mask may belong to its image as it is shown or .* orientation 3\)"):
-        inpaint(model, tmp_path / "in.png", hole)
+        model.inpaint(tmp_path / "in.png", hole)
     with pytest.raises(DataError, match="the semantic map may belong to its image as it is shown or"):
-        inpaint(model, tmp_path / "in.png", either, semantic_map=hole)
+        model.inpaint(tmp_path / "in.png", either, semantic_map=hole)
 
 
 SIZES = [(9, 7), (16, 16), (20, 16), (23, 41), (48, 48), (44, 36), (20, 52)]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", get_args(Method))
 @pytest.mark.parametrize("feather", [0, 3])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_known_pixels_stay_to_the_bit(model, size, feather, method):
     image, mask = picture(*size), middle(*size)
     fits = ["window", "whole"] + (["native"] if size[0] % MULTIPLE == size[1] % MULTIPLE == 0 else [])
     for fit in fits:
-        result = inpaint(model, image, mask, fit=fit, feather=feather, method=method, num=2)
+        result = model.inpaint(image, mask, fit=fit, feather=feather, method=method, num=2)
         assert result.pixels.dtype == torch.uint8
         filled = pixels_of(result)
         assert filled.shape == (2, *size, 3)
@@ -218,7 +220,7 @@ def test_known_pixels_stay_for_any_hole(model, height, width, seed, feather):
     mask = draw_mask(MaskRules(most_share=0.5), height, width, seed)
     image = picture(height, width, seed)
     try:
-        result = inpaint(model, image, mask, feather=feather)
+        result = model.inpaint(image, mask, feather=feather)
     except DataError as error:  # of few pixels with holes all over, nothing may be left
         assert "the mask covers the whole image" in str(error)
         return
@@ -227,7 +229,7 @@ def test_known_pixels_stay_for_any_hole(model, height, width, seed, feather):
 
 def test_what_was_drawn_is_pasted_where_nothing_is_scaled(model):
     image, mask = picture(SIZE, SIZE), middle(SIZE, SIZE)
-    result = inpaint(model, image, mask)
+    result = model.inpaint(image, mask)
     drawn = to_uint8(model.decode(result.latents))[0].permute(1, 2, 0).numpy()
     assert (pixels_of(result)[0] == np.where(mask[..., None] == 1, drawn, image)).all()
     assert result.request.image_size == (SIZE, SIZE)
@@ -238,7 +240,7 @@ def test_replacement_follows_the_path_to_the_known_image(plain):
     image, mask = picture(24, 24), box(24, 24, 6, 8, 14, 18)
     frame = choose_frame(plain, mask, "native")
     seen, _ = frame.cut(image, mask)
-    result = inpaint(plain, image, mask, fit="native")
+    result = plain.inpaint(image, mask, fit="native")
     known = plain.encode(torch.from_numpy(seen).permute(2, 0, 1)[None] / 127.5 - 1)
     outside = torch.ones(12, 12, dtype=torch.bool)
     outside[3:7, 4:9] = False
@@ -341,7 +343,7 @@ def test_a_hairline_on_a_large_image_is_told(model):
     np.fill_diagonal(mask, 1)
     mask[200, :] = 1
     model.conditions.clear()
-    result = inpaint(model, image, mask)
+    result = model.inpaint(image, mask)
     assert (pixels_of(result)[0] == image)[mask == 0].all()
     told = model.conditions[0].mask[0, 0]
     assert (told.diagonal() > 0).all()
@@ -392,7 +394,7 @@ def test_the_model_is_told_what_training_tells_it(model, segmented):
         item = source[int(batch.indices[0])]
         mask = draw_mask(rules, SIZE, SIZE, derive_seed(seed, "mask", position))
         model.conditions.clear()
-        inpaint(model, item.pixels, mask, classes=[item.label], semantic_map=item.semantic_map, fit="native")
+        model.inpaint(item.pixels, mask, classes=[item.label], semantic_map=item.semantic_map, fit="native")
         assert in_training[0].names == ["labels", "masked_latents", "mask", "class_fractions"]
         for name in in_training[0].names:
             assert torch.equal(getattr(model.conditions[0], name), getattr(in_training[0], name)), name
@@ -412,7 +414,7 @@ def test_the_map_is_seen_through_the_same_frame(model):
         wanted = shares(class_counts(indices[rows][:, columns], 3, tiny.FACTOR), tiny.FACTOR)
         for given_map in (indices, Image.fromarray(indices), Image.fromarray(colour_map(indices, tiny.MAP_PALETTE))):
             model.conditions.clear()
-            inpaint(model, scene(height, width), mask, fit=fit, semantic_map=given_map)
+            model.inpaint(scene(height, width), mask, fit=fit, semantic_map=given_map)
             assert torch.equal(model.conditions[0].class_fractions[0], wanted)
         assert wanted.sum(0).min() == 0  # unlabelled pixels
 
@@ -420,16 +422,16 @@ def test_the_map_is_seen_through_the_same_frame(model):
 # Nothing of what the hole covers is used
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", get_args(Method))
 @pytest.mark.parametrize("feather", [0, 4])
 @pytest.mark.parametrize("size", [(16, 16), (40, 40), (13, 11), (37, 90), (44, 36)], ids=str)
 def test_the_hole_hides_what_it_covers(model, size, feather, method):
     image, other, mask = picture(*size), picture(*size, seed=1), middle(*size)
     other = np.where(mask[..., None] == 1, other, image)
     assert (image != other)[mask == 1].mean() > 0.9
-    fits = [fit for fit in FITS if fit != "native" or size[0] % MULTIPLE == size[1] % MULTIPLE == 0]
+    fits = [fit for fit in get_args(Fit) if fit != "native" or size[0] % MULTIPLE == size[1] % MULTIPLE == 0]
     for fit in fits:
-        results = [inpaint(model, x, mask, fit=fit, feather=feather, method=method) for x in (image, other)]
+        results = [model.inpaint(x, mask, fit=fit, feather=feather, method=method) for x in (image, other)]
         assert torch.equal(results[0].pixels, results[1].pixels)
         assert torch.equal(results[0].latents, results[1].latents)
 
@@ -445,10 +447,10 @@ def across_the_border(image: np.ndarray) -> float:
     return float(np.mean([abs(inside - outside).mean() for inside, outside in pairs]))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", get_args(Method))
 def test_feather_closes_the_seam_and_stays_in_its_band(model, method):
     image, mask, feather = scene(48, 48), middle(48, 48), 5
-    sharp, soft = (pixels_of(inpaint(model, image, mask, method=method, feather=f))[0] for f in (0, feather))
+    sharp, soft = (pixels_of(model.inpaint(image, mask, method=method, feather=f))[0] for f in (0, feather))
     assert across_the_border(image) < 4
     assert across_the_border(soft) < 0.8 * across_the_border(sharp)  # random weights draw noise, which stays
     deep = box(48, 48, 16 + feather, 16 + feather, 32 - feather, 32 - feather)
@@ -494,21 +496,21 @@ def test_feather_looks_at_nothing_outside_the_frame():
 
 def test_seeds_differ_inside_the_hole_and_do_not_depend_on_the_batch(model):
     image, mask = picture(30, 22), middle(30, 22)
-    together = inpaint(model, image, mask, num=5, seed=3, batch_size=2)
+    together = model.inpaint(image, mask, num=5, seed=3, batch_size=2)
     assert together.request.seeds == [3, 4, 5, 6, 7]
     filled = pixels_of(together)
     for first in range(5):
         for second in range(first):
             assert (filled[first] != filled[second])[mask == 1].mean() > 0.5
     for row in range(5):
-        alone = inpaint(model, image, mask, seed=3 + row)
+        alone = model.inpaint(image, mask, seed=3 + row)
         torch.testing.assert_close(alone.latents[0], together.latents[row], atol=1e-5, rtol=1e-5)
         assert abs(pixels_of(alone)[0].astype(int) - filled[row].astype(int)).max() <= 1
 
 
 def test_progress_is_told(plain):
     seen = []
-    inpaint(plain, picture(16, 16), middle(16, 16), num=5, batch_size=2, on_images=seen.append)
+    inpaint(plain, picture(16, 16), middle(16, 16), InpaintRequest(num=5), batch_size=2, on_images=seen.append)
     assert seen == [2, 2, 1]
 
 
@@ -538,7 +540,7 @@ def test_a_rotated_photograph_comes_out_upright(model):
     upright, mask = picture(20, 30), middle(20, 30)
     turned = Image.fromarray(np.rot90(upright).copy())
     turned.getexif()[0x0112] = 6  # to be turned clockwise
-    assert torch.equal(inpaint(model, turned, mask).pixels, inpaint(model, upright, mask).pixels)
+    assert torch.equal(model.inpaint(turned, mask).pixels, model.inpaint(upright, mask).pixels)
 
 
 def test_what_the_png_says_draws_it_again(model, tmp_path):
@@ -586,9 +588,9 @@ def test_what_the_png_says_draws_it_again(model, tmp_path):
 def test_guidance_by_each_condition(model, guided_by):
     image, mask = picture(16, 16), middle(16, 16)
     told = {"classes": ["apple"], "semantic_map": np.ones((16, 16), np.uint8)}
-    plain = inpaint(model, image, mask, **told)
+    plain = model.inpaint(image, mask, **told)
     model.conditions.clear()
-    guided = inpaint(model, image, mask, **told, guidance=3.0, guided_by=[guided_by])
+    guided = model.inpaint(image, mask, **told, guidance=3.0, guided_by=[guided_by])
     assert plain.evaluations.tolist() == [2]
     assert guided.evaluations.tolist() == [4]
     assert (plain.pixels != guided.pixels).any()
@@ -601,25 +603,25 @@ def test_guidance_by_each_condition(model, guided_by):
 
 def test_guidance_by_all_that_is_told_and_by_nothing(model, plain):
     image, mask = picture(16, 16), middle(16, 16)
-    assert inpaint(model, image, mask, guidance=2.0).evaluations.tolist() == [4]
+    assert model.inpaint(image, mask, guidance=2.0).evaluations.tolist() == [4]
     for refused, message in [
-        ({"guidance": 2.0, "guided_by": ["semantic_map"]}, "not told"),
-        ({"guidance": 2.0, "guided_by": ["label"]}, "not told"),
-        ({"guidance": 2.0, "method": "replacement"}, "told nothing"),
-        ({"guidance": 2.0, "method": "replacement", "guided_by": ["inpainting"]}, "not told"),
+        ({"guidance": 2.0, "guided_by": ["semantic_map"]}, "not given"),
+        ({"guidance": 2.0, "guided_by": ["label"]}, "not given"),
+        ({"guidance": 2.0, "method": "replacement"}, "no condition is given"),
+        ({"guidance": 2.0, "method": "replacement", "guided_by": ["inpainting"]}, "not given"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            inpaint(model, image, mask, **refused)
-    with pytest.raises(ConfigError, match="never trained"):
-        inpaint(plain, image, mask, guidance=2.0, guided_by=["inpainting"])
-    assert inpaint(plain, image, mask, classes=["apple"], guidance=2.0).evaluations.tolist() == [4]
+            model.inpaint(image, mask, **refused)
+    with pytest.raises(ConfigError, match="was not trained"):
+        plain.inpaint(image, mask, guidance=2.0, guided_by=["inpainting"])
+    assert plain.inpaint(image, mask, classes=["apple"], guidance=2.0).evaluations.tolist() == [4]
 
 
 @pytest.mark.parametrize("solver", ["heun", "ab2", "dopri5"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", get_args(Method))
 def test_solvers(model, method, solver):
     pace = {"rtol": 1e-3, "atol": 1e-3} if is_adaptive(solver) else {}
-    result = inpaint(model, scene(20, 20), middle(20, 20), method=method, solver=solver, num=2, **pace)
+    result = model.inpaint(scene(20, 20), middle(20, 20), method=method, solver=solver, num=2, **pace)
     assert (result.evaluations > 2).all()
     assert result.request.told == TOLD[method]
 
@@ -629,20 +631,20 @@ def test_solvers(model, method, solver):
 
 def test_a_model_that_is_not_told_the_condition(plain):
     image, mask = picture(16, 16), middle(16, 16)
-    assert inpaint(plain, image, mask).request.inputs["method"] == "replacement"
+    assert plain.inpaint(image, mask).request.inputs["method"] == "replacement"
     with pytest.raises(ConfigError, match="not trained with the condition inpainting"):
-        inpaint(plain, image, mask, method="condition")
+        plain.inpaint(image, mask, method="condition")
     with pytest.raises(ConfigError, match="not trained with the condition semantic_map"):
-        inpaint(plain, image, mask, semantic_map=mask)
+        plain.inpaint(image, mask, semantic_map=mask)
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"method": "conditon"}, "did you mean 'condition'"),
-        ({"method": "magic"}, "valid: condition, replacement"),
-        ({"fit": "windows"}, "did you mean 'window'"),
-        ({"fit": ""}, "valid: window, whole, native"),
+        ({"method": "conditon"}, "method 'conditon': Input should be 'condition' or 'replacement'"),
+        ({"method": "magic"}, "method 'magic': Input should be 'condition' or 'replacement'"),
+        ({"fit": "windows"}, "fit 'windows': Input should be 'window', 'whole' or 'native'"),
+        ({"fit": ""}, "Input should be 'window', 'whole' or 'native'"),
         ({"feather": -1}, "feather -1"),
         ({"num": 0}, "number of images 0"),
         ({"classes": ["kiwi"]}, "kiwi"),
@@ -652,7 +654,7 @@ def test_a_model_that_is_not_told_the_condition(plain):
 def test_requests_that_are_refused(model, request_, message):
     model.conditions.clear()
     with pytest.raises(ConfigError, match=message):
-        inpaint(model, picture(16, 16), middle(16, 16), **request_)
+        model.inpaint(picture(16, 16), middle(16, 16), **request_)
     assert not model.conditions
 
 
@@ -675,7 +677,7 @@ def test_requests_that_are_refused(model, request_, message):
 def test_images_masks_and_maps_that_are_refused(model, image, mask, semantic_map, message):
     model.conditions.clear()
     with pytest.raises(DataError, match=message):
-        inpaint(model, image, mask, semantic_map=semantic_map)
+        model.inpaint(image, mask, semantic_map=semantic_map)
     assert not model.conditions
 
 
@@ -683,31 +685,31 @@ def test_a_hole_that_leaves_nothing_at_the_size_the_model_sees(model):
     grid = np.ones((160, 160), np.uint8)
     grid[::10, ::10] = 0
     with pytest.raises(DataError, match=r"at 16 x 16 pixels.*the mask covers the whole image"):
-        inpaint(model, picture(160, 160), grid)
-    result = inpaint(model, picture(160, 160), grid, fit="native")
+        model.inpaint(picture(160, 160), grid)
+    result = model.inpaint(picture(160, 160), grid, fit="native")
     assert (pixels_of(result)[0] == picture(160, 160))[grid == 0].all()
     comb = np.zeros((16, 16), np.uint8)
     comb[:, ::2] = 1  # a hole in every latent pixel: known to a model that is told shares, and to no other
-    assert inpaint(model, picture(16, 16), comb).request.told == ["inpainting"]
+    assert model.inpaint(picture(16, 16), comb).request.told == ["inpainting"]
     with pytest.raises(DataError, match="the mask covers the whole image"):
-        inpaint(model, picture(16, 16), comb, method="replacement")
+        model.inpaint(picture(16, 16), comb, method="replacement")
 
 
 def test_a_model_that_never_learned_to_paint_without_a_hole(kl):
     only = tiny.model(kl, conditioning={"inpainting": True, "inpainting_dropout": 0.0})
     image, mask = picture(16, 16), middle(16, 16)
-    assert inpaint(only, image, mask).request.told == ["inpainting"]
+    assert only.inpaint(image, mask).request.told == ["inpainting"]
     with pytest.raises(ConfigError, match="latentflow inpaint"):
         only.sample(num=1)
     with pytest.raises(ConfigError, match=r"_dropout = 0"):
-        inpaint(only, image, mask, guidance=2.0)
+        only.inpaint(image, mask, guidance=2.0)
 
 
 def test_a_missing_file(model, tmp_path):
     Path(tmp_path / "text.png").write_text("no image")
     with pytest.raises(DataError, match="does not exist"):
-        inpaint(model, tmp_path / "none.png", middle(16, 16))
+        model.inpaint(tmp_path / "none.png", middle(16, 16))
     with pytest.raises(DataError, match="does not exist"):
-        inpaint(model, picture(16, 16), tmp_path / "none.png")
+        model.inpaint(picture(16, 16), tmp_path / "none.png")
     with pytest.raises(DataError, match="no image that Pillow can read"):
-        inpaint(model, tmp_path / "text.png", middle(16, 16))
+        model.inpaint(tmp_path / "text.png", middle(16, 16))

@@ -13,8 +13,7 @@ from PIL import Image
 from latentflow.api import LatentFlow
 from latentflow.data.pictures.user_picture import psnr
 from latentflow.errors import ConfigError, DataError
-from latentflow.sampling.inversion import ROUND_TRIPS, compare_round_trips, invert
-from latentflow.sampling.pipeline import sample
+from latentflow.sampling.inversion import ROUND_TRIPS, compare_round_trips
 from tests import tiny
 from tests.exact import GaussianData
 from tests.fields import GaussianField, LinearField
@@ -53,7 +52,7 @@ def growth(solver: str, h: float) -> float:
 @pytest.mark.parametrize("solver", ["euler", "heun", "rk4"])
 def test_the_way_to_the_noise(linear, pictures, solver, shift):
     """On the grid from 0 to 1 with the shift of the request."""
-    found = invert(linear, pictures[0], solver=solver, steps=3, shift=shift)
+    found = linear.invert(pictures[0], solver=solver, steps=3, shift=shift)
     even = [i / 3 for i in range(4)]
     times = [shift * t / (1 + (shift - 1) * t) for t in even]
     factor = math.prod(growth(solver, after - before) for before, after in pairwise(times))
@@ -62,7 +61,7 @@ def test_the_way_to_the_noise(linear, pictures, solver, shift):
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "rk4"])
 def test_the_error_of_a_round_trip(linear, pictures, solver):
-    trip = invert(linear, pictures[0], solver=solver, steps=4).round_trip(linear)
+    trip = linear.invert(pictures[0], solver=solver, steps=4).round_trip(linear)
     expected = abs((growth(solver, 1 / 4) * growth(solver, -1 / 4)) ** 4 - 1)
     assert trip.latent_error == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
@@ -72,21 +71,21 @@ def test_tight_tolerances_find_the_noise(kl, pictures):
     config = tiny.model(kl).config
     data = GaussianData(config.path)
     model = LatentFlow(config, GaussianField(data), kl)
-    found = invert(model, pictures[0], solver="dopri5", rtol=1e-6, atol=1e-6)
+    found = model.invert(pictures[0], solver="dopri5", rtol=1e-6, atol=1e-6)
     close(found.noise, data.flow(found.latents, torch.zeros(1), torch.ones(1)), 1e-4)
     assert found.round_trip(model).latent_error < 1e-4
 
 
 def test_tight_tolerances_return(model, pictures):
     for classes in (None, ["berry"]):
-        trip = invert(model, pictures[0], classes=classes, solver="dopri5", rtol=1e-6, atol=1e-6).round_trip(model)
+        trip = model.invert(pictures[0], classes=classes, solver="dopri5", rtol=1e-6, atol=1e-6).round_trip(model)
         assert trip.latent_error < 1e-4
         assert trip.samples.request.labels == ([] if classes is None else [1])
 
 
 def test_no_velocity_no_loss(kl, pictures):
     model = LatentFlow(tiny.model(kl).config, LinearField(), kl)
-    found = invert(model, pictures[0])
+    found = model.invert(pictures[0])
     trip = found.round_trip(model)
     assert torch.equal(found.noise, found.latents)
     assert trip.latent_error == 0
@@ -97,9 +96,9 @@ def test_no_velocity_no_loss(kl, pictures):
 
 
 def test_noise_draws_the_image_again(model, pictures):
-    found = invert(model, pictures[0], classes=["berry"], solver="heun", steps=20)
-    again = sample(model, noise=found.noise, classes=["berry"], solver="heun", steps=20)
-    other = sample(model, noise=found.noise, classes=["apple"], solver="heun", steps=20)
+    found = model.invert(pictures[0], classes=["berry"], solver="heun", steps=20)
+    again = model.sample(noise=found.noise, classes=["berry"], solver="heun", steps=20)
+    other = model.sample(noise=found.noise, classes=["apple"], solver="heun", steps=20)
     error = (again.latents - found.latents).abs().max()
     assert error < 0.02 < 0.1 < (other.latents - found.latents).abs().max()
     assert again.request.inputs["noise"].startswith("sha256:")
@@ -107,30 +106,30 @@ def test_noise_draws_the_image_again(model, pictures):
 
 def test_guidance_is_1_unless_it_is_given(kl, pictures):
     model = tiny.model(kl, time_scale=20.0, guidance=3.0)
-    plain, guided = (invert(model, pictures[0], classes=["berry"], guidance=scale) for scale in (None, 3.0))
+    plain, guided = (model.invert(pictures[0], classes=["berry"], guidance=scale) for scale in (None, 3.0))
     assert (plain.request.sampling.guidance, guided.request.sampling.guidance) == (1.0, 3.0)
     assert (plain.evaluations, guided.evaluations) == (2, 4)
-    close(plain.noise, invert(model, pictures[0], classes=["berry"], guidance=1.0).noise)
+    close(plain.noise, model.invert(pictures[0], classes=["berry"], guidance=1.0).noise)
     assert (plain.noise - guided.noise).abs().max() > 0.1
 
 
 def test_a_model_that_is_told_space(kl, pictures):
     model = tiny.model(kl, time_scale=20.0, conditioning=tiny.SPATIAL)
-    assert invert(model, pictures[0], solver="heun", steps=20).round_trip(model).latent_error < 0.05
+    assert model.invert(pictures[0], solver="heun", steps=20).round_trip(model).latent_error < 0.05
     cannot = tiny.model(kl, conditioning={**tiny.SPATIAL, "inpainting_dropout": 0.0})
     with pytest.raises(ConfigError, match="latentflow inpaint"):
-        invert(cannot, pictures[0])
+        cannot.invert(pictures[0])
 
 
 def test_what_cannot_be_inverted(model, pictures, tmp_path):
     with pytest.raises(ConfigError, match="2 classes"):
-        invert(model, pictures[0], classes=["apple", "berry"])
-    with pytest.raises(ConfigError, match="told nothing"):
-        invert(model, pictures[0], guidance=2.0)
+        model.invert(pictures[0], classes=["apple", "berry"])
+    with pytest.raises(ConfigError, match="no condition is given"):
+        model.invert(pictures[0], guidance=2.0)
     with pytest.raises(DataError, match="does not exist"):
-        invert(model, tmp_path / "nowhere.png")
+        model.invert(tmp_path / "nowhere.png")
     with pytest.raises(DataError, match="latent pixel"):
-        invert(model, pictures[0].resize((1, 1)))
+        model.invert(pictures[0].resize((1, 1)))
     with pytest.raises(ConfigError, match="no images"):
         compare_round_trips(model, [])
 
@@ -150,7 +149,7 @@ def test_the_table_of_an_exact_flow(linear, pictures):
         there, back = growth(row.solver, 1 / 4) ** 4, growth(row.solver, -1 / 4) ** 4
         assert row.latent_error == pytest.approx(abs(there * back - 1), rel=1e-3)
         assert row.noise_error == pytest.approx(1 - there / math.exp(RATE), rel=1e-3)
-    alone = [invert(linear, picture, **settings[0]).round_trip(linear).solver_psnr for picture in pictures]
+    alone = [linear.invert(picture, **settings[0]).round_trip(linear).solver_psnr for picture in pictures]
     assert euler.solver_psnr == pytest.approx(sum(alone) / 3, abs=0.01)
 
 

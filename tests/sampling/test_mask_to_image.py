@@ -21,7 +21,6 @@ from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError, DataError
 from latentflow.flow.times import TrainingTimes
 from latentflow.model.conditioning import CONDITION_NAMES
-from latentflow.sampling.mask_to_image import mask_to_image
 from latentflow.shapes import Condition
 from latentflow.training.step import training_step
 from tests import tiny
@@ -60,7 +59,7 @@ def a_map(height: int, width: int, seed: int = 0) -> np.ndarray:
 def told_fractions(model: Attentive, semantic_map, **request) -> Tensor:
     """What the model was told of the map: [K, h, w]."""
     model.conditions.clear()
-    mask_to_image(model, semantic_map, **request)
+    model.mask_to_image(semantic_map, **request)
     fractions = model.conditions[0].class_fractions
     assert all(torch.equal(condition.class_fractions, fractions) for condition in model.conditions)
     return fractions[0]
@@ -74,7 +73,7 @@ def test_the_square_middle_as_in_training(model, size):
     indices = a_map(*size)
     cropped = crop_map(indices, SIZE)
     assert torch.equal(told_fractions(model, indices), shares(class_counts(cropped, 3, FACTOR), FACTOR))
-    result = mask_to_image(model, indices)
+    result = model.mask_to_image(indices)
     assert result.pixels.shape == (1, 3, SIZE, SIZE)
     assert result.request.image_size == (SIZE, SIZE)
 
@@ -103,11 +102,11 @@ def test_the_model_is_told_what_training_tells_it(model, segmented):
 def test_native_is_the_map_as_it_is(model):
     indices = a_map(20, 36)
     assert torch.equal(told_fractions(model, indices, native=True), shares(class_counts(indices, 3, FACTOR), FACTOR))
-    result = mask_to_image(model, indices, native=True)
+    result = model.mask_to_image(indices, native=True)
     assert result.pixels.shape == (1, 3, 20, 36)
     assert torch.equal(to_uint8(model.decode(result.latents)), result.pixels)
     with pytest.raises(ConfigError, match=r"37 x 20 pixels .* multiples of 4; resize to 36 x 20"):
-        mask_to_image(model, a_map(20, 37), native=True)
+        model.mask_to_image(a_map(20, 37), native=True)
 
 
 def test_unlabelled_pixels_say_nothing(model):
@@ -118,12 +117,12 @@ def test_unlabelled_pixels_say_nothing(model):
     told = told_fractions(model, indices)
     assert told[:, :, : SIZE // FACTOR // 2].sum() == 1 / FACTOR**2
     assert (told[0, :, SIZE // FACTOR // 2 :] == 1).all()
-    silent = mask_to_image(model, np.full((SIZE, SIZE), UNLABELLED, np.uint8), seed=4)
+    silent = model.mask_to_image(np.full((SIZE, SIZE), UNLABELLED, np.uint8), seed=4)
     assert torch.equal(silent.pixels, model.sample(num=1, classes=[], seed=4).pixels)
 
 
 def test_the_map_matters(model):
-    first, second = (mask_to_image(model, a_map(SIZE, SIZE, seed)).pixels for seed in (0, 1))
+    first, second = (model.mask_to_image(a_map(SIZE, SIZE, seed)).pixels for seed in (0, 1))
     assert (first != second).any(1).float().mean() > 0.5
 
 
@@ -135,21 +134,21 @@ def test_every_way_to_store_a_map_gives_the_same_picture(model, tmp_path):
     grey, palette = Image.fromarray(indices), Image.fromarray(indices)
     palette.putpalette([value for index in range(256) for value in (index, 255 - index, 7)])  # colours do not matter
     colours = Image.fromarray(colour_map(indices, tiny.MAP_PALETTE))
-    wanted = mask_to_image(model, indices, num=2)
+    wanted = model.mask_to_image(indices, num=2)
     pictures = {"grey": grey, "palette": palette, "rgb": colours, "deep": Image.fromarray(indices.astype(np.uint16))}
     for name, picture in pictures.items():
         picture.save(tmp_path / f"{name}.png")
         for given in (picture, tmp_path / f"{name}.png", str(tmp_path / f"{name}.png")):
             assert torch.equal(model.mask_to_image(given, num=2).pixels, wanted.pixels), name
     for dtype in (np.int64, np.uint16):
-        assert torch.equal(mask_to_image(model, indices.astype(dtype), num=2).pixels, wanted.pixels)
+        assert torch.equal(model.mask_to_image(indices.astype(dtype), num=2).pixels, wanted.pixels)
 
 
 def test_the_png_says_how_it_was_drawn(model, tmp_path):
     file = tmp_path / "map.png"
     Image.fromarray(a_map(20, 24)).save(file)
     asked = {"classes": ["cherry", "apple"], "seed": 5, "steps": 3, "native": True}
-    samples = mask_to_image(model, file, num=3, batch_size=2, **asked)
+    samples = model.mask_to_image(file, num=3, batch_size=2, **asked)
     files = samples.save_as(tmp_path / "out.png")
     assert [f.name for f in files] == [
         f"out_{c}_seed-{s:08d}.png" for c, s in (("cherry", 5), ("apple", 6), ("cherry", 7))
@@ -159,17 +158,17 @@ def test_the_png_says_how_it_was_drawn(model, tmp_path):
     assert said["told"] == ["label", "semantic_map"]
     assert said["image_size"] == [20, 24]
     assert said["inputs"]["map"].startswith("map.png sha256:")
-    again = mask_to_image(model, file, classes=said["labels"], seed=6, native=True, **said["sampling"])
+    again = model.mask_to_image(file, classes=said["labels"], seed=6, native=True, **said["sampling"])
     difference = np.asarray(again.images[0]).astype(int) - np.asarray(Image.open(files[1]))
     assert abs(difference).max() <= 1  # in a batch of another size
-    assert torch.equal(mask_to_image(model, file, num=3, batch_size=2, **asked).pixels, samples.pixels)
+    assert torch.equal(model.mask_to_image(file, num=3, batch_size=2, **asked).pixels, samples.pixels)
 
 
 def test_seeds_differ_and_do_not_depend_on_the_batch(model):
     indices = a_map(SIZE, SIZE)
-    together = mask_to_image(model, indices, num=5, seed=3, batch_size=2)
+    together = model.mask_to_image(indices, num=5, seed=3, batch_size=2)
     for row in range(5):
-        alone = mask_to_image(model, indices, seed=3 + row)
+        alone = model.mask_to_image(indices, seed=3 + row)
         torch.testing.assert_close(alone.latents[0], together.latents[row], atol=1e-5, rtol=1e-5)
         assert all((together.pixels[row] != together.pixels[other]).any() for other in range(row))
 
@@ -179,26 +178,26 @@ def test_seeds_differ_and_do_not_depend_on_the_batch(model):
 
 def test_guidance_by_the_map_and_by_the_label(model):
     indices = a_map(SIZE, SIZE)
-    assert mask_to_image(model, indices).evaluations.tolist() == [2]
+    assert model.mask_to_image(indices).evaluations.tolist() == [2]
     for guided_by in (["semantic_map"], ["label"], None):
         model.conditions.clear()
-        guided = mask_to_image(model, indices, classes=[1], guidance=2.0, guided_by=guided_by)
+        guided = model.mask_to_image(indices, classes=[1], guidance=2.0, guided_by=guided_by)
         assert guided.evaluations.tolist() == [4]
         labels, fractions = model.conditions[0].labels, model.conditions[0].class_fractions
         assert (labels[0] != labels[1]) == (guided_by != ["semantic_map"])
         assert torch.equal(fractions[0], fractions[1]) == (guided_by == ["label"])
-    with pytest.raises(ConfigError, match="not told"):
-        mask_to_image(model, indices, guidance=2.0, guided_by=["label"])
-    with pytest.raises(ConfigError, match="not told"):
-        mask_to_image(model, indices, guidance=2.0, guided_by=["inpainting"])
+    with pytest.raises(ConfigError, match="not given"):
+        model.mask_to_image(indices, guidance=2.0, guided_by=["label"])
+    with pytest.raises(ConfigError, match="not given"):
+        model.mask_to_image(indices, guidance=2.0, guided_by=["inpainting"])
 
 
 def test_a_map_that_was_never_dropped_cannot_guide(kl):
     model = tiny.model(kl, conditioning={**MAPS_ALONE, "map_dropout": 0.0})
     indices = a_map(SIZE, SIZE)
-    assert mask_to_image(model, indices).request.told == ["semantic_map"]
+    assert model.mask_to_image(indices).request.told == ["semantic_map"]
     with pytest.raises(ConfigError, match=r"_dropout = 0"):
-        mask_to_image(model, indices, guidance=2.0)
+        model.mask_to_image(indices, guidance=2.0)
     with pytest.raises(ConfigError, match="latentflow mask-to-image"):
         model.sample(num=1)
 
@@ -223,14 +222,14 @@ def test_a_map_that_was_never_dropped_cannot_guide(kl):
 def test_maps_that_are_refused(model, semantic_map, message):
     model.conditions.clear()
     with pytest.raises(DataError, match=message):
-        mask_to_image(model, semantic_map)
+        model.mask_to_image(semantic_map)
     assert not model.conditions
 
 
 def test_requests_that_are_refused(model, kl):
     indices = a_map(SIZE, SIZE)
     with pytest.raises(ConfigError, match="not trained with the condition semantic_map"):
-        mask_to_image(tiny.model(kl), indices)
+        tiny.model(kl).mask_to_image(indices)
     for request, message in [({"num": 0}, "number of images 0"), ({"classes": [9]}, "class #9")]:
         with pytest.raises(ConfigError, match=message):
-            mask_to_image(model, indices, **request)
+            model.mask_to_image(indices, **request)

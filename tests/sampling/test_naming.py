@@ -26,11 +26,12 @@ NAMES = ("cat", "dog", "and/or", "owl")
     ],
 )
 def test_a_picture_is_called_by_class_and_seed(of, name):
-    assert picture_name(Drawing(seeds=[17], **of), NAMES) == name
+    told = ["label"] if "labels" in of else []
+    assert picture_name(Drawing(seeds=[17], told=told, **of), NAMES) == name
 
 
 def test_a_picture_says_its_classes_by_name():
-    request = Drawing(seeds=[17], labels=[2], blends=[Blend(seed=17, weight=0.5, label=3)])
+    request = Drawing(seeds=[17], labels=[2], told=["label"], blends=[Blend(seed=17, weight=0.5, label=3)])
     facts = picture_facts(request, NAMES, {"model": "m"})
     assert (facts["class_name"], facts["to_class_name"], facts["drawn_by"]) == ("and/or", "owl", {"model": "m"})
     assert Drawing.model_validate({name: facts[name] for name in Drawing.model_fields}) == request
@@ -77,5 +78,6 @@ def test_long_names_stay_short_and_whole():
     long = ("é" * 200 + "a", "é" * 200 + "b")
     found = file_names(long)
     assert len(set(found)) == 2
-    request = Drawing(seeds=[2**63 - 1], labels=[0], blends=[Blend(seed=2**62, weight=1, label=1)])
+    blends = [Blend(seed=2**62, weight=1, label=1)]
+    request = Drawing(seeds=[2**63 - 1], labels=[0], told=["label"], blends=blends)
     assert len(picture_name(request, long).encode()) <= 255

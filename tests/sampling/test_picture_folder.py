@@ -16,7 +16,7 @@ from latentflow.commands.vary import vary
 from latentflow.errors import ArtifactError
 from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.picture_folder import PictureFolder
-from latentflow.sampling.request import SampleRequest
+from latentflow.sampling.request import InterpolateRequest, InvertRequest, SampleRequest, VaryRequest
 from tests import tiny
 
 
@@ -135,7 +135,7 @@ def test_a_folder_by_another_name_holds_the_same_model(models, tmp_path, monkeyp
 
 def test_the_original_of_variations_is_the_picture_of_sample(models, draw, tmp_path):
     for seed in (0, 5):
-        near = vary(models / "0" / "fruit", tmp_path / f"near{seed}", seed=seed, num=2, runtime=tiny.CPU)
+        near = vary(models / "0" / "fruit", VaryRequest(seed=seed, num=2), tmp_path / f"near{seed}", runtime=tiny.CPU)
         drawn = draw(tmp_path / f"drawn{seed}", seed=seed, num=1).files[0]
         assert near.files[0].name == drawn.name
         assert near.files[0].read_bytes() == drawn.read_bytes()
@@ -143,16 +143,16 @@ def test_the_original_of_variations_is_the_picture_of_sample(models, draw, tmp_p
     assert among_others.read_bytes() == drawn.read_bytes()
 
 
-@pytest.mark.parametrize("verb", [interpolate, vary])
-def test_edits_complete_and_never_mix(verb, models, tmp_path):
+@pytest.mark.parametrize(("verb", "asked"), [(interpolate, InterpolateRequest), (vary, VaryRequest)])
+def test_edits_complete_and_never_mix(verb, asked, models, tmp_path):
     model, out = models / "0" / "fruit", tmp_path / "out"
-    first = verb(model, out, num=3, runtime=tiny.CPU)
+    first = verb(model, asked(num=3), out, runtime=tiny.CPU)
     before = tiny.tree(out)
     first.files[1].unlink()
-    verb(model, out, num=3, runtime=tiny.CPU)
+    verb(model, asked(num=3), out, runtime=tiny.CPU)
     assert tiny.tree(out) == before
     with pytest.raises(ArtifactError, match="not of this request"):
-        verb(models / "1" / "fruit", out, num=3, runtime=tiny.CPU)
+        verb(models / "1" / "fruit", asked(num=3), out, runtime=tiny.CPU)
     with pytest.raises(ArtifactError, match="not of this request"):
         sample(model, SampleRequest(num=3), out, runtime=tiny.CPU)
     assert tiny.tree(out) == before
@@ -162,14 +162,14 @@ def test_an_inversion_keeps_its_folder(models, tmp_path):
     model, photo, other = models / "0" / "fruit", tmp_path / "photo.png", tmp_path / "other.png"
     Image.radial_gradient("L").resize((16, 16)).save(photo)
     Image.linear_gradient("L").resize((16, 16)).save(other)
-    invert(model, photo, tmp_path / "inverted", runtime=tiny.CPU)
+    invert(model, photo, InvertRequest(), tmp_path / "inverted", runtime=tiny.CPU)
     before = tiny.tree(tmp_path / "inverted")
-    invert(model, photo, tmp_path / "inverted", runtime=tiny.CPU)
+    invert(model, photo, InvertRequest(), tmp_path / "inverted", runtime=tiny.CPU)
     assert tiny.tree(tmp_path / "inverted") == before
     with pytest.raises(ArtifactError, match=r"of photo\.png"):
-        invert(model, other, tmp_path / "inverted", runtime=tiny.CPU)
-    with pytest.raises(ArtifactError, match="no part of an inversion"):
-        invert(model, photo, tmp_path, runtime=tiny.CPU)
+        invert(model, other, InvertRequest(), tmp_path / "inverted", runtime=tiny.CPU)
+    with pytest.raises(ArtifactError, match="not part of an inversion"):
+        invert(model, photo, InvertRequest(), tmp_path, runtime=tiny.CPU)
 
 
 def test_each_picture_names_the_weights(models, draw, tmp_path):

@@ -20,8 +20,6 @@ from latentflow.data.painting.masks import draw_mask
 from latentflow.data.sources.images import open_images
 from latentflow.flow.times import TrainingTimes
 from latentflow.randomness import ImageRandom
-from latentflow.sampling.inpaint import inpaint
-from latentflow.sampling.mask_to_image import mask_to_image
 from latentflow.shapes import Condition
 from latentflow.training.log import LossByTime
 from latentflow.training.step import StepResult, training_step
@@ -93,9 +91,9 @@ def test_training_and_sampling_tell_the_network_the_same(model, pictures, monkey
         patched.setattr(model, "velocity", filling)
         white = Image.fromarray(hole * np.uint8(255))
         shown = {"semantic_map": Image.fromarray(item.semantic_map), "classes": [label]}
-        inpaint(model, Image.fromarray(item.pixels), white, fit="whole", num=2, steps=1, **shown)
+        model.inpaint(Image.fromarray(item.pixels), white, fit="whole", num=2, steps=1, **shown)
         patched.setattr(model, "velocity", painting)
-        mask_to_image(model, item.semantic_map, num=2, steps=1, classes=[label])
+        model.mask_to_image(item.semantic_map, num=2, steps=1, classes=[label])
     same(trained.condition, filling.condition, "labels", "masked_latents", "mask", "class_fractions")
     same(trained.condition, painting.condition, "labels", "class_fractions")
     _, alone = step(model, images, [4], told=["label", "semantic_map"])

@@ -16,6 +16,7 @@ from latentflow.console import printable
 if TYPE_CHECKING:
     from latentflow.runtime import Runtime
     from latentflow.sampling.named_files import Pictures
+    from latentflow.sampling.picture_folder import DrawnFolder
 
 
 def open_runtime(device: str | None, precision: Precision = Precision.auto) -> Runtime:
@@ -36,6 +37,15 @@ def teller(print_recipe: bool) -> Callable[[Any], None]:
             typer.echo(to_yaml(prepared.recipe) if print_recipe else "\n".join(lines))
 
     return tell
+
+
+def folder_rows(result: DrawnFolder) -> dict[str, Any]:
+    """What drawing into a folder took."""
+    return {
+        "grid": str(result.grid),
+        "evaluations per image": round(result.evaluations, 2),
+        "seconds": round(result.seconds, 2),
+    }
 
 
 def picture_rows(result: Pictures) -> dict[str, Any]:

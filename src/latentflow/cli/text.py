@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from typing import Any
 
 from latentflow.errors import ConfigError
@@ -13,19 +12,6 @@ def names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
 
 
-def class_list(text: str | None) -> list[str] | None:
-    """The classes of a list in CSV, where a name with a comma stands in quotes; None where it was left out."""
-    if text is None:
-        return None
-    try:
-        rows = list(csv.reader([text], skipinitialspace=True, strict=True))
-    except csv.Error as error:
-        raise ConfigError(
-            f"--classes {text!r} is not a list like cat,dog ({error}); a name with a comma stands in double quotes"
-        ) from None
-    return rows[0] if rows and rows[0] else [""]
-
-
 def numbers(text: str | None, option: str, kind: type = float) -> list[Any] | None:
     """The numbers of a list with commas; None where it was left out."""
     try:
@@ -33,14 +19,6 @@ def numbers(text: str | None, option: str, kind: type = float) -> list[Any] | No
     except ValueError:
         example = "4,8,16" if kind is int else "1,1.5,2"
         raise ConfigError(f"{option} {text!r} is not a list of numbers like {example}") from None
-
-
-def two_seeds(text: str) -> tuple[int, int]:
-    try:
-        first, second = (int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--seeds {text!r} is not two whole numbers like 3,8") from None
-    return first, second
 
 
 def pair(text: str | None, option: str, separator: str = ",") -> tuple[float, float] | None:

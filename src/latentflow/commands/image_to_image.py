@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from latentflow.model.flow_model import FlowModel
 from latentflow.runtime import Runtime
 from latentflow.sampling.edits import image_to_image as redraw
 from latentflow.sampling.named_files import Pictures, draw_to
-from latentflow.sampling.samples import Samples
+from latentflow.sampling.request import ImageToImageRequest
 
 
 def image_to_image(
     model: str | Path,
     image: str | Path,
+    request: ImageToImageRequest,
     out: str | Path,
     *,
-    num: int = 1,
+    batch_size: int = 16,
     runtime: Runtime | None = None,
-    **request: Any,
 ) -> Pictures:
     """Redraw an image once per seed; see `latentflow.sampling.edits.image_to_image` and `draw_to`."""
-
-    def draw(flow: FlowModel, on_images: Callable[[int], None]) -> Samples:
-        return redraw(flow, image, num=num, on_images=on_images, **request)
-
-    return draw_to(out, model, draw, inputs=(image,), num=num, doing="redrawing", runtime=runtime)
+    return draw_to(
+        out,
+        model,
+        lambda flow, on_images: redraw(flow, image, request, batch_size=batch_size, on_images=on_images),
+        inputs=(image,),
+        num=request.num,
+        doing="redrawing",
+        runtime=runtime,
+    )

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from latentflow.model.flow_model import FlowModel
 from latentflow.runtime import Runtime
 from latentflow.sampling.inpaint import inpaint as fill_hole
 from latentflow.sampling.named_files import Pictures, draw_to
-from latentflow.sampling.samples import Samples
+from latentflow.sampling.request import InpaintRequest
 
 
 def inpaint(
     model: str | Path,
     image: str | Path,
     mask: str | Path,
+    request: InpaintRequest,
     out: str | Path,
     *,
-    num: int = 1,
+    semantic_map: str | Path | None = None,
+    batch_size: int = 4,
     runtime: Runtime | None = None,
-    **request: Any,
 ) -> Pictures:
     """Fill the hole of an image once per seed; see `latentflow.sampling.inpaint.inpaint` and `draw_to`."""
-
-    def draw(flow: FlowModel, on_images: Callable[[int], None]) -> Samples:
-        return fill_hole(flow, image, mask, num=num, on_images=on_images, **request)
-
-    inputs = (image, mask, request.get("semantic_map"))
-    return draw_to(out, model, draw, inputs=inputs, num=num, doing="inpainting", runtime=runtime)
+    return draw_to(
+        out,
+        model,
+        lambda flow, on_images: fill_hole(
+            flow, image, mask, request, semantic_map=semantic_map, batch_size=batch_size, on_images=on_images
+        ),
+        inputs=(image, mask, semantic_map),
+        num=request.num,
+        doing="inpainting",
+        runtime=runtime,
+    )

@@ -1,15 +1,13 @@
-"""`latentflow invert`: a model and an image => the noise it would have been drawn from, and how well it comes back."""
+"""`latentflow invert`: a model and an image => the noise it would be drawn from, and how well it is recovered."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from latentflow.artifacts import require_writable, write_tensors
 from latentflow.data.pictures.user_picture import describe_file
 from latentflow.locks import writes
-from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
@@ -24,6 +22,7 @@ from latentflow.sampling.inversion import (
 from latentflow.sampling.inversion import invert as find_noise
 from latentflow.sampling.picture_file import read_facts
 from latentflow.sampling.picture_folder import refuse_others
+from latentflow.sampling.request import InvertRequest
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,9 @@ class InvertResult:
     """What `invert` found; the files are in the folder.
 
     Attributes:
-        inversion: the noise, and what it took to get there.
+        inversion: the noise.
         round_trip: the image drawn again from it.
-        table: other solvers, steps and tolerances; empty if it was not asked for.
+        table: other solvers, steps and tolerances; empty unless requested.
     """
 
     inversion: Inversion
@@ -45,9 +44,9 @@ _PICTURES = ("input.png", "autoencoder.png", "round_trip.png")
 
 
 def _why_not(file: Path, image: str) -> str:
-    """Why a picture in the folder is none of an inversion of `image`; "" where it is."""
+    """Why a picture in the folder does not belong to an inversion of `image`; "" if it does."""
     if file.name not in _PICTURES:
-        return "no part of an inversion"
+        return "not part of an inversion"
     drawn = file.with_name("round_trip.png")
     facts = (read_facts(str(drawn)) or {}) if drawn.is_file() else {}
     origin = (facts.get("inputs") or {}).get("image")
@@ -58,18 +57,17 @@ def _why_not(file: Path, image: str) -> str:
 def invert(
     model: str | Path,
     image: str | Path,
+    request: InvertRequest,
     out: str | Path,
     *,
-    classes: ClassList | None = None,
     table: bool = False,
     runtime: Runtime | None = None,
-    **preset: Any,
 ) -> InvertResult:
-    """Invert an image and draw it again; the arguments are those of `latentflow.sampling.inversion.invert`.
+    """Invert an image and draw it again; see `latentflow.sampling.inversion.invert`.
 
     Args:
-        out: a folder; it gets input.png (what the model sees), autoencoder.png (that, encoded and decoded),
-            round_trip.png (that, with the inversion between the two) and noise.safetensors (`noise` and `latents`).
+        out: a folder; it gets input.png (what the model sees), autoencoder.png (encoded and decoded), round_trip.png
+            (with the inversion in between) and noise.safetensors (`noise` and `latents`).
         table: also compare solvers, see `compare_round_trips`.
 
     Raises:
@@ -78,12 +76,12 @@ def invert(
     require_writable(out)
     refuse_others(Path(out), lambda file: _why_not(file, describe_file(image)))
     flow = FlowModel.from_pretrained(model, precision="fp32", runtime=runtime)
-    inversion = find_noise(flow, image, classes=classes, **preset)
+    inversion = find_noise(flow, image, request)
     round_trip = inversion.round_trip(flow)
     rows = []
     if table:
         with image_progress("comparing", len(ROUND_TRIPS)) as on_images:
-            rows = compare_round_trips(flow, [image], classes=classes, on_images=on_images)
+            rows = compare_round_trips(flow, [image], classes=request.classes, on_images=on_images)
     folder = Path(out)
     save_grid(folder / "input.png", inversion.pixels, 1)
     save_grid(folder / "autoencoder.png", round_trip.autoencoded, 1)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from latentflow.locks import writes
-from latentflow.model.flow_model import FlowModel
 from latentflow.runtime import Runtime
-from latentflow.sampling.drawing import Drawing, make_drawing
+from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.picture_folder import DrawnFolder, draw_folder
 from latentflow.sampling.request import SampleRequest
 
@@ -27,15 +26,18 @@ def sample(
     Under `accelerate launch` or torchrun each process draws its share of the seeds; the pictures are the same.
 
     Args:
-        columns: of the grid; None: one per class, where they fit, or 8.
+        columns: of the contact sheet; None: one per class, if they fit, else 8.
 
     Raises:
         ArtifactError, ConfigError: see `draw_folder` and `make_drawing`.
     """
-
-    def plan(flow: FlowModel) -> list[Drawing]:
-        return [make_drawing(flow, request)]
-
     return draw_folder(
-        out, model, plan, doing="sampling", batch_size=batch_size, columns=columns, captions=True, runtime=runtime
+        out,
+        model,
+        lambda flow: [make_drawing(flow, request)],
+        doing="sampling",
+        batch_size=batch_size,
+        columns=columns,
+        captions=True,
+        runtime=runtime,
     )

@@ -1,71 +1,78 @@
-"""What is to be drawn: one record for every verb, checked before anything is computed, kept in every PNG."""
+"""The drawing: what a model is to draw, resolved and checked before anything is computed; stored in every PNG.
+
+request (what a user asks for)  +  model (its preset and conditions)  ->  drawing
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 
 from latentflow.console import notice
 from latentflow.errors import ConfigError, nearest
-from latentflow.flow.guidance import ConditionedVelocity
+from latentflow.flow.guidance import check_guidance
 from latentflow.flow.solvers import is_adaptive
-from latentflow.flow.times import sampling_times
-from latentflow.model.conditioning import CONDITION_NAMES, ConditionName
+from latentflow.model.conditioning import CONDITION_NAMES, Conditioning, ConditionName
 from latentflow.model.config import SamplingPreset
 from latentflow.model.flow_model import FlowModel
+from latentflow.records import Record
 from latentflow.runtime import Precision, Runtime
-from latentflow.sampling.request import MOST_SEED, MOST_STEPS, SampleRequest
-from latentflow.shapes import Condition
+from latentflow.sampling.request import MOST_SEED, SampleRequest
 
 SEED_TASKS = ("sample", "interpolate", "vary")
-"""Tasks in which a seed alone makes a picture, so that it has a class of its own: the same in all of them."""
-
-_RANGES = {
-    "guidance": (0, 1000, "1 switches it off, 1.5 to 4 are usual"),
-    "shift": (1e-4, 1e4, "1 is an even grid"),
-    "rtol": (1e-9, 1, "1e-5 is usual"),
-    "atol": (1e-9, 100, "1e-5 is usual"),
-}
-
+"""Tasks that draw from seeds only. In these, a seed without a given class has one of its own, the same in all tasks."""
 
 _WHOLE_PRESET = {name for name, field in SamplingPreset.model_fields.items() if field.default is not None}
 
 
-class Blend(BaseModel):
+Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
+
+
+class Blend(Record):
     """What a picture is mixed with: the noise of another seed, and the velocity of another class."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    seed: int
+    seed: Seed
     weight: float = Field(ge=0, le=1, description="0: the picture's own seed and class; 1: the other ones.")
     label: int | None = Field(None, description="The other class; null: the picture's own.")
 
 
-class Drawing(BaseModel):
-    """What is to be drawn: one image per seed, each with its class.
+class Drawing(Record):
+    """What a model is to draw: one image per seed.
 
-    The same record is stored in every PNG, reduced to that image.
+    The same record, reduced to one image, is stored in the metadata of its PNG.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     task: str = Field("sample", description="The verb that drew it.")
-    seeds: list[int] = Field(description="One per image; equal seeds start from equal noise.")
-    labels: list[int] = Field(default_factory=list, description="One class index per image; empty: no class is told.")
+    seeds: list[Seed] = Field(description="One per image; equal seeds start from equal noise.")
+    labels: list[int] = Field(default_factory=list, description="One class index per image, or none.")
     blends: list[Blend] = Field(default_factory=list, description="One per image, or none.")
-    told: list[ConditionName] = Field(default_factory=list, description="Conditions that are not null.")
+    told: list[ConditionName] = Field(default_factory=list, description="The conditions that are given.")
     inputs: dict[str, str] = Field(
         default_factory=dict, description="Files it was drawn from, with their hashes, and how they were used."
     )
-    start: float = Field(1.0, gt=0, le=1, description="Time at which drawing starts; 1: from noise alone.")
-    image_size: tuple[int, int] | None = Field(None, description="Height and width drawn at; null: the model's.")
+    start: float = Field(1.0, gt=0, le=1, description="Time to start from; 1: noise.")
+    image_size: tuple[int, int] | None = Field(None, description="Height and width in pixels; null: the model's.")
     sampling: SamplingPreset = SamplingPreset()
     precision: Precision = Field("fp32", description="What the network computes in.")
 
+    @model_validator(mode="after")
+    def _check(self) -> Drawing:
+        if self.labels and "label" not in self.told:
+            raise ValueError(f"{len(self.labels)} labels, but the label is not among the conditions that are given")
+        for name, wanted in (("labels", "label" in self.told), ("blends", bool(self.blends))):
+            number = len(getattr(self, name))
+            if wanted and number != len(self.seeds):
+                raise ValueError(f"{number} {name} for {len(self.seeds)} seeds; give one per image, or none")
+        towards = [blend.label for blend in self.blends if blend.label is not None]
+        if towards and not self.labels:
+            raise ValueError(f"a blend towards class {towards[0]} needs a class to begin with; give both")
+        return self
+
     def at(self, rows: slice | list[int]) -> Drawing:
-        """The request reduced to some images."""
+        """The drawing reduced to some of its images."""
         lists = {"seeds": self.seeds, "labels": self.labels, "blends": self.blends}
         chosen = {
             name: every[rows] if isinstance(rows, slice) else [every[row] for row in rows if every]
@@ -84,67 +91,76 @@ def make_drawing(
     start: float = 1.0,
     image_size: tuple[int, int] | None = None,
 ) -> Drawing:
-    """What a model is to draw for a request; what the request leaves out comes from the preset in the model folder.
+    """Resolve a request for a model: what the request leaves out comes from the preset in the model folder.
 
-    The preset's guidance is left out where no condition is given that it could strengthen; asked for, it is refused
-    there. A value that would change nothing is refused, too, unless a whole preset is given, as a PNG holds it.
+    The preset's guidance is switched off if no given condition supports it; requested guidance is then refused. A value
+    that has no effect is refused as well, unless a whole preset is given, as in the metadata of a PNG.
 
     Args:
-        request: image i has seed `seed + i` and class i mod the number of classes. Where it names no class: if the
-            seed is all that makes a picture (`SEED_TASKS`), the class that belongs to the seed, which of the classes
-            of the training images is number seed mod their number; for the other tasks no class.
-        told: conditions other than the class that are given.
+        request: image i has seed `seed + i` and class i mod the number of classes. Without classes, an image has the
+            class of its seed, seed mod the number of classes with training images, in the tasks that draw from seeds
+            only (`SEED_TASKS`), and no label in the others.
+        told: the conditions that are given, besides the label.
 
     Raises:
-        ConfigError: a class, solver or value that does not exist or that the model was not trained for.
+        ConfigError: a class, solver or value that does not exist, or that the model was not trained for.
     """
-    num, seed = request.num, request.seed
-    require_count("seed", seed, 0, MOST_SEED + 1 - num)
-    conditioning = model.config.conditioning
-    seeds = range(seed, seed + num)
-    if request.classes is None:
-        dealt = model.config.seen_classes if task in SEED_TASKS and not told else []
-        labels = [dealt[own % len(dealt)] for own in seeds] if dealt else []
-    else:
-        dealt = conditioning.class_indices(request.classes)
-        labels = [dealt[i % len(dealt)] for i in range(num)] if dealt else []
+    last = MOST_SEED + 1 - request.num
+    if request.seed > last:
+        raise ConfigError(f"seed {request.seed}: give a whole number from 0 to {last:,} for {request.num:,} images")
+    seeds = range(request.seed, request.seed + request.num)
+    labels = _labels(model, request, seeds, task in SEED_TASKS and not told)
+    conditions = [*(["label"] if labels else []), *told]
     asked = request.preset()
-    given = dict(asked)
-    told = [*(["label"] if labels else []), *told]
-    strengthened = set(told).intersection(conditioning.can_guide, model.config.sampling.guided_by or CONDITION_NAMES)
-    if not strengthened and not given.keys() & {"guidance", "guided_by"}:
-        given["guidance"] = 1.0
-    if model.config.sampling.guided_by:  # a preset's wish holds as far as it can
-        given.setdefault("guided_by", [name for name in told if name in strengthened] or None)
-    sampling = model.config.sampling.model_copy(update=given)
     drawing = Drawing(
         task=task,
         seeds=list(seeds),
         labels=labels,
-        told=told,
+        told=conditions,
         inputs=dict(inputs or {}),
         start=start,
         image_size=image_size,
-        sampling=sampling,
-        precision=precision_for(model.runtime, sampling.solver),
+        sampling=_resolve_preset(model, asked, conditions),
+        precision=precision_for(model.runtime, str(asked.get("solver", model.config.sampling.solver))),
     )
     check_drawing(model, drawing)
     if not asked.keys() >= _WHOLE_PRESET:
         _require_effect(asked, drawing.sampling)
-    _tell_what_is_kept(asked, model.config.sampling, drawing.sampling)
-    _tell_of_coarse_errors(drawing)
+    _notice_what_is_kept(asked, model.config.sampling, drawing.sampling)
+    _notice_coarse_errors(drawing)
     return drawing
 
 
+def _labels(model: FlowModel, request: SampleRequest, seeds: Sequence[int], by_seed: bool) -> list[int]:
+    """The label of each image; empty: no label."""
+    if request.classes is not None:
+        chosen = model.config.conditioning.class_indices(request.classes)
+        return [chosen[place % len(chosen)] for place in range(len(seeds))] if chosen else []
+    seen = model.config.seen_classes
+    return [seen[seed % len(seen)] for seed in seeds] if by_seed and seen else []
+
+
+def _resolve_preset(model: FlowModel, asked: Mapping[str, Any], conditions: Sequence[ConditionName]) -> SamplingPreset:
+    """The model's preset, changed by what is asked for."""
+    preset, can_guide = model.config.sampling, model.config.conditioning.can_guide
+    supported = [name for name in conditions if name in can_guide and name in (preset.guided_by or CONDITION_NAMES)]
+    changed = dict(asked)
+    if not supported and not asked.keys() & {"guidance", "guided_by"}:
+        changed["guidance"] = 1.0
+    if preset.guided_by:  # of the preset's conditions, those that are given
+        changed.setdefault("guided_by", supported or None)
+    return preset.model_copy(update=changed)
+
+
 def precision_for(runtime: Runtime, solver: str) -> Precision:
-    """What a network is to compute in: as asked, or where nothing was, fp32 for a solver that measures its errors."""
+    """The precision of the network: as asked for; by default, fp32 for solvers that estimate their error."""
     if not runtime.precision_is_explicit and is_adaptive(solver):
         return "fp32"
     return runtime.precision
 
 
 def require_count(what: str, value: int, low: int, high: int, remedy: str = "") -> None:
-    """Refuse what is no whole number from `low` to `high`.
+    """Refuse anything but a whole number from `low` to `high`.
 
     Raises:
         ConfigError: naming the range.
@@ -156,7 +172,7 @@ def require_count(what: str, value: int, low: int, high: int, remedy: str = "") 
 
 
 def _require_effect(asked: Mapping[str, object], sampling: SamplingPreset) -> None:
-    """Refuse what was asked for and would change nothing; a value that switches something off is always fine."""
+    """Refuse a value that has no effect; a value that switches something off is always accepted."""
     adaptive = is_adaptive(sampling.solver)
     whose = "" if "solver" in asked else ", the solver of the model's preset"
     for name in ("steps", "shift") if adaptive else ("rtol", "atol"):
@@ -164,8 +180,7 @@ def _require_effect(asked: Mapping[str, object], sampling: SamplingPreset) -> No
             raise ConfigError(
                 f"{name} {asked[name]} has no effect with {sampling.solver}{whose}: "
                 + (
-                    "it chooses its own steps by rtol and atol; leave it out, or choose a solver of fixed steps "
-                    "such as heun"
+                    "it chooses its own steps by rtol and atol; leave it out, or use a fixed-step solver such as heun"
                     if adaptive
                     else "it takes a fixed number of steps; leave it out, or choose dopri5 or bosh3"
                 )
@@ -180,8 +195,8 @@ def _require_effect(asked: Mapping[str, object], sampling: SamplingPreset) -> No
                 )
 
 
-def _tell_what_is_kept(asked: Mapping[str, object], preset: SamplingPreset, sampling: SamplingPreset) -> None:
-    """Say what another solver takes over from the model's preset, which was made for its own."""
+def _notice_what_is_kept(asked: Mapping[str, object], preset: SamplingPreset, sampling: SamplingPreset) -> None:
+    """Announce which values another solver keeps from the model's preset, which were chosen for its own solver."""
     if is_adaptive(sampling.solver) == is_adaptive(preset.solver):
         return
     kept = [name for name in _pace(sampling.solver) if name not in asked]
@@ -190,14 +205,14 @@ def _tell_what_is_kept(asked: Mapping[str, object], preset: SamplingPreset, samp
         notice(f"{sampling.solver} takes {values} from the model's preset, which draws with {preset.solver}")
 
 
-def _tell_of_coarse_errors(request: Drawing) -> None:
-    """Say what an adaptive solver makes of velocities that are rounded more than it is told to err."""
-    sampling = request.sampling
-    if is_adaptive(sampling.solver) and request.precision != "fp32":
+def _notice_coarse_errors(drawing: Drawing) -> None:
+    """Announce that the velocity of an adaptive solver is rounded more coarsely than the solver's tolerance."""
+    sampling = drawing.sampling
+    if is_adaptive(sampling.solver) and drawing.precision != "fp32":
         notice(
-            f"{sampling.solver} measures errors of {sampling.rtol:g}, and {request.precision} rounds more than that: "
-            "it takes more steps, which may be others in another batch; --precision fp32 or auto is made for it, or a "
-            "solver of fixed steps such as heun"
+            f"{sampling.solver} has the tolerance {sampling.rtol:g}, and {drawing.precision} rounds more coarsely: "
+            "it takes more steps, which may differ in another batch; use --precision fp32 or auto, or a fixed-step "
+            "solver such as heun"
         )
 
 
@@ -205,94 +220,66 @@ def _pace(solver: str) -> tuple[str, ...]:
     return ("rtol", "atol") if is_adaptive(solver) else ("steps",)
 
 
-def check_drawing(model: FlowModel, request: Drawing) -> None:
-    """Refuse what cannot be drawn, before anything is computed.
+def check_drawing(model: FlowModel, drawing: Drawing) -> None:
+    """Refuse what this model cannot draw, before anything is computed.
 
     Raises:
         ConfigError: with the value and the remedy.
     """
-    sampling, conditioning = request.sampling, model.config.conditioning
-    for seed in (*request.seeds, *(blend.seed for blend in request.blends)):
-        require_count("seed", seed, 0, MOST_SEED)
-    if len(request.labels) != (len(request.seeds) if "label" in request.told else 0):
-        raise ConfigError(f"{len(request.labels)} labels for {len(request.seeds)} seeds; give one per image, or none")
-    if request.blends and len(request.blends) != len(request.seeds):
-        raise ConfigError(f"{len(request.blends)} blends for {len(request.seeds)} seeds; give one per image, or none")
-    others = [blend.label for blend in request.blends if blend.label is not None]
-    if others and not request.labels:
-        raise ConfigError(f"a blend towards class {others[0]} needs a class to begin with; give both")
+    sampling, conditioning = drawing.sampling, model.config.conditioning
     seen = set(model.config.seen_classes)
-    for label in dict.fromkeys([*request.labels, *others]):
+    for label in dict.fromkeys([*drawing.labels, *(b.label for b in drawing.blends if b.label is not None)]):
         if conditioning.class_index(label) not in seen:
             raise ConfigError(
-                f"the class {conditioning.class_names[label]!r} was in no training image, so the model never learned "
-                f"it; it learned {len(seen)} of its {conditioning.num_classes} classes"
+                f"no training image was of the class {conditioning.class_names[label]!r}; the model was trained on "
+                f"{len(seen)} of its {conditioning.num_classes} classes"
             )
-    for name in request.told:
+    for name in drawing.told:
         conditioning.require(name)
-    for name, share in conditioning.dropout.items():
-        if share == 0 and name not in request.told:
-            remedy = {
-                "label": "give --classes",
-                "inpainting": "it can only fill holes: `latentflow inpaint` with the method 'condition'",
-                "semantic_map": "give a map: `latentflow inpaint --map`"
-                if "inpainting" in request.told
-                else "it can only paint maps: `latentflow mask-to-image`",
-            }
-            if name == "inpainting" and "semantic_map" in request.told:
-                remedy[name] += " and --map"
-            raise ConfigError(f"the model never learned to do without the condition {name}; {remedy[name]}")
+    conditioning.require_all(drawing.told)
     is_adaptive(sampling.solver)
-    for name, (low, high, usual) in _RANGES.items():
-        value = getattr(sampling, name)
-        if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
-            shown = f"{value:g}" if isinstance(value, float) else str(value)[:40]
-            raise ConfigError(f"{name} {shown}: give a number from {low:g} to {high:g}; {usual}")
-    require_count("steps", sampling.steps, 1, MOST_STEPS, "25 are usual")
+    check_guidance(sampling.guidance, sampling.guidance_interval, sampling.guided_channels)
     if sampling.guided_channels is not None:
         channels = model.config.autoencoder.num_channels
         require_count("guided_channels", sampling.guided_channels, 1, channels, f"the latents have {channels} channels")
     if sampling.guidance != 1:
-        guided_by(model, request)
-    if not 0 < request.start <= 1:
-        raise ConfigError(f"start {request.start}: drawing starts at a time above 0 (the image) and at most 1 (noise)")
-    sampling_times(sampling.steps, sampling.shift, start=request.start)
-    ConditionedVelocity(
-        model.velocity,
-        Condition(),
-        Condition(),
-        sampling.guidance,
-        sampling.guidance_interval,
-        sampling.guided_channels,
-    )
+        guided_by(model, drawing)
 
 
-def guided_by(model: FlowModel, request: Drawing) -> list[ConditionName]:
-    """The conditions that guidance strengthens: those that its null twin is not told.
+def guided_by(model: FlowModel, drawing: Drawing) -> list[ConditionName]:
+    """The conditions that guidance strengthens: those that the null condition lacks.
 
     Raises:
-        ConfigError: there are none, or one is not given or has an untrained null.
+        ConfigError: there are none, or one is not given or was never dropped in training.
     """
-    conditioning, scale = model.config.conditioning, request.sampling.guidance
-    if not request.sampling.guided_by:
-        names = [name for name in request.told if name in conditioning.can_guide]
-        if not names:
-            if not conditioning.dropout:
-                why = "the model is unconditional"
-            elif not request.told:
-                why = "the images are told nothing that it could strengthen"
-            else:
-                keys = {"label": "label_dropout", "inpainting": "inpainting_dropout", "semantic_map": "map_dropout"}
-                why = f"the model was trained with conditioning.{keys[request.told[0]]} = 0"
-            raise ConfigError(f"guidance {scale}: {why}, so its null condition means nothing; use guidance 1")
-        return names
-    for name in request.sampling.guided_by:
+    conditioning, chosen = model.config.conditioning, drawing.sampling.guided_by
+    if not chosen:
+        return _guided_by_default(conditioning, drawing)
+    for name in chosen:
         if name not in CONDITION_NAMES:
             raise ConfigError(f"guided by {name!r}: no such condition; {nearest(name, CONDITION_NAMES)}")
         if name not in conditioning.can_guide:
-            able = ", ".join(conditioning.can_guide) or "nothing"
-            raise ConfigError(f"guided by {name}: its null was never trained in this model, which can guide by {able}")
-        if name not in request.told:
-            told = ", ".join(request.told) or "nothing"
-            raise ConfigError(f"guided by {name}, which the images are not told (they are told {told}); give it, too")
-    return list(request.sampling.guided_by)
+            able = f"guidance on {', '.join(conditioning.can_guide)}" if conditioning.can_guide else "no guidance"
+            raise ConfigError(f"guided by {name}: its unconditional branch was not trained; this model supports {able}")
+        if name not in drawing.told:
+            given = ", ".join(drawing.told) or "none"
+            raise ConfigError(f"guided by {name}, which is not given (conditions given: {given}); give it as well")
+    return list(chosen)
+
+
+def _guided_by_default(conditioning: Conditioning, drawing: Drawing) -> list[ConditionName]:
+    """All conditions that are given and were dropped in training.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    names = [name for name in drawing.told if name in conditioning.can_guide]
+    if names:
+        return names
+    if not conditioning.kinds:
+        why = "the model is unconditional"
+    elif not drawing.told:
+        why = "no condition is given"
+    else:
+        why = f"the model was trained with conditioning.{conditioning.kinds[drawing.told[0]].dropout_key} = 0"
+    raise ConfigError(f"guidance {drawing.sampling.guidance}: {why}, so guidance has nothing to act on; use guidance 1")

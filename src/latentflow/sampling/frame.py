@@ -6,22 +6,18 @@ Legend: H and W image height and width, h and w those the model sees, all in pix
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
 
 from latentflow.data.painting.latent_size import hide
 from latentflow.data.painting.mask_rules import ToldAs
-from latentflow.errors import ConfigError, nearest
+from latentflow.errors import ConfigError
 from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.feather import feathered, hole_spans, stretch_sums
 from latentflow.sampling.inputs import native_size, require_latent_pixel
+from latentflow.sampling.request import Fit
 
-Fit = Literal["window", "whole", "native"]
-"""What the model sees of an image: a square window around the hole, with as much context as hole, scaled to the size of
-the training images; the whole image, its shorter side scaled to that size; or the whole image at its native size."""
-FITS: tuple[Fit, ...] = get_args(Fit)
 _CONTEXT = 2  # side of the window, in sides of the hole
 
 
@@ -86,11 +82,9 @@ def choose_frame(model: FlowModel, mask: np.ndarray, fit: Fit | None = None) -> 
         fit: None: "window" if the hole leaves room for one, else "whole".
 
     Raises:
-        ConfigError: an unknown `fit`, or one that the hole or the size of the image does not allow.
+        ConfigError: the hole or the size of the image does not allow this `fit`.
         DataError: a side of the image is shorter than one latent pixel.
     """
-    if fit is not None and fit not in FITS:
-        raise ConfigError(f"fit {fit!r}: there is no such fit; {nearest(fit, FITS)}")
     height, width = mask.shape
     require_latent_pixel(model, height, width)
     window = _window(mask, model.config.image_size)

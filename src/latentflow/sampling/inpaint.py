@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -28,49 +27,33 @@ from latentflow.data.painting.mask_rules import ToldAs
 from latentflow.data.pictures.decode import open_image
 from latentflow.data.pictures.orientation import Photo, with_turn
 from latentflow.data.pictures.originals import Original, original_of
-from latentflow.errors import ConfigError, DataError, nearest
-from latentflow.model.class_names import ClassList
+from latentflow.errors import DataError
+from latentflow.model.conditioning import ConditionName
 from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.drawing import make_drawing
-from latentflow.sampling.frame import Fit, Frame, choose_frame
+from latentflow.sampling.frame import Frame, choose_frame
 from latentflow.sampling.inputs import ImageInput, MapInput, describe_inputs, encode_input, map_fractions, map_indices
 from latentflow.sampling.pipeline import Given, draw_all
-from latentflow.sampling.request import SampleRequest
+from latentflow.sampling.request import Fit, InpaintRequest, Method
 from latentflow.sampling.samples import Samples
-
-Method = Literal["condition", "replacement"]
-"""The model is conditioned on the known part; or the known part replaces what the model draws there, at every step."""
-METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def inpaint(
     model: FlowModel,
     image: ImageInput | np.ndarray,
     mask: Mask,
+    request: InpaintRequest | None = None,
     *,
-    num: int = 1,
-    classes: ClassList | None = None,
     semantic_map: MapInput | None = None,
-    seed: int = 0,
-    fit: Fit | None = None,
-    feather: int = 0,
-    method: Method | None = None,
     batch_size: int = 4,
     on_images: Callable[[int], None] = lambda num_images: None,
-    **preset: Any,
 ) -> Samples:
-    """Fill the hole of one image, once for each of `num` seeds.
+    """Fill the hole of one image, once for each seed.
 
     Args:
         image: of any size whose sides are at least one latent pixel; an array is [H, W, 3] uint8.
         mask: of the image's size, white where the image is to be filled; see `read_mask`.
-        classes: as for `make_drawing`; None: no label.
         semantic_map: of the image's size, for a model that is conditioned on maps as well.
-        fit: which part of the image the model sees; see `choose_frame`.
-        feather: width in pixels of the band inside the hole in which colours blend into the surroundings.
-        method: "condition" needs a model trained for inpainting, "replacement" works with any; None: "condition" if the
-            model can.
-        preset: fields of `SamplingPreset`.
 
     Returns:
         Samples whose pixels, 8-bit sRGB on white, have the size of the image. They are saved in the image's own form,
@@ -79,28 +62,29 @@ def inpaint(
     Raises:
         ConfigError, DataError: before anything is computed.
     """
-    method = _choose_method(model, method)
-    conditions = ["inpainting"] if method == "condition" else []
+    request = request or InpaintRequest()
+    method = request.method or ("condition" if model.config.conditioning.inpainting else "replacement")
+    conditions: list[ConditionName] = ["inpainting"] if method == "condition" else []
     conditions += ["semantic_map"] if semantic_map is not None else []
     for name in conditions:
         model.config.conditioning.require(name)
-    if feather < 0:
-        raise ConfigError(f"feather {feather} is below zero; 0 switches it off, 8 pixels are usual")
     inputs = describe_inputs(image=image, mask=mask, map=semantic_map)
-    canvas = _read(model, image, mask, fit, method)
-    request = make_drawing(
+    canvas = _read(model, image, mask, request.fit, method)
+    frame = "{} {} {} {}".format(*canvas.frame.box)
+    drawing = make_drawing(
         model,
-        SampleRequest(num=num, classes=classes, seed=seed, **preset),
+        request,
         task="inpaint",
         told=conditions,
-        inputs={**inputs, "method": method, "frame": "{} {} {} {}".format(*canvas.frame.box), "feather": str(feather)},
+        inputs={**inputs, "method": method, "frame": frame, "feather": str(request.feather)},
         image_size=canvas.frame.size,
     )
     given = canvas.given(model, method)
     if semantic_map is not None:
         indices = canvas.frame.cut_map(map_indices(model, semantic_map, canvas.photo))
         given = replace(given, class_fractions=map_fractions(model, indices))
-    return canvas.filled(draw_all(model, request, given, batch_size=batch_size, on_images=on_images), feather)
+    samples = draw_all(model, drawing, given, batch_size=batch_size, on_images=on_images)
+    return canvas.filled(samples, request.feather)
 
 
 @dataclass(frozen=True)
@@ -140,19 +124,11 @@ class _Canvas:
         return replace(samples, pixels=pixels, finish=partial(self.original.painted, hole=self.hole))
 
 
-def _choose_method(model: FlowModel, method: Method | None) -> Method:
-    if method is None:
-        return "condition" if model.config.conditioning.inpainting else "replacement"
-    if method not in METHODS:
-        raise ConfigError(f"method {method!r}: there is no such method; {nearest(method, METHODS)}")
-    return method
-
-
 def _read(model: FlowModel, image: ImageInput | np.ndarray, mask: Mask, fit: Fit | None, method: Method) -> _Canvas:
     """Read image and mask, and choose the frame.
 
     Raises:
-        ConfigError: `fit` does not exist or does not suit the image.
+        ConfigError: `fit` does not suit the image.
         DataError: image or mask cannot be used, or nothing of the frame is known.
     """
     original, turn = _open(image)

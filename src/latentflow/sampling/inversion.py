@@ -27,7 +27,7 @@ from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.inputs import ImageInput, at_most_one, encode_input, read_input
 from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, naming_noise, solve
-from latentflow.sampling.request import SampleRequest
+from latentflow.sampling.request import InvertRequest, SampleRequest
 from latentflow.sampling.samples import Samples
 
 ROUND_TRIPS: tuple[dict[str, Any], ...] = (
@@ -99,14 +99,7 @@ class RoundTrip:
     image_psnr: float
 
 
-def invert(
-    model: FlowModel,
-    image: ImageInput,
-    *,
-    classes: ClassList | None = None,
-    guidance: float | None = None,
-    **preset: Any,
-) -> Inversion:
+def invert(model: FlowModel, image: ImageInput, request: InvertRequest | None = None) -> Inversion:
     """Find the noise that an image would be drawn from: its latents, integrated from t = 0 to t = 1.
 
     `model.sample(noise=inversion.noise, classes=[], guidance=1)` draws the image again; with another class than that of
@@ -114,25 +107,20 @@ def invert(
 
     Args:
         image: of any size; its square middle is scaled to the size of the training images.
-        classes: at most one; None: no label.
-        guidance: None: 1, whatever the preset says. Only the velocity without guidance transports noise to data; the
-            larger the scale, the less the noise of a real image resembles Gaussian noise.
-        preset: the other fields of `SamplingPreset`; more evaluations recover the image better.
+        request: more evaluations recover the image better. Guidance is 1 unless it is given, whatever the preset says:
+            only the velocity without guidance transports noise to data, and the larger the scale, the less the noise of
+            a real image resembles Gaussian noise.
 
     Raises:
         ConfigError, DataError: before anything is computed.
     """
+    request = request or InvertRequest()
     pixels, inputs = read_input(model, image)
-    guidance = 1.0 if guidance is None else guidance
-    request = make_drawing(
-        model,
-        SampleRequest(num=1, classes=at_most_one(model, classes), guidance=guidance, **preset),
-        task="invert",
-        inputs=inputs,
-    )
+    asked = SampleRequest(num=1, classes=at_most_one(model, request.classes), **{"guidance": 1.0, **request.preset()})
+    drawing = make_drawing(model, asked, task="invert", inputs=inputs)
     latents = encode_input(model, pixels)
-    noise, evaluations = _to_noise(model, latents, request)
-    return Inversion(noise, latents, pixels, int(evaluations), request)
+    noise, evaluations = _to_noise(model, latents, drawing)
+    return Inversion(noise, latents, pixels, int(evaluations), drawing)
 
 
 @dataclass(frozen=True)

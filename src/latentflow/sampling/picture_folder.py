@@ -62,14 +62,14 @@ def draw_folder(
     captions: bool = False,
     runtime: Runtime | None = None,
 ) -> DrawnFolder:
-    """Draw requests into a folder: one PNG per picture, and a contact sheet of the first `GRID_IMAGES`.
+    """Draw into a folder: one PNG per picture, and a contact sheet of the first `GRID_IMAGES`.
 
-    Repeating the call continues where it stopped. Each process of `runtime` draws its share of every request.
+    Repeating the call continues where it stopped. Each process of `runtime` draws its share of the pictures.
 
     Args:
         out: a folder for these pictures only.
         model: a model folder, a run folder or a hub id.
-        plan: the requests, given the model.
+        plan: called with the model, returns what is to be drawn.
         doing: the word before the progress bar.
         columns: of the contact sheet; None: one per class, if they fit, else 8.
         captions: whether the contact sheet names the classes.

@@ -134,9 +134,14 @@ def draw_all(model: FlowModel, request: Drawing, given: Given = Given(), **optio
 
 
 def sample(
-    model: FlowModel, *, num: int = 1, batch_size: int = 16, noise: Tensor | None = None, **request: Any
+    model: FlowModel,
+    request: SampleRequest,
+    *,
+    noise: Tensor | None = None,
+    batch_size: int = 16,
+    on_images: Callable[[int], None] = lambda num_images: None,
 ) -> Samples:
-    """Draw `num` images at once into memory; the arguments are those of `make_drawing`.
+    """Draw images into memory.
 
     Args:
         noise: [num, C, h, w] to start from instead of the seeds' noise, for example from `invert`.
@@ -144,13 +149,15 @@ def sample(
     Raises:
         ConfigError: see `make_drawing`; also for noise of another shape.
     """
-    made = make_drawing(model, SampleRequest(num=num, **request))
+    drawing = make_drawing(model, request)
     if noise is not None:
-        wanted = (num, *model.config.latent_shape)
+        wanted = (request.num, *model.config.latent_shape)
         if tuple(noise.shape) != wanted:
-            raise ConfigError(f"noise of shape {list(noise.shape)}; {num} images of this model need {list(wanted)}")
-        made = naming_noise(made, noise)
-    return draw_all(model, made, Given(noise=noise), batch_size=batch_size)
+            raise ConfigError(
+                f"noise of shape {list(noise.shape)}; {request.num} images of this model need {list(wanted)}"
+            )
+        drawing = naming_noise(drawing, noise)
+    return draw_all(model, drawing, Given(noise=noise), batch_size=batch_size, on_images=on_images)
 
 
 def naming_noise(request: Drawing, noise: Tensor) -> Drawing:

@@ -1,14 +1,39 @@
-"""Requests of the verbs that draw: what a person asks of a model, before it is known which model."""
+"""Requests of the verbs that draw: what a user asks for, whatever the model.
+
+They import no torch, since they are the options of the command line. `latentflow.sampling.drawing` resolves them.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from latentflow.requests import Classes, Names, Number, Option, Request, Times, Whole
+from latentflow.requests import Classes, FromText, Names, Number, Option, Request, Times, Whole, pair_like
 
-MOST_IMAGES, MOST_SEED, MOST_STEPS = 1_000_000, 2**63 - 1, 10_000
+MOST_IMAGES, MOST_FRAMES, MOST_SEED, MOST_STEPS = 1_000_000, 10_000, 2**63 - 1, 10_000
+
+Fit = Literal["window", "whole", "native"]
+"""What the model sees of an image with a hole; see `InpaintRequest`."""
+Method = Literal["condition", "replacement"]
+"""How the known part of an image guides what fills its hole; see `InpaintRequest`."""
+
+_CLASSES = (
+    "Names, cycled over the images: cat,dog or 'cat,\"Doe, Jane\"' where a name has a comma; or indices, '#3,#7' in "
+    "quotes; 'none' ('#none' where a class is called none): unconditional."
+)
+
+
+def _strength(value: float) -> float:
+    if not 0 < value <= 1:
+        raise ValueError("give a number above 0 (the image itself) and at most 1 (nothing is left of it); 0.6 is usual")
+    return value
+
+
+def _two_seeds(value: Any) -> Any:
+    if isinstance(value, str) or len(value) != 2:
+        raise ValueError("an interpolation needs two seeds, from and to")
+    return tuple(value)
 
 
 class SamplingRequest(Request):
@@ -17,14 +42,13 @@ class SamplingRequest(Request):
     guidance: Annotated[Number, Option(remedy="1 switches it off, 1.5 to 4 are usual")] | None = Field(
         None, ge=0, le=1000, description="Guidance scale; 1: off."
     )
-    guidance_interval: Times | None = Field(
-        None, description="Times between which guidance acts, for example 0.1,0.8; otherwise always."
-    )
+    guidance_interval: Times | None = Field(None, description="Times between which guidance acts, for example 0.1,0.8.")
     guided_by: Names | None = Field(
-        None, description="What guidance strengthens: label, inpainting, semantic_map; otherwise every condition given."
+        None,
+        description="Conditions to guide on: label, inpainting, semantic_map. Default: all that are given.",
     )
     guided_channels: Whole | None = Field(
-        None, ge=1, le=65_536, description="Guidance acts on the first latent channels only; otherwise on all."
+        None, ge=1, le=65_536, description="Guide only so many latent channels, the first ones."
     )
     solver: str | None = Field(None, description="euler, midpoint, heun, rk4, ab2, ab3, bosh3 or dopri5.")
     steps: Annotated[Whole, Option(remedy="25 are usual")] | None = Field(
@@ -41,7 +65,7 @@ class SamplingRequest(Request):
     )
 
     def preset(self) -> dict[str, object]:
-        """What was asked for of a sampling preset."""
+        """The fields of a sampling preset that are given."""
         own = {name: getattr(self, name) for name in SamplingRequest.model_fields}
         return {name: value for name, value in own.items() if value is not None}
 
@@ -54,7 +78,92 @@ class SampleRequest(SamplingRequest):
     )
     classes: Classes | None = Field(
         None,
-        description="Names, cycled over the images: cat,dog or 'cat,\"Doe, Jane\"' where a name has a comma; or "
-        "indices, '#3,#7' in quotes. 'none' ('#none' where a class is called none): unconditional.",
+        description=f"{_CLASSES} Default: image i has the class of its seed, all classes in turn.",
     )
     seed: Whole = Field(0, ge=0, le=MOST_SEED, description="Seed of the first image; image i has seed SEED + i.")
+
+
+class EditRequest(SampleRequest):
+    """Variants of one image, one per seed."""
+
+    num: Annotated[Whole, Option(called="number of images", remedy="draw more with another seed")] = Field(
+        1, ge=1, le=MOST_IMAGES, description="Number of images, each from a seed of its own."
+    )
+    classes: Classes | None = Field(None, description=f"{_CLASSES} Default: unconditional.")
+
+
+class InpaintRequest(EditRequest):
+    """An image with its hole filled."""
+
+    fit: Fit | None = Field(
+        None,
+        description="What the model sees. window: a square around the hole, scaled to the training size; whole: the "
+        "image, its shorter side scaled to that size; native: the image at its own size. Default: window if the hole "
+        "leaves room for one, else whole.",
+    )
+    feather: Annotated[Whole, Option(remedy="0 switches it off, 8 pixels are usual")] = Field(
+        0, ge=0, le=10_000, description="Pixels inside the hole over which colours blend into the surroundings."
+    )
+    method: Method | None = Field(
+        None,
+        description="condition: the model is conditioned on the known part, which takes a model trained for it; "
+        "replacement: the known part replaces the state at every step, with any model. Default: condition if possible.",
+    )
+
+
+class MaskToImageRequest(EditRequest):
+    """Images of a semantic map."""
+
+    native: bool = Field(
+        False,
+        description="Draw at the map's own size. Default: the square middle of the map, scaled to the training size.",
+    )
+
+
+class ImageToImageRequest(EditRequest):
+    """An image drawn again from a noisy version of itself."""
+
+    strength: Annotated[Number, AfterValidator(_strength)] = Field(
+        0.6, description="Time to start from, in (0, 1]: near 0 little changes; 1: nothing is left of the image."
+    )
+
+
+class InterpolateRequest(SamplingRequest):
+    """Frames between two seeds, and between two classes."""
+
+    seeds: Annotated[tuple[Whole, Whole], BeforeValidator(_two_seeds), FromText(pair_like("3,8", int))] = Field(
+        (0, 1), description="From, to; the same seed twice to change only the class."
+    )
+    num: Annotated[Whole, Option(called="number of frames", remedy="the two ends are two of them")] = Field(
+        9, ge=2, le=MOST_FRAMES, description="Number of frames, including both ends."
+    )
+    classes: Classes | None = Field(
+        None,
+        description="One class for all frames, or two: from, to; by name or by index like '#3'; 'none': unconditional. "
+        "Default: those of the seeds, as in `sample`.",
+    )
+
+
+class VaryRequest(SamplingRequest):
+    """Variations of the picture of one seed."""
+
+    seed: Whole = Field(0, ge=0, le=MOST_SEED, description="Seed of the original picture.")
+    amount: Annotated[Number, Option(remedy="0 is the picture itself, 1 gives unrelated pictures")] = Field(
+        0.3, ge=0, le=1, description="How far to go: 0: the original picture; 1: unrelated pictures."
+    )
+    num: Annotated[Whole, Option(called="number of variations")] = Field(
+        8, ge=1, le=MOST_FRAMES, description="Number of variations."
+    )
+    classes: Classes | None = Field(
+        None,
+        description="At most one, by name or by index like '#3'; 'none': unconditional. Default: that of the seed, as "
+        "in `sample`.",
+    )
+
+
+class InvertRequest(SamplingRequest):
+    """The noise of an image. Guidance is 1 unless it is given."""
+
+    classes: Classes | None = Field(
+        None, description="At most one, by name or by index like '#3'. Default: unconditional."
+    )
