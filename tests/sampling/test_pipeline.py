@@ -378,9 +378,7 @@ def test_a_class_that_no_training_image_had_is_never_drawn(kl):
     assert make_drawing(model, SampleRequest(num=5)).labels == [0, 2, 0, 2, 0]
     assert make_drawing(model, SampleRequest(num=2, classes=["cherry", "apple"])).labels == [2, 0]
     for asked in (["berry"], ["#1"], [2, 1], "berry"):
-        with pytest.raises(
-            ConfigError, match="of the class 'berry'; the model was trained on 2 of its 3 classes"
-        ):
+        with pytest.raises(ConfigError, match="of the class 'berry'; the model was trained on 2 of its 3 classes"):
             make_drawing(model, SampleRequest(num=2, classes=asked))
 
 
