@@ -179,17 +179,14 @@ def bound_charts(measured: MeasuredBound) -> dict[str, Chart]:
 
 def bound_page(measured: MeasuredBound) -> str:
     """The page, one HTML document with its charts inside."""
-    bound = measured.bound
-    totals = total_rows(measured)
+    bound, totals = measured.bound, total_rows(measured)
+    tightest, paper = bound.total("one_sided", "velocity"), bound.total("sup", "loss")
     return render(
         "bound.html",
         measured=measured,
-        tiles_of_the_result=[
-            (
-                number(bound.total("one_sided", "velocity").value),
-                "the tightest bound, a distance of images in pixels",
-            ),
-            (number(bound.total("sup", "loss").value), "the paper's form: largest constant, raw loss"),
+        key_figures=[
+            (number(tightest.value), "the tightest bound, a distance of images in pixels"),
+            (number(paper.value), "the paper's form: largest constant, raw loss"),
             (number(bound.reconstruction.distance.value), "the autoencoder's share, whatever the flow does"),
             (number(measured.farthest), "the largest distance of any two images: a bound above it is vacuous"),
         ],

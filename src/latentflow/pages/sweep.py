@@ -131,7 +131,7 @@ def sweep_page(result: SweepResult) -> str:
         "sweep.html",
         result=result,
         verdict=verdict(result),
-        tiles_of_the_best=_tiles(result) if result.best is not None else [],
+        key_figures=_tiles(result) if result.best is not None else [],
         options=_options(result) if result.best is not None else "",
         quality=_chart(result),
         candidates=Table(
