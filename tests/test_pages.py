@@ -172,6 +172,17 @@ def test_the_figures_of_a_gpu_are_those_that_were_stored():
         assert seconds == f"{stored['seconds_to_first_step']:.1f}"
 
 
+def test_solvers_are_named_where_they_are_chosen():
+    from latentflow.flow.solvers import SOLVERS
+    from latentflow.sampling.request import SamplingRequest
+
+    said = SamplingRequest.model_fields["solver"].description
+    table = text_of("docs/theory/flow-matching.md").partition("| solver |")[2].partition("\n\n")[0]
+    for name in SOLVERS:
+        assert re.search(rf"\b{name}\b", said)
+        assert f"`{name}`" in table
+
+
 # What is written from the code
 
 
