@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from latentflow.planning.estimate import Memory, estimate_disk, estimate_memory
 from latentflow.planning.machine import machine_for
 from latentflow.planning.plan import Plan
@@ -17,6 +15,7 @@ from latentflow.training.compiling import compiles
 from latentflow.training.config import Recipe
 from latentflow.training.loop import micro_batches
 from latentflow.training.memory import total_memory
+from latentflow.weights import without_memory
 
 _PROBE_SECONDS = 3.0
 
@@ -37,7 +36,7 @@ def plan(recipe: Recipe, name: str, request: PlanRequest, runtime: Runtime) -> P
     machine = machine_for(recipe, runtime, request.device_memory, processes)
     subject = plan_subject(recipe, name, machine, request)
     parts = micro_batches(subject.recipe.training, replace(runtime, world=processes))
-    with torch.device("meta"):
+    with without_memory():
         network = subject.config.build_network()
     memory = estimate_memory(subject, network, machine, share=parts.size * parts.number, micro=parts.size)
     if request.device_tflops is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import get_args, get_origin
 
 import torch
@@ -16,7 +17,7 @@ from latentflow.networks.dit import DiTConfig
 from latentflow.networks.unet import UNetConfig
 from latentflow.networks.velocity_network import NETWORKS
 from latentflow.records import Record, explain
-from latentflow.weights import without_memory
+from latentflow.weights import filled, without_memory
 
 
 class PublishedOptions(Record):
@@ -111,7 +112,5 @@ class Architecture:
         Raises:
             ArtifactError: they do not fit; see `KeyMap.ours`.
         """
-        network = self.empty()
-        state = self.keys.ours(weights, network.state_dict(), origin)
-        network.load_state_dict(state, assign=True)
-        return network.eval().requires_grad_(False)
+        state = self.keys.ours(weights, self.empty().state_dict(), origin)
+        return filled(partial(self.empty, "cpu"), state, origin).eval().requires_grad_(False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from latentflow.networks.dit import NAMES, SIZES, DiTConfig
 from latentflow.networks.running import MEMORY_MODES
 from latentflow.planning.estimate import estimate_memory
@@ -11,6 +9,7 @@ from latentflow.planning.plan import Plan
 from latentflow.planning.subject import Subject
 from latentflow.planning.units import gib
 from latentflow.training.fitting import with_values
+from latentflow.weights import without_memory
 
 
 def advice(plan: Plan) -> list[str]:
@@ -49,7 +48,7 @@ def _smaller(plan: Plan) -> str | None:
         config = plan.subject.config.model_copy(update={"network": chosen})
         recipe = with_values(plan.recipe, {"network": chosen})
         subject = Subject(recipe, config, plan.subject.data, plan.subject.stage)
-        with torch.device("meta"):
+        with without_memory():
             built = config.build_network()
         memory = estimate_memory(
             subject, built, plan.machine, share=plan.memory.share, micro=plan.memory.micro_batch_size

@@ -23,6 +23,7 @@ from latentflow.runtime import Runtime
 from latentflow.training.ema import EMA
 from latentflow.training.memory import count_parameters, forward_flops
 from latentflow.training.optim import OptimizerConfig, build_optimizer, clip_gradients
+from latentflow.weights import without_memory
 
 _UPDATED = {"cpu": 4_000_000, "cuda": 100_000_000}  # parameters that the update is timed with
 _PASSES = 3  # forward and backward together, in units of the way forward
@@ -190,7 +191,7 @@ def _seconds_of_pass(config: ModelConfig, way: _Way, images: int, seconds: float
 
 def _network(config: ModelConfig, device: torch.device) -> nn.Module:
     """A network with weights that are quickly made and nowhere zero: denormal numbers are slow."""
-    with torch.device("meta"):
+    with without_memory():
         network = config.build_network()
     network.to_empty(device=device)
     some = 0.02 * torch.randn(2**16, device=device)

@@ -39,6 +39,7 @@ from latentflow.training.loop import Job, MicroBatches, run_loop
 from latentflow.training.memory import require_memory
 from latentflow.training.optim import OptimizerConfig
 from latentflow.training.settings import load_settings
+from latentflow.weights import without_memory
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -228,7 +229,7 @@ def require_autoencoder_memory(recipe: AutoencoderRecipe, free: int | None) -> N
         ConfigError: with the estimate and what would fit.
     """
     config, side = recipe.network, recipe.data.crop or recipe.data.image_size
-    with torch.device("meta"):
+    with without_memory():
         network = build_autoencoder(config, side, recipe.training.seed)
     volume = sum(width * (side >> level) ** 2 for level, width in enumerate(config.channels))
     require_memory(

@@ -14,6 +14,7 @@ from latentflow.networks.dit import DiTConfig
 from latentflow.networks.running import MEMORY_MODES, MemoryMode
 from latentflow.networks.unet import UNetConfig
 from latentflow.runtime import Runtime
+from latentflow.weights import without_memory
 
 _WIDE = 4  # bytes of a number that stays float32 under autocast, too
 _STATE = {"weights": 4, "gradients": 4, "moments of AdamW": 8, "average of the weights": 4}  # bytes per parameter
@@ -25,7 +26,7 @@ _RESERVE = 0.1  # of the memory, for what an estimate cannot see
 
 def count_parameters(config: ModelConfig) -> int:
     """Weights of the network that a config describes; nothing is allocated."""
-    with torch.device("meta"):
+    with without_memory():
         network = config.build_network()
     return sum(parameter.numel() for parameter in network.parameters())
 
@@ -36,7 +37,7 @@ def forward_flops(config: ModelConfig) -> int:
     Products, convolutions and attention are counted, on tensors without data. A training step takes three times that,
     as each product has two more in the backward pass.
     """
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with without_memory(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         latents = torch.empty(1, *config.latent_shape)
         config.build_network()(latents, torch.empty(1), config.conditioning.build(latents.shape, latents.device))
     return counter.get_total_flops()
