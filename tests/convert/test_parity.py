@@ -13,7 +13,7 @@ from latentflow.convert.families.registry import architecture
 from latentflow.convert.keymap import KeyMap
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.networks.spatial_encoder import SpatialEncoder
-from latentflow.networks.unet_blocks import MapAttention, ResidualBlock, group_norm
+from latentflow.networks.unet_blocks import BlockOptions, MapAttention, ResidualBlock, group_norm
 from latentflow.shapes import Condition
 from tests.convert.parity import (
     FAMILY_OF_KIND,
@@ -158,7 +158,7 @@ def test_block_of_two_heads(case):
     def norm():
         return group_norm(channels, groups=32, group_channels=4, eps=1e-5)
 
-    block = ResidualBlock(norm(), norm(), made["emb_channels"], attention=MapAttention(norm(), heads, 1.0)).eval()
+    block = ResidualBlock(norm(), norm(), BlockOptions(made["emb_channels"]), attention=MapAttention(norm(), heads, 1.0)).eval()
     keys = KeyMap(block_rules("", "", num_heads=heads))
     gain = next(c for c in fixture["cases"] if c["name"] == case).get("weight_gain", 1)
     block.load_state_dict(keys.ours(weights(fixture, gain), block.state_dict(), fixture["file"]))

@@ -9,6 +9,7 @@ from torch import nn
 
 from latentflow.errors import ConfigError
 from latentflow.networks.unet_blocks import (
+    BlockOptions,
     Downsample,
     InputBranch,
     MapAttention,
@@ -188,14 +189,10 @@ def by_hand(block: ResidualBlock, x: torch.Tensor, c: torch.Tensor, *, modulatio
 )
 def test_residual_block(modulation, channels, resize, resample_filter, skip_conv, gain):
     wide_in, wide_out = channels
-    block = ResidualBlock(
-        *(norm(wide_in), norm(wide_out), 5),
-        modulation=modulation,
-        resize=resize,
-        resample_filter=resample_filter,
-        skip_conv=skip_conv,
-        residual_scale=gain,
+    options = BlockOptions(
+        5, modulation=modulation, resample_filter=resample_filter, skip_conv=skip_conv, residual_scale=gain
     )
+    block = ResidualBlock(norm(wide_in), norm(wide_out), options, resize=resize)
     assert (block.skip is not None) == (skip_conv or wide_in != wide_out)
     block, x, c = drawn(block), image(2, wide_in, 4, 6), image(2, 5, seed=1)
     expected = by_hand(*(block, x, c), modulation=modulation, resize=resize, resample_filter=resample_filter, gain=gain)
@@ -204,17 +201,17 @@ def test_residual_block(modulation, channels, resize, resample_filter, skip_conv
 
 def test_attention_comes_after_the_scaled_sum():
     attention = drawn(MapAttention(norm(4), 2, 0.5))
-    with_attention = drawn(ResidualBlock(norm(4), norm(4), 5, attention=attention, residual_scale=0.5))
-    without = ResidualBlock(norm(4), norm(4), 5, residual_scale=0.5).double()
+    with_attention = drawn(ResidualBlock(norm(4), norm(4), BlockOptions(5, residual_scale=0.5), attention=attention))
+    without = ResidualBlock(norm(4), norm(4), BlockOptions(5, residual_scale=0.5)).double()
     own = {k: v for k, v in with_attention.state_dict().items() if not k.startswith("attention.")}
     without.load_state_dict(own)
     x, c = image(2, 4, 4, 4), image(2, 5, seed=1)
     torch.testing.assert_close(with_attention(x, c), with_attention.attention(without(x, c)), **EXACT)
 
 
-def test_dropout_is_behind_the_second_activation_and_in_training_alone():
-    block, x, c = drawn(ResidualBlock(norm(4), norm(4), 5, dropout=0.4)), image(2, 4, 8, 8), image(2, 5, seed=1)
-    plain = drawn(ResidualBlock(norm(4), norm(4), 5))
+def test_dropout_follows_the_second_activation_in_training_only():
+    block, x, c = drawn(ResidualBlock(norm(4), norm(4), BlockOptions(5, dropout=0.4))), image(2, 4, 8, 8), image(2, 5, seed=1)
+    plain = drawn(ResidualBlock(norm(4), norm(4), BlockOptions(5)))
     assert torch.equal(block.eval()(x, c), plain(x, c))
     seen = []
     block.conv2.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
@@ -225,8 +222,8 @@ def test_dropout_is_behind_the_second_activation_and_in_training_alone():
     torch.testing.assert_close(seen[1][kept], seen[0][kept] / 0.6, **EXACT)
 
 
-def test_a_fresh_block_told_nothing_is_its_skip():
-    block = ResidualBlock(norm(4), norm(4), 5, residual_scale=0.5)
+def test_a_block_with_a_zero_last_convolution_is_its_skip():
+    block = ResidualBlock(norm(4), norm(4), BlockOptions(5, residual_scale=0.5))
     nn.init.zeros_(block.conv2.weight), nn.init.zeros_(block.conv2.bias)
     x = torch.randn(2, 4, 4, 4)
     assert torch.equal(block(x, torch.randn(2, 5)), x * 0.5)

@@ -84,7 +84,7 @@ def test_old_and_new_values_are_kept(train, run):
     [
         ("network.depth=3", "weights would not fit"),
         ("path.kind=cosine", "velocities"),
-        ("conditioning.label_dropout=0.5", "learned to be told"),
+        ("conditioning.label_dropout=0.5", "trained with the old conditions"),
         ("normalise=per_channel", "scale"),
         ("data.labels=false", "other images"),
         ("data.masks.policy=boxes", "other images"),
@@ -121,7 +121,7 @@ def test_the_advice_of_a_number_that_is_not_finite_works(train, run):
     stopped = train(*wild, "--allow-change", "optimizer")
     assert stopped.code == 1, stopped.err
     for _ in range(14):  # each time a tenth of the rate
-        advice = re.search(r"repeat the command with (.*) in place of the old values", stopped.err)[1]
+        advice = re.search(r"repeat the command with (.*) instead of the old values", stopped.err)[1]
         assert "--allow-change optimizer.learning_rate" in advice
         parts = shlex.split(advice)
         given = dict(part.split("=") for part in [*wild, *parts] if "=" in part)

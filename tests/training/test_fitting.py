@@ -100,7 +100,7 @@ def test_what_is_set_stays():
 
 def test_reasons_are_few_and_true():
     recipe, why = fit(load_recipe("own_images"), dataclasses.replace(GPU, num_images=100))
-    assert any(f"{recipe.training.steps:,}" in line and "copy" in line for line in why)
+    assert any(f"{recipe.training.steps:,}" in line and "memorise" in line for line in why)
     assert len(why) <= 3
     assert fit(load_recipe("own_images", ["network.name=DiT-S/2", "training.steps=5"]), GPU)[1] == []
 

@@ -84,8 +84,8 @@ def test_any_image_of_any_micro_batch_is_found(scaled, bad, step, found, example
     with pytest.raises(NonFiniteError) as caught:
         train(tiny.CPU, images, range(5), scaled=scaled)
     assert str(caught.value) == (
-        f"step {step}: a number that is not finite appeared in the loss of {found} of 4 images, for example "
-        f"{example}.png. The step was not taken; the newest checkpoint is step 1. Look at the images, or do something"
+        f"step {step}: non-finite values in the loss of {found} of 4 images, for example "
+        f"{example}.png. The step was skipped; the newest checkpoint is step 1. Check the images, or do something"
     )
     assert images.read == list(range(4 * step - 4, 4 * step))
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_computed_again_is_an_error_all_the_same(monkeypatch):
 
     guard = FiniteGuard(build_optimizer(nn.Linear(1, 1), OptimizerConfig()), tiny.CPU, scaled=False, remedy="")
     guard.watch(torch.tensor(float("inf")), [torch.ones(2)], 0, [torch.arange(2)])
-    with pytest.raises(NonFiniteError, match="appeared in the gradient"):
+    with pytest.raises(NonFiniteError, match="non-finite values in the gradient"):
         guard.raise_if_bad(full, nn.Linear(1, 1), Images(), 0)
 
 

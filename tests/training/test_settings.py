@@ -246,7 +246,7 @@ def test_values_by_the_type_of_their_field(load, key, text, value):
         ("optimizer.betas", "0.9, a,b", "is not a number"),
         ("optimizer.betas", "[0.9,[0.99]]", "write one value"),
         ("sampling.guided_by", "labels Label", "is unknown; "),
-        ("network", "[1] DiT-S/2 null", "a section with keys of its own"),
+        ("network", "[1] DiT-S/2 null", "a section; set its keys"),
         ("training", "{steps:3} {steps", "line|training"),
         ("data.path.more", "x", "data.path is a value"),
         ("training..steps", "3", "key=value"),
@@ -273,7 +273,7 @@ def test_an_empty_section_has_its_defaults(load):
 def test_a_key_stands_once(load):
     first, second = "optimizer: {warmup_steps: 500", "optimizer: {weight_decay: 0.01}"
     message = refusal(load, f"out: x\n{first}}}\ntraining: {{steps: 10}}\n{second}\n")
-    assert "line 4: 'optimizer' stands here again, after line 2" in message
+    assert "line 4: 'optimizer' is set again, after line 2" in message
     assert load(f"out: x\n{first}, weight_decay: 0.01}}\ntraining: {{steps: 10}}").optimizer.weight_decay == 0.01
 
 
@@ -281,7 +281,7 @@ def test_a_key_stands_once(load):
     ("text", "said"),
     [
         ("training:\n  steps: 3\n  batch_size: 4\n  steps: 5", "line 4: 'steps'"),
-        ("training: {steps: 3, steps: 3}", "line 1: 'steps' stands here again, after the same line"),
+        ("training: {steps: 3, steps: 3}", "line 1: 'steps' is set again, after the same line"),
         ("network: {name: DiT-S/2}\n'network': {name: DiT-B/2}", "line 2: 'network'"),
         ("a: &x {steps: 1}\ntraining:\n  <<: *x", "line 3: *x is a reference"),
         ("training: &x {steps: 1}\noptimizer: *x", "line 2: *x is a reference"),
@@ -365,7 +365,7 @@ def test_places_that_are_no_recipe(tmp_path):
 def test_an_override_stands_once(load, overrides):
     message = refusal(load, "", *overrides)
     assert all(override in message for override in overrides)
-    assert "twice" in message
+    assert "set the same key" in message
 
 
 def test_another_kind_of_network_by_overrides(load):

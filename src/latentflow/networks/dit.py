@@ -48,17 +48,15 @@ VARIANTS = {
 class DiTConfig(Record):
     """A diffusion transformer. Give a `name`, or the four sizes, or a name and the sizes that differ from it.
 
-    A config is resolved when it is born: every size and option holds its value, so that what is saved stands alone.
-    What the data decide (channels, classes) is told to `DiT` itself.
+    A config is resolved when it is created: every size and option has a value, so a saved config needs no defaults.
+    Channels and classes follow from the data and are arguments of `DiT`.
 
     Raises:
         ConfigError: unknown option, name or variant, a size missing, or sizes that do not fit together.
     """
 
     kind: Literal["dit"] = "dit"
-    name: str | None = Field(
-        None, description="published size, DiT-{S,B,L,XL}/{1,2,4,8}; None = sizes given one by one"
-    )
+    name: str | None = Field(None, description="published size, DiT-{S,B,L,XL}/{1,2,4,8}; null: give the sizes below")
     depth: int = Field(gt=0, le=512, description="number of blocks")
     hidden_size: int = Field(gt=0, le=65_536, description="channels of a token, a multiple of num_heads")
     num_heads: int = Field(gt=0, le=4096, description="attention heads")
@@ -80,7 +78,7 @@ class DiTConfig(Record):
     position: Literal["sincos", "rope"] = Field(
         description="sincos = frozen 2-D positions added to the tokens; rope = 2-D rotation of queries and keys"
     )
-    mlp: Literal["gelu", "swiglu"] = Field(description="gelu (tanh) or swiglu, of nearly the same parameter count")
+    mlp: Literal["gelu", "swiglu"] = Field(description="gelu (tanh), or swiglu with nearly as many parameters")
     norm: Literal["layernorm", "rmsnorm"] = Field(description="norm before attention, MLP and output")
     qk_norm: bool = Field(description="normalise queries and keys of every head: steadier at high learning rates")
 
@@ -119,7 +117,7 @@ class DiTConfig(Record):
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """Name for messages and reports."""
         return self.name or f"DiT of {self.depth} blocks, {self.hidden_size} channels"
 
     @property
@@ -129,7 +127,7 @@ class DiTConfig(Record):
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by what the image's time and label say (adaLN-Zero)."""
+    """Attention and MLP, each shifted, scaled and gated by the embedding of time and label (adaLN-Zero)."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -154,11 +152,11 @@ class DiT(VelocityNetwork):
 
     Args:
         config: sizes and options.
-        told: see `VelocityNetwork`.
+        inputs: channels, classes and spatial conditions; see `VelocityNetwork`.
     """
 
-    def __init__(self, config: DiTConfig, **told: Any):
-        super().__init__(config, **told)
+    def __init__(self, config: DiTConfig, **inputs: Any):
+        super().__init__(config, **inputs)
         size, patch = config.hidden_size, config.patch_size
         self.patch_embedding = nn.Conv2d(self.spatial.num_channels, size, kernel_size=patch, stride=patch)
         self.time_embedding = TimeEmbedding(size, config.time_scale)
@@ -169,7 +167,7 @@ class DiT(VelocityNetwork):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew, as the paper does: every block starts as the identity, the output as zero."""
+        """Draw new weights as in the paper: every block starts as the identity, and the output is zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

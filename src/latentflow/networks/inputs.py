@@ -1,4 +1,4 @@
-"""What every velocity network is told, and asks of its inputs.
+"""The inputs that all velocity networks share, and the checks on them.
 
 Legend: B images, C latent channels, H and W latent height and width.
 """
@@ -15,19 +15,19 @@ from latentflow.networks.spatial_encoder import SpatialInputs
 from latentflow.shapes import Condition
 
 FORMER_OPTIONS = ("gradient_checkpointing",)
-"""Options of networks that models from earlier versions name, and that are none any more: passed over."""
+"""Network options of earlier versions that no longer exist; they are ignored in old models."""
 
 
 class VelocityNetwork(BlockNetwork):
-    """What all velocity networks share: called as network(latents, time, condition) => velocity.
+    """Base class of velocity networks, which are called as network(latents, time, condition) => velocity.
 
     Args:
         config: sizes and options, with `size_multiple`.
         in_channels: channels of the latents.
         out_channels: channels of the velocity.
-        num_classes: number of labels; the table has one more row, `null_label`. 0 = a network without labels.
+        num_classes: number of labels; the embedding table has one more row, `null_label`. 0: a network without labels.
         inpainting: whether masked latents and mask are concatenated to the latents.
-        num_map_classes: classes of the semantic map whose encoding is concatenated to the latents; 0 = no map.
+        num_map_classes: classes of the semantic map, whose encoding is concatenated to the latents; 0: no map.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class VelocityNetwork(BlockNetwork):
         return self.num_classes if self.num_classes else None
 
     def joined(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        """Latents and what is told of their pixels along channels: [B, C, H, W] => [B, spatial.num_channels, H, W].
+        """Latents and spatial conditions, joined along channels: [B, C, H, W] => [B, spatial.num_channels, H, W].
 
         Raises:
             ValueError: see `check_inputs` and `SpatialInputs`.

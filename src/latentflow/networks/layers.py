@@ -74,8 +74,8 @@ def rotary_positions(
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the 2-D rotation of queries and keys: two of [height * width, head_channels / 2] float32.
 
-    Half of the channel pairs turn with the column, half with the row. The longest period is that of arXiv 2403.13298
-    for images (100, where text has 10000). `head_channels` is a multiple of 4.
+    Half of the channel pairs rotate with the column, half with the row. The longest period is 100, as in
+    arXiv 2403.13298 for images; for text it is 10000. `head_channels` is a multiple of 4.
     """
     angles = torch.cat(axis_angles(height, width, head_channels // 4, 100.0, device), dim=1)
     return angles.cos(), angles.sin()
@@ -96,9 +96,9 @@ def kept_table(make: Callable[..., Any], *args: Any) -> Any:
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + E/2) of `x` [..., E] by angles [..., E/2]; in float32 at least.
+    """Rotate channel pairs (i, i + E/2) of `x` [..., E] by angles [..., E/2]; in float32 at least.
 
-    What the backward pass needs is the tables: it turns back.
+    The backward pass needs only the tables: it rotates back.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
@@ -116,7 +116,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, norm: str) -> Tensor
 
 def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """x + gate * branch, with one gate per image: [B, N, D], [B, D] and [B, N, D] => [B, N, D]."""
-    # Autocast would widen gate and branch, and keep them so.
+    # Autocast would cast gate and branch to float32 and save them so.
     with torch.autocast(x.device.type, enabled=False) if autocast_dtype(x.device) else nullcontext():
         return torch.addcmul(x, gate[:, None], branch)
 
@@ -174,9 +174,9 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 class SwigluMLP(nn.Module):
-    """down(silu(gate(x)) * value(x)) (arXiv 2002.05202), as many parameters as `GeluMLP` of that ratio.
+    """down(silu(gate(x)) * value(x)) (arXiv 2002.05202), with about as many parameters as `GeluMLP` of the same ratio.
 
-    The inner size is 2/3 of the other's, as there are three matrices and not two, rounded to a multiple of 8.
+    The inner size is 2/3 of that of `GeluMLP`, for three matrices instead of two, rounded to a multiple of 8.
     [B, N, D] => [B, N, D].
     """
 

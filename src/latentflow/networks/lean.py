@@ -1,8 +1,8 @@
-"""Layers that keep little for the backward pass: what is cheap is computed again there, and never kept twice or wide.
+"""Layers that save little for the backward pass: cheap intermediate results are recomputed there.
 
-Each is a plain function of tensors. `torch.compile` and the transforms of `torch.func` see just that, and a compiler
-decides by itself what to keep; else autograd is told the derivative, which needs nothing but the arguments. The
-derivatives have derivatives.
+Each is a plain function of tensors. `torch.compile` and the transforms of `torch.func` see this function; a compiler
+decides what to save. Elsewhere a `torch.autograd.Function` computes the derivative from the arguments only. It can be
+differentiated again.
 
 Legend: B images, N tokens, D channels.
 """
@@ -23,7 +23,7 @@ NORM_EPS = 1e-6
 def scaled_norm(
     x: Tensor, scale: Tensor, shift: Tensor | None = None, *, centred: bool = False, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """scale * (x - mean) / deviation + shift over the last axis, in float32 at least; of all this `x` alone is kept.
+    """scale * (x - mean) / deviation + shift over the last axis, in float32 at least. Only `x` is saved for backward.
 
     Args:
         x: [..., D].
@@ -36,10 +36,10 @@ def scaled_norm(
 
 
 def linear_of(function: Callable[[Tensor], Tensor], x: Tensor, layer: nn.Linear) -> Tensor:
-    """layer(function(x)), of which `x` alone is kept: for a function that costs little beside the layer.
+    """layer(function(x)); only `x` is saved for backward. For a function that is cheap compared with the layer.
 
     Args:
-        function: element by element or nearly so, with the dtype of `x`.
+        function: elementwise or nearly so, with the dtype of `x`.
         x: [..., D], under autocast in half precision already.
     """
     if _derived_elsewhere():
@@ -56,11 +56,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def _derived_elsewhere() -> bool:
-    """Whether somebody other than autograd takes derivatives, or nobody."""
+    """Whether derivatives are taken by something other than autograd, or not at all."""
     return (
         torch.compiler.is_compiling()
         or not torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()  # they take no function that knows just its backward pass
+        or torch._C._are_functorch_transforms_active()  # they do not support a Function with only a backward pass
     )
 
 
@@ -124,13 +124,13 @@ class _LinearOf(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """With h = function(x): dh = grad W, dW = grad^T h, and dx by the derivative of the function."""
         x, weight = ctx.saved_tensors
-        again = torch.is_grad_enabled()  # the derivative itself will be derived
+        twice = torch.is_grad_enabled()  # the derivative will be differentiated
         with torch.enable_grad():
-            source = x if again else x.detach().requires_grad_()
+            source = x if twice else x.detach().requires_grad_()
             h = ctx.function(source)
         dx = dweight = dbias = None
         if ctx.needs_input_grad[1]:
-            (dx,) = torch.autograd.grad(h, source, grad @ weight.to(grad.dtype), create_graph=again)
+            (dx,) = torch.autograd.grad(h, source, grad @ weight.to(grad.dtype), create_graph=twice)
         rows = grad.flatten(0, -2)
         if ctx.needs_input_grad[2]:
             dweight = (rows.mT @ h.flatten(0, -2)).to(weight.dtype)

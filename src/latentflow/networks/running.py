@@ -1,4 +1,4 @@
-"""How a network runs its blocks: what it keeps of them for the backward pass, and whether they are compiled."""
+"""How a network runs its blocks: what is saved for the backward pass, and whether they are compiled."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from latentflow.errors import ConfigError, nearest
 
 MemoryMode = Literal["none", "recompute-cheap", "checkpoint"]
 MEMORY_MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)
-"""From the fastest to the one that needs least memory."""
+"""From the fastest to the one that needs the least memory."""
 
-# A compiler looks a block's graph up among all that one function has, and gives up above this number. Of the U-Nets
-# each level has blocks of its own.
+# torch._dynamo gives up on a function with more graphs than this. In a U-Net every level needs several.
 _MOST_GRAPHS = 128
 
 _ATEN = torch.ops.aten
@@ -33,14 +32,14 @@ _PRODUCTS = [
     _ATEN._scaled_dot_product_cudnn_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 ]
-"""What "recompute-cheap" keeps of a block; the rest takes little time beside it."""
+"""Results that "recompute-cheap" saves; everything else is cheap in comparison."""
 
 
 def run_block(block: Callable[..., Tensor], memory: MemoryMode, draws: bool, *inputs: Any) -> Tensor:
-    """block(*inputs), of which the backward pass computes again what `memory` says.
+    """block(*inputs), with the recomputation in the backward pass that `memory` asks for.
 
     Args:
-        draws: whether the block draws random numbers, which must be the same again.
+        draws: whether the block draws random numbers, which recomputation must repeat.
     """
     if memory == "none" or not torch.is_grad_enabled():
         return block(*inputs)
@@ -68,19 +67,18 @@ class BlockNetwork(nn.Module):
         return self._run_block(block, self.memory, self.draws, *inputs)
 
     def run_once(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """The same for what is no block, and small: nothing of it is computed again."""
+        """The same for a small part that is not a block: nothing of it is recomputed."""
         return self._run_block(part, "none", self.draws, *inputs)
 
 
 def set_memory(network: nn.Module, mode: MemoryMode) -> None:
-    """Say what the backward pass computes again, from now on; numbers stay the same.
+    """Choose what the backward pass recomputes from now on; results stay the same.
 
     Args:
         network: as it was built, or wrapped (`NoisePredictor`, distributed).
-        mode: "none": nothing but what is cheap anyway (see `lean`). "recompute-cheap": of every block the results of
-            products, convolutions and attention are kept, and the rest is computed again: about a third less memory and
-            less than a tenth more time. "checkpoint": every block is computed again from what came in: least memory, a
-            third more time.
+        mode: "none": only what is cheap anyway (see `lean`). "recompute-cheap": the results of products, convolutions
+            and attention are saved, and everything else is recomputed: about a third less memory for less than a tenth
+            more time. "checkpoint": every block is recomputed from its inputs: the least memory, a third more time.
 
     Raises:
         ConfigError: no such mode.
@@ -92,9 +90,9 @@ def set_memory(network: nn.Module, mode: MemoryMode) -> None:
 
 
 def compile_blocks(network: nn.Module, *, backend: str = "inductor") -> None:
-    """Have the blocks of a network compiled when they are first called, for the shapes they are called with.
+    """Compile the blocks of a network when they are first called, for the shapes of that call.
 
-    Blocks of the same sizes share one compilation; so do networks. Every other shape or batch size is a new one.
+    Blocks of the same sizes share a compilation, also across networks. A new shape or batch size is compiled again.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
     compiled = torch.compile(run_block, fullgraph=True, dynamic=False, backend=backend)
@@ -108,7 +106,7 @@ def is_compiled(network: nn.Module) -> bool:
 
 
 def restore_blocks(network: nn.Module) -> None:
-    """Run blocks as they are written, and keep all that their backward pass needs: as a network is built."""
+    """Undo `compile_blocks` and `set_memory`."""
     for part in _block_networks(network):
         part._run_block = run_block
     set_memory(network, "none")
@@ -116,7 +114,7 @@ def restore_blocks(network: nn.Module) -> None:
 
 @contextmanager
 def uncompiled(network: nn.Module) -> Iterator[None]:
-    """Inside, blocks run as they are written: for other shapes and batch sizes, and for second derivatives."""
+    """A context without compiled blocks, for other shapes and batch sizes and for second derivatives."""
     parts = _block_networks(network)
     before = [part._run_block for part in parts]
     for part in parts:

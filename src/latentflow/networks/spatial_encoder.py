@@ -1,4 +1,4 @@
-"""What a velocity network reads beside the noisy latents, pixel for pixel: a known part and a semantic map.
+"""Spatial conditions of a velocity network, concatenated to the noisy latents: a known part and a semantic map.
 
 Legend: B images, C latent channels, H and W latent height and width, K classes of the semantic map.
 """
@@ -12,12 +12,12 @@ from latentflow.shapes import Condition
 
 
 class SpatialEncoder(nn.Module):
-    """The learned encoder of a semantic map: shares of K classes in each latent pixel => C channels.
+    """The learned encoder of a semantic map: the fraction of each of K classes in each latent pixel => C channels.
 
     The published encoder halves a one-hot map with a linear filter until it has latent size, and then mixes the
-    classes with a 1x1 convolution. Halving an even size is averaging, so the shares of the classes in each latent
-    pixel are all that is left of the map; they are computed once with the data, and what is learned is the mixing.
-    Without a bias: where no class is named, the encoding is zero.
+    classes with a 1x1 convolution. Halving an even size is averaging, so only the fraction of each class in each latent
+    pixel remains of the map. These fractions are computed once, with the data; only the mixing is learned. There is no
+    bias: the encoding of a pixel without a class is zero.
     """
 
     def __init__(self, num_map_classes: int, channels: int):
@@ -26,7 +26,7 @@ class SpatialEncoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew: each class starts as a vector as long as the latents it stands beside."""
+        """Draw new weights: the embedding of a class has about the norm of a latent pixel."""
         nn.init.normal_(self.mix.weight)
 
     def forward(self, class_fractions: Tensor) -> Tensor:

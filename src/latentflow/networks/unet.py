@@ -1,9 +1,9 @@
-"""The convolutional U-Net as a velocity network: one class for the networks that the paper calls ADM.
+"""The convolutional U-Net as a velocity network: one class for the networks that LFM calls ADM.
 
-Four published U-Nets differ in small things, which are options here, named after what they do; a `variant` sets them:
+Four published U-Nets differ in details. Each detail is an option here, and a `variant` sets them all:
 
     adm        guided-diffusion's UNetModel (arXiv 2105.05233)
-    dhariwal   EDM's rebuilding of it, DhariwalUNet (arXiv 2206.00364): residual blocks change the size
+    dhariwal   EDM's reimplementation, DhariwalUNet (arXiv 2206.00364): residual blocks change the resolution
     ddpm++     EDM's SongUNet (arXiv 2011.13456), positional time features, sums scaled by sqrt(1/2)
     ncsn++     the same with Fourier time features, binomial resampling and the input on every level
 
@@ -25,7 +25,15 @@ from torch.nn.functional import silu
 from latentflow.errors import ConfigError, nearest
 from latentflow.networks.inputs import FORMER_OPTIONS, VelocityNetwork
 from latentflow.networks.layers import time_sinusoid
-from latentflow.networks.unet_blocks import Downsample, InputBranch, MapAttention, ResidualBlock, Upsample, group_norm
+from latentflow.networks.unet_blocks import (
+    BlockOptions,
+    Downsample,
+    InputBranch,
+    MapAttention,
+    ResidualBlock,
+    Upsample,
+    group_norm,
+)
 from latentflow.records import Record
 from latentflow.shapes import Condition
 
@@ -80,9 +88,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class UNetConfig(Record):
     """A U-Net: its sizes, and a `variant` that sets the options not given.
 
-    A config is resolved when it is born: every size and option holds its value, so that what is saved stands alone.
-    Where blocks attend may be given as `attention_factors`, or as `attention_sizes` together with the `latent_size`
-    (height and width of the latents) that they are to be understood for; the factors are what is kept.
+    A config is resolved when it is created: every size and option has a value, so a saved config needs no defaults.
+    The levels with attention are given as `attention_factors`, or as `attention_sizes` for latents of height and width
+    `latent_size`; the config stores the factors.
 
     Raises:
         ConfigError: unknown option or variant, or sizes that do not fit together.
@@ -94,39 +102,41 @@ class UNetConfig(Record):
     kind: Literal["unet"] = "unet"
     channels: int = Field(gt=0, le=65_536, description="of the feature maps, times the multiplier of their level")
     multipliers: tuple[Annotated[int, Field(gt=0, le=1024)], ...] = Field(
-        min_length=1, max_length=12, description="one per level, from full size downwards"
+        min_length=1, max_length=12, description="one per level, from full resolution downwards"
     )
-    blocks_per_level: int = Field(2, gt=0, le=64, description="residual blocks on the way down; one more on the way up")
+    blocks_per_level: int = Field(
+        2, gt=0, le=64, description="residual blocks per encoder level; decoder levels have one more"
+    )
     attention_factors: tuple[int, ...] = Field(
         (),
         max_length=12,
-        description="blocks attend where maps are smaller than the latents by these factors: 1, 2, 4, ...",
+        description="attention on the levels that are smaller than the latents by these factors: 1, 2, 4, ...",
     )
-    middle_attention: bool = Field(True, description="whether the first block between the two ways attends")
+    middle_attention: bool = Field(True, description="attention in the first block between encoder and decoder")
     variant: Literal["adm", "dhariwal", "ddpm++", "ncsn++"] = Field(
-        "adm", description="default of the options below: a published U-Net"
+        "adm", description="a published U-Net, which gives the defaults of the options below"
     )
     num_heads: int | None = Field(None, gt=0, le=4096, description="attention heads; null: by head_channels")
-    num_decoder_heads: int | None = Field(None, gt=0, le=4096, description="heads on the way up; null: as everywhere")
+    num_decoder_heads: int | None = Field(None, gt=0, le=4096, description="decoder heads; null: as in the encoder")
     head_channels: int | None = Field(
         None,
         gt=0,
         le=65_536,
-        description="least channels of a head, in place of num_heads: as many heads as there is room for",
+        description="channels per head, instead of num_heads",
     )
     decoder_attention: Literal["every", "last"] = Field(
-        description="which blocks of an attending level attend on the way up"
+        description="which blocks of a level with attention have it in the decoder"
     )
     resample: Literal["conv", "block", "plain"] = Field(
-        description="what changes the size between levels: conv = a convolution, block = a residual block, "
+        description="what changes the resolution between levels: conv = a convolution, block = a residual block, "
         "plain = means of 2 x 2 and repeated pixels"
     )
     resample_filter: Literal["box", "binomial"] = Field(
-        description="how a residual block changes the size: box = means and repeated pixels, binomial = 1 3 3 1"
+        description="how a residual block changes the resolution: box = means and repeated pixels, binomial = 1 3 3 1"
     )
-    resample_skip_conv: bool = Field(description="a 1x1 convolution on the skip of every block that changes the size")
+    resample_skip_conv: bool = Field(description="a 1x1 convolution on the skip where a block changes the resolution")
     modulation: Literal["scale_shift", "shift"] = Field(
-        description="what time and label do: scale and shift normalised channels, or shift them before the norm"
+        description="how time and label modulate: scale and shift after the norm, or shift before it"
     )
     time_features: Literal["sinusoid", "fourier"] = Field(
         description="sinusoid = periods 2 pi to 20,000 pi; fourier = random frequencies, drawn once"
@@ -143,24 +153,24 @@ class UNetConfig(Record):
         le=1e6,
         description="the time in [0, 1] is multiplied by this; Fourier features and published LFM weights need 1.0",
     )
-    sinusoid_endpoint: bool = Field(description="whether the longest period is reached, or just not")
+    sinusoid_endpoint: bool = Field(description="whether the sinusoids include the longest period")
     label_joins: Literal["features", "embedding"] = Field(
-        description="what the label's vector is added to: the time features, or what the MLP makes of them"
+        description="what the label embedding is added to: the time features, or the time embedding made from them"
     )
-    input_on_every_level: bool = Field(description="add the input, brought to size, behind every change of size")
-    residual_scale: float = Field(gt=0, le=1, description="every sum is multiplied by this; sqrt(1/2) keeps variances")
+    input_on_every_level: bool = Field(description="add the resized input after every change of resolution")
+    residual_scale: float = Field(gt=0, le=1, description="factor of every residual sum; sqrt(1/2) keeps the variance")
     stem_channels: int = Field(
         default_factory=lambda values: values.get("channels", 0) * values.get("multipliers", (0,))[0],
         gt=0,
         le=2**26,
         description="channels of the first convolution",
     )
-    norm_groups: int = Field(32, gt=0, le=65_536, description="most groups of a norm")
+    norm_groups: int = Field(32, gt=0, le=65_536, description="groups of a norm at most")
     norm_group_channels: int = Field(
-        gt=0, le=65_536, description="least channels of a group; narrow maps have fewer groups"
+        gt=0, le=65_536, description="channels of a group at least; narrow maps have fewer groups"
     )
     norm_eps: float = Field(gt=0, le=1, description="added to variances")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of values left out in training, in every block")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate in every block")
 
     @model_validator(mode="before")
     @classmethod
@@ -212,7 +222,7 @@ class UNetConfig(Record):
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """Name for messages and reports."""
         return f"U-Net ({self.variant}) of {self.channels} x {', '.join(map(str, self.multipliers))} channels"
 
     @property
@@ -226,7 +236,7 @@ class UNetConfig(Record):
         return 4 * self.channels
 
     def heads(self, channels: int, *, decoder: bool = False) -> int:
-        """Attention heads of a map of so many channels.
+        """Attention heads of a feature map with this many channels.
 
         Raises:
             ConfigError: they do not divide the channels.
@@ -263,7 +273,7 @@ def _factors_from_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Embedding(nn.Module):
-    """Time and label as one vector per image, past its activation: [B] and [B] => [B, E]."""
+    """Time and label as one vector per image, after its activation: [B] and [B] => [B, E]."""
 
     def __init__(self, config: UNetConfig, num_classes: int):
         super().__init__()
@@ -279,12 +289,12 @@ class Embedding(nn.Module):
 
     def forward(self, time: Tensor, labels: Tensor | None) -> Tensor:
         x = self._features(time * self.config.time_scale).to(self.linear1.weight.dtype)
-        said = self.label(labels) if self.label is not None else None
-        if said is not None and self.label_joins_features:
-            x = x + said
+        label = self.label(labels) if self.label is not None else None
+        if label is not None and self.label_joins_features:
+            x = x + label
         x = self.linear2(silu(self.linear1(x)))
-        if said is not None and not self.label_joins_features:
-            x = x + said
+        if label is not None and not self.label_joins_features:
+            x = x + label
         return silu(x)
 
     def _features(self, time: Tensor) -> Tensor:
@@ -297,7 +307,7 @@ class Embedding(nn.Module):
 
 
 class Stage(nn.Module):
-    """The modules of one level on one of the two ways: its blocks, and what changes the size before or after them."""
+    """One level of encoder or decoder: its blocks, and what changes the resolution before or after them."""
 
     def __init__(self, resize: nn.Module | None, blocks: list[nn.Module], input_branch: nn.Module | None = None):
         super().__init__()
@@ -307,21 +317,21 @@ class Stage(nn.Module):
 
 
 class UNet(VelocityNetwork):
-    """Velocity network of residual blocks on feature maps of falling and again rising size.
+    """Velocity network of residual blocks on feature maps, first at falling and then at rising resolution.
 
     Untrained, it returns exactly zero. Latents may have any height and width that are multiples of
     `config.size_multiple`.
 
     Args:
         config: sizes and options.
-        told: see `VelocityNetwork`.
+        inputs: channels, classes and spatial conditions; see `VelocityNetwork`.
 
     Raises:
         ConfigError: norms or heads do not divide the channels.
     """
 
-    def __init__(self, config: UNetConfig, **told: Any):
-        super().__init__(config, **told)
+    def __init__(self, config: UNetConfig, **inputs: Any):
+        super().__init__(config, **inputs)
         self.draws = config.dropout > 0
         self.embedding = Embedding(config, self.num_classes)
         self.stem = nn.Conv2d(self.spatial.num_channels, config.stem_channels, 3, padding=1)
@@ -363,7 +373,7 @@ class UNet(VelocityNetwork):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew: every block starts as its skip, every attention as nothing, the output as zero."""
+        """Draw new weights: every block starts as its skip connection, without attention, and the output is zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.GroupNorm):
                 module.reset_parameters()
@@ -448,14 +458,16 @@ class UNet(VelocityNetwork):
         return ResidualBlock(
             self._norm(in_channels),
             self._norm(out_channels),
-            config.embedding_channels,
+            BlockOptions(
+                embedding_channels=config.embedding_channels,
+                modulation=config.modulation,
+                resample_filter=config.resample_filter,
+                skip_conv=config.resample_skip_conv,
+                residual_scale=config.residual_scale,
+                dropout=config.dropout,
+            ),
             attention=attention,
-            modulation=config.modulation,
             resize=resize,
-            resample_filter=config.resample_filter,
-            skip_conv=config.resample_skip_conv and resize is not None,
-            residual_scale=config.residual_scale,
-            dropout=config.dropout,
         )
 
     def _resize(self, channels: int, direction: str) -> nn.Module:

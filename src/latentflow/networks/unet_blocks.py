@@ -1,9 +1,11 @@
-"""Blocks of the U-Net: norms, attention on feature maps, residual blocks, and changes of size.
+"""Blocks of the U-Net: norms, attention on feature maps, residual blocks, and changes of resolution.
 
 Legend: B images, D channels, E channels of the embedding of time and label, H and W height and width.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +65,7 @@ class MapAttention(nn.Module):
     Args:
         norm: of D channels.
         num_heads: a divisor of D.
-        residual_scale: what the sum is multiplied by.
+        residual_scale: factor of the sum.
     """
 
     def __init__(self, norm: nn.GroupNorm, num_heads: int, residual_scale: float):
@@ -102,9 +104,9 @@ class Upsample(nn.Module):
 
 
 class InputBranch(nn.Module):
-    """The network's input, or what the last level made of it, brought to half its size. [B, D_in, H, W] => [B, D, ...]
+    """The network's input, or its branch on the level before, at half the resolution. [B, D_in, H, W] => [B, D, ...]
 
-    The image itself is so at hand on every level (the "residual" encoder of arXiv 2011.13456).
+    It brings the input to every level (the "residual" encoder of arXiv 2011.13456).
     """
 
     def __init__(self, in_channels: int, channels: int, resample_filter: str):
@@ -117,63 +119,76 @@ class InputBranch(nn.Module):
         return halve(self.conv(x), self.resample_filter, padding=0)
 
 
+@dataclass(frozen=True)
+class BlockOptions:
+    """What all residual blocks of a U-Net share.
+
+    Attributes:
+        embedding_channels: E.
+        modulation: "scale_shift" or "shift".
+        resample_filter: "box" or "binomial".
+        skip_conv: a 1x1 convolution on the skip of every block that changes the resolution.
+        residual_scale: factor of every sum.
+        dropout: rate.
+    """
+
+    embedding_channels: int
+    modulation: str = "scale_shift"
+    resample_filter: str = "box"
+    skip_conv: bool = False
+    residual_scale: float = 1.0
+    dropout: float = 0.0
+
+
 class ResidualBlock(nn.Module):
-    """Two convolutions beside a skip, steered by the embedding of time and label; then attention, if any.
+    """Two convolutions with a skip connection, modulated by the embedding of time and label; then attention, if any.
 
         h = conv1(silu(norm1(x)));  h = conv2(dropout(silu(norm2(h) * (1 + scale) + shift)));  (skip(x) + h) * gain
 
-    With modulation "shift" it is silu(norm2(h + shift)). A block that changes the size does so behind its first
+    With modulation "shift" it is silu(norm2(h + shift)). A block that changes the resolution does so after its first
     activation and on its skip.
 
     Args:
         norm1, norm2: of `in_channels` and of `out_channels` channels.
-        embedding_channels: E.
-        attention: what comes after the sum; None: nothing.
-        modulation: "scale_shift" or "shift".
+        options: shared by all blocks; the gain is `residual_scale`.
+        attention: applied after the sum; None: no attention.
         resize: "halve", "double" or None.
-        resample_filter: "box" or "binomial".
-        skip_conv: a 1x1 convolution on the skip even where the number of channels stays.
-        residual_scale: the gain.
     """
 
     def __init__(
         self,
         norm1: nn.GroupNorm,
         norm2: nn.GroupNorm,
-        embedding_channels: int,
+        options: BlockOptions,
         *,
         attention: MapAttention | None = None,
-        modulation: str = "scale_shift",
         resize: str | None = None,
-        resample_filter: str = "box",
-        skip_conv: bool = False,
-        residual_scale: float = 1.0,
-        dropout: float = 0.0,
     ):
         super().__init__()
         in_channels, out_channels = norm1.num_channels, norm2.num_channels
-        self.scales = modulation == "scale_shift"
+        self.scales = options.modulation == "scale_shift"
         self.resize = resize
-        self.resample_filter = resample_filter
-        self.residual_scale = residual_scale
+        self.resample_filter = options.resample_filter
+        self.residual_scale = options.residual_scale
         self.norm1 = norm1
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.modulation = nn.Linear(embedding_channels, (2 if self.scales else 1) * out_channels)
+        self.modulation = nn.Linear(options.embedding_channels, (2 if self.scales else 1) * out_channels)
         self.norm2 = norm2
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(options.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if skip_conv or in_channels != out_channels else None
+        has_conv = in_channels != out_channels or (options.skip_conv and resize is not None)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if has_conv else None
         self.attention = attention
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x [B, D_in, H, W] and c = silu(embedding) [B, E] => [B, D_out, H', W']."""
         h = self.conv1(self._resized(F.silu(self.norm1(x))))
-        steering = self.modulation(c)[:, :, None, None].to(h.dtype)
+        modulation = self.modulation(c)[:, :, None, None].to(h.dtype)
         if self.scales:
-            scale, shift = steering.chunk(2, dim=1)
+            scale, shift = modulation.chunk(2, dim=1)
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
-            h = self.norm2(h + steering)
+            h = self.norm2(h + modulation)
         h = self.conv2(self.dropout(F.silu(h)))
         x = self._resized(x)
         x = (h + (x if self.skip is None else self.skip(x))) * self.residual_scale

@@ -1,7 +1,7 @@
-"""Which velocity network a model has, and what its output means.
+"""Which network a model has, and what its output means.
 
-Models trained here predict the velocity. Networks from elsewhere may predict something else along another path, from
-which the velocity follows exactly: they are wrapped, so that all others need to know nothing of it.
+Models trained here predict the velocity. Converted networks may predict the noise or the data along another path, from
+which the velocity follows exactly. They are wrapped, so that to everything else they are velocity networks.
 
 Legend: B images, C latent channels, H and W latent height and width.
 """
@@ -23,7 +23,7 @@ from latentflow.shapes import Condition, per_image
 
 
 def _by_kind(*kinds: str) -> Discriminator:
-    """Tells the configs of a union apart by their `kind`, the first of `kinds` where it is not said."""
+    """Distinguishes the configs of a union by their `kind`; the default is the first of `kinds`."""
 
     def kind_of(value: Any) -> str:
         kind = value.get("kind", kinds[0]) if isinstance(value, dict) else getattr(value, "kind", kinds[0])
@@ -37,7 +37,7 @@ def _by_kind(*kinds: str) -> Discriminator:
 NetworkConfig = Annotated[
     Annotated[DiTConfig, Tag("dit")] | Annotated[UNetConfig, Tag("unet")], _by_kind("dit", "unet")
 ]
-"""A velocity network as it stands in a config: `kind` says which, "dit" where it says nothing."""
+"""The config of a velocity network; `kind` is "dit" by default."""
 
 NETWORKS: dict[str, type[DiT | UNet]] = {"dit": DiT, "unet": UNet}
 
@@ -52,24 +52,24 @@ class NoisePrediction(Record):
     """The output is the noise, on a variance-preserving chain of discrete steps (DDPM, DiT); the path is the cosine.
 
     A chain's x_k = sqrt(abar_k) data + sqrt(1 - abar_k) noise lies on the cosine path, whose coefficients are cos and
-    sin of an angle: only the time is read off another clock.
+    sin of an angle; only the time is parametrised differently.
     """
 
     kind: Literal["noise"] = "noise"
     num_steps: int = Field(
-        1000, ge=2, le=100_000, description="Steps of the chain; the network is told 0 to num_steps - 1."
+        1000, ge=2, le=100_000, description="Steps of the chain; the network gets times from 0 to num_steps - 1."
     )
     first_beta: float = Field(1e-4, gt=0, lt=1, description="Variance added by the first step.")
-    last_beta: float = Field(0.02, gt=0, lt=1, description="Variance added by the last; between them it grows evenly.")
+    last_beta: float = Field(0.02, gt=0, lt=1, description="Variance added by the last step; linear in between.")
 
 
 class DenoiserPrediction(Record):
     """The output is the inner network of EDM's preconditioned denoiser (arXiv 2206.00364, table 1); linear path."""
 
     kind: Literal["edm"] = "edm"
-    sigma_data: float = Field(0.5, gt=0, le=1e6, description="Deviation of the data that the denoiser was made for.")
-    sigma_min: float = Field(0.002, gt=0, le=1e6, description="Least noise level the network was told of.")
-    sigma_max: float = Field(80.0, gt=0, le=1e6, description="Greatest noise level the network was told of.")
+    sigma_data: float = Field(0.5, gt=0, le=1e6, description="Standard deviation of the training data.")
+    sigma_min: float = Field(0.002, gt=0, le=1e6, description="Smallest noise level in training.")
+    sigma_max: float = Field(80.0, gt=0, le=1e6, description="Largest noise level in training.")
 
     @model_validator(mode="after")
     def _check(self) -> DenoiserPrediction:
@@ -84,7 +84,7 @@ PredictionConfig = Annotated[
     | Annotated[DenoiserPrediction, Tag("edm")],
     _by_kind("velocity", "noise", "edm"),
 ]
-"""What a network's output means, as it stands in a config."""
+"""What a network's output means, in a config."""
 
 
 def build_network(
@@ -100,7 +100,7 @@ def build_network(
 
     Args:
         channels: C.
-        num_classes, inpainting, num_map_classes: what it is told; see `DiT` and `UNet`.
+        num_classes, inpainting, num_map_classes: its conditions; see `VelocityNetwork`.
     """
     network = NETWORKS[config.kind](
         config,
@@ -116,7 +116,7 @@ def build_network(
 def wrap_network(
     network: nn.Module, prediction: VelocityPrediction | NoisePrediction | DenoiserPrediction
 ) -> nn.Module:
-    """A network whose output is `prediction`, as one whose output is the velocity."""
+    """Turn a network whose output is `prediction` into a velocity network."""
     if isinstance(prediction, NoisePrediction):
         return NoisePredictor(network, prediction)
     if isinstance(prediction, DenoiserPrediction):
@@ -127,13 +127,12 @@ def wrap_network(
 class NoisePredictor(nn.Module):
     """The velocity on the cosine path, from a network that predicts the noise of a chain of discrete steps.
 
-    With angle = pi t / 2, x = cos(angle) data + sin(angle) noise, the velocity is the noise's prediction put into
-    dx/dt:
+    With angle = pi t / 2 and x = cos(angle) data + sin(angle) noise, the velocity is dx/dt with the predicted noise:
 
         v = pi/2 (cos(angle) noise - sin(angle) data) = pi/2 (noise - sin(angle) x) / cos(angle)
 
-    The chain ends a little before the pure noise of t = 1; behind its end the velocity stays what it is there. Between
-    two steps the network is told the fraction of a step.
+    The chain ends shortly before the pure noise of t = 1; from there on the velocity uses the last step. Between two
+    steps of the chain the network gets a fractional step.
 
     Args:
         network: called as network(latents, step [B] in [0, num_steps - 1], condition) => noise.
@@ -169,7 +168,7 @@ class Denoiser(nn.Module):
 
         v = (t - d^2 (1 - t)) / n x - d / sqrt(n) F(x / sqrt(n), ln(sigma) / 4),
 
-    which is finite at both ends; there sigma, as the network is told it, stays within what it was trained for.
+    which is finite at both ends. The sigma that the network gets is clamped to the range of its training.
 
     Args:
         network: called as network(latents, ln(sigma) / 4 [B], condition) => F.

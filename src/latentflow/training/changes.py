@@ -1,4 +1,4 @@
-"""Going on with a run whose recipe was changed: what may change, what must be asked for, what cannot be."""
+"""Resuming a run with a changed recipe: what may change, what must be allowed, what cannot change."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ CHANGES_FILE = "changes.jsonl"
 
 @dataclass(frozen=True)
 class ChangeRules:
-    """What may change between the parts of one run. Keys may be sections; all others change when they are allowed to.
+    """What may change when a run is resumed. Keys may be sections; all other keys may change if they are allowed to.
 
     Attributes:
         free: keys that may change at any time.
-        fixed: keys that never may, each with the reason.
+        fixed: keys that may never change, each with the reason.
     """
 
     free: tuple[str, ...]
@@ -42,7 +42,7 @@ class Changes:
 
     Attributes:
         run: the run folder.
-        step: steps that were done with the old recipe.
+        step: steps done with the old recipe.
         old, new: the recipes.
         values: each changed key with its old and its new value.
     """
@@ -54,24 +54,24 @@ class Changes:
     values: dict[str, tuple[Any, Any]]
 
     def record(self) -> None:
-        """Add the changes to the run's history, changes.jsonl, once."""
+        """Append the changes to the run's history, changes.jsonl, once."""
         file = self.run / CHANGES_FILE
         before = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         entries = ({"step": self.step, "key": key, "old": old, "new": new} for key, (old, new) in self.values.items())
         lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
-        added = [line for line in lines if line not in before]  # all but those of a command that was killed here
+        added = [line for line in lines if line not in before]  # a killed command may have written some already
         if added:
             write_text(file, "".join(f"{line}\n" for line in [*before, *added]))
 
     def rates(self) -> tuple[float, float]:
-        """The learning rate of the next step by the old and by the new recipe."""
+        """The learning rate of the next step in the old and in the new recipe."""
         old, new = ((one.optimizer, one.training.steps) for one in (self.old, self.new))
         return old[0].rate(self.step, old[1]), new[0].rate(self.step, new[1])
 
     def announce(self) -> None:
-        """Say what changed, and what that does to the learning rate."""
+        """Print what changed, and how it changes the learning rate."""
         if self.values:
-            notice(f"from step {self.step + 1} on with another recipe: {spelled_out(self.values)}")
+            notice(f"from step {self.step + 1} on, with another recipe: {spelled_out(self.values)}")
         before, now = self.rates()
         if before != now:
             last = self.old.optimizer.rate(max(self.step - 1, 0), self.old.training.steps)
@@ -81,7 +81,7 @@ class Changes:
 
 
 def as_begun(recipe: Schema, run: Path) -> Schema:
-    """A recipe that leaves open what decays, with what its run began with: the default was another once."""
+    """A recipe with the run's `weight_decay_on` where it is not set: earlier versions had another default."""
     if "weight_decay_on" in recipe.optimizer.model_fields_set or trained_steps(run) is None:
         return recipe
     begun = load_settings(type(recipe), run / RECIPE_FILE).optimizer.weight_decay_on
@@ -91,13 +91,13 @@ def as_begun(recipe: Schema, run: Path) -> Schema:
 def check_changes(run: Path, recipe: BaseModel, rules: ChangeRules, allowed: Sequence[str] = ()) -> Changes | None:
     """How `recipe` differs from the one that `run` was trained with so far; nothing is written.
 
-    A folder in which nothing was learned yet can be begun with any recipe: None.
+    None if nothing was trained in the folder yet; then any recipe will do.
 
     Args:
-        allowed: keys that may change although they alter what is computed.
+        allowed: keys that may change although they change what is computed.
 
     Raises:
-        ConfigError: a key changed that was not allowed to, or never can; `allowed` names a key that does not exist.
+        ConfigError: a key changed that was not allowed to or never can, or `allowed` names a key that does not exist.
     """
     keys = keys_of(recipe)
     for key in allowed:
@@ -119,14 +119,14 @@ def check_changes(run: Path, recipe: BaseModel, rules: ChangeRules, allowed: Seq
     if refused:
         flags = " ".join(f"--allow-change {key}" for key in refused)
         raise ConfigError(
-            f"{run} was trained with another recipe ({spelled_out(refused)}); add {flags} to go on with the new one, "
-            "restore the old one, or choose another out"
+            f"{run} was trained with another recipe ({spelled_out(refused)}); add {flags} to continue with the new "
+            "one, restore the old one, or choose another out"
         )
     return Changes(run, step, old, recipe, changed)
 
 
 def trained_steps(run: Path) -> int | None:
-    """Steps of a run that are saved; None where there is none."""
+    """Saved steps of a run; None if there are none."""
     newest = newest_checkpoint(run)
     if not (run / RECIPE_FILE).exists():
         return None

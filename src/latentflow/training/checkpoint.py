@@ -38,7 +38,7 @@ SaveModel = Callable[[Path, Mapping[str, Tensor]], None]
 
 _FOLDER = re.compile(r"step-(\d{8})")
 _STATE = "state.json"
-_SPARE_BYTES = 2 << 30  # of a GPU's memory, left free beside a copy
+_SPARE_BYTES = 2 << 30  # of a GPU's memory that a copy leaves free
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,18 @@ class Progress:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run in a thread of its own, from copies, while training goes on.
+    """Writes the checkpoints of a run in a separate thread, from copies, while training continues.
 
-    One at most is being written: the next save waits for it. What goes wrong in the thread, a full disk above all, is
-    raised by the next call. As a context manager it ends once everything is on disk, and at once where it is left by a
-    second Ctrl-C.
+    At most one is being written: the next save waits for it. An error in the thread, such as a full disk, is raised by
+    the next call. As a context manager it exits when everything is on disk, or immediately on a second Ctrl-C.
 
     Args:
         run: the run folder.
         device: where the network is trained.
-        keep: how many of the newest checkpoints stay.
-        keep_every: checkpoints of steps that are multiples of it stay as well, the milestones; None: there are none.
-        save_model: writes `model/` of the run before each checkpoint, and that of a milestone in it. Killed between the
-            two, a run repeats the steps since the checkpoint before, and writes both again.
+        keep: how many of the newest checkpoints to keep.
+        keep_every: checkpoints at multiples of it, the milestones, are kept as well; None: there are none.
+        save_model: writes `model/` of the run before each checkpoint, and that of a milestone in it. A run that is
+            killed between the two repeats the steps since the last checkpoint, and writes both again.
     """
 
     def __init__(
@@ -90,14 +89,14 @@ class CheckpointWriter:
         self._failure: BaseException | None = None
 
     def save(self, progress: Progress, network: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
-        """Copy the state of training as it is now, and begin to write it."""
+        """Copy the current state of training, and begin to write it."""
         self.wait()
         copy = self._copy(training_state(network, ema, optimizer))
         self._thread = Thread(target=self._write, args=(progress, copy), name="checkpoint")
         self._thread.start()
 
     def raise_failure(self) -> None:
-        """Raise what went wrong in the thread; waits for nothing, and costs nothing in every step.
+        """Raise the error of the thread, if there is one; cheap enough for every step.
 
         Raises:
             ArtifactError: a folder could not be written.
@@ -133,9 +132,9 @@ class CheckpointWriter:
         return _copied(state, self._memory(sum(map(_room, tensors))), self.device)
 
     def _memory(self, num_bytes: int) -> Tensor:
-        """Where a copy lies: on the GPU, if there is room to spare beside all that training took by the first save.
+        """Memory for a copy: on the GPU, if it has room to spare at the first save; otherwise on the host.
 
-        Memory of the host is kept for the next copy, for it is slow to get.
+        Host memory is kept for the next copy, because allocating it is slow.
         """
         if self._on_gpu is None:
             self._on_gpu = torch.cuda.mem_get_info(self.device)[0] >= num_bytes + _SPARE_BYTES
@@ -163,11 +162,11 @@ class CheckpointWriter:
 
 @dataclass(frozen=True)
 class _Copy:
-    """A state of training as it was at one moment, by file and name.
+    """A snapshot of the state of training, by file and name.
 
     Attributes:
         tensors: views of one piece of memory.
-        made: when they are whole, if they come from a GPU; None: they are.
+        made: the event after which they are complete, if they come from a GPU; None: they are complete.
     """
 
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -175,7 +174,7 @@ class _Copy:
 
     @contextmanager
     def ready(self) -> Iterator[Mapping[str, Mapping[str, Tensor]]]:
-        """The tensors once they are whole; reading them from the GPU does not queue with the steps of training."""
+        """The tensors once they are complete; reading them from the GPU does not queue behind training steps."""
         if self.made is None:
             yield self.tensors
             return
@@ -185,9 +184,9 @@ class _Copy:
 
 
 def _copied(state: Mapping[str, Mapping[str, Tensor]], memory: Tensor, device: torch.device) -> _Copy:
-    """Copy tensors of `device` in the order of its work: after one step, and before the next.
+    """Copy tensors of `device` in stream order: after one step, and before the next.
 
-    From a GPU the host waits for nothing: a copy on the same GPU takes that milliseconds, one in pinned memory longer.
+    The host does not wait for a GPU: a copy on the same GPU takes milliseconds, one to pinned memory longer.
     """
     gpu = device.type == "cuda"
     copies: dict[str, dict[str, Tensor]] = {}
@@ -206,12 +205,12 @@ def _copied(state: Mapping[str, Mapping[str, Tensor]], memory: Tensor, device: t
 
 
 def _room(tensor: Tensor) -> int:
-    """Bytes that a tensor takes in the memory of a copy, where each begins at a multiple of 64."""
+    """Bytes of a tensor in a copy, where each starts at a multiple of 64."""
     return -(-tensor.nbytes // 64) * 64
 
 
 def training_state(network: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """What a checkpoint holds, by file: the tensors themselves, which training goes on to change."""
+    """What a checkpoint holds, by file: the tensors themselves, which training continues to change."""
     optimizer_tensors = {
         f"{name}/{key}": value  # "blocks.0.weight/exp_avg", however the parameters are grouped
         for name, parameter in network.named_parameters()
@@ -243,7 +242,7 @@ def write_checkpoint(
 def keep_newest(run: Path, keep: int, keep_every: int | None = None) -> None:
     """Delete all but the newest `keep` checkpoints and those of steps that are multiples of `keep_every`.
 
-    A resumed run does what one that was killed had left to do.
+    A resumed run also does this, for a run that was killed before it could.
     """
     for old in _checkpoints(run)[:-keep]:
         if not keep_every or step_of(old) % keep_every:
@@ -251,7 +250,7 @@ def keep_newest(run: Path, keep: int, keep_every: int | None = None) -> None:
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint is of."""
+    """The step of a checkpoint."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -321,7 +320,7 @@ def _load_optimizer(
             raise ArtifactError(f"{file} is damaged: {key!r} has shape {list(value.shape)}")
         if not value.isfinite().all():
             raise ArtifactError(f"{file} is damaged: {key!r} holds values that are not finite")
-        # Copied out of the memory-mapped file, whose pages must not be written to; moments lie in memory as their
-        # parameter does (channels last, for a convolution), as the fused optimizer wants them.
+        # Copied out of the memory-mapped file, whose pages must not be written to. Moments have the memory layout of
+        # their parameter (channels last, for a convolution), as the fused optimizer requires.
         like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
         optimizer.state[parameter][entry] = like.to(parameter.device, value.dtype).copy_(value)

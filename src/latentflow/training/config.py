@@ -1,6 +1,6 @@
 """One training run, completely described: the recipe.
 
-What a recipe leaves open is decided before the first step and saved in the run folder.
+What a recipe leaves open is decided before the first step, and saved in the run folder.
 """
 
 from __future__ import annotations
@@ -39,39 +39,39 @@ class DataConfig(Record):
     path: str = Field("", description="A latent cache, a folder or zip of images, or 'synthetic:COUNT'.")
     images: str = Field(
         "",
-        description="For inpainting from a latent cache: the images it was made from, to cut new holes into each time; "
-        "empty: the holes stored in the cache.",
+        description="For inpainting from a latent cache: the images it was made from, to cut new holes in every step; "
+        "empty: use the holes stored in the cache.",
     )
-    masks: MaskRules = Field(MaskRules(), description="Holes for inpainting; those stored in a cache go first.")
+    masks: MaskRules = Field(MaskRules(), description="Holes for inpainting; those in a latent cache take precedence.")
     image_size: int = Field(
         256,
         ge=1,
         le=LARGEST_IMAGE,
         description="Side of the square images in pixels; not set: that of the latent cache.",
     )
-    flip: bool = Field(True, description="Mirror images at random; not set: if the latent cache holds mirrored ones.")
+    flip: bool = Field(True, description="Flip images at random; not set: if the latent cache holds flipped ones.")
     labels: bool = Field(True, description="Use class sub-folders as labels; false: train unconditionally.")
     num_workers: int | None = Field(
         None,
         ge=0,
         le=256,
-        description="Processes that read images ahead; null: as many as pay, on a CPU and for a resident cache none.",
+        description="Worker processes that read ahead; null: automatic, none on a CPU and for a resident cache.",
     )
     resident: Switch = Field(
         "auto",
-        description="Keep a latent cache in the memory of the device that trains; auto: if it takes at most a third of "
-        "what is free on a GPU, a quarter on a CPU.",
+        description="Keep a latent cache in the memory of the training device; auto: if it takes at most a third of "
+        "the free memory on a GPU, a quarter on a CPU.",
     )
 
 
 class ConditioningConfig(Record):
-    """What the model is told, and how often it is not, so that guidance by it means something."""
+    """The conditions of the model, and their dropout, which classifier-free guidance needs (arXiv 2207.12598)."""
 
-    label_dropout: float = Field(0.1, ge=0, lt=1, description="Share of labels left out; 0: no guidance by them.")
-    inpainting: bool = Field(False, description="Tell the known part of an image and a mask.")
-    inpainting_dropout: float = Field(0.1, ge=0, lt=1, description="Share of images that are all hole.")
-    semantic_map: bool = Field(False, description="Tell the semantic map, which the data must have.")
-    map_dropout: float = Field(0.1, ge=0, lt=1, description="Share of maps left out; 0: no guidance by them.")
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="Fraction of labels dropped; 0: no guidance on labels.")
+    inpainting: bool = Field(False, description="Condition on the known part of an image and a mask.")
+    inpainting_dropout: float = Field(0.1, ge=0, lt=1, description="Fraction of images that are all hole.")
+    semantic_map: bool = Field(False, description="Condition on the semantic map, which the data must have.")
+    map_dropout: float = Field(0.1, ge=0, lt=1, description="Fraction of maps dropped; 0: no guidance on maps.")
 
 
 class TrainingConfig(Record):
@@ -82,31 +82,30 @@ class TrainingConfig(Record):
     micro_batch_size: int | None = Field(
         None, ge=1, le=2**20, description="Images per forward pass of a process; null: no accumulation."
     )
-    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Of weights, data order and every random number.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of weights, data order and all random numbers.")
     precision: PrecisionWord = Field(
         "auto",
-        description="What networks compute in: fp32, tf32, bf16, fp16, or auto: bf16 on CUDA that has it, else fp32.",
+        description="What networks compute in: fp32, tf32, bf16, fp16, or auto: bf16 on a GPU that has it, else fp32.",
     )
     memory: Literal["auto", "none", "recompute-cheap", "checkpoint"] = Field(
         "auto",
-        description="What is computed again in the backward pass to save memory, the numbers staying the same: none; "
-        "recompute-cheap: all but products and attention; checkpoint: every block, a third more time; "
-        "auto: no more than the device's memory needs.",
+        description="What the backward pass recomputes to save memory, with the same results: none; recompute-cheap: "
+        "all but products and attention; checkpoint: every block, a third more time; auto: as little as fits.",
     )
     compile: Switch = Field(
         "auto", description="Compile the network's blocks (torch.compile); auto: on CUDA, if the run takes minutes."
     )
     ema_decay: float = Field(
-        0.9999, ge=0, lt=1, description="Of the moving average that is sampled from; 0: no averaging."
+        0.9999, ge=0, lt=1, description="Decay of the weight average used for sampling; 0: no averaging."
     )
     log_every: int = Field(50, ge=1, le=MOST_STEPS, description="Steps between lines of metrics.jsonl.")
     checkpoint_every: int = Field(1000, ge=1, le=MOST_STEPS, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, le=MOST_STEPS, description="How many of the newest checkpoints stay.")
+    keep_checkpoints: int = Field(2, ge=1, le=MOST_STEPS, description="How many of the newest checkpoints to keep.")
     keep_every: int | None = Field(
         None,
         ge=1,
         le=MOST_STEPS,
-        description="Steps between milestones, checkpoints that stay and hold a model to sample from; null: none.",
+        description="Steps between milestones: checkpoints that are kept, with a model to sample from; null: none.",
     )
     preview_every: int = Field(1000, ge=0, le=MOST_STEPS, description="Steps between preview grids; 0: none.")
 
@@ -121,7 +120,7 @@ class Recipe(Record):
     description: str = Field("", description="One line, shown by `latentflow recipes`.")
     out: str = Field("", description="The run folder; empty: runs/NAME of the recipe.")
     fit: bool = Field(
-        False, description="Fit network, batch, steps and rates that are not set to the data and the machine."
+        False, description="Choose network, batch size, steps and learning rate by data and machine, where not set."
     )
     data: DataConfig = DataConfig()
     autoencoder: str = Field(
@@ -130,7 +129,7 @@ class Recipe(Record):
     )
     normalise: Literal["autoencoder", "per_channel"] = Field(
         "autoencoder",
-        description="Latent scaling: as the autoencoder's config says, or to zero mean and unit variance per channel.",
+        description="Latent scaling: that of the autoencoder's config, or zero mean and unit variance per channel.",
     )
     network: NetworkConfig = DiTConfig(name="DiT-S/2")
     path: PathConfig = LinearPath()
@@ -143,19 +142,19 @@ class Recipe(Record):
     @model_validator(mode="before")
     @classmethod
     def _refuse_former_keys(cls, given: Any) -> Any:
-        """Name the place of a key that has moved; what earlier versions wrote into run folders by default is read."""
+        """Name the new place of a key that has moved; the defaults in old run folders are still read."""
         network = given.get("network") if isinstance(given, dict) else None
         if isinstance(network, dict) and str(network.get("gradient_checkpointing", False)).lower() != "false":
             raise ConfigError("network.gradient_checkpointing has moved: write training.memory=checkpoint")
         return given
 
 
-_OTHER_DATA = "the model would be told of other images than it learned from"
+_OTHER_DATA = "the model would train on other images than before"
 CHANGES = ChangeRules(
     free=(
         "description",
         "out",
-        "data.path",  # what is in it is compared
+        "data.path",  # its content is compared
         "data.num_workers",
         "data.resident",
         "autoencoder",  # likewise
@@ -172,9 +171,9 @@ CHANGES = ChangeRules(
     ),
     fixed={
         "network": "its weights would not fit",
-        "path": "the network has learned the velocities of the other one",
-        "conditioning": "the network has learned to be told the other things",
-        "normalise": "the network has learned latents of the other scale",
+        "path": "the network has learned the velocities of the old one",
+        "conditioning": "the network was trained with the old conditions",
+        "normalise": "the network was trained on latents of the old scale",
         "data.image_size": _OTHER_DATA,
         "data.labels": _OTHER_DATA,
         "data.images": _OTHER_DATA,

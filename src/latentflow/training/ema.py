@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class EMA:
     """Moving average of a network's parameters: average <- average + (1 - decay) * (weights - average).
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) with n updates done, so that the first random
-    weights are soon forgotten. Buffers, such as the statistics of a batch normalisation, are copied as they are.
+    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that the random initial weights are soon
+    forgotten. Buffers, such as the statistics of a batch normalisation, are copied without averaging.
 
     Args:
         network: whose weights are averaged; the average starts as a copy of them.
@@ -21,7 +21,7 @@ class EMA:
 
     def __init__(self, network: nn.Module, decay: float):
         self.decay = decay
-        state = network.state_dict(keep_vars=True)  # the parameters themselves, which stay the same for good
+        state = network.state_dict(keep_vars=True)  # the parameters themselves, which are never replaced
         self.average = {name: tensor.detach().clone() for name, tensor in state.items()}
         learned = {name for name, _ in network.named_parameters(remove_duplicate=False)}
         self._averaged = [tensor for name, tensor in self.average.items() if name in learned]

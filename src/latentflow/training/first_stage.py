@@ -1,14 +1,11 @@
-"""Training a first stage of one's own: a small variational autoencoder of diffusers' class AutoencoderKL.
+"""Training a first stage: a small variational autoencoder of diffusers' class AutoencoderKL.
 
 With x the pixels, q(z|x) = N(mean, variance) the encoder's posterior, z drawn from it and x' the decoded z,
 
     loss = |x' - x| + edge_weight * |grad x' - grad x| + kl_weight * KL(q(z|x) || N(0, 1))
 
-each term a mean over its elements. There is no perceptual and no adversarial loss: for small first stages of simple
-images, trained in minutes.
-
-One device, CPU or GPU, and plain torch: accelerate stays with the loop of the flow. Like there, data order and noise
-follow from (seed, images seen), so that a resumed run equals an uninterrupted one.
+each term a mean over its elements. There is no perceptual and no adversarial loss: this is for small first stages of
+simple images, trained in minutes on one device.
 
 Legend: B images, S side of the training crops, C latent channels, h = w = S / factor.
 """
@@ -56,25 +53,25 @@ class AutoencoderData(Record):
     crop: int | None = Field(
         None,
         ge=1,
-        description="Side of the random crops that are trained on; null: whole images. Small crops learn faster.",
+        description="Side of random crops to train on; null: whole images. Small crops train faster.",
     )
-    flip: bool = Field(True, description="Mirror images at random.")
+    flip: bool = Field(True, description="Flip images at random.")
     held_out: float = Field(
-        0.02, gt=0, lt=1, description="Share of the images, at most 256, that is only used to measure reconstruction."
+        0.02, gt=0, lt=1, description="Fraction of the images, at most 256, held out to measure reconstruction."
     )
     num_workers: int | None = Field(
-        None, ge=0, le=256, description="Processes that read images ahead; null: as many as pay, on a CPU none."
+        None, ge=0, le=256, description="Worker processes that read ahead; null: automatic, none on a CPU."
     )
 
 
 class AutoencoderNetwork(Record):
-    """Convolutions and residual blocks, one level per entry of `channels`, half the side of the one before."""
+    """Convolutions and residual blocks; each entry of `channels` is a level, half the side of the one before."""
 
     channels: list[Annotated[int, Field(ge=1, le=4096)]] = Field(
         [16, 32, 64], min_length=1, max_length=8, description="Width of each level, from the pixels inwards."
     )
     latent_channels: int = Field(4, ge=1, le=1024, description="Channels C of the latents.")
-    layers_per_block: int = Field(1, ge=1, le=16, description="Residual blocks per level; the decoder has one more.")
+    layers_per_block: int = Field(1, ge=1, le=16, description="Residual blocks per level; one more in the decoder.")
     norm_groups: int = Field(
         4, ge=1, le=4096, description="Groups of every group normalisation; must divide each width."
     )
@@ -94,16 +91,16 @@ class AutoencoderNetwork(Record):
 
 
 class AutoencoderLoss(Record):
-    """Weights of the terms beside the absolute error, whose weight is 1."""
+    """Weights of the terms of the loss, relative to the absolute error."""
 
     edge_weight: float = Field(
-        0.5, ge=0, le=1e6, description="Of the absolute error of differences between neighbouring pixels."
+        0.5, ge=0, le=1e6, description="Weight of the absolute error of differences between neighbouring pixels."
     )
     kl_weight: float = Field(
         1e-4,
         ge=0,
         le=1e6,
-        description="Of the divergence from N(0, 1) per latent value; larger: smoother latents, less detail.",
+        description="Weight of the KL divergence from N(0, 1) per latent value; larger: smoother latents, less detail.",
     )
 
 
@@ -112,14 +109,14 @@ class AutoencoderTraining(Record):
 
     steps: int = Field(20_000, ge=1, le=MOST_STEPS, description="Optimizer steps.")
     batch_size: int = Field(16, ge=1, le=2**20, description="Images per optimizer step.")
-    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Of weights, data order, crops and noise.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of weights, data order, crops and noise.")
     precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
-        "auto", description="fp32, tf32, bf16, or auto: bf16 on CUDA that has it, else fp32."
+        "auto", description="fp32, tf32, bf16, or auto: bf16 on a GPU that has it, else fp32."
     )
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="Of the moving average that is saved; 0: no averaging.")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the saved weight average; 0: no averaging.")
     log_every: int = Field(50, ge=1, le=MOST_STEPS, description="Steps between lines of metrics.jsonl.")
     checkpoint_every: int = Field(500, ge=1, le=MOST_STEPS, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, le=MOST_STEPS, description="How many of the newest checkpoints stay.")
+    keep_checkpoints: int = Field(2, ge=1, le=MOST_STEPS, description="How many of the newest checkpoints to keep.")
 
     def is_saved(self, step: int) -> bool:
         """Whether a checkpoint is written after `step` steps, if the run does not end there."""
@@ -138,7 +135,7 @@ class AutoencoderRecipe(Record):
         learning_rate=1e-3, betas=(0.9, 0.99), warmup_steps=100, schedule="cosine"
     )
     training: AutoencoderTraining = AutoencoderTraining()
-    save_dtype: Literal["float32", "float16"] = Field("float32", description="Of the weights in the finished folder.")
+    save_dtype: Literal["float32", "float16"] = Field("float32", description="Dtype of the saved weights.")
 
     def require_fitting_sizes(self) -> None:
         """Check the sizes of images and crops against the reduction factor.
@@ -193,8 +190,8 @@ def load_autoencoder_recipe(name_or_file: str | Path, overrides: Sequence[str] =
 def build_autoencoder(config: AutoencoderNetwork, image_size: int, seed: int) -> AutoencoderKL:
     """A fresh AutoencoderKL in training mode, its weights drawn from `seed`.
 
-    Residual branches begin at zero, so that colours pass straight through from the first step on (Fixup, Zhang et al.,
-    arXiv 1901.09321); short runs gain by it.
+    Residual branches start at zero, so that colours pass straight through from the first step on (Fixup, Zhang et al.,
+    arXiv 1901.09321); this helps short runs.
     """
     from diffusers import AutoencoderKL  # slow to import
     from diffusers.models.resnet import ResnetBlock2D
@@ -223,7 +220,7 @@ def build_autoencoder(config: AutoencoderNetwork, image_size: int, seed: int) ->
 
 
 def require_autoencoder_memory(recipe: AutoencoderRecipe, free: int | None) -> None:
-    """Refuse an autoencoder or a batch that `free` bytes of memory cannot hold, before it is built.
+    """Refuse an autoencoder or a batch that does not fit into `free` bytes of memory, before it is built.
 
     Raises:
         ConfigError: with the estimate and what would fit.
@@ -244,13 +241,13 @@ def require_autoencoder_memory(recipe: AutoencoderRecipe, free: int | None) -> N
 
 @dataclass(frozen=True)
 class AutoencoderStep:
-    """The loss of each image of one batch and what it is made of, all [B] float32.
+    """The loss of each image of one batch and its terms, all [B] float32.
 
     Attributes:
         loss: the weighted sum, with its graph.
         reconstruction: mean absolute error of the pixels, which lie in [-1, 1].
         edges: mean absolute error of differences between neighbouring pixels.
-        kl: divergence of the posterior from N(0, 1) in nats per latent value.
+        kl: KL divergence of the posterior from N(0, 1) in nats per latent value.
         posterior_std: mean standard deviation of the posterior.
     """
 
@@ -264,7 +261,7 @@ class AutoencoderStep:
 def autoencoder_step(
     network: AutoencoderKL, batch: Batch, *, recipe: AutoencoderRecipe, runtime: Runtime
 ) -> AutoencoderStep:
-    """Encode, draw from the posterior, decode, compare."""
+    """Encode, sample from the posterior, decode, compare."""
     seed, device = recipe.training.seed, runtime.device
     pixels = to_unit_range(_random_crops(batch, recipe.data.crop, seed).to(device, non_blocking=True))
     pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -289,10 +286,9 @@ def train_autoencoder(
     run: Path,
     runtime: Runtime,
 ) -> Outcome:
-    """Train `network` until the recipe's last step, or until SIGTERM or Ctrl-C; it ends with its average weights.
+    """Train `network` until the recipe's last step, or until SIGTERM or Ctrl-C; see `run_loop`.
 
-    The newest complete checkpoint in `run` is continued exactly: on the CPU the weights equal those of an
-    uninterrupted run bit for bit.
+    In the end the network has its average weights.
 
     Raises:
         NonFiniteError: a gradient was not finite; the checkpoints are from before that step.
@@ -316,7 +312,7 @@ def train_autoencoder(
 
 
 def _random_crops(batch: Batch, side: int | None, seed: int) -> Tensor:
-    """Cut a square of `side` pixels out of each image, each time elsewhere: pixels [B, 3, S, S] uint8."""
+    """A random square of `side` pixels of each image: pixels [B, 3, S, S] uint8."""
     assert batch.pixels is not None
     if side is None:
         return batch.pixels

@@ -1,17 +1,17 @@
-"""Network, batch, steps and rates that fit the data and the machine, for recipes that leave them open (`fit: true`).
+"""Network, batch size, steps and learning rate by data and machine, for recipes that leave them open (`fit: true`).
 
 The rules, and where they come from:
 
-    network    On a CPU 64 tokens at most and 8 blocks of 256 channels (6 of 192 below 2,000 images), which two cores
-               train in about an hour. On a GPU 256 tokens at most and DiT-S below 20,000 images, DiT-B below 200,000,
-               DiT-L above, smaller where the memory is: small sets are copied by large networks sooner.
-    steps      100,000 on a GPU, where quality is reached whatever the number of images, and 4,000 on a CPU; never more
-               than 150 for each image: networks begin to reproduce their images after about 300 steps for each
-               (arXiv 2505.17638), and half of that keeps away from it.
-    batch      256 on a GPU, as in the published recipes; on a CPU 2,048 tokens; not more than there are images.
-    rate       1e-3 for the small networks of a CPU, falling as a cosine; on a GPU 5e-4, 2e-4 and 1e-4 for S, B and L.
+    network    On a CPU at most 64 tokens and 8 blocks of 256 channels (6 of 192 below 2,000 images), which two cores
+               train in about an hour. On a GPU at most 256 tokens and DiT-S below 20,000 images, DiT-B below 200,000,
+               DiT-L above, smaller if memory requires: large networks memorise small data sets sooner.
+    steps      100,000 on a GPU, where quality converges whatever the number of images, and 4,000 on a CPU; at most 150
+               per image: networks begin to memorise after about 300 steps per image (arXiv 2505.17638), and half of
+               that is a safe distance.
+    batch      256 on a GPU, as in the published recipes; 2,048 tokens on a CPU; at most the number of images.
+    rate       1e-3 with cosine decay for the small networks of a CPU; on a GPU 5e-4, 2e-4 and 1e-4 for S, B and L.
     average    over about 1,000 steps in runs of at most 10,000 steps, else over 10,000.
-    guidance   1.5 where labels are told and left out now and then, else 1.
+    guidance   1.5 for models with labels and label dropout, else 1.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FITTED = (
     "optimizer.schedule",
     "sampling.guidance",
 )
-"""Keys that are fitted where a recipe leaves them open."""
+"""Keys that are fitted if a recipe leaves them open."""
 
 _STEPS_PER_IMAGE = 150
 _GPU_SIZES = (("L", 200_000, 1e-4), ("B", 20_000, 2e-4), ("S", 0, 5e-4))  # name, images from which on, learning rate
@@ -48,14 +48,14 @@ _GPU_SIZES = (("L", 200_000, 1e-4), ("B", 20_000, 2e-4), ("S", 0, 5e-4))  # name
 
 @dataclass(frozen=True)
 class Situation:
-    """What is to be fitted to.
+    """What a recipe is fitted to.
 
     Attributes:
         num_images: in the training data.
-        num_classes: 0 where the model is told no class.
+        num_classes: 0 for an unconditional model.
         side: height and width of the latents.
         gpu: whether it is trained on a GPU.
-        memory: bytes that a process can use, None where unknown.
+        memory: bytes that a process can use, None if unknown.
         num_processes: that share a batch.
     """
 
@@ -68,7 +68,7 @@ class Situation:
 
 
 def fit(recipe: Recipe, situation: Situation) -> tuple[Recipe, list[str]]:
-    """The recipe with everything decided, and in a few lines why."""
+    """The recipe with everything decided, and a few lines that explain it."""
     network, rate = _network(situation)
     tokens = (situation.side // network.patch_size) ** 2
     wanted = 256 if situation.gpu else max(min(2048 // tokens, 128), 16)
@@ -101,7 +101,7 @@ def fit(recipe: Recipe, situation: Situation) -> tuple[Recipe, list[str]]:
 
 
 def is_set(settings: BaseModel, key: str) -> bool:
-    """Whether a recipe or an override gave this key; a section counts as given when any key of it is."""
+    """Whether a recipe or an override sets this key; a section is set if any key of it is."""
     *path, last = key.split(".")
     for part in path:
         settings = getattr(settings, part)
@@ -139,7 +139,7 @@ def _network(situation: Situation) -> tuple[DiTConfig, float]:
 
 
 def _named(name: str, patch: int) -> DiTConfig:
-    """A published size with any patch."""
+    """A published size with any patch size."""
     published = f"{name}/{patch}"
     if published in NAMES:
         return DiTConfig(name=published, variant="modern")
@@ -147,13 +147,13 @@ def _named(name: str, patch: int) -> DiTConfig:
 
 
 def _patch(side: int, *, most_tokens: int, least: int) -> int:
-    """The smallest patch that leaves few enough tokens; 1 where the side has no such part."""
+    """The smallest patch size with at most `most_tokens` tokens; 1 if the side has no such divisor."""
     patches = [p for p in range(least, side // 2 + 1) if side % p == 0 and (side // p) ** 2 <= most_tokens]
     return patches[0] if patches else 1
 
 
 def _that_fits(network: DiTConfig, share: int, situation: Situation) -> int:
-    """How many of `share` images the memory holds at a time."""
+    """How many of `share` images fit into memory at a time."""
     num_parameters = 18 * network.depth * network.hidden_size**2  # 12 in attention and MLP, 6 in the modulation
     per_image = bytes_per_image(network, situation.side, half=situation.gpu)
     return micro_batch_that_fits(state_bytes(num_parameters, half=situation.gpu), per_image, share, situation.memory)
@@ -170,8 +170,8 @@ def _why(recipe: Recipe, open_keys: list[str], situation: Situation, whole: bool
         size = f"{recipe.network.depth} blocks of {recipe.network.hidden_size}, patch {recipe.network.patch_size}"
         lines.append(f"network: {size}, for {situation.num_images:,} images on {machine}")
     if "training.steps" in open_keys:
-        reason = f"usual on {machine}" if whole else f"{_STEPS_PER_IMAGE} per image; more would teach it to copy them"
+        reason = f"usual on {machine}" if whole else f"{_STEPS_PER_IMAGE} per image; with more it would memorise them"
         lines.append(f"steps: {recipe.training.steps:,}, {reason}")
     if recipe.training.micro_batch_size and "training.micro_batch_size" in open_keys:
-        lines.append(f"images at a time: {recipe.training.micro_batch_size}, which the memory holds")
+        lines.append(f"images at a time: {recipe.training.micro_batch_size}, which fit into memory")
     return lines

@@ -1,4 +1,4 @@
-"""Numbers that are not finite stop a run before they reach the weights."""
+"""A run stops before a gradient that is not finite reaches the weights."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from latentflow.training.step import StepResult
 
 
 class FiniteGuard:
-    """Stops the update before a gradient that is not finite can reach the weights.
+    """Skips updates from the first gradient that is not finite, and raises an error that names the cause.
 
-    The check costs no synchronisation with the device: the fused optimizer itself skips its update while
-    `found_inf` is set, and the flag stays set from the first bad step on. It is read when the log is
-    written; then the images of the bad step are read and computed again to say where it went wrong.
+    The check does not synchronise with the device: the fused optimizer skips its update while `found_inf` is set, and
+    the flag stays set from the first bad step on. It is read when the log is written; then the images of the bad step
+    are read and computed again to find the cause.
 
-    All processes find the same step and raise the same error, so that none is left waiting for another: gradients have
-    been summed over them, and where losses are looked at, what each found is gathered.
+    All processes find the same step and raise the same error, so none waits for another: gradients are summed over
+    processes, and with loss scaling the flags are gathered.
 
     Args:
-        scaled: under the loss scaling of fp16, which meets infinite gradients in its normal course and skips them
-            itself: then losses are looked at in place of the gradient.
+        scaled: with the loss scaling of fp16, which regularly sees infinite gradients and skips them itself; the losses
+            are checked instead of the gradient.
         remedy: the end of the message.
     """
 
@@ -37,12 +37,12 @@ class FiniteGuard:
         self.positions: dict[int, list[Tensor]] = {}
 
     def watch(self, norm: Tensor, losses: Sequence[Tensor], step: int, positions: Sequence[Tensor]) -> None:
-        """Look at step `step` (the first is 0) before the optimizer does.
+        """Check step `step` (the first is 0) before the optimizer runs.
 
         Args:
             norm: of the gradient, a scalar.
             losses: [B] of each micro-batch of this process.
-            positions: [B] of each, on the CPU, to read the images again if need be.
+            positions: [B] of each, on the CPU, to read the images again if necessary.
         """
         seen = torch.stack([loss.detach().sum() for loss in losses]).sum() if self.scaled else norm
         self.bad = torch.maximum(self.bad, (seen - seen != 0).to(self.bad.dtype))  # inf - inf and NaN - NaN are NaN
@@ -52,19 +52,19 @@ class FiniteGuard:
         self.positions[step] = list(positions)
 
     def is_due(self, step: int, log_every: int) -> bool:
-        """Whether the flag is to be read now: with the log, or at once where reading costs nothing."""
+        """Whether the flag is to be read now: with the log, or in every step on a CPU, where reading is free."""
         return self.every_step or step % log_every == 0
 
     def raise_if_bad(
         self, compare: Callable[..., StepResult], network: nn.Module, images: TrainingImages, saved_at: int
     ) -> None:
-        """Read the flag; all processes do so at the same step.
+        """Read the flag; all processes do this at the same step.
 
         Args:
-            compare: computes a batch, with the `network` that is given.
+            compare: (network, batch) => the losses of the batch.
 
         Raises:
-            NonFiniteError: it is set; the message names the step and the images or the parameter.
+            NonFiniteError: it is set; the message names the step, and the images or the parameter.
         """
         num_bad = int(self.runtime.gather(self.num_bad[None]).max() if self.scaled else self.num_bad)
         if not num_bad:
@@ -72,12 +72,12 @@ class FiniteGuard:
             return
         step = list(self.positions)[-num_bad]
         raise NonFiniteError(
-            f"step {step + 1}: a number that is not finite appeared {self._where(step, compare, network, images)}. The "
-            f"step was not taken; the newest checkpoint is step {saved_at}. Look at the images, or {self.remedy}"
+            f"step {step + 1}: non-finite values {self._where(step, compare, network, images)}. The step was skipped; "
+            f"the newest checkpoint is step {saved_at}. Check the images, or {self.remedy}"
         )
 
     def _where(self, step: int, compare: Callable[..., StepResult], network: nn.Module, images: TrainingImages) -> str:
-        """Compute a step again, in every process its own share, and join what they find."""
+        """Compute a step again, each process its own share, and combine what they find."""
         broken: list[Tensor] = []
         network.zero_grad()
         try:
@@ -85,7 +85,7 @@ class FiniteGuard:
                 result = compare(network, images.at(positions))
                 broken.append(positions[~torch.isfinite(result.loss.detach()).cpu()])
                 result.loss.mean().backward()
-        except torch.OutOfMemoryError:  # nothing is compiled here, nothing recomputed; then the message says less
+        except torch.OutOfMemoryError:  # compute is neither compiled nor recomputed here; the message then says less
             pass
         names = [name for name, _ in network.named_parameters()]
         bad = [n for n, p in enumerate(network.parameters()) if p.grad is not None and not p.grad.isfinite().all()]

@@ -1,4 +1,4 @@
-"""How a run ends: by itself, or by a signal that leaves it time to save."""
+"""How a run ends: after its last step, or by a signal that leaves it time to save."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Outcome:
     """How a call of `train` ended.
 
     Attributes:
-        step: optimizer steps done in all.
-        finished: false where a signal ended the run early; repeating the command goes on.
+        step: optimizer steps done in total.
+        finished: false if a signal ended the run early; repeat the command to resume.
         signal: the signal's number, or None.
     """
 
@@ -38,9 +38,9 @@ class Outcome:
 
 @contextmanager
 def collected_signals() -> Iterator[list[int]]:
-    """Collect the first SIGTERM, SIGINT or SIGHUP: the step at hand is finished and saved; the second one kills.
+    """Collect the first SIGTERM, SIGINT or SIGHUP, to finish and save the current step; the second one kills.
 
-    A SIGHUP that is ignored, as nohup asks for, stays ignored. Outside the main thread none can be collected.
+    A SIGHUP that is ignored, as under nohup, stays ignored. Outside the main thread no signals can be collected.
     """
     received: list[int] = []
     numbers = _SIGNALS if threading.current_thread() is threading.main_thread() else ()
@@ -65,10 +65,10 @@ def collected_signals() -> Iterator[list[int]]:
 
 
 class SharedStop:
-    """Whether a signal has reached any process of a run, found by all of them at the same step.
+    """Whether a signal has reached any process of a run; all processes find out at the same step.
 
-    With each step a process sends the number of its signals, from host to host, and looks at the sum of the step
-    before, which has arrived meanwhile: neither hosts nor devices wait, and all stop at the second step after a signal.
+    In each step the processes start to sum the number of their signals, and read the sum of the step before, which has
+    arrived meanwhile. Neither hosts nor devices wait, and all processes stop at the second step after a signal.
 
     Args:
         received: of this process, by `collected_signals`.
@@ -79,7 +79,7 @@ class SharedStop:
         self._sum: Callable[[], Tensor] | None = None
 
     def is_due(self) -> bool:
-        """Whether to stop after this step; every process asks once in every step."""
+        """Whether to stop after this step; to be called once per step in every process."""
         if self.runtime.world == 1:
             return bool(self.received)
         if self._sum is not None and self._sum().any():
@@ -89,21 +89,21 @@ class SharedStop:
 
 
 class _EndedAtOnce(KeyboardInterrupt):
-    """A signal in a block that may be left anywhere; like Ctrl-C it passes through libraries that catch exceptions."""
+    """A signal in a block that may be left anywhere; like Ctrl-C, it passes through `except Exception`."""
 
 
 @contextmanager
 def ended_at_once(doing: str, *, seconds: float = 3.0) -> Iterator[None]:
-    """A block that a signal ends within seconds, wherever it is, without an exception; used inside `collected_signals`.
+    """A block that a signal ends within seconds, without an exception; used inside `collected_signals`.
 
-    It is meant for the first step of a compiled network, which takes up to minutes: nothing is lost when it is dropped.
-    Whoever enters the block must look at what was received behind it, and then neither go on nor save.
+    It is for the first step of a compiled network, which takes up to minutes and of which nothing needs to be saved.
+    After the block, the caller must check what was received, and then neither continue nor save.
 
-    Python hands a signal on between two of its own instructions. A compiler or a backward pass may be far from the next
-    one, so a thread waits for the signal, too: where the block has not ended after `seconds`, it ends the process.
+    Python handles a signal between two bytecode instructions. A compiler or a backward pass may be far from the next
+    one, so a thread waits for the signal, too: if the block has not ended after `seconds`, it ends the process.
 
     Args:
-        doing: what the block does, as the user is told in that case.
+        doing: what the block does, for the message in that case.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -122,7 +122,7 @@ def ended_at_once(doing: str, *, seconds: float = 3.0) -> Iterator[None]:
             raise _EndedAtOnce
 
     def watch() -> None:
-        while received := reader.recv(1):  # what the interpreter writes there as soon as a signal comes
+        while received := reader.recv(1):  # the interpreter writes there as soon as a signal arrives
             if received[0] in handlers and not ended.wait(seconds):
                 say(f"stopped by a signal while {doing}; nothing is lost, repeat the command to go on")
                 with suppress(OSError, ValueError):
@@ -139,7 +139,7 @@ def ended_at_once(doing: str, *, seconds: float = 3.0) -> Iterator[None]:
     except _EndedAtOnce:
         pass
     except Exception:
-        if not came:  # a compiler's processes are signalled, too, and it complains of their loss
+        if not came:  # a compiler's processes get the signal, too, and it raises when they are gone
             raise
     finally:
         inside = False

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, a progress bar."""
+"""The log of a run: metrics.jsonl, TensorBoard, a progress bar."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUM_TIME_BINS = 10
 
 
 class LossByTime:
-    """Loss summed by time bin on the device, read once per log line."""
+    """The loss by time bin, summed on the device and read once per log line."""
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(2, NUM_TIME_BINS, device=device)
@@ -50,13 +50,13 @@ class LossByTime:
 
 
 class Clock:
-    """Images per second since it was made, pauses left out."""
+    """Images per second since its creation, without pauses."""
 
     def __init__(self) -> None:
         self.start, self.num_images = time.perf_counter(), 0
 
     def count(self, num_images: int) -> None:
-        """Take in the images of one step."""
+        """Add the images of one step."""
         self.num_images += num_images
 
     def rate(self) -> float:
@@ -65,7 +65,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count: saving and previews are not training."""
+        """A context whose time does not count: saving and previews are not training."""
         before = time.perf_counter()
         yield
         self.start += time.perf_counter() - before
@@ -77,7 +77,7 @@ class RunLog:
     Args:
         run: the run folder.
         num_steps: of the whole run.
-        first_step: steps done already; later lines of an interrupted run are removed.
+        first_step: steps done already; later lines of an interrupted run are deleted.
         enabled: false: write and print nothing.
     """
 
@@ -122,7 +122,7 @@ class RunLog:
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
-        if self.enabled and not self.progress.disable:  # asking it takes a quarter of a millisecond
+        if self.enabled and not self.progress.disable:  # an update takes a quarter of a millisecond
             self.progress.update(self.task, completed=step)
 
     def say(self, text: str) -> None:
@@ -144,9 +144,9 @@ class RunLog:
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, oldest first; those that were cut short or damaged are left out, and said.
+    """The lines of a run's metrics.jsonl, oldest first; damaged lines are skipped with a notice.
 
-    What is null in the file, a number that was not finite, is NaN.
+    A null in the file, which stands for a number that was not finite, becomes NaN.
     """
     file = Path(run) / "metrics.jsonl"
     if not file.exists():
@@ -154,14 +154,14 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     found = file.read_bytes().splitlines()
     lines = [line for line in map(_parsed, found) if line is not None]
     if len(lines) < len(found):
-        notice(f"{len(found) - len(lines)} of {len(found)} lines of {file} cannot be read and are left out")
+        notice(f"{len(found) - len(lines)} of {len(found)} lines of {file} cannot be read and are skipped")
     return lines
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
     try:
         line = json.loads(text, object_hook=_with_numbers)
-    except (ValueError, RecursionError):  # of bytes that are no UTF-8, too
+    except (ValueError, RecursionError):  # also of bytes that are not UTF-8
         return None
     return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
@@ -176,7 +176,7 @@ def _line(values: dict[str, Any]) -> str:
 
 
 def _drop_after(file: Path, step: int) -> None:
-    """Remove the lines that a resumed run will write again."""
+    """Delete the lines that a resumed run will write again."""
     kept = [line for line in read_metrics(file.parent) if line["step"] <= step]
     write_text(file, "".join(map(_line, kept)))
 

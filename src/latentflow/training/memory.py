@@ -1,4 +1,4 @@
-"""What training a network takes in memory and in arithmetic, estimated before it is built."""
+"""Memory and arithmetic of training a network, estimated before it is built."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from latentflow.networks.unet import UNetConfig
 from latentflow.runtime import Runtime
 from latentflow.weights import without_memory
 
-_WIDE = 4  # bytes of a number that stays float32 under autocast, too
+_WIDE = 4  # bytes of a number that stays float32 under autocast
 _STATE = {"weights": 4, "gradients": 4, "moments of AdamW": 8, "average of the weights": 4}  # bytes per parameter
-# Bytes that a U-Net keeps per residual block, channel and latent pixel, in float32 and in half precision: measured of
-# the four variants, of which none keeps more.
+# Bytes that a U-Net saves per residual block, channel and latent pixel, in float32 and in half precision: the largest
+# of the four variants, measured.
 _KEPT_BY_UNET = {"none": (54, 27), "recompute-cheap": (30, 15), "checkpoint": (10, 5)}
-_RESERVE = 0.1  # of the memory, for what an estimate cannot see
+_RESERVE = 0.1  # of the memory, for what is not estimated
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Weights of the network that a config describes; nothing is allocated."""
+    """Number of weights of the network that a config describes; nothing is allocated."""
     with without_memory():
         network = config.build_network()
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def forward_flops(config: ModelConfig) -> int:
-    """Floating-point operations of one image's way forward: 2 for each multiplication with its addition.
+    """Floating-point operations of a forward pass for one image: 2 for each multiply-add.
 
-    Products, convolutions and attention are counted, on tensors without data. A training step takes three times that,
-    as each product has two more in the backward pass.
+    Products, convolutions and attention are counted, on tensors without data. A training step takes three times as
+    many: each product has two more in the backward pass.
     """
     with without_memory(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         latents = torch.empty(1, *config.latent_shape)
@@ -44,16 +44,16 @@ def forward_flops(config: ModelConfig) -> int:
 
 
 def bytes_per_image(network: DiTConfig | UNetConfig, side: int, *, half: bool, memory: MemoryMode = "none") -> int:
-    """Estimated bytes that one image takes in training: what is kept for the backward pass, and one block's more.
+    """Estimated bytes of one image in training: what is saved for the backward pass, plus one block.
 
     Args:
         side: height and width of its latents.
         half: whether most of the computation is in bf16 or fp16.
-        memory: what is computed again.
+        memory: what the backward pass recomputes.
     """
     if isinstance(network, DiTConfig):
         kept = _kept_by_block(network, 2 if half else 4)
-        # Behind the blocks the last norm keeps the sum, and the last layer what it is given.
+        # After the blocks, the last norm saves the residual stream, and the last layer its input.
         per_channel = network.depth * kept[memory] + kept["none"] + _WIDE + (2 if half else 4)
         return round((side // network.patch_size) ** 2 * network.hidden_size * per_channel)
     kept = {mode: narrow if half else wide for mode, (wide, narrow) in _KEPT_BY_UNET.items()}
@@ -63,25 +63,25 @@ def bytes_per_image(network: DiTConfig | UNetConfig, side: int, *, half: bool, m
 
 
 def _kept_by_block(config: DiTConfig, e: int) -> dict[MemoryMode, float]:
-    """Bytes per token and channel that a block of a transformer keeps, by what is computed again.
+    """Bytes per token and channel that a transformer block saves, by memory mode.
 
     Args:
-        e: bytes of a number that comes out of a product.
+        e: bytes of a number that is the result of a product.
     """
     products = {
         "queries, keys, values": 3 * e,
-        "what attention gives": e,
-        "what the attention branch adds": e,
+        "attention": e,
+        "output of the attention branch": e,
         "inside the MLP": config.mlp_ratio * (4 / 3 if config.mlp == "swiglu" else 1) * e,
-        "what the MLP adds": e,
+        "output of the MLP": e,
     }
     more = {
-        "the sum before the MLP": _WIDE,
-        "what attention and MLP are given": 2 * e,
-        "queries and keys, normed and turned": 2 * e if config.qk_norm or config.position == "rope" else 0,
-        "behind the activation": config.mlp_ratio * e if config.mlp == "gelu" else 0,
+        "residual stream before the MLP": _WIDE,
+        "inputs of attention and MLP": 2 * e,
+        "queries and keys, normalised and rotated": 2 * e if config.qk_norm or config.position == "rope" else 0,
+        "after the activation": config.mlp_ratio * e if config.mlp == "gelu" else 0,
     }
-    given = _WIDE  # the sum before the block
+    given = _WIDE  # the residual stream before the block
     return {
         "none": given + sum(products.values()) + sum(more.values()),
         "recompute-cheap": given + sum(products.values()),
@@ -92,11 +92,11 @@ def _kept_by_block(config: DiTConfig, e: int) -> dict[MemoryMode, float]:
 def memory_mode(
     word: Literal["auto", "none", "recompute-cheap", "checkpoint"], config: ModelConfig, images: int, runtime: Runtime
 ) -> MemoryMode:
-    """What `training.memory` means here; for "auto" the fastest mode that fits, the same in all processes of a kind.
+    """The memory mode of a run; for "auto" the fastest one that fits, the same in all processes with equal devices.
 
     Args:
         config: of the model that is trained.
-        images: that a process computes together.
+        images: computed together by one process.
     """
     if word != "auto":
         return word
@@ -110,7 +110,7 @@ def memory_mode(
 
 
 def fitting_mode(config: ModelConfig, images: int, *, half: bool, memory: int) -> MemoryMode:
-    """The fastest mode in which so many images are trained on together in `memory` bytes; the leanest where none is."""
+    """The fastest mode in which training on `images` together fits into `memory` bytes; the leanest if none does."""
     state, side = state_bytes(count_parameters(config), half=half), config.latent_shape[-1]
     for mode in MEMORY_MODES:
         needed = state + images * bytes_per_image(config.network, side, half=half, memory=mode)
@@ -120,32 +120,32 @@ def fitting_mode(config: ModelConfig, images: int, *, half: bool, memory: int) -
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a program could still take on a device; None where nobody knows."""
+    """Free bytes on a device; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return _main_memory("MemAvailable", "memory.current")
 
 
 def total_memory(device: torch.device) -> int | None:
-    """Bytes of a device's memory, the same at all times and in all processes; None where nobody knows."""
+    """Total bytes of a device, the same at all times and in all processes; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return _main_memory("MemTotal", None)
 
 
 def micro_batch_that_fits(state: int, per_image: int, share: int, memory: int | None) -> int:
-    """The largest part of `share`, the images of one process, that memory holds; 0: not even one image.
+    """The largest divisor of `share`, the images of one process, that fits into memory; 0: not even one image.
 
     Args:
         state: bytes of weights, gradients and moments.
-        per_image: bytes that each image keeps for the backward pass.
+        per_image: bytes saved for the backward pass of each image.
     """
     parts = [part for part in range(share, 0, -1) if share % part == 0]
     return next((part for part in parts if memory is None or state + part * per_image <= memory * (1 - _RESERVE)), 0)
 
 
 def require_memory(what: str, num_parameters: int, per_image: int, images: int, free: int | None, key: str) -> None:
-    """Refuse a network that the memory cannot hold.
+    """Refuse a network that does not fit into memory.
 
     Args:
         what: the network's name.
@@ -153,10 +153,10 @@ def require_memory(what: str, num_parameters: int, per_image: int, images: int, 
         key: of the recipe, for the number of images computed together.
 
     Raises:
-        ConfigError: with the estimate, what is free, and what would fit.
+        ConfigError: with the estimate, the free memory, and what would fit.
     """
     state = state_bytes(num_parameters)
-    if free is None or state + images * per_image / 2 <= free:  # half: what might fit after all is not refused
+    if free is None or state + images * per_image / 2 <= free:  # half: the estimate may be too high
         return
     fits = micro_batch_that_fits(state, per_image, images, free)
     raise ConfigError(
@@ -167,15 +167,15 @@ def require_memory(what: str, num_parameters: int, per_image: int, images: int, 
 
 
 def state_bytes(num_parameters: int, *, half: bool = False) -> int:
-    """Bytes of a network in training: weights, gradients, the optimizer's moments, the average; see `state_parts`."""
+    """Bytes of a network in training whatever the batch; see `state_parts`."""
     return sum(state_parts(num_parameters, half=half).values())
 
 
 def state_parts(num_parameters: int, *, half: bool = False) -> dict[str, int]:
-    """Bytes of a network in training by what they hold, whatever the batch.
+    """Bytes of a network in training by content: weights, gradients, moments, average.
 
     Args:
-        half: whether products are in bf16 or fp16, for which autocast keeps narrow copies of the weights.
+        half: whether products are in bf16 or fp16, for which autocast keeps copies of the weights.
     """
     parts = {name: size * num_parameters for name, size in _STATE.items()}
     return {**parts, "weights in half precision": 2 * num_parameters} if half else parts

@@ -15,34 +15,34 @@ from latentflow.runtime import Runtime
 
 
 class OptimizerConfig(Record):
-    """AdamW and the course of its learning rate."""
+    """AdamW and its learning rate schedule."""
 
-    learning_rate: float = Field(1e-4, gt=0, le=1e9, description="At its highest, after the warm-up.")
+    learning_rate: float = Field(1e-4, gt=0, le=1e9, description="Peak learning rate, after the warm-up.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0, le=1e3)
     weight_decay_on: Literal["matrices", "all"] = Field(
         "matrices",
-        description="What decays. matrices: products and convolutions; biases, norms and embedding tables are spared. "
+        description="What decays. matrices: weights of products and convolutions, not biases, norms and embeddings. "
         "all: those, too, as in the published recipes.",
     )
-    warmup_steps: int = Field(0, ge=0, le=10**9, description="Steps of linear rise from zero.")
+    warmup_steps: int = Field(0, ge=0, le=10**9, description="Steps of linear warm-up from zero.")
     schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="cosine: fall to final_learning_rate at the last step."
+        "constant", description="cosine: decay to final_learning_rate at the last step."
     )
-    final_learning_rate: float = Field(1e-5, ge=0, le=1e9, description="Where the cosine ends.")
-    clip_norm: float | None = Field(1.0, gt=0, le=1e9, description="Largest gradient norm; null: no clipping.")
+    final_learning_rate: float = Field(1e-5, ge=0, le=1e9, description="Learning rate at the end of the cosine.")
+    clip_norm: float | None = Field(1.0, gt=0, le=1e9, description="Maximum gradient norm; null: no clipping.")
 
     @model_validator(mode="before")
     @classmethod
-    def _as_it_was_meant(cls, values: Any) -> Any:
-        """Runs of earlier versions wrote down every key but `weight_decay_on`, and everything decayed."""
+    def _of_earlier_versions(cls, values: Any) -> Any:
+        """Runs of earlier versions saved every key but `weight_decay_on`, and decayed everything."""
         later = {"weight_decay_on"}
         if isinstance(values, dict) and not later & values.keys() and cls.model_fields.keys() - later <= values.keys():
             return {**values, "weight_decay_on": "all"}
         return values
 
     def rate(self, step: int, num_steps: int) -> float:
-        """The learning rate of step `step` (the first is 0) of `num_steps`; a function has nothing to store."""
+        """The learning rate of step `step` (the first is 0) of `num_steps`."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
@@ -53,16 +53,16 @@ class OptimizerConfig(Record):
 
     @property
     def gentler(self) -> str:
-        """What to add to the command of a run that met a number which is not finite."""
+        """What to add to the command of a run that stopped at a gradient that is not finite."""
         changes = {"optimizer.learning_rate": self.learning_rate / 10}
         if self.clip_norm is None:
             changes["optimizer.clip_norm"] = 1.0
-        told = " ".join(f"{key}={value:g} --allow-change {key}" for key, value in changes.items())
-        return f"repeat the command with {told} in place of the old values"
+        options = " ".join(f"{key}={value:g} --allow-change {key}" for key, value in changes.items())
+        return f"repeat the command with {options} instead of the old values"
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with the fused update of every device that has one."""
+    """AdamW with the fused update."""
     groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
     if config.weight_decay and config.weight_decay_on == "matrices":
         decaying, spared = split_by_decay(network)
@@ -79,7 +79,7 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
 def split_by_decay(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters of products and convolutions, and the others: biases, gains of norms, embedding tables.
 
-    The others are few and set levels and scales, which have no reason to be near zero.
+    The others set levels and scales, which have no reason to be near zero.
     """
     tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
     decaying, spared = [], []
@@ -90,9 +90,9 @@ def split_by_decay(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 @torch.no_grad()
 def clip_gradients(parameters: Sequence[Tensor], largest: float | None) -> Tensor:
-    """The norm of all gradients together, a scalar; a larger one than `largest` is scaled down to it.
+    """Scale the gradients down to the norm `largest` if theirs is larger; returns their norm before that, a scalar.
 
-    The host waits for nothing: that the norm is finite is left to `FiniteGuard`.
+    This does not synchronise with the device; `FiniteGuard` checks that the norm is finite.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
@@ -102,10 +102,10 @@ def clip_gradients(parameters: Sequence[Tensor], largest: float | None) -> Tenso
 
 
 def loss_scaler(runtime: Runtime, loss_scale: float | None, growth_tracker: int) -> torch.amp.GradScaler:
-    """What keeps the gradients of fp16 training in range, as a run left it; in other precisions it does nothing.
+    """The loss scaler of fp16 training, in the state that a run left it; in other precisions it does nothing.
 
     Args:
-        loss_scale: None: at its beginning.
+        loss_scale: None: the initial one.
         growth_tracker: steps since the scale last changed.
     """
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
@@ -115,6 +115,6 @@ def loss_scaler(runtime: Runtime, loss_scale: float | None, growth_tracker: int)
 
 
 def scaler_state(scaler: torch.amp.GradScaler) -> tuple[float | None, int]:
-    """Loss scale and growth tracker of a scaler, which a run needs to go on; the host waits for the device."""
+    """Loss scale and growth tracker of a scaler, which a run needs to resume; synchronises with the device."""
     state = scaler.state_dict()
     return state.get("scale"), state.get("_growth_tracker", 0)

@@ -1,7 +1,7 @@
-"""YAML that guesses nothing: mappings, lists and text, every value with the place where it stands.
+"""YAML without type guessing: mappings, lists and text, every value with its place in the file.
 
-What a value means (a number, a switch, a path) is for the field it is meant for. References (*name), tags (!name) and
-keys that stand twice are refused, and size and depth are bounded, so that a small file stays small when it is read.
+The field that a value is for decides what it means (a number, a switch, a path). References (*name), tags (!name) and
+duplicate keys are refused, and size and depth are bounded, so that a small file stays small when it is read.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Scalar:
 
     Attributes:
         text: without quotes, comments and the space around it.
-        quoted: whether it stood in quotes, which make null a word.
-        where: where it stands, for messages.
+        quoted: whether it is in quotes; a quoted null is text.
+        where: its place, for messages.
     """
 
     text: str
@@ -53,7 +53,7 @@ def read_file(file: Path) -> dict[str, Node]:
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
     if len(data) > _MOST_BYTES:
-        raise ConfigError(f"{file} is longer than {_MOST_BYTES:,} bytes; it is no recipe")
+        raise ConfigError(f"{file} is longer than {_MOST_BYTES:,} bytes; it is not a recipe")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -66,10 +66,10 @@ def read_file(file: Path) -> dict[str, Node]:
 
 
 def read_text(text: str, where: str) -> Node:
-    """The one YAML value in the text of a value that stands at `where`.
+    """The YAML value in a text at `where`.
 
     Raises:
-        ConfigError: it is no YAML, or more than is understood here.
+        ConfigError: it is not YAML, or uses more of YAML than is supported.
     """
     return _read(text, lambda line: where, where)
 
@@ -101,13 +101,13 @@ def _events(text: str) -> Iterator[Any]:
 def _node(event: Any, events: Iterator[Any], place: Callable[[int], str], depth: int) -> Node:
     where = place(event.start_mark.line)
     if isinstance(event, yaml.AliasEvent):
-        raise ConfigError(f"{where}: *{event.anchor} is a reference, which is not understood here; {_QUOTES}")
+        raise ConfigError(f"{where}: *{event.anchor} is a reference, which is not supported; {_QUOTES}")
     if event.tag is not None:
-        raise ConfigError(f"{where}: {event.tag!r} is a tag, which is not understood here; {_QUOTES}")
+        raise ConfigError(f"{where}: {event.tag!r} is a tag, which is not supported; {_QUOTES}")
     if isinstance(event, yaml.ScalarEvent):
         return Scalar(event.value, event.style is not None, where)
     if depth == _DEEPEST:
-        raise ConfigError(f"{where}: values are nested more than {_DEEPEST} deep; no recipe is")
+        raise ConfigError(f"{where}: values are nested more than {_DEEPEST} deep; no recipe needs that")
     if isinstance(event, yaml.SequenceStartEvent):
         entries = []
         while not isinstance(event := next(events), yaml.SequenceEndEvent):
@@ -121,7 +121,7 @@ def _node(event: Any, events: Iterator[Any], place: Callable[[int], str], depth:
             raise ConfigError(f"{place(line)}: a key must be a word, not a list or a mapping")
         if key.text in mapping:
             before = f"line {lines[key.text] + 1}" if lines[key.text] != line else "the same line"
-            raise ConfigError(f"{place(line)}: {key.text!r} stands here again, after {before}; keep one of them")
+            raise ConfigError(f"{place(line)}: {key.text!r} is set again, after {before}; keep one of them")
         mapping[key.text], lines[key.text] = _node(next(events), events, place, depth + 1), line
     return mapping
 

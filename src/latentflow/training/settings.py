@@ -1,17 +1,16 @@
 """Checked settings from YAML files and `key=value` overrides, read by the types of their fields.
 
-Nothing is guessed from how a value looks: the field that it is meant for says what it is. Files and overrides are read
-by the same rules.
+A value is read by the type of its field, never by how it looks. Files and overrides follow the same rules.
 
-    text             as it stands: #, =, @, no, 2024 and 007 are just that (a file has YAML's quotes and comments)
+    text             verbatim: #, =, @, no, 2024 and 007 have no special meaning (files have YAML's quotes and comments)
     whole numbers    decimal: 10, 010 (which is 10), 100_000, 1e5
     numbers          decimal: 0.1, 1e-4; neither nan nor inf
     switches         true or false
     lists            [0.9, 0.99] or 0.9,0.99
-    sections         keys of their own; in an override network.depth=3, or network={name: DiT-S/2} for all of it
-    null, ~          nothing, where a field may be empty (in quotes they are text)
+    sections         nested keys; in an override network.depth=3, or network={name: DiT-S/2} for the whole section
+    null, ~          no value, if the field is optional (text in quotes)
 
-An override reaches any depth (`training.batch_size=64`). One that changes a section's `kind` begins it anew.
+An override reaches any depth (`training.batch_size=64`). One that changes a section's `kind` resets the section.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def to_yaml(settings: BaseModel) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text with line separators and other unprintable characters in escapes, which alone bring them back."""
+    """Escapes line separators and other unprintable characters, which YAML would not read back otherwise."""
 
 
 def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
@@ -73,7 +72,7 @@ _Dumper.add_representer(str, _text)
 
 
 def is_within(key: str, names: Sequence[str]) -> bool:
-    """Whether `key` is one of `names`, or stands in a section that is."""
+    """Whether `key` is one of `names`, or is in a section that is."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
@@ -93,13 +92,13 @@ def _split(override: str) -> tuple[list[str], Scalar]:
 
 
 def _refuse_twice(pairs: Iterable[tuple[list[str], Scalar]]) -> None:
-    """Refuse an override that is given twice, or is part of another one."""
+    """Refuse an override that is given twice, or overlaps with another one."""
     before: list[tuple[list[str], Scalar]] = []
     for path, value in pairs:
         for other, first in before:
             common = min(len(path), len(other))
             if path[:common] == other[:common]:
-                raise ConfigError(f"{first.where} and {value.where} say the same key twice; keep one of them")
+                raise ConfigError(f"{first.where} and {value.where} set the same key; keep one of them")
         before.append((path, value))
 
 
@@ -113,19 +112,19 @@ def _apply(schema: type[BaseModel], values: dict[str, Node], path: list[str], va
         if isinstance(inner, Scalar) and not inner.quoted and not inner.text:
             inner = values[part] = {}
         if not isinstance(inner, dict) or (annotation is not None and not sections):
-            raise ConfigError(f"{value.where}: {'.'.join(path[:number])} is a value and has no keys of its own")
+            raise ConfigError(f"{value.where}: {'.'.join(path[:number])} is a value, not a section with keys")
         if annotation is None:
-            return  # an unknown key, which the check of the whole names
+            return  # an unknown key, which validation will name
         values = inner
-    told = values.get("kind")
-    before = told.text if isinstance(told, Scalar) else default_kind(sections[0])
+    given = values.get("kind")
+    before = given.text if isinstance(given, Scalar) else default_kind(sections[0])
     if path[-1] == "kind" and before != value.text:
         values.clear()
     values[path[-1]] = value
 
 
 def _read(annotation: Any, node: Node, key: str) -> Any:
-    """The value of `node` for the field `key`, whose type says how it is to be read."""
+    """The value of `node` for the field `key`, read by the type of the field."""
     kinds = alternatives(annotation)
     empty = isinstance(node, Scalar) and not node.quoted and node.text.strip() in _NULL
     if type(None) in kinds and empty:
@@ -149,7 +148,7 @@ def _read(annotation: Any, node: Node, key: str) -> Any:
 
 
 def _read_section(schemas: Sequence[type[BaseModel]], node: Node, key: str) -> dict[str, Any]:
-    """A section that is of one of `schemas`; keys that it has not are left for the check of the whole."""
+    """A section of one of `schemas`; unknown keys are left for the validation of the whole."""
     if isinstance(node, Scalar) and not node.quoted and node.text.strip().startswith("{"):
         node = read_text(node.text, node.where)
     if isinstance(node, Scalar) and not node.text:
@@ -157,12 +156,10 @@ def _read_section(schemas: Sequence[type[BaseModel]], node: Node, key: str) -> d
     schema = _one_of(schemas, node)
     if not isinstance(node, dict):
         found, example = _plain(node), next(iter(schema.model_fields))
-        raise ConfigError(
-            f"{_first_place(node)}{key} = {found!r} is a section with keys of its own, like {key}.{example}"
-        )
-    kinds, told = [default_kind(one) for one in schemas], node.get("kind")
-    if len(schemas) > 1 and isinstance(told, Scalar) and told.text not in kinds:
-        raise ConfigError(f"{told.where}: {key}: unknown kind {told.text!r}; {nearest(told.text, kinds)}")
+        raise ConfigError(f"{_first_place(node)}{key} = {found!r} is a section; set its keys, such as {key}.{example}")
+    kinds, given = [default_kind(one) for one in schemas], node.get("kind")
+    if len(schemas) > 1 and isinstance(given, Scalar) and given.text not in kinds:
+        raise ConfigError(f"{given.where}: {key}: unknown kind {given.text!r}; {nearest(given.text, kinds)}")
     return {
         name: _plain(value)
         if (annotation := annotation_of(schema, name)) is None
@@ -222,14 +219,14 @@ def _read_word(kind: Any, node: Scalar, key: str) -> str:
 
 
 def _one_of(schemas: Sequence[type[BaseModel]], node: Node) -> type[BaseModel]:
-    """The kind of section that `node` says it is, the first one where it says nothing known."""
-    told = node.get("kind") if isinstance(node, dict) else None
-    named = [schema for schema in schemas if isinstance(told, Scalar) and default_kind(schema) == told.text]
+    """The kind of section that `node` names; the first one if it names none."""
+    given = node.get("kind") if isinstance(node, dict) else None
+    named = [schema for schema in schemas if isinstance(given, Scalar) and default_kind(schema) == given.text]
     return [*named, *schemas][0]
 
 
 def _first_place(node: Node) -> str:
-    """Where a node begins, as the beginning of a message."""
+    """Where a node begins, as a prefix for a message."""
     while not isinstance(node, Scalar):
         inner = list(node.values()) if isinstance(node, dict) else node
         if not inner:

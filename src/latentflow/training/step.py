@@ -1,4 +1,4 @@
-"""One training step's mathematics: from a batch to a loss per image."""
+"""The mathematics of a training step: from a batch to a loss per image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from latentflow.shapes import Condition
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one forward pass gives.
+    """The result of one forward pass.
 
     Attributes:
         loss: [B] float32, the flow-matching loss of each image, with its graph.
@@ -45,13 +45,14 @@ def training_step(
 ) -> StepResult:
     """Draw time, latents, noise and dropped conditions for each image, and compare velocities.
 
-    Every number is drawn from the image's own stream (seed, position), in this order. Nothing waits for the device.
+    Every number is drawn from the image's own stream (seed, position), in this order. Nothing synchronises with the
+    device.
 
     Args:
-        network: the model's network as it is called in training (compiled, distributed), under `runtime.autocast`.
+        network: the model's network, possibly compiled and distributed; called under `runtime.autocast`.
         batch: from the data loader; its tensors go to the model's device.
         batch_size: images per optimizer step over all processes, for stratified times.
-        told: the conditions that every image is told; None: each is dropped at random, as training wants it.
+        told: the conditions given for every image; None: dropout, each is dropped at random.
     """
     device = model.device
     positions = on_device(batch.positions, device)
@@ -76,7 +77,7 @@ def training_step(
 
 @contextmanager
 def _repeatable_dropout(network: nn.Module, seed: int) -> Iterator[None]:
-    """Dropout in a network draws from torch's generators: a resumed run must drop the same, and the caller's stay."""
+    """Make dropout layers repeatable in a resumed run, without changing the caller's random state."""
     if not any(isinstance(module, nn.Dropout) and module.training and module.p for module in network.modules()):
         yield
         return
@@ -87,13 +88,13 @@ def _repeatable_dropout(network: nn.Module, seed: int) -> Iterator[None]:
 
 
 def _condition(model: FlowModel, batch: Batch, data: Tensor, dropped: dict[ConditionName, Tensor]) -> Condition:
-    """What each image is told, less what is `dropped`."""
+    """The condition of each image, without what is `dropped`."""
     conditioning = model.config.conditioning
     masked_latents = None
     if batch.known_moments is not None:
         masked_latents = model.latents(batch.known_moments)
     elif batch.known_pixels is not None:
-        # All of them: leaving out those that are all hole would make the host wait to learn which.
+        # Of all images: to skip those that are all hole, the host would have to wait for the device.
         masked_latents = model.encode(to_unit_range(batch.known_pixels))
     given = Condition(
         labels=batch.labels if conditioning.num_classes else None,
