@@ -158,7 +158,8 @@ def test_block_of_two_heads(case):
     def norm():
         return group_norm(channels, groups=32, group_channels=4, eps=1e-5)
 
-    block = ResidualBlock(norm(), norm(), BlockOptions(made["emb_channels"]), attention=MapAttention(norm(), heads, 1.0)).eval()
+    attention = MapAttention(norm(), heads, 1.0)
+    block = ResidualBlock(norm(), norm(), BlockOptions(made["emb_channels"]), attention=attention).eval()
     keys = KeyMap(block_rules("", "", num_heads=heads))
     gain = next(c for c in fixture["cases"] if c["name"] == case).get("weight_gain", 1)
     block.load_state_dict(keys.ours(weights(fixture, gain), block.state_dict(), fixture["file"]))

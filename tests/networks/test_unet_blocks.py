@@ -210,7 +210,8 @@ def test_attention_comes_after_the_scaled_sum():
 
 
 def test_dropout_follows_the_second_activation_in_training_only():
-    block, x, c = drawn(ResidualBlock(norm(4), norm(4), BlockOptions(5, dropout=0.4))), image(2, 4, 8, 8), image(2, 5, seed=1)
+    block = drawn(ResidualBlock(norm(4), norm(4), BlockOptions(5, dropout=0.4)))
+    x, c = image(2, 4, 8, 8), image(2, 5, seed=1)
     plain = drawn(ResidualBlock(norm(4), norm(4), BlockOptions(5)))
     assert torch.equal(block.eval()(x, c), plain(x, c))
     seen = []

@@ -71,7 +71,7 @@ class Changes:
     def announce(self) -> None:
         """Print what changed, and how it changes the learning rate."""
         if self.values:
-            notice(f"from step {self.step + 1} on, with another recipe: {spelled_out(self.values)}")
+            notice(f"from step {self.step + 1} on with another recipe: {spelled_out(self.values)}")
         before, now = self.rates()
         if before != now:
             last = self.old.optimizer.rate(max(self.step - 1, 0), self.old.training.steps)
