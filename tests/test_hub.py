@@ -658,7 +658,7 @@ def test_push_errors_of_the_verb(hub, command, model_folder, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("told", "pipeline", "tag", "verb"),
+    ("conditions", "pipeline", "tag", "verb"),
     [
         ({"class_names": ()}, "unconditional-image-generation", "flow-matching", "sample"),
         ({}, "unconditional-image-generation", "class-conditional", "sample"),
@@ -666,8 +666,8 @@ def test_push_errors_of_the_verb(hub, command, model_folder, tmp_path, monkeypat
         ({"conditioning": tiny.SPATIAL}, "image-to-image", "semantic-image-synthesis", "mask-to-image"),
     ],
 )
-def test_card(hub, kl, told, pipeline, tag, verb):
-    tiny.model(kl, **told).push_to_hub("me/fruit")
+def test_card(hub, kl, conditions, pipeline, tag, verb):
+    tiny.model(kl, **conditions).push_to_hub("me/fruit")
     text = hub.repos["me/fruit"].files["README.md"].decode()
     card = ModelCard(text)
     assert card.data.library_name == "latentflow"

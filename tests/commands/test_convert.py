@@ -123,13 +123,13 @@ def test_the_velocity_is_the_first_half_of_what_lfm_learned_with_sigma(run, tmp_
     both = foreign.draw(architecture("lfm", {**options, "learn_sigma": True}))
     both["final_layer.linear.weight"] = torch.randn(both["final_layer.linear.weight"].shape)
     both["final_layer.linear.bias"] = torch.randn(both["final_layer.linear.bias"].shape)
-    alone = {
+    single = {
         key: value.unflatten(0, (4, 8))[:, :4].flatten(0, 1) if key.startswith("final_layer.linear") else value
         for key, value in both.items()
     }
     given = [f"{key}={value}" for key, value in options.items()]
     run("lfm", foreign.save(both, tmp_path / "both.pth"), options=[*given, *told], image_size=None)
-    run("lfm", foreign.save(alone, tmp_path / "alone.pth"), tmp_path / "other", options=given, image_size=None)
+    run("lfm", foreign.save(single, tmp_path / "single.pth"), tmp_path / "other", options=given, image_size=None)
     model, other = reloaded(tmp_path / "model"), reloaded(tmp_path / "other")
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([0, 2])
     assert torch.equal(model.velocity(x, t, Condition(y)), other.velocity(x, t, Condition(y)))
@@ -183,7 +183,7 @@ LFM |= {"num_out_channels": 4, "nf": 32, "num_res_blocks": 1, "ch_mult": [1, 2],
 
 
 def test_a_training_state_of_lfm_says_what_it_is(run, tmp_path):
-    """The flags of the run are in the file, in the config.yaml beside it, or given."""
+    """The flags of the run are in the file, in config.yaml in its folder, or given."""
     theirs = foreign.draw(architecture("lfm", LFM))
     args = Namespace(**LFM, exp="mine", lr=2e-5, datadir="/data", scale_factor=0.5, label_dropout=0.0, num_classes=None)
     content = {"epoch": 3, "global_step": 9, "args": args, "model_dict": theirs, "optimizer": {}, "scheduler": {}}
@@ -204,8 +204,8 @@ def test_a_training_state_of_lfm_says_what_it_is(run, tmp_path):
     assert by_hand.model.config.network == config.network
     text = "\n".join(f"{key}: {json.dumps(value)}" for key, value in LFM.items())
     (tmp_path / "run" / "config.yaml").write_text(text, encoding="utf-8")
-    beside = run("lfm", checkpoint=file, out=tmp_path / "d", **how)
-    assert beside.model.config.network == config.network
+    found = run("lfm", checkpoint=file, out=tmp_path / "d", **how)
+    assert found.model.config.network == config.network
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -48,9 +48,9 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "sit": ("sit", _META_DIT, {}),
-    "sit, velocity alone": ("sit", {**_META_DIT, "learn_sigma": False}, {}),
+    "sit, velocity only": ("sit", {**_META_DIT, "learn_sigma": False}, {}),
     "dit": ("dit", _META_DIT, {}),
-    "dit, noise alone": ("dit", {**_META_DIT, "learn_sigma": False}, {}),
+    "dit, noise only": ("dit", {**_META_DIT, "learn_sigma": False}, {}),
     "guided": ("lfm", _ORIGIN, {}),
     "guided, updown": ("lfm", {**_ORIGIN, "resblock_updown": True}, {}),
     "guided, 10 classes": ("lfm", {**_ORIGIN, "num_classes": 10}, {}),
@@ -92,15 +92,15 @@ def draw(published: Architecture, *, seed: int = 0, dtype: torch.dtype = torch.f
     return made | {key: torch.ones(2, 2) for key in published.keys.unused}
 
 
-def save(weights: dict[str, Tensor], file: Path, *, prefix: str = "", **beside: Any) -> Path:
-    """Weights as torch.save writes them; with `beside`, as "model" of a training state."""
+def save(weights: dict[str, Tensor], file: Path, *, prefix: str = "", **others: Any) -> Path:
+    """Weights as torch.save writes them; with `others`, as "model" of a training state."""
     prefixed = {prefix + key: tensor for key, tensor in weights.items()}
-    torch.save({"model": prefixed, **beside} if beside else prefixed, file)
+    torch.save({"model": prefixed, **others} if others else prefixed, file)
     return file
 
 
 def vae(num_channels: int = 4) -> torch.nn.Module:
-    """An autoencoder of factor 8, as the published ones are, that decodes 256 x 256 pixels in no time."""
+    """An autoencoder of factor 8, as the published ones are, that decodes 256 x 256 pixels quickly."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

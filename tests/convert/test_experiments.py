@@ -45,7 +45,7 @@ MILLIONS = {
     "inpainting_kl": 356.1,
     "semantic_kl": 356.1,
 }
-"""Parameters of the published classes, frozen positions included; of the U-Net alone where a map has an encoder."""
+"""Parameters of the published classes, frozen positions included; without the encoder of semantic maps."""
 
 GUIDANCE = {"imnet_f8_adm": 1.25, "imnet_f8_ditb2": 1.5}
 SCALE = 0.18215
@@ -112,7 +112,7 @@ def small(monkeypatch, tmp_path, autoencoder):
 
 
 def draw(model: LatentFlow) -> torch.Tensor:
-    """One picture, by what the model is told."""
+    """One image, with every condition of the model."""
     preset = {"num": 1, "steps": 2, "solver": "euler"}
     gradient = np.linspace(0, 255, IMAGE_SIZE).astype(np.uint8)
     if model.config.conditioning.inpainting:
@@ -159,13 +159,13 @@ def test_from_a_file_to_a_picture(name, small, tmp_path):
     assert (config.sampling.solver, config.sampling.rtol, config.sampling.atol) == ("dopri5", 1e-5, 1e-5)
     assert config.sampling.guidance == GUIDANCE.get(name, 1.0)
     assert config.sampling.guided_channels is None
-    told = config.conditioning
-    assert told.class_names == (imagenet_synsets() if name.startswith("imnet") else [])
-    assert told.label_dropout == (0.1 if name.startswith("imnet") else 0.0)
-    assert told.can_guide == (["label"] if name.startswith("imnet") else [])
-    assert told.inpainting == (name == "inpainting_kl")
-    assert told.map_class_names == list(known.map_class_names)
-    assert len(told.map_class_names) == (19 if name == "semantic_kl" else 0)
+    conditioning = config.conditioning
+    assert conditioning.class_names == (imagenet_synsets() if name.startswith("imnet") else [])
+    assert conditioning.label_dropout == (0.1 if name.startswith("imnet") else 0.0)
+    assert conditioning.can_guide == (["label"] if name.startswith("imnet") else [])
+    assert conditioning.inpainting == (name == "inpainting_kl")
+    assert conditioning.map_class_names == list(known.map_class_names)
+    assert len(conditioning.map_class_names) == (19 if name == "semantic_kl" else 0)
     assert config.training.num_images == known.num_images
     assert config.training.data == f"{known.data} (LFM's {name})"
 

@@ -279,7 +279,7 @@ def test_code_in_the_file_of_the_encoder(tmp_path, code):
 
 
 class _Loud(torch.nn.Linear):
-    """A network that tells when it is unpickled."""
+    """A network that records when it is unpickled."""
 
     woken: ClassVar[list[str]] = []
 

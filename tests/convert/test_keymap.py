@@ -1,4 +1,4 @@
-"""Key maps: every weight goes somewhere and comes back, and what does not fit is told in one line.
+"""Key maps: every weight goes somewhere and comes back, and what does not fit is an error of one line.
 
 Where weights are rearranged, the same quantity is computed here directly, as the published programs define it.
 """

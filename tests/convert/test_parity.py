@@ -73,8 +73,8 @@ def error_of(fixture: dict[str, Any], case: dict[str, Any]) -> float:
     if case["method"] == "forward_with_cfg":
         found, expected = guided(network, x, time, labels, case["kwargs"]["cfg_scale"], family), expected[: len(x) // 2]
     else:
-        latents, told = condition(network, x, labels)
-        found = network(latents, time, told)
+        latents, conditions = condition(network, x, labels)
+        found = network(latents, time, conditions)
     assert found.dtype == dtype
     return relative_error(-found if family == "sit" else found, expected)
 

@@ -1,4 +1,4 @@
-"""What is known of a checkpoint beside its weights, and the command-line options that say it."""
+"""What is known of a checkpoint besides its weights, and the options that say it."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class SmoothData(nn.Module):
 
     Args:
         sign: of the velocity.
-        turned: tell it 1 - t.
+        turned: its time is 1 - t.
         mean: of the data, by label where there are labels.
     """
 
@@ -110,7 +110,7 @@ def test_the_slope_is_that_of_the_velocity_along_the_noise(model):
 
 @pytest.mark.parametrize("correlation", [0.0, 0.8])
 def test_the_sign_is_flipped(model, correlation):
-    """SiT's weights, which flow from noise at 0 to data at 1, taken for LFM's in sign alone."""
+    """SiT's weights, which flow from noise at 0 to data at 1, with only the sign of LFM."""
     with pytest.raises(ArtifactError, match=r"against the noise \(slope -\d\.\d\d\): its sign or its time"):
         check_flow(model(SmoothData(correlation, sign=-1)))
 
@@ -136,7 +136,7 @@ def test_white_data_are_no_images(model):
 
 
 def test_a_network_of_zeros(model):
-    found = check_flow(model(Answers(lambda x, t, told: torch.zeros_like(x))))
+    found = check_flow(model(Answers(lambda x, t, condition: torch.zeros_like(x))))
     assert found.slope == 0
     assert found.ignored == ["latents", "time"]
     assert not found.flows
@@ -152,12 +152,14 @@ def test_random_weights(kl):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_output_that_is_not_finite(model, value):
     with pytest.raises(ArtifactError, match="not finite; its weights are damaged"):
-        check_flow(model(Answers(lambda x, t, told: x * value)))
+        check_flow(model(Answers(lambda x, t, condition: x * value)))
 
 
 def test_output_that_is_not_finite_on_the_way(model):
     exact = SmoothData()
-    found = check_flow(model(Answers(lambda x, t, told: exact(x, t, told) / per_image((t > 0.3).to(x.dtype), x))))
+    found = check_flow(
+        model(Answers(lambda x, t, condition: exact(x, t, condition) / per_image((t > 0.3).to(x.dtype), x)))
+    )
     assert not found.flows
     assert found.verdict.startswith("does not look trained")
 
@@ -176,7 +178,7 @@ def test_a_network_that_ignores_labels(model):
 
 def test_a_network_that_ignores_time(model):
     exact = SmoothData()
-    found = check_flow(model(Answers(lambda x, t, told: exact(x, torch.ones_like(t), told))))
+    found = check_flow(model(Answers(lambda x, t, condition: exact(x, torch.ones_like(t), condition))))
     assert found.ignored == ["time"]
     assert not found.flows
 
@@ -184,7 +186,7 @@ def test_a_network_that_ignores_time(model):
 def test_one_label_has_no_other(model):
     """A model of one class: there are no two labels to compare."""
     exact = SmoothData()
-    found = check_flow(model(Answers(lambda x, t, told: exact(x, t, Condition())), ("apple",)), [0, 0])
+    found = check_flow(model(Answers(lambda x, t, condition: exact(x, t, Condition())), ("apple",)), [0, 0])
     assert found.ignored == []
 
 

@@ -1,7 +1,7 @@
-"""Our solvers against the end states of torchdiffeq and of LFM's own samplers, on the same network and start.
+"""Our solvers against the end states of torchdiffeq and LFM's samplers, with the same network and initial noise.
 
 Fixed-step methods agree to the tolerance that the fixtures suggest. Where the other program differs by design, the
-test says how and shows that ours is the nearer one to the solution.
+test says how, and shows that ours is closer to the solution.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_the_reference_is_the_solution(field):
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_runge_kutta_of_fourth_order(field):
-    """Theirs is Kutta's 3/8 rule and ours the classical one: both are off by their error, which halved steps tell.
+    """Theirs is Kutta's 3/8 rule and ours the classical one: halved steps estimate the error of each.
 
     Halving the steps of a method of order p leaves 1 / 2^p of its error, so the error is the difference between the
     two solutions times 2^p / (2^p - 1). The 3/8 rule has an error alike, so two methods may differ by twice that.
@@ -126,7 +126,7 @@ def test_runge_kutta_of_fourth_order(field):
 
 @everywhere
 def test_adaptive_steps(field, precision):
-    """Theirs does not stop at t = 0: it steps beyond, asks the velocity there, and interpolates; ours ends at 0."""
+    """Theirs steps beyond t = 0, evaluates the velocity there, and interpolates; ours ends at 0."""
     found = solve(field, precision, torch.tensor([1.0, 0.0]), solver="dopri5", rtol=1e-5, atol=1e-5)
     expected = theirs(field, precision, "dopri5")
     ours, other = (difference(x, reference(field)) for x in (found.x, expected))
@@ -159,7 +159,7 @@ def test_samplers_of_lfm(field, precision, solver):
     """LFM's own samplers are Euler and Heun on their grid, which is asked for here by its times.
 
     What ours does not repeat: theirs end at t = 1e-5 and not on the data; their `steps` counts the points of the grid,
-    so 11 are 10 steps; their Heun corrects the first 39 steps alone, as a default of 40 is never replaced; they draw
+    so 11 are 10 steps; their Heun corrects only the first 39 steps, as a default of 40 is never replaced; they draw
     random numbers that are then multiplied by 0; and their step sizes are rounded to float32 in any precision.
     """
     grid = torch.linspace(1, 1e-5, 11)  # float32, whatever the state

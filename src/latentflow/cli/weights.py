@@ -15,6 +15,9 @@ from latentflow.convert.request import ConvertRequest, ExportRequest
 
 verb = partial(command, group="Models")
 
+_TITLES = {"told": "conditions", "holes": "mask policy"}
+"""Titles in the table of `info`, where they are not the keys of the JSON."""
+
 
 @verb(example="latentflow info runs/cifar10")
 def info(
@@ -28,7 +31,7 @@ def info(
     from latentflow.commands.info import describe
 
     facts = describe(model)
-    show(facts if as_json else {name: shortened(value) for name, value in facts.items()}, as_json)
+    show(facts if as_json else {_TITLES.get(name, name): shortened(value) for name, value in facts.items()}, as_json)
 
 
 @verb(example="latentflow convert lfm model_475.pth --experiment ffhq_f8_dit --out models/ffhq")

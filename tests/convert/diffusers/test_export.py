@@ -114,8 +114,8 @@ def lint(source: str) -> None:
 @torch.no_grad()
 def test_diffusers_computes_the_same(kl, tmp_path, name):
     """At latents, times and sizes that the export did not check; every label."""
-    network, told = NETWORKS[name]
-    given = model(kl, network, told)
+    network, conditions = NETWORKS[name]
+    given = model(kl, network, conditions)
     exported = export_diffusers(given, tmp_path / "out")
     assert exported.error <= LIMIT / 3
     theirs = loaded(tmp_path / "out", exported)
@@ -127,9 +127,9 @@ def test_diffusers_computes_the_same(kl, tmp_path, name):
         torch.manual_seed(1)
         latents = torch.randn(9, 4, height, width)
         time = torch.rand(9)
-        labels = torch.arange(9) % 4 if told.get("class_names") else None
+        labels = torch.arange(9) % 4 if conditions.get("class_names") else None
         spatial = {}
-        if told.get("inpainting"):
+        if conditions.get("inpainting"):
             spatial = {"masked_latents": torch.randn_like(latents), "mask": torch.rand(9, 1, height, width)}
         condition = given.config.conditioning.build(latents.shape, "cpu", Condition(labels=labels, **spatial))
         expected = given.velocity(latents, time, condition)
@@ -142,8 +142,8 @@ def test_time_and_label_matter(kl, tmp_path):
     for name in ("unet with classes", "dit with classes"):
         given = model(kl, *NETWORKS[name])
         latents = torch.randn(1, 4, LATENT_SIDE, LATENT_SIDE).expand(4, -1, -1, -1)
-        told = given.config.conditioning.build(latents.shape, "cpu", Condition(torch.tensor([0, 1, 1, 3])))
-        a, b, c, d = given.velocity(latents, torch.tensor([0.5, 0.5, 0.8, 0.5]), told)
+        condition = given.config.conditioning.build(latents.shape, "cpu", Condition(torch.tensor([0, 1, 1, 3])))
+        a, b, c, d = given.velocity(latents, torch.tensor([0.5, 0.5, 0.8, 0.5]), condition)
         for one, other in ((a, b), (b, c), (b, d)):
             assert (one - other).abs().max() > 1e-2 * one.abs().max()
 
@@ -160,9 +160,9 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_program_on_the_page_samples_what_the_model_samples(kl, tmp_path, monkeypatch, name):
-    network, told = NETWORKS[name]
+    network, conditions = NETWORKS[name]
     preset = SamplingPreset(solver="euler", steps=7, **PROGRAMS[name])
-    given = model(kl, network, told, sampling=preset)
+    given = model(kl, network, conditions, sampling=preset)
     export_diffusers(given, tmp_path / "out")
     monkeypatch.chdir(tmp_path / "out")
     lint(program(tmp_path / "out"))
@@ -173,10 +173,10 @@ def test_the_program_on_the_page_samples_what_the_model_samples(kl, tmp_path, mo
     expected = given.sample(
         num=4,
         noise=drawn["noise"],
-        classes=drawn["labels"].tolist() if told.get("class_names") else None,
+        classes=drawn["labels"].tolist() if conditions.get("class_names") else None,
         guidance=drawn.get("guidance", 1.0),
     )
-    assert ("guidance" in drawn) == ("class_names" in told)
+    assert ("guidance" in drawn) == ("class_names" in conditions)
     assert relative_error(drawn["latents"].cpu(), expected.latents) < 1e-4
     pixels = np.stack([np.asarray(Image.open(f"image_{i}.png")) for i in range(4)])
     difference = np.abs(pixels.astype(int) - expected.pixels.permute(0, 2, 3, 1).numpy().astype(int))
@@ -291,9 +291,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_is_not_the_same_function_is_refused(kl, tmp_path, reason):
-    network, told, given = REFUSED[reason]
+    network, conditions, given = REFUSED[reason]
     with pytest.raises(ArtifactError, match=re.escape(reason)) as refusal:
-        export_diffusers(model(kl, network, told, **given), tmp_path / "out")
+        export_diffusers(model(kl, network, conditions, **given), tmp_path / "out")
     assert "cannot be exported to diffusers" in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not any(tmp_path.iterdir())
