@@ -120,7 +120,7 @@ def encode_reference(
     with image_progress("encoding", min(num, len(source))) as on_images:
         while len(indices) < num:
             size = batch_size if len(indices) < num_decoded else _READ_AT_ONCE
-            items = list(islice(_readable(source, order), min(size, num - len(indices))))
+            items = list(islice(_without_broken(source, order), min(size, num - len(indices))))
             if not items:
                 break
             found = [index for index, _ in items]
@@ -149,7 +149,7 @@ def encode_reference(
     return ReferenceLatents(source, indices, torch.cat(latents), label_of_each), whole
 
 
-def _readable(source: ImageSource, order: Iterator[int]) -> Iterator[tuple[int, ImageItem]]:
+def _without_broken(source: ImageSource, order: Iterator[int]) -> Iterator[tuple[int, ImageItem]]:
     """The images at some indices, without the broken ones."""
     for index in order:
         with suppress(BrokenImage):

@@ -77,20 +77,18 @@ def measure_bound(
     flow: FlowModel, reference: ReferenceLatents, reconstruction: Reconstruction, request: BoundRequest
 ) -> MeasuredBound:
     """The bound of a model on encoded images."""
-    num, points, bins = request.num, request.points, request.bins
-    batch_size, seed = request.batch_size, request.seed
-    with image_progress("velocity error", num * bins) as on_images:
-        loss, error = _velocity_errors(flow, reference, num, bins, batch_size, seed, on_images)
-    own, coupling = _own_trajectories(flow, reference, points, batch_size, seed)
+    points, seed = request.points, request.seed
+    loss, error = _velocity_errors(flow, reference, request)
+    own, coupling = _own_trajectories(flow, reference, request)
     with image_progress("derivatives", 3 * points) as on_images:
         drawn = reference.rows(_draw(len(reference.indices), points, seed, "points"))
         noise = ImageRandom.at(seed, "noise of points", range(points)).normal(*drawn.latents.shape[1:])
         times = _spread_times(points, seed)
         states = flow.config.path.interpolate(drawn.latents.double(), noise.double(), times).float()
-        growth = _growth(flow, states, times, drawn.labels, bins, batch_size, seed, on_images)
-        growth = growth + _growth(flow, own.states, own.times, own.labels, bins, batch_size, seed, on_images)
+        growth = _growth(flow, states, times, drawn.labels, request, on_images)
+        growth = growth + _growth(flow, own.states, own.times, own.labels, request, on_images)
         halves = torch.cat([drawn.latents[: points - points // 2], own.ends[: points // 2]])
-        decoder = _decoder_constants(flow, halves, batch_size, seed, on_images)
+        decoder = _decoder_constants(flow, halves, request, on_images)
     made = WassersteinBound(
         flow.config.path, reference.latents[0].numel(), reconstruction, decoder, growth, loss, error
     )
@@ -136,35 +134,31 @@ def differentiable_decoder(flow: FlowModel) -> Callable[[Tensor], Tensor]:
 
 
 def _velocity_errors(
-    flow: FlowModel,
-    reference: ReferenceLatents,
-    num: int,
-    bins: int,
-    batch_size: int,
-    seed: int,
-    on_images: Callable[[int], None],
+    flow: FlowModel, reference: ReferenceLatents, request: BoundRequest
 ) -> tuple[TimeCurve, TimeCurve]:
-    """The loss and the error against the velocity of the data, each of `num` draws in every bin.
+    """The loss and the error against the velocity of the data, for `num` draws in every bin.
 
-    The network computes in float32; everything around it, the velocity of the data above all, in float64.
+    The network computes in float32; everything around it, above all the velocity of the data, in float64.
     """
-    path, shape = flow.config.path, reference.latents.shape[1:]
+    path, num, bins, seed = flow.config.path, request.num, request.bins, request.seed
     curves: list[tuple[TimeCurve, TimeCurve]] = []
-    for number in range(bins):
-        rows = _draw(len(reference.indices), num, seed, f"bin {number}")
-        times = (number + _spread_times(num, seed, f"bin {number}")) / bins
-        for start in range(0, num, batch_size):
-            part = reference.rows(rows[start : start + batch_size])
-            data, count, t = part.latents.double(), len(part.indices), times[start : start + batch_size]
-            positions = range(number * num + start, number * num + start + count)
-            noise = ImageRandom.at(seed, "noise of draws", positions).normal(*shape).double()
-            with torch.no_grad():  # once for both measurements
-                found = velocity_given(flow, part.labels, count)(path.interpolate(data, noise, t), t)
-            options = {"path": path, "data": data, "noise": noise, "time": t, "bins": bins}
-            velocity = _constant(found)
-            marginal = data_velocity(flow, reference, part.labels)
-            curves.append((velocity_error(velocity, **options), velocity_error(velocity, **options, marginal=marginal)))
-            on_images(count)
+    with image_progress("velocity error", num * bins) as on_images:
+        for number in range(bins):
+            rows = _draw(len(reference.indices), num, seed, f"bin {number}")
+            times = (number + _spread_times(num, seed, f"bin {number}")) / bins
+            for start in range(0, num, request.batch_size):
+                batch = slice(start, start + request.batch_size)
+                part, t = reference.rows(rows[batch]), times[batch]
+                data, count = part.latents.double(), len(part.indices)
+                positions = range(number * num + start, number * num + start + count)
+                noise = ImageRandom.at(seed, "noise of draws", positions).normal(*data.shape[1:]).double()
+                with torch.no_grad():  # once for both measurements
+                    found = velocity_given(flow, part.labels, count)(path.interpolate(data, noise, t), t)
+                options = {"path": path, "data": data, "noise": noise, "time": t, "bins": bins}
+                marginal = data_velocity(flow, reference, part.labels)
+                error = velocity_error(_constant(found), **options, marginal=marginal)
+                curves.append((velocity_error(_constant(found), **options), error))
+                on_images(count)
     loss, error = curves[0]
     for more_loss, more_error in curves[1:]:
         loss, error = loss + more_loss, error + more_error
@@ -186,11 +180,10 @@ class _Own:
 
 
 @torch.no_grad()
-def _own_trajectories(
-    flow: FlowModel, reference: ReferenceLatents, points: int, batch_size: int, seed: int
-) -> tuple[_Own, Estimate]:
+def _own_trajectories(flow: FlowModel, reference: ReferenceLatents, request: BoundRequest) -> tuple[_Own, Estimate]:
     """One state of each of `points` trajectories, at times spread over [0, 1], and how far the flow ends from that of
     the data when both start from the same noise."""
+    points, batch_size, seed = request.points, request.batch_size, request.seed
     labels = None if reference.labels is None else reference.labels[_draw(len(reference.indices), points, seed, "own")]
     noise = ImageRandom.at(seed, "noise of own", range(points)).normal(*reference.latents.shape[1:])
     grid = sampling_times(_OWN_STEPS)
@@ -226,32 +219,31 @@ def _growth(
     states: Tensor,
     times: Tensor,
     labels: Tensor | None,
-    bins: int,
-    batch_size: int,
-    seed: int,
+    request: BoundRequest,
     on_images: Callable[[int], None],
 ) -> VelocityGrowth:
     """The Lipschitz constants of the velocity at some states."""
     found = None
-    for start in range(0, len(states), batch_size):
-        rows = slice(start, start + batch_size)
+    for start in range(0, len(states), request.batch_size):
+        rows = slice(start, start + request.batch_size)
         x = states[rows].to(flow.device)
         velocity = velocity_given(flow, None if labels is None else labels[rows], len(x))
         with _derivatives_of("network"):
-            part = lipschitz_along_paths(velocity, x, times[rows].to(flow.device, torch.float32), bins=bins, seed=seed)
+            time, how = times[rows].to(flow.device, torch.float32), {"bins": request.bins, "seed": request.seed}
+            part = lipschitz_along_paths(velocity, x, time, **how)
         found = part if found is None else found + part
         on_images(len(x))
     return found
 
 
 def _decoder_constants(
-    flow: FlowModel, latents: Tensor, batch_size: int, seed: int, on_images: Callable[[int], None]
+    flow: FlowModel, latents: Tensor, request: BoundRequest, on_images: Callable[[int], None]
 ) -> Tensor:
     """The largest singular value of the decoder's derivative at each of the latents, [B]."""
     decode, found = differentiable_decoder(flow), []
-    for part in latents.split(batch_size):
+    for part in latents.split(request.batch_size):
         with _derivatives_of("decoder"):
-            found.append(largest_singular_value(decode, part.to(flow.device), seed=seed).value)
+            found.append(largest_singular_value(decode, part.to(flow.device), seed=request.seed).value)
         on_images(len(part))
     return torch.cat(found)
 
