@@ -275,7 +275,7 @@ def test_exact_values_for_constants_that_do_not_change():
 
 @pytest.mark.parametrize(("stretched", "wrong"), [(0, 2), (1, 2), (2, 2), (3, 2)])
 def test_an_error_is_stretched_on_its_way_to_the_data(stretched, wrong):
-    """e = 9 in bin `wrong` alone and M = 4 in bin `stretched` alone, of 4: only what lies nearer to data matters."""
+    """e = 9 in bin `wrong` only and M = 4 in bin `stretched` only, of 4: only what lies nearer to data matters."""
     time = (torch.arange(4, dtype=torch.float64) + 0.5) / 4
     growth = TimeCurve.of(time, 4.0 * (torch.arange(4) == stretched), 4)
     error = TimeCurve.of(time, 9.0 * (torch.arange(4) == wrong), 4)

@@ -89,7 +89,7 @@ def test_growth_rate_is_negative_where_everything_contracts():
         (largest_growth_rate, lambda a: torch.linalg.eigvalsh((a + a.mT) / 2).flip(1)),
     ],
 )
-def test_estimates_rise_to_the_truth_and_the_residual_says_how_near(measure, truth):
+def test_estimates_rise_to_the_truth_and_the_residual_bounds_the_error(measure, truth):
     matrices, x = normal(6, 40, 40), normal(6, 40, seed=1)
     spectrum = truth(matrices)
     before = torch.full((6,), -torch.inf, dtype=torch.float64)
@@ -141,8 +141,8 @@ def test_few_distinct_eigenvalues_end_the_iteration():
 def test_a_row_has_the_same_value_in_any_batch():
     x = normal(4, 6)
     together = largest_singular_value(curvy, x, iterations=3, tolerance=0).value
-    alone = largest_singular_value(curvy, x[2:3], iterations=3, tolerance=0).value
-    torch.testing.assert_close(together[2:3], alone, rtol=1e-12, atol=0)
+    single = largest_singular_value(curvy, x[2:3], iterations=3, tolerance=0).value
+    torch.testing.assert_close(together[2:3], single, rtol=1e-12, atol=0)
     other = largest_singular_value(curvy, x, iterations=3, tolerance=0, seed=1).value
     assert (together != other).all()
 
@@ -198,8 +198,8 @@ def test_a_guided_network():
     def network(x, time, condition):
         return torch.einsum("bij,bjhw->bihw", matrices[condition.labels], x)
 
-    null, told = Condition(torch.tensor([0, 0, 0])), Condition(torch.tensor([1, 1, 1]))
-    guided = ConditionedVelocity(network, told, null, scale=2.5, interval=(0.0, 0.5))
+    null, given = Condition(torch.tensor([0, 0, 0])), Condition(torch.tensor([1, 1, 1]))
+    guided = ConditionedVelocity(network, given, null, scale=2.5, interval=(0.0, 0.5))
     time = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
     growth = lipschitz_along_paths(guided, normal(3, 2, 2, 2), time, bins=10)
     strong = torch.linalg.svdvals(matrices[0] + 2.5 * (matrices[1] - matrices[0]))[0]

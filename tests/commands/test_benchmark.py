@@ -22,7 +22,7 @@ MODELS = {
     "classes": {"label_dropout": 0.1},
     "nothing": {"class_names": ()},
     "painting": {"conditioning": tiny.SPATIAL},
-    "always told": {"label_dropout": 0.0, "conditioning": {**tiny.SPATIAL, "inpainting_dropout": 0.0}},
+    "required": {"label_dropout": 0.0, "conditioning": {**tiny.SPATIAL, "inpainting_dropout": 0.0}},
 }
 
 
@@ -32,7 +32,7 @@ def measured(model, **given):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, deterministic) -> dict[str, Path]:
-    """Models on disk by what they are told."""
+    """Models on disk by their conditions."""
     folder = tmp_path_factory.mktemp("models")
     for name, given in MODELS.items():
         tiny.model(deterministic, **given).save_pretrained(folder / name)
@@ -40,7 +40,7 @@ def models(tmp_path_factory, deterministic) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_kind_of_model_is_told_all_it_can_be_told(models, name):
+def test_every_model_gets_all_its_conditions(models, name):
     result = measured(models[name], num=3, batch_sizes=[2, 1, 2], repeats=1, solver="heun", steps=3)
     assert (result.evaluations, result.fewest, result.most) == (6, 6, 6)
     assert [batch.batch_size for batch in result.batches] == [1, 2]
@@ -84,7 +84,7 @@ def test_multiply_adds_are_those_of_the_layers(deterministic):
     assert made == counted["n"] + config.depth * 2 * tokens**2 * config.hidden_size
 
 
-def test_peak_memory_says_what_it_is(models):
+def test_peak_memory_names_its_kind(models):
     result = measured(models["nothing"], num=1, batch_sizes=[1], repeats=1)
     assert "resident" in result.memory
     assert result.batches[0].peak_bytes >= 0

@@ -242,7 +242,7 @@ def test_screen(model_folder, images, capsys, monkeypatch):
     assert "18 images can be read, and 100 are needed; give more images, or --num 18" in bad.error
 
 
-def test_images_without_labels_are_told_nothing(model_folder, tmp_path):
+def test_images_without_labels_are_unconditional(model_folder, tmp_path):
     flat = tiny.write_images(tmp_path / "flat", classes=(), per_class=6)
     result = run_bound(model_folder, flat, num=4)
     assert result.told == "nothing" and result.num_data == 6

@@ -100,13 +100,13 @@ def test_the_baseline_is_the_loss_of_the_best_gaussian_velocity(path):
 def test_nearest_by_brute_force_and_copies_at_distance_zero():
     members, queries = 100 + normal(40, 7), 100 + normal(9, 7, seed=1)
     queries[4] = members[13]
-    distance, index, alone = nearest_members(queries, members)
+    distance, index, relative = nearest_members(queries, members)
     brute = (queries[:, None] - members).norm(dim=2).min(1)
     torch.testing.assert_close(distance, brute.values, rtol=1e-4, atol=1e-4)
     assert index.tolist() == brute.indices.tolist()
     assert index[4] == 13 and distance[4] < 1e-4
     tenth = (queries[:, None] - members).norm(dim=2).sort(1).values[:, 9]
-    torch.testing.assert_close(alone, brute.values / tenth, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(relative, brute.values / tenth, rtol=1e-4, atol=1e-4)
 
 
 def test_memorisation_is_found_out():
@@ -121,7 +121,7 @@ def test_memorisation_is_found_out():
     alike = nearness("x", held_out, held_out, training)
     assert alike.nearer == 0.5 and alike.near == alike.rank - 1 == 1
     plain = nearness("x", 0.3 * fresh, held_out, training)
-    assert plain.near > 150 and plain.copies <= 2  # nearer to all of them, to none alone
+    assert plain.near > 150 and plain.copies <= 2  # nearer to all of them, not to one
     doubled = nearness("x", copies, held_out, training.repeat(3, 1, 1, 1))
     assert doubled.copies == 200  # though each training image is there three times
 
@@ -358,10 +358,10 @@ def test_files_and_page(written):
         *(f"pictures/pairs_{name}.png" for name in ("latents", "features", "held_out")),
     }
     record = json.loads((folder / "diagnose.json").read_text())
-    told = record.pop("verdicts")
+    findings = record.pop("verdicts")
     assert Diagnosis.model_validate(record) == found
     assert DiagnoseRequest(**record["request"]).num == 12
-    assert [one["topic"] for one in told] == [one.topic for one in verdicts(found)]
+    assert [one["topic"] for one in findings] == [one.topic for one in verdicts(found)]
     page = (folder / "page.html").read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["'](?!data:)|https?://(?!www\.w3\.org)|<script|@import|url\(""", page)
     assert page.count("data:image/png;base64,") == 3
@@ -396,9 +396,9 @@ def test_screen(model_folder, images, tmp_path, capsys, monkeypatch):
     options = ["--num", 8, "--out", tmp_path / "out", "--device", "cpu"]
     done = run_here(["diagnose", model_folder, "--data", images, *options, "--json"], capsys, monkeypatch)
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert told["page"] == str(tmp_path / "out" / "page.html") and Path(told["page"]).is_file()
-    assert set(told["verdicts"]) >= {"Loss", "Straightness", "Memorisation"}
+    shown = json.loads(done.out)
+    assert shown["page"] == str(tmp_path / "out" / "page.html") and Path(shown["page"]).is_file()
+    assert set(shown["verdicts"]) >= {"Loss", "Straightness", "Memorisation"}
 
 
 # ---- refusals

@@ -183,7 +183,7 @@ def test_three_processes_that_keep_nothing_find_what_one_finds(command, tmp_path
     assert all("this process is done" in one.read_text() for one in logs[1:])
 
 
-def test_a_process_that_dies_ends_the_other_and_alone_one_goes_on(command, tmp_path, model_folder, images):
+def test_a_process_that_dies_ends_the_other_and_a_single_one_goes_on(command, tmp_path, model_folder, images):
     args = (model_folder, "--data", images, "--num", 520, "--metrics", "fid", *FAST)
     log, out = tmp_path / "log", tmp_path / "shared"
     first, second = start_processes(("evaluate", *args, "--out", out), log, 2)
@@ -243,7 +243,7 @@ def test_statistics_of_other_programs(command, tmp_path, model_folder, images, b
     assert (refused.code, "evil.npy" in refused.error) == (2, True)
 
 
-def test_broken_reference_images_are_left_out_and_told(command, tmp_path, model_folder, images):
+def test_broken_reference_images_are_left_out_with_a_note(command, tmp_path, model_folder, images):
     shutil.copytree(images, tmp_path / "real")
     (tmp_path / "real" / "apple" / "0.png").write_bytes(b"no image")
     report = found(command(model_folder, "--data", tmp_path / "real", "--num", 9, *FAST, "--json"))
@@ -335,7 +335,7 @@ def test_inpainting(command, tmp_path, painter_folder, model_folder, segmented):
     assert report["protocol"]["inputs"]["holes"].startswith("mixed")
     same(report, found(command(painter_folder, *args, "--batch-size", 5)), rtol=1e-3)
 
-    replaced = found(command(model_folder, *args, "--masks", "boxes", "--num", 7))  # was never told of holes
+    replaced = found(command(model_folder, *args, "--masks", "boxes", "--num", 7))  # a model without inpainting
     assert replaced["protocol"]["num_images"] == 7
     assert replaced["protocol"]["inputs"]["holes"].startswith("boxes")
     refused = command(model_folder, *args, "--against", tmp_path / "a" / "report.json", "--masks", "boxes")
@@ -455,7 +455,7 @@ def test_no_picture_is_decoded_twice(command, monkeypatch, drawn, images):
     assert len(decoded) == len({*decoded}) == 6 + tiny.NUM_IMAGES
 
 
-def test_a_sample_that_says_more_than_usual_is_read_whole(command, tmp_path, drawn, images):
+def test_a_sample_with_long_metadata_is_read_whole(command, tmp_path, drawn, images):
     shutil.copytree(drawn, tmp_path / "drawn")
     file = next((tmp_path / "drawn").glob("apple*.png"))
     with Image.open(file) as image:

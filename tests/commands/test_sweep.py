@@ -511,7 +511,7 @@ def test_halving_under_a_budget(small, tmp_path):
     assert "32 images each, 8 presets" in page
 
 
-def test_a_spent_budget_is_told_and_nothing_is_written_to_the_model(command, models, tmp_path):
+def test_a_spent_budget_is_an_error_and_nothing_is_written_to_the_model(command, models, tmp_path):
     before = read_config(models["nothing"])
     result = command("nothing", "--budget", "1e-9")
     assert result.code == 2
@@ -530,7 +530,7 @@ def test_other_settings_do_not_mix(command, tmp_path):
     assert command("nothing").code == 2
 
 
-def test_an_undecided_sweep_writes_nothing_and_says_so_everywhere(command, deterministic, tmp_path):
+def test_an_undecided_sweep_writes_nothing_and_reports_it_everywhere(command, deterministic, tmp_path):
     folder = tmp_path / "model"
     tiny.model(deterministic).save_pretrained(folder)
     before = tiny.tree(folder)
@@ -645,7 +645,7 @@ def test_a_reference_of_another_size_or_kind_is_refused(small, cache, tmp_path):
         small(data=cache)
 
 
-def test_a_folder_with_something_else_is_left_alone(small, tmp_path):
+def test_a_folder_with_something_else_is_not_touched(small, tmp_path):
     (tmp_path / "letter.txt").write_text("dear", encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"is not empty \(letter\.txt, .*does not hold a sweep"):
         small(out=tmp_path)

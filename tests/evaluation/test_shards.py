@@ -1,4 +1,4 @@
-"""Shards: any number of processes find what one finds, the first of them alone, and a kill costs a shard at most."""
+"""Shards: any number of processes find the same as one, only the first gets it, and a kill costs at most a shard."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_process_that_is_killed_ends_the_others_and_costs_one_shard(tmp_path):
     assert [computed for *_, computed, _ in again] == [missing[0::2], missing[1::2]]
 
 
-def test_one_process_alone(tmp_path):
+def test_a_single_process(tmp_path):
     for folder in (None, tmp_path / "set", tmp_path / "set"):
         found = compute_in_shards(10, numbers, plan=PLAN, work=Work(folder=folder))
         assert {name: column.tolist() for name, column in found.items()} == whole(10)

@@ -112,7 +112,7 @@ def test_neighbours_are_looked_for_among_some_images_drawn_from_all(sets):
     assert some_of(80, 70).tolist() == some_of(80, 70).sort().values.unique().tolist() != list(range(70))
 
 
-def test_scoring_says_how_far_it_is_without_a_terminal(sets, monkeypatch, capsys):
+def test_scoring_reports_progress_without_a_terminal(sets, monkeypatch, capsys):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     given = (sets[0], FeatureStatistics.of(sets[1]), sets[1])
     for resamples, total in ((None, 2 * 60 + 60 + 80 + 60), (40, 41 * 60 + 60 + 80 + 60)):
@@ -156,7 +156,7 @@ def test_singular_covariances_are_warned_of_in_the_score():
     assert report(scores=scores).warnings[0].startswith("FD (random features)")
 
 
-def test_statistics_alone_are_not_enough_for_neighbours(sets):
+def test_statistics_are_not_enough_for_neighbours(sets):
     with pytest.raises(DataError, match="precision needs the features of the real images"):
         feature_scores(("fid", "precision"), sets[0], FeatureStatistics.of(sets[1]), None, features="random")
 
