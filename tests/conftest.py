@@ -42,7 +42,7 @@ def own_cache_folder(tmp_path_factory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def untold() -> Iterator[None]:
     """Every test hears the notices that an earlier one has heard, and by the way that it asks for."""
-    console._told.clear()
+    console._printed.clear()
     logger = logging.getLogger("latentflow")
     yield
     logger.propagate = True

@@ -325,7 +325,7 @@ def test_results_may_not_become_data(tmp_path):
     require_apart(tmp_path, data)
     (tmp_path / "run" / "model" / "images").mkdir(parents=True)
     require_apart(tmp_path / "run", tmp_path / "run" / "data", replaced=("model",))
-    with pytest.raises(ArtifactError, match=r"images lies inside .*model, which is written anew; choose another place"):
+    with pytest.raises(ArtifactError, match=r"images lies inside .*model, which is overwritten; choose another place"):
         require_apart(tmp_path / "run", tmp_path / "run" / "model" / "images", replaced=("model",))
 
 

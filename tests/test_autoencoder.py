@@ -486,7 +486,7 @@ def _a_shard_elsewhere(folder: Path) -> None:
     ("change", "said"),
     [
         (_decoder_alone, "lacks the weights of the encoder: its file holds the decoder alone; get the one with both"),
-        (_lfs_pointer, "is a Git LFS pointer and not the file itself; run `git lfs pull` in its folder"),
+        (_lfs_pointer, "is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"),
         (_without_weights, "has no diffusion_pytorch_model.safetensors; get the whole folder"),
         (_two_variants, "rename the one you want to diffusion_pytorch_model.safetensors"),
         (_a_shard_less, "lacks diffusion_pytorch_model-00001-of-00002.safetensors"),

@@ -202,7 +202,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog, number):
     with only_writer(tmp_path), only_writer(tmp_path):
         assert list(tmp_path.iterdir()) == []
     assert [record.getMessage() for record in caplog.records] == [
-        f"the file system of {tmp_path} knows no locks: see to it that no second process writes there"
+        f"the file system of {tmp_path} has no locks; make sure that no other process writes there"
     ]
 
 

@@ -87,7 +87,7 @@ def test_a_gpu_by_its_index(monkeypatch, environment):
     assert open_runtime("cuda").device == torch.device("cuda", 0)
     environment(RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2, MASTER_PORT=1)
     with pytest.raises(
-        ConfigError, match=r"--device cuda:2 would put all 2 processes .* on one GPU; say --device cuda"
+        ConfigError, match=r"--device cuda:2 would put all 2 processes .* on one GPU; use --device cuda"
     ):
         open_runtime("cuda:2")
     assert open_runtime("cuda", alone=True).device == torch.device("cuda", 1)
@@ -107,7 +107,7 @@ def test_more_processes_than_gpus_are_refused_in_every_process(monkeypatch, envi
     for rank in range(2):
         Gpus(monkeypatch, 1)
         environment(RANK=rank, WORLD_SIZE=2, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=2, MASTER_PORT=1)
-        with pytest.raises(ConfigError, match=r"2 processes .* 1 GPU\(s\); start 1, or add --device cpu"):
+        with pytest.raises(ConfigError, match=r"2 processes .* 1 visible GPU\(s\); start 1, or add --device cpu"):
             open_runtime()
 
 
@@ -158,7 +158,7 @@ def test_the_word_of_precision(monkeypatch):
     assert open_runtime(precision="fp16").precision == "fp16"
     Gpus(monkeypatch, 1, bf16=False)
     assert open_runtime().precision == "fp32"
-    with pytest.raises(ConfigError, match="precision bf16: Tesla V100 cannot; use fp16 or fp32"):
+    with pytest.raises(ConfigError, match="precision bf16: Tesla V100 does not support it; use fp16 or fp32"):
         open_runtime(precision="bf16")
 
 

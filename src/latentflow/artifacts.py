@@ -1,6 +1,6 @@
 """Files that appear complete or not at all, and are never unpickled.
 
-Everything is written beside its final name, synced, and renamed into place.
+Everything is written under a temporary name in the same folder, synced, and renamed into place.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 from latentflow.errors import ArtifactError
 
 LOCK = ".lock"
-"""The end of a lock file's name, but for the number of a process: ".lock.0", ".report.json.lock.0"."""
+"""The suffix of a lock file, before the rank of its process: ".lock.0", ".report.json.lock.0"."""
 
 _LOCK_FILE = re.compile(rf"(\..+)?{re.escape(LOCK)}\.\d+", re.DOTALL)
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>\w+)-(?P<pid>\d+)-\d+\.(?P<kind>tmp|old)(\.\w+)?", re.DOTALL)
@@ -44,14 +44,14 @@ _mine: set[str] = set()  # temporary names in use by this process
 
 @contextmanager
 def atomic_file(path: str | Path, *, sync_folder: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success sync it and rename it to `path`.
+    """Yield a temporary path next to `path`; on success sync it and rename it to `path`.
 
-    On an exception the temporary file is removed and `path` is as before. The temporary name keeps
-    the suffix, so that libraries which look at it write the right format.
+    On an exception the temporary file is removed and `path` is unchanged. The temporary name has the same suffix, so
+    that libraries which look at it write the right format.
 
     Args:
-        sync_folder: whether a power cut after this leaves the file; of many files the last will do, or `sync`. Without
-            it, too, there is the whole file or none.
+        sync_folder: also sync the folder, so that the new name survives a power cut; of many files only the last needs
+            it. The file is complete or absent either way.
 
     Raises:
         ArtifactError: the folder cannot be written, or the disk is full.
@@ -70,10 +70,10 @@ def atomic_file(path: str | Path, *, sync_folder: bool = True) -> Iterator[Path]
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; on success rename it to `path`, replacing what was there.
+    """Yield an empty folder next to `path`; on success rename it to `path`, replacing what was there.
 
-    Where the system can exchange two names at once, a folder stands under `path` at every moment. Elsewhere a kill
-    between two renames leaves the old one under a hidden name, and `restore` puts it back.
+    Where the system can exchange two names atomically, `path` exists at every moment. Elsewhere a kill between two
+    renames leaves the old folder under a hidden name, and `restore` puts it back.
 
     Raises:
         ArtifactError: the folder cannot be written, or the disk is full.
@@ -86,7 +86,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         mode = _usual_mode(temporary / ".mode")
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file() and file.stat().st_nlink == 1:  # a linked file is somebody else's as well
+            if file.is_file() and file.stat().st_nlink == 1:  # a hard link also belongs to another folder
                 file.chmod(mode)
             sync(file)
         if not path.exists():
@@ -102,7 +102,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def restore(path: str | Path) -> None:
-    """Put back the folder that a killed writer had renamed to make room for a new one that never came."""
+    """Put back a folder that a writer had renamed to make room for a new one before it was killed."""
     path = Path(path)
     with suppress(OSError):
         if not path.exists():
@@ -113,16 +113,16 @@ def restore(path: str | Path) -> None:
 
 
 def remove_folder(path: str | Path) -> None:
-    """Delete a folder so that a kill leaves no half of it under its name."""
+    """Delete a folder; a kill never leaves half of it under its name."""
     with _temporary(Path(path), "tmp") as temporary, writing(path, "delete"):
         Path(path).replace(temporary)
 
 
 def remove_leftovers(folder: str | Path, *, depth: int = 2) -> None:
-    """Delete the half-written files and folders that processes of this machine left behind when they were killed.
+    """Delete half-written files and folders of killed processes of this machine.
 
     Args:
-        depth: how many levels of folders inside `folder` are looked into.
+        depth: how many levels of sub-folders to search.
     """
     with suppress(OSError):
         for entry in list(Path(folder).iterdir()):
@@ -134,20 +134,20 @@ def remove_leftovers(folder: str | Path, *, depth: int = 2) -> None:
 
 
 def contents(folder: str | Path) -> list[Path]:
-    """What a folder holds besides locks and half-written files, sorted."""
+    """The entries of a folder without locks and half-written files, sorted."""
     hidden = (_LOCK_FILE, _TEMPORARY)
     return sorted(entry for entry in Path(folder).iterdir() if not any(name.fullmatch(entry.name) for name in hidden))
 
 
 @contextmanager
 def writing(path: str | Path, doing: str = "write") -> Iterator[None]:
-    """What the system says against writing `path`, a full disk above all, becomes an `ArtifactError`."""
+    """Turn errors of the system while writing `path`, such as a full disk, into an `ArtifactError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None)
-        if isinstance(error, SafetensorError) and (told := re.search(r"os error (\d+)", str(error))):
-            number = int(told[1])
+        if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+            number = int(found[1])
         why = os.strerror(number).lower() if number else str(error)
         raise ArtifactError(f"cannot {doing} {path}: {why}{_REMEDIES.get(number, '')}") from error
 
@@ -165,7 +165,7 @@ _REMEDIES = {
 
 @contextmanager
 def _temporary(path: Path, kind: str, suffix: str = "") -> Iterator[Path]:
-    """A hidden name beside `path` that tells its process; what is there at the end is deleted."""
+    """A hidden name next to `path` that contains the id of the process; deleted at the end of the context."""
     stem = path.name.removesuffix(suffix)
     temporary = path.with_name(f".{stem}.{_HOST}-{os.getpid()}-{next(_numbers)}.{kind}{suffix}")
     _mine.add(temporary.name)
@@ -177,12 +177,12 @@ def _temporary(path: Path, kind: str, suffix: str = "") -> Iterator[Path]:
 
 
 def _left_behind(entry: Path) -> re.Match[str] | None:
-    """What the name of a temporary file or folder says, if its process was of this machine and is dead."""
+    """The parsed name of a temporary file or folder, if its process was of this machine and is dead."""
     found = _TEMPORARY.fullmatch(entry.name)
     if not found or found["host"] != _HOST or entry.name in _mine:
         return None
     number = int(found["pid"])
-    if number == os.getpid():  # an earlier process with the same number, as in a container that is started again
+    if number == os.getpid():  # an earlier process with the same id, as in a restarted container
         return found
     try:
         os.kill(number, 0)
@@ -202,7 +202,7 @@ def _remove(entry: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names at once (renameat2, on macOS renamex_np); false where the system or its file system cannot."""
+    """Exchange two names atomically (renameat2, on macOS renamex_np); false if the system or file system cannot."""
     names, at_working_folder, exchange = (os.fsencode(one), os.fsencode(other)), -100, 2
     try:
         library = ctypes.CDLL(None, use_errno=True)
@@ -214,7 +214,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def make_folder(path: str | Path) -> Path:
-    """Create `path` and its parents if need be, and make sure that files can be written there.
+    """Create `path` and its parents if they are missing, and make sure that files can be written there.
 
     Raises:
         ArtifactError: a file stands in the way, or the place is read-only.
@@ -230,7 +230,7 @@ def make_folder(path: str | Path) -> Path:
 
 
 def _usual_mode(unused: Path) -> int:
-    """The permissions that a new file gets here; `unused` is the name of a file that is not there."""
+    """The permissions of a new file; `unused` is a name that does not exist yet."""
     unused.touch()
     mode = stat.S_IMODE(unused.stat().st_mode)
     unused.unlink()
@@ -238,13 +238,13 @@ def _usual_mode(unused: Path) -> int:
 
 
 def require_writable(path: str | Path, *, suffix: str | None = None) -> Path:
-    """Refuse a file, or with `suffix` None a folder, that could not be written; nothing is created.
+    """Refuse a file (or, without `suffix`, a folder) that cannot be written; nothing is created.
 
     Args:
-        suffix: what the file's name must end in, for example ".png".
+        suffix: the required suffix of the file, for example ".png".
 
     Raises:
-        ArtifactError: another suffix, something else is in the way, or the place is read-only.
+        ArtifactError: it has another suffix, something else is in the way, or the place is read-only.
     """
     path = Path(path)
     if suffix is not None:
@@ -264,14 +264,14 @@ def require_writable(path: str | Path, *, suffix: str | None = None) -> Path:
 
 
 def require_apart(out: str | Path, *data: str | Path | None, replaced: Sequence[str] = ()) -> None:
-    """Refuse to write into a folder of data, where results would become data; nothing is created.
+    """Refuse to write results into a folder of data, of which they would become part; nothing is created.
 
     Args:
-        data: what is read; only folders matter, and links to them are followed.
-        replaced: folders inside `out` that are written anew, and may not hold the data either.
+        data: what is read; only folders matter, links are followed.
+        replaced: folders inside `out` that are overwritten, and may not contain data either.
 
     Raises:
-        ArtifactError: `out` lies inside of `data`, or data in what is replaced.
+        ArtifactError: `out` lies inside `data`, or data inside what is replaced.
     """
     place = Path(out).resolve()
     for source in filter(None, data):
@@ -279,11 +279,11 @@ def require_apart(out: str | Path, *data: str | Path | None, replaced: Sequence[
         if place.is_relative_to(folder) and folder.is_dir():
             raise ArtifactError(f"{out} lies inside {source} and would become part of it; choose another place")
         if part := next((name for name in replaced if folder.is_relative_to(place / name)), None):
-            raise ArtifactError(f"{source} lies inside {Path(out) / part}, which is written anew; choose another place")
+            raise ArtifactError(f"{source} lies inside {Path(out) / part}, which is overwritten; choose another place")
 
 
 def require_new(folder: str | Path) -> Path:
-    """Refuse a folder that has something in it, or cannot be made; nothing is created.
+    """Refuse a folder that is not empty or cannot be created; nothing is created.
 
     Raises:
         ArtifactError: saying which.
@@ -291,23 +291,24 @@ def require_new(folder: str | Path) -> Path:
     folder = require_writable(folder)
     if folder.exists() and (found := contents(folder)):
         names = ", ".join(entry.name for entry in found[:3])
-        raise ArtifactError(f"{folder} is not empty ({names}, ...); delete what is there or give a new folder")
+        raise ArtifactError(f"{folder} is not empty ({names}, ...); delete its contents or give a new folder")
     return folder
 
 
 def write_text(path: str | Path, text: str) -> None:
-    r"""Write `text` as UTF-8, complete or not at all. Bytes of file names that are no text become \udc80 to \udcff."""
+    r"""Write `text` as UTF-8, complete or not at all. Bytes of file names that are not UTF-8 become \udc80 to
+    \udcff."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # which JSON reads back as they were
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # which JSON reads back unchanged
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, complete or not at all. NaN is refused: it is not JSON."""
+    """Write `value` as indented JSON, complete or not at all. NaN is refused, since it is not JSON."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def json_line(value: Any) -> str:
-    """`value` as one line of JSON; numbers that are not finite, which JSON does not know, become null."""
+    """`value` as one line of JSON; non-finite numbers, which JSON does not have, become null."""
     return json.dumps(_with_nulls(value), allow_nan=False)
 
 
@@ -334,7 +335,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def checksum_of(value: Any) -> int:
-    """The CRC-32 of a value that JSON can hold, however it is laid out in a file."""
+    """The CRC-32 of a JSON value, independent of formatting."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
@@ -352,7 +353,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read every tensor of a safetensors file, memory-mapped, on the CPU, and check them; see `checked_tensors`.
+    """Read every tensor of a safetensors file on the CPU, memory-mapped, and verify it; see `checked_tensors`.
 
     Raises:
         ArtifactError: the file is missing, truncated, damaged, or not safetensors.
@@ -362,12 +363,12 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def checked_tensors(file: safe_open, path: str | Path) -> dict[str, Tensor]:
-    """Every tensor of an opened safetensors file, compared with its checksum where the file has checksums.
+    """Every tensor of an opened safetensors file, compared with its checksum if the file has checksums.
 
-    A checksum is the CRC-32 of name, type, shape and bytes; it finds every change of up to 32 bits in a row.
+    A checksum is the CRC-32 of name, dtype, shape and bytes; it detects every burst of up to 32 changed bits.
 
     Raises:
-        ArtifactError: something was changed since the file was written.
+        ArtifactError: the file has changed since it was written.
     """
     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     metadata = dict(file.metadata() or {})
@@ -386,18 +387,18 @@ def checked_tensors(file: safe_open, path: str | Path) -> dict[str, Tensor]:
 
 
 def verify_checksums(wanted: bool) -> None:
-    """Whether what is read from now on is compared with its checksums; it is unless this says otherwise."""
+    """Switch the comparison with checksums on or off for everything read from now on; it is on by default."""
     global _verify
     _verify = wanted
 
 
 def verifies() -> bool:
-    """Whether what is read is compared with its checksums."""
+    """Whether checksums are compared."""
     return _verify
 
 
 def _sort_metadata(file: Path) -> None:
-    """Bring the metadata into one order, which safetensors leaves to chance: equal contents are equal bytes."""
+    """Sort the metadata, whose order safetensors leaves to chance, so that equal contents are equal bytes."""
     with file.open("r+b") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))
@@ -424,7 +425,7 @@ def _metadata_checksum(metadata: Mapping[str, str]) -> int:
 
 def _damaged(path: str | Path, what: str) -> ArtifactError:
     return ArtifactError(
-        f"{path} is damaged: {what} does not match the checksum it was written with; copy, fetch or make the file again"
+        f"{path} is damaged: {what} does not match its checksum; copy, download or create the file again"
     )
 
 
@@ -446,40 +447,38 @@ def open_tensors(path: str | Path) -> safe_open:
 def read_torch_file(path: str | Path) -> Any:
     """Read a foreign .pth or .pt file as plain data: tensors, numbers, text, lists, dicts, argparse's namespaces.
 
-    Nothing in it is executed; a file that holds anything else is refused. This is the only place where torch's own
-    format is read.
+    Nothing in it is executed; a file with anything else is refused. Only this function reads torch's own format.
 
     Raises:
-        ArtifactError: the file is missing, truncated, of another kind, or wants to run code.
+        ArtifactError: the file is missing, truncated, of another kind, or would run code.
     """
     path = Path(path)
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist; give the path of a checkpoint file")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():  # attributes, no more
-            warnings.simplefilter("ignore")  # of pickles that are then refused
+        # a Namespace only has attributes
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles, which are then refused
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # readers of damaged files raise nearly anything
         _refuse_pointer(path)
         wanted = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
         if wanted:
             raise ArtifactError(
-                f"{path} wants to run {wanted[1]} while it is read, which is refused; save its weights alone "
+                f"{path} would run {wanted[1]} while it is read, which is refused; save only its weights "
                 "(a state_dict, best as .safetensors) with the program that wrote it"
             ) from error
         raise ArtifactError(
-            f"{path} is truncated, or not a file of tensors written by torch.save (a pickle of anything else is never "
-            "run); fetch it again, or save its weights alone with the program that wrote it"
+            f"{path} is truncated, or not a file of tensors written by torch.save (other pickles are never "
+            "loaded); download it again, or save only its weights with the program that wrote it"
         ) from error
 
 
 def _refuse_pointer(path: str | Path) -> None:
-    """What Git leaves in the place of a large file that it has not fetched."""
+    """Refuse the pointer that Git LFS leaves in place of a file that it has not fetched."""
     with suppress(OSError), Path(path).open("rb") as file:
         if file.read(64).startswith(b"version https://git-lfs"):
-            raise ArtifactError(
-                f"{path} is a Git LFS pointer and not the file itself; run `git lfs pull` in its folder"
-            )
+            raise ArtifactError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
 
 
 def sha256_file(path: str | Path) -> str:
@@ -502,7 +501,7 @@ def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk."""
+    """Wait until a file's content, or the names in a folder, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,9 +1,9 @@
-"""The way out of a command: whatever happens inside becomes one line for the user, an exit code and, if need be, a log.
+"""How a command ends: any exception becomes one line for the user, an exit code and, if needed, a log.
 
 0    done
-1    the machine lacks something: memory, disk, permission; or nobody reads the output any more
+1    the machine lacks something: memory, disk, permission; or the reader of the output has gone
 2    bad input, one line with a remedy
-70   a fault of the program, to be reported with its log
+70   a bug, to be reported with its log
 129  ended by SIGHUP, 130 by Ctrl-C, 143 by SIGTERM
 """
 
@@ -49,20 +49,20 @@ _REMEDIES = {
     errno.EIO: "the device reports an error; check the disk",
     errno.ENAMETOOLONG: "the name is too long for the file system; choose a shorter one",
 }
-"""What can be done about an error of the operating system."""
+"""Remedies for errors of the operating system."""
 
 _NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "ProcessGroup")
 
 
 def hush_libraries() -> None:
-    """Keep what libraries say to their developers off the user's screen; PYTHONWARNINGS brings the warnings back.
+    """Hide messages that libraries address to developers; PYTHONWARNINGS shows the warnings again.
 
-    To be called before they are imported.
+    Call this before they are imported.
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    if not logging.root.handlers:  # without one, Python prints what loggers say
+    if not logging.root.handlers:  # without one, Python prints log messages
         logging.root.addHandler(logging.NullHandler())
     quiet = {
         "DIFFUSERS_VERBOSITY": "error",
@@ -77,7 +77,7 @@ def hush_libraries() -> None:
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """What `run` returns, or the exit code of how it failed, once that has been said in one line."""
+    """Call `run`; returns its result, or prints one line and returns the exit code of its failure."""
     threading.excepthook = lambda failed: _leave(failed.exc_type, failed.exc_value, failed.exc_traceback)
     sys.unraisablehook = lambda failed: _write_log(failed.exc_type, failed.exc_value, failed.exc_traceback)
     with _ended_by_signals():
@@ -94,7 +94,7 @@ def guarded(run: Callable[[], int]) -> int:
 
 
 class _Ended(KeyboardInterrupt):
-    """SIGTERM or SIGHUP; like Ctrl-C it passes through everything that tidies up."""
+    """SIGTERM or SIGHUP; like Ctrl-C it passes through all cleanup."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -103,7 +103,7 @@ class _Ended(KeyboardInterrupt):
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let the first SIGTERM or SIGHUP end the command as Ctrl-C does; a second one kills. Ignored ones stay ignored."""
+    """End the command at the first SIGTERM or SIGHUP as Ctrl-C does; a second one kills. Ignored ones stay ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -124,9 +124,9 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _leave(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> int:
-    """Say what became of a command; returns its exit code."""
+    """Print why a command failed; returns its exit code."""
     code, line = _verdict(kind, error)
-    first = _is_first_to_say(line)
+    first = _is_first_to_print(line)
     if code in (MACHINE, FAULT):
         log = _write_log(kind, error, trace)
         details = f"the details are in {log}" if log else f"no log could be written; it happened at {_place(trace)}"
@@ -138,7 +138,7 @@ def _leave(kind: type[BaseException], error: BaseException | None, trace: Traceb
 
 
 def _verdict(kind: type[BaseException], error: BaseException | None) -> tuple[int, str]:
-    """The exit code of an exception, and what the user is told of it."""
+    """The exit code of an exception, and the line for the user."""
     text = str(error) if error is not None else ""
     if isinstance(error, LatentFlowError):
         return error.exit_code, text
@@ -174,10 +174,10 @@ def _place(trace: TracebackType | None) -> str:
 
 
 def _reader_has_gone() -> bool:
-    """Whether it is stdout that is broken; if so it is turned away, for Python would complain of it at its end."""
+    """Whether stdout is broken; if so it is redirected to /dev/null, since Python would complain of it at exit."""
     try:
         handle = sys.stdout.fileno()
-    except OSError:  # no file stands behind it
+    except OSError:  # it has no file descriptor
         return False
     poll = select.poll()
     poll.register(handle, select.POLLOUT)
@@ -187,8 +187,8 @@ def _reader_has_gone() -> bool:
     return True
 
 
-def _is_first_to_say(line: str) -> bool:
-    """Whether no other process of the same launcher on this machine has said `line`: ranks fail alike."""
+def _is_first_to_print(line: str) -> bool:
+    """Whether no other process of this launch on this machine has printed `line`: ranks fail alike."""
     if not _is_launched():
         return True
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
@@ -211,7 +211,7 @@ def _is_launched() -> bool:
 
 
 def _write_log(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> Path | None:
-    """Write all that is known of a failure; returns the file, None where nothing can be written."""
+    """Write a log of a failure; returns the file, or None if none can be written."""
     now = time.strftime("%Y%m%d-%H%M%S")
     text = "\n".join(
         [

@@ -1,4 +1,4 @@
-"""What can go wrong on the user's side, each with one clear line and an exit code."""
+"""Errors that the user can fix, each with one clear line and an exit code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class LatentFlowError(Exception):
-    """Something the user can mend. The message names the value and the nearest remedy."""
+    """An error that the user can fix. The message names the value and the nearest remedy."""
 
     exit_code = 2
 
@@ -17,7 +17,7 @@ class ConfigError(LatentFlowError):
 
 
 class DataError(LatentFlowError):
-    """Images, masks or a latent cache cannot be used as they are."""
+    """Images, masks or a latent cache cannot be used."""
 
 
 class ArtifactError(LatentFlowError):
@@ -25,13 +25,13 @@ class ArtifactError(LatentFlowError):
 
 
 class NonFiniteError(LatentFlowError):
-    """A loss, a gradient or a state of a solver is not a finite number; nothing was done with it."""
+    """A loss, a gradient or a solver state is not finite; it was not used."""
 
     exit_code = 1
 
 
 def nearest(name: object, valid: Iterable[object]) -> str:
-    """A hint for a misspelt `name`: the nearest of `valid`, or all of them where none is near.
+    """A hint for a misspelt `name`: the nearest of `valid`, or all of them if none is near.
 
     >>> nearest("huen", ["euler", "heun"])
     "did you mean 'heun'? (valid: euler, heun)"

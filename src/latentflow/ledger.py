@@ -1,9 +1,9 @@
-"""What was found out about files, remembered for as long as they do not change.
+"""Facts about files, remembered while the files do not change.
 
-Hashing or decoding every file of a large data set takes minutes; doing so at every start of a command is waste. A fact
-is kept under the file's path with a stamp of its size, times and inode, in a small database in the user's cache folder
-(`LATENTFLOW_CACHE`, else `XDG_CACHE_HOME`/latentflow, else ~/.cache/latentflow). It only saves work: without it, or
-with a damaged one, everything is found out again.
+Hashing or decoding every file of a large data set takes minutes, too long to repeat at every start of a command. A fact
+is stored by the file's path, with a stamp of its size, times and inode, in a small database in the user's cache folder
+(`LATENTFLOW_CACHE`, else `XDG_CACHE_HOME`/latentflow, else ~/.cache/latentflow). It only saves work: if it is missing
+or damaged, everything is computed again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 _UNSETTLED_SECONDS = 2.0  # a file written this recently may be written again within one tick of its file system's clock
 _WAIT_SECONDS = 2.0  # for another process that writes the database
-_MOST_WAIT = 24 * 3600.0  # for another process that finds out the same
+_MOST_WAIT = 24 * 3600.0  # for another process that computes the same
 
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS facts (kind TEXT, place TEXT, name TEXT, stamp TEXT, value TEXT, "
@@ -29,16 +29,17 @@ _TABLE = (
 
 
 def cache_folder() -> Path:
-    """Where what only saves work is kept; it may be deleted at any time."""
+    """The folder for what only saves work; it may be deleted at any time."""
     if own := os.environ.get("LATENTFLOW_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "latentflow"
 
 
 def stamp_of(status: os.stat_result | str) -> str:
-    """What changes whenever a file is written: size, inode, and the times of its content and of its inode.
+    """A stamp that changes whenever a file is written: size, inode, and the times of its content and inode.
 
-    The inode's time cannot be set by `touch`, `cp -p` or rsync, which set the other one. Text is a stamp already.
+    Unlike the content's time, the inode's time cannot be set by `touch`, `cp -p` or rsync. A text is returned
+    unchanged.
     """
     if isinstance(status, str):
         return status
@@ -56,7 +57,7 @@ class Ledger:
                 ledger.put(name, status, crc := compute(folder / name))
 
     Args:
-        kind: what is remembered. Change it whenever the way of finding it out changes.
+        kind: the kind of fact. Change it whenever the way of computing it changes.
         place: a folder or an archive.
     """
 
@@ -69,19 +70,19 @@ class Ledger:
             self._known = {name: (stamp, value) for name, stamp, value in rows}
 
     def get(self, name: str, status: os.stat_result | str) -> Any | None:
-        """The fact about file `name`, if its `status` is still that of when it was found; else None.
+        """The fact about file `name` if its `status` has not changed since; else None.
 
         Args:
-            status: of the file; or what identifies its content, from which the fact follows.
+            status: of the file; or a text that identifies its content.
         """
         stamp, value = self._new.get(_text(name)) or self._known.get(_text(name)) or (None, None)
         return json.loads(value) if value is not None and stamp == stamp_of(status) else None
 
     def put(self, name: str, status: os.stat_result | str, value: Any) -> None:
-        """Remember `value`, which JSON can hold, of file `name`.
+        """Remember `value`, any JSON, of file `name`.
 
         Args:
-            status: of before the file was read; or what identifies its content.
+            status: from before the file was read; or a text that identifies its content.
         """
         if isinstance(status, str) or time.time() - max(status.st_mtime, status.st_ctime) > _UNSETTLED_SECONDS:
             self._new[_text(name)] = (stamp_of(status), json.dumps(value))
@@ -93,7 +94,7 @@ class Ledger:
         self.save()
 
     def save(self) -> None:
-        """Write what was found out so far; long work does so now and then, since it may be killed."""
+        """Write the facts so far; long work calls this now and then, since it may be killed."""
         if not self._new:
             return
         rows = [(*self._key, name, stamp, value) for name, (stamp, value) in self._new.items()]
@@ -105,9 +106,10 @@ class Ledger:
 
 @contextmanager
 def one_at_a_time(place: str | Path) -> Iterator[None]:
-    """Let one process of this user at a time find something out about `place`; others wait, and find it remembered.
+    """Let only one process of this user at a time compute facts about `place`; the others wait and then find them.
 
-    Open the `Ledger` inside. A process that ends for whatever reason lets the next one go on.
+    Open the `Ledger` inside. When a process ends, for whatever reason, the next one continues. (`locks.only_writer`
+    refuses the second process instead, and locks the place itself, which may be read-only here.)
     """
     name = hashlib.sha256(os.fsencode(Path(place).resolve())).hexdigest()[:16]
     with ExitStack() as stack:
@@ -131,5 +133,5 @@ def _database() -> sqlite3.Connection:
 
 
 def _text(name: str) -> str:
-    """`name` as text that a database takes, bytes that are no text written out."""
+    """`name` as valid text, with bytes that are not UTF-8 escaped."""
     return name.encode("utf-8", "backslashreplace").decode()

@@ -1,7 +1,7 @@
-"""One writer at a time: a lock in every folder that is being written.
+"""One writer at a time: a lock file in every folder that is being written.
 
-The lock is the system's own (flock) on a small hidden file, so it goes with its process, however that ends: a file that
-is left behind, or was copied with its folder, locks nothing. What stands in the file only tells others who holds it.
+The lock is the system's own (flock) on a small hidden file, so it ends with its process, however that ends: a file that
+is left behind, or copied with its folder, locks nothing. Its content only names the holder for others.
 """
 
 from __future__ import annotations
@@ -27,34 +27,33 @@ from latentflow.errors import ArtifactError
 from latentflow.runtime import Runtime, launch_name, open_runtime
 
 _UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
-_WAIT_SECONDS = 1.0  # for a process that is just ending, or is only looking
+_WAIT_SECONDS = 1.0  # for a process that is just ending, or only checking
 _held: set[int] = set()
 
 
 @contextmanager
 def only_writer(path: str | Path, runtime: Runtime | None = None) -> Iterator[None]:
-    """Hold the lock of a folder, or of a file that is to be written; others are refused meanwhile.
+    """Hold the lock of a folder, or of a JSON file, while it is written; other writers are refused.
 
-    The folder is made where it is missing, and taken away again where nothing was written into it. What writers that
-    are dead left half-written in it is removed. On a file system that knows no locks the user is told so once, and
-    nothing is held.
+    The folder is created if it is missing, and removed again if nothing was written into it. Half-written files of dead
+    writers are removed. On a file system without locks a notice is printed once, and nothing is held.
 
     Args:
-        path: a folder; or a file name, by its suffix, whose lock stands beside it.
-        runtime: of processes of one launcher which write together; None: of them only one may write, too.
+        path: a folder; or a .json file, whose lock is next to it.
+        runtime: processes of one launch that write together; None: only one of them may write.
 
     Raises:
-        ArtifactError: another process holds it: its id, machine and command, and what to do.
+        ArtifactError: another process holds the lock; the message names its id, machine and command.
     """
     path = Path(path)
     folder, name = (path.parent, f".{path.name}{LOCK}") if path.suffix == ".json" else (path, LOCK)
     rank = runtime.rank if runtime else 0
     require_writable(folder)
-    together = runtime is not None and runtime.world > 1  # the last one to leave tidies up, whoever made the folder
+    together = runtime is not None and runtime.world > 1  # the last one to leave removes an empty folder
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()] or [folder] * together
     handle = None
     try:
-        handle = _acquire(folder, name, rank, path, alone=runtime is None)
+        handle = _acquire(folder, name, rank, path, single=runtime is None)
         if handle is not None:
             _refuse_another_launch(folder, name, path)
             remove_leftovers(folder)
@@ -62,21 +61,22 @@ def only_writer(path: str | Path, runtime: Runtime | None = None) -> Iterator[No
     finally:
         if handle is not None:
             if _is_same(handle, file := folder / f"{name}.{rank}"):  # not in a folder that has been replaced
-                file.unlink(missing_ok=True)  # while it is held: nobody else can have taken it
+                file.unlink(missing_ok=True)  # still locked: nobody else can have taken it
             _held.discard(handle)
             os.close(handle)
-        with suppress(OSError):  # something is in it
+        with suppress(OSError):  # it is not empty
             for parent in made:
                 parent.rmdir()
 
 
 def writes(place: str | Callable[[Mapping[str, Any]], Any], *, launch: bool = False) -> Callable:
-    """A decorator of functions that write: they hold `only_writer` of a place while they run.
+    """A decorator for functions that write: they hold `only_writer` of a place while they run.
 
     Args:
-        place: the name of the parameter that says where, or a function of all arguments; None: nothing is written.
-        launch: the processes of one launcher write together, and the parameter `runtime` says which this one is; where
-            it is None, it is opened here.
+        place: the name of the parameter with the path, or a function of all arguments that returns it; a path of None
+            means that nothing is written.
+        launch: the processes of one launch write together, as the parameter `runtime` says; if that is None, it is
+            opened here.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -99,11 +99,11 @@ def writes(place: str | Callable[[Mapping[str, Any]], Any], *, launch: bool = Fa
     return decorate
 
 
-def _acquire(folder: Path, name: str, rank: int, path: Path, *, alone: bool) -> int | None:
-    """A handle of the locked file; None where the file system knows no locks."""
+def _acquire(folder: Path, name: str, rank: int, path: Path, *, single: bool) -> int | None:
+    """A handle of the locked file; None if the file system has no locks."""
     file, began = folder / f"{name}.{rank}", time.monotonic()
     while True:
-        make_folder(folder)  # which its holder may have taken away
+        make_folder(folder)  # which its holder may just have removed
         try:
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
@@ -114,7 +114,7 @@ def _acquire(folder: Path, name: str, rank: int, path: Path, *, alone: bool) -> 
             record = os.read(handle, 1 << 16).decode(errors="replace")
             os.close(handle)
             if time.monotonic() - began > _WAIT_SECONDS:
-                raise _refusal(path, file, record, alone=alone) from None
+                raise _refusal(path, file, record, single=single) from None
             time.sleep(_WAIT_SECONDS / 10)
             continue
         except OSError as error:
@@ -122,11 +122,11 @@ def _acquire(folder: Path, name: str, rank: int, path: Path, *, alone: bool) -> 
             if error.errno not in _UNSUPPORTED:
                 raise ArtifactError(f"cannot lock {file}: {error.strerror}; choose another place") from error
             file.unlink(missing_ok=True)
-            notice(f"the file system of {folder} knows no locks: see to it that no second process writes there")
+            notice(f"the file system of {folder} has no locks; make sure that no other process writes there")
             return None
         if _is_same(handle, file):
             break
-        os.close(handle)  # its holder has just removed it: what is locked has no name any more
+        os.close(handle)  # its holder has just removed it: the locked file has no name any more
     _held.add(handle)
     os.ftruncate(handle, 0)
     os.write(handle, json.dumps(_this_process()).encode())
@@ -141,14 +141,14 @@ def _is_same(handle: int, file: Path) -> bool:
 
 
 def _refuse_another_launch(folder: Path, name: str, path: Path) -> None:
-    """A first process may be done before its fellows: the locks of these count as well."""
+    """Refuse if processes of another launch still hold their locks, even if its first one has finished."""
     for file in folder.glob(f"{name}.*"):
         if (record := _written(file)) is not None and _parsed(record).get("launch") != launch_name():
             raise _refusal(path, file, record)
 
 
 def _written(file: Path) -> str | None:
-    """What the locked `file` says, once its holder has had the time to say it; None where it is free."""
+    """The content of a locked file, once its holder has written it; None if it is not locked."""
     began = time.monotonic()
     while (record := _holder(file)) == "" and time.monotonic() - began < _WAIT_SECONDS:
         time.sleep(_WAIT_SECONDS / 100)
@@ -156,7 +156,7 @@ def _written(file: Path) -> str | None:
 
 
 def _holder(file: Path) -> str | None:
-    """What the locked `file` says; None where it is free."""
+    """The content of a locked file; None if it is not locked."""
     try:
         with file.open(encoding="utf-8", errors="replace") as opened:
             try:
@@ -185,11 +185,11 @@ def _parsed(record: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _refusal(path: Path, file: Path, record: str, *, alone: bool = False) -> ArtifactError:
+def _refusal(path: Path, file: Path, record: str, *, single: bool = False) -> ArtifactError:
     found = _parsed(record)
-    if alone and found.get("launch") and found["launch"] == launch_name():
+    if single and found.get("launch") and found["launch"] == launch_name():
         return ArtifactError(
-            f"{path}: this command runs in one process, and the launcher started several; start it without the launcher"
+            f"{path}: this command runs in one process, but the launcher started several; start it without the launcher"
         )
     if not found:
         return ArtifactError(f"another process is writing {path}; wait for it to end, or choose another place")
@@ -200,7 +200,7 @@ def _refusal(path: Path, file: Path, record: str, *, alone: bool = False) -> Art
 
 
 def _forget() -> None:
-    """A child, such as one that reads images ahead, must not keep the lock of a parent that was killed."""
+    """A child, such as a worker that reads images, must not keep the lock of a killed parent."""
     for handle in _held:
         with suppress(OSError):
             os.close(handle)

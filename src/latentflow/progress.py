@@ -1,4 +1,4 @@
-"""How far long work is: a bar in a terminal, and now and then a line where there is none."""
+"""How far long work is: a bar in a terminal, or a line now and then if stderr is not one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ SECONDS_BETWEEN_LINES = 30
 
 @contextmanager
 def image_progress(what: str, num_images: int, *, enabled: bool = True) -> Iterator[Callable[[int], None]]:
-    """Show on stderr how images are worked on; yields a function that takes the number just finished.
+    """Show progress over images on stderr; yields a function to call with the number just finished.
 
-    Where stderr is no terminal, a line is printed at most every half minute:
-    "encoding 1200/50000 images, 85.2 images/s, 9 min left". Short work says nothing there. A process
-    that is muted shows nothing.
+    If stderr is not a terminal, a line is printed at most every half minute:
+    "encoding 1200/50000 images, 85.2 images/s, 9 min left"; short work prints nothing. A muted process shows nothing.
     """
     enabled = enabled and not is_muted()
     bar = Progress(

@@ -1,9 +1,9 @@
-"""Randomness is a function of (seed, purpose, position of the image): nothing is stored, nothing runs on.
+"""Randomness is a function of (seed, purpose, position of the image), without any generator state.
 
 Numbers come from a counter-based generator, Philox 4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3,
-2011), computed for a whole batch at once by integer arithmetic on the device. So a picture does not change with the
-batch it is made in, the number of processes or the device, up to the rounding of logarithm and cosine, and a resumed
-run draws what the uninterrupted one would have drawn.
+2011), computed for a whole batch at once by integer arithmetic on the device. So a picture does not depend on its
+batch, the number of processes or the device, up to the rounding of logarithm and cosine, and a resumed run draws the
+same numbers as an uninterrupted one.
 
 Legend: B images, W words (32 bits each) of an image.
 """
@@ -23,13 +23,13 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # of the golden ratio and of the square root of 3
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
-_WORDS_AT_A_TIME = 1 << 18  # on the CPU: what is being computed stays in its caches
+_WORDS_AT_A_TIME = 1 << 18  # on the CPU, so that the working set stays in its caches
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from any tuple of names and numbers; tuples that differ give unrelated seeds."""
-    told = ("str:" + part.replace("/", "//") if isinstance(part, str) else f"int:{int(part)}" for part in parts)
-    text = "/".join(told).encode("utf-8", "surrogatepass")
+    """A 63-bit seed from any tuple of names and numbers; different tuples give unrelated seeds."""
+    encoded = ("str:" + part.replace("/", "//") if isinstance(part, str) else f"int:{int(part)}" for part in parts)
+    text = "/".join(encoded).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
@@ -47,7 +47,7 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
     k0, k1 = key
     shape = torch.broadcast_shapes(*(word.shape for word in counter))
     for _ in range(_ROUNDS):
-        # The product of two words has 64 bits, which int64 holds as they are: the sign is one of them.
+        # The product of two words has 64 bits, which int64 holds; the sign is one of them.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1 = _mixed(p1 >> 32, c1, k0, shape), p1.bitwise_and_(_LOW)
         c2, c3 = _mixed(p0 >> 32, c3, k1, shape), p0.bitwise_and_(_LOW)
@@ -56,18 +56,17 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
 
 
 def _mixed(high: Tensor, other: Tensor, key: int, shape: torch.Size) -> Tensor:
-    """high xor other xor key, of which the low 32 bits count; `high` is free to be written to where it has room."""
+    """high xor other xor key, low 32 bits only; `high` may be overwritten if its shape allows."""
     mixed = high.bitwise_xor_(other) if high.shape == shape else high ^ other
     return mixed.bitwise_xor_(key).bitwise_and_(_LOW)
 
 
 class ImageRandom:
-    """One random stream per image, drawn from in step.
+    """One random stream per image; all advance together.
 
     Args:
-        key: names the purpose: a seed as `derive_seed` makes them. Streams of different keys are unrelated.
-        positions: [B] int64 on the device where the numbers are wanted, in [0, 2^63); equal positions give equal
-            streams.
+        key: the purpose, a seed from `derive_seed`. Streams of different keys are independent.
+        positions: [B] int64 in [0, 2^63), on the device of the result; equal positions give equal streams.
     """
 
     def __init__(self, key: int, positions: Tensor):
@@ -75,7 +74,7 @@ class ImageRandom:
         self._device = positions.device
         positions = positions[:, None].to("cpu" if self._device.type == "mps" else self._device)
         self._low, self._high = positions & _LOW, positions >> 32
-        self._drawn = 0  # words of each stream that are used up
+        self._drawn = 0  # words used of each stream
         self._ahead: Tensor | None = None
 
     @classmethod
@@ -87,14 +86,14 @@ class ImageRandom:
 
     @classmethod
     def of_seeds(cls, purpose: str, seeds: Sequence[int], device: torch.device | str = "cpu") -> ImageRandom:
-        """The streams of pictures by the seeds that a user gives them, for one `purpose`."""
+        """The streams of pictures by their seeds, for one `purpose`."""
         return cls(derive_seed(purpose), on_device(seeds, device))
 
     def __len__(self) -> int:
         return len(self._low)
 
     def ahead(self, num_words: int) -> ImageRandom:
-        """Compute so many words of each stream now, in one go, for the draws that follow; returns itself.
+        """Compute the next `num_words` words of each stream at once, for the draws that follow; returns itself.
 
         A normal number takes one word, a uniform one two; each draw takes a multiple of four.
         """
@@ -146,7 +145,7 @@ class ImageRandom:
 
 
 def on_device(positions: Sequence[int] | Tensor, device: torch.device | str) -> Tensor:
-    """Positions [B] as int64 on `device`. Consecutive ones, as training reads them, are counted there: no copy."""
+    """Positions [B] as int64 on `device`. Consecutive ones, as in training, are generated there without a copy."""
     if isinstance(positions, Tensor) and positions.device == torch.device(device):
         return positions
     numbers = positions.tolist() if isinstance(positions, Tensor) else [int(position) for position in positions]

@@ -1,7 +1,7 @@
-"""Where a command computes: device, processes, precision. Made once at the door of a verb, and handed down.
+"""Where a command computes: device, processes, precision. Created once by each verb, and passed down.
 
-Accelerate's state says which of how many processes this one is, however they were launched; nothing else in the package
-reads the launcher's environment, asks for a device, or decides what numbers are computed in.
+Accelerate's state says which of how many processes this is, however they were launched; nothing else in the package
+reads the launcher's environment, selects a device, or decides the precision.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PrecisionWord = Literal["fp32", "tf32", "bf16", "fp16", "auto"]
 PRECISION_WORDS: tuple[str, ...] = get_args(PrecisionWord)
 
 _TO_FIND_EACH_OTHER = timedelta(minutes=10)
-# One process may have much more to do than another before they meet; the launcher ends them all where one has died.
+# One process may have much more to do than another before they meet; the launcher ends all of them if one dies.
 _TO_MEET = timedelta(days=2)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,11 +42,11 @@ class Runtime:
         device: of this process; with its index on CUDA.
         rank: which of the command's processes this is, from 0; of `world`.
         local_rank: which of those on this machine; of `local_world`.
-        precision: what networks compute in. fp32: IEEE float32. tf32: float32, products of 10-bit mantissas on tensor
+        precision: of the networks. fp32: IEEE float32. tf32: float32, products of 10-bit mantissas on tensor
             cores (CUDA; elsewhere it is fp32). bf16, fp16: autocast. Weights, optimizer, EMA and solver state are
             float32 under all of them.
-        precision_is_explicit: whether it was asked for by name; else an adaptive solver may choose another one.
-        group: the processes as they meet on the host, with the patience that this needs.
+        precision_is_explicit: whether the user named it; otherwise an adaptive solver may choose another one.
+        group: the process group for host tensors, with a long timeout.
     """
 
     device: torch.device
@@ -60,17 +60,17 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and speaks for all."""
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     @property
     def device_name(self) -> str:
-        """What the device is called by its maker, as far as that is known."""
+        """The product name of the device, if it is known."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """What networks are called under: autocast for bf16 and fp16, and `float32_policy`."""
+        """The context for calling networks: autocast for bf16 and fp16, and `float32_policy`."""
         dtype, kind = _DTYPES.get(self.precision), self.device.type
         if not torch.amp.is_autocast_available(kind):
             yield
@@ -83,28 +83,28 @@ class Runtime:
 
     @contextmanager
     def float32_policy(self) -> Iterator[None]:
-        """How float32 products and convolutions are computed inside, backward passes included: IEEE, or TF32."""
+        """The context in which float32 products and convolutions use IEEE or TF32, backward passes included."""
         with float32_products(tf32=self.precision != "fp32") if self.device.type == "cuda" else nullcontext():
             yield
 
     def with_precision(self, word: PrecisionWord) -> Runtime:
-        """The same place, computing in `word`.
+        """The same runtime with another precision.
 
         Raises:
-            ConfigError: the device cannot.
+            ConfigError: the device does not support it.
         """
         return replace(self, precision=_resolved(word, self.device), precision_is_explicit=word != "auto")
 
     def for_autoencoder(self) -> Runtime:
-        """What a frozen autoencoder computes in beside a network: as the network does, but never in half precision."""
+        """The runtime of a frozen autoencoder next to a network: the same, but never in half precision."""
         return replace(self, precision="fp32" if self.precision == "fp32" else "tf32")
 
     def share(self, rows: range) -> range:
-        """This process's part of `rows`: every `world`-th, from `rank` on."""
+        """This process's share of `rows`: every `world`-th, starting at `rank`."""
         return rows[self.rank :: self.world]
 
     def barrier(self) -> None:
-        """Return once every process has got here."""
+        """Wait until every process has arrived."""
         self.sum(torch.zeros(1))
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Runtime:
         return total
 
     def sum_later(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Begin to sum a tensor of the CPU over all processes; what is returned waits for the sum."""
+        """Start summing a CPU tensor over all processes; returns a function that waits for the result."""
         if self.world == 1:
             return lambda: tensor
         total = tensor.detach().clone()
@@ -129,7 +129,7 @@ class Runtime:
         return arrived
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The tensors of all processes, one after the other along the first axis, in the order of ranks.
+        """The tensors of all processes, concatenated along the first axis in the order of ranks.
 
         Their lengths may differ; their other axes and dtypes must not.
         """
@@ -148,10 +148,10 @@ class Runtime:
 
 @contextmanager
 def float32_products(*, tf32: bool) -> Iterator[None]:
-    """Compute float32 products and convolutions on CUDA with TF32 inside, or in full.
+    """Compute float32 products and convolutions on CUDA with TF32, or in full precision, inside the context.
 
-    By torch's older switches, which set the newer ones with them; the other way round torch refuses to say which holds,
-    and its compiler asks.
+    Uses torch's older switches, which also set the newer ones; the other way round torch refuses to report the older
+    setting, which its compiler reads.
     """
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = _older_switch(), products.fp32_precision, convolutions.allow_tf32, convolutions.conv.fp32_precision
@@ -169,24 +169,24 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
 def _older_switch() -> str:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # somebody has set the newer one alone
+    except RuntimeError:  # only the newer one has been set
         return "highest"
 
 
 def open_runtime(
     device: str | torch.device | None = None, precision: PrecisionWord = "auto", *, alone: bool = False
 ) -> Runtime:
-    """The runtime of this process: the device it may use, and the processes it was launched with.
+    """The runtime of this process: its device, and the processes it was launched with.
 
     Args:
-        device: "cpu", "cuda", "mps", ...; None: a GPU if there is one, else the CPU. Of several processes each gets a
-            GPU of its own.
+        device: "cpu", "cuda", "mps", ...; None: a GPU if there is one, else the CPU. Each of several processes gets its
+            own GPU.
         precision: "auto" is bf16 on a GPU that computes in it, else fp32.
-        alone: know of no other process and wait for none, as a call from somebody's program wants it.
+        alone: ignore other processes, for calls from a user's program.
 
     Raises:
-        ConfigError: there is no such device, it cannot compute in this precision, there are more processes than GPUs,
-            or the processes do not find each other.
+        ConfigError: there is no such device, it does not support the precision, there are more processes than GPUs, or
+            the processes do not find each other.
     """
     local_rank, local_world = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
     world = 1 if alone else _number("WORLD_SIZE", 1)
@@ -211,7 +211,7 @@ def open_runtime(
 
 
 def launch_name() -> str:
-    """What the processes of one launch have in common and those of another have not; "" for a single process."""
+    """A name that the processes of one launch share; "" for a single process."""
     if _number("WORLD_SIZE", 1) == 1:
         return ""
     keys = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID")
@@ -219,13 +219,13 @@ def launch_name() -> str:
 
 
 def leave() -> None:
-    """Leave the processes of the launch in order, once all is done."""
+    """Leave the process group in order, once all is done."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def _device(asked: str | torch.device | None, local_rank: int, local_world: int, world: int) -> torch.device:
-    """The device of this process; on CUDA made the current one."""
+    """The device of this process; on CUDA it becomes the current one."""
     from accelerate.utils import parse_flag_from_env
 
     if asked is None:
@@ -249,12 +249,12 @@ def _own_gpu(device: torch.device, local_rank: int, local_world: int, world: int
     if world > 1:
         if local_world > num_gpus:
             raise ConfigError(
-                f"the launcher started {local_world} processes on this machine, which shows them {num_gpus} GPU(s); "
+                f"the launcher started {local_world} processes on this machine, which has {num_gpus} visible GPU(s); "
                 f"start {num_gpus}, or add --device cpu"
             )
         if device.index is not None:
             raise ConfigError(
-                f"--device {device} would put all {local_world} processes of the launcher on one GPU; say --device "
+                f"--device {device} would put all {local_world} processes of the launcher on one GPU; use --device "
                 "cuda, which gives each its own"
             )
     index = device.index if device.index is not None else local_rank if local_rank < num_gpus else 0
@@ -276,13 +276,13 @@ def _resolved(word: str, device: torch.device) -> Precision:
     if word == "fp16" and device.type == "cpu":
         raise ConfigError("precision fp16 needs a GPU, and this is a CPU; use fp32, or bf16 to try half precision")
     if word == "bf16" and device.type == "cuda" and not has_bf16:
-        raise ConfigError(f"precision bf16: {torch.cuda.get_device_name(device)} cannot; use fp16 or fp32")
+        raise ConfigError(f"precision bf16: {torch.cuda.get_device_name(device)} does not support it; use fp16 or fp32")
     return word
 
 
 def _joined(device: torch.device, world: int) -> tuple[PartialState, ProcessGroup]:
     """Accelerate's state of this process, and the group of all of them, once they have found each other."""
-    from accelerate import PartialState  # slow to import, and one process needs none
+    from accelerate import PartialState  # slow to import, and not needed for a single process
     from accelerate.utils import parse_flag_from_env
 
     for key, name in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
@@ -313,6 +313,6 @@ def _number(key: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(
-            f"the environment says {key}={text!r}, which is no whole number; unset it, or start the command with a "
+            f"the environment says {key}={text!r}, which is not a whole number; unset it, or start the command with a "
             "launcher"
         ) from None

@@ -44,7 +44,7 @@ class Condition:
 
     Attributes:
         labels: [B] int64, class index in [0, num_classes]; `num_classes` itself is the null label.
-        masked_latents: [B, C, H, W], latents of the image whose hole is painted over with gray.
+        masked_latents: [B, C, H, W], latents of the image with its hole filled with gray.
         mask: [B, 1, H, W] in [0, 1], fraction of each latent pixel inside the hole; with `masked_latents`. Some
             published models take -1 and 1 instead (`MaskRules.told_as`).
         class_fractions: [B, K, H, W] in [0, 1], fraction of each latent pixel that belongs to each of K map classes.
@@ -60,7 +60,7 @@ class Condition:
         return self._map(lambda name, x: x[rows.to(x.device)])
 
     def concatenate(self, other: Condition) -> Condition:
-        """Stack the images of `other` behind these; both must carry the same fields."""
+        """Append the images of `other`; both must have the same fields."""
         if self.names != other.names:
             raise ValueError(f"cannot join a condition with {self.names} and one with {other.names}")
         return self._map(lambda name, x: torch.cat([x, getattr(other, name)]))

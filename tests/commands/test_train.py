@@ -235,7 +235,7 @@ def test_a_class_of_broken_images(refused, tmp_path, images, kl_folder):
     folder = shutil.copytree(images, tmp_path / "own")
     for file in (folder / "berry").iterdir():
         file.write_bytes(b"<html>404")
-    words = ("has no image that can be read of 1 of its classes (berry); berry/0.png: ", "set data.labels=false")
+    words = ("has no readable image of 1 of its classes (berry); berry/0.png: ", "set data.labels=false")
     refused(DataError, *words, data={"path": folder})
     shutil.rmtree(folder / "berry")
     prepare(tiny.recipe(autoencoder=kl_folder, data={"path": folder}, out=tmp_path / "run"), tiny.CPU)
@@ -249,5 +249,5 @@ def test_a_class_that_an_old_cache_has_no_image_of(refused, tmp_path, images, kl
             return 5
 
     write_cache(First(FolderStore(images), tiny.IMAGE_SIZE), kl, tmp_path / "cache")
-    words = ("has no image that can be read of 2 of its classes (berry, cherry); encode it again",)
+    words = ("has no readable image of 2 of its classes (berry, cherry); encode it again",)
     refused(DataError, *words, data={"path": tmp_path / "cache"})

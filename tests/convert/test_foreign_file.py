@@ -253,15 +253,15 @@ def code(request, tmp_path_factory):
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_code_in_a_file_of_torch(tmp_path, code, zipped):
     message = refusal(saved({**WEIGHTS, "w": code}, tmp_path, _use_new_zipfile_serialization=zipped))
-    assert "wants to run " in message
+    assert "would run " in message
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_code_beside_and_inside_the_weights(tmp_path, code, zipped):
     how = {"_use_new_zipfile_serialization": zipped}
-    assert "wants to run " in refusal(saved({"model_dict": {**WEIGHTS, "deep": {"er": [code]}}}, tmp_path, **how))
-    assert "wants to run " in refusal(saved({"model_dict": WEIGHTS, "optimizer": code}, tmp_path, **how))
-    assert "wants to run " in refusal(saved({"model": WEIGHTS, "args": Namespace(exp=code)}, tmp_path, **how))
+    assert "would run " in refusal(saved({"model_dict": {**WEIGHTS, "deep": {"er": [code]}}}, tmp_path, **how))
+    assert "would run " in refusal(saved({"model_dict": WEIGHTS, "optimizer": code}, tmp_path, **how))
+    assert "would run " in refusal(saved({"model": WEIGHTS, "args": Namespace(exp=code)}, tmp_path, **how))
 
 
 @pytest.mark.parametrize("name", ["model.pkl", "model.pth", "model.pt", "model.safetensors"])
@@ -274,7 +274,7 @@ def test_code_in_a_pickle(tmp_path, code, name, protocol):
 
 def test_code_in_the_file_of_the_encoder(tmp_path, code):
     encoder = saved({"channel_mapper.weight": code}, tmp_path, "encoder.pth")
-    with pytest.raises(ArtifactError, match=r"encoder\.pth wants to run "):
+    with pytest.raises(ArtifactError, match=r"encoder\.pth would run "):
         read_checkpoint(saved(WEIGHTS, tmp_path), encoder=encoder)
 
 

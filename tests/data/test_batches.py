@@ -81,7 +81,7 @@ def test_labels_and_moments_belong_to_the_same_image(cache):
     assert torch.equal(batch.moments, source.moments(indices, [False] * 10))
 
 
-def test_half_of_the_images_are_mirrored_anew_in_each_epoch(cache):
+def test_half_of_the_images_are_mirrored_independently_in_each_epoch(cache):
     source = LatentCache(cache)
     images = TrainingImages(source, seed=1, flip=True)
     positions = list(range(20 * len(images)))
@@ -250,7 +250,7 @@ def test_holes_are_cut_into_the_mirrored_picture(pictures, holes):
     assert torch.equal(batch.known_pixels, batch.pixels.masked_fill(hole, 128))
     counted = avg_pool2d(hole.double(), tiny.FACTOR)
     assert torch.equal(batch.mask, counted.float())
-    assert len({one.tobytes() for one in holes}) > 50  # drawn anew each time; two halves may be alike
+    assert len({one.tobytes() for one in holes}) > 50  # resampled each time; two halves may be alike
 
 
 def test_image_map_moments_known_part_and_mask_are_of_one_mirror(pictures, segmented_cache, kl):

@@ -33,7 +33,7 @@ def _length(packed: PackedText, results) -> None:
 
 
 @pytest.mark.parametrize("free", [1 << 30, 0])
-def test_processes_that_are_started_anew_share_it(monkeypatch, free):
+def test_spawned_processes_share_it(monkeypatch, free):
     """Where there is shared memory; otherwise each gets a copy."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     packed = PackedText(f"n{number:08d}.jpg" for number in range(50_000))

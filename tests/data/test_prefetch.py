@@ -77,7 +77,7 @@ def test_readers_for_a_gpu(
 
 
 @pytest.mark.parametrize("start", [None, "spawn"])
-def test_processes_that_are_started_anew_give_the_same(images, start):
+def test_processes_that_are_spawned_give_the_same(images, start):
     own = TrainingImages(open_images(images, tiny.IMAGE_SIZE), seed=2, flip=True)
     positions = [range(5), range(5, 9), range(9, 20)]
     read = list(stream_processes(own, positions, Reading(2), start=start))

@@ -174,12 +174,12 @@ def test_links_only_when_asked_for(tmp_path, made, monkeypatch, caplog):
     def impossible(self, target):
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr("latentflow.console._told", set())
+    monkeypatch.setattr("latentflow.console._printed", set())
     monkeypatch.setattr(Path, "hardlink_to", impossible)
     prepare("camvid", folder, tmp_path / "copied", link=True)
     assert contents(tmp_path / "linked") == contents(tmp_path / "copied")
     assert [r.message for r in caplog.records] == [
-        "files are copied, as they cannot be linked here (Invalid cross-device link)"
+        "files are copied, since they cannot be linked here (Invalid cross-device link)"
     ]
 
 
@@ -210,7 +210,7 @@ def test_links_out_of_the_data_are_refused_with_a_remedy_that_works(tmp_path, ma
     path.symlink_to(f"../../../{private.name}" if place.endswith("..") else private)
     private.chmod(private.stat().st_mode & 0o700)
     before = private.stat().st_mode
-    with pytest.raises(DataError, match=rf"source: .* is a link out of it, to {private}.*; nothing is taken") as caught:
+    with pytest.raises(DataError, match=rf"source: .* is a link out of it, to {private}.*; nothing is read") as caught:
         prepare("camvid", folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and private.stat().st_mode == before
     remedy = re.search(r"(cp -rL .*) COPY$", str(caught.value))[1]
@@ -396,7 +396,7 @@ def test_ade20k_validation_alone(tmp_path, made):
     "content, message",
     [
         (None, r"source has no objectInfo150.txt, which names the classes; it comes with ADEChallengeData2016"),
-        ("", r"objectInfo150.txt has no tab-separated column Name; take the file as it was published"),
+        ("", r"objectInfo150.txt has no tab-separated column Name; restore the published file"),
         ("Idx,Name\n1,wall", r"objectInfo150.txt has no tab-separated column Name"),
         ("Idx\tName\n1\twall\n", r"objectInfo150.txt names 1 classes, not 150"),
     ],
@@ -430,7 +430,7 @@ def test_coco_stuff_names_counted_like_the_maps(made):
 def test_coco_stuff_without_names(made):
     folder = made("coco-stuff")
     (folder / "labels.txt").write_text("0: unlabeled\n1: person\n")
-    with pytest.raises(DataError, match=r'labels.txt has no line "2: NAME"; take the file of the cocostuff repository'):
+    with pytest.raises(DataError, match=r'labels.txt has no line "2: NAME"; use the file of the cocostuff repository'):
         find_dataset("coco-stuff", folder)
     (folder / "labels.txt").unlink()
     names = find_dataset("coco-stuff", folder).classes.names
@@ -491,13 +491,13 @@ def test_celebamask_hq_files_that_do_not_fit(tmp_path, made):
 
     mask = np.zeros((8, 8), np.uint8)
     stray = save(masks / "0/00000_noze.png", mask)
-    with refused(r"CelebAMask-HQ-mask-anno/0/00000_noze.png is no part of a face; did you mean 'nose'\?"):
+    with refused(r"CelebAMask-HQ-mask-anno/0/00000_noze.png is not a part of a face; did you mean 'nose'\?"):
         find_dataset("celebamask-hq", folder)
     stray = stray.rename(masks / "0/nose.png")
-    with refused(r"CelebAMask-HQ-mask-anno/0/nose.png is no part of a face; it should be called NUMBER_PART.png"):
+    with refused(r"CelebAMask-HQ-mask-anno/0/nose.png is not a part of a face; it should be called NUMBER_PART.png"):
         find_dataset("celebamask-hq", folder)
     stray = stray.rename(masks / "0/00003_nose.png")
-    with refused(r"there are part masks and no image for image 3; unpack the data set anew"):
+    with refused(r"there are part masks and no image for image 3; unpack the data set again"):
         find_dataset("celebamask-hq", folder)
     stray.unlink()
     stray = save(folder / "CelebA-HQ-img/face.jpg", photo(0))
@@ -506,11 +506,11 @@ def test_celebamask_hq_files_that_do_not_fit(tmp_path, made):
     for other in (7, 8):
         save(folder / f"CelebA-HQ-img/{other}.jpg", photo(0))
     stray.unlink()
-    with refused(r"there are no part masks for image 7 \(and 1 more\); unpack the data set anew"):
+    with refused(r"there are no part masks for image 7 \(and 1 more\); unpack the data set again"):
         find_dataset("celebamask-hq", folder)
     for other in (7, 8):
         (folder / f"CelebA-HQ-img/{other}.jpg").unlink()
     assert len(find_dataset("celebamask-hq", folder)) == 3 and image.is_file()
     save(masks / "0/00000_skin.png", np.zeros((9, 8), np.uint8))
-    with refused(r"00000_nose.png is of another size than the other parts; unpack it anew"):
+    with refused(r"00000_nose.png has another size than the other parts; unpack it again"):
         prepare("celebamask-hq", folder, tmp_path / "out")

@@ -149,7 +149,7 @@ def test_files_keep_the_form_of_the_image_and_its_known_numbers(model, tmp_path,
     ],
 )
 def test_what_a_png_cannot_keep_is_told(model, tmp_path, caplog, monkeypatch, image, kind, told):
-    monkeypatch.setattr("latentflow.console._told", set())
+    monkeypatch.setattr("latentflow.console._printed", set())
     image.save(tmp_path / "in", kind)
     model.inpaint(tmp_path / "in", middle(23, 41))
     messages = [record.message for record in caplog.records if "does not keep" in record.message]

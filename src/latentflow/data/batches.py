@@ -1,8 +1,8 @@
 """The endless stream of training images, and the record of one batch.
 
-Position p of the stream is image `order_e[p mod n]` of epoch e = p div n, where order_e is a permutation
-drawn from (seed, epoch). So the order of the data depends neither on the number of processes nor on
-where a run was interrupted, and an epoch may end in the middle of a batch.
+Position p of the stream is image `order_e[p mod n]` of epoch e = p div n, where order_e is a permutation drawn from
+(seed, epoch). So the order depends neither on the number of processes nor on where a run was interrupted, and an epoch
+may end in the middle of a batch.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _DRAWN_TOGETHER = 8192  # positions
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one training step. One of `moments` and `pixels` is there, and what the model is to be told.
+    """Images of one training step, as `moments` or as `pixels`, with their conditions.
 
     Attributes:
-        positions: [B] int64, places in the endless stream; they seed each image's randomness.
-        indices: [B] int64, which images of the data set these are.
+        positions: [B] int64, positions in the endless stream; they seed each image's randomness.
+        indices: [B] int64, indices of the images in the data set.
         labels: [B] int64 class indices, None for unlabelled data.
-        moments: [B, M, h, w], encoded beforehand; in the precision of the cache until moved, then float32.
-        pixels: [B, 3, S, S] uint8, to be encoded in the step.
+        moments: [B, M, h, w], from a cache; in the precision of the cache until moved, then float32.
+        pixels: [B, 3, S, S] uint8, encoded in the step.
         mask: [B, 1, h, w] float32, share of each latent pixel in the hole, for inpainting.
-        known_moments: [B, M, h, w], of the images without their holes, encoded beforehand; likewise.
-        known_pixels: [B, 3, S, S] uint8, images without their holes, to be encoded in the step.
+        known_moments: [B, M, h, w], of the images with their holes filled, from a cache; likewise.
+        known_pixels: [B, 3, S, S] uint8, the images with their holes filled, encoded in the step.
         class_fractions: [B, K, h, w] float32, share of each map class in each latent pixel.
     """
 
@@ -56,7 +56,7 @@ class Batch:
     class_fractions: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """Move what is computed with, moments as float32; positions and indices stay on the CPU."""
+        """Move to a device, moments as float32; positions and indices stay on the CPU."""
 
         def moved(name: str, x: Tensor) -> Tensor:
             x = x if name in ("positions", "indices") else x.to(device, non_blocking=True)
@@ -65,7 +65,7 @@ class Batch:
         return self._map(moved)
 
     def pin_memory(self) -> Batch:
-        """Pin every tensor of the CPU, so that copies to the device do not block; called by the data loader."""
+        """Pin every CPU tensor, so that copies to the device do not block; called by the data loader."""
         return self._map(lambda name, x: x.pin_memory() if x.device.type == "cpu" else x)
 
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> Batch:
@@ -75,14 +75,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class SpatialData:
-    """What spatial conditions training reads beside the images.
+    """Which spatial conditions training reads along with the images.
 
     Attributes:
         factor: image side divided by latent side.
-        holes: which holes there are, for inpainting; None: no holes. They are drawn anew each time an image is seen.
-        cached_holes: take the mask variants that the latent cache holds instead.
+        holes: random holes for inpainting, resampled each time an image is seen; None: no holes.
+        cached_holes: use the mask variants in the latent cache instead.
         maps: read semantic maps.
-        pictures: the images of a latent cache, from which holes are cut; None: the source itself holds pixels.
+        pictures: the images of a latent cache, for cutting holes; None: the source itself has pixels.
     """
 
     factor: int
@@ -99,10 +99,10 @@ class TrainingImages(Dataset):
     """Batches by stream position, from a latent cache or straight from images.
 
     Args:
-        source: a complete latent cache, or images that are encoded in the step.
-        seed: of the order, the flips and the holes.
-        flip: mirror each image with probability 1/2, drawn anew each time it is seen.
-        kept: which images of the source take part; None: all.
+        source: a complete latent cache, or images, which are encoded in the step.
+        seed: for the order, the flips and the holes.
+        flip: mirror each image with probability 1/2, independently each time it is seen.
+        kept: indices of the images to use; None: all.
         spatial: holes and semantic maps; None: neither.
     """
 
@@ -130,7 +130,7 @@ class TrainingImages(Dataset):
         return len(self.kept)
 
     def images_per_class(self) -> list[int]:
-        """How many images take part of each class of the source; empty where it is unlabelled."""
+        """The number of images used of each class of the source; empty if it is unlabelled."""
         num_classes = len(self.source.class_names)
         if not num_classes:
             return []
@@ -149,7 +149,7 @@ class TrainingImages(Dataset):
         self._remember()
 
     def _remember(self) -> None:
-        """Keep what is drawn for many positions: the images of an epoch in their order, numbers of `_uniform`."""
+        """Set up the memory of what is drawn for many positions: the order of an epoch, the numbers of `_uniform`."""
         kept, seed = self.kept, self.seed
 
         def drawn(purpose: str, block: int) -> Tensor:
@@ -161,12 +161,12 @@ class TrainingImages(Dataset):
 
     @property
     def decodes(self) -> bool:
-        """Whether pictures are decoded for each batch."""
+        """Whether reading a batch decodes pictures."""
         return not isinstance(self.source, LatentCache) or (self.spatial or _NOTHING).pictures is not None
 
     @property
     def bytes_per_image(self) -> int:
-        """About what one image takes in a batch."""
+        """Approximate size of one image in a batch."""
         cache, spatial, num_bytes = isinstance(self.source, LatentCache), self.spatial or _NOTHING, 64
         side = self.source.plan.image_size if cache else self.source.image_size
         if cache:
@@ -178,7 +178,7 @@ class TrainingImages(Dataset):
 
     @property
     def cached_tensors(self) -> list[str]:
-        """The tensors of a latent cache that are read, without those of mirrored images; none of other sources."""
+        """The tensors that are read from a latent cache, without those of mirrored images; empty for other sources."""
         if not isinstance(self.source, LatentCache):
             return []
         spatial = self.spatial or _NOTHING
@@ -192,11 +192,11 @@ class TrainingImages(Dataset):
         return [name for name, wanted in read.items() if wanted]
 
     def hold(self, device: torch.device) -> None:
-        """Load what is read of a latent cache into the memory of `device`; batches come from there from now on."""
+        """Load the tensors of a latent cache into the memory of `device`, and read batches from there from now on."""
         self.held = ResidentCache(self.source, self.cached_tensors, flips=self.flip, device=device)
 
     def indices_at(self, positions: Sequence[int] | Tensor) -> Tensor:
-        """The images at some positions of the stream, [B] int64."""
+        """Indices of the images at some positions of the stream, [B] int64."""
         positions = _as_tensor(positions)
         epochs, places = positions // len(self), positions % len(self)
         if len(positions) and (epochs == epochs[0]).all():  # nearly always
@@ -215,7 +215,7 @@ class TrainingImages(Dataset):
         return [self.source.name(index) for index in indices]
 
     def at(self, positions: Sequence[int] | Tensor) -> Batch:
-        """The images at some positions of the stream, and what is told of them: equal whenever they are read."""
+        """The batch at some positions of the stream; equal positions always give equal batches."""
         positions = _as_tensor(positions)
         indices = self.indices_at(positions)
         flipped = self._uniform("flip", positions) < 0.5 if self.flip else None
@@ -226,7 +226,7 @@ class TrainingImages(Dataset):
         return self.at(positions)
 
     def _encoded(self, positions: Tensor, indices: Tensor, flipped: Tensor | None) -> dict[str, Tensor | None]:
-        """What a latent cache gives."""
+        """The fields of a batch from a latent cache."""
         cache, spatial, variants = self.held or self.source, self.spatial or _NOTHING, None
         if spatial.cached_holes:
             variants = (self._uniform("mask variant", positions) * self.source.plan.mask_variants).long()
@@ -242,7 +242,7 @@ class TrainingImages(Dataset):
         return batch
 
     def _sent(self, *choices: Tensor | None) -> list[Tensor | None]:
-        """What is chosen of each image, [B] each, where the cache is held: one copy, which nothing waits for."""
+        """Rows, flips and variants, [B] each, on the device of a resident cache: one asynchronous copy."""
         if self.held is None or self.held.device.type == "cpu":
             return list(choices)
         together = torch.stack([choice.long() for choice in choices if choice is not None])
@@ -251,7 +251,7 @@ class TrainingImages(Dataset):
         return [None if choice is None else next(sent).to(choice.dtype) for choice in choices]
 
     def _uniform(self, purpose: str, positions: Tensor) -> Tensor:
-        """A number in [0, 1) for each position, [B] float64; drawn for many positions at once, as they follow."""
+        """A number in [0, 1) for each position, [B] float64; computed for many consecutive positions at once."""
         blocks = positions // _DRAWN_TOGETHER
         uniform = torch.empty(len(positions), dtype=torch.float64)
         for block in blocks.unique().tolist():
@@ -260,7 +260,7 @@ class TrainingImages(Dataset):
         return uniform
 
     def _pictures(self, positions: Tensor, indices: Tensor, flipped: Tensor | None) -> dict[str, Tensor | None]:
-        """What images give."""
+        """The fields of a batch from images."""
         items = [self.source[index] for index in indices.tolist()]
         pixels = _mirrored([item.pixels for item in items], flipped)
         labels = torch.tensor([item.label for item in items]) if self.source.class_names else None
@@ -277,7 +277,7 @@ class TrainingImages(Dataset):
         return batch
 
     def _holes(self, positions: Tensor, pixels: list[np.ndarray]) -> dict[str, Tensor]:
-        """Cut a hole into each image, drawn by its position."""
+        """Cut a random hole into each image, seeded by its position."""
         seeds = [derive_seed(self.seed, "mask", position) for position in positions.tolist()]
         holes = [draw_mask(self.spatial.holes, *p.shape[:2], seed) for p, seed in zip(pixels, seeds, strict=True)]
         told_as, factor = self.spatial.holes.told_as, self.spatial.factor
@@ -311,13 +311,13 @@ def epoch_order(seed: int, num_images: int, epoch: int) -> Tensor:
 
 
 class StreamPositions:
-    """The micro-batches of positions that one process reads, without end.
+    """The endless sequence of micro-batches of positions that one process reads.
 
     Step k of a run covers positions [k * batch_size, (k + 1) * batch_size); each process takes a
     contiguous share of them, in micro-batches.
 
     Args:
-        first_position: where to begin: the number of images seen so far.
+        first_position: where to start: the number of images seen so far.
         batch_size: images per optimizer step, over all processes.
         micro_batch_size: images per forward pass of one process.
     """
@@ -346,15 +346,16 @@ def stream_batches(
     pin_memory: bool,
     sharing: int = 1,
 ) -> Generator[Batch, None, None]:
-    """Read batches without end; with workers, ahead of time, until it is closed.
+    """Read batches endlessly, until the generator is closed.
 
     Args:
-        num_workers: processes that read and decode images; 0: this one reads; None: as many as pay.
-        pin_memory: for copies to a GPU that do not block.
-        sharing: processes of this machine that read likewise.
+        num_workers: worker processes that read and decode images in the background; 0: this process reads; None: as
+            many as pay off.
+        pin_memory: pin batches, so that copies to a GPU do not block.
+        sharing: processes of this machine that read in the same way.
 
     Raises:
-        DataError: the machine has no room for what `num_workers` processes hand over.
+        DataError: the machine has no room for what `num_workers` processes return.
     """
     num_bytes = positions.micro_batch_size * images.bytes_per_image
     if num_workers is None:
@@ -372,7 +373,7 @@ def _read_here(images: TrainingImages, positions: StreamPositions, pin_memory: b
 
 
 def _readers(images: TrainingImages, for_gpu: bool, sharing: int) -> int:
-    """How many reading processes pay: on a CPU none, as they would take time from what is computed there."""
+    """How many worker processes pay off: none on a CPU, where they would compete with the computation."""
     if images.held is not None or not for_gpu:
         return 0
     own = usable_cpus() // sharing

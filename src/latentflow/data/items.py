@@ -1,4 +1,4 @@
-"""The record that every image source hands out, and what a source must answer.
+"""The record of one image, and the protocol of image sources.
 
 Legend: S image size (height and width in pixels).
 """
@@ -15,20 +15,20 @@ import numpy as np
 from latentflow.errors import DataError
 
 UNLABELLED = 255
-"""The value of a semantic map that says nothing about a pixel."""
+"""The value of a semantic map where the class of a pixel is unknown."""
 
 
 @dataclass(frozen=True)
 class ImageItem:
-    """One picture, cropped and resized, with what is known about it.
+    """One picture, cropped and resized, with its label and map.
 
     Attributes:
         pixels: [S, S, 3] uint8, RGB.
         label: index into the source's `class_names`; None in an unlabelled source.
         name: the path inside the source, with forward slashes, or "synthetic/000017".
         semantic_map: [S, S] uint8, an index into the source's `map_class_names` for each pixel, or
-            `UNLABELLED` where nothing is known; None where the source has no maps.
-        cut: share of the picture that the square leaves out, in [0, 1).
+            `UNLABELLED` where the class is unknown; None if the source has no maps.
+        cut: share of the picture that the square crop leaves out, in [0, 1).
     """
 
     pixels: np.ndarray
@@ -40,15 +40,15 @@ class ImageItem:
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """A finite, ordered set of square images. Item i does not depend on what was asked for before.
+    """A finite, ordered set of square images. Item i does not depend on earlier accesses.
 
     Attributes:
         class_names: one name per label; empty when the source is unlabelled.
         map_class_names: one name per class of the semantic maps; empty when there are no maps.
-        map_palette: the colour that a class of the maps is shown in, RGB in 0..255, one per `map_class_names`.
+        map_palette: the colour of each of `map_class_names`, RGB in 0..255.
         image_size: height and width of every item in pixels.
-        description: one line for people: what the images come from and how many there are. It stands in models that
-            are given away, so it tells the last part of a path alone.
+        description: one line for people: where the images come from and how many there are. It is stored in models that
+            are shared, so it only contains the last part of a path.
     """
 
     class_names: tuple[str, ...]
@@ -70,11 +70,11 @@ class ImageSource(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A stable hash of what is in the source: equal for equal contents, on every machine."""
+        """A stable hash of the source: equal for equal contents, on every machine."""
         ...
 
     def contents(self) -> Sequence[str]:
-        """What identifies the content of each item: equal texts for equal bytes, on every machine."""
+        """An identifier of the content of each item: equal for equal bytes, on every machine."""
         ...
 
 
@@ -87,12 +87,12 @@ def fingerprint_of(source: ImageSource, rows: Iterable[int], more: str = "") -> 
 
 
 def require_every_class(class_names: Sequence[str], labels: Iterable[int], where: object, remedy: str) -> None:
-    """Refuse a class that no image has: a model of it would draw what it never saw.
+    """Refuse a class without images, which a model could not learn.
 
     Raises:
-        DataError: naming such classes.
+        DataError: naming these classes.
     """
     seen = set(labels)
     if unseen := [name for label, name in enumerate(class_names) if label not in seen]:
         some = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
-        raise DataError(f"{where} has no image that can be read of {len(unseen)} of its classes ({some}); {remedy}")
+        raise DataError(f"{where} has no readable image of {len(unseen)} of its classes ({some}); {remedy}")

@@ -1,4 +1,4 @@
-"""Many short texts, such as the names of a million files, without an object for each of them."""
+"""Many short texts, such as the names of a million files, without one Python object for each."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from latentflow.data.prefetch import shared_bytes
 
 
 class PackedBytes(Sequence[bytes]):
-    """Byte strings end to end in one array: little memory, and none of it copied into processes that read images.
+    """Byte strings end to end in one array: little memory, and none of it copied into worker processes.
 
-    A process that is forked has no counts of references to write; one that is spawned gets shared memory.
+    A forked worker has no reference counts to write; a spawned one gets shared memory.
     """
 
     def __init__(self, items: Iterable[bytes]):
@@ -46,7 +46,7 @@ class PackedBytes(Sequence[bytes]):
     __hash__ = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._sent is None:  # one copy for all processes; torch hands tensors on as shared memory
+        if self._sent is None:  # one copy for all processes; torch passes tensors as shared memory
             num_bytes = self._bytes.nbytes + self._ends.nbytes
             there_is_room = _LEAST_SHARED < num_bytes < shared_bytes() / 4
             as_shared = (lambda array: torch.from_numpy(array.copy())) if there_is_room else (lambda array: array)
@@ -55,7 +55,7 @@ class PackedBytes(Sequence[bytes]):
 
 
 class PackedText(PackedBytes):
-    """The same of texts; bytes of file names that are no text may be in them."""
+    """The same for texts, which may contain bytes of file names that are not UTF-8."""
 
     def __init__(self, texts: Iterable[str]):
         super().__init__(text.encode("utf-8", "surrogatepass") for text in texts)
@@ -65,7 +65,7 @@ class PackedText(PackedBytes):
         return found if isinstance(found, list) else found.decode("utf-8", "surrogatepass")
 
 
-_LEAST_SHARED = 1 << 14  # bytes; fewer are no work to copy
+_LEAST_SHARED = 1 << 14  # bytes; fewer are quickly copied
 
 
 def _unpacked(kind: type[PackedBytes], whole: Any, ends: Any) -> PackedBytes:

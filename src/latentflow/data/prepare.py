@@ -1,8 +1,8 @@
-"""Published data sets of images and semantic maps, brought into the layout that `open_images` reads.
+"""Published data sets of images and semantic maps, converted to the layout that `open_images` reads.
 
-The result holds one folder per split, each with images/, masks/ and classes.json. Files are copied, never encoded anew;
-only CelebAMask-HQ's maps, which are published as one file per part of the face, are painted. Nothing is taken from
-outside the data set, whatever links in it say, and none of its files is changed.
+The result has one folder per split, each with images/, masks/ and classes.json. Files are copied, never re-encoded;
+only the maps of CelebAMask-HQ, which are published as one file per part of the face, are composed. Nothing is read from
+outside the data set, wherever its links lead, and none of its files is changed.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ CAMVID = {
 
 CELEBAMASK_HQ = ("background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear")
 CELEBAMASK_HQ += ("mouth", "u_lip", "l_lip", "hair", "hat", "ear_r", "neck_l", "neck", "cloth")
-"""The parts of a face in the order they are painted: a later one covers an earlier one."""
+"""The parts of a face in the order in which they are drawn: later ones cover earlier ones."""
 
-_CELEBAMASK_HQ_TRAIN = 27000  # images; the 3,000 behind them are for validation
+_CELEBAMASK_HQ_TRAIN = 27000  # images; the other 3,000 are for validation
 _ADE20K_CLASSES = 150
 _FICLONE = 0x40049409  # ioctl_ficlone(2) of Linux
 _COCO_STUFF_CLASSES = 182
@@ -59,12 +59,12 @@ _COCO_STUFF_CLASSES = 182
 
 @dataclass(frozen=True)
 class Pair:
-    """One image and its map, on the way into a prepared folder.
+    """One image and its map, to be placed in a prepared folder.
 
     Attributes:
         image: path below images/, for example "a/x.jpg".
         semantic_map: path below masks/, for example "a/x.png".
-        place_image, place_map: put the file at the path they are given.
+        place_image, place_map: write the file to the given path.
     """
 
     image: str
@@ -75,11 +75,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class PublishedData:
-    """A published data set that was found complete; nothing is written yet.
+    """A published data set, found complete; nothing is written yet.
 
     Attributes:
-        classes: of the maps.
-        splits: the pairs of each split that is there, by the name of its folder: train, val, ...
+        classes: the classes of the maps.
+        splits: the pairs of each split, by the name of its folder: train, val, ...
     """
 
     classes: MapClasses
@@ -92,16 +92,16 @@ class PublishedData:
         """Write out/SPLIT/{images, masks, classes.json} for every split, complete or not at all.
 
         Args:
-            out: a folder that does not exist yet, or is empty.
-            on_images: told the number of images just finished.
+            out: a new or empty folder.
+            on_images: called with the number of images just finished.
 
         Raises:
-            DataError: there is something at `out`, or a file of the data set cannot be read.
+            DataError: `out` is not empty, or a file of the data set cannot be read.
             ArtifactError: `out` cannot be written.
         """
         out = Path(out)
         if out.is_dir() and contents(out):
-            raise DataError(f"{out} exists already; choose another place, or delete it to prepare the data anew")
+            raise DataError(f"{out} exists already; choose another place, or delete it to prepare the data again")
         with atomic_folder(out) as folder:
             for split, pairs in self.splits.items():
                 (folder / split).mkdir()
@@ -116,13 +116,13 @@ def find_dataset(kind: str, path: str | Path, *, link: bool = False) -> Publishe
 
     Args:
         kind: one of `KINDS`.
-        path: the folder that holds what `KINDS` lists, or one around it.
-        link: hard links instead of copies, where the file system can. Whatever is done to one name of a file is then
-            done to the other.
+        path: the folder that holds what `_LAYOUTS` lists, or one that contains it.
+        link: hard links instead of copies, where the file system supports them. Editing one file then edits the
+            other.
 
     Raises:
-        DataError: there is no such kind, the files are not laid out as `kind` is, an image and its map are not both
-            there, or a file is a link that leads out of `path`.
+        DataError: there is no such kind, the layout is another one, an image or its map is missing, or a file is a link
+            that leads out of `path`.
     """
     if kind not in KINDS:
         raise DataError(f"unknown data set {kind!r}; {nearest(kind, KINDS)}")
@@ -135,7 +135,7 @@ def find_dataset(kind: str, path: str | Path, *, link: bool = False) -> Publishe
 
 
 class _Source:
-    """The files of a published data set, below whatever single folder wraps its images."""
+    """The files of a published data set, below a single folder that may wrap its images."""
 
     def __init__(self, path: Path, link: bool):
         self.store = open_store(path)
@@ -162,7 +162,7 @@ class _Source:
         return next((folder for folder in folders if self.images(folder)), folders[-1])
 
     def pairs(self, images: str, maps: str) -> list[Pair]:
-        """The images below one folder with the maps below another, which are taken as they are."""
+        """The images below one folder paired with the maps below another, all copied unchanged."""
         image_files, map_files = self.images(images), self.images(maps)
         map_of = pair_maps(image_files, map_files, f"{self.path}: {images} and {maps}")
         return [
@@ -171,27 +171,27 @@ class _Source:
         ]
 
     def place(self, file: StoredFile, destination: Path) -> None:
-        """Put a file at `destination`."""
+        """Copy or link a file to `destination`."""
         if isinstance(self.store, ZipStore):
             destination.write_bytes(self.read(file))
             return
         with self._named(file):
             original = (self.path / file.path).resolve(strict=True)
-            original.open("rb").close()  # what goes wrong from here on is the copy's
+            original.open("rb").close()  # errors from here on are the copy's
         if self._link:
             try:
                 destination.hardlink_to(original)
                 return
             except OSError as error:
-                notice(f"files are copied, as they cannot be linked here ({error.strerror})")
+                notice(f"files are copied, since they cannot be linked here ({error.strerror})")
         if not _cloned(original, destination):
             shutil.copyfile(original, destination)
 
     def _require_own(self, file: StoredFile) -> None:
-        """Refuse what is no regular file of the data set's own.
+        """Refuse anything but a regular file inside the data set.
 
         Raises:
-            DataError: it lies outside, where a link leads to, or is no regular file.
+            DataError: it is a link that leads outside, or not a regular file.
         """
         if isinstance(self.store, ZipStore):
             return
@@ -204,11 +204,11 @@ class _Source:
                 path = path.resolve(strict=True)
             if not path.is_relative_to(self._checked.setdefault("", self.path.resolve())):
                 raise DataError(
-                    f"{self.path}: {file.path} is a link out of it, to {path}; nothing is taken from outside. If you "
-                    f"know what its links lead to, copy it with that: cp -rL {shlex.quote(str(self.path))} COPY"
+                    f"{self.path}: {file.path} is a link out of it, to {path}; nothing is read from outside. If you "
+                    f"trust its links, copy it with their targets: cp -rL {shlex.quote(str(self.path))} COPY"
                 )
             if not stat.S_ISREG(path.lstat().st_mode):
-                raise DataError(f"{self.path}: {file.path} is no regular file; remove it")
+                raise DataError(f"{self.path}: {file.path} is not a regular file; remove it")
 
     def read(self, file: StoredFile) -> bytes:
         with self._named(file):
@@ -219,25 +219,25 @@ class _Source:
             return self.read(self.files[name]).decode("utf-8-sig").splitlines()
 
     def mask(self, file: StoredFile) -> np.ndarray:
-        """A black and white picture, [H, W] bool, true where it is white."""
+        """A black and white picture as [H, W] bool, true where it is white."""
         with self._named(file), open_image(self.read(file), file.path) as image:
             return np.asarray(image.convert("L")) > 127
 
     def image_size(self, file: StoredFile) -> tuple[int, int]:
-        """Width and height of an image, which is not decoded."""
+        """Width and height of an image, without decoding it."""
         with self._named(file), open_image(self.read(file), file.path) as image:
             return image.size
 
     @contextmanager
     def _named(self, file: StoredFile) -> Iterator[None]:
-        """Name the file in whatever goes wrong with it."""
+        """Turn any exception into a `DataError` that names the file."""
         try:
             yield
         except Exception as error:  # decoders and damaged archives raise nearly anything
             if isinstance(error, DataError) and not isinstance(error, BrokenImage):
                 raise
             why = f"{self.path}: cannot read {file.path} ({reason(error)})"
-            raise DataError(f"{why}; download or unpack it anew") from error
+            raise DataError(f"{why}; download or unpack it again") from error
 
 
 _Found = tuple[MapClasses, dict[str, list[Pair]]]
@@ -247,7 +247,7 @@ def _camvid(source: _Source) -> _Found:
     if "classes.json" not in source.files:
         raise DataError(f"{source.path} does not hold camvid, which has {_LAYOUTS['camvid']}")
     classes = read_classes(source.store, source.files["classes.json"])
-    if classes == MapClasses(tuple(CAMVID)):  # names alone, without colours of their own
+    if classes == MapClasses(tuple(CAMVID)):  # names without colours
         classes = MapClasses(tuple(CAMVID), tuple(CAMVID.values()))
     splits = sorted({name.split("/")[0] for top in ("images", "masks") for name in source.images(top) if "/" in name})
     return classes, {split: source.pairs(f"images/{split}", f"masks/{split}") for split in splits}
@@ -264,13 +264,13 @@ def _ade20k(source: _Source) -> _Found:
 
 
 def _ade20k_names(source: _Source) -> list[str]:
-    """The names of classes 1 to 150; value 0 of a map is anything else."""
+    """The names of classes 1 to 150; value 0 of a map stands for anything else."""
     file = "objectInfo150.txt"
     if file not in source.files:
         raise DataError(f"{source.path} has no {file}, which names the classes; it comes with ADEChallengeData2016")
     rows = [[cell.strip() for cell in line.split("\t")] for line in source.lines(file) if line.strip()]
     if not rows or "Name" not in rows[0]:
-        raise DataError(f"{source.path}: {file} has no tab-separated column Name; take the file as it was published")
+        raise DataError(f"{source.path}: {file} has no tab-separated column Name; restore the published file")
     column = rows[0].index("Name")
     names = [row[column] for row in rows[1:] if len(row) > column]
     if len(names) != _ADE20K_CLASSES:
@@ -291,7 +291,7 @@ def _coco_stuff(source: _Source) -> _Found:
 def _coco_stuff_names(source: _Source) -> tuple[str, ...]:
     """The names of values 0 to 181 of the maps.
 
-    labels.txt counts from 1, as 0 is "unlabeled" there; the maps count from 0 and leave 255 unlabelled.
+    labels.txt counts from 1, as 0 is "unlabeled" there; maps count from 0, and 255 is unlabelled.
     """
     if "labels.txt" not in source.files:
         return tuple(f"class_{index:03d}" for index in range(_COCO_STUFF_CLASSES))
@@ -301,7 +301,7 @@ def _coco_stuff_names(source: _Source) -> tuple[str, ...]:
     wanted = range(first, first + _COCO_STUFF_CLASSES)
     if missing := [number for number in wanted if not name_of.get(number)]:
         raise DataError(
-            f'{source.path}: labels.txt has no line "{missing[0]}: NAME"; take the file of the cocostuff repository, '
+            f'{source.path}: labels.txt has no line "{missing[0]}: NAME"; use the file of the cocostuff repository, '
             "or remove it to do without names"
         )
     return tuple(name_of[number] for number in wanted)
@@ -316,14 +316,14 @@ def _celebamask_hq(source: _Source) -> _Found:
     if unpaired := sorted(images.keys() ^ parts.keys()):
         index, others = unpaired[0], f" (and {len(unpaired) - 1} more)" if len(unpaired) > 1 else ""
         problem = "no part masks" if index in images else "part masks and no image"
-        raise DataError(f"{source.path}: there are {problem} for image {index}{others}; unpack the data set anew")
+        raise DataError(f"{source.path}: there are {problem} for image {index}{others}; unpack the data set again")
     splits: dict[str, list[Pair]] = {"train": [], "val": []}
     for index in sorted(images):
         name, file = images[index]
-        paint = partial(_paint_parts, source, file, sorted(parts[index].items()))
+        compose = partial(_compose_parts, source, file, sorted(parts[index].items()))
         image = f"{index:05d}{posixpath.splitext(name)[1]}"
         split = splits["train" if index < _CELEBAMASK_HQ_TRAIN else "val"]
-        split.append(Pair(image, f"{index:05d}.png", partial(source.place, file), paint))
+        split.append(Pair(image, f"{index:05d}.png", partial(source.place, file), compose))
     return MapClasses(CELEBAMASK_HQ), splits
 
 
@@ -339,25 +339,25 @@ def _celebamask_hq_part(name: str, source: _Source) -> tuple[int, int]:
     if match and match[2] in CELEBAMASK_HQ[1:]:
         return int(match[1]), CELEBAMASK_HQ.index(match[2])
     hint = nearest(match[2], CELEBAMASK_HQ[1:]) if match else "it should be called NUMBER_PART.png"
-    raise DataError(f"{source.path}: CelebAMask-HQ-mask-anno/{name} is no part of a face; {hint}")
+    raise DataError(f"{source.path}: CelebAMask-HQ-mask-anno/{name} is not a part of a face; {hint}")
 
 
-def _paint_parts(source: _Source, image: StoredFile, parts: list[tuple[int, StoredFile]], destination: Path) -> None:
-    """Paint part masks over each other and enlarge the map to the size of its image, 512 => 1024 as published."""
+def _compose_parts(source: _Source, image: StoredFile, parts: list[tuple[int, StoredFile]], destination: Path) -> None:
+    """Draw part masks over each other and enlarge the map to the size of its image, 512 => 1024 as published."""
     semantic_map = None
     for part, file in parts:
         mask = source.mask(file)
         if semantic_map is None:
             semantic_map = np.zeros(mask.shape, np.uint8)
         if mask.shape != semantic_map.shape:
-            raise DataError(f"{source.path}: {file.path} is of another size than the other parts; unpack it anew")
+            raise DataError(f"{source.path}: {file.path} has another size than the other parts; unpack it again")
         semantic_map[mask] = part
     enlarged = Image.fromarray(semantic_map).resize(source.image_size(image), Image.Resampling.NEAREST)
     enlarged.save(destination, "PNG")
 
 
 def _cloned(original: Path, destination: Path) -> bool:
-    """Copy a file without its blocks, which both then share until one is written to, where the file system can."""
+    """Clone a file, sharing its blocks until one of the two is written to, where the file system supports it."""
     try:
         import fcntl
 
@@ -383,7 +383,7 @@ KINDS: dict[str, Callable[[_Source], _Found]] = {
     "ade20k": _ade20k,
     "coco-stuff": _coco_stuff,
 }
-"""What can be prepared; each finds classes and pairs in the files as they are published."""
+"""What can be prepared; each function finds classes and pairs in the published files."""
 
 _LAYOUTS = {
     "camvid": "images/{train,val}, masks/{train,val} and classes.json",

@@ -183,7 +183,7 @@ def test_a_folder_of_other_things_is_refused(tmp_path, source, kl):
 
 def test_another_autoencoder_is_refused(cache, kl, deterministic):
     LatentCache(cache).require_autoencoder(kl)
-    with pytest.raises(ArtifactError, match=r"was encoded with .* not with .*; use the former or encode a new cache"):
+    with pytest.raises(ArtifactError, match=r"was encoded with .* not with .*; use the former, or encode a new cache"):
         LatentCache(cache).require_autoencoder(deterministic)
 
 

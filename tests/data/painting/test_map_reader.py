@@ -118,7 +118,7 @@ def test_the_classes_own_palette_agrees_with_its_places():
 
 
 def test_colours_of_classes_that_have_none_are_those_of_pascal_voc(caplog, monkeypatch):
-    monkeypatch.setattr("latentflow.console._told", set())
+    monkeypatch.setattr("latentflow.console._printed", set())
     seen = colour_map(a_map(unlabelled=False), PLAIN.palette)
     assert np.array_equal(read_map(encoded(reordered(seen)), PLAIN), a_map(unlabelled=False))
     assert "the colours of the classes in another order, so it is read by colour" in caplog.text
@@ -189,7 +189,7 @@ def test_places_in_a_palette_are_classes_where_its_colours_are_not(bits):
 
 
 def test_a_foreign_palette_is_told_of_once(caplog, monkeypatch):
-    monkeypatch.setattr("latentflow.console._told", set())
+    monkeypatch.setattr("latentflow.console._printed", set())
     for _ in range(2):
         read_map(GRAYS["foreign palette"], TOWN, name="m")
     assert [record.message for record in caplog.records] == [

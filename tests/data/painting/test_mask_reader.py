@@ -50,7 +50,7 @@ def followed(remedy: str, mask: Path | Image.Image | np.ndarray) -> np.ndarray:
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("latentflow.console._told", set())
+    monkeypatch.setattr("latentflow.console._printed", set())
 
 
 # Black and white

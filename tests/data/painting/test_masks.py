@@ -312,7 +312,7 @@ def test_what_a_mac_and_others_leave_beside_masks_is_passed_over(mask_folder):
 
 
 def test_pictures_that_are_not_read_are_named(mask_folder, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("latentflow.console._told", set())
+    monkeypatch.setattr("latentflow.console._printed", set())
     (mask_folder / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
     (mask_folder / "0.png").rename(mask_folder / "0")
     assert len(mask_files(mask_folder)) == 2

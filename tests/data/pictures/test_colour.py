@@ -37,7 +37,7 @@ COLOURS = np.random.default_rng(0).integers(40, 216, (24, 24, 3), np.uint8)
 
 @pytest.fixture(autouse=True)
 def fresh_notices(monkeypatch):
-    monkeypatch.setattr(console, "_told", set())
+    monkeypatch.setattr(console, "_printed", set())
 
 
 @pytest.fixture
@@ -336,7 +336,7 @@ def test_numbers_that_use_little_of_their_range_are_said_once_with_a_remedy_that
     assert off(dark, np.rint(np.asarray(image) / 257)[..., None]) == 0
     with open_image(file) as opened:
         scaled = eval(remedy, {"Image": Image, "np": np, "image": opened})
-    console._told.clear()
+    console._printed.clear()
     expected = np.rint(np.asarray(image, float) * 255 / white)[..., None]
     assert off(read(encoded(scaled)), expected) <= 1
     assert len(notices) == 1

@@ -1,4 +1,4 @@
-"""What an encoder is given: the pictures of a source, read and made square, with what a cache stores beside them.
+"""The input of the encoder: square pictures of a source, with the labels, maps and holes that a cache stores.
 
 Legend: n images, S image side, h and w latent height and width, K classes of the semantic map, V mask variants.
 """
@@ -24,17 +24,17 @@ _SENT = ("pixels", "holes")  # to the device
 
 @dataclass(frozen=True)
 class EncoderInput:
-    """Some images of a source that follow each other, as far as they can be read.
+    """Consecutive images of a source, as far as they can be read.
 
     Attributes:
-        num_rows: how many images these are, broken ones included.
-        broken: the names of those that cannot be read, and the reasons.
-        names: of the n others.
-        cuts: share of each picture that its square leaves out.
+        num_rows: the number of images, including broken ones.
+        broken: names of those that cannot be read, with the reasons.
+        names: the n others.
+        cuts: share of each picture that the square crop leaves out.
         pixels: [n, S, S, 3] uint8.
         labels: [n] int64; None for an unlabelled source.
-        class_counts: [n, K, h, w] in the dtype they are stored in; None where there are no maps.
-        holes: [n, V, S, S] uint8, 1 in the hole; None where none are stored.
+        class_counts: [n, K, h, w] in the dtype they are stored in; None without maps.
+        holes: [n, V, S, S] uint8, 1 in the hole; None if none are stored.
         hole_counts: [n, V, 1, h, w], likewise.
     """
 
@@ -49,17 +49,17 @@ class EncoderInput:
     hole_counts: Tensor | None = None
 
     def pin_memory(self) -> EncoderInput:
-        """Pin what goes to the device; called by the data loader."""
+        """Pin the tensors that go to the device; called by the data loader."""
         sent = {name: getattr(self, name) for name in _SENT}
         return replace(self, **{name: None if x is None else x.pin_memory() for name, x in sent.items()})
 
 
 class EncoderInputs(Dataset):
-    """Reads what an encoder is given, in any thread or process.
+    """Reads the input of the encoder, in any thread or process.
 
     Args:
-        source: of the images.
-        plan: of the cache that is made of them.
+        source: the images.
+        plan: the cache that is made of them.
     """
 
     def __init__(self, source: ImageSource, plan: CachePlan):
@@ -70,12 +70,12 @@ class EncoderInputs(Dataset):
 
     @property
     def bytes_per_image(self) -> int:
-        """About what one image takes."""
+        """Approximate size of one image."""
         side = self.source.image_size
         return side**2 * (3 + self.variants) + (side // self.factor) ** 2 * (self.num_map_classes + self.variants)
 
     def __getitems__(self, rows: range) -> EncoderInput:
-        """The images of `rows`."""
+        """Read the images of `rows`."""
         items: list[tuple[int, ImageItem]] = []
         broken = []
         for row in rows:
@@ -110,16 +110,16 @@ class EncoderInputs(Dataset):
 
 
 def counts_dtype(plan: CachePlan) -> torch.dtype:
-    """What counts of pixels are stored in."""
+    """The dtype in which counts of pixels are stored."""
     return torch.uint8 if plan.factor**2 <= 255 else torch.int16
 
 
 def joined(parts: list[EncoderInput], device: torch.device) -> EncoderInput:
-    """Several parts as one, in order, with what is encoded on `device`, which is not waited for."""
+    """Join parts in order and copy what is encoded to `device`, without waiting."""
     tensors = {}
     for field in fields(EncoderInput):
         values = [value for part in parts if isinstance(value := getattr(part, field.name), Tensor)]
-        if field.name in _SENT:  # each on its own: joined on the CPU they would not be pinned any more
+        if field.name in _SENT:  # each separately: joined on the CPU they would not be pinned
             values = [value.to(device, non_blocking=device.type == "cuda") for value in values]
         if values:
             tensors[field.name] = values[0] if len(values) == 1 else torch.cat(values)

@@ -42,7 +42,7 @@ Flags = Sequence[bool] | np.ndarray | Tensor
 
 
 def is_cache(path: str | Path) -> bool:
-    """Whether `path` is a folder that encoding has begun to fill."""
+    """Whether `path` is a latent cache, finished or not."""
     return (Path(path) / PLAN_FILE).is_file()
 
 
@@ -93,21 +93,21 @@ class LatentCache:
         """The moments of some images, [B, M, h, w] in the precision they are stored in.
 
         Args:
-            indices: which images, in [0, len).
-            flipped: per image, whether its mirror image is wanted (needs a cache encoded with flips); None: of none.
+            indices: of the images, in [0, len).
+            flipped: whether to return the mirror image, per image (needs a cache encoded with flips); None: never.
         """
         return self._gather("moments", indices, self._mirror(flipped))
 
     def class_fractions(self, indices: Indices, flipped: Flags | None = None) -> Tensor:
-        """Shares of the map's classes in each latent pixel, [B, K, h, w] float32; for a cache with semantic maps."""
+        """Shares of the map classes in each latent pixel, [B, K, h, w] float32; for a cache with semantic maps."""
         return shares(mirrored(self._gather("class_counts", indices), flipped), self.plan.factor)
 
     def known(self, indices: Indices, variants: Indices, flipped: Flags | None = None) -> tuple[Tensor, Tensor]:
-        """Images without a hole: moments [B, M, h, w] in the precision they are stored in, and what is told of the
-        hole in each latent pixel [B, 1, h, w] float32.
+        """Images with a hole filled: moments [B, M, h, w] in the precision they are stored in, and the mask at latent
+        size [B, 1, h, w] float32.
 
         Args:
-            variants: per image, which of its `plan.mask_variants` holes.
+            variants: which of its `plan.mask_variants` holes, per image.
         """
         moments = self._gather("known_moments", indices, self._mirror(flipped), variants)
         hole_shares = shares(mirrored(self._gather("hole_counts", indices, None, variants), flipped), self.plan.factor)
@@ -124,21 +124,21 @@ class LatentCache:
         return self._labels[torch.as_tensor(indices)]
 
     def tensor(self, shard: int, name: str) -> Tensor:
-        """A tensor of one shard as it is stored, memory-mapped; see the legend."""
+        """A stored tensor of one shard, memory-mapped; see the legend."""
         return torch.from_numpy(self._stored(shard, name))
 
     def names(self) -> list[str]:
-        """The images' names inside their source, one per image."""
+        """The names of the images inside their source."""
         if self._names is None:
             files = [open_tensors(self.folder / shard.file) for shard in self.index.shards]
             self._names = [name for file in files for name in json.loads(file.metadata()["names"])]
         return self._names
 
     def verify(self, on_images: Callable[[int], None] = lambda num_images: None) -> None:
-        """Compare every shard with its checksum; a file that was found right once is not read again until it changes.
+        """Compare every shard with its checksum; a file that matched once is not read again until it changes.
 
         Args:
-            on_images: told the number of images just found right.
+            on_images: called with the number of images just verified.
 
         Raises:
             ArtifactError: one differs.
@@ -155,12 +155,12 @@ class LatentCache:
                 if found != shard.sha256:
                     raise ArtifactError(
                         f"{file} is damaged: it does not match its checksum; run the same `latentflow encode` again, "
-                        "which encodes this shard anew"
+                        "which restores this shard"
                     )
                 on_images(shard.num_images)
 
     def require_autoencoder(self, autoencoder: Autoencoder) -> None:
-        """Refuse another latent space than the one the cache was made in.
+        """Refuse an autoencoder other than the one that the cache was encoded with.
 
         Raises:
             ArtifactError: the content hashes differ.
@@ -169,11 +169,11 @@ class LatentCache:
             made_with = f"{self.plan.autoencoder} (hash {self.plan.autoencoder_hash[:12]})"
             given = f"{autoencoder.reference} (hash {autoencoder.content_hash[:12]})"
             raise ArtifactError(
-                f"{self.folder} was encoded with {made_with}, not with {given}; use the former or encode a new cache"
+                f"{self.folder} was encoded with {made_with}, not with {given}; use the former, or encode a new cache"
             )
 
     def _mirror(self, flipped: Flags | None) -> np.ndarray | None:
-        """Which images are to be mirrored; None where none is."""
+        """Which images to mirror; None if none."""
         if flipped is None or not (wanted := np.asarray(flipped)).any():
             return None
         if not self.plan.flips:
@@ -185,7 +185,7 @@ class LatentCache:
     def _gather(
         self, name: str, indices: Indices, flipped: np.ndarray | None = None, variants: Indices | None = None
     ) -> Tensor:
-        """Some rows of a tensor: one read for each shard, and for its mirrored images."""
+        """Rows of a tensor, with one read for each shard and for its mirrored images."""
         indices = np.asarray(indices)
         shards = np.searchsorted(self._first_rows, indices, side="right") - 1
         rows = indices - self._first_rows[shards]
@@ -207,14 +207,14 @@ class LatentCache:
         return torch.from_numpy(gathered)
 
     def _stored(self, shard: int, name: str) -> np.ndarray:
-        check_size(self._files[shard], self.index.shards[shard])  # reading what was cut off would kill the process
+        check_size(self._files[shard], self.index.shards[shard])  # reading beyond the end would kill the process
         if (shard, name) not in self._open:
             self._open[shard, name] = open_tensors(self._files[shard]).get_tensor(name).numpy()
         return self._open[shard, name]
 
 
 def mirrored(maps: Tensor, flipped: Flags | None) -> Tensor:
-    """Maps [B, K, h, w], mirrored where `flipped`: unlike an encoder, counting commutes with mirroring."""
+    """Maps [B, K, h, w], mirrored where `flipped`; unlike encoding, counting commutes with mirroring."""
     if flipped is None:
         return maps
     return torch.where(torch.as_tensor(flipped, device=maps.device)[:, None, None, None], maps.flip(-1), maps)

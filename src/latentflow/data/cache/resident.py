@@ -1,6 +1,6 @@
-"""A latent cache in the memory of one device: a batch is one indexed read for each of its tensors, there.
+"""A latent cache in the memory of one device, where a batch is one indexed read per tensor.
 
-Legend: N images, V mask variants of an image; other shapes as in `latent_cache`.
+Legend: N images, V mask variants of an image; other shapes as in `reader`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ Switch = Annotated[
     BeforeValidator(lambda given: str(given).lower() if isinstance(given, bool) else given),
 ]
 
-_SHARE = {"cuda": 1 / 3, "cpu": 1 / 4}  # of the free memory that a cache may take unasked
+_SHARE = {"cuda": 1 / 3, "cpu": 1 / 4}  # of the free memory, up to which "auto" loads a cache
 _OF_VARIANTS = ("known_moments", "hole_counts")
 
 
 class ResidentCache:
-    """The tensors of a latent cache that training reads, whole, on one device.
+    """The tensors of a latent cache that training reads, all of them on one device.
 
-    It is read as `LatentCache` is, by tensors on its device.
+    It has the reading methods of `LatentCache`, which take tensors on its device.
 
     Args:
-        cache: what is held.
-        names: of its tensors, without those of mirrored images.
-        flips: whether mirrored images are held, too; the cache must have them.
+        names: tensors to load, without those of mirrored images.
+        flips: whether to load mirrored images, too; the cache must have them.
     """
 
     def __init__(self, cache: LatentCache, names: Collection[str], *, flips: bool, device: torch.device):
@@ -75,27 +74,27 @@ class ResidentCache:
         return self._tensors["labels"].index_select(0, indices) if "labels" in self._tensors else None
 
     def _rows(self, indices: Tensor, flipped: Tensor | None) -> Tensor:
-        """Where images lie in a tensor whose second half holds them mirrored."""
+        """Rows of images in a tensor whose second half holds them mirrored."""
         return indices if flipped is None else indices + flipped * self._num_images
 
 
 def resident_bytes(cache: LatentCache, names: Collection[str], *, flips: bool) -> int:
-    """What `ResidentCache` takes in memory."""
+    """Memory that `ResidentCache` takes."""
     likes = (cache.tensor(0, stored) for name in names for stored in _parts(name, flips))
     return sum(len(cache) * like.shape[1:].numel() * like.element_size() for like in likes)
 
 
 def stays_resident(wanted: Switch, num_bytes: int, device: torch.device, free: int | None, sharing: int = 1) -> bool:
-    """Whether a cache is to lie in the memory of `device` for as long as it is trained on.
+    """Whether to load a cache into the memory of `device` for training.
 
     Args:
-        wanted: as the recipe's data.resident; auto: if it is a small part of the memory.
-        num_bytes: what it takes.
-        free: bytes of the device's memory that are free; None where nobody knows.
-        sharing: processes that share this memory; each would hold the whole cache.
+        wanted: the recipe's data.resident; auto: if it is a small part of the memory.
+        num_bytes: size of the cache in memory.
+        free: free bytes of the device's memory; None: unknown.
+        sharing: processes that share this memory; each would load the whole cache.
 
     Raises:
-        ConfigError: it is wanted, and does not fit.
+        ConfigError: `wanted` is true, and the cache does not fit.
     """
     needed = num_bytes * sharing
     if wanted == "auto":
@@ -105,12 +104,12 @@ def stays_resident(wanted: Switch, num_bytes: int, device: torch.device, free: i
         each = f" in {sharing} processes" if sharing > 1 else ""
         raise ConfigError(
             f"data.resident = true, but the latent cache takes {needed / 2**30:.2f} GiB of {what}{each}, and "
-            f"{free / 2**30:.2f} GiB are free; set data.resident=auto, which reads it from its files where it does "
+            f"{free / 2**30:.2f} GiB are free; set data.resident=auto, which reads it from its files if it does "
             "not fit"
         )
     return wanted == "true"
 
 
 def _parts(name: str, flips: bool) -> list[str]:
-    """The stored tensors of one name: as it is, and of mirrored images where those are encoded anew."""
+    """The stored tensors of one name, including that of mirrored images where those are encoded separately."""
     return [name, f"{name}_flipped"] if flips and name.endswith("moments") else [name]
