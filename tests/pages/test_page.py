@@ -40,7 +40,7 @@ class Balanced(HTMLParser):
 
 def test_tables_escape_their_cells_and_name_their_rows():
     html = made("{{ table(t) }}", t=Table(["name", "value"], [["<i>", "1 & 2"], ["x", "3"]], strong=[1]))
-    assert '<th scope="row" class="text"><span>&lt;i&gt;</span></th><td>1 &amp; 2</td>' in html
+    assert '<th scope="row" class="words"><span>&lt;i&gt;</span></th><td>1 &amp; 2</td>' in html
     assert html.count('class="strong"') == 1
     assert html.index('class="strong"') > html.index("&lt;i&gt;")
     Balanced(html)

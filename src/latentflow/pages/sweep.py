@@ -62,7 +62,8 @@ def _would_decide(result: SweepResult) -> str:
     options = [f"--num {num}"] if num > result.last_size else []
     options += [f"--budget {seconds}"] if result.request.budget is not None else []
     how = f" with {' '.join(options)}" if options else ""
-    return f"{text}: repeat the command{how} to go on; it takes some {max(round(seconds / 60), 1):,} minutes."
+    minutes = max(round(seconds / 60), 1)
+    return f"{text}: repeat the command{how} to go on; it takes about {minutes:,} minute{'s' if minutes > 1 else ''}."
 
 
 def summary(result: SweepResult) -> dict[str, Any]:
