@@ -63,7 +63,7 @@ def test_a_sheet_holds_its_picture(tmp_path):
     source = re.search(r'<img src="data:image/png;base64,([^"]+)" alt="two &amp; more">', html)
     assert base64.b64decode(source[1]) == file.read_bytes()
     assert 'style="--columns: 3; --rows: 2"' in html
-    assert '<span class="mark" style="grid-area: 3 / 4"></span>' in html
+    assert '<span class="frame" style="grid-area: 3 / 4"></span>' in html
     assert "&lt;top&gt;" in html and "<top>" not in html
     Balanced(html)
 
@@ -84,3 +84,14 @@ def test_captions_commands_and_key_figures_are_escaped():
 def test_a_missing_value_is_an_error():
     with pytest.raises(UndefinedError):
         render("sweep.html")
+
+
+def test_the_styles_of_pages_and_charts_share_no_class():
+    """Both are part of every page: what one says of a class would hold for the other's."""
+    templates = _environment().loader
+    of_pages, of_charts = (
+        set(re.findall(r"\.([a-z][\w-]*)(?=[^;}]*\{)", templates.get_source(_environment(), name)[0]))
+        for name in ("style.css", "chart.css")
+    )
+    assert {"sheet", "words"} <= of_pages and {"label", "s0"} <= of_charts
+    assert of_pages & of_charts == set()
