@@ -1,42 +1,18 @@
-"""`latentflow plan`: what is exact is what a run has and writes, what is advised fits, and nothing need be there."""
+"""`latentflow plan`: tables, JSON, and one line for what cannot be planned."""
 
 from __future__ import annotations
 
 import json
-import re
-import time
-from pathlib import Path
 
 import pytest
 
-from latentflow.api import LatentFlow
-from latentflow.artifacts import read_tensors
-from latentflow.autoencoder import Autoencoder
 from latentflow.commands import plan as plan_module
-from latentflow.commands.plan import plan as plan_command
-from latentflow.commands.train import train
-from latentflow.errors import ConfigError
-from latentflow.networks.running import MEMORY_MODES
-from latentflow.planning import probe as plan_probe
-from latentflow.planning.advice import advice
-from latentflow.planning.estimate import cached_bytes
-from latentflow.planning.plan import Plan
-from latentflow.planning.probe import SLOWER, Speed, probe
-from latentflow.planning.report import numbers, tables
-from latentflow.planning.request import PlanRequest
-from latentflow.planning.subject import KNOWN_STAGES, PUBLISHED_DATA
-from latentflow.planning.units import gib
-from latentflow.training.config import Recipe, load_recipe, recipe_names
-from latentflow.training.memory import forward_flops
+from latentflow.planning.probe import Speed
+from latentflow.training.config import Recipe
 from latentflow.training.settings import to_yaml
 from tests import tiny
 from tests.processes import run_here
 
-NETWORKS = {
-    "dit": tiny.RECIPE["network"],
-    "modern": {**tiny.RECIPE["network"], "variant": "modern"},
-    "unet": {"kind": "unet", "variant": "ncsn++", "channels": 8, "multipliers": [1, 2], "norm_groups": 4},
-}
 LARGE = "imnet_f8_ditb2"
 
 
@@ -56,208 +32,6 @@ def recipe(cache, kl_folder, tmp_path):
         return tiny.recipe(data=data, autoencoder=kl_folder, out=tmp_path / "run", **given)
 
     return made
-
-
-def planned(recipe: Recipe | str, *overrides: str, **options) -> Plan:
-    """The plan of a recipe, given by name or as it is."""
-    name = recipe if isinstance(recipe, str) else "fruit"
-    given = load_recipe(name, overrides) if isinstance(recipe, str) else recipe
-    return plan_command(given, name, PlanRequest(**options), tiny.CPU)
-
-
-def num_bytes(file: Path) -> int:
-    return sum(tensor.nbytes for tensor in read_tensors(file).values())
-
-
-@pytest.mark.usefixtures("unprobed")
-@pytest.mark.parametrize("network", NETWORKS)
-def test_what_is_exact_is_what_a_run_has_and_writes(recipe, network):
-    chosen = Recipe.model_validate({"network": NETWORKS[network]}).network
-    given = recipe(training={"steps": 3}).model_copy(update={"network": chosen})
-    found = planned(given)
-    run = train(given, runtime=tiny.CPU).run
-    folder = run / "checkpoints" / "step-00000003"
-    assert found.disk.checkpoint == sum(num_bytes(file) for file in folder.glob("*.safetensors"))
-    assert found.memory.exact["optimizer's moments"] == num_bytes(folder / "optimizer.safetensors")
-    assert found.memory.exact["moving average"] == num_bytes(folder / "ema.safetensors")
-    stage = sum(num_bytes(file) for file in (run / "model" / "autoencoder").glob("*.safetensors"))
-    assert found.disk.model == num_bytes(run / "model" / "velocity.safetensors") + stage
-    assert found.memory.estimated["autoencoder"] == stage
-    model = LatentFlow.from_pretrained(run, device="cpu")
-    assert found.num_parameters == sum(parameter.numel() for parameter in model.network.parameters())
-    assert found.memory.exact["weights"] == found.memory.exact["gradients"] == 4 * found.num_parameters
-    assert found.subject.config.latent_shape == model.config.latent_shape
-    assert found.subject.config.network == model.config.network
-    assert found.subject.assumed == []
-
-
-@pytest.mark.usefixtures("unprobed")
-@pytest.mark.parametrize(
-    ("every", "keep", "keep_every", "most", "milestones"),
-    [(5, 2, None, 2, 0), (2, 2, None, 3, 0), (5, 1, 3, 5, 3), (4, 2, 4, 3, 2), (3, 1, 5, 4, 2)],
-)
-def test_checkpoints_on_disk_are_counted_with_milestones(recipe, every, keep, keep_every, most, milestones):
-    """Of 10 steps: no more than are ever saved, and no fewer than stay."""
-    training = {"checkpoint_every": every, "keep_checkpoints": keep, "keep_every": keep_every}
-    disk = planned(recipe(training=training)).disk
-    assert (disk.num_checkpoints, disk.num_milestones) == (most, milestones)
-    assert disk.run == disk.checkpoint * most + disk.model * (1 + milestones) + disk.previews
-
-
-@pytest.mark.usefixtures("unprobed")
-@pytest.mark.parametrize("flip", [False, True])
-def test_a_cache_takes_what_its_tensors_take(recipe, cache, flip):
-    """The moments that training reads, mirrored ones included where it mirrors; labels."""
-    shards = [read_tensors(file) for file in sorted(cache.glob("*.safetensors"))]
-    read = ("moments", "labels", *(["moments_flipped"] if flip else []))
-    wanted = sum(shard[name].nbytes for shard in shards for name in read)
-    found = planned(recipe(data={"flip": flip}))
-    assert cached_bytes(found.subject) == found.memory.estimated["latent cache"] == wanted
-    assert found.disk.cache_is_here
-    assert wanted < found.disk.cache <= sum(file.stat().st_size for file in cache.glob("*.safetensors"))
-
-
-@pytest.mark.usefixtures("unprobed")
-@pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_has_a_plan_without_its_data(name):
-    """Whatever is not there is assumed, and said to be."""
-    found = planned(name)
-    there = name == "demo"
-    assert bool(found.subject.assumed) is not there
-    record = json.loads(json.dumps(numbers(found)))
-    assert record["parameters"] > 10**5
-    assert record["memory"]["peak"] > sum(record["memory"]["exact"].values())
-    assert record["time"]["seconds"] > 0
-    kept = [record["memory"]["kept_for_backward"][mode] for mode in MEMORY_MODES]
-    assert kept == sorted(kept, reverse=True)
-    for rows in tables(found).values():
-        assert all(value and all(isinstance(part, str) for part in (row, value, known)) for row, value, known in rows)
-
-
-@pytest.mark.parametrize("name", ["celeb1024_f8_adm", "imnet_f8_ditb2", "demo"])
-def test_ten_seconds_are_enough(name):
-    """Of the processor: the largest network of each kind, and a small one, with the steps that are probed."""
-    began = time.process_time()
-    found = planned(name)
-    assert time.process_time() - began < 10
-    assert found.speed.flops_per_second > 0
-    assert found.speed.whole == (name == "demo")
-
-
-def test_recipes_are_for_data_of_known_sizes():
-    """A thousand epochs of 30,000 images, say their comments; others are of round numbers of epochs, too."""
-    for name, epochs in (("celeb512_f8_adm", 1000), ("ffhq_f8_dit", 500), ("celeb_f8_dit", 500), ("semantic_kl", 175)):
-        recipe = load_recipe(name)
-        facts = next(facts for start, facts in PUBLISHED_DATA.items() if name.startswith(start))
-        assert recipe.training.steps * recipe.training.batch_size / facts.num_images == pytest.approx(epochs, rel=5e-3)
-
-
-def test_published_autoencoders_are_of_known_sizes(shared):
-    """Compared with those that are here, and with what their configs build."""
-    for name in ("taesd", "taesd3"):
-        known, autoencoder = (
-            KNOWN_STAGES[f"madebyollin/{name}"],
-            Autoencoder.from_pretrained(shared / "autoencoders" / name),
-        )
-        assert known.num_bytes == sum(4 * tensor.numel() for tensor in autoencoder.model.state_dict().values())
-        found = (autoencoder.factor, autoencoder.num_channels, autoencoder.num_moments)
-        assert (known.factor, known.num_channels, known.num_moments) == found
-
-
-@pytest.mark.usefixtures("unprobed")
-def test_what_is_assumed_may_be_said():
-    found = planned(LARGE, images=5000, classes=3, latents=(16, 64, 64))
-    assert found.subject.config.latent_shape == (16, 64, 64)
-    assert found.subject.config.conditioning.num_classes == 3
-    assert found.subject.data.num_images == 5000
-    fewer = planned(LARGE, classes=2, latents=(16, 64, 64)).num_parameters
-    assert found.num_parameters - fewer == 768  # one row of the labels' embedding
-
-
-@pytest.mark.usefixtures("unprobed")
-@pytest.mark.parametrize("memory", [24, 40, 80])
-@pytest.mark.parametrize("name", [LARGE, "celeb512_f8_adm", "ffhq_f8_dit"])
-def test_what_is_advised_fits(name, memory):
-    """Each line of advice, followed, makes a plan that fits; and so does every larger micro-batch not."""
-    found = planned(name, "training.preview_every=0", device_memory=memory)
-    assert found.memory.fits(found.machine.memory) is not any("would fit" in line for line in advice(found))
-    for line in advice(found):
-        changes = re.findall(r"\S+=\S+", line)
-        assert changes, line
-        settled = [change for change in changes if not change.startswith("training.memory=")]
-        mode = next((change.split("=")[1] for change in changes if change.startswith("training.memory=")), None)
-        again = planned(name, "training.preview_every=0", *settled, device_memory=memory)
-        assert again.memory.largest_micro_batch(mode or again.memory.mode, again.machine.memory) >= (
-            again.memory.micro_batch_size
-        )
-
-
-@pytest.mark.usefixtures("unprobed")
-def test_a_network_that_fits_nowhere_has_a_smaller_one_named():
-    found = planned("ffhq_f8_dit", device_memory=7)
-    assert any("not even one image" in line for line in advice(found))
-    line = next(line for line in advice(found) if "network.name" in line)
-    smaller = re.search(r"network.name=(\S+)", line)[1]
-    assert planned("ffhq_f8_dit", f"network.name={smaller}", device_memory=7).memory.largest_micro_batch(
-        "none", 7 << 30
-    )
-
-
-@pytest.mark.usefixtures("unprobed")
-def test_processes_share_a_batch():
-    one, four = (planned(LARGE, processes=number, device_memory=80) for number in (1, 4))
-    assert four.memory.share * 4 == one.memory.share == 1280
-    assert four.memory.exact == one.memory.exact
-    assert four.memory.kept("none") * 4 == one.memory.kept("none")
-    assert four.memory.estimated["gradients on their way"] == four.memory.exact["gradients"]
-    assert four.seconds_per_step < one.seconds_per_step
-
-
-def test_a_deep_transformer_is_as_slow_as_its_blocks(monkeypatch):
-    """With a clock that goes by the blocks, what is found from two of them is what all of them take."""
-    deep = planned_config("ffhq_f8_dit")
-
-    def seconds(config, way, images, budget) -> float:
-        return images * (0.3 + 0.7 * config.network.depth)
-
-    monkeypatch.setattr(plan_probe, "_seconds_of_pass", seconds)
-    monkeypatch.setattr(plan_probe, "_seconds_per_update", lambda config, runtime: 0.0)
-    found = probe(deep, tiny.CPU, images=32, seconds=0.5)
-    assert not found.whole
-    assert found.seconds_per_image == pytest.approx(0.3 + 0.7 * deep.network.depth)
-
-
-def test_a_large_unet_is_as_slow_as_its_operations(monkeypatch):
-    """With a clock that goes by operations, what is found on smaller latents is what the whole takes."""
-    large = planned_config("celeb512_f8_adm")
-    monkeypatch.setattr(plan_probe, "_seconds_of_pass", lambda config, *rest: rest[1] * forward_flops(config) / 1e10)
-    monkeypatch.setattr(plan_probe, "_seconds_per_update", lambda config, runtime: 0.0)
-    found = probe(large, tiny.CPU, images=8, seconds=0.5)
-    assert not found.whole
-    assert found.seconds_per_image == pytest.approx(forward_flops(large) / 1e10)
-
-
-def test_a_speed_may_be_stated():
-    """40 % of it is what training is taken to reach: an image of DiT-XL/2 is 712 GFLOP forwards and backwards."""
-    sizes = ("network={name: DiT-XL/2, variant: modern}", "training.batch_size=128", "training.preview_every=0")
-    found = planned("own_images", *sizes, device_memory=80, device_tflops=989)
-    assert found.seconds_per_step == pytest.approx(128 * 711.7e9 * SLOWER[found.memory.mode] / (0.4 * 989e12), rel=1e-3)
-    assert not found.speed.measured
-    assert found.seconds == pytest.approx(found.recipe.training.steps * found.seconds_per_step)
-
-
-def planned_config(name: str):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "probe", lambda config, runtime, **given: Speed(1, 1, 1, 1, "", True))
-        return planned(name).subject.config
-
-
-def test_a_small_network_is_probed_as_it_is(recipe):
-    """The speed that is found is that of training, to the accuracy of a loaded machine."""
-    found = planned(recipe(training={"batch_size": 8}))
-    assert found.speed.whole
-    assert 1e-6 < found.speed.seconds_per_image < 1
-    assert found.seconds_per_step == pytest.approx(8 * found.speed.seconds_per_image + found.speed.seconds_per_update)
 
 
 def test_the_command_prints_tables_and_records(recipe, tmp_path, capsys, monkeypatch):
@@ -299,21 +73,3 @@ def test_what_cannot_be_planned_is_one_line(args, words, capsys, monkeypatch):
     done = run_here(("plan", *args), capsys, monkeypatch)
     assert done.code == 2
     assert words in done.error
-
-
-@pytest.mark.usefixtures("unprobed")
-def test_data_that_went_missing_are_assumed(tmp_path):
-    found = planned(LARGE, f"data.path={tmp_path / 'gone'}")
-    assert "gone is not there" in found.subject.assumed[0]
-    with pytest.raises(ConfigError, match="no semantic maps"):
-        planned("semantic_kl", f"data.path={tiny.write_images(tmp_path / 'flat')}")
-
-
-def test_bytes_are_said_in_a_unit_that_suits():
-    assert [gib(number) for number in (12, 3 << 10, 5 << 20, 6 << 30, 3000 << 30)] == [
-        "12 bytes",
-        "3 KiB",
-        "5 MiB",
-        "6.0 GiB",
-        "3,000.0 GiB",
-    ]

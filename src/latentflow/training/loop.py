@@ -124,6 +124,11 @@ class Job:
     keep_every: int | None = None
     after_step: Callable[[Mapping[str, Tensor], int], None] = lambda average, step: None
 
+    @property
+    def kept(self) -> dict[str, int | None]:
+        """Which checkpoints to keep; see `keep_newest`."""
+        return {"keep": self.config.keep_checkpoints, "keep_every": self.keep_every}
+
 
 class Learner:
     """A network with everything that trains it, as the newest complete checkpoint of the run left it."""
@@ -189,12 +194,9 @@ def run_loop(job: Job) -> tuple[Outcome, Mapping[str, Tensor]]:
     batches = _open_stream(job, first_position=learner.progress.images_seen)
     if is_compiling := job.compiles((config.steps - learner.progress.step) * config.batch_size):
         compile_blocks(job.network)
-    kept = {"keep": config.keep_checkpoints, "keep_every": job.keep_every}
-    log = RunLog(job.run, num_steps=config.steps, first_step=learner.progress.step, enabled=runtime.is_main)
-    if learner.is_resumed:
-        log.say(f"resuming from step {learner.progress.step} ({learner.progress.images_seen:,} images seen)")
-        if runtime.is_main:
-            keep_newest(job.run, **kept)
+    log = _open_log(job, learner.progress if learner.is_resumed else None)
+    if learner.is_resumed and runtime.is_main:
+        keep_newest(job.run, **job.kept)
     meter, clock, saved_at, stopping = job.meter(runtime.device), Clock(), learner.progress.step, False
     with (
         log,
@@ -202,7 +204,7 @@ def run_loop(job: Job) -> tuple[Outcome, Mapping[str, Tensor]]:
         lost_workers(job.num_workers),
         runtime.float32_policy(),
         collected_signals() as received,
-        CheckpointWriter(job.run, runtime.device, **kept, save_model=job.save_model) as writer,
+        CheckpointWriter(job.run, runtime.device, **job.kept, save_model=job.save_model) as writer,
     ):
         stop = SharedStop(runtime, received)
         while learner.progress.step < config.steps and not stopping:
@@ -217,7 +219,6 @@ def run_loop(job: Job) -> tuple[Outcome, Mapping[str, Tensor]]:
                 is_compiling = False
             rate, norm = learner.update(read, losses)
             clock.count(config.batch_size)
-
             writer.raise_failure()
             step, stopping = learner.progress.step, stop.is_due()
             ends = stopping or step == config.steps
@@ -240,6 +241,15 @@ def run_loop(job: Job) -> tuple[Outcome, Mapping[str, Tensor]]:
             runtime.barrier()  # the model of the run is there when any process returns
     step, signal = learner.progress.step, received[0] if received else None
     return Outcome(step, finished=step >= config.steps, signal=signal), learner.ema.average
+
+
+def _open_log(job: Job, resumed: Progress | None) -> RunLog:
+    """The log of the run, which a resumed run continues."""
+    done = resumed or Progress()
+    log = RunLog(job.run, num_steps=job.config.steps, first_step=done.step, enabled=job.runtime.is_main)
+    if resumed:
+        log.say(f"resuming from step {done.step} ({done.images_seen:,} images seen)")
+    return log
 
 
 def _distributed(network: nn.Module, runtime: Runtime) -> nn.Module:
