@@ -61,7 +61,7 @@ def test_the_command_prints_tables_and_records(recipe, tmp_path, capsys, monkeyp
         ((LARGE, "--device-memory", "0"), "--device-memory"),
         ((LARGE, "--device-memory", "much"), "--device-memory"),
         ((LARGE, "--latents", "4x32"), "--latents"),
-        ((LARGE, "--latents", "4x30x30"), "not a part"),
+        ((LARGE, "--latents", "4x30x30"), "does not divide"),
         ((LARGE, "--latents", "4x32x16"), "square"),
         ((LARGE, "--images", "0"), "--images"),
         ((LARGE, "training.precision=fp16", "--device", "cpu"), "fp16"),

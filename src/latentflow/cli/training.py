@@ -157,7 +157,7 @@ def loss(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the loss on images, held out or not: unconditional, with each condition by itself, and with all."""
+    """Measure the loss on a set of images: unconditional, with each condition by itself, and with all conditions."""
     from latentflow.commands.loss import loss as run
 
     results = run(model, request, batch_size=batch_size, runtime=open_runtime(device, Precision.fp32))

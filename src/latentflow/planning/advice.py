@@ -1,4 +1,4 @@
-"""What would make a run fit into memory and onto the disk, in the keys of its recipe."""
+"""Changes of a recipe with which its run would fit into memory and on the disk."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from latentflow.weights import without_memory
 
 
 def advice(plan: Plan) -> list[str]:
-    """What would make it fit, a line each; empty if it does."""
+    """What would make the run fit, a line each; empty if it fits."""
     return [*_memory_advice(plan), *_disk_advice(plan)]
 
 
 def _memory_advice(plan: Plan) -> list[str]:
     memory, machine = plan.memory, plan.machine
-    lines = [] if memory.previews_fit(machine.memory) else ["previews would not fit: add training.preview_every=0"]
+    lines = [] if memory.previews_fit(machine.memory) else ["previews would not fit; add training.preview_every=0"]
     if memory.largest_micro_batch(memory.mode, machine.memory) >= memory.micro_batch_size:
         return lines
     fitting = {mode: memory.largest_micro_batch(mode, machine.memory) for mode in MEMORY_MODES}
@@ -30,16 +30,16 @@ def _memory_advice(plan: Plan) -> list[str]:
             lines.append(f"{' '.join(words)} would fit")
     if not any(fitting.values()):
         needed = gib(memory.fixed + memory.kept_per_image["checkpoint"])
-        lines.append(f"not even one image at a time fits, which takes about {needed}")
+        lines.append(f"not even one image at a time fits: it takes about {needed}")
         lines += [smaller] if (smaller := _smaller(plan)) else []
     return lines
 
 
 def _smaller(plan: Plan) -> str | None:
-    """The largest published transformer of the same patch that fits."""
+    """The largest published transformer with the same patch size that fits."""
     network = plan.subject.config.network
     if not isinstance(network, DiTConfig):
-        return "fewer network.channels, or smaller images, would take less"
+        return "reduce network.channels or the image size"
     for size in reversed(SIZES):
         name = f"DiT-{size}/{network.patch_size}"
         if name not in NAMES or SIZES[size]["hidden_size"] >= network.hidden_size:
@@ -63,4 +63,4 @@ def _disk_advice(plan: Plan) -> list[str]:
     needed = disk.run + (0 if disk.cache_is_here else disk.cache or 0)
     if needed <= disk.free:
         return []
-    return [f"{gib(disk.free)} of disk are free, and {gib(needed)} are needed; give out=... on another disk"]
+    return [f"{gib(disk.free)} of disk space are free, and {gib(needed)} are needed; set out=... to another disk"]

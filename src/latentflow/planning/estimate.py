@@ -22,20 +22,20 @@ from latentflow.sampling.preview import preview_request
 from latentflow.training.config import Recipe
 from latentflow.training.memory import bytes_per_image, fitting_mode, micro_batch_that_fits
 
-_PNG_BYTES = 2  # of a pixel of a preview, about
-_DECODED = 12  # maps of the decoder's last width that are alive at once, float32, about
+_PNG_BYTES = 2  # per pixel of a preview, approximately
+_DECODED = 12  # feature maps of the decoder's last width alive at once, float32, approximately
 _DECODED_TOGETHER = 16
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one process of the run takes.
+    """Memory of one process of the run, in bytes.
 
     Attributes:
         exact: weights, gradients, average and optimizer, by name.
-        estimated: what else is always there, by name.
-        kept_per_image: for the backward pass, by mode of `training.memory`.
-        preview: while a preview is decoded, when nothing is kept for a backward pass.
+        estimated: everything else that does not depend on the memory mode, by name.
+        kept_per_image: saved for the backward pass, by mode of `training.memory`.
+        preview: while a preview is decoded; nothing is saved for a backward pass then.
         mode: of `training.memory` that the run uses.
         micro_batch_size: images in one forward pass.
         share: images of one process in one step.
@@ -51,44 +51,44 @@ class Memory:
 
     @property
     def fixed(self) -> int:
-        """What is there whatever the batch."""
+        """Bytes that are always in use."""
         return sum(self.exact.values()) + sum(self.estimated.values())
 
     def kept(self, mode: str) -> int:
-        """For the backward pass of a micro-batch."""
+        """Bytes saved for the backward pass of a micro-batch."""
         return self.kept_per_image[mode] * self.micro_batch_size
 
     @property
     def peak(self) -> int:
-        """The most at any time, about."""
+        """The approximate peak."""
         return self.fixed + max(self.kept(self.mode), self.preview)
 
     def largest_micro_batch(self, mode: str, memory: int | None) -> int:
-        """The largest part of a process's images that fits in training; 0: not even one image."""
+        """The largest micro-batch that fits; 0: not even one image."""
         return micro_batch_that_fits(self.fixed, self.kept_per_image[mode], self.share, memory)
 
     def previews_fit(self, memory: int | None) -> bool:
-        """Whether a preview can be decoded beside all that stays."""
+        """Whether a preview can be decoded."""
         return micro_batch_that_fits(self.fixed, self.preview, 1, memory) == 1
 
     def fits(self, memory: int | None) -> bool:
-        """Whether the run as it is set fits."""
+        """Whether the run fits with its settings."""
         return self.largest_micro_batch(self.mode, memory) >= self.micro_batch_size and self.previews_fit(memory)
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes on disk, without the headers of files (a few hundred bytes for each tensor).
+    """Disk space in bytes, without file headers (a few hundred bytes per tensor).
 
     Attributes:
-        checkpoint: one of them: weights, average, optimizer.
-        num_checkpoints: that are there at once, milestones and one that is being written included.
-        num_milestones: of them hold a model of their own.
-        model: the folder that is sampled from.
-        cache: the latent cache; None where the number of images is not known, or images are trained from.
-        cache_is_here: whether it is there already.
+        checkpoint: one checkpoint: weights, average, optimizer.
+        num_checkpoints: the most at any time, with milestones and the one being written.
+        num_milestones: checkpoints that also hold a model.
+        model: the model folder.
+        cache: the latent cache; None if the number of images is unknown, or training reads images.
+        cache_is_here: whether it exists already.
         previews: all of them.
-        free: where the run would be written.
+        free: on the disk of the run folder.
     """
 
     checkpoint: int
@@ -102,7 +102,7 @@ class Disk:
 
     @property
     def run(self) -> int:
-        """Of the run folder."""
+        """Bytes of the run folder."""
         return self.checkpoint * self.num_checkpoints + self.model * (1 + self.num_milestones) + self.previews
 
 
@@ -143,7 +143,7 @@ def estimate_memory(subject: Subject, network: nn.Module, machine: Machine, *, s
     if recipe.training.preview_every:
         together = min(len(preview_of(subject).seeds), _DECODED_TOGETHER, micro)
         decoded = together * _DECODED * 4 * (subject.stage.width or 128) * recipe.data.image_size**2
-        preview = weights + decoded  # the weights that the average stands in for are set aside
+        preview = weights + decoded  # a preview sets the weights aside and uses their average
     mode = recipe.training.memory
     if mode == "auto":
         memory = machine.memory
@@ -152,9 +152,9 @@ def estimate_memory(subject: Subject, network: nn.Module, machine: Machine, *, s
 
 
 def cached_bytes(subject: Subject) -> int | None:
-    """What the tensors of a latent cache take, mirrored images included; None where their number is not known.
+    """Bytes of the tensors of a latent cache, with flips; None if the number of images is unknown.
 
-    Data that are not there are taken to become a cache, as the recipes advise.
+    Data that are not here are assumed to be encoded first, as the recipes advise.
     """
     data, config = subject.data, subject.config
     if data.num_images is None or (data.cache is None and not data.assumed):
@@ -169,7 +169,7 @@ def cached_bytes(subject: Subject) -> int | None:
 
 
 def _stays_resident(recipe: Recipe, num_bytes: int, machine: Machine) -> bool:
-    """Whether training holds the cache in memory, as if all of the memory were free."""
+    """Whether training keeps the cache in memory, if all of the memory is free."""
     data = recipe.data
     if data.images or (data.resident == "auto" and data.num_workers):
         return False
@@ -177,7 +177,7 @@ def _stays_resident(recipe: Recipe, num_bytes: int, machine: Machine) -> bool:
 
 
 def preview_of(subject: Subject) -> Drawing:
-    """What a preview asks for."""
+    """The request of a preview."""
     return preview_request(FlowModel(subject.config, nn.Linear(1, 1), None))
 
 
@@ -186,7 +186,7 @@ def _state_bytes(network: nn.Module) -> int:
 
 
 def _optimizer_bytes(network: nn.Module) -> int:
-    """Two moments like the weights, and a step for each of them."""
+    """Two moments per weight, and a step per tensor."""
     return sum(2 * p.numel() * p.element_size() + 4 for p in network.parameters())
 
 

@@ -1,4 +1,4 @@
-"""What a training run takes, all together: memory, disk and time."""
+"""The plan of a training run: memory, disk space and time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from latentflow.training.config import Recipe
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take."""
+    """What a run takes."""
 
     name: str
     subject: Subject
@@ -40,7 +40,7 @@ class Plan:
 
     @cached_property
     def preview_seconds(self) -> float:
-        """Of one preview, shared by the processes, without decoding."""
+        """Time of one preview, shared by the processes, without decoding."""
         request = preview_of(self.subject)
         preset, num_images = request.sampling, -(-len(request.seeds) // self.machine.num_processes)
         tolerance = preset.rtol if is_adaptive(preset.solver) else 1.0
@@ -49,5 +49,5 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of the run, saving left out."""
+        """Time of the run, without saving."""
         return self.recipe.training.steps * self.seconds_per_step + self.num_previews * self.preview_seconds

@@ -1,4 +1,4 @@
-"""How fast a network trains on the device at hand: a few real steps, of a part of it where the whole would take long.
+"""How fast a network trains on this device: a few real steps, of a part of the network if the whole takes too long.
 
 Legend: B images, C latent channels, h and w latent height and width.
 """
@@ -25,26 +25,26 @@ from latentflow.training.memory import count_parameters, forward_flops
 from latentflow.training.optim import OptimizerConfig, build_optimizer, clip_gradients
 from latentflow.weights import without_memory
 
-_UPDATED = {"cpu": 4_000_000, "cuda": 100_000_000}  # parameters that the update is timed with
-_PASSES = 3  # forward and backward together, in units of the way forward
+_UPDATED = {"cpu": 4_000_000, "cuda": 100_000_000}  # parameters in the timed update
+_PASSES = 3  # forward and backward together, in units of the forward pass
 SLOWER: dict[MemoryMode, float] = {"none": 1.0, "recompute-cheap": 1.05, "checkpoint": 4 / 3}
-"""How much longer a step takes in the modes of `training.memory`, about."""
-_REACHED = 0.4  # of what a maker states; the largest networks reach a little more, small ones less
+"""Approximate slowdown of a step in the modes of `training.memory`."""
+_REACHED = 0.4  # of the stated peak; large networks reach a little more, small ones less
 _LARGEST_PROBE = 2**30  # bytes of weights, on a CPU
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured.
+    """A measured or stated speed.
 
     Attributes:
         seconds_per_image: forward and backward.
-        seconds_per_update: optimizer, gradient clipping and average, once a step.
-        forward_flops: of one image, exact: 2 for each multiplication with its addition.
-        flops_per_second: that were reached.
+        seconds_per_update: optimizer, gradient clipping and average, once per step.
+        forward_flops: of one image, exact: 2 for each multiply-add.
+        flops_per_second: achieved.
         probed: what ran, in words.
-        whole: whether that was the network itself, not a part of it.
-        measured: whether anything ran.
+        whole: whether the whole network ran.
+        measured: false for a stated speed.
     """
 
     seconds_per_image: float
@@ -67,7 +67,7 @@ class _Way:
 
 @dataclass(frozen=True)
 class _Part:
-    """A network of fewer blocks, or on smaller latents, and about which share of the whole one's operations it has."""
+    """A network with fewer blocks or smaller latents, and its approximate share of the operations."""
 
     config: ModelConfig
     share: float
@@ -85,21 +85,20 @@ def probe(
 ) -> Speed:
     """Time a few steps.
 
-    Of a transformer that is too large the first blocks run: once one, once two, and the difference is what each of them
-    takes. Of a U-Net that is too large, it runs on smaller latents. Its speed is then that of the whole network's
-    operations.
+    Of a transformer that is too large, one block and two blocks are timed; the difference is the time of each block. A
+    U-Net that is too large runs on smaller latents, and the time is scaled by the number of operations.
 
     Args:
-        images: computed together in training; fewer are taken where they take too long.
-        seconds: about how long this may take, without compiling.
-        mode: what is computed again in the backward pass.
-        compiled: whether blocks are compiled first, each distinct one once.
+        images: computed together in training; fewer if they would take too long.
+        seconds: about how long this may take, without compilation.
+        mode: what the backward pass recomputes.
+        compiled: whether blocks are compiled first.
     """
     way = _Way(runtime, mode, compiled)
     whole = forward_flops(config)
     update = _seconds_per_update(config, runtime)
     rate = _matmul_rate(runtime)
-    budget = rate * seconds / (4 * _PASSES)  # operations of one way forward: two networks, each once to warm up
+    budget = rate * seconds / (4 * _PASSES)  # operations of one forward pass: two networks, each with a warm-up
     parts = list(_parts(config))
     small = (part for part in parts if part.share * whole <= budget and _fits(part.config, runtime))
     part = next(small, parts[-1])
@@ -112,7 +111,7 @@ def probe(
             first = _seconds_of_pass(_with_depth(config, 1), way, together, seconds / 3) / together
             block = (per_image - first) / (part.config.network.depth - 1)
             by_block = first + block * (config.network.depth - 1)
-            # where the clock was disturbed in between, the count of operations is the better guide
+            # if other load disturbed the clock, the count of operations is more reliable
             scaled = by_block if 0.5 * scaled < by_block < 2 * scaled else scaled
         per_image = scaled
     speed = _PASSES * whole / per_image
@@ -121,14 +120,14 @@ def probe(
 
 
 def stated_speed(config: ModelConfig, peak: float, mode: MemoryMode) -> Speed:
-    """What a device may reach that does `peak` operations a second at most; nothing is measured."""
+    """The speed to expect of a device with a peak of `peak` operations per second; nothing is measured."""
     flops, reached = forward_flops(config), _REACHED * peak / SLOWER[mode]
-    what = f"{_REACHED:.0%} of {peak / 1e12:g} TFLOP/s, as training reaches it"
+    what = f"{_REACHED:.0%} of {peak / 1e12:g} TFLOP/s, typical of training"
     return Speed(_PASSES * flops / reached, 0.0, flops, reached, what, whole=False, measured=False)
 
 
 def _parts(config: ModelConfig) -> Iterator[_Part]:
-    """The network itself, then ever smaller parts of it."""
+    """The network itself, then smaller and smaller parts of it."""
     yield _Part(config, 1.0, "the whole network")
     network = config.network
     if isinstance(network, DiTConfig):
@@ -161,14 +160,14 @@ def _fits(config: ModelConfig, runtime: Runtime) -> bool:
 
 
 def _inputs(config: ModelConfig, images: int, device: torch.device):
-    """(latents [B, C, h, w], time [B], condition) of noise, told nothing."""
+    """(latents [B, C, h, w], time [B], null condition), with noise as latents."""
     latents = torch.randn(images, *config.latent_shape, device=device)
     condition = config.conditioning.build(latents.shape, device)
     return latents, torch.full((images,), 0.5, device=device), condition
 
 
 def _seconds_of_pass(config: ModelConfig, way: _Way, images: int, seconds: float) -> float:
-    """Of one way forward and back for some images: the least of a few, after one that warms up."""
+    """The minimum time of a forward and backward pass over a few repetitions, after a warm-up."""
     runtime, network = way.runtime, _network(config, way.runtime.device).train()
     set_memory(network, way.mode)
     if way.compiled:
@@ -190,7 +189,7 @@ def _seconds_of_pass(config: ModelConfig, way: _Way, images: int, seconds: float
 
 
 def _network(config: ModelConfig, device: torch.device) -> nn.Module:
-    """A network with weights that are quickly made and nowhere zero: denormal numbers are slow."""
+    """A network with cheap random weights, none of them zero: denormal numbers are slow."""
     with without_memory():
         network = config.build_network()
     network.to_empty(device=device)
@@ -204,7 +203,7 @@ def _network(config: ModelConfig, device: torch.device) -> nn.Module:
 
 
 def _seconds_per_update(config: ModelConfig, runtime: Runtime) -> float:
-    """Of clipping, optimizer and average, from those of a part of the weights: memory is what limits them."""
+    """Time of clipping, optimizer and average, extrapolated from some of the weights: memory bandwidth limits it."""
     total = count_parameters(config)
     number = min(total, _UPDATED.get(runtime.device.type, _UPDATED["cpu"]))
     layers = nn.ParameterList(torch.full((2**16,), 0.5) for _ in range(math.ceil(number / 2**16)))
@@ -223,7 +222,7 @@ def _seconds_per_update(config: ModelConfig, runtime: Runtime) -> float:
 
 
 def _matmul_rate(runtime: Runtime, size: int = 512) -> float:
-    """Operations per second of a matrix product, a rough guide to how much can be probed."""
+    """Operations per second of a matrix product, a rough guide to how much can be timed."""
     a, taken = torch.full((size, size), 0.5, device=runtime.device), []
     for _ in range(3):
         start = _now(runtime.device)

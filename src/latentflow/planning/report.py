@@ -78,7 +78,7 @@ def _run_rows(plan: Plan) -> list[tuple[str, str, str]]:
     subject, training, config = plan.subject, plan.recipe.training, plan.subject.config
     data = subject.data
     images = f"{data.num_images:,} images" if data.num_images else "images"
-    told = f", {config.conditioning.num_classes:,} classes" if config.conditioning.num_classes else ""
+    classes = f", {config.conditioning.num_classes:,} classes" if config.conditioning.num_classes else ""
     maps = f", maps of {config.conditioning.num_map_classes} classes" if config.conditioning.num_map_classes else ""
     shape = " x ".join(map(str, config.latent_shape))
     steps = f"{training.steps:,} steps of {training.batch_size:,} images"
@@ -86,7 +86,7 @@ def _run_rows(plan: Plan) -> list[tuple[str, str, str]]:
         steps += f", {training.steps * training.batch_size / data.num_images:,.3g} passes over the data"
     known = ASSUMED if data.assumed else EXACT
     rows = [
-        ("data", f"{images} of {config.image_size} x {config.image_size}{told}{maps}", known),
+        ("data", f"{images} of {config.image_size} x {config.image_size}{classes}{maps}", known),
         ("latents", f"{shape}, by {plan.recipe.autoencoder}", ASSUMED if subject.stage.assumed else EXACT),
         ("network", f"{config.network.title}, {plan.num_parameters:,} parameters", EXACT),
         ("training", steps, known if data.num_images else EXACT),
@@ -112,9 +112,9 @@ def _memory_rows(plan: Plan) -> dict[str, list[tuple[str, str, str]]]:
         mark = " <" if mode == memory.mode else ""
         rows.append((f"kept for backward, {mode}", f"{gib(memory.kept(mode))}{most}{mark}", ESTIMATE))
     if memory.preview:
-        rows.append(("drawing a preview", f"{gib(memory.preview)}, when nothing is kept", ESTIMATE))
+        rows.append(("drawing a preview", f"{gib(memory.preview)}, without a backward pass", ESTIMATE))
     verdict = "" if machine.memory is None else ": it fits" if memory.fits(machine.memory) else ": it does NOT fit"
-    rows.append(("at most", f"{gib(memory.peak)}, with training.memory={memory.mode}{verdict}", ESTIMATE))
+    rows.append(("peak", f"{gib(memory.peak)}, with training.memory={memory.mode}{verdict}", ESTIMATE))
     return {f"memory of a process, {memory.micro_batch_size:,} images at a time": rows}
 
 
@@ -130,19 +130,19 @@ def _time_rows(plan: Plan) -> list[tuple[str, str, str]]:
     if plan.num_previews:
         each = duration_of(plan.preview_seconds)
         rows.append(("previews", f"{plan.num_previews:,} of {each}, without decoding", ESTIMATE))
-    where = " on this machine, not on that one" if speed.measured and not plan.machine.here else ""
+    where = " on this machine, not the planned one" if speed.measured and not plan.machine.here else ""
     return [*rows, ("the run", f"{duration(plan.seconds)}{where}", ESTIMATE)]
 
 
 def _disk_rows(plan: Plan) -> list[tuple[str, str, str]]:
     disk = plan.disk
     rows = [
-        ("a checkpoint", f"{gib(disk.checkpoint)}; {disk.num_checkpoints} at once at most", EXACT),
+        ("a checkpoint", f"{gib(disk.checkpoint)}; at most {disk.num_checkpoints} at a time", EXACT),
         ("the model", gib(disk.model), EXACT),
     ]
     if disk.cache is not None:
         known = EXACT if disk.cache_is_here else ASSUMED
-        rows.append(("latent cache", gib(disk.cache) + (", there already" if disk.cache_is_here else ""), known))
+        rows.append(("latent cache", gib(disk.cache) + (", exists already" if disk.cache_is_here else ""), known))
     if disk.previews:
         rows.append(("previews", gib(disk.previews), ESTIMATE))
-    return [*rows, ("the run", f"{gib(disk.run)} of {gib(disk.free)} that are free", ESTIMATE)]
+    return [*rows, ("the run", f"{gib(disk.run)} of {gib(disk.free)} free", ESTIMATE)]

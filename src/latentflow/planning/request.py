@@ -1,4 +1,4 @@
-"""What `latentflow plan` can be asked besides the recipe: another machine, and facts about data that are not here."""
+"""Options of `latentflow plan`: another machine, and facts about data that are not here."""
 
 from __future__ import annotations
 

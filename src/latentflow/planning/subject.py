@@ -1,4 +1,4 @@
-"""What a recipe would train, found or assumed: nothing is read but headers, and nothing is fetched."""
+"""What a recipe would train, read or assumed: only headers are read, and nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _ASSUMED_IMAGES, _ASSUMED_CLASSES, _ASSUMED_MAP_CLASSES = 10_000, 10, 20
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the training data are.
+    """Facts about the training data.
 
     Attributes:
-        num_images: None where nobody knows.
-        num_classes, num_map_classes: 0 where there are none.
-        cache: of a latent cache that is there: what it holds.
-        num_bytes: of a latent cache that is there, on disk.
-        assumed: why these numbers are not read from the data; "" where they are.
+        num_images: None if unknown.
+        num_classes, num_map_classes: 0 if there are none.
+        cache: the plan of a latent cache, if the data are one.
+        num_bytes: of this latent cache on disk.
+        assumed: why these numbers are not read from the data; "" if they are.
     """
 
     num_images: int | None
@@ -47,12 +47,12 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class StageFacts:
-    """What the first stage is.
+    """Facts about the first stage.
 
     Attributes:
-        num_moments: channels that a latent cache stores.
-        num_bytes: of its weights in memory; None where nobody knows.
-        width: channels that its decoder has at the size of the image; None where nobody knows.
+        num_moments: channels in a latent cache.
+        num_bytes: of its weights in memory; None if unknown.
+        width: channels of its decoder at full resolution; None if unknown.
         assumed: as in `DataFacts`.
     """
 
@@ -66,7 +66,7 @@ class StageFacts:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned: the recipe with everything decided, the model it trains, and where that is known from."""
+    """What is planned: the resolved recipe, the model it trains, and how this is known."""
 
     recipe: Recipe
     config: ModelConfig
@@ -76,7 +76,7 @@ class Subject:
 
     @property
     def assumed(self) -> list[str]:
-        """What was not read from data or autoencoder, a line each."""
+        """What was assumed, a line each."""
         return [line for line in (self.data.assumed, self.stage.assumed) if line]
 
 
@@ -92,7 +92,7 @@ KNOWN_STAGES = {
     "madebyollin/taesdxl": _TAESD,
     "madebyollin/taesd3": StageFacts(8, 16, 16, 9_835_596, 64),
 }
-"""Published autoencoders by hub id, for machines on which they are not."""
+"""Published autoencoders by hub id, for machines without them."""
 
 _CELEBA, _IMAGENET = DataFacts(27_000, 0), DataFacts(1_281_167, 1000)
 PUBLISHED_DATA = {
@@ -109,7 +109,7 @@ PUBLISHED_DATA = {
     "cifar10_64": DataFacts(50_000, 10),
     "camvid_128": DataFacts(367, 0, 32),
 }
-"""What recipes that come with the package are for, by the beginning of their names."""
+"""The data of the recipes in the package, by the beginning of their names."""
 
 
 def plan_subject(recipe: Recipe, name: str, machine: Machine, request: PlanRequest) -> Subject:
@@ -168,12 +168,12 @@ def _data(recipe: Recipe, name: str, num_images: int | None, num_classes: int | 
         num_images=facts.num_images if num_images is None else num_images,
         num_classes=facts.num_classes if num_classes is None else num_classes,
     )
-    told = facts.num_classes if recipe.data.labels else 0
-    parts = [f"{facts.num_images:,} images" if facts.num_images else "a number of images that is not known"]
-    parts += [f"{told:,} classes"] if told else ["no classes"]
-    parts += [f"{facts.num_map_classes} classes of maps"] if recipe.conditioning.semantic_map else []
+    num_labels = facts.num_classes if recipe.data.labels else 0
+    parts = [f"{facts.num_images:,} images" if facts.num_images else "an unknown number of images"]
+    parts += [f"{num_labels:,} classes"] if num_labels else ["no classes"]
+    parts += [f"{facts.num_map_classes} map classes"] if recipe.conditioning.semantic_map else []
     why = f"{path} is not there" if path else "data.path is not set"
-    given = "; --images and --classes say otherwise" if num_images is None or num_classes is None else ""
+    given = "; change with --images and --classes" if num_images is None or num_classes is None else ""
     return replace(facts, assumed=f"{why}: {', '.join(parts)}{' as published' if known else ''}{given}")
 
 
@@ -183,7 +183,7 @@ def _stage(recipe: Recipe, name: str, cache: CachePlan | None, latents: Sequence
         channels, side = latents[0], latents[1]
         if recipe.data.image_size % side:
             raise ConfigError(
-                f"--latents {'x'.join(map(str, latents))}: {side} is not a part of data.image_size = "
+                f"--latents {'x'.join(map(str, latents))}: {side} does not divide data.image_size = "
                 f"{recipe.data.image_size}"
             )
         factor = recipe.data.image_size // side
@@ -207,7 +207,7 @@ def _stage(recipe: Recipe, name: str, cache: CachePlan | None, latents: Sequence
 
 
 def _folder_here(reference: str) -> str | None:
-    """Where an autoencoder can be loaded from without asking anybody; None where it would have to be fetched."""
+    """A local folder of an autoencoder; None if it would have to be downloaded."""
     if reference in BUILT_IN or Path(reference).expanduser().exists():
         return reference
     from huggingface_hub import snapshot_download
@@ -234,7 +234,7 @@ def _facts_of(autoencoder: Autoencoder) -> StageFacts:
 
 
 def _config(recipe: Recipe, data: DataFacts, stage: StageFacts) -> ModelConfig:
-    """The model that would be trained; names of classes, normalisation and hash do not matter to its size."""
+    """The config of the model; class names, normalisation and hash are placeholders, which do not change its size."""
     has_maps = recipe.conditioning.semantic_map
     if has_maps and not data.num_map_classes:
         raise ConfigError(f"conditioning.semantic_map = true, but {recipe.data.path} has no semantic maps")

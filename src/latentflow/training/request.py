@@ -1,4 +1,4 @@
-"""What `latentflow loss` can be asked. A training run is asked for by its recipe."""
+"""The request of `latentflow loss`. The request of a training run is its recipe."""
 
 from __future__ import annotations
 
