@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from latentflow.artifacts import open_tensors
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.model.flow_model import WEIGHTS_FILE, find_model, read_config
+from latentflow.weights import tensor_shapes
 
 
 def describe(model: str | Path) -> dict[str, Any]:
@@ -23,9 +23,7 @@ def describe(model: str | Path) -> dict[str, Any]:
 def _describe_model(model: str | Path) -> dict[str, Any]:
     folder = find_model(model)
     config = read_config(folder)
-    with open_tensors(folder / WEIGHTS_FILE) as file:
-        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - not a dict
-    num_parameters = sum(math.prod(shape) for shape in shapes)
+    num_parameters = sum(math.prod(shape) for shape in tensor_shapes(folder / WEIGHTS_FILE).values())
     sampling, conditioning = config.sampling, config.conditioning
     return {
         "model": str(folder),
