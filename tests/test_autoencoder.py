@@ -309,7 +309,7 @@ def test_a_network_that_is_no_autoencoder(tmp_path):
     UNet2DModel(
         sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, add_attention=False, **blocks
     ).save_pretrained(tmp_path / "unet")
-    assert "has no encode and decode" in refusal(tmp_path / "unet")
+    assert "is not one of diffusers' autoencoders with encode and decode" in refusal(tmp_path / "unet")
 
 
 def test_truncated_weights(kl_folder, tmp_path):
@@ -429,7 +429,7 @@ def test_the_only_variant_is_read_and_said(kl, folder, caplog):
     loaded = Autoencoder.from_pretrained(folder)
     assert loaded.content_hash == rounded != kl.content_hash
     assert next(loaded.model.parameters()).dtype == torch.float32
-    assert "has its weights in fp16 alone" in caplog.text
+    assert "only has weights in fp16; they are used" in caplog.text
 
 
 def test_the_whole_weights_win_over_a_variant(kl, folder):
@@ -452,7 +452,7 @@ def test_attention_layers_under_their_old_names(tmp_path):
     assert Autoencoder.from_pretrained(old).content_hash == Autoencoder.from_pretrained(tmp_path / "new").content_hash
 
 
-def _decoder_alone(folder: Path) -> None:
+def _only_the_decoder(folder: Path) -> None:
     change_weights(folder, lambda t: {name: tensor for name, tensor in t.items() if name.startswith("decoder.")})
 
 
@@ -485,12 +485,12 @@ def _a_shard_elsewhere(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_decoder_alone, "lacks the weights of the encoder: its file holds the decoder alone; get the one with both"),
+        (_only_the_decoder, "lacks the weights of the encoder: its file only holds the decoder; get the one with both"),
         (_lfs_pointer, "is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"),
         (_without_weights, "has no diffusion_pytorch_model.safetensors; get the whole folder"),
         (_two_variants, "rename the one you want to diffusion_pytorch_model.safetensors"),
         (_a_shard_less, "lacks diffusion_pytorch_model-00001-of-00002.safetensors"),
-        (_a_shard_elsewhere, "which is no safetensors file in its folder"),
+        (_a_shard_elsewhere, "which is not a safetensors file in its folder"),
         (lambda f: change_weights(f, lambda t: dict(list(t.items())[1:])), "is missing (1 missing, 0 unknown)"),
         (lambda f: change_weights(f, lambda t: {**t, "extra": torch.ones(3)}), "'extra' is unknown"),
         (lambda f: change_weights(f, lambda t: {**t, "decoder.conv_in.bias": torch.ones(3)}), "has shape [3]"),
@@ -500,9 +500,9 @@ def _a_shard_elsewhere(folder: Path) -> None:
         ),
         (lambda f: change_config(f, _class_name="UNet2DConditionModel"), "UNet2DConditionModel"),
         (lambda f: change_config(f, _class_name="AutoencoderKLl"), "did you mean 'AutoencoderKL'?"),
-        (lambda f: change_config(f, _class_name=["AutoencoderKL"]), "none of diffusers' autoencoders"),
+        (lambda f: change_config(f, _class_name=["AutoencoderKL"]), "not one of diffusers' autoencoders"),
         (lambda f: change_config(f, _class_name="AutoencoderTiny"), "config.json: "),
-        (lambda f: change_config(f, block_out_channels=[8, 10**9]), "beyond what any autoencoder has"),
+        (lambda f: change_config(f, block_out_channels=[8, 10**9]), "larger than in any autoencoder"),
         (lambda f: change_config(f, block_out_channels=[8, 2**19]), "asks for [524288"),
         (lambda f: change_config(f, block_out_channels=[8, -16]), "changed"),
         (lambda f: change_config(f, block_out_channels=[8, 0]), "changed"),
@@ -545,7 +545,7 @@ def test_a_pickle_becomes_safetensors_as_the_line_says(kl, folder):
     torch.save(tensors, folder / "diffusion_pytorch_model.bin")
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     line = refusal(folder)
-    assert "diffusion_pytorch_model.bin, a pickle, which is never read here" in line
+    assert "diffusion_pytorch_model.bin, a pickle, which is never loaded" in line
     _follow(line)
     assert Autoencoder.from_pretrained(folder).content_hash == kl.content_hash
 
@@ -554,7 +554,7 @@ def test_one_file_of_a_folder_names_the_folder(folder):
     assert refusal(folder / "diffusion_pytorch_model.safetensors").endswith(f"give its folder {folder}")
 
 
-def test_weights_alone_become_a_folder_as_the_line_says(kl, kl_folder, tmp_path):
+def test_a_file_of_weights_becomes_a_folder_as_the_message_says(kl, kl_folder, tmp_path):
     single = shutil.copy(kl_folder / "diffusion_pytorch_model.safetensors", tmp_path / "vae-ft-mse.safetensors")
     assert "put it into a folder as diffusion_pytorch_model.safetensors, together with the config.json" in refusal(
         single

@@ -1,13 +1,13 @@
 """The frozen first stage: pixels => moments => raw latents => normalised latents, and back.
 
-Any autoencoder class of diffusers that maps [B, 3, S, S] to one latent grid will do. What it is
-(reduction factor, channels, scaling) is read from it, never assumed.
+Any autoencoder class of diffusers that maps [B, 3, S, S] to one latent grid works. Its properties (reduction factor,
+channels, scaling) are read from it, never assumed.
 
 Legend: B images, S image side, C latent channels, h = w = S / factor.
     pixels    [B, 3, S, S] float in [-1, 1]
     moments   [B, C, h, w] of a deterministic encoder, or [B, 2C, h, w]: mean, then log-variance
-    raw       [B, C, h, w] what the decoder takes
-    latents   [B, C, h, w] what the flow sees: (raw - shift) * scale, about unit variance
+    raw       [B, C, h, w], the input of the decoder
+    latents   [B, C, h, w], the space of the flow: (raw - shift) * scale, about unit variance
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ BUILT_IN = {"shapes": Path(__file__).parent / "assets" / "shapes_autoencoder"}
 """Autoencoders that come with the package, by reference; "./shapes" is a folder of that name."""
 
 _PROBE_SIDE = 64  # large enough for factor 64; encoding one such image costs milliseconds
-# What is alive at a time, in units of the largest output of a layer: 3 to 5 were counted for four architectures.
+# Tensors alive at a time, in units of the largest output of a layer: 3 to 5 were counted for four architectures.
 _COPIES = 6
 _PIXELS_OF_A_SLICE, _IMAGES_OF_A_SLICE = 1 << 20, 16
 _BYTES_OF_A_SLICE_ON_CPU = 1 << 30
-_LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps alike
+_LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as in diffusers' DiagonalGaussianDistribution
 
 
 class LatentNormalisation(Record):
-    """Per-channel map between raw latents and those the flow sees; each list holds C numbers."""
+    """Per-channel map between raw latents and the latents of the flow; each list holds C numbers."""
 
     shift: list[float]
     scale: list[Annotated[float, Field(gt=0)]]
@@ -61,9 +61,9 @@ class LatentNormalisation(Record):
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept may take part in a training step later
+@torch.inference_mode(False)  # the cached tensor may take part in a training step later
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on a device, sent there once: a copy from the host would wait for all that is queued."""
+    """Numbers on a device, copied there once: each copy from the host would wait for the device's queue."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
@@ -75,7 +75,7 @@ def latent_mean(moments: Tensor, num_channels: int) -> Tensor:
 def sample_latents(moments: Tensor, num_channels: int, random: ImageRandom) -> Tensor:
     """Draw raw latents from the posterior: moments [B, C or 2C, h, w] => [B, C, h, w].
 
-    A deterministic encoder (C channels of moments) has nothing to draw and gives its output.
+    A deterministic encoder (C channels of moments) has nothing to draw; its output is returned.
     """
     mean = latent_mean(moments, num_channels)
     if moments.shape[1] == num_channels:
@@ -89,8 +89,8 @@ class Autoencoder:
 
     Args:
         model: an instance with diffusers' `encode` and `decode`.
-        reference: the folder, hub id or built-in name it came from.
-        runtime: where it computes, and in what precision; None: on the model's device, in fp32.
+        reference: the folder, hub id or built-in name that it was loaded from.
+        runtime: device and precision; None: the model's device, fp32.
     """
 
     def __init__(self, model: nn.Module, reference: str, runtime: Runtime | None = None):
@@ -98,45 +98,45 @@ class Autoencoder:
         self.reference = reference
         self.runtime = runtime or Runtime(self.device)
         self.slice_size: int | None = None
-        """Images encoded or decoded at a time, which bounds the memory of large batches; None: see `slices`."""
+        """Images encoded or decoded at a time, which limits the memory of large batches; None: see `slices`."""
         self.to(self.runtime)
 
     @classmethod
     def from_pretrained(cls, reference: str | Path) -> Autoencoder:
         """Load a folder, a hub id `owner/name` or `owner/name/subfolder`, or a name in `BUILT_IN`; safetensors only.
 
-        Of a pipeline its `vae/` is taken.
+        Of a pipeline, its `vae/` is loaded.
 
         Raises:
-            ArtifactError: nothing usable is there.
+            ArtifactError: there is no usable autoencoder.
         """
         loaded = cls(load_first_stage(str(reference), BUILT_IN), str(reference))
         loaded.require_images()
         return loaded
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config and safetensors weights in diffusers' own layout."""
+        """Write config and safetensors weights in the layout of diffusers."""
         self.model.save_pretrained(folder, safe_serialization=True)
         config = read_json(Path(folder) / "config.json")
-        config.pop("_name_or_path", None)  # a path of this machine, more often than not
+        config.pop("_name_or_path", None)  # usually a path of this machine
         write_json(Path(folder) / "config.json", config)
 
     def to(self, place: Runtime | torch.device | str) -> Autoencoder:
-        """Move the weights, and compute as the runtime says; returns itself."""
+        """Move the weights, and compute on this device (and in the precision of a runtime); returns itself."""
         self.runtime = place if isinstance(place, Runtime) else replace(self.runtime, device=torch.device(place))
         self.model.to(self.runtime.device)
         self.model.to(memory_format=self._layout)
         return self
 
     def under(self, runtime: Runtime) -> Autoencoder:
-        """The same weights, computing in the precision of `runtime`."""
+        """The same weights, in the precision of `runtime`."""
         other = copy.copy(self)
         other.runtime = replace(self.runtime, precision=runtime.precision)
         return other
 
     @property
     def _layout(self) -> torch.memory_format:
-        """Channels last, where convolutions are fastest, except where torch's GroupNorm is inexact: on the CPU."""
+        """Channels last, fastest for convolutions, except on the CPU, where torch's GroupNorm is then inexact."""
         exact = self.device.type != "cpu" or not any(isinstance(m, nn.GroupNorm) for m in self.model.modules())
         flat = all(parameter.dim() <= 4 for parameter in self.model.parameters())
         return torch.channels_last if exact and flat else torch.contiguous_format
@@ -147,7 +147,7 @@ class Autoencoder:
 
     @cached_property
     def _probe(self) -> tuple[int, int, int]:
-        """(factor, latent channels, moment channels), found by encoding and decoding one gray image."""
+        """(factor, latent channels, moment channels), measured by encoding and decoding one gray image."""
         pixels = torch.zeros(1, 3, _PROBE_SIDE, _PROBE_SIDE, device=self.device)
         try:
             moments = self.encode(pixels)
@@ -155,7 +155,7 @@ class Autoencoder:
             fits = len(shape) == 3 and _PROBE_SIDE % shape[1] == 0
             channels = shape[0] // 2 if self._is_variational else shape[0]
             fits = fits and self._decoded(moments[:, :channels]).shape == pixels.shape
-        except Exception as error:  # of videos or sounds: their shapes break at any place inside
+        except Exception as error:  # models of videos or sounds fail at any place inside
             shape, fits = str(error).strip().partition("\n")[0] or type(error).__name__, False
         if not fits:
             raise ArtifactError(
@@ -170,7 +170,7 @@ class Autoencoder:
 
     @cached_property
     def _widest(self) -> int:
-        """Numbers for each pixel in the largest output of any layer."""
+        """Values per pixel in the largest output of any layer."""
         sizes = [1]
 
         def note(module: nn.Module, given: object, output: object) -> None:
@@ -203,7 +203,7 @@ class Autoencoder:
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 over class, scaling and weights: equal for equal latent spaces, wherever the files lie."""
+        """SHA-256 over class, scaling and weights: equal for equal latent spaces, wherever the files are."""
         tensors = dict(self.model.state_dict())
         normalisation = self.normalisation
         tensors["latentflow.shift"] = torch.tensor(normalisation.shift)
@@ -212,10 +212,10 @@ class Autoencoder:
 
     @cached_property
     def normalisation(self) -> LatentNormalisation:
-        """The scaling that the autoencoder's own config asks for.
+        """The scaling in the autoencoder's config.
 
-        diffusers has two dialects: a scalar `scaling_factor` with an optional `shift_factor`, or lists
-        `latents_mean` and `latents_std`, on top of which the scalar still applies.
+        diffusers has two forms: a scalar `scaling_factor` with an optional `shift_factor`, or lists `latents_mean` and
+        `latents_std`, on top of which the scalar still applies.
         """
         config = self.model.config
         scale = float(config.get("scaling_factor") or 1.0)
@@ -231,10 +231,10 @@ class Autoencoder:
         return LatentNormalisation(shift=[shift] * self.num_channels, scale=[scale] * self.num_channels)
 
     def require_images(self) -> None:
-        """Refuse an autoencoder of something else than images, such as videos, or one whose scaling does not fit.
+        """Refuse an autoencoder of anything but images, such as videos, or one whose scaling does not fit.
 
         Raises:
-            ArtifactError: saying which.
+            ArtifactError: naming the problem.
         """
         _ = self.normalisation
 
@@ -280,17 +280,17 @@ class Autoencoder:
         return torch.cat([to_uint8(self._decoded(part)) for part in self.slices(raw, latents=True)])
 
     def reconstruct(self, pixels: Tensor) -> Tensor:
-        """pixels [B, 3, S, S] uint8 => encoded to the posterior's mode and decoded: [B, 3, S, S] uint8, on the CPU."""
+        """Encode to the posterior's mode and decode: pixels [B, 3, S, S] uint8 => [B, 3, S, S] uint8, on the CPU."""
         moments = self.encode(to_unit_range(pixels))
         return self.decode_to_uint8(latent_mean(moments, self.num_channels)).cpu()
 
     def slices(self, images: Tensor, *, latents: bool = False) -> tuple[Tensor, ...]:
-        """Images in the parts that are encoded or decoded at a time: those of `slice_of`, or half, or a quarter ...
+        """Split images into parts to encode or decode at a time: `slice_of` images, or half, or a quarter ...
 
-        A part takes at most half of the memory that is free now, and of a CPU a gigabyte.
+        A part takes at most half of the free memory of a GPU, and 1 GiB on a CPU.
 
         Args:
-            images: pixels [B, 3, S, S], or where `latents` is true, latents or moments of images, [B, ..., h, w].
+            images: pixels [B, 3, S, S]; with `latents`, latents or moments [B, ..., h, w].
         """
         if len(images) < 2:
             return (images,)
@@ -303,9 +303,9 @@ class Autoencoder:
         return images.split(most)
 
     def slice_of(self, image_size: int) -> int:
-        """How many images make a slice where there is room: those of a megapixel, at least one.
+        """Images per slice if memory allows: one megapixel, at least one image.
 
-        A CPU is faster with what its caches hold, and gets 16 images at most.
+        On a CPU at most 16 images, which is faster, since the working set stays in its caches.
         """
         most = max(_PIXELS_OF_A_SLICE // image_size**2, 1)
         return min(most, _IMAGES_OF_A_SLICE) if self.device.type == "cpu" else most
@@ -317,7 +317,7 @@ class Autoencoder:
         return self._finite(decoded).clamp(-1, 1)
 
     def _finite(self, values: Tensor) -> Tensor:
-        """Some autoencoders, made in float32, exceed what fp16 can hold; elsewhere there is nothing to look for."""
+        """Refuse non-finite values in fp16, whose range some autoencoders exceed; other precisions are not checked."""
         if self.runtime.precision == "fp16" and not values.isfinite().all():
             raise ArtifactError(f"the autoencoder {self.reference} overflows in fp16; use --precision bf16 or tf32")
         return values
@@ -333,7 +333,7 @@ class Autoencoder:
 
 
 def _usable_bytes(device: torch.device) -> int:
-    """What one slice may take: half of what is free on a GPU, where what torch holds and does not use is free, too."""
+    """Memory for one slice: on a GPU half of what is free, including memory that torch has reserved but not used."""
     if device.type != "cuda":
         return _BYTES_OF_A_SLICE_ON_CPU
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

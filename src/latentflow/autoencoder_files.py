@@ -1,7 +1,7 @@
-"""Where the files of an autoencoder are, and the module they make: a folder of diffusers', checked before it is used.
+"""Find the files of an autoencoder in the layout of diffusers, check them, and load them.
 
-diffusers' own loader is not asked: it fills what a file lacks with random numbers, runs Python that a folder brings
-along (in some versions), and changes torch for all threads while it loads.
+diffusers' own loader is not used: it fills missing weights with random numbers, runs Python code from the folder (in
+some versions), and changes torch's state for all threads while it loads.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _CONFIG = "config.json"
 _STEM = "diffusion_pytorch_model"
 _WEIGHTS = f"{_STEM}.safetensors"
 AUTOENCODER_FILES = (_CONFIG, f"{_STEM}*.json", f"{_STEM}*.safetensors")
-"""What an autoencoder's folder consists of, as patterns."""
+"""Patterns of the files in an autoencoder's folder."""
 
 _PIPELINE_FOLDERS = ("vae", "vqvae", "movq")
 _WRAPPERS = ("vae.", "first_stage_model.", "model.", "module.", "_orig_mod.")
 _ONCE_NAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Attention layers as diffusers called them until 0.15."""
+"""Names of attention layers in diffusers up to 0.15."""
 
-_MOST_OF_A_CONFIG = 2**20  # bytes of the file, and the largest whole number in it
+_MOST_OF_A_CONFIG = 2**20  # bytes of the file, and its largest whole number
 _MOST_DEPTH, _MOST_LENGTH = 8, 4096
 
 
@@ -39,14 +39,14 @@ def load_first_stage(reference: str, built_in: Mapping[str, Path]) -> nn.Module:
     """The autoencoder at `reference`, in float32 on the CPU. Several threads may load at once.
 
     Args:
-        reference: a folder of diffusers', a pipeline's folder, a hub id `owner/name` or `owner/name/subfolder`, or a
-            name of `built_in`.
+        reference: an autoencoder's or pipeline's folder, a hub id `owner/name` or `owner/name/subfolder`, or a name in
+            `built_in`.
 
     Raises:
-        ArtifactError: nothing usable is there; the line says what is, and what to do.
+        ArtifactError: there is no usable autoencoder; the message says what is there, and the remedy.
     """
     with LOADING:
-        import diffusers  # slow to import: only when a first stage is really loaded
+        import diffusers  # slow to import, so only when a first stage is loaded
 
         folder = _folder(reference, built_in)
         config = _read_config(folder)
@@ -56,7 +56,7 @@ def load_first_stage(reference: str, built_in: Mapping[str, Path]) -> nn.Module:
 
         def build() -> nn.Module:
             verbosity = diffusers.logging.get_verbosity()
-            diffusers.logging.set_verbosity_error()  # it warns of harmless extra keys in the config each time
+            diffusers.logging.set_verbosity_error()  # it warns about harmless extra keys in the config
             try:
                 return kind.from_config(dict(config))
             finally:
@@ -67,7 +67,7 @@ def load_first_stage(reference: str, built_in: Mapping[str, Path]) -> nn.Module:
 
 
 def _folder(reference: str, built_in: Mapping[str, Path]) -> Path:
-    """The folder with config and weights that `reference` means."""
+    """The folder with config and weights for `reference`."""
     if reference in built_in:
         return built_in[reference]
     place = Path(reference).expanduser()
@@ -91,20 +91,20 @@ def _folder(reference: str, built_in: Mapping[str, Path]) -> Path:
 
 
 def _inside(place: Path) -> Path:
-    """`place` if it is an autoencoder's folder, or the one that a pipeline keeps below it."""
+    """`place` if it is an autoencoder's folder, or the autoencoder's folder inside a pipeline."""
     if "_class_name" in _config_of(place):
         return place
     for name in _PIPELINE_FOLDERS:
         if "_class_name" in _config_of(place / name):
             return place / name
     if (place / PIPELINE_FILE).is_file():
-        raise ArtifactError(f"{place} is a pipeline without {_PIPELINE_FOLDERS[0]}/{_CONFIG}; give another one's")
+        raise ArtifactError(f"{place} is a pipeline without {_PIPELINE_FOLDERS[0]}/{_CONFIG}; give an autoencoder")
     if "_class_name" in _config_of(place / "autoencoder"):
         raise ArtifactError(f"{place} is not an autoencoder, but has one: give {place / 'autoencoder'}")
     weights = [file.name for file in sorted(place.glob("*")) if file.suffix in (".safetensors", ".bin", ".ckpt", ".pt")]
     if weights and not (place / _CONFIG).is_file():
         raise ArtifactError(
-            f"{place} has {weights[0]} but no {_CONFIG}, which says what weights are; copy it from where they come from"
+            f"{place} has {weights[0]} but no {_CONFIG}, which describes the weights; copy it from their origin"
         )
     raise ArtifactError(
         f"{place} is not a diffusers autoencoder folder: it needs a {_CONFIG} with _class_name, and {_WEIGHTS}"
@@ -119,7 +119,7 @@ def _config_of(place: Path) -> Mapping[str, Any]:
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / _CONFIG
     if file.stat().st_size > _MOST_OF_A_CONFIG:
-        raise ArtifactError(f"{file} is larger than 1 MiB, which no config of an autoencoder is; restore the original")
+        raise ArtifactError(f"{file} is larger than 1 MiB, which no autoencoder config is; restore the original")
     config = read_json(file)
     if not isinstance(config, dict):
         raise ArtifactError(f"{file} holds no settings; restore the original")
@@ -127,11 +127,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _kind(config: Mapping[str, Any], folder: Path) -> Any:
-    """The class of diffusers that a config names, if it is one of its autoencoders; nothing else is imported for it."""
+    """The diffusers class that a config names, if it is an autoencoder; nothing else is ever imported."""
     from diffusers.models import autoencoders
     from diffusers.models.modeling_utils import ModelMixin
 
-    there = {
+    known = {
         name: kind
         for name, kind in vars(autoencoders).items()
         if isinstance(kind, type)
@@ -140,28 +140,28 @@ def _kind(config: Mapping[str, Any], folder: Path) -> Any:
         and hasattr(kind, "decode")
     }
     name = config.get("_class_name")
-    if not isinstance(name, str) or name not in there:
+    if not isinstance(name, str) or name not in known:
         raise ArtifactError(
-            f"{folder} holds a {name}, which is none of diffusers' autoencoders and has no encode and decode; "
-            f"{nearest(name, there)}"
+            f"{folder} holds a {name}, which is not one of diffusers' autoencoders with encode and decode; "
+            f"{nearest(name, known)}"
         )
-    return there[name]
+    return known[name]
 
 
 def _read_weights(folder: Path, kind: Any) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
-    """Shapes and tensors by the names that diffusers uses today."""
+    """Shapes and tensors by the current names of diffusers."""
     files = _weight_files(folder)
     shapes: dict[str, list[int]] = {}
     for file in files:
         shapes |= tensor_shapes(file)
-    names = {name: _todays_name(name, shapes) for name in shapes}
-    passed_over = getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or []
-    names = {old: new for old, new in names.items() if not any(re.search(pattern, new) for pattern in passed_over)}
+    names = {name: _current_name(name, shapes) for name in shapes}
+    ignored = getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or []
+    names = {old: new for old, new in names.items() if not any(re.search(pattern, new) for pattern in ignored)}
     parts = {name for name in names.values() if name.startswith(("encoder.", "decoder."))}
     for part, other in (("encoder", "decoder"), ("decoder", "encoder")):
         if parts and not any(name.startswith(f"{part}.") for name in parts):
             raise ArtifactError(
-                f"{folder} lacks the weights of the {part}: its file holds the {other} alone; get the one with both"
+                f"{folder} lacks the weights of the {part}: its file only holds the {other}; get the one with both"
             )
     tensors: dict[str, Tensor] = {}
     for file in files:
@@ -172,7 +172,7 @@ def _read_weights(folder: Path, kind: Any) -> tuple[dict[str, list[int]], dict[s
     )
 
 
-def _todays_name(name: str, names: Mapping[str, Any]) -> str:
+def _current_name(name: str, names: Mapping[str, Any]) -> str:
     while wrapper := next((w for w in _WRAPPERS if all(other.startswith(w) for other in names)), ""):
         names = {other.removeprefix(wrapper): None for other in names}
         name = name.removeprefix(wrapper)
@@ -181,7 +181,7 @@ def _todays_name(name: str, names: Mapping[str, Any]) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files of one set of weights: whole, in shards, or of the only variant (fp16) there is."""
+    """The files of one set of weights: a single file, shards, or the only variant (fp16)."""
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
     indices = sorted(folder.glob(f"{_STEM}.safetensors.index*.json"))
@@ -190,7 +190,7 @@ def _weight_files(folder: Path) -> list[Path]:
     variants = sorted(folder.glob(f"{_STEM}.*.safetensors"))
     if len(variants) == 1:
         variant = variants[0].name.split(".")[1]
-        notice(f"{folder} has its weights in {variant} alone; they are read as they are, with what that rounded away")
+        notice(f"{folder} only has weights in {variant}; they are used with their reduced precision")
         return variants
     if variants:
         listed = ", ".join(file.name for file in variants)
@@ -198,7 +198,7 @@ def _weight_files(folder: Path) -> list[Path]:
     pickles = sorted(file for file in folder.glob("*") if file.suffix in (".bin", ".ckpt", ".pt", ".pth"))
     if pickles:
         raise ArtifactError(
-            f"{folder} has its weights as {pickles[0].name}, a pickle, which is never read here; write them as "
+            f"{folder} has its weights as {pickles[0].name}, a pickle, which is never loaded; convert them to "
             f'safetensors: python -c "from diffusers import AutoModel; AutoModel.from_pretrained({str(folder)!r}, '
             f'use_safetensors=False).save_pretrained({str(folder)!r})"'
         )
@@ -216,32 +216,32 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     names = sorted({str(name) for name in places.values()})
     for name in names:
         if not _is_plain(name) or not name.endswith(".safetensors"):
-            raise ArtifactError(f"{index} names {name!r}, which is no safetensors file in its folder")
+            raise ArtifactError(f"{index} names {name!r}, which is not a safetensors file in its folder")
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder} lacks {name}, which {index.name} names; get the whole folder")
     return [folder / name for name in names]
 
 
 def _about_a_file(file: Path) -> str:
-    """Why a single file is no autoencoder, and how it becomes one."""
+    """Why a single file is not an autoencoder, and how to turn it into one."""
     if (file.parent / _CONFIG).is_file() and file.name.startswith(_STEM):
         return f"{file} is one file of an autoencoder; give its folder {file.parent}"
     if file.suffix == ".safetensors":
         names = tensor_shapes(file)
         if not any("down.0.block" in name or "first_stage_model" in name for name in names):
             return (
-                f"{file} is weights alone; put it into a folder as {_WEIGHTS}, together with the {_CONFIG} of the "
-                "autoencoder that it belongs to, and give the folder"
+                f"{file} only holds weights; put it into a folder as {_WEIGHTS}, together with the {_CONFIG} of its "
+                "autoencoder, and give the folder"
             )
     return (
-        f"{file} is a single file, which does not say what it is; diffusers turns one into a folder: "
+        f"{file} is a single file without a config; diffusers turns it into a folder: "
         f'python -c "from diffusers import AutoencoderKL; AutoencoderKL.from_single_file({str(file)!r}, config=LIKE)'
         f".save_pretrained('vae')\" with LIKE a folder or hub id in quotes that has the same {_CONFIG}; then give vae"
     )
 
 
 def _require_bounded(config: Mapping[str, Any], folder: Path, num_tensors: int) -> None:
-    """Refuse numbers that no autoencoder has, before a constructor takes them at their word."""
+    """Refuse implausible numbers before a constructor uses them."""
     origin = folder / _CONFIG
     layers = 0
     for key, value in config.items():
@@ -249,7 +249,7 @@ def _require_bounded(config: Mapping[str, Any], folder: Path, num_tensors: int) 
             if isinstance(number, float) and not math.isfinite(number):
                 raise ArtifactError(f"{origin}: {key} = {number} is not a finite number; restore the original")
             if abs(number) > _MOST_OF_A_CONFIG:
-                raise ArtifactError(f"{origin}: {key} = {number} is beyond what any autoencoder has")
+                raise ArtifactError(f"{origin}: {key} = {number} is larger than in any autoencoder")
             if isinstance(number, int) and any(word in key for word in ("layers", "blocks", "depth")):
                 layers += max(number, 0)
     if layers > num_tensors:
@@ -265,7 +265,7 @@ def _require_bounded(config: Mapping[str, Any], folder: Path, num_tensors: int) 
 
 
 def _numbers(value: Any, where: str, depth: int = 0) -> list[int | float]:
-    """The numbers in a value of a config."""
+    """All numbers in a value of a config."""
     if isinstance(value, bool) or value is None:
         return []
     if isinstance(value, int | float):
@@ -278,5 +278,5 @@ def _numbers(value: Any, where: str, depth: int = 0) -> list[int | float]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name stays in the folder it is put behind."""
+    """Whether a file name cannot leave its folder."""
     return re.fullmatch(r"[\w.-]+", name) is not None and set(name) != {"."}

@@ -80,7 +80,7 @@ def prepare(
     out: Annotated[Path, typer.Option(help="A new folder; it gets one folder per split.")],
     as_json: AsJson = False,
 ) -> None:
-    """Bring a published data set of images and semantic maps into the layout that latentflow reads."""
+    """Convert a published data set of images and semantic maps to the layout that latentflow reads."""
     from latentflow.commands.prepare import prepare as run
 
     result = run(request, out)

@@ -1,4 +1,4 @@
-"""`latentflow prepare`: a published data set of images and semantic maps => the layout that is read here."""
+"""`latentflow prepare`: a published data set of images and semantic maps => the layout of latentflow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PrepareResult:
 
     Attributes:
         num_images: pairs of image and map in each split, by the name of its folder.
-        num_map_classes: classes of the maps.
+        num_map_classes: the number of classes of the maps.
         seconds: wall time.
     """
 
@@ -30,10 +30,10 @@ class PrepareResult:
 
 @writes("out")
 def prepare(request: PrepareRequest, out: str | Path) -> PrepareResult:
-    """Bring a published data set into folders that can be trained on: out/train, out/val, ...
+    """Convert a published data set to folders for training: out/train, out/val, ...
 
     Args:
-        out: a new folder, outside of the data set's.
+        out: a new folder outside the data set.
 
     Raises:
         DataError, ArtifactError: see `find_dataset` and `PublishedData.write`.

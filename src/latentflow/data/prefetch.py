@@ -86,7 +86,9 @@ def prefetch(dataset: Dataset, batches: Sequence[Any], how: Reading | None = Non
         yield read
 
 
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int = 8) -> Generator[Result]:
+def in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], num_threads: int = 8
+) -> Generator[Result, None, None]:
     """`function` of each item, in order, computed by threads that run a few items ahead."""
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(num_threads)
@@ -288,7 +290,7 @@ def _answers(batches: Iterator[Any], how: Reading) -> Generator[Any, None, None]
             except (RuntimeError, OSError, EOFError) as error:
                 raise _lost(how.num_workers, how.option, error) from error.with_traceback(
                     None
-                )  # which would keep `batches`
+                )  # which would keep `batches` alive
             for text, kind in answer.notices:
                 console.notice(text, kind)
             if isinstance(answer.read, DataError):
