@@ -227,6 +227,18 @@ def test_lists_on_a_command_line(given, meant):
     assert found.network.attention_factors == tuple(8 // side for side in meant)
 
 
+@pytest.mark.parametrize(
+    ("family", "option"), [("sit", "name=SiT-XL/2"), ("dit", "name=DiT-XL/2"), ("edm", "model_type=adm")]
+)
+def test_only_lfm_has_experiments(family, option):
+    """The option that the message suggests is one the family has."""
+    with pytest.raises(ConfigError, match=f"for {family}, give options such as {option}"):
+        published(family, {}, experiment="ffhq_f8_dit")
+    key, value = option.split("=")
+    others = {} if key == "name" else {name: EDM[name] for name in EDM.keys() - {key}}
+    assert published(family, {key: value, **others}).architecture.channels == 4
+
+
 # Families and models
 
 

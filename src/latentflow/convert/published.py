@@ -79,7 +79,8 @@ def published(
     """
     require_family(family)
     if experiment is not None and family != "lfm":
-        raise ConfigError(f"--experiment names one of LFM's; of {family}, give options such as name={family}-XL/2")
+        option = {"sit": "name=SiT-XL/2", "dit": "name=DiT-XL/2", "edm": "model_type=adm"}[family]
+        raise ConfigError(f"--experiment names one of LFM's; for {family}, give options such as {option}")
     if family == "lfm":
         return _lfm(options, experiment, found or {}, image_size, factor)
     if family == "edm":
