@@ -337,12 +337,15 @@ def test_the_tutorial_runs(place, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("page", "verbs"),
     [
-        ("classes", {"encode", "train", "sample", "info", "sweep", "loss"}),
-        ("inpaint", {"encode", "train", "inpaint"}),
-        ("mask-to-image", {"mask-to-image", "inpaint"}),
-        ("edit", {"image-to-image", "interpolate", "vary", "invert"}),
-        ("evaluate", {"evaluate", "sweep", "benchmark", "diagnose"}),
+        ("how-to/classes", {"encode", "train", "sample", "info", "sweep", "loss"}),
+        ("how-to/inpaint", {"encode", "train", "inpaint"}),
+        ("how-to/mask-to-image", {"mask-to-image", "inpaint"}),
+        ("how-to/edit", {"image-to-image", "interpolate", "vary", "invert"}),
+        ("how-to/evaluate", {"evaluate", "sweep", "benchmark", "diagnose"}),
+        ("reference/python/index", set()),
     ],
 )
-def test_how_to_pages_run(page, verbs, place, capsys, monkeypatch):
-    assert run_page(f"docs/how-to/{page}.md", capsys, monkeypatch) == verbs
+def test_pages_run(page, verbs, place, capsys, monkeypatch):
+    assert run_page(f"docs/{page}.md", capsys, monkeypatch) == verbs
+    for program in programs(f"docs/{page}.md"):
+        exec(compile(program.replace("num=10000", "num=12"), page, "exec"), {})
