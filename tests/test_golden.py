@@ -40,4 +40,4 @@ def test_pictures_of_seeds(model):
     torch.testing.assert_close(
         drawn.latents[:, 1, 2, 3], torch.tensor([1.08411, 1.58416, -2.59942]), rtol=1e-3, atol=1e-4
     )
-    assert drawn.request.seeds == [4, 5, 6]
+    assert drawn.drawing.seeds == [4, 5, 6]

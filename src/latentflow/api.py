@@ -49,14 +49,19 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class SampleOptions(SamplingOptions, total=False):
-    """`SampleRequest`, for type checkers."""
+    """`SampleRequest` without `num`, for type checkers."""
 
-    num: int
     classes: ClassList | None
     seed: int
 
 
-class InpaintOptions(SampleOptions, total=False):
+class EditOptions(SampleOptions, total=False):
+    """`EditRequest`, for type checkers."""
+
+    num: int
+
+
+class InpaintOptions(EditOptions, total=False):
     """`InpaintRequest`, for type checkers."""
 
     fit: Fit | None
@@ -64,13 +69,13 @@ class InpaintOptions(SampleOptions, total=False):
     method: Method | None
 
 
-class MaskToImageOptions(SampleOptions, total=False):
+class MaskToImageOptions(EditOptions, total=False):
     """`MaskToImageRequest`, for type checkers."""
 
     native: bool
 
 
-class ImageToImageOptions(SampleOptions, total=False):
+class ImageToImageOptions(EditOptions, total=False):
     """`ImageToImageRequest`, for type checkers."""
 
     strength: float
@@ -106,17 +111,24 @@ class LatentFlow(FlowModel):
     `DataError` for bad input, before anything is computed.
     """
 
-    def sample(self, *, noise: Tensor | None = None, batch_size: int = 16, **options: Unpack[SampleOptions]) -> Samples:
-        """Draw images from seeds and classes; one unless `num` is given.
+    def sample(
+        self,
+        num: int = 1,
+        *,
+        noise: Tensor | None = None,
+        batch_size: int = 16,
+        **options: Unpack[SampleOptions],
+    ) -> Samples:
+        """Draw images from seeds and classes.
 
         LatentFlow.from_pretrained("runs/photos").sample(num=16, classes=["cat", "dog"], guidance=1.5, seed=0).images
 
         Args:
             noise: [num, C, h, w] to start from instead of the seeds' noise, for example from `invert`.
             batch_size: images computed together; it changes speed and memory, not the pictures.
-            options: the fields of `SampleRequest`.
+            options: the other fields of `SampleRequest`.
         """
-        request = SampleRequest(**{"num": 1, **options})
+        request = SampleRequest(num=num, **options)
         return pipeline.sample(self, request, noise=noise, batch_size=batch_size)
 
     def inpaint(

@@ -47,7 +47,7 @@ def test_images_are_those_of_sample(model, extractor, whole):
     samples = model.sample(num=NUM, seed=5)
     torch.testing.assert_close(whole["features"], extractor(samples.pixels), rtol=1e-3, atol=1e-3)
     assert whole["features"].dtype == torch.float32
-    assert whole["labels"].tolist() == samples.request.labels == [(5 + i) % 3 for i in range(NUM)]
+    assert whole["labels"].tolist() == samples.drawing.labels == [(5 + i) % 3 for i in range(NUM)]
     assert torch.equal(whole["evaluations"], samples.evaluations)
     drawing, others = whole["seconds"].sum(0)
     assert drawing > 0

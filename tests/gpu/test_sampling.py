@@ -57,7 +57,7 @@ def test_batches_that_overlap_are_what_they_are_alone(model):
     for number, samples in enumerate(together):
         alone = pipeline._begin(model, request.at(slice(4 * number, 4 * number + 4)), Given()).arrived()
         assert torch.equal(samples.pixels, alone.pixels)
-        assert samples.request.seeds == alone.request.seeds
+        assert samples.drawing.seeds == alone.drawing.seeds
 
 
 def test_seconds_are_those_of_the_device(model):

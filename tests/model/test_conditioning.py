@@ -1,6 +1,7 @@
-"""Conditions and their nulls: built one way, dropped each on its own, refused where a model has none."""
+"""Conditions and their null values: built in one way, dropped independently, refused if the model lacks them."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from latentflow.errors import ConfigError
-from latentflow.model.conditioning import CONDITION_NAMES, Conditioning
+from latentflow.model.conditioning import CONDITION_KINDS, CONDITION_NAMES, Conditioning
 from latentflow.randomness import ImageRandom
 from latentflow.shapes import Condition
 
@@ -28,7 +29,7 @@ NULLS = {"labels": 3, "masked_latents": 0, "mask": 1, "class_fractions": 0}
 
 
 def given(num_images: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Everything that `ALL` can be told of some images; no value of it is that of a null."""
+    """Every condition of `ALL` for some images; no value is null."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"masked_latents": LATENTS, "mask": (1, 3, 2), "class_fractions": (2, 3, 2)}
     drawn = {name: 0.1 + 0.8 * torch.rand(num_images, *shape, generator=generator) for name, shape in shapes.items()}
@@ -36,11 +37,33 @@ def given(num_images: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def is_null(condition: Condition, name: str) -> torch.Tensor:
-    """Which images are not told a field: [B] bool."""
+    """Which images have the null value of a field: [B] bool."""
     return (getattr(condition, name) == NULLS[name]).reshape(len(condition.labels), -1).all(1)
 
 
-def test_the_null_label_is_the_index_behind_the_last_class():
+def test_every_field_of_a_condition_belongs_to_one_kind():
+    assert tuple(kind.name for kind in CONDITION_KINDS) == CONDITION_NAMES
+    owned = [field for kind in CONDITION_KINDS for field in kind.fields]
+    assert sorted(owned) == sorted(field.name for field in dataclasses.fields(Condition))
+    for kind in ALL.kinds.values():
+        assert kind.dropout_key in Conditioning.model_fields
+        assert len(kind.fields) == len(kind.nulls) == len(kind.shapes((2, *LATENTS)))
+
+
+def test_required_conditions_are_always_given():
+    never = ALL.model_copy(update={"inpainting_dropout": 0.0, "map_dropout": 0.0})
+    assert never.required == ["inpainting", "semantic_map"]
+    assert never.with_required(["label"]) == list(CONDITION_NAMES)
+    assert never.with_required(["label"], among=["label", "inpainting"]) == ["label", "inpainting"]
+    assert ALL.with_required(["semantic_map"]) == ["semantic_map"]
+    never.require_all(["semantic_map", "inpainting"])
+    with pytest.raises(ConfigError, match=r"requires the condition inpainting: .*inpainting_dropout = 0; .* and --map"):
+        never.require_all(["semantic_map"])
+    with pytest.raises(ConfigError, match=r"requires the condition semantic_map: .*map_dropout = 0; give a map"):
+        never.require_all(["inpainting"])
+
+
+def test_the_null_label_is_the_index_after_the_last_class():
     assert ANIMALS.null_label == 3
     built = ANIMALS.build((2, *LATENTS), "cpu")
     assert built.names == ["labels"]
@@ -48,17 +71,17 @@ def test_the_null_label_is_the_index_behind_the_last_class():
 
 
 def test_what_is_given_is_taken_and_the_rest_is_null():
-    told, nothing = ALL.build((2, *LATENTS), "cpu", Condition(**given(2))), ALL.build((2, *LATENTS), "cpu")
-    assert told.names == nothing.names == list(NULLS)
+    full, nothing = ALL.build((2, *LATENTS), "cpu", Condition(**given(2))), ALL.build((2, *LATENTS), "cpu")
+    assert full.names == nothing.names == list(NULLS)
     for name, value in given(2).items():
-        assert torch.equal(getattr(told, name), value)
+        assert torch.equal(getattr(full, name), value)
         null = getattr(nothing, name)
         assert (null.shape, null.dtype) == (value.shape, value.dtype)
         assert (null == NULLS[name]).all()
 
 
 @pytest.mark.parametrize("name", NULLS)
-def test_one_field_may_be_given_alone(name):
+def test_one_field_may_be_given_without_the_others(name):
     some = given(2)
     built = ALL.build((2, *LATENTS), "cpu", Condition(**{name: some[name]}))
     assert torch.equal(getattr(built, name), some[name])
@@ -136,15 +159,15 @@ def test_dropping_puts_nulls_in_those_rows_and_nowhere_else(kinds):
             assert torch.equal(getattr(changed, name)[~expected], getattr(told, name)[~expected])
 
 
-def test_without_is_the_null_twin():
-    told, nothing = ALL.build((2, *LATENTS), "cpu", Condition(**given(2))), ALL.build((2, *LATENTS), "cpu")
-    twin = ALL.without(told, CONDITION_NAMES)
+def test_without_all_conditions_everything_is_null():
+    full, nothing = ALL.build((2, *LATENTS), "cpu", Condition(**given(2))), ALL.build((2, *LATENTS), "cpu")
+    twin = ALL.without(full, CONDITION_NAMES)
     assert all(torch.equal(getattr(twin, name), getattr(nothing, name)) for name in NULLS)
-    partly = ALL.without(told, ["inpainting"])
+    partly = ALL.without(full, ["inpainting"])
     assert is_null(partly, "masked_latents").all()
     assert is_null(partly, "mask").all()
-    assert torch.equal(partly.labels, told.labels)
-    assert torch.equal(partly.class_fractions, told.class_fractions)
+    assert torch.equal(partly.labels, full.labels)
+    assert torch.equal(partly.class_fractions, full.class_fractions)
     assert Conditioning().without(Condition(), []) == Condition()
 
 

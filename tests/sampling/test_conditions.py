@@ -118,14 +118,14 @@ def test_what_is_not_told_is_null(model):
 def test_no_class_draws_unconditionally(kl, nobody):
     model = tiny.model(kl, time_scale=20.0)
     drawn = model.sample(num=3, classes=nobody, seed=2)
-    assert (drawn.request.labels, drawn.request.told) == ([], [])
+    assert (drawn.drawing.labels, drawn.drawing.told) == ([], [])
     null = torch.full((3,), 3)
 
     def velocity(x, t):
         return model.network(x, t.float(), model.config.conditioning.build(x.shape, "cpu", Condition(labels=null)))
 
     with torch.inference_mode():
-        x = integrate(velocity, initial_noise(model, drawn.request), sampling_times(2), solver="euler").x
+        x = integrate(velocity, initial_noise(model, drawn.drawing), sampling_times(2), solver="euler").x
     torch.testing.assert_close(drawn.latents, x, rtol=0, atol=ROUNDING)
     assert [drawn.name(row) for row in range(3)] == [f"seed-0000000{n}.png" for n in (2, 3, 4)]
 
@@ -139,7 +139,7 @@ def test_classes_of_a_model_that_is_told_more(model):
 
 def test_noise_in_place_of_the_seeds_own(model):
     drawn = model.sample(num=3, seed=4)
-    own = initial_noise(model, drawn.request)
+    own = initial_noise(model, drawn.drawing)
     again = model.sample(num=3, seed=4, noise=own)
     assert torch.equal(again.latents, drawn.latents)
     elsewhere = model.sample(num=3, seed=70, noise=own, batch_size=2)

@@ -52,7 +52,7 @@ def test_a_long_job_is_compiled_once_for_batches_of_one_size(model, monkeypatch,
     seen = calls_of(model, monkeypatch)
     drawn = draw_all(model, request, batch_size=4)
     assert set(seen) == sizes
-    assert drawn.request == plain.request
+    assert drawn.drawing == plain.drawing
     assert torch.equal(drawn.evaluations, plain.evaluations)
     torch.testing.assert_close(drawn.latents, plain.latents, rtol=0, atol=1e-5)
     assert (drawn.pixels.int() - plain.pixels.int()).abs().max() <= 1

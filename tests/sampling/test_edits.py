@@ -90,9 +90,9 @@ def test_an_image_in_memory_is_one_in_a_file(model, photo):
     with Image.open(photo) as image:
         one, other = model.image_to_image(image, seed=2), model.image_to_image(photo, seed=2)
     assert torch.equal(one.latents, other.latents)
-    assert one.request.inputs == {}
-    assert list(other.request.inputs) == ["image"]
-    assert other.request.inputs["image"].startswith("photo.png sha256:")
+    assert one.drawing.inputs == {}
+    assert list(other.drawing.inputs) == ["image"]
+    assert other.drawing.inputs["image"].startswith("photo.png sha256:")
 
 
 def test_small_pictures_are_enlarged_but_not_from_nothing(model):
@@ -262,10 +262,10 @@ def test_a_png_holds_what_draws_it_again(model, photo, tmp_path):
 
 def test_the_presets_guidance_is_for_pictures_that_are_told_something(kl, photo):
     model = tiny.model(kl, time_scale=20.0, guidance=3.0)
-    assert model.interpolate(seeds=(3, 8), num=2, classes=[]).request.sampling.guidance == 1
-    assert model.interpolate(seeds=(3, 8), num=2).request.sampling.guidance == 3
-    assert model.interpolate(seeds=(3, 8), num=2, classes=["apple"]).request.sampling.guidance == 3
-    assert model.sample(classes=[]).request.sampling.guidance == 1
+    assert model.interpolate(seeds=(3, 8), num=2, classes=[]).drawing.sampling.guidance == 1
+    assert model.interpolate(seeds=(3, 8), num=2).drawing.sampling.guidance == 3
+    assert model.interpolate(seeds=(3, 8), num=2, classes=["apple"]).drawing.sampling.guidance == 3
+    assert model.sample(classes=[]).drawing.sampling.guidance == 1
     with pytest.raises(ConfigError, match="use guidance 1"):
         model.vary(guidance=3.0, classes="none")
 
@@ -273,7 +273,7 @@ def test_the_presets_guidance_is_for_pictures_that_are_told_something(kl, photo)
 def test_conditions_of_space_are_null(kl, photo):
     model = tiny.model(kl, time_scale=20.0, conditioning=tiny.SPATIAL)
     for drawn in edits(model, photo).values():
-        assert drawn.request.told == ["label"]
+        assert drawn.drawing.told == ["label"]
         assert drawn.latents.isfinite().all()
 
 

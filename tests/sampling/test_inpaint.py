@@ -232,7 +232,7 @@ def test_what_was_drawn_is_pasted_where_nothing_is_scaled(model):
     result = model.inpaint(image, mask)
     drawn = to_uint8(model.decode(result.latents))[0].permute(1, 2, 0).numpy()
     assert (pixels_of(result)[0] == np.where(mask[..., None] == 1, drawn, image)).all()
-    assert result.request.image_size == (SIZE, SIZE)
+    assert result.drawing.image_size == (SIZE, SIZE)
 
 
 def test_replacement_follows_the_path_to_the_known_image(plain):
@@ -497,7 +497,7 @@ def test_feather_looks_at_nothing_outside_the_frame():
 def test_seeds_differ_inside_the_hole_and_do_not_depend_on_the_batch(model):
     image, mask = picture(30, 22), middle(30, 22)
     together = model.inpaint(image, mask, num=5, seed=3, batch_size=2)
-    assert together.request.seeds == [3, 4, 5, 6, 7]
+    assert together.drawing.seeds == [3, 4, 5, 6, 7]
     filled = pixels_of(together)
     for first in range(5):
         for second in range(first):
@@ -623,7 +623,7 @@ def test_solvers(model, method, solver):
     pace = {"rtol": 1e-3, "atol": 1e-3} if is_adaptive(solver) else {}
     result = model.inpaint(scene(20, 20), middle(20, 20), method=method, solver=solver, num=2, **pace)
     assert (result.evaluations > 2).all()
-    assert result.request.told == TOLD[method]
+    assert result.drawing.told == TOLD[method]
 
 
 # Bad input
@@ -631,7 +631,7 @@ def test_solvers(model, method, solver):
 
 def test_a_model_that_is_not_told_the_condition(plain):
     image, mask = picture(16, 16), middle(16, 16)
-    assert plain.inpaint(image, mask).request.inputs["method"] == "replacement"
+    assert plain.inpaint(image, mask).drawing.inputs["method"] == "replacement"
     with pytest.raises(ConfigError, match="not trained with the condition inpainting"):
         plain.inpaint(image, mask, method="condition")
     with pytest.raises(ConfigError, match="not trained with the condition semantic_map"):
@@ -690,7 +690,7 @@ def test_a_hole_that_leaves_nothing_at_the_size_the_model_sees(model):
     assert (pixels_of(result)[0] == picture(160, 160))[grid == 0].all()
     comb = np.zeros((16, 16), np.uint8)
     comb[:, ::2] = 1  # a hole in every latent pixel: known to a model that is told shares, and to no other
-    assert model.inpaint(picture(16, 16), comb).request.told == ["inpainting"]
+    assert model.inpaint(picture(16, 16), comb).drawing.told == ["inpainting"]
     with pytest.raises(DataError, match="the mask covers the whole image"):
         model.inpaint(picture(16, 16), comb, method="replacement")
 
@@ -698,7 +698,7 @@ def test_a_hole_that_leaves_nothing_at_the_size_the_model_sees(model):
 def test_a_model_that_never_learned_to_paint_without_a_hole(kl):
     only = tiny.model(kl, conditioning={"inpainting": True, "inpainting_dropout": 0.0})
     image, mask = picture(16, 16), middle(16, 16)
-    assert only.inpaint(image, mask).request.told == ["inpainting"]
+    assert only.inpaint(image, mask).drawing.told == ["inpainting"]
     with pytest.raises(ConfigError, match="latentflow inpaint"):
         only.sample(num=1)
     with pytest.raises(ConfigError, match=r"_dropout = 0"):

@@ -80,7 +80,7 @@ def test_tight_tolerances_return(model, pictures):
     for classes in (None, ["berry"]):
         trip = model.invert(pictures[0], classes=classes, solver="dopri5", rtol=1e-6, atol=1e-6).round_trip(model)
         assert trip.latent_error < 1e-4
-        assert trip.samples.request.labels == ([] if classes is None else [1])
+        assert trip.samples.drawing.labels == ([] if classes is None else [1])
 
 
 def test_no_velocity_no_loss(kl, pictures):
@@ -101,13 +101,13 @@ def test_noise_draws_the_image_again(model, pictures):
     other = model.sample(noise=found.noise, classes=["apple"], solver="heun", steps=20)
     error = (again.latents - found.latents).abs().max()
     assert error < 0.02 < 0.1 < (other.latents - found.latents).abs().max()
-    assert again.request.inputs["noise"].startswith("sha256:")
+    assert again.drawing.inputs["noise"].startswith("sha256:")
 
 
 def test_guidance_is_1_unless_it_is_given(kl, pictures):
     model = tiny.model(kl, time_scale=20.0, guidance=3.0)
     plain, guided = (model.invert(pictures[0], classes=["berry"], guidance=scale) for scale in (None, 3.0))
-    assert (plain.request.sampling.guidance, guided.request.sampling.guidance) == (1.0, 3.0)
+    assert (plain.drawing.sampling.guidance, guided.drawing.sampling.guidance) == (1.0, 3.0)
     assert (plain.evaluations, guided.evaluations) == (2, 4)
     close(plain.noise, model.invert(pictures[0], classes=["berry"], guidance=1.0).noise)
     assert (plain.noise - guided.noise).abs().max() > 0.1

@@ -75,7 +75,7 @@ def test_the_square_middle_as_in_training(model, size):
     assert torch.equal(told_fractions(model, indices), shares(class_counts(cropped, 3, FACTOR), FACTOR))
     result = model.mask_to_image(indices)
     assert result.pixels.shape == (1, 3, SIZE, SIZE)
-    assert result.request.image_size == (SIZE, SIZE)
+    assert result.drawing.image_size == (SIZE, SIZE)
 
 
 def test_the_model_is_told_what_training_tells_it(model, segmented):
@@ -195,7 +195,7 @@ def test_guidance_by_the_map_and_by_the_label(model):
 def test_a_map_that_was_never_dropped_cannot_guide(kl):
     model = tiny.model(kl, conditioning={**MAPS_ALONE, "map_dropout": 0.0})
     indices = a_map(SIZE, SIZE)
-    assert model.mask_to_image(indices).request.told == ["semantic_map"]
+    assert model.mask_to_image(indices).drawing.told == ["semantic_map"]
     with pytest.raises(ConfigError, match=r"_dropout = 0"):
         model.mask_to_image(indices, guidance=2.0)
     with pytest.raises(ConfigError, match="latentflow mask-to-image"):

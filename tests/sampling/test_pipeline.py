@@ -174,7 +174,7 @@ def test_sampling_is_the_flow_from_noise_to_data(model):
         return null + 2.0 * (cond - null)
 
     with torch.inference_mode():
-        x = integrate(velocity, initial_noise(model, drawn.request), sampling_times(4), solver="heun").x
+        x = integrate(velocity, initial_noise(model, drawn.drawing), sampling_times(4), solver="heun").x
     torch.testing.assert_close(drawn.latents, x, rtol=0, atol=ROUNDING)
     raw = x / 0.5 + 0.1  # the autoencoder's scaling and shift factors, undone
     pixels = model.autoencoder.model.decode(raw).sample.clamp(-1, 1)
@@ -208,7 +208,7 @@ def test_a_shift_moves_the_grid(model):
 def test_an_unconditional_model(kl):
     model = tiny.model(kl, class_names=(), label_dropout=0.0)
     drawn = model.sample(num=5, batch_size=2, seed=1)
-    assert drawn.request.labels == []
+    assert drawn.drawing.labels == []
     assert drawn.pixels.shape == (5, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
     same_pictures(drawn, model.sample(num=5, batch_size=5, seed=1))
 
@@ -315,7 +315,7 @@ def test_the_next_batch_is_begun_before_the_first_one_arrives(model, monkeypatch
     monkeypatch.setattr(pipeline, "_begin", lambda *given: begun.append(given[1].seeds) or begin(*given))
     for samples in draw(model, make_drawing(model, SampleRequest(num=5)), batch_size=2):
         assert torch.equal(samples.pixels, usual[len(seen)].pixels)
-        seen.append(samples.request.seeds)
+        seen.append(samples.drawing.seeds)
         assert len(begun) == min(len(seen) + 1, 3)
     assert seen == begun == [[0, 1], [2, 3], [4]]
 
@@ -325,7 +325,7 @@ def test_nothing_is_delivered_in_the_place_of_what_failed(model, monkeypatch):
     arrived, seen = pipeline._Begun.arrived, []
 
     def damaged(batch):
-        if batch.request.seeds == [1]:
+        if batch.drawing.seeds == [1]:
             raise NonFiniteError("no picture")
         return arrived(batch)
 
@@ -333,7 +333,7 @@ def test_nothing_is_delivered_in_the_place_of_what_failed(model, monkeypatch):
     monkeypatch.setattr(pipeline._Begun, "arrived", damaged)
     with pytest.raises(NonFiniteError, match="no picture"):
         seen.extend(
-            samples.request.seeds for samples in draw(model, make_drawing(model, SampleRequest(num=5)), batch_size=1)
+            samples.drawing.seeds for samples in draw(model, make_drawing(model, SampleRequest(num=5)), batch_size=1)
         )
     assert seen == [[0]]
 
@@ -350,7 +350,7 @@ def test_what_was_drawn_before_an_error_is_delivered(model, monkeypatch):
     monkeypatch.setattr(pipeline, "_begin", fails_at_the_third)
     with pytest.raises(NonFiniteError, match="no picture"):
         seen.extend(
-            samples.request.seeds for samples in draw(model, make_drawing(model, SampleRequest(num=5)), batch_size=1)
+            samples.drawing.seeds for samples in draw(model, make_drawing(model, SampleRequest(num=5)), batch_size=1)
         )
     assert seen == [[0], [1]]
 
@@ -525,9 +525,9 @@ def test_overflow_in_half_precision_names_a_remedy(model):
     latents = torch.zeros(begun.latents.shape)
     latents[1, 0, 0, 0] = float("inf")
     for word, remedy in (("bf16", "the weights are damaged"), ("fp16", "use --precision bf16 or tf32")):
-        request = begun.request.model_copy(update={"precision": word})
+        request = begun.drawing.model_copy(update={"precision": word})
         with pytest.raises(NonFiniteError, match=f"latents of seed 1 are not finite.* {remedy}"):
-            replace(begun, request=request, latents=latents).arrived()
+            replace(begun, drawing=request, latents=latents).arrived()
 
 
 def test_batches_and_memory_are_bounded(model):
@@ -560,7 +560,7 @@ def test_a_png_holds_its_request_and_can_be_made_again(model, tmp_path):
         assert told["evaluations"] == drawn.evaluations[row]
         again = Drawing.model_validate({key: told[key] for key in Drawing.model_fields})
         assert again.seeds == [40 + row]
-        assert again.sampling == drawn.request.sampling
+        assert again.sampling == drawn.drawing.sampling
         redrawn = join_samples(list(draw(model, again)))
         torch.testing.assert_close(redrawn.latents[0], drawn.latents[row], rtol=0, atol=ROUNDING)
         assert np.abs(np.array(redrawn.images[0]).astype(int) - pixels).max() <= 1

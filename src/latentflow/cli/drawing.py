@@ -76,7 +76,7 @@ def inpaint(
 
     runtime = open_runtime(device, precision)
     result = run(model, image, mask, request, out, semantic_map=semantic_map, batch_size=batch_size, runtime=runtime)
-    used, (height, width) = result.request.inputs, result.request.image_size
+    used, (height, width) = result.drawing.inputs, result.drawing.image_size
     if used["method"] == "replacement" and request.method is None:
         say("this model was not trained for inpainting; the known region was re-imposed at every solver step")
     left, top, right, bottom = map(int, used["frame"].split())

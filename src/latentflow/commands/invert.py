@@ -89,6 +89,6 @@ def invert(
     write_tensors(
         folder / "noise.safetensors",
         {"noise": inversion.noise, "latents": inversion.latents},
-        metadata={"latentflow": inversion.request.model_dump_json()},
+        metadata={"latentflow": inversion.drawing.model_dump_json()},
     )
     return InvertResult(inversion, round_trip, rows)

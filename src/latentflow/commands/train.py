@@ -13,7 +13,7 @@ from latentflow.locks import writes
 from latentflow.model.flow_model import FlowModel
 from latentflow.runtime import Runtime
 from latentflow.sampling.drawing import check_drawing
-from latentflow.sampling.preview import preview_request, save_preview
+from latentflow.sampling.preview import preview_drawing, save_preview
 from latentflow.training.config import Recipe
 from latentflow.training.interruption import Outcome
 from latentflow.training.loop import micro_batches
@@ -93,4 +93,4 @@ def _check_preview(recipe: Recipe, model: FlowModel) -> None:
                 f" or raise {key}",
             )
         raise ConfigError(f"sampling.guidance = {scale:g}, but {why}; add sampling.guidance=1{other}")
-    check_drawing(model, preview_request(model))
+    check_drawing(model, preview_drawing(model))

@@ -19,7 +19,7 @@ def draw_classes(work: Workshop) -> dict[str, Any]:
     return {
         "drawing_seconds": samples.seconds,
         "evaluations": samples.mean_evaluations,
-        "recognised": judge(samples.pixels, samples.request.labels),
+        "recognised": judge(samples.pixels, samples.drawing.labels),
     }
 
 
@@ -28,7 +28,7 @@ def sweep_guidance(work: Workshop) -> dict[str, Any]:
     runs, rows = [], []
     for scale in work.figures.scale.guidance_scales:
         samples = work.draw(work.figures.scale.num_per_scale, guidance=scale)
-        recognised = judge(samples.pixels, samples.request.labels)
+        recognised = judge(samples.pixels, samples.drawing.labels)
         runs.append({"scale": scale, "evaluations": samples.mean_evaluations, "recognised": recognised})
         rows.append(samples.pixels[: len(CLASS_NAMES)])
     work.save_sheet("guidance", rows)

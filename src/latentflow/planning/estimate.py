@@ -18,7 +18,7 @@ from latentflow.networks.running import MEMORY_MODES
 from latentflow.planning.machine import Machine
 from latentflow.planning.subject import Subject
 from latentflow.sampling.drawing import Drawing
-from latentflow.sampling.preview import preview_request
+from latentflow.sampling.preview import preview_drawing
 from latentflow.training.config import Recipe
 from latentflow.training.memory import bytes_per_image, fitting_mode, micro_batch_that_fits
 
@@ -177,8 +177,8 @@ def _stays_resident(recipe: Recipe, num_bytes: int, machine: Machine) -> bool:
 
 
 def preview_of(subject: Subject) -> Drawing:
-    """The request of a preview."""
-    return preview_request(FlowModel(subject.config, nn.Linear(1, 1), None))
+    """What a preview draws."""
+    return preview_drawing(FlowModel(subject.config, nn.Linear(1, 1), None))
 
 
 def _state_bytes(network: nn.Module) -> int:

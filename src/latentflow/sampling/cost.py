@@ -19,26 +19,26 @@ MANY_CALLS = 100
 _WORTH_SECONDS = 100.0  # of drawing without compiling, which takes up to half a minute and saves up to half of them
 
 
-def tell_cost(model: FlowModel, request: Drawing, batch_size: int) -> None:
-    """Announce, once, the cost of a request with many network calls, and a faster alternative."""
-    calls, quick = network_calls(request), {"solver": "heun", "steps": 25}
-    sampling = request.sampling.model_copy(update=quick)
-    fewer = network_calls(request.model_copy(update={"sampling": sampling}))
+def tell_cost(model: FlowModel, drawing: Drawing, batch_size: int) -> None:
+    """Announce, once, the cost of a drawing with many network calls, and a faster alternative."""
+    calls, quick = network_calls(drawing), {"solver": "heun", "steps": 25}
+    sampling = drawing.sampling.model_copy(update=quick)
+    fewer = network_calls(drawing.model_copy(update={"sampling": sampling}))
     if calls < MANY_CALLS or calls < 1.5 * fewer:
         return
-    num = len(request.seeds)
+    num = len(drawing.seeds)
     together = min(num, batch_size)
-    rough = "about " if is_adaptive(request.sampling.solver) else ""
-    seconds = _seconds_of_a_call(model, request, together) * -(-num // together)
-    how = f"tolerance {request.sampling.rtol:g}" if rough else f"{request.sampling.steps} steps"
+    rough = "about " if is_adaptive(drawing.sampling.solver) else ""
+    seconds = _seconds_of_a_call(model, drawing, together) * -(-num // together)
+    how = f"tolerance {drawing.sampling.rtol:g}" if rough else f"{drawing.sampling.steps} steps"
     notice(
-        f"{request.sampling.solver} with {how} takes {rough}{calls:.0f} network calls a picture, for {num} here some "
+        f"{drawing.sampling.solver} with {how} takes {rough}{calls:.0f} network calls a picture, for {num} here some "
         f"{calls * seconds:.2g} s; --solver heun --steps 25 takes {fewer:.0f}, some {fewer * seconds:.2g} s",
-        kind=f"cost of {model.reference} {request.sampling}",
+        kind=f"cost of {model.reference} {drawing.sampling}",
     )
 
 
-def compile_where_it_pays(model: FlowModel, request: Drawing, *, batch_size: int, num_batches: int) -> None:
+def compile_where_it_pays(model: FlowModel, drawing: Drawing, *, batch_size: int, num_batches: int) -> None:
     """Compile the network's blocks if a GPU is going to draw for minutes, and announce how long it took.
 
     They are compiled for batches of this size, to which `draw_batches` pads smaller ones. Nothing is compiled for
@@ -47,35 +47,35 @@ def compile_where_it_pays(model: FlowModel, request: Drawing, *, batch_size: int
     Args:
         num_batches: to be drawn by this process.
     """
-    if not _can_compile(model.device) or is_adaptive(request.sampling.solver) or is_compiled(model.network):
+    if not _can_compile(model.device) or is_adaptive(drawing.sampling.solver) or is_compiled(model.network):
         return
     if num_batches < 2:
         return
-    seconds = _seconds_of_a_call(model, request, batch_size) * network_calls(request) * num_batches
+    seconds = _seconds_of_a_call(model, drawing, batch_size) * network_calls(drawing) * num_batches
     if seconds < _WORTH_SECONDS:
         return
     compile_blocks(model.network)
     began = time.perf_counter()
-    for num_images in _batch_sizes(request, batch_size):
-        _seconds_of_a_call(model, request, num_images)
+    for num_images in _batch_sizes(drawing, batch_size):
+        _seconds_of_a_call(model, drawing, num_images)
     notice(
         f"the network was compiled in {duration(time.perf_counter() - began)}; without that, drawing would take some "
         f"{duration(seconds)}"
     )
 
 
-def network_calls(request: Drawing) -> float:
+def network_calls(drawing: Drawing) -> float:
     """Network calls per picture; a rough estimate for adaptive solvers."""
-    sampling = request.sampling
+    sampling = drawing.sampling
     calls = expected_evaluations(sampling.solver, sampling.steps, sampling.rtol)
-    guided, blended = sampling.guidance not in (0, 1), any(blend.label is not None for blend in request.blends)
+    guided, blended = sampling.guidance not in (0, 1), any(blend.label is not None for blend in drawing.blends)
     low, high = sampling.guidance_interval
     return calls * (1 + (high - low) * guided) * (1 + blended)
 
 
-def _batch_sizes(request: Drawing, batch_size: int) -> list[int]:
+def _batch_sizes(drawing: Drawing, batch_size: int) -> list[int]:
     """The batch sizes that the network is called with: a guided batch is doubled."""
-    sampling = request.sampling
+    sampling = drawing.sampling
     if sampling.guidance == 1 or (sampling.guidance == 0 and sampling.guided_channels is None):
         return [batch_size]
     always = sampling.guidance_interval == (0.0, 1.0)
@@ -83,17 +83,17 @@ def _batch_sizes(request: Drawing, batch_size: int) -> list[int]:
 
 
 @torch.inference_mode()
-def _seconds_of_a_call(model: FlowModel, request: Drawing, num_images: int) -> float:
+def _seconds_of_a_call(model: FlowModel, drawing: Drawing, num_images: int) -> float:
     """Wall time of one unconditional network call; on a GPU, after a first call to warm up."""
     channels, *sides = model.config.latent_shape
-    if request.image_size is not None:
-        sides = [side // model.config.autoencoder.factor for side in request.image_size]
+    if drawing.image_size is not None:
+        sides = [side // model.config.autoencoder.factor for side in drawing.image_size]
     latents = torch.zeros(num_images, channels, *sides, device=model.device)
     clock, condition = (
         torch.ones_like(latents[:, 0, 0, 0]),
         model.config.conditioning.build(latents.shape, model.device),
     )
-    network, seconds = model.computing_in(request.precision), 0.0
+    network, seconds = model.computing_in(drawing.precision), 0.0
     for _ in range(2 if model.device.type == "cuda" else 1):
         began = time.perf_counter()
         network.velocity(latents, clock, condition).cpu()

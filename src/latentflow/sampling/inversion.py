@@ -52,18 +52,18 @@ class Inversion:
         latents: [1, C, h, w] float32, the encoded image, x_t at t = 0.
         pixels: [1, 3, S, S] uint8, the image as the model sees it.
         evaluations: network calls from data to noise.
-        request: the solver and the class from data to noise.
+        drawing: the solver and the class from data to noise.
     """
 
     noise: Tensor
     latents: Tensor
     pixels: Tensor
     evaluations: int
-    request: Drawing
+    drawing: Drawing
 
     def round_trip(self, model: FlowModel) -> RoundTrip:
         """Draw the image again from its noise, with the same solver and class."""
-        drawn = draw_all(model, naming_noise(self.request, self.noise), Given(noise=self.noise))
+        drawn = draw_all(model, naming_noise(self.drawing, self.noise), Given(noise=self.noise))
         autoencoded = _decode(model, self.latents)
         return RoundTrip(
             samples=drawn,
@@ -166,7 +166,7 @@ def compare_round_trips(
     if not images:
         raise ConfigError("no images to invert; give at least one")
     settings = ROUND_TRIPS if settings is None else settings
-    reference, *requests = (
+    reference, *drawings = (
         make_drawing(
             model, SampleRequest(num=len(images), classes=classes, **{**setting, "guidance": 1.0}), task="invert"
         )
@@ -177,10 +177,10 @@ def compare_round_trips(
     autoencoded = _decode(model, latents)
     right, _ = _to_noise(model, latents, reference, batch_size)
     rows = []
-    for request in requests:
-        noise, there = _to_noise(model, latents, request, batch_size)
-        drawn = draw_all(model, request, Given(noise=noise), batch_size=batch_size, on_images=on_images)
-        sampling = request.sampling
+    for drawing in drawings:
+        noise, there = _to_noise(model, latents, drawing, batch_size)
+        drawn = draw_all(model, drawing, Given(noise=noise), batch_size=batch_size, on_images=on_images)
+        sampling = drawing.sampling
         adaptive = is_adaptive(sampling.solver)
         rows.append(
             RoundTripRow(
@@ -198,16 +198,16 @@ def compare_round_trips(
 
 
 @torch.inference_mode()
-def _to_noise(model: FlowModel, latents: Tensor, request: Drawing, batch_size: int = 16) -> tuple[Tensor, Tensor]:
+def _to_noise(model: FlowModel, latents: Tensor, drawing: Drawing, batch_size: int = 16) -> tuple[Tensor, Tensor]:
     """dx/dt = velocity(x, t) from x = latents at t = 0 to t = 1: noise [B, C, h, w] and evaluations [B], on the CPU."""
     noise, evaluations = [], []
-    sampling = request.sampling
+    sampling = drawing.sampling
     times = sampling_times(sampling.steps, sampling.shift, start=0.0, end=1.0)
     for start in range(0, len(latents), batch_size):
         rows = slice(start, start + batch_size)
         x = latents[rows].to(model.device)
-        velocity = conditioned_velocity(model, request.at(rows), {}, x.shape)
-        solution = solve(request, velocity, x, times)
+        velocity = conditioned_velocity(model, drawing.at(rows), {}, x.shape)
+        solution = solve(drawing, velocity, x, times)
         noise.append(solution.x.cpu())
         evaluations.append(velocity.evaluations)
     return torch.cat(noise), torch.cat(evaluations)

@@ -23,13 +23,13 @@ class Pictures:
 
     Attributes:
         files: one picture per seed.
-        request: what was drawn.
+        drawing: what was drawn.
         evaluations: mean network calls per picture.
         seconds: of solver and decoder.
     """
 
     files: list[Path]
-    request: Drawing
+    drawing: Drawing
     evaluations: float
     seconds: float
 
@@ -62,9 +62,9 @@ def draw_to(
     flow = FlowModel.from_pretrained(model, runtime=runtime)
     with image_progress(doing, num) as on_images:
         samples = draw(flow, on_images)
-    for file in files_like(out, samples.request, samples.class_names):
+    for file in files_like(out, samples.drawing, samples.class_names):
         require_picture_file(file, *files)
-    return Pictures(samples.save_as(out), samples.request, samples.mean_evaluations, samples.seconds)
+    return Pictures(samples.save_as(out), samples.drawing, samples.mean_evaluations, samples.seconds)
 
 
 def require_picture_file(out: str | Path, *inputs: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""The file name and the metadata of a picture; both depend only on its request."""
+"""The file name and the metadata of a picture; both depend only on its drawing."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  #
 _MOST_BYTES = 72  # of a class in a file name; two of them, two seeds and a weight stay below 255
 
 
-def picture_name(request: Drawing, class_names: Sequence[str]) -> str:
-    """The file name of the picture of a request for one: "cat_seed-00000017.png"."""
-    names = file_names(tuple(class_names)) if request.labels else ()
-    parts = [names[label] for label in request.labels] + [f"seed-{seed:08d}" for seed in request.seeds]
-    for blend in request.blends:
+def picture_name(drawing: Drawing, class_names: Sequence[str]) -> str:
+    """The file name of the picture of a drawing for one: "cat_seed-00000017.png"."""
+    names = file_names(tuple(class_names)) if drawing.labels else ()
+    parts = [names[label] for label in drawing.labels] + [f"seed-{seed:08d}" for seed in drawing.seeds]
+    for blend in drawing.blends:
         parts += [f"to-{names[blend.label]}"] if blend.label is not None else []
-        parts += [f"to-seed-{blend.seed:08d}"] if [blend.seed] != request.seeds else []
+        parts += [f"to-seed-{blend.seed:08d}"] if [blend.seed] != drawing.seeds else []
         parts += [f"at-{blend.weight:.3f}"]
     return "_".join(parts) + ".png"
 
 
-def picture_facts(request: Drawing, class_names: Sequence[str], drawn_by: dict[str, Any]) -> dict[str, Any]:
-    """The metadata of the picture of a request for one, as JSON holds it, but for the evaluations.
+def picture_facts(drawing: Drawing, class_names: Sequence[str], drawn_by: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of the picture of a drawing for one, as JSON holds it, but for the evaluations.
 
     Args:
         drawn_by: the origin of the picture, see `latentflow.sampling.pipeline.drawn_by`.
     """
-    facts = request.model_dump(mode="json") | {"drawn_by": drawn_by}
-    if request.labels:
-        facts["class_name"] = class_names[request.labels[0]]
-    if request.blends and request.blends[0].label is not None:
-        facts["to_class_name"] = class_names[request.blends[0].label]
+    facts = drawing.model_dump(mode="json") | {"drawn_by": drawn_by}
+    if drawing.labels:
+        facts["class_name"] = class_names[drawing.labels[0]]
+    if drawing.blends and drawing.blends[0].label is not None:
+        facts["to_class_name"] = class_names[drawing.blends[0].label]
     return facts
 
 

@@ -81,9 +81,9 @@ def draw_folder(
     require_writable(out)
     flow = FlowModel.from_pretrained(model, runtime=runtime)
     rank, world = flow.runtime.rank, flow.runtime.world
-    requests = plan(flow)
-    folder = PictureFolder(flow, out, *requests)
-    shares = [request.at(slice(rank, None, world)) for request in requests]
+    drawings = plan(flow)
+    folder = PictureFolder(flow, out, *drawings)
+    shares = [drawing.at(slice(rank, None, world)) for drawing in drawings]
     labels = [label for share in shares for label in share.labels][:GRID_IMAGES]
     num_images = sum(len(share.seeds) for share in shares)
     if not num_images:  # fewer images than processes
@@ -114,46 +114,46 @@ def _columns(labels: list[int], most: int = 12) -> int:
 
 
 class PictureFolder:
-    """The folder of the pictures of some requests, and of no others.
+    """The folder of the pictures of some drawings, and of no others.
 
-    Pictures that an earlier run of the same requests left there are kept. Files that are not images are ignored, and so
+    Pictures that an earlier run of the same drawings left there are kept. Files that are not images are ignored, and so
     are pictures of this program in subfolders; other pictures in subfolders mean that this is a folder of data.
 
     Args:
-        requests: everything that belongs in the folder, of all processes.
+        drawings: everything that belongs in the folder, of all processes.
 
     Raises:
         ArtifactError: it cannot be written, or holds other pictures.
     """
 
-    def __init__(self, flow: FlowModel, folder: str | Path, *requests: Drawing):
+    def __init__(self, flow: FlowModel, folder: str | Path, *drawings: Drawing):
         self.path = require_writable(folder)
         _refuse_data(self.path)
         self._flow = flow
         self._evaluations: dict[str, int] = {}
-        expected = {name: (own, row) for own in requests for row, name in enumerate(self._names(own))}
-        refuse_others(self.path, lambda file: self._look_at(file, expected.get(file.name), requests[0]))
+        expected = {name: (own, row) for own in drawings for row, name in enumerate(self._names(own))}
+        refuse_others(self.path, lambda file: self._look_at(file, expected.get(file.name), drawings[0]))
 
     def draw(
         self,
-        request: Drawing,
+        drawing: Drawing,
         *,
         batch_size: int,
         on_images: Callable[[int], None] = lambda num_images: None,
     ) -> DrawnFolder:
-        """Draw what is missing of a request, in the batches of a run that starts from nothing: the bytes are the same.
+        """Draw what is missing of a drawing, in the batches of a run that starts from nothing: the bytes are the same.
 
         Pictures are written while the next batch is drawn.
         """
-        names = self._names(request)
+        names = self._names(drawing)
         kept, seconds = sum(name in self._evaluations for name in names), 0.0
         if kept < len(names):
-            tell_cost(self._flow, request, batch_size)
+            tell_cost(self._flow, drawing, batch_size)
         batches = [slice(start, start + batch_size) for start in range(0, len(names), batch_size)]
         missing = [rows for rows in batches if any(name not in self._evaluations for name in names[rows])]
         on_images(sum(len(names[rows]) for rows in batches) - sum(len(names[rows]) for rows in missing))
-        compile_where_it_pays(self._flow, request, batch_size=batch_size, num_batches=len(missing))
-        drawn = draw_batches(self._flow, ((request.at(rows), Given()) for rows in missing), batch_size)
+        compile_where_it_pays(self._flow, drawing, batch_size=batch_size, num_batches=len(missing))
+        drawn = draw_batches(self._flow, ((drawing.at(rows), Given()) for rows in missing), batch_size)
         with PictureWriter() as writer:
             for rows, samples in zip(missing, drawn, strict=True):
                 own = {place: name for place, name in enumerate(names[rows]) if name not in self._evaluations}
@@ -164,12 +164,12 @@ class PictureFolder:
         calls = sum(self._evaluations[name] for name in names) / max(len(names), 1)
         return DrawnFolder([self.path / name for name in names], kept, calls, seconds)
 
-    def _names(self, request: Drawing) -> list[str]:
+    def _names(self, drawing: Drawing) -> list[str]:
         class_names = tuple(self._flow.config.conditioning.class_names)
-        return [picture_name(request.at(slice(row, row + 1)), class_names) for row in range(len(request.seeds))]
+        return [picture_name(drawing.at(slice(row, row + 1)), class_names) for row in range(len(drawing.seeds))]
 
-    def _look_at(self, file: Path, place: tuple[Drawing, int] | None, request: Drawing) -> str:
-        """Why a file is not of this request; "" where it is, or where it is a damaged one of it, to be drawn again."""
+    def _look_at(self, file: Path, place: tuple[Drawing, int] | None, drawing: Drawing) -> str:
+        """Why a file is not of this drawing; "" where it is, or where it is a damaged one of it, to be drawn again."""
         try:
             with open_image(file) as image:
                 image.load()  # its pixels are checked as they are read
@@ -178,7 +178,7 @@ class PictureFolder:
             return "" if place is not None else "no readable image"
         if facts is None:
             return "not drawn by this program, or edited since"
-        asked, row = place or (request, 0)
+        asked, row = place or (drawing, 0)
         asked = asked.at(slice(row, row + 1))
         own = picture_facts(asked, self._flow.config.conditioning.class_names, drawn_by(self._flow))
         if why := unlike(own, facts):

@@ -1,8 +1,8 @@
-"""From a request to images; `latentflow.sampling.drawing` defines what a request is.
+"""From a drawing to images; `latentflow.sampling.drawing` defines what a drawing is.
 
     noise, one stream per seed  ->  condition and null condition  ->  solver over the guided velocity  ->  decode
 
-Images never influence each other: image i of a request is the same in any batch and on any number of processes.
+Images never influence each other: image i of a drawing is the same in any batch and on any number of processes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Given:
         mask: [B, 1, h, w], condition: fraction of each latent pixel in the hole; with `masked_latents`.
         class_fractions: [B, K, h, w], condition: the semantic map.
         noise: [B, C, h, w], replaces the noise of the seeds.
-        latents: [B, C, h, w] of an image to start from, at x_t of the path for t = the request's `start`.
+        latents: [B, C, h, w] of an image to start from, at x_t of the path for t = the drawing's `start`.
         hole: [B, 1, h, w] of 0 and 1; outside it the state follows the path to `latents`.
     """
 
@@ -75,24 +75,24 @@ class Given:
 
 def draw(
     model: FlowModel,
-    request: Drawing,
+    drawing: Drawing,
     given: Given = Given(),
     *,
     batch_size: int = 16,
     on_images: Callable[[int], None] = lambda num_images: None,
 ) -> Iterator[Samples]:
-    """Draw a request batch by batch.
+    """Compute a drawing batch by batch.
 
     Args:
         given: the tensors that it is drawn from, in addition to seeds and labels.
         batch_size: images computed together; it changes speed and memory, not the pictures.
         on_images: called with the number of images just finished.
     """
-    check_drawing(model, request)
+    check_drawing(model, drawing)
     require_count("batch size", batch_size, 1, MOST_TOGETHER, "16 are usual")
-    tell_cost(model, request, batch_size)
-    parts = [slice(start, start + batch_size) for start in range(0, len(request.seeds), batch_size)]
-    for samples in draw_batches(model, ((request.at(rows), given.at(rows)) for rows in parts), batch_size):
+    tell_cost(model, drawing, batch_size)
+    parts = [slice(start, start + batch_size) for start in range(0, len(drawing.seeds), batch_size)]
+    for samples in draw_batches(model, ((drawing.at(rows), given.at(rows)) for rows in parts), batch_size):
         yield samples
         on_images(len(samples.pixels))
 
@@ -106,9 +106,9 @@ def draw_batches(model: FlowModel, batches: Iterable[tuple[Drawing, Given]], bat
     size = batch_size if is_compiled(model.network) else 0
     ahead = _batches_ahead(model.device)
     begun: deque[_Begun] = deque()
-    for request, given in batches:
+    for drawing, given in batches:
         try:
-            begun.append(_begin(model, request, given, size))
+            begun.append(_begin(model, drawing, given, size))
         except NonFiniteError:  # the batches before are not lost
             yield from (batch.arrived() for batch in begun)
             raise
@@ -117,20 +117,20 @@ def draw_batches(model: FlowModel, batches: Iterable[tuple[Drawing, Given]], bat
     yield from (batch.arrived() for batch in begun)
 
 
-def draw_all(model: FlowModel, request: Drawing, given: Given = Given(), **options: Any) -> Samples:
-    """Draw a whole request into memory; the options are those of `draw`.
+def draw_all(model: FlowModel, drawing: Drawing, given: Given = Given(), **options: Any) -> Samples:
+    """Compute a whole drawing in memory; the options are those of `draw`.
 
     Raises:
         ConfigError: the pictures would need more than `MOST_BYTES`.
     """
-    height, width = request.image_size or (model.config.image_size,) * 2
+    height, width = drawing.image_size or (model.config.image_size,) * 2
     most = MOST_BYTES // (3 * height * width)
-    if len(request.seeds) > most:
+    if len(drawing.seeds) > most:
         raise ConfigError(
-            f"{len(request.seeds):,} images of {height} x {width} pixels at once in memory: at most {most:,}; draw "
+            f"{len(drawing.seeds):,} images of {height} x {width} pixels at once in memory: at most {most:,}; draw "
             "fewer, or write them with `latentflow sample`"
         )
-    return join_samples(list(draw(model, request, given, **options)))
+    return join_samples(list(draw(model, drawing, given, **options)))
 
 
 def sample(
@@ -160,24 +160,24 @@ def sample(
     return draw_all(model, drawing, Given(noise=noise), batch_size=batch_size, on_images=on_images)
 
 
-def naming_noise(request: Drawing, noise: Tensor) -> Drawing:
-    """The request with the hash of the noise that replaces that of its seeds."""
+def naming_noise(drawing: Drawing, noise: Tensor) -> Drawing:
+    """The drawing with the hash of the noise that replaces that of its seeds."""
     origin = f"sha256:{sha256_tensors({'noise': noise})[:12]}"
-    return request.model_copy(update={"inputs": {**request.inputs, "noise": origin}})
+    return drawing.model_copy(update={"inputs": {**drawing.inputs, "noise": origin}})
 
 
-def initial_noise(model: FlowModel, request: Drawing) -> Tensor:
-    """The Gaussian noise each image of a request starts from, [B, C, h, w] float32; equal on every device.
+def initial_noise(model: FlowModel, drawing: Drawing) -> Tensor:
+    """The Gaussian noise each image of a drawing starts from, [B, C, h, w] float32; equal on every device.
 
     A blend lies between the noises of two seeds on a great circle, where Gaussian noise has its usual length:
     cos(w pi/2) a + sin(w pi/2) b is again standard normal, as a and b are independent.
     """
-    own = _noise(model, request.seeds, request.image_size)
-    if not request.blends:
+    own = _noise(model, drawing.seeds, drawing.image_size)
+    if not drawing.blends:
         return own
-    other = _noise(model, [blend.seed for blend in request.blends], request.image_size)
-    same = torch.tensor([b.seed == seed for b, seed in zip(request.blends, request.seeds, strict=True)])
-    angle = torch.tensor([blend.weight for blend in request.blends]).masked_fill(same, 0) * (math.pi / 2)
+    other = _noise(model, [blend.seed for blend in drawing.blends], drawing.image_size)
+    same = torch.tensor([b.seed == seed for b, seed in zip(drawing.blends, drawing.seeds, strict=True)])
+    angle = torch.tensor([blend.weight for blend in drawing.blends]).masked_fill(same, 0) * (math.pi / 2)
     return per_image(angle.cos(), own) * own + per_image(angle.sin(), own) * other
 
 
@@ -190,34 +190,34 @@ def _noise(model: FlowModel, seeds: Sequence[int], image_size: tuple[int, int] |
 
 
 def conditioned_velocity(
-    model: FlowModel, request: Drawing, given: Mapping[str, Tensor | None], latents_shape: Sequence[int]
+    model: FlowModel, drawing: Drawing, given: Mapping[str, Tensor | None], latents_shape: Sequence[int]
 ) -> ConditionedVelocity | BlendedVelocity:
-    """The guided velocity of a request's images, in the request's precision; `given` as from `Given.on`."""
-    conditioning, network = model.config.conditioning, model.computing_in(request.precision).velocity
+    """The guided velocity of a drawing's images, in the drawing's precision; `given` as from `Given.on`."""
+    conditioning, network = model.config.conditioning, model.computing_in(drawing.precision).velocity
 
     def conditioned_on(labels: Sequence[int]) -> ConditionedVelocity:
         label = {"labels": send(torch.tensor(labels), model.device)} if labels else {}
         spatial = {field: given.get(field) for field in ("masked_latents", "mask", "class_fractions")}
         condition = conditioning.build(latents_shape, model.device, Condition(**label, **spatial))
-        guided = guided_by(model, request) if request.sampling.guidance != 1 else []
+        guided = guided_by(model, drawing) if drawing.sampling.guidance != 1 else []
         null = conditioning.without(condition, guided) if guided else None
-        sampling = request.sampling
+        sampling = drawing.sampling
         return ConditionedVelocity(
             network, condition, null, sampling.guidance, sampling.guidance_interval, sampling.guided_channels
         )
 
-    if all(blend.label is None for blend in request.blends):
-        return conditioned_on(request.labels)
-    pairs = zip(request.labels, request.blends, strict=True)
+    if all(blend.label is None for blend in drawing.blends):
+        return conditioned_on(drawing.labels)
+    pairs = zip(drawing.labels, drawing.blends, strict=True)
     others = [own if blend.label is None else blend.label for own, blend in pairs]
-    weights = send(torch.tensor([blend.weight for blend in request.blends]), model.device)
-    return BlendedVelocity(conditioned_on(request.labels), conditioned_on(others), weights)
+    weights = send(torch.tensor([blend.weight for blend in drawing.blends]), model.device)
+    return BlendedVelocity(conditioned_on(drawing.labels), conditioned_on(others), weights)
 
 
-def solve(request: Drawing, velocity: Velocity, x: Tensor, times: Tensor) -> Solution:
-    """Integrate the velocity of a request's images from x at times[0] to times[-1], with the request's solver."""
-    sampling = request.sampling
-    computed = "fp32" if request.precision == "tf32" and not x.is_cuda else request.precision
+def solve(drawing: Drawing, velocity: Velocity, x: Tensor, times: Tensor) -> Solution:
+    """Integrate the velocity of a drawing's images from x at times[0] to times[-1], with the drawing's solver."""
+    sampling = drawing.sampling
+    computed = "fp32" if drawing.precision == "tf32" and not x.is_cuda else drawing.precision
     return integrate(
         velocity,
         x,
@@ -243,28 +243,28 @@ def drawn_by(model: FlowModel) -> dict[str, str | int]:
 
 
 @torch.inference_mode()
-def _begin(model: FlowModel, request: Drawing, given: Given, size: int = 0) -> _Begun:
+def _begin(model: FlowModel, drawing: Drawing, given: Given, size: int = 0) -> _Begun:
     """Queue a batch of pictures on the device; with fixed steps, without waiting for any of it.
 
     Args:
         size: the least size of the batch that is computed: it is padded with copies of its last picture.
     """
-    watch, sampling, path, num = _Stopwatch(model.device), request.sampling, model.config.path, len(request.seeds)
-    whole = request
+    watch, sampling, path, num = _Stopwatch(model.device), drawing.sampling, model.config.path, len(drawing.seeds)
+    whole = drawing
     if num < size:
         rows = [min(row, num - 1) for row in range(size)]
-        whole, given = request.at(rows), given.at(rows)
+        whole, given = drawing.at(rows), given.at(rows)
     inputs = given.on(model.device, len(whole.seeds))
     noise = initial_noise(model, whole) if inputs["noise"] is None else inputs["noise"]
     velocity, x = conditioned_velocity(model, whole, inputs, noise.shape), noise
     if inputs["latents"] is not None:
-        x = path.interpolate(inputs["latents"], noise, torch.full((len(noise),), request.start, device=noise.device))
+        x = path.interpolate(inputs["latents"], noise, torch.full((len(noise),), drawing.start, device=noise.device))
     if inputs["hole"] is not None:
         velocity = KnownRegionVelocity(velocity, path, inputs["latents"], noise, inputs["hole"])
-    end = solve(request, velocity, x, sampling_times(sampling.steps, sampling.shift, start=request.start)).x[:num]
+    end = solve(drawing, velocity, x, sampling_times(sampling.steps, sampling.shift, start=drawing.start)).x[:num]
     pixels, latents = (_fetched(tensor) for tensor in (model.pixels(end), end.float()))
     watch.stop()
-    return _Begun(model, request, pixels, latents, velocity.evaluations[:num], watch)
+    return _Begun(model, drawing, pixels, latents, velocity.evaluations[:num], watch)
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ class _Begun:
     """A batch that a GPU may still be computing; `arrived` waits for it."""
 
     model: FlowModel
-    request: Drawing
+    drawing: Drawing
     pixels: Tensor
     latents: Tensor
     evaluations: Tensor
@@ -281,16 +281,16 @@ class _Begun:
     def arrived(self) -> Samples:
         seconds = self.watch.seconds()
         if (wrong := ~self.latents.isfinite().flatten(1).all(1)).any():
-            seed = self.request.seeds[int(wrong.nonzero()[0])]
+            seed = self.drawing.seeds[int(wrong.nonzero()[0])]
             remedy = "try more steps or less guidance; if that does not help, the weights are damaged"
-            if self.request.precision == "fp16":
+            if self.drawing.precision == "fp16":
                 remedy = "the network may exceed the range of fp16: use --precision bf16 or tf32"
             raise NonFiniteError(f"the latents of seed {seed} are not finite, so there is no picture; {remedy}")
         return Samples(
             pixels=self.pixels,
             latents=self.latents,
             evaluations=self.evaluations,
-            request=self.request,
+            drawing=self.drawing,
             class_names=tuple(self.model.config.conditioning.class_names),
             drawn_by=partial(drawn_by, self.model),
             seconds=seconds,

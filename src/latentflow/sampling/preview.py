@@ -31,8 +31,8 @@ _QUICK = {"solver": "heun", "steps": 25}
 _PER_CLASS, _MOST_IMAGES, _COLUMNS = 4, 40, 8
 
 
-def preview_request(model: FlowModel) -> Drawing:
-    """The request of a preview: one row per class, or with spatial conditions one column per training image."""
+def preview_drawing(model: FlowModel) -> Drawing:
+    """The drawing of a preview: one row per class, or with spatial conditions one column per training image."""
     conditioning = model.config.conditioning
     spatial = [name for name in conditioning.dropout if name != "label"]
     shown = model.config.seen_classes[: _MOST_IMAGES // _PER_CLASS]
@@ -106,43 +106,43 @@ def _rows(
     model: FlowModel, images: TrainingImages, runtime: Runtime, batch_size: int
 ) -> tuple[list[Tensor], int, list[str]]:
     """The pictures of a grid, [N, 3, S, S] uint8 each, the number of its columns, and the captions."""
-    request, conditioning = preview_request(model), model.config.conditioning
-    if "inpainting" not in request.told and "semantic_map" not in request.told:
-        pictures = _drawn(model, request, Given(), runtime, batch_size)
-        return [pictures], _PER_CLASS, [conditioning.class_names[label] for label in request.labels]
-    batch = images.at(range(len(request.seeds))).to(model.device)
+    drawing, conditioning = preview_drawing(model), model.config.conditioning
+    if "inpainting" not in drawing.told and "semantic_map" not in drawing.told:
+        pictures = _drawn(model, drawing, Given(), runtime, batch_size)
+        return [pictures], _PER_CLASS, [conditioning.class_names[label] for label in drawing.labels]
+    batch = images.at(range(len(drawing.seeds))).to(model.device)
     moments = model.autoencoder.encode(to_unit_range(batch.pixels)) if batch.moments is None else batch.moments
     rows = [model.pixels(model.latents(moments)).cpu()]
     given: dict[str, Tensor] = {}
-    if "inpainting" in request.told:
+    if "inpainting" in drawing.told:
         cached = batch.known_pixels is None
         known = batch.known_moments if cached else model.autoencoder.encode(to_unit_range(batch.known_pixels))
         given |= {"masked_latents": model.latents(known), "mask": batch.mask}
         rows.append(model.pixels(given["masked_latents"]).cpu())
-    if "semantic_map" in request.told:
+    if "semantic_map" in drawing.told:
         given["class_fractions"] = batch.class_fractions
         rows.append(map_pictures(batch.class_fractions, conditioning.map_palette, model.config.image_size))
-    if request.labels:
-        request = request.model_copy(update={"labels": batch.labels.tolist()})
-    singly = [conditioning.with_required([name], among=request.told) for name in request.told]
-    for told in [*singly, request.told] if len(request.told) > 1 else [request.told]:
-        labels = request.labels if "label" in told else []
+    if drawing.labels:
+        drawing = drawing.model_copy(update={"labels": batch.labels.tolist()})
+    singly = [conditioning.with_required([name], among=drawing.told) for name in drawing.told]
+    for told in [*singly, drawing.told] if len(drawing.told) > 1 else [drawing.told]:
+        labels = drawing.labels if "label" in told else []
         kept = {field: given[field] for name in told for field in conditioning.kinds[name].fields if field in given}
-        able = [name for name in request.sampling.guided_by or told if name in told and name in conditioning.can_guide]
+        able = [name for name in drawing.sampling.guided_by or told if name in told and name in conditioning.can_guide]
         guidance = {"guided_by": able} if able else {"guided_by": None, "guidance": 1.0}
-        sampling = request.sampling.model_copy(update=guidance)
-        part = request.model_copy(update={"told": told, "labels": labels, "sampling": sampling})
+        sampling = drawing.sampling.model_copy(update=guidance)
+        part = drawing.model_copy(update={"told": told, "labels": labels, "sampling": sampling})
         rows.append(_drawn(model, part, Given(**kept), runtime, batch_size))
-    return rows, len(request.seeds), []
+    return rows, len(drawing.seeds), []
 
 
-def _drawn(model: FlowModel, request: Drawing, given: Given, runtime: Runtime, batch_size: int) -> Tensor:
-    """The pictures of a request, [N, 3, S, S] uint8 on the CPU in every process, each of which draws a share."""
-    places = range(len(request.seeds))
+def _drawn(model: FlowModel, drawing: Drawing, given: Given, runtime: Runtime, batch_size: int) -> Tensor:
+    """The pictures of a drawing, [N, 3, S, S] uint8 on the CPU in every process, each of which draws a share."""
+    places = range(len(drawing.seeds))
     own = slice(runtime.rank, None, runtime.world)
     pixels, error = torch.empty(0, 3, *(model.config.image_size,) * 2, dtype=torch.uint8), None
     try:
-        parts = draw(model, request.at(own), given.at(own), batch_size=batch_size) if runtime.share(places) else ()
+        parts = draw(model, drawing.at(own), given.at(own), batch_size=batch_size) if runtime.share(places) else ()
         pixels = torch.cat([pixels, *(samples.pixels for samples in parts)])
     except Exception as caught:  # the others wait for this process all the same
         error = caught

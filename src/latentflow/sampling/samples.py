@@ -33,7 +33,7 @@ class Samples:
         pixels: [B, 3, H, W] uint8.
         latents: [B, C, h, w] float32, normalised, at t = 0.
         evaluations: [B] int64, network calls of each image; a guided call counts twice.
-        request: what was drawn.
+        drawing: what was drawn.
         class_names: of the model.
         drawn_by: returns the origin of the pictures, see `latentflow.sampling.pipeline.drawn_by`.
         seconds: wall time of solver and decoder.
@@ -43,7 +43,7 @@ class Samples:
     pixels: Tensor
     latents: Tensor
     evaluations: Tensor
-    request: Drawing
+    drawing: Drawing
     class_names: Sequence[str] = field(default=())
     drawn_by: Callable[[], Mapping[str, str | int]] = field(default=dict)
     seconds: float = 0.0
@@ -60,20 +60,20 @@ class Samples:
         return float(self.evaluations.double().mean())
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write one PNG per image, named after class and seed, with its request in the metadata."""
+        """Write one PNG per image, named after class and seed, with its drawing in the metadata."""
         return self._write_all([Path(folder) / self.name(row) for row in range(len(self.pixels))])
 
     def save_as(self, file: str | Path) -> list[Path]:
         """Write one image to `file`; several images to files named after it and after class and seed."""
-        return self._write_all(files_like(file, self.request, self.class_names))
+        return self._write_all(files_like(file, self.drawing, self.class_names))
 
     def name(self, row: int) -> str:
         """The file name of one image: "cat_seed-00000017.png"."""
-        return picture_name(self.request.at(slice(row, row + 1)), self.class_names)
+        return picture_name(self.drawing.at(slice(row, row + 1)), self.class_names)
 
     def png(self, row: int) -> bytes:
-        """The PNG file of one image, with its request in the metadata."""
-        own = self.request.at(slice(row, row + 1))
+        """The PNG file of one image, with its drawing in the metadata."""
+        own = self.drawing.at(slice(row, row + 1))
         facts = picture_facts(own, self.class_names, dict(self.drawn_by()))
         text = json.dumps(facts | {"evaluations": int(self.evaluations[row])})
         if self.finish is None:
@@ -92,24 +92,24 @@ class Samples:
         return self.pixels[row].permute(1, 2, 0).numpy()
 
 
-def files_like(file: str | Path, request: Drawing, class_names: Sequence[str]) -> list[Path]:
-    """The files of a request's pictures: `file` for one, for several `file` with class and seed added to its name."""
+def files_like(file: str | Path, drawing: Drawing, class_names: Sequence[str]) -> list[Path]:
+    """The files of a drawing's pictures: `file` for one, for several `file` with class and seed added to its name."""
     file = Path(file)
-    if len(request.seeds) == 1:
+    if len(drawing.seeds) == 1:
         return [file]
-    rows = (request.at(slice(row, row + 1)) for row in range(len(request.seeds)))
+    rows = (drawing.at(slice(row, row + 1)) for row in range(len(drawing.seeds)))
     return [file.with_name(f"{file.stem}_{picture_name(row, class_names)}") for row in rows]
 
 
 def join_samples(parts: Sequence[Samples]) -> Samples:
     """One record of several batches, in their order."""
-    requests = [part.request for part in parts]
-    lists = {name: [x for r in requests for x in getattr(r, name)] for name in ("seeds", "labels", "blends")}
+    drawings = [part.drawing for part in parts]
+    lists = {name: [x for r in drawings for x in getattr(r, name)] for name in ("seeds", "labels", "blends")}
     return Samples(
         pixels=torch.cat([part.pixels for part in parts]),
         latents=torch.cat([part.latents for part in parts]),
         evaluations=torch.cat([part.evaluations for part in parts]),
-        request=requests[0].model_copy(update=lists),
+        drawing=drawings[0].model_copy(update=lists),
         class_names=parts[0].class_names,
         drawn_by=parts[0].drawn_by,
         seconds=sum(part.seconds for part in parts),
