@@ -34,7 +34,9 @@ ROOMS = {
     "analysis": "what a velocity does: bound, Lipschitz constants, trajectories",
     "evaluation": "drawing, reading and scoring sets of images",
     "convert": "published weights in, diffusers' classes out",
+    "planning": "what a run takes in memory, time and disk",
     "commands": "the commands, callable from Python",
+    "requests": "what a command can be asked, as checked records",
     "runtime": "device, processes and precision",
     "errors": "what is raised",
 }
