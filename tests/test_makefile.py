@@ -1,4 +1,4 @@
-"""`make` looks at Python before it makes anything, and makes a half-made environment anew."""
+"""`make` checks Python before it makes anything, and a half-made environment is made again."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def test_another_python_is_refused_before_anything_is_made(project, version):
     assert not (project / ".venv").exists()
 
 
-def test_no_python_is_told(project):
+def test_no_python_is_reported(project):
     done = make(project, None)
     assert done.returncode == 2
     assert done.stderr.startswith("there is no ./python that runs here; ")
     assert not (project / ".venv").exists()
 
 
-def test_a_python_that_does_not_run_is_told(project):
+def test_a_python_that_does_not_run_is_reported(project):
     """Managers of versions put stubs in the place of Pythons that are not installed."""
     (project / "python").write_text("#!/bin/sh\necho 'not installed; try another' >&2\nexit 127\n", encoding="utf-8")
     (project / "python").chmod(0o755)
@@ -85,7 +85,7 @@ def test_a_python_that_does_not_run_is_told(project):
 
 
 @pytest.mark.parametrize("version", [(3, 10), (3, 13)])
-def test_a_half_made_environment_is_made_anew(project, version):
+def test_a_half_made_environment_is_made_again(project, version):
     (project / ".venv" / "bin").mkdir(parents=True)
     (project / ".venv" / "bin" / "python").write_text("of another Python", encoding="utf-8")
     done = make(project, version)
@@ -103,17 +103,17 @@ def test_a_finished_environment_stays(project):
     assert "up to date" in again.stdout
 
 
-def test_a_python_without_environments_is_told_in_one_line(project):
+def test_a_python_without_environments_is_reported_in_one_line(project):
     done = make(project, (3, 11), without_venv=1)
     assert done.returncode == 2
-    told, of_make = done.stderr.splitlines()
-    assert told.startswith("./python cannot make environments; install the package python3-venv of your system, or")
-    assert told.endswith("make PYTHON=python3.11 .venv/installed")
+    said, of_make = done.stderr.splitlines()
+    assert said.startswith("./python cannot make environments; install the package python3-venv of your system, or")
+    assert said.endswith("make PYTHON=python3.11 .venv/installed")
     assert of_make.startswith("make: ***")
     assert not (project / ".venv").exists()
 
 
-def test_the_oldest_versions_have_an_environment_of_their_own(project):
+def test_the_oldest_versions_have_their_own_environment(project):
     assert make(project, (3, 11)).returncode == 0
     assert make(project, (3, 11), ".venv-oldest/installed").returncode == 0
     for name, constraints in ((".venv", "constraints.txt"), (".venv-oldest", "constraints-oldest.txt")):
