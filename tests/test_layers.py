@@ -163,6 +163,30 @@ def test_no_cycles_between_the_rooms_of_a_room(folder):
     acyclic({(above, below) for above, below in arrows if above != below})
 
 
+VERBS_AND_PAGES = ("cli", "commands", "demo", "pages", "api", "__main__")
+"""Rooms whose files and functions are called as what they offer or show."""
+
+
+def test_no_file_name_means_two_things():
+    """A `request` or a `config` is that of its room, and a family of `convert` is named as the networks it reads."""
+    places: dict[str, list[str]] = {}
+    for file in FILES:
+        name = ".".join(file.relative_to(SOURCE).with_suffix("").parts)
+        if room(name) not in VERBS_AND_PAGES and not name.startswith("convert.families."):
+            places.setdefault(file.stem, []).append(name)
+    assert {stem: at for stem, at in places.items() if len(at) > 1}.keys() <= {"__init__", "request", "config"}
+
+
+def test_no_public_name_means_two_things():
+    places: dict[str, list[str]] = {}
+    for file in FILES:
+        name = ".".join(file.relative_to(SOURCE).with_suffix("").parts)
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and room(name) not in ("cli", "commands", "demo"):
+                places.setdefault(node.name, []).append(name)
+    assert {public: at for public, at in places.items() if len(at) > 1 and not public.startswith("_")} == {}
+
+
 def test_no_import_is_hidden_from_a_type_checker():
     """What is imported for its types alone counts as an arrow, too."""
     assert [one for one in BETWEEN if one.types_only and LAYERS[room(one.module)] > LAYERS[room(one.file)]] == []

@@ -28,7 +28,7 @@ from latentflow.evaluation.request import BoundRequest
 from latentflow.flow.path import LinearPath
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
-from latentflow.pages.bound import bound_page, looseness, parts, verdict
+from latentflow.pages.bound import bound_page, dominant_term, looseness, parts
 from latentflow.pages.numbers import number
 from tests import tiny
 from tests.processes import run_here
@@ -217,7 +217,7 @@ def test_files_and_page(measured):
     words = " ".join(unescape(page).split())
     assert not re.search(r"""(src|href)=["'](?!data:)|https?://(?!www\.w3\.org)|<script|@import|url\(""", page)
     assert page.count('<svg class="wide"') == page.count('<svg class="narrow"') == 3
-    for said in (verdict(result), looseness(result), "the label of each image", "18 images (of the same label)"):
+    for said in (dominant_term(result), looseness(result), "the label of each image", "18 images (of the same label)"):
         assert said in words, said
     for name in ("two_sided", "one_sided", "error"):
         assert (folder / f"{name}.svg").read_text().startswith("<svg xmlns=")

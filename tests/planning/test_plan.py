@@ -21,10 +21,10 @@ from latentflow.planning import probe as plan_probe
 from latentflow.planning.advice import advice
 from latentflow.planning.estimate import cached_bytes
 from latentflow.planning.plan import Plan
+from latentflow.planning.planned_run import KNOWN_STAGES, PUBLISHED_DATA
 from latentflow.planning.probe import SLOWER, Speed, probe
 from latentflow.planning.report import numbers, tables
 from latentflow.planning.request import PlanRequest
-from latentflow.planning.subject import KNOWN_STAGES, PUBLISHED_DATA
 from latentflow.planning.units import gib
 from latentflow.training.config import Recipe, load_recipe, recipe_names
 from latentflow.training.memory import forward_flops

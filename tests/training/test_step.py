@@ -21,7 +21,7 @@ from latentflow.data.sources.images import open_images
 from latentflow.flow.times import TrainingTimes
 from latentflow.randomness import ImageRandom
 from latentflow.shapes import Condition
-from latentflow.training.log import LossByTime
+from latentflow.training.log import LossBins
 from latentflow.training.step import StepResult, training_step
 from tests import tiny
 from tests.dispatch import watched
@@ -179,7 +179,7 @@ def test_a_step_never_waits_for_the_device(kl, conditioning, stratified):
         )
     model = LatentFlow(model.config, model.network.to("meta").train().requires_grad_(), model.autoencoder)
     times = TrainingTimes(distribution="logit_normal", stratified=stratified)
-    losses = LossByTime(torch.device("meta"))
+    losses = LossBins(torch.device("meta"))
 
     def step() -> None:
         result = training_step(model, model.network, batch, times=times, batch_size=6, seed=0)

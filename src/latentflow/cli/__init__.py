@@ -19,7 +19,7 @@ from latentflow.cli import data  # noqa: F401  isort: skip
 from latentflow.cli import training  # noqa: F401  isort: skip
 from latentflow.cli import drawing  # noqa: F401  isort: skip
 from latentflow.cli import measuring  # noqa: F401  isort: skip
-from latentflow.cli import weights  # noqa: F401  isort: skip
+from latentflow.cli import models  # noqa: F401  isort: skip
 
 
 @app.callback()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from latentflow.cli.options import AsJson, Device, Precision, command
-from latentflow.cli.output import open_runtime, show
+from latentflow.cli.output import runtime_for, show
 from latentflow.console import say
 from latentflow.data.request import EncodeRequest, PrepareRequest
 
@@ -35,7 +35,7 @@ def encode(
         return
     from latentflow.commands.encode import encode as run
 
-    result = run(request, out, runtime=open_runtime(device))
+    result = run(request, out, runtime=runtime_for(device))
     if result.index is None:
         say("this process is done; another one will finish the cache")
         return
@@ -68,7 +68,7 @@ def encode(
 def _look(request: EncodeRequest, out: Path, num: int, device: str | None, as_json: bool) -> None:
     from latentflow.commands.look import look as run
 
-    seen = run(request, out, num=num, runtime=open_runtime(device, Precision.tf32))
+    seen = run(request, out, num=num, runtime=runtime_for(device, Precision.tf32))
     cut = f"the square leaves out {sum(seen.cut) / len(seen.cut):.0%} on average, {max(seen.cut):.0%} at most"
     given_back = f"{seen.psnr:.1f} dB PSNR by the autoencoder"
     show({"sheet": str(seen.sheet), "images": len(seen.names), "cut away": cut, "given back": given_back}, as_json)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from latentflow.cli.options import AsJson, BatchSize, ComputesIn, Device, Model, Precision, command
-from latentflow.cli.output import folder_rows, open_runtime, picture_rows, show
+from latentflow.cli.output import folder_rows, picture_rows, runtime_for, show
 from latentflow.console import say
 from latentflow.sampling.request import (
     ImageToImageRequest,
@@ -47,7 +47,7 @@ def sample(
     """
     from latentflow.commands.sample import sample as run
 
-    runtime = open_runtime(device, precision)
+    runtime = runtime_for(device, precision)
     result = run(model, request, out, batch_size=batch_size, columns=columns, runtime=runtime)
     rows = {"folder": str(out), "images": len(result.files), "there already": result.kept, **folder_rows(result)}
     drawn_now = len(result.files) - result.kept
@@ -74,7 +74,7 @@ def inpaint(
     """Fill the white part of a mask; every other pixel is unchanged, bit for bit, with alpha and profile."""
     from latentflow.commands.inpaint import inpaint as run
 
-    runtime = open_runtime(device, precision)
+    runtime = runtime_for(device, precision)
     result = run(model, image, mask, request, out, semantic_map=semantic_map, batch_size=batch_size, runtime=runtime)
     used, (height, width) = result.drawing.inputs, result.drawing.image_size
     if used["method"] == "replacement" and request.method is None:
@@ -104,7 +104,7 @@ def mask_to_image(
     """Draw images of a semantic map; its classes are checked against those of the model."""
     from latentflow.commands.mask_to_image import mask_to_image as run
 
-    runtime = open_runtime(device, precision)
+    runtime = runtime_for(device, precision)
     show(picture_rows(run(model, semantic_map, request, out, batch_size=batch_size, runtime=runtime)), as_json)
 
 
@@ -123,7 +123,7 @@ def image_to_image(
     """Redraw an image: add noise to it, and remove it again; without a label unless one is given."""
     from latentflow.commands.image_to_image import image_to_image as run
 
-    runtime = open_runtime(device, precision)
+    runtime = runtime_for(device, precision)
     show(picture_rows(run(model, image, request, out, batch_size=batch_size, runtime=runtime)), as_json)
 
 
@@ -140,7 +140,7 @@ def interpolate(
     """Draw the frames between two seeds, and between two classes."""
     from latentflow.commands.interpolate import interpolate as run
 
-    result = run(model, request, out, batch_size=batch_size, runtime=open_runtime(device, precision))
+    result = run(model, request, out, batch_size=batch_size, runtime=runtime_for(device, precision))
     show({"folder": str(out), "frames": len(result.files), **folder_rows(result)}, as_json)
 
 
@@ -157,7 +157,7 @@ def vary(
     """Draw the picture of one seed, and variations of it."""
     from latentflow.commands.vary import vary as run
 
-    result = run(model, request, out, batch_size=batch_size, runtime=open_runtime(device, precision))
+    result = run(model, request, out, batch_size=batch_size, runtime=runtime_for(device, precision))
     rows = {"folder": str(out), "original": str(result.files[0]), "variations": len(result.files) - 1}
     show({**rows, **folder_rows(result)}, as_json)
 
@@ -178,7 +178,7 @@ def invert(
     """Find the noise that an image would be drawn from, and draw it again. Guidance is 1 unless it is given."""
     from latentflow.commands.invert import invert as run
 
-    result = run(model, image, request, out, table=table, runtime=open_runtime(device, precision))
+    result = run(model, image, request, out, table=table, runtime=runtime_for(device, precision))
     trip = result.round_trip
     rows = {
         "folder": str(out),

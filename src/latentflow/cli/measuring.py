@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from latentflow.cli.options import AsJson, ComputesIn, Device, Precision, command
-from latentflow.cli.output import open_runtime, show
+from latentflow.cli.output import runtime_for, show
 from latentflow.console import say
 from latentflow.evaluation.request import (
     BenchmarkRequest,
@@ -38,7 +38,7 @@ def benchmark(
     """Measure what drawing an image costs: network calls, milliseconds and memory."""
     from latentflow.commands.benchmark import benchmark as run
 
-    result = run(request, open_runtime(device, precision))
+    result = run(request, runtime_for(device, precision))
     if as_json:
         batches = [{**asdict(batch), "images_per_second": batch.images_per_second} for batch in result.batches]
         records = {name: getattr(result, name).model_dump(mode="json") for name in ("request", "sampling")}
@@ -83,7 +83,7 @@ def sweep(
     from latentflow.commands.sweep import sweep as run
     from latentflow.pages.sweep import HEADER, rows, summary, verdict
 
-    result = run(request, open_runtime(device, precision))
+    result = run(request, runtime_for(device, precision))
     if as_json:
         show(summary(result), as_json)
         return
@@ -113,7 +113,7 @@ def evaluate(
     from latentflow.commands.evaluate import evaluate as run
     from latentflow.commands.evaluate import evaluation_rows
 
-    result = run(request, open_runtime(device, precision))
+    result = run(request, runtime_for(device, precision))
     if result is None:
         say("this process is done; the first one computes the scores")
         return
@@ -131,9 +131,9 @@ def evaluate(
 def bound(request: BoundRequest, device: Device = None, as_json: AsJson = False) -> None:
     """Measure the paper's bound on how far the model's images can be from the data, term by term."""
     from latentflow.commands.bound import bound as run
-    from latentflow.pages.bound import bound_record, looseness, term_rows, total_rows, verdict
+    from latentflow.pages.bound import bound_record, dominant_term, looseness, term_rows, total_rows
 
-    measured = run(request, open_runtime(device, Precision.fp32))
+    measured = run(request, runtime_for(device, Precision.fp32))
     if as_json:
         show(bound_record(measured), as_json)
         return
@@ -145,7 +145,7 @@ def bound(request: BoundRequest, device: Device = None, as_json: AsJson = False)
     if request.out is not None:
         rows["page"] = str(request.out / "page.html")
     show(rows, as_json)
-    say(verdict(measured))
+    say(dominant_term(measured))
     say(looseness(measured))
 
 
@@ -155,7 +155,7 @@ def diagnose(request: DiagnoseRequest, device: Device = None, as_json: AsJson = 
     from latentflow.analysis.verdicts import WORDS, verdicts
     from latentflow.commands.diagnose import diagnose as run
 
-    diagnosis = run(request, open_runtime(device, Precision.fp32))
+    diagnosis = run(request, runtime_for(device, Precision.fp32))
     page = str(request.out / "page.html")
     if as_json:
         found = {one.topic: one.model_dump() for one in verdicts(diagnosis)}

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from latentflow.sampling.picture_folder import DrawnFolder
 
 
-def open_runtime(device: str | None, precision: Precision = Precision.auto) -> Runtime:
+def runtime_for(device: str | None, precision: Precision = Precision.auto) -> Runtime:
     """The runtime of a verb, opened once."""
-    from latentflow.runtime import open_runtime as opened
+    from latentflow.runtime import open_runtime
 
-    return opened(device, precision.value)
+    return open_runtime(device, precision.value)
 
 
 def teller(print_recipe: bool) -> Callable[[Any], None]:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from latentflow.cli.options import AsJson, Device, Model, Precision, command
-from latentflow.cli.output import open_runtime, show, teller
+from latentflow.cli.output import runtime_for, show, teller
 from latentflow.console import printable, say
 from latentflow.planning.request import PlanRequest
 from latentflow.training.request import LossRequest
@@ -52,7 +52,7 @@ def train(
     from latentflow.commands.train import train as run
     from latentflow.training.config import load_recipe
 
-    given, runtime = _resolved(load_recipe, recipe, overrides), open_runtime(device)
+    given, runtime = _resolved(load_recipe, recipe, overrides), runtime_for(device)
     on_prepared, changes = teller(print_recipe), allow_change or ()
     if dry_run:
         _checked(on_prepared, prepare(given, runtime, allow_change=changes))
@@ -77,7 +77,7 @@ def train_autoencoder(
     from latentflow.training.first_stage import load_autoencoder_recipe
     from latentflow.training.first_stage_run import prepare_first_stage
 
-    given, runtime = _resolved(load_autoencoder_recipe, recipe, overrides, "_autoencoder"), open_runtime(device)
+    given, runtime = _resolved(load_autoencoder_recipe, recipe, overrides, "_autoencoder"), runtime_for(device)
     on_prepared, changes = teller(print_recipe), allow_change or ()
     if dry_run:
         _checked(on_prepared, prepare_first_stage(given, runtime, allow_change=changes))
@@ -130,7 +130,7 @@ def plan(
     from latentflow.training.config import load_recipe
 
     given = _resolved(load_recipe, recipe, overrides)
-    found = run(given, Path(recipe).stem, request, open_runtime(device))
+    found = run(given, Path(recipe).stem, request, runtime_for(device))
     if as_json:
         show(numbers(found), as_json)
         return
@@ -160,7 +160,7 @@ def loss(
     """Measure the loss on a set of images: unconditional, with each condition by itself, and with all conditions."""
     from latentflow.commands.loss import loss as run
 
-    results = run(model, request, batch_size=batch_size, runtime=open_runtime(device, Precision.fp32))
+    results = run(model, request, batch_size=batch_size, runtime=runtime_for(device, Precision.fp32))
     rows = {" + ".join(r.told) or "nothing": f"{r.loss:.4f} +- {r.standard_error:.4f}" for r in results}
     if as_json:
         rows = {name: asdict(result) for name, result in zip(rows, results, strict=True)}
@@ -191,7 +191,7 @@ def demo(
     from latentflow.demo.stages import demo as run
 
     try:
-        figures = run(out, say=say, runtime=open_runtime(device))
+        figures = run(out, say=say, runtime=runtime_for(device))
     except Interrupted as stop:
         say(str(stop))
         raise typer.Exit(128 + stop.signal) from None

@@ -7,9 +7,9 @@ from dataclasses import replace
 from latentflow.planning.estimate import Memory, estimate_disk, estimate_memory
 from latentflow.planning.machine import machine_for
 from latentflow.planning.plan import Plan
+from latentflow.planning.planned_run import PlannedRun, plan_subject
 from latentflow.planning.probe import Speed, probe, stated_speed
 from latentflow.planning.request import PlanRequest
-from latentflow.planning.subject import Subject, plan_subject
 from latentflow.runtime import Runtime
 from latentflow.training.compiling import compiles
 from latentflow.training.config import Recipe
@@ -51,7 +51,7 @@ def plan(recipe: Recipe, name: str, request: PlanRequest, runtime: Runtime) -> P
     return Plan(name, subject, machine, num_parameters, memory, estimate_disk(subject, network), speed)
 
 
-def _measured(subject: Subject, memory: Memory, most: int, runtime: Runtime) -> Speed:
+def _measured(subject: PlannedRun, memory: Memory, most: int, runtime: Runtime) -> Speed:
     """The speed of a few steps on this machine, with as many images together as fit, and at most so many."""
     fitting = memory.largest_micro_batch(memory.mode, total_memory(runtime.device))
     training = subject.recipe.training

@@ -30,7 +30,7 @@ from latentflow.training.settings import is_within
 
 
 @dataclass(frozen=True)
-class Stage:
+class DemoStage:
     """One step of the demo.
 
     Attributes:
@@ -52,20 +52,20 @@ class Stage:
 
 
 STAGES = (
-    Stage("encoding", "encode the built-in dataset", encode_images, ("cache/index.json",)),
-    Stage("first_stage", "examine the autoencoder", examine_autoencoder, ("samples/reconstructions.png",)),
-    Stage(
+    DemoStage("encoding", "encode the built-in dataset", encode_images, ("cache/index.json",)),
+    DemoStage("first_stage", "examine the autoencoder", examine_autoencoder, ("samples/reconstructions.png",)),
+    DemoStage(
         "training",
         "train the velocity network",
         train_network,
         ("run/model/config.json", "run/model/velocity.safetensors"),
     ),
-    Stage("sampling", "draw samples of every class", draw_classes, ("samples/classes.png",)),
-    Stage("guidance", "draw the same seeds at several guidance scales", sweep_guidance, ("samples/guidance.png",)),
-    Stage("maps", "sample from semantic maps", paint_maps, ("samples/maps.png",)),
-    Stage("holes", "inpaint held-out images", fill_holes, ("samples/holes.png",)),
-    Stage("losses", "measure what each condition contributes", compare_losses),
-    Stage("solvers", "compare the solvers", compare_solvers),
+    DemoStage("sampling", "draw samples of every class", draw_classes, ("samples/classes.png",)),
+    DemoStage("guidance", "draw the same seeds at several guidance scales", sweep_guidance, ("samples/guidance.png",)),
+    DemoStage("maps", "sample from semantic maps", paint_maps, ("samples/maps.png",)),
+    DemoStage("holes", "inpaint held-out images", fill_holes, ("samples/holes.png",)),
+    DemoStage("losses", "measure what each condition contributes", compare_losses),
+    DemoStage("solvers", "compare the solvers", compare_solvers),
 )
 
 

@@ -25,7 +25,7 @@ from latentflow.data.painting.mask_rules import MaskPolicy, MaskRules
 from latentflow.data.painting.masks import check_masks, draw_mask, mask_files
 from latentflow.errors import ConfigError, DataError, nearest
 from latentflow.evaluation.drawn_set import drawn_columns, model_plan
-from latentflow.evaluation.read_images import read_batches, readable, stack_pixels
+from latentflow.evaluation.read_images import read_batches, require_readable, stack_pixels
 from latentflow.evaluation.request import EvaluationRequest
 from latentflow.evaluation.shards import Columns, Work, compute_in_shards
 from latentflow.metrics.evaluation_report import Score
@@ -126,7 +126,7 @@ def painted(
 
     def compute(places: range) -> Columns:
         read = read_batches(source, [rows[place] for place in places], len(places))
-        items = [readable(found) for batch in read for _, found in batch]
+        items = [require_readable(found) for batch in read for _, found in batch]
         seed = painting.drawing.seeds[0]
         labels = [item.label for item in items] if painting.own_labels else []
         drawing = painting.drawing.model_copy(update={"seeds": [seed + place for place in places], "labels": labels})

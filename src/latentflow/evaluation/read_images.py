@@ -118,7 +118,7 @@ def read_batches(
             yield [next(found) for _ in rows[start : start + batch_size]]
 
 
-def readable(found: ImageItem | BrokenImage) -> ImageItem:
+def require_readable(found: ImageItem | BrokenImage) -> ImageItem:
     """An item of `read_batches` that could be read before.
 
     Raises:

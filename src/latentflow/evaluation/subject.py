@@ -20,7 +20,7 @@ from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.evaluation.autoencoders import open_autoencoder
 from latentflow.evaluation.drawn_set import plan_set
 from latentflow.evaluation.painted import painted, plan_painting, require_same_classes
-from latentflow.evaluation.read_images import read_batches, readable, stack_pixels
+from latentflow.evaluation.read_images import read_batches, require_readable, stack_pixels
 from latentflow.evaluation.real_images import RealFeatures, image_features, open_real_images
 from latentflow.evaluation.request import EvaluationRequest
 from latentflow.evaluation.samples_in_files import open_samples
@@ -280,7 +280,7 @@ class PaintedFiles(Files):
 
         def change(pixels: Tensor, painted_rows: list[int]) -> tuple[Tensor, Columns]:
             (pairs,) = read_batches(source, [partner[row] for row in painted_rows], len(painted_rows))
-            return pixels, self.judge(pixels, stack_pixels([readable(found).pixels for _, found in pairs]))
+            return pixels, self.judge(pixels, stack_pixels([require_readable(found).pixels for _, found in pairs]))
 
         plan = {
             "samples": samples.fingerprint(),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from latentflow.errors import ConfigError, nearest
-from latentflow.networks.inputs import FORMER_OPTIONS, VelocityNetwork
+from latentflow.networks.base import FORMER_OPTIONS, VelocityNetwork
 from latentflow.networks.layers import time_sinusoid
 from latentflow.networks.unet_blocks import (
     BlockOptions,

@@ -44,7 +44,7 @@ def parts(measured: MeasuredBound, variant: str, error: str) -> dict[str, float]
     }
 
 
-def verdict(measured: MeasuredBound) -> str:
+def dominant_term(measured: MeasuredBound) -> str:
     """Which term dominates, and what it consists of."""
     bound = measured.bound
     tightest = parts(measured, "one_sided", "velocity")
@@ -144,7 +144,7 @@ def bound_record(measured: MeasuredBound) -> dict[str, Any]:
             "loss": _curve(bound.loss),
             "velocity_error": _curve(bound.error),
         },
-        "verdict": [verdict(measured), looseness(measured)],
+        "verdict": [dominant_term(measured), looseness(measured)],
         "seconds": round(measured.seconds, 1),
     }
 
@@ -190,7 +190,7 @@ def bound_page(measured: MeasuredBound) -> str:
             (number(bound.reconstruction.distance.value), "the autoencoder's share, whatever the flow does"),
             (number(measured.farthest), "the largest distance of any two images: a bound above it is vacuous"),
         ],
-        verdict=verdict(measured),
+        verdict=dominant_term(measured),
         looseness=looseness(measured),
         terms=Table(("term", "value", "standard error", "draws", "kind"), term_rows(measured), text=(0, 4)),
         totals=Table(

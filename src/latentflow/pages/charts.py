@@ -62,12 +62,12 @@ class Chart:
     @cached_property
     def wide(self) -> Plot:
         """The layout for a desk."""
-        return _plot(self, Frame(960, 386, left=64, right=930, top=40, bottom=332, x_spacing=140, y_spacing=52))
+        return _plot(self, ChartFrame(960, 386, left=64, right=930, top=40, bottom=332, x_spacing=140, y_spacing=52))
 
     @cached_property
     def narrow(self) -> Plot:
         """The layout for a phone."""
-        return _plot(self, Frame(360, 300, left=50, right=330, top=34, bottom=250, x_spacing=78, y_spacing=44))
+        return _plot(self, ChartFrame(360, 300, left=50, right=330, top=34, bottom=250, x_spacing=78, y_spacing=44))
 
 
 def chart_file(chart: Chart) -> str:
@@ -76,7 +76,7 @@ def chart_file(chart: Chart) -> str:
 
 
 @dataclass(frozen=True)
-class Frame:
+class ChartFrame:
     """The size of a chart, the box that its axes span, and the least distance of the ticks, in CSS pixels."""
 
     width: int
@@ -111,13 +111,13 @@ class Line:
 class Plot:
     """A chart in pixels: its frame, the (place, text) of its ticks, and its lines."""
 
-    frame: Frame
+    frame: ChartFrame
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     lines: list[Line]
 
 
-def _plot(chart: Chart, frame: Frame) -> Plot:
+def _plot(chart: Chart, frame: ChartFrame) -> Plot:
     series = [_positive(one, chart) for one in chart.series]
     points = [point for one in series for point in one.points]
     ends = [y + error for one in series for (_, y), error in zip(one.points, one.errors, strict=False)]

@@ -6,7 +6,7 @@ from latentflow.networks.dit import NAMES, SIZES, DiTConfig
 from latentflow.networks.running import MEMORY_MODES
 from latentflow.planning.estimate import estimate_memory
 from latentflow.planning.plan import Plan
-from latentflow.planning.subject import Subject
+from latentflow.planning.planned_run import PlannedRun
 from latentflow.planning.units import gib
 from latentflow.training.fitting import with_values
 from latentflow.weights import without_memory
@@ -47,7 +47,7 @@ def _smaller(plan: Plan) -> str | None:
         chosen = DiTConfig(name=name, variant=network.variant)
         config = plan.subject.config.model_copy(update={"network": chosen})
         recipe = with_values(plan.recipe, {"network": chosen})
-        subject = Subject(recipe, config, plan.subject.data, plan.subject.stage)
+        subject = PlannedRun(recipe, config, plan.subject.data, plan.subject.stage)
         with without_memory():
             built = config.build_network()
         memory = estimate_memory(

@@ -16,7 +16,7 @@ from latentflow.model.config import AUTOENCODER_FOLDER
 from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import MEMORY_MODES
 from latentflow.planning.machine import Machine
-from latentflow.planning.subject import Subject
+from latentflow.planning.planned_run import PlannedRun
 from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.preview import preview_drawing
 from latentflow.training.config import Recipe
@@ -106,7 +106,7 @@ class Disk:
         return self.checkpoint * self.num_checkpoints + self.model * (1 + self.num_milestones) + self.previews
 
 
-def estimate_memory(subject: Subject, network: nn.Module, machine: Machine, *, share: int, micro: int) -> Memory:
+def estimate_memory(subject: PlannedRun, network: nn.Module, machine: Machine, *, share: int, micro: int) -> Memory:
     """What one process of the run takes.
 
     Args:
@@ -151,7 +151,7 @@ def estimate_memory(subject: Subject, network: nn.Module, machine: Machine, *, s
     return Memory(exact, estimated, kept, preview, mode, micro, share)
 
 
-def cached_bytes(subject: Subject) -> int | None:
+def cached_bytes(subject: PlannedRun) -> int | None:
     """Bytes of the tensors of a latent cache, with flips; None if the number of images is unknown.
 
     Data that are not here are assumed to be encoded first, as the recipes advise.
@@ -176,7 +176,7 @@ def _stays_resident(recipe: Recipe, num_bytes: int, machine: Machine) -> bool:
     return stays_resident(data.resident, num_bytes, torch.device("cuda" if machine.gpu else "cpu"), machine.memory)
 
 
-def preview_of(subject: Subject) -> Drawing:
+def preview_of(subject: PlannedRun) -> Drawing:
     """What a preview draws."""
     return preview_drawing(FlowModel(subject.config, nn.Linear(1, 1), None))
 
@@ -194,7 +194,7 @@ def _checkpoint_bytes(network: nn.Module) -> int:
     return 2 * _state_bytes(network) + _optimizer_bytes(network)
 
 
-def estimate_disk(subject: Subject, network: nn.Module) -> Disk:
+def estimate_disk(subject: PlannedRun, network: nn.Module) -> Disk:
     """What the run folder and the latent cache take."""
     training, config = subject.recipe.training, subject.config
     embedded = config.autoencoder.reference == AUTOENCODER_FOLDER

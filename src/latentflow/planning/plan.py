@@ -8,8 +8,8 @@ from functools import cached_property
 from latentflow.flow.solvers import expected_evaluations, is_adaptive
 from latentflow.planning.estimate import Disk, Memory, preview_of
 from latentflow.planning.machine import Machine
+from latentflow.planning.planned_run import PlannedRun
 from latentflow.planning.probe import SLOWER, Speed
-from latentflow.planning.subject import Subject
 from latentflow.training.config import Recipe
 
 
@@ -18,7 +18,7 @@ class Plan:
     """What a run takes."""
 
     name: str
-    subject: Subject
+    subject: PlannedRun
     machine: Machine
     num_parameters: int
     memory: Memory

@@ -24,7 +24,7 @@ from latentflow.training.step import StepResult
 NUM_TIME_BINS = 10
 
 
-class LossByTime:
+class LossBins:
     """The loss by time bin, summed on the device and read once per log line."""
 
     def __init__(self, device: torch.device):

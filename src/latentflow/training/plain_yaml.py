@@ -39,7 +39,7 @@ Node = Union[Scalar, list["Node"], dict[str, "Node"]]  # noqa: UP007 - a union w
 """A value, a list of nodes, or keys and nodes."""
 
 
-def read_file(file: Path) -> dict[str, Node]:
+def read_yaml(file: Path) -> dict[str, Node]:
     """The mapping in a YAML file; an empty file has none of its keys.
 
     Raises:

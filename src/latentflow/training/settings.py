@@ -28,7 +28,7 @@ from pydantic import BaseModel, ValidationError
 from latentflow.errors import ConfigError, nearest
 from latentflow.plans import flat
 from latentflow.records import alternatives, annotation_of, default_kind, explain, sections_of
-from latentflow.training.plain_yaml import Node, Scalar, read_file, read_text
+from latentflow.training.plain_yaml import Node, Scalar, read_text, read_yaml
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -44,7 +44,7 @@ def load_settings(schema: type[Schema], file: Path, overrides: Sequence[str] = (
     Raises:
         ConfigError: one line with the key, the value and the remedy.
     """
-    values = read_file(file)
+    values = read_yaml(file)
     pairs = [_split(override) for override in overrides]
     _refuse_twice(pairs)
     for key, value in sorted(pairs, key=lambda pair: pair[0][-1] != "kind"):

@@ -16,7 +16,7 @@ from latentflow.training.checkpoint import Progress
 from latentflow.training.compiling import compiles
 from latentflow.training.config import Recipe
 from latentflow.training.interruption import Outcome
-from latentflow.training.log import LossByTime
+from latentflow.training.log import LossBins
 from latentflow.training.loop import Job, micro_batches, run_loop
 from latentflow.training.memory import memory_mode
 from latentflow.training.step import training_step
@@ -60,7 +60,7 @@ def train_velocity(
     job = Job(
         network=network,
         compare=partial(training_step, model, times=recipe.times, batch_size=config.batch_size, seed=config.seed),
-        meter=LossByTime,
+        meter=LossBins,
         images=images,
         run=run,
         runtime=runtime,

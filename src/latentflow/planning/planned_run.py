@@ -65,7 +65,7 @@ class StageFacts:
 
 
 @dataclass(frozen=True)
-class Subject:
+class PlannedRun:
     """What is planned: the resolved recipe, the model it trains, and how this is known."""
 
     recipe: Recipe
@@ -112,7 +112,7 @@ PUBLISHED_DATA = {
 """The data of the recipes in the package, by the beginning of their names."""
 
 
-def plan_subject(recipe: Recipe, name: str, machine: Machine, request: PlanRequest) -> Subject:
+def plan_subject(recipe: Recipe, name: str, machine: Machine, request: PlanRequest) -> PlannedRun:
     """Find out what a recipe would train.
 
     Args:
@@ -146,7 +146,7 @@ def plan_subject(recipe: Recipe, name: str, machine: Machine, request: PlanReque
             num_processes=machine.num_processes,
         )
         recipe, reasons = fit(recipe, situation)
-    return Subject(recipe, _config(recipe, data, stage), data, stage, tuple(reasons))
+    return PlannedRun(recipe, _config(recipe, data, stage), data, stage, tuple(reasons))
 
 
 def _data(recipe: Recipe, name: str, num_images: int | None, num_classes: int | None) -> DataFacts:

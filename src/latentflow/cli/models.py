@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from latentflow.cli.options import AsJson, Device, Model, Precision, command
-from latentflow.cli.output import open_runtime, shortened, show
+from latentflow.cli.output import runtime_for, shortened, show
 from latentflow.console import say
 from latentflow.convert.request import ConvertRequest, ExportRequest
 
@@ -44,7 +44,7 @@ def convert(
     """Turn published weights into a model folder. No code in the file is run."""
     from latentflow.commands.convert import convert as run
 
-    result = run(request, out, runtime=open_runtime(device, Precision.fp32))
+    result = run(request, out, runtime=runtime_for(device, Precision.fp32))
     config = result.model.config
     rows = {
         "model": str(out),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentflow.networks.inputs import check_inputs
+from latentflow.networks.base import check_inputs
 
 FACTS = {"channels": 4, "multiple": 4, "num_classes": 3}
 
