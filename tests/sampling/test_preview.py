@@ -61,7 +61,7 @@ def preview(model, images, file) -> list[torch.Tensor]:
 )
 def test_a_row_for_everything_that_is_told(kl, images, tmp_path, given, num_rows):
     model = tiny.model(kl, **given)
-    check_drawing(model, preview_drawing(model))
+    check_drawing(model, preview_drawing(model.config, model.runtime.precision))
     assert len(preview(model, images, tmp_path / "grid.png")) == num_rows
 
 
@@ -112,7 +112,7 @@ def test_the_preview_of_a_cache_shows_its_holes(kl, segmented_cache, tmp_path):
 def test_a_preset_with_guidance_never_stops_a_run(kl, images, tmp_path, given, num_rows):
     """Each row is guided by what of the preset it is told."""
     model = tiny.model(kl, **{"conditioning": tiny.SPATIAL, **given})
-    check_drawing(model, preview_drawing(model))  # all that is asked before training
+    check_drawing(model, preview_drawing(model.config, model.runtime.precision))  # all that is asked before training
     assert len(preview(model, images, tmp_path / "grid.png")) == num_rows
 
 
@@ -230,7 +230,7 @@ def test_a_preset_that_takes_long_is_not_previewed(kl, preset, drawn_by, caplog)
     """A run must not wait for its previews; once it is said that pictures will be drawn otherwise."""
     model = tiny.model(kl, guidance=2.0, shift=2.0, **preset)
     for _ in range(2):
-        sampling = preview_drawing(model).sampling
+        sampling = preview_drawing(model.config).sampling
     assert (sampling.solver, sampling.steps) == drawn_by
     assert (sampling.guidance, sampling.shift) == (2.0, 2.0)
     is_told = drawn_by != (preset["solver"], preset.get("steps"))

@@ -11,7 +11,7 @@ import torch
 
 from latentflow.artifacts import read_json
 from latentflow.autoencoder import Autoencoder, latent_mean, sample_latents, to_uint8, to_unit_range
-from latentflow.commands.train_autoencoder import train_first_stage
+from latentflow.commands.train_autoencoder import train_autoencoder
 from latentflow.data.batches import Batch
 from latentflow.data.pictures.user_picture import psnr
 from latentflow.data.sources.images import open_images
@@ -79,14 +79,14 @@ def trained(tmp_path_factory):
         training={"steps": 80, "batch_size": 8},
         save_dtype="float16",
     )
-    return run, train_first_stage(given, runtime=tiny.CPU)
+    return run, train_autoencoder(given, runtime=tiny.CPU)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """A short run in one go."""
     run = tmp_path_factory.mktemp("runs") / "short"
-    assert train_first_stage(recipe(run), runtime=tiny.CPU).outcome.finished
+    assert train_autoencoder(recipe(run), runtime=tiny.CPU).outcome.finished
     return run
 
 
@@ -221,12 +221,12 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt_at(4, patch, number)
-        stopped = train_first_stage(recipe(run), runtime=tiny.CPU)
+        stopped = train_autoencoder(recipe(run), runtime=tiny.CPU)
     assert (stopped.outcome.step, stopped.outcome.finished, stopped.outcome.signal) == (4, False, number)
     assert stopped.report is None
     assert not (run / "autoencoder").exists()
 
-    assert train_first_stage(recipe(run), runtime=tiny.CPU).outcome.finished
+    assert train_autoencoder(recipe(run), runtime=tiny.CPU).outcome.finished
     for file in STATE:
         ours, theirs = (newest_checkpoint(folder) / file for folder in (run, uninterrupted))
         assert ours.read_bytes() == theirs.read_bytes(), file
@@ -238,7 +238,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
 
 def test_a_finished_run_is_measured_again(uninterrupted):
     before = tiny.tree(uninterrupted / "autoencoder")
-    result = train_first_stage(recipe(uninterrupted), runtime=tiny.CPU)
+    result = train_autoencoder(recipe(uninterrupted), runtime=tiny.CPU)
     assert result.outcome.finished
     assert tiny.tree(uninterrupted / "autoencoder") == before
 
@@ -251,7 +251,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "autoencoder_step", broken)
     with pytest.raises(NonFiniteError, match=r"step 1: .* synthetic/"):
-        train_first_stage(recipe(tmp_path / "run"), runtime=tiny.CPU)
+        train_autoencoder(recipe(tmp_path / "run"), runtime=tiny.CPU)
 
 
 # Bad input
@@ -270,18 +270,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 )
 def test_bad_settings_leave_nothing_behind(tmp_path, given, error, message):
     with pytest.raises(error, match=message):
-        train_first_stage(recipe(tmp_path / "run", **given), runtime=tiny.CPU)
+        train_autoencoder(recipe(tmp_path / "run", **given), runtime=tiny.CPU)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_latent_cache_is_no_data(tmp_path, cache):
     with pytest.raises(ConfigError, match="is a latent cache"):
-        train_first_stage(recipe(tmp_path / "run", data={"path": str(cache)}), runtime=tiny.CPU)
+        train_autoencoder(recipe(tmp_path / "run", data={"path": str(cache)}), runtime=tiny.CPU)
 
 
 def test_a_run_folder_belongs_to_one_recipe(uninterrupted):
     with pytest.raises(ConfigError, match=r"loss.kl_weight: 0.0001, now 0.5"):
-        train_first_stage(recipe(uninterrupted, loss={"kl_weight": 0.5}), runtime=tiny.CPU)
+        train_autoencoder(recipe(uninterrupted, loss={"kl_weight": 0.5}), runtime=tiny.CPU)
 
 
 def test_an_unknown_key_names_the_nearest():

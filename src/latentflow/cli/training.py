@@ -73,7 +73,7 @@ def train_autoencoder(
     print_recipe: PrintRecipe = False,
 ) -> None:
     """Train a first stage on one device. Repeat the command to resume exactly where it was stopped."""
-    from latentflow.commands.train_autoencoder import train_first_stage
+    from latentflow.commands.train_autoencoder import train_autoencoder as run
     from latentflow.training.first_stage import load_autoencoder_recipe
     from latentflow.training.first_stage_run import prepare_first_stage
 
@@ -82,7 +82,7 @@ def train_autoencoder(
     if dry_run:
         _checked(on_prepared, prepare_first_stage(given, runtime, allow_change=changes))
         return
-    result = train_first_stage(given, allow_change=changes, on_prepared=on_prepared, runtime=runtime)
+    result = run(given, allow_change=changes, on_prepared=on_prepared, runtime=runtime)
     _report_end(result)
     found = result.report
     rows = {

@@ -93,4 +93,4 @@ def _check_preview(recipe: Recipe, model: FlowModel) -> None:
                 f" or raise {key}",
             )
         raise ConfigError(f"sampling.guidance = {scale:g}, but {why}; add sampling.guidance=1{other}")
-    check_drawing(model, preview_drawing(model))
+    check_drawing(model, preview_drawing(model.config, model.runtime.precision))

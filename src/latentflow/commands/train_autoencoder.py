@@ -9,7 +9,7 @@ from pathlib import Path
 from latentflow.locks import writes
 from latentflow.runtime import Runtime, open_runtime
 from latentflow.sampling.contact_sheet import save_grid
-from latentflow.training.first_stage import AutoencoderRecipe, train_autoencoder
+from latentflow.training.first_stage import AutoencoderRecipe, train_first_stage
 from latentflow.training.first_stage_run import AutoencoderReport, PreparedFirstStage, finish, prepare_first_stage
 from latentflow.training.interruption import Outcome
 
@@ -18,7 +18,7 @@ _PICTURED = 8
 
 @dataclass(frozen=True)
 class AutoencoderResult:
-    """What `train_first_stage` did.
+    """What `train_autoencoder` did.
 
     Attributes:
         run: the run folder.
@@ -34,7 +34,7 @@ class AutoencoderResult:
 
 
 @writes(lambda given: given["recipe"].out)
-def train_first_stage(
+def train_autoencoder(
     recipe: AutoencoderRecipe,
     *,
     allow_change: Sequence[str] = (),
@@ -60,7 +60,7 @@ def train_first_stage(
     on_prepared(prepared)
     prepared.begin()
     recipe, run = prepared.recipe, prepared.run
-    outcome = train_autoencoder(recipe, prepared.network, prepared.images, run, prepared.runtime)
+    outcome = train_first_stage(recipe, prepared.network, prepared.images, run, prepared.runtime)
     report = None
     if outcome.finished:
         report, pictures = finish(prepared, outcome.step)

@@ -13,7 +13,6 @@ from torch import nn
 
 from latentflow.data.cache.resident import stays_resident
 from latentflow.model.config import AUTOENCODER_FOLDER
-from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import MEMORY_MODES
 from latentflow.planning.machine import Machine
 from latentflow.planning.planned_run import PlannedRun
@@ -178,7 +177,7 @@ def _stays_resident(recipe: Recipe, num_bytes: int, machine: Machine) -> bool:
 
 def preview_of(subject: PlannedRun) -> Drawing:
     """What a preview draws."""
-    return preview_drawing(FlowModel(subject.config, nn.Linear(1, 1), None))
+    return preview_drawing(subject.config)
 
 
 def _state_bytes(network: nn.Module) -> int:

@@ -16,10 +16,10 @@ from latentflow.data.batches import TrainingImages
 from latentflow.data.painting.semantic_maps import colour_map
 from latentflow.errors import NonFiniteError
 from latentflow.flow.solvers import expected_evaluations, is_adaptive
-from latentflow.model.config import SamplingPreset
+from latentflow.model.config import ModelConfig, SamplingPreset
 from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import uncompiled
-from latentflow.runtime import Runtime
+from latentflow.runtime import Precision, Runtime
 from latentflow.sampling.contact_sheet import save_grid
 from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.pipeline import Given, draw
@@ -31,11 +31,11 @@ _QUICK = {"solver": "heun", "steps": 25}
 _PER_CLASS, _MOST_IMAGES, _COLUMNS = 4, 40, 8
 
 
-def preview_drawing(model: FlowModel) -> Drawing:
+def preview_drawing(config: ModelConfig, precision: Precision = "fp32") -> Drawing:
     """The drawing of a preview: one row per class, or with spatial conditions one column per training image."""
-    conditioning = model.config.conditioning
+    conditioning = config.conditioning
     spatial = [name for name in conditioning.dropout if name != "label"]
-    shown = model.config.seen_classes[: _MOST_IMAGES // _PER_CLASS]
+    shown = config.seen_classes[: _MOST_IMAGES // _PER_CLASS]
     labels = [label for label in shown for _ in range(_PER_CLASS)]
     num_images = len(labels) or _PER_CLASS**2
     if spatial:
@@ -45,8 +45,8 @@ def preview_drawing(model: FlowModel) -> Drawing:
         seeds=list(range(num_images)),
         labels=labels,
         told=[*(["label"] if labels else []), *spatial],
-        sampling=_affordable(model.config.sampling),
-        precision=model.runtime.precision,
+        sampling=_affordable(config.sampling),
+        precision=precision,
     )
 
 
@@ -106,7 +106,7 @@ def _rows(
     model: FlowModel, images: TrainingImages, runtime: Runtime, batch_size: int
 ) -> tuple[list[Tensor], int, list[str]]:
     """The pictures of a grid, [N, 3, S, S] uint8 each, the number of its columns, and the captions."""
-    drawing, conditioning = preview_drawing(model), model.config.conditioning
+    drawing, conditioning = preview_drawing(model.config, model.runtime.precision), model.config.conditioning
     if "inpainting" not in drawing.told and "semantic_map" not in drawing.told:
         pictures = _drawn(model, drawing, Given(), runtime, batch_size)
         return [pictures], _PER_CLASS, [conditioning.class_names[label] for label in drawing.labels]

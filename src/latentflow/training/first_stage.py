@@ -279,7 +279,7 @@ def autoencoder_step(
     return AutoencoderStep(loss, reconstruction, edges, kl, image_mean((0.5 * log_variance).exp()))
 
 
-def train_autoencoder(
+def train_first_stage(
     recipe: AutoencoderRecipe,
     network: AutoencoderKL,
     images: TrainingImages,
