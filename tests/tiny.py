@@ -56,7 +56,7 @@ SPATIAL: dict[str, Any] = {
     "map_class_names": list(MAP_CLASSES),
     "map_palette": list(MAP_PALETTE),
 }
-"""Of `Conditioning`: what a model is told besides labels if it is told everything."""
+"""Of `Conditioning`: every condition but labels."""
 
 RECIPE: dict[str, Any] = {
     "data": {"image_size": IMAGE_SIZE, "flip": False},
@@ -198,7 +198,7 @@ def model(
 ) -> LatentFlow:
     """A model with random weights, ready to be sampled; the larger `time_scale`, the faster its field changes.
 
-    `conditioning` is what it is told besides labels, for example `SPATIAL`.
+    `conditioning` holds the conditions other than labels, for example `SPATIAL`.
     """
     config = ModelConfig(
         image_size=IMAGE_SIZE,

@@ -41,8 +41,8 @@ def photo(tmp_path_factory) -> Path:
     return file
 
 
-def told(file: Path) -> dict:
-    """The request in a PNG."""
+def metadata(file: Path) -> dict:
+    """The metadata of a PNG."""
     with Image.open(file) as image:
         assert image.size == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
         return json.loads(image.text["latentflow"])
@@ -57,7 +57,7 @@ def test_image_to_image_into_one_file(command, model_folder, photo, tmp_path):
     result = command("image-to-image", model_folder, photo, "--strength", 0.4, "--classes", "berry", "--out", out)
     assert result.code == 0, result.err
     assert names(out.parent) == ["picture.png"]
-    request = told(out)
+    request = metadata(out)
     assert (request["task"], request["start"], request["class_name"]) == ("image-to-image", 0.4, "berry")
     assert request["inputs"]["image"].startswith("photo.png sha256:")
 
@@ -69,7 +69,7 @@ def test_image_to_image_into_several_files(command, model_folder, photo, tmp_pat
     assert names(tmp_path) == ["new_seed-00000007.png", "new_seed-00000008.png"]
     report = json.loads(result.out)
     assert report["evaluations per image"] == 2  # two Euler steps, and nothing that guidance could strengthen
-    assert told(tmp_path / "new_seed-00000007.png")["sampling"]["guidance"] == 1
+    assert metadata(tmp_path / "new_seed-00000007.png")["sampling"]["guidance"] == 1
 
 
 def test_interpolate(command, model_folder, tmp_path):
@@ -80,7 +80,7 @@ def test_interpolate(command, model_folder, tmp_path):
     assert (report["frames"], report["evaluations per image"]) == (3, 8)  # two Euler steps, guided, for two classes
     files = [f"berry_seed-00000003_to-apple_to-seed-00000008_at-{at}.png" for at in ("0.000", "0.500", "1.000")]
     assert names(tmp_path / "frames") == [*files, "grid.png"]
-    assert told(tmp_path / "frames" / files[1])["blends"] == [{"seed": 8, "weight": 0.5, "label": 0}]
+    assert metadata(tmp_path / "frames" / files[1])["blends"] == [{"seed": 8, "weight": 0.5, "label": 0}]
     assert Image.open(report["grid"]).size == (3 * tiny.IMAGE_SIZE + 4, tiny.IMAGE_SIZE)
 
 
@@ -114,7 +114,7 @@ def test_invert(command, model_folder, photo, tmp_path):
     again = model.sample(noise=tensors["noise"], classes=["berry"], guidance=1, solver="heun", steps=20)
     pixels = np.array(Image.open(tmp_path / "inverted" / "round_trip.png")).astype(int)
     assert np.abs(np.array(again.images[0]).astype(int) - pixels).max() <= 1
-    assert told(tmp_path / "inverted" / "round_trip.png")["inputs"].keys() == {"image", "noise"}
+    assert metadata(tmp_path / "inverted" / "round_trip.png")["inputs"].keys() == {"image", "noise"}
     shown = np.array(Image.open(tmp_path / "inverted" / "input.png"))
     assert torch.equal(torch.from_numpy(shown).permute(2, 0, 1)[None], model.invert(photo).pixels)
 

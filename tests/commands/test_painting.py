@@ -27,7 +27,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, kl) -> dict[str, Path]:
-    """Models on disk by what they are told: everything, classes alone, holes and maps always, holes always."""
+    """Models on disk by their conditions: all, only classes, holes and maps always, holes always."""
     folder = tmp_path_factory.mktemp("models")
     for name, given in MODELS.items():
         tiny.model(kl, time_scale=20.0, **given).save_pretrained(folder / name)
@@ -81,7 +81,7 @@ def paint(capsys, monkeypatch, models, place) -> Callable[..., Result]:
 
 @pytest.fixture
 def leaves_nothing(place, models):
-    """No file or folder may come, go or change, neither beside the input nor beside the models."""
+    """No file or folder may appear, vanish or change next to the input or the models."""
     folders = [place, models["all"].parent]
     before = [tiny.tree(folder) for folder in folders]
     yield

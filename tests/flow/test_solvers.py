@@ -22,7 +22,8 @@ GAUSSIAN = GaussianData(CosinePath())
 ENDS = sampling_times(1)
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 2, "ab3": 3}
 ADAPTIVE = ["bosh3", "dopri5"]
-FIXTURE = File(__file__).parents[3] / "shared" / "parity" / "solvers.safetensors"
+FIXTURE = File(__file__).parent / "fixtures" / "solvers.safetensors"
+"""End states of torchdiffeq (dopri5) and of the samplers of LFM (euler, midpoint, heun2) for the field `wavy`."""
 
 
 def start(batch=2, dtype=torch.float64):
@@ -139,7 +140,6 @@ def test_callback_after_each_fixed_step():
     torch.testing.assert_close(seen[0][2], start() - 0.5)
 
 
-@pytest.mark.skipif(not FIXTURE.exists(), reason="the parity fixtures are not beside this repository")
 @pytest.mark.parametrize(("solver", "name"), [("euler", "euler"), ("midpoint", "midpoint"), ("heun", "heun2")])
 @pytest.mark.parametrize(("dtype", "atol"), [("f32", 2e-6), ("f64", 1e-12)])
 def test_fixed_steps_of_the_parity_fixtures(solver, name, dtype, atol):
@@ -231,7 +231,6 @@ def test_adaptive_as_in_torchdiffeq(solver, tolerance):
     assert nfe <= solution.evaluations.item() <= 1.15 * nfe + 6
 
 
-@pytest.mark.skipif(not FIXTURE.exists(), reason="the parity fixtures are not beside this repository")
 def test_dopri5_on_the_parity_fixture():
     fixture = load_file(FIXTURE)
     x, exact = fixture["inputs/x1"].double(), fixture["outputs/analytic/f64/exact"]

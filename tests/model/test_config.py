@@ -1,4 +1,4 @@
-"""A model folder from a stranger: whatever its config claims is bounded, and must agree with the weights beside it."""
+"""A model folder from a stranger: whatever its config claims is bounded, and must agree with the weights next to it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FREE = ("class_names", "map_class_names", "map_palette", "dropout", "masks", "re
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, kl) -> dict[str, Path]:
-    """A transformer that is told everything, and a U-Net that is told labels."""
+    """A transformer with all conditions, and a U-Net with labels."""
     made = {"dit": tiny.model(kl, conditioning=tiny.SPATIAL), "unet": tiny.model(kl)}
     unet = UNetConfig(
         channels=8, multipliers=[1, 2], blocks_per_level=1, attention_factors=[2], num_heads=2, norm_groups=4

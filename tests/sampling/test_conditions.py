@@ -1,4 +1,4 @@
-"""Sampling with conditions of space: what is told, by what it is guided, and one seed, one picture all the same."""
+"""Sampling with spatial conditions: conditions, guidance on each of them, and one picture per seed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def request(model: LatentFlow, num: int, told: list[str] = EVERYTHING, **preset)
     )
 
 
-def told_only(told: list[str], whole: Given) -> Given:
+def only_some(told: list[str], whole: Given) -> Given:
     fields = [name for kind in told for name in FIELDS[kind] if name != "labels"]
     return Given(**{name: getattr(whole, name) for name in fields})
 
@@ -94,7 +94,7 @@ def test_each_image_has_its_own_conditions(model):
         assert (latents[1] - drawn[1]).abs().max() > 0.01, name
 
 
-# What is told
+# Conditions
 
 
 def test_what_is_not_told_is_null(model):
@@ -102,7 +102,7 @@ def test_what_is_not_told_is_null(model):
     nulls = {"labels": 3, "masked_latents": 0, "mask": 1, "class_fractions": 0}
     for told in ([], ["label"], ["inpainting"], ["semantic_map"], EVERYTHING):
         asked = request(model, 2, told)
-        part = told_only(told, given(2)).on(model.device, 2)
+        part = only_some(told, given(2)).on(model.device, 2)
         velocity = conditioned_velocity(model, asked, part, (2, *LATENTS))
         for kind, names in FIELDS.items():
             for name in names:
@@ -157,7 +157,7 @@ def test_noise_in_place_of_the_seeds_own(model):
 
 @pytest.mark.parametrize("by", [["label"], ["inpainting"], ["semantic_map"], SPACE, EVERYTHING, None])
 def test_guidance_leads_away_from_the_twin_that_is_not_told(model, by):
-    """v = v_null + s (v_cond - v_null), where the null is told all but what guides."""
+    """v = v_null + s (v_cond - v_null), where the null condition lacks what guides."""
     asked, scale = request(model, 2, guidance=3.0, guided_by=by), 3.0
     part = given(2).on(model.device, 2)
     velocity = conditioned_velocity(model, asked, part, (2, *LATENTS))

@@ -21,7 +21,7 @@ def test_without_captions_pictures_stand_two_pixels_apart():
     ("captions", "size"),
     [
         (["cat", "dog", "owl"] * 2, (196, 15 + 130)),  # above each column
-        (["cat"] * 3 + ["dog"] * 3, None),  # beside each row
+        (["cat"] * 3 + ["dog"] * 3, None),  # to the left of each row
         (["cat", "dog", "owl", "owl", "dog", "cat"], (196, 2 * (64 + 15) + 2)),  # under each picture
     ],
 )

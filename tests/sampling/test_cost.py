@@ -42,7 +42,7 @@ def calls_of(model, monkeypatch) -> list[int]:
     ],
 )
 def test_a_long_job_is_compiled_once_for_batches_of_one_size(model, monkeypatch, caplog, preset, sizes):
-    """The last batch is filled up, so that nothing is compiled anew; the pictures are those of the plain network."""
+    """The last batch is padded, so that nothing is compiled again; the pictures are those of the plain network."""
     request = make_drawing(model, SampleRequest(num=10, solver="heun", steps=5, **preset))
     plain = draw_all(model, request, batch_size=4)
     monkeypatch.setattr(cost, "_seconds_of_a_call", lambda *given: 10.0)

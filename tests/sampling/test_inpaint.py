@@ -44,7 +44,7 @@ TOLD = {"condition": ["inpainting"], "replacement": []}
 
 
 class Attentive(LatentFlow):
-    """A model that keeps what it is told."""
+    """A model that records its condition."""
 
     def velocity(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
         self.conditions.append(condition)
@@ -53,7 +53,7 @@ class Attentive(LatentFlow):
 
 @pytest.fixture(scope="module")
 def model(kl) -> Attentive:
-    """A model that is told labels, the known part, and maps."""
+    """A model conditioned on labels, the known part, and maps."""
     made = tiny.model(kl, conditioning=tiny.SPATIAL, time_scale=20.0)
     attentive = Attentive(made.config, made.network, made.autoencoder)
     attentive.conditions = []
@@ -62,7 +62,7 @@ def model(kl) -> Attentive:
 
 @pytest.fixture(scope="module")
 def plain(kl) -> LatentFlow:
-    """A model that is told labels alone."""
+    """A model conditioned on labels only."""
     return tiny.model(kl, time_scale=20.0)
 
 
@@ -281,7 +281,7 @@ def test_the_window_is_a_square_around_the_hole(plain, data, height, width):
     ("size", "hole", "frame"),
     [
         ((100, 150), (40, 60, 44, 64), (54, 34, 70, 50)),  # a small hole: the training size, not scaled
-        ((100, 150), (40, 60, 60, 64), (42, 30, 82, 70)),  # as much again beside it
+        ((100, 150), (40, 60, 60, 64), (42, 30, 82, 70)),  # as much context as hole
         ((100, 150), (99, 149, 100, 150), (134, 84, 150, 100)),  # one pixel in the corner
         ((100, 150), (0, 10, 80, 90), (0, 0, 100, 100)),  # no more room than the image's height
         ((100, 150), (0, 70, 100, 90), (30, 0, 130, 100)),  # as tall as the image
@@ -351,7 +351,7 @@ def test_a_hairline_on_a_large_image_is_told(model):
 
 
 def test_scaling_keeps_plain_colours_plain():
-    """Neither gray of the hole nor ringing beside it: colours are weighted by what is known."""
+    """Neither gray of the hole nor ringing around it: colours are weighted by what is known."""
     colour = np.array([250, 3, 128], np.uint8)
     image = np.broadcast_to(colour, (45, 37, 3)).copy()
     for seed in range(10):
@@ -689,7 +689,7 @@ def test_a_hole_that_leaves_nothing_at_the_size_the_model_sees(model):
     result = model.inpaint(picture(160, 160), grid, fit="native")
     assert (pixels_of(result)[0] == picture(160, 160))[grid == 0].all()
     comb = np.zeros((16, 16), np.uint8)
-    comb[:, ::2] = 1  # a hole in every latent pixel: known to a model that is told shares, and to no other
+    comb[:, ::2] = 1  # a hole in every latent pixel: known to a model that sees fractions, and to no other
     assert model.inpaint(picture(16, 16), comb).drawing.told == ["inpainting"]
     with pytest.raises(DataError, match="the mask covers the whole image"):
         model.inpaint(picture(16, 16), comb, method="replacement")

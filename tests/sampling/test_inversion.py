@@ -138,7 +138,7 @@ def test_what_cannot_be_inverted(model, pictures, tmp_path):
 
 
 def test_the_table_of_an_exact_flow(linear, pictures):
-    """Mean over images of what each gives alone; Euler errs by RATE^2 / steps, Heun by RATE^4 / 4 steps^3."""
+    """The mean over images of what each gives by itself; Euler errs by RATE^2 / steps, Heun by RATE^4 / 4 steps^3."""
     settings = [{"solver": "euler", "steps": 4}, {"solver": "heun", "steps": 4}, {"solver": "dopri5", "rtol": 1e-4}]
     euler, heun, dopri5 = compare_round_trips(linear, pictures, settings, batch_size=2)
     assert (euler.solver, euler.steps, euler.tolerance) == ("euler", 4, None)

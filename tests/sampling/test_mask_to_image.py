@@ -1,4 +1,4 @@
-"""Mask-to-image: a map means the same however it is stored, and the model is told what training would tell it."""
+"""Mask-to-image: a map means the same however it is stored, and the model sees the condition that training gives."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MAPS_ALONE = {key: value for key, value in tiny.SPATIAL.items() if key != "inpai
 
 
 class Attentive(LatentFlow):
-    """A model that keeps what it is told."""
+    """A model that records its condition."""
 
     def velocity(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
         self.conditions.append(condition)
@@ -39,7 +39,7 @@ class Attentive(LatentFlow):
 
 @pytest.fixture(scope="module")
 def model(kl) -> Attentive:
-    """A model that is told labels, the known part, and maps."""
+    """A model conditioned on labels, the known part, and maps."""
     made = tiny.model(kl, conditioning=tiny.SPATIAL, time_scale=20.0)
     attentive = Attentive(made.config, made.network, made.autoencoder)
     attentive.conditions = []
@@ -57,7 +57,7 @@ def a_map(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def told_fractions(model: Attentive, semantic_map, **request) -> Tensor:
-    """What the model was told of the map: [K, h, w]."""
+    """The map in the condition of the model: [K, h, w]."""
     model.conditions.clear()
     model.mask_to_image(semantic_map, **request)
     fractions = model.conditions[0].class_fractions
@@ -65,7 +65,7 @@ def told_fractions(model: Attentive, semantic_map, **request) -> Tensor:
     return fractions[0]
 
 
-# What the model is told
+# The condition
 
 
 @pytest.mark.parametrize("size", [(16, 16), (23, 41), (90, 64), (9, 12)], ids=str)

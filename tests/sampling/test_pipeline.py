@@ -262,7 +262,7 @@ def test_what_a_network_computes_in(model, word, asked, solver, computed, caplog
 
 @pytest.mark.parametrize("solver", ["heun", "ab2", "bosh3"])
 def test_in_half_precision_state_and_time_stay_wide(model, monkeypatch, solver):
-    """The network alone computes in bf16; what the solver adds up is float32, and its times float64."""
+    """Only the network computes in bf16; the state of the solver is float32, and its times float64."""
     computed, stepped = [], []
     network, call = model.network.forward, ConditionedVelocity.__call__
 

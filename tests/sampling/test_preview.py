@@ -52,10 +52,13 @@ def preview(model, images, file) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("given", "num_rows"),
     [
-        ({"conditioning": tiny.SPATIAL}, 7),  # images, without holes, maps; told label, known part, map, all
+        (
+            {"conditioning": tiny.SPATIAL},
+            7,
+        ),  # images, without holes, maps; samples given the label, known part, map, all
         ({"conditioning": tiny.SPATIAL, "class_names": ()}, 6),
         ({"conditioning": MAPS}, 5),
-        ({"conditioning": MAPS, "class_names": ()}, 3),  # told the map is told all
+        ({"conditioning": MAPS, "class_names": ()}, 3),  # given the map is given everything
         ({"conditioning": {"inpainting": True}, "class_names": ()}, 3),
     ],
 )
@@ -110,7 +113,7 @@ def test_the_preview_of_a_cache_shows_its_holes(kl, segmented_cache, tmp_path):
     ids=["by all", "by label", "by space", "label never dropped", "map never dropped"],
 )
 def test_a_preset_with_guidance_never_stops_a_run(kl, images, tmp_path, given, num_rows):
-    """Each row is guided by what of the preset it is told."""
+    """Each row is guided on those conditions of the preset that it is given."""
     model = tiny.model(kl, **{"conditioning": tiny.SPATIAL, **given})
     check_drawing(model, preview_drawing(model.config, model.runtime.precision))  # all that is asked before training
     assert len(preview(model, images, tmp_path / "grid.png")) == num_rows
@@ -206,7 +209,7 @@ def test_the_weights_come_back_to_the_bit(kl, images, tmp_path, fails, monkeypat
 
 
 def test_compiled_blocks_are_not_called(kl):
-    """Batches of another size would be compiled anew; training goes on with what was compiled."""
+    """Batches of another size would be compiled again; training continues with what was compiled."""
     network = tiny.model(kl).network
     compile_blocks(network, backend="eager")
     with drawing_with(network, network.state_dict()):

@@ -1,4 +1,4 @@
-"""Pictures become files: PNGs that any reader takes, written beside the drawing, whole or not at all."""
+"""Pictures become files: PNGs that any reader takes, written while others are drawn, whole or not at all."""
 
 from __future__ import annotations
 
