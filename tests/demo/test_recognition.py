@@ -57,7 +57,7 @@ def test_ground_without_a_shape_is_nothing():
 
 
 @pytest.mark.parametrize("grain", [2, 4, 8, 64])
-def test_mush_is_nothing(grain):
+def test_noise_is_nothing(grain):
     random = np.random.default_rng(grain)
     accepted = 0
     for _ in range(30):

@@ -1,7 +1,7 @@
-"""Shape recognition for the built-in dataset: which shape of which colour does a picture show, if any?
+"""Shape recognition for the built-in dataset: which coloured shape does a picture show, if any?
 
-It judges what a generative model has drawn: did a sample asked to be a "red circle" become one? Every
-step can say no, so that a picture of nothing, of mush or of two shapes is recognised as nothing.
+It judges the samples of a generative model: does a sample of the class "red circle" show one? Every step can reject the
+picture, so that noise, blur, an empty background or two shapes are recognised as nothing.
 
 Legend: S image size.
 """
@@ -16,15 +16,15 @@ from PIL import Image
 
 from latentflow.data.sources.synthetic import COLOURS, SHAPES, signed_distance, unit_area
 
-_SIZE = 64  # every picture is judged at this size, in pixels
-_LEAST_CONTRAST = 0.2  # chroma of the shape above the ground's; drawn shapes have 0.3 to 0.7
-_LEAST_AREA, _MOST_AREA = 0.025, 0.5  # share of the image; drawn shapes cover 0.05 to 0.42
-_LEAST_SHARPNESS = 0.11  # slope of the outline, in contrasts a pixel; below is a haze with no shape to speak of
-_MOST_LITTER = 0.12  # area of everything else that is colourful, against the main blob
-_HUE_WINDOW = 0.09  # farthest a hue may lie from its colour; green and blue are 0.21 apart
+_SIZE = 64  # pictures are judged at this size, in pixels
+_LEAST_CONTRAST = 0.2  # chroma of the shape minus that of the background; real shapes have 0.3 to 0.7
+_LEAST_AREA, _MOST_AREA = 0.025, 0.5  # share of the image; real shapes cover 0.05 to 0.42
+_LEAST_SHARPNESS = 0.11  # slope of the outline, in contrasts per pixel; less is a haze without a shape
+_MOST_LITTER = 0.12  # area of all other colourful pixels, relative to the main blob
+_HUE_WINDOW = 0.09  # largest distance of a hue from its colour; green and blue are 0.21 apart
 _LEAST_ONE_COLOUR = 0.85  # share of the blob that has the blob's colour
-_LEAST_OVERLAP = 0.85  # intersection over union with the ideal shape; drawn shapes have 0.9 to 1
-_MOST_DEVIATION = 0.15  # of the blob's outline from the ideal one, in radii; drawn shapes have 0.08
+_LEAST_OVERLAP = 0.85  # intersection over union with the ideal shape; real shapes have 0.9 to 1
+_MOST_DEVIATION = 0.15  # of the blob's outline from the ideal one, in radii; real shapes have 0.08
 _LEAST_LEAD = 0.02  # of the best shape's overlap over the second best's
 _SYMMETRY = {"circle": 0.0, "square": math.pi / 2, "triangle": 2 * math.pi / 3, "cross": math.pi / 2}
 _ANGLE_STEP = math.radians(7.5)

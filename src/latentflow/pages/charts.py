@@ -71,7 +71,7 @@ class Chart:
 
 
 def chart_file(chart: Chart) -> str:
-    """A chart as an SVG file of its own, with its legend."""
+    """A chart as an SVG file, with its legend."""
     return render("chart_file.svg", chart=chart, plot=chart.wide)
 
 

@@ -14,7 +14,7 @@ from latentflow.pages.numbers import number, percent
 from latentflow.pages.page import Table, render
 
 HEADER = ("preset", "evaluations", "distance", "std error", "classes", "ms per image", "mark")
-_MOST_IMAGES = 100_000  # that anybody draws to compare presets
+_MOST_IMAGES = 100_000  # more than is practical to draw for a comparison
 _MARKS = {"front": "front", "undecided": "undecided", "beaten": ""}
 
 
@@ -67,7 +67,7 @@ def _would_decide(result: SweepResult) -> str:
 
 
 def summary(result: SweepResult) -> dict[str, Any]:
-    """A sweep as JSON. Resamples and earlier rounds of a candidate stand in OUT/candidates."""
+    """A sweep as JSON. Resamples and earlier rounds of a candidate are in OUT/candidates."""
     return {
         "request": result.request.model_dump(mode="json"),
         "model": result.request.model,
