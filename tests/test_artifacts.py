@@ -300,7 +300,7 @@ def test_a_place_is_looked_at_without_touching_it(tmp_path):
 
 
 def test_files_get_the_usual_permissions(tmp_path):
-    """safetensors alone would make them readable by their owner only."""
+    """safetensors by itself would make them readable only by their owner."""
     (tmp_path / "usual").touch()
     usual = (tmp_path / "usual").stat().st_mode
     write_tensors(tmp_path / "one.safetensors", {"x": torch.zeros(1)})

@@ -235,7 +235,7 @@ def test_the_hash_survives_a_round_trip(made, tmp_path):
     assert torch.equal(copy.encode(pixels(2)), autoencoder.encode(pixels(2)))
 
 
-def test_the_hash_tells_latent_spaces_apart(kl):
+def test_the_hash_distinguishes_latent_spaces(kl):
     hashes = {
         kl.content_hash,
         Autoencoder(tiny.kl(seed=1), "other weights").content_hash,
@@ -333,7 +333,7 @@ def test_a_pickle_in_place_of_weights(bomb, kl_folder, tmp_path, name):
     assert "poisoned" in refusal(folder)
 
 
-def test_a_pickle_beside_sound_weights_is_not_looked_at(bomb, kl, kl_folder, tmp_path):
+def test_a_pickle_next_to_sound_weights_is_ignored(bomb, kl, kl_folder, tmp_path):
     folder = shutil.copytree(kl_folder, tmp_path / "both")
     bomb(folder / "diffusion_pytorch_model.bin")
     assert Autoencoder.from_pretrained(folder).content_hash == kl.content_hash
@@ -375,7 +375,7 @@ def folder(kl_folder, tmp_path) -> Path:
 
 
 def change_weights(folder: Path, change) -> Path:
-    """Write the folder's weights anew, as `change` gives them back."""
+    """Overwrite the folder's weights by the result of `change`."""
     file = folder / "diffusion_pytorch_model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in read_tensors(file).items()}
     write_tensors(file, change(tensors), {"format": "pt"})
@@ -611,7 +611,7 @@ def _follow(line: str) -> None:
 
 
 def test_code_in_the_folder_never_runs(kl, folder, tmp_path, monkeypatch):
-    """Whatever the config calls for: files beside it, `auto_map`, a class or a library of another name."""
+    """Whatever the config calls for: files next to it, `auto_map`, a class or a library of another name."""
     code = f"open({str(tmp_path / 'exploded')!r}, 'w')\nfrom diffusers import AutoencoderKL as Mine\n"
     for name in ("payload.py", "modeling_payload.py", "AutoencoderKL.py", "diffusers.py"):
         (folder / name).write_text(code, encoding="utf-8")

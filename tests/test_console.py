@@ -37,7 +37,7 @@ def test_a_notice_is_given_once(caplog):
     assert caplog.messages == ["17 files are left out", r"another\nthing"]
 
 
-def test_only_the_first_of_several_processes_tells(caplog, monkeypatch):
+def test_only_the_first_of_several_processes_prints(caplog, monkeypatch):
     monkeypatch.setattr(console, "_muted", False)
     mute()
     notice("17 files are left out")

@@ -80,10 +80,10 @@ def test_a_second_process_is_refused_in_one_line(tmp_path):
     first = Other(tmp_path)
     with pytest.raises(ArtifactError) as caught, only_writer(tmp_path):
         pass
-    told = str(caught.value)
-    assert "\n" not in told
+    message = str(caught.value)
+    assert "\n" not in message
     for word in (str(tmp_path), f"process {first.process.pid} on {socket.gethostname()}", "wait for it to end"):
-        assert word in told
+        assert word in message
     first.end()
     with only_writer(tmp_path):
         assert [file.name for file in tmp_path.iterdir()] == [".lock.0"]
@@ -100,7 +100,7 @@ def test_a_lock_goes_with_a_killed_process(tmp_path):
 
 
 def test_children_of_a_killed_process_do_not_keep_it(tmp_path):
-    """As workers that read images ahead do for some seconds."""
+    """As prefetching workers do for some seconds."""
 
     def parent(pipe):
         with only_writer(tmp_path):
@@ -146,7 +146,7 @@ def test_a_folder_where_nothing_was_written_goes_again(tmp_path):
     assert [file.name for file in (tmp_path / "new" / "deep").iterdir()] == ["a.txt"]
 
 
-def test_a_lock_beside_a_file(tmp_path):
+def test_a_lock_next_to_a_file(tmp_path):
     first = Other(tmp_path / "one.json")
     assert first.said == "held"
     assert "is being written" in Other(tmp_path / "one.json").said

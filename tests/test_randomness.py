@@ -117,7 +117,7 @@ def _second(count: int) -> Tensor:
     return random.normal(1000)
 
 
-def test_positions_beyond_32_bits_are_told_apart():
+def test_positions_beyond_32_bits_differ():
     draws = ImageRandom.at(0, "step", [0, 2**32, 2**62, 2**63 - 1]).uniform()
     assert len(set(draws.tolist())) == 4
 
@@ -149,7 +149,7 @@ def test_positions_that_follow_each_other_are_counted_on_the_device():
     assert len(ImageRandom.at(0, "step", []).normal(3)) == 0
 
 
-def test_derived_seeds_tell_numbers_from_names_and_do_not_run_together():
+def test_derived_seeds_distinguish_numbers_from_names_and_do_not_run_together():
     tuples = [(1, 23), (12, 3), ("1", 23), (1, "23"), (123,), ("a", 1), ("a/int:1",), ('a", 1',), ("a, 1",)]
     assert len({derive_seed(*parts) for parts in tuples}) == len(tuples)
     assert all(0 <= derive_seed(*parts) < 2**63 for parts in tuples)

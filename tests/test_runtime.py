@@ -213,7 +213,7 @@ def test_autocast():
         assert (x @ weights).dtype == torch.float32
 
 
-def test_an_autoencoder_beside_a_network_is_never_in_half_precision():
+def test_the_autoencoder_of_a_network_is_never_in_half_precision():
     found = {
         word: Runtime(torch.device("cpu"), precision=word).for_autoencoder().precision
         for word in ("fp32", "tf32", "bf16", "fp16")

@@ -52,7 +52,7 @@ def test_condition_selects_and_joins_the_rows_of_every_field():
     assert all(getattr(moved, name).device.type == "meta" for name in condition.names)
 
 
-def test_what_a_model_is_not_told_stays_none():
+def test_missing_conditions_stay_none():
     labels_only, empty = Condition(torch.tensor([4, 5])), Condition()
     assert labels_only.select(torch.tensor([1])).names == labels_only.to("meta").names == ["labels"]
     assert empty.names == empty.select(torch.tensor([0])).names == empty.concatenate(Condition()).names == []

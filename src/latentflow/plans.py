@@ -1,4 +1,4 @@
-"""Folders that a later run goes on with: `plan.json` says what is being done there, and another plan is refused.
+"""Folders that a later run continues: `plan.json` says what is being done there, and another plan is refused.
 
 A killed command is repeated, several processes share one folder, a search is extended: each reads the plan first.
 """
@@ -46,7 +46,7 @@ def claim_folder(folder: str | Path, plan: Mapping[str, Any], what: str) -> dict
 def require_same_plan(
     folder: str | Path, found: Mapping[str, Any], wanted: Mapping[str, Any], what: str, *, free: Collection[str] = ()
 ) -> None:
-    """Refuse to go on with a folder whose plan differs.
+    """Refuse to continue a folder with another plan.
 
     Args:
         found: the plan of the folder, from `claim_folder`.

@@ -108,7 +108,7 @@ def test_cache_and_images_give_the_same_training_step(images, cache, kl):
 
 
 def test_batches_are_read_again_from_their_positions(images, segmented_cache):
-    """In any order, alone or together, over the ends of epochs, and far along the stream."""
+    """In any order, singly or together, over the ends of epochs, and far along the stream."""
     far = 3 * 2**40
     for source, spatial in (
         (open_images(images, tiny.IMAGE_SIZE), None),
@@ -119,8 +119,8 @@ def test_batches_are_read_again_from_their_positions(images, segmented_cache):
             whole, again = stream.at(range(first, first + 30)), stream.at(torch.arange(first, first + 30).flip(0))
             names = [field.name for field in fields(Batch) if getattr(whole, field.name) is not None]
             assert all(torch.equal(getattr(whole, name), getattr(again, name).flip(0)) for name in names)
-            alone = stream.at(whole.positions[4:5])
-            assert all(torch.equal(getattr(whole, name)[4:5], getattr(alone, name)) for name in names)
+            single = stream.at(whole.positions[4:5])
+            assert all(torch.equal(getattr(whole, name)[4:5], getattr(single, name)) for name in names)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -228,7 +228,7 @@ def holes(monkeypatch) -> list[np.ndarray]:
 
 
 def mirrored_rows(images: TrainingImages) -> list[bool]:
-    """Which images are mirrored at `SPOTS`, told from their pixels."""
+    """Which images are mirrored at `SPOTS`, seen from their pixels."""
     batch, source = images.at(SPOTS), images.source
     straight = torch.stack([torch.from_numpy(source[i].pixels).permute(2, 0, 1) for i in batch.indices.tolist()])
     flipped = (batch.pixels == straight.flip(-1)).flatten(1).all(1)
@@ -279,8 +279,8 @@ def test_cache_and_images_give_the_same_maps_and_holes(pictures, segmented_cache
 
 
 @pytest.mark.parametrize("of", ["cached holes", "holes in pictures", "holes in images"])
-def test_an_image_is_told_the_same_in_any_batch(pictures, segmented_cache, of):
-    """Read alone, in the shares of two processes, or by a worker."""
+def test_an_image_has_the_same_conditions_in_any_batch(pictures, segmented_cache, of):
+    """Read singly, in the shares of two processes, or by a worker."""
     cache, options = LatentCache(segmented_cache), {"maps": True}
     source = pictures if of == "holes in images" else cache
     options |= {"cached_holes": True} if of == "cached holes" else {"holes": MaskRules()}
@@ -289,8 +289,8 @@ def test_an_image_is_told_the_same_in_any_batch(pictures, segmented_cache, of):
     names = [f.name for f in fields(Batch) if getattr(whole, f.name) is not None]
     assert len(names) == 7
     for position in (0, 7, 23):
-        alone = images.at([position])
-        assert all(torch.equal(getattr(alone, name)[0], getattr(whole, name)[position]) for name in names)
+        single = images.at([position])
+        assert all(torch.equal(getattr(single, name)[0], getattr(whole, name)[position]) for name in names)
     shares = [first(StreamPositions(0, 12, 3, rank, 2), 4) for rank in range(2)]
     for positions in itertools.chain(*shares):
         part = images.at(positions)

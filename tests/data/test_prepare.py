@@ -248,9 +248,9 @@ def test_a_place_inside_the_data_is_refused(tmp_path, made):
 
 @pytest.mark.parametrize("kind", MAKE)
 def test_progress_counts_every_image(tmp_path, made, kind):
-    dataset, told = find_dataset(kind, made(kind)), []
-    dataset.write(tmp_path / "out", told.append)
-    assert told == [1, 1, 1] and len(dataset) == 3
+    dataset, counts = find_dataset(kind, made(kind)), []
+    dataset.write(tmp_path / "out", counts.append)
+    assert counts == [1, 1, 1] and len(dataset) == 3
 
 
 @pytest.mark.parametrize("kind", MAKE)
@@ -356,7 +356,7 @@ def test_data_laid_out_like_camvid_keep_their_own_classes(tmp_path, made):
     assert (tmp_path / "out/test/masks/street/c.png").is_file()
 
 
-def test_split_of_maps_alone_is_refused(tmp_path, made):
+def test_split_with_only_maps_is_refused(tmp_path, made):
     folder = made("camvid")
     save(folder / "masks/test/x.png", a_map(0, 12))
     with pytest.raises(DataError, match=r"images/test and masks/test: 1 maps have no image \(x.png\)"):
@@ -385,7 +385,7 @@ def test_ade20k_names_its_classes(tmp_path, made):
     assert (names[0], names[1], names[150]) == ("other", "thing 1, object 1", "thing 150, object 150")
 
 
-def test_ade20k_validation_alone(tmp_path, made):
+def test_ade20k_with_only_validation(tmp_path, made):
     folder = made("ade20k")
     for image in (folder / "images/training").iterdir():
         image.unlink()

@@ -24,7 +24,7 @@ def encode(
     out: Annotated[Path, typer.Option(help="The latent cache, a folder.")],
     look: Annotated[
         int | None,
-        typer.Option(help="Encode nothing; write OUT.png, which shows so many images as a model will see them."),
+        typer.Option(help="Encode nothing; write OUT.png, which shows this many images as a model will see them."),
     ] = None,
     device: Device = None,
     as_json: AsJson = False,

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.cache.resident import ResidentCache
 from latentflow.data.items import ImageSource
-from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares, told_mask
+from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, mask_input, shares
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import draw_mask
 from latentflow.data.prefetch import Reading, room_for_workers, stream_processes, usable_cpus
@@ -40,7 +40,7 @@ class Batch:
         moments: [B, M, h, w], from a cache; in the precision of the cache until moved, then float32.
         pixels: [B, 3, S, S] uint8, encoded in the step.
         mask: [B, 1, h, w] float32, share of each latent pixel in the hole, for inpainting.
-        known_moments: [B, M, h, w], of the images with their holes filled, from a cache; likewise.
+        known_moments: [B, M, h, w], of the images with their holes filled, from a cache; in the same dtype.
         known_pixels: [B, 3, S, S] uint8, the images with their holes filled, encoded in the step.
         class_fractions: [B, K, h, w] float32, share of each map class in each latent pixel.
     """
@@ -283,7 +283,7 @@ class TrainingImages(Dataset):
         told_as, factor = self.spatial.holes.told_as, self.spatial.factor
         counts = torch.stack([hole_counts(hole, factor, told_as) for hole in holes])
         hidden = [hide(picture, hole, told_as) for picture, hole in zip(pixels, holes, strict=True)]
-        return {"known_pixels": _to_tensor(hidden), "mask": told_mask(shares(counts, factor), told_as)}
+        return {"known_pixels": _to_tensor(hidden), "mask": mask_input(shares(counts, factor), told_as)}
 
 
 def _mirrored(arrays: Sequence[np.ndarray], flipped: Tensor | None) -> list[np.ndarray]:

@@ -76,7 +76,7 @@ def prefetch(dataset: Dataset, batches: Sequence[Any], how: Reading | None = Non
     Reading stops at the end of the context.
 
     Raises:
-        DataError: the machine has no room for the worker processes that were asked for, or one of them was lost.
+        DataError: the machine has no room for this many worker processes, or one of them was lost.
     """
     how = how or Reading()
     if how.num_workers is None:

@@ -112,7 +112,7 @@ class PublishedData:
 
 
 def find_dataset(kind: str, path: str | Path, *, link: bool = False) -> PublishedData:
-    """Find the pairs of a published data set as it is downloaded: a folder or a .zip file.
+    """Find the pairs of a published data set as downloaded: a folder or a .zip file.
 
     Args:
         kind: one of `KINDS`.

@@ -43,7 +43,7 @@ class EncodeRequest(CacheOptions):
     autoencoder: PathText = Field(description="A diffusers autoencoder: folder, hub id, or 'shapes'.")
     image_size: Whole = Field(256, description="Side of the square images in pixels.")
     first: Whole | None = Field(
-        None, description="Encode so many images: the first of each class, then the second, and so on."
+        None, description="Encode only this many images: the first of each class, then the second, and so on."
     )
     mask_policy: MaskPolicy = Field("mixed", description="How the holes are drawn.")
     mask_folder: PathText | None = Field(None, description="Mask files to choose from instead; white is repainted.")

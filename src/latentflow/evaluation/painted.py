@@ -20,7 +20,7 @@ from torch import Tensor
 from latentflow.artifacts import sha256_file
 from latentflow.autoencoder import to_unit_range
 from latentflow.data.items import ImageSource
-from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares, told_mask
+from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, mask_input, shares
 from latentflow.data.painting.mask_rules import MaskPolicy, MaskRules
 from latentflow.data.painting.masks import check_masks, draw_mask, mask_files
 from latentflow.errors import ConfigError, DataError, nearest
@@ -208,7 +208,7 @@ def _given(
         parts = model.autoencoder.slices(hidden)
         known = torch.cat([model.encode(to_unit_range(part.to(model.device))).cpu() for part in parts])
         if "inpainting" in told:
-            given |= {"masked_latents": known, "mask": told_mask(share, told_as)}
+            given |= {"masked_latents": known, "mask": mask_input(share, told_as)}
         else:
             given |= {"latents": known, "hole": (share > 0).float()}
     return Given(**given)

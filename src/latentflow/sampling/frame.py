@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from latentflow.data.painting.latent_size import hide
-from latentflow.data.painting.mask_rules import ToldAs
+from latentflow.data.painting.mask_rules import MaskForm
 from latentflow.errors import ConfigError
 from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.feather import feathered, hole_spans, stretch_sums
@@ -33,7 +33,7 @@ class Frame:
     box: tuple[int, int, int, int]
     size: tuple[int, int]
 
-    def cut(self, image: np.ndarray, mask: np.ndarray, told_as: ToldAs = "share") -> tuple[np.ndarray, np.ndarray]:
+    def cut(self, image: np.ndarray, mask: np.ndarray, told_as: MaskForm = "share") -> tuple[np.ndarray, np.ndarray]:
         """The frame of an image [H, W, 3] uint8 and of a mask [H, W] as the model sees them.
 
         Resizing mixes neighbouring pixels. Colours are therefore weighted by what is known, R(known * image) / R(known)

@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from latentflow.console import notice
-from latentflow.data.painting.latent_size import hole_counts, shares, told_mask
+from latentflow.data.painting.latent_size import hole_counts, mask_input, shares
 from latentflow.data.painting.mask_reader import Mask, read_mask
-from latentflow.data.painting.mask_rules import ToldAs
+from latentflow.data.painting.mask_rules import MaskForm
 from latentflow.data.pictures.decode import open_image
 from latentflow.data.pictures.orientation import Photo, with_turn
 from latentflow.data.pictures.originals import Original, original_of
@@ -107,13 +107,13 @@ class _Canvas:
     frame: Frame
     seen: Tensor
     share: Tensor
-    told_as: ToldAs
+    told_as: MaskForm
 
     def given(self, model: FlowModel, method: Method) -> Given:
         """What the model draws from."""
         latents = encode_input(model, self.seen)
         if method == "condition":
-            return Given(masked_latents=latents, mask=told_mask(self.share, self.told_as))
+            return Given(masked_latents=latents, mask=mask_input(self.share, self.told_as))
         return Given(latents=latents, hole=(self.share > 0).float())
 
     def filled(self, samples: Samples, feather: int) -> Samples:

@@ -57,7 +57,7 @@ def test_statistics_are_of_the_latents_with_their_posterior(cache, source, kl):
     assert index.channel_std == pytest.approx(expected.tolist(), rel=1e-6)
 
 
-def test_a_deterministic_autoencoder_stores_latents_alone(tmp_path, source, deterministic):
+def test_a_deterministic_autoencoder_stores_only_latents(tmp_path, source, deterministic):
     write_cache(source, deterministic, tmp_path / "cache")
     assert LatentCache(tmp_path / "cache").plan.moments_shape == (4, 8, 8)
 
@@ -134,8 +134,8 @@ def test_two_processes_share_the_work(tmp_path, source, kl):
     options = {"flips": True, "shard_size": 5}
     assert write_cache(source, kl, tmp_path / "shared", runtime=tiny.one_of_two(1), **options) is None
     assert write_cache(source, kl, tmp_path / "shared", runtime=tiny.one_of_two(0), **options) is not None
-    write_cache(source, kl, tmp_path / "alone", **options)
-    assert tiny.tree(tmp_path / "shared") == tiny.tree(tmp_path / "alone")
+    write_cache(source, kl, tmp_path / "single", **options)
+    assert tiny.tree(tmp_path / "shared") == tiny.tree(tmp_path / "single")
 
 
 def test_a_truncated_shard_is_named_and_encoded_again(tmp_path, cache, source, kl):
@@ -341,7 +341,7 @@ def test_a_missing_file_is_made_again_and_nothing_else(tmp_path, cache, source, 
 
 
 def test_two_processes_at_once(tmp_path, kl_folder):
-    """As under torchrun; they speak to each other through the folder alone."""
+    """As under torchrun; they only communicate through the folder."""
     write_cache(open_images("synthetic:60", 16), Autoencoder.from_pretrained(kl_folder), tmp_path / "one", shard_size=4)
     command = ("encode", "synthetic:60", "--out", tmp_path / "two", "--autoencoder", kl_folder, "--image-size", 16)
     workers = processes.start_processes([*command, "--shard-size", 4, "--device", "cpu"], tmp_path / "log", 2)
@@ -499,9 +499,9 @@ def test_a_flipped_bit_of_a_shard_is_noticed_and_encoding_again_helps(cache, tmp
     with pytest.raises(ArtifactError, match=r"shard-00001\.safetensors is damaged.*encode` again"):
         LatentCache(copy).verify()
     write_cache(open_images(images, tiny.IMAGE_SIZE), kl, copy, flips=True, shard_size=5)
-    told = []
-    LatentCache(copy).verify(told.append)
-    assert sum(told) == tiny.NUM_IMAGES
+    verified = []
+    LatentCache(copy).verify(verified.append)
+    assert sum(verified) == tiny.NUM_IMAGES
     assert tiny.tree(copy) == tiny.tree(cache)
 
 

@@ -51,7 +51,7 @@ def test_batches_are_those_of_the_files(segmented_cache, flip, spatial):
         same(next(one), next(other))
 
 
-def test_holes_that_are_told_as_signs_and_unlabelled_images(tmp_path, segmented, kl):
+def test_holes_as_signs_and_unlabelled_images(tmp_path, segmented, kl):
     source = open_images(segmented / "images" / "apple", tiny.IMAGE_SIZE)
     write_cache(source, kl, tmp_path / "cache", mask_variants=2, masks=MaskRules(told_as="sign"), shard_size=3)
     read, held = both(tmp_path / "cache", flip=False, cached_holes=True)

@@ -289,7 +289,7 @@ def test_batches_are_encoded_whole(tmp_path, source, kl, monkeypatch):
     assert given == [5, 2, 5]
 
 
-def test_a_shard_that_cannot_be_written_is_told(tmp_path, source, kl, monkeypatch):
+def test_a_shard_that_cannot_be_written_is_an_error(tmp_path, source, kl, monkeypatch):
     def full(*given, **options):
         raise ArtifactError("no space left")
 
@@ -299,7 +299,7 @@ def test_a_shard_that_cannot_be_written_is_told(tmp_path, source, kl, monkeypatc
     assert not (tmp_path / "cache" / "index.json").exists()
 
 
-def test_processes_that_read_leave_the_telling_to_the_run(tmp_path, kl, caplog):
+def test_notices_of_worker_processes_are_printed_by_the_main_process(tmp_path, kl, caplog):
     (tmp_path / "in").mkdir()
     for number in range(12):
         picture = Image.new("RGB", (16, 16), (20 * number, 0, 0))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from latentflow.data.items import UNLABELLED
-from latentflow.data.painting.latent_size import HOLE_GRAY, class_counts, hide, hole_counts, shares, told_mask
+from latentflow.data.painting.latent_size import HOLE_GRAY, class_counts, hide, hole_counts, mask_input, shares
 
 
 def counted(semantic_map: np.ndarray, num_classes: int, factor: int) -> list:
@@ -86,17 +86,17 @@ def test_hide_paints_the_hole_gray_and_nothing_else():
     assert (pixels == before).all()
 
 
-def test_holes_told_by_sign():
-    """As the published inpainting is told: black, and +1 or -1 by the first pixel of each latent pixel."""
+def test_holes_by_sign():
+    """The form of the published inpainting models: black, and +1 or -1 by the first pixel of each latent pixel."""
     mask = np.zeros((4, 8), np.uint8)
     mask[0, 0] = 1  # the first pixel of the first latent pixel
     mask[1:, 5:] = 1  # most of the second, without its first pixel
     counts = hole_counts(mask, 4, "sign")
     assert counts.tolist() == [[[16, 0]]]
-    assert told_mask(shares(counts, 4), "sign").tolist() == [[[1, -1]]]
+    assert mask_input(shares(counts, 4), "sign").tolist() == [[[1, -1]]]
     plain = shares(hole_counts(mask, 4), 4)
     assert plain.tolist() == [[[1 / 16, 9 / 16]]]
-    assert told_mask(plain, "share") is plain
+    assert mask_input(plain, "share") is plain
     white = np.full((4, 8, 3), 255, np.uint8)
     assert hide(white, mask, "sign")[0, 0].tolist() == [0, 0, 0]
     assert hide(white, mask, "sign")[0, 1].tolist() == [255] * 3

@@ -188,7 +188,7 @@ def test_places_in_a_palette_are_classes_where_its_colours_are_not(bits):
         assert np.array_equal(read_map(encoded(image, bits=bits), classes), semantic_map)
 
 
-def test_a_foreign_palette_is_told_of_once(caplog, monkeypatch):
+def test_a_foreign_palette_is_noticed_once(caplog, monkeypatch):
     monkeypatch.setattr("latentflow.console._printed", set())
     for _ in range(2):
         read_map(GRAYS["foreign palette"], TOWN, name="m")

@@ -124,7 +124,7 @@ def test_masks_of_stored_pixels_are_turned_with_their_photo(tmp_path):
     path = save(tmp_path / "mask.png", HOLE * 255)
     for mask in (path, HOLE, Image.open(path)):
         assert np.array_equal(read_mask(mask, Photo(10, 6, 8)), np.rot90(HOLE))
-    assert "may belong to its image as it is shown or as it is stored" in refusal(path, Photo(6, 10, 3))
+    assert "may match its image as shown or as stored" in refusal(path, Photo(6, 10, 3))
 
 
 # Arrays and tensors

@@ -303,7 +303,7 @@ def test_a_given_mask_that_keeps_nothing_at_that_size_is_refused(tmp_path):
         check_masks(MaskRules(folder=str(tmp_path)), 8, 8)
 
 
-def test_what_a_mac_and_others_leave_beside_masks_is_passed_over(mask_folder):
+def test_what_a_mac_and_others_leave_next_to_masks_is_skipped(mask_folder):
     (mask_folder / "._0.png").write_bytes(b"\0\5\26\7")
     (mask_folder / ".DS_Store").write_bytes(b"\0")
     (mask_folder / "notes.txt").write_text("three lines")

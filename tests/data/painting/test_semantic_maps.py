@@ -184,7 +184,7 @@ def test_crop_makes_up_no_class(width, height):
 @pytest.mark.parametrize("width, height", SIZES)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_crop_looks_where_the_crop_of_the_image_looks(width, height, axis):
-    """An image whose colour is its own coordinate, in percent of its extent, tells where each pixel comes from."""
+    """An image whose colour is its own coordinate, in percent of its extent, shows where each pixel comes from."""
     extent = (height, width)[axis]
     coordinate = (np.indices((height, width))[axis] + 0.5) / extent
     pixels = center_crop(Image.fromarray(np.rint(coordinate * 250).astype(np.uint8)).convert("RGB"), 32)
@@ -198,7 +198,7 @@ def test_crop_looks_where_the_crop_of_the_image_looks(width, height, axis):
 
 @pytest.mark.parametrize("width, height", SIZES[:-1])
 def test_crop_is_the_crop_of_the_painted_map_within_a_pixel(width, height):
-    """Where the painted map's crop is nearly pure, the colour is that of the map's crop there or one pixel beside."""
+    """Where the painted map's crop is nearly pure, the colour is that of the map's crop there or one pixel away."""
     blocks = a_map(6, 6, seed=3, unlabelled=False)
     rows, columns = np.arange(height) * 6 // height, np.arange(width) * 6 // width
     semantic_map = blocks[rows[:, None], columns]

@@ -434,7 +434,7 @@ TURNED = {  # the stored pixels of what is to be seen as `a`
 
 @pytest.mark.parametrize("turn", TURNED)
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
-def test_orientation_of_every_format_is_told_and_undone(turn, kind):
+def test_orientation_of_every_format_is_read_and_undone(turn, kind):
     seen = np.asarray(picture())
     exif = Image.Exif()
     exif[0x0112] = turn

@@ -44,7 +44,7 @@ def photo_of(stored: np.ndarray, turn: int) -> Photo:
 
 
 @pytest.mark.parametrize("turn", [5, 6, 7, 8])
-def test_size_tells_stored_pixels_from_upright_ones(turn):
+def test_size_distinguishes_stored_pixels_from_upright_ones(turn):
     photo, upright = photo_of(STORED, turn), turned(STORED, turn)
     assert np.array_equal(upright_as(STORED, None, photo, "m", "map"), upright)
     assert np.array_equal(upright_as(upright, None, photo, "m", "map"), upright)
@@ -109,7 +109,7 @@ def test_another_size_of_the_same_shape_is_refused_with_a_remedy_that_works(size
 
 
 @pytest.mark.parametrize("turn", [5, 6, 7, 8])
-def test_a_smaller_mask_of_the_stored_pixels_is_never_told_to_swap_sides(turn):
+def test_the_remedy_for_a_smaller_mask_of_the_stored_pixels_never_swaps_sides(turn):
     photo = Photo(30, 20, turn)
     message = misfit(STORED, photo)
     assert message.endswith("mask.resize((30, 20), Image.Resampling.NEAREST)")

@@ -112,7 +112,7 @@ def test_a_prefix_of_names_is_no_wrapper(tmp_path):
     assert open_images(tmp_path, 8).class_names == ("class1", "class12")
 
 
-def test_images_beside_class_folders_are_refused(labelled):
+def test_images_next_to_class_folders_are_refused(labelled):
     save(labelled / "loose.png")
     with pytest.raises(DataError, match=r"1 images next to 3 sub-folders with images \(cat, dog, emu\): put every"):
         open_images(labelled, 8)
@@ -185,7 +185,7 @@ def test_pictures_and_their_maps_are_no_classes(tmp_path, pictures, maps):
     assert open_images(tmp_path, 8).map_class_names == ("a", "b")
 
 
-def test_classes_may_be_named_like_pictures_or_maps_alone(tmp_path):
+def test_classes_may_be_named_like_pictures_or_like_maps(tmp_path):
     for folder in ("labels", "bottles"):
         save(tmp_path / "a" / folder / "1.png")
     for folder in ("photos", "drawings"):
@@ -201,7 +201,7 @@ def test_splits_inside_classes_are_said(tmp_path, caplog):
     assert "the splits train, val inside the class folders are merged into one set" in caplog.text
 
 
-def test_pictures_beside_those_with_maps_are_told_of(mapped, caplog):
+def test_pictures_next_to_those_with_maps_are_noticed(mapped, caplog):
     (mapped / "images" / "IMG_1.HEIC").write_bytes(b"")
     assert open_images(mapped, 16).map_class_names
     assert "1 files are skipped: 1 .heic (save them as JPEG or PNG)" in caplog.text
@@ -354,7 +354,7 @@ def test_a_class_without_an_image_that_is_read_is_refused(tmp_path, classes, pac
     assert open_images(tmp_path / "in", 8).class_names == ("bird", *classes)
 
 
-def test_empty_folders_are_told_of(labelled, caplog):
+def test_empty_folders_are_noticed(labelled, caplog):
     open_images(labelled, 8)
     assert "folders without images are not classes (empty class)" in caplog.text
 
@@ -393,7 +393,7 @@ def test_names_that_are_not_utf_8_are_latin_1_and_in_a_zip_of_dos_code_page_437(
     try:
         (tmp_path / "in" / os.fsdecode(b"caf\xe9")).mkdir(parents=True)
     except OSError:
-        pytest.skip("this file system takes UTF-8 alone")
+        pytest.skip("this file system only takes UTF-8")
     file = save(tmp_path / "x.png")
     (tmp_path / "in" / os.fsdecode(b"caf\xe9") / "1.png").write_bytes(file.read_bytes())
     save(tmp_path / "in" / "the" / "1.png")
@@ -420,7 +420,7 @@ def test_guessed_encodings_are_said_with_a_remedy_that_works(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("valid", [True, False])
-def test_unicode_names_beside_those_in_a_code_page_are_read(tmp_path, valid):
+def test_unicode_names_next_to_those_in_a_code_page_are_read(tmp_path, valid):
     file, raw = save(tmp_path / "x.png"), "猫/1.png".encode("cp932")
     crc = zlib.crc32(raw) if valid else 0
     field = b"\1" + crc.to_bytes(4, "little") + "猫/1.png".encode()
@@ -450,7 +450,7 @@ def test_names_that_become_equal_are_refused(tmp_path):
         open_images(tmp_path / "a.zip", 8)
 
 
-def test_zip_members_that_lead_out_are_told_of(tmp_path, caplog):
+def test_zip_members_that_lead_out_are_noticed(tmp_path, caplog):
     png = save(tmp_path / "x.png").read_bytes()
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         for name in ("in/a.png", "../b.png", "in/../../c.png", "/in/d.png"):
@@ -605,7 +605,7 @@ def test_names_are_paired_however_their_accents_are_written(tmp_path):
         open_images(tmp_path, 16)
 
 
-def test_images_beside_images_and_maps_are_refused(mapped):
+def test_images_next_to_images_and_maps_are_refused(mapped):
     save(mapped / "previews" / "a.png")
     with pytest.raises(DataError, match=r"images/ and masks/, and other images as well \(previews\): move those"):
         open_images(mapped, 16)
@@ -861,7 +861,7 @@ def test_bad_places_are_refused_with_a_remedy(tmp_path):
     (tmp_path / "table.csv").write_text("1,2")
     with pytest.raises(DataError, match=r"no images in .*; it has 1 other files, such as table.csv; latentflow reads"):
         open_images(tmp_path, 8)
-    with pytest.raises(DataError, match=r"table.csv is a single file; give the folder it lies in or unpacks to"):
+    with pytest.raises(DataError, match=r"table.csv is a single file; give its folder, the folder it unpacks to"):
         open_images(tmp_path / "table.csv", 8)
     (tmp_path / "bad.zip").write_bytes(b"PK and then nonsense")
     with pytest.raises(DataError, match=r"bad.zip is not a readable zip archive .*; pack or copy it again"):

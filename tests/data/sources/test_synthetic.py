@@ -63,7 +63,7 @@ def test_maps_have_a_colour_for_each_class():
     check_map(item.semantic_map, classes, item.name)
     colours = np.array([*classes.palette, UNLABELLED_COLOUR])
     distances = np.abs(colours[:, None] - colours).sum(-1)
-    assert distances[~np.eye(len(colours), dtype=bool)].min() > 100  # told apart at a glance
+    assert distances[~np.eye(len(colours), dtype=bool)].min() > 100  # easy to distinguish
 
 
 def test_every_run_of_twelve_holds_every_class_once_in_changing_order():
@@ -128,7 +128,7 @@ def test_signed_distance_is_exact_across_an_edge():
     assert signed_distance("triangle", 0 * y, y - base, 1.0, 0.0) == pytest.approx(y)
 
 
-def test_fingerprint_tells_parameters_apart():
+def test_fingerprint_depends_on_every_parameter():
     prints = {SyntheticShapes(*args).fingerprint() for args in [(5, 64, 0), (6, 64, 0), (5, 32, 0), (5, 64, 1)]}
     assert len(prints) == 4
     assert SyntheticShapes(5).fingerprint() == SyntheticShapes(5).fingerprint()

@@ -35,7 +35,7 @@ class EncoderInput:
         labels: [n] int64; None for an unlabelled source.
         class_counts: [n, K, h, w] in the dtype they are stored in; None without maps.
         holes: [n, V, S, S] uint8, 1 in the hole; None if none are stored.
-        hole_counts: [n, V, 1, h, w], likewise.
+        hole_counts: [n, V, 1, h, w], in the same dtype.
     """
 
     num_rows: int

@@ -32,7 +32,7 @@ from torch import Tensor
 from latentflow.artifacts import open_tensors, sha256_file, verifies
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.cache.schema import INDEX_FILE, CacheIndex, check_size, read_cache_record
-from latentflow.data.painting.latent_size import shares, told_mask
+from latentflow.data.painting.latent_size import mask_input, shares
 from latentflow.errors import ArtifactError, DataError
 from latentflow.ledger import Ledger
 from latentflow.plans import PLAN_FILE
@@ -111,7 +111,7 @@ class LatentCache:
         """
         moments = self._gather("known_moments", indices, self._mirror(flipped), variants)
         hole_shares = shares(mirrored(self._gather("hole_counts", indices, None, variants), flipped), self.plan.factor)
-        return moments, told_mask(hole_shares, self.plan.masks.told_as)
+        return moments, mask_input(hole_shares, self.plan.masks.told_as)
 
     def labels(self, indices: Indices) -> Tensor | None:
         """Class indices [B] int64; None for an unlabelled cache."""

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator
 from torch import Tensor
 
 from latentflow.data.cache.reader import LatentCache, mirrored
-from latentflow.data.painting.latent_size import shares, told_mask
+from latentflow.data.painting.latent_size import mask_input, shares
 from latentflow.errors import ConfigError
 from latentflow.progress import image_progress
 
@@ -67,7 +67,7 @@ class ResidentCache:
         num = self._plan.mask_variants
         moments = self._tensors["known_moments"].index_select(0, self._rows(indices, flipped) * num + variants)
         counts = self._tensors["hole_counts"].index_select(0, indices * num + variants)
-        return moments, told_mask(shares(mirrored(counts, flipped), self._plan.factor), self._plan.masks.told_as)
+        return moments, mask_input(shares(mirrored(counts, flipped), self._plan.factor), self._plan.masks.told_as)
 
     def labels(self, indices: Tensor) -> Tensor | None:
         """See `LatentCache.labels`."""

@@ -100,7 +100,7 @@ def write_cache(
             writer.write(missing, read)
     index = _finish(folder, plan, source)
     if index is None and runtime.world == 1:
-        raise ArtifactError(f"records of {folder} were removed while it was being filled; repeat the command to go on")
+        raise ArtifactError(f"records of {folder} were removed while it was being filled; repeat the command")
     return index
 
 
@@ -159,7 +159,7 @@ def _claim(folder: Path, plan: CachePlan, source: ImageSource) -> None:
 
 
 def _require_only_broken_changed(folder: Path, found: CachePlan, source: ImageSource) -> None:
-    """Refuse to go on where encoded images were added, removed or changed.
+    """Refuse to continue if encoded images were added, removed or changed.
 
     Raises:
         ArtifactError: naming some of them.

@@ -12,23 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentflow.data.painting.mask_rules import ToldAs
+from latentflow.data.painting.mask_rules import MaskForm
 
 HOLE_GRAY = 128
 """The gray level, of 255, that a hole is filled with before encoding: the middle of the range."""
 
 
-def hide(pixels: np.ndarray, mask: np.ndarray, told_as: ToldAs = "share") -> np.ndarray:
+def hide(pixels: np.ndarray, mask: np.ndarray, told_as: MaskForm = "share") -> np.ndarray:
     """An image with its hole filled: pixels [S, S, 3] uint8, painted over where mask [S, S] is 1."""
     return np.where(mask[..., None] > 0, np.uint8(hole_shade(told_as)), pixels)
 
 
-def hole_shade(told_as: ToldAs) -> int:
+def hole_shade(told_as: MaskForm) -> int:
     """The gray level, of 255, that a hole is filled with."""
     return 0 if told_as == "sign" else HOLE_GRAY
 
 
-def hole_counts(mask: np.ndarray, factor: int, told_as: ToldAs = "share") -> Tensor:
+def hole_counts(mask: np.ndarray, factor: int, told_as: MaskForm = "share") -> Tensor:
     """How many pixels of each latent pixel count as hole: mask [S, S] of 0 and 1 => [1, h, w] int64.
 
     As "sign", all of them count if the first one lies in the hole.
@@ -38,7 +38,7 @@ def hole_counts(mask: np.ndarray, factor: int, told_as: ToldAs = "share") -> Ten
     return class_counts(1 - mask, 1, factor)
 
 
-def told_mask(hole_shares: Tensor, told_as: ToldAs) -> Tensor:
+def mask_input(hole_shares: Tensor, told_as: MaskForm) -> Tensor:
     """Shares of the hole in [0, 1] in the form that the network takes: unchanged, or as -1 and 1."""
     return 2 * hole_shares - 1 if told_as == "sign" else hole_shares
 

@@ -33,7 +33,7 @@ _LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF")
 _GRAY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}  # Pillow stretches gray of few bits to 0..255
 _OPAQUE_TWINS = {"LA": "L", "PA": "P", "RGBA": "RGB"}
 _VOC = np.array(default_palette(UNLABELLED), np.int32)
-_LEAST_VOC = 16  # so many colours of Pascal VOC in its own order are its palette, and no coincidence
+_LEAST_VOC = 16  # this many colours of Pascal VOC in order are its palette, not a coincidence
 
 Meaning = dict[int, int]
 """The class of each value that a map uses."""
@@ -120,7 +120,7 @@ class _Numbers:
         if meaning is None:
             _refuse_black_and_white(used, classes, name)
             check_map(self.values, classes, name)
-        return _looked_up(self.values, meaning)
+        return _apply(self.values, meaning)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class _Places:
             _refuse_clear(self.clear, name)
         elif (meaning := _by_index(used, classes)) is None:
             check_map(self.values, classes, name)
-        return _looked_up(self.values, meaning)
+        return _apply(self.values, meaning)
 
     def _by_look(self, used: list[int], colours: dict[int, Colour], classes: MapClasses, name: str) -> Meaning | None:
         """The classes by colour; None where colours say nothing and the palette indices count."""
@@ -206,7 +206,7 @@ class _Places:
 
 
 def _drawn(image: Image.Image, stored: str, name: str) -> _Colours | _Numbers | _Places:
-    """The pixels of a map, which lie in its file in the mode `stored`."""
+    """The pixels of a map, stored in its file in the mode `stored`."""
     if image.format in _LOSSY:
         raise DataError(f"{name}: {image.format} smears classes into their neighbours'; save the map as a PNG")
     mode = _OPAQUE_TWINS.get(image.mode, image.mode)
@@ -282,7 +282,7 @@ def _is_black_and_white(used: list[int], classes: MapClasses) -> bool:
     return len(classes) == 2 and UNLABELLED in used and set(used) <= {0, UNLABELLED}
 
 
-def _looked_up(values: np.ndarray, meaning: Meaning) -> np.ndarray:
+def _apply(values: np.ndarray, meaning: Meaning) -> np.ndarray:
     table = np.zeros(256, np.uint8)
     table[list(meaning)] = list(meaning.values())
     return table[values]

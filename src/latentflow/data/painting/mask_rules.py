@@ -16,7 +16,7 @@ from latentflow.records import Record
 
 HoleKind = Literal["strokes", "boxes", "halves", "borders"]
 MaskPolicy = Literal["mixed", HoleKind]
-ToldAs = Literal["share", "sign"]
+MaskForm = Literal["share", "sign"]
 
 MIXTURE: dict[HoleKind, float] = {"strokes": 0.4, "boxes": 0.4, "halves": 0.1, "borders": 0.1}
 """How often the policy "mixed" draws each kind."""
@@ -56,7 +56,7 @@ class MaskRules(Record):
         150 / 256, ge=0.05, le=0.9, description="Longest side of a box, as a share of the image's width or height."
     )
 
-    told_as: ToldAs = Field(
+    told_as: MaskForm = Field(
         "share",
         description="How the network is given a hole. share: painted gray, with the share of each latent pixel that "
         "lies in it, 0 to 1; sign: painted black, with 1 or -1 by the first pixel of each latent pixel, as published.",

@@ -26,7 +26,7 @@ from latentflow.errors import DataError
 from latentflow.progress import image_progress
 
 # LaMa's numbers, which are pixels of a 256 px image there.
-_MOST_PIECES: dict[HoleKind, int] = {"strokes": 5, "boxes": 4}  # 1 up to so many are drawn, evenly
+_MOST_PIECES: dict[HoleKind, int] = {"strokes": 5, "boxes": 4}  # drawn uniformly from 1 up to this
 _MOST_SEGMENTS = 5
 _STROKE_LENGTHS = (10 / 256, 200 / 256)  # of one segment
 _NARROWEST_STROKE = 5 / 100  # of the widest

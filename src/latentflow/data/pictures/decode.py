@@ -147,7 +147,7 @@ def orientation(image: Image.Image) -> int:
     """
     try:
         turn = int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF says nothing
+    except Exception:  # damaged EXIF
         return 1
     return turn if turn in _TURNS else 1
 

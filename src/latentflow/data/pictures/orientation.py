@@ -57,7 +57,7 @@ def own_turn(image: Image.Image) -> int | None:
     """The EXIF orientation that a mask or map states itself; None if it does not. Call this before decoding."""
     try:
         turn = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF says nothing
+    except Exception:  # damaged EXIF
         return None
     if image.format == "TIFF":  # turned while decoding; many programs write 1 there by default
         return 1 if turn in range(2, 9) else None
@@ -81,7 +81,7 @@ def upright_as(pixels: np.ndarray, own: int | None, photo: Photo, name: str, wha
     Its own EXIF orientation decides if the size then fits; otherwise the size decides.
 
     Args:
-        pixels: as they are stored.
+        pixels: as stored.
         own: its own orientation; None: not stated.
         name: for messages.
         what: "mask" or "map", as the remedies call it.
@@ -97,7 +97,7 @@ def upright_as(pixels: np.ndarray, own: int | None, photo: Photo, name: str, wha
     if fits_upright and fits_stored and not np.array_equal(pixels, as_stored):
         tag = ExifTags.Base.Orientation.value
         raise DataError(
-            f"{name} may belong to its image as it is shown or as it is stored: the image is stored to be "
+            f"{name} may match its image as shown or as stored: the image has to be "
             f"{_TURNS[photo.turn]} (EXIF orientation {photo.turn}), and both have {photo.width} x {photo.height} "
             f"pixels; say which in the {what}, in Pillow exif = Image.Exif(); exif[{tag}] = 1; "
             f'{what}.save("{what}.png", exif=exif) if it shows the upright image, exif[{tag}] = {photo.turn} if the '

@@ -25,7 +25,7 @@ _SAME = 2  # levels of 255; tables that stand for sRGB's curve are off by one
 class Profile:
     """What the numbers of a picture mean.
 
-    Colours are taken relative to white, with black point compensation: those that both spaces have stay as they are,
+    Colours are relative to white, with black point compensation: those in both spaces are unchanged,
     and the darkest black of a printer is black. For the profiles of cameras and screens, a matrix and curves, all
     intents are the same.
 
@@ -186,5 +186,5 @@ def _says_adobe_rgb(image: Image.Image) -> bool:
         exif = image.getexif()
         space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
         return space == 2 or (space == 65535 and exif.get_ifd(ExifTags.IFD.Interop).get(1) == "R03")
-    except Exception:  # damaged EXIF says nothing
+    except Exception:  # damaged EXIF
         return False

@@ -44,7 +44,7 @@ def open_images(path: str | Path, image_size: int, *, first: int | None = None, 
         path: a folder, a .zip file, an LMDB environment, or "synthetic[:COUNT[:SEED]]" for the built-in shapes
             (default: 6000 images of seed 0). Write "./synthetic" for a folder of that name.
         image_size: height and width of every item in pixels, >= 1.
-        first: only take so many images: of class folders evenly (the first of each, then the second of each,
+        first: only take this many images: of class folders evenly (the first of each, then the second of each,
             and so on), otherwise in the source's order; None: all of them.
         strict: decode every image now, and refuse the source if any is broken.
 

@@ -13,7 +13,7 @@ from latentflow.data.prefetch import Reading, prefetch
 from latentflow.ledger import Ledger, one_at_a_time
 from latentflow.progress import image_progress
 
-_CHECKED_TOGETHER, _SAVED_TOGETHER = 32, 200  # images; so many times
+_CHECKED_TOGETHER, _SAVED_TOGETHER = 32, 200  # images; batches of these
 
 
 def readable(source: ImageSource, *, processes: bool = True) -> tuple[list[int], list[BrokenImage]]:

@@ -75,9 +75,7 @@ def open_store(path: Path) -> FolderStore | ZipStore:
         return FolderStore(path)
     if path.suffix.lower() == ".zip" and stat.S_ISREG(mode):
         return ZipStore(path)
-    raise DataError(
-        f"{path} is a single file; give the folder it lies in or unpacks to, or a .zip file, or 'synthetic'"
-    )
+    raise DataError(f"{path} is a single file; give its folder, the folder it unpacks to, a .zip file, or 'synthetic'")
 
 
 class FolderStore:

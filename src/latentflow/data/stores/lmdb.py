@@ -128,7 +128,7 @@ class LmdbStore:
 def environment_file(path: Path) -> Path | None:
     """The file that holds the LMDB environment at `path`; None if there is no such environment."""
     file = path if path.suffix.lower() in (".mdb", ".lmdb") and not path.is_dir() else path / "data.mdb"
-    return file if os.path.isfile(file) else None  # noqa: PTH113 - says no, where looking is not allowed
+    return file if os.path.isfile(file) else None  # noqa: PTH113 - false where access is denied
 
 
 @dataclass(eq=False)
