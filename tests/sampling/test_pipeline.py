@@ -95,7 +95,7 @@ def test_tight_tolerances_do_not_depend_on_the_batch(kl, monkeypatch):
     model.network.double()
     noise = pipeline.initial_noise
     monkeypatch.setattr(pipeline, "initial_noise", lambda *given: noise(*given).double())
-    monkeypatch.setattr(pipeline, "tell_cost", lambda *given: None)
+    monkeypatch.setattr(pipeline, "announce_cost", lambda *given: None)
     monkeypatch.setattr(type(model), "pixels", lambda self, latents: latents.float())
     solutions = []
     monkeypatch.setattr(pipeline, "integrate", lambda *a, **b: solutions.append(integrate(*a, **b)) or solutions[-1])

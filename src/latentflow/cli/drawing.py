@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import Field
 
 from latentflow.cli.options import AsJson, BatchSize, ComputesIn, Device, Model, Precision, command
 from latentflow.cli.output import folder_rows, picture_rows, runtime_for, show
 from latentflow.console import say
+from latentflow.requests import Option, Request
 from latentflow.sampling.request import (
     ImageToImageRequest,
     InpaintRequest,
@@ -26,6 +28,19 @@ Picture = Annotated[
     Path, typer.Argument(help="An image; its square middle is scaled to the size of the training images.")
 ]
 OutFile = Annotated[Path, typer.Option(help="The PNG file; several get names like it, with their seeds.")]
+
+
+class InpaintFiles(Request):
+    """The files that `inpaint` reads."""
+
+    image: Annotated[Path, Option(argument=True)] = Field(description="An image of any size.")
+    mask: Annotated[Path, Option(argument=True)] = Field(
+        description="Of the image's size; white is filled, black is kept."
+    )
+    semantic_map: Annotated[Path, Option(name="--map")] | None = Field(
+        None, description="A semantic map of the image's size, for a model that is conditioned on maps."
+    )
+
 
 verb = partial(command, group="Drawing")
 
@@ -58,13 +73,8 @@ def sample(
 def inpaint(
     *,
     model: Model,
-    image: Annotated[Path, typer.Argument(help="An image of any size.")],
-    mask: Annotated[Path, typer.Argument(help="Of the image's size; white is filled, black is kept.")],
+    files: InpaintFiles,
     out: OutFile,
-    semantic_map: Annotated[
-        Path | None,
-        typer.Option("--map", help="A semantic map of the image's size, for a model that is conditioned on maps."),
-    ] = None,
     request: InpaintRequest,
     batch_size: BatchSize = 4,
     device: Device = None,
@@ -74,8 +84,16 @@ def inpaint(
     """Fill the white part of a mask; every other pixel is unchanged, bit for bit, with alpha and profile."""
     from latentflow.commands.inpaint import inpaint as run
 
-    runtime = runtime_for(device, precision)
-    result = run(model, image, mask, request, out, semantic_map=semantic_map, batch_size=batch_size, runtime=runtime)
+    result = run(
+        model,
+        files.image,
+        files.mask,
+        request,
+        out,
+        semantic_map=files.semantic_map,
+        batch_size=batch_size,
+        runtime=runtime_for(device, precision),
+    )
     used, (height, width) = result.drawing.inputs, result.drawing.image_size
     if used["method"] == "replacement" and request.method is None:
         say("this model was not trained for inpainting; the known region was re-imposed at every solver step")

@@ -19,7 +19,7 @@ MANY_CALLS = 100
 _WORTH_SECONDS = 100.0  # of drawing without compiling, which takes up to half a minute and saves up to half of them
 
 
-def tell_cost(model: FlowModel, drawing: Drawing, batch_size: int) -> None:
+def announce_cost(model: FlowModel, drawing: Drawing, batch_size: int) -> None:
     """Announce, once, the cost of a drawing with many network calls, and a faster alternative."""
     calls, quick = network_calls(drawing), {"solver": "heun", "steps": 25}
     sampling = drawing.sampling.model_copy(update=quick)

@@ -17,7 +17,7 @@ _MOST_BYTES = 72  # of a class in a file name; two of them, two seeds and a weig
 
 
 def picture_name(drawing: Drawing, class_names: Sequence[str]) -> str:
-    """The file name of the picture of a drawing for one: "cat_seed-00000017.png"."""
+    """The file name of a drawing of one image: "cat_seed-00000017.png"."""
     names = file_names(tuple(class_names)) if drawing.labels else ()
     parts = [names[label] for label in drawing.labels] + [f"seed-{seed:08d}" for seed in drawing.seeds]
     for blend in drawing.blends:
@@ -28,7 +28,7 @@ def picture_name(drawing: Drawing, class_names: Sequence[str]) -> str:
 
 
 def picture_facts(drawing: Drawing, class_names: Sequence[str], drawn_by: dict[str, Any]) -> dict[str, Any]:
-    """The metadata of the picture of a drawing for one, as JSON holds it, but for the evaluations.
+    """The metadata of a drawing of one image, as JSON holds it, but for the evaluations.
 
     Args:
         drawn_by: the origin of the picture, see `latentflow.sampling.pipeline.drawn_by`.

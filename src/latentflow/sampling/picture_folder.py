@@ -19,7 +19,7 @@ from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.contact_sheet import save_grid
-from latentflow.sampling.cost import compile_where_it_pays, tell_cost
+from latentflow.sampling.cost import announce_cost, compile_where_it_pays
 from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.naming import picture_facts, picture_name
 from latentflow.sampling.picture_file import facts_in, read_facts, unlike
@@ -148,7 +148,7 @@ class PictureFolder:
         names = self._names(drawing)
         kept, seconds = sum(name in self._evaluations for name in names), 0.0
         if kept < len(names):
-            tell_cost(self._flow, drawing, batch_size)
+            announce_cost(self._flow, drawing, batch_size)
         batches = [slice(start, start + batch_size) for start in range(0, len(names), batch_size)]
         missing = [rows for rows in batches if any(name not in self._evaluations for name in names[rows])]
         on_images(sum(len(names[rows]) for rows in batches) - sum(len(names[rows]) for rows in missing))

@@ -28,7 +28,7 @@ from latentflow.flow.times import sampling_times
 from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import is_compiled
 from latentflow.randomness import ImageRandom
-from latentflow.sampling.cost import tell_cost
+from latentflow.sampling.cost import announce_cost
 from latentflow.sampling.drawing import Drawing, check_drawing, guided_by, make_drawing, require_count
 from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples, join_samples
@@ -90,7 +90,7 @@ def draw(
     """
     check_drawing(model, drawing)
     require_count("batch size", batch_size, 1, MOST_TOGETHER, "16 are usual")
-    tell_cost(model, drawing, batch_size)
+    announce_cost(model, drawing, batch_size)
     parts = [slice(start, start + batch_size) for start in range(0, len(drawing.seeds), batch_size)]
     for samples in draw_batches(model, ((drawing.at(rows), given.at(rows)) for rows in parts), batch_size):
         yield samples
