@@ -150,7 +150,7 @@ def _timed(flow: FlowModel, drawing: Drawing, size: int, repeats: int, on_images
 
 
 def device_name(device: torch.device) -> str:
-    """The maker's name of a device, as far as it is known."""
+    """The name of a device, as its maker has it if that is known."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -191,8 +191,8 @@ class _Drawn:
 def _drawing(model: FlowModel, request: BenchmarkRequest, num: int) -> Drawing:
     """Images with every condition that the model knows; the content of maps and holes does not change the cost."""
     sample = SampleRequest(num=num, classes=model.config.seen_classes, seed=request.seed, **request.preset())
-    told = [name for name in model.config.conditioning.dropout if name != "label"]
-    return make_drawing(model, sample, task="benchmark", told=told)
+    others = [name for name in model.config.conditioning.dropout if name != "label"]
+    return make_drawing(model, sample, task="benchmark", told=others)
 
 
 @torch.inference_mode()
@@ -218,7 +218,7 @@ def _now(device: torch.device) -> float:
 
 
 class _PeakMemory:
-    """The most memory in use since it was made, above what was in use then.
+    """The peak memory since this object was made, above the memory in use at that time.
 
     Attributes:
         what: which memory that is.

@@ -186,7 +186,7 @@ def _label_rule(
 
 
 def model_plan(model: FlowModel, drawing: Drawing) -> dict[str, Any]:
-    """What must agree before images of a model go into one set: weights, config, first seed and way of sampling."""
+    """What all images of one set share: weights, config, first seed and sampling preset."""
     config = model.config.model_dump(mode="json", exclude={"sampling", "training"})
     return {
         "weights": sha256_tensors(model.network.state_dict()),

@@ -47,7 +47,7 @@ class ReferenceLatents:
     labels: Tensor | None
 
     def rows(self, rows: Tensor | slice) -> ReferenceLatents:
-        """Some of them."""
+        """A part of the images."""
         indices = torch.tensor(self.indices)[rows].tolist()
         labels = None if self.labels is None else self.labels[rows]
         return ReferenceLatents(self.source, indices, self.latents[rows], labels)

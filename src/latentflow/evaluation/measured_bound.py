@@ -44,7 +44,7 @@ _DATA_STEPS = 100  # of Euler's method on those of the data, whose last step end
 
 @dataclass(frozen=True)
 class MeasuredBound:
-    """A bound, and what else was measured.
+    """A bound, and how it was measured.
 
     Attributes:
         request: as it was given.
@@ -69,7 +69,7 @@ class MeasuredBound:
 
     @property
     def farthest(self) -> float:
-        """No two images with values in [-1, 1] are further apart than this."""
+        """The largest distance of two images with values in [-1, 1]."""
         return 2 * math.sqrt(self.bound.reconstruction.elements)
 
 
@@ -181,8 +181,8 @@ class _Own:
 
 @torch.no_grad()
 def _own_trajectories(flow: FlowModel, reference: ReferenceLatents, request: BoundRequest) -> tuple[_Own, Estimate]:
-    """One state of each of `points` trajectories, at times spread over [0, 1], and how far the flow ends from that of
-    the data when both start from the same noise."""
+    """One state of each of `points` trajectories, at times spread over [0, 1], and the distance between the ends of the
+    model's flow and the flow of the data from the same noise."""
     points, batch_size, seed = request.points, request.batch_size, request.seed
     labels = None if reference.labels is None else reference.labels[_draw(len(reference.indices), points, seed, "own")]
     noise = ImageRandom.at(seed, "noise of own", range(points)).normal(*reference.latents.shape[1:])

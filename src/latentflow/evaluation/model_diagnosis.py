@@ -67,12 +67,12 @@ class Examined:
     reconstructed: Tensor | None = None
 
     def rows(self, rows: slice | Tensor) -> Examined:
-        """Some of them."""
+        """A part of the images."""
         reconstructed = None if self.reconstructed is None else self.reconstructed[rows]
         return Examined(self.latents.rows(rows), self.features[rows], reconstructed)
 
     def pictures(self, rows: Sequence[int]) -> Tensor:
-        """Some of the images, read again: [B, 3, S, S] uint8."""
+        """The pixels of some images, read again: [B, 3, S, S] uint8."""
         source = self.latents.source
         pixels = [source[self.latents.indices[row]].pixels for row in rows]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)

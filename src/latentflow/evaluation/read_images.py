@@ -1,4 +1,4 @@
-"""Images of a source, read ahead while a network works: by threads, or by processes where that pays.
+"""Images of a source, read ahead while a network works: by threads, or by processes if they are faster.
 
 Legend: n images, S image side.
 """
@@ -23,7 +23,7 @@ from latentflow.evaluation.shards import Work
 
 @dataclass(frozen=True)
 class ReadImages:
-    """A batch of a source, as far as it can be read.
+    """The readable images of a batch.
 
     Attributes:
         num_tried: images of the batch, broken ones included.

@@ -59,7 +59,7 @@ class RealImages:
         return self.stored.statistics.n if self.source is None else len(self.source)
 
     def facts(self, num_images: int) -> ReferenceFacts:
-        """What a report says of it.
+        """The reference as a report records it.
 
         Args:
             num_images: that could be read.
@@ -76,7 +76,7 @@ class RealImages:
 
 @dataclass(frozen=True)
 class RealFeatures:
-    """The reference of an evaluation.
+    """The features of the real images of an evaluation.
 
     Attributes:
         num_images: that could be read; 0: a file of statistics does not say.
@@ -224,7 +224,7 @@ def _plan(real: RealImages, extractor: FeatureExtractor) -> dict[str, Any]:
 
 
 def _stored(file: Path, wanted: Provenance) -> Reference | None:
-    """The statistics in `file`; None where there is none yet.
+    """The statistics in `file`; None if there are none yet.
 
     Raises:
         ArtifactError: they are of something else.

@@ -1,4 +1,4 @@
-"""Requests of the verbs that measure: what a person asks, before anything is opened."""
+"""Requests of the verbs that measure, checked before anything is opened."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class EvaluationRequest(SamplingRequest):
 
     @model_validator(mode="after")
     def _check_effects(self) -> EvaluationRequest:
-        """Refuse what would change nothing, as far as that does not depend on what the model turns out to be."""
+        """Refuse options without effect, as far as this is known without the model."""
         drawing = {"labels": self.labels is not None, **dict.fromkeys(self.preset(), True)}
         useless = {
             "image_size": self.image_size is not None and not self.reconstruction,

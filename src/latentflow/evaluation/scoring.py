@@ -1,4 +1,4 @@
-"""The numbers of images => scores, and the protocol that they depend on."""
+"""From the numbers of images to scores, and the protocol that the scores depend on."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PAIR_LABELS = {
 def protocol_of(
     subject: Subject, extractor: FeatureExtractor, reference: RealFeatures, runtime: Runtime
 ) -> EvaluationProtocol:
-    """Everything that the scores will depend on, as far as it is known before the images are."""
+    """Everything that the scores depend on and that is known before the images are."""
     request, solver = subject.request, subject.sampling.get("solver")
     versions = {"latentflow": latentflow.__version__, "torch": torch.__version__, "python": platform.python_version()}
     if subject.judge.lpips:
@@ -63,7 +63,7 @@ def protocol_of(
 
 
 def score_names(subject: Subject) -> list[str]:
-    """The names that a report has the subject's metrics under."""
+    """The keys of the subject's metrics in a report."""
     frechet, _ = frechet_name(subject.request.features)
     return [frechet if name == "fid" else name for name in subject.metrics]
 
@@ -107,7 +107,7 @@ def measured(columns: Columns, num_classes: int, seconds: Mapping[str, float]) -
 
 
 def mean_score(label: str, values: Tensor) -> Score:
-    """The mean over images, with the interval of its spread: [N] => a score."""
+    """The mean over images with its confidence interval: [N] => a score."""
     found = interval_over_images(values, float(values.double().mean()))
     bounds = {"low": found.low, "high": found.high, "standard_error": found.standard_error}
     return Score(label=label, value=found.estimate, **bounds)

@@ -117,14 +117,14 @@ def join_columns(parts: Sequence[Columns]) -> Columns:
 
 
 def of_the_first(runtime: Runtime, columns: Columns) -> Columns:
-    """What the first process hands over, in all of them."""
+    """Columns of the first process, broadcast to all processes."""
     if runtime.world == 1:
         return columns
     return safetensors.torch.load(_of_the_first(runtime, _packed(columns)))
 
 
 def _collected(runtime: Runtime, missing: Sequence[int], own: list[Columns]) -> dict[int, Columns]:
-    """What all processes have computed, by shard, in the first of them; nothing in the others.
+    """The columns of all processes by shard, gathered in the first process; nothing in the others.
 
     One shard of each process is exchanged at a time, so that none ever holds much more than its own.
     """
@@ -145,7 +145,7 @@ def _packed(columns: Mapping[str, Tensor]) -> bytes:
 
 
 def _of_each(runtime: Runtime, content: bytes) -> list[bytes]:
-    """What each process hands over, in the order of ranks."""
+    """The content of every process, in the order of ranks."""
     try:
         lengths = runtime.gather(torch.tensor([len(content)]))
         joined = runtime.gather(torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)[: len(content)])
@@ -177,7 +177,7 @@ def _write_shard(folder: Path, rows: range, columns: Columns) -> None:
 
 
 def _read_shard(folder: Path, rows: range) -> Columns | None:
-    """The tensors of a shard; None where it is missing, damaged or of fewer images than it should be."""
+    """The tensors of a shard; None if it is missing, damaged or of fewer images than it should be."""
     try:
         with open_tensors(_shard(folder, rows)) as file:
             if (file.metadata() or {}).get("rows") != f"{rows.start} {rows.stop}":

@@ -299,7 +299,7 @@ def _stems(images: ImageSource, rows: Sequence[int]) -> list[str]:
 
 
 def open_subject(request: EvaluationRequest, runtime: Runtime) -> Subject:
-    """The images that a request is about.
+    """Open the subject of a request.
 
     Raises:
         ArtifactError, ConfigError, DataError: there are none, or not of the kind that the task needs.

@@ -61,7 +61,7 @@ class SweepResult:
         old, new: the model's preset, and that of `best`.
         presets: by name, what every candidate changes in the model's preset.
         failed: by name, why a candidate could not be measured.
-        notes: what one should know about the figures.
+        notes: remarks on the figures.
         seconds: of this call, without the reference.
     """
 
@@ -93,7 +93,7 @@ class Sweep:
     """Candidates, model and reference, checked before anything is drawn.
 
     Attributes:
-        plan: what makes two sweeps the same.
+        plan: everything that two sweeps must share for one to continue the other.
     """
 
     request: SweepRequest
@@ -229,7 +229,7 @@ def _require_some(rounds: Sequence[Round], failed: dict[str, str], budget: float
 
 
 def _notes(rounds: Sequence[Round], final: Round, plan: SweepPlan, dim: int, budget: float | None) -> list[str]:
-    """What one should know about the figures."""
+    """Remarks on the figures."""
     notes = [
         require_enough("fid", final.num, dim=dim)
         or f"distances of {final.num} images are biased upward, for all candidates alike: compare them only here"

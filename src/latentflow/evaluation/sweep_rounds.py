@@ -30,7 +30,7 @@ _RESAMPLES = 100  # a standard error to 7 %
 
 
 class SweepPlan(Record):
-    """What makes two sweeps the same: the results of one go on in the other."""
+    """Everything that two sweeps must share for one to continue the other."""
 
     format_version: int = 2
     weights: str = Field(description="SHA-256 of the model's weights.")

@@ -19,7 +19,7 @@ ENOUGH_RESAMPLES = 200  # of fewer, bounds are not called an interval
 
 
 class Score(Record):
-    """One number, and how far it can be trusted."""
+    """One number and its uncertainty."""
 
     label: str = Field(description="What it is called.")
     value: float
@@ -66,7 +66,7 @@ class ReferenceFacts(Record):
 
 
 class ModelFacts(Record):
-    """Whose images they are."""
+    """The model that the images are of."""
 
     name: str
     weights: str = Field(description="SHA-256 over the weights; of images in files, their fingerprint.")

@@ -61,7 +61,7 @@ class PairJudge:
 
     @property
     def key(self) -> str:
-        """Equal for judges that measure the same."""
+        """A text that is equal for equal judges."""
         return f"ssim {self.with_ssim}, lpips {self.lpips.hash[:12] if self.lpips else None}"
 
 

@@ -123,7 +123,7 @@ def _trace_of_root(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and vectors; by LAPACK where a GPU's solver gives up on a singular matrix."""
+    """Eigenvalues, ascending, and vectors; by LAPACK if a GPU's solver fails on a singular matrix."""
     try:
         values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:
@@ -330,19 +330,19 @@ def kernel_contributions(
 
 
 def some_of(available: int, most: int) -> Tensor:
-    """Which `most` of `available` images, sorted: always the same, from all of them, as folders are sorted by class."""
+    """A fixed random choice of `most` of `available` images, sorted; random, since folders are sorted by class."""
     return torch.randperm(available, generator=torch.Generator().manual_seed(0))[:most].sort().values
 
 
 def some_rows(features: Tensor, most: int) -> Tensor:
-    """The features themselves, [N, D], or `some_of` them where they are more than `most`; 0: all."""
+    """All features, [N, D], or `some_of` them if there are more than `most`; 0: all."""
     if not 0 < most < len(features):
         return features
     return features[some_of(len(features), most).to(features.device)]
 
 
 def _both(generated: Tensor, real: Tensor, device: torch.device | str | None) -> torch.device:
-    """Where the kernel of two sets of features is computed.
+    """The device on which the kernel of two sets of features is computed.
 
     Raises:
         DataError: they are not finite, or do not match.

@@ -17,16 +17,16 @@ _CHUNK = 2048
 
 
 def exact_device(device: torch.device | str) -> torch.device:
-    """Where numbers of `device` are computed in float64: there, or on the CPU where it has none (MPS)."""
+    """The device for float64 arithmetic: `device`, or the CPU if it has no float64 (MPS)."""
     device = torch.device(device)
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def require_features(features: Tensor, what: str, dim: int | None = None) -> Tensor:
-    """Return [N, D] features if they are finite numbers, and D of them an image where `dim` is given.
+    """Return [N, D] features if they are finite and, with `dim`, D is `dim`.
 
     Args:
-        what: whose features they are, for the message, such as "generated".
+        what: the kind of images, for the message, such as "generated".
 
     Raises:
         DataError: no rows, another shape, NaN or infinite values, or another D than `dim`.
@@ -58,7 +58,7 @@ class FeatureStatistics:
 
     Args:
         dim: D.
-        device: where sums are kept. A device without float64 (MPS) must not be named; features may come from any.
+        device: where sums are kept; it must have float64, so not MPS. Features may come from any device.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu"):
@@ -71,12 +71,12 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: Tensor, device: torch.device | str | None = None) -> FeatureStatistics:
-        """The statistics of [N, D] features that are all there, which need not fit `device`; None: where they are."""
+        """The statistics of [N, D] features, computed on `device`, which they need not fit; None: where they lie."""
         return cls(features.shape[-1], exact_device(device or features.device)).update(features)
 
     @classmethod
     def from_moments(cls, mean: Tensor, covariance: Tensor, n: int) -> FeatureStatistics:
-        """Statistics known from elsewhere: mean [D], covariance [D, D] with N - 1 below, and N (0: not known).
+        """Statistics from mean [D], covariance [D, D] (divided by N - 1) and N (0: not known).
 
         Raises:
             DataError: shapes do not fit, a value is not finite, or the covariance is not symmetric.
@@ -98,7 +98,7 @@ class FeatureStatistics:
 
     @property
     def n(self) -> int:
-        """Images seen; 0 where a file did not say."""
+        """Number of images; 0: not given in the file."""
         return self._n + self._num_waiting
 
     @property
@@ -106,11 +106,6 @@ class FeatureStatistics:
         """[D] float64."""
         self._flush()
         return self._mean
-
-    @property
-    def sum(self) -> Tensor:
-        """[D] float64."""
-        return self.mean * self.n
 
     @property
     def covariance(self) -> Tensor:
@@ -169,7 +164,7 @@ class FeatureStatistics:
         self._scatter.addr_(shift, shift)
 
     def _join(self, mean: Tensor, n: int) -> Tensor:
-        """Take in the mean and number of n further images: the vector whose outer product the scatter still lacks.
+        """Add the mean of n further images; returns the vector whose outer product is to be added to the scatter.
 
         S = S_a + S_b + n_a n_b / (n_a + n_b) (mean_b - mean_a)(mean_b - mean_a)^T
         """

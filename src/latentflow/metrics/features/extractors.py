@@ -130,7 +130,7 @@ class InceptionFeatures:
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
         """[B, 2048] features => [B, 1008] logits without bias, which the Inception Score is defined by."""
-        with Runtime(self.device).autocast():  # of features as they are
+        with Runtime(self.device).autocast():  # in float32
             return self.network.logits(features.to(self.device), bias=False)
 
 
@@ -185,7 +185,7 @@ class DinoFeatures:
 
 
 class LatentFeatures:
-    """The means of the first stage's posterior, as the flow sees them, flattened."""
+    """The means of the first stage's posterior, normalised as for the flow, flattened."""
 
     name = "latents"
     label = f"Fréchet distance of latents, {_RELATIVE}"
@@ -234,7 +234,7 @@ class RandomFeatures:
 
 
 def _computing(features: FeatureExtractor) -> AbstractContextManager[None]:
-    """Convolutions and products in a precision, whatever the caller's is: even TF32 changes features by 1e-3."""
+    """Compute in the precision of the features, not in the caller's: even TF32 changes features by 1e-3."""
     return Runtime(features.device, precision=features.precision).autocast()
 
 
@@ -254,5 +254,5 @@ def _hash(rule: str, tensors: dict[str, Any], precision: Precision) -> str:
 
 
 def _precisely(hash: str, precision: Precision) -> str:
-    """Another hash for another precision than that of published features."""
+    """The hash, changed for every precision but that of published features."""
     return hash if precision == "fp32" else hashlib.sha256(f"{hash} in {precision}".encode()).hexdigest()

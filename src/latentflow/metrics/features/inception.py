@@ -73,7 +73,7 @@ class InceptionV3(nn.Module):
         return tuple(x.mean((2, 3)) for x in (first, second, third, last))
 
     def logits(self, features: Tensor, *, bias: bool = True) -> Tensor:
-        """features [B, 2048] => what the softmax over the classes takes: [B, 1008].
+        """features [B, 2048] => the logits of the classes: [B, 1008].
 
         Args:
             bias: the Inception Score is defined without it, by the program of arXiv 1606.03498.
@@ -82,7 +82,7 @@ class InceptionV3(nn.Module):
 
 
 def preprocess(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] => what the network takes: [B, 3, 299, 299] float32 in [-1, 1].
+    """uint8 [B, 3, H, W] => the input of the network: [B, 3, 299, 299] float32 in [-1, 1].
 
     The bilinear resize neither smooths before shrinking nor rounds after it: published FID depends on that.
     """
