@@ -43,6 +43,20 @@ ROOMS = {
 """Rooms and files of the package that have a page of the Python reference."""
 
 
+FIRST = {
+    "flow": ("path", "loss", "times", "guidance", "solvers"),
+    "networks": ("velocity_network", "dit", "unet"),
+    "data": ("items", "batches"),
+    "model": ("flow_model", "conditioning", "config"),
+    "training": ("config", "step", "loop"),
+    "sampling": ("request", "pipeline", "samples", "inpaint", "mask_to_image", "edits", "inversion"),
+    "metrics": ("scores", "neighbours", "pairs", "feature_scores", "evaluation_report"),
+    "evaluation": ("request", "subject", "scoring"),
+    "convert": ("request", "published"),
+}
+"""What a reader of a room looks for first; its other files follow by name."""
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages, and those that are kept elsewhere."""
     from mkdocs.structure.files import File
@@ -228,11 +242,13 @@ def python_page(room: str) -> str:
     head = f"# latentflow.{room}\n\n{ROOMS[room][0].upper()}{ROOMS[room][1:]}.\n"
     if (SOURCE / f"{room}.py").is_file():
         return f"{head}\n::: latentflow.{room}\n"
-    files = sorted((SOURCE / room).rglob("*.py"))
-    names = [".".join(file.relative_to(SOURCE).with_suffix("").parts) for file in files if file.stem != "__init__"]
-    return head + "".join(
-        f"\n## {name}\n\n::: latentflow.{name}\n    options: {{heading_level: 3}}\n" for name in names
-    )
+    files = [file.relative_to(SOURCE / room).with_suffix("") for file in (SOURCE / room).rglob("*.py")]
+    names = {".".join(file.parts) for file in files if file.stem != "__init__"}
+    first = FIRST.get(room, ())
+    parts = [head]
+    for name in (*first, *sorted(names.difference(first))):
+        parts.append(f"\n## {room}.{name}\n\n::: latentflow.{room}.{name}\n    options: {{heading_level: 3}}\n")
+    return "".join(parts)
 
 
 # Equations
