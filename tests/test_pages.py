@@ -139,10 +139,6 @@ def test_readme_draws_the_layers_that_are_tested():
     assert drawn.keys() >= {name for name in LAYERS if (SOURCE / name).is_dir()}
 
 
-def is_there(room: str) -> bool:
-    return (SOURCE / room).is_dir() or (SOURCE / f"{room}.py").is_file()
-
-
 def test_readme_has_every_room_in_its_tree():
     tree = text_of("README.md").split("    src/latentflow/\n")[1].partition("\n\n")[0]
     folder, named = "", set()
@@ -185,16 +181,18 @@ def test_solvers_are_named_where_they_are_chosen():
 # What is written from the code
 
 
-@pytest.fixture(scope="module")
-def hooks() -> ModuleType:
+def _hooks() -> ModuleType:
     spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_command_reference_has_every_option(hooks):
-    page = hooks.command_page()
+HOOKS = _hooks()
+
+
+def test_the_command_reference_has_every_option():
+    page = HOOKS.command_page()
     parts = dict(re.findall(r"^#+ latentflow ([\w-]+) .*?$(.*?)(?=^#|\Z)", page, re.MULTILINE | re.DOTALL))
     assert parts.keys() == VERBS.keys()
     for verb, command in VERBS.items():
@@ -204,11 +202,11 @@ def test_the_command_reference_has_every_option(hooks):
             assert re.search(rf"<code>[^<]*{option}\b", parts[verb]), (verb, option)
 
 
-def test_the_recipe_reference_has_every_key(hooks):
+def test_the_recipe_reference_has_every_key():
     from latentflow.training.config import Recipe
     from latentflow.training.settings import keys_of
 
-    page = hooks.recipe_page()
+    page = HOOKS.recipe_page()
     for key in keys_of(Recipe()):
         assert f"<code>{key}</code>" in page or key.endswith(".kind"), key
     assert "<code>network.channels</code>" in page  # of a U-Net, which is not the default
