@@ -41,8 +41,8 @@ def test_the_command_prints_tables_and_records(recipe, tmp_path, capsys, monkeyp
     assert shown.code == 0
     for words in ("parameters", "memory of a process", "kept for backward, checkpoint", "a checkpoint", "exact"):
         assert words in shown.out
-    told = run_here(("plan", file, "training.steps=100", "--device", "cpu", "--json"), capsys, monkeypatch)
-    record = json.loads(told.out)
+    printed = run_here(("plan", file, "training.steps=100", "--device", "cpu", "--json"), capsys, monkeypatch)
+    record = json.loads(printed.out)
     assert record["steps"] == 100
     assert record["memory"]["fits"] is True
     assert not (tmp_path / "run").exists()

@@ -145,7 +145,7 @@ def test_own_images_are_trained_by_their_recipe(own, cache, flat, tmp_path, labe
     assert f"for {18 if labelled else 9} images on a CPU" in result.out
 
 
-def test_a_resume_fits_nothing_anew(own, flat, cache, tmp_path, monkeypatch):
+def test_resuming_does_not_fit_again(own, flat, cache, tmp_path, monkeypatch):
     assert own(flat, "training.steps=2").code == 0
     before = load_recipe(tmp_path / "run" / "recipe.yaml")
     monkeypatch.setattr(velocity_run, "total_memory", lambda device: 1)  # another machine would be fitted otherwise

@@ -118,8 +118,8 @@ def test_any_size_the_patch_divides(variant, height, width, patch_size):
     velocity = network(latents, time, NO_LABELS)
     assert velocity.shape == (2, 3, height, width)
     # No image sees another one.
-    alone = network(latents[1:], time[1:], NO_LABELS)
-    torch.testing.assert_close(velocity[1:], alone, atol=1e-5, rtol=1e-5)
+    single = network(latents[1:], time[1:], NO_LABELS)
+    torch.testing.assert_close(velocity[1:], single, atol=1e-5, rtol=1e-5)
 
 
 def test_patches_return_to_their_place():
@@ -134,7 +134,7 @@ def test_patches_return_to_their_place():
     assert not velocity.any()
 
 
-def test_blocks_know_places_by_rotation_alone():
+def test_blocks_know_positions_only_by_rotation():
     block = awake(tiny(variant="modern")).blocks[0]
     generator = torch.Generator().manual_seed(0)
     x, c = torch.randn(2, 6, 32, generator=generator), torch.randn(2, 32, generator=generator)
@@ -224,7 +224,7 @@ def test_sincos_positions_column_first():
     torch.testing.assert_close(table[row * 3 + column], expected)
 
 
-def test_rotary_logits_depend_on_the_offset_alone():
+def test_rotary_logits_depend_only_on_the_offset():
     height, width, channels = 5, 7, 16
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(channels, generator=generator).expand(1, 1, height * width, -1) for _ in range(2))

@@ -67,7 +67,7 @@ def test_a_layer_of_a_function_has_second_derivatives(bias):
 
 
 @CENTRED
-def test_the_argument_alone_is_kept(centred):
+def test_only_the_argument_is_saved(centred):
     x, shift, scale = drawn((2, 64, 32), (2, 32), (2, 32), dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         small = saved_bytes(lambda: modulated_norm(x, shift, scale, "layernorm" if centred else "rmsnorm"), apart=[x])

@@ -111,11 +111,11 @@ def test_modes_reach_wrapped_networks():
 def test_modes_go_with_distributed_training(mode, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        alone, made = network("modern"), network("modern")
+        eager, made = network("modern"), network("modern")
         set_memory(made, mode)
         wrapped = nn.parallel.DistributedDataParallel(made)
         wrapped(*inputs(), LABELS).square().mean().backward()
-        assert_same([p.grad for p in made.parameters()], gradients(alone), 1e-6)
+        assert_same([p.grad for p in made.parameters()], gradients(eager), 1e-6)
     finally:
         torch.distributed.destroy_process_group()
 

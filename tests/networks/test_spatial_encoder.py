@@ -14,7 +14,7 @@ from tests import tiny
 C, K, SIDE = 4, 3, 8
 
 
-def told(num_images: int = 2, *, inpainting: bool = True, maps: bool = True, seed: int = 0) -> Condition:
+def conditions(num_images: int = 2, *, inpainting: bool = True, maps: bool = True, seed: int = 0) -> Condition:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"masked_latents": (C, inpainting), "mask": (1, inpainting), "class_fractions": (K, maps)}
     return Condition(
@@ -34,7 +34,7 @@ def latents(num_images: int = 2) -> torch.Tensor:
 @pytest.mark.parametrize("maps", [False, True])
 def test_channels_are_latents_masked_latents_mask_encoded_map(inpainting, maps):
     inputs = SpatialInputs(C, inpainting=inpainting, num_map_classes=K if maps else 0)
-    condition, x = told(inpainting=inpainting, maps=maps), latents()
+    condition, x = conditions(inpainting=inpainting, maps=maps), latents()
     expected = [x]
     if inpainting:
         expected += [condition.masked_latents, condition.mask]
@@ -72,12 +72,12 @@ def test_where_no_class_is_named_the_encoding_is_zero():
 @pytest.mark.parametrize(
     ("made", "given", "said"),
     [
-        ((True, K), told(maps=False), r"class_fractions: this network wants \(2, 3, 8, 8\), got none"),
-        ((True, K), told(inpainting=False), r"masked_latents: this network wants \(2, 4, 8, 8\), got none"),
-        ((False, K), told(), r"masked_latents: this network wants none, got \(2, 4, 8, 8\)"),
-        ((True, 0), told(), r"class_fractions: this network wants none, got \(2, 3, 8, 8\)"),
-        ((True, K + 1), told(), r"class_fractions: this network wants \(2, 4, 8, 8\), got \(2, 3, 8, 8\)"),
-        ((True, K), told(3), r"masked_latents: this network wants \(2, 4, 8, 8\), got \(3, 4, 8, 8\)"),
+        ((True, K), conditions(maps=False), r"class_fractions: this network wants \(2, 3, 8, 8\), got none"),
+        ((True, K), conditions(inpainting=False), r"masked_latents: this network wants \(2, 4, 8, 8\), got none"),
+        ((False, K), conditions(), r"masked_latents: this network wants none, got \(2, 4, 8, 8\)"),
+        ((True, 0), conditions(), r"class_fractions: this network wants none, got \(2, 3, 8, 8\)"),
+        ((True, K + 1), conditions(), r"class_fractions: this network wants \(2, 4, 8, 8\), got \(2, 3, 8, 8\)"),
+        ((True, K), conditions(3), r"masked_latents: this network wants \(2, 4, 8, 8\), got \(3, 4, 8, 8\)"),
         (
             (True, 0),
             Condition(masked_latents=torch.zeros(2, C, SIDE, SIDE), mask=torch.zeros(2, C, SIDE, SIDE)),
@@ -93,7 +93,7 @@ def test_a_field_that_is_missing_unexpected_or_of_another_shape(made, given, sai
 
 def test_fields_take_the_dtype_of_the_latents():
     inputs = SpatialInputs(C, inpainting=True, num_map_classes=K).double()
-    assert inputs(latents().double(), told()).dtype == torch.float64
+    assert inputs(latents().double(), conditions()).dtype == torch.float64
 
 
 SIZES = tiny.RECIPE["network"]
@@ -103,9 +103,9 @@ def dit(**facts) -> DiT:
     return DiT(DiTConfig(**SIZES), in_channels=C, out_channels=C, **facts)
 
 
-def test_a_network_told_everything_has_the_shape_of_its_latents():
+def test_a_network_with_all_conditions_has_the_shape_of_its_latents():
     network = tiny.randomise(dit(num_classes=2, inpainting=True, num_map_classes=K))
-    condition = told()
+    condition = conditions()
     condition = Condition(torch.tensor([0, 2]), condition.masked_latents, condition.mask, condition.class_fractions)
     velocity = network(latents(), torch.tensor([0.2, 0.7]), condition)
     assert velocity.shape == (2, C, SIDE, SIDE)
@@ -115,7 +115,7 @@ def test_a_network_told_everything_has_the_shape_of_its_latents():
 @pytest.mark.parametrize("field", ["masked_latents", "mask", "class_fractions"])
 def test_every_field_has_a_say_and_only_in_its_own_image(field):
     network = tiny.randomise(dit(inpainting=True, num_map_classes=K)).requires_grad_(False)
-    condition, other = told(), told(seed=5)
+    condition, other = conditions(), conditions(seed=5)
     swapped = {name: getattr(condition, name).clone() for name in condition.names}
     swapped[field][1] = getattr(other, field)[1]
     time = torch.tensor([0.2, 0.7])
@@ -126,7 +126,7 @@ def test_every_field_has_a_say_and_only_in_its_own_image(field):
 
 def test_gradients_reach_the_map_encoder():
     network = tiny.randomise(dit(num_map_classes=K))
-    network(latents(), torch.tensor([0.2, 0.7]), told(inpainting=False)).square().mean().backward()
+    network(latents(), torch.tensor([0.2, 0.7]), conditions(inpainting=False)).square().mean().backward()
     gradient = network.spatial.map_encoder.mix.weight.grad
     assert (gradient.abs() > 1e-6).all()
 

@@ -230,7 +230,7 @@ def test_the_input_on_every_level():
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_the_input_reaches_the_lower_level_past_the_first(joined):
-    # With a deaf first convolution, only the branch tells the network anything of its latents.
+    # With a zero first convolution, the latents enter only through the branch.
     network = unet(input_on_every_level=joined)
     nn.init.zeros_(network.stem.weight)
     one, other = (network(inputs(seed=seed)[0], torch.zeros(3), NO_LABELS) for seed in (0, 1))
@@ -331,8 +331,8 @@ def test_any_multiple_and_no_image_sees_another(variant, height, width):
     latents, time = inputs(3, height, width, channels=5)
     velocity = network(latents, time, LABELS)
     assert velocity.shape == (3, 4, height, width)
-    alone = network(latents[1:2], time[1:2], Condition(LABELS.labels[1:2]))
-    torch.testing.assert_close(velocity[1:2], alone, atol=1e-5, rtol=1e-5)
+    single = network(latents[1:2], time[1:2], Condition(LABELS.labels[1:2]))
+    torch.testing.assert_close(velocity[1:2], single, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -358,15 +358,15 @@ def test_every_spatial_field_has_a_say_and_only_in_its_own_image(variant, field)
     assert network.stem.in_channels == 4 + 5 + 4
     latents, time = inputs(2)
     channels = {"masked_latents": 4, "mask": 1, "class_fractions": 3}
-    told = {name: inputs(2, channels=count, seed=5)[0].sigmoid() for name, count in channels.items()}
-    one = network(latents, time, Condition(**told))
-    told[field] = torch.stack([told[field][0], 1 - told[field][1]])
-    changed = network(latents, time, Condition(**told))
+    fields = {name: inputs(2, channels=count, seed=5)[0].sigmoid() for name, count in channels.items()}
+    one = network(latents, time, Condition(**fields))
+    fields[field] = torch.stack([fields[field][0], 1 - fields[field][1]])
+    changed = network(latents, time, Condition(**fields))
     torch.testing.assert_close(one[0], changed[0], rtol=0, atol=1e-6)
     assert (one[1] - changed[1]).abs().max() > 1e-3
-    del told[field]
+    del fields[field]
     with pytest.raises(ValueError, match=rf"condition\.{field}: this network wants"):
-        network(latents, time, Condition(**told))
+        network(latents, time, Condition(**fields))
 
 
 # Ways to run -----------------------------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def test_what_is_computed_again_gives_the_same_gradients(variant, dropout, mode)
     assert len(calls) == 3
 
 
-def test_dropout_in_training_alone():
+def test_dropout_only_in_training():
     plain, dropping = unet(), unet(dropout=0.3)
     assert {module.p for module in every(dropping, nn.Dropout)} == {0.3}
     latents, time = inputs()

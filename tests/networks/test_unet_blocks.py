@@ -161,13 +161,13 @@ def by_hand(block: ResidualBlock, x: torch.Tensor, c: torch.Tensor, *, modulatio
 
     h = F.silu(F.group_norm(x, 2, block.norm1.weight, block.norm1.bias, eps=1e-5))
     h = F.conv2d(resized(h), block.conv1.weight, block.conv1.bias, padding=1)
-    told = (c @ block.modulation.weight.T + block.modulation.bias)[:, :, None, None]
+    embedded = (c @ block.modulation.weight.T + block.modulation.bias)[:, :, None, None]
     second = (2, block.norm2.weight, block.norm2.bias, 1e-5)
     if modulation == "scale_shift":
         d = h.shape[1]
-        h = F.group_norm(h, *second) * (1 + told[:, :d]) + told[:, d:]
+        h = F.group_norm(h, *second) * (1 + embedded[:, :d]) + embedded[:, d:]
     else:
-        h = F.group_norm(h + told, *second)
+        h = F.group_norm(h + embedded, *second)
     h = F.conv2d(F.silu(h), block.conv2.weight, block.conv2.bias, padding=1)
     skip = resized(x)
     if block.skip is not None:

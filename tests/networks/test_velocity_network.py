@@ -153,8 +153,8 @@ def test_parameters_of_the_published_experiments(name, network, facts, millions)
 # Noise prediction ------------------------------------------------------------------------------------------------
 
 
-class Told(nn.Module):
-    """Stands in for a network: keeps what it is told and answers by `answer(latents, time)`."""
+class Recorder(nn.Module):
+    """A stand-in for a network that records its inputs and returns `answer(latents, time)`."""
 
     def __init__(self, answer):
         super().__init__()
@@ -173,7 +173,7 @@ def chain(config: NoisePrediction) -> np.ndarray:
     return np.sqrt(np.cumprod(1 - betas))
 
 
-def best_noise(config: NoisePrediction, std: float) -> Told:
+def best_noise(config: NoisePrediction, std: float) -> Recorder:
     """E[noise | x] of N(0, std^2) on the chain; between its steps the angle changes evenly."""
     angles = np.arccos(chain(config))
 
@@ -183,7 +183,7 @@ def best_noise(config: NoisePrediction, std: float) -> Told:
         gain = np.sin(angle) / (np.cos(angle) ** 2 * std**2 + np.sin(angle) ** 2)
         return per_image(torch.from_numpy(gain), latents) * latents
 
-    return Told(answer)
+    return Recorder(answer)
 
 
 def points(num: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
@@ -212,7 +212,7 @@ def test_the_best_noise_gives_the_exact_velocity(chain_of):
 
 
 @CHAINS
-def test_outside_of_the_chain_the_network_is_told_its_ends(chain_of):
+def test_outside_the_chain_the_network_gets_its_ends(chain_of):
     std, x = 0.4, points(2)
     network = best_noise(chain_of, std)
     velocity = NoisePredictor(network, chain_of)(x, torch.tensor([0.0, 1.0], dtype=torch.float64), NOTHING)
@@ -220,16 +220,16 @@ def test_outside_of_the_chain_the_network_is_told_its_ends(chain_of):
     alpha = torch.tensor(chain(chain_of)[[0, -1]])
     sigma = (1 - alpha**2).sqrt()
     noise = per_image(sigma / (alpha**2 * std**2 + sigma**2), x) * x
-    # At t = 0 the angle is 0; behind the chain it stays the last.
+    # At t = 0 the angle is 0; after the end of the chain it stays the last.
     expected = [math.pi / 2 * noise[0], math.pi / 2 * (noise[1] - sigma[1] * x[1]) / alpha[1]]
     torch.testing.assert_close(velocity, torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
 @CHAINS
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 5e-3)])
-def test_at_the_time_of_a_step_the_network_is_told_that_step(chain_of, dtype, tolerance):
+def test_at_the_time_of_a_step_the_network_gets_that_step(chain_of, dtype, tolerance):
     # In float32 neighbouring times near 1 lie 0.002 steps of the usual chain apart.
-    network = Told(lambda latents, step: latents)
+    network = Recorder(lambda latents, step: latents)
     time = torch.from_numpy(2 / math.pi * np.arccos(chain(chain_of))).to(dtype)
     NoisePredictor(network, chain_of)(points(len(time), dtype), time, NOTHING)
     expected = torch.arange(chain_of.num_steps, dtype=torch.float64)
@@ -238,7 +238,7 @@ def test_at_the_time_of_a_step_the_network_is_told_that_step(chain_of, dtype, to
 
 @CHAINS
 def test_steps_grow_with_time(chain_of):
-    network = Told(lambda latents, step: latents)
+    network = Recorder(lambda latents, step: latents)
     time = torch.linspace(0, 1, 5001)
     NoisePredictor(network, chain_of)(points(5001, torch.float32), time, NOTHING)
     steps = network.time
@@ -257,19 +257,19 @@ DENOISERS = pytest.mark.parametrize(
 )
 
 
-def best_denoiser(config: DenoiserPrediction, std: float) -> Told:
+def best_denoiser(config: DenoiserPrediction, std: float) -> Recorder:
     """F of the denoiser D(y) = std^2 / (std^2 + sigma^2) y that is best for N(0, std^2): (D - c_skip y) / c_out."""
     d = config.sigma_data
 
-    def answer(scaled, told):
-        sigma = (4 * told).exp()
+    def answer(scaled, log_sigma):
+        sigma = (4 * log_sigma).exp()
         assert sigma.min() >= config.sigma_min * 0.999 and sigma.max() <= config.sigma_max * 1.001
         c_skip, c_out = d**2 / (sigma**2 + d**2), sigma * d / (sigma**2 + d**2).sqrt()
         y = scaled * per_image((sigma**2 + d**2).sqrt(), scaled)  # c_in = 1 / sqrt(sigma^2 + d^2)
         denoised = per_image(std**2 / (std**2 + sigma**2), y) * y
         return (denoised - per_image(c_skip, y) * y) / per_image(c_out, y)
 
-    return Told(answer)
+    return Recorder(answer)
 
 
 @DENOISERS
@@ -374,9 +374,9 @@ def test_a_model_with_a_unet_survives_the_disk(kl, tmp_path, variant, prediction
     loaded = LatentFlow.from_pretrained(tmp_path / "model", device="cpu")
     assert loaded.config == read_config(tmp_path / "model") == config
     x, time = torch.randn(3, 4, 8, 12), torch.tensor([0.0, 0.5, 1.0])
-    told = Condition(torch.tensor([0, 2, 3]))
-    assert torch.equal(made.velocity(x, time, told), loaded.velocity(x, time, told))
-    assert made.velocity(x, time, told).isfinite().all()
+    condition = Condition(torch.tensor([0, 2, 3]))
+    assert torch.equal(made.velocity(x, time, condition), loaded.velocity(x, time, condition))
+    assert made.velocity(x, time, condition).isfinite().all()
     request = {"num": 2, "classes": [0, 1], "seed": 3}
     for one, other in zip(made.sample(**request).images, loaded.sample(**request).images, strict=True):
         assert np.array_equal(np.asarray(one), np.asarray(other))
@@ -443,11 +443,11 @@ def test_nothing_waits_for_the_device(network, prediction):
         made = build_network(network, prediction, channels=4, num_classes=3, inpainting=True, num_map_classes=2)
         x, time = torch.empty(2, 4, 8, 12), torch.empty(2)
         labels = torch.empty(2, dtype=torch.long)
-        told = Condition(labels, masked_latents=x, mask=torch.empty(2, 1, 8, 12), class_fractions=x[:, :2])
+        condition = Condition(labels, masked_latents=x, mask=torch.empty(2, 1, 8, 12), class_fractions=x[:, :2])
     for mode in ("none", "recompute-cheap"):
         set_memory(made, mode)
         with watched() as waits:
-            made(x, time, told).square().mean().backward()
+            made(x, time, condition).square().mean().backward()
             with torch.inference_mode():
-                made(x, time, told)
+                made(x, time, condition)
         assert not waits

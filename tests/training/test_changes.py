@@ -107,7 +107,7 @@ def test_a_key_that_is_none(train, run):
     assert not run.exists()
 
 
-def test_a_run_without_a_checkpoint_begins_anew(train, run):
+def test_a_run_without_a_checkpoint_starts_over(train, run):
     """It stopped before anything was saved, so there is nothing to keep."""
     stopped = train("optimizer.learning_rate=1e9", "optimizer.clip_norm=null", "training.steps=50")
     assert stopped.code == 1

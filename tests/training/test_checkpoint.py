@@ -116,9 +116,9 @@ DAMAGES = {
 def test_damage_is_named_and_the_remedy_helps(resume, tmp_path, damage):
     with pytest.raises(ArtifactError) as caught:
         resume(damage)
-    told = str(caught.value)
-    assert "\n" not in told
-    folder = Path(re.search(r"delete (.+) to go on from the checkpoint before it", told)[1])
+    message = str(caught.value)
+    assert "\n" not in message
+    folder = Path(re.search(r"delete (.+) to go on from the checkpoint before it", message)[1])
     assert folder.name == "step-00000004"
     shutil.rmtree(folder)
     assert newest_checkpoint(resume(run=tmp_path / "run")).name == "step-00000006"
@@ -319,7 +319,7 @@ def test_the_state_lies_by_name_however_parameters_are_grouped(tmp_path, writer)
     ("keep", "keep_every", "kept"),
     [(1, None, [9]), (2, None, [8, 9]), (2, 3, [3, 6, 8, 9]), (3, 4, [4, 7, 8, 9]), (1, 10, [9]), (4, 1, range(1, 10))],
 )
-def test_milestones_stay_beside_the_newest(tmp_path, keep, keep_every, kept):
+def test_milestones_are_kept_with_the_newest(tmp_path, keep, keep_every, kept):
     training = Training()
     training.step()
     with CheckpointWriter(tmp_path, torch.device("cpu"), keep=keep, keep_every=keep_every) as writer:

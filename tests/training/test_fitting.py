@@ -83,7 +83,7 @@ def test_fewer_images_at_a_time_where_memory_is_short():
     assert training.micro_batch_size in (16, 32, 64, 128)
 
 
-def test_guidance_only_where_labels_are_told_and_left_out():
+def test_guidance_only_with_labels_and_label_dropout():
     assert fitted(GPU).sampling.guidance == 1.5
     assert fitted(GPU, num_classes=0).sampling.guidance == 1
     assert fitted(GPU, "conditioning.label_dropout=0").sampling.guidance == 1

@@ -1,4 +1,4 @@
-"""The loss on held-out images: the same draws whatever is told, and times spread evenly."""
+"""The loss on held-out images: the same draws for all conditions, and times spread evenly."""
 
 import pytest
 import torch
@@ -27,9 +27,9 @@ def steps(monkeypatch):
     return seen
 
 
-def of(model, segmented, told, **options):
+def of(model, segmented, given, **options):
     images = held_out_images(model, segmented)
-    return held_out_loss(model, images, told, **{"num_draws": 50, "batch_size": 32, **options})
+    return held_out_loss(model, images, given, **{"num_draws": 50, "batch_size": 32, **options})
 
 
 def test_the_mean_over_all_draws(model, segmented, steps):
@@ -47,13 +47,13 @@ def test_the_mean_over_all_draws(model, segmented, steps):
 
 @pytest.mark.parametrize("batch_size", [7, 32, 64])
 def test_times_are_spread_evenly_in_every_batch(model, segmented, steps, batch_size):
-    """The last, smaller one included; times of the lower end alone would make another loss."""
+    """The last, smaller one included; times from the lower end only would give another loss."""
     of(model, segmented, [], batch_size=batch_size)
     for positions, times, _ in steps:
         assert sorted((times * len(positions)).long().tolist()) == list(range(len(positions)))
 
 
-def test_what_is_told_changes_nothing_but_the_velocity(model, segmented, steps):
+def test_conditions_change_only_the_velocity(model, segmented, steps):
     losses = {tuple(told): of(model, segmented, told).loss for told in condition_sets(model.config.conditioning)}
     assert list(losses) == [(), ("label",), ("inpainting",), ("semantic_map",), ("label", "inpainting", "semantic_map")]
     assert len(set(losses.values())) == 5

@@ -145,7 +145,7 @@ def test_the_first_loss_is_that_of_a_zero_velocity(train, cache, kl):
 
 
 def test_loss_falls(train, images, deterministic_folder):
-    """18 images and no posterior noise can be learned by heart."""
+    """18 images without posterior noise can be memorised."""
     steps = {"steps": 100, "log_every": 25, "batch_size": 16}
     optimizer = {"learning_rate": 3e-3}
     run = train("run", data=images, autoencoder=deterministic_folder, training=steps, optimizer=optimizer)
@@ -742,7 +742,7 @@ def test_a_bad_image_stops_fp16_training(recipe, poisoned, micro_batch_size):
 @pytest.fixture
 def poisoned(cache, tmp_path, monkeypatch) -> tuple[Path, str, int]:
     """A cache in which one image's moments are NaN, that image's name, and the step that meets it (the first is 1)."""
-    monkeypatch.setattr(artifacts, "_verify", False)  # or its checksum would tell before the training does
+    monkeypatch.setattr(artifacts, "_verify", False)  # or the checksum would be found wrong before training
     monkeypatch.setattr(artifacts, "verify_checksums", lambda wanted: None)
     folder = shutil.copytree(cache, tmp_path / "poisoned")
     order = TrainingImages(LatentCache(folder), seed=0, flip=False).indices_at(range(18)).tolist()
@@ -795,7 +795,7 @@ def test_a_bad_image_stops_training_and_spares_the_weights(recipe, poisoned, mon
     assert newest_checkpoint(Path(bad.recipe.out)) is None
 
 
-def test_no_checkpoint_is_written_behind_a_bad_step(recipe, poisoned, monkeypatch):
+def test_no_checkpoint_is_written_after_a_bad_step(recipe, poisoned, monkeypatch):
     """On a GPU the flag is read with the log; a checkpoint that is due before that must read it, too."""
     folder, _, step = poisoned
     monkeypatch.setattr(loop.FiniteGuard, "is_due", lambda self, step, log_every: step % log_every == 0)
@@ -905,7 +905,7 @@ def test_metrics_lines_are_json(train):
         assert json.loads(line)["step"] in (1, 2)
 
 
-def test_a_damaged_line_of_metrics_costs_that_line_alone(tmp_path, caplog):
+def test_only_a_damaged_line_of_metrics_is_lost(tmp_path, caplog):
     good = [{"step": step, "loss": 1.0} for step in (1, 2, 3)]
     lines = [json.dumps(line).encode() for line in good]
     bad = [b'{"step": "x"}', b"\xff\xfe{", b"[1]", b'{"step": 4, "lo']

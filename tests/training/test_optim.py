@@ -49,7 +49,7 @@ def small() -> nn.Module:
 
 
 def stepped(network: nn.Module, **given) -> dict[str, torch.Tensor]:
-    """The weights after one step whose gradients are zero: decay alone moves them."""
+    """The weights after one step whose gradients are zero: only decay moves them."""
     optimizer = build_optimizer(network, OptimizerConfig(learning_rate=0.1, **given))
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -57,7 +57,7 @@ def stepped(network: nn.Module, **given) -> dict[str, torch.Tensor]:
     return network.state_dict()
 
 
-def test_matrices_alone_decay():
+def test_only_matrices_decay():
     before = {name: tensor.clone() for name, tensor in small().state_dict().items()}
     after = stepped(small(), weight_decay=0.5)
     for name, tensor in before.items():

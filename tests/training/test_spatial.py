@@ -71,12 +71,13 @@ def test_the_map_encoder_learns_and_is_kept(recipe, train, kl, source):
     assert moments[f"{ENCODER}/step"] == 10
 
 
-def test_the_model_folder_says_what_it_is_told(train):
+def test_the_model_folder_names_its_conditions(train):
     run = train("run", conditioning={**TOLD, "map_dropout": 0.25}, data={"masks": {"policy": "boxes"}})
     config = read_config(run / "model")
-    told = config.conditioning
-    assert told.dropout == {"label": 0.1, "inpainting": 0.1, "semantic_map": 0.25}
-    assert (tuple(told.map_class_names), tuple(told.map_palette)) == (tiny.MAP_CLASSES, tiny.MAP_PALETTE)
+    conditioning = config.conditioning
+    assert conditioning.dropout == {"label": 0.1, "inpainting": 0.1, "semantic_map": 0.25}
+    assert tuple(conditioning.map_class_names) == tiny.MAP_CLASSES
+    assert tuple(conditioning.map_palette) == tiny.MAP_PALETTE
     assert config.masks == MaskRules()  # those stored in the cache go first
     facts = describe(run)
     assert facts["told"] == ["label", "inpainting", "semantic_map"]

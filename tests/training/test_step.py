@@ -1,4 +1,4 @@
-"""A training step: what the network is told, and that sampling tells it the same."""
+"""A training step: the conditions that the network gets, and that sampling gives the same."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def model(kl) -> LatentFlow:
 
 @dataclass
 class Heard:
-    """A network that remembers what it is told."""
+    """A network that records its inputs."""
 
     network: torch.nn.Module
     calls: list[tuple[Tensor, Tensor, Condition]] = field(default_factory=list)
@@ -96,15 +96,15 @@ def test_training_and_sampling_tell_the_network_the_same(model, pictures, monkey
         model.mask_to_image(item.semantic_map, num=2, steps=1, classes=[label])
     same(trained.condition, filling.condition, "labels", "masked_latents", "mask", "class_fractions")
     same(trained.condition, painting.condition, "labels", "class_fractions")
-    _, alone = step(model, images, [4], told=["label", "semantic_map"])
-    same(alone.condition, painting.condition, "labels", "masked_latents", "mask", "class_fractions")
+    _, from_images = step(model, images, [4], told=["label", "semantic_map"])
+    same(from_images.condition, painting.condition, "labels", "masked_latents", "mask", "class_fractions")
     assert trained.condition.masked_latents.std() > 0.05
     assert 0 < trained.condition.mask.mean() < 1
 
 
 @pytest.mark.parametrize("source", ["images", "cache"])
-def test_each_image_is_told_what_is_not_dropped(model, pictures, segmented_cache, source):
-    """Dropped rows hold nulls, the others what a step tells that drops nothing; labels are those of the images."""
+def test_each_image_has_the_conditions_that_are_not_dropped(model, pictures, segmented_cache, source):
+    """Dropped rows are null, the others equal those of a step without dropout; labels are those of the images."""
     images = stream(pictures, holes=MaskRules())
     if source == "cache":
         images = stream(LatentCache(segmented_cache), cached_holes=True)
@@ -117,14 +117,14 @@ def test_each_image_is_told_what_is_not_dropped(model, pictures, segmented_cache
     for kind, names in FIELDS.items():
         assert 0 < dropped[kind].sum() < 16
         for name in names:
-            told, full = getattr(heard.condition, name), getattr(whole.condition, name)
-            assert (told[dropped[kind]] == NULLS[name]).all()
+            given, full = getattr(heard.condition, name), getattr(whole.condition, name)
+            assert (given[dropped[kind]] == NULLS[name]).all()
             # an encoder differs by rounding in batches of another shape
-            torch.testing.assert_close(told[~dropped[kind]], full[~dropped[kind]], rtol=0, atol=1e-5)
+            torch.testing.assert_close(given[~dropped[kind]], full[~dropped[kind]], rtol=0, atol=1e-5)
     assert torch.equal(whole.condition.labels, images.__getitems__(positions).labels)
 
 
-def test_told_says_what_every_image_hears(model, pictures):
+def test_every_image_has_the_given_conditions(model, pictures):
     """Time, data and noise stay as they are."""
     images, positions = stream(pictures, holes=MaskRules()), list(range(4))
     results = {told: step(model, images, positions, told=told) for told in ((), ("inpainting",), EVERYTHING)}
@@ -156,8 +156,8 @@ def test_known_pixels_and_moments_give_the_same_latents(model, pictures, segment
 def test_an_image_has_its_own_step_whatever_the_batch(model, pictures):
     images = stream(pictures, holes=MaskRules())
     whole = step(model, images, list(range(12)))[0].loss
-    alone = torch.cat([step(model, images, [position])[0].loss for position in range(12)])
-    torch.testing.assert_close(whole, alone, rtol=1e-4, atol=0)
+    single = torch.cat([step(model, images, [position])[0].loss for position in range(12)])
+    torch.testing.assert_close(whole, single, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("conditioning", [tiny.SPATIAL, None], ids=["all conditions", "labels"])
