@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from latentflow.data import batches, prefetch
 from latentflow.data.batches import SpatialData, StreamPositions, TrainingImages, stream_batches
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.painting.mask_rules import MaskRules
-from latentflow.data.prefetch import Reading, room_for_workers, stream_processes, usable_cpus
+from latentflow.data.prefetch import Reading, in_threads, room_for_workers, stream_processes, usable_cpus
 from latentflow.data.sources.images import open_images
 from tests import tiny
 
@@ -54,6 +55,38 @@ def test_processes_are_as_many_as_there_is_room_for(monkeypatch):
     assert room_for_workers(8, 1) == 0
     files[0], free[0] = 1024, 1 << 20
     assert room_for_workers(8, 1) == 0
+
+
+def test_threads_keep_the_order_and_run_only_a_little_ahead():
+    taken = []
+
+    def items():
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    with closing(in_threads(lambda number: number**2, items(), num_threads=2)) as squares:
+        assert [next(squares) for _ in range(3)] == [0, 1, 4]
+        assert len(taken) == 7  # three, and twice as many ahead as there are threads
+    assert len(taken) == 7
+    assert list(in_threads(lambda number: number**2, range(9), num_threads=2)) == [n**2 for n in range(9)]
+
+
+def test_what_goes_wrong_in_a_thread_is_raised_in_its_place():
+    results = in_threads(lambda number: 1 / number, [1, 2, 0, 4])
+    assert [next(results), next(results)] == [1, 0.5]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_threads_and_processes_prefetch_the_same(images, num_workers):
+    own = TrainingImages(open_images(images, tiny.IMAGE_SIZE), seed=2, flip=True)
+    positions = [range(5), range(5, 9), range(9, 20)]
+    with prefetch.prefetch(own, positions, Reading(num_workers)) as read:
+        batches = list(read)
+    for some, batch in zip(positions, batches, strict=True):
+        assert torch.equal(batch.pixels, own.at(some).pixels)
 
 
 @pytest.mark.parametrize(
