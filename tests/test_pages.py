@@ -107,6 +107,11 @@ def test_links_lead_to_files_and_headings(page):
             assert heading in slugs, (link, slugs)
 
 
+def test_every_picture_is_on_a_page():
+    text = "".join(text_of(page) for page in PAGES)
+    assert [file.name for file in (DOCS / "images").iterdir() if f"images/{file.name}" not in text] == []
+
+
 @pytest.mark.parametrize("page", [*PAGES, *AROUND])
 def test_files_that_the_pages_name_are_there(page):
     for name in re.findall(r"`((?:[\w.]+/)+[\w.]+\.(?:py|yaml|json|sh|md|css))`", text_of(page)):
