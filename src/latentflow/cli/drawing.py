@@ -38,7 +38,7 @@ class InpaintFiles(Request):
         description="Of the image's size; white is filled, black is kept."
     )
     semantic_map: Annotated[Path, Option(name="--map")] | None = Field(
-        None, description="A semantic map of the image's size, for a model that is conditioned on maps."
+        default=None, description="A semantic map of the image's size, for a model that is conditioned on maps."
     )
 
 

@@ -93,7 +93,9 @@ class LinearPath(Path):
     """The straight path of arXiv 2307.08698: alpha = 1 - t, sigma = sigma_min + (1 - sigma_min) t."""
 
     kind: Literal["linear"] = "linear"
-    sigma_min: float = Field(1e-5, ge=0, lt=1, description="Noise left on the data at t = 0; 0 ends exactly on it.")
+    sigma_min: float = Field(
+        default=1e-5, ge=0, lt=1, description="Noise left on the data at t = 0; 0 ends exactly on it."
+    )
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t

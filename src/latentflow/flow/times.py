@@ -28,12 +28,19 @@ class TrainingTimes(Record):
     """The distribution of training times."""
 
     distribution: Literal["uniform", "logit_normal"] = Field(
-        "uniform", description="uniform on [0, 1] (arXiv 2307.08698), or sigmoid(N(mean, std^2)) (arXiv 2403.03206)."
+        default="uniform",
+        description="uniform on [0, 1] (arXiv 2307.08698), or sigmoid(N(mean, std^2)) (arXiv 2403.03206).",
     )
-    mean: float = Field(0.0, ge=-30, le=30, description="logit_normal: above 0 prefers noise, below 0 prefers data.")
-    std: float = Field(1.0, gt=0, le=30, description="logit_normal: the width, in logits.")
-    shift: float = Field(1.0, gt=0, le=1e4, description="Shift towards noise (above 1), for large latents; 1 is off.")
-    stratified: bool = Field(False, description="Spread the times of one global batch evenly: one per quantile.")
+    mean: float = Field(
+        default=0.0, ge=-30, le=30, description="logit_normal: above 0 prefers noise, below 0 prefers data."
+    )
+    std: float = Field(default=1.0, gt=0, le=30, description="logit_normal: the width, in logits.")
+    shift: float = Field(
+        default=1.0, gt=0, le=1e4, description="Shift towards noise (above 1), for large latents; 1 is off."
+    )
+    stratified: bool = Field(
+        default=False, description="Spread the times of one global batch evenly: one per quantile."
+    )
 
     def draw(self, uniforms: Tensor, positions: Tensor | None = None, batch_size: int | None = None) -> Tensor:
         """Turn one uniform number per image into its training time.

@@ -193,11 +193,19 @@ class Conditioning(Record):
         default_factory=list, max_length=1_000_000, description="One name per class; empty: a model without labels."
     )
     label_dropout: float = Field(
-        0.1, ge=0, lt=1, description="Fraction of training images without their label; 0: no guidance on labels."
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Fraction of training images without their label; 0: no guidance on labels.",
     )
-    inpainting: bool = Field(False, description="Whether the model is conditioned on the known part of an image.")
+    inpainting: bool = Field(
+        default=False, description="Whether the model is conditioned on the known part of an image."
+    )
     inpainting_dropout: float = Field(
-        0.1, ge=0, lt=1, description="Fraction of training images that are all hole; 0: no guidance on the known part."
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Fraction of training images that are all hole; 0: no guidance on the known part.",
     )
     map_class_names: list[ClassName] = Field(
         default_factory=list,
@@ -208,7 +216,7 @@ class Conditioning(Record):
         default_factory=list, max_length=255, description="The RGB colour of each map class, 0 to 255."
     )
     map_dropout: float = Field(
-        0.1, ge=0, lt=1, description="Fraction of training images without their map; 0: no guidance on maps."
+        default=0.1, ge=0, lt=1, description="Fraction of training images without their map; 0: no guidance on maps."
     )
 
     @model_validator(mode="after")

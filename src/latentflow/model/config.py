@@ -29,21 +29,25 @@ AUTOENCODER_FOLDER = "autoencoder"
 class SamplingPreset(Record):
     """How a model is sampled by default."""
 
-    solver: str = Field("heun", description="A name from flow.solvers.SOLVERS.")
+    solver: str = Field(default="heun", description="A name from flow.solvers.SOLVERS.")
     steps: int = Field(
-        25, ge=1, le=10_000, description="Intervals of a fixed-step solver; adaptive solvers choose their own."
+        default=25, ge=1, le=10_000, description="Intervals of a fixed-step solver; adaptive solvers choose their own."
     )
-    guidance: float = Field(1.0, ge=0, le=1000, description="Classifier-free guidance scale; 1: off.")
-    guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Times at which guidance applies.")
+    guidance: float = Field(default=1.0, ge=0, le=1000, description="Classifier-free guidance scale; 1: off.")
+    guidance_interval: tuple[float, float] = Field(default=(0.0, 1.0), description="Times at which guidance applies.")
     guided_by: list[ConditionName] | None = Field(
-        None, description="Conditions that guidance strengthens; null: all that are given."
+        default=None, description="Conditions that guidance strengthens; null: all that are given."
     )
     guided_channels: int | None = Field(
-        None, ge=1, description="Guide only the first latent channels, as the published DiT does; null: all of them."
+        default=None,
+        ge=1,
+        description="Guide only the first latent channels, as the published DiT does; null: all of them.",
     )
-    shift: float = Field(1.0, gt=0, le=1e4, description="Time shift of the grid; above 1: more steps near the noise.")
-    rtol: float = Field(1e-5, gt=0, le=1, description="Relative tolerance of adaptive solvers, per image.")
-    atol: float = Field(1e-5, gt=0, le=100, description="Absolute tolerance of adaptive solvers, per image.")
+    shift: float = Field(
+        default=1.0, gt=0, le=1e4, description="Time shift of the grid; above 1: more steps near the noise."
+    )
+    rtol: float = Field(default=1e-5, gt=0, le=1, description="Relative tolerance of adaptive solvers, per image.")
+    atol: float = Field(default=1e-5, gt=0, le=100, description="Absolute tolerance of adaptive solvers, per image.")
 
 
 class AutoencoderRecord(Record):
@@ -71,15 +75,15 @@ class AutoencoderRecord(Record):
 class TrainingRecord(Record):
     """What a model was trained on, and for how long."""
 
-    data: str = Field("", max_length=10_000)
-    data_fingerprint: str = Field("", max_length=1000)
-    masks_fingerprint: str = Field("", max_length=1000, description="Of the folder that holes were taken from.")
-    num_images: int = Field(0, ge=0)
+    data: str = Field(default="", max_length=10_000)
+    data_fingerprint: str = Field(default="", max_length=1000)
+    masks_fingerprint: str = Field(default="", max_length=1000, description="Of the folder that holes were taken from.")
+    num_images: int = Field(default=0, ge=0)
     images_per_class: list[int] = Field(
         default_factory=list, description="Training images of each class; empty: not known."
     )
-    step: int = Field(0, ge=0)
-    images_seen: int = Field(0, ge=0)
+    step: int = Field(default=0, ge=0)
+    images_seen: int = Field(default=0, ge=0)
 
 
 class ModelConfig(Record):
@@ -91,7 +95,7 @@ class ModelConfig(Record):
     prediction: PredictionConfig = VelocityPrediction()
     path: PathConfig = LinearPath()
     conditioning: Conditioning = Conditioning()
-    masks: MaskRules | None = Field(None, description="Which holes an inpainting model learned to fill.")
+    masks: MaskRules | None = Field(default=None, description="Which holes an inpainting model learned to fill.")
     autoencoder: AutoencoderRecord
     normalisation: LatentNormalisation
     sampling: SamplingPreset = SamplingPreset()

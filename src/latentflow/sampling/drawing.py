@@ -36,7 +36,7 @@ class Blend(Record):
 
     seed: Seed
     weight: float = Field(ge=0, le=1, description="0: the picture's own seed and class; 1: the other ones.")
-    label: int | None = Field(None, description="The other class; null: the picture's own.")
+    label: int | None = Field(default=None, description="The other class; null: the picture's own.")
 
 
 class Drawing(Record):
@@ -45,7 +45,7 @@ class Drawing(Record):
     The same record, reduced to one image, is stored in the metadata of its PNG.
     """
 
-    task: str = Field("sample", description="The verb that drew it.")
+    task: str = Field(default="sample", description="The verb that drew it.")
     seeds: list[Seed] = Field(description="One per image; equal seeds start from equal noise.")
     labels: list[int] = Field(default_factory=list, description="One class index per image, or none.")
     blends: list[Blend] = Field(default_factory=list, description="One per image, or none.")
@@ -53,10 +53,12 @@ class Drawing(Record):
     inputs: dict[str, str] = Field(
         default_factory=dict, description="Files it was drawn from, with their hashes, and how they were used."
     )
-    start: float = Field(1.0, gt=0, le=1, description="Time to start from; 1: noise.")
-    image_size: tuple[int, int] | None = Field(None, description="Height and width in pixels; null: the model's.")
+    start: float = Field(default=1.0, gt=0, le=1, description="Time to start from; 1: noise.")
+    image_size: tuple[int, int] | None = Field(
+        default=None, description="Height and width in pixels; null: the model's."
+    )
     sampling: SamplingPreset = SamplingPreset()
-    precision: Precision = Field("fp32", description="What the network computes in.")
+    precision: Precision = Field(default="fp32", description="What the network computes in.")
 
     @model_validator(mode="after")
     def _check(self) -> Drawing:
@@ -73,7 +75,7 @@ class Drawing(Record):
 
     def at(self, rows: slice | list[int]) -> Drawing:
         """The drawing reduced to some of its images."""
-        lists = {"seeds": self.seeds, "labels": self.labels, "blends": self.blends}
+        lists: dict[str, list[Any]] = {"seeds": self.seeds, "labels": self.labels, "blends": self.blends}
         chosen = {
             name: every[rows] if isinstance(rows, slice) else [every[row] for row in rows if every]
             for name, every in lists.items()
@@ -110,7 +112,7 @@ def make_drawing(
         raise ConfigError(f"seed {request.seed}: give a whole number from 0 to {last:,} for {request.num:,} images")
     seeds = range(request.seed, request.seed + request.num)
     labels = _labels(model, request, seeds, task in SEED_TASKS and not told)
-    conditions = [*(["label"] if labels else []), *told]
+    conditions: list[ConditionName] = [*(("label",) if labels else ()), *told]
     asked = request.preset()
     drawing = Drawing(
         task=task,
@@ -171,7 +173,7 @@ def require_count(what: str, value: int, low: int, high: int, remedy: str = "") 
         raise ConfigError(f"{what} {shown}: give a whole number from {low} to {high:,}" + (remedy and f"; {remedy}"))
 
 
-def _require_effect(asked: Mapping[str, object], sampling: SamplingPreset) -> None:
+def _require_effect(asked: Mapping[str, Any], sampling: SamplingPreset) -> None:
     """Refuse a value that has no effect; a value that switches something off is always accepted."""
     adaptive = is_adaptive(sampling.solver)
     whose = "" if "solver" in asked else ", the solver of the model's preset"
@@ -195,7 +197,7 @@ def _require_effect(asked: Mapping[str, object], sampling: SamplingPreset) -> No
                 )
 
 
-def _notice_what_is_kept(asked: Mapping[str, object], preset: SamplingPreset, sampling: SamplingPreset) -> None:
+def _notice_what_is_kept(asked: Mapping[str, Any], preset: SamplingPreset, sampling: SamplingPreset) -> None:
     """Announce which values another solver keeps from the model's preset, which were chosen for its own solver."""
     if is_adaptive(sampling.solver) == is_adaptive(preset.solver):
         return

@@ -34,8 +34,7 @@ def read_input(model: FlowModel, image: ImageInput) -> tuple[Tensor, dict[str, s
     Raises:
         DataError: it cannot be read, or is smaller than one latent pixel.
     """
-    is_file = isinstance(image, str | Path)
-    picture = read_picture(image) if is_file else image
+    picture = read_picture(image) if isinstance(image, str | Path) else image
     require_latent_pixel(model, picture.height, picture.width)
     pixels = square_picture(picture, model.config.image_size)
     return pixels, describe_inputs(image=image)
@@ -62,7 +61,7 @@ def at_most_one(model: FlowModel, classes: ClassList | None) -> list[int] | None
         ConfigError: there are several.
     """
     chosen = None if classes is None else model.config.conditioning.class_indices(classes)
-    if len(chosen or ()) > 1:
+    if chosen is not None and len(chosen) > 1:
         raise ConfigError(f"{len(chosen)} classes for one picture; give one, or none")
     return chosen
 

@@ -44,7 +44,7 @@ def preview_drawing(config: ModelConfig, precision: Precision = "fp32") -> Drawi
         task="preview",
         seeds=list(range(num_images)),
         labels=labels,
-        told=[*(["label"] if labels else []), *spatial],
+        told=[name for name in conditioning.kinds if labels or name != "label"],
         sampling=_affordable(config.sampling),
         precision=precision,
     )

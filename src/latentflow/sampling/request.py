@@ -40,31 +40,36 @@ class SamplingRequest(Request):
     """How to draw. What is None comes from the preset in the model folder."""
 
     guidance: Annotated[Number, Option(remedy="1 switches it off, 1.5 to 4 are usual")] | None = Field(
-        None, ge=0, le=1000, description="Guidance scale; 1: off."
+        default=None, ge=0, le=1000, description="Guidance scale; 1: off."
     )
-    guidance_interval: Times | None = Field(None, description="Times between which guidance acts, for example 0.1,0.8.")
+    guidance_interval: Times | None = Field(
+        default=None, description="Times between which guidance acts, for example 0.1,0.8."
+    )
     guided_by: Names | None = Field(
-        None,
+        default=None,
         description="Conditions to guide on: label, inpainting, semantic_map. Default: all that are given.",
     )
     guided_channels: Whole | None = Field(
-        None, ge=1, le=65_536, description="Guide only so many latent channels, the first ones."
+        default=None, ge=1, le=65_536, description="Guide only so many latent channels, the first ones."
     )
-    solver: str | None = Field(None, description="euler, midpoint, heun, rk4, ab2, ab3, bosh3 or dopri5.")
+    solver: str | None = Field(default=None, description="euler, midpoint, heun, rk4, ab2, ab3, bosh3 or dopri5.")
     steps: Annotated[Whole, Option(remedy="25 are usual")] | None = Field(
-        None, ge=1, le=MOST_STEPS, description="Intervals of a fixed-step solver."
+        default=None, ge=1, le=MOST_STEPS, description="Intervals of a fixed-step solver."
     )
     shift: Annotated[Number, Option(remedy="1 is an even grid")] | None = Field(
-        None, ge=1e-4, le=1e4, description="Time shift of the grid; 1: even, above 1: more steps near the noise."
+        default=None,
+        ge=1e-4,
+        le=1e4,
+        description="Time shift of the grid; 1: even, above 1: more steps near the noise.",
     )
     rtol: Annotated[Number, Option(remedy="1e-5 is usual")] | None = Field(
-        None, ge=1e-9, le=1, description="Relative tolerance of bosh3 and dopri5."
+        default=None, ge=1e-9, le=1, description="Relative tolerance of bosh3 and dopri5."
     )
     atol: Annotated[Number, Option(remedy="1e-5 is usual")] | None = Field(
-        None, ge=1e-9, le=100, description="Absolute tolerance of bosh3 and dopri5."
+        default=None, ge=1e-9, le=100, description="Absolute tolerance of bosh3 and dopri5."
     )
 
-    def preset(self) -> dict[str, object]:
+    def preset(self) -> dict[str, Any]:
         """The fields of a sampling preset that are given."""
         own = {name: getattr(self, name) for name in SamplingRequest.model_fields}
         return {name: value for name, value in own.items() if value is not None}
@@ -74,38 +79,40 @@ class SampleRequest(SamplingRequest):
     """Images from seeds and classes."""
 
     num: Annotated[Whole, Option(called="number of images", remedy="draw more with another seed")] = Field(
-        16, ge=1, le=MOST_IMAGES, description="Number of images."
+        default=16, ge=1, le=MOST_IMAGES, description="Number of images."
     )
     classes: Classes | None = Field(
-        None,
+        default=None,
         description=f"{_CLASSES} Default: image i has the class of its seed, all classes in turn.",
     )
-    seed: Whole = Field(0, ge=0, le=MOST_SEED, description="Seed of the first image; image i has seed SEED + i.")
+    seed: Whole = Field(
+        default=0, ge=0, le=MOST_SEED, description="Seed of the first image; image i has seed SEED + i."
+    )
 
 
 class EditRequest(SampleRequest):
     """Variants of one image, one per seed."""
 
     num: Annotated[Whole, Option(called="number of images", remedy="draw more with another seed")] = Field(
-        1, ge=1, le=MOST_IMAGES, description="Number of images, each from a seed of its own."
+        default=1, ge=1, le=MOST_IMAGES, description="Number of images, each from a seed of its own."
     )
-    classes: Classes | None = Field(None, description=f"{_CLASSES} Default: unconditional.")
+    classes: Classes | None = Field(default=None, description=f"{_CLASSES} Default: unconditional.")
 
 
 class InpaintRequest(EditRequest):
     """An image with its hole filled."""
 
     fit: Fit | None = Field(
-        None,
+        default=None,
         description="What the model sees. window: a square around the hole, scaled to the training size; whole: the "
         "image, its shorter side scaled to that size; native: the image at its own size. Default: window if the hole "
         "leaves room for one, else whole.",
     )
     feather: Annotated[Whole, Option(remedy="0 switches it off, 8 pixels are usual")] = Field(
-        0, ge=0, le=10_000, description="Pixels inside the hole over which colours blend into the surroundings."
+        default=0, ge=0, le=10_000, description="Pixels inside the hole over which colours blend into the surroundings."
     )
     method: Method | None = Field(
-        None,
+        default=None,
         description="condition: the model is conditioned on the known part, which takes a model trained for it; "
         "replacement: the known part replaces the state at every step, with any model. Default: condition if possible.",
     )
@@ -115,7 +122,7 @@ class MaskToImageRequest(EditRequest):
     """Images of a semantic map."""
 
     native: bool = Field(
-        False,
+        default=False,
         description="Draw at the map's own size. Default: the square middle of the map, scaled to the training size.",
     )
 
@@ -124,7 +131,8 @@ class ImageToImageRequest(EditRequest):
     """An image drawn again from a noisy version of itself."""
 
     strength: Annotated[Number, AfterValidator(_strength)] = Field(
-        0.6, description="Time to start from, in (0, 1]: near 0 little changes; 1: nothing is left of the image."
+        default=0.6,
+        description="Time to start from, in (0, 1]: near 0 little changes; 1: nothing is left of the image.",
     )
 
 
@@ -132,13 +140,13 @@ class InterpolateRequest(SamplingRequest):
     """Frames between two seeds, and between two classes."""
 
     seeds: Annotated[tuple[Whole, Whole], BeforeValidator(_two_seeds), FromText(pair_like("3,8", int))] = Field(
-        (0, 1), description="From, to; the same seed twice to change only the class."
+        default=(0, 1), description="From, to; the same seed twice to change only the class."
     )
     num: Annotated[Whole, Option(called="number of frames", remedy="the two ends are two of them")] = Field(
-        9, ge=2, le=MOST_FRAMES, description="Number of frames, including both ends."
+        default=9, ge=2, le=MOST_FRAMES, description="Number of frames, including both ends."
     )
     classes: Classes | None = Field(
-        None,
+        default=None,
         description="One class for all frames, or two: from, to; by name or by index like '#3'; 'none': unconditional. "
         "Default: those of the seeds, as in `sample`.",
     )
@@ -147,15 +155,15 @@ class InterpolateRequest(SamplingRequest):
 class VaryRequest(SamplingRequest):
     """Variations of the picture of one seed."""
 
-    seed: Whole = Field(0, ge=0, le=MOST_SEED, description="Seed of the original picture.")
+    seed: Whole = Field(default=0, ge=0, le=MOST_SEED, description="Seed of the original picture.")
     amount: Annotated[Number, Option(remedy="0 is the picture itself, 1 gives unrelated pictures")] = Field(
-        0.3, ge=0, le=1, description="How far to go: 0: the original picture; 1: unrelated pictures."
+        default=0.3, ge=0, le=1, description="How far to go: 0: the original picture; 1: unrelated pictures."
     )
     num: Annotated[Whole, Option(called="number of variations")] = Field(
-        8, ge=1, le=MOST_FRAMES, description="Number of variations."
+        default=8, ge=1, le=MOST_FRAMES, description="Number of variations."
     )
     classes: Classes | None = Field(
-        None,
+        default=None,
         description="At most one, by name or by index like '#3'; 'none': unconditional. Default: that of the seed, as "
         "in `sample`.",
     )
@@ -165,5 +173,5 @@ class InvertRequest(SamplingRequest):
     """The noise of an image. Guidance is 1 unless it is given."""
 
     classes: Classes | None = Field(
-        None, description="At most one, by name or by index like '#3'. Default: unconditional."
+        default=None, description="At most one, by name or by index like '#3'. Default: unconditional."
     )
