@@ -55,7 +55,7 @@ from latentflow.training.config import Recipe, load_recipe
 from latentflow.training.ema import EMA
 from latentflow.training.fitting import with_values
 from latentflow.training.fresh_model import build_model
-from latentflow.training.log import LossByTime, RunLog
+from latentflow.training.log import LossBins, RunLog
 from latentflow.training.loop import FiniteGuard
 from latentflow.training.velocity import train_velocity
 
@@ -222,8 +222,8 @@ def timed_parts(stopwatch: Stopwatch, network: nn.Module) -> Iterator[None]:
             (step_module, "flow_matching_loss", "mixing and loss"),
             (FiniteGuard, "watch", "finite guard"),
             (FiniteGuard, "raise_if_bad", "finite guard"),
-            (LossByTime, "add", "log"),
-            (LossByTime, "means", "log"),
+            (LossBins, "add", "log"),
+            (LossBins, "means", "log"),
             (RunLog, "metrics", "log"),
             (RunLog, "advance", "log"),
         ):

@@ -100,6 +100,9 @@ class Job:
         meter: makes the sums for the next line of the log, on a device.
         images: what is trained on.
         run: the run folder, for checkpoints and metrics.
+        runtime: where it is trained, and with how many processes.
+        config, optimizer: the parts of the recipe that the loop follows.
+        parts: how each process splits an optimizer step.
         num_workers: processes that read ahead; see `stream_batches`.
         compiles: whether to compile the network's blocks, given the number of images left.
         before_save: prepares for a checkpoint, while none is being written.
