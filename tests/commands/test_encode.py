@@ -79,7 +79,7 @@ def test_another_number_of_images_needs_another_cache(faces, kl_folder, tmp_path
     encode(faces, tmp_path, autoencoder=kl_folder, image_size=SIDE, first=3)
     for first in (4, None):
         with pytest.raises(
-            ArtifactError, match=r"was begun with other images: since then \d+ added .*choose another --out"
+            ArtifactError, match=r"was created with other images: since then \d+ added .*choose another --out"
         ):
             encode(faces, tmp_path, autoencoder=kl_folder, image_size=SIDE, first=first)
     assert tiny.tree(tmp_path) == before

@@ -30,7 +30,7 @@ class CacheOptions(Request):
     num_workers: Whole | None = Field(
         None, ge=0, le=256, description="Worker processes that read images; 0: threads; otherwise as many as pay off."
     )
-    mask_variants: Whole = Field(0, ge=0, description="Random holes encoded per image, for inpainting; 0: none.")
+    mask_variants: Whole = Field(0, ge=0, description="Masked copies to encode per image, for inpainting; 0: none.")
     strict: bool = Field(False, description="Stop at a broken image instead of leaving it out.")
 
 
@@ -46,7 +46,9 @@ class EncodeRequest(CacheOptions):
         None, description="Encode only this many images: the first of each class, then the second, and so on."
     )
     mask_policy: MaskPolicy = Field("mixed", description="How the holes are drawn.")
-    mask_folder: PathText | None = Field(None, description="Mask files to choose from instead; white is repainted.")
+    mask_folder: PathText | None = Field(
+        None, description="Folder of masks to draw from instead; white is the region to fill."
+    )
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
         "tf32", description="What the autoencoder computes in; tf32 is float32 where there is no TF32."
     )

@@ -299,7 +299,7 @@ def test_a_given_mask_that_keeps_nothing_at_that_size_is_refused(tmp_path):
     mask = np.full((64, 64), 255, np.uint8)
     mask[::2] = 0
     Image.fromarray(mask).save(tmp_path / "stripes.png")
-    with pytest.raises(DataError, match=r"stripes\.png leaves nothing of an image of 8 x 8 pixels"):
+    with pytest.raises(DataError, match=r"stripes\.png covers the whole image at 8 x 8 pixels"):
         check_masks(MaskRules(folder=str(tmp_path)), 8, 8)
 
 

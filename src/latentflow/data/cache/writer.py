@@ -135,7 +135,7 @@ def _plan(source: ImageSource, autoencoder: Autoencoder, options: CacheOptions, 
 def _claim(folder: Path, plan: CachePlan, source: ImageSource) -> None:
     """Write the plan into an empty folder, or make sure that the plan there is the same.
 
-    Only images that are not encoded yet, or were broken, may have changed since the cache was begun.
+    Only images that are not encoded yet, or were broken, may have changed since the cache was created.
     """
     claim_folder(folder, plan.model_dump(mode="json"), _WHAT)
     found = read_cache_record(CachePlan, folder / PLAN_FILE)
@@ -176,7 +176,7 @@ def _require_only_broken_changed(folder: Path, found: CachePlan, source: ImageSo
     listed = [f"{len(names)} {what} ({', '.join(sorted(names)[:_NAMED])})" for what, names in lists.items() if names]
     if listed:
         raise ArtifactError(
-            f"{folder} was begun with other images: since then {', '.join(listed)}; restore them, choose another "
+            f"{folder} was created with other images: since then {', '.join(listed)}; restore them, choose another "
             "--out, or delete the folder"
         )
 

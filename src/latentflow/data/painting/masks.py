@@ -142,7 +142,7 @@ def _packed(file: Path, height: int, width: int) -> np.ndarray:
     whole = Image.fromarray(read_mask(file).astype(np.float32))
     mask = np.asarray(whole.resize((width, height), Image.Resampling.BOX)) > 0
     if mask.all():
-        raise DataError(f"the mask {file} leaves nothing of an image of {width} x {height} pixels; remove it")
+        raise DataError(f"the mask {file} covers the whole image at {width} x {height} pixels; remove it")
     return np.packbits(mask)
 
 
