@@ -136,7 +136,7 @@ def test_invert_with_a_table(command, model_folder, photo, tmp_path, monkeypatch
         assert setting in text
 
 
-def test_no_class_is_told_in_sample_too(command, model_folder, tmp_path):
+def test_sample_can_be_unconditional_too(command, model_folder, tmp_path):
     result = command("sample", model_folder, "--num", 1, "--classes", "none", "--out", tmp_path)
     assert result.code == 0, result.err
     assert names(tmp_path) == ["grid.png", "seed-00000000.png"]

@@ -120,7 +120,7 @@ def test_inpaint_writes_one_picture_of_the_images_size(paint, place):
     assert [file.name for file in (place / "out").iterdir()] == ["painted.png"]
 
 
-def test_inpaint_several_seeds_told_a_class_and_a_map(paint, place, models):
+def test_inpaint_several_seeds_with_a_class_and_a_map(paint, place, models):
     done = paint(
         *("inpaint", "all", "image", "mask", "--map", "map", "--num", 3, "--seed", 4, "--classes", "berry"),
         *("--guidance", 2, "--guided-by", "semantic_map,label", "--fit", "whole", "--batch-size", 3, "--json"),

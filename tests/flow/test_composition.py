@@ -109,7 +109,7 @@ def test_what_is_known_stays_on_its_path_at_every_step():
         torch.testing.assert_close(x[is_known], on_path[is_known], rtol=0, atol=1e-5)
 
 
-def test_the_whole_image_a_hole_is_the_model_alone():
+def test_a_hole_of_the_whole_image_gives_the_velocity_of_the_model():
     x = integrate(known(hole=torch.ones_like(HOLE)), NOISE, sampling_times(4), solver="heun").x
     alone = integrate(of(LABELS), NOISE, sampling_times(4), solver="heun").x
     assert torch.equal(x, alone)

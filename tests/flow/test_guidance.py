@@ -128,7 +128,7 @@ def test_refuses(options, message):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.5])
-def test_guidance_on_the_first_channels_alone(scale):
+def test_guidance_on_the_first_channels_only(scale):
     """As the published samples of DiT and SiT were drawn; the other channels are those of the condition."""
     network = Network()
     null = Condition(labels=torch.full((3,), NULL))

@@ -244,7 +244,7 @@ def test_dopri5_on_the_parity_fixture():
 @pytest.mark.parametrize("kind", [Waves, SelectableWaves])
 @pytest.mark.parametrize("solver", [*ORDERS, *ADAPTIVE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_image_is_the_same_alone_and_in_any_batch(solver, kind, dtype):
+def test_an_image_is_the_same_in_any_batch(solver, kind, dtype):
     x = start(4, dtype)
     together = integrate(kind(FREQUENCIES), x, sampling_times(8), solver=solver)
     assert together.x.dtype == dtype
@@ -271,7 +271,7 @@ def test_rounding_noise_does_not_change_the_steps(solver):
 
 
 @pytest.mark.parametrize("solver", ADAPTIVE)
-def test_coarse_rounding_that_is_told_changes_few_steps(solver):
+def test_coarse_rounding_that_is_known_changes_few_steps(solver):
     """As of a network in bf16. Most images keep their steps, which are smaller for it; of all that cannot be said."""
     torch.manual_seed(0)
     frequencies = torch.linspace(0.5, 6, 32, dtype=torch.float64)

@@ -185,7 +185,7 @@ def test_hostile_configs(folders, stranger, name, place):
         (("network", "no_such"), 1, "unknown network option 'no_such'"),
     ],
 )
-def test_what_a_wrong_config_is_told(folders, stranger, path, value, said):
+def test_messages_about_a_wrong_config(folders, stranger, path, value, said):
     sound = json.loads((folders["dit"] / CONFIG_FILE).read_text(encoding="utf-8"))
     with pytest.raises(ArtifactError) as caught:
         LatentFlow.from_pretrained(stranger("dit", changed(sound, path, value)), device="cpu")

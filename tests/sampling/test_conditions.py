@@ -97,7 +97,7 @@ def test_each_image_has_its_own_conditions(model):
 # Conditions
 
 
-def test_what_is_not_told_is_null(model):
+def test_conditions_that_are_not_given_are_null(model):
     """As training puts it: null label, latents 0, mask 1, shares 0."""
     nulls = {"labels": 3, "masked_latents": 0, "mask": 1, "class_fractions": 0}
     for told in ([], ["label"], ["inpainting"], ["semantic_map"], EVERYTHING):
@@ -130,7 +130,7 @@ def test_no_class_draws_unconditionally(kl, nobody):
     assert [drawn.name(row) for row in range(3)] == [f"seed-0000000{n}.png" for n in (2, 3, 4)]
 
 
-def test_classes_of_a_model_that_is_told_more(model):
+def test_classes_of_a_model_with_spatial_conditions(model):
     """All classes in turn where nothing else is told, as ever; none where space is told."""
     assert make_drawing(model, SampleRequest(num=4)).labels == [0, 1, 2, 0]
     assert make_drawing(model, SampleRequest(num=4), told=SPACE).labels == []
@@ -156,7 +156,7 @@ def test_noise_in_place_of_the_seeds_own(model):
 
 
 @pytest.mark.parametrize("by", [["label"], ["inpainting"], ["semantic_map"], SPACE, EVERYTHING, None])
-def test_guidance_leads_away_from_the_twin_that_is_not_told(model, by):
+def test_guidance_leads_away_from_the_null_condition(model, by):
     """v = v_null + s (v_cond - v_null), where the null condition lacks what guides."""
     asked, scale = request(model, 2, guidance=3.0, guided_by=by), 3.0
     part = given(2).on(model.device, 2)
@@ -186,7 +186,7 @@ def test_guidance_by_each_condition_gives_another_picture(model):
 
 
 @pytest.mark.parametrize("told", [["label"], ["inpainting"], SPACE, EVERYTHING])
-def test_without_further_words_all_that_is_told_guides(model, told):
+def test_by_default_all_given_conditions_guide(model, told):
     assert guided_by(model, request(model, 2, told, guidance=2.0)) == told
     assert guided_by(model, request(model, 2, told, guidance=2.0, guided_by=[])) == told
     never = tiny.model(model.autoencoder, conditioning={**tiny.SPATIAL, "inpainting_dropout": 0.0})
@@ -237,7 +237,7 @@ def test_guidance_that_means_nothing_is_refused(kl, made, told, by, said):
         ("semantic_map", "give a map: `latentflow inpaint --map`"),
     ],
 )
-def test_a_condition_that_was_never_dropped_must_be_told(kl, missing, said):
+def test_a_condition_that_was_never_dropped_must_be_given(kl, missing, said):
     dropout = {"label": "label_dropout", "inpainting": "inpainting_dropout", "semantic_map": "map_dropout"}[missing]
     spatial, kept = dict(tiny.SPATIAL), {}
     (kept if missing == "label" else spatial)[dropout] = 0.0

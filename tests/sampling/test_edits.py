@@ -260,7 +260,7 @@ def test_a_png_holds_what_draws_it_again(model, photo, tmp_path):
             assert np.abs(np.array(again.images[0]).astype(int) - pixels).max() <= 1
 
 
-def test_the_presets_guidance_is_for_pictures_that_are_told_something(kl, photo):
+def test_the_presets_guidance_applies_only_where_a_condition_is_given(kl, photo):
     model = tiny.model(kl, time_scale=20.0, guidance=3.0)
     assert model.interpolate(seeds=(3, 8), num=2, classes=[]).drawing.sampling.guidance == 1
     assert model.interpolate(seeds=(3, 8), num=2).drawing.sampling.guidance == 3

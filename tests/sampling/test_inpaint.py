@@ -148,7 +148,7 @@ def test_files_keep_the_form_of_the_image_and_its_known_numbers(model, tmp_path,
         (Image.new("RGB", (41, 23), (9, 80, 120)), "PNG", ""),
     ],
 )
-def test_what_a_png_cannot_keep_is_told(model, tmp_path, caplog, monkeypatch, image, kind, told):
+def test_what_a_png_cannot_keep_is_announced(model, tmp_path, caplog, monkeypatch, image, kind, told):
     monkeypatch.setattr("latentflow.console._printed", set())
     image.save(tmp_path / "in", kind)
     model.inpaint(tmp_path / "in", middle(23, 41))
@@ -338,7 +338,7 @@ def test_no_thin_stroke_vanishes():
             assert seen.any(1).all()
 
 
-def test_a_hairline_on_a_large_image_is_told(model):
+def test_a_hairline_on_a_large_image_is_part_of_the_mask(model):
     image, mask = picture(300, 300), np.zeros((300, 300), np.uint8)
     np.fill_diagonal(mask, 1)
     mask[200, :] = 1
@@ -369,7 +369,7 @@ def test_scaling_is_bicubic_far_from_the_hole():
     assert abs(seen.astype(int) - plain)[8:, 8:].max() <= 1  # rounded once, and not after each axis
 
 
-def test_the_model_is_told_what_training_tells_it(model, segmented):
+def test_the_condition_is_that_of_training(model, segmented):
     """The batch that training would make of the same image, hole and map; equal to the bit."""
     source, rules, seed = open_images(segmented, SIZE), MaskRules(), 5
     spatial = SpatialData(factor=tiny.FACTOR, holes=rules, maps=True)
@@ -508,7 +508,7 @@ def test_seeds_differ_inside_the_hole_and_do_not_depend_on_the_batch(model):
         assert abs(pixels_of(alone)[0].astype(int) - filled[row].astype(int)).max() <= 1
 
 
-def test_progress_is_told(plain):
+def test_progress_is_reported(plain):
     seen = []
     inpaint(plain, picture(16, 16), middle(16, 16), InpaintRequest(num=5), batch_size=2, on_images=seen.append)
     assert seen == [2, 2, 1]
@@ -601,7 +601,7 @@ def test_guidance_by_each_condition(model, guided_by):
         assert torch.equal(first, second) == (name != guided_by)
 
 
-def test_guidance_by_all_that_is_told_and_by_nothing(model, plain):
+def test_guidance_on_all_conditions_and_on_none(model, plain):
     image, mask = picture(16, 16), middle(16, 16)
     assert model.inpaint(image, mask, guidance=2.0).evaluations.tolist() == [4]
     for refused, message in [
@@ -629,7 +629,7 @@ def test_solvers(model, method, solver):
 # Bad input
 
 
-def test_a_model_that_is_not_told_the_condition(plain):
+def test_a_model_without_the_condition(plain):
     image, mask = picture(16, 16), middle(16, 16)
     assert plain.inpaint(image, mask).drawing.inputs["method"] == "replacement"
     with pytest.raises(ConfigError, match="not trained with the condition inpainting"):

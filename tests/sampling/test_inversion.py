@@ -113,7 +113,7 @@ def test_guidance_is_1_unless_it_is_given(kl, pictures):
     assert (plain.noise - guided.noise).abs().max() > 0.1
 
 
-def test_a_model_that_is_told_space(kl, pictures):
+def test_a_model_with_spatial_conditions(kl, pictures):
     model = tiny.model(kl, time_scale=20.0, conditioning=tiny.SPATIAL)
     assert model.invert(pictures[0], solver="heun", steps=20).round_trip(model).latent_error < 0.05
     cannot = tiny.model(kl, conditioning={**tiny.SPATIAL, "inpainting_dropout": 0.0})

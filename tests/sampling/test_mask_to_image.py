@@ -78,7 +78,7 @@ def test_the_square_middle_as_in_training(model, size):
     assert result.drawing.image_size == (SIZE, SIZE)
 
 
-def test_the_model_is_told_what_training_tells_it(model, segmented):
+def test_the_condition_is_that_of_training(model, segmented):
     """The batch that training would make of the same file; equal to the bit."""
     source = open_images(segmented, SIZE)
     stream = TrainingImages(source, seed=3, flip=False, spatial=SpatialData(factor=FACTOR, maps=True))

@@ -62,7 +62,7 @@ def preview(model, images, file) -> list[torch.Tensor]:
         ({"conditioning": {"inpainting": True}, "class_names": ()}, 3),
     ],
 )
-def test_a_row_for_everything_that_is_told(kl, images, tmp_path, given, num_rows):
+def test_a_row_for_each_set_of_conditions(kl, images, tmp_path, given, num_rows):
     model = tiny.model(kl, **given)
     check_drawing(model, preview_drawing(model.config, model.runtime.precision))
     assert len(preview(model, images, tmp_path / "grid.png")) == num_rows

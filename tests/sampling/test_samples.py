@@ -83,7 +83,7 @@ def test_a_picture_of_another_form_is_left_to_pillow(tmp_path):
 # Writing
 
 
-def test_pictures_are_written_beside_the_work(tmp_path, monkeypatch):
+def test_pictures_are_written_while_others_are_drawn(tmp_path, monkeypatch):
     """`write` returns at once, until two batches wait; nothing else of them is held."""
     gate, write = threading.Event(), samples_module._write
     monkeypatch.setattr(samples_module, "_write", lambda *given: gate.wait(60) and write(*given))

@@ -24,7 +24,7 @@ def encode_png(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
     """A PNG file of [H, W, 3] uint8.
 
     Args:
-        text: what it says of itself, ASCII values by ASCII names of at most 79 letters.
+        text: metadata, ASCII values by ASCII names of at most 79 letters.
     """
     height, width, _ = pixels.shape
     compressor = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
@@ -41,9 +41,9 @@ def encode_png(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
 
 
 def _filtered(pixels: np.ndarray) -> np.ndarray:
-    """Each row as its differences from a prediction, and before it the number of that: [H, 1 + 3 W] uint8.
+    """Each row as its differences from a prediction, preceded by the number of the prediction: [H, 1 + 3 W] uint8.
 
-    Of the five predictions that PNG has, "left" (1), "above" (2) and Paeth's (4) are tried, and each row takes that
+    Of the five predictions of PNG, "left" (1), "above" (2) and Paeth's (4) are tried, and each row takes the one
     with the least sum of differences.
     """
     height, width, channels = pixels.shape
