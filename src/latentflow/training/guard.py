@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from latentflow.data.batches import TrainingImages
 from latentflow.errors import NonFiniteError
 from latentflow.runtime import Runtime
-from latentflow.training.step import StepResult
+from latentflow.training.step import StepLosses
 
 
 class FiniteGuard:
@@ -56,7 +56,7 @@ class FiniteGuard:
         return self.every_step or step % log_every == 0
 
     def raise_if_bad(
-        self, compare: Callable[..., StepResult], network: nn.Module, images: TrainingImages, saved_at: int
+        self, compare: Callable[..., StepLosses], network: nn.Module, images: TrainingImages, saved_at: int
     ) -> None:
         """Read the flag; all processes do this at the same step.
 
@@ -76,7 +76,7 @@ class FiniteGuard:
             f"the newest checkpoint is step {saved_at}. Check the images, or {self.remedy}"
         )
 
-    def _where(self, step: int, compare: Callable[..., StepResult], network: nn.Module, images: TrainingImages) -> str:
+    def _where(self, step: int, compare: Callable[..., StepLosses], network: nn.Module, images: TrainingImages) -> str:
         """Compute a step again, each process its own share, and combine what they find."""
         broken: list[Tensor] = []
         network.zero_grad()

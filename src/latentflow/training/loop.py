@@ -34,6 +34,7 @@ from latentflow.training.guard import FiniteGuard
 from latentflow.training.interruption import Outcome, SharedStop, collected_signals, ended_at_once
 from latentflow.training.log import Clock, RunLog
 from latentflow.training.optim import OptimizerConfig, build_optimizer, clip_gradients, loss_scaler, scaler_state
+from latentflow.training.step import StepLosses
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,6 @@ def micro_batches(config: TrainingConfig, runtime: Runtime) -> MicroBatches:
             f"micro-batches of {size}; use a multiple of {together}"
         )
     return MicroBatches(size, config.batch_size // together)
-
-
-class StepLosses(Protocol):
-    """What a forward pass gives: the loss [B] of each image, with its graph."""
-
-    @property
-    def loss(self) -> Tensor: ...
 
 
 class Meter(Protocol):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,13 @@ from latentflow.model.conditioning import ConditionName
 from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import ImageRandom, derive_seed, on_device
 from latentflow.shapes import Condition
+
+
+class StepLosses(Protocol):
+    """What a forward pass gives: the loss [B] of each image, with its graph."""
+
+    @property
+    def loss(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
