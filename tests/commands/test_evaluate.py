@@ -19,15 +19,13 @@ from latentflow.data.sources import stored as module
 from latentflow.data.sources.images import open_images
 from latentflow.data.stores.files import FolderStore, ZipStore
 from latentflow.errors import DataError
-from latentflow.evaluation.painted import hole_values
 from latentflow.evaluation.read_images import stack_pixels
 from latentflow.evaluation.request import EvaluationRequest
 from latentflow.evaluation.samples_in_files import open_samples
-from latentflow.evaluation.scoring import mean_score
 from latentflow.metrics.evaluation_report import EvaluationReport
 from latentflow.metrics.features.extractors import RandomFeatures, open_features
 from latentflow.metrics.features.lpips import load_lpips
-from latentflow.metrics.pairs import PairJudge, psnr, ssim
+from latentflow.metrics.pairs import psnr, ssim
 from latentflow.metrics.scores import frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
 from latentflow.metrics.stored_statistics import load_reference
@@ -362,27 +360,6 @@ def test_holes_of_files(command, tmp_path, painter_folder, segmented):
     share = (4 * 10) / 16**2  # one hole for all images: errors in it are diluted by the rest alike
     difference = scores["psnr"]["value"] - scores["psnr-hole"]["value"]
     assert difference == pytest.approx(-10 * np.log10(share))
-
-
-def test_values_in_the_hole_are_those_of_the_whole_where_all_is_hole():
-    generator = torch.Generator().manual_seed(0)
-    filled, real = torch.randint(0, 256, (2, 3, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    values = hole_values(filled, real, [np.ones((16, 16), np.uint8)] * 3, judge=PairJudge(with_ssim=True))
-    torch.testing.assert_close(values["psnr-hole"], values["psnr"])
-    torch.testing.assert_close(values["ssim-hole"], values["ssim"])
-    corner = np.zeros((16, 16), np.uint8)
-    corner[0, 0] = 1
-    filled = torch.where(torch.from_numpy(corner) > 0, filled, real)
-    values = hole_values(filled, real, [corner] * 3, judge=PairJudge(with_ssim=True))
-    torch.testing.assert_close(1 - values["ssim-hole"], 36 * (1 - values["ssim"]))  # one of 6 x 6 windows
-
-
-def test_mean_score():
-    score = mean_score("PSNR", torch.tensor([1.0, 2.0, 3.0, 6.0]))
-    assert score.value == 3
-    assert score.standard_error == pytest.approx((14 / 3 / 4) ** 0.5)
-    assert score.high - score.value == pytest.approx(1.96 * score.standard_error, rel=1e-4)
-    assert mean_score("PSNR", torch.tensor([4.0])).standard_error == 0
 
 
 def test_painted_files_are_paired_by_name(command, tmp_path, images, pngs):
