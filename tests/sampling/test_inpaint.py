@@ -190,9 +190,9 @@ def test_what_fits_a_turned_photo_both_ways_is_refused(model, tmp_path):
     exif[0x0112] = 3
     Image.fromarray(scene(20, 32)).save(tmp_path / "in.png", exif=exif)
     hole, either = box(20, 32, 4, 6, 9, 20), box(20, 32, 4, 6, 16, 26)
-    with pytest.raises(DataError, match=r"the mask may belong to its image as it is shown or .* orientation 3\)"):
+    with pytest.raises(DataError, match=r"the mask may match its image as shown or .* orientation 3\)"):
         model.inpaint(tmp_path / "in.png", hole)
-    with pytest.raises(DataError, match="the semantic map may belong to its image as it is shown or"):
+    with pytest.raises(DataError, match="the semantic map may match its image as shown or"):
         model.inpaint(tmp_path / "in.png", either, semantic_map=hole)
 
 

@@ -659,7 +659,7 @@ def test_maps_of_turned_images_may_be_of_the_stored_pixels_or_of_the_upright_one
         save(tmp_path / "masks/a.png", Image.fromarray(pixels), **own)
         source = open_images(tmp_path, 16)
         if turn in (2, 3, 4) and not own:
-            with pytest.raises(BrokenImage, match=rf"may belong to its image as it is shown .* orientation {turn}\)"):
+            with pytest.raises(BrokenImage, match=rf"may match its image as shown .* orientation {turn}\)"):
                 source[0]
         else:
             assert np.array_equal(source[0].semantic_map, crop_map(turned(stored, turn), 16))
