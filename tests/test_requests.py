@@ -41,7 +41,7 @@ class Ask(Request):
         ({"share": "half"}, "share 'half': give a number from 0 to 1"),
         ({"share": "x" * 100}, "share of 102 characters: give a number from 0 to 1"),
         ({"large": -1}, "large -1: give a whole number of at least 0"),
-        ({"cuont": 3}, "there is no 'cuont' to ask for; did you mean 'count'?"),
+        ({"cuont": 3}, "unknown argument 'cuont'; did you mean 'count'?"),
         ({"word": "five"}, "five things are not 2"),
     ],
 )

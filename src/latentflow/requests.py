@@ -92,8 +92,8 @@ def _refusal(request: type[Request], error: ValidationError) -> RequestError:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
-        return RequestError("", f"there is no {name!r} to ask for; {nearest(name, request.model_fields)}")
-    if first["type"] == "missing":
+        return RequestError("", f"unknown argument {name!r}; {nearest(name, request.model_fields)}")
+    if first["type"] == "missing" and len(first["loc"]) == 1:
         return RequestError(name, " is missing")
     reason = first["msg"].removeprefix("Value error, ")
     if not name:
@@ -213,6 +213,23 @@ def pair_like(example: str, kind: type = float, separator: str = ",") -> Callabl
     return parse
 
 
+def two_of(what: str) -> Callable[[Any], Any]:
+    """Refuses all but a pair, or None."""
+
+    def checked(value: Any) -> Any:
+        if value is None:
+            return None
+        try:
+            pair = tuple(value)
+        except TypeError:
+            pair = ()
+        if len(pair) != 2 or isinstance(value, str):
+            raise ValueError(f"give two {what}")
+        return pair
+
+    return checked
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_real)]
 Names = Annotated[list[str], FromText(_names)]
@@ -220,4 +237,6 @@ Classes = Annotated[int | str | Sequence[int | str], SkipValidation, FromText(_c
 """Classes as a person gives them: one, or a list of names or indices; see `Conditioning.class_indices`."""
 WholeNumbers = Annotated[list[Whole], FromText(numbers_like("4,8,16", int))]
 Numbers = Annotated[list[Number], FromText(numbers_like("1,1.5,2"))]
-Times = Annotated[tuple[Number, Number], FromText(pair_like("0.1,0.8"))]
+Times = Annotated[
+    tuple[Number, Number], BeforeValidator(two_of("numbers like 0.1,0.8")), FromText(pair_like("0.1,0.8"))
+]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from latentflow.requests import Classes, FromText, Names, Number, Option, Request, Times, Whole, pair_like
+from latentflow.requests import Classes, FromText, Names, Number, Option, Request, Times, Whole, pair_like, two_of
 
 MOST_IMAGES, MOST_FRAMES, MOST_SEED, MOST_STEPS = 1_000_000, 10_000, 2**63 - 1, 10_000
 
@@ -28,12 +28,6 @@ def _strength(value: float) -> float:
     if not 0 < value <= 1:
         raise ValueError("give a number above 0 (the image itself) and at most 1 (nothing is left of it); 0.6 is usual")
     return value
-
-
-def _two_seeds(value: Any) -> Any:
-    if isinstance(value, str) or len(value) != 2:
-        raise ValueError("an interpolation needs two seeds, from and to")
-    return tuple(value)
 
 
 class SamplingRequest(Request):
@@ -139,9 +133,9 @@ class ImageToImageRequest(EditRequest):
 class InterpolateRequest(SamplingRequest):
     """Frames between two seeds, and between two classes."""
 
-    seeds: Annotated[tuple[Whole, Whole], BeforeValidator(_two_seeds), FromText(pair_like("3,8", int))] = Field(
-        default=(0, 1), description="From, to; the same seed twice to change only the class."
-    )
+    seeds: Annotated[
+        tuple[Whole, Whole], BeforeValidator(two_of("seeds, from and to")), FromText(pair_like("3,8", int))
+    ] = Field(default=(0, 1), description="From, to; the same seed twice to change only the class.")
     num: Annotated[Whole, Option(called="number of frames", remedy="the two ends are two of them")] = Field(
         default=9, ge=2, le=MOST_FRAMES, description="Number of frames, including both ends."
     )
