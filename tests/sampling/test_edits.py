@@ -157,8 +157,9 @@ def test_guidance_holds_for_both_classes(model):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"seeds": (1,)}, "seeds (1,): an interpolation needs two seeds, from and to"),
-        ({"seeds": (1, 2, 3)}, "an interpolation needs two seeds"),
+        ({"seeds": (1,)}, "seeds (1,): give two seeds, from and to"),
+        ({"seeds": (1, 2, 3)}, "seeds (1, 2, 3): give two seeds, from and to"),
+        ({"seeds": 3}, "seeds 3: give two seeds, from and to"),
         ({"num": 1}, "number of frames 1: give a whole number from 2"),
         ({"classes": ["apple", "berry", "cherry"]}, "3 classes"),
         ({"classes": ["aple", "berry"]}, "did you mean 'apple'?"),
