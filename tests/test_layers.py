@@ -46,7 +46,6 @@ LAYERS = {
     "api": 6,
     "commands": 7,
     "demo": 7,
-    "studio": 7,
     "cli": 8,
     "__main__": 9,
 }

@@ -478,7 +478,7 @@ def test_bad_data_sets():
         empirical_velocity(CosinePath(), data_set, x, time)
     with pytest.raises(ConfigError, match="outside"):
         empirical_velocity(LinearPath(), data_set, x, time + 0.5)
-    with pytest.raises(DataError, match=r"\[0, 2\] does not go with"):
+    with pytest.raises(DataError, match=r"\[0, 2\] does not match"):
         empirical_velocity(LinearPath(), data_set[:0], x, time)
     with pytest.raises(DataError, match=r"\[3, 1\]"):
         empirical_velocity(LinearPath(), data_set, x[:, :1], time)
