@@ -148,7 +148,7 @@ def test_readme_has_every_room_in_its_tree():
     tree = text_of("README.md").split("    src/latentflow/\n")[1].partition("\n\n")[0]
     folder, named = "", set()
     for line in tree.splitlines():
-        names = re.findall(r"\w+(?:/|\.py)", line.partition("    ")[2].split("      ")[0])
+        names = re.findall(r"\w+(?:/|\.py)", line.partition("── ")[2].partition("  ")[0])
         indented = line.startswith("    │")
         folder = folder if indented else names[0]
         for name in names:
