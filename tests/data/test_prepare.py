@@ -210,7 +210,9 @@ def test_links_out_of_the_data_are_refused_with_a_remedy_that_works(tmp_path, ma
     path.symlink_to(f"../../../{private.name}" if place.endswith("..") else private)
     private.chmod(private.stat().st_mode & 0o700)
     before = private.stat().st_mode
-    with pytest.raises(DataError, match=rf"source: .* is a link out of it, to {private}.*; nothing is read") as caught:
+    with pytest.raises(
+        DataError, match=rf"source: .* links to {private}.*, outside this folder, and is not followed"
+    ) as caught:
         prepare("camvid", folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and private.stat().st_mode == before
     remedy = re.search(r"(cp -rL .*) COPY$", str(caught.value))[1]

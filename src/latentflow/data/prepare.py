@@ -204,7 +204,7 @@ class _Source:
                 path = path.resolve(strict=True)
             if not path.is_relative_to(self._checked.setdefault("", self.path.resolve())):
                 raise DataError(
-                    f"{self.path}: {file.path} is a link out of it, to {path}; nothing is read from outside. If you "
+                    f"{self.path}: {file.path} links to {path}, outside this folder, and is not followed. If you "
                     f"trust its links, copy it with their targets: cp -rL {shlex.quote(str(self.path))} COPY"
                 )
             if not stat.S_ISREG(path.lstat().st_mode):

@@ -28,7 +28,10 @@ class CacheOptions(Request):
         1024, ge=1, description="Images per shard; a kill loses the one being encoded and the one being written."
     )
     num_workers: Whole | None = Field(
-        None, ge=0, le=256, description="Worker processes that read images; 0: threads; otherwise as many as pay off."
+        None,
+        ge=0,
+        le=256,
+        description="Worker processes that read images; 0: threads; otherwise as many as speed it up.",
     )
     mask_variants: Whole = Field(0, ge=0, description="Masked copies to encode per image, for inpainting; 0: none.")
     strict: bool = Field(False, description="Stop at a broken image instead of leaving it out.")

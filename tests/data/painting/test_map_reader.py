@@ -193,7 +193,7 @@ def test_a_foreign_palette_is_noticed_once(caplog, monkeypatch):
     for _ in range(2):
         read_map(GRAYS["foreign palette"], TOWN, name="m")
     assert [record.message for record in caplog.records] == [
-        "m: its palette has other colours than the classes, so it is read by place, as are others of the kind: place 0 "
+        "m: its palette has other colours than the classes, so it is read by place, like other such maps: place 0 "
         "of the palette is class 0, and so on"
     ]
     caplog.clear()
@@ -277,7 +277,7 @@ def test_a_palette_with_some_colours_of_classes_is_refused_with_remedies_that_wo
     )
     places, colours = re.search(r"in Pillow (Image.*?); if the colours are, save (map.*?) and", message).groups()
     assert np.array_equal(read_map(followed(places, image), TOWN), semantic_map)
-    assert "is of no class; the nearest is" in refusal(followed(colours, image))
+    assert "belongs to no class; the nearest is" in refusal(followed(colours, image))
 
 
 def test_a_smeared_palette_is_refused_like_smeared_colours():
@@ -377,7 +377,8 @@ def test_unknown_colour_is_refused_with_the_nearest_class():
     pixels = colour_map(a_map(unlabelled=False), TOWN.palette)
     pixels[6, 2] = (126, 66, 130)
     message = (
-        "the colour (126, 66, 130) at column 2, row 6 is of no class; the nearest is (128, 64, 128), class 1 'road'"
+        "the colour (126, 66, 130) at column 2, row 6 belongs to no class; "
+        "the nearest is (128, 64, 128), class 1 'road'"
     )
     with refused(f"m.png: {message}"):
         read_map(encoded(Image.fromarray(pixels)), TOWN, name="m.png")
@@ -398,7 +399,7 @@ def test_formats_with_loss_are_refused(kind, mode):
             pytest.skip(f"this Pillow does not write {kind}")
     message = refusal(encoded(Image.fromarray(a_map(32, 32, unlabelled=False)).convert(mode), kind))
     kind = "lossy WebP" if kind == "WEBP" else kind
-    assert message == f"m: {kind} smears classes into their neighbours'; save the map as a PNG"
+    assert message == f"m: {kind} compression blurs class boundaries; save the map as a PNG"
 
 
 def test_lossy_webp_behind_other_chunks_is_refused():

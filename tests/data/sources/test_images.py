@@ -348,7 +348,7 @@ def test_a_class_without_an_image_that_is_read_is_refused(tmp_path, classes, pac
     (tmp_path / "in" / "bird").mkdir()
     (tmp_path / "in" / "bird" / "1.HEIC").write_bytes(b"x")
     path = pack(tmp_path / "in", tmp_path / "in.zip") if packed else tmp_path / "in"
-    with pytest.raises(DataError, match=r"no image in the folder bird is read: 1 .heic \(save them as JPEG"):
+    with pytest.raises(DataError, match=r"no image in the folder bird can be read: 1 .heic \(save them as JPEG"):
         open_images(path, 8)
     save(tmp_path / "in" / "bird" / "1.jpg")
     assert open_images(tmp_path / "in", 8).class_names == ("bird", *classes)
@@ -456,7 +456,7 @@ def test_zip_members_that_lead_out_are_noticed(tmp_path, caplog):
         for name in ("in/a.png", "../b.png", "in/../../c.png", "/in/d.png"):
             file.writestr(name, png)
     assert names(open_images(tmp_path / "a.zip", 8)) == ["a.png", "d.png"]
-    assert "2 members that lead out of it are skipped (../b.png)" in caplog.text
+    assert "2 members with paths outside the archive are skipped (../b.png)" in caplog.text
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):

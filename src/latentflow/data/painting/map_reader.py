@@ -151,8 +151,8 @@ class _Places:
         if by_colour and (own or not gray):
             if not own and by_place and by_colour != by_place:
                 notice(
-                    f"{name}: its palette has the colours of the classes in another order, so it is read by colour, as "
-                    "are others of the kind; they are the colours of Pascal VOC, as classes.json gives no others",
+                    f"{name}: its palette has the colours of the classes in another order, so it is read by colour, "
+                    "like other such maps; they are the colours of Pascal VOC, as classes.json gives no others",
                     kind="map by colour",
                 )
             return by_colour
@@ -208,7 +208,7 @@ class _Places:
 def _drawn(image: Image.Image, stored: str, name: str) -> _Colours | _Numbers | _Places:
     """The pixels of a map, stored in its file in the mode `stored`."""
     if image.format in _LOSSY:
-        raise DataError(f"{name}: {image.format} smears classes into their neighbours'; save the map as a PNG")
+        raise DataError(f"{name}: {image.format} compression blurs class boundaries; save the map as a PNG")
     mode = _OPAQUE_TWINS.get(image.mode, image.mode)
     if mode not in ("1", "L", "P", "RGB") and not mode.startswith("I"):
         remedy = "Image.fromarray(numpy.asarray(map).astype(numpy.uint8))" if mode == "F" else 'map.convert("RGB")'
@@ -241,7 +241,7 @@ def _refuse_lossy_webp(content: object, name: str) -> None:
     start = 12
     while start + 8 <= len(content):
         if content[start : start + 4] in (b"VP8 ", b"ANMF"):
-            raise DataError(f"{name}: lossy WebP smears classes into their neighbours'; save the map as a PNG")
+            raise DataError(f"{name}: lossy WebP compression blurs class boundaries; save the map as a PNG")
         start += 8 + (int.from_bytes(content[start + 4 : start + 8], "little") + 1) // 2 * 2
 
 
@@ -325,7 +325,7 @@ def _refuse_colour(packed: np.ndarray, strange: np.ndarray, classes: MapClasses,
     index = int(((np.array(classes.palette) - colour) ** 2).sum(1).argmin())
     smeared = f"; {len(colours)} such colours: was it resized or compressed lossily?" if len(colours) > 1 else ""
     raise DataError(
-        f"{name}: the colour {colour} at column {column}, row {row} is of no class; "
+        f"{name}: the colour {colour} at column {column}, row {row} belongs to no class; "
         f"the nearest is {classes.palette[index]}, class {index} {classes.names[index]!r}{smeared}"
     )
 
@@ -339,7 +339,7 @@ def _refuse_clear(clear: int, name: str) -> None:
 
 def _say_by_place(name: str) -> None:
     notice(
-        f"{name}: its palette has other colours than the classes, so it is read by place, as are others of the kind: "
+        f"{name}: its palette has other colours than the classes, so it is read by place, like other such maps: "
         "place 0 of the palette is class 0, and so on",
         kind="map by place",
     )

@@ -55,7 +55,7 @@ def draw_mask(rules: MaskRules, height: int, width: int, seed: int) -> np.ndarra
         DataError: a side is shorter than 2 pixels, or a mask file of `rules.folder` cannot be used.
     """
     if min(height, width) < 2:
-        raise DataError(f"a mask of {width} x {height} pixels (width x height) has no room: give at least 2 x 2")
+        raise DataError(f"a mask of {width} x {height} pixels (width x height) is too small; give at least 2 x 2")
     if rules.folder:
         files = mask_files(rules.folder)
         return _fitted(files[int(len(files) * _random(seed).random())], height, width)

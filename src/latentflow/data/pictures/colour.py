@@ -114,7 +114,7 @@ def _in_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Imag
             return open_profile(profile).to_srgb(image.convert(mode))
         except ValueError as error:
             notice(
-                f"the colour profile of {name} cannot be used ({error}) and is ignored, like others of the kind; save "
+                f"the colour profile of {name} cannot be used ({error}) and is ignored, like other such profiles; save "
                 "such files as sRGB if their colours come out wrong",
                 kind="profile",
             )

@@ -35,7 +35,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     width, height, left, top = _placed(*image.size, size)
     if width * height > _MOST_RESIZED_PIXELS:
         raise ValueError(
-            f"{image.width} x {image.height} pixels are too long and thin for a {size} x {size} square; cut a part out"
+            f"{image.width} x {image.height} pixels are too long and thin for a {size} x {size} square; crop it first"
         )
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.array(image.crop((left, top, left + size, top + size)))

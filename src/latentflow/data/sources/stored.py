@@ -69,7 +69,7 @@ class ImageFiles:
             unread = counted(unread_pictures(others, mark))
             raise DataError(
                 f"{store.path} has a classes.json, but not images/ and masks/ with images in both"
-                f"{f' that are read ({unread})' if unread else ''}; add what is missing, or take classes.json away"
+                f"{f' that are read ({unread})' if unread else ''}; add what is missing, or remove classes.json"
             )
         folder = f"{top}images/" if has_maps else top
         prefix = folder + wrapper(_below(folder, images))

@@ -212,7 +212,7 @@ class ZipStore:
                 raise DataError(f"{self.path} is encrypted ({name}); unpack it with its password, and give the folder")
             _add(found, name, StoredFile(member.filename), self.path)
         if outside:
-            notice(f"{self.path}: {len(outside)} members that lead out of it are skipped ({min(outside)})")
+            notice(f"{self.path}: {len(outside)} members with paths outside the archive are skipped ({min(outside)})")
         unpack = f'zipfile.ZipFile("{self.path}", metadata_encoding="cp932").extractall("DST")'
         _notice_guessed(self.path, guessed, f"unpack it with the right one, in Python 3.11 {unpack}, and give DST")
         found.folders.extend(sorted(folders))

@@ -115,8 +115,8 @@ def notice_skipped(
     for folder, names in candidates.items():
         if names:
             raise DataError(
-                f"{where}: no image in the folder {folder} is read: {counted({n: unread[n] for n in names})}; "
-                "or take the folder away"
+                f"{where}: no image in the folder {folder} can be read: {counted({n: unread[n] for n in names})}; "
+                "or remove the folder"
             )
     if candidates:
         notice(f"{where}: folders without images are not classes ({_some(candidates)})")
