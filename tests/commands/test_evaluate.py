@@ -214,7 +214,7 @@ def test_reference_is_kept_and_used_again(command, tmp_path, model_folder, image
     assert (refused.code, "only statistics" in refused.error, "recall" in refused.error) == (2, True, True)
 
     other = command(*args, "--data", "synthetic:9", "--reference-out", file)
-    assert (other.code, "reference of something else" in other.error) == (2, True)
+    assert (other.code, "reference for something else" in other.error) == (2, True)
 
 
 def test_reference_next_to_out_serves_several_results(command, tmp_path, model_folder, images):
@@ -475,7 +475,7 @@ def test_samples_of_two_models_and_strangers(command, tmp_path, drawn, kl, image
     sample(tmp_path / "another", SampleRequest(num=8), mixed / "more", runtime=tiny.CPU)
     result = command(mixed, "--data", images, *FAST, "--metrics", "fid")
     assert result.code == 2
-    assert "holds images of 2 sets" in result.error
+    assert "mixes 2 sets of images" in result.error
     assert "weights" in result.error
     shutil.rmtree(mixed / "more")
     shutil.copy(next(pngs.rglob("*.png")), mixed / "stranger.png")
@@ -487,7 +487,7 @@ def test_samples_of_two_models_and_strangers(command, tmp_path, drawn, kl, image
 def test_bad_words(command, tmp_path, model_folder, painter_folder, images, segmented):
     for args, said in (
         (("--metrics", "fid,precison"), "did you mean 'precision'?"),
-        (("--metrics", "psnr"), "--metrics: there is no metric 'psnr' of the task sample"),
+        (("--metrics", "psnr"), "--metrics: the task sample has no metric 'psnr'"),
         (("--metrics", "is"), "Inception Score"),
         (("--task", "inpant"), "did you mean 'inpaint'?"),
         (("--labels", "balance"), "did you mean 'balanced'?"),

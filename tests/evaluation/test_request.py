@@ -29,7 +29,7 @@ def test_every_field_is_described():
     [
         ({"task": "inpant"}, "task 'inpant': did you mean 'inpaint'?"),
         ({"metrics": ["precison"]}, "did you mean 'precision'?"),
-        ({"metrics": ["psnr"]}, "there is no metric 'psnr' of the task sample"),
+        ({"metrics": ["psnr"]}, "the task sample has no metric 'psnr'"),
         ({"metrics": ["is"], "features": "random"}, "the Inception Score needs the features 'inception'"),
         ({"metrics": ["lpips"], "reconstruction": True}, "lpips needs the weights of its network"),
         ({"metrics": ["miou"], "task": "mask-to-image"}, "miou needs a segmentation network"),

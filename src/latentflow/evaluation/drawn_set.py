@@ -162,7 +162,7 @@ def _label_rule(
     model: FlowModel, policy: str, shares: Sequence[float] | None, seed: int
 ) -> Callable[[int], int | None]:
     if policy not in LABEL_POLICIES:
-        raise ConfigError(f"there is no label policy {policy!r}: {nearest(policy, LABEL_POLICIES)}")
+        raise ConfigError(f"unknown label policy {policy!r}; {nearest(policy, LABEL_POLICIES)}")
     num_classes = model.config.conditioning.num_classes
     if not num_classes or policy == "none":
         return lambda i: None

@@ -72,7 +72,7 @@ def open_images_for(flow: FlowModel, data: str | Path) -> ImageSource:
     for name in conditioning.required:
         if name != "label":
             raise ConfigError(
-                f"this model requires the condition {name}, and here it gets labels only; this can be measured of "
+                f"this model requires the condition {name}, but only labels are given here; this can be measured for "
                 f"models trained with {conditioning.kinds[name].dropout_key} above 0"
             )
     if conditioning.num_classes and source.class_names and list(source.class_names) != conditioning.class_names:

@@ -236,7 +236,7 @@ def _stored(file: Path, wanted: Provenance) -> Reference | None:
     differing = [key for key in keys if getattr(found.provenance, key) != getattr(wanted, key)]
     if differing:
         raise ArtifactError(
-            f"{file} is the reference of something else ({found.provenance.data}; another {', '.join(differing)}); "
+            f"{file} is a reference for something else ({found.provenance.data}; another {', '.join(differing)}); "
             "choose another --reference-out, or delete it"
         )
     return found

@@ -69,7 +69,7 @@ class EvaluationRequest(SamplingRequest):
     seed: Whole = Field(0, ge=0, le=MOST_SEED, description=_FIRST_SEED)
     batch_size: Whole = Field(32, ge=1, description="Images computed together; does not change them.")
     num_workers: Whole | None = Field(
-        None, ge=0, le=256, description="Processes that read images; 0: threads; otherwise as many as pay."
+        None, ge=0, le=256, description="Processes that read images; 0: threads; otherwise as many as speed it up."
     )
     masks: Place | None = Field(
         None,
@@ -126,7 +126,7 @@ class EvaluationRequest(SamplingRequest):
         for name in self.wanted:
             if name not in METRICS[self.whole_task]:
                 valid = nearest(name, METRICS[self.whole_task])
-                raise RequestError("metrics", f": there is no metric {name!r} of the task {self.whole_task}: {valid}")
+                raise RequestError("metrics", f": the task {self.whole_task} has no metric {name!r}; {valid}")
         return self
 
     @model_validator(mode="after")

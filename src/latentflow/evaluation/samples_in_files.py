@@ -116,8 +116,8 @@ def _require_one_set(place: str, facts: Mapping[str, dict[str, Any] | None]) -> 
             else f"only {other[0]} has metadata of a model"
         )
         raise DataError(
-            f"{place} holds images of {len(sets)} sets, whose common score is that of neither: {len(most)} such as "
-            f"{most[0]}, {len(other)} such as {other[0]} ({how}); put each set into a folder of its own"
+            f"{place} mixes {len(sets)} sets of images, and a joint score would describe neither: {len(most)} such as "
+            f"{most[0]}, {len(other)} such as {other[0]} ({how}); put each set into a separate folder"
         )
     seen: dict[str, str] = {}
     for name, known in facts.items():

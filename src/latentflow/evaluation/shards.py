@@ -151,8 +151,8 @@ def _of_each(runtime: Runtime, content: bytes) -> list[bytes]:
         joined = runtime.gather(torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)[: len(content)])
     except RuntimeError as error:  # of torch.distributed, once the connection is gone
         raise ArtifactError(
-            "another process of this launch ended before its work was done (see what it says); repeat the command, "
-            "which with --out goes on from what is finished"
+            "another process of this launch ended before its work was done (see its message); repeat the command, "
+            "which with --out continues from the finished shards"
         ) from error
     return [bytes(part.numpy()) for part in joined.split(lengths.tolist())]
 

@@ -159,7 +159,7 @@ class EvaluationReport(Record):
         try:
             return cls.model_validate(read_json(file))
         except ValidationError as error:
-            raise ArtifactError(f"{file} is no report of `latentflow evaluate` ({explain(error)})") from error
+            raise ArtifactError(f"{file} is not a report of `latentflow evaluate` ({explain(error)})") from error
 
 
 @dataclass(frozen=True)

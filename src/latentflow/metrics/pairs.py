@@ -74,7 +74,7 @@ def pair_order(names: Sequence[str], other_names: Sequence[str]) -> list[int]:
     for listed in (names, other_names):
         if len(set(listed)) < len(listed):
             twice = next(name for name in listed if list(listed).count(name) > 1)
-            raise DataError(f"two images are called {twice}: images cannot be paired by name")
+            raise DataError(f"two images are called {twice}: images cannot be paired by name; rename one")
     positions = {name: position for position, name in enumerate(other_names)}
     if lonely := sorted(set(names) ^ positions.keys()):
         raise DataError(

@@ -67,7 +67,7 @@ def require_enough(
         ConfigError: no such score.
     """
     if score not in SCORES:
-        raise ConfigError(f"there is no score {score!r}: {nearest(score, SCORES)}")
+        raise ConfigError(f"unknown score {score!r}; {nearest(score, SCORES)}")
     if score == "fid":
         least, why = 2, "for a covariance"
     elif score == "kid":

@@ -71,7 +71,7 @@ def test_other_tensors_are_refused(inception_weights, tmp_path):
     with pytest.raises(ArtifactError, match="AuxLogits"):
         build_inception({**inception_weights, "AuxLogits.conv0.conv.weight": torch.zeros(1)})
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ArtifactError, match=r"list\.pth.*no named tensors"):
+    with pytest.raises(ArtifactError, match=r"list\.pth.*does not hold named tensors"):
         load_inception(tmp_path / "list.pth")
     with pytest.raises(ArtifactError, match="does not exist"):
         load_inception(tmp_path / "absent.safetensors")

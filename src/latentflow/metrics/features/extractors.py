@@ -98,7 +98,7 @@ def open_features(
     if name == "random":
         return RandomFeatures(device, precision)
     if name != "latents":
-        raise ConfigError(f"there are no features {name!r}: {nearest(name, FEATURES)}")
+        raise ConfigError(f"unknown features {name!r}; {nearest(name, FEATURES)}")
     if autoencoder is None or image_size is None:
         raise ConfigError("features 'latents' are those of a model's autoencoder: give a model, or choose 'random'")
     return LatentFeatures(autoencoder.to(device), image_size, precision)
@@ -245,7 +245,7 @@ def _sent(images: Tensor, device: torch.device) -> Tensor:
 
 def _checked(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-        raise DataError(f"features are of uint8 images [B, 3, H, W], not of {images.dtype} {list(images.shape)}")
+        raise DataError(f"features need uint8 images [B, 3, H, W], not {images.dtype} {list(images.shape)}")
     return images
 
 

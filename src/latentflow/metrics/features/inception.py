@@ -213,7 +213,7 @@ def build_inception(tensors: Mapping[str, Tensor]) -> InceptionV3:
         ArtifactError: a tensor is missing, left over, or of another shape.
     """
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ArtifactError("these are no named tensors, as the weights of the FID Inception network are")
+        raise ArtifactError("the file does not hold named tensors, as the weights of the FID Inception network do")
     with without_memory():
         network = InceptionV3()
     counters = {name: torch.tensor(0) for name in network.state_dict() if name.endswith("num_batches_tracked")}
