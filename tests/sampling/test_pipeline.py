@@ -501,14 +501,14 @@ def test_steps_of_an_adaptive_preset_are_said(kl, caplog):
 def test_what_costs_much_is_said_before_it_is_drawn(model, caplog):
     model.sample(num=2, solver="dopri5", rtol=1e-4, atol=1e-4, guidance=2.0)
     (said,) = caplog.messages
-    assert said.startswith("dopri5 with tolerance 0.0001 takes about 189 network calls a picture, for 2 here some ")
-    assert "--solver heun --steps 25 takes 100, some " in said
+    assert said.startswith("dopri5 with tolerance 0.0001 takes about 189 network calls per image, about ")
+    assert " s for 2 here; --solver heun --steps 25 takes 100, about " in said
     model.sample(num=1, solver="dopri5", rtol=1e-4, atol=1e-4, guidance=2.0)
     model.sample(num=1, solver="heun", steps=25, guidance=2.0)
     model.sample(num=1, solver="dopri5", rtol=1e-2, atol=1e-2)
     assert len(caplog.messages) == 1
     model.sample(num=1, solver="euler", steps=300)
-    assert caplog.messages[1].startswith("euler with 300 steps takes 300 network calls a picture")
+    assert caplog.messages[1].startswith("euler with 300 steps takes 300 network calls per image")
 
 
 @pytest.mark.parametrize("solver", ["euler", "ab3", "dopri5"])

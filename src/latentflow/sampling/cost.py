@@ -32,8 +32,9 @@ def announce_cost(model: FlowModel, drawing: Drawing, batch_size: int) -> None:
     seconds = _seconds_of_a_call(model, drawing, together) * -(-num // together)
     how = f"tolerance {drawing.sampling.rtol:g}" if rough else f"{drawing.sampling.steps} steps"
     notice(
-        f"{drawing.sampling.solver} with {how} takes {rough}{calls:.0f} network calls a picture, for {num} here some "
-        f"{calls * seconds:.2g} s; --solver heun --steps 25 takes {fewer:.0f}, some {fewer * seconds:.2g} s",
+        f"{drawing.sampling.solver} with {how} takes {rough}{calls:.0f} network calls per image, "
+        f"about {calls * seconds:.2g} s for {num} here; "
+        f"--solver heun --steps 25 takes {fewer:.0f}, about {fewer * seconds:.2g} s",
         kind=f"cost of {model.reference} {drawing.sampling}",
     )
 
@@ -59,7 +60,7 @@ def compile_where_it_pays(model: FlowModel, drawing: Drawing, *, batch_size: int
     for num_images in _batch_sizes(drawing, batch_size):
         _seconds_of_a_call(model, drawing, num_images)
     notice(
-        f"the network was compiled in {duration(time.perf_counter() - began)}; without that, drawing would take some "
+        f"the network was compiled in {duration(time.perf_counter() - began)}; without that, drawing would take about "
         f"{duration(seconds)}"
     )
 

@@ -44,7 +44,7 @@ class SamplingRequest(Request):
         description="Conditions to guide on: label, inpainting, semantic_map. Default: all that are given.",
     )
     guided_channels: Whole | None = Field(
-        default=None, ge=1, le=65_536, description="Guide only so many latent channels, the first ones."
+        default=None, ge=1, le=65_536, description="Guide only the first latent channels, this many."
     )
     solver: str | None = Field(default=None, description="euler, midpoint, heun, rk4, ab2, ab3, bosh3 or dopri5.")
     steps: Annotated[Whole, Option(remedy="25 are usual")] | None = Field(
@@ -88,7 +88,7 @@ class EditRequest(SampleRequest):
     """Variants of one image, one per seed."""
 
     num: Annotated[Whole, Option(called="number of images", remedy="draw more with another seed")] = Field(
-        default=1, ge=1, le=MOST_IMAGES, description="Number of images, each from a seed of its own."
+        default=1, ge=1, le=MOST_IMAGES, description="Number of images, each from its own seed."
     )
     classes: Classes | None = Field(default=None, description=f"{_CLASSES} Default: unconditional.")
 
