@@ -197,12 +197,14 @@ def _stage(recipe: Recipe, name: str, cache: CachePlan | None, latents: Sequence
         return replace(facts, num_bytes=known.num_bytes, width=known.width) if known else facts
     if known is not None:
         what = f"{known.num_channels} channels, factor {known.factor}"
-        return replace(known, assumed=f"the autoencoder {reference} is not here: {what}, as published")
+        return replace(known, assumed=f"the autoencoder {reference} is not available here: {what}, as published")
     if re.search("_f8(_|$)", name):
-        return replace(_SD, num_bytes=None, assumed=f"the autoencoder {reference} is not here: 4 channels, factor 8")
+        return replace(
+            _SD, num_bytes=None, assumed=f"the autoencoder {reference} is not available here: 4 channels, factor 8"
+        )
     raise ConfigError(
-        f"the autoencoder {reference} is not here, and its latents are not known; add --latents 4x32x32 (channels, "
-        "height and width of an image's latents), autoencoder=FOLDER, or data.path=CACHE"
+        f"the autoencoder {reference} is not available here, and its latents are not known; add --latents 4x32x32 "
+        "(channels, height and width of an image's latents), autoencoder=FOLDER, or data.path=CACHE"
     )
 
 

@@ -34,8 +34,10 @@ class PlanRequest(Request):
         description="Its peak speed in TFLOP/s as the maker states it, instead of a few steps measured here.",
     )
     processes: Whole | None = Field(None, ge=1, description="Number of processes that share a batch, one device each.")
-    images: Whole | None = Field(None, ge=1, description="Number of training images, if the data are not here.")
-    classes: Whole | None = Field(None, ge=0, description="Number of classes, if the data are not here.")
+    images: Whole | None = Field(
+        None, ge=1, description="Number of training images, if the data are not available here."
+    )
+    classes: Whole | None = Field(None, ge=0, description="Number of classes, if the data are not available here.")
     latents: LatentShape | None = Field(
-        None, description="Shape of an image's latents, such as 4x32x32, if the autoencoder is not here."
+        None, description="Shape of an image's latents, such as 4x32x32, if the autoencoder is not available here."
     )

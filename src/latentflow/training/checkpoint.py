@@ -294,9 +294,9 @@ def _read_state(file: Path) -> tuple[Progress, dict[str, int]]:
         progress = Progress(**state)
         numbers = (progress.step, progress.images_seen, progress.growth_tracker)
         if not all(type(number) is int and 0 <= number < 2**60 for number in numbers):
-            raise ValueError(f"{numbers} are no counts of steps and images")
+            raise ValueError(f"{numbers} are not counts of steps and images")
         if not isinstance(progress.loss_scale, float | int | None):
-            raise ValueError("the loss scale is no number")
+            raise ValueError("the loss scale is not a number")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{file} is damaged ({error})") from error
     return progress, sizes

@@ -127,7 +127,7 @@ def split(usable: Sequence[int], share: float, seed: int) -> tuple[list[int], li
         DataError: there are fewer than two images.
     """
     if len(usable) < 2:
-        raise DataError(f"{len(usable)} readable image(s): one to train on and one to hold out are the least")
+        raise DataError(f"{len(usable)} readable image(s): at least 2 are needed, one to train on and one to hold out")
     num_held_out = min(max(round(share * len(usable)), 1), _MOST_HELD_OUT, len(usable) - 1)
     generator = torch.Generator().manual_seed(derive_seed(seed, "held out"))
     order = [usable[place] for place in torch.randperm(len(usable), generator=generator).tolist()]

@@ -90,7 +90,7 @@ def check_places(
     for key, path in (("data.path", recipe.data.path), ("out", recipe.out)):
         longest = max((len(os.fsencode(part)) for part in Path(path).parts), default=0)
         if longest > _LONGEST_NAME:
-            raise ConfigError(f"{key} = {path[:20]!r}... has a name of {longest} bytes; {_LONGEST_NAME} are the most")
+            raise ConfigError(f"{key} = {path[:20]!r}... has a name of {longest} bytes; the limit is {_LONGEST_NAME}")
     run = require_writable(recipe.out)
     require_apart(run, recipe.data.path, *also_read, replaced=tuple(replaced))
     return Path(run)

@@ -202,7 +202,7 @@ def _read_number(kind: type, node: Scalar, key: str) -> int | float:
 def _read_word(kind: Any, node: Scalar, key: str) -> str:
     if len(node.text) > _LONGEST_TEXT:
         start = node.text[:20]
-        raise ConfigError(f"{key} = {start!r}... has {len(node.text):,} characters; {_LONGEST_TEXT:,} are the most")
+        raise ConfigError(f"{key} = {start!r}... has {len(node.text):,} characters; the limit is {_LONGEST_TEXT:,}")
     if "\0" in node.text:
         raise ConfigError(f"{node.where}: {key} = {node.text!r} holds a zero byte, which no name may have")
     if any("\ud800" <= character <= "\udfff" for character in node.text):
