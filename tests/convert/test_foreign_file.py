@@ -83,7 +83,7 @@ def test_the_network_among_other_weights(tmp_path, content, part):
 
 def test_a_prefix_on_some_keys_alone(tmp_path):
     message = refusal(saved({**prefixed("module."), "conv.scale": torch.ones(1)}, tmp_path))
-    assert "'module.conv.weight' has the prefix 'module.', but 'conv.scale' has not" in message
+    assert "'module.conv.weight' has the prefix 'module.', but 'conv.scale' does not" in message
 
 
 def test_safetensors(tmp_path):

@@ -26,7 +26,9 @@ from latentflow.cli import models  # noqa: F401  isort: skip
 def shared(
     no_verify: Annotated[
         bool,
-        typer.Option("--no-verify", help="Do not compare what is read with its checksums; also after the command."),
+        typer.Option(
+            "--no-verify", help="Do not verify the checksums of files that are read; may also follow the command."
+        ),
     ] = False,
 ) -> None:
     """What every command understands."""

@@ -88,7 +88,7 @@ def push(
     model: Model,
     repo_id: Annotated[str, typer.Argument(metavar="NAME", help="On the hub: owner/name, or owner/name@branch.")],
     private: Annotated[
-        bool, typer.Option("--private", help="Create the repository for you and those you invite.")
+        bool, typer.Option("--private", help="Create a private repository, for you and those you invite.")
     ] = False,
     message: Annotated[str, typer.Option(help="Commit message.")] = "Upload a latentflow model",
     as_json: AsJson = False,

@@ -72,7 +72,7 @@ def train_autoencoder(
     dry_run: DryRun = False,
     print_recipe: PrintRecipe = False,
 ) -> None:
-    """Train a first stage on one device. Repeat the command to resume exactly where it was stopped."""
+    """Train an autoencoder on one device. Repeat the command to resume exactly where it was stopped."""
     from latentflow.commands.train_autoencoder import train_autoencoder as run
     from latentflow.training.first_stage import load_autoencoder_recipe
     from latentflow.training.first_stage_run import prepare_first_stage

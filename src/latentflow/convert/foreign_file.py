@@ -91,7 +91,7 @@ def _weights(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         odd = next((key for key in weights if not key.startswith(start)), None)
         if odd is not None:
             with_it = next(key for key in weights if key.startswith(start))
-            raise ArtifactError(f"{path}: {with_it!r} has the prefix {start!r}, but {odd!r} has not")
+            raise ArtifactError(f"{path}: {with_it!r} has the prefix {start!r}, but {odd!r} does not")
         weights = {key.removeprefix(start): value for key, value in weights.items()}
     for key, tensor in weights.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
