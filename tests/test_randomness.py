@@ -122,6 +122,11 @@ def test_positions_beyond_32_bits_differ():
     assert len(set(draws.tolist())) == 4
 
 
+def test_the_largest_position_is_the_same_in_any_batch():
+    last = 2**63 - 1
+    assert torch.equal(ImageRandom.at(0, "step", [last]).uniform(), ImageRandom.at(0, "step", [last, 0]).uniform()[:1])
+
+
 def test_a_handful_of_operations_whatever_the_batch():
     """Nothing is done image by image."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field, model_validator
 
 from latentflow.errors import ConfigError
-from latentflow.requests import Number, Option, Request, RequestError, Whole, range_text
+from latentflow.requests import Names, Number, Option, PathText, Request, RequestError, Whole, range_text
 from latentflow.sampling.request import SampleRequest
 
 
@@ -20,6 +20,10 @@ class Ask(Request):
     share: Number | None = Field(None, ge=0, le=1, description="A share.")
     large: Whole = Field(0, ge=0, description="Anything.")
     word: str = Field("", description="A word.")
+    free: Number = Field(0.0, le=1e40, description="Any number.")
+    place: PathText = Field("here", description="A place.")
+    names: Names | None = Field(None, description="Names.")
+    flag: bool = Field(False, description="A flag.")
 
     @model_validator(mode="after")
     def _fits(self) -> Ask:
@@ -42,6 +46,11 @@ class Ask(Request):
         ({"share": "x" * 100}, "share of 102 characters: give a number from 0 to 1"),
         ({"large": -1}, "large -1: give a whole number of at least 0"),
         ({"cuont": 3}, "unknown argument 'cuont'; did you mean 'count'?"),
+        ({"free": float("inf")}, "free inf: give a finite number"),
+        ({"free": 10**50}, "free of more than 40 digits"),
+        ({"place": 3}, "place 3: give a text"),
+        ({"names": "one"}, "names 'one': give a list"),
+        ({"flag": "perhaps"}, "flag 'perhaps': give True or False"),
         ({"word": "five"}, "five things are not 2"),
     ],
 )

@@ -59,6 +59,14 @@ CASES = {
         wrong("sample {w}/model --num 0 --out {out}", "0", advised=SAMPLE),
         wrong("sample {w}/model --num -3 --out {out}", "-3"),
         wrong("sample {w}/model --batch-size 0 --out {out}", "0"),
+        wrong(SAMPLE.replace("{out}", "''"), "--out", "empty", advised=SAMPLE),
+        wrong(SAMPLE.replace("{w}/model", "''"), "MODEL", "empty"),
+        wrong(
+            SAMPLE + " --guided-channels 5", "--guided-channels 5", advised=SAMPLE + " --guidance 2 --guided-channels 4"
+        ),
+        wrong(SAMPLE + " --rtol 1e-3", "--rtol 0.001"),
+        wrong(SAMPLE + " --guidance-interval 0.8,0.1", "--guidance-interval", "0.8"),
+        wrong(SAMPLE + " --json=yes", "--json", "latentflow sample --help"),
         wrong(SAMPLE + " --device toaster", "toaster", advised=SAMPLE + " --device cpu"),
         wrong(SAMPLE + " --device cuda:99", "cuda:99", advised=SAMPLE + " --device cpu"),
     ],
@@ -83,6 +91,7 @@ CASES = {
         wrong(ENCODE.replace("16", "0"), "0"),
         wrong(ENCODE.replace("16", "-16"), "-16"),
         wrong(ENCODE.replace("16", "1000000"), "1000000"),
+        wrong(ENCODE + f" --mask-variants {10**20}", "--mask-variants", "1,000"),
         wrong(ENCODE + " --first 99", "99", "18", advised=ENCODE + " --first 18"),
         wrong(ENCODE + " --first 0", "0"),
         wrong(ENCODE + " --mask-variants 2 --mask-folder {w}/empty", "empty"),

@@ -150,7 +150,7 @@ def on_device(positions: Sequence[int] | Tensor, device: torch.device | str) -> 
         return positions
     numbers = positions.tolist() if isinstance(positions, Tensor) else [int(position) for position in positions]
     if numbers and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
-        return torch.arange(numbers[0], numbers[0] + len(numbers), device=device)
+        return torch.arange(len(numbers), device=device) + numbers[0]  # whose end may be 2^63, no int64
     return send(torch.tensor(numbers, dtype=torch.int64), device)
 
 

@@ -6,6 +6,8 @@ Nothing here, and nothing that a request imports, may import torch: `latentflow 
 from __future__ import annotations
 
 import csv
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -95,7 +97,7 @@ def _refusal(request: type[Request], error: ValidationError) -> RequestError:
         return RequestError("", f"unknown argument {name!r}; {nearest(name, request.model_fields)}")
     if first["type"] == "missing" and len(first["loc"]) == 1:
         return RequestError(name, " is missing")
-    reason = first["msg"].removeprefix("Value error, ")
+    reason = _REASONS.get(first["type"], first["msg"].removeprefix("Value error, "))
     if not name:
         return RequestError("", reason)
     option, value = option_of(request.model_fields[name]), first["input"]
@@ -109,12 +111,24 @@ def _refusal(request: type[Request], error: ValidationError) -> RequestError:
     return RequestError(name, f" {shown}{separator}{reason}", option.called)
 
 
+_REASONS = {
+    "finite_number": "give a finite number",
+    "list_type": "give a list",
+    "missing": "a value is missing",
+    "string_type": "give a text",
+    "path_type": "give a path",
+    "bool_type": "give True or False",
+    "bool_parsing": "give True or False",
+}
+"""What to give instead, by the type of pydantic's error; its own words are about its types."""
+
+
 def _shown(value: object, kind: str | None) -> str:
     """A value in a message, cut where it is long."""
     if isinstance(value, float) and kind == "number":
         return f"{value:g}"
     if isinstance(value, Real):
-        return "of more than 40 digits" if abs(value) >= 10**40 else str(value)
+        return "of more than 40 digits" if 10**40 <= abs(value) < math.inf else str(value)
     text = repr(value)
     return text if len(text) <= _MOST_SHOWN else f"of {len(text)} characters"
 
@@ -183,8 +197,8 @@ def _classes(text: str) -> list[str]:
     """A list in CSV, where a name with a comma stands in quotes."""
     try:
         rows = list(csv.reader([text], skipinitialspace=True, strict=True))
-    except csv.Error as error:
-        raise ValueError(f"is not a list like cat,dog ({error}); a name with a comma stands in double quotes") from None
+    except csv.Error:
+        raise ValueError("is not a list like cat,dog; a name with a comma stands in double quotes") from None
     return rows[0] if rows and rows[0] else [""]
 
 
@@ -230,8 +244,15 @@ def two_of(what: str) -> Callable[[Any], Any]:
     return checked
 
 
+def _path_text(given: object) -> object:
+    """Paths become text; what is no path is left to the check of the type."""
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_real)]
+PathText = Annotated[str, BeforeValidator(_path_text)]
+"""A path, or the name of something that is no file: a hub id, a built-in autoencoder, synthetic images."""
 Names = Annotated[list[str], FromText(_names)]
 Classes = Annotated[int | str | Sequence[int | str], SkipValidation, FromText(_classes)]
 """Classes as a person gives them: one, or a list of names or indices; see `Conditioning.class_indices`."""

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from latentflow.cli import options
 from latentflow.errors import ConfigError
-from latentflow.requests import Classes, Names, Numbers, Option, Request, Times, Whole, WholeNumbers
+from latentflow.requests import Classes, Names, Numbers, Option, Request, RequestError, Times, Whole, WholeNumbers
 
 
 class Asked(Request):
@@ -26,6 +26,7 @@ class Asked(Request):
     sizes: WholeNumbers = Field([4, 8], description="Sizes.")
     scales: Numbers | None = Field(None, description="Scales.")
     times: Times | None = Field(None, description="Times.")
+    folder: Path | None = Field(None, description="A folder.")
     other: Annotated[int | None, Option(name="--map")] = Field(None, description="Another.")
 
 
@@ -83,13 +84,39 @@ def test_what_is_typed_becomes_the_value_of_the_field(call, line, name, value):
         ("f --sizes a,b", "--sizes 'a,b' is not a list of numbers like 4,8,16"),
         ("f --scales x", "--scales 'x' is not a list of numbers like 1,1.5,2"),
         ("f --times 0.5", "--times '0.5' is not two numbers like 0.1,0.8"),
-        ("f --classes 'cat,\"dog'", "is not a list like cat,dog"),
+        ("f --classes 'cat,\"dog'", "is not a list like cat,dog; a name with a comma"),
+        ("f --classes 'cat\ndog'", "is not a list like cat,dog; a name with a comma"),
     ],
 )
 def test_a_refusal_names_the_option_as_it_is_written(call, line, said):
     with pytest.raises(ConfigError, match=r"^--") as caught:
         call(line)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["''", "f --out=", "f --out ''", "f --folder ''"])
+def test_an_empty_text_is_no_path(call, line):
+    with pytest.raises(typer.BadParameter, match="give a value; this one is empty"):
+        call(line)
+
+
+def test_an_empty_list_is_for_the_request_to_judge(call):
+    assert call("f --sizes ''")[0].sizes == []
+
+
+def test_what_the_model_cannot_do_is_refused_by_the_options_that_were_given(monkeypatch):
+    monkeypatch.setattr(options, "_VERBS", {})
+
+    @options.command(example="latentflow ask", group="Test")
+    def ask(asked: Asked) -> None:
+        """Ask."""
+        raise RequestError("other", " 5: the model has 4")
+
+    command = options.every_command()["ask"]
+    for line, said in (("f --map 5", "--map 5: the model has 4"), ("f", "other 5: the model has 4")):
+        with command.make_context("ask", line.split()) as context, pytest.raises(ConfigError) as caught:
+            command.invoke(context)
+        assert str(caught.value) == said
 
 
 def test_the_help_shows_description_range_and_default(call):

@@ -97,14 +97,14 @@ def test_a_cache_that_was_begun_without_looking_at_profiles_is_not_gone_on_with(
 
 
 @pytest.mark.parametrize(
-    ("first", "message"), [(0, "first must be at least 1 image, got 0"), (25, "has 24 images; give at most 24")]
+    ("first", "message"), [(0, "--first 0: give a whole number of at least 1"), (25, "has 24 images; give at most 24")]
 )
 def test_impossible_numbers_write_nothing(faces, kl_folder, tmp_path, monkeypatch, capsys, first, message):
     out = tmp_path / "cache"
     options = ("--autoencoder", kl_folder, "--image-size", SIDE, "--out", out)
     assert run("encode", faces, *options, "--first", first, monkeypatch=monkeypatch) == DataError.exit_code
     error = capsys.readouterr().err
-    assert error.startswith("latentflow: first") and message in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
     assert not out.exists()
 
 

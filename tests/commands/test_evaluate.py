@@ -491,8 +491,8 @@ def test_bad_words(command, tmp_path, model_folder, painter_folder, images, segm
         (("--metrics", "is"), "Inception Score"),
         (("--task", "inpant"), "did you mean 'inpaint'?"),
         (("--labels", "balance"), "did you mean 'balanced'?"),
-        (("--num", 1), "at least 2"),
-        (("--num", 0), "at least 2"),
+        (("--num", 1), "from 2 to 100,000,000"),
+        (("--num", 0), "from 2 to 100,000,000"),
         (("--num", 4), "precision needs at least 6 images"),
         (("--resamples", 1), "--resamples 1: give 0 for none"),
         (("--solver", "huen"), "did you mean 'heun'?"),
@@ -514,6 +514,7 @@ def test_bad_words(command, tmp_path, model_folder, painter_folder, images, segm
     for args, said in (
         (("--metrics", "miou"), "--segmenter"),
         (("--metrics", "miou", "--segmenter", "no.such:thing"), "no.such:thing"),
+        (("--metrics", "miou", "--segmenter", ""), "--segmenter"),
         (("--data", images), "map classes none"),
         (("--labels", "uniform"), "uniform"),
     ):

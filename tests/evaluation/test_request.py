@@ -33,7 +33,7 @@ def test_every_field_is_described():
         ({"metrics": ["is"], "features": "random"}, "the Inception Score needs the features 'inception'"),
         ({"metrics": ["lpips"], "reconstruction": True}, "lpips needs the weights of its network"),
         ({"metrics": ["miou"], "task": "mask-to-image"}, "miou needs a segmentation network"),
-        ({"num": 1}, "number of images 1: give a whole number of at least 2"),
+        ({"num": 1}, "number of images 1: give a whole number from 2 to 100,000,000"),
         ({"resamples": 1}, "resamples 1: give 0 for none, or 2 or more"),
         ({"neighbours": 5}, "neighbours among 5 images: each needs 5, so give 6 or more, or 0 for all"),
         ({"labels": "balance"}, "did you mean 'balanced'?"),

@@ -103,6 +103,11 @@ def test_small_pictures_are_enlarged_but_not_from_nothing(model):
         model.image_to_image(red.resize((tiny.FACTOR - 1, 50)))
 
 
+def test_what_is_no_image_is_refused(model):
+    with pytest.raises(DataError, match="image None: give a file or a Pillow image"):
+        model.image_to_image(None)
+
+
 @pytest.mark.parametrize("strength", [0.0, -0.1, 1.5, math.nan])
 def test_strengths_that_mean_nothing(model, photo, strength):
     with pytest.raises(ConfigError, match="strength"):
@@ -165,7 +170,7 @@ def test_guidance_holds_for_both_classes(model):
         ({"classes": ["aple", "berry"]}, "did you mean 'apple'?"),
         ({"classes": ["apple", "bery"]}, "did you mean 'berry'?"),
         ({"classes": ["none", "berry"]}, "no class is named 'none'"),
-        ({"seeds": (0, -1)}, "seed -1"),
+        ({"seeds": (0, -1)}, "seeds -1"),
     ],
 )
 def test_interpolations_that_cannot_be_drawn(model, given, said):

@@ -71,20 +71,39 @@ def _usage_line(error: Any) -> str:
     """What is wrong with a command line, and the nearest that would be right."""
     message = error.format_message().rstrip(".").replace("Value error, ", "")
     command = error.ctx.command if error.ctx else None
-    path = error.ctx.command_path if error.ctx else "latentflow"
+    path = error.ctx.command_path if error.ctx else _path_typed()
     if unknown := re.match(r"No such command '(.*?)'", message):
         return f"there is no {path} {unknown[1]!r}; {nearest(unknown[1], command.list_commands(error.ctx))}"
     if hasattr(error, "possibilities"):
-        options = [name for parameter in command.params for name in parameter.opts if name.startswith("--")]
+        options = [name for one in command.params for name in (*one.opts, *one.secondary_opts)]
+        options = [name for name in options if name.startswith("--")]
         return f"{path} has no option {error.option_name}; {nearest(error.option_name, [*options, '--help'])}"
     parameter = getattr(error, "param", None)
     if message.startswith("Missing ") and parameter is not None:
         named = [name for name in parameter.opts if name.startswith("--")]
         message = f"{path} needs {named[0] if named else (parameter.metavar or parameter.name).upper()}"
     elif message.startswith("Invalid value for ") and parameter is not None:
-        value = _typed_behind(parameter.opts)
-        message = f"{parameter.opts[0]}{'' if value is None else f' {value!r}'}: {message.partition(': ')[2]}"
+        is_option = parameter.opts[0].startswith("-")
+        name = parameter.opts[0] if is_option else (parameter.metavar or parameter.name).upper()
+        value = _typed_behind(parameter.opts) if is_option else None
+        message = f"{name}{'' if value is None else f' {value!r}'}: {message.partition(': ')[2]}"
+    for theirs, ours in _PARSER_SAYS.items():
+        message = message.replace(theirs, ours)
     return f"{message}; see `{path} --help`"
+
+
+_PARSER_SAYS = {
+    "Input should be a valid integer, unable to parse string as an integer": "give a whole number",
+    "Input should be a valid number, unable to parse string as a number": "give a number",
+    "Input should be greater than or equal to": "give at least",
+}
+"""The parser's words about types, and what to give."""
+
+
+def _path_typed() -> str:
+    """The command as far as it was understood: the verb, if there is one."""
+    verbs = typer.main.get_command(app).list_commands(None)
+    return " ".join(["latentflow", *[word for word in sys.argv[1:] if word in verbs][:1]])
 
 
 def _typed_behind(options: list[str]) -> str | None:

@@ -9,11 +9,12 @@ A parameter that is a request stands for the options of its fields; the others a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -71,12 +72,18 @@ class _Verb:
         }
         parameters = []
         for name, parameter in signature.parameters.items():
-            parameters += _parameters(records[name]) if name in records else [parameter]
+            if name in records:
+                parameters += _parameters(records[name])
+            else:
+                parameters.append(parameter.replace(annotation=_refusing_empty(parameter.annotation)))
         arguments_first = sorted(parameters, key=lambda one: not isinstance(_info(one), typer.models.ArgumentInfo))
 
         def run(**options: Any) -> None:
             given = {name: _asked(record, options) for name, record in records.items()}
-            self.function(**options, **given)
+            try:
+                self.function(**options, **given)
+            except RequestError as error:  # by what the model cannot do
+                raise _as_written(error, given.values()) from None
 
         run.__name__, run.__doc__ = self.function.__name__, self.function.__doc__
         run.__annotations__ = {one.name: one.annotation for one in parameters}
@@ -171,18 +178,48 @@ def _annotation(name: str, field: FieldInfo) -> Any:
     """A field as typer knows options: its type, or text that is read by its `FromText`."""
     option, kind = option_of(field), _kind(field)
     between = range_text(field)
-    text = f"{field.description} ({between})" if between and kind in (int, float) else field.description
+    described = f"{field.description} ({between})" if between and kind in (int, float) else field.description
     if option.argument:
-        info = typer.Argument(help=text, metavar=option.metavar)
+        info = typer.Argument(help=described, metavar=option.metavar)
     else:
         names = (option.name,) if option.name else (_flag(name),) if kind is bool and not field.get_default() else ()
-        info = typer.Option(*names, help=text, metavar=option.metavar)
-    return Annotated[kind if field.is_required() or field.get_default() is not None else kind | None, info]
+        info = typer.Option(*names, help=described, metavar=option.metavar)
+    annotation = Annotated[kind if field.is_required() or field.get_default() is not None else kind | None, info]
+    return annotation if _reader(field) else _refusing_empty(annotation)
+
+
+def _reader(field: FieldInfo) -> FromText | None:
+    return next((one for one in markers_of(field) if isinstance(one, FromText)), None)
+
+
+def _refusing_empty(annotation: Any) -> Any:
+    """Texts and paths that are not empty: Path("") would be the current folder. Other annotations are unchanged."""
+    if get_origin(annotation) is not Annotated:
+        return annotation
+    (inner, info), kinds = get_args(annotation), alternatives(annotation)
+    reader = next((read for kind, read in ((str, text), (Path, path)) if kind in kinds), None)
+    if reader is None:
+        return annotation
+    info = copy(info)
+    info.parser = reader
+    return Annotated[inner, info]
+
+
+def text(given: str) -> str:
+    """What is typed, if anything is."""
+    if not given:
+        raise typer.BadParameter("give a value; this one is empty")
+    return given
+
+
+def path(given: str) -> Path:
+    """The path that is typed, if one is."""
+    return Path(text(given))
 
 
 def _kind(field: FieldInfo) -> Any:
     """int, float, bool, Path, a Literal, or str for whatever else is written as text."""
-    if any(isinstance(one, FromText) for one in markers_of(field)):
+    if _reader(field):
         return str
     kinds = [kind for kind in alternatives(field.annotation) if kind is not type(None)]
     return kinds[0] if len(kinds) == 1 and (kinds[0] in _TYPED or get_origin(kinds[0]) is Literal) else str
@@ -203,8 +240,7 @@ def _asked(record: type[Request], options: dict[str, Any]) -> Request:
     """
     given = {}
     for name, field in record.model_fields.items():
-        value = options.pop(name)
-        reader = next((one for one in markers_of(field) if isinstance(one, FromText)), None)
+        value, reader = options.pop(name), _reader(field)
         if isinstance(value, str) and reader is not None:
             try:
                 value = reader.parse(value)
@@ -218,6 +254,15 @@ def _asked(record: type[Request], options: dict[str, Any]) -> Request:
             raise
         option = option_of(record.model_fields[error.field])
         raise ConfigError(f"{_written(error.field, option)}{error.reason}") from None
+
+
+def _as_written(error: RequestError, requests: Iterable[Request]) -> ConfigError:
+    """The error with the option in the place of the field, if the option was given."""
+    for request in requests:
+        field = type(request).model_fields.get(error.field)
+        if field is not None and getattr(request, error.field) != field.get_default(call_default_factory=True):
+            return ConfigError(f"{_written(error.field, option_of(field))}{error.reason}")
+    return error
 
 
 def _written(name: str, option: Option) -> str:

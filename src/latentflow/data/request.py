@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from latentflow.data.painting.mask_rules import MaskPolicy, MaskRules
-from latentflow.requests import Option, Request, Whole
+from latentflow.requests import Option, PathText, Request, Whole
 
-PathText = Annotated[str, BeforeValidator(lambda given: os.fspath(given) if isinstance(given, os.PathLike) else given)]
-"""A path, as text."""
+MOST_PIXELS = 16_384
+"""On a side of an image."""
 
 
 class CacheOptions(Request):
@@ -33,7 +32,9 @@ class CacheOptions(Request):
         le=256,
         description="Worker processes that read images; 0: threads; otherwise as many as speed it up.",
     )
-    mask_variants: Whole = Field(0, ge=0, description="Masked copies to encode per image, for inpainting; 0: none.")
+    mask_variants: Whole = Field(
+        0, ge=0, le=1000, description="Masked copies to encode per image, for inpainting; 0: none."
+    )
     strict: bool = Field(False, description="Stop at a broken image instead of leaving it out.")
 
 
@@ -44,9 +45,11 @@ class EncodeRequest(CacheOptions):
         description="A folder or zip of images, an LMDB, or synthetic:COUNT."
     )
     autoencoder: PathText = Field(description="A diffusers autoencoder: folder, hub id, or 'shapes'.")
-    image_size: Whole = Field(256, description="Side of the square images in pixels.")
-    first: Whole | None = Field(
-        None, description="Encode only this many images: the first of each class, then the second, and so on."
+    image_size: Annotated[Whole, Option(remedy="64 or 256 are usual")] = Field(
+        256, ge=1, le=MOST_PIXELS, description="Side of the square images in pixels."
+    )
+    first: Annotated[Whole, Option(remedy="leave it out for all images")] | None = Field(
+        None, ge=1, description="Encode only this many images: the first of each class, then the second, and so on."
     )
     mask_policy: MaskPolicy = Field("mixed", description="How the holes are drawn.")
     mask_folder: PathText | None = Field(

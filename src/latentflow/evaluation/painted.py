@@ -91,8 +91,9 @@ def plan_painting(model: FlowModel, source: ImageSource, request: EvaluationRequ
     drawing = make_drawing(model, first, task=task, told=given)
     if task == "mask-to-image":
         name = request.segmenter
-        inputs = {"segmenter": name} if name else {}
-        return Painting(drawing, own_labels, segmenter=_segmenter(name) if name else None, inputs=inputs)
+        if name is None:
+            return Painting(drawing, own_labels)
+        return Painting(drawing, own_labels, segmenter=_segmenter(name), inputs={"segmenter": name})
     rules = _rules(model, request.masks)
     check_masks(rules, model.config.image_size, model.config.image_size)
     return Painting(drawing, own_labels, rules=rules, judge=judge, inputs={"holes": _described(rules)})

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from latentflow.errors import nearest
 from latentflow.metrics.names import FEATURE_PRECISIONS, FEATURES, METRICS, NEIGHBOURS
-from latentflow.requests import FromText, Names, Number, Numbers, Option, Request, RequestError, Whole, WholeNumbers
-from latentflow.sampling.request import MOST_SEED, SamplingRequest
+from latentflow.requests import (
+    FromText,
+    Names,
+    Number,
+    Numbers,
+    Option,
+    PathText,
+    Request,
+    RequestError,
+    Whole,
+    WholeNumbers,
+)
+from latentflow.sampling.request import MOST_IMAGES, MOST_SEED, SamplingRequest, require_interval
 
 LABEL_POLICIES = ("balanced", "uniform", "data", "none")
 _TASKS = ("sample", "inpaint", "mask-to-image")
 _NEIGHBOURS_EACH = 5  # that density and coverage count, so that six images are the fewest
-
-Place = Annotated[str, BeforeValidator(os.fspath)]
-"""A path, or the name of something that is no file: a hub id, a built-in autoencoder, synthetic images."""
 
 _BATCH_SIZE = "Images computed together; does not change the result."
 _FIRST_SEED = "Seed of the first image; image i has seed SEED + i."
@@ -37,17 +44,20 @@ def _intervals(text: str) -> list[tuple[float, float]]:
 class EvaluationRequest(SamplingRequest):
     """Images to score against real ones, and by what."""
 
-    model: Annotated[Place, Option(argument=True)] = Field(
+    model: Annotated[PathText, Option(argument=True)] = Field(
         description="A model; a folder or zip of PNG samples; with --reconstruction, also an autoencoder."
     )
-    data: Place = Field(description="Real images as for `encode`, or statistics of them: .safetensors or .npz.")
+    data: PathText = Field(description="Real images as for `encode`, or statistics of them: .safetensors or .npz.")
     metrics: Names | None = Field(
         None,
         description="fid, kid, is, precision, recall, density, coverage; for pairs psnr, ssim, lpips; for holes "
         "psnr-hole, ssim-hole, p-ids, u-ids; for maps miou. Otherwise the usual ones of the task.",
     )
     num: Annotated[Whole, Option(called="number of images", remedy="scores compare sets of images")] | None = Field(
-        None, ge=2, description="Number of images; otherwise 50,000 if they are drawn, or all there are."
+        None,
+        ge=2,
+        le=100 * MOST_IMAGES,
+        description="Number of images; otherwise 50,000 if they are drawn, or all there are.",
     )
     task: str = Field(
         "sample", description="sample; inpaint, which fills holes in DATA; mask-to-image, which paints its maps."
@@ -58,7 +68,7 @@ class EvaluationRequest(SamplingRequest):
     features: str = Field(
         "inception", description="inception (FID); dinov2; latents or random, which need no download."
     )
-    weights: Place | None = Field(None, description="Weights of the features: a file; otherwise downloaded once.")
+    weights: PathText | None = Field(None, description="Weights of the features: a file; otherwise downloaded once.")
     features_precision: str = Field(
         "fp32", description="Precision of the features: fp32, as published; tf32 or bf16 are faster and not comparable."
     )
@@ -71,7 +81,7 @@ class EvaluationRequest(SamplingRequest):
     num_workers: Whole | None = Field(
         None, ge=0, le=256, description="Processes that read images; 0: threads; otherwise as many as speed it up."
     )
-    masks: Place | None = Field(
+    masks: PathText | None = Field(
         None,
         description="Holes: a folder of masks, or mixed, strokes, boxes, halves, borders; otherwise as in training.",
     )
@@ -85,6 +95,7 @@ class EvaluationRequest(SamplingRequest):
     resamples: Annotated[Whole, Option(remedy="0 for none; 200 are usual")] | None = Field(
         None,
         ge=0,
+        le=100_000,
         description="Bootstrap resamples for the intervals; 0: no intervals; otherwise from the spread over images.",
     )
     neighbours: Whole = Field(
@@ -181,11 +192,11 @@ class EvaluationRequest(SamplingRequest):
 class SweepRequest(Request):
     """Sampling presets to compare, and by what."""
 
-    model: Annotated[Place, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
-    data: Place = Field(description="Images as for `encode`, or a file of reference statistics.")
+    model: Annotated[PathText, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
+    data: PathText = Field(description="Images as for `encode`, or a file of reference statistics.")
     out: Path = Field(Path("sweep"), description="Folder for page.html, sweep.json, sweep.svg and the candidates.")
     features: str = Field("random", description="What images are compared by: random, latents, inception or dinov2.")
-    weights: Place | None = Field(
+    weights: PathText | None = Field(
         None, description="Weights of the features: of inception a file, of dinov2 a folder or hub id."
     )
     solvers: Names = Field(["euler", "heun", "ab2", "dopri5"], description="Solvers to compare.")
@@ -195,11 +206,11 @@ class SweepRequest(Request):
         None,
         description="Guidance scales; otherwise 1,1.5,2,3, or only 1 if the model cannot be guided by its classes.",
     )
-    intervals: Annotated[list[tuple[Number, Number]], FromText(_intervals)] | None = Field(
-        None, description="Times between which guidance acts: 0:1,0.1:0.8; otherwise always."
-    )
+    intervals: (
+        Annotated[list[Annotated[tuple[Number, Number], AfterValidator(require_interval)]], FromText(_intervals)] | None
+    ) = Field(None, description="Times between which guidance acts: 0:1,0.1:0.8; otherwise always.")
     shifts: Numbers = Field([1.0], description="Time shifts of the grid; 1: even.")
-    num: Whole = Field(1000, ge=2, description="Images per candidate in the last round.")
+    num: Whole = Field(1000, ge=2, le=MOST_IMAGES, description="Images per candidate in the last round.")
     budget: Number | None = Field(
         None,
         description="Stop starting new candidates after this many seconds. All candidates then draw few images, the "
@@ -225,10 +236,10 @@ class SweepRequest(Request):
 class DiagnoseRequest(Request):
     """A model to examine, and the images to examine it on."""
 
-    model: Annotated[Place, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
-    data: Place = Field(description="Images as for `encode`, best held-out ones.")
+    model: Annotated[PathText, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
+    data: PathText = Field(description="Images as for `encode`, best held-out ones.")
     out: Path = Field(Path("diagnosis"), description="Folder for page.html, diagnose.json and pictures.")
-    train: Place | None = Field(
+    train: PathText | None = Field(
         None, description="Training images of the model, to search for copies; otherwise half of DATA."
     )
     num: Annotated[Whole, Option(called="number of images", remedy="they are compared in two halves")] = Field(
@@ -243,8 +254,8 @@ class DiagnoseRequest(Request):
 class BoundRequest(Request):
     """A model whose Wasserstein bound is measured, and on how many draws."""
 
-    model: Annotated[Place, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
-    data: Place = Field(description="Images as for `encode`, best held-out ones.")
+    model: Annotated[PathText, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
+    data: PathText = Field(description="Images as for `encode`, best held-out ones.")
     out: Path | None = Field(None, description="Folder for page.html, bound.json and the charts.")
     num: Annotated[Whole, Option(called="number of images", remedy="a standard error needs two")] = Field(
         256, ge=2, description="Images to reconstruct, and draws for the loss in each bin of time."
@@ -267,7 +278,7 @@ class BoundRequest(Request):
 class BenchmarkRequest(SamplingRequest):
     """A model whose sampling is timed, and how often."""
 
-    model: Annotated[Place, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
+    model: Annotated[PathText, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
     num: Annotated[Whole, Option(called="number of images")] = Field(
         8, ge=1, description="Images of each repeat, rounded up to whole batches."
     )

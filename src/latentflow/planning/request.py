@@ -26,18 +26,23 @@ class PlanRequest(Request):
     """What to plan for, where it is not this machine and these data."""
 
     device_memory: Number | None = Field(
-        None, ge=0.001, description="Plan for a GPU with this many GiB of memory instead of this machine."
+        None, ge=0.001, le=100_000, description="Plan for a GPU with this many GiB of memory instead of this machine."
     )
     device_tflops: Number | None = Field(
         None,
         ge=0.001,
+        le=100_000,
         description="Its peak speed in TFLOP/s as the maker states it, instead of a few steps measured here.",
     )
-    processes: Whole | None = Field(None, ge=1, description="Number of processes that share a batch, one device each.")
-    images: Whole | None = Field(
-        None, ge=1, description="Number of training images, if the data are not available here."
+    processes: Whole | None = Field(
+        None, ge=1, le=1_000_000, description="Number of processes that share a batch, one device each."
     )
-    classes: Whole | None = Field(None, ge=0, description="Number of classes, if the data are not available here.")
+    images: Whole | None = Field(
+        None, ge=1, le=10**12, description="Number of training images, if the data are not available here."
+    )
+    classes: Whole | None = Field(
+        None, ge=0, le=1_000_000, description="Number of classes, if the data are not available here."
+    )
     latents: LatentShape | None = Field(
         None, description="Shape of an image's latents, such as 4x32x32, if the autoencoder is not available here."
     )

@@ -19,6 +19,7 @@ from latentflow.model.conditioning import CONDITION_NAMES, Conditioning, Conditi
 from latentflow.model.config import SamplingPreset
 from latentflow.model.flow_model import FlowModel
 from latentflow.records import Record
+from latentflow.requests import RequestError
 from latentflow.runtime import Precision, Runtime
 from latentflow.sampling.request import MOST_SEED, SampleRequest
 
@@ -109,7 +110,8 @@ def make_drawing(
     """
     last = MOST_SEED + 1 - request.num
     if request.seed > last:
-        raise ConfigError(f"seed {request.seed}: give a whole number from 0 to {last:,} for {request.num:,} images")
+        reason = f" {request.seed}: give a whole number from 0 to {last:,} for {request.num:,} images"
+        raise RequestError("seed", reason)
     seeds = range(request.seed, request.seed + request.num)
     labels = _labels(model, request, seeds, task in SEED_TASKS and not told)
     conditions: list[ConditionName] = [*(("label",) if labels else ()), *told]
@@ -179,22 +181,22 @@ def _require_effect(asked: Mapping[str, Any], sampling: SamplingPreset) -> None:
     whose = "" if "solver" in asked else ", the solver of the model's preset"
     for name in ("steps", "shift") if adaptive else ("rtol", "atol"):
         if name in asked and (name, asked[name]) != ("shift", 1):
-            raise ConfigError(
-                f"{name} {asked[name]} has no effect with {sampling.solver}{whose}: "
+            raise RequestError(
+                name,
+                f" {asked[name]} has no effect with {sampling.solver}{whose}: "
                 + (
                     "it chooses its own steps by rtol and atol; leave it out, or use a fixed-step solver such as heun"
                     if adaptive
                     else "it takes a fixed number of steps; leave it out, or choose dopri5 or bosh3"
-                )
+                ),
             )
     if sampling.guidance == 1:
         off = {"guidance_interval": (0.0, 1.0)}
         for name in ("guidance_interval", "guided_by", "guided_channels"):
             if name in asked and (name not in off or tuple(asked[name]) != off[name]):
                 value = asked[name] if isinstance(asked[name], int | str) else ",".join(map(str, asked[name]))
-                raise ConfigError(
-                    f"{name} {value} has no effect: guidance is 1, which is off; leave it out, or give guidance above 1"
-                )
+                reason = f" {value} has no effect: guidance is 1, which is off; leave it out, or give guidance above 1"
+                raise RequestError(name, reason)
 
 
 def _notice_what_is_kept(asked: Mapping[str, Any], preset: SamplingPreset, sampling: SamplingPreset) -> None:
@@ -242,8 +244,10 @@ def check_drawing(model: FlowModel, drawing: Drawing) -> None:
     is_adaptive(sampling.solver)
     check_guidance(sampling.guidance, sampling.guidance_interval, sampling.guided_channels)
     if sampling.guided_channels is not None:
-        channels = model.config.autoencoder.num_channels
-        require_count("guided_channels", sampling.guided_channels, 1, channels, f"the latents have {channels} channels")
+        asked, channels = sampling.guided_channels, model.config.autoencoder.num_channels
+        if asked > channels:
+            reason = f" {asked}: give a whole number from 1 to {channels}; the latents have {channels} channels"
+            raise RequestError("guided_channels", reason)
     if sampling.guidance != 1:
         guided_by(model, drawing)
 

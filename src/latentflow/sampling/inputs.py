@@ -32,8 +32,10 @@ def read_input(model: FlowModel, image: ImageInput) -> tuple[Tensor, dict[str, s
     """The image as the model sees it, [1, 3, S, S] uint8, and its entry in the inputs of a request.
 
     Raises:
-        DataError: it cannot be read, or is smaller than one latent pixel.
+        DataError: it is no image, cannot be read, or is smaller than one latent pixel.
     """
+    if not isinstance(image, ImageInput):
+        raise DataError(f"image {image!r:.60}: give a file or a Pillow image")
     picture = read_picture(image) if isinstance(image, str | Path) else image
     require_latent_pixel(model, picture.height, picture.width)
     pixels = square_picture(picture, model.config.image_size)

@@ -18,10 +18,30 @@ Fit = Literal["window", "whole", "native"]
 Method = Literal["condition", "replacement"]
 """How the known part of an image guides what fills its hole; see `InpaintRequest`."""
 
+
+def _seed(value: int) -> int:
+    if not 0 <= value <= MOST_SEED:
+        raise ValueError(f"give whole numbers from 0 to {MOST_SEED:,}")
+    return value
+
+
+_Seed = Annotated[Whole, AfterValidator(_seed)]
+
 _CLASSES = (
     "Names, cycled over the images: cat,dog or 'cat,\"Doe, Jane\"' where a name has a comma; or indices, '#3,#7' in "
     "quotes; 'none' ('#none' where a class is called none): unconditional."
 )
+
+
+def require_interval(times: tuple[float, float]) -> tuple[float, float]:
+    """Two times, the earlier one first.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not 0 <= times[0] <= times[1] <= 1:
+        raise ValueError("give two times from 0 to 1, the smaller one first, like 0.1,0.8")
+    return times
 
 
 def _strength(value: float) -> float:
@@ -36,7 +56,7 @@ class SamplingRequest(Request):
     guidance: Annotated[Number, Option(remedy="1 switches it off, 1.5 to 4 are usual")] | None = Field(
         default=None, ge=0, le=1000, description="Guidance scale; 1: off."
     )
-    guidance_interval: Times | None = Field(
+    guidance_interval: Annotated[Times, AfterValidator(require_interval)] | None = Field(
         default=None, description="Times between which guidance acts, for example 0.1,0.8."
     )
     guided_by: Names | None = Field(
@@ -134,7 +154,7 @@ class InterpolateRequest(SamplingRequest):
     """Frames between two seeds, and between two classes."""
 
     seeds: Annotated[
-        tuple[Whole, Whole], BeforeValidator(two_of("seeds, from and to")), FromText(pair_like("3,8", int))
+        tuple[_Seed, _Seed], BeforeValidator(two_of("seeds, from and to")), FromText(pair_like("3,8", int))
     ] = Field(default=(0, 1), description="From, to; the same seed twice to change only the class.")
     num: Annotated[Whole, Option(called="number of frames", remedy="the two ends are two of them")] = Field(
         default=9, ge=2, le=MOST_FRAMES, description="Number of frames, including both ends."
