@@ -284,8 +284,8 @@ def sampling(setting: Setting) -> dict[str, Any]:
     for run in ("cold", "warm"):
         began = time.perf_counter()
         out = folder.with_name(f"{folder.name}_{run}")
-        told = json.loads(verb("sample", folder, *asked, "--out", out, "--json", "--device", setting.device.type))
-        results[f"verb_{run}"] = {"seconds_in_all": time.perf_counter() - began, "seconds": told["seconds"]}
+        found = json.loads(verb("sample", folder, *asked, "--out", out, "--json", "--device", setting.device.type))
+        results[f"verb_{run}"] = {"seconds_in_all": time.perf_counter() - began, "seconds": found["seconds"]}
     flow = LatentFlow.from_pretrained(folder, device=setting.device)
     for run in ("cold", "warm"):
         began = time.perf_counter()
@@ -326,13 +326,13 @@ def encoding(setting: Setting) -> dict[str, Any]:
     began = time.perf_counter()
     asked = ["--autoencoder", setting.autoencoder, "--image-size", 64, "--batch-size", 4 if setting.quick else 256]
     out = setting.work / f"encoded_{os.getpid()}"
-    told = json.loads(verb("encode", images, *asked, "--out", out, "--json", "--device", setting.device.type))
+    found = json.loads(verb("encode", images, *asked, "--out", out, "--json", "--device", setting.device.type))
     seconds = time.perf_counter() - began
     return {
-        "setting": f"{told['images']} JPEGs of 72 pixels to 64, {Path(setting.autoencoder).name}",
-        "images_per_second": told["images"] / seconds,
+        "setting": f"{found['images']} JPEGs of 72 pixels to 64, {Path(setting.autoencoder).name}",
+        "images_per_second": found["images"] / seconds,
         "seconds": seconds,
-        "seconds_told": told["seconds"],
+        "seconds_told": found["seconds"],
         "seconds_of_making_the_images": making,
         "cores": os.cpu_count(),
     }

@@ -75,8 +75,8 @@ class Dummy(nn.Module):
         self.label = nn.Embedding(num_classes + 1, 1)
 
     def forward(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        told = self.label(condition.labels)[:, 0] + time
-        return latents * self.weight + told[:, None, None, None]
+        embedding = self.label(condition.labels)[:, 0] + time
+        return latents * self.weight + embedding[:, None, None, None]
 
 
 @contextmanager

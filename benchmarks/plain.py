@@ -21,7 +21,7 @@ NOMINAL = {"H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12, "A100": 311.
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the device has done all it was told."""
+    """Wait until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

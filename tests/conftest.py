@@ -7,13 +7,17 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from latentflow import console
 from latentflow.autoencoder import Autoencoder
+from latentflow.commands import plan
 from latentflow.data.sources.images import open_images
+from latentflow.planning.probe import Speed
+from latentflow.training.config import Recipe
 from tests import tiny
 from tests.tiny import write_cache
 
@@ -89,6 +93,24 @@ def cache(tmp_path_factory, images, kl) -> Path:
     folder = tmp_path_factory.mktemp("caches") / "fruit"
     write_cache(open_images(images, tiny.IMAGE_SIZE), kl, folder, flips=True, shard_size=5)
     return folder
+
+
+@pytest.fixture
+def recipe(cache, kl_folder, tmp_path) -> Callable[..., Recipe]:
+    """The tiny recipe on a latent cache, with some values changed."""
+
+    def made(**given: Any) -> Recipe:
+        data = {"path": cache, **given.pop("data", {})}
+        return tiny.recipe(data=data, autoencoder=kl_folder, out=tmp_path / "run", **given)
+
+    return made
+
+
+@pytest.fixture
+def unprobed(monkeypatch) -> None:
+    """A made-up speed for plans, in tests that are about something else."""
+    speed = Speed(0.5, 0.1, 10**9, 6e9, "nothing", True)
+    monkeypatch.setattr(plan, "probe", lambda config, runtime, **given: speed)
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,9 @@ def one_of_two(rank: int) -> Runtime:
     return Runtime(CPU.device, rank, world=2)
 
 
+LARGE_RECIPE = "imnet_f8_ditb2"
+"""For what is planned or refused before anything runs."""
+
 CLASSES = ("apple", "berry", "cherry")
 IMAGES_PER_CLASS = 6
 NUM_IMAGES = len(CLASSES) * IMAGES_PER_CLASS

@@ -115,9 +115,9 @@ def test_dit_predicts_the_noise_of_a_chain(run, tmp_path, case):
         assert error <= 2e-4
 
 
-@pytest.mark.parametrize("told", [(), ("learn_sigma=true",)])
+@pytest.mark.parametrize("extra", [(), ("learn_sigma=true",)])
 @torch.no_grad()
-def test_the_velocity_is_the_first_half_of_what_lfm_learned_with_sigma(run, tmp_path, told):
+def test_the_velocity_is_the_first_half_of_what_lfm_learned_with_sigma(run, tmp_path, extra):
     """The file's shapes say so; both halves of the last layer hold [row][column][velocity, sigma]."""
     options = {**SIZES, "input_size": 8, "label_dropout": 0.1}
     both = foreign.draw(architecture("lfm", {**options, "learn_sigma": True}))
@@ -128,7 +128,7 @@ def test_the_velocity_is_the_first_half_of_what_lfm_learned_with_sigma(run, tmp_
         for key, value in both.items()
     }
     given = [f"{key}={value}" for key, value in options.items()]
-    run("lfm", foreign.save(both, tmp_path / "both.pth"), options=[*given, *told], image_size=None)
+    run("lfm", foreign.save(both, tmp_path / "both.pth"), options=[*given, *extra], image_size=None)
     run("lfm", foreign.save(single, tmp_path / "single.pth"), tmp_path / "other", options=given, image_size=None)
     model, other = reloaded(tmp_path / "model"), reloaded(tmp_path / "other")
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([0, 2])
@@ -148,13 +148,13 @@ def test_edm_is_a_preconditioned_denoiser(run, tmp_path):
 
     inner = published.load(theirs)
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    t, told = torch.tensor([0.2, 0.5, 0.9]), Condition(torch.tensor([0, 2, 3]))
+    t, condition = torch.tensor([0.2, 0.5, 0.9]), Condition(torch.tensor([0, 2, 3]))
     sigma, data = per_image(t / (1 - t), x), 0.7
     y = x / per_image(1 - t, x)
     total = (sigma**2 + data**2).sqrt()
-    output = inner(y / total, sigma.flatten().log() / 4, told)
+    output = inner(y / total, sigma.flatten().log() / 4, condition)
     denoised = data**2 / total**2 * y + sigma * data / total * output
-    error = relative_error(model.velocity(x, t, told), (x - denoised) / per_image(t, x))
+    error = relative_error(model.velocity(x, t, condition), (x - denoised) / per_image(t, x))
     print(f"parity edm folder: largest error {error:.1e} of the largest velocity")
     assert error <= 1e-5
 
@@ -250,7 +250,7 @@ def test_the_probe_can_be_left_out(run, tmp_path):
 
 def test_a_wrong_sign_leaves_no_folder(run, tmp_path, monkeypatch):
     """A model that flows backwards is refused before anything is written."""
-    monkeypatch.setattr(FlowModel, "velocity", lambda self, x, t, told: -x)
+    monkeypatch.setattr(FlowModel, "velocity", lambda self, x, t, condition: -x)
     with pytest.raises(ArtifactError, match="its sign or its time is reversed"):
         run()
     assert not (tmp_path / "model").exists()

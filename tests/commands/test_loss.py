@@ -30,11 +30,18 @@ def test_a_row_per_set_of_conditions(folder, segmented, capsys, monkeypatch):
         assert len(row["by_time"]) == 10
 
 
+def test_any_whole_number_is_a_seed(folder, segmented, capsys, monkeypatch):
+    command = ("loss", folder, "--data", segmented, "--num", 6, "--device", "cpu", "--json", "--seed")
+    first, again, other = (run_here((*command, seed), capsys, monkeypatch) for seed in (-1, -1, 1))
+    assert (first.code, first.out) == (0, again.out), first.err
+    assert first.out != other.out
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (("--num", 0), "--num 0: give a whole number from 1"),
-        (("--seed", -1), "--seed -1: give a whole number from 0"),
+        (("--seed", 1.5), "--seed"),
         (("--data", "nowhere"), "nowhere"),
     ],
 )

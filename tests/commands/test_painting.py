@@ -230,7 +230,7 @@ def test_an_input_is_not_overwritten_by_one_of_several(paint, place):
         (("line", "line_mask"), "smaller than one latent pixel"),
         (("image", "mask", "--map", "small_map"), "28 x 26"),
         (("image", "mask", "--map", "unknown_class"), "class 3"),
-        (("image", "mask", "--map", "unknown_colours"), "of no class"),
+        (("image", "mask", "--map", "unknown_colours"), "belongs to no class"),
         (("image", "mask", "--map", "text"), "no image that Pillow can read"),
         (("image", "mask", "--map", "none.png"), "none.png does not exist"),
     ],
@@ -275,7 +275,7 @@ def test_inpaint_bad_requests(paint, leaves_nothing, model, options, said):
     ("model", "given", "said"),
     [
         ("all", ("unknown_class",), "class 3"),
-        ("all", ("unknown_colours",), "of no class"),
+        ("all", ("unknown_colours",), "belongs to no class"),
         ("all", ("text",), "no image that Pillow can read"),
         ("all", ("none.png",), "none.png does not exist"),
         ("all", (".",), "is a folder"),

@@ -1,4 +1,4 @@
-"""What is known of a checkpoint besides its weights, and the options that say it."""
+"""The facts about a checkpoint that are not in its weights, and the options that say it."""
 
 from __future__ import annotations
 

@@ -245,19 +245,19 @@ def test_report_json_is_what_was_returned(made):
 
 def test_a_repeated_call_redoes_nothing(made, kl_folder):
     out, figures = made
-    told = []
+    lines = []
     before = (out / "report.html").read_bytes()
-    assert demo(out, scale=SCALE, overrides=overrides(kl_folder), say=told.append) == figures
-    assert told == [f"{n}/{len(STAGES)} {stage.title}: done before" for n, stage in enumerate(STAGES, start=1)]
+    assert demo(out, scale=SCALE, overrides=overrides(kl_folder), say=lines.append) == figures
+    assert lines == [f"{n}/{len(STAGES)} {stage.title}: done before" for n, stage in enumerate(STAGES, start=1)]
     assert (out / "report.html").read_bytes() == before
 
 
 def test_a_lost_stage_is_done_again_with_all_that_follow(made, tmp_path, kl_folder):
     out = shutil.copytree(made[0], tmp_path / "copy")
     (out / "samples" / "guidance.png").unlink()
-    told = []
-    again = demo(out, scale=SCALE, overrides=overrides(kl_folder), say=told.append)
-    assert [text.endswith("done before") for text in told] == [True] * 4 + [False] * 5
+    lines = []
+    again = demo(out, scale=SCALE, overrides=overrides(kl_folder), say=lines.append)
+    assert [text.endswith("done before") for text in lines] == [True] * 4 + [False] * 5
     assert again.guidance.runs == made[1].guidance.runs and again.solvers.runs == made[1].solvers.runs
 
 

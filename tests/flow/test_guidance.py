@@ -49,13 +49,13 @@ def test_formula_on_all_channels_in_one_doubled_batch(scale):
     assert velocity.evaluations.tolist() == [2, 2, 2]
 
 
-@pytest.mark.parametrize(("scale", "told"), [(1.0, LABELS), (0.0, torch.full((3,), NULL))])
-def test_scales_one_and_zero_call_the_network_once(scale, told):
+@pytest.mark.parametrize(("scale", "conditions"), [(1.0, LABELS), (0.0, torch.full((3,), NULL))])
+def test_scales_one_and_zero_call_the_network_once(scale, conditions):
     network, velocity = guided(scale)
-    assert torch.equal(velocity(X, TIME), velocity_of(told))
+    assert torch.equal(velocity(X, TIME), velocity_of(conditions))
     ((latents, _, labels),) = network.calls
     assert torch.equal(latents, X)
-    assert torch.equal(labels, told)
+    assert torch.equal(labels, conditions)
     assert velocity.evaluations.tolist() == [1, 1, 1]
 
 

@@ -159,10 +159,10 @@ def test_fixed_steps_never_wait_for_the_device(solver, guidance, composed):
         return latents * condition.labels[:, None, None, None] + time[:, None, None, None]
 
     x = torch.empty(3, 4, 2, 2, device="meta")
-    told, null = (Condition(labels=torch.empty(3, dtype=torch.int64, device="meta")) for _ in range(2))
-    velocity = ConditionedVelocity(network, told, null, *guidance)
+    conditions, null = (Condition(labels=torch.empty(3, dtype=torch.int64, device="meta")) for _ in range(2))
+    velocity = ConditionedVelocity(network, conditions, null, *guidance)
     if composed == "blended":
-        velocity = BlendedVelocity(velocity, ConditionedVelocity(network, told), x[:, 0, 0, 0])
+        velocity = BlendedVelocity(velocity, ConditionedVelocity(network, conditions), x[:, 0, 0, 0])
     if composed == "known region":
         velocity = KnownRegionVelocity(velocity, CosinePath(), x, x, x[:, :1])
     with watched() as waits:
@@ -180,7 +180,7 @@ def test_an_adaptive_step_waits_once(solver, monkeypatch):
     """For its error, whatever the guidance: all that is asked of the device comes back in one piece."""
     reads, fetch = [], torch.Tensor.cpu
     null = Condition(labels=torch.zeros(4, dtype=torch.int64))
-    velocity = ConditionedVelocity(lambda x, t, told: wavy(x, t), null, null, 2.0, (0.2, 0.6))
+    velocity = ConditionedVelocity(lambda x, t, conditions: wavy(x, t), null, null, 2.0, (0.2, 0.6))
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: reads.append(tensor.dim()) or fetch(tensor))
     solution = integrate(velocity, start(4, torch.float32), ENDS, solver=solver, rtol=1e-3, atol=1e-3)
     assert reads.count(2) == 2 + (solution.steps + solution.rejected).max()  # two for the size of the first step

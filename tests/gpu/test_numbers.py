@@ -40,20 +40,20 @@ def test_uniform_numbers_are_the_same_to_the_bit(device):
 
 @pytest.mark.parametrize("conditioning", [{}, tiny.SPATIAL], ids=["labels", "everything"])
 def test_velocities_agree(device, kl, conditioning):
-    """In IEEE float32, for all that a model may be told."""
+    """In IEEE float32, for every condition that a model can have."""
     model = tiny.model(kl, conditioning=conditioning)
     random = torch.Generator().manual_seed(0)
     latents = torch.randn(3, *model.config.latent_shape, generator=random)
     time = torch.tensor([0.1, 0.5, 0.9])
-    told = {"labels": torch.tensor([0, 2, 3])}
+    conditions = {"labels": torch.tensor([0, 2, 3])}
     if conditioning:
-        told["masked_latents"] = torch.randn(latents.shape, generator=random)
-        told["mask"] = torch.rand(3, 1, *latents.shape[2:], generator=random)
-        told["class_fractions"] = torch.rand(3, 3, *latents.shape[2:], generator=random)
-    here = model.velocity(latents, time, model.config.conditioning.build(latents.shape, "cpu", Condition(**told)))
+        conditions["masked_latents"] = torch.randn(latents.shape, generator=random)
+        conditions["mask"] = torch.rand(3, 1, *latents.shape[2:], generator=random)
+        conditions["class_fractions"] = torch.rand(3, 3, *latents.shape[2:], generator=random)
+    here = model.velocity(latents, time, model.config.conditioning.build(latents.shape, "cpu", Condition(**conditions)))
     model.to(Runtime(torch.device(device), precision="fp32"))
-    told = {name: value.to(device) for name, value in told.items()}
-    condition = model.config.conditioning.build(latents.shape, device, Condition(**told))
+    conditions = {name: value.to(device) for name, value in conditions.items()}
+    condition = model.config.conditioning.build(latents.shape, device, Condition(**conditions))
     there = model.velocity(latents.to(device), time.to(device), condition).cpu()
     torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-5)
 

@@ -95,7 +95,7 @@ def test_fields_get_the_dtype_of_training():
 
 
 @pytest.mark.parametrize(
-    ("told", "name", "said"),
+    ("conditions", "name", "said"),
     [
         (Conditioning(), "labels", "it is unconditional"),
         (ANIMALS, "mask", "not trained with the condition inpainting; it is conditioned on label"),
@@ -107,9 +107,9 @@ def test_fields_get_the_dtype_of_training():
         ),
     ],
 )
-def test_a_condition_that_the_model_does_not_have_is_refused(told, name, said):
+def test_a_condition_that_the_model_does_not_have_is_refused(conditions, name, said):
     with pytest.raises(ConfigError, match=said):
-        told.build((2, *LATENTS), "cpu", Condition(**{name: given(2)[name]}))
+        conditions.build((2, *LATENTS), "cpu", Condition(**{name: given(2)[name]}))
 
 
 def test_require_and_can_guide():
@@ -149,14 +149,14 @@ def test_a_rate_of_zero_drops_nothing_and_draws_as_many_numbers():
 
 @pytest.mark.parametrize("kinds", [[], ["label"], ["inpainting"], ["semantic_map"], list(CONDITION_NAMES)])
 def test_dropping_puts_nulls_in_those_rows_and_nowhere_else(kinds):
-    told = ALL.build((4, *LATENTS), "cpu", Condition(**given(4)))
+    conditions = ALL.build((4, *LATENTS), "cpu", Condition(**given(4)))
     rows = {kind: torch.arange(4) % (2 + place) == 0 for place, kind in enumerate(kinds)}
-    changed = ALL.drop(told, rows)
+    changed = ALL.drop(conditions, rows)
     for kind, names in FIELDS.items():
         expected = rows.get(kind, torch.zeros(4, dtype=torch.bool))
         for name in names:
             assert torch.equal(is_null(changed, name), expected)
-            assert torch.equal(getattr(changed, name)[~expected], getattr(told, name)[~expected])
+            assert torch.equal(getattr(changed, name)[~expected], getattr(conditions, name)[~expected])
 
 
 def test_without_all_conditions_everything_is_null():

@@ -35,25 +35,6 @@ NETWORKS = {
     "modern": {**tiny.RECIPE["network"], "variant": "modern"},
     "unet": {"kind": "unet", "variant": "ncsn++", "channels": 8, "multipliers": [1, 2], "norm_groups": 4},
 }
-LARGE = "imnet_f8_ditb2"
-
-
-@pytest.fixture
-def unprobed(monkeypatch) -> None:
-    """Take a speed from the air, where it is not what the test is about."""
-    speed = Speed(0.5, 0.1, 10**9, 6e9, "nothing", True)
-    monkeypatch.setattr(plan_module, "probe", lambda config, runtime, **given: speed)
-
-
-@pytest.fixture
-def recipe(cache, kl_folder, tmp_path):
-    """The tiny recipe on a latent cache, with some values changed."""
-
-    def made(**given) -> Recipe:
-        data = {"path": cache, **given.pop("data", {})}
-        return tiny.recipe(data=data, autoencoder=kl_folder, out=tmp_path / "run", **given)
-
-    return made
 
 
 def planned(recipe: Recipe | str, *overrides: str, **options) -> Plan:
@@ -164,17 +145,17 @@ def test_published_autoencoders_are_of_known_sizes(shared):
 
 @pytest.mark.usefixtures("unprobed")
 def test_what_is_assumed_may_be_said():
-    found = planned(LARGE, images=5000, classes=3, latents=(16, 64, 64))
+    found = planned(tiny.LARGE_RECIPE, images=5000, classes=3, latents=(16, 64, 64))
     assert found.subject.config.latent_shape == (16, 64, 64)
     assert found.subject.config.conditioning.num_classes == 3
     assert found.subject.data.num_images == 5000
-    fewer = planned(LARGE, classes=2, latents=(16, 64, 64)).num_parameters
+    fewer = planned(tiny.LARGE_RECIPE, classes=2, latents=(16, 64, 64)).num_parameters
     assert found.num_parameters - fewer == 768  # one row of the labels' embedding
 
 
 @pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize("memory", [24, 40, 80])
-@pytest.mark.parametrize("name", [LARGE, "celeb512_f8_adm", "ffhq_f8_dit"])
+@pytest.mark.parametrize("name", [tiny.LARGE_RECIPE, "celeb512_f8_adm", "ffhq_f8_dit"])
 def test_what_is_advised_fits(name, memory):
     """Each line of advice, followed, makes a plan that fits; and so does every larger micro-batch not."""
     found = planned(name, "training.preview_every=0", device_memory=memory)
@@ -203,7 +184,7 @@ def test_a_network_that_fits_nowhere_has_a_smaller_one_named():
 
 @pytest.mark.usefixtures("unprobed")
 def test_processes_share_a_batch():
-    one, four = (planned(LARGE, processes=number, device_memory=80) for number in (1, 4))
+    one, four = (planned(tiny.LARGE_RECIPE, processes=number, device_memory=80) for number in (1, 4))
     assert four.memory.share * 4 == one.memory.share == 1280
     assert four.memory.exact == one.memory.exact
     assert four.memory.kept("none") * 4 == one.memory.kept("none")
@@ -260,7 +241,7 @@ def test_a_small_network_is_probed_as_it_is(recipe):
 
 @pytest.mark.usefixtures("unprobed")
 def test_data_that_went_missing_are_assumed(tmp_path):
-    found = planned(LARGE, f"data.path={tmp_path / 'gone'}")
+    found = planned(tiny.LARGE_RECIPE, f"data.path={tmp_path / 'gone'}")
     assert "gone is not there" in found.subject.assumed[0]
     with pytest.raises(ConfigError, match="no semantic maps"):
         planned("semantic_kl", f"data.path={tiny.write_images(tmp_path / 'flat')}")

@@ -39,15 +39,17 @@ def given(num_images: int, seed: int = 0) -> Given:
     )
 
 
-def request(model: LatentFlow, num: int, told: list[str] = EVERYTHING, **preset) -> Drawing:
-    classes = ["cherry", "apple"] if "label" in told else []
+def request(model: LatentFlow, num: int, conditions: list[str] = EVERYTHING, **preset) -> Drawing:
+    classes = ["cherry", "apple"] if "label" in conditions else []
     return make_drawing(
-        model, SampleRequest(num=num, classes=classes, **preset), told=[name for name in told if name != "label"]
+        model,
+        SampleRequest(num=num, classes=classes, **preset),
+        conditions=[name for name in conditions if name != "label"],
     )
 
 
-def only_some(told: list[str], whole: Given) -> Given:
-    fields = [name for kind in told for name in FIELDS[kind] if name != "labels"]
+def only_some(conditions: list[str], whole: Given) -> Given:
+    fields = [name for kind in conditions for name in FIELDS[kind] if name != "labels"]
     return Given(**{name: getattr(whole, name) for name in fields})
 
 
@@ -100,14 +102,14 @@ def test_each_image_has_its_own_conditions(model):
 def test_conditions_that_are_not_given_are_null(model):
     """As training puts it: null label, latents 0, mask 1, shares 0."""
     nulls = {"labels": 3, "masked_latents": 0, "mask": 1, "class_fractions": 0}
-    for told in ([], ["label"], ["inpainting"], ["semantic_map"], EVERYTHING):
-        asked = request(model, 2, told)
-        part = only_some(told, given(2)).on(model.device, 2)
+    for conditions in ([], ["label"], ["inpainting"], ["semantic_map"], EVERYTHING):
+        asked = request(model, 2, conditions)
+        part = only_some(conditions, given(2)).on(model.device, 2)
         velocity = conditioned_velocity(model, asked, part, (2, *LATENTS))
         for kind, names in FIELDS.items():
             for name in names:
                 value = getattr(velocity.condition, name)
-                if kind not in told:
+                if kind not in conditions:
                     assert (value == nulls[name]).all()
                 else:
                     expected = torch.tensor([2, 0]) if name == "labels" else getattr(given(2), name)
@@ -131,10 +133,10 @@ def test_no_class_draws_unconditionally(kl, nobody):
 
 
 def test_classes_of_a_model_with_spatial_conditions(model):
-    """All classes in turn where nothing else is told, as ever; none where space is told."""
+    """Without spatial conditions the classes of the seeds; with them no class."""
     assert make_drawing(model, SampleRequest(num=4)).labels == [0, 1, 2, 0]
-    assert make_drawing(model, SampleRequest(num=4), told=SPACE).labels == []
-    assert make_drawing(model, SampleRequest(num=4, classes=["berry"]), told=SPACE).told == ["label", *SPACE]
+    assert make_drawing(model, SampleRequest(num=4), conditions=SPACE).labels == []
+    assert make_drawing(model, SampleRequest(num=4, classes=["berry"]), conditions=SPACE).told == ["label", *SPACE]
 
 
 def test_noise_in_place_of_the_seeds_own(model):
@@ -164,7 +166,7 @@ def test_guidance_leads_away_from_the_null_condition(model, by):
     condition = velocity.condition
     null = model.config.conditioning.without(condition, by or EVERYTHING)
     x, time = torch.randn(2, *LATENTS, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.8])
-    cond, without = (model.velocity(x, time, told) for told in (condition, null))
+    cond, without = (model.velocity(x, time, each) for each in (condition, null))
     torch.testing.assert_close(velocity(x, time), without + scale * (cond - without), rtol=0, atol=1e-4)
     assert (cond - without).abs().max() > 0.01
     assert velocity.evaluations.tolist() == [2, 2]
@@ -185,18 +187,18 @@ def test_guidance_by_each_condition_gives_another_picture(model):
     assert torch.equal(by_default.latents, drawn[tuple(EVERYTHING)])
 
 
-@pytest.mark.parametrize("told", [["label"], ["inpainting"], SPACE, EVERYTHING])
-def test_by_default_all_given_conditions_guide(model, told):
-    assert guided_by(model, request(model, 2, told, guidance=2.0)) == told
-    assert guided_by(model, request(model, 2, told, guidance=2.0, guided_by=[])) == told
+@pytest.mark.parametrize("conditions", [["label"], ["inpainting"], SPACE, EVERYTHING])
+def test_by_default_all_given_conditions_guide(model, conditions):
+    assert guided_by(model, request(model, 2, conditions, guidance=2.0)) == conditions
+    assert guided_by(model, request(model, 2, conditions, guidance=2.0, guided_by=[])) == conditions
     never = tiny.model(model.autoencoder, conditioning={**tiny.SPATIAL, "inpainting_dropout": 0.0})
-    if "inpainting" in told and len(told) > 1:
-        rest = [name for name in told if name != "inpainting"]
-        assert guided_by(never, request(never, 2, told, guidance=2.0)) == rest
+    if "inpainting" in conditions and len(conditions) > 1:
+        rest = [name for name in conditions if name != "inpainting"]
+        assert guided_by(never, request(never, 2, conditions, guidance=2.0)) == rest
 
 
 @pytest.mark.parametrize(
-    ("made", "told", "by", "said"),
+    ("made", "conditions", "by", "said"),
     [
         (
             {},
@@ -222,10 +224,10 @@ def test_by_default_all_given_conditions_guide(model, told):
         ),
     ],
 )
-def test_guidance_that_means_nothing_is_refused(kl, made, told, by, said):
+def test_guidance_that_means_nothing_is_refused(kl, made, conditions, by, said):
     model = tiny.model(kl, conditioning={**tiny.SPATIAL, **made})
     with pytest.raises(ConfigError) as caught:
-        request(model, 2, told, guidance=2.0, guided_by=by)
+        request(model, 2, conditions, guidance=2.0, guided_by=by)
     assert said in str(caught.value)
 
 
@@ -251,4 +253,4 @@ def test_a_condition_that_was_never_dropped_must_be_given(kl, missing, said):
 @pytest.mark.parametrize("kind", SPACE)
 def test_a_condition_that_the_model_has_not_is_refused(kl, kind):
     with pytest.raises(ConfigError, match=f"not trained with the condition {kind}; it is conditioned on label"):
-        make_drawing(tiny.model(kl), SampleRequest(num=1), told=[kind])
+        make_drawing(tiny.model(kl), SampleRequest(num=1), conditions=[kind])

@@ -28,7 +28,7 @@ def model(kl, monkeypatch):
 def calls_of(model, monkeypatch) -> list[int]:
     """The sizes of the batches that the network is called for, as they come."""
     sizes, forward = [], model.network.forward
-    monkeypatch.setattr(model.network, "forward", lambda x, *told: sizes.append(len(x)) or forward(x, *told))
+    monkeypatch.setattr(model.network, "forward", lambda x, *rest: sizes.append(len(x)) or forward(x, *rest))
     return sizes
 
 

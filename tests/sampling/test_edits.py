@@ -147,8 +147,8 @@ def test_velocities_are_mixed_in_proportion(kl):
 )
 def test_the_ends_are_plain_samples(model, seeds, classes, ends):
     drawn = model.interpolate(seeds=seeds, classes=classes, num=3, steps=4)
-    for row, seed, told in ((0, seeds[0], ends[0]), (2, seeds[1], ends[1])):
-        close(drawn.latents[row], model.sample(seed=seed, classes=told, steps=4).latents[0])
+    for row, seed, classes in ((0, seeds[0], ends[0]), (2, seeds[1], ends[1])):
+        close(drawn.latents[row], model.sample(seed=seed, classes=classes, steps=4).latents[0])
     assert (drawn.latents[1] - drawn.latents[0]).abs().max() > 0.1
     assert (drawn.latents[1] - drawn.latents[2]).abs().max() > 0.1
 
@@ -194,10 +194,10 @@ def test_variation_seeds_are_fixed():
     assert [variation_seed(5, number) for number in range(3)] == [1590563709, 2049325538, 3408987535]
 
 
-@pytest.mark.parametrize("told", [{}, {"classes": []}, {"classes": "cherry"}, {"classes": [1]}])
-def test_no_variation_is_the_picture_itself(model, told):
-    own = model.sample(seed=4, **told).latents
-    close(model.vary(seed=4, num=2, amount=0.0, **told).latents, own.expand(2, -1, -1, -1))
+@pytest.mark.parametrize("asked", [{}, {"classes": []}, {"classes": "cherry"}, {"classes": [1]}])
+def test_no_variation_is_the_picture_itself(model, asked):
+    own = model.sample(seed=4, **asked).latents
+    close(model.vary(seed=4, num=2, amount=0.0, **asked).latents, own.expand(2, -1, -1, -1))
 
 
 def test_more_variation_is_farther_away(model):
@@ -256,11 +256,11 @@ def test_a_png_holds_what_draws_it_again(model, photo, tmp_path):
         assert len(set(files)) == 5
         for row in (0, 3):
             with Image.open(files[row]) as image:
-                told = json.loads(image.text["latentflow"])
+                stored = json.loads(image.text["latentflow"])
                 pixels = np.array(image).astype(int)
-            assert told["task"] == task
-            assert told["evaluations"] == drawn.evaluations[row]
-            request = Drawing.model_validate({key: told[key] for key in Drawing.model_fields})
+            assert stored["task"] == task
+            assert stored["evaluations"] == drawn.evaluations[row]
+            request = Drawing.model_validate({key: stored[key] for key in Drawing.model_fields})
             again = draw_all(model, request, given.get(task, Given()))
             close(again.latents[0], drawn.latents[row])
             assert np.abs(np.array(again.images[0]).astype(int) - pixels).max() <= 1

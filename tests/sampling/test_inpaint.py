@@ -142,18 +142,18 @@ def test_files_keep_the_form_of_the_image_and_its_known_numbers(model, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "image, kind, told",
+    "image, kind, conditions",
     [
         (Image.new("CMYK", (41, 23), (9, 80, 120, 30)), "JPEG", "its CMYK colours"),
         (Image.new("RGB", (41, 23), (9, 80, 120)), "PNG", ""),
     ],
 )
-def test_what_a_png_cannot_keep_is_announced(model, tmp_path, caplog, monkeypatch, image, kind, told):
+def test_what_a_png_cannot_keep_is_announced(model, tmp_path, caplog, monkeypatch, image, kind, conditions):
     monkeypatch.setattr("latentflow.console._printed", set())
     image.save(tmp_path / "in", kind)
     model.inpaint(tmp_path / "in", middle(23, 41))
     messages = [record.message for record in caplog.records if "does not keep" in record.message]
-    assert messages == ([f"the result does not keep all of {tmp_path / 'in'}: {told}"] if told else [])
+    assert messages == ([f"the result does not keep all of {tmp_path / 'in'}: {conditions}"] if conditions else [])
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -345,9 +345,9 @@ def test_a_hairline_on_a_large_image_is_part_of_the_mask(model):
     model.conditions.clear()
     result = model.inpaint(image, mask)
     assert (pixels_of(result)[0] == image)[mask == 0].all()
-    told = model.conditions[0].mask[0, 0]
-    assert (told.diagonal() > 0).all()
-    assert (told[200 * 8 // 300] > 0).all()
+    conditions = model.conditions[0].mask[0, 0]
+    assert (conditions.diagonal() > 0).all()
+    assert (conditions[200 * 8 // 300] > 0).all()
 
 
 def test_scaling_keeps_plain_colours_plain():
@@ -389,7 +389,7 @@ def test_the_condition_is_that_of_training(model, segmented):
             times=TrainingTimes(),
             batch_size=1,
             seed=seed,
-            told=CONDITION_NAMES,
+            conditions=CONDITION_NAMES,
         )
         item = source[int(batch.indices[0])]
         mask = draw_mask(rules, SIZE, SIZE, derive_seed(seed, "mask", position))
@@ -587,10 +587,10 @@ def test_what_the_png_says_draws_it_again(model, tmp_path):
 @pytest.mark.parametrize("guided_by", ["inpainting", "label", "semantic_map"])
 def test_guidance_by_each_condition(model, guided_by):
     image, mask = picture(16, 16), middle(16, 16)
-    told = {"classes": ["apple"], "semantic_map": np.ones((16, 16), np.uint8)}
-    plain = model.inpaint(image, mask, **told)
+    conditions = {"classes": ["apple"], "semantic_map": np.ones((16, 16), np.uint8)}
+    plain = model.inpaint(image, mask, **conditions)
     model.conditions.clear()
-    guided = model.inpaint(image, mask, **told, guidance=3.0, guided_by=[guided_by])
+    guided = model.inpaint(image, mask, **conditions, guidance=3.0, guided_by=[guided_by])
     assert plain.evaluations.tolist() == [2]
     assert guided.evaluations.tolist() == [4]
     assert (plain.pixels != guided.pixels).any()
@@ -671,7 +671,7 @@ def test_requests_that_are_refused(model, request_, message):
         (Image.fromarray(np.ones((16, 16), np.float32)), middle(16, 16), None, "mode F have no defined white"),
         (picture(16, 16), middle(16, 16), np.zeros((16, 20), np.uint8), "20 x 16"),
         (picture(16, 16), middle(16, 16), np.full((16, 16), 3), "class 3"),
-        (picture(16, 16), middle(16, 16), Image.new("RGB", (16, 16), (1, 2, 3)), "of no class"),
+        (picture(16, 16), middle(16, 16), Image.new("RGB", (16, 16), (1, 2, 3)), "belongs to no class"),
     ],
 )
 def test_images_masks_and_maps_that_are_refused(model, image, mask, semantic_map, message):

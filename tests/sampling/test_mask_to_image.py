@@ -89,11 +89,11 @@ def test_the_condition_is_that_of_training(model, segmented):
         in_training.append(condition)
         return torch.zeros_like(x)
 
-    chosen = {"times": TrainingTimes(), "batch_size": 1, "seed": 3, "told": CONDITION_NAMES}
+    chosen = {"times": TrainingTimes(), "batch_size": 1, "seed": 3, "conditions": CONDITION_NAMES}
     training_step(model, network, batch, **chosen)
     file = (segmented / "masks" / source.name(int(batch.indices[0]))).with_suffix(".png")
-    told = told_fractions(model, file, classes=[int(batch.labels[0])])
-    assert torch.equal(told, in_training[0].class_fractions[0])
+    conditions = told_fractions(model, file, classes=[int(batch.labels[0])])
+    assert torch.equal(conditions, in_training[0].class_fractions[0])
     assert torch.equal(model.conditions[0].labels, in_training[0].labels)
     assert model.conditions[0].mask.min() == 1  # no known part, as it is dropped in training
     assert model.conditions[0].masked_latents.abs().max() == 0
@@ -114,9 +114,9 @@ def test_unlabelled_pixels_say_nothing(model):
     indices = np.zeros((SIZE, SIZE), np.uint8)
     indices[:, : SIZE // 2] = UNLABELLED
     indices[0, 0] = 2
-    told = told_fractions(model, indices)
-    assert told[:, :, : SIZE // FACTOR // 2].sum() == 1 / FACTOR**2
-    assert (told[0, :, SIZE // FACTOR // 2 :] == 1).all()
+    conditions = told_fractions(model, indices)
+    assert conditions[:, :, : SIZE // FACTOR // 2].sum() == 1 / FACTOR**2
+    assert (conditions[0, :, SIZE // FACTOR // 2 :] == 1).all()
     silent = model.mask_to_image(np.full((SIZE, SIZE), UNLABELLED, np.uint8), seed=4)
     assert torch.equal(silent.pixels, model.sample(num=1, classes=[], seed=4).pixels)
 
@@ -214,7 +214,7 @@ def test_a_map_that_was_never_dropped_cannot_guide(kl):
         (np.zeros((16, 16)), "float64"),
         (np.zeros((16, 16), bool), "bool"),
         (np.zeros((1, 16), np.uint8), "smaller than one latent pixel"),
-        (Image.new("RGB", (16, 16), (1, 2, 3)), "of no class"),
+        (Image.new("RGB", (16, 16), (1, 2, 3)), "belongs to no class"),
         (Image.new("RGBA", (16, 16), (*tiny.MAP_PALETTE[0], 90)), "not opaque"),
         (Image.new("F", (16, 16)), "mode F"),
     ],

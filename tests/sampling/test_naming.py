@@ -26,8 +26,8 @@ NAMES = ("cat", "dog", "and/or", "owl")
     ],
 )
 def test_a_picture_is_called_by_class_and_seed(of, name):
-    told = ["label"] if "labels" in of else []
-    assert picture_name(Drawing(seeds=[17], told=told, **of), NAMES) == name
+    conditions = ["label"] if "labels" in of else []
+    assert picture_name(Drawing(seeds=[17], told=conditions, **of), NAMES) == name
 
 
 def test_a_picture_says_its_classes_by_name():

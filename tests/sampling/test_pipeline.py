@@ -553,12 +553,12 @@ def test_a_png_holds_its_request_and_can_be_made_again(model, tmp_path):
     ]
     for row, file in enumerate(files):
         with Image.open(file) as image:
-            told = json.loads(image.text["latentflow"])
+            stored = json.loads(image.text["latentflow"])
             pixels = np.array(image)
         assert (pixels == drawn.pixels[row].permute(1, 2, 0).numpy()).all()
-        assert told["class_name"] == ("cherry", "apple", "cherry")[row]
-        assert told["evaluations"] == drawn.evaluations[row]
-        again = Drawing.model_validate({key: told[key] for key in Drawing.model_fields})
+        assert stored["class_name"] == ("cherry", "apple", "cherry")[row]
+        assert stored["evaluations"] == drawn.evaluations[row]
+        again = Drawing.model_validate({key: stored[key] for key in Drawing.model_fields})
         assert again.seeds == [40 + row]
         assert again.sampling == drawn.drawing.sampling
         redrawn = join_samples(list(draw(model, again)))

@@ -82,12 +82,12 @@ def test_what_the_rows_show(kl, images, tmp_path):
         "inpainting": {"masked_latents": known, "mask": batch.mask},
         "semantic_map": {"class_fractions": batch.class_fractions},
     }
-    for row, told in zip(rows[3:], [["label"], ["inpainting"], ["semantic_map"], list(parts)], strict=True):
-        labels = batch.labels.tolist() if "label" in told else []
-        request = Drawing(seeds=range(COLUMNS), labels=labels, told=told, sampling=model.config.sampling)
-        given = Given(**{key: value for name in told for key, value in parts[name].items()})
+    for row, conditions in zip(rows[3:], [["label"], ["inpainting"], ["semantic_map"], list(parts)], strict=True):
+        labels = batch.labels.tolist() if "label" in conditions else []
+        request = Drawing(seeds=range(COLUMNS), labels=labels, told=conditions, sampling=model.config.sampling)
+        given = Given(**{key: value for name in conditions for key, value in parts[name].items()})
         drawn = draw_all(model, request, given, batch_size=COLUMNS)
-        assert torch.equal(row, drawn.pixels), told
+        assert torch.equal(row, drawn.pixels), conditions
 
 
 def test_the_preview_of_a_cache_shows_its_holes(kl, segmented_cache, tmp_path):
@@ -134,14 +134,14 @@ def test_maps_are_shown_in_the_colours_of_their_classes():
 class Together(Runtime):
     """One of several processes that are called one after another, the first one last."""
 
-    told: ClassVar[list[torch.Tensor]] = []
+    gathered: ClassVar[list[torch.Tensor]] = []
 
     def sum(self, tensor):
         return tensor
 
     def gather(self, tensor):
-        self.told.append(tensor)
-        return torch.cat(self.told[::-1]) if self.is_main else torch.cat([tensor] * self.world)
+        self.gathered.append(tensor)
+        return torch.cat(self.gathered[::-1]) if self.is_main else torch.cat([tensor] * self.world)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -157,7 +157,7 @@ def test_processes_share_the_seeds(kl, images, tmp_path, world, monkeypatch):
         return draw(model, part, *given, **options)
 
     monkeypatch.setattr(preview_module, "draw", draws)
-    Together.told = []
+    Together.gathered = []
     for rank in reversed(range(world)):
         assert not shared.exists()
         save_preview(model, model.network.state_dict(), images, shared, Together(model.device, rank, world), 4)
@@ -170,7 +170,7 @@ def test_processes_share_the_seeds(kl, images, tmp_path, world, monkeypatch):
 def test_what_goes_wrong_in_one_process_ends_all(kl, images, tmp_path, monkeypatch):
     model = tiny.model(kl)
     monkeypatch.setattr(Together, "sum", lambda self, tensor: tensor + 1)
-    Together.told = []
+    Together.gathered = []
     with pytest.raises(NonFiniteError, match="another process could not draw"):
         save_preview(model, model.network.state_dict(), images, tmp_path / "grid.png", Together(model.device, 1, 2), 4)
 
@@ -243,6 +243,6 @@ def test_a_preset_that_takes_long_is_not_previewed(kl, preset, drawn_by, caplog)
 def test_a_preview_is_drawn_in_batches_of_training(kl, images, tmp_path, monkeypatch):
     model, sizes = tiny.model(kl), []
     network = model.network.forward
-    monkeypatch.setattr(model.network, "forward", lambda x, *told: sizes.append(len(x)) or network(x, *told))
+    monkeypatch.setattr(model.network, "forward", lambda x, *rest: sizes.append(len(x)) or network(x, *rest))
     save_preview(model, model.network.state_dict(), images, tmp_path / "grid.png", model.runtime, 5)
     assert set(sizes) == {5, 2}

@@ -54,7 +54,10 @@ def test_times_are_spread_evenly_in_every_batch(model, segmented, steps, batch_s
 
 
 def test_conditions_change_only_the_velocity(model, segmented, steps):
-    losses = {tuple(told): of(model, segmented, told).loss for told in condition_sets(model.config.conditioning)}
+    losses = {
+        tuple(conditions): of(model, segmented, conditions).loss
+        for conditions in condition_sets(model.config.conditioning)
+    }
     assert list(losses) == [(), ("label",), ("inpainting",), ("semantic_map",), ("label", "inpainting", "semantic_map")]
     assert len(set(losses.values())) == 5
     times = [torch.cat([steps[place][1], steps[place + 1][1]]) for place in range(0, 10, 2)]

@@ -81,7 +81,7 @@ def test_training_and_sampling_tell_the_network_the_same(model, pictures, monkey
     images = stream(pictures, flip=False, holes=MaskRules())
     (index,) = images.indices_at([4])
     item = pictures[index]
-    _, trained = step(model, images, [4], told=EVERYTHING)
+    _, trained = step(model, images, [4], conditions=EVERYTHING)
     (hole,) = holes
     assert trained.condition.labels.tolist() == [item.label]
 
@@ -96,7 +96,7 @@ def test_training_and_sampling_tell_the_network_the_same(model, pictures, monkey
         model.mask_to_image(item.semantic_map, num=2, steps=1, classes=[label])
     same(trained.condition, filling.condition, "labels", "masked_latents", "mask", "class_fractions")
     same(trained.condition, painting.condition, "labels", "class_fractions")
-    _, from_images = step(model, images, [4], told=["label", "semantic_map"])
+    _, from_images = step(model, images, [4], conditions=["label", "semantic_map"])
     same(from_images.condition, painting.condition, "labels", "masked_latents", "mask", "class_fractions")
     assert trained.condition.masked_latents.std() > 0.05
     assert 0 < trained.condition.mask.mean() < 1
@@ -110,7 +110,7 @@ def test_each_image_has_the_conditions_that_are_not_dropped(model, pictures, seg
         images = stream(LatentCache(segmented_cache), cached_holes=True)
     positions = list(range(48))
     _, heard = step(model, images, positions)
-    _, whole = step(model, images, positions, told=EVERYTHING)
+    _, whole = step(model, images, positions, conditions=EVERYTHING)
     random = ImageRandom.at(7, "step", positions)
     random.uniform(), random.normal(4, 8, 8), random.normal(4, 8, 8)  # time, posterior, noise
     dropped = model.config.conditioning.draw_dropped(random)
@@ -127,14 +127,17 @@ def test_each_image_has_the_conditions_that_are_not_dropped(model, pictures, seg
 def test_every_image_has_the_given_conditions(model, pictures):
     """Time, data and noise stay as they are."""
     images, positions = stream(pictures, holes=MaskRules()), list(range(4))
-    results = {told: step(model, images, positions, told=told) for told in ((), ("inpainting",), EVERYTHING)}
-    for told, (result, heard) in results.items():
+    results = {
+        conditions: step(model, images, positions, conditions=conditions)
+        for conditions in ((), ("inpainting",), EVERYTHING)
+    }
+    for conditions, (result, heard) in results.items():
         assert torch.equal(result.time, results[()][0].time)
         assert torch.equal(heard.calls[0][0], results[()][1].calls[0][0])
         for kind, names in FIELDS.items():
             for name in names:
                 is_null = (getattr(heard.condition, name) == NULLS[name]).reshape(4, -1).all(1)
-                assert is_null.tolist() == [kind not in told] * 4, (kind, name, told)
+                assert is_null.tolist() == [kind not in conditions] * 4, (kind, name, conditions)
     assert not torch.equal(results[()][0].loss, results[EVERYTHING][0].loss)
 
 
@@ -143,11 +146,11 @@ def test_known_pixels_and_moments_give_the_same_latents(model, pictures, segment
     cache = LatentCache(segmented_cache)
     images = stream(cache, cached_holes=True)
     batch = images.at([2, 9]).to("cpu")
-    _, heard = step(model, images, [2, 9], told=EVERYTHING)
+    _, heard = step(model, images, [2, 9], conditions=EVERYTHING)
     expected = (batch.known_moments[:, :4] - 0.1) * 0.5  # the autoencoder's shift and scaling factors
     torch.testing.assert_close(heard.condition.masked_latents, expected)
     fresh = stream(pictures, holes=MaskRules())
-    _, heard = step(model, fresh, [2, 9], told=EVERYTHING)
+    _, heard = step(model, fresh, [2, 9], conditions=EVERYTHING)
     hidden = fresh.__getitems__([2, 9]).known_pixels
     mode = model.autoencoder.encode(to_unit_range(hidden))[:, :4]
     torch.testing.assert_close(heard.condition.masked_latents, (mode - 0.1) * 0.5)

@@ -1,4 +1,4 @@
-"""A model from a published network, its weights and what is known of its training."""
+"""A model from a published network, its weights and the facts of its training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of a foreign checkpoint besides its weights: its network, its path, and how it was sampled."""
+"""The facts about a foreign checkpoint that are not in its weights: network, path, and sampler."""
 
 from __future__ import annotations
 

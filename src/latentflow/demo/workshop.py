@@ -62,7 +62,7 @@ class Workshop:
             given, conditions: conditions other than the class, and their names.
             request: fields of `SampleRequest`.
         """
-        drawing = make_drawing(self.model, SampleRequest(num=num, **request), told=conditions)
+        drawing = make_drawing(self.model, SampleRequest(num=num, **request), conditions=conditions)
         with image_progress("sampling", num) as on_images:
             return draw_all(self.model, drawing, given or Given(), batch_size=BATCH, on_images=on_images)
 

@@ -192,7 +192,7 @@ def _drawing(model: FlowModel, request: BenchmarkRequest, num: int) -> Drawing:
     """Images with every condition that the model knows; the content of maps and holes does not change the cost."""
     sample = SampleRequest(num=num, classes=model.config.seen_classes, seed=request.seed, **request.preset())
     others = [name for name in model.config.conditioning.dropout if name != "label"]
-    return make_drawing(model, sample, task="benchmark", told=others)
+    return make_drawing(model, sample, task="benchmark", conditions=others)
 
 
 @torch.inference_mode()

@@ -88,7 +88,7 @@ def plan_painting(model: FlowModel, source: ImageSource, request: EvaluationRequ
             )
         given.append("semantic_map")
     first = SampleRequest(num=1, seed=request.seed, classes=[0] if own_labels else [], **request.preset())
-    drawing = make_drawing(model, first, task=task, told=given)
+    drawing = make_drawing(model, first, task=task, conditions=given)
     if task == "mask-to-image":
         name = request.segmenter
         if name is None:
@@ -196,9 +196,9 @@ def _given(
     maps: Sequence[np.ndarray | None],
 ) -> Given:
     """The conditions of the images of a shard."""
-    told, factor = painting.drawing.told, model.config.autoencoder.factor
+    conditions, factor = painting.drawing.told, model.config.autoencoder.factor
     given: dict[str, Tensor] = {}
-    if "semantic_map" in told:
+    if "semantic_map" in conditions:
         num_classes = model.config.conditioning.num_map_classes
         given["class_fractions"] = shares(torch.stack([class_counts(one, num_classes, factor) for one in maps]), factor)
     if holes:
@@ -208,7 +208,7 @@ def _given(
         share = shares(torch.stack([hole_counts(hole, factor, told_as) for hole in holes]), factor)
         parts = model.autoencoder.slices(hidden)
         known = torch.cat([model.encode(to_unit_range(part.to(model.device))).cpu() for part in parts])
-        if "inpainting" in told:
+        if "inpainting" in conditions:
             given |= {"masked_latents": known, "mask": mask_input(share, told_as)}
         else:
             given |= {"latents": known, "hole": (share > 0).float()}

@@ -89,7 +89,7 @@ def make_drawing(
     request: SampleRequest,
     *,
     task: str = "sample",
-    told: Sequence[ConditionName] = (),
+    conditions: Sequence[ConditionName] = (),
     inputs: Mapping[str, str] | None = None,
     start: float = 1.0,
     image_size: tuple[int, int] | None = None,
@@ -103,7 +103,7 @@ def make_drawing(
         request: image i has seed `seed + i` and class i mod the number of classes. Without classes, an image has the
             class of its seed, seed mod the number of classes with training images, in the tasks that draw from seeds
             only (`SEED_TASKS`), and no label in the others.
-        told: the conditions that are given, besides the label.
+        conditions: those that are given, besides the label.
 
     Raises:
         ConfigError: a class, solver or value that does not exist, or that the model was not trained for.
@@ -113,18 +113,18 @@ def make_drawing(
         reason = f" {request.seed}: give a whole number from 0 to {last:,} for {request.num:,} images"
         raise RequestError("seed", reason)
     seeds = range(request.seed, request.seed + request.num)
-    labels = _labels(model, request, seeds, task in SEED_TASKS and not told)
-    conditions: list[ConditionName] = [*(("label",) if labels else ()), *told]
+    labels = _labels(model, request, seeds, task in SEED_TASKS and not conditions)
+    given: list[ConditionName] = [*(("label",) if labels else ()), *conditions]
     asked = request.preset()
     drawing = Drawing(
         task=task,
         seeds=list(seeds),
         labels=labels,
-        told=conditions,
+        told=given,
         inputs=dict(inputs or {}),
         start=start,
         image_size=image_size,
-        sampling=_resolve_preset(model, asked, conditions),
+        sampling=_resolve_preset(model, asked, given),
         precision=precision_for(model.runtime, str(asked.get("solver", model.config.sampling.solver))),
     )
     check_drawing(model, drawing)

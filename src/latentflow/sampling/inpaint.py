@@ -75,7 +75,7 @@ def inpaint(
         model,
         request,
         task="inpaint",
-        told=conditions,
+        conditions=conditions,
         inputs={**inputs, "method": method, "frame": frame, "feather": str(request.feather)},
         image_size=canvas.frame.size,
     )

@@ -46,7 +46,7 @@ def mask_to_image(
     else:
         indices = crop_map(indices, model.config.image_size)
     drawing = make_drawing(
-        model, request, task="mask-to-image", told=["semantic_map"], inputs=inputs, image_size=indices.shape
+        model, request, task="mask-to-image", conditions=["semantic_map"], inputs=inputs, image_size=indices.shape
     )
     given = Given(class_fractions=map_fractions(model, indices))
     return draw_all(model, drawing, given, batch_size=batch_size, on_images=on_images)

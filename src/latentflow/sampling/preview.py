@@ -125,13 +125,14 @@ def _rows(
     if drawing.labels:
         drawing = drawing.model_copy(update={"labels": batch.labels.tolist()})
     singly = [conditioning.with_required([name], among=drawing.told) for name in drawing.told]
-    for told in [*singly, drawing.told] if len(drawing.told) > 1 else [drawing.told]:
-        labels = drawing.labels if "label" in told else []
-        kept = {field: given[field] for name in told for field in conditioning.kinds[name].fields if field in given}
-        able = [name for name in drawing.sampling.guided_by or told if name in told and name in conditioning.can_guide]
+    for chosen in [*singly, drawing.told] if len(drawing.told) > 1 else [drawing.told]:
+        labels = drawing.labels if "label" in chosen else []
+        kept = {field: given[field] for name in chosen for field in conditioning.kinds[name].fields if field in given}
+        guiding = drawing.sampling.guided_by or chosen
+        able = [name for name in guiding if name in chosen and name in conditioning.can_guide]
         guidance = {"guided_by": able} if able else {"guided_by": None, "guidance": 1.0}
         sampling = drawing.sampling.model_copy(update=guidance)
-        part = drawing.model_copy(update={"told": told, "labels": labels, "sampling": sampling})
+        part = drawing.model_copy(update={"told": chosen, "labels": labels, "sampling": sampling})
         rows.append(_drawn(model, part, Given(**kept), runtime, batch_size))
     return rows, len(drawing.seeds), []
 

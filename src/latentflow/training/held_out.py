@@ -41,7 +41,7 @@ class HeldOutLoss:
 def held_out_loss(
     model: FlowModel,
     images: TrainingImages,
-    told: Collection[ConditionName],
+    conditions: Collection[ConditionName],
     *,
     num_draws: int,
     batch_size: int = 64,
@@ -53,8 +53,8 @@ def held_out_loss(
     Images, times and noise follow from `seed` only, so that losses with different conditions can be compared.
 
     Args:
-        images: with the spatial data that `told` needs; they are cycled, in a random order.
-        told: conditions that are given; the others are null.
+        images: with the spatial data that `conditions` need; they are cycled, in a random order.
+        conditions: those that are given; the others are null.
     """
     losses, times = [], []
     for start in range(0, num_draws, batch_size):
@@ -66,7 +66,7 @@ def held_out_loss(
             times=TrainingTimes(stratified=True),
             batch_size=len(positions),  # the last batch, too, spreads its times over all of [0, 1]
             seed=seed,
-            told=told,
+            conditions=conditions,
         )
         losses.append(result.loss.cpu())
         times.append(result.time.cpu())
@@ -74,7 +74,7 @@ def held_out_loss(
     values = torch.cat(losses).double()
     bins = sum_by_time(torch.cat(times), values)
     return HeldOutLoss(
-        told=tuple(told),
+        told=tuple(conditions),
         loss=values.mean().item(),
         standard_error=(values.std() / len(values) ** 0.5).item(),
         by_time=tuple((bins.sums / bins.counts.clamp(min=1)).tolist()),

@@ -49,7 +49,7 @@ def training_step(
     times: TrainingTimes,
     batch_size: int,
     seed: int,
-    told: Collection[ConditionName] | None = None,
+    conditions: Collection[ConditionName] | None = None,
 ) -> StepResult:
     """Draw time, latents, noise and dropped conditions for each image, and compare velocities.
 
@@ -60,7 +60,7 @@ def training_step(
         network: the model's network, possibly compiled and distributed; called under `runtime.autocast`.
         batch: from the data loader; its tensors go to the model's device.
         batch_size: images per optimizer step over all processes, for stratified times.
-        told: the conditions given for every image; None: dropout, each is dropped at random.
+        conditions: those given for every image; None: dropout, each is dropped at random.
     """
     device = model.device
     positions = on_device(batch.positions, device)
@@ -72,8 +72,8 @@ def training_step(
     data = model.latents(moments, random)
     noise = random.normal(*data.shape[1:])
     dropped = model.config.conditioning.draw_dropped(random)
-    if told is not None:
-        dropped = {name: torch.full_like(rows, name not in told) for name, rows in dropped.items()}
+    if conditions is not None:
+        dropped = {name: torch.full_like(rows, name not in conditions) for name, rows in dropped.items()}
     condition = _condition(model, batch, data, dropped)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class ShardWriter:
 
 
 class Shard:
-    """The tensors of one shard, on their way from the device, and what is known of its images.
+    """The tensors of one shard, on their way from the device, and the facts about its images.
 
     Args:
         num_rows: the most images it can have; broken ones are left out.
