@@ -6,6 +6,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 
@@ -230,6 +231,23 @@ def test_a_folder_is_there_at_every_moment(tmp_path):
         assert folder.is_dir()
         looks += 1
     assert looks > 100
+
+
+def test_a_kill_inside_safetensors_leaves_nothing(tmp_path):
+    """It writes under a temporary name of its own choice, as large as the file."""
+
+    def write():
+        def begin(tensors, file, metadata):
+            (file.parent / ".tmpAbCdEf").write_bytes(b"half")
+            os._exit(9)
+
+        safetensors.torch.save_file = begin
+        write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)})
+
+    killed(write)
+    assert [file.read_bytes() for file in tmp_path.rglob(".tmpAbCdEf")] == [b"half"]
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_is_deleted_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -347,8 +347,11 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         {"": _metadata_checksum(metadata)} | {name: _checksum(name, tensor) for name, tensor in contiguous.items()},
         sort_keys=True,
     )
-    with atomic_file(path) as temporary:
-        safetensors.torch.save_file(contiguous, temporary, metadata=metadata)
+    path = Path(path)
+    with atomic_file(path) as temporary, _temporary(path, "tmp") as folder:
+        folder.mkdir()  # safetensors has a temporary file of its own, of which a kill would leave an unknown name
+        safetensors.torch.save_file(contiguous, folder / path.name, metadata=metadata)
+        (folder / path.name).replace(temporary)
         _sort_metadata(temporary)
 
 

@@ -123,7 +123,10 @@ class InpaintRequest(EditRequest):
         "leaves room for one, else whole.",
     )
     feather: Annotated[Whole, Option(remedy="0 switches it off, 8 pixels are usual")] = Field(
-        default=0, ge=0, le=1_000_000, description="Pixels inside the hole over which colours blend into the surroundings."
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="Pixels inside the hole over which colours blend into the surroundings.",
     )
     method: Method | None = Field(
         default=None,
