@@ -128,6 +128,8 @@ CASES = {
         wrong(TRAIN + " network.depth=1000000", "1000000"),
         wrong(TRAIN + " network.hidden_size=33", "33"),
         wrong(TRAIN + " network.patch_size=3", "patch_size"),
+        wrong(TRAIN + " network.depth=1 network.value_residual=true", "depth is 1", "value_residual=false"),
+        wrong(TRAIN + " network.kind=unet network.value_residual=true", "value_residual"),
         wrong(TRAIN + " data.image_size=32", "32", "16", advised=TRAIN),
         wrong(TRAIN + " data.image_size=1000000000", "1000000000"),
         wrong(TRAIN + " conditioning.label_dropout=2", "2"),

@@ -80,7 +80,7 @@ def changed(config: dict, path: tuple, value: Any) -> dict:
 def cases() -> list[tuple[str, tuple]]:
     """(network, place in its config), for the ids of the tests: one test tries all values of one place."""
     network = {"dit": ["depth", "hidden_size", "num_heads", "patch_size", "mlp_ratio", "time_scale", "variant"]}
-    network["dit"] += ["position", "mlp", "norm", "qk_norm", "kind", "name"]
+    network["dit"] += ["position", "mlp", "norm", "qk_norm", "value_residual", "kind", "name"]
     network["unet"] = list(UNetConfig.model_fields)
     top = ["format_version", "image_size", "network", "prediction", "path", "conditioning", "masks", "autoencoder"]
     top += ["normalisation", "sampling", "training"]

@@ -6,12 +6,25 @@ from pydantic import ValidationError
 
 from latentflow.errors import ConfigError
 from latentflow.networks.dit import NAMES, DiT, DiTConfig
-from latentflow.networks.layers import GeluMLP, SwigluMLP, rotary_positions, rotate, sincos_positions, time_sinusoid
+from latentflow.networks.layers import (
+    GeluMLP,
+    SelfAttention,
+    SwigluMLP,
+    rotary_positions,
+    rotate,
+    sincos_positions,
+    time_sinusoid,
+)
 from latentflow.networks.running import set_memory
 from latentflow.shapes import Condition
 
 TINY = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 2}
 NO_LABELS = Condition()
+OPTIONS = pytest.mark.parametrize(
+    "options",
+    [{"variant": "classic"}, {"variant": "modern"}, {"variant": "modern", "value_residual": True, "depth": 2}],
+    ids=["classic", "modern", "value residual"],
+)
 
 
 def tiny(*, num_classes: int = 0, in_channels: int = 4, out_channels: int = 4, **options) -> DiT:
@@ -254,6 +267,67 @@ def test_training_after_sampling_in_inference_mode(variant):
     assert torch.equal(sampled, trained.detach())
 
 
+# Value residual --------------------------------------------------------------------------------------------------
+
+
+def mixing(first: float, own: float, **options) -> DiT:
+    """A network whose blocks mix values with these weights, drawn like one that mixes none."""
+    network = tiny(depth=3, value_residual=True, **options)
+    plain = awake(tiny(depth=3, **options)).state_dict()
+    left = network.load_state_dict(plain, strict=False)
+    assert left == ([f"blocks.{number}.attention.value_mix" for number in (1, 2)], [])
+    for block in network.blocks[1:]:
+        torch.nn.init.constant_(block.attention.value_mix[0], first)
+        torch.nn.init.constant_(block.attention.value_mix[1], own)
+    return network
+
+
+@pytest.mark.parametrize("variant", ["classic", "modern"])
+def test_own_values_alone_are_a_plain_network(variant):
+    latents, time = inputs()
+    plain, mixed = awake(tiny(depth=3, variant=variant)), mixing(0.0, 1.0, variant=variant)
+    assert torch.equal(mixed(latents, time, NO_LABELS), plain(latents, time, NO_LABELS))
+    assert not torch.equal(mixing(0.5, 0.5, variant=variant)(latents, time, NO_LABELS), plain(latents, time, NO_LABELS))
+
+
+def test_values_of_the_first_block_alone():
+    """Later blocks attend to the values of the first with their own queries and keys."""
+    latents, time = inputs()
+    network = mixing(1.0, 0.0)
+    before = network(latents, time, NO_LABELS)
+    for part, is_heard in (("values", False), ("keys", True)):
+        rows = slice(64, None) if part == "values" else slice(32, 64)
+        with torch.no_grad():
+            network.blocks[2].attention.qkv.weight[rows] += 1
+        assert torch.equal(network(latents, time, NO_LABELS), before) is not is_heard
+
+
+def test_values_are_mixed_before_attention():
+    attention = SelfAttention(8, 2, mixes_values=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        attention.value_mix.copy_(torch.tensor([0.3, -1.7]))
+    x, first = torch.randn(2, 5, 8, generator=generator), torch.randn(2, 5, 2, 4, generator=generator)
+    found, values = attention.with_values(x, None, first)
+    query, key, value = attention.qkv(x).reshape(2, 5, 3, 2, 4).unbind(2)
+    mixed = 0.3 * first - 1.7 * value
+    torch.testing.assert_close(values, mixed)
+    logits = torch.einsum("bnke,bmke->bknm", query, key) / 2
+    expected = torch.einsum("bknm,bmke->bnke", logits.softmax(-1), mixed)
+    torch.testing.assert_close(found, attention.out(expected.flatten(2)), atol=1e-5, rtol=1e-5)
+
+
+def test_value_residual_starts_with_the_mean_and_draws_nothing():
+    torch.manual_seed(0)
+    plain = tiny(depth=3).state_dict()
+    torch.manual_seed(0)
+    mixed = tiny(depth=3, value_residual=True).state_dict()
+    new = mixed.keys() - plain.keys()
+    assert new == {f"blocks.{number}.attention.value_mix" for number in (1, 2)}
+    assert all(mixed[key].tolist() == [0.5, 0.5] for key in new)
+    assert all(torch.equal(mixed[key], plain[key]) for key in plain)
+
+
 # Ways to run -----------------------------------------------------------------------------------------------------
 
 
@@ -265,16 +339,16 @@ def gradients(network: DiT) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("mode", ["recompute-cheap", "checkpoint"])
-@pytest.mark.parametrize("variant", ["classic", "modern"])
-def test_what_is_computed_again_gives_the_same_gradients(variant, mode):
-    plain, saving = (awake(tiny(variant=variant, num_classes=3)) for _ in range(2))
+@OPTIONS
+def test_what_is_computed_again_gives_the_same_gradients(options, mode):
+    plain, saving = (awake(tiny(**options, num_classes=3)) for _ in range(2))
     set_memory(saving, mode)
     assert all(torch.equal(a, b) for a, b in zip(gradients(plain), gradients(saving), strict=True))
 
 
-@pytest.mark.parametrize("variant", ["classic", "modern"])
-def test_compiled_is_eager(variant):
-    network = awake(tiny(depth=1, variant=variant, num_classes=3))
+@OPTIONS
+def test_compiled_is_eager(options):
+    network = awake(tiny(**{"depth": 1, **options}, num_classes=3))
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     for height, width in ((8, 8), (4, 12)):  # the second size makes the graph dynamic
         latents, time = inputs(3, height, width)
@@ -284,9 +358,9 @@ def test_compiled_is_eager(variant):
             torch.testing.assert_close(compiled(latents, time, condition), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["classic", "modern"])
-def test_autocast_is_near_float32(variant):
-    network = awake(tiny(variant=variant, num_classes=3))
+@OPTIONS
+def test_autocast_is_near_float32(options):
+    network = awake(tiny(**options, num_classes=3))
     latents, time = inputs()
     condition = Condition(torch.tensor([0, 2, 3]))
     exact = network(latents, time, condition)
@@ -300,17 +374,17 @@ def test_autocast_is_near_float32(variant):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("variant", ["classic", "modern"])
-def test_other_dtypes(variant, dtype):
-    network = awake(tiny(variant=variant)).to(dtype)
+@OPTIONS
+def test_other_dtypes(options, dtype):
+    network = awake(tiny(**options)).to(dtype)
     latents, time = inputs()
     assert network(latents.to(dtype), time.double(), NO_LABELS).dtype == dtype
 
 
-@pytest.mark.parametrize("variant", ["classic", "modern"])
-def test_learns_a_fixed_batch(variant):
+@OPTIONS
+def test_learns_a_fixed_batch(options):
     torch.manual_seed(0)
-    network = tiny(variant=variant, num_classes=3)
+    network = tiny(**options, num_classes=3)
     latents, time = inputs(8)
     target, _ = inputs(8, seed=1)
     condition = Condition(torch.arange(8) % 4)
@@ -372,11 +446,18 @@ def test_resolved_config_reloads(options):
         ({**TINY, "num_heads": 5}, "hidden_size 32 is not a multiple of num_heads 5"),
         ({**TINY, "hidden_size": 30, "num_heads": 3}, "position 'sincos' needs a hidden_size divisible by 4, got 30"),
         ({**TINY, "num_heads": 16, "position": "rope"}, r"divisible by 4, got 32 / 16 = 2"),
+        ({**TINY, "depth": 1, "value_residual": True}, "depth is 1; use a depth of 2 or more, or value_residual=false"),
     ],
 )
 def test_configs_that_do_not_fit(options, message):
     with pytest.raises(ConfigError, match=message):
         DiTConfig(**options)
+
+
+def test_configs_of_earlier_versions_have_no_value_residual():
+    old = {key: value for key, value in DiTConfig(**TINY).model_dump().items() if key != "value_residual"}
+    assert DiTConfig(**old) == DiTConfig(**TINY)
+    assert not DiTConfig(**old).value_residual
 
 
 def test_values_out_of_range_are_refused():

@@ -18,16 +18,17 @@ from tests import tiny
 from tests.networks.saved_bytes import held_bytes
 
 LABELS = Condition(torch.tensor([0, 2, 3]))
-GRAPHS = {"classic": 2, "modern": 2, "adm": 8, "ncsn++": 8}
+GRAPHS = {"classic": 2, "modern": 2, "value residual": 3, "adm": 8, "ncsn++": 8}
 """Distinct blocks of each network below, and its last layer."""
 NETWORKS = pytest.mark.parametrize("variant", GRAPHS)
 
 
 def network(variant: str, **options) -> nn.Module:
     torch.manual_seed(0)
-    if variant in ("classic", "modern"):
+    if variant in ("classic", "modern", "value residual"):
         sizes = {"depth": 4, "hidden_size": 32, "num_heads": 2, "patch_size": 2}
-        made = DiT(DiTConfig(variant=variant, **sizes), in_channels=4, out_channels=4, num_classes=3)
+        chosen = {"variant": variant} if variant in ("classic", "modern") else {"value_residual": True}
+        made = DiT(DiTConfig(**chosen, **sizes), in_channels=4, out_channels=4, num_classes=3)
     else:
         sizes = {"channels": 8, "multipliers": (1, 1), "blocks_per_level": 1, "num_heads": 2, "norm_groups": 4}
         made = UNet(UNetConfig(variant=variant, **{**sizes, **options}), in_channels=4, out_channels=4, num_classes=3)
@@ -125,7 +126,13 @@ def test_modes_go_with_distributed_training(mode, tmp_path):
 
 @pytest.mark.parametrize(
     ("variant", "mode"),
-    [*(("modern", mode) for mode in MEMORY_MODES), ("classic", "none"), ("adm", "none"), ("ncsn++", "recompute-cheap")],
+    [
+        *(("modern", mode) for mode in MEMORY_MODES),
+        ("classic", "none"),
+        *(("value residual", mode) for mode in MEMORY_MODES),
+        ("adm", "none"),
+        ("ncsn++", "recompute-cheap"),
+    ],
 )
 def test_each_distinct_block_is_one_graph(variant, mode, graphs):
     made = network(variant)

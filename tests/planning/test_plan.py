@@ -32,7 +32,7 @@ from tests import tiny
 
 NETWORKS = {
     "dit": tiny.RECIPE["network"],
-    "modern": {**tiny.RECIPE["network"], "variant": "modern"},
+    "modern": {**tiny.RECIPE["network"], "variant": "modern", "value_residual": True},
     "unet": {"kind": "unet", "variant": "ncsn++", "channels": 8, "multipliers": [1, 2], "norm_groups": 4},
 }
 

@@ -199,13 +199,14 @@ def test_a_signal_saves_and_resume_is_exact(recipe, train, monkeypatch, number):
 
 
 def test_resume_with_everything_switched_on(train):
-    """Schedule, flips, stratified times, per-channel scaling, accumulation, dropout, stopped twice."""
+    """Schedule, flips, stratified times, per-channel scaling, accumulation, dropout, value residual, stopped twice."""
     given = {
         "optimizer": {"schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.1},
         "source": {"flip": True},
         "times": {"distribution": "logit_normal", "stratified": True},
         "normalise": "per_channel",
         "conditioning": {"label_dropout": 0.5},
+        "network": {"variant": "modern", "value_residual": True},
     }
     steps = {"micro_batch_size": 2, "checkpoint_every": 2}
     whole = train("whole", training=steps, **given)
@@ -293,7 +294,9 @@ def recipe_file(tmp_path):
 
 def test_kill_9_at_random_moments(recipe, train, recipe_file, tmp_path):
     """A process of its own is killed again and again, wherever it is: in a step, in a save, in a resume."""
-    endless = {"training": {"steps": 100_000, "checkpoint_every": 4}}  # no machine is so fast that it ends by itself
+    network = {"value_residual": True}
+    # No machine is so fast that it ends by itself.
+    endless = {"training": {"steps": 100_000, "checkpoint_every": 4}, "network": network}
     command, run = ("train", recipe_file(recipe("killed", **endless)), "--device", "cpu"), tmp_path / "killed"
     log = tmp_path / "log"
     for attempt in range(5):
@@ -307,7 +310,7 @@ def test_kill_9_at_random_moments(recipe, train, recipe_file, tmp_path):
         assert newest_checkpoint(run) not in (None, before), f"attempt {attempt}: {log.read_text()}"
 
     steps = read_metrics(run)[-1]["step"] + 3
-    ended = {"training": {"steps": steps, "checkpoint_every": 4}}
+    ended = {"training": {"steps": steps, "checkpoint_every": 4}, "network": network}
     assert final(train("killed", **ended)) == final(train("whole", **ended))
     assert [line["step"] for line in read_metrics(run)] == list(range(1, steps + 1))
 

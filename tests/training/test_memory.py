@@ -49,8 +49,10 @@ def held_per_image(config, mode, half, images=2, side=16):
         {"variant": "modern"},
         {"variant": "modern", "qk_norm": False, "position": "sincos"},
         {"variant": "modern", "mlp": "gelu", "mlp_ratio": 2.0},
+        {"variant": "classic", "value_residual": True},
+        {"variant": "modern", "value_residual": True},
     ],
-    ids=["classic", "modern", "plain attention", "narrow gelu"],
+    ids=["classic", "modern", "plain attention", "narrow gelu", "classic value residual", "modern value residual"],
 )
 def test_what_a_transformer_keeps(options, mode, half):
     config = DiTConfig(depth=4, hidden_size=384, num_heads=6, patch_size=1, **options)

@@ -81,6 +81,11 @@ class DiTConfig(Record):
     mlp: Literal["gelu", "swiglu"] = Field(description="gelu (tanh), or swiglu with nearly as many parameters")
     norm: Literal["layernorm", "rmsnorm"] = Field(description="norm before attention, MLP and output")
     qk_norm: bool = Field(description="normalise queries and keys of every head: steadier at high learning rates")
+    value_residual: bool = Field(
+        False,
+        description="add the values of the first block's attention to those of every later block, with two learned "
+        "weights per block (arXiv 2410.17897)",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -113,6 +118,11 @@ class DiTConfig(Record):
                 "position 'rope' needs hidden_size / num_heads divisible by 4, "
                 f"got {self.hidden_size} / {self.num_heads} = {self.hidden_size // self.num_heads}"
             )
+        if self.value_residual and self.depth < 2:
+            raise ConfigError(
+                f"value_residual mixes the values of later blocks with those of the first, and depth is {self.depth}; "
+                "use a depth of 2 or more, or value_residual=false"
+            )
         return self
 
     @property
@@ -127,21 +137,43 @@ class DiTConfig(Record):
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the embedding of time and label (adaLN-Zero)."""
+    """Attention and MLP, each shifted, scaled and gated by the embedding of time and label (adaLN-Zero).
 
-    def __init__(self, config: DiTConfig):
+    Args:
+        mixes_values: its attention also gets the values of the first block; see `SelfAttention`.
+    """
+
+    def __init__(self, config: DiTConfig, *, mixes_values: bool = False):
         super().__init__()
         size = config.hidden_size
         self.norm = config.norm
         self.modulation = nn.Linear(size, 6 * size)
-        self.attention = SelfAttention(size, config.num_heads, config.qk_norm)
+        self.attention = SelfAttention(size, config.num_heads, config.qk_norm, mixes_values)
         self.mlp = (SwigluMLP if config.mlp == "swiglu" else GeluMLP)(size, config.mlp_ratio)
 
-    def forward(self, x: Tensor, c: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """One block: tokens `x` [B, N, D] and `c` = silu(time + label) [B, D] => [B, N, D]."""
+    def forward(
+        self, x: Tensor, c: Tensor, rotary: tuple[Tensor, Tensor] | None, first_values: Tensor | None = None
+    ) -> Tensor:
+        """One block: tokens `x` [B, N, D] and `c` = silu(time + label) [B, D] => [B, N, D].
+
+        Args:
+            first_values: [B, N, K, E] of the first block, for a block that mixes them with its own.
+        """
+        return self._with_values(x, c, rotary, first_values)[0]
+
+    def as_first(self, x: Tensor, c: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """The same for the first block, with the values of its attention: [B, N, D] and [B, N, K, E]."""
+        x, values = self._with_values(x, c, rotary)
+        return x, values.contiguous()  # copied, since a view would keep queries and keys in memory
+
+    def _with_values(
+        self, x: Tensor, c: Tensor, rotary: tuple[Tensor, Tensor] | None, first_values: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).chunk(6, dim=1)  # 6 of [B, D]
-        x = add_gated(x, gate_a, self.attention(modulated_norm(x, shift_a, scale_a, self.norm), rotary))
-        return add_gated(x, gate_m, self.mlp(modulated_norm(x, shift_m, scale_m, self.norm)))
+        normed = modulated_norm(x, shift_a, scale_a, self.norm)
+        attended, values = self.attention.with_values(normed, rotary, first_values)
+        x = add_gated(x, gate_a, attended)
+        return add_gated(x, gate_m, self.mlp(modulated_norm(x, shift_m, scale_m, self.norm))), values
 
 
 class DiT(VelocityNetwork):
@@ -161,7 +193,9 @@ class DiT(VelocityNetwork):
         self.patch_embedding = nn.Conv2d(self.spatial.num_channels, size, kernel_size=patch, stride=patch)
         self.time_embedding = TimeEmbedding(size, config.time_scale)
         self.label_embedding = nn.Embedding(self.num_classes + 1, size) if self.num_classes else None
-        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            DiTBlock(config, mixes_values=config.value_residual and number > 0) for number in range(config.depth)
+        )
         self.final_modulation = nn.Linear(size, 2 * size)
         self.final_linear = nn.Linear(size, patch * patch * self.out_channels)
         self.reset_parameters()
@@ -182,6 +216,8 @@ class DiT(VelocityNetwork):
             self.spatial.map_encoder.reset_parameters()
         for linear in (*(block.modulation for block in self.blocks), self.final_modulation, self.final_linear):
             nn.init.zeros_(linear.weight)
+        for block in self.blocks:
+            block.attention.reset_mix()
 
     def forward(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
         """The velocity at `latents` and `time`.
@@ -216,8 +252,11 @@ class DiT(VelocityNetwork):
             c = c + self.label_embedding(condition.labels)
         c = silu(c)
 
-        for block in self.blocks:
-            x = self.run(block, x, c, rotary)
+        blocks, first_values = list(self.blocks), None
+        if self.config.value_residual:
+            x, first_values = self.run(blocks.pop(0).as_first, x, c, rotary)
+        for block in blocks:
+            x = self.run(block, x, c, rotary, first_values)
 
         x = self.run_once(self._last, x, c)  # [B, N, p * p * C_out]
         x = x.reshape(-1, h, w, patch, patch, self.out_channels)

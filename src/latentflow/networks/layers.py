@@ -128,9 +128,10 @@ class SelfAttention(nn.Module):
         hidden_size: D, a multiple of `num_heads`.
         num_heads: K.
         qk_norm: normalise queries and keys of every head (RMS norm with a learned weight), which bounds the logits.
+        mixes_values: add the values of the first block to those of this one, with learned weights (arXiv 2410.17897).
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False):
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False, mixes_values: bool = False):
         super().__init__()
         head_channels = hidden_size // num_heads
         self.num_heads = num_heads
@@ -138,9 +139,28 @@ class SelfAttention(nn.Module):
         self.query_norm = nn.RMSNorm(head_channels, eps=NORM_EPS) if qk_norm else None
         self.key_norm = nn.RMSNorm(head_channels, eps=NORM_EPS) if qk_norm else None
         self.out = nn.Linear(hidden_size, hidden_size)
+        self.value_mix = nn.Parameter(torch.empty(2)) if mixes_values else None
+        self.reset_mix()
+
+    def reset_mix(self) -> None:
+        """Begin with the mean of the values of the first block and of this one, as in the paper."""
+        if self.value_mix is not None:
+            nn.init.constant_(self.value_mix, 0.5)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Attend; `rotary` is the (cosine, sine) of `rotary_positions`, None for no rotation."""
+        return self.with_values(x, rotary)[0]
+
+    def with_values(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, first_values: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend as `forward` does; returns the values [B, N, K, E] as well.
+
+        Args:
+            first_values: those of the first block, where `mixes_values` is set. The values here become
+
+                V' = mix_1 V_first + mix_2 V    (arXiv 2410.17897, with both weights learned for each block).
+        """
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, N, 3D] => [B, N, 3, K, E]
         both, value = qkv.split((2, 1), dim=2)  # queries and keys together
         if self.query_norm is not None:
@@ -149,9 +169,12 @@ class SelfAttention(nn.Module):
         if rotary is not None:
             both = rotate(both, *(table[:, None, None] for table in rotary))
         query, key = both.to(value.dtype).unbind(2)  # norm and rotation may have widened them
-        heads = (tokens.transpose(1, 2) for tokens in (query, key, value.squeeze(2)))  # 3 of [B, K, N, E]
+        value = value.squeeze(2)
+        if self.value_mix is not None:
+            value = self.value_mix[0] * first_values + self.value_mix[1] * value
+        heads = (tokens.transpose(1, 2) for tokens in (query, key, value))  # 3 of [B, K, N, E]
         attended = F.scaled_dot_product_attention(*heads)
-        return self.out(attended.transpose(1, 2).flatten(2))  # [B, K, N, E] => [B, N, D]
+        return self.out(attended.transpose(1, 2).flatten(2)), value  # [B, K, N, E] => [B, N, D]
 
 
 class GeluMLP(nn.Module):

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from latentflow.errors import ConfigError, nearest
+
+Result = TypeVar("Result")  # of a block: a tensor, or several
 
 MemoryMode = Literal["none", "recompute-cheap", "checkpoint"]
 MEMORY_MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)
@@ -35,7 +37,7 @@ _PRODUCTS = [
 """Results that "recompute-cheap" saves; everything else is cheap in comparison."""
 
 
-def run_block(block: Callable[..., Tensor], memory: MemoryMode, draws: bool, *inputs: Any) -> Tensor:
+def run_block(block: Callable[..., Result], memory: MemoryMode, draws: bool, *inputs: Any) -> Result:
     """block(*inputs), with the recomputation in the backward pass that `memory` asks for.
 
     Args:
@@ -60,13 +62,13 @@ class BlockNetwork(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._run_block: Callable[..., Tensor] = run_block
+        self._run_block: Callable[..., Any] = run_block
 
-    def run(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    def run(self, block: Callable[..., Result], *inputs: Any) -> Result:
         """block(*inputs), compiled where `compile_blocks` was called."""
         return self._run_block(block, self.memory, self.draws, *inputs)
 
-    def run_once(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    def run_once(self, part: Callable[..., Result], *inputs: Any) -> Result:
         """The same for a small part that is not a block: nothing of it is recomputed."""
         return self._run_block(part, "none", self.draws, *inputs)
 

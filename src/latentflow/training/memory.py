@@ -55,6 +55,8 @@ def bytes_per_image(network: DiTConfig | UNetConfig, side: int, *, half: bool, m
         kept = _kept_by_block(network, 2 if half else 4)
         # After the blocks, the last norm saves the residual stream, and the last layer its input.
         per_channel = network.depth * kept[memory] + kept["none"] + _WIDE + (2 if half else 4)
+        if network.value_residual:  # the values of the first block, which the others share
+            per_channel += 2 if half else 4
         return round((side // network.patch_size) ** 2 * network.hidden_size * per_channel)
     kept = {mode: narrow if half else wide for mode, (wide, narrow) in _KEPT_BY_UNET.items()}
     per_level = 2 * network.blocks_per_level + 1
@@ -80,6 +82,7 @@ def _kept_by_block(config: DiTConfig, e: int) -> dict[MemoryMode, float]:
         "inputs of attention and MLP": 2 * e,
         "queries and keys, normalised and rotated": 2 * e if config.qk_norm or config.position == "rope" else 0,
         "after the activation": config.mlp_ratio * e if config.mlp == "gelu" else 0,
+        "values mixed with those of the first block": e if config.value_residual else 0,
     }
     given = _WIDE  # the residual stream before the block
     return {

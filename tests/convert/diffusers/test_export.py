@@ -285,6 +285,7 @@ REFUSED = {
     "mlp is 'swiglu'": (dit(mlp="swiglu"), {}, {}),
     "norm is 'rmsnorm'": (dit(norm="rmsnorm"), {}, {}),
     "qk_norm is True": (dit(qk_norm=True), {}, {}),
+    "value_residual is True": (dit(value_residual=True), {}, {}),
     "mlp_ratio is 2": (dit(mlp_ratio=2.0), {}, {}),
 }
 

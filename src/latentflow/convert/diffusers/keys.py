@@ -239,7 +239,7 @@ def _queries_keys_values(ours: str, theirs: str) -> list[Rule]:
 
 
 def _transformer(config: ModelConfig, network: DiTConfig, arguments: dict[str, Any]) -> DiffusersNetwork:
-    wanted = {"position": "sincos", "mlp": "gelu", "norm": "layernorm", "qk_norm": False}
+    wanted = {"position": "sincos", "mlp": "gelu", "norm": "layernorm", "qk_norm": False, "value_residual": False}
     _refuse(
         *(
             (
