@@ -44,7 +44,7 @@ ROOMS = {
 
 
 FIRST = {
-    "flow": ("path", "loss", "times", "guidance", "solvers"),
+    "flow": ("path", "loss", "times", "guidance", "solvers", "multistep"),
     "networks": ("velocity_network", "dit", "unet"),
     "data": ("items", "batches"),
     "model": ("flow_model", "conditioning", "config"),

@@ -24,6 +24,7 @@ from latentflow.demo.recognition import recognise
 from latentflow.demo.stages import STAGES, demo
 from latentflow.demo.workshop import HELD_OUT_SEED
 from latentflow.errors import ArtifactError, ConfigError
+from latentflow.flow.path import LinearPath
 from latentflow.flow.solvers import SOLVERS, integrate, is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.training.interruption import Outcome
@@ -233,7 +234,11 @@ def test_solvers_are_held_against_the_reference(made, page):
 @pytest.mark.parametrize("budget", [4, 8, 24])
 def test_steps_within_a_budget(solver, budget):
     solution = integrate(
-        lambda x, t: x, torch.ones(1, 1, 1, 1), sampling_times(steps_within(solver, budget)), solver=solver
+        lambda x, t: x,
+        torch.ones(1, 1, 1, 1),
+        sampling_times(steps_within(solver, budget)),
+        solver=solver,
+        path=LinearPath(),
     )
     assert solution.evaluations.tolist() == [budget]
 

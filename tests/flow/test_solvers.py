@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from latentflow.errors import ConfigError, NonFiniteError
 from latentflow.flow.composition import BlendedVelocity, KnownRegionVelocity
 from latentflow.flow.guidance import ConditionedVelocity
-from latentflow.flow.path import CosinePath
+from latentflow.flow.multistep import quadrature
+from latentflow.flow.path import CosinePath, LinearPath
 from latentflow.flow.solvers import SOLVERS, AdamsBashforth, integrate, is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.shapes import Condition
@@ -20,7 +21,11 @@ from tests.exact import GaussianData
 # On the straight path Gaussian data lets midpoint look third order, by a cancellation; the cosine path is honest.
 GAUSSIAN = GaussianData(CosinePath())
 ENDS = sampling_times(1)
-ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 2, "ab3": 3}
+PATH = GAUSSIAN.path
+ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 2, "ab3": 3, "ab4": 4}
+DATA_ORDERS = {"dpmpp2m": 2, "dpmpp3m": 3, "unipc2": 3, "unipc3": 4}
+"""Between two times inside (0, 1), after accurate first steps."""
+FIXED = [*ORDERS, *DATA_ORDERS]
 ADAPTIVE = ["bosh3", "dopri5"]
 FIXTURE = File(__file__).parent / "fixtures" / "solvers.safetensors"
 """End states of torchdiffeq (dopri5) and of the samplers of LFM (euler, midpoint, heun2) for the field `wavy`."""
@@ -85,11 +90,12 @@ def test_order_of_convergence(solver, shift):
 
 @pytest.mark.parametrize(
     ("solver", "evaluations"),
-    [("euler", 5), ("midpoint", 10), ("heun", 10), ("rk4", 20), ("ab2", 6), ("ab3", 7)],
+    [("euler", 5), ("midpoint", 10), ("heun", 10), ("rk4", 20), ("ab2", 6), ("ab3", 7), ("ab4", 7)]
+    + [(solver, 5) for solver in DATA_ORDERS],
 )
 def test_evaluations_of_five_steps(solver, evaluations):
     velocity = Waves(FREQUENCIES)
-    solution = integrate(velocity, start(4), sampling_times(5), solver=solver)
+    solution = integrate(velocity, start(4), sampling_times(5), solver=solver, path=PATH)
     assert solution.evaluations.tolist() == [evaluations] * 4
     assert solution.evaluations.dtype == torch.int64
     assert len(velocity.log) == evaluations
@@ -97,9 +103,9 @@ def test_evaluations_of_five_steps(solver, evaluations):
     assert solution.rejected.tolist() == [0] * 4
 
 
-@pytest.mark.parametrize("solver", ORDERS)
+@pytest.mark.parametrize("solver", FIXED)
 def test_one_step(solver):
-    solution = integrate(lambda x, t: torch.ones_like(x), start(), ENDS, solver=solver)
+    solution = integrate(lambda x, t: torch.ones_like(x), start(), ENDS, solver=solver, path=LinearPath())
     torch.testing.assert_close(solution.x, start() - 1)
 
 
@@ -114,6 +120,88 @@ def test_adams_bashforth_weights_integrate_polynomials_on_any_grid():
     for degree in range(3):
         integral = (times[3] ** (degree + 1) - times[2] ** (degree + 1)) / (degree + 1)
         torch.testing.assert_close((times[3] - times[2]) * (weights * times[:3].flip(0) ** degree).sum(), integral)
+
+
+def test_the_second_step_of_ab4_is_simpsons_rule_on_an_even_grid():
+    assert quadrature([0.8, 0.9, 1.0], 1.0, 0.8) == pytest.approx([1 / 6, 4 / 6, 1 / 6])
+
+
+def errors_inside(solver, path, counts, first=0.9, last=0.1):
+    """Root mean square errors of even steps between two times inside (0, 1), after three that are much shorter."""
+    gaussian, x = GaussianData(path), start()
+    exact = gaussian.flow(x, *(torch.full((len(x),), t, dtype=x.dtype) for t in (first, last)))
+    errors = []
+    for steps in counts:
+        short = ((first - last) / steps) ** 2
+        begun = first - short * torch.arange(3, dtype=torch.float64)
+        grid = torch.cat([begun, sampling_times(steps, start=first - 3 * short, end=last)])
+        solution = integrate(gaussian.velocity, x, grid, solver=solver, path=path)
+        errors.append((solution.x - exact).square().mean().sqrt())
+    return torch.stack(errors)
+
+
+@pytest.mark.parametrize("path", [LinearPath(), CosinePath()], ids=lambda path: path.kind)
+@pytest.mark.parametrize("solver", DATA_ORDERS)
+def test_order_in_the_predicted_data(solver, path):
+    counts = torch.tensor([320, 640, 1280])
+    slope = errors_inside(solver, path, counts.tolist()).log().diff() / counts.log().diff()
+    assert slope.mean().item() == pytest.approx(-DATA_ORDERS[solver], abs=0.15)
+
+
+@pytest.mark.parametrize("path", [LinearPath(), CosinePath()], ids=lambda path: path.kind)
+@pytest.mark.parametrize("solver", DATA_ORDERS)
+def test_predicted_data_is_of_order_two_from_noise_to_data(solver, path):
+    """Up to a logarithm: log(alpha / sigma) runs over all numbers."""
+    gaussian, x, counts = GaussianData(path), start(), torch.tensor([160, 320, 640])
+    ends = (torch.full((len(x),), t, dtype=x.dtype) for t in (1.0, 0.0))
+    exact = gaussian.flow(x, *ends)
+    solutions = [
+        integrate(gaussian.velocity, x, sampling_times(steps), solver=solver, path=path) for steps in counts.tolist()
+    ]
+    errors = torch.stack([(solution.x - exact).square().mean().sqrt() for solution in solutions])
+    slope = errors.log().diff() / counts.log().diff()
+    assert -2.1 < slope.mean().item() < -1.6
+
+
+def test_dpm_solver_2m_step_by_hand():
+    """arXiv 2211.01095, Algorithm 2: D = (1 + 1 / 2r) D_1 - 1 / 2r D_0, x_2 = s_2 / s_1 x_1 - a_2 (e^{-h} - 1) D."""
+    x, grid = start(), torch.tensor([0.8, 0.6, 0.3], dtype=torch.float64)
+    alpha, sigma = PATH.alpha(grid), PATH.sigma(grid)
+    lam = (alpha / sigma).log()
+    times = [torch.full((len(x),), t, dtype=x.dtype) for t in grid.tolist()]
+    d0 = GAUSSIAN.expected_data(x, times[0])
+    x1 = sigma[1] / sigma[0] * x - alpha[1] * torch.expm1(lam[0] - lam[1]) * d0
+    d1 = GAUSSIAN.expected_data(x1, times[1])
+    r = (lam[1] - lam[0]) / (lam[2] - lam[1])
+    d = (1 + 1 / (2 * r)) * d1 - 1 / (2 * r) * d0
+    x2 = sigma[2] / sigma[1] * x1 - alpha[2] * torch.expm1(lam[1] - lam[2]) * d
+    solution = integrate(GAUSSIAN.velocity, x, grid, solver="dpmpp2m", path=PATH)
+    torch.testing.assert_close(solution.x, x2, rtol=0, atol=1e-13)
+
+
+def test_unipc_corrects_with_the_next_call():
+    """arXiv 2302.04867: the second step starts from x_1 corrected by UniC-1, D_1 stays that of the predicted x_1."""
+    x, grid = start(), torch.tensor([0.8, 0.6, 0.3], dtype=torch.float64)
+    alpha, sigma = PATH.alpha(grid), PATH.sigma(grid)
+    lam = (alpha / sigma).log()
+    times = [torch.full((len(x),), t, dtype=x.dtype) for t in grid.tolist()]
+    d0 = GAUSSIAN.expected_data(x, times[0])
+    gain = -alpha[1] * torch.expm1(lam[0] - lam[1])
+    d1 = GAUSSIAN.expected_data(sigma[1] / sigma[0] * x + gain * d0, times[1])
+    x1 = sigma[1] / sigma[0] * x + gain * (d0 + (d1 - d0) / 2)
+    r = (lam[1] - lam[0]) / (lam[2] - lam[1])
+    d = (1 + 1 / (2 * r)) * d1 - 1 / (2 * r) * d0
+    x2 = sigma[2] / sigma[1] * x1 - alpha[2] * torch.expm1(lam[1] - lam[2]) * d
+    solution = integrate(GAUSSIAN.velocity, x, grid, solver="unipc2", path=PATH)
+    torch.testing.assert_close(solution.x, x2, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("solver", DATA_ORDERS)
+def test_data_that_does_not_change_is_reached_in_any_steps(solver):
+    """One image as the whole data set: D is that image everywhere, so every step is exact."""
+    point = GaussianData(LinearPath(sigma_min=0), mean=0.7, std=0)
+    solution = integrate(point.velocity, start(), sampling_times(4), solver=solver, path=point.path)
+    torch.testing.assert_close(solution.x, torch.full_like(solution.x, 0.7), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("solver", "method"), [("euler", "euler"), ("midpoint", "midpoint"), ("heun", "heun2")])
@@ -151,7 +239,7 @@ def test_fixed_steps_of_the_parity_fixtures(solver, name, dtype, atol):
 
 @pytest.mark.parametrize("composed", ["guided", "blended", "known region"])
 @pytest.mark.parametrize("guidance", [(1.0, (0.0, 1.0)), (2.0, (0.0, 1.0)), (2.0, (0.2, 0.6)), (0.0, (0.2, 0.6))])
-@pytest.mark.parametrize("solver", ORDERS)
+@pytest.mark.parametrize("solver", FIXED)
 def test_fixed_steps_never_wait_for_the_device(solver, guidance, composed):
     """On a device from which no number can be read, and to which none is sent but as an argument."""
 
@@ -166,7 +254,7 @@ def test_fixed_steps_never_wait_for_the_device(solver, guidance, composed):
     if composed == "known region":
         velocity = KnownRegionVelocity(velocity, CosinePath(), x, x, x[:, :1])
     with watched() as waits:
-        solution = integrate(velocity, x, sampling_times(5), solver=solver)
+        solution = integrate(velocity, x, sampling_times(5), solver=solver, path=PATH)
     assert waits == []
     assert solution.x.shape == x.shape
     assert velocity.evaluations.min() >= solution.evaluations.min() > 0
@@ -242,14 +330,14 @@ def test_dopri5_on_the_parity_fixture():
 
 
 @pytest.mark.parametrize("kind", [Waves, SelectableWaves])
-@pytest.mark.parametrize("solver", [*ORDERS, *ADAPTIVE])
+@pytest.mark.parametrize("solver", [*FIXED, *ADAPTIVE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_image_is_the_same_in_any_batch(solver, kind, dtype):
     x = start(4, dtype)
-    together = integrate(kind(FREQUENCIES), x, sampling_times(8), solver=solver)
+    together = integrate(kind(FREQUENCIES), x, sampling_times(8), solver=solver, path=PATH)
     assert together.x.dtype == dtype
     for rows in ([0], [1], [2], [3], [1, 3], [2, 0, 1]):
-        alone = integrate(kind(FREQUENCIES[rows]), x[rows], sampling_times(8), solver=solver)
+        alone = integrate(kind(FREQUENCIES[rows]), x[rows], sampling_times(8), solver=solver, path=PATH)
         assert torch.equal(alone.x, together.x[rows])
         assert torch.equal(alone.evaluations, together.evaluations[rows])
         assert torch.equal(alone.steps, together.steps[rows])
@@ -323,8 +411,8 @@ def test_guided_velocity_counts_network_calls_of_each_image():
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_there_and_back(solver):
-    x, atol = start(), 1e-2 if solver == "euler" else 2e-4
-    tolerances = {"rtol": 1e-8, "atol": 1e-8}
+    x, atol = start(), {"euler": 1e-2, "dpmpp3m": 3e-4}.get(solver, 2e-4)
+    tolerances = {"rtol": 1e-8, "atol": 1e-8, "path": PATH}
     data = integrate(GAUSSIAN.velocity, x, sampling_times(500), solver=solver, **tolerances)
     torch.testing.assert_close(data.x, exact_end(x), rtol=0, atol=atol)
     noise = integrate(GAUSSIAN.velocity, data.x, sampling_times(500, start=0, end=1), solver=solver, **tolerances)
@@ -334,7 +422,7 @@ def test_there_and_back(solver):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_part_of_the_way(solver):
     x = start()
-    solution = integrate(GAUSSIAN.velocity, x, sampling_times(400, start=0.7, end=0.2), solver=solver)
+    solution = integrate(GAUSSIAN.velocity, x, sampling_times(400, start=0.7, end=0.2), solver=solver, path=PATH)
     torch.testing.assert_close(solution.x, exact_end(x, 0.7, 0.2), rtol=0, atol=5e-3 if solver == "euler" else 2e-5)
 
 
@@ -346,7 +434,7 @@ def test_velocity_gets_float64_times_and_may_answer_in_bfloat16(solver):
         dtypes.add((x.dtype, time.dtype, time.shape))
         return torch.ones_like(x, dtype=torch.bfloat16)
 
-    solution = integrate(velocity, start(dtype=torch.float32), sampling_times(4), solver=solver)
+    solution = integrate(velocity, start(dtype=torch.float32), sampling_times(4), solver=solver, path=LinearPath())
     assert dtypes == {(torch.float32, torch.float64, torch.Size([2]))}
     torch.testing.assert_close(solution.x, start(dtype=torch.float32) - 1)
 
@@ -391,6 +479,7 @@ def test_singularity_is_an_error_with_its_time(solver):
         ({"solver": "dopri5", "atol": 0.0}, "atol 0.0"),
         ({"solver": "dopri5", "rtol": -1.0}, "rtol -1.0"),
         ({"solver": "bosh3", "callback": print}, "fixed-step"),
+        ({"solver": "unipc2"}, "give the path"),
     ],
 )
 def test_refuses(options, message):

@@ -7,7 +7,7 @@ from typing import Any
 from latentflow.data.sources.synthetic import CLASS_NAMES
 from latentflow.demo.judging import judge
 from latentflow.demo.workshop import Workshop
-from latentflow.flow.solvers import SOLVERS, AdamsBashforth, is_adaptive
+from latentflow.flow.solvers import SOLVERS, RungeKutta, is_adaptive
 
 
 def draw_classes(work: Workshop) -> dict[str, Any]:
@@ -58,6 +58,6 @@ def compare_solvers(work: Workshop) -> dict[str, Any]:
 def steps_within(solver: str, budget: int) -> int:
     """The most steps, at least 1, that a fixed-step solver takes within `budget` evaluations of the velocity."""
     method = SOLVERS[solver]
-    if isinstance(method, AdamsBashforth):  # its first order - 1 steps are Heun's, one evaluation more each
-        return max(budget - (method.order - 1), 1)
-    return max(budget // len(method.nodes), 1)
+    if isinstance(method, RungeKutta):
+        return max(budget // len(method.nodes), 1)
+    return max(budget - method.extra, 1)

@@ -202,7 +202,7 @@ def _draw_timed(model: FlowModel, drawing: Drawing) -> _Drawn:
     velocity = conditioned_velocity(model, drawing, {}, noise.shape)
     times = sampling_times(sampling.steps, sampling.shift)
     began = _now(model.device)
-    solution = solve(drawing, velocity, noise, times)
+    solution = solve(model, drawing, velocity, noise, times)
     arrived = _now(model.device)
     model.pixels(solution.x).cpu()
     return _Drawn(velocity.evaluations, arrived - began, _now(model.device) - arrived)

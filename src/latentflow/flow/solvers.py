@@ -1,16 +1,17 @@
 """Solvers of dx/dt = velocity(x, t), from noise (t = 1) to data (t = 0) or back.
 
-A method is a table of coefficients in `SOLVERS`; `integrate` runs it. To add a fixed-step or an adaptive Runge-Kutta
-method, add its Butcher tableau. Images never influence each other: in an adaptive solver every image has its own time,
-step size and error control, and leaves the batch when it reaches the end. Times and step sizes are float64 on the CPU;
-the state keeps its dtype and device.
+A method is an entry of `SOLVERS`; `integrate` runs it. To add a fixed-step or an adaptive Runge-Kutta method, add its
+Butcher tableau; multistep methods are in `latentflow.flow.multistep`.
+
+Images never influence each other: in an adaptive solver every image has its own time, step size and error control, and
+leaves the batch when it reaches the end. Times and step sizes are float64 on the CPU; the state keeps its dtype and
+device.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, repeat
 
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from latentflow.errors import ConfigError, NonFiniteError, nearest
+from latentflow.flow.multistep import AdamsBashforth, Ask, DataMultistep, combine
+from latentflow.flow.path import Path
 from latentflow.shapes import image_mean, per_image, send
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -48,6 +51,15 @@ class RungeKutta:
     matrix: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...]
     error_weights: tuple[float, ...] | None = None
+
+    def march(self, ask: Ask, x: Tensor, grid: Sequence[float], path: Path | None = None) -> Iterator[Tensor]:
+        """The state after each step of `grid`, [B, ...] each, from x at grid[0]."""
+        for t, t_next in pairwise(grid):
+            h = t_next - t
+            # (1 - c) t + c t_next and not t + c h, which may miss t_next by a rounding
+            stage_times = [(1 - c) * t + c * t_next for c in self.nodes[1:]]
+            x = x + h * combine(self.weights, _slopes(ask, self, x, ask(x, t), stage_times, h))
+            yield x
 
 
 EULER = RungeKutta(1, nodes=(0,), matrix=((),), weights=(1,))
@@ -93,35 +105,20 @@ DOPRI5 = RungeKutta(
 )
 
 
-@dataclass(frozen=True)
-class AdamsBashforth:
-    """The explicit multistep method that integrates the polynomial through the last `order` velocities.
+Method = RungeKutta | AdamsBashforth | DataMultistep
 
-    One evaluation per step. The first `order` - 1 steps are taken by Heun's method, whose local error is small enough
-    to keep the global order up to 3.
-    """
-
-    order: int
-
-    def weights(self, times: Sequence[float]) -> list[float]:
-        """The weights b_j of the newest to the oldest velocity, for any spacing of the grid.
-
-        `times` are the `order` times of the velocities, oldest first, and the end of the step. With
-        s_j = (t_j - t_n) / h in units of the step, sum_j b_j s_j^m = integral of s^m over [0, 1] = 1 / (m + 1).
-        """
-        *past, now, end = times
-        s = (torch.tensor([now, *reversed(past)], dtype=torch.float64) - now) / (end - now)
-        m = torch.arange(self.order, dtype=torch.float64)
-        return torch.linalg.solve(s ** m[:, None], 1 / (m + 1)).tolist()
-
-
-SOLVERS: dict[str, RungeKutta | AdamsBashforth] = {
+SOLVERS: dict[str, Method] = {
     "euler": EULER,
     "midpoint": MIDPOINT,
     "heun": HEUN,
     "rk4": RK4,
     "ab2": AdamsBashforth(2),
     "ab3": AdamsBashforth(3),
+    "ab4": AdamsBashforth(4),
+    "dpmpp2m": DataMultistep(2),
+    "dpmpp3m": DataMultistep(3),
+    "unipc2": DataMultistep(2, corrects=True),
+    "unipc3": DataMultistep(3, corrects=True),
     "bosh3": BOSH3,
     "dopri5": DOPRI5,
 }
@@ -163,8 +160,8 @@ def expected_evaluations(solver: str, steps: int, tolerance: float) -> float:
         ConfigError: no such solver.
     """
     method = _method(solver)
-    if isinstance(method, AdamsBashforth):
-        return steps + min(steps, method.order - 1)  # the first ones are steps of Heun
+    if not isinstance(method, RungeKutta):
+        return steps + min(steps, method.extra)
     if not is_adaptive(solver):
         return steps * len(method.nodes)
     return _TYPICAL[solver] * tolerance ** (-1 / method.order)
@@ -179,6 +176,7 @@ def integrate(
     times: Tensor,
     *,
     solver: str = "heun",
+    path: Path | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
     rounding: float | None = None,
@@ -194,6 +192,7 @@ def integrate(
         times: [steps + 1] float64, falling or rising (`times.sampling_times`). Fixed-step solvers take these steps;
             adaptive ones only use the two ends.
         solver: a name of `SOLVERS`.
+        path: of the velocity; needed by the solvers that work with the predicted data, `DataMultistep`.
         rtol, atol: of adaptive solvers: the root mean square over an image of its estimated error in one step,
             divided by atol + rtol |x|, is kept below 1.
         rounding: of adaptive solvers: the relative rounding error of the velocity, which error estimates cannot go
@@ -202,7 +201,7 @@ def integrate(
 
     Raises:
         ConfigError: unknown solver, a grid that does not fall or rise throughout, a negative tolerance or no
-            atol, a callback for an adaptive solver.
+            atol, a callback for an adaptive solver, or no path where one is needed.
         NonFiniteError: in an adaptive solver, the state or the velocity is not finite, or no step is small enough.
     """
     method = _method(solver)
@@ -211,7 +210,7 @@ def integrate(
     if grid.dim() != 1 or len(grid) < 2 or not ((steps > 0).all() or (steps < 0).all()):
         raise ConfigError(f"times must be at least two, falling or rising throughout; got {grid.tolist()}")
     if not is_adaptive(solver):
-        return _integrate_fixed(velocity, x, method, grid.tolist(), callback)
+        return _integrate_fixed(velocity, x, method, grid.tolist(), path, callback)
     if not (rtol >= 0 and atol > 0):
         raise ConfigError(f"rtol must be at least 0 and atol above 0; got rtol {rtol}, atol {atol}")
     if callback is not None:
@@ -223,31 +222,23 @@ def integrate(
 def _integrate_fixed(
     velocity: Velocity,
     x: Tensor,
-    method: RungeKutta | AdamsBashforth,
+    method: Method,
     grid: list[float],
+    path: Path | None,
     callback: Callable[[int, float, Tensor], None] | None,
 ) -> Solution:
-    multistep = isinstance(method, AdamsBashforth)
-    past: deque[Tensor] = deque(maxlen=method.order - 1 if multistep else 0)  # earlier velocities, newest first
     evaluations = 0
-    for step, (t, t_next) in enumerate(pairwise(grid)):
-        h = t_next - t
-        slope = _ask(velocity, x, t)
-        if multistep and len(past) == past.maxlen:
-            weights = method.weights(grid[step + 1 - method.order : step + 2])
-            slopes = [slope, *past]
-            evaluations += 1
-        else:
-            tableau = HEUN if multistep else method
-            weights = tableau.weights
-            # (1 - c) t + c t_next and not t + c h, which may miss t_next by a rounding
-            stage_times = [(1 - c) * t + c * t_next for c in tableau.nodes[1:]]
-            slopes = _slopes(velocity, tableau, x, slope, stage_times, h)
-            evaluations += len(slopes)
-        x = x + h * _combine(weights, slopes)
-        past.appendleft(slope)
+
+    def ask(x: Tensor, time: float, clock: Tensor | None = None) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        return _ask(velocity, x, time, clock)
+
+    states = method.march(ask, x, grid, path)
+    for step, time in enumerate(grid[1:], 1):
+        x = next(states)
         if callback is not None:
-            callback(step + 1, t_next, x)
+            callback(step, time, x)
     counts = torch.zeros(len(x), dtype=torch.int64)
     return Solution(x, counts + evaluations, counts + len(grid) - 1, counts)
 
@@ -340,9 +331,9 @@ def _try_step(
     stage_times = (1 - nodes) * time + nodes * next_time
     *clocks, h = _clock(x, torch.cat([stage_times, (next_time - time)[None]]))
     h = per_image(h, x)
-    slopes = _slopes(velocity, tableau, x, slope, stage_times, h, clocks)
-    x_new = x + h * _combine(tableau.weights, slopes)
-    error = h * _combine(tableau.error_weights, slopes)
+    slopes = _slopes(lambda *at: _ask(velocity, *at), tableau, x, slope, stage_times, h, clocks)
+    x_new = x + h * combine(tableau.weights, slopes)
+    error = h * combine(tableau.error_weights, slopes)
     rtol, atol = tolerances
     ratio, speed = _norms([error, slope], scale=atol + rtol * torch.maximum(x.abs(), x_new.abs()))
     if not ratio.isfinite().all():
@@ -371,7 +362,7 @@ def _snap(size: Tensor, span: float) -> Tensor:
 
 
 def _slopes(
-    velocity: Velocity,
+    ask: Callable[..., Tensor],
     tableau: RungeKutta,
     x: Tensor,
     first: Tensor,
@@ -382,7 +373,7 @@ def _slopes(
     """The stages k_1 ... k_s of one step, given k_1 = `first`; `times` on the CPU, `clocks` on x's device."""
     slopes = [first]
     for row, time, clock in zip(tableau.matrix[1:], times, clocks, strict=False):
-        slopes.append(_ask(velocity, x + h * _combine(row, slopes), time, clock))
+        slopes.append(ask(x + h * combine(row, slopes), time, clock))
     return slopes
 
 
@@ -391,11 +382,6 @@ def _ask(velocity: Velocity, x: Tensor, time: float | Tensor, clock: Tensor | No
     if hasattr(velocity, "at"):
         velocity = velocity.at(time)
     return velocity(x, _clock(x, time) if clock is None else clock).to(x.dtype)
-
-
-def _combine(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
-    """sum_i weights[i] slopes[i]"""
-    return sum(weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight != 0)
 
 
 def _norms(tensors: Sequence[Tensor], scale: Tensor) -> Tensor:
@@ -435,7 +421,7 @@ class _WholeBatch:
         return self.velocity(self.x.index_copy(0, rows, x), whole_time)[rows]
 
 
-def _method(solver: str) -> RungeKutta | AdamsBashforth:
+def _method(solver: str) -> Method:
     if solver not in SOLVERS:
         raise ConfigError(f"unknown solver {solver!r}; {nearest(solver, SOLVERS)}")
     return SOLVERS[solver]

@@ -207,7 +207,7 @@ def _to_noise(model: FlowModel, latents: Tensor, drawing: Drawing, batch_size: i
         rows = slice(start, start + batch_size)
         x = latents[rows].to(model.device)
         velocity = conditioned_velocity(model, drawing.at(rows), {}, x.shape)
-        solution = solve(drawing, velocity, x, times)
+        solution = solve(model, drawing, velocity, x, times)
         noise.append(solution.x.cpu())
         evaluations.append(velocity.evaluations)
     return torch.cat(noise), torch.cat(evaluations)

@@ -214,7 +214,7 @@ def conditioned_velocity(
     return BlendedVelocity(conditioned_on(drawing.labels), conditioned_on(others), weights)
 
 
-def solve(drawing: Drawing, velocity: Velocity, x: Tensor, times: Tensor) -> Solution:
+def solve(model: FlowModel, drawing: Drawing, velocity: Velocity, x: Tensor, times: Tensor) -> Solution:
     """Integrate the velocity of a drawing's images from x at times[0] to times[-1], with the drawing's solver."""
     sampling = drawing.sampling
     computed = "fp32" if drawing.precision == "tf32" and not x.is_cuda else drawing.precision
@@ -223,6 +223,7 @@ def solve(drawing: Drawing, velocity: Velocity, x: Tensor, times: Tensor) -> Sol
         x,
         times,
         solver=sampling.solver,
+        path=model.config.path,
         rtol=sampling.rtol,
         atol=sampling.atol,
         rounding=_ROUNDING.get(computed),
@@ -261,7 +262,8 @@ def _begin(model: FlowModel, drawing: Drawing, given: Given, size: int = 0) -> _
         x = path.interpolate(inputs["latents"], noise, torch.full((len(noise),), drawing.start, device=noise.device))
     if inputs["hole"] is not None:
         velocity = KnownRegionVelocity(velocity, path, inputs["latents"], noise, inputs["hole"])
-    end = solve(drawing, velocity, x, sampling_times(sampling.steps, sampling.shift, start=drawing.start)).x[:num]
+    times = sampling_times(sampling.steps, sampling.shift, start=drawing.start)
+    end = solve(model, drawing, velocity, x, times).x[:num]
     pixels, latents = (_fetched(tensor) for tensor in (model.pixels(end), end.float()))
     watch.stop()
     return _Begun(model, drawing, pixels, latents, velocity.evaluations[:num], watch)

@@ -66,7 +66,10 @@ class SamplingRequest(Request):
     guided_channels: Whole | None = Field(
         default=None, ge=1, le=65_536, description="Guide only the first latent channels, this many."
     )
-    solver: str | None = Field(default=None, description="euler, midpoint, heun, rk4, ab2, ab3, bosh3 or dopri5.")
+    solver: str | None = Field(
+        default=None,
+        description="euler, midpoint, heun, rk4, ab2, ab3, ab4, dpmpp2m, dpmpp3m, unipc2, unipc3, bosh3 or dopri5.",
+    )
     steps: Annotated[Whole, Option(remedy="25 are usual")] | None = Field(
         default=None, ge=1, le=MOST_STEPS, description="Intervals of a fixed-step solver."
     )
