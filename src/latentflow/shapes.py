@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
@@ -36,6 +37,13 @@ def send(values: Tensor, device: torch.device | str) -> Tensor:
 def image_mean(x: Tensor) -> Tensor:
     """Mean over everything but the batch: [B, ...] => [B]."""
     return x.flatten(1).mean(1)
+
+
+def shrink(images: Tensor, side: int) -> Tensor:
+    """Square images or latents [B, C, S, S] at a smaller side, with antialiasing: [B, C, side, side]."""
+    if side == images.shape[-1]:
+        return images
+    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
 
 
 @dataclass(frozen=True)

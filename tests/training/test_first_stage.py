@@ -111,8 +111,22 @@ def test_the_loss_is_the_sum_its_weights_say():
     torch.testing.assert_close(step.loss, step.reconstruction + 0.25 * step.edges + 0.125 * step.kl)
 
 
-def test_an_image_has_the_same_loss_in_any_batch():
-    given = recipe("unused")
+def test_the_equivariance_term_is_added_and_reaches_encoder_and_decoder():
+    weights = {"edge_weight": 0.25, "kl_weight": 0.125}
+    plain = recipe("unused", data={"crop": None}, loss=weights)
+    given = recipe("unused", data={"crop": None}, loss={**weights, "equivariance_weight": 2.0})
+    network, batch = build_autoencoder(given.network, 16, seed=0), batch_of(3)
+    step = autoencoder_step(network, batch, recipe=given, runtime=tiny.CPU)
+    without = autoencoder_step(network, batch, recipe=plain, runtime=tiny.CPU)
+    assert without.equivariance is None
+    torch.testing.assert_close(step.loss, without.loss + 2 * step.equivariance)
+    step.equivariance.mean().backward()
+    assert all(network.get_submodule(side).conv_in.weight.grad.abs().max() > 0 for side in ("encoder", "decoder"))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_an_image_has_the_same_loss_in_any_batch(weight):
+    given = recipe("unused", loss={"equivariance_weight": weight})
     network, batch = build_autoencoder(given.network, 16, seed=0), batch_of(4)
     single = Batch(positions=batch.positions[2:3], indices=batch.indices[2:3], pixels=batch.pixels[2:3])
     together = autoencoder_step(network, batch, recipe=given, runtime=tiny.CPU).loss
@@ -234,6 +248,33 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
         assert (run / "autoencoder" / file).read_bytes() == (uninterrupted / "autoencoder" / file).read_bytes()
     losses = [[line["loss"] for line in read_metrics(folder)] for folder in (run, uninterrupted)]
     assert losses[0] == losses[1]
+
+
+def test_a_run_with_the_equivariance_term_resumes_exactly(tmp_path, monkeypatch):
+    def given(name):
+        return recipe(tmp_path / name, loss={"equivariance_weight": 1.0})
+
+    whole = train_autoencoder(given("whole"), runtime=tiny.CPU)
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch, signal.SIGTERM)
+        assert train_autoencoder(given("parts"), runtime=tiny.CPU).outcome.step == 3
+    assert train_autoencoder(given("parts"), runtime=tiny.CPU).outcome.finished == whole.outcome.finished
+    for file in STATE:
+        ours, theirs = (newest_checkpoint(tmp_path / name) / file for name in ("whole", "parts"))
+        assert ours.read_bytes() == theirs.read_bytes(), file
+    lines = read_metrics(tmp_path / "parts")
+    assert all(line["equivariance"] > 0 for line in lines)
+
+
+def test_the_equivariance_term_is_logged_only_where_it_is_used(uninterrupted):
+    assert "equivariance" not in read_metrics(uninterrupted)[0]
+
+
+def test_a_run_of_an_earlier_version_has_no_equivariance_term(uninterrupted):
+    saved = (uninterrupted / "recipe.yaml").read_text(encoding="utf-8")
+    assert "equivariance_weight: 0.0" in saved
+    with pytest.raises(ConfigError, match=r"loss.equivariance_weight: 0.0, now 0.5"):
+        train_autoencoder(recipe(uninterrupted, loss={"equivariance_weight": 0.5}), runtime=tiny.CPU)
 
 
 def test_a_finished_run_is_measured_again(uninterrupted):

@@ -3,9 +3,10 @@
 With x the pixels, q(z|x) = N(mean, variance) the encoder's posterior, z drawn from it and x' the decoded z,
 
     loss = |x' - x| + edge_weight * |grad x' - grad x| + kl_weight * KL(q(z|x) || N(0, 1))
+           + equivariance_weight * |D(tau z) - tau x|
 
-each term a mean over its elements. There is no perceptual and no adversarial loss: this is for small first stages of
-simple images, trained in minutes on one device.
+each term a mean over its elements; D is the decoder, and tau turns and shrinks (see `training.equivariance`). There is
+no perceptual and no adversarial loss: this is for small first stages of simple images, trained in minutes on one device.
 
 Legend: B images, S side of the training crops, C latent channels, h = w = S / factor.
 """
@@ -31,6 +32,7 @@ from latentflow.runtime import Runtime
 from latentflow.shapes import image_mean
 from latentflow.training.changes import ChangeRules
 from latentflow.training.config import LARGEST_IMAGE, LARGEST_SEED, MOST_STEPS, RECIPES, find_recipe
+from latentflow.training.equivariance import equivariance_loss
 from latentflow.training.interruption import Outcome
 from latentflow.training.loop import Job, MicroBatches, run_loop
 from latentflow.training.memory import require_memory
@@ -101,6 +103,13 @@ class AutoencoderLoss(Record):
         ge=0,
         le=1e6,
         description="Weight of the KL divergence from N(0, 1) per latent value; larger: smoother latents, less detail.",
+    )
+    equivariance_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Weight of the absolute error of turned and shrunken latents, decoded, against the turned and "
+        "shrunken images (EQ-VAE): latents that a flow learns faster, for about a third more time; 0: off.",
     )
 
 
@@ -232,11 +241,17 @@ def require_autoencoder_memory(recipe: AutoencoderRecipe, free: int | None) -> N
     require_memory(
         f"an autoencoder of {len(config.channels)} levels",
         sum(parameter.numel() for parameter in network.parameters()),
-        per_image=volume * (2 * config.layers_per_block + 1) * _KEPT_BYTES,
+        per_image=volume * _kept_blocks(recipe) * _KEPT_BYTES,
         images=recipe.training.batch_size,
         free=free,
         key="training.batch_size",
     )
+
+
+def _kept_blocks(recipe: AutoencoderRecipe) -> int:
+    """Residual blocks per level that keep something for the backward pass, of an encoder and one or two decoders."""
+    encoder, decoder = recipe.network.layers_per_block, recipe.network.layers_per_block + 1
+    return encoder + decoder * (2 if recipe.loss.equivariance_weight else 1)
 
 
 @dataclass(frozen=True)
@@ -249,6 +264,7 @@ class AutoencoderStep:
         edges: mean absolute error of differences between neighbouring pixels.
         kl: KL divergence of the posterior from N(0, 1) in nats per latent value.
         posterior_std: mean standard deviation of the posterior.
+        equivariance: mean absolute error of turned and shrunken latents, decoded; None: not part of the loss.
     """
 
     loss: Tensor
@@ -256,6 +272,7 @@ class AutoencoderStep:
     edges: Tensor
     kl: Tensor
     posterior_std: Tensor
+    equivariance: Tensor | None = None
 
 
 def autoencoder_step(
@@ -276,7 +293,14 @@ def autoencoder_step(
     mean, log_variance = moments.chunk(2, dim=1)
     kl = image_mean(0.5 * (mean**2 + log_variance.exp() - 1 - log_variance))  # KL(N(mean, variance) || N(0, 1))
     loss = reconstruction + recipe.loss.edge_weight * edges + recipe.loss.kl_weight * kl
-    return AutoencoderStep(loss, reconstruction, edges, kl, image_mean((0.5 * log_variance).exp()))
+    equivariance = None
+    if recipe.loss.equivariance_weight:
+        random = ImageRandom.at(seed, "equivariance", batch.positions)
+        with runtime.autocast():
+            equivariance = equivariance_loss(lambda z: network.decode(z).sample, latents, pixels, random)
+        loss = loss + recipe.loss.equivariance_weight * equivariance
+    posterior_std = image_mean((0.5 * log_variance).exp())
+    return AutoencoderStep(loss, reconstruction, edges, kl, posterior_std, equivariance)
 
 
 def train_first_stage(
@@ -297,7 +321,7 @@ def train_first_stage(
     job = Job(
         network=network.to(runtime.device),
         compare=partial(autoencoder_step, recipe=recipe, runtime=runtime),
-        meter=MeanTerms,
+        meter=partial(MeanTerms, recipe.loss),
         images=images,
         run=run,
         runtime=runtime,
@@ -331,8 +355,10 @@ def _edges(pixels: Tensor) -> tuple[Tensor, Tensor]:
 class MeanTerms:
     """Means of the terms of the loss, summed on the device and read once per log line."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, weights: AutoencoderLoss, device: torch.device):
         self.names = [field.name for field in fields(AutoencoderStep)]
+        if not weights.equivariance_weight:
+            self.names.remove("equivariance")
         self.sums = torch.zeros(len(self.names), device=device)
         self.num_steps = 0
 
