@@ -19,6 +19,7 @@ from latentflow.analysis.diagnosis import (
     fine_detail,
     nearness,
 )
+from latentflow.analysis.latent_space import LatentSpace
 from latentflow.analysis.verdicts import verdicts
 
 
@@ -74,6 +75,14 @@ def diagnosis(**changes) -> Diagnosis:
             against="a", is_test=True, covers=True, num_training=100, num_all=100, spaces=[space]
         ),
         "floor": Floor(label="f", num=50, real=1.0, reconstructed=2.0, samples=2.5, standard_errors=(0.1, 0.1, 0.1)),
+        "latent_space": LatentSpace(
+            num=50,
+            turning_error=0.5,
+            shrinking_error=None,
+            fine_share=0.2,
+            fine_share_of_images=0.1,
+            fine_share_of_noise=0.75,
+        ),
         "seconds": 1.0,
     }
     return Diagnosis(**{**fine, **changes})

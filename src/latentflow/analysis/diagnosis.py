@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from latentflow.analysis.latent_space import LatentSpace
 from latentflow.flow.path import Path
 from latentflow.records import Record
 from latentflow.runtime import Runtime
@@ -160,6 +161,7 @@ class Diagnosis(Record):
     latents: LatentStatistics
     memorisation: Memorisation
     floor: Floor
+    latent_space: LatentSpace
     seconds: float
 
 

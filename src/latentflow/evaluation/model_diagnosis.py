@@ -26,8 +26,9 @@ from latentflow.analysis.diagnosis import (
     nearness,
     radial_spectrum,
 )
+from latentflow.analysis.latent_space import measure_latent_space
 from latentflow.analysis.trajectories import follow
-from latentflow.autoencoder import to_uint8
+from latentflow.autoencoder import to_uint8, to_unit_range
 from latentflow.data.items import ImageSource
 from latentflow.errors import DataError
 from latentflow.evaluation.encoded_images import ReferenceLatents, encode_reference, velocity_given
@@ -49,6 +50,7 @@ _BINS = 10
 _LOOKS = 4  # times at which the loss of each image is measured
 _MOST_WAYS, _WAY_STEPS = 64, 40
 _PAIRS = 8  # shown on each sheet
+_MOST_ENCODED = 64  # images whose turned and shrunken versions are encoded
 _TWIN = 1e-5  # relative distance of features below which two images are the same
 
 
@@ -123,6 +125,7 @@ def measure_diagnosis(
         latents=_latent_statistics(samples.latents, examined.latents.latents, half),
         memorisation=memorisation,
         floor=_floor(network.label, features, first, second),
+        latent_space=measure_latent_space(flow.encode, to_unit_range(first.pictures(range(half)[:_MOST_ENCODED]))),
         seconds=0.0,
     )
     return diagnosis, pairs

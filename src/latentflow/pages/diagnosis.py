@@ -15,6 +15,7 @@ from latentflow.analysis.diagnosis import (
     TrajectoryShapes,
     fine_detail,
 )
+from latentflow.analysis.latent_space import LatentSpace
 from latentflow.analysis.verdicts import WORDS, verdicts
 from latentflow.pages.charts import TIME, Chart, Series
 from latentflow.pages.numbers import number
@@ -43,6 +44,7 @@ def diagnosis_page(diagnosis: Diagnosis, out: Path) -> str:
         rare=RARE,
         sheets=_sheets(diagnosis.memorisation, out),
         floor=_floor_table(diagnosis.floor),
+        latent_space=_latent_space_table(diagnosis.latent_space),
     )
 
 
@@ -136,3 +138,15 @@ def _floor_table(floor: Floor) -> Table:
         for name, value, error in zip(names, values, floor.standard_errors, strict=True)
     ]
     return Table(("Fréchet distance to one half", "value", "standard error"), rows)
+
+
+def _latent_space_table(space: LatentSpace) -> Table:
+    shrinking = "" if space.shrinking_error is None else f"{space.shrinking_error:.2f}"
+    rows = [
+        ("equivariance error, turned by a quarter", f"{space.turning_error:.2f}"),
+        ("equivariance error, shrunk to half", shrinking),
+        ("share of high frequencies, latents", f"{space.fine_share:.2f}"),
+        ("the same, images at the size of the latents", f"{space.fine_share_of_images:.2f}"),
+        ("the same, white noise", f"{space.fine_share_of_noise:.2f}"),
+    ]
+    return Table(("autoencoder", "value"), rows)

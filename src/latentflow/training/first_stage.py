@@ -6,7 +6,8 @@ With x the pixels, q(z|x) = N(mean, variance) the encoder's posterior, z drawn f
            + equivariance_weight * |D(tau z) - tau x|
 
 each term a mean over its elements; D is the decoder, and tau turns and shrinks (see `training.equivariance`). There is
-no perceptual and no adversarial loss: this is for small first stages of simple images, trained in minutes on one device.
+no perceptual and no adversarial loss: this is for small first stages of simple images, trained in minutes on one
+device.
 
 Legend: B images, S side of the training crops, C latent channels, h = w = S / factor.
 """
