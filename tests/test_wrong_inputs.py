@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from latentflow.commands.train import train
 from latentflow.sampling.request import SampleRequest
 from latentflow.training.settings import to_yaml
 from tests import tiny
@@ -212,6 +213,17 @@ CASES = {
         wrong("loss {w}/model --data {w}/photos --num 0", "0"),
         wrong("sweep {w}/model --data {w}/photos --solvers eulerr --out {out}", "eulerr", "euler"),
         wrong("sweep {w}/model --data {w}/photos --steps four --out {out}", "four"),
+        wrong("ema {w}/run --length 0.3 --out {out}", "0.3", "0.28", advised="ema {w}/run --length 0.1 --out {out}"),
+        wrong("ema {w}/run --length 0.25 --out {out}", "--length 0.25", "give 0.0"),
+        wrong("ema {w}/run --length 0.1 --step 5 --out {out}", "--step 5", "the nearest is 4"),
+        wrong("ema {w}/run --length 0.1", "--out", "--write"),
+        wrong("ema {w}/run --length 0.1 --write --out {out}", "--out", "--write"),
+        wrong("ema {w}/run --length 0.1 --out {w}/kl", "kl is not empty"),
+        wrong("ema {w}/model --length 0.1 --out {out}", "has kept no averages", "training.ema_lengths"),
+        wrong("ema me/nothing --length 0.1 --out {out}", "me/nothing"),
+        wrong(f"{TRAIN} 'training.ema_lengths=[0.05, 0.5]'", "training.ema_lengths", "0.5"),
+        wrong(f"{TRAIN} 'training.ema_lengths=[0.05, 0.05]'", "training.ema_lengths", "once"),
+        wrong(f"{TRAIN} training.ema_snapshots=0", "training.ema_snapshots", "0"),
         wrong("benchmark {w}/model --batch-sizes 0", "0"),
         wrong("info {w}/empty", "empty"),
         wrong("convert lfmm {w}/text.txt --out {out}", "lfmm", "lfm"),
@@ -236,6 +248,8 @@ def world(tmp_path_factory, kl, kl_folder, cache) -> Path:
     _pictures(w)
     _recipes(w)
     _models(w, kl)
+    kept = {"steps": 4, "ema_lengths": [0.05, 0.1], "ema_snapshots": 2}
+    train(tiny.recipe(data={"path": cache}, autoencoder=kl_folder, training=kept, out=w / "run"), runtime=tiny.CPU)
     return w
 
 

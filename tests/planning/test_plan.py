@@ -26,6 +26,7 @@ from latentflow.planning.probe import SLOWER, Speed, probe
 from latentflow.planning.report import numbers, tables
 from latentflow.planning.request import PlanRequest
 from latentflow.planning.units import gib
+from latentflow.training.checkpoint import newest_checkpoint
 from latentflow.training.config import Recipe, load_recipe, recipe_names
 from latentflow.training.memory import forward_flops
 from tests import tiny
@@ -81,6 +82,25 @@ def test_checkpoints_on_disk_are_counted_with_milestones(recipe, every, keep, ke
     disk = planned(recipe(training=training)).disk
     assert (disk.num_checkpoints, disk.num_milestones) == (most, milestones)
     assert disk.run == disk.checkpoint * most + disk.model * (1 + milestones) + disk.previews
+
+
+@pytest.mark.usefixtures("unprobed")
+@pytest.mark.parametrize(
+    ("every", "keep", "snapshots", "most"), [(100, 2, 2, 2), (100, 2, 4, 3), (5, 2, 3, 3), (1, 9, 8, 10)]
+)
+def test_averages_are_counted_in_memory_and_on_disk(recipe, every, keep, snapshots, most):
+    """Against a run: its folder of averages, and its checkpoints with two of them."""
+    lengths, kept = [0.05, 0.1], {"checkpoint_every": every, "keep_checkpoints": keep}
+    asked = recipe(training={**kept, "ema_lengths": lengths, "ema_snapshots": snapshots})
+    run, found = train(asked, runtime=tiny.CPU).run, planned(asked)
+    averages = sum(num_bytes(file) for file in (run / "averages").rglob("*.safetensors"))
+    assert found.disk.snapshot * found.disk.num_snapshots == averages
+    assert found.disk.checkpoint == sum(num_bytes(file) for file in newest_checkpoint(run).glob("*.safetensors"))
+    assert found.disk.num_checkpoints == most
+    alone = planned(recipe(training=kept))
+    assert alone.disk.num_snapshots == alone.disk.snapshot == 0
+    assert found.memory.exact["moving average"] == 3 * alone.memory.exact["moving average"]
+    assert found.disk.run - averages - found.disk.model == most * found.disk.checkpoint
 
 
 @pytest.mark.usefixtures("unprobed")
@@ -200,7 +220,7 @@ def test_a_deep_transformer_is_as_slow_as_its_blocks(monkeypatch):
         return images * (0.3 + 0.7 * config.network.depth)
 
     monkeypatch.setattr(plan_probe, "_seconds_of_pass", seconds)
-    monkeypatch.setattr(plan_probe, "_seconds_per_update", lambda config, runtime: 0.0)
+    monkeypatch.setattr(plan_probe, "_seconds_per_update", lambda config, runtime, lengths: 0.0)
     found = probe(deep, tiny.CPU, images=32, seconds=0.5)
     assert not found.whole
     assert found.seconds_per_image == pytest.approx(0.3 + 0.7 * deep.network.depth)
@@ -210,7 +230,7 @@ def test_a_large_unet_is_as_slow_as_its_operations(monkeypatch):
     """With a clock that goes by operations, what is found on smaller latents is what the whole takes."""
     large = planned_config("celeb512_f8_adm")
     monkeypatch.setattr(plan_probe, "_seconds_of_pass", lambda config, *rest: rest[1] * forward_flops(config) / 1e10)
-    monkeypatch.setattr(plan_probe, "_seconds_per_update", lambda config, runtime: 0.0)
+    monkeypatch.setattr(plan_probe, "_seconds_per_update", lambda config, runtime, lengths: 0.0)
     found = probe(large, tiny.CPU, images=8, seconds=0.5)
     assert not found.whole
     assert found.seconds_per_image == pytest.approx(forward_flops(large) / 1e10)

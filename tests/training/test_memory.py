@@ -96,6 +96,7 @@ def test_state_by_parts():
     parts = state_parts(1000)
     assert sum(parts.values()) == state_bytes(1000) == 20_000
     assert state_bytes(1000, half=True) - state_bytes(1000) == 2000
+    assert state_bytes(1000, averages=3) - state_bytes(1000) == 2 * parts["average of the weights"] == 8000
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from latentflow.cli.options import AsJson, Device, Model, Precision, command
 from latentflow.cli.output import runtime_for, show, teller
 from latentflow.console import printable, say
 from latentflow.planning.request import PlanRequest
-from latentflow.training.request import LossRequest
+from latentflow.training.request import EmaRequest, LossRequest
 
 RecipeName = Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")]
 Overrides = Annotated[
@@ -164,6 +164,23 @@ def loss(
     rows = {" + ".join(r.told) or "nothing": f"{r.loss:.4f} +- {r.standard_error:.4f}" for r in results}
     if as_json:
         rows = {name: asdict(result) for name, result in zip(rows, results, strict=True)}
+    show(rows, as_json)
+
+
+@verb(example="latentflow ema runs/photos --length 0.1 --out models/photos")
+def ema(request: EmaRequest, as_json: AsJson = False) -> None:
+    """Choose the length of the weights' average after training, from what the run has kept."""
+    from latentflow.commands.ema import ema as run
+
+    result = run(request)
+    made = result.combination
+    rows = {
+        "model": str(result.model),
+        "length": made.target.length,
+        "step": made.target.step,
+        "made of": len(made.shares),
+        "error of the profile": float(f"{made.error:.1e}"),
+    }
     show(rows, as_json)
 
 

@@ -44,7 +44,13 @@ def _describe_model(model: str | Path) -> dict[str, Any]:
         "training images": config.training.num_images,
         "steps": config.training.step,
         "images seen": config.training.images_seen,
+        "average of the weights": _average(config.training.ema_length),
     }
+
+
+def _average(length: float | None) -> str:
+    """How the weights were averaged in training."""
+    return "exponential" if length is None else f"power function of length {length:g}"
 
 
 def _describe_cache(folder: str | Path) -> dict[str, Any]:

@@ -64,4 +64,5 @@ def _measured(subject: PlannedRun, memory: Memory, most: int, runtime: Runtime) 
         seconds=_PROBE_SECONDS,
         mode=memory.mode,
         compiled=is_compiled,
+        ema_lengths=training.ema_lengths or (),
     )

@@ -70,6 +70,7 @@ def _facts(config: ModelConfig) -> dict[str, str]:
         "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}",
         "trained on": training.data or "not known",
         "training": seen if training.step else "not recorded",
+        "average": "" if training.ema_length is None else f"power function of length {training.ema_length:g}",
     }
     return {name: fact for name, fact in facts.items() if fact}
 

@@ -84,6 +84,9 @@ class TrainingRecord(Record):
     )
     step: int = Field(default=0, ge=0)
     images_seen: int = Field(default=0, ge=0)
+    ema_length: float | None = Field(
+        default=None, ge=0, description="Relative length of the weights' power function average; null: exponential."
+    )
 
 
 class ModelConfig(Record):

@@ -18,7 +18,7 @@ from latentflow.planning.machine import Machine
 from latentflow.planning.planned_run import PlannedRun
 from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.preview import preview_drawing
-from latentflow.training.config import Recipe
+from latentflow.training.config import Recipe, TrainingConfig
 from latentflow.training.memory import bytes_per_image, fitting_mode, micro_batch_that_fits
 
 _PNG_BYTES = 2  # per pixel of a preview, approximately
@@ -84,6 +84,8 @@ class Disk:
         num_checkpoints: the most at any time, with milestones and the one being written.
         num_milestones: checkpoints that also hold a model.
         model: the model folder.
+        snapshot: power function averages of one step; 0: none are kept.
+        num_snapshots: how many stay.
         cache: the latent cache; None if the number of images is unknown, or training reads images.
         cache_is_here: whether it exists already.
         previews: all of them.
@@ -94,6 +96,8 @@ class Disk:
     num_checkpoints: int
     num_milestones: int
     model: int
+    snapshot: int
+    num_snapshots: int
     cache: int | None
     cache_is_here: bool
     previews: int
@@ -102,7 +106,8 @@ class Disk:
     @property
     def run(self) -> int:
         """Bytes of the run folder."""
-        return self.checkpoint * self.num_checkpoints + self.model * (1 + self.num_milestones) + self.previews
+        kept = self.model * (1 + self.num_milestones) + self.snapshot * self.num_snapshots
+        return self.checkpoint * self.num_checkpoints + kept + self.previews
 
 
 def estimate_memory(subject: PlannedRun, network: nn.Module, machine: Machine, *, share: int, micro: int) -> Memory:
@@ -119,7 +124,7 @@ def estimate_memory(subject: PlannedRun, network: nn.Module, machine: Machine, *
     exact = {
         "weights": weights,
         "gradients": weights,
-        "moving average": _state_bytes(network),
+        "moving average": _state_bytes(network) * recipe.training.num_averages,
         "optimizer's moments": _optimizer_bytes(network),
     }
     latents = config.latent_shape[0] * config.latent_shape[1] * config.latent_shape[2]
@@ -135,7 +140,7 @@ def estimate_memory(subject: PlannedRun, network: nn.Module, machine: Machine, *
     if cached is not None and _stays_resident(subject.recipe, cached, machine):
         estimated["latent cache"] = cached
     if not machine.gpu:
-        estimated["copy for a checkpoint"] = _checkpoint_bytes(network)
+        estimated["copy for a checkpoint"] = _checkpoint_bytes(network, recipe.training.num_averages)
     side = config.latent_shape[-1]
     kept = {mode: bytes_per_image(config.network, side, half=machine.half, memory=mode) for mode in MEMORY_MODES}
     preview = 0
@@ -146,7 +151,10 @@ def estimate_memory(subject: PlannedRun, network: nn.Module, machine: Machine, *
     mode = recipe.training.memory
     if mode == "auto":
         memory = machine.memory
-        mode = fitting_mode(config, micro, half=machine.half, memory=memory) if memory is not None else "none"
+        mode = "none"
+        if memory is not None:
+            averages = recipe.training.num_averages
+            mode = fitting_mode(config, micro, half=machine.half, memory=memory, averages=averages)
     return Memory(exact, estimated, kept, preview, mode, micro, share)
 
 
@@ -189,28 +197,36 @@ def _optimizer_bytes(network: nn.Module) -> int:
     return sum(2 * p.numel() * p.element_size() + 4 for p in network.parameters())
 
 
-def _checkpoint_bytes(network: nn.Module) -> int:
-    return 2 * _state_bytes(network) + _optimizer_bytes(network)
+def _checkpoint_bytes(network: nn.Module, averages: int) -> int:
+    return (1 + averages) * _state_bytes(network) + _optimizer_bytes(network)
+
+
+def _num_saved(training: TrainingConfig) -> int:
+    """Checkpoints that are written in the whole run, the last one included."""
+    every, milestones = training.checkpoint_every, training.keep_every
+    number = training.steps // every
+    if milestones:
+        number += training.steps // milestones - training.steps // math.lcm(every, milestones)
+    others = {*training.snapshot_steps, training.steps}
+    return number + sum(bool(step % every and (not milestones or step % milestones)) for step in others)
 
 
 def estimate_disk(subject: PlannedRun, network: nn.Module) -> Disk:
     """What the run folder and the latent cache take."""
     training, config = subject.recipe.training, subject.config
     embedded = config.autoencoder.reference == AUTOENCODER_FOLDER
-    every, milestones = training.checkpoint_every, training.keep_every or 0
-    num_milestones = training.steps // milestones if milestones else 0
-    num_saved = training.steps // every + num_milestones + (not training.is_saved(training.steps))
-    if milestones:
-        num_saved -= training.steps // math.lcm(every, milestones)
+    num_milestones = training.steps // training.keep_every if training.keep_every else 0
     previews = -(-training.steps // training.preview_every) if training.preview_every else 0
     pixels = len(preview_of(subject).seeds) * subject.recipe.data.image_size**2
     place = next((p for p in Path(subject.recipe.out or "runs").absolute().parents if p.is_dir()), Path.cwd())
     here = subject.data.num_bytes
     return Disk(
-        checkpoint=_checkpoint_bytes(network),
-        num_checkpoints=min(training.keep_checkpoints + 1 + num_milestones, num_saved),
+        checkpoint=_checkpoint_bytes(network, training.num_averages),
+        num_checkpoints=min(training.keep_checkpoints + 1 + num_milestones, _num_saved(training)),
         num_milestones=num_milestones,
         model=_state_bytes(network) + (subject.stage.num_bytes or 0 if embedded else 0),
+        snapshot=_state_bytes(network) * (training.num_averages - 1),
+        num_snapshots=len(training.snapshot_steps),
         cache=cached_bytes(subject) if here is None else here,
         cache_is_here=here is not None,
         previews=previews * pixels * _PNG_BYTES,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -82,6 +82,7 @@ def probe(
     seconds: float,
     mode: MemoryMode = "none",
     compiled: bool = False,
+    ema_lengths: Sequence[float] = (),
 ) -> Speed:
     """Time a few steps.
 
@@ -93,10 +94,11 @@ def probe(
         seconds: about how long this may take, without compilation.
         mode: what the backward pass recomputes.
         compiled: whether blocks are compiled first.
+        ema_lengths: of the averages beside the exponential one.
     """
     way = _Way(runtime, mode, compiled)
     whole = forward_flops(config)
-    update = _seconds_per_update(config, runtime)
+    update = _seconds_per_update(config, runtime, ema_lengths)
     rate = _matmul_rate(runtime)
     budget = rate * seconds / (4 * _PASSES)  # operations of one forward pass: two networks, each with a warm-up
     parts = list(_parts(config))
@@ -202,13 +204,13 @@ def _network(config: ModelConfig, device: torch.device) -> nn.Module:
     return network
 
 
-def _seconds_per_update(config: ModelConfig, runtime: Runtime) -> float:
-    """Time of clipping, optimizer and average, extrapolated from some of the weights: memory bandwidth limits it."""
+def _seconds_per_update(config: ModelConfig, runtime: Runtime, ema_lengths: Sequence[float]) -> float:
+    """Time of clipping, optimizer and averages, extrapolated from some of the weights: memory bandwidth limits it."""
     total = count_parameters(config)
     number = min(total, _UPDATED.get(runtime.device.type, _UPDATED["cpu"]))
     layers = nn.ParameterList(torch.full((2**16,), 0.5) for _ in range(math.ceil(number / 2**16)))
     layers.to(runtime.device)
-    optimizer, average = build_optimizer(layers, OptimizerConfig()), EMA(layers, 0.999)
+    optimizer, average = build_optimizer(layers, OptimizerConfig()), EMA(layers, 0.999, ema_lengths)
     taken = []
     for step in range(3):
         for parameter in layers.parameters():

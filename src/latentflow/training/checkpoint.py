@@ -3,6 +3,9 @@
 `checkpoints/step-00001000/` holds `network.safetensors`, `ema.safetensors`, `optimizer.safetensors` and
 `state.json`, a milestone also `model/`, the model folder of that step. Randomness and data order follow from
 (seed, images seen), so no generator state is stored.
+
+A run that keeps power function averages has them in `average-LENGTH.safetensors` of every checkpoint, and in that of
+every snapshot, `averages/step-00001000/`, which stays.
 """
 
 from __future__ import annotations
@@ -36,7 +39,10 @@ NETWORK_FILE, EMA_FILE, OPTIMIZER_FILE = "network.safetensors", "ema.safetensors
 SaveModel = Callable[[Path, Mapping[str, Tensor]], None]
 """Called with (folder, averaged weights) to write a model folder."""
 
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "averages"
+"""Folders of a run."""
 _FOLDER = re.compile(r"step-(\d{8})")
+_AVERAGE = re.compile(r"average-(.+)\.safetensors")
 _STATE = "state.json"
 _SPARE_BYTES = 2 << 30  # of a GPU's memory that a copy leaves free
 
@@ -71,6 +77,7 @@ class CheckpointWriter:
         keep_every: checkpoints at multiples of it, the milestones, are kept as well; None: there are none.
         save_model: writes `model/` of the run before each checkpoint, and that of a milestone in it. A run that is
             killed between the two repeats the steps since the last checkpoint, and writes both again.
+        is_snapshot: whether the averages after so many steps are kept, before the checkpoint in the same way.
     """
 
     def __init__(
@@ -81,8 +88,10 @@ class CheckpointWriter:
         keep: int,
         keep_every: int | None = None,
         save_model: SaveModel | None = None,
+        is_snapshot: Callable[[int], bool] = lambda step: False,
     ):
         self.run, self.device, self.keep, self.keep_every, self.save_model = run, device, keep, keep_every, save_model
+        self.is_snapshot = is_snapshot
         self._on_gpu: bool | None = None if device.type == "cuda" else False
         self._on_host: Tensor | None = None
         self._thread: Thread | None = None
@@ -153,6 +162,8 @@ class CheckpointWriter:
                 save_model = self.save_model
                 if save_model:
                     save_model(self.run / "model", state[EMA_FILE])
+                if self.is_snapshot(progress.step):
+                    write_snapshot(self.run, progress, state)
                 is_milestone = self.keep_every and progress.step % self.keep_every == 0
                 write_checkpoint(self.run, progress, state, save_model if is_milestone else None)
             keep_newest(self.run, self.keep, self.keep_every)
@@ -216,7 +227,19 @@ def training_state(network: nn.Module, ema: EMA, optimizer: torch.optim.Optimize
         for name, parameter in network.named_parameters()
         for key, value in optimizer.state[parameter].items()
     }
-    return {NETWORK_FILE: network.state_dict(), EMA_FILE: ema.average, OPTIMIZER_FILE: optimizer_tensors}
+    powers = {average_file(length): power.average for length, power in ema.powers.items()}
+    return {NETWORK_FILE: network.state_dict(), EMA_FILE: ema.average, OPTIMIZER_FILE: optimizer_tensors, **powers}
+
+
+def average_file(length: float) -> str:
+    """The file of a power function average in a checkpoint or a snapshot."""
+    return f"average-{length}.safetensors"
+
+
+def averages_in(folder: Path) -> dict[float, Path]:
+    """The files of the power function averages in a checkpoint or a snapshot, by length."""
+    found = ((_AVERAGE.fullmatch(file.name), file) for file in sorted(folder.iterdir()))
+    return {float(name[1]): file for name, file in found if name}
 
 
 def write_checkpoint(
@@ -227,7 +250,26 @@ def write_checkpoint(
     Args:
         save_model: writes a model folder of its averaged weights into it.
     """
-    folder = run / "checkpoints" / f"step-{progress.step:08d}"
+    return _write_state(run / CHECKPOINTS / _folder_name(progress.step), progress, state, save_model)
+
+
+def write_snapshot(run: Path, progress: Progress, state: Mapping[str, Mapping[str, Tensor]]) -> Path:
+    """Write the power function averages of one step, complete or not at all.
+
+    Args:
+        state: as of a checkpoint.
+    """
+    averages = {file: tensors for file, tensors in state.items() if _AVERAGE.fullmatch(file)}
+    return _write_state(run / SNAPSHOTS / _folder_name(progress.step), progress, averages)
+
+
+def _folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _write_state(
+    folder: Path, progress: Progress, state: Mapping[str, Mapping[str, Tensor]], save_model: SaveModel | None = None
+) -> Path:
     with atomic_folder(folder) as temporary:
         for file, tensors in state.items():
             write_tensors(temporary / file, tensors)
@@ -249,8 +291,20 @@ def keep_newest(run: Path, keep: int, keep_every: int | None = None) -> None:
             remove_folder(old)
 
 
+def remove_snapshots_after(run: Path, step: int) -> None:
+    """Delete the snapshots of later steps than `step`, at which a run begins or goes on: it writes them again."""
+    for folder in snapshots(run):
+        if step_of(folder) > step:
+            remove_folder(folder)
+
+
+def snapshots(run: Path) -> list[Path]:
+    """The snapshots of a run's averages, oldest first."""
+    return _complete(run / SNAPSHOTS)
+
+
 def step_of(folder: Path) -> int:
-    """The step of a checkpoint."""
+    """The step of a checkpoint or a snapshot."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -267,7 +321,7 @@ def load_checkpoint(folder: Path, network: nn.Module, ema: EMA, optimizer: torch
     """
     remedy = f"delete {folder} to go on from the checkpoint before it"
     try:
-        progress, sizes = _read_state(folder / _STATE)
+        progress, sizes = read_progress(folder)
         for name, num_bytes in sizes.items():
             found = (folder / name).stat().st_size if (folder / name).exists() else 0
             if found != num_bytes:
@@ -276,6 +330,10 @@ def load_checkpoint(folder: Path, network: nn.Module, ema: EMA, optimizer: torch
         average = read_tensors(folder / EMA_FILE)
         require_values(network.state_dict(), average, folder / EMA_FILE)
         ema.load(average)
+        for length, power in ema.powers.items():
+            beside = read_tensors(folder / average_file(length))
+            require_values(network.state_dict(), beside, folder / average_file(length))
+            power.load(beside)
         tensors = read_tensors(folder / OPTIMIZER_FILE)
         _load_optimizer(network, optimizer, tensors, folder / OPTIMIZER_FILE)
     except ArtifactError as error:
@@ -283,8 +341,13 @@ def load_checkpoint(folder: Path, network: nn.Module, ema: EMA, optimizer: torch
     return progress
 
 
-def _read_state(file: Path) -> tuple[Progress, dict[str, int]]:
-    """How far the run had come, and the sizes of the checkpoint's files."""
+def read_progress(folder: Path) -> tuple[Progress, dict[str, int]]:
+    """How far the run had come at a checkpoint or a snapshot, and the sizes of its files.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    file = folder / _STATE
     try:
         state = dict(read_json(file))
         checksum = state.pop("checksum", None)
@@ -303,8 +366,12 @@ def _read_state(file: Path) -> tuple[Progress, dict[str, int]]:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints, oldest first: a folder under its final name was complete when it got it."""
-    return sorted(folder for folder in (run / "checkpoints").glob("step-*") if _FOLDER.fullmatch(folder.name))
+    return _complete(run / CHECKPOINTS)
+
+
+def _complete(place: Path) -> list[Path]:
+    """Complete checkpoints or snapshots, oldest first: a folder under its final name was complete when it got it."""
+    return sorted(folder for folder in place.glob("step-*") if _FOLDER.fullmatch(folder.name))
 
 
 def _load_optimizer(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from latentflow.data.cache.resident import Switch
 from latentflow.data.painting.mask_rules import MaskRules
@@ -21,6 +21,7 @@ from latentflow.networks.dit import DiTConfig
 from latentflow.networks.velocity_network import NetworkConfig
 from latentflow.records import Record
 from latentflow.runtime import PrecisionWord
+from latentflow.training.averaging import LONGEST
 from latentflow.training.changes import ChangeRules
 from latentflow.training.optim import OptimizerConfig
 from latentflow.training.settings import load_settings
@@ -98,6 +99,16 @@ class TrainingConfig(Record):
     ema_decay: float = Field(
         0.9999, ge=0, lt=1, description="Decay of the weight average used for sampling; 0: no averaging."
     )
+    ema_lengths: list[Annotated[float, Field(ge=0.005, le=LONGEST)]] | None = Field(
+        None,
+        min_length=1,
+        max_length=4,
+        description="Lengths of power function averages that are kept beside it, from which `latentflow ema` makes an "
+        "average of another length after training; [0.05, 0.1] is usual; null: none.",
+    )
+    ema_snapshots: int = Field(
+        16, ge=1, le=256, description="How many snapshots of these averages are kept, at even distances of steps."
+    )
     log_every: int = Field(50, ge=1, le=MOST_STEPS, description="Steps between lines of metrics.jsonl.")
     checkpoint_every: int = Field(1000, ge=1, le=MOST_STEPS, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, le=MOST_STEPS, description="How many of the newest checkpoints to keep.")
@@ -109,9 +120,34 @@ class TrainingConfig(Record):
     )
     preview_every: int = Field(1000, ge=0, le=MOST_STEPS, description="Steps between preview grids; 0: none.")
 
+    @field_validator("ema_lengths")
+    @classmethod
+    def _refuse_equal(cls, lengths: list[float] | None) -> list[float] | None:
+        if len(set(lengths or ())) < len(lengths or ()):
+            raise ValueError("give each length once")
+        return lengths
+
+    @property
+    def num_averages(self) -> int:
+        """Averages of the weights that training keeps in memory, the exponential one among them."""
+        return 1 + len(self.ema_lengths or ())
+
     def is_saved(self, step: int) -> bool:
         """Whether a checkpoint is written after `step` steps, if the run does not end there."""
-        return step % self.checkpoint_every == 0 or (self.keep_every is not None and step % self.keep_every == 0)
+        is_milestone = self.keep_every is not None and step % self.keep_every == 0
+        return step % self.checkpoint_every == 0 or is_milestone or self.is_snapshot(step)
+
+    def is_snapshot(self, step: int) -> bool:
+        """Whether the averages after `step` steps are kept: one of `snapshot_steps`."""
+        number, steps = self.ema_snapshots, self.steps
+        return self.ema_lengths is not None and step * number // steps > (step - 1) * number // steps
+
+    @property
+    def snapshot_steps(self) -> list[int]:
+        """The steps whose averages are kept: the ends of `ema_snapshots` equal parts of the run, rounded up."""
+        if self.ema_lengths is None:
+            return []
+        return sorted({-(-part * self.steps // self.ema_snapshots) for part in range(1, self.ema_snapshots + 1)})
 
 
 class Recipe(Record):
@@ -166,6 +202,7 @@ CHANGES = ChangeRules(
         "training.checkpoint_every",
         "training.keep_checkpoints",
         "training.keep_every",
+        "training.ema_snapshots",
         "training.preview_every",
         "sampling",
     ),
@@ -174,6 +211,7 @@ CHANGES = ChangeRules(
         "path": "the network has learned the velocities of the old one",
         "conditioning": "the network was trained with the old conditions",
         "normalise": "the network was trained on latents of the old scale",
+        "training.ema_lengths": "an average has to begin with the run",
         "data.image_size": _OTHER_DATA,
         "data.labels": _OTHER_DATA,
         "data.images": _OTHER_DATA,

@@ -27,6 +27,7 @@ from latentflow.training.checkpoint import (
     keep_newest,
     load_checkpoint,
     newest_checkpoint,
+    remove_snapshots_after,
 )
 from latentflow.training.config import TrainingConfig
 from latentflow.training.ema import EMA
@@ -102,6 +103,8 @@ class Job:
         before_save: prepares for a checkpoint, while none is being written.
         save_model: writes the model folder that goes with a checkpoint.
         keep_every: steps between milestones; None: there are none.
+        ema_lengths: of the power function averages that are kept beside the exponential one.
+        is_snapshot: whether the averages after so many steps are kept.
         after_step: called in every process with the averaged weights and the number of steps done.
     """
 
@@ -119,6 +122,8 @@ class Job:
     before_save: Callable[[Progress], None] = lambda progress: None
     save_model: SaveModel | None = None
     keep_every: int | None = None
+    ema_lengths: Sequence[float] = ()
+    is_snapshot: Callable[[int], bool] = lambda step: False
     after_step: Callable[[Mapping[str, Tensor], int], None] = lambda average, step: None
 
     @property
@@ -132,7 +137,7 @@ class Learner:
 
     def __init__(self, job: Job):
         self.job, self.network, self.parameters = job, job.network, list(job.network.parameters())
-        self.ema = EMA(job.network, job.config.ema_decay)
+        self.ema = EMA(job.network, job.config.ema_decay, job.ema_lengths)
         self.optimizer = build_optimizer(job.network, job.optimizer)
         newest = newest_checkpoint(job.run)
         self.is_resumed = newest is not None
@@ -192,6 +197,8 @@ def run_loop(job: Job) -> tuple[Outcome, Mapping[str, Tensor]]:
     if is_compiling := job.compiles((config.steps - learner.progress.step) * config.batch_size):
         compile_blocks(job.network)
     log = _open_log(job, learner.progress if learner.is_resumed else None)
+    if runtime.is_main:
+        remove_snapshots_after(job.run, learner.progress.step)
     if learner.is_resumed and runtime.is_main:
         keep_newest(job.run, **job.kept)
     meter, clock, saved_at, stopping = job.meter(runtime.device), Clock(), learner.progress.step, False
@@ -201,7 +208,9 @@ def run_loop(job: Job) -> tuple[Outcome, Mapping[str, Tensor]]:
         lost_workers(job.num_workers),
         runtime.float32_policy(),
         collected_signals() as received,
-        CheckpointWriter(job.run, runtime.device, **job.kept, save_model=job.save_model) as writer,
+        CheckpointWriter(
+            job.run, runtime.device, **job.kept, save_model=job.save_model, is_snapshot=job.is_snapshot
+        ) as writer,
     ):
         stop = SharedStop(runtime, received)
         while learner.progress.step < config.steps and not stopping:

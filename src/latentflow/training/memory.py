@@ -17,7 +17,8 @@ from latentflow.runtime import Runtime
 from latentflow.weights import without_memory
 
 _WIDE = 4  # bytes of a number that stays float32 under autocast
-_STATE = {"weights": 4, "gradients": 4, "moments of AdamW": 8, "average of the weights": 4}  # bytes per parameter
+_AVERAGE = "average of the weights"
+_STATE = {"weights": 4, "gradients": 4, "moments of AdamW": 8, _AVERAGE: 4}  # bytes per parameter
 # Bytes that a U-Net saves per residual block, channel and latent pixel, in float32 and in half precision: the largest
 # of the four variants, measured.
 _KEPT_BY_UNET = {"none": (54, 27), "recompute-cheap": (30, 15), "checkpoint": (10, 5)}
@@ -93,13 +94,18 @@ def _kept_by_block(config: DiTConfig, e: int) -> dict[MemoryMode, float]:
 
 
 def memory_mode(
-    word: Literal["auto", "none", "recompute-cheap", "checkpoint"], config: ModelConfig, images: int, runtime: Runtime
+    word: Literal["auto", "none", "recompute-cheap", "checkpoint"],
+    config: ModelConfig,
+    images: int,
+    runtime: Runtime,
+    averages: int = 1,
 ) -> MemoryMode:
     """The memory mode of a run; for "auto" the fastest one that fits, the same in all processes with equal devices.
 
     Args:
         config: of the model that is trained.
         images: computed together by one process.
+        averages: of the weights, that are kept.
     """
     if word != "auto":
         return word
@@ -107,14 +113,14 @@ def memory_mode(
     memory = total_memory(device)
     if memory is None:
         return "none"
-    return fitting_mode(
-        config, images, half=half, memory=memory // (1 if device.type == "cuda" else runtime.local_world)
-    )
+    available = memory // (1 if device.type == "cuda" else runtime.local_world)
+    return fitting_mode(config, images, half=half, memory=available, averages=averages)
 
 
-def fitting_mode(config: ModelConfig, images: int, *, half: bool, memory: int) -> MemoryMode:
+def fitting_mode(config: ModelConfig, images: int, *, half: bool, memory: int, averages: int = 1) -> MemoryMode:
     """The fastest mode in which training on `images` together fits into `memory` bytes; the leanest if none does."""
-    state, side = state_bytes(count_parameters(config), half=half), config.latent_shape[-1]
+    state = state_bytes(count_parameters(config), half=half, averages=averages)
+    side = config.latent_shape[-1]
     for mode in MEMORY_MODES:
         needed = state + images * bytes_per_image(config.network, side, half=half, memory=mode)
         if needed <= memory * (1 - _RESERVE):
@@ -147,18 +153,21 @@ def micro_batch_that_fits(state: int, per_image: int, share: int, memory: int | 
     return next((part for part in parts if memory is None or state + part * per_image <= memory * (1 - _RESERVE)), 0)
 
 
-def require_memory(what: str, num_parameters: int, per_image: int, images: int, free: int | None, key: str) -> None:
+def require_memory(
+    what: str, num_parameters: int, per_image: int, images: int, free: int | None, key: str, averages: int = 1
+) -> None:
     """Refuse a network that does not fit into memory.
 
     Args:
         what: the network's name.
         images: computed together.
         key: of the recipe, for the number of images computed together.
+        averages: of the weights, that are kept.
 
     Raises:
         ConfigError: with the estimate, the free memory, and what would fit.
     """
-    state = state_bytes(num_parameters)
+    state = state_bytes(num_parameters, averages=averages)
     if free is None or state + images * per_image / 2 <= free:  # half: the estimate may be too high
         return
     fits = micro_batch_that_fits(state, per_image, images, free)
@@ -169,18 +178,20 @@ def require_memory(what: str, num_parameters: int, per_image: int, images: int, 
     )
 
 
-def state_bytes(num_parameters: int, *, half: bool = False) -> int:
+def state_bytes(num_parameters: int, *, half: bool = False, averages: int = 1) -> int:
     """Bytes of a network in training whatever the batch; see `state_parts`."""
-    return sum(state_parts(num_parameters, half=half).values())
+    return sum(state_parts(num_parameters, half=half, averages=averages).values())
 
 
-def state_parts(num_parameters: int, *, half: bool = False) -> dict[str, int]:
+def state_parts(num_parameters: int, *, half: bool = False, averages: int = 1) -> dict[str, int]:
     """Bytes of a network in training by content: weights, gradients, moments, average.
 
     Args:
         half: whether products are in bf16 or fp16, for which autocast keeps copies of the weights.
+        averages: of the weights, that are kept.
     """
     parts = {name: size * num_parameters for name, size in _STATE.items()}
+    parts[_AVERAGE] *= averages
     return {**parts, "weights in half precision": 2 * num_parameters} if half else parts
 
 

@@ -45,7 +45,7 @@ def train_velocity(
     """
     config, parts = recipe.training, micro_batches(recipe.training, runtime)
     network = model.to(runtime).network.train().requires_grad_()
-    set_memory(network, memory_mode(config.memory, model.config, parts.size, runtime))
+    set_memory(network, memory_mode(config.memory, model.config, parts.size, runtime, config.num_averages))
 
     def record(progress: Progress) -> None:
         done = {"num_images": len(images), "step": progress.step, "images_seen": progress.images_seen}
@@ -72,6 +72,8 @@ def train_velocity(
         before_save=record,
         save_model=lambda folder, average: model.save_pretrained(folder, weights=average),
         keep_every=config.keep_every,
+        ema_lengths=config.ema_lengths or (),
+        is_snapshot=config.is_snapshot,
         after_step=draw_if_due,
     )
     outcome, _ = run_loop(job)

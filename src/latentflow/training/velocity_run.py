@@ -71,6 +71,9 @@ class PreparedVelocity(PreparedRun):
         }
         if set(conditioning.dropout) - {"label"}:
             rows["conditions"] = ", ".join(conditioning.dropout)
+        if lengths := self.recipe.training.ema_lengths:
+            listed = ", ".join(f"{length:g}" for length in lengths)
+            rows["averages"] = f"of lengths {listed} beside the EMA, in {self.recipe.training.ema_snapshots} snapshots"
         if self.reasons:
             rows["fitted"] = "; ".join(self.reasons)
         if not isinstance(self.images.source, LatentCache):
@@ -167,7 +170,8 @@ def _situation(
 def _require_memory(recipe: Recipe, runtime: Runtime, config: ModelConfig) -> None:
     """Refuse a network or a batch that the memory cannot hold, before it is built."""
     share, half = micro_batches(recipe.training, runtime).size, runtime.precision in ("bf16", "fp16")
-    mode = memory_mode(recipe.training.memory, config, share, runtime)
+    averages = recipe.training.num_averages
+    mode = memory_mode(recipe.training.memory, config, share, runtime, averages)
     free, shared = free_memory(runtime.device), 1 if runtime.device.type == "cuda" else runtime.local_world
     require_memory(
         config.network.title,
@@ -176,6 +180,7 @@ def _require_memory(recipe: Recipe, runtime: Runtime, config: ModelConfig) -> No
         share,
         free // shared if free else None,
         key="training.micro_batch_size",
+        averages=averages,
     )
 
 
