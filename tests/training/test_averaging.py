@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentflow.training.averaging import TOLERANCE, PowerProfile, combine, exponent_of, length_of, spanned
+from latentflow.training.averaging import TOLERANCE, PowerProfile, combine_profiles, exponent_of, length_of, spanned
 from latentflow.training.ema import EMA, PowerAverage
 
 LENGTHS = (0.05, 0.1)
@@ -105,7 +105,7 @@ def test_a_reconstructed_average_of_a_line_is_the_average(length):
         direct.update(step)
         if (step + 1) % (steps // number) == 0:
             snapshots += [ema.powers[one].average["weight"].item() for one in LENGTHS]
-    made = combine(profiles(number, steps), PowerProfile(length, steps))
+    made = combine_profiles(profiles(number, steps), PowerProfile(length, steps))
     found, kept = float(np.dot(made.shares, snapshots)), direct.average["weight"].item()
     gamma = exponent_of(length)
     closed = (gamma + 1) / (gamma + 2) + 0.5 / steps  # the mean of the profile, and half of a step
@@ -115,7 +115,7 @@ def test_a_reconstructed_average_of_a_line_is_the_average(length):
 
 
 def test_what_is_kept_is_its_own_reconstruction():
-    made = combine(profiles(4, 400), PowerProfile(0.1, 300))
+    made = combine_profiles(profiles(4, 400), PowerProfile(0.1, 300))
     assert made.shares[5] == pytest.approx(1.0, abs=1e-9)
     assert made.error < 1e-6
 
@@ -123,14 +123,14 @@ def test_what_is_kept_is_its_own_reconstruction():
 @pytest.mark.parametrize("length", [0.01, 0.05, 0.08, 0.28])
 @pytest.mark.parametrize("number", [1, 8, 256])
 def test_shares_add_up_to_one(length, number):
-    made = combine(profiles(number, 1000), PowerProfile(length, 1000))
+    made = combine_profiles(profiles(number, 1000), PowerProfile(length, 1000))
     assert sum(made.shares) == pytest.approx(1.0, abs=1e-9)
 
 
 def test_the_error_is_that_of_the_profiles():
     """Against sums over very fine steps."""
     kept, target, fine = profiles(8, 20_000), PowerProfile(0.15, 20_000), 20_000
-    made = combine(kept, target)
+    made = combine_profiles(kept, target)
     mixed = sum(share * held(one, fine) for share, one in zip(made.shares, kept, strict=True))
     wanted = held(target, fine)
     assert made.error == pytest.approx(np.linalg.norm(mixed - wanted) / np.linalg.norm(wanted), rel=1e-3)
@@ -142,7 +142,7 @@ def test_no_other_combination_is_nearer():
     columns = np.stack([held(one, fine) for one in kept], axis=1)
     system = np.vstack([columns, np.full((1, len(kept)), 1e3)])
     best = np.linalg.lstsq(system, np.append(held(target, fine), 1e3), rcond=None)[0]
-    np.testing.assert_allclose(combine(kept, target).shares, best, atol=2e-3)
+    np.testing.assert_allclose(combine_profiles(kept, target).shares, best, atol=2e-3)
 
 
 def test_more_snapshots_span_more_lengths():
@@ -151,7 +151,7 @@ def test_more_snapshots_span_more_lengths():
     for low, high in (few, some, many):
         kept = profiles({few: 1, some: 8, many: 32}[low, high], 1000)
         for length in (low, high):
-            assert combine(kept, PowerProfile(length, 1000)).error <= TOLERANCE * 1.05
+            assert combine_profiles(kept, PowerProfile(length, 1000)).error <= TOLERANCE * 1.05
 
 
 def test_profiles_of_another_step_span_nothing():
@@ -169,7 +169,7 @@ def test_the_table_of_the_page_is_what_is_computed():
         kept = profiles(int(number), steps)
         assert spanned(kept, steps) == (low, high)
         for length, error in zip((0.03, 0.07, 0.15), errors, strict=True):
-            assert 100 * combine(kept, PowerProfile(length, steps)).error == pytest.approx(error, rel=0.06)
+            assert 100 * combine_profiles(kept, PowerProfile(length, steps)).error == pytest.approx(error, rel=0.06)
 
 
 def test_the_ages_of_the_page():

@@ -75,7 +75,7 @@ class Combination:
     error: float
 
 
-def combine(profiles: Sequence[PowerProfile], target: PowerProfile) -> Combination:
+def combine_profiles(profiles: Sequence[PowerProfile], target: PowerProfile) -> Combination:
     """The combination of `profiles` nearest to `target` by least squares (arXiv 2312.02696, section 3.2)."""
     (found,) = _combinations(profiles, [target])
     return found

@@ -293,12 +293,12 @@ def keep_newest(run: Path, keep: int, keep_every: int | None = None) -> None:
 
 def remove_snapshots_after(run: Path, step: int) -> None:
     """Delete the snapshots of later steps than `step`, at which a run begins or goes on: it writes them again."""
-    for folder in snapshots(run):
+    for folder in average_snapshots(run):
         if step_of(folder) > step:
             remove_folder(folder)
 
 
-def snapshots(run: Path) -> list[Path]:
+def average_snapshots(run: Path) -> list[Path]:
     """The snapshots of a run's averages, oldest first."""
     return _complete(run / SNAPSHOTS)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from latentflow.artifacts import read_tensors
 from latentflow.errors import ArtifactError
 from latentflow.model.config import ModelConfig, TrainingRecord
-from latentflow.training.averaging import TOLERANCE, Combination, PowerProfile, combine, spanned
-from latentflow.training.checkpoint import averages_in, newest_checkpoint, read_progress, snapshots, step_of
+from latentflow.training.averaging import TOLERANCE, Combination, PowerProfile, combine_profiles, spanned
+from latentflow.training.checkpoint import average_snapshots, averages_in, newest_checkpoint, read_progress, step_of
 from latentflow.weights import require_values, without_memory
 
 
@@ -97,7 +97,7 @@ class KeptAverages:
 
     def __init__(self, run: Path):
         self.run = run
-        folders = {step_of(folder): folder for folder in snapshots(run)}
+        folders = {step_of(folder): folder for folder in average_snapshots(run)}
         newest = newest_checkpoint(run)
         if newest is not None:
             folders.setdefault(step_of(newest), newest)
@@ -120,7 +120,7 @@ class KeptAverages:
         """
         step = self.steps[-1] if step is None else step
         parts = [part for part in self.found if part.profile.step <= step]
-        return PostHocAverage(parts, combine([part.profile for part in parts], PowerProfile(length, step)))
+        return PostHocAverage(parts, combine_profiles([part.profile for part in parts], PowerProfile(length, step)))
 
     def why_not(self, length: float, step: int | None = None) -> str:
         """Why an average cannot be had, to follow its length in a message; "" if it can."""
