@@ -138,6 +138,7 @@ class Floor(Record):
     """Fréchet distances to one half of the real images, all with the same number of images."""
 
     label: str
+    features: str = Field("random", description="What images are compared by.")
     num: int
     real: float = Field(description="Of the other half: the effect of chance.")
     reconstructed: float = Field(description="Of the other half, encoded and decoded: the floor of any generator.")

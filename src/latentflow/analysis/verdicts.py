@@ -232,12 +232,14 @@ def _floor_verdict(floor: Floor) -> Verdict:
     return Verdict(
         mark=mark,
         topic="Generator and autoencoder",
-        text=f"The Fréchet distance of random features is {floor.samples:.3g} ± {floor.standard_errors[2]:.2g} for "
-        f"samples, {floor.reconstructed:.3g} ± {floor.standard_errors[1]:.2g} for reconstructions and "
+        text=f"The Fréchet distance of {floor.features} features is {floor.samples:.3g} ± "
+        f"{floor.standard_errors[2]:.2g} for samples, {floor.reconstructed:.3g} ± {floor.standard_errors[1]:.2g} for "
+        "reconstructions and "
         f"{floor.real:.3g} ± {floor.standard_errors[0]:.2g} for other real images: {words}.",
         rule="Fine if the excess of samples over other real images is at most the distance of these, or twice the "
-        "excess of reconstructions; a problem beyond ten times the larger. Random features capture colours and "
-        "textures, not objects." + (f" Undecided: {_MORE_IMAGES}." if mark == "undecided" else ""),
+        "excess of reconstructions; a problem beyond ten times the larger."
+        + (" Random features capture colours and textures, not objects." if floor.features == "random" else "")
+        + (f" Undecided: {_MORE_IMAGES}." if mark == "undecided" else ""),
     )
 
 

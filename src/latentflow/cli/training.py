@@ -17,7 +17,7 @@ from latentflow.cli.options import AsJson, Device, Model, Precision, command
 from latentflow.cli.output import runtime_for, show, teller
 from latentflow.console import printable, say
 from latentflow.planning.request import PlanRequest
-from latentflow.training.request import EmaRequest, LossRequest
+from latentflow.training.request import EmaRequest, LossRequest, TrainFeaturesRequest
 
 RecipeName = Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")]
 Overrides = Annotated[
@@ -93,6 +93,31 @@ def train_autoencoder(
         "pictures": str(result.run / "reconstructions.png"),
     }
     show(rows, as_json=False)
+
+
+@verb(example="latentflow train-features photos --image-size 64 --out judges/photos")
+def train_features(request: TrainFeaturesRequest, device: Device = None, as_json: AsJson = False) -> None:
+    """Train a judge on your images, for `evaluate --features`. Repeat the command to resume exactly."""
+    from latentflow.commands.train_features import train_features as run
+
+    on_prepared = (lambda prepared: None) if as_json else teller(False)
+    result = run(request, on_prepared=on_prepared, runtime=runtime_for(device))
+    _report_end(result)
+    found = result.record
+    if found is None:
+        say("this process is done; the first one makes the judge")
+        return
+    if as_json:
+        show(found.model_dump(mode="json"), as_json)
+        return
+    rows = {
+        "judge": str(result.folder),
+        "learned from": "its classes" if found.method == "labels" else "two views of each image",
+        "accuracy": found.judged,
+        "class accuracy": f"{100 * found.ceiling:.1f} % at most" if found.class_names else "not measured: no classes",
+        "hash": found.hash[:12],
+    }
+    show(rows, as_json)
 
 
 def _resolved(load: Callable[..., Any], recipe: str, overrides: list[str] | None, suffix: str = "") -> Any:

@@ -34,7 +34,7 @@ from latentflow.errors import DataError
 from latentflow.evaluation.encoded_images import ReferenceLatents, encode_reference, velocity_given
 from latentflow.evaluation.request import DiagnoseRequest
 from latentflow.flow.times import sampling_times
-from latentflow.metrics.features.extractors import RandomFeatures
+from latentflow.metrics.features.extractors import FeatureExtractor, open_features
 from latentflow.metrics.resampling import interval_over_images
 from latentflow.metrics.scores import frechet_contributions, frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
@@ -99,7 +99,9 @@ def measure_diagnosis(
     """
     half, batch_size = request.num // 2, request.batch_size
     drawing = make_drawing(flow, SampleRequest(num=half, seed=request.seed, guidance=request.guidance))
-    network = RandomFeatures(flow.device)
+    network = open_features(
+        request.features, autoencoder=flow.autoencoder, image_size=flow.config.image_size, device=flow.device
+    )
     examined = _examine(flow, source, network, request, least=request.num, reconstruct=True)
     training = None
     if train_source is not None:
@@ -108,7 +110,7 @@ def measure_diagnosis(
         samples = draw_all(flow, drawing, batch_size=batch_size, on_images=on_images)
     features = torch.cat([network(part).cpu() for part in samples.pixels.split(batch_size)])
     first, second = examined.rows(slice(0, half)), examined.rows(slice(half, 2 * half))
-    memorisation, pairs = _memorisation(flow, samples, features, first, second, training)
+    memorisation, pairs = _memorisation(flow, samples, features, first, second, training, network.name)
     preset = drawing.sampling
     training_latents = None if training is None else training.latents.rows(slice(0, request.num))
     diagnosis = Diagnosis(
@@ -124,7 +126,7 @@ def measure_diagnosis(
         ways=_trajectories(flow, drawing, batch_size),
         latents=_latent_statistics(samples.latents, examined.latents.latents, half),
         memorisation=memorisation,
-        floor=_floor(network.label, features, first, second),
+        floor=_floor(network, features, first, second),
         latent_space=measure_latent_space(flow.encode, to_unit_range(first.pictures(range(half)[:_MOST_ENCODED]))),
         seconds=0.0,
     )
@@ -134,7 +136,7 @@ def measure_diagnosis(
 def _examine(
     flow: FlowModel,
     source: ImageSource,
-    network: RandomFeatures,
+    network: FeatureExtractor,
     request: DiagnoseRequest,
     *,
     num: int | None = None,
@@ -238,14 +240,21 @@ def _latent_statistics(samples: Tensor, data: Tensor, half: int) -> LatentStatis
 
 
 def _memorisation(
-    flow: FlowModel, samples: Samples, features: Tensor, first: Examined, second: Examined, training: Examined | None
+    flow: FlowModel,
+    samples: Samples,
+    features: Tensor,
+    first: Examined,
+    second: Examined,
+    training: Examined | None,
+    kind: str,
 ) -> tuple[Memorisation, dict[str, Tensor]]:
-    """The test, and sheets of pictures by name: nearest pairs of samples in each space, and of held-out images."""
+    """The test by latents and by features of a `kind`; and sheets of pictures by name: nearest pairs of samples in each
+    space, and of held-out images."""
     members = first if training is None else training
     second, num_twins = _without_twins(second, members)
     spaces = [
         nearness("latents", samples.latents, second.latents.latents, members.latents.latents, flow.device),
-        nearness("random features", features, second.features, members.features, flow.device),
+        nearness(f"{kind} features", features, second.features, members.features, flow.device),
     ]
     count = f"{len(members.latents.indices):,}"
     source = members.latents.source.description
@@ -302,7 +311,7 @@ def _without_twins(held_out: Examined, members: Examined) -> tuple[Examined, int
     return held_out.rows(distinct), int((~distinct).sum())
 
 
-def _floor(label: str, features: Tensor, first: Examined, second: Examined) -> Floor:
+def _floor(network: FeatureExtractor, features: Tensor, first: Examined, second: Examined) -> Floor:
     reference = FeatureStatistics.of(first.features)
     distances, errors = [], []
     for rows in (second.features, second.reconstructed, features):
@@ -311,7 +320,8 @@ def _floor(label: str, features: Tensor, first: Examined, second: Examined) -> F
         contributions = frechet_contributions(rows, statistics, reference)
         errors.append(interval_over_images(contributions, distances[-1]).standard_error)
     return Floor(
-        label=label,
+        label=network.label,
+        features=network.name,
         num=len(features),
         real=distances[0],
         reconstructed=distances[1],

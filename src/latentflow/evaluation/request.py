@@ -8,7 +8,15 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from latentflow.errors import nearest
-from latentflow.metrics.names import FEATURE_PRECISIONS, FEATURES, METRICS, NEIGHBOURS
+from latentflow.metrics.names import (
+    CLASS_ACCURACY,
+    FEATURE_PRECISIONS,
+    FEATURES,
+    JUDGE_FILE,
+    METRICS,
+    NEIGHBOURS,
+    is_judge,
+)
 from latentflow.requests import (
     FromText,
     Names,
@@ -50,8 +58,8 @@ class EvaluationRequest(SamplingRequest):
     data: PathText = Field(description="Real images as for `encode`, or statistics of them: .safetensors or .npz.")
     metrics: Names | None = Field(
         None,
-        description="fid, kid, is, precision, recall, density, coverage; for pairs psnr, ssim, lpips; for holes "
-        "psnr-hole, ssim-hole, p-ids, u-ids; for maps miou. Otherwise the usual ones of the task.",
+        description="fid, kid, is, precision, recall, density, coverage, class-accuracy; for pairs psnr, ssim, lpips; "
+        "for holes psnr-hole, ssim-hole, p-ids, u-ids; for maps miou. Otherwise the usual ones of the task.",
     )
     num: Annotated[Whole, Option(called="number of images", remedy="scores compare sets of images")] | None = Field(
         None,
@@ -66,7 +74,9 @@ class EvaluationRequest(SamplingRequest):
         False, description="Score the autoencoder's reconstructions of DATA: the best that its models can reach."
     )
     features: str = Field(
-        "inception", description="inception (FID); dinov2; latents or random, which need no download."
+        "inception",
+        description="inception (FID); dinov2; latents or random, which need no download; or the folder of a judge, by "
+        "`train-features`.",
     )
     weights: PathText | None = Field(None, description="Weights of the features: a file; otherwise downloaded once.")
     features_precision: str = Field(
@@ -128,7 +138,7 @@ class EvaluationRequest(SamplingRequest):
     @model_validator(mode="after")
     def _check_words(self) -> EvaluationRequest:
         _require_word(self, "task", _TASKS)
-        _require_word(self, "features", FEATURES)
+        _require_features(self)
         _require_word(self, "features_precision", FEATURE_PRECISIONS)
         if self.labels is not None:
             _require_word(self, "labels", LABEL_POLICIES)
@@ -158,6 +168,8 @@ class EvaluationRequest(SamplingRequest):
             raise RequestError(
                 "metrics", f": the Inception Score needs the features 'inception', not {self.features!r}; remove 'is'"
             )
+        if CLASS_ACCURACY in self.wanted and self.labels == "none":
+            raise RequestError("metrics", f": {CLASS_ACCURACY} needs images with a class; remove --labels none")
         if "lpips" in self.wanted and self.lpips is None:
             raise RequestError(
                 "metrics", ": lpips needs the weights of its network: --lpips FILE, or a folder with the two files"
@@ -195,7 +207,10 @@ class SweepRequest(Request):
     model: Annotated[PathText, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
     data: PathText = Field(description="Images as for `encode`, or a file of reference statistics.")
     out: Path = Field(Path("sweep"), description="Folder for page.html, sweep.json, sweep.svg and the candidates.")
-    features: str = Field("random", description="What images are compared by: random, latents, inception or dinov2.")
+    features: str = Field(
+        "random",
+        description="What images are compared by: random, latents, inception, dinov2, or the folder of a judge.",
+    )
     weights: PathText | None = Field(
         None, description="Weights of the features: of inception a file, of dinov2 a folder or hub id."
     )
@@ -225,7 +240,7 @@ class SweepRequest(Request):
 
     @model_validator(mode="after")
     def _check(self) -> SweepRequest:
-        _require_word(self, "features", FEATURES)
+        _require_features(self)
         if self.budget is not None and not self.budget > 0:
             raise RequestError("budget", f" {self.budget:g} s: give more than 0, or remove it to measure everything")
         if not 0 <= self.margin < 1:
@@ -246,9 +261,18 @@ class DiagnoseRequest(Request):
         512, ge=8, description="Images of DATA; half as many are drawn."
     )
     num_train: Whole = Field(4096, ge=2, description="Images of --train, if there are as many.")
+    features: str = Field(
+        "random",
+        description="What images are compared by: random, latents, inception, dinov2, or the folder of a judge.",
+    )
     guidance: Number | None = Field(None, ge=0, le=1000, description="Guidance scale; otherwise the model's preset.")
     batch_size: Whole = Field(16, ge=1, description=_BATCH_SIZE)
     seed: Whole = Field(0, ge=0, le=MOST_SEED, description=_FIRST_SEED)
+
+    @model_validator(mode="after")
+    def _check_words(self) -> DiagnoseRequest:
+        _require_features(self)
+        return self
 
 
 class BoundRequest(Request):
@@ -295,6 +319,24 @@ class BenchmarkRequest(SamplingRequest):
         if min(self.batch_sizes) < 1:
             raise RequestError("batch_sizes", f": {min(self.batch_sizes)} images in a batch; give 1 or more")
         return self
+
+
+def _require_features(request: EvaluationRequest | SweepRequest | DiagnoseRequest) -> None:
+    """Refuse features that are neither known by name nor the folder of a finished judge, and weights for a judge."""
+    given = request.features
+    if is_judge(given):
+        if getattr(request, "weights", None) is not None:
+            raise RequestError("weights", " has no effect with a judge, which has its own; remove it")
+        return
+    if given not in FEATURES and Path(given).is_dir():
+        begun = (Path(given) / "plan.json").is_file() and (Path(given) / "checkpoints").is_dir()
+        advice = (
+            "its training has not finished: repeat the command that began it"
+            if begun
+            else "give the folder that `latentflow train-features DATA --out FOLDER` wrote"
+        )
+        raise RequestError("features", f" {given!r}: there is no {JUDGE_FILE} in this folder; {advice}")
+    _require_word(request, "features", FEATURES)
 
 
 def _require_word(request: Request, field: str, words: tuple[str, ...]) -> None:

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 import latentflow
+from latentflow.evaluation.class_accuracy import class_accuracy, class_judge
 from latentflow.evaluation.drawn_set import logits_of
 from latentflow.evaluation.painted import map_scores
 from latentflow.evaluation.real_images import RealFeatures
 from latentflow.evaluation.shards import Columns
 from latentflow.evaluation.subject import Subject
-from latentflow.metrics.evaluation_report import EvaluationCounts, EvaluationProtocol, FeatureFacts, Score
+from latentflow.metrics.evaluation_report import EvaluationCounts, EvaluationProtocol, FeatureFacts, JudgeFacts, Score
 from latentflow.metrics.feature_scores import Scoring, feature_scores, frechet_name
-from latentflow.metrics.features.extractors import FeatureExtractor
-from latentflow.metrics.names import DISCRIMINATIVE_SCORES, FEATURE_METRICS
+from latentflow.metrics.features.extractors import FeatureExtractor, JudgeFeatures
+from latentflow.metrics.names import CLASS_ACCURACY, DISCRIMINATIVE_SCORES, FEATURE_METRICS, features_name
 from latentflow.metrics.pairs import discriminative_scores
 from latentflow.metrics.resampling import interval_over_images
 from latentflow.metrics.scores import require_enough, some_rows
@@ -48,9 +49,7 @@ def protocol_of(
         image_size=subject.image_size,
         first_seed=request.seed if subject.sampling else None,
         label_policy=subject.labels,
-        features=FeatureFacts(
-            name=extractor.name, hash=extractor.hash, label=extractor.label, precision=extractor.precision
-        ),
+        features=_feature_facts(extractor),
         reference=subject.real.facts(reference.num_images),
         neighbours=request.neighbours,
         inputs=subject.inputs,
@@ -62,9 +61,18 @@ def protocol_of(
     )
 
 
+def _feature_facts(extractor: FeatureExtractor) -> FeatureFacts:
+    judge = None
+    if isinstance(extractor, JudgeFeatures):
+        judge = JudgeFacts(**{name: getattr(extractor.record, name) for name in JudgeFacts.model_fields})
+    return FeatureFacts(
+        name=extractor.name, hash=extractor.hash, label=extractor.label, precision=extractor.precision, judge=judge
+    )
+
+
 def score_names(subject: Subject) -> list[str]:
     """The keys of the subject's metrics in a report."""
-    frechet, _ = frechet_name(subject.request.features)
+    frechet, _ = frechet_name(features_name(subject.request.features))
     return [frechet if name == "fid" else name for name in subject.metrics]
 
 
@@ -84,6 +92,9 @@ def scores_of(
     )
     if judged := [name for name in metrics if name in DISCRIMINATIVE_SCORES]:
         scores |= _discriminative(judged, generated, some_rows(reference.features, len(generated)))
+    if CLASS_ACCURACY in metrics:
+        judge = class_judge(extractor, subject.class_names, subject.real, reference)
+        scores[CLASS_ACCURACY] = class_accuracy(judge, generated, columns["labels"])
     scores |= {name: mean_score(_PAIR_LABELS[name], columns[name]) for name in metrics if name in _PAIR_LABELS}
     return scores | (map_scores(columns) if "miou" in metrics else {})
 

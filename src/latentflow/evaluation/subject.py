@@ -18,6 +18,7 @@ from latentflow.autoencoder import Autoencoder
 from latentflow.data.items import ImageSource
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.evaluation.autoencoders import open_autoencoder
+from latentflow.evaluation.class_accuracy import require_class_judge, require_judged
 from latentflow.evaluation.drawn_set import plan_set
 from latentflow.evaluation.painted import painted, plan_painting, require_same_classes
 from latentflow.evaluation.read_images import read_batches, require_readable, stack_pixels
@@ -28,8 +29,16 @@ from latentflow.evaluation.shards import Columns, Work
 from latentflow.metrics.evaluation_report import ModelFacts
 from latentflow.metrics.feature_scores import check_metrics
 from latentflow.metrics.features.extractors import FeatureExtractor, open_features
+from latentflow.metrics.features.judge_folder import read_judge
 from latentflow.metrics.features.lpips import load_lpips
-from latentflow.metrics.names import DISCRIMINATIVE_SCORES, USUAL_METRICS
+from latentflow.metrics.names import (
+    CLASS_ACCURACY,
+    DISCRIMINATIVE_SCORES,
+    METRICS,
+    USUAL_METRICS,
+    features_name,
+    is_judge,
+)
 from latentflow.metrics.pairs import PairJudge, pair_order
 from latentflow.metrics.scores import require_enough, some_of
 from latentflow.model.flow_model import FlowModel
@@ -66,6 +75,8 @@ class Subject(ABC):
 
     def __init__(self, request: EvaluationRequest, image_size: int, device: torch.device):
         self.request, self.image_size, self.device = request, image_size, device
+        judge = read_judge(request.features) if is_judge(request.features) else None
+        self._judged = judge.class_names if judge else []
         self.sampling: dict[str, Any] = {}
         self.inputs: dict[str, str] = {}
         self.real = open_real_images(request.data, image_size)
@@ -75,6 +86,7 @@ class Subject(ABC):
         if self._available is not None and request.num is not None and request.num > self._available:
             raise DataError(f"--num {request.num}, but there are {self._available} images; remove it to take all")
         self.num = request.num or self._available or USUAL_NUM
+        self._check_classes()
         self._check_scores()
 
     @abstractmethod
@@ -87,6 +99,11 @@ class Subject(ABC):
 
         In all but the first of several processes they are not complete.
         """
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The classes that the labels of its images are indices of; none: they have no labels."""
+        return ()
 
     @property
     def _available(self) -> int | None:
@@ -104,9 +121,18 @@ class Subject(ABC):
     def _usual_metrics(self) -> list[str]:
         return ["fid"] if self.real.source is None else list(USUAL_METRICS[self.request.whole_task])
 
+    def _check_classes(self) -> None:
+        """Refuse a judge of other classes, and class accuracy that cannot be measured; add it where a judge can."""
+        request, names = self.request, self.class_names
+        require_judged(self._judged, names, request.features)
+        if CLASS_ACCURACY in self.metrics:
+            require_class_judge(self._judged, names, self.real)
+        elif request.metrics is None and CLASS_ACCURACY in METRICS[request.whole_task]:
+            self.metrics += [CLASS_ACCURACY] if self._judged and names and request.labels != "none" else []
+
     def _check_scores(self) -> None:
         """Refuse what cannot be computed, before features are."""
-        real, features = self.real, self.request.features
+        real, features = self.real, features_name(self.request.features)
         if real.source is None and real.stored.provenance.feature_name not in (features, "not known"):
             raise DataError(
                 f"{real.data} holds statistics of features {real.stored.provenance.feature_name}, not of {features}"
@@ -150,6 +176,10 @@ class _OfAModel(Subject):
         self.autoencoder = self.flow.autoencoder
         self.num_classes = self.flow.config.conditioning.num_classes
         super().__init__(request, self.flow.config.image_size, self.flow.device)
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self.flow.config.conditioning.class_names
 
     def facts(self) -> ModelFacts:
         training = self.flow.config.training.model_dump(mode="json")
@@ -205,6 +235,10 @@ class Reconstructed(Subject):
     def __init__(self, request: EvaluationRequest, runtime: Runtime):
         self.autoencoder, image_size = open_autoencoder(request.model, request.image_size, runtime)
         super().__init__(request, image_size, self.autoencoder.device)
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self._real_source().class_names
 
     def facts(self) -> ModelFacts:
         return ModelFacts(name=self.autoencoder.reference, weights=self.autoencoder.content_hash)

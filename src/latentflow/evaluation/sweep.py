@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from latentflow.artifacts import sha256_file
 from latentflow.data.cache.reader import is_cache
 from latentflow.errors import ConfigError, DataError, NonFiniteError
+from latentflow.evaluation.class_accuracy import class_judge, require_judged
 from latentflow.evaluation.drawn_set import plan_set
 from latentflow.evaluation.real_images import RealFeatures, RealImages, open_real_images, reference_features
 from latentflow.evaluation.request import SweepRequest
@@ -27,7 +26,7 @@ from latentflow.evaluation.sweep_rules import (
     round_sizes,
 )
 from latentflow.metrics.class_judge import ClassJudge
-from latentflow.metrics.features.extractors import FeatureExtractor, open_features
+from latentflow.metrics.features.extractors import FeatureExtractor, JudgeFeatures, open_features
 from latentflow.metrics.scores import require_enough
 from latentflow.model.config import ModelConfig, SamplingPreset
 from latentflow.model.flow_model import WEIGHTS_FILE, FlowModel
@@ -141,6 +140,8 @@ def open_sweep(request: SweepRequest, folder: Path, candidates: dict[str, Candid
         image_size=flow.config.image_size,
         device=flow.device,
     )
+    if isinstance(extractor, JudgeFeatures):
+        require_judged(extractor.record.class_names, flow.config.conditioning.class_names, request.features)
     if is_cache(request.data):
         raise DataError(f"{request.data} is a latent cache; give the images it was made from, or their statistics")
     real = open_real_images(request.data, flow.config.image_size)
@@ -176,7 +177,7 @@ def measure_sweep(sweep: Sweep) -> SweepResult:
         reference = reference_features(sweep.real, sweep.extractor, work, file=request.out / _REFERENCE_FILE)
     device = sweep.flow.device
     statistics = reference.statistics.to(device) if device.type == "cuda" else reference.statistics
-    judge, unjudged = _class_judge(sweep.flow, sweep.real, reference)
+    judge, unjudged = _class_judge(sweep, reference)
     candidates = Candidates(request.out / _CANDIDATES, plan, _drawing_of(sweep), statistics, judge)
     began = time.perf_counter()
     rounds = measure_rounds(candidates, request.budget)
@@ -247,18 +248,12 @@ def _notes(rounds: Sequence[Round], final: Round, plan: SweepPlan, dim: int, bud
     return notes
 
 
-def _class_judge(flow: FlowModel, real: RealImages, reference: RealFeatures) -> tuple[ClassJudge | None, list[str]]:
+def _class_judge(sweep: Sweep, reference: RealFeatures) -> tuple[ClassJudge | None, list[str]]:
     """A judge of the classes of images, or None and the reason."""
-    known = flow.config.conditioning.class_names
+    known = sweep.flow.config.conditioning.class_names
     if not known:
         return None, []
-    consequence = "class accuracy is not measured, and only the distance decides"
-    if real.source is None or not real.source.class_names:
-        return None, [f"{real.data} holds no labelled images: {consequence}"]
-    if sorted(real.source.class_names) != sorted(known):
-        return None, [f"{real.data} has other classes than the model: {consequence}"]
-    place = torch.tensor([known.index(name) for name in real.source.class_names])
     try:
-        return ClassJudge(reference.features, place[reference.labels], len(known)), []
+        return class_judge(sweep.extractor, known, sweep.real, reference), []
     except DataError as error:
-        return None, [f"{error}; {consequence}"]
+        return None, [f"{error}: class accuracy is not measured, and only the distance decides"]

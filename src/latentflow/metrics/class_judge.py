@@ -9,65 +9,129 @@ Legend: N images, D features of an image, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
 import torch
 from torch import Tensor
 
 from latentflow.errors import DataError
 
 _HELD_OUT = 5  # one in so many real images is held out, to measure the accuracy of the judge
-_LEAST_HELD_OUT = 50
+LEAST_HELD_OUT = 50
 _AS_NEAR = 0.95  # the share of held-out real images that count as near enough to their class
 
 
+@dataclass(frozen=True)
 class ClassJudge:
-    """Fitted to real images: features [N, D] and labels [N].
+    """Gaussians of K classes in features, from real images. All tensors are float64 on the CPU.
 
     Attributes:
-        accuracy: the share of held-out real images that are judged right; no generator can be expected to exceed it.
+        center, scale: [D], which features are standardised by.
+        whiten: [D, D'], under which the shared covariance is the unit matrix.
+        means: [K, D'], of the classes.
+        radius: [], the largest squared distance at which an image counts as near to its class.
+        by_class: [K], the share of held-out real images of each class that are judged right; NaN: there were none.
+        accuracy: of all of them; no generator can be expected to exceed it.
+        recognised: the share of held-out real images whose own class is the most likely one, however near.
         num_held_out: number of held-out images.
-
-    Raises:
-        DataError: there are too few images, or the features do not separate these classes.
     """
 
-    def __init__(self, features: Tensor, labels: Tensor, num_classes: int, seed: int = 0):
+    center: Tensor
+    scale: Tensor
+    whiten: Tensor
+    means: Tensor
+    radius: Tensor
+    by_class: Tensor
+    accuracy: float
+    recognised: float
+    num_held_out: int
+
+    @classmethod
+    def of(cls, features: Tensor, labels: Tensor, num_classes: int, seed: int = 0) -> ClassJudge:
+        """Fitted to four fifths of real images, features [N, D] and labels [N], and measured on the rest.
+
+        Raises:
+            DataError: there are too few images, or the features do not separate these classes.
+        """
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
         held_out, fitted = order[::_HELD_OUT], order[torch.arange(len(order)) % _HELD_OUT != 0]
         counts = torch.bincount(labels[fitted], minlength=num_classes)
-        if counts.min() < 2 or len(held_out) < _LEAST_HELD_OUT:
+        if counts.min() < 2 or len(held_out) < LEAST_HELD_OUT:
             raise DataError(
                 f"{len(features)} real images of {num_classes} classes are too few to judge classes by: "
-                f"{_HELD_OUT * _LEAST_HELD_OUT} are needed, and several of each class"
+                f"{_HELD_OUT * LEAST_HELD_OUT} are needed, and several of each class"
             )
-        x, y = features[fitted].double(), labels[fitted]
-        self._center, self._scale = x.mean(0), x.std(0).clamp(min=1e-12)
-        x = (x - self._center) / self._scale
-        self._means = torch.zeros(num_classes, x.shape[1], dtype=x.dtype).index_add_(0, y, x) / counts[:, None]
-        factor = torch.linalg.cholesky(_shrunk_covariance(x - self._means[y]))
-        self._whiten = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=x.dtype), upper=False).T
-        self._means = self._means @ self._whiten
-        self._radius = torch.inf
-        squares = self._squares(features[held_out])
-        self._radius = torch.quantile(squares.gather(1, labels[held_out, None])[:, 0], _AS_NEAR)
-        right = self.right(features[held_out], labels[held_out])
-        self.accuracy, self.num_held_out = float(right.double().mean()), len(held_out)
+        parts = [(features[rows], labels[rows]) for rows in (fitted, held_out)]
+        return cls.fitted(*parts[0], *parts[1], num_classes)
+
+    @classmethod
+    def fitted(
+        cls, features: Tensor, labels: Tensor, held_out: Tensor, held_out_labels: Tensor, num_classes: int
+    ) -> ClassJudge:
+        """Fitted to real images, [N, D] and [N], and measured on others, [M, D] and [M].
+
+        Raises:
+            DataError: the features do not separate these classes.
+        """
+        counts = torch.bincount(labels, minlength=num_classes)
+        x = features.double()
+        center, scale = x.mean(0), x.std(0).clamp(min=1e-12)
+        x = (x - center) / scale
+        means = torch.zeros(num_classes, x.shape[1], dtype=x.dtype).index_add_(0, labels, x) / counts[:, None]
+        factor = torch.linalg.cholesky(_shrunk_covariance(x - means[labels]))
+        whiten = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=x.dtype), upper=False).T
+        none = torch.full((num_classes,), torch.nan, dtype=x.dtype)
+        judge = cls(center, scale, whiten, means @ whiten, torch.tensor(torch.inf), none, 0.0, 0.0, len(held_out))
+        squares = judge._squares(held_out)
+        own = squares.gather(1, held_out_labels[:, None])[:, 0]
+        judge = replace(judge, radius=torch.quantile(own, _AS_NEAR))
+        right = judge.right(held_out, held_out_labels).double()
+        seen = torch.bincount(held_out_labels, minlength=num_classes)
+        judge = replace(
+            judge,
+            by_class=torch.zeros(num_classes, dtype=x.dtype).index_add_(0, held_out_labels, right) / seen,
+            accuracy=float(right.mean()),
+            recognised=float((squares.argmin(1) == held_out_labels).double().mean()),
+        )
         chance = float(counts.max() / counts.sum())
-        if self.accuracy - chance < 3 * (chance * (1 - chance) / len(held_out)) ** 0.5:
+        if judge.accuracy - chance < 3 * (chance * (1 - chance) / len(held_out)) ** 0.5:
             raise DataError(
-                f"these features do not separate the classes: {100 * self.accuracy:.0f} % of real images are judged "
+                f"these features do not separate the classes: {100 * judge.accuracy:.0f} % of real images are judged "
                 f"right, and chance gives {100 * chance:.0f} %"
             )
+        return judge
 
     def right(self, features: Tensor, labels: Tensor) -> Tensor:
         """Whether each image shows its class: [N, D] and [N] => [N] bool."""
         squares = self._squares(features)
         own = squares.gather(1, labels[:, None])[:, 0]
-        return (squares.argmin(1) == labels) & (own <= self._radius)
+        return (squares.argmin(1) == labels) & (own <= self.radius)
+
+    def ceiling(self, labels: Tensor) -> float:
+        """The accuracy of held-out real images of these classes, each as often as in labels [N]."""
+        known = self.by_class[labels]
+        return self.accuracy if known.isnan().any() else float(known.mean())
+
+    def for_classes(self, own: Sequence[str], known: Sequence[str]) -> ClassJudge:
+        """The same judge with labels that are indices of `known`; its further classes stand behind these.
+
+        Args:
+            own: the names of its classes; all of `known` are among them.
+        """
+        order = [list(own).index(name) for name in known]
+        order += [index for index in range(len(own)) if index not in order]
+        return replace(self, means=self.means[order], by_class=self.by_class[order])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything but its three numbers, to be stored."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def _squares(self, features: Tensor) -> Tensor:
         """Squared Mahalanobis distances to every class, [N, K]."""
-        x = ((features.double().cpu() - self._center) / self._scale) @ self._whiten
-        return torch.cdist(x, self._means).square()
+        x = ((features.double().cpu() - self.center) / self.scale) @ self.whiten
+        return torch.cdist(x, self.means).square()
 
 
 def _shrunk_covariance(residuals: Tensor) -> Tensor:

@@ -46,6 +46,21 @@ class Score(Record):
         return " ".join(parts)
 
 
+class JudgeFacts(Record):
+    """The judge whose features images were compared by: on what it was trained, and how well it recognises images."""
+
+    data: str
+    fingerprint: str
+    num_images: int
+    image_size: int
+    class_names: list[str] = Field(description="Empty: it knows no classes.")
+    method: str
+    steps: int
+    accuracy: float = Field(description="Of held-out images.")
+    num_held_out: int
+    hash: str = Field(description="Of its folder's tensors.")
+
+
 class FeatureFacts(Record):
     """The features that images were compared by."""
 
@@ -53,6 +68,7 @@ class FeatureFacts(Record):
     hash: str
     label: str
     precision: Precision = Field("fp32", description="Published features are computed in fp32.")
+    judge: JudgeFacts | None = Field(None, description="Of features of one's own; null for all others.")
 
 
 class ReferenceFacts(Record):

@@ -120,7 +120,7 @@ def _sheets(test: Memorisation, out: Path) -> list[tuple[Sheet, str]]:
     sheets = []
     for file, name, distances, what in (
         ("pairs_latents", "sample", latents.samples, "samples nearest to a training image, by latents"),
-        ("pairs_features", "sample", features.samples, "samples nearest to a training image, by random features"),
+        ("pairs_features", "sample", features.samples, f"samples nearest to a training image, by {features.space}"),
         ("pairs_held_out", "held out", latents.held_out, "held-out images nearest to a training image, by latents"),
     ):
         shown = [number(distance) for distance in sorted(distances)[:_PAIRS]]

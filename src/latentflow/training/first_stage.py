@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -322,7 +322,7 @@ def train_first_stage(
     job = Job(
         network=network.to(runtime.device),
         compare=partial(autoencoder_step, recipe=recipe, runtime=runtime),
-        meter=partial(MeanTerms, recipe.loss),
+        meter=partial(MeanTerms, terms_of(recipe.loss)),
         images=images,
         run=run,
         runtime=runtime,
@@ -353,21 +353,30 @@ def _edges(pixels: Tensor) -> tuple[Tensor, Tensor]:
     return pixels[..., 1:, :] - pixels[..., :-1, :], pixels[..., 1:] - pixels[..., :-1]
 
 
-class MeanTerms:
-    """Means of the terms of the loss, summed on the device and read once per log line."""
+def terms_of(weights: AutoencoderLoss) -> list[str]:
+    """The terms of the loss by their names in `AutoencoderStep`, without one that is off."""
+    names = [field.name for field in fields(AutoencoderStep)]
+    return [name for name in names if name != "equivariance" or weights.equivariance_weight]
 
-    def __init__(self, weights: AutoencoderLoss, device: torch.device):
-        self.names = [field.name for field in fields(AutoencoderStep)]
-        if not weights.equivariance_weight:
-            self.names.remove("equivariance")
+
+class MeanTerms:
+    """Means of the terms of a loss, summed on the device and read once per log line.
+
+    Args:
+        names: of the terms, fields of the record of one batch.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self.names = list(names)
         self.sums = torch.zeros(len(self.names), device=device)
         self.num_steps = 0
 
-    def add(self, result: AutoencoderStep) -> None:
+    def add(self, result: Any) -> None:
         """Take in one batch."""
         self.sums += torch.stack([getattr(result, name).detach().mean() for name in self.names])
         self.num_steps += 1
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Each term by its name; `reduce` sums over processes, of which there is one."""
-        return dict(zip(self.names, (reduce(self.sums) / self.num_steps).tolist(), strict=True))
+        """Each term by its name; `reduce` sums over processes, which did equally many steps."""
+        processes = reduce(torch.ones((), device=self.sums.device))
+        return dict(zip(self.names, (reduce(self.sums) / processes / self.num_steps).tolist(), strict=True))

@@ -120,15 +120,15 @@ def _require_same_images(run: Path, source: ImageSource) -> None:
         )
 
 
-def split(usable: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split images at random, by seed: (trained on, held out), both sorted. At least 1 and at most 256 are held out.
+def split(usable: Sequence[int], share: float, seed: int, most: int = _MOST_HELD_OUT) -> tuple[list[int], list[int]]:
+    """Split images at random, by seed: (trained on, held out), both sorted. At least 1 and at most `most` are held out.
 
     Raises:
         DataError: there are fewer than two images.
     """
     if len(usable) < 2:
         raise DataError(f"{len(usable)} readable image(s): at least 2 are needed, one to train on and one to hold out")
-    num_held_out = min(max(round(share * len(usable)), 1), _MOST_HELD_OUT, len(usable) - 1)
+    num_held_out = min(max(round(share * len(usable)), 1), most, len(usable) - 1)
     generator = torch.Generator().manual_seed(derive_seed(seed, "held out"))
     order = [usable[place] for place in torch.randperm(len(usable), generator=generator).tolist()]
     return sorted(order[num_held_out:]), sorted(order[:num_held_out])

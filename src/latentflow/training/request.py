@@ -1,4 +1,4 @@
-"""Requests of `latentflow loss` and `latentflow ema`. The request of a training run is its recipe."""
+"""Requests of `latentflow loss`, `ema` and `train-features`. That of any other training run is its recipe."""
 
 from __future__ import annotations
 
@@ -40,3 +40,41 @@ class EmaRequest(Request):
                 "out", ": give --out FOLDER for a new model, or --write for the run's own; one of the two"
             )
         return self
+
+
+class TrainFeaturesRequest(Request):
+    """Images to train a judge on. What is left open is decided by data and machine, and stays so when it goes on."""
+
+    data: Annotated[PathText, Option(argument=True)] = Field(
+        description="A folder or zip of images, an LMDB, or synthetic:COUNT; sub-folders are classes."
+    )
+    out: Path = Field(description="Folder of the judge; repeat the command to go on after an interruption.")
+    image_size: Annotated[Whole, Option(remedy="64 or 256 are usual")] = Field(
+        64, ge=16, le=8192, description="Side in pixels of the images to be judged: that of your models."
+    )
+    without_labels: bool = Field(False, description="Learn without the classes, even if there are some.")
+    side: Whole | None = Field(
+        None,
+        ge=16,
+        le=512,
+        description="Side in pixels that the network reads; otherwise half the image size, from 32 to 64, or to 128 on "
+        "a GPU.",
+    )
+    width: Whole | None = Field(
+        None,
+        ge=8,
+        le=512,
+        multiple_of=8,
+        description="Channels of the first level; otherwise 64, or 32 for more than 32 pixels on a CPU.",
+    )
+    steps: Whole | None = Field(
+        None,
+        ge=1,
+        le=10**9,
+        description="Optimizer steps; otherwise 30 passes over the data, as far as ten minutes of two CPU cores allow.",
+    )
+    batch_size: Whole = Field(64, ge=2, le=2**20, description="Images per step, over all processes.")
+    seed: Whole = Field(0, ge=0, le=2**63 - 1, description="Seed of weights, order, views and held-out images.")
+    num_workers: Whole | None = Field(
+        None, ge=0, le=256, description="Processes that read images; otherwise as many as speed it up."
+    )

@@ -19,8 +19,10 @@ from latentflow.artifacts import sha256_tensors
 from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
 from latentflow.errors import ArtifactError, ConfigError, DataError, nearest
 from latentflow.metrics.features.inception import InceptionV3, download_weights, load_inception
+from latentflow.metrics.features.judge_folder import Judge, JudgeRecord, load_judge
 from latentflow.metrics.features.random_pyramid import RandomPyramid
-from latentflow.metrics.names import FEATURE_PRECISIONS, FEATURES
+from latentflow.metrics.names import FEATURE_PRECISIONS, FEATURES, JUDGE, is_judge
+from latentflow.networks.feature_network import FeatureNetwork
 from latentflow.runtime import Precision, Runtime
 from latentflow.weights import LOADING
 
@@ -36,7 +38,7 @@ class FeatureExtractor(Protocol):
     computed in IEEE float32, as published ones are, unless `precision` says otherwise.
 
     Attributes:
-        name: one of `FEATURES`.
+        name: one of `FEATURES`, or `JUDGE`.
         label: the name of a Fréchet distance of these features, and what it may be compared with.
         dim: D.
         hash: SHA-256 over the weights, the preprocessing, and a precision other than fp32.
@@ -72,8 +74,8 @@ def open_features(
     """A feature network by name.
 
     Args:
-        name: "inception" (FID), "dinov2" (FD-DINOv2), "latents" (means of the model's own first stage), or "random"
-            (a fixed random network, which needs no download).
+        name: "inception" (FID), "dinov2" (FD-DINOv2), "latents" (means of the model's own first stage), "random"
+            (a fixed random network, which needs no download), or the folder of a judge, by `latentflow train-features`.
         weights: of "inception": the published .pth file or a .safetensors copy; None: download them if need be. Of
             "dinov2": a folder or a hub id; None: `DINOV2`.
         autoencoder: of "latents", which needs it.
@@ -97,6 +99,8 @@ def open_features(
         return DinoFeatures(str(weights or DINOV2), device, precision)
     if name == "random":
         return RandomFeatures(device, precision)
+    if is_judge(name):
+        return JudgeFeatures(*load_judge(name), device, precision)
     if name != "latents":
         raise ConfigError(f"unknown features {name!r}; {nearest(name, FEATURES)}")
     if autoencoder is None or image_size is None:
@@ -231,6 +235,39 @@ class RandomFeatures:
     def __call__(self, images: Tensor) -> Tensor:
         with _computing(self):
             return self.network(_sent(images, self.device)).float()
+
+
+class JudgeFeatures:
+    """The features of a judge, each standardised by mean and deviation over its training images.
+
+    Attributes:
+        record: of the judge.
+        classes: judges whether images show their class; None: it knows no classes.
+    """
+
+    name = JUDGE
+
+    def __init__(
+        self,
+        record: JudgeRecord,
+        judge: Judge,
+        device: torch.device | str = "cpu",
+        precision: Precision = "fp32",
+    ):
+        self.device, self.precision = torch.device(device), precision
+        self.record, self.classes = record, judge.classes
+        self.label = f"FD of a judge ({record.judged}), {_RELATIVE}"
+        self.dim = record.network.dim
+        self.hash = _hash(f"{FeatureNetwork.rule}, {record.network.side} pixels", judge.feature_tensors(), precision)
+        self.network = judge.network.eval().requires_grad_(False)
+        self.network = self.network.to(self.device, memory_format=torch.channels_last)
+        self._mean, self._std = judge.mean.to(self.device), judge.std.to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        with _computing(self):
+            features = self.network(_sent(images, self.device))
+        return (features - self._mean) / self._std
 
 
 def _computing(features: FeatureExtractor) -> AbstractContextManager[None]:
