@@ -147,10 +147,9 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, photos, judge
     same_judge(tmp_path / "j", judge)
 
 
-@pytest.mark.parametrize("method", ["labels", "contrastive"])
-def test_a_kill_costs_nothing_but_time(tmp_path, photos, method):
+def test_a_kill_costs_nothing_but_time(tmp_path, photos):
     args = ["train-features", photos, "--image-size", 16, "--side", 16, "--width", 8, "--batch-size", 4]
-    args += ["--steps", 60, "--device", "cpu", *(["--without-labels"] if method == "contrastive" else [])]
+    args += ["--steps", 60, "--device", "cpu", "--without-labels"]
     log = tmp_path / "log"
     process = start([*args, "--out", tmp_path / "killed"], log)
     wait_until(lambda: any((tmp_path / "killed").glob("checkpoints/step-*/state.json")), process)
