@@ -290,8 +290,8 @@ MORE = {
     "loss": ["--num", "8"],
     "benchmark": ["--num", "1", "--repeats", "1"],
 }
-NOT_HERE = ("prepare", "convert", "push")
-"""Their inputs are others' files, or the hub; their own tests have stand-ins."""
+NOT_HERE = ("prepare", "convert", "push", "train-features")
+"""Their inputs are others' files, the hub, or more images than are here; their own tests have stand-ins."""
 
 
 def runs_here(words: list[str]) -> bool:
