@@ -43,6 +43,16 @@ def test_unet(benchmark, tmp_path):
     assert (tmp_path / "unet-cpu.json").is_file()
 
 
+def test_optimizer(benchmark, tmp_path):
+    sizes = ["--depth", "2", "--hidden-size", "32", "--batch-size", "2", "--rounds", "2"]
+    results = benchmark("optimizer").main([*sizes, "--results", str(tmp_path)])
+    assert all(math.isfinite(number) for number in numbers(results))
+    # A block has 4 matrices of 32 x 32 and 3 of 32 x 88, and the batch 32 tokens.
+    extra = 5 * (4 * 6 * 32**3 + 3 * (4 * 32**2 * 88 + 2 * 32**3)) / (6 * 32 * (4 * 32**2 + 3 * 32 * 88))
+    assert results["by_arithmetic"] == pytest.approx({"Muon": 1 + extra, "Muon, every 2nd": 1 + extra / 2})
+    assert (tmp_path / "optimizer-cpu.json").is_file()
+
+
 def test_overhead(benchmark, tmp_path, capsys):
     arguments = ["--rounds", "3", "--results", str(tmp_path)]
     changes = [TINY_NETWORK, "data.image_size=32", "training.batch_size=2"]

@@ -51,9 +51,10 @@ def num_bytes(file: Path) -> int:
 
 @pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize("network", NETWORKS)
-def test_what_is_exact_is_what_a_run_has_and_writes(recipe, network):
+@pytest.mark.parametrize("optimizer", [{}, {"kind": "muon"}, {"kind": "muon", "orthogonalise_every": 2}])
+def test_what_is_exact_is_what_a_run_has_and_writes(recipe, network, optimizer):
     chosen = Recipe.model_validate({"network": NETWORKS[network]}).network
-    given = recipe(training={"steps": 3}).model_copy(update={"network": chosen})
+    given = recipe(training={"steps": 3}, optimizer=optimizer).model_copy(update={"network": chosen})
     found = planned(given)
     run = train(given, runtime=tiny.CPU).run
     folder = run / "checkpoints" / "step-00000003"

@@ -700,7 +700,8 @@ def test_weights_average_and_optimizer_are_float32_whatever_is_computed_in(recip
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}, file
 
 
-def test_fp16_goes_on_exactly_with_its_loss_scale(recipe, monkeypatch):
+@pytest.mark.parametrize("optimizer", [{}, {"kind": "muon", "orthogonalise_every": 2}], ids=["adamw", "muon"])
+def test_fp16_goes_on_exactly_with_its_loss_scale(recipe, monkeypatch, optimizer):
     """The scale begins so high that gradients overflow, and grows every third step."""
     true = loop.loss_scaler
 
@@ -712,7 +713,7 @@ def test_fp16_goes_on_exactly_with_its_loss_scale(recipe, monkeypatch):
     monkeypatch.setattr(loop, "loss_scaler", restless)
     for name, stops in (("whole", (10,)), ("parts", (2, 5, 6, 10))):
         for steps in stops:
-            Watched(recipe(name, training={"steps": steps}), "fp16").train()
+            Watched(recipe(name, training={"steps": steps}, optimizer=optimizer), "fp16").train()
     one, other = (newest_checkpoint(Path(recipe(name).out)) for name in ("whole", "parts"))
     found = read_json(one / "state.json")
     assert found["loss_scale"] != 2.0**16

@@ -8,7 +8,7 @@ from latentflow.planning.estimate import Memory, estimate_disk, estimate_memory
 from latentflow.planning.machine import machine_for
 from latentflow.planning.plan import Plan
 from latentflow.planning.planned_run import PlannedRun, plan_subject
-from latentflow.planning.probe import Speed, probe, stated_speed
+from latentflow.planning.probe import Speed, probe, seconds_of_orthogonalisation, stated_speed
 from latentflow.planning.request import PlanRequest
 from latentflow.runtime import Runtime
 from latentflow.training.compiling import compiles
@@ -40,7 +40,7 @@ def plan(recipe: Recipe, name: str, request: PlanRequest, runtime: Runtime) -> P
         network = subject.config.build_network()
     memory = estimate_memory(subject, network, machine, share=parts.size * parts.number, micro=parts.size)
     if request.device_tflops is not None:
-        speed = stated_speed(subject.config, 1e12 * request.device_tflops, memory.mode)
+        speed = stated_speed(subject.config, 1e12 * request.device_tflops, memory.mode, subject.recipe.optimizer)
     elif machine.here:
         speed = _measured(subject, memory, parts.size, runtime)
     else:
@@ -57,7 +57,7 @@ def _measured(subject: PlannedRun, memory: Memory, most: int, runtime: Runtime) 
     training = subject.recipe.training
     num_images = training.steps * training.batch_size
     is_compiled = runtime.device.type == "cuda" and compiles(training.compile, subject.config, num_images, runtime)
-    return probe(
+    speed = probe(
         subject.config,
         runtime,
         images=min(most, max(fitting, 1)),
@@ -66,3 +66,5 @@ def _measured(subject: PlannedRun, memory: Memory, most: int, runtime: Runtime) 
         compiled=is_compiled,
         ema_lengths=training.ema_lengths or (),
     )
+    more = seconds_of_orthogonalisation(subject.config, subject.recipe.optimizer, runtime)
+    return replace(speed, seconds_per_update=speed.seconds_per_update + more)

@@ -7,10 +7,10 @@ h and w the grid of tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +131,8 @@ class SelfAttention(nn.Module):
         mixes_values: add the values of the first block to those of this one, with learned weights (arXiv 2410.17897).
     """
 
+    hidden_matrices: ClassVar[Mapping[str, int]] = {"qkv": 3, "out": 1}
+
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False, mixes_values: bool = False):
         super().__init__()
         head_channels = hidden_size // num_heads
@@ -180,6 +182,8 @@ class SelfAttention(nn.Module):
 class GeluMLP(nn.Module):
     """Linear, tanh GELU, Linear. [B, N, D] => [B, N, D]."""
 
+    hidden_matrices: ClassVar[Mapping[str, int]] = {"up": 1, "down": 1}
+
     def __init__(self, hidden_size: int, ratio: float):
         super().__init__()
         inner = int(hidden_size * ratio)
@@ -202,6 +206,8 @@ class SwigluMLP(nn.Module):
     The inner size is 2/3 of that of `GeluMLP`, for three matrices instead of two, rounded to a multiple of 8.
     [B, N, D] => [B, N, D].
     """
+
+    hidden_matrices: ClassVar[Mapping[str, int]] = {"up": 2, "down": 1}
 
     def __init__(self, hidden_size: int, ratio: float):
         super().__init__()

@@ -52,6 +52,11 @@ def run_block(block: Callable[..., Result], memory: MemoryMode, draws: bool, *in
 class BlockNetwork(nn.Module):
     """A network that hands each of its blocks to `run`.
 
+    The layers of its blocks declare which of their weights map hidden features to hidden features, in a class attribute
+    `hidden_matrices`: the name of each sublayer, and of how many matrices of equal size the rows of its weight consist
+    (3 for queries, keys and values in one). An optimizer for matrices, such as Muon, updates these, and AdamW all else:
+    embeddings, modulation, output, vectors.
+
     Attributes:
         memory: set by `set_memory`.
         draws: whether blocks draw random numbers in training.

@@ -5,7 +5,9 @@ Legend: B images, D channels, E channels of the embedding of time and label, H a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +85,8 @@ class MapAttention(nn.Module):
 class Downsample(nn.Module):
     """[B, D, H, W] => [B, D, H / 2, W / 2], by a strided convolution or by means of 2 x 2."""
 
+    hidden_matrices: ClassVar[Mapping[str, int]] = {"conv": 1}
+
     def __init__(self, channels: int, *, learned: bool):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if learned else None
@@ -93,6 +97,8 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """[B, D, H, W] => [B, D, 2H, 2W]: pixels repeated, and a convolution after it if `learned`."""
+
+    hidden_matrices: ClassVar[Mapping[str, int]] = {"conv": 1}
 
     def __init__(self, channels: int, *, learned: bool):
         super().__init__()
@@ -154,6 +160,8 @@ class ResidualBlock(nn.Module):
         attention: applied after the sum; None: no attention.
         resize: "halve", "double" or None.
     """
+
+    hidden_matrices: ClassVar[Mapping[str, int]] = {"conv1": 1, "conv2": 1, "skip": 1}
 
     def __init__(
         self,

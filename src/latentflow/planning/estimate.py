@@ -20,6 +20,7 @@ from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.preview import preview_drawing
 from latentflow.training.config import Recipe, TrainingConfig
 from latentflow.training.memory import bytes_per_image, fitting_mode, micro_batch_that_fits
+from latentflow.training.optim import optimizer_bytes
 
 _PNG_BYTES = 2  # per pixel of a preview, approximately
 _DECODED = 12  # feature maps of the decoder's last width alive at once, float32, approximately
@@ -125,7 +126,7 @@ def estimate_memory(subject: PlannedRun, network: nn.Module, machine: Machine, *
         "weights": weights,
         "gradients": weights,
         "moving average": _state_bytes(network) * recipe.training.num_averages,
-        "optimizer's moments": _optimizer_bytes(network),
+        "optimizer's moments": optimizer_bytes(network, recipe.optimizer),
     }
     latents = config.latent_shape[0] * config.latent_shape[1] * config.latent_shape[2]
     estimated = {"batch and noise": 5 * 4 * micro * latents}
@@ -140,7 +141,7 @@ def estimate_memory(subject: PlannedRun, network: nn.Module, machine: Machine, *
     if cached is not None and _stays_resident(subject.recipe, cached, machine):
         estimated["latent cache"] = cached
     if not machine.gpu:
-        estimated["copy for a checkpoint"] = _checkpoint_bytes(network, recipe.training.num_averages)
+        estimated["copy for a checkpoint"] = _checkpoint_bytes(network, recipe)
     side = config.latent_shape[-1]
     kept = {mode: bytes_per_image(config.network, side, half=machine.half, memory=mode) for mode in MEMORY_MODES}
     preview = 0
@@ -192,13 +193,8 @@ def _state_bytes(network: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
 
 
-def _optimizer_bytes(network: nn.Module) -> int:
-    """Two moments per weight, and a step per tensor."""
-    return sum(2 * p.numel() * p.element_size() + 4 for p in network.parameters())
-
-
-def _checkpoint_bytes(network: nn.Module, averages: int) -> int:
-    return (1 + averages) * _state_bytes(network) + _optimizer_bytes(network)
+def _checkpoint_bytes(network: nn.Module, recipe: Recipe) -> int:
+    return (1 + recipe.training.num_averages) * _state_bytes(network) + optimizer_bytes(network, recipe.optimizer)
 
 
 def _num_saved(training: TrainingConfig) -> int:
@@ -221,7 +217,7 @@ def estimate_disk(subject: PlannedRun, network: nn.Module) -> Disk:
     place = next((p for p in Path(subject.recipe.out or "runs").absolute().parents if p.is_dir()), Path.cwd())
     here = subject.data.num_bytes
     return Disk(
-        checkpoint=_checkpoint_bytes(network, training.num_averages),
+        checkpoint=_checkpoint_bytes(network, subject.recipe),
         num_checkpoints=min(training.keep_checkpoints + 1 + num_milestones, _num_saved(training)),
         num_milestones=num_milestones,
         model=_state_bytes(network) + (subject.stage.num_bytes or 0 if embedded else 0),

@@ -22,10 +22,12 @@ from latentflow.networks.running import MemoryMode, compile_blocks, set_memory
 from latentflow.runtime import Runtime
 from latentflow.training.ema import EMA
 from latentflow.training.memory import count_parameters, forward_flops
+from latentflow.training.muon import hidden_matrices, newton_schulz, orthogonalisation_flops
 from latentflow.training.optim import OptimizerConfig, build_optimizer, clip_gradients
 from latentflow.weights import without_memory
 
 _UPDATED = {"cpu": 4_000_000, "cuda": 100_000_000}  # parameters in the timed update
+_ORTHOGONALISED = {"cpu": (2, 256, torch.float32), "cuda": (8, 1024, torch.bfloat16)}  # matrices, side, as in Muon
 _PASSES = 3  # forward and backward together, in units of the forward pass
 SLOWER: dict[MemoryMode, float] = {"none": 1.0, "recompute-cheap": 1.05, "checkpoint": 4 / 3}
 """Approximate slowdown of a step in the modes of `training.memory`."""
@@ -121,11 +123,12 @@ def probe(
     return Speed(per_image, update, whole, speed, what, part.share == 1)
 
 
-def stated_speed(config: ModelConfig, peak: float, mode: MemoryMode) -> Speed:
+def stated_speed(config: ModelConfig, peak: float, mode: MemoryMode, optimizer: OptimizerConfig) -> Speed:
     """The speed to expect of a device with a peak of `peak` operations per second; nothing is measured."""
     flops, reached = forward_flops(config), _REACHED * peak / SLOWER[mode]
+    update = _flops_of_orthogonalisation(config, optimizer) / (_REACHED * peak)
     what = f"{_REACHED:.0%} of {peak / 1e12:g} TFLOP/s, typical of training"
-    return Speed(_PASSES * flops / reached, 0.0, flops, reached, what, whole=False, measured=False)
+    return Speed(_PASSES * flops / reached, update, flops, reached, what, whole=False, measured=False)
 
 
 def _parts(config: ModelConfig) -> Iterator[_Part]:
@@ -221,6 +224,29 @@ def _seconds_per_update(config: ModelConfig, runtime: Runtime, ema_lengths: Sequ
         average.update(step)
         taken.append(_now(runtime.device) - start)
     return min(taken[1:]) * total / (len(layers) * 2**16)
+
+
+def _flops_of_orthogonalisation(config: ModelConfig, optimizer: OptimizerConfig) -> float:
+    """Per step on average."""
+    if optimizer.kind != "muon":
+        return 0.0
+    with without_memory():
+        matrices = hidden_matrices(config.build_network())
+    return orthogonalisation_flops(matrices, optimizer.orthogonalise_every)
+
+
+def seconds_of_orthogonalisation(config: ModelConfig, optimizer: OptimizerConfig, runtime: Runtime) -> float:
+    """Per step of Muon on average, from the time of a few matrices and the number of operations; 0 for AdamW."""
+    flops = _flops_of_orthogonalisation(config, optimizer)
+    if not flops:
+        return 0.0
+    number, size, dtype = _ORTHOGONALISED.get(runtime.device.type, _ORTHOGONALISED["cpu"])
+    x, taken = torch.full((number, size, size), 1 / size, dtype=dtype, device=runtime.device), []
+    for _ in range(3):
+        start = _now(runtime.device)
+        newton_schulz(x)
+        taken.append(_now(runtime.device) - start)
+    return min(taken[1:]) * flops / (30 * number * size**3)  # five times three products of 2 size^3
 
 
 def _matmul_rate(runtime: Runtime, size: int = 512) -> float:

@@ -185,6 +185,7 @@ class Recipe(Record):
         return given
 
 
+_OTHER_STATE = "checkpoints hold the state of the old one"
 _OTHER_DATA = "the model would train on other images than before"
 CHANGES = ChangeRules(
     free=(
@@ -212,6 +213,8 @@ CHANGES = ChangeRules(
         "conditioning": "the network was trained with the old conditions",
         "normalise": "the network was trained on latents of the old scale",
         "training.ema_lengths": "an average has to begin with the run",
+        "optimizer.kind": _OTHER_STATE,
+        "optimizer.orthogonalise_every": _OTHER_STATE,
         "data.image_size": _OTHER_DATA,
         "data.labels": _OTHER_DATA,
         "data.images": _OTHER_DATA,

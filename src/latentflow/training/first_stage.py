@@ -147,6 +147,15 @@ class AutoencoderRecipe(Record):
     training: AutoencoderTraining = AutoencoderTraining()
     save_dtype: Literal["float32", "float16"] = Field("float32", description="Dtype of the saved weights.")
 
+    @model_validator(mode="after")
+    def _has_no_hidden_matrices(self) -> AutoencoderRecipe:
+        if self.optimizer.kind == "muon":
+            raise ValueError(
+                "optimizer.kind = muon is for the blocks of velocity networks, whose layers declare their matrices; an "
+                "autoencoder's do not, so use adamw"
+            )
+        return self
+
     def require_fitting_sizes(self) -> None:
         """Check the sizes of images and crops against the reduction factor.
 

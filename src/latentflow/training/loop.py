@@ -34,7 +34,14 @@ from latentflow.training.ema import EMA
 from latentflow.training.guard import FiniteGuard
 from latentflow.training.interruption import Outcome, SharedStop, collected_signals, ended_at_once
 from latentflow.training.log import Clock, RunLog
-from latentflow.training.optim import OptimizerConfig, build_optimizer, clip_gradients, loss_scaler, scaler_state
+from latentflow.training.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    clip_gradients,
+    loss_scaler,
+    prepare_step,
+    scaler_state,
+)
 from latentflow.training.step import StepLosses
 
 
@@ -161,9 +168,7 @@ class Learner:
     def update(self, read: Sequence[Batch], losses: Sequence[Tensor]) -> tuple[float, Tensor]:
         """Clip, step and average, if the gradient is finite; returns the learning rate and the gradient norm."""
         step, batch_size = self.progress.step, self.job.config.batch_size
-        rate = self.job.optimizer.rate(step, self.job.config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate = prepare_step(self.optimizer, self.job.optimizer, step, self.job.config.steps)
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.parameters, self.job.optimizer.clip_norm)
         self.guard.watch(norm, losses, step, [batch.positions for batch in read])

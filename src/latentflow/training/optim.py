@@ -10,13 +10,20 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from latentflow.errors import ConfigError
 from latentflow.records import Record
 from latentflow.runtime import Runtime
+from latentflow.training.muon import Muon, hidden_matrices
 
 
 class OptimizerConfig(Record):
-    """AdamW and its learning rate schedule."""
+    """AdamW or Muon, and the learning rate schedule."""
 
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: orthogonalised updates for the matrices of the blocks, of the size of AdamW's, so that the "
+        "learning rate stays; AdamW for embeddings, modulation, output and vectors.",
+    )
     learning_rate: float = Field(1e-4, gt=0, le=1e9, description="Peak learning rate, after the warm-up.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0, le=1e3)
@@ -31,15 +38,36 @@ class OptimizerConfig(Record):
     )
     final_learning_rate: float = Field(1e-5, ge=0, le=1e9, description="Learning rate at the end of the cosine.")
     clip_norm: float | None = Field(1.0, gt=0, le=1e9, description="Maximum gradient norm; null: no clipping.")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Momentum of Muon.")
+    orthogonalise_every: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="Steps from one orthogonalisation of Muon to the next, which use its last result; 2 halves the "
+        "cost.",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _of_earlier_versions(cls, values: Any) -> Any:
-        """Runs of earlier versions saved every key but `weight_decay_on`, and decayed everything."""
-        later = {"weight_decay_on"}
+        """Runs of earlier versions saved every key but `weight_decay_on` and Muon's, and decayed everything."""
+        later = {"weight_decay_on", "kind", "momentum", "orthogonalise_every"}
         if isinstance(values, dict) and not later & values.keys() and cls.model_fields.keys() - later <= values.keys():
             return {**values, "weight_decay_on": "all"}
         return values
+
+    @model_validator(mode="after")
+    def _only_muon_has_its_keys(self) -> OptimizerConfig:
+        for key in ("momentum", "orthogonalise_every"):
+            value = getattr(self, key)
+            if self.kind != "muon" and value != type(self).model_fields[key].default:
+                raise ConfigError(f"optimizer.{key} = {value} is for Muon; add optimizer.kind=muon, or leave it out")
+        return self
+
+    @property
+    def title(self) -> str:
+        """Name for messages and reports."""
+        return "AdamW" if self.kind == "adamw" else "Muon with AdamW"
 
     def rate(self, step: int, num_steps: int) -> float:
         """The learning rate of step `step` (the first is 0) of `num_steps`."""
@@ -61,11 +89,34 @@ class OptimizerConfig(Record):
         return f"repeat the command with {options} instead of the old values"
 
 
-def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with the fused update."""
-    groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
+def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW | Muon:
+    """AdamW with the fused update, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    Raises:
+        ConfigError: Muon was asked for, and no layer of the network declares matrices.
+    """
+    if config.kind == "adamw":
+        return _adamw(network, config, list(network.parameters()))
+    matrices = hidden_matrices(network)
+    if not matrices:
+        raise ConfigError("optimizer.kind = muon: no layer of this network declares hidden_matrices; use adamw")
+    taken = {id(matrix.weight) for matrix in matrices}
+    return Muon(
+        matrices,
+        _adamw(network, config, [parameter for parameter in network.parameters() if id(parameter) not in taken]),
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        every=config.orthogonalise_every,
+    )
+
+
+def _adamw(network: nn.Module, config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW for some parameters of a network."""
+    groups: list[dict[str, Any]] = [{"params": parameters}]
     if config.weight_decay and config.weight_decay_on == "matrices":
-        decaying, spared = split_by_decay(network)
+        chosen = {id(parameter) for parameter in parameters}
+        decaying, spared = ([one for one in part if id(one) in chosen] for part in split_by_decay(network))
         groups = [{"params": decaying}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -74,6 +125,29 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def prepare_step(optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """Set what changes from step to step, before step `step` (the first is 0) of `num_steps`; returns the rate.
+
+    It depends on nothing but the step, so that a resumed run goes on with it.
+    """
+    rate = config.rate(step, num_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if isinstance(optimizer, Muon):
+        optimizer.orthogonalises = step % config.orthogonalise_every == 0
+    return rate
+
+
+def optimizer_bytes(network: nn.Module, config: OptimizerConfig) -> int:
+    """Bytes of the optimizer's state, exactly."""
+    matrices = hidden_matrices(network) if config.kind == "muon" else []
+    taken = {id(matrix.weight) for matrix in matrices}
+    others = [parameter for parameter in network.parameters() if id(parameter) not in taken]
+    total = sum(2 * one.numel() * one.element_size() + 4 for one in others)  # two moments, and a step per tensor
+    each = 2 if config.orthogonalise_every > 1 else 1  # the momentum, and the last direction
+    return total + each * sum(matrix.weight.numel() * matrix.weight.element_size() for matrix in matrices)
 
 
 def split_by_decay(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

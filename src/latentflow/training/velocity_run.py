@@ -66,7 +66,7 @@ class PreparedVelocity(PreparedRun):
             "classes": f"{len(names)}: {listed}" if names else "none",
             "latents": f"{config.latent_shape[0]} x {side} x {side}, by {self.recipe.autoencoder}",
             "network": f"{config.network.title}, {parameters:,} parameters",
-            "optimizer": f"AdamW at {optimizer.learning_rate:g}, {optimizer.schedule}",
+            "optimizer": f"{optimizer.title} at {optimizer.learning_rate:g}, {optimizer.schedule}",
             **self.rows(),
         }
         if set(conditioning.dropout) - {"label"}:
