@@ -344,6 +344,7 @@ def test_the_tutorial_runs(place, capsys, monkeypatch):
         ("how-to/classes", {"encode", "train", "sample", "info", "sweep", "loss"}),
         ("how-to/inpaint", {"encode", "train", "inpaint"}),
         ("how-to/mask-to-image", {"mask-to-image", "inpaint"}),
+        ("how-to/augment", {"encode", "train"}),
         ("how-to/edit", {"image-to-image", "interpolate", "vary", "invert"}),
         ("how-to/evaluate", {"evaluate", "sweep", "benchmark", "diagnose"}),
         ("reference/python/index", set()),

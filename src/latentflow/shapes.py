@@ -56,12 +56,14 @@ class Condition:
         mask: [B, 1, H, W] in [0, 1], fraction of each latent pixel inside the hole; with `masked_latents`. Some
             published models take -1 and 1 instead (`MaskRules.told_as`).
         class_fractions: [B, K, H, W] in [0, 1], fraction of each latent pixel that belongs to each of K map classes.
+        augmentation: [B, P], the numbers of the variant that an image was turned into for training; 0: none.
     """
 
     labels: Tensor | None = None
     masked_latents: Tensor | None = None
     mask: Tensor | None = None
     class_fractions: Tensor | None = None
+    augmentation: Tensor | None = None
 
     def select(self, rows: Tensor) -> Condition:
         """Keep the images at `rows` ([b] int64 or [B] bool)."""

@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 
 from latentflow import cli
-from latentflow.autoencoder import Autoencoder, to_unit_range
+from latentflow.autoencoder import Autoencoder, to_uint8, to_unit_range
 from latentflow.commands.encode import EncodeResult
 from latentflow.commands.encode import encode as encode_command
 from latentflow.commands.look import look
 from latentflow.commands.train import train
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.painting.semantic_maps import colour_map
+from latentflow.data.pictures.variants import draw_variants, variants_of
 from latentflow.data.request import EncodeRequest
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, ConfigError, DataError
@@ -149,6 +150,19 @@ def test_a_look_shows_maps(segmented, kl_folder, tmp_path, monkeypatch):
     item = open_images(segmented, SIDE)[0]
     tile = sheet(out)[_LINE:][: 4 * SIDE, 4 * SIDE + 2 : 8 * SIDE + 2][::4, ::4]
     assert np.array_equal(tile, colour_map(item.semantic_map, tiny.MAP_PALETTE))
+
+
+def test_a_look_shows_variants(segmented, kl_folder, tmp_path, monkeypatch):
+    out = tmp_path / "cache"
+    options = ("--autoencoder", kl_folder, "--image-size", SIDE, "--look", 2, "--variants", 3, "--out", out)
+    assert run("encode", segmented, *options, monkeypatch=monkeypatch) == 0
+    item = open_images(segmented, SIDE)[0]
+    left = 2 * (4 * SIDE + 2)  # after the image and its map
+    tile = sheet(out)[_LINE:][: 4 * SIDE, left : left + 4 * SIDE][::4, ::4]
+    pixels = to_unit_range(torch.from_numpy(item.pixels.copy()).permute(2, 0, 1)[None])
+    shown = to_uint8(variants_of(pixels, draw_variants([0], 1)[0]))[0].permute(1, 2, 0)
+    assert np.array_equal(tile, shown.numpy())
+    assert not np.array_equal(tile, item.pixels)
 
 
 def test_a_look_passes_over_what_is_broken(images, kl_folder, tmp_path):

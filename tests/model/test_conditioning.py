@@ -41,10 +41,10 @@ def is_null(condition: Condition, name: str) -> torch.Tensor:
     return (getattr(condition, name) == NULLS[name]).reshape(len(condition.labels), -1).all(1)
 
 
-def test_every_field_of_a_condition_belongs_to_one_kind():
+def test_every_field_of_a_condition_belongs_to_one_kind_or_describes_a_variant():
     assert tuple(kind.name for kind in CONDITION_KINDS) == CONDITION_NAMES
     owned = [field for kind in CONDITION_KINDS for field in kind.fields]
-    assert sorted(owned) == sorted(field.name for field in dataclasses.fields(Condition))
+    assert sorted([*owned, "augmentation"]) == sorted(field.name for field in dataclasses.fields(Condition))
     for kind in ALL.kinds.values():
         assert kind.dropout_key in Conditioning.model_fields
         assert len(kind.fields) == len(kind.nulls) == len(kind.shapes((2, *LATENTS)))
@@ -110,6 +110,20 @@ def test_fields_get_the_dtype_of_training():
 def test_a_condition_that_the_model_does_not_have_is_refused(conditions, name, said):
     with pytest.raises(ConfigError, match=said):
         conditions.build((2, *LATENTS), "cpu", Condition(**{name: given(2)[name]}))
+
+
+def test_the_numbers_of_variants_are_zero_unless_training_gives_them():
+    """They are no condition: nothing drops them, guides by them or asks for them."""
+    varied = ALL.model_copy(update={"augmentation": ["zoom", "turn"]})
+    assert varied.kinds.keys() == ALL.kinds.keys()
+    assert varied.build((2, *LATENTS), "cpu").augmentation.tolist() == [[0, 0], [0, 0]]
+    numbers = torch.tensor([[0.5, -1.0], [0.0, 0.25]])
+    full = varied.build((2, *LATENTS), "cpu", Condition(**given(2), augmentation=numbers))
+    assert torch.equal(full.augmentation, numbers)
+    assert torch.equal(varied.without(full, CONDITION_NAMES).augmentation, numbers)
+    assert ALL.build((2, *LATENTS), "cpu").augmentation is None
+    with pytest.raises(ConfigError, match="trained without augmented variants"):
+        ALL.build((2, *LATENTS), "cpu", Condition(augmentation=numbers))
 
 
 def test_require_and_can_guide():

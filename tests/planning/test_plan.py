@@ -15,6 +15,7 @@ from latentflow.autoencoder import Autoencoder
 from latentflow.commands import plan as plan_module
 from latentflow.commands.plan import plan as plan_command
 from latentflow.commands.train import train
+from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError
 from latentflow.networks.running import MEMORY_MODES
 from latentflow.planning import probe as plan_probe
@@ -115,6 +116,20 @@ def test_a_cache_takes_what_its_tensors_take(recipe, cache, flip):
     assert cached_bytes(found.subject) == found.memory.estimated["latent cache"] == wanted
     assert found.disk.cache_is_here
     assert wanted < found.disk.cache <= sum(file.stat().st_size for file in cache.glob("*.safetensors"))
+
+
+@pytest.mark.usefixtures("unprobed")
+@pytest.mark.parametrize("flip", [False, True])
+def test_variants_in_a_cache_and_their_input_are_counted(recipe, images, kl, tmp_path, flip):
+    cache = tmp_path / "varied"
+    tiny.write_cache(open_images(images, tiny.IMAGE_SIZE), kl, cache, flips=True, variants=2)
+    shards = [read_tensors(file) for file in sorted(cache.glob("*.safetensors"))]
+    read = ["moments", "variant_moments"]
+    read += [f"{name}_flipped" for name in read if flip] + ["labels", "variant_numbers"]
+    found, plain = (planned(recipe(data={"path": cache, "flip": flip, "augment": share})) for share in (0.5, 0))
+    assert cached_bytes(found.subject) == sum(shard[name].nbytes for shard in shards for name in read)
+    assert cached_bytes(plain.subject) < cached_bytes(found.subject) / 2
+    assert found.num_parameters == plain.num_parameters + 4 * tiny.RECIPE["network"]["hidden_size"]
 
 
 @pytest.mark.usefixtures("unprobed")

@@ -47,6 +47,7 @@ def encode(
         "moments": " x ".join(map(str, index.plan.moments_shape)),
         "map classes": len(index.plan.map_class_names),
         "mask variants": index.plan.mask_variants,
+        "variants": index.plan.variants,
         "flips": index.plan.flips,
         "shards": len(index.shards),
         "broken": len(index.broken),

@@ -65,6 +65,7 @@ def _describe_cache(folder: str | Path) -> dict[str, Any]:
         "moments": list(plan.moments_shape),
         "map classes": plan.map_class_names,
         "mask variants": plan.mask_variants,
+        "variants": plan.variants,
         "flips": plan.flips,
         "precision": plan.precision,
         "autoencoder": plan.autoencoder,

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from latentflow.artifacts import require_apart, require_writable
-from latentflow.autoencoder import Autoencoder
+from latentflow.autoencoder import Autoencoder, to_uint8, to_unit_range
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.painting.semantic_maps import colour_map
 from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.pictures.user_picture import psnr
+from latentflow.data.pictures.variants import draw_variants, variants_of
 from latentflow.data.request import EncodeRequest
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError, DataError
@@ -45,8 +46,8 @@ class Look:
 def look(request: EncodeRequest, out: str | Path, *, num: int, runtime: Runtime | None = None) -> Look:
     """Write OUT.png, a contact sheet next to the cache OUT; nothing is encoded.
 
-    It shows each image as it is cropped, its semantic map if it has one, and its reconstruction with the PSNR. The
-    images are spread evenly over the data, and so over the classes of a folder.
+    It shows each image as it is cropped, its semantic map if it has one, its first augmented variant if it gets some,
+    and its reconstruction with the PSNR. The images are spread evenly over the data, and so over the classes of a folder.
 
     Args:
         num: number of images, 1 to 64.
@@ -63,26 +64,31 @@ def look(request: EncodeRequest, out: str | Path, *, num: int, runtime: Runtime 
     source = open_images(request.data, request.image_size, first=request.first)
     encoder = Autoencoder.from_pretrained(request.autoencoder).to(runtime or open_runtime(precision="tf32", alone=True))
     encoder.latent_side(request.image_size)
-    items = _evenly(source, num)
+    found = _evenly(source, num)
+    rows, items = list(found), list(found.values())
+    variants = _first_variants(items, rows) if request.variants else None
     pixels = torch.stack([_as_tensor(item.pixels) for item in items])
     reconstructed = encoder.reconstruct(pixels)
     quality = psnr(pixels, reconstructed)
     tiles, captions = [], []
-    for item, original, decoded, decibels in zip(items, pixels, reconstructed, quality.tolist(), strict=True):
-        tiles.append(original)
+    for place, (item, decibels) in enumerate(zip(items, quality.tolist(), strict=True)):
+        tiles.append(pixels[place])
         captions.append(item.name.rpartition("/")[2] if item.label is None else source.class_names[item.label])
         if item.semantic_map is not None:
             tiles.append(_as_tensor(colour_map(item.semantic_map, source.map_palette)))
             captions.append("map")
-        tiles.append(decoded)
+        if variants is not None:
+            tiles.append(variants[place])
+            captions.append("variant")
+        tiles.append(reconstructed[place])
         captions.append(f"{decibels:.1f} dB")
     columns = _MOST_COLUMNS - _MOST_COLUMNS % (len(tiles) // len(items))
     save_grid(sheet, torch.stack(tiles), columns, captions=captions)
     return Look(sheet, [item.name for item in items], [item.cut for item in items], quality.mean().item())
 
 
-def _evenly(source: ImageSource, num: int) -> list[ImageItem]:
-    """`num` images spread evenly over the source; a broken one is replaced by the next that can be read."""
+def _evenly(source: ImageSource, num: int) -> dict[int, ImageItem]:
+    """`num` images spread evenly over the source, by row; a broken one is replaced by the next that can be read."""
     items: dict[int, ImageItem] = {}
     for start in np.linspace(0, len(source), min(num, len(source)), endpoint=False).astype(int).tolist():
         for row in range(start, len(source)):
@@ -93,7 +99,13 @@ def _evenly(source: ImageSource, num: int) -> list[ImageItem]:
                 continue
     if not items:
         raise DataError(f"{source.description}: none can be read")
-    return [items[row] for row in sorted(items)]
+    return {row: items[row] for row in sorted(items)}
+
+
+def _first_variants(items: list[ImageItem], rows: list[int]) -> Tensor:
+    """[n, 3, S, S] uint8."""
+    pixels = to_unit_range(torch.stack([_as_tensor(item.pixels) for item in items]))
+    return to_uint8(variants_of(pixels, draw_variants(rows, 1)[:, 0]))
 
 
 def _as_tensor(pixels: np.ndarray) -> Tensor:

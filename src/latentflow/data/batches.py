@@ -43,6 +43,7 @@ class Batch:
         known_moments: [B, M, h, w], of the images with their holes filled, from a cache; in the same dtype.
         known_pixels: [B, 3, S, S] uint8, the images with their holes filled, encoded in the step.
         class_fractions: [B, K, h, w] float32, share of each map class in each latent pixel.
+        augmentation: [B, P] float32, the numbers of the variant that an image is seen as; 0: the image itself.
     """
 
     positions: Tensor
@@ -54,6 +55,7 @@ class Batch:
     known_moments: Tensor | None = None
     known_pixels: Tensor | None = None
     class_fractions: Tensor | None = None
+    augmentation: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Move to a device, moments as float32; positions and indices stay on the CPU."""
@@ -104,6 +106,7 @@ class TrainingImages(Dataset):
         flip: mirror each image with probability 1/2, independently each time it is seen.
         kept: indices of the images to use; None: all.
         spatial: holes and semantic maps; None: neither.
+        augment: probability with which an image is seen as one of its variants in the latent cache, drawn each time.
     """
 
     def __init__(
@@ -114,8 +117,10 @@ class TrainingImages(Dataset):
         flip: bool,
         kept: Sequence[int] | None = None,
         spatial: SpatialData | None = None,
+        augment: float = 0.0,
     ):
         self.source = source
+        self.augment = augment
         self.seed = seed
         self.flip = flip
         self.kept = torch.arange(len(source)) if kept is None else torch.as_tensor(kept)
@@ -170,7 +175,8 @@ class TrainingImages(Dataset):
         cache, spatial, num_bytes = isinstance(self.source, LatentCache), self.spatial or _NOTHING, 64
         side = self.source.plan.image_size if cache else self.source.image_size
         if cache:
-            tensors = [self.source.tensor(0, name) for name in self.cached_tensors]
+            names = [name for name in self.cached_tensors if not name.startswith("variant_")]  # in place of others
+            tensors = [self.source.tensor(0, name) for name in names]
             num_bytes += sum(tensor.shape[1:].numel() * tensor.element_size() for tensor in tensors)
         pictures = (not cache) + (spatial.holes is not None and not spatial.cached_holes)
         maps = len(self.source.map_class_names) * (side // spatial.factor) ** 2 if spatial.maps else 0
@@ -188,6 +194,9 @@ class TrainingImages(Dataset):
             "class_counts": spatial.maps,
             "known_moments": spatial.cached_holes,
             "hole_counts": spatial.cached_holes,
+            "variant_moments": self.augment > 0,
+            "variant_numbers": self.augment > 0,
+            "variant_class_counts": self.augment > 0 and spatial.maps,
         }
         return [name for name, wanted in read.items() if wanted]
 
@@ -227,22 +236,34 @@ class TrainingImages(Dataset):
 
     def _encoded(self, positions: Tensor, indices: Tensor, flipped: Tensor | None) -> dict[str, Tensor | None]:
         """The fields of a batch from a latent cache."""
-        cache, spatial, variants = self.held or self.source, self.spatial or _NOTHING, None
+        cache, spatial, mask_variants = self.held or self.source, self.spatial or _NOTHING, None
         if spatial.cached_holes:
-            variants = (self._uniform("mask variant", positions) * self.source.plan.mask_variants).long()
-        rows, flips, variants = self._sent(indices, flipped, variants)
-        batch = {"labels": cache.labels(rows), "moments": cache.moments(rows, flips)}
+            mask_variants = (self._uniform("mask variant", positions) * self.source.plan.mask_variants).long()
+        choices = (indices, flipped, mask_variants, self._variants(positions))
+        rows, flips, mask_variants, variants = self._sent(*choices)
+        batch = {"labels": cache.labels(rows), "moments": cache.moments(rows, flips, variants)}
+        if variants is not None:
+            batch["augmentation"] = cache.augmentation(rows, flips, variants)
         if spatial.maps:
-            batch["class_fractions"] = cache.class_fractions(rows, flips)
+            batch["class_fractions"] = cache.class_fractions(rows, flips, variants)
         if spatial.cached_holes:
-            batch["known_moments"], batch["mask"] = cache.known(rows, variants, flips)
+            batch["known_moments"], batch["mask"] = cache.known(rows, mask_variants, flips)
         elif spatial.holes:
             items = [spatial.pictures[row] for row in self._picture_of[indices].tolist()]
             batch |= self._holes(positions, _mirrored([item.pixels for item in items], flipped))
         return batch
 
+    def _variants(self, positions: Tensor) -> Tensor | None:
+        """Which augmented variant is seen at each position, counted from 1; 0: the image itself. [B] int64."""
+        if not self.augment:
+            return None
+        uniform = self._uniform("augmented variant", positions)
+        # Below `augment` it is uniform in [0, augment), and chooses among the variants.
+        chosen = (uniform * (self.source.plan.variants / self.augment)).long().clamp(max=self.source.plan.variants - 1)
+        return torch.where(uniform < self.augment, chosen + 1, 0)
+
     def _sent(self, *choices: Tensor | None) -> list[Tensor | None]:
-        """Rows, flips and variants, [B] each, on the device of a resident cache: one asynchronous copy."""
+        """Choices for each image, [B] each, on the device of a resident cache: one asynchronous copy."""
         if self.held is None or self.held.device.type == "cpu":
             return list(choices)
         together = torch.stack([choice.long() for choice in choices if choice is not None])

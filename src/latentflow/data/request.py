@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from latentflow.data.painting.mask_rules import MaskPolicy, MaskRules
-from latentflow.requests import Option, PathText, Request, Whole
+from latentflow.requests import Option, PathText, Request, RequestError, Whole
 
 MOST_PIXELS = 16_384
 """On a side of an image."""
@@ -35,7 +35,20 @@ class CacheOptions(Request):
     mask_variants: Whole = Field(
         0, ge=0, le=1000, description="Masked copies to encode per image, for inpainting; 0: none."
     )
+    variants: Whole = Field(
+        0, ge=0, le=100, description="Zoomed, turned and shifted copies to encode per image, for data.augment; 0: none."
+    )
     strict: bool = Field(False, description="Stop at a broken image instead of leaving it out.")
+
+    @model_validator(mode="after")
+    def _check_variants(self) -> CacheOptions:
+        if self.variants and self.mask_variants:
+            raise RequestError(
+                "variants",
+                f" {self.variants}: the holes of mask_variants {self.mask_variants} are encoded for the images alone; "
+                "leave one of the two out",
+            )
+        return self
 
 
 class EncodeRequest(CacheOptions):

@@ -9,9 +9,14 @@ of its conditions, and classifier-free guidance (arXiv 2207.12598) works for eac
     inpainting      latents of the image without its hole, and the mask     latents 0, mask 1: everything is hole
     semantic_map    fraction of each map class in each latent pixel         0 for every class
 
+A model may also take the numbers of the variants that it was trained on (`augmentation`). They are no condition that
+anybody gives: they are zero except in training, in both branches of guidance, so that no augmentation shows in samples
+(EDM, arXiv 2206.00364, section 5).
+
 A new condition is one class here: its name, the fields of `Condition` that it fills, their shapes and null values.
 
-Legend: B images, C latent channels, h and w latent height and width, K classes of the semantic map.
+Legend: B images, C latent channels, h and w latent height and width, K classes of the semantic map, P numbers of a
+variant.
 """
 
 from __future__ import annotations
@@ -218,6 +223,11 @@ class Conditioning(Record):
     map_dropout: float = Field(
         default=0.1, ge=0, lt=1, description="Fraction of training images without their map; 0: no guidance on maps."
     )
+    augmentation: list[ClassName] = Field(
+        default_factory=list,
+        max_length=255,
+        description="One name per number of an augmented variant; empty: a model trained without variants.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Conditioning:
@@ -277,6 +287,8 @@ class Conditioning(Record):
     def build(self, latents_shape: Sequence[int], device: torch.device | str, given: Condition = NOTHING) -> Condition:
         """The condition of images with latents of the shape [B, C, h, w]: what is given, and null values for the rest.
 
+        The numbers of variants are zero unless given.
+
         Raises:
             ConfigError: the model does not have a condition that is given.
         """
@@ -286,6 +298,12 @@ class Conditioning(Record):
         built: dict[str, Tensor] = {}
         for own in self.kinds.values():
             built |= own.complete(given, latents_shape, device)
+        if given.augmentation is not None and not self.augmentation:
+            raise ConfigError("this model was trained without augmented variants, so it takes no numbers of them")
+        if self.augmentation:
+            shape, numbers = (latents_shape[0], len(self.augmentation)), given.augmentation
+            assert numbers is None or numbers.shape == shape, (numbers.shape, shape)
+            built["augmentation"] = torch.zeros(shape, device=device) if numbers is None else numbers.to(device)
         return Condition(**built)
 
     def drop(self, condition: Condition, dropped: dict[ConditionName, Tensor]) -> Condition:

@@ -79,6 +79,7 @@ class TrainingRecord(Record):
     data_fingerprint: str = Field(default="", max_length=1000)
     masks_fingerprint: str = Field(default="", max_length=1000, description="Of the folder that holes were taken from.")
     num_images: int = Field(default=0, ge=0)
+    variants: int = Field(default=0, ge=0, description="Augmented variants of each image; 0: none were used.")
     images_per_class: list[int] = Field(
         default_factory=list, description="Training images of each class; empty: not known."
     )
@@ -163,4 +164,5 @@ class ModelConfig(Record):
             num_classes=self.conditioning.num_classes,
             inpainting=self.conditioning.inpainting,
             num_map_classes=self.conditioning.num_map_classes,
+            num_augmentations=len(self.conditioning.augmentation),
         )

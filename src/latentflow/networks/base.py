@@ -28,6 +28,7 @@ class VelocityNetwork(BlockNetwork):
         num_classes: number of labels; the embedding table has one more row, `null_label`. 0: a network without labels.
         inpainting: whether masked latents and mask are concatenated to the latents.
         num_map_classes: classes of the semantic map, whose encoding is concatenated to the latents; 0: no map.
+        num_augmentations: numbers that describe an augmented variant, added to the embedding; 0: no such input.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class VelocityNetwork(BlockNetwork):
         num_classes: int = 0,
         inpainting: bool = False,
         num_map_classes: int = 0,
+        num_augmentations: int = 0,
     ):
         super().__init__()
         self.config = config
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.num_classes = num_classes
+        self.num_augmentations = num_augmentations
         self.spatial = SpatialInputs(in_channels, inpainting=inpainting, num_map_classes=num_map_classes)
 
     @property
@@ -56,7 +59,7 @@ class VelocityNetwork(BlockNetwork):
         """Latents and spatial conditions, joined along channels: [B, C, H, W] => [B, spatial.num_channels, H, W].
 
         Raises:
-            ValueError: see `check_inputs` and `SpatialInputs`.
+            ValueError: see `check_inputs` and `SpatialInputs`; or the numbers of variants do not fit.
         """
         check_inputs(
             latents,
@@ -66,6 +69,10 @@ class VelocityNetwork(BlockNetwork):
             multiple=self.config.size_multiple,
             num_classes=self.num_classes,
         )
+        wanted = (len(latents), self.num_augmentations) if self.num_augmentations else None
+        found = None if condition.augmentation is None else tuple(condition.augmentation.shape)
+        if found != wanted:
+            raise ValueError(f"condition.augmentation: this network wants {wanted or 'none'}, got {found or 'none'}")
         return self.spatial(latents, condition)
 
 

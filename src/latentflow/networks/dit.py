@@ -15,6 +15,7 @@ from torch.nn.functional import silu
 from latentflow.errors import ConfigError, nearest
 from latentflow.networks.base import FORMER_OPTIONS, VelocityNetwork
 from latentflow.networks.layers import (
+    AugmentationEmbedding,
     GeluMLP,
     SelfAttention,
     SwigluMLP,
@@ -193,6 +194,8 @@ class DiT(VelocityNetwork):
         self.patch_embedding = nn.Conv2d(self.spatial.num_channels, size, kernel_size=patch, stride=patch)
         self.time_embedding = TimeEmbedding(size, config.time_scale)
         self.label_embedding = nn.Embedding(self.num_classes + 1, size) if self.num_classes else None
+        numbers = self.num_augmentations
+        self.augmentation_embedding = AugmentationEmbedding(numbers, size) if numbers else None
         self.blocks = nn.ModuleList(
             DiTBlock(config, mixes_values=config.value_residual and number > 0) for number in range(config.depth)
         )
@@ -203,7 +206,9 @@ class DiT(VelocityNetwork):
     def reset_parameters(self) -> None:
         """Draw new weights as in the paper: every block starts as the identity, and the output is zero."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, AugmentationEmbedding):
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.view(self.config.hidden_size, -1))
@@ -226,7 +231,7 @@ class DiT(VelocityNetwork):
             latents: [B, in_channels, H, W], H and W multiples of the patch size.
             time: [B] in [0, 1], 0 at data and 1 at noise.
             condition: labels [B] in [0, num_classes] if the network has labels, else None; the spatial fields as
-                `SpatialInputs` wants them.
+                `SpatialInputs` wants them; augmentation [B, num_augmentations], else None.
 
         Returns:
             [B, out_channels, H, W], dtype of `latents`.
@@ -250,6 +255,8 @@ class DiT(VelocityNetwork):
         c = self.time_embedding(time)  # [B, D]
         if self.label_embedding is not None:
             c = c + self.label_embedding(condition.labels)
+        if self.augmentation_embedding is not None:
+            c = c + self.augmentation_embedding(condition.augmentation.to(c.dtype))
         c = silu(c)
 
         blocks, first_values = list(self.blocks), None

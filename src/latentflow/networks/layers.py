@@ -48,6 +48,25 @@ class TimeEmbedding(nn.Module):
         return self.mlp(time_sinusoid(time * self.scale).to(self.mlp[0].weight.dtype))
 
 
+class AugmentationEmbedding(nn.Linear):
+    """The numbers of an augmented variant as one vector per image: [B, P] => [B, D]; exactly zero where they are zero.
+
+    Linear without a bias (EDM, arXiv 2206.00364, appendix F.2), and zero before training, so that a new network ignores
+    the numbers.
+
+    Args:
+        num_augmentations: P.
+        size: D.
+    """
+
+    def __init__(self, num_augmentations: int, size: int):
+        super().__init__(num_augmentations, size, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Set the weights to zero; nothing is drawn."""
+        nn.init.zeros_(self.weight)
+
+
 def axis_angles(
     height: int, width: int, count: int, max_period: float, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:

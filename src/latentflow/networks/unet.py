@@ -24,7 +24,7 @@ from torch.nn.functional import silu
 
 from latentflow.errors import ConfigError, nearest
 from latentflow.networks.base import FORMER_OPTIONS, VelocityNetwork
-from latentflow.networks.layers import time_sinusoid
+from latentflow.networks.layers import AugmentationEmbedding, time_sinusoid
 from latentflow.networks.unet_blocks import (
     BlockOptions,
     Downsample,
@@ -273,9 +273,12 @@ def _factors_from_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Embedding(nn.Module):
-    """Time and label as one vector per image, after its activation: [B] and [B] => [B, E]."""
+    """Time, label and numbers of a variant as one vector per image, after its activation: [B], [B], [B, P] => [B, E].
 
-    def __init__(self, config: UNetConfig, num_classes: int):
+    The numbers join the time features, as in EDM's networks (arXiv 2206.00364, appendix F.2).
+    """
+
+    def __init__(self, config: UNetConfig, num_classes: int, num_augmentations: int = 0):
         super().__init__()
         self.config = config
         features, size = config.time_channels, config.embedding_channels
@@ -284,14 +287,17 @@ class Embedding(nn.Module):
             self.register_buffer("frequencies", 16 * torch.randn(features // 2))
         width = features if self.label_joins_features else size
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.augmentation = AugmentationEmbedding(num_augmentations, features) if num_augmentations else None
         self.linear1 = nn.Linear(features, size)
         self.linear2 = nn.Linear(size, size)
 
-    def forward(self, time: Tensor, labels: Tensor | None) -> Tensor:
+    def forward(self, time: Tensor, labels: Tensor | None, augmentation: Tensor | None = None) -> Tensor:
         x = self._features(time * self.config.time_scale).to(self.linear1.weight.dtype)
         label = self.label(labels) if self.label is not None else None
         if label is not None and self.label_joins_features:
             x = x + label
+        if self.augmentation is not None:
+            x = x + self.augmentation(augmentation.to(x.dtype))
         x = self.linear2(silu(self.linear1(x)))
         if label is not None and not self.label_joins_features:
             x = x + label
@@ -333,7 +339,7 @@ class UNet(VelocityNetwork):
     def __init__(self, config: UNetConfig, **inputs: Any):
         super().__init__(config, **inputs)
         self.draws = config.dropout > 0
-        self.embedding = Embedding(config, self.num_classes)
+        self.embedding = Embedding(config, self.num_classes, self.num_augmentations)
         self.stem = nn.Conv2d(self.spatial.num_channels, config.stem_channels, 3, padding=1)
 
         width, aside = config.stem_channels, self.spatial.num_channels
@@ -398,7 +404,7 @@ class UNet(VelocityNetwork):
             latents: [B, in_channels, H, W], H and W multiples of `config.size_multiple`.
             time: [B] in [0, 1], 0 at data and 1 at noise.
             condition: labels [B] in [0, num_classes] if the network has labels, else None; the spatial fields as
-                `SpatialInputs` wants them.
+                `SpatialInputs` wants them; augmentation [B, num_augmentations], else None.
 
         Returns:
             [B, out_channels, H, W], dtype of `latents`.
@@ -407,7 +413,7 @@ class UNet(VelocityNetwork):
             ValueError: see `joined`.
         """
         x = aside = self.joined(latents, time, condition)
-        c = self.embedding(time, condition.labels)  # [B, E]
+        c = self.embedding(time, condition.labels, condition.augmentation)  # [B, E]
 
         x = self.stem(x)
         skips = [x]

@@ -95,12 +95,13 @@ def build_network(
     num_classes: int = 0,
     inpainting: bool = False,
     num_map_classes: int = 0,
+    num_augmentations: int = 0,
 ) -> nn.Module:
     """A network with fresh weights, called as network(latents [B, C, H, W], time [B], condition) => velocity.
 
     Args:
         channels: C.
-        num_classes, inpainting, num_map_classes: its conditions; see `VelocityNetwork`.
+        num_classes, inpainting, num_map_classes, num_augmentations: its conditions; see `VelocityNetwork`.
     """
     network = NETWORKS[config.kind](
         config,
@@ -109,6 +110,7 @@ def build_network(
         num_classes=num_classes,
         inpainting=inpainting,
         num_map_classes=num_map_classes,
+        num_augmentations=num_augmentations,
     )
     return wrap_network(network, prediction)
 

@@ -171,8 +171,12 @@ def cached_bytes(subject: PlannedRun) -> int | None:
     wide = data.cache is not None and data.cache.precision == "float32"
     moments = channels * side**2 * (4 if wide else 2) * (2 if subject.recipe.data.flip else 1)
     counts = side**2 * (1 if subject.stage.factor**2 <= 255 else 2)
-    variants = data.cache.mask_variants if data.cache is not None and config.conditioning.inpainting else 0
-    per_image = moments * (1 + variants) + counts * (config.conditioning.num_map_classes + variants)
+    maps = counts * config.conditioning.num_map_classes
+    per_image = moments + maps
+    if data.cache is not None and config.conditioning.inpainting:
+        per_image += data.cache.mask_variants * (moments + counts)
+    if data.cache is not None and config.conditioning.augmentation:
+        per_image += data.cache.variants * (moments + maps + 4 * len(config.conditioning.augmentation))
     return data.num_images * (per_image + (8 if config.conditioning.num_classes else 0))
 
 

@@ -51,6 +51,13 @@ class DataConfig(Record):
         description="Side of the square images in pixels; not set: that of the latent cache.",
     )
     flip: bool = Field(True, description="Flip images at random; not set: if the latent cache holds flipped ones.")
+    augment: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of images seen as one of their variants in the latent cache (`encode --variants`), whose "
+        "numbers the network gets; not set: 0.5 if the cache holds variants.",
+    )
     labels: bool = Field(True, description="Use class sub-folders as labels; false: train unconditionally.")
     num_workers: int | None = Field(
         None,
@@ -216,6 +223,7 @@ CHANGES = ChangeRules(
         "optimizer.kind": _OTHER_STATE,
         "optimizer.orthogonalise_every": _OTHER_STATE,
         "data.image_size": _OTHER_DATA,
+        "data.augment": _OTHER_DATA,
         "data.labels": _OTHER_DATA,
         "data.images": _OTHER_DATA,
         "data.masks": _OTHER_DATA,

@@ -14,6 +14,7 @@ from latentflow.data.items import ImageSource
 from latentflow.data.latent_statistics import ChannelSums
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import masks_fingerprint
+from latentflow.data.pictures.variants import VARIANT_NUMBERS
 from latentflow.errors import ConfigError
 from latentflow.model.conditioning import Conditioning
 from latentflow.model.config import AutoencoderRecord, ModelConfig, TrainingRecord
@@ -95,6 +96,7 @@ def model_config(
                 map_class_names=list(map_class_names),
                 map_palette=list(map_palette),
                 map_dropout=conditions.map_dropout,
+                augmentation=list(VARIANT_NUMBERS) if recipe.data.augment else [],
             ),
             masks=masks,
             autoencoder=autoencoder,
@@ -117,6 +119,7 @@ def _training_record(images: TrainingImages, *, labelled: bool) -> TrainingRecor
         data_fingerprint=fingerprint,
         masks_fingerprint=_masks_fingerprint(images.spatial, source),
         num_images=len(images),
+        variants=source.plan.variants if images.augment else 0,
         images_per_class=images.images_per_class() if labelled else [],
     )
 

@@ -13,10 +13,15 @@ from latentflow.progress import image_progress
 from latentflow.training.config import Recipe
 from latentflow.training.fitting import is_set, with_values
 
+_AUGMENT = 0.5
+"""The share of variants where a recipe does not set it: the image itself is still seen more often than any variant."""
+
 
 def with_cached(recipe: Recipe, plan: CachePlan) -> Recipe:
-    """A recipe in which a latent cache decides image size, flips and autoencoder where they are not set."""
+    """A recipe in which a latent cache decides image size, flips, variants and autoencoder where they are not set."""
     cached = {"data.image_size": plan.image_size, "data.flip": plan.flips, "autoencoder": plan.autoencoder}
+    if plan.variants and not recipe.conditioning.inpainting:
+        cached["data.augment"] = _AUGMENT
     return with_values(recipe, {key: value for key, value in cached.items() if not is_set(recipe, key)})
 
 
@@ -24,12 +29,18 @@ def open_source(recipe: Recipe) -> LatentCache | ImageSource:
     """The recipe's data: a latent cache if the path is one, else images.
 
     Raises:
-        ConfigError: the cache does not agree with the recipe.
+        ConfigError: the data do not agree with the recipe.
         DataError, ArtifactError: see `open_images` and `LatentCache`.
     """
+    path = recipe.data.path
+    source = _open_cache(recipe) if is_cache(path) else open_images(path, recipe.data.image_size)
+    if recipe.data.augment:
+        _require_variants(recipe, source)
+    return source
+
+
+def _open_cache(recipe: Recipe) -> LatentCache:
     data = recipe.data
-    if not is_cache(data.path):
-        return open_images(data.path, data.image_size)
     cache = LatentCache(data.path)
     with image_progress("checking", len(cache)) as on_images:
         cache.verify(on_images)
@@ -43,6 +54,22 @@ def open_source(recipe: Recipe) -> LatentCache | ImageSource:
             f"data.flip = true, but {data.path} holds no mirrored images; set data.flip=false or encode with --flips"
         )
     return cache
+
+
+def _require_variants(recipe: Recipe, source: LatentCache | ImageSource) -> None:
+    """Refuse data without augmented variants, and holes, which are cut into the images alone."""
+    data = recipe.data
+    if not isinstance(source, LatentCache) or not source.plan.variants:
+        what = "holds no variants" if isinstance(source, LatentCache) else "is no latent cache, which would hold them"
+        raise ConfigError(
+            f"data.augment = {data.augment:g}, but {data.path} {what}; encode it with --variants 4, or set "
+            "data.augment=0"
+        )
+    if recipe.conditioning.inpainting:
+        raise ConfigError(
+            f"data.augment = {data.augment:g}, but conditioning.inpainting = true, and holes are cut into the images "
+            "alone, not into their variants; set data.augment=0"
+        )
 
 
 def spatial_data(recipe: Recipe, source: LatentCache | ImageSource, factor: int) -> SpatialData | None:

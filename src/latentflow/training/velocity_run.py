@@ -58,6 +58,8 @@ class PreparedVelocity(PreparedRun):
         config, conditioning = self.model.config, self.model.config.conditioning
         side, optimizer = config.latent_shape[-1], self.recipe.optimizer
         size = f"{config.image_size} x {config.image_size}" + (", mirrored at random" if self.recipe.data.flip else "")
+        if share := self.recipe.data.augment:
+            size += f", {share:.0%} of them as one of {config.training.variants} variants"
         parameters = sum(parameter.numel() for parameter in self.model.network.parameters())
         in_memory, names = ", in memory" if self.resident else "", conditioning.class_names
         listed = ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
@@ -107,7 +109,8 @@ def prepare_velocity(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence
     micro_batches(recipe.training, runtime)
     autoencoder = autoencoder.to(runtime.for_autoencoder())
     spatial = spatial_data(recipe, source, autoencoder.factor)
-    images = TrainingImages(source, seed=recipe.training.seed, flip=recipe.data.flip, kept=kept, spatial=spatial)
+    data, seed = recipe.data, recipe.training.seed
+    images = TrainingImages(source, seed=seed, flip=data.flip, kept=kept, spatial=spatial, augment=data.augment)
     model = build_model(recipe, autoencoder, images, check=partial(_require_memory, recipe, runtime))
     _refuse_other_content(run, recipe, model.config)
     resident = _stays_resident(recipe, images, runtime)
@@ -213,6 +216,11 @@ def _refuse_other_content(run: Path, recipe: Recipe, config: ModelConfig) -> Non
         raise ConfigError(
             f"the mask files in {config.masks.folder} have changed since {run} was begun; restore them or choose "
             "another out"
+        )
+    if config.training.variants != before.training.variants:
+        raise ConfigError(
+            f"{run} was trained with {before.training.variants} variants of each image, but {recipe.data.path} holds "
+            f"{config.training.variants}; restore that latent cache or choose another out"
         )
     if config.training.data_fingerprint != before.training.data_fingerprint:
         raise ConfigError(

@@ -65,6 +65,8 @@ NETWORKS = {
     "dit with classes": (dit(), CLASSES),
     "dit of patch 4": (dit(patch_size=4, depth=1, time_scale=10.0), CLASSES),
     "dit for inpainting": (dit(), {"inpainting": True}),
+    "dit trained on variants": (dit(), {**CLASSES, "augmentation": ["zoom", "turn"]}),
+    "unet trained on variants": (unet(), {"augmentation": ["zoom"]}),
 }
 
 

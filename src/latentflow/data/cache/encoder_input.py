@@ -1,6 +1,7 @@
 """The input of the encoder: square pictures of a source, with the labels, maps and holes that a cache stores.
 
-Legend: n images, S image side, h and w latent height and width, K classes of the semantic map, V mask variants.
+Legend: n images, S image side, h and w latent height and width, K classes of the semantic map, V mask variants, A
+augmented variants, P numbers of each.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.painting.latent_size import class_counts, hole_counts
 from latentflow.data.painting.masks import draw_mask
 from latentflow.data.pictures.decode import BrokenImage
+from latentflow.data.pictures.variants import draw_variants, variant_of_map
 from latentflow.randomness import derive_seed
 
-_SENT = ("pixels", "holes")  # to the device
+_SENT = ("pixels", "holes", "variant_numbers")  # to the device
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class EncoderInput:
         class_counts: [n, K, h, w] in the dtype they are stored in; None without maps.
         holes: [n, V, S, S] uint8, 1 in the hole; None if none are stored.
         hole_counts: [n, V, 1, h, w], in the same dtype.
+        variant_numbers: [n, A, P] float32; None without augmented variants.
+        variant_class_counts: [n, A, K, h, w], of their maps; in the dtype of `class_counts`.
     """
 
     num_rows: int
@@ -47,6 +51,8 @@ class EncoderInput:
     class_counts: Tensor | None = None
     holes: Tensor | None = None
     hole_counts: Tensor | None = None
+    variant_numbers: Tensor | None = None
+    variant_class_counts: Tensor | None = None
 
     def pin_memory(self) -> EncoderInput:
         """Pin the tensors that go to the device; called by the data loader."""
@@ -65,14 +71,15 @@ class EncoderInputs(Dataset):
     def __init__(self, source: ImageSource, plan: CachePlan):
         self.source = source
         self.factor, self.num_map_classes = plan.factor, len(plan.map_class_names)
-        self.masks, self.variants = plan.masks, plan.mask_variants
+        self.masks, self.mask_variants, self.variants = plan.masks, plan.mask_variants, plan.variants
         self.counts = counts_dtype(plan)
 
     @property
     def bytes_per_image(self) -> int:
         """Approximate size of one image."""
         side = self.source.image_size
-        return side**2 * (3 + self.variants) + (side // self.factor) ** 2 * (self.num_map_classes + self.variants)
+        counts = self.num_map_classes * (1 + self.variants) + self.mask_variants
+        return side**2 * (3 + self.mask_variants) + (side // self.factor) ** 2 * counts
 
     def __getitems__(self, rows: range) -> EncoderInput:
         """Read the images of `rows`."""
@@ -91,18 +98,32 @@ class EncoderInputs(Dataset):
         if self.source.class_names:
             tensors["labels"] = torch.tensor([item.label for _, item in items])
         if self.num_map_classes:
-            maps = [class_counts(item.semantic_map, self.num_map_classes, self.factor) for _, item in items]
-            tensors["class_counts"] = torch.stack(maps).to(self.counts)
-        if self.variants:
+            tensors["class_counts"] = self._counted([item.semantic_map for _, item in items])
+        if self.mask_variants:
             tensors |= self._holes([row for row, _ in items])
+        if self.variants:
+            tensors |= self._variants(items)
         return replace(read, **tensors)
+
+    def _counted(self, maps: list[np.ndarray]) -> Tensor:
+        counts = [class_counts(semantic_map, self.num_map_classes, self.factor) for semantic_map in maps]
+        return torch.stack(counts).to(self.counts)
+
+    def _variants(self, items: list[tuple[int, ImageItem]]) -> dict[str, Tensor]:
+        numbers = draw_variants([row for row, _ in items], self.variants)
+        if not self.num_map_classes:
+            return {"variant_numbers": numbers}
+        pairs = zip(items, numbers, strict=True)
+        maps = [variant_of_map(item.semantic_map, one) for (_, item), own in pairs for one in own]
+        counts = self._counted(maps).unflatten(0, numbers.shape[:2])
+        return {"variant_numbers": numbers, "variant_class_counts": counts}
 
     def _holes(self, rows: list[int]) -> dict[str, Tensor]:
         side, told_as = self.source.image_size, self.masks.told_as
-        seeds = [derive_seed("mask variant", row, variant) for row in rows for variant in range(self.variants)]
+        seeds = [derive_seed("mask variant", row, variant) for row in rows for variant in range(self.mask_variants)]
         holes = [draw_mask(self.masks, side, side, seed) for seed in seeds]
         counts = torch.stack([hole_counts(hole, self.factor, told_as) for hole in holes]).to(self.counts)
-        grouped = (len(rows), self.variants)
+        grouped = (len(rows), self.mask_variants)
         return {
             "holes": torch.from_numpy(np.stack(holes)).unflatten(0, grouped),
             "hole_counts": counts.unflatten(0, grouped),

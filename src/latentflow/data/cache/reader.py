@@ -7,14 +7,19 @@ cache complete.
 Moments are stored raw, so that scaling can change without encoding again. Semantic maps and masks are stored at latent
 size, as counts of pixels.
 
+A mirrored variant is the mirror image of a variant, not a variant drawn for the mirror image.
+
 Legend: N images of a shard, M moment channels (C or 2C), h and w latent height and width, K classes of the semantic
-map, V mask variants of an image.
+map, V mask variants and A augmented variants of an image, P numbers of each of the latter.
 
     moments, moments_flipped                    [N, M, h, w] float16 or float32
     labels                                      [N] int64
     class_counts                                [N, K, h, w] uint8 or int16
     known_moments, known_moments_flipped        [N, V, M, h, w], of the images without their holes
     hole_counts                                 [N, V, 1, h, w] uint8 or int16
+    variant_moments, variant_moments_flipped    [N, A, M, h, w]
+    variant_numbers                             [N, A, P] float32
+    variant_class_counts                        [N, A, K, h, w] uint8 or int16
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from latentflow.artifacts import open_tensors, sha256_file, verifies
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.cache.schema import INDEX_FILE, CacheIndex, check_size, read_cache_record
 from latentflow.data.painting.latent_size import mask_input, shares
+from latentflow.data.pictures.variants import mirrored_numbers
 from latentflow.errors import ArtifactError, DataError
 from latentflow.ledger import Ledger
 from latentflow.plans import PLAN_FILE
@@ -89,28 +95,39 @@ class LatentCache:
     def map_palette(self) -> tuple[tuple[int, int, int], ...]:
         return tuple(self.plan.map_palette)
 
-    def moments(self, indices: Indices, flipped: Flags | None = None) -> Tensor:
+    def moments(self, indices: Indices, flipped: Flags | None = None, variants: Indices | None = None) -> Tensor:
         """The moments of some images, [B, M, h, w] in the precision they are stored in.
 
         Args:
             indices: of the images, in [0, len).
             flipped: whether to return the mirror image, per image (needs a cache encoded with flips); None: never.
+            variants: which of its `plan.variants` augmented variants to return, counted from 1, per image; 0: the image
+                itself; None: always the image itself.
         """
-        return self._gather("moments", indices, self._mirror(flipped))
+        return self._gather_varied("moments", indices, variants, self._mirror(flipped))
 
-    def class_fractions(self, indices: Indices, flipped: Flags | None = None) -> Tensor:
+    def class_fractions(
+        self, indices: Indices, flipped: Flags | None = None, variants: Indices | None = None
+    ) -> Tensor:
         """Shares of the map classes in each latent pixel, [B, K, h, w] float32; for a cache with semantic maps."""
-        return shares(mirrored(self._gather("class_counts", indices), flipped), self.plan.factor)
+        return shares(mirrored(self._gather_varied("class_counts", indices, variants), flipped), self.plan.factor)
 
-    def known(self, indices: Indices, variants: Indices, flipped: Flags | None = None) -> tuple[Tensor, Tensor]:
+    def augmentation(self, indices: Indices, flipped: Flags | None, variants: Indices) -> Tensor:
+        """The numbers of some images' variants, [B, P] float32; zero for the images themselves."""
+        variants = np.asarray(variants)
+        stored = self._gather("variant_numbers", indices, None, np.maximum(variants - 1, 0))
+        return described(stored, flipped, torch.as_tensor(variants))
+
+    def known(self, indices: Indices, mask_variants: Indices, flipped: Flags | None = None) -> tuple[Tensor, Tensor]:
         """Images with a hole filled: moments [B, M, h, w] in the precision they are stored in, and the mask at latent
         size [B, 1, h, w] float32.
 
         Args:
-            variants: which of its `plan.mask_variants` holes, per image.
+            mask_variants: which of its `plan.mask_variants` holes, per image.
         """
-        moments = self._gather("known_moments", indices, self._mirror(flipped), variants)
-        hole_shares = shares(mirrored(self._gather("hole_counts", indices, None, variants), flipped), self.plan.factor)
+        moments = self._gather("known_moments", indices, self._mirror(flipped), mask_variants)
+        counts = self._gather("hole_counts", indices, None, mask_variants)
+        hole_shares = shares(mirrored(counts, flipped), self.plan.factor)
         return moments, mask_input(hole_shares, self.plan.masks.told_as)
 
     def labels(self, indices: Indices) -> Tensor | None:
@@ -182,15 +199,30 @@ class LatentCache:
             )
         return wanted
 
+    def _gather_varied(
+        self, name: str, indices: Indices, variants: Indices | None, flipped: np.ndarray | None = None
+    ) -> Tensor:
+        """Rows of a tensor of the images, or of that of their variants where `variants` is not 0."""
+        if variants is None:
+            return self._gather(name, indices, flipped)
+        indices, variants = np.asarray(indices), np.asarray(variants)
+        gathered = None
+        for tensor, is_varied in ((name, False), (f"variant_{name}", True)):
+            if len(places := np.flatnonzero((variants > 0) == is_varied)):
+                own = None if flipped is None else flipped[places]
+                rows = self._gather(tensor, indices[places], own, variants[places] - 1 if is_varied else None)
+                gathered = rows.new_empty(len(indices), *rows.shape[1:]) if gathered is None else gathered
+                gathered[torch.from_numpy(places)] = rows
+        return gathered
+
     def _gather(
         self, name: str, indices: Indices, flipped: np.ndarray | None = None, variants: Indices | None = None
     ) -> Tensor:
-        """Rows of a tensor, with one read for each shard and for its mirrored images."""
+        """Rows of a tensor, or of its second axis as well, with one read for each shard and for its mirrored images."""
         indices = np.asarray(indices)
         shards = np.searchsorted(self._first_rows, indices, side="right") - 1
         rows = indices - self._first_rows[shards]
-        if variants is not None:
-            rows = rows * self.plan.mask_variants + np.asarray(variants)
+        within = () if variants is None else (np.asarray(variants),)
         sources = 2 * shards if flipped is None else 2 * shards + flipped
         order = np.argsort(sources, kind="stable")
         ends = [*(np.flatnonzero(np.diff(sources[order])) + 1).tolist(), len(indices)]
@@ -199,11 +231,9 @@ class LatentCache:
             places = order[begin:end]
             shard, flip = divmod(int(sources[places[0]]), 2)
             stored = self._stored(shard, f"{name}_flipped" if flip else name)
-            if variants is not None:
-                stored = stored.reshape(-1, *stored.shape[2:])
             if gathered is None:
-                gathered = np.empty((len(indices), *stored.shape[1:]), stored.dtype)
-            gathered[places] = stored[rows[places]]
+                gathered = np.empty((len(indices), *stored.shape[1 + len(within) :]), stored.dtype)
+            gathered[places] = stored[(rows[places], *(one[places] for one in within))]
         return torch.from_numpy(gathered)
 
     def _stored(self, shard: int, name: str) -> np.ndarray:
@@ -211,6 +241,15 @@ class LatentCache:
         if (shard, name) not in self._open:
             self._open[shard, name] = open_tensors(self._files[shard]).get_tensor(name).numpy()
         return self._open[shard, name]
+
+
+def described(numbers: Tensor, flipped: Flags | None, variants: Tensor) -> Tensor:
+    """Numbers of variants [B, P], of the mirrored ones where `flipped`, and zero where `variants` is 0."""
+    numbers = numbers * (variants > 0)[:, None]
+    if flipped is None:
+        return numbers
+    flipped = torch.as_tensor(flipped, device=numbers.device)
+    return torch.where(flipped[:, None], mirrored_numbers(numbers), numbers)
 
 
 def mirrored(maps: Tensor, flipped: Flags | None) -> Tensor:

@@ -1,6 +1,6 @@
 """A latent cache in the memory of one device, where a batch is one indexed read per tensor.
 
-Legend: N images, V mask variants of an image; other shapes as in `reader`.
+Legend: N images, V mask variants and A augmented variants of an image; other shapes as in `reader`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from latentflow.data.cache.reader import LatentCache, mirrored
+from latentflow.data.cache.reader import LatentCache, described, mirrored
 from latentflow.data.painting.latent_size import mask_input, shares
 from latentflow.errors import ConfigError
 from latentflow.progress import image_progress
@@ -23,7 +23,7 @@ Switch = Annotated[
 ]
 
 _SHARE = {"cuda": 1 / 3, "cpu": 1 / 4}  # of the free memory, up to which "auto" loads a cache
-_OF_VARIANTS = ("known_moments", "hole_counts")
+_OF_VARIANTS = ("known_moments", "hole_counts", "variant_moments", "variant_numbers", "variant_class_counts")
 
 
 class ResidentCache:
@@ -53,25 +53,42 @@ class ResidentCache:
                         on_images(record.num_images if stored == "moments" else 0)
                 self._tensors[name] = whole.flatten(0, 2 if name in _OF_VARIANTS else 1)
 
-    def moments(self, indices: Tensor, flipped: Tensor | None = None) -> Tensor:
+    def moments(self, indices: Tensor, flipped: Tensor | None = None, variants: Tensor | None = None) -> Tensor:
         """See `LatentCache.moments`."""
-        return self._tensors["moments"].index_select(0, self._rows(indices, flipped))
+        return self._varied("moments", self._rows(indices, flipped), variants)
 
-    def class_fractions(self, indices: Tensor, flipped: Tensor | None = None) -> Tensor:
+    def class_fractions(self, indices: Tensor, flipped: Tensor | None = None, variants: Tensor | None = None) -> Tensor:
         """See `LatentCache.class_fractions`."""
-        counts = self._tensors["class_counts"].index_select(0, indices)
-        return shares(mirrored(counts, flipped), self._plan.factor)
+        return shares(mirrored(self._varied("class_counts", indices, variants), flipped), self._plan.factor)
 
-    def known(self, indices: Tensor, variants: Tensor, flipped: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def augmentation(self, indices: Tensor, flipped: Tensor | None, variants: Tensor) -> Tensor:
+        """See `LatentCache.augmentation`."""
+        numbers = self._tensors["variant_numbers"].index_select(0, self._varied_rows(indices, variants))
+        return described(numbers, flipped, variants)
+
+    def known(self, indices: Tensor, mask_variants: Tensor, flipped: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `LatentCache.known`."""
         num = self._plan.mask_variants
-        moments = self._tensors["known_moments"].index_select(0, self._rows(indices, flipped) * num + variants)
-        counts = self._tensors["hole_counts"].index_select(0, indices * num + variants)
+        moments = self._tensors["known_moments"].index_select(0, self._rows(indices, flipped) * num + mask_variants)
+        counts = self._tensors["hole_counts"].index_select(0, indices * num + mask_variants)
         return moments, mask_input(shares(mirrored(counts, flipped), self._plan.factor), self._plan.masks.told_as)
 
     def labels(self, indices: Tensor) -> Tensor | None:
         """See `LatentCache.labels`."""
         return self._tensors["labels"].index_select(0, indices) if "labels" in self._tensors else None
+
+    def _varied(self, name: str, rows: Tensor, variants: Tensor | None) -> Tensor:
+        """Rows of a tensor of the images, or of that of their variants where `variants` is not 0."""
+        own = self._tensors[name].index_select(0, rows)
+        if variants is None:
+            return own
+        # Both are read for every image, as it would take a wait for the device to count those that need one.
+        varied = self._tensors[f"variant_{name}"].index_select(0, self._varied_rows(rows, variants))
+        return torch.where((variants > 0).reshape(-1, *[1] * (own.dim() - 1)), varied, own)
+
+    def _varied_rows(self, rows: Tensor, variants: Tensor) -> Tensor:
+        """Rows in a tensor of augmented variants; where `variants` is 0 that of the first one."""
+        return rows * self._plan.variants + (variants - 1).clamp(min=0)
 
     def _rows(self, indices: Tensor, flipped: Tensor | None) -> Tensor:
         """Rows of images in a tensor whose second half holds them mirrored."""

@@ -47,6 +47,8 @@ class CachePlan(Record):
     masks: MaskRules | None = None
     masks_fingerprint: str = ""
     mask_variants: int = 0
+    variants: int = 0  # augmented ones
+    variant_rules: str = ""
 
     @property
     def factor(self) -> int:

@@ -23,9 +23,11 @@ from latentflow.data.items import ImageSource, fingerprint_of
 from latentflow.data.latent_statistics import ChannelSums
 from latentflow.data.painting.latent_size import hole_shade
 from latentflow.data.pictures.decode import BrokenImage
+from latentflow.data.pictures.variants import VARIANT_NUMBERS, variants_of
 from latentflow.errors import DataError
 
 _PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
+_AS_READ = ("labels", "class_counts", "hole_counts", "variant_numbers", "variant_class_counts")  # and not encoded
 
 
 class ShardWriter:
@@ -161,23 +163,33 @@ class Shard:
 
 def encode_batch(batch: EncoderInput, autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
     """Everything that a cache stores of some images; see the legend of `reader`."""
-    encoded = _moments("moments", batch.pixels, autoencoder, plan)
+    pixels = _in_unit_range(batch.pixels)
+    encoded = _moments("moments", pixels, autoencoder, plan)
     if batch.holes is not None:
         hole = batch.holes[..., None] > 0
         hidden = torch.where(hole, hole_shade(plan.masks.told_as), batch.pixels[:, None])
-        known = _moments("known_moments", hidden.flatten(0, 1), autoencoder, plan)
+        known = _moments("known_moments", _in_unit_range(hidden.flatten(0, 1)), autoencoder, plan)
         encoded |= {name: moments.unflatten(0, hole.shape[:2]) for name, moments in known.items()}
-    counted = {name: getattr(batch, name) for name in ("labels", "class_counts", "hole_counts")}
+    if batch.variant_numbers is not None:
+        # One after the other, since together they may not fit in the device's memory.
+        pictures = (variants_of(pixels, numbers) for numbers in batch.variant_numbers.unbind(1))
+        variants = [_moments("variant_moments", one, autoencoder, plan) for one in pictures]
+        encoded |= {name: torch.stack([one[name] for one in variants], dim=1) for name in variants[0]}
+    counted = {name: getattr(batch, name) for name in _AS_READ}
     return encoded | {name: values for name, values in counted.items() if values is not None}
 
 
-def _moments(name: str, pictures: Tensor, autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
-    """Moments of pictures [n, S, S, 3] uint8, and of their mirror images where the plan has them."""
-    pixels = to_unit_range(pictures.permute(0, 3, 1, 2))
+def _moments(name: str, pixels: Tensor, autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
+    """Moments of pictures [n, 3, S, S] in [-1, 1], and of their mirror images where the plan has them."""
     encoded = {name: autoencoder.encode(pixels)}
     if plan.flips:
         encoded[f"{name}_flipped"] = autoencoder.encode(pixels.flip(-1))
     return encoded
+
+
+def _in_unit_range(pictures: Tensor) -> Tensor:
+    """[n, S, S, 3] uint8 => [n, 3, S, S] in [-1, 1]."""
+    return to_unit_range(pictures.permute(0, 3, 1, 2))
 
 
 def _empty_tensors(plan: CachePlan) -> dict[str, Tensor]:
@@ -192,6 +204,12 @@ def _empty_tensors(plan: CachePlan) -> dict[str, Tensor]:
     if plan.mask_variants:
         tensors["known_moments"] = torch.empty(0, plan.mask_variants, *moments, dtype=precision)
         tensors["hole_counts"] = torch.empty(0, plan.mask_variants, 1, *side, dtype=counts)
+    if plan.variants:
+        tensors["variant_moments"] = torch.empty(0, plan.variants, *moments, dtype=precision)
+        tensors["variant_numbers"] = torch.empty(0, plan.variants, len(VARIANT_NUMBERS))
+        if plan.map_class_names:
+            shape = (0, plan.variants, len(plan.map_class_names), *side)
+            tensors["variant_class_counts"] = torch.empty(shape, dtype=counts)
     if plan.flips:
         encoded = [name for name in tensors if name.endswith("moments")]
         tensors |= {f"{name}_flipped": tensors[name] for name in encoded}

@@ -34,6 +34,7 @@ from latentflow.data.latent_statistics import ChannelSums
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import check_masks, masks_fingerprint
 from latentflow.data.pictures.colour import PIXEL_RULES
+from latentflow.data.pictures.variants import VARIANT_RULES
 from latentflow.data.prefetch import Reading, prefetch
 from latentflow.data.request import CacheOptions
 from latentflow.errors import ArtifactError, DataError
@@ -128,6 +129,8 @@ def _plan(source: ImageSource, autoencoder: Autoencoder, options: CacheOptions, 
         map_class_names=list(source.map_class_names),
         map_palette=list(source.map_palette),
         mask_variants=options.mask_variants,
+        variants=options.variants,
+        variant_rules=VARIANT_RULES if options.variants else "",
         **holes,
     )
 
