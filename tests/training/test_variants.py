@@ -34,7 +34,7 @@ from tests.tiny import write_cache
 from tests.training.test_loop import at_step, final
 
 WEIGHT = "augmentation_embedding.weight"
-SIDE, STEPS, BATCH = 4, 200, 32
+SIDE, STEPS, BATCH = 4, 150, 32
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +113,9 @@ def test_variants_do_not_leak_into_samples():
     upright = torch.tensor([1.0, 0.0, 0.0])
     told, untold = samples_after_training(list(VARIANT_NUMBERS)), samples_after_training([])
     share_told, share_untold = (((c - upright).abs().amax(1) < 0.1).float().mean() for c in (told, untold))
-    assert share_told > 0.9  # measured: 0.98
-    assert share_untold < 0.6  # measured: 0.46
-    assert told.std(0).norm() < 0.5 * untold.std(0).norm()  # measured: 0.042 and 0.14
+    assert share_told > 0.85  # measured: 0.97
+    assert share_untold < 0.6  # measured: 0.36
+    assert told.std(0).norm() < 0.5 * untold.std(0).norm()  # measured: 0.049 and 0.139
 
 
 # A run

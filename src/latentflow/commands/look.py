@@ -47,7 +47,8 @@ def look(request: EncodeRequest, out: str | Path, *, num: int, runtime: Runtime 
     """Write OUT.png, a contact sheet next to the cache OUT; nothing is encoded.
 
     It shows each image as it is cropped, its semantic map if it has one, its first augmented variant if it gets some,
-    and its reconstruction with the PSNR. The images are spread evenly over the data, and so over the classes of a folder.
+    and its reconstruction with the PSNR. The images are spread evenly over the data, and so over the classes of a
+    folder.
 
     Args:
         num: number of images, 1 to 64.
