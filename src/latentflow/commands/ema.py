@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentflow.artifacts import require_new
-from latentflow.errors import ArtifactError
 from latentflow.locks import writes
 from latentflow.model.flow_model import FlowModel
 from latentflow.requests import RequestError
 from latentflow.training.averaging import Combination
-from latentflow.training.kept_averages import KeptAverages
+from latentflow.training.kept_averages import open_averages
 from latentflow.training.request import EmaRequest
 
 
@@ -37,11 +36,9 @@ def ema(request: EmaRequest) -> EmaResult:
         RequestError: a length or a step that what it has kept does not span. Nothing is written.
     """
     run = Path(request.run)
-    if not run.is_dir():
-        raise ArtifactError(f"{run} does not exist; give the folder of a run of `latentflow train`")
+    kept = open_averages(run)
     if request.out is not None:
         require_new(request.out)
-    kept = KeptAverages(run)
     if request.step is not None and request.step not in kept.steps:
         nearest = min(kept.steps, key=lambda step: abs(step - request.step))
         raise RequestError("step", f" {request.step}: {run} has kept no average of it; the nearest is {nearest}")

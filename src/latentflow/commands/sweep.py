@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from latentflow.artifacts import require_apart, require_writable, write_json, write_text
+from latentflow.commands.ema import ema
 from latentflow.errors import ArtifactError
 from latentflow.evaluation.request import SweepRequest
 from latentflow.evaluation.sweep import SweepResult, candidates_of, measure_sweep, open_sweep
@@ -21,6 +22,7 @@ from latentflow.model.flow_model import CONFIG_FILE, find_model, read_config
 from latentflow.pages.sweep import summary, sweep_page, sweep_picture
 from latentflow.plans import PLAN_FILE, claim_folder, require_same_plan
 from latentflow.runtime import Runtime
+from latentflow.training.request import EmaRequest
 
 _WHAT = "a sweep"
 
@@ -51,6 +53,8 @@ def sweep(request: SweepRequest, runtime: Runtime | None = None) -> SweepResult:
     require_apart(request.out, request.data)
     opened = open_sweep(request, folder, candidates, runtime)
     result = measure_sweep(replace(opened, plan=_claim(request.out, opened.plan)))
+    if result.written and result.lengths:
+        ema(EmaRequest(run=request.model, length=result.lengths[result.best], write=True))
     if result.written:
         write_preset(folder, result.new)
     write_json(request.out / "sweep.json", summary(result))

@@ -30,6 +30,7 @@ from latentflow.requests import (
     WholeNumbers,
 )
 from latentflow.sampling.request import MOST_IMAGES, MOST_SEED, SamplingRequest, require_interval
+from latentflow.training.request import LONGEST, SHORTEST
 
 LABEL_POLICIES = ("balanced", "uniform", "data", "none")
 _TASKS = ("sample", "inpaint", "mask-to-image")
@@ -225,6 +226,10 @@ class SweepRequest(Request):
         Annotated[list[Annotated[tuple[Number, Number], AfterValidator(require_interval)]], FromText(_intervals)] | None
     ) = Field(None, description="Times between which guidance acts: 0:1,0.1:0.8; otherwise always.")
     shifts: Numbers = Field([1.0], description="Time shifts of the grid; 1: even.")
+    ema: Numbers | None = Field(
+        None,
+        description="Lengths of the weights' average, for a run with training.ema_lengths; otherwise the model's own.",
+    )
     num: Whole = Field(1000, ge=2, le=MOST_IMAGES, description="Images per candidate in the last round.")
     budget: Number | None = Field(
         None,
@@ -243,6 +248,13 @@ class SweepRequest(Request):
         _require_features(self)
         if self.budget is not None and not self.budget > 0:
             raise RequestError("budget", f" {self.budget:g} s: give more than 0, or remove it to measure everything")
+        for length in self.ema or ():
+            if not SHORTEST <= length <= LONGEST:
+                raise RequestError(
+                    "ema", f" {length:g}: give lengths from {SHORTEST:g} to {LONGEST:g}, such as 0.05,0.1"
+                )
+        if self.ema is not None and len(set(self.ema)) < max(len(self.ema), 1):
+            raise RequestError("ema", ": give one length or more, each once, such as 0.05,0.1")
         if not 0 <= self.margin < 1:
             raise RequestError("margin", f" {self.margin:g}: give a share from 0 to below 1, such as 0.1")
         return self

@@ -25,6 +25,7 @@ from latentflow.evaluation.sweep_rules import (
     marks,
     round_sizes,
 )
+from latentflow.evaluation.swept_averages import SweptAverages, with_lengths
 from latentflow.metrics.class_judge import ClassJudge
 from latentflow.metrics.features.extractors import FeatureExtractor, JudgeFeatures, open_features
 from latentflow.metrics.scores import require_enough
@@ -59,6 +60,7 @@ class SweepResult:
         best: name of the cheapest candidate that is shown to be as good as any other; None: undecided.
         old, new: the model's preset, and that of `best`.
         presets: by name, what every candidate changes in the model's preset.
+        lengths: by name, of the weights' average it is drawn with; empty: all are drawn with the model's own weights.
         failed: by name, why a candidate could not be measured.
         notes: remarks on the figures.
         seconds: of this call, without the reference.
@@ -77,6 +79,7 @@ class SweepResult:
     old: SamplingPreset
     new: SamplingPreset | None
     presets: dict[str, Candidate]
+    lengths: dict[str, float]
     failed: dict[str, str]
     notes: list[str]
     seconds: float
@@ -93,6 +96,7 @@ class Sweep:
 
     Attributes:
         plan: everything that two sweeps must share for one to continue the other.
+        averages: of the weights; None: the model's own.
     """
 
     request: SweepRequest
@@ -100,6 +104,7 @@ class Sweep:
     extractor: FeatureExtractor
     real: RealImages
     plan: SweepPlan
+    averages: SweptAverages | None = None
 
 
 def candidates_of(request: SweepRequest, config: ModelConfig) -> dict[str, Candidate]:
@@ -147,8 +152,12 @@ def open_sweep(request: SweepRequest, folder: Path, candidates: dict[str, Candid
     real = open_real_images(request.data, flow.config.image_size)
     if real.stored:
         real.stored.require_same_features(extractor.name, extractor.hash, extractor.dim)
+    averages, lengths = None, {}
+    if request.ema is not None:
+        averages = SweptAverages(request.model, request.ema, flow.config)
+        candidates, lengths = with_lengths(candidates, request.ema)
     plan = SweepPlan(
-        weights=sha256_file(folder / WEIGHTS_FILE),
+        weights=averages.hash if averages else sha256_file(folder / WEIGHTS_FILE),
         model=flow.config.model_dump(mode="json", exclude={"sampling", "training"}),
         guided=flow.config.sampling.model_dump(mode="json", include={"guided_by", "guided_channels"}),
         data=real.fingerprint,
@@ -160,8 +169,9 @@ def open_sweep(request: SweepRequest, folder: Path, candidates: dict[str, Candid
         seed=request.seed,
         sizes=[request.num] if request.budget is None else round_sizes(request.num, len(candidates)),
         candidates=candidates,
+        lengths=lengths,
     )
-    return Sweep(request, flow, extractor, real, plan)
+    return Sweep(request, flow, extractor, real, plan, averages)
 
 
 def measure_sweep(sweep: Sweep) -> SweepResult:
@@ -179,6 +189,8 @@ def measure_sweep(sweep: Sweep) -> SweepResult:
     statistics = reference.statistics.to(device) if device.type == "cuda" else reference.statistics
     judge, unjudged = _class_judge(sweep, reference)
     candidates = Candidates(request.out / _CANDIDATES, plan, _drawing_of(sweep), statistics, judge)
+    if sweep.averages:
+        candidates.prepare = sweep.averages.put_into(sweep.flow.network, plan.lengths)
     began = time.perf_counter()
     rounds = measure_rounds(candidates, request.budget)
     failed = {name: record.failed for name, record in candidates.kept.items() if record.failed}
@@ -202,6 +214,7 @@ def measure_sweep(sweep: Sweep) -> SweepResult:
         old=old,
         new=None if best is None else old.model_copy(update=plan.candidates[best]),
         presets=plan.candidates,
+        lengths=plan.lengths,
         failed=failed,
         notes=[*reference.notes, *unjudged, *_notes(rounds, final, plan, dim, request.budget)],
         seconds=time.perf_counter() - began,

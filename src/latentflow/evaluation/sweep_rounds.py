@@ -33,7 +33,7 @@ class SweepPlan(Record):
     """Everything that two sweeps must share for one to continue the other."""
 
     format_version: int = 2
-    weights: str = Field(description="SHA-256 of the model's weights.")
+    weights: str = Field(description="SHA-256 of the model's weights, or of all averages that are compared.")
     model: dict[str, Any] = Field(description="Its config, without its preset and its training.")
     guided: dict[str, Any] = Field(description="What the candidates inherit from its preset.")
     data: str = Field(description="Fingerprint of the reference.")
@@ -45,6 +45,7 @@ class SweepPlan(Record):
     seed: int
     sizes: list[int] = Field(description="Images per candidate in each round.")
     candidates: dict[str, Candidate]
+    lengths: dict[str, float] = Field({}, description="Of the weights' average, by candidate; empty: the model's own.")
 
 
 class Measured(Record):
@@ -119,6 +120,7 @@ class Candidates:
 
     Attributes:
         kept: the record of each candidate, by name.
+        prepare: called with the name of a candidate before its images are drawn.
 
     Raises:
         ArtifactError: a record is damaged.
@@ -134,6 +136,7 @@ class Candidates:
     ):
         self.folder, self.plan, self.draw, self.reference, self.judge = folder, plan, draw, reference, judge
         self.kept = {name: self._load(name) for name in plan.candidates}
+        self.prepare: Callable[[str], None] = lambda name: None
         self._warm = False
 
     def measure(self, name: str, num: int, on_images: OnImages) -> None:
@@ -145,6 +148,7 @@ class Candidates:
         last = record.rounds[-1] if record.rounds else None
         have = last.num if last else 0
         preset = self.plan.candidates[name]
+        self.prepare(name)
         try:
             drawn = self.draw(num=num - have, seed=self.plan.seed + have, preset=preset, on_images=on_images)
         except NonFiniteError as error:  # one preset may be unusable while the others are not

@@ -33,7 +33,7 @@ def verdict(result: SweepResult) -> list[str]:
             found = f"{result.best} is the only preset that was measured; there is nothing to compare it with."
         return [
             found,
-            *(["It is the preset of the model now."] if result.written else []),
+            *_what_follows(result),
         ]
     return [
         f"Undecided: no preset is shown to be as good as all others ({basis}); worse means {margins}, at "
@@ -41,6 +41,17 @@ def verdict(result: SweepResult) -> list[str]:
         _would_decide(result),
         *(["Nothing was written: the model keeps its preset."] if result.request.write else []),
     ]
+
+
+def _what_follows(result: SweepResult) -> list[str]:
+    """What the model is now, or what the best candidate needs."""
+    length = result.lengths.get(result.best)
+    if result.written:
+        of = "" if length is None else f", with weights averaged to the length {length:g}"
+        return [f"It is the preset of the model now{of}."]
+    if length is None:
+        return []
+    return [f"Its weights: latentflow ema {result.request.model} --length {length:g} --write."]
 
 
 def _would_decide(result: SweepResult) -> str:
@@ -96,6 +107,7 @@ def summary(result: SweepResult) -> dict[str, Any]:
                 else math.ceil(result.needed[point.name]),
                 "milliseconds": result.final.measured[point.name].milliseconds,
                 "preset": result.presets[point.name],
+                "ema_length": result.lengths.get(point.name),
             }
             for point in _by_cost(result.final)
         ],

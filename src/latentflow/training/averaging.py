@@ -20,8 +20,8 @@ from functools import cached_property
 
 import numpy as np
 
-SHORTEST, LONGEST = 0.001, 0.28
-"""Lengths that can be asked for. 12^-0.5 = 0.2887 is that of the plain mean of all weights, gamma = 0."""
+from latentflow.training.request import LONGEST, SHORTEST
+
 TOLERANCE = 0.05
 """The largest error of a profile that counts as reconstructed; see `Combination.error`."""
 

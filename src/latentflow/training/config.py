@@ -21,9 +21,9 @@ from latentflow.networks.dit import DiTConfig
 from latentflow.networks.velocity_network import NetworkConfig
 from latentflow.records import Record
 from latentflow.runtime import PrecisionWord
-from latentflow.training.averaging import LONGEST
 from latentflow.training.changes import ChangeRules
 from latentflow.training.optim import OptimizerConfig
+from latentflow.training.request import LONGEST
 from latentflow.training.settings import load_settings
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -82,6 +82,17 @@ class PostHocAverage:
         return {name: sums[name].to(tensor.dtype).contiguous() for name, tensor in expected.items()}
 
 
+def open_averages(run: str | Path) -> KeptAverages:
+    """The averages that a run has kept.
+
+    Raises:
+        ArtifactError: there is no such run, or it has kept none.
+    """
+    if not Path(run).is_dir():
+        raise ArtifactError(f"{run} does not exist; give the folder of a run of `latentflow train`")
+    return KeptAverages(Path(run))
+
+
 class KeptAverages:
     """The power function averages of a run: its snapshots, and those of its newest checkpoint.
 

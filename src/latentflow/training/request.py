@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 
 from latentflow.requests import Number, Option, PathText, Request, RequestError, Whole
 
+SHORTEST, LONGEST = 0.001, 0.28
+"""Lengths of averages that can be asked for. 12^-0.5 = 0.2887 is that of the plain mean of all weights."""
+
 
 class LossRequest(Request):
     """Which images to measure the loss on, and how often."""
@@ -25,8 +28,8 @@ class EmaRequest(Request):
         description="The folder of a run that was trained with training.ema_lengths."
     )
     length: Number = Field(
-        ge=0.001,
-        le=0.28,
+        ge=SHORTEST,
+        le=LONGEST,
         description="Standard deviation of the average's profile over the steps, as a share of the run.",
     )
     step: Whole | None = Field(None, ge=1, description="Step of the average, of a snapshot; otherwise the last one.")
