@@ -1,0 +1,444 @@
+"""Climb the ladder: train every rung for the same seconds, evaluate it, and write a line for each run.
+
+    python benchmarks/ladder/run.py --train cifar10/train --held-out cifar10/held_out --autoencoder taesd \
+        --features judges/cifar10 --seconds 360 --work /scratch/ladder
+    python benchmarks/ladder/run.py ... --device cuda --seconds 60
+    python benchmarks/ladder/run.py ... --rungs 00_baseline,01_lfm,10_muon     # these only
+    python benchmarks/ladder/run.py --render                                   # RESULTS.md again
+
+Repeat the command to go on after an interruption: finished runs are in results.jsonl, begun ones resume. Speeds are
+probed first, a rung and the one below it in turn, on an otherwise idle machine; they give the number of steps, so that
+the cosine of every run ends after the same seconds. From then on results do not depend on how busy the machine is.
+Every command is a process of its own with a time limit; what fails is a line, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+from rules import FINAL, Outcome, Rung, Setting, Spec, Step, climb, key_of, last_kept, merged, read_outcomes, read_rungs
+from table import write_table
+
+from latentflow.artifacts import json_line, make_folder, read_json, sha256_file, write_text
+from latentflow.locks import only_writer
+
+HERE = Path(__file__).parent
+BASE = HERE / "base.yaml"
+_PROBE_STEPS = {"cpu": 30, "cuda": 600}
+_PROBE_ROUNDS = 3
+_BUSY = 0.15  # share of the processors' time that others may take while a speed is probed
+_SAMPLING = ("--guidance", "1", "--solver", "ab2", "--steps", "16")
+_LEAST_LIMIT = 900.0  # seconds that any process may take, starting and loading included
+
+
+class Failed(Exception):
+    """A run has no result; the message says why."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the runs of one setting are made from, and where.
+
+    Attributes:
+        probe_steps: whose speed is measured.
+        again: repeat what failed.
+    """
+
+    setting: Setting
+    train: str
+    held_out: str
+    autoencoder: str
+    features: str
+    work: Path
+    results: Path
+    recipe: Mapping[str, Any]
+    probe_steps: int
+    again: bool
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Climb, then write the page."""
+    options = _options().parse_args(arguments)
+    rungs, recipe = read_rungs(Path(options.ladder) / "rungs"), base_recipe()
+    results = make_folder(options.results) / "results.jsonl"
+    if not options.render:
+        place = _place(options, results, recipe)
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+        chosen = options.rungs.split(",") if options.rungs else list(rungs)
+        if unknown := [name for name in chosen if name not in rungs]:
+            raise SystemExit(f"--rungs: there is no rung {unknown[0]!r}; there are {', '.join(rungs)}")
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the process that runs, too
+        with only_writer(place.work), only_writer(results.with_suffix(".json")):
+            whole_ladder(place, rungs, chosen, seeds)
+            shares = [float(share) for share in options.shares.split(",")] if options.shares else []
+            parts_of_the_time(place, rungs, seeds, shares)
+    write_table(Path(options.results) / "RESULTS.md", rungs, read_outcomes(results), recipe)
+    print(f"written to {Path(options.results) / 'RESULTS.md'}")
+
+
+def whole_ladder(place: Place, rungs: Mapping[str, Rung], chosen: Sequence[str], seeds: Sequence[int]) -> None:
+    """Run the chosen rungs from the lowest to the highest; those without a recipe to stand on yet come later."""
+    names = list(rungs)
+    base_and_references = [name for name in names if rungs[name].role != "rung" and name in chosen]
+    for seed in seeds:  # in turn: what drifts meets all of them
+        for name in base_and_references:
+            one_run(place, _step(place, rungs, name), seed)
+    for name in names:
+        for seed in seeds if name in chosen and name not in base_and_references else ():
+            one_run(place, _step(place, rungs, name), seed)
+
+
+def parts_of_the_time(place: Place, rungs: Mapping[str, Rung], seeds: Sequence[int], shares: Sequence[float]) -> None:
+    """Train the last kept recipe for parts of the time."""
+    final = last_kept(climb(rungs, _of_this_setting(place), _recipe(place)))
+    for seed in seeds:
+        for share in shares:
+            one_run(place, final, seed, share)
+
+
+def _step(place: Place, rungs: Mapping[str, Rung], name: str) -> Step:
+    return next(step for step in climb(rungs, _of_this_setting(place), _recipe(place)) if step.name == name)
+
+
+def _of_this_setting(place: Place) -> list[Outcome]:
+    return [one for one in read_outcomes(place.results) if one.setting.key == place.setting.key]
+
+
+def _recipe(place: Place) -> dict[str, Any]:
+    return merged(place.recipe, place.setting.changes)
+
+
+def one_run(place: Place, step: Step, seed: int, share: float = 1.0) -> None:
+    """Train and evaluate, and write the line, unless it is there."""
+    name = step.name if share == 1 else FINAL
+    there = [
+        one
+        for one in _of_this_setting(place)
+        if (one.rung, one.spec, one.share) == (name, step.spec.key, share) and (one.seed == seed or one.failed)
+    ]
+    if any(not (one.failed and place.again) for one in there):
+        return
+    known: dict[str, Any] = {"setting": place.setting, "rung": name, "title": step.rung.title, "seed": seed}
+    known |= {"spec": step.spec.key, "against": step.base, "share": share, "machine": _machine(place.setting.device)}
+    known["date"] = datetime.date.today().isoformat()
+    run = None
+    print(f"{name}, seed {seed}{f', {share:g} of the time' if share != 1 else ''}", flush=True)
+    try:
+        speed = seconds_per_step(place, step)
+        steps = max(round(share * place.setting.seconds / speed), 1)
+        run = place.work / "runs" / f"{step.spec.training}-{steps}-{seed}"
+        outcome = Outcome(**known, **measured(place, step.spec, run, steps, seed))
+        print(f"  FD {outcome.distance:.4g} after {steps:,} steps", flush=True)
+    except Failed as error:
+        outcome = Outcome(**known, failed=str(error))
+        print(f"  failed: {error}", flush=True)
+    append(place.results, outcome)
+    if run and not outcome.failed and "ema_lengths" not in step.spec.changes.get("training", {}):
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)  # the most of its bytes; the model stays
+
+
+def measured(place: Place, spec: Spec, run: Path, steps: int, seed: int) -> dict[str, Any]:
+    """Train into the folder `run`, evaluate, and return the figures."""
+    setting, work = place.setting, place.work
+    limit = 3 * setting.seconds + _LEAST_LIMIT
+    train(place, spec, run, steps, seed, limit=limit)
+    evaluated = work / "evaluated" / f"{spec.key}-{steps}-{seed}-{setting.key}"
+    model = run
+    if spec.ema_length is not None:
+        model = evaluated / "model"
+        if not (model / "config.json").exists():
+            launch(["ema", run, "--length", spec.ema_length, "--out", model], evaluated / "ema", limit)
+    device = ("--device", setting.device)
+    data = ("--data", place.held_out, "--features", place.features, "--num", setting.num)
+    launch(
+        ["evaluate", model, *data, *_SAMPLING, *device, "--out", evaluated / "scores"], evaluated / "evaluate", limit
+    )
+    report = read_json(evaluated / "scores" / "report.json")
+    held_out = cache(place, spec, held_out=True)
+    told = launch(
+        ["loss", model, "--data", held_out, "--num", setting.num, *device, "--json"], evaluated / "loss", limit
+    )
+    features = report["protocol"]["features"]
+    scores = {name: score["value"] for name, score in report["scores"].items()}
+    limits = {
+        f"{name} of real": score["limit"] for name, score in report["scores"].items() if score["limit"] is not None
+    }
+    return {
+        "steps": steps,
+        "seconds": steps * median_seconds(run),
+        "scores": {**scores, **limits},
+        "features": f"{Path(features['name']).name} {features['hash'][:12]}",
+        "held_out_loss": list(json.loads(told.read_text(encoding="utf-8")).values())[-1]["loss"],
+        "versions": report["protocol"]["versions"],
+    }
+
+
+def train(
+    place: Place, spec: Spec, run: Path, steps: int, seed: int, *, limit: float, extra: Sequence[str] = ()
+) -> None:
+    """Train a recipe into the folder `run`, with `extra` keys, in `limit` seconds at most."""
+    recipe = place.work / "recipes" / f"{spec.training}.yaml"
+    write_text(make_folder(recipe.parent) / recipe.name, yaml.safe_dump(dict(spec.changes), sort_keys=False))
+    compiled = str(place.setting.device == "cuda").lower()
+    keys = {
+        "data.path": cache(place, spec),
+        "autoencoder": autoencoder(place, spec),
+        "out": run,
+        "training.steps": steps,
+        "training.seed": seed,
+        "training.compile": compiled,
+    }
+    given = [f"{key}={value}" for key, value in keys.items()]
+    arguments = ["train", recipe, *given, *extra, "--device", place.setting.device]
+    launch(arguments, run.parent / f"{run.name}.log", limit)
+
+
+def autoencoder(place: Place, spec: Spec) -> str:
+    """The autoencoder of a recipe, trained now if it is one of its own."""
+    if spec.autoencoder is None:
+        return place.autoencoder
+    run = place.work / "autoencoders" / key_of([spec.autoencoder, place.setting.image_size])
+    if not (run / "autoencoder" / "config.json").exists():
+        size = f"data.image_size={place.setting.image_size}"
+        given = [f"data.path={place.train}", size, f"out={run}", *spec.autoencoder]
+        arguments = ["train-autoencoder", "own_images", *given, "--device", place.setting.device]
+        launch(arguments, run.parent / f"{run.name}.log", 24 * 3600.0)
+    return str(run / "autoencoder")
+
+
+def cache(place: Place, spec: Spec, *, held_out: bool = False) -> Path:
+    """The latent cache of a recipe, encoded now if it is not there; of the held-out images without variants."""
+    options = () if held_out else ("--flips", *spec.encode)
+    data = place.held_out if held_out else place.train
+    reference, size = autoencoder(place, spec), place.setting.image_size
+    folder = place.work / "caches" / key_of([data, reference, size, options])
+    if not (folder / "index.json").exists():
+        arguments = ["encode", data, "--autoencoder", reference, "--image-size", size, *options, "--out", folder]
+        launch([*arguments, "--device", place.setting.device], folder.parent / f"{folder.name}.log", 24 * 3600.0)
+    return folder
+
+
+def seconds_per_step(place: Place, step: Step) -> float:
+    """Of a recipe, measured in turn with the one below it, whose seconds are those of its own probe.
+
+    Raises:
+        Failed: a recipe does not train.
+        SystemExit: other programs compute.
+    """
+    file = place.work / f"speeds-{place.setting.device}.json"
+    speeds = read_json(file) if file.exists() else {}
+    key = step.spec.training
+    if key not in speeds:
+        rounds = []
+        for _ in range(_PROBE_ROUNDS):
+            if not place.setting.busy:
+                require_idle()
+            sides = {step.base: step.below, step.name: step.spec} if step.below else {step.name: step.spec}
+            rounds.append([probe(place, spec, name) for name, spec in sides.items()])
+        ratio = median(times[-1] / times[0] for times in rounds)
+        reference = speeds.get(step.below.training) if step.below else None
+        speeds[key] = ratio * (reference or median(times[0] for times in rounds))
+        write_text(file, json.dumps(speeds, indent=1) + "\n")
+    return speeds[key]
+
+
+def probe(place: Place, spec: Spec, name: str) -> float:
+    """Seconds per step of a short run, which is removed afterwards."""
+    run = place.work / "probes" / spec.training
+    shutil.rmtree(run, ignore_errors=True)
+    every = max(place.probe_steps // 6, 1)
+    extra = (f"training.log_every={every}", f"training.checkpoint_every={10**6}")
+    train(place, spec, run, place.probe_steps, 0, limit=_LEAST_LIMIT, extra=extra)
+    seconds = median_seconds(run)
+    print(f"  {name}: {1000 * seconds:.1f} ms a step", flush=True)
+    shutil.rmtree(run)
+    return seconds
+
+
+def median_seconds(run: Path) -> float:
+    """Seconds per step, the median over the log lines of a run but the first, which has the warm-up."""
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines() if line]
+    batch = lines[-1]["images_seen"] / lines[-1]["step"]
+    return median(batch / line["images_per_second"] for line in lines[1:] or lines)
+
+
+def launch(arguments: Sequence[object], log: Path, limit: float) -> Path:
+    """Run `latentflow ARGUMENTS` in a process of its own; returns the file with what it printed to stdout.
+
+    Raises:
+        Failed: it took longer than `limit` seconds, or failed; with its last line.
+    """
+    return run_process([sys.executable, "-m", "latentflow", *map(str, arguments)], log, limit)
+
+
+def run_process(command: Sequence[str], log: Path, limit: float) -> Path:
+    """Run a command with a time limit; its output goes to `log`.out and `log`.err."""
+    make_folder(log.parent)
+    out, err = (log.with_name(f"{log.name}.{kind}") for kind in ("out", "err"))
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True)
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"{_verb(command)} was stopped after {limit:g} s") from None
+        finally:
+            _end(process)
+    if process.returncode:
+        said = [line.strip() for line in err.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        raise Failed(f"{_verb(command)}: {said[-1] if said else f'exit code {process.returncode}'}")
+    return out
+
+
+def _verb(command: Sequence[str]) -> str:
+    return command[3] if command[1:3] == ["-m", "latentflow"] else command[0]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Let a process that still runs save and end, and kill it if it does not."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def require_idle() -> None:
+    """Refuse to measure speeds while other programs compute."""
+    if (share := busy_share()) > _BUSY:
+        raise SystemExit(
+            f"other programs take {100 * share:.0f} % of the processors, so speeds would not be those of this machine; "
+            "repeat the command when it is idle, or add --busy"
+        )
+
+
+def busy_share(seconds: float = 2.0) -> float:
+    """The share of the processors' time that is spent now, of Linux; 0 elsewhere."""
+    file = Path("/proc/stat")
+    if not file.exists():
+        return 0.0
+
+    def counts() -> tuple[int, int]:
+        numbers = [int(number) for number in file.read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(numbers), numbers[3] + numbers[4]  # idle, and waiting for a disk
+
+    before = counts()
+    time.sleep(seconds)
+    after = counts()
+    return 1 - (after[1] - before[1]) / max(after[0] - before[0], 1)
+
+
+def append(file: Path, outcome: Outcome) -> None:
+    """Add a line; what a kill left of the last one is cut off first."""
+    if file.exists() and (text := file.read_bytes()) and not text.endswith(b"\n"):
+        write_text(file, text[: text.rfind(b"\n") + 1].decode())
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json_line(outcome.model_dump(mode="json")).rstrip("\n") + "\n")
+        lines.flush()
+        os.fsync(lines.fileno())
+
+
+def base_recipe() -> dict[str, Any]:
+    """The recipe that the rungs change: one that comes with the package, and what all runs of a ladder change of it."""
+    from latentflow.training.config import find_recipe
+
+    given = yaml.safe_load(BASE.read_text(encoding="utf-8"))
+    named = yaml.safe_load(find_recipe(given["recipe"]).read_text(encoding="utf-8"))
+    return merged(named, given["changes"])
+
+
+def features_of(features: str) -> str:
+    """Name of the features; of a folder, with a hash of the weights in it."""
+    files = sorted(Path(features).glob("*.safetensors")) if Path(features).is_dir() else []
+    return " ".join([Path(features).name, *(sha256_file(file)[:12] for file in files)])
+
+
+def _place(options: argparse.Namespace, results: Path, recipe: Mapping[str, Any]) -> Place:
+    missing = [name for name in ("train", "held_out", "autoencoder", "work") if getattr(options, name) is None]
+    if missing:
+        raise SystemExit(f"--{missing[0].replace('_', '-')} is missing")
+    changes: dict[str, Any] = {}
+    for given in options.set or ():
+        key, _, value = given.partition("=")
+        for part in reversed(key.split(".")):
+            value = {part: yaml.safe_load(value) if isinstance(value, str) else value}
+        changes = merged(changes, value)
+    setting = Setting(
+        device=options.device,
+        seconds=options.seconds,
+        train=Path(options.train).name,
+        held_out=Path(options.held_out).name,
+        autoencoder=Path(options.autoencoder).name,
+        features=features_of(options.features),
+        num=options.num,
+        image_size=options.image_size,
+        changes=merged({"data": {"image_size": options.image_size}}, changes),
+        busy=options.busy,
+    )
+    return Place(
+        *(setting, options.train, options.held_out, options.autoencoder, options.features),
+        work=make_folder(Path(options.work) / key_of([options.train, options.autoencoder, setting.image_size])),
+        results=results,
+        recipe=recipe,
+        probe_steps=options.probe_steps or _PROBE_STEPS[options.device],
+        again=options.again,
+    )
+
+
+def _machine(device: str) -> str:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
+    return f"{names[0] if names else platform.machine()}, {threads} thread(s)"
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", help="images to train on: a folder or zip, sub-folders as classes")
+    parser.add_argument("--held-out", help="images to compare with, of the same classes")
+    parser.add_argument("--autoencoder", help="a folder, a hub id, or 'shapes'")
+    parser.add_argument("--features", default="random", help="a folder by `train-features`, or random")
+    parser.add_argument("--work", help="folder for caches, runs and evaluations; gigabytes")
+    parser.add_argument("--results", default=HERE, help="folder of results.jsonl and RESULTS.md")
+    parser.add_argument("--ladder", default=HERE, help="folder with rungs/")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--seconds", type=float, default=360.0, help="of training, for each run")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--rungs", help="only these, by file name; they still stand on every rung kept before")
+    parser.add_argument(
+        "--shares", default="0.25,0.33,0.5", help="of the time that the last kept recipe is trained for"
+    )
+    parser.add_argument("--num", type=int, default=2500, help="samples of each run")
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--probe-steps", type=int, help="whose speed is measured; default: 30, and 600 on CUDA")
+    parser.add_argument("--busy", action="store_true", help="probe speeds although other programs compute")
+    parser.add_argument("--again", action="store_true", help="repeat runs that failed")
+    parser.add_argument("--set", action="append", metavar="key=value", help="a change of every recipe")
+    parser.add_argument("--render", action="store_true", help="only write RESULTS.md again")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

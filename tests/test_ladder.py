@@ -1,0 +1,365 @@
+"""The ladder of the benchmarks: verdicts on made-up results, and a climb in which every command is played."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+LADDER = Path(__file__).parents[1] / "benchmarks" / "ladder"
+
+
+@pytest.fixture
+def ladder(monkeypatch):
+    """Import a script of the folder as Python runs it."""
+    monkeypatch.syspath_prepend(str(LADDER))
+    yield importlib.import_module
+    for name in ("rules", "table", "run", "split"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def rules(ladder):
+    return ladder("rules")
+
+
+SETTING = {
+    "device": "cpu",
+    "seconds": 100.0,
+    "train": "train",
+    "held_out": "held_out",
+    "autoencoder": "ae",
+    "features": "judge",
+    "num": 10,
+    "image_size": 32,
+}
+
+
+def outcomes(rules, name, spec, distances, share=1.0, **more):
+    """A run for each distance; None: it failed."""
+    return [
+        rules.Outcome(
+            setting=SETTING,
+            rung=name,
+            title=name,
+            seed=seed,
+            spec=spec.key,
+            against="",
+            **({"failed": "diverged"} if fd is None else {"scores": {"fd": fd, **more}, "steps": 7}),
+            share=share,
+            machine="a processor",
+        )
+        for seed, fd in enumerate(distances)
+    ]
+
+
+def test_the_spread_is_pooled_over_both_rungs(rules):
+    assert rules.pooled([1, 3], [5, 5]) == pytest.approx(1)  # variances 2 and 0
+    assert rules.pooled([1, 2, 3], [10]) == pytest.approx(1)
+    assert rules.pooled([1], [2]) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("ours", "kept"),
+    [([8, 8.2, 8.4], True), ([9.7, 9.9, 10.1], False), ([12, 12, 12], False), ([8], True), ([8, None], False)],
+)
+def test_a_rung_is_kept_if_it_gains_more_than_the_spread(rules, ours, kept):
+    spec = rules.Spec({})
+    verdict = rules.compare(outcomes(rules, "b", spec, ours), outcomes(rules, "a", spec, [9.8, 10, 10.2]))
+    assert verdict.kept is kept
+    assert bool(verdict.failed) is (None in ours)
+
+
+def test_one_seed_decides_nothing_and_no_result_is_no_verdict(rules):
+    spec = rules.Spec({})
+    assert not rules.compare(outcomes(rules, "b", spec, [1]), outcomes(rules, "a", spec, [10])).kept
+    assert rules.compare([], outcomes(rules, "a", spec, [10])) is None
+    assert rules.compare(outcomes(rules, "b", spec, [1]), outcomes(rules, "a", spec, [None])) is None
+
+
+def test_a_fall_of_the_recall_is_seen(rules):
+    spec = rules.Spec({})
+    base = outcomes(rules, "a", spec, [10], recall=0.5) + outcomes(rules, "a", spec, [10], recall=0.52)
+    assert rules.compare(outcomes(rules, "b", spec, [8, 8], recall=0.4), base).recall_falls
+    assert not rules.compare(outcomes(rules, "b", spec, [8, 8], recall=0.505), base).recall_falls
+
+
+def test_the_time_to_a_distance_is_exact_on_a_power_law(rules):
+    curve = {share: 3 * share**-0.5 for share in (0.25, 0.5, 1.0)}
+    assert rules.time_to(3 * 0.4**-0.5, curve) == pytest.approx(0.4)
+    assert rules.time_to(curve[0.5], curve) == pytest.approx(0.5)
+    assert rules.time_to(100.0, curve) == 0.25
+    assert rules.time_to(2.9, curve) == math.inf
+
+
+def test_kept_rungs_are_stood_on_and_others_are_not(rules):
+    rungs = {
+        "0": rules.Rung(title="base", role="baseline", changes={"training": {"batch_size": 8}}),
+        "1": rules.Rung(title="reference", role="reference", changes={"optimizer": {"learning_rate": 1.0}}),
+        "2": rules.Rung(title="good", changes={"training": {"ema_decay": 0.5}}),
+        "3": rules.Rung(title="bad", changes={"training": {"batch_size": 16}}, encode=["--variants", "4"]),
+        "4": rules.Rung(title="aside", against="1", changes={"optimizer": {"clip_norm": 2.0}}),
+        "5": rules.Rung(title="next", changes={"optimizer": {"warmup_steps": 3}}, ema_length=0.1),
+    }
+    base = {"training": {"seed": 1}}
+    found: list = []
+    for name, distances in zip(rungs, [[10, 11], [5, 5.1], [7, 8], [7.4, 8.3], [1, 1.1], [3, 3.2]], strict=True):
+        step = next(step for step in rules.climb(rungs, found, base) if step.name == name)
+        found += outcomes(rules, name, step.spec, distances)
+    steps = {step.name: step for step in rules.climb(rungs, found, base)}
+    assert steps["5"].spec.changes == {
+        "training": {"seed": 1, "batch_size": 8, "ema_decay": 0.5},
+        "optimizer": {"warmup_steps": 3},
+    }
+    assert [steps[name].base for name in rungs] == ["", "0", "0", "2", "1", "2"]
+    assert [bool(step.verdict and step.verdict.kept) for step in steps.values()] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert (steps["5"].spec.encode, steps["5"].spec.ema_length, steps["3"].spec.encode) == (
+        (),
+        0.1,
+        ("--variants", "4"),
+    )
+    assert steps["4"].spec.changes["optimizer"] == {"learning_rate": 1.0, "clip_norm": 2.0}
+    assert rules.last_kept(list(steps.values())).name == "5"
+    assert rules.last_kept(rules.climb(rungs, found[:2], base)).name == "0"
+    # results of a recipe that is another one now do not count
+    rungs["2"] = rungs["2"].model_copy(update={"changes": {"training": {"ema_decay": 0.9}}})
+    assert {step.name for step in rules.climb(rungs, found, base) if step.verdict} == {"1", "3", "4"} - {"3"}
+
+
+def test_what_a_recipe_depends_on_is_in_its_key(rules):
+    spec = rules.Spec({"a": 1})
+    others = [{"changes": {"a": 2}}, {"encode": ["-x"]}, {"autoencoder": []}, {"ema_length": 0.1}]
+    keys = [spec.on_top(rules.Rung(title="", **given)) for given in others]
+    assert len({one.key for one in (spec, *keys)}) == 5
+    assert [one.training == spec.training for one in keys] == [False, False, False, True]
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out_and_repeated_runs_replace_the_first(ladder, rules, tmp_path):
+    run, file = ladder("run"), tmp_path / "results.jsonl"
+    for one in outcomes(rules, "0", rules.Spec({}), [None, 3]):
+        run.append(file, one)
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[:40])
+    assert [one.failed for one in rules.read_outcomes(file)] == ["diverged", ""]
+    run.append(file, outcomes(rules, "0", rules.Spec({}), [2])[0])
+    assert [one.distance for one in rules.read_outcomes(file)] == [2, 3]
+    assert file.read_bytes().startswith(whole)
+
+
+def test_a_process_has_a_limit_and_says_why_it_failed(ladder, tmp_path):
+    run = ladder("run")
+    out = run.run_process([sys.executable, "-c", "print(7)"], tmp_path / "ok", 60)
+    assert out.read_text() == "7\n"
+    with pytest.raises(run.Failed, match=r"was stopped after 0\.5 s"):
+        run.run_process([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "slow", 0.5)
+    script = "import sys; print('begun', file=sys.stderr); sys.exit('out of ideas')"
+    with pytest.raises(run.Failed, match=r"out of ideas$"):
+        run.run_process([sys.executable, "-c", script], tmp_path / "bad", 60)
+
+
+def test_rungs_are_read_in_order_and_checked(rules, tmp_path):
+    (tmp_path / "0_base.yaml").write_text("{title: base, role: baseline}")
+    (tmp_path / "1_more.yaml").write_text("{title: more, against: 2_later}")
+    with pytest.raises(ValueError, match="against = '2_later' is none of the rungs before it: 0_base"):
+        rules.read_rungs(tmp_path)
+    (tmp_path / "1_more.yaml").write_text("{title: more, role: baseline}")
+    with pytest.raises(ValueError, match="no other, has the role baseline"):
+        rules.read_rungs(tmp_path)
+
+
+def test_every_rung_is_a_recipe(ladder, rules, tmp_path):
+    """With the changes of the rungs before it, as if all were kept."""
+    from latentflow.data.request import EncodeRequest
+    from latentflow.training.config import load_recipe
+    from latentflow.training.first_stage import load_autoencoder_recipe
+
+    rungs, recipe = rules.read_rungs(LADDER / "rungs"), ladder("run").base_recipe()
+    assert [rung.role for rung in rungs.values()][:2] == ["baseline", "reference"]
+    spec = rules.Spec(recipe)
+    for name, rung in rungs.items():
+        changed = spec.on_top(rung)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(changed.changes))
+        load_recipe(tmp_path / f"{name}.yaml")
+        load_autoencoder_recipe("own_images", changed.autoencoder or ())
+        options = {f"--{field.replace('_', '-')}" for field in EncodeRequest.model_fields}
+        assert {option for option in rung.encode if option.startswith("--")} <= options
+        assert rung.ema_length is None or changed.changes["training"]["ema_lengths"]
+        spec = changed if rung.role != "reference" else spec
+
+
+# A whole climb
+
+TINY = ["network={depth: 2, hidden_size: 32, num_heads: 2, patch_size: 2}", "training.batch_size=8"]
+
+
+class Played:
+    """Stands in for `latentflow`: runs take the milliseconds a step and reach the distances given by rung's rate."""
+
+    def __init__(self, milliseconds, distances):
+        self.milliseconds, self.distances, self.calls = milliseconds, distances, []
+
+    def __call__(self, arguments, log, limit):
+        verb, *rest = map(str, arguments)
+        given = dict(one.split("=", 1) for one in rest if "=" in one)
+        self.calls.append((verb, given))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        out = log.with_name(f"{log.name}.out")
+        out.write_text(json.dumps({"nothing": {"loss": 3.0}, "label": {"loss": 2.0}}))
+        if verb == "train":
+            rate = yaml.safe_load(Path(rest[0]).read_text())["optimizer"]["learning_rate"]
+            run, steps = Path(given["out"]), int(given["training.steps"])
+            run.mkdir(parents=True)
+            lines = [
+                {"step": n, "images_seen": 8 * n, "images_per_second": 8e3 / self.milliseconds[rate]}
+                for n in (1, steps)
+            ]
+            (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            (run / "rate").write_text(str(rate))
+        if verb == "evaluate":
+            rate, folder = float((Path(rest[0]) / "rate").read_text()), Path(rest[rest.index("--out") + 1])
+            folder.mkdir(parents=True)
+            scores = {
+                "fd": {"value": self.distances[rate].pop(0), "limit": None},
+                "recall": {"value": 0.5, "limit": 0.9},
+            }
+            protocol = {"features": {"name": "judge", "hash": "0123456789abcdef"}, "versions": {}}
+            (folder / "report.json").write_text(json.dumps({"scores": scores, "protocol": protocol}))
+        return out
+
+
+def arguments(tmp_path, *more):
+    data = ["--train", "synthetic:16", "--held-out", "synthetic:8:1", "--autoencoder", "shapes", "--image-size", "32"]
+    places = ["--work", tmp_path / "work", "--results", tmp_path / "results", "--ladder", tmp_path]
+    changes = [part for change in TINY for part in ("--set", change)]
+    return [str(one) for one in (*data, *places, *changes, "--num", "8", "--busy", "--probe-steps", "4", *more)]
+
+
+@pytest.fixture
+def two_rungs(tmp_path):
+    (tmp_path / "rungs").mkdir()
+    files = {
+        "0": {"title": "base", "role": "baseline"},
+        "1": {"title": "theirs", "role": "reference", "changes": {"optimizer": {"learning_rate": 2.0}}},
+        "2": {"title": "faster", "changes": {"optimizer": {"learning_rate": 3.0}}},
+    }
+    for name, rung in files.items():
+        (tmp_path / "rungs" / f"{name}.yaml").write_text(yaml.safe_dump(rung))
+
+
+def test_a_climb_trains_every_rung_for_the_same_seconds(ladder, rules, tmp_path, monkeypatch, two_rungs):
+    run = ladder("run")
+    played = Played(
+        {6e-4: 100.0, 2.0: 200.0, 3.0: 50.0}, {6e-4: [10, 10.2], 2.0: [12, 12.2], 3.0: [8, 8.1, 16, 12, 16.2, 12.2]}
+    )
+    monkeypatch.setattr(run, "launch", played)
+    given = arguments(tmp_path, "--seconds", "60", "--seeds", "0,1", "--shares", "0.25,0.5")
+    run.main(given)
+    found = rules.read_outcomes(tmp_path / "results" / "results.jsonl")
+    assert [(one.rung, one.seed, one.share, one.steps) for one in found] == [
+        *(("0", 0, 1, 600), ("1", 0, 1, 300), ("0", 1, 1, 600), ("1", 1, 1, 300)),
+        *(("2", 0, 1, 1200), ("2", 1, 1, 1200)),
+        *(("final", 0, 0.25, 300), ("final", 0, 0.5, 600), ("final", 1, 0.25, 300), ("final", 1, 0.5, 600)),
+    ]
+    assert all(one.seconds == pytest.approx(60 * one.share) for one in found)
+    assert {one.held_out_loss for one in found} == {2.0}
+    # the speed of a rung is measured in turn with that of the rung below
+    probes = [given["out"].rpartition("/")[2] for verb, given in played.calls if "/probes/" in given.get("out", "")]
+    assert len(probes) == 3 + 6 + 6
+    assert probes[3::2] == [probes[0]] * 6
+    page = (tmp_path / "results" / "RESULTS.md").read_text()
+    assert "| 2 | faster | 2 | 1,200 | 8.05 ± 0.071 |" in page
+    assert "| +2.05 on 0, spread 0.11 | kept |" in page
+    assert "**2 reaches the distance of theirs in 0.50 of its time** (0.50 to 0.50 over 2 seeds" in page
+    count = len(played.calls)
+    run.main(given)
+    assert len(played.calls) == count, "a finished ladder was climbed again"
+
+
+def test_what_fails_is_a_line_and_can_be_repeated(ladder, rules, tmp_path, monkeypatch, two_rungs):
+    run = ladder("run")
+    played = Played({6e-4: 100.0, 2.0: 100.0, 3.0: 100.0}, {6e-4: [10], 2.0: [12], 3.0: [8]})
+
+    def refused(arguments, log, limit):
+        if arguments[0] == "train" and "learning_rate: 3.0" in Path(arguments[1]).read_text():
+            raise run.Failed("train: latentflow: no such key")
+        return played(arguments, log, limit)
+
+    monkeypatch.setattr(run, "launch", refused)
+    given = arguments(tmp_path, "--seconds", "6", "--seeds", "0", "--shares", "")
+    run.main(given)
+    page = (tmp_path / "results" / "RESULTS.md").read_text()
+    assert "failed: train: latentflow: no such key" in page
+    monkeypatch.setattr(run, "launch", played)
+    run.main(given)
+    assert (tmp_path / "results" / "RESULTS.md").read_text() == page
+    run.main([*given, "--again"])
+    assert "undecided: one seed has no spread" in (tmp_path / "results" / "RESULTS.md").read_text()
+
+
+def test_a_real_run_ends_in_a_line(ladder, rules, tmp_path, monkeypatch, two_rungs):
+    """Every command of one run, each in this process, for one step."""
+    run = ladder("run")
+    from latentflow.cli import main
+
+    def here(arguments, log, limit):
+        monkeypatch.setattr(sys, "argv", ["latentflow", *map(str, arguments)])
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            try:
+                main()
+            except SystemExit as exit:
+                assert not exit.code, arguments
+        log.parent.mkdir(parents=True, exist_ok=True)
+        out = log.with_name(f"{log.name}.out")
+        out.write_text(said.getvalue())
+        return out
+
+    monkeypatch.setattr(run, "launch", here)
+    monkeypatch.setattr(run, "_PROBE_ROUNDS", 1)
+    run.main(arguments(tmp_path, "--seconds", "0.001", "--seeds", "0", "--shares", "", "--rungs", "0"))
+    (found,) = rules.read_outcomes(tmp_path / "results" / "results.jsonl")
+    assert not found.failed
+    assert found.steps == 1 and found.seconds > 0 and found.held_out_loss > 0
+    assert {"fd", "precision", "recall"} <= found.scores.keys()
+    assert str(tmp_path) not in (tmp_path / "results" / "results.jsonl").read_text()
+
+
+def test_every_nth_image_of_each_class_is_held_out(ladder, tmp_path):
+    split = ladder("split")
+    for name in ("cat", "dog"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        for number in range(7):
+            (tmp_path / "all" / name / f"{number}.png").write_text(f"{name} {number}")
+    given = [str(tmp_path / "all"), "--every", "3", "--out", str(tmp_path / "out")]
+    assert split.main(given) == {"train": 10, "held_out": 4}
+    held_out = sorted(
+        str(file.relative_to(tmp_path / "out" / "held_out")) for file in tmp_path.glob("out/held_out/*/*")
+    )
+    assert held_out == ["cat/2.png", "cat/5.png", "dog/2.png", "dog/5.png"]
+    assert (tmp_path / "out" / "train" / "dog" / "3.png").read_text() == "dog 3"
+    with pytest.raises(SystemExit, match="exists; choose a new folder"):
+        split.main(given)
+    with pytest.raises(SystemExit, match="no sub-folders"):
+        split.main([str(tmp_path / "all" / "cat"), "--out", str(tmp_path / "other")])
+
+
+def test_speeds_are_not_probed_on_a_busy_machine(ladder, monkeypatch):
+    run = ladder("run")
+    monkeypatch.setattr(run, "busy_share", lambda: 0.5)
+    with pytest.raises(SystemExit, match="other programs take 50 % of the processors"):
+        run.require_idle()
+    monkeypatch.setattr(run, "busy_share", lambda: 0.05)
+    run.require_idle()
