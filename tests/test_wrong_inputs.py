@@ -142,6 +142,13 @@ CASES = {
         wrong(TRAIN + " network.hidden_size=33", "33"),
         wrong(TRAIN + " network.patch_size=3", "patch_size"),
         wrong(TRAIN + " network.depth=1 network.value_residual=true", "depth is 1", "value_residual=false"),
+        wrong(TRAIN + " training.align_weight=1 training.align_block=7", "align_block = 7", "1 to 2", advised=TRAIN),
+        wrong(TRAIN + " training.align_weight=-1", "align_weight", "-1"),
+        wrong(
+            TRAIN + " 'network={{kind: unet, channels: 8, multipliers: [1], norm_groups: 4}}' training.align_weight=1",
+            "align_weight = 1",
+            "network.kind=dit",
+        ),
         wrong(TRAIN + " network.kind=unet network.value_residual=true", "value_residual"),
         wrong(TRAIN + " data.image_size=32", "32", "16", advised=TRAIN),
         wrong(TRAIN + " data.image_size=1000000000", "1000000000"),

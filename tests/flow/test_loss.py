@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentflow.flow.loss import flow_matching_loss
+from latentflow.flow.loss import align_loss, flow_matching_loss
 from latentflow.flow.path import CosinePath, LinearPath
 from tests.exact import GaussianData
 
@@ -75,3 +75,12 @@ def test_gradient_reaches_the_velocity():
     loss = flow_matching_loss(lambda x, t: weight * x, LinearPath(sigma_min=0), data, noise, torch.tensor([0.5]))
     loss.sum().backward()
     assert weight.grad.item() == 1.25
+
+
+def test_smooth_l1_of_predicted_latents_by_hand():
+    """beta = 0.05: d^2 / 0.1 below it, d - 0.025 from there on; the mean of each image."""
+    data = torch.tensor([1.0, -2.0]).reshape(2, 1, 1, 1).expand(2, 1, 1, 2)
+    distance = torch.tensor([[0.02, -0.05], [-3.0, 0.1]]).reshape(2, 1, 1, 2)
+    expected = [(0.02**2 / 0.1 + 0.025) / 2, (2.975 + 0.075) / 2]
+    assert align_loss(data + distance, data).tolist() == pytest.approx(expected, rel=1e-5)
+    assert align_loss(data.bfloat16(), data.bfloat16()).dtype == torch.float32

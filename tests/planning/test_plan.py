@@ -51,11 +51,20 @@ def num_bytes(file: Path) -> int:
 
 
 @pytest.mark.usefixtures("unprobed")
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("optimizer", [{}, {"kind": "muon"}, {"kind": "muon", "orthogonalise_every": 2}])
-def test_what_is_exact_is_what_a_run_has_and_writes(recipe, network, optimizer):
+@pytest.mark.parametrize(
+    ("network", "optimizer", "align_weight"),
+    [
+        *((network, {}, 0.0) for network in NETWORKS),
+        *((network, {"kind": "muon"}, 0.0) for network in NETWORKS),
+        *((network, {"kind": "muon", "orthogonalise_every": 2}, 0.0) for network in NETWORKS),
+        ("modern", {}, 1.0),
+        ("dit", {"kind": "muon"}, 1.0),
+    ],
+)
+def test_what_is_exact_is_what_a_run_has_and_writes(recipe, network, optimizer, align_weight):
     chosen = Recipe.model_validate({"network": NETWORKS[network]}).network
-    given = recipe(training={"steps": 3}, optimizer=optimizer).model_copy(update={"network": chosen})
+    training = {"steps": 3, "align_weight": align_weight}
+    given = recipe(training=training, optimizer=optimizer).model_copy(update={"network": chosen})
     found = planned(given)
     run = train(given, runtime=tiny.CPU).run
     folder = run / "checkpoints" / "step-00000003"
@@ -67,7 +76,10 @@ def test_what_is_exact_is_what_a_run_has_and_writes(recipe, network, optimizer):
     assert found.memory.estimated["autoencoder"] == stage
     model = LatentFlow.from_pretrained(run, device="cpu")
     assert found.num_parameters == sum(parameter.numel() for parameter in model.network.parameters())
-    assert found.memory.exact["weights"] == found.memory.exact["gradients"] == 4 * found.num_parameters
+    trained = read_tensors(folder / "network.safetensors").items()
+    head = sum(tensor.nbytes for name, tensor in trained if name.startswith("head."))
+    assert (head > 0) is (align_weight > 0)
+    assert found.memory.exact["weights"] == found.memory.exact["gradients"] == 4 * found.num_parameters + head
     assert found.subject.config.latent_shape == model.config.latent_shape
     assert found.subject.config.network == model.config.network
     assert found.subject.assumed == []

@@ -175,6 +175,34 @@ def test_unlabelled_training(train):
     assert read_config(run / "model").conditioning.num_classes == 0
 
 
+def test_an_align_head_is_trained_and_left_out_of_the_model(train):
+    """It is in the checkpoints, with its optimizer state; average, model and previews are those of the network."""
+    steps = {"steps": 60, "batch_size": 16, "log_every": 20, "keep_every": 30}
+    plain, run = train("plain", training=steps), train("aligned", training={**steps, "align_weight": 1.0})
+    lines = read_metrics(run)
+    assert lines[0]["align_loss"] > lines[1]["align_loss"] > lines[2]["align_loss"] > 0
+    assert not any("align_loss" in line for line in read_metrics(plain))
+    inside = read_tensors(newest_checkpoint(run) / "network.safetensors")
+    head = {key for key in inside if key.startswith("head.")}
+    assert head and {key.removeprefix("network.") for key in inside.keys() - head} == read_weights(plain).keys()
+    assert {f"{key}/exp_avg" for key in inside} <= read_tensors(newest_checkpoint(run) / "optimizer.safetensors").keys()
+    for folder in (run, run / "checkpoints" / "step-00000030"):
+        assert read_weights(folder).keys() == read_weights(plain).keys()
+        assert LatentFlow.from_pretrained(folder, device="cpu").sample(2, steps=1).pixels.shape[0] == 2
+    assert any(not torch.equal(tensor, read_weights(plain)[key]) for key, tensor in read_weights(run).items())
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(folder / "model" / "velocity.safetensors")
+
+
+@pytest.mark.parametrize(("before", "after"), [({}, {"align_weight": 1.0}), ({"align_weight": 1.0}, {})])
+def test_a_head_comes_and_goes_with_the_run(train, before, after):
+    train("run", training={"steps": 2, **before})
+    with pytest.raises(ConfigError, match=r"training\.align_weight cannot change: its head is trained from the first"):
+        train("run", training={"steps": 4, **after})
+
+
 # Resume
 
 
@@ -199,7 +227,7 @@ def test_a_signal_saves_and_resume_is_exact(recipe, train, monkeypatch, number):
 
 
 def test_resume_with_everything_switched_on(train):
-    """Schedule, flips, stratified times, per-channel scaling, accumulation, dropout, value residual, stopped twice."""
+    """Schedule, flips, stratified times, scaling, accumulation, dropout, value residual, head; stopped twice."""
     given = {
         "optimizer": {"schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.1},
         "source": {"flip": True},
@@ -208,7 +236,7 @@ def test_resume_with_everything_switched_on(train):
         "conditioning": {"label_dropout": 0.5},
         "network": {"variant": "modern", "value_residual": True},
     }
-    steps = {"micro_batch_size": 2, "checkpoint_every": 2}
+    steps = {"micro_batch_size": 2, "checkpoint_every": 2, "align_weight": 0.5}
     whole = train("whole", training=steps, **given)
     with pytest.MonkeyPatch.context() as patched:
         for stop in (5, 11):  # micro-batches: within step 3, and within step 6 of the rest
@@ -294,9 +322,9 @@ def recipe_file(tmp_path):
 
 def test_kill_9_at_random_moments(recipe, train, recipe_file, tmp_path):
     """A process of its own is killed again and again, wherever it is: in a step, in a save, in a resume."""
-    network = {"value_residual": True}
+    network, training = {"value_residual": True}, {"checkpoint_every": 4, "align_weight": 1.0}
     # No machine is so fast that it ends by itself.
-    endless = {"training": {"steps": 100_000, "checkpoint_every": 4}, "network": network}
+    endless = {"training": {"steps": 100_000, **training}, "network": network}
     command, run = ("train", recipe_file(recipe("killed", **endless)), "--device", "cpu"), tmp_path / "killed"
     log = tmp_path / "log"
     for attempt in range(5):
@@ -310,7 +338,7 @@ def test_kill_9_at_random_moments(recipe, train, recipe_file, tmp_path):
         assert newest_checkpoint(run) not in (None, before), f"attempt {attempt}: {log.read_text()}"
 
     steps = read_metrics(run)[-1]["step"] + 3
-    ended = {"training": {"steps": steps, "checkpoint_every": 4}, "network": network}
+    ended = {"training": {"steps": steps, **training}, "network": network}
     assert final(train("killed", **ended)) == final(train("whole", **ended))
     assert [line["step"] for line in read_metrics(run)] == list(range(1, steps + 1))
 
@@ -547,7 +575,7 @@ def free_port() -> int:
 
 def test_two_processes_equal_one(recipe, train, recipe_file, tmp_path):
     """Under torchrun: two processes with two micro-batches each, against one with the whole batch."""
-    training = {"checkpoint_every": 4, "preview_every": 5}
+    training = {"checkpoint_every": 4, "preview_every": 5, "align_weight": 1.0}
     given = {"source": {"flip": True}, "times": {"stratified": True}, "training": training}
     one = train("one", **given)
     given["training"]["micro_batch_size"] = 1
@@ -570,10 +598,12 @@ def test_two_processes_equal_one(recipe, train, recipe_file, tmp_path):
         here, there = (np.asarray(Image.open(run / "samples" / grid)).astype(int) for run in (one, two))
         assert np.abs(here - there).max() <= 1
     # The loss of a step is the mean over its images: equal means in all steps need the same images in all steps.
-    losses, by_time = (
-        [[line[key] for line in read_metrics(run)] for run in (one, two)] for key in ("loss", "loss_by_time")
+    losses, aligned, by_time = (
+        [[line[key] for line in read_metrics(run)] for run in (one, two)]
+        for key in ("loss", "align_loss", "loss_by_time")
     )
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert aligned[0] == pytest.approx(aligned[1], rel=1e-5)
     assert [list(bins) for bins in by_time[0]] == [list(bins) for bins in by_time[1]]
 
 

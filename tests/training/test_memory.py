@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from latentflow.errors import ConfigError
-from latentflow.networks.dit import DiTConfig
+from latentflow.networks.align_head import AlignedNetwork
+from latentflow.networks.dit import DiT, DiTConfig
 from latentflow.networks.running import MEMORY_MODES, set_memory
 from latentflow.networks.unet import VARIANTS, UNetConfig
 from latentflow.networks.velocity_network import NETWORKS
@@ -62,6 +63,32 @@ def test_what_a_transformer_keeps(options, mode, half):
     found = held_per_image(deeper, mode, half) - held_per_image(config, mode, half)
     assert estimate == pytest.approx(found, rel=0.03)
     assert bytes_per_image(config, 16, half=half, memory=mode) > held_per_image(config, mode, half)
+
+
+@HALF
+def test_what_an_align_head_keeps(half):
+    config = DiTConfig(depth=4, hidden_size=384, num_heads=6, patch_size=1)
+    plain = DiT(config, in_channels=4, out_channels=4)
+    aligned, images = AlignedNetwork(plain, block=2), 2
+    latents, time = torch.randn(images, 4, 16, 16), torch.rand(images)
+
+    def kept(network, losses) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            network(latents, time, Condition())  # narrows the weights
+            return held_bytes(lambda: losses(network(latents, time, Condition()))) / images
+
+    found = kept(aligned, lambda pair: pair[0] + pair[1]) - kept(plain, lambda velocity: velocity + 1)
+    estimate = bytes_per_image(config, 16, half=half, aligned=True) - bytes_per_image(config, 16, half=half)
+    assert estimate == pytest.approx(found, rel=0.05)
+
+
+def test_state_and_operations_of_an_align_head(kl):
+    config = tiny.model(kl).config
+    size, tokens, numbers = config.network.hidden_size, 16, 2 * 2 * 4
+    more = count_parameters(config, aligned=True) - count_parameters(config)
+    assert more == 4 * (size**2 + size) + size * numbers + numbers
+    operations = forward_flops(config, aligned=True) - forward_flops(config)
+    assert operations == 2 * tokens * (4 * size**2 + size * numbers)
 
 
 @HALF

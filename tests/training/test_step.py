@@ -19,6 +19,7 @@ from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import draw_mask
 from latentflow.data.sources.images import open_images
 from latentflow.flow.times import TrainingTimes
+from latentflow.networks.align_head import add_align_head
 from latentflow.randomness import ImageRandom
 from latentflow.shapes import Condition
 from latentflow.training.log import LossBins
@@ -154,6 +155,25 @@ def test_known_pixels_and_moments_give_the_same_latents(model, pictures, segment
     hidden = fresh.__getitems__([2, 9]).known_pixels
     mode = model.autoencoder.encode(to_unit_range(hidden))[:, :4]
     torch.testing.assert_close(heard.condition.masked_latents, (mode - 0.1) * 0.5)
+
+
+def test_a_head_adds_its_loss(model, pictures):
+    """Weighted, with the same velocities, times and latents, and the mean of what the log shows of both."""
+    images, positions, aligned = stream(pictures), [2, 9, 4], add_align_head(model.network, 1, seed=0)
+    batch = images.__getitems__(positions)
+    given = {"times": TrainingTimes(), "batch_size": 12, "seed": 7}
+    plain = training_step(model, model.network, batch, **given)
+    both = training_step(model, aligned, batch, **given, align_weight=0.5)
+    assert plain.align_loss is None and torch.equal(plain.loss, plain.velocity_loss)
+    assert torch.equal(both.velocity_loss, plain.loss) and torch.equal(both.time, plain.time)
+    torch.testing.assert_close(both.loss, both.velocity_loss + 0.5 * both.align_loss)
+    shown = {}
+    for name, result in (("plain", plain), ("both", both)):
+        losses = LossBins(torch.device("cpu"))
+        losses.add(result)
+        shown[name] = losses.means(lambda tensor: tensor)
+    assert shown["both"]["align_loss"] == pytest.approx(both.align_loss.mean().item())
+    assert shown["plain"] == {key: value for key, value in shown["both"].items() if key != "align_loss"}
 
 
 def test_an_image_has_its_own_step_whatever_the_batch(model, pictures):

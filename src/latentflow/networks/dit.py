@@ -239,6 +239,10 @@ class DiT(VelocityNetwork):
         Raises:
             ValueError: see `joined`.
         """
+        return self.with_tokens(latents, time, condition, self.config.depth)[0]
+
+    def with_tokens(self, latents: Tensor, time: Tensor, condition: Condition, block: int) -> tuple[Tensor, Tensor]:
+        """The velocity as of `forward`, and the tokens [B, N, D] after block number `block`; the first is 1."""
         patch, size = self.config.patch_size, self.config.hidden_size
         h, w = latents.shape[2] // patch, latents.shape[3] // patch
 
@@ -259,16 +263,24 @@ class DiT(VelocityNetwork):
             c = c + self.augmentation_embedding(condition.augmentation.to(c.dtype))
         c = silu(c)
 
-        blocks, first_values = list(self.blocks), None
-        if self.config.value_residual:
-            x, first_values = self.run(blocks.pop(0).as_first, x, c, rotary)
-        for block in blocks:
-            x = self.run(block, x, c, rotary, first_values)
+        tokens = first_values = None
+        for number, one in enumerate(self.blocks, start=1):
+            if self.config.value_residual and number == 1:
+                x, first_values = self.run(one.as_first, x, c, rotary)
+            else:
+                x = self.run(one, x, c, rotary, first_values)
+            if number == block:
+                tokens = x
 
-        x = self.run_once(self._last, x, c)  # [B, N, p * p * C_out]
-        x = x.reshape(-1, h, w, patch, patch, self.out_channels)
-        x = x.permute(0, 5, 1, 3, 2, 4)  # [B, h, w, p, p, C_out] => [B, C_out, h, p, w, p]
-        return x.reshape(-1, self.out_channels, h * patch, w * patch).to(latents.dtype)
+        return self.as_latents(self.run_once(self._last, x, c), latents), tokens
+
+    def as_latents(self, patches: Tensor, latents: Tensor) -> Tensor:
+        """Patches in place of their tokens: [B, N, p * p * C] => [B, C, H, W], size and dtype of `latents`."""
+        patch = self.config.patch_size
+        h, w = latents.shape[2] // patch, latents.shape[3] // patch
+        x = patches.unflatten(2, (patch, patch, -1)).unflatten(1, (h, w))
+        x = x.permute(0, 5, 1, 3, 2, 4)  # [B, h, w, p, p, C] => [B, C, h, p, w, p]
+        return x.reshape(*x.shape[:2], h * patch, w * patch).to(latents.dtype)
 
     def _last(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.final_modulation(c).chunk(2, dim=1)

@@ -9,7 +9,7 @@ from latentflow.planning.plan import Plan
 from latentflow.planning.planned_run import PlannedRun
 from latentflow.planning.units import gib
 from latentflow.training.fitting import with_values
-from latentflow.weights import without_memory
+from latentflow.training.memory import network_in_training
 
 
 def advice(plan: Plan) -> list[str]:
@@ -44,12 +44,11 @@ def _smaller(plan: Plan) -> str | None:
         name = f"DiT-{size}/{network.patch_size}"
         if name not in NAMES or SIZES[size]["hidden_size"] >= network.hidden_size:
             continue
-        chosen = DiTConfig(name=name, variant=network.variant)
+        chosen = DiTConfig(name=name, variant=network.variant, value_residual=network.value_residual)
         config = plan.subject.config.model_copy(update={"network": chosen})
         recipe = with_values(plan.recipe, {"network": chosen})
         subject = PlannedRun(recipe, config, plan.subject.data, plan.subject.stage)
-        with without_memory():
-            built = config.build_network()
+        built = network_in_training(config, aligned=recipe.training.is_aligned)
         memory = estimate_memory(
             subject, built, plan.machine, share=plan.memory.share, micro=plan.memory.micro_batch_size
         )

@@ -13,6 +13,7 @@ from torch import nn
 
 from latentflow.data.cache.resident import stays_resident
 from latentflow.model.config import AUTOENCODER_FOLDER
+from latentflow.networks.align_head import sampled_part
 from latentflow.networks.running import MEMORY_MODES
 from latentflow.planning.machine import Machine
 from latentflow.planning.planned_run import PlannedRun
@@ -115,7 +116,7 @@ def estimate_memory(subject: PlannedRun, network: nn.Module, machine: Machine, *
     """What one process of the run takes.
 
     Args:
-        network: on the meta device.
+        network: that is trained, on the meta device.
         share: images of one process in one step.
         micro: images in one forward pass.
     """
@@ -125,7 +126,7 @@ def estimate_memory(subject: PlannedRun, network: nn.Module, machine: Machine, *
     exact = {
         "weights": weights,
         "gradients": weights,
-        "moving average": _state_bytes(network) * recipe.training.num_averages,
+        "moving average": _state_bytes(sampled_part(network)) * recipe.training.num_averages,
         "optimizer's moments": optimizer_bytes(network, recipe.optimizer),
     }
     latents = config.latent_shape[0] * config.latent_shape[1] * config.latent_shape[2]
@@ -142,8 +143,9 @@ def estimate_memory(subject: PlannedRun, network: nn.Module, machine: Machine, *
         estimated["latent cache"] = cached
     if not machine.gpu:
         estimated["copy for a checkpoint"] = _checkpoint_bytes(network, recipe)
+    given = {"half": machine.half, "aligned": recipe.training.is_aligned}
     side = config.latent_shape[-1]
-    kept = {mode: bytes_per_image(config.network, side, half=machine.half, memory=mode) for mode in MEMORY_MODES}
+    kept = {mode: bytes_per_image(config.network, side, memory=mode, **given) for mode in MEMORY_MODES}
     preview = 0
     if recipe.training.preview_every:
         together = min(len(preview_of(subject).seeds), _DECODED_TOGETHER, micro)
@@ -155,7 +157,7 @@ def estimate_memory(subject: PlannedRun, network: nn.Module, machine: Machine, *
         mode = "none"
         if memory is not None:
             averages = recipe.training.num_averages
-            mode = fitting_mode(config, micro, half=machine.half, memory=memory, averages=averages)
+            mode = fitting_mode(config, micro, memory=memory, averages=averages, **given)
     return Memory(exact, estimated, kept, preview, mode, micro, share)
 
 
@@ -198,7 +200,8 @@ def _state_bytes(network: nn.Module) -> int:
 
 
 def _checkpoint_bytes(network: nn.Module, recipe: Recipe) -> int:
-    return (1 + recipe.training.num_averages) * _state_bytes(network) + optimizer_bytes(network, recipe.optimizer)
+    averages = recipe.training.num_averages * _state_bytes(sampled_part(network))
+    return _state_bytes(network) + averages + optimizer_bytes(network, recipe.optimizer)
 
 
 def _num_saved(training: TrainingConfig) -> int:
@@ -224,8 +227,8 @@ def estimate_disk(subject: PlannedRun, network: nn.Module) -> Disk:
         checkpoint=_checkpoint_bytes(network, subject.recipe),
         num_checkpoints=min(training.keep_checkpoints + 1 + num_milestones, _num_saved(training)),
         num_milestones=num_milestones,
-        model=_state_bytes(network) + (subject.stage.num_bytes or 0 if embedded else 0),
-        snapshot=_state_bytes(network) * (training.num_averages - 1),
+        model=_state_bytes(sampled_part(network)) + (subject.stage.num_bytes or 0 if embedded else 0),
+        snapshot=_state_bytes(sampled_part(network)) * (training.num_averages - 1),
         num_snapshots=len(training.snapshot_steps),
         cache=cached_bytes(subject) if here is None else here,
         cache_is_here=here is not None,

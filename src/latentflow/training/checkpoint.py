@@ -328,11 +328,11 @@ def load_checkpoint(folder: Path, network: nn.Module, ema: EMA, optimizer: torch
                 raise ArtifactError(f"{folder / name} is truncated or damaged: {found} bytes, not {num_bytes}")
         load_weights(network, read_tensors(folder / NETWORK_FILE), folder / NETWORK_FILE)
         average = read_tensors(folder / EMA_FILE)
-        require_values(network.state_dict(), average, folder / EMA_FILE)
+        require_values(ema.average, average, folder / EMA_FILE)
         ema.load(average)
         for length, power in ema.powers.items():
             beside = read_tensors(folder / average_file(length))
-            require_values(network.state_dict(), beside, folder / average_file(length))
+            require_values(ema.average, beside, folder / average_file(length))
             power.load(beside)
         tensors = read_tensors(folder / OPTIMIZER_FILE)
         _load_optimizer(network, optimizer, tensors, folder / OPTIMIZER_FILE)

@@ -100,6 +100,19 @@ class TrainingConfig(Record):
         description="What the backward pass recomputes to save memory, with the same results: none; recompute-cheap: "
         "all but products and attention; checkpoint: every block, a third more time; auto: as little as fits.",
     )
+    align_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1e3,
+        description="Weight of the loss of a head that predicts the clean latents from the tokens of an early block "
+        "(SRA 2, arXiv 2601.17830, which has 1); the head exists in training only, for a DiT; 0: no head.",
+    )
+    align_block: int = Field(
+        2,
+        ge=1,
+        le=512,
+        description="Block after which it reads the tokens; SRA 2 has 2 for DiT-B, 8 for L and XL.",
+    )
     compile: Switch = Field(
         "auto", description="Compile the network's blocks (torch.compile); auto: on CUDA, if the run takes minutes."
     )
@@ -138,6 +151,11 @@ class TrainingConfig(Record):
     def num_averages(self) -> int:
         """Averages of the weights that training keeps in memory, the exponential one among them."""
         return 1 + len(self.ema_lengths or ())
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the network is trained with an `AlignHead`."""
+        return self.align_weight > 0
 
     def is_saved(self, step: int) -> bool:
         """Whether a checkpoint is written after `step` steps, if the run does not end there."""
@@ -222,6 +240,8 @@ CHANGES = ChangeRules(
         "training.ema_lengths": "an average has to begin with the run",
         "optimizer.kind": _OTHER_STATE,
         "optimizer.orthogonalise_every": _OTHER_STATE,
+        "training.align_weight": "its head is trained from the first step on",
+        "training.align_block": "its head has learned from the tokens of the old block",
         "data.image_size": _OTHER_DATA,
         "data.augment": _OTHER_DATA,
         "data.labels": _OTHER_DATA,

@@ -19,6 +19,7 @@ from latentflow.errors import ConfigError
 from latentflow.model.conditioning import Conditioning
 from latentflow.model.config import AutoencoderRecord, ModelConfig, TrainingRecord
 from latentflow.model.flow_model import FlowModel
+from latentflow.networks.dit import DiTConfig
 from latentflow.randomness import derive_seed
 from latentflow.records import explain
 from latentflow.training.config import Recipe
@@ -82,6 +83,7 @@ def model_config(
             f"{multiple}; choose another patch_size or fewer levels, or a data.image_size that is a multiple of "
             f"{autoencoder.factor * multiple}"
         )
+    _require_block_to_align(recipe)
     conditions = recipe.conditioning
     try:
         return ModelConfig(
@@ -106,6 +108,23 @@ def model_config(
         )
     except ValidationError as error:
         raise ConfigError(f"recipe: {explain(error, ModelConfig)}") from error
+
+
+def _require_block_to_align(recipe: Recipe) -> None:
+    """Refuse a head for training on a network without tokens, or after a block that is not there."""
+    weight, block, network = recipe.training.align_weight, recipe.training.align_block, recipe.network
+    if not recipe.training.is_aligned:
+        return
+    if not isinstance(network, DiTConfig):
+        raise ConfigError(
+            f"training.align_weight = {weight:g} needs the tokens of a transformer, and the network is a "
+            f"{network.title}; use network.kind=dit, or training.align_weight=0"
+        )
+    if block > network.depth:
+        raise ConfigError(
+            f"training.align_block = {block}, but the network has {network.depth} blocks; use one from 1 to "
+            f"{network.depth}"
+        )
 
 
 def _training_record(images: TrainingImages, *, labelled: bool) -> TrainingRecord:

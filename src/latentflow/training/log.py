@@ -25,17 +25,25 @@ NUM_TIME_BINS = 10
 
 
 class LossBins:
-    """The loss by time bin, summed on the device and read once per log line."""
+    """The losses, that of the velocity by time bin, summed on the device and read once per log line."""
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(2, NUM_TIME_BINS, device=device)
+        self.align_sum = torch.zeros((), device=device)
+        self.is_aligned = False
 
     def add(self, result: StepResult) -> None:
         """Take in the losses of a micro-batch."""
-        self.sums += torch.stack(sum_by_time(result.time, result.loss.detach(), NUM_TIME_BINS))
+        self.sums += torch.stack(sum_by_time(result.time, result.velocity_loss.detach(), NUM_TIME_BINS))
+        if result.align_loss is not None:
+            self.align_sum += result.align_loss.detach().sum()
+            self.is_aligned = True
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """The mean `loss` over all images, and `loss_by_time` over those of each time bin that has any ("0.3-0.4").
+
+        The loss is that of the velocity, to be compared between runs with and without a head; where there is one,
+        `align_loss` is its mean, not weighted.
 
         Args:
             reduce: sums a tensor over all processes.
@@ -46,7 +54,8 @@ class LossBins:
             for n, (total, count) in enumerate(zip(sums, counts, strict=True))
             if count
         }
-        return {"loss": sum(sums) / sum(counts), "loss_by_time": bins}
+        aligned = {"align_loss": float(reduce(self.align_sum)) / sum(counts)} if self.is_aligned else {}
+        return {"loss": sum(sums) / sum(counts), "loss_by_time": bins, **aligned}
 
 
 class Clock:

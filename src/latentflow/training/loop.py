@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from latentflow.data.batches import Batch, StreamPositions, TrainingImages, stream_batches
 from latentflow.data.prefetch import lost_workers
 from latentflow.errors import ConfigError
+from latentflow.networks.align_head import sampled_part
 from latentflow.networks.running import compile_blocks
 from latentflow.runtime import Runtime
 from latentflow.training.checkpoint import (
@@ -144,7 +145,7 @@ class Learner:
 
     def __init__(self, job: Job):
         self.job, self.network, self.parameters = job, job.network, list(job.network.parameters())
-        self.ema = EMA(job.network, job.config.ema_decay, job.ema_lengths)
+        self.ema = EMA(sampled_part(job.network), job.config.ema_decay, job.ema_lengths)
         self.optimizer = build_optimizer(job.network, job.optimizer)
         newest = newest_checkpoint(job.run)
         self.is_resumed = newest is not None

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentflow.errors import ConfigError
 from latentflow.model.config import ModelConfig
+from latentflow.networks.align_head import HEAD_LAYERS, AlignedNetwork
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.running import MEMORY_MODES, MemoryMode
 from latentflow.networks.unet import UNetConfig
@@ -25,39 +27,59 @@ _KEPT_BY_UNET = {"none": (54, 27), "recompute-cheap": (30, 15), "checkpoint": (1
 _RESERVE = 0.1  # of the memory, for what is not estimated
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Number of weights of the network that a config describes; nothing is allocated."""
+def network_in_training(config: ModelConfig, *, aligned: bool = False) -> nn.Module:
+    """The network that a config describes, if `aligned` with an `AlignHead`; nothing is allocated."""
     with without_memory():
         network = config.build_network()
+        return AlignedNetwork(network, block=1) if aligned else network
+
+
+def count_parameters(config: ModelConfig, *, aligned: bool = False) -> int:
+    """Number of weights of the network that a config describes; nothing is allocated.
+
+    Args:
+        aligned: with those of an `AlignHead`.
+    """
+    network = network_in_training(config, aligned=aligned)
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def forward_flops(config: ModelConfig) -> int:
+def forward_flops(config: ModelConfig, *, aligned: bool = False) -> int:
     """Floating-point operations of a forward pass for one image: 2 for each multiply-add.
 
     Products, convolutions and attention are counted, on tensors without data. A training step takes three times as
     many: each product has two more in the backward pass.
+
+    Args:
+        aligned: with those of an `AlignHead`.
     """
+    network = network_in_training(config, aligned=aligned)
     with without_memory(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         latents = torch.empty(1, *config.latent_shape)
-        config.build_network()(latents, torch.empty(1), config.conditioning.build(latents.shape, latents.device))
+        network(latents, torch.empty(1), config.conditioning.build(latents.shape, latents.device))
     return counter.get_total_flops()
 
 
-def bytes_per_image(network: DiTConfig | UNetConfig, side: int, *, half: bool, memory: MemoryMode = "none") -> int:
+def bytes_per_image(
+    network: DiTConfig | UNetConfig, side: int, *, half: bool, memory: MemoryMode = "none", aligned: bool = False
+) -> int:
     """Estimated bytes of one image in training: what is saved for the backward pass, plus one block.
 
     Args:
         side: height and width of its latents.
         half: whether most of the computation is in bf16 or fp16.
         memory: what the backward pass recomputes.
+        aligned: with what an `AlignHead` saves.
     """
     if isinstance(network, DiTConfig):
-        kept = _kept_by_block(network, 2 if half else 4)
+        e = 2 if half else 4
+        kept = _kept_by_block(network, e)
         # After the blocks, the last norm saves the residual stream, and the last layer its input.
-        per_channel = network.depth * kept[memory] + kept["none"] + _WIDE + (2 if half else 4)
+        per_channel = network.depth * kept[memory] + kept["none"] + _WIDE + e
         if network.value_residual:  # the values of the first block, which the others share
-            per_channel += 2 if half else 4
+            per_channel += e
+        if aligned:  # the inputs of its layers; the first is the residual stream, of which autocast makes a copy
+            per_channel += (HEAD_LAYERS if half else HEAD_LAYERS - 1) * e
         return round((side // network.patch_size) ** 2 * network.hidden_size * per_channel)
     kept = {mode: narrow if half else wide for mode, (wide, narrow) in _KEPT_BY_UNET.items()}
     per_level = 2 * network.blocks_per_level + 1
@@ -98,7 +120,9 @@ def memory_mode(
     config: ModelConfig,
     images: int,
     runtime: Runtime,
+    *,
     averages: int = 1,
+    aligned: bool = False,
 ) -> MemoryMode:
     """The memory mode of a run; for "auto" the fastest one that fits, the same in all processes with equal devices.
 
@@ -106,6 +130,7 @@ def memory_mode(
         config: of the model that is trained.
         images: computed together by one process.
         averages: of the weights, that are kept.
+        aligned: with an `AlignHead`.
     """
     if word != "auto":
         return word
@@ -114,15 +139,17 @@ def memory_mode(
     if memory is None:
         return "none"
     available = memory // (1 if device.type == "cuda" else runtime.local_world)
-    return fitting_mode(config, images, half=half, memory=available, averages=averages)
+    return fitting_mode(config, images, half=half, memory=available, averages=averages, aligned=aligned)
 
 
-def fitting_mode(config: ModelConfig, images: int, *, half: bool, memory: int, averages: int = 1) -> MemoryMode:
+def fitting_mode(
+    config: ModelConfig, images: int, *, half: bool, memory: int, averages: int = 1, aligned: bool = False
+) -> MemoryMode:
     """The fastest mode in which training on `images` together fits into `memory` bytes; the leanest if none does."""
-    state = state_bytes(count_parameters(config), half=half, averages=averages)
+    state = state_bytes(count_parameters(config, aligned=aligned), half=half, averages=averages)
     side = config.latent_shape[-1]
     for mode in MEMORY_MODES:
-        needed = state + images * bytes_per_image(config.network, side, half=half, memory=mode)
+        needed = state + images * bytes_per_image(config.network, side, half=half, memory=mode, aligned=aligned)
         if needed <= memory * (1 - _RESERVE):
             return mode
     return MEMORY_MODES[-1]

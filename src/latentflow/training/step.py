@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latentflow.autoencoder import to_unit_range
 from latentflow.data.batches import Batch
-from latentflow.flow.loss import flow_matching_loss
+from latentflow.flow.loss import align_loss, flow_matching_loss
 from latentflow.flow.times import TrainingTimes
 from latentflow.model.conditioning import ConditionName
 from latentflow.model.flow_model import FlowModel
@@ -33,23 +33,35 @@ class StepResult:
     """The result of one forward pass.
 
     Attributes:
-        loss: [B] float32, the flow-matching loss of each image, with its graph.
+        velocity_loss: [B] float32, the flow-matching loss of each image, with its graph.
         time: [B] float32, the time drawn for each image.
+        align_loss: [B] float32, that of the predicted latents, with its graph; None without `align_weight`.
+        align_weight: weight of `align_loss`.
     """
 
-    loss: Tensor
+    velocity_loss: Tensor
     time: Tensor
+    align_loss: Tensor | None = None
+    align_weight: float = 0.0
+
+    @property
+    def loss(self) -> Tensor:
+        """[B] float32, what is minimised."""
+        if self.align_loss is None:
+            return self.velocity_loss
+        return self.velocity_loss + self.align_weight * self.align_loss
 
 
 def training_step(
     model: FlowModel,
-    network: Callable[[Tensor, Tensor, Condition], Tensor],
+    network: Callable[[Tensor, Tensor, Condition], Tensor | tuple[Tensor, Tensor]],
     batch: Batch,
     *,
     times: TrainingTimes,
     batch_size: int,
     seed: int,
     conditions: Collection[ConditionName] | None = None,
+    align_weight: float = 0.0,
 ) -> StepResult:
     """Draw time, latents, noise and dropped conditions for each image, and compare velocities.
 
@@ -61,6 +73,8 @@ def training_step(
         batch: from the data loader; its tensors go to the model's device.
         batch_size: images per optimizer step over all processes, for stratified times.
         conditions: those given for every image; None: dropout, each is dropped at random.
+        align_weight: of the loss of the latents that `network`, an `AlignedNetwork`, returns with the velocity; 0:
+            it returns the velocity alone.
     """
     device = model.device
     positions = on_device(batch.positions, device)
@@ -74,13 +88,18 @@ def training_step(
     dropped = model.config.conditioning.draw_dropped(random)
     if conditions is not None:
         dropped = {name: torch.full_like(rows, name not in conditions) for name, rows in dropped.items()}
-    condition = _condition(model, batch, data, dropped)
+    condition, predicted = _condition(model, batch, data, dropped), None
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal predicted
         with model.runtime.autocast(), _repeatable_dropout(model.network, derive_seed(seed, "dropout", first)):
-            return network(x, t, condition)
+            found = network(x, t, condition)
+        found, predicted = found if align_weight else (found, None)
+        return found
 
-    return StepResult(flow_matching_loss(velocity, model.config.path, data, noise, time), time)
+    velocity_loss = flow_matching_loss(velocity, model.config.path, data, noise, time)
+    aligned = None if predicted is None else align_loss(predicted, data)
+    return StepResult(velocity_loss, time, aligned, align_weight)
 
 
 @contextmanager

@@ -6,15 +6,17 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentflow.data.batches import TrainingImages
 from latentflow.model.flow_model import FlowModel
+from latentflow.networks.align_head import add_align_head
 from latentflow.networks.running import restore_blocks, set_memory
+from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
 from latentflow.training.checkpoint import Progress
 from latentflow.training.compiling import compiles
-from latentflow.training.config import Recipe
+from latentflow.training.config import Recipe, TrainingConfig
 from latentflow.training.interruption import Outcome
 from latentflow.training.log import LossBins
 from latentflow.training.loop import Job, micro_batches, run_loop
@@ -45,7 +47,9 @@ def train_velocity(
     """
     config, parts = recipe.training, micro_batches(recipe.training, runtime)
     network = model.to(runtime).network.train().requires_grad_()
-    set_memory(network, memory_mode(config.memory, model.config, parts.size, runtime, config.num_averages))
+    kept = {"averages": config.num_averages, "aligned": config.is_aligned}
+    set_memory(network, memory_mode(config.memory, model.config, parts.size, runtime, **kept))
+    compare = partial(training_step, model, times=recipe.times, batch_size=config.batch_size, seed=config.seed)
 
     def record(progress: Progress) -> None:
         done = {"num_images": len(images), "step": progress.step, "images_seen": progress.images_seen}
@@ -58,8 +62,8 @@ def train_velocity(
             preview(model, average, step)
 
     job = Job(
-        network=network,
-        compare=partial(training_step, model, times=recipe.times, batch_size=config.batch_size, seed=config.seed),
+        network=_with_head(network, config),
+        compare=partial(compare, align_weight=config.align_weight),
         meter=LossBins,
         images=images,
         run=run,
@@ -79,3 +83,10 @@ def train_velocity(
     outcome, _ = run_loop(job)
     restore_blocks(network.eval().requires_grad_(False))
     return outcome
+
+
+def _with_head(network: nn.Module, config: TrainingConfig) -> nn.Module:
+    """The network that is trained: the model's, with the head that the recipe asks for."""
+    if not config.is_aligned:
+        return network
+    return add_align_head(network, config.align_block, derive_seed(config.seed, "align head"))

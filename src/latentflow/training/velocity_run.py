@@ -174,12 +174,13 @@ def _require_memory(recipe: Recipe, runtime: Runtime, config: ModelConfig) -> No
     """Refuse a network or a batch that the memory cannot hold, before it is built."""
     share, half = micro_batches(recipe.training, runtime).size, runtime.precision in ("bf16", "fp16")
     averages = recipe.training.num_averages
-    mode = memory_mode(recipe.training.memory, config, share, runtime, averages)
+    aligned = recipe.training.is_aligned
+    mode = memory_mode(recipe.training.memory, config, share, runtime, averages=averages, aligned=aligned)
     free, shared = free_memory(runtime.device), 1 if runtime.device.type == "cuda" else runtime.local_world
     require_memory(
         config.network.title,
-        count_parameters(config),
-        bytes_per_image(config.network, config.latent_shape[-1], half=half, memory=mode),
+        count_parameters(config, aligned=aligned),
+        bytes_per_image(config.network, config.latent_shape[-1], half=half, memory=mode, aligned=aligned),
         share,
         free // shared if free else None,
         key="training.micro_batch_size",
