@@ -236,7 +236,7 @@ def test_resume_with_everything_switched_on(train):
         "conditioning": {"label_dropout": 0.5},
         "network": {"variant": "modern", "value_residual": True},
     }
-    steps = {"micro_batch_size": 2, "checkpoint_every": 2, "align_weight": 0.5}
+    steps = {"micro_batch_size": 2, "checkpoint_every": 2, "align_weight": 0.5, "ema_lengths": [0.05]}
     whole = train("whole", training=steps, **given)
     with pytest.MonkeyPatch.context() as patched:
         for stop in (5, 11):  # micro-batches: within step 3, and within step 6 of the rest
