@@ -30,6 +30,7 @@ from latentflow.planning.units import gib
 from latentflow.training.checkpoint import newest_checkpoint
 from latentflow.training.config import Recipe, load_recipe, recipe_names
 from latentflow.training.memory import forward_flops
+from latentflow.training.optim import OptimizerConfig
 from tests import tiny
 
 NETWORKS = {
@@ -271,6 +272,25 @@ def test_a_speed_may_be_stated():
     assert found.seconds_per_step == pytest.approx(128 * 711.7e9 * SLOWER[found.memory.mode] / (0.4 * 989e12), rel=1e-3)
     assert not found.speed.measured
     assert found.seconds == pytest.approx(found.recipe.training.steps * found.seconds_per_step)
+
+
+def test_orthogonalisation_takes_time():
+    """Per step, whatever the batch: 13.27 TFLOP for the matrices of DiT-XL/2, at the same share of the stated speed."""
+    sizes = ("network={name: DiT-XL/2, variant: modern}", "training.batch_size=128", "training.preview_every=0")
+    adamw, muon, seldom = (
+        planned("own_images", *sizes, *given, device_memory=80, device_tflops=989)
+        for given in ([], ["optimizer.kind=muon"], ["optimizer.kind=muon", "optimizer.orthogonalise_every=4"])
+    )
+    more = muon.seconds_per_step - adamw.seconds_per_step
+    assert more == pytest.approx(13.27e12 / (0.4 * 989e12), rel=1e-3)
+    assert seldom.seconds_per_step - adamw.seconds_per_step == pytest.approx(more / 4)
+
+
+def test_orthogonalisation_is_measured_where_it_is_asked_for():
+    config, found = planned_config("demo"), plan_probe.seconds_of_orthogonalisation
+    without, measured = (found(config, OptimizerConfig(kind=kind), tiny.CPU) for kind in ("adamw", "muon"))
+    assert without == 0
+    assert measured > 0
 
 
 def planned_config(name: str):
