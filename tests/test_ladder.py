@@ -281,6 +281,7 @@ def test_a_climb_trains_every_rung_for_the_same_seconds(ladder, rules, tmp_path,
     assert len(probes) == 3 + 6 + 6
     assert probes[3::2] == [probes[0]] * 6
     page = (tmp_path / "results" / "RESULTS.md").read_text()
+    assert "network.depth=2 network.hidden_size=32" in page and "training.batch_size=8" in page
     assert "| 2 | faster | 2 | 1,200 | 8.05 ± 0.071 |" in page
     assert "| +2.05 on 0, spread 0.11 | kept |" in page
     assert "**2 reaches the distance of theirs in 0.50 of its time** (0.50 to 0.50 over 2 seeds" in page

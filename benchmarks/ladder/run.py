@@ -262,7 +262,11 @@ def probe(place: Place, spec: Spec, name: str) -> float:
     run = place.work / "probes" / spec.training
     shutil.rmtree(run, ignore_errors=True)
     every = max(place.probe_steps // 6, 1)
-    extra = (f"training.log_every={every}", f"training.checkpoint_every={10**6}")
+    extra = [f"training.log_every={every}", f"training.checkpoint_every={10**6}"]
+    if "ema_lengths" in spec.changes.get("training", {}):
+        extra.append(
+            "training.ema_snapshots=1"
+        )  # a whole run has few for its length, and writes them in the background
     train(place, spec, run, place.probe_steps, 0, limit=_LEAST_LIMIT, extra=extra)
     seconds = median_seconds(run)
     print(f"  {name}: {1000 * seconds:.1f} ms a step", flush=True)

@@ -40,7 +40,7 @@ def section(setting: Setting, steps: Sequence[Step], outcomes: Sequence[Outcome]
     """The results of one setting."""
     done = [one for one in outcomes if not one.failed]
     machines = sorted({one.machine for one in outcomes if one.machine})
-    changed = f" Changed in all: `{setting.changes}`." if setting.changes else ""
+    changed = f" Changed in all: `{' '.join(flat(setting.changes))}`." if setting.changes else ""
     changed += (
         " Speeds were probed while other programs computed, so the seconds are not equal." if setting.busy else ""
     )
@@ -60,6 +60,15 @@ def section(setting: Setting, steps: Sequence[Step], outcomes: Sequence[Outcome]
         if runs:
             lines.append(row(step, runs))
     return "\n".join([*lines, "", *sentence(steps, outcomes)]) + "\n"
+
+
+def flat(changes: Mapping[str, Any], before: str = "") -> list[str]:
+    """Nested changes as `key=value`."""
+    found = []
+    for key, value in changes.items():
+        name = f"{before}{key}"
+        found += flat(value, f"{name}.") if isinstance(value, Mapping) else [f"{name}={value}"]
+    return found
 
 
 def row(step: Step, runs: Sequence[Outcome]) -> str:
