@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -355,6 +356,38 @@ def test_every_nth_image_of_each_class_is_held_out(ladder, tmp_path):
         split.main(given)
     with pytest.raises(SystemExit, match="no sub-folders"):
         split.main([str(tmp_path / "all" / "cat"), "--out", str(tmp_path / "other")])
+
+
+def test_what_a_killed_ladder_has_begun_keeps_others_away(ladder, tmp_path):
+    """The lock is that of an open file, which the process begun has as well."""
+    run = ladder("run")
+    with run.alone(tmp_path):
+        with pytest.raises(SystemExit, match="still works here"), run.alone(tmp_path):
+            pass
+        command = [sys.executable, "-c", "input()"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, close_fds=False)
+    try:
+        with pytest.raises(SystemExit, match="still works here"), run.alone(tmp_path):
+            pass
+    finally:
+        process.communicate(b"\n")
+    with run.alone(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--set", "a"], "--set a: give key=value"),
+        (["--rungs", "7"], "there is no rung '7'; there are 0, 1, 2"),
+        (["--seeds", "x"], "2"),
+    ],
+)
+def test_wrong_options_of_a_climb(ladder, tmp_path, two_rungs, given, message):
+    with pytest.raises(SystemExit, match=message):
+        ladder("run").main(arguments(tmp_path, *given))
+    with pytest.raises(SystemExit, match="--train is missing"):
+        ladder("run").main(["--results", str(tmp_path / "results")])
 
 
 def test_speeds_are_not_probed_on_a_busy_machine(ladder, monkeypatch):

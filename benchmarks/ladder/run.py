@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import fcntl
 import json
 import os
 import platform
@@ -24,7 +25,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -35,7 +37,6 @@ from rules import FINAL, Outcome, Rung, Setting, Spec, Step, climb, key_of, last
 from table import write_table
 
 from latentflow.artifacts import json_line, make_folder, read_json, sha256_file, write_text
-from latentflow.locks import only_writer
 
 HERE = Path(__file__).parent
 BASE = HERE / "base.yaml"
@@ -78,21 +79,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = make_folder(options.results) / "results.jsonl"
     if not options.render:
         place = _place(options, results, recipe)
-        seeds = [int(seed) for seed in options.seeds.split(",")]
         chosen = options.rungs.split(",") if options.rungs else list(rungs)
         if unknown := [name for name in chosen if name not in rungs]:
             raise SystemExit(f"--rungs: there is no rung {unknown[0]!r}; there are {', '.join(rungs)}")
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the process that runs, too
-        with only_writer(place.work), only_writer(results.with_suffix(".json")):
-            whole_ladder(place, rungs, chosen, seeds)
-            shares = [float(share) for share in options.shares.split(",")] if options.shares else []
-            parts_of_the_time(place, rungs, seeds, shares)
+        with alone(Path(options.work)):
+            whole_ladder(place, rungs, chosen, options.seeds)
+            parts_of_the_time(place, rungs, options.seeds, options.shares)
     write_table(Path(options.results) / "RESULTS.md", rungs, read_outcomes(results), recipe)
     print(f"written to {Path(options.results) / 'RESULTS.md'}")
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, and let every process that is begun hold it: it outlives a kill of this one.
+
+    Raises:
+        SystemExit: another ladder, or what it began, holds it.
+    """
+    with (folder / ".ladder.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(
+                f"{folder}: a ladder, or a command that one has begun, still works here; wait for it"
+            ) from None
+        os.set_inheritable(file.fileno(), True)
+        yield
+
+
 def whole_ladder(place: Place, rungs: Mapping[str, Rung], chosen: Sequence[str], seeds: Sequence[int]) -> None:
-    """Run the chosen rungs from the lowest to the highest; those without a recipe to stand on yet come later."""
+    """Run the baseline and the references, seed by seed, then the chosen rungs from the lowest to the highest."""
     names = list(rungs)
     base_and_references = [name for name in names if rungs[name].role != "rung" and name in chosen]
     for seed in seeds:  # in turn: what drifts meets all of them
@@ -296,7 +313,8 @@ def run_process(command: Sequence[str], log: Path, limit: float) -> Path:
     make_folder(log.parent)
     out, err = (log.with_name(f"{log.name}.{kind}") for kind in ("out", "err"))
     with out.open("wb") as stdout, err.open("wb") as stderr:
-        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True)
+        # In a session of its own: Ctrl-C reaches this process only, which ends the other. It gets the lock of `alone`.
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True, close_fds=False)
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -380,7 +398,9 @@ def _place(options: argparse.Namespace, results: Path, recipe: Mapping[str, Any]
         raise SystemExit(f"--{missing[0].replace('_', '-')} is missing")
     changes: dict[str, Any] = {}
     for given in options.set or ():
-        key, _, value = given.partition("=")
+        key, equals, value = given.partition("=")
+        if not equals:
+            raise SystemExit(f"--set {given}: give key=value, such as training.batch_size=64")
         for part in reversed(key.split(".")):
             value = {part: yaml.safe_load(value) if isinstance(value, str) else value}
         changes = merged(changes, value)
@@ -418,6 +438,14 @@ def _machine(device: str) -> str:
     return f"{names[0] if names else platform.machine()}, {threads} thread(s)"
 
 
+def _whole_numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",") if part]
+
+
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", help="images to train on: a folder or zip, sub-folders as classes")
@@ -429,10 +457,13 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--ladder", default=HERE, help="folder with rungs/")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seconds", type=float, default=360.0, help="of training, for each run")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", type=_whole_numbers, default=[0, 1, 2], help="default: 0,1,2")
     parser.add_argument("--rungs", help="only these, by file name; they still stand on every rung kept before")
     parser.add_argument(
-        "--shares", default="0.25,0.33,0.5", help="of the time that the last kept recipe is trained for"
+        "--shares",
+        type=_numbers,
+        default=[0.25, 0.33, 0.5],
+        help="of the time that the last kept recipe is trained for, too; default: 0.25,0.33,0.5",
     )
     parser.add_argument("--num", type=int, default=2500, help="samples of each run")
     parser.add_argument("--image-size", type=int, default=64)
