@@ -72,6 +72,7 @@ RECIPE: dict[str, Any] = {
         "ema_decay": 0.9,
         "log_every": 1,
         "checkpoint_every": 100,
+        "keep_at": [],
         "preview_every": 0,
     },
     "sampling": {"solver": "euler", "steps": 2},

@@ -6,6 +6,7 @@ of the command line as well.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from latentflow.data.painting.mask_reader import Mask
 from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
+from latentflow.model.guide_reference import GuideReference
 from latentflow.sampling import edits, inpaint, inversion, mask_to_image, pipeline
 from latentflow.sampling.inputs import ImageInput, MapInput
 from latentflow.sampling.inversion import Inversion
@@ -41,6 +43,7 @@ class SamplingOptions(TypedDict, total=False):
     guidance_interval: tuple[float, float] | None
     guided_by: list[str] | None
     guided_channels: int | None
+    guide: str | Path | GuideReference | None
     solver: str | None
     steps: int | None
     shift: float | None

@@ -10,11 +10,10 @@ import torch
 
 from latentflow.commands.benchmark import benchmark
 from latentflow.errors import ConfigError
-from latentflow.evaluation.drawing_cost import multiply_adds
 from latentflow.evaluation.request import BenchmarkRequest
 from latentflow.model.flow_model import read_config
-from latentflow.sampling.drawing import make_drawing
-from latentflow.sampling.request import SampleRequest
+from latentflow.sampling.call_cost import multiply_adds
+from latentflow.shapes import Condition
 from tests import tiny
 from tests.processes import run_here
 
@@ -79,7 +78,9 @@ def test_multiply_adds_are_those_of_the_layers(deterministic):
 
     for module in model.network.modules():
         module.register_forward_hook(count)
-    made = multiply_adds(model, make_drawing(model, SampleRequest(num=2)))
+    latents = torch.zeros(1, *model.config.latent_shape)
+    model.network(latents, torch.ones(1), Condition())
+    made = multiply_adds(model.config)
     tokens, config = (tiny.IMAGE_SIZE // tiny.FACTOR // 2) ** 2, model.config.network
     assert made == counted["n"] + config.depth * 2 * tokens**2 * config.hidden_size
 

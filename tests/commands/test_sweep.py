@@ -260,3 +260,33 @@ def test_a_folder_with_something_else_is_not_touched(small, tmp_path):
 def test_a_single_preset_is_not_said_to_be_compared(small):
     found = verdict(small(steps=[1]))
     assert found[0] == "euler-1 is the only preset that was measured; there is nothing to compare it with."
+
+
+def test_guides_are_compared_and_written(tmp_path, deterministic, images):
+    """The weights of a guide are in the plan; a preset that is written names it, and draws with it."""
+    run = tmp_path / "run"
+    tiny.model(deterministic, class_names=()).save_pretrained(run / "model")
+    early = tiny.model(deterministic, class_names=(), seed=4)
+    early.save_pretrained(run / "checkpoints" / "step-00000004" / "model")
+    given = {"solvers": ["euler"], "steps": [2], "guidance": [2.0], "num": 100, "margin": 0.9}
+    request = SweepRequest(model=run, data=images, out=tmp_path / "out", guides=["@4"], write=True, **given)
+    result = sweep(request, tiny.CPU)
+    guide = {"model": "@4", "weights": early.weights_hash[:12]}
+    assert result.presets == {
+        "euler-2_g2_by-4": {
+            "solver": "euler",
+            "guidance": 2.0,
+            "guidance_interval": (0.0, 1.0),
+            "steps": 2,
+            "shift": 1.0,
+            "guide": guide,
+        }
+    }
+    assert read_config(run / "model").sampling.guide.model_dump() == guide
+    drawn = LatentFlow.from_pretrained(run, device="cpu").sample(num=1)
+    assert drawn.drawing.sampling.guide.model_dump() == guide
+    assert "--guide @4" in (tmp_path / "out" / "page.html").read_text(encoding="utf-8")
+    assert sweep(request, tiny.CPU).seconds_per_image == result.seconds_per_image
+    with pytest.raises(ArtifactError, match="no snapshot of step 5"):
+        sweep(request.model_copy(update={"guides": ["@5"], "out": tmp_path / "other"}), tiny.CPU)
+    assert not (tmp_path / "other").exists()

@@ -65,6 +65,17 @@ def test_combinations_leave_out_what_makes_no_difference():
     assert "steps" not in made["dopri5-0.01"]
 
 
+def test_guides_are_combined_with_guidance_alone():
+    guides = ["none", "@1/8", "runs/cats@1/16", "elsewhere/cats@1/16"]
+    made = combinations(solvers=["heun"], **{**GRID, "guidances": [1.0, 2.0]}, guides=guides)
+    one, *guided = made
+    assert one == "heun-4"
+    assert "guide" not in made[one]
+    assert guided[:2] == ["heun-4_g2", "heun-4_g2_by-1-8"]
+    assert [name[:16] for name in guided[2:]] == ["heun-4_g2_by-16-"] * 2
+    assert [made[name]["guide"]["model"] for name in guided] == guides
+
+
 def test_cheap_candidates_come_first():
     made = combinations(solvers=["rk4", "heun", "ab2"], **{**GRID, "steps": [8, 2], "guidances": [2.0, 1.0]})
     assert list(made) == [

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentflow.errors import ConfigError
-from latentflow.flow.guidance import ConditionedVelocity
+from latentflow.flow.guidance import ConditionedVelocity, Guide
 from latentflow.shapes import Condition
 
 NULL = 9
@@ -142,3 +142,77 @@ def test_guidance_on_the_first_channels_only(scale):
 def test_guided_channels_must_be_there():
     with pytest.raises(ConfigError, match="guided channels: 0; give 1 or more"):
         ConditionedVelocity(Network(), Condition(labels=LABELS), Condition(labels=LABELS), 1.5, guided_channels=0)
+
+
+# Another network in the place of the null condition
+
+
+class Other(Network):
+    """velocity = 10 label * x - time."""
+
+    def __call__(self, latents, time, condition):
+        return 10 * super().__call__(latents, time, condition) - 11 * time[:, None, None, None]
+
+
+OTHERS = torch.tensor([5, 6, 7])
+
+
+def guided_by_other(scale, interval=(0.0, 1.0), guided_channels=None, cost=1):
+    network, other = Network(), Other()
+    guide = Guide(other, Condition(labels=OTHERS), cost)
+    velocity = ConditionedVelocity(
+        network, Condition(labels=LABELS), None, scale, interval, guided_channels, guide=guide
+    )
+    return network, other, velocity
+
+
+def velocity_of_other(labels):
+    return 10 * labels[:, None, None, None] * X - TIME.float()[:, None, None, None]
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.5, 4.0])
+def test_formula_with_a_guide_under_its_own_condition(scale):
+    network, other, velocity = guided_by_other(scale)
+    v, v_guide = velocity_of(LABELS), velocity_of_other(OTHERS)
+    torch.testing.assert_close(velocity(X, TIME), v_guide + scale * (v - v_guide))
+    assert [labels.tolist() for _, _, labels in network.calls] == [LABELS.tolist()]
+    assert [labels.tolist() for _, _, labels in other.calls] == [OTHERS.tolist()]
+    assert velocity.evaluations.tolist() == [2, 2, 2]
+    assert velocity.evaluations.dtype == torch.int64
+
+
+@pytest.mark.parametrize(("scale", "calls"), [(1.0, (1, 0)), (0.0, (0, 1))])
+def test_scales_one_and_zero_call_one_of_the_two(scale, calls):
+    network, other, velocity = guided_by_other(scale, cost=0.25)
+    wanted = velocity_of(LABELS) if scale == 1 else velocity_of_other(OTHERS)
+    torch.testing.assert_close(velocity(X, TIME), wanted)
+    assert (len(network.calls), len(other.calls)) == calls
+    assert velocity.evaluations.tolist() == [calls[0] + 0.25 * calls[1]] * 3
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0])
+def test_a_guide_is_called_for_the_images_inside_the_interval(scale):
+    """Each image has its own time; what a call of the guide costs is counted for these."""
+    network, other, velocity = guided_by_other(scale, interval=(0.4, 0.8), cost=0.25)
+    v, v_guide = velocity_of(LABELS), velocity_of_other(OTHERS)
+    expected = torch.cat([v[:1], (v_guide + scale * (v - v_guide))[1:]])
+    torch.testing.assert_close(velocity(X, TIME), expected)
+    assert [labels.tolist() for _, _, labels in other.calls] == [[6, 7]]
+    assert [labels.tolist() for _, _, labels in network.calls] == [[1, 2, 3] if scale else [1]]
+    assert velocity.evaluations.tolist() == [1, *[1.25 if scale else 0.25] * 2]
+
+
+def test_a_guide_is_not_called_outside_the_interval():
+    network, other, velocity = guided_by_other(2.0, interval=(0.9, 1.0))
+    assert torch.equal(velocity(X, TIME), velocity_of(LABELS))
+    assert (len(network.calls), len(other.calls)) == (1, 0)
+
+
+def test_selected_images_keep_their_guide_and_their_channels():
+    _, other, velocity = guided_by_other(3.0, guided_channels=1, cost=0.5)
+    rows = torch.tensor([2, 0])
+    v, v_guide = velocity_of(LABELS), velocity_of_other(OTHERS)
+    expected = torch.cat([(v_guide + 3 * (v - v_guide))[:, :1], v[:, 1:]], dim=1)
+    torch.testing.assert_close(velocity.select(rows)(X[rows], TIME[rows]), expected[rows])
+    assert other.calls[0][2].tolist() == [7, 5]
+    assert velocity.evaluations.tolist() == [1.5, 0, 1.5]

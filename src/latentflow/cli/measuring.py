@@ -48,14 +48,15 @@ def benchmark(
 
 
 def _cost_rows(result: BenchmarkResult) -> dict[str, str]:
-    sampling, spread = result.sampling, f"{result.fewest} to {result.most}"
+    sampling, spread = result.sampling, f"{result.fewest:g} to {result.most:g}"
+    guide = "" if sampling.guide is None else f" away from {sampling.guide.model}"
     rows = {
-        "drawn": f"{result.num} images, {sampling.solver}, guidance {sampling.guidance:g}",
+        "drawn": f"{result.num} images, {sampling.solver}, guidance {sampling.guidance:g}{guide}",
         "conditions": ", ".join(result.told) or "none",
         "evaluations per image": f"{result.evaluations:g}" + (f", {spread}" if len(result.histogram) > 1 else ""),
     }
     if len(result.histogram) > 1:
-        rows["images by evaluations"] = ", ".join(f"{calls}: {n}" for calls, n in result.histogram.items())
+        rows["images by evaluations"] = ", ".join(f"{calls:g}: {n}" for calls, n in result.histogram.items())
     for batch in result.batches:
         memory = "" if batch.peak_bytes is None else f", {batch.peak_bytes / 2**20:,.0f} MiB"
         rows[f"batch of {batch.batch_size}"] = (
@@ -172,6 +173,8 @@ def _preset_line(preset: SamplingPreset) -> str:
     adaptive = is_adaptive(preset.solver)
     parts = [f"{preset.solver}, " + (f"tolerance {preset.rtol:g}" if adaptive else f"{preset.steps} steps")]
     parts.append(f"guidance {preset.guidance:g}")
+    if preset.guidance != 1 and preset.guide is not None:
+        parts.append(f"away from {preset.guide.model}")
     if preset.guidance != 1 and preset.guidance_interval != (0.0, 1.0):
         parts.append("between {:g} and {:g}".format(*preset.guidance_interval))
     if preset.shift != 1 and not adaptive:

@@ -103,7 +103,8 @@ def evaluation_rows(result: Evaluation) -> dict[str, str]:
     rows["features"] = f"{protocol.features.name} {protocol.features.hash[:12]}"
     if protocol.evaluations is not None:
         calls, how = protocol.evaluations, protocol.sampling
-        rows["drawn by"] = f"{how['solver']}, {how['steps']} steps, guidance {how['guidance']:g}"
+        guide = f" away from {how['guide']['model']}" if how.get("guide") else ""
+        rows["drawn by"] = f"{how['solver']}, {how['steps']} steps, guidance {how['guidance']:g}{guide}"
         rows["evaluations per image"] = f"{calls.mean:.5g} ({calls.min} to {calls.max})"
     rows["seconds"] = ", ".join(f"{what} {value:.1f}" for what, value in protocol.seconds.items())
     return {**rows, "report": str(result.file)} if result.file else rows

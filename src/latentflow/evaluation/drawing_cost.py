@@ -15,14 +15,13 @@ from statistics import median
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from latentflow.evaluation.request import BenchmarkRequest
 from latentflow.flow.times import sampling_times
 from latentflow.model.config import SamplingPreset
 from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
+from latentflow.sampling.call_cost import multiply_adds
 from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.pipeline import conditioned_velocity, initial_noise, solve
 from latentflow.sampling.request import SampleRequest
@@ -59,7 +58,7 @@ class BenchmarkResult:
         told: their conditions; of maps and holes, nothing was known.
         num: images drawn for each figure.
         repeats: timed repeats, after one that warms up.
-        evaluations: mean network calls per image; a guided call counts twice.
+        evaluations: mean network calls per image; a guided call counts twice, or as much more as its guide costs.
         fewest, most: of any image.
         histogram: number of images by their network calls, rising.
         batches: the cost at each batch size, rising.
@@ -78,9 +77,9 @@ class BenchmarkResult:
     num: int
     repeats: int
     evaluations: float
-    fewest: int
-    most: int
-    histogram: dict[int, int]
+    fewest: float
+    most: float
+    histogram: dict[float, int]
     batches: list[BatchCost]
     parameters: int
     decoder_parameters: int
@@ -118,7 +117,7 @@ def measure_cost(flow: FlowModel, request: BenchmarkRequest) -> BenchmarkResult:
         batches=[one.cost for one in timed],
         parameters=_num_parameters(flow.network),
         decoder_parameters=_num_parameters(getattr(autoencoder, "decoder", autoencoder)),
-        multiply_adds=multiply_adds(flow, drawing),
+        multiply_adds=multiply_adds(flow.config),
         device=device_name(flow.device),
         precision=drawing.precision,
         threads=torch.get_num_threads(),
@@ -160,23 +159,6 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def multiply_adds(model: FlowModel, drawing: Drawing) -> int | None:
-    """Multiplications with an addition in one network call for the first image of `drawing`, by torch's own count.
-
-    The count is of matrix products and convolutions. None: torch cannot count them.
-    """
-    noise = initial_noise(model, drawing.at(slice(0, 1)))
-    velocity = conditioned_velocity(model, drawing.at(slice(0, 1)), {}, noise.shape)
-    time_ = torch.ones(1, device=noise.device)
-    try:
-        # not every device counts fused attention, so it is computed unfused
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model.velocity(noise, time_, velocity.condition)
-    except Exception:  # a count is not worth failing for, and a dispatch mode may meet anything
-        return None
-    return counter.get_total_flops() // 2 or None
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def drawn_columns(
     """Draw the images of a shard.
 
     Returns:
-        features [N, D] float32; evaluations [N] int64, network calls of each image (NFE), a guided call counted twice;
+        features [N, D] float32; evaluations [N], network calls of each image (NFE) as in `Samples.evaluations`;
         seconds [1, 2] float64, of solver and decoder, and of the features.
 
     Args:

@@ -225,6 +225,11 @@ class SweepRequest(Request):
     intervals: (
         Annotated[list[Annotated[tuple[Number, Number], AfterValidator(require_interval)]], FromText(_intervals)] | None
     ) = Field(None, description="Times between which guidance acts: 0:1,0.1:0.8; otherwise always.")
+    guides: Names | None = Field(
+        None,
+        description="Guides to compare: models as for --guide of `sample`, @1/8, and none for the null condition; "
+        "otherwise as in the model's preset.",
+    )
     shifts: Numbers = Field([1.0], description="Time shifts of the grid; 1: even.")
     ema: Numbers | None = Field(
         None,
@@ -246,6 +251,8 @@ class SweepRequest(Request):
     @model_validator(mode="after")
     def _check(self) -> SweepRequest:
         _require_features(self)
+        if self.guides is not None and not all(self.guides):
+            raise RequestError("guides", ": a name is empty; give models such as @1/8, or none")
         if self.budget is not None and not self.budget > 0:
             raise RequestError("budget", f" {self.budget:g} s: give more than 0, or remove it to measure everything")
         for length in self.ema or ():

@@ -24,6 +24,7 @@ from latentflow.metrics.pairs import discriminative_scores
 from latentflow.metrics.resampling import interval_over_images
 from latentflow.metrics.scores import require_enough, some_rows
 from latentflow.runtime import Runtime
+from latentflow.sampling.call_cost import call_count
 from latentflow.sampling.drawing import precision_for
 
 _PAIR_LABELS = {
@@ -110,7 +111,7 @@ def measured(columns: Columns, num_classes: int, seconds: Mapping[str, float]) -
     if "evaluations" in columns:
         calls, labels = columns["evaluations"], columns["labels"]
         found["evaluations"] = EvaluationCounts(
-            mean=float(calls.double().mean()), min=int(calls.min()), max=int(calls.max())
+            mean=float(calls.double().mean()), min=call_count(calls.min()), max=call_count(calls.max())
         )
         if (labels >= 0).all():
             found["label_counts"] = torch.bincount(labels, minlength=num_classes).tolist()

@@ -31,6 +31,7 @@ from latentflow.metrics.features.extractors import FeatureExtractor, JudgeFeatur
 from latentflow.metrics.scores import require_enough
 from latentflow.model.config import ModelConfig, SamplingPreset
 from latentflow.model.flow_model import WEIGHTS_FILE, FlowModel
+from latentflow.model.guide_reference import NO_GUIDE
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.drawing import make_drawing
@@ -113,9 +114,10 @@ def candidates_of(request: SweepRequest, config: ModelConfig) -> dict[str, Candi
     Raises:
         ConfigError: an unknown solver, a value out of range, or no candidate at all.
     """
-    guidances = request.guidance
+    guidances, guides = request.guidance, list(dict.fromkeys(request.guides or ()))
     if guidances is None:
-        guidances = GUIDANCES if "label" in config.conditioning.can_guide else (1.0,)
+        has_guide = config.sampling.guide is not None if not guides else guides != [NO_GUIDE]
+        guidances = GUIDANCES if has_guide or "label" in config.conditioning.can_guide else (1.0,)
     return combinations(
         solvers=request.solvers,
         steps=request.steps,
@@ -123,6 +125,7 @@ def candidates_of(request: SweepRequest, config: ModelConfig) -> dict[str, Candi
         guidances=guidances,
         intervals=[(0.0, 1.0)] if request.intervals is None else request.intervals,
         shifts=request.shifts,
+        guides=guides,
     )
 
 
@@ -136,8 +139,7 @@ def open_sweep(request: SweepRequest, folder: Path, candidates: dict[str, Candid
         ArtifactError, ConfigError, DataError: something does not exist or does not fit.
     """
     flow = FlowModel.from_pretrained(request.model, runtime=runtime)
-    for candidate in candidates.values():
-        make_drawing(flow, SampleRequest(num=1, **candidate))
+    candidates = {name: _with_weights(flow, candidate) for name, candidate in candidates.items()}
     extractor = open_features(
         request.features,
         weights=request.weights,
@@ -156,10 +158,11 @@ def open_sweep(request: SweepRequest, folder: Path, candidates: dict[str, Candid
     if request.ema is not None:
         averages = SweptAverages(request.model, request.ema, flow.config)
         candidates, lengths = with_lengths(candidates, request.ema)
+    inherited = {"guided_by", "guided_channels"} if request.guides else {"guided_by", "guided_channels", "guide"}
     plan = SweepPlan(
         weights=averages.hash if averages else sha256_file(folder / WEIGHTS_FILE),
         model=flow.config.model_dump(mode="json", exclude={"sampling", "training"}),
-        guided=flow.config.sampling.model_dump(mode="json", include={"guided_by", "guided_channels"}),
+        guided=flow.config.sampling.model_dump(mode="json", include=inherited),
         data=real.fingerprint,
         features=extractor.name,
         feature_hash=extractor.hash,
@@ -172,6 +175,19 @@ def open_sweep(request: SweepRequest, folder: Path, candidates: dict[str, Candid
         lengths=lengths,
     )
     return Sweep(request, flow, extractor, real, plan, averages)
+
+
+def _with_weights(flow: FlowModel, candidate: Candidate) -> Candidate:
+    """A candidate that the model can draw, with the weights of its guide."""
+    guide = make_drawing(flow, SampleRequest(num=1, **candidate)).sampling.guide
+    return candidate if guide is None or "guide" not in candidate else {**candidate, "guide": guide.model_dump()}
+
+
+def _as_preset(old: SamplingPreset, candidate: Candidate) -> SamplingPreset:
+    """The preset of a model, changed by a candidate."""
+    guide = candidate.get("guide")
+    changed = {**candidate, "guide": None} if guide and guide["model"] == NO_GUIDE else candidate
+    return SamplingPreset.model_validate({**old.model_dump(), **changed})
 
 
 def measure_sweep(sweep: Sweep) -> SweepResult:
@@ -212,7 +228,7 @@ def measure_sweep(sweep: Sweep) -> SweepResult:
         seconds_per_image=sum(candidates.kept[name].seconds_per_image for name in final.measured),
         best=best,
         old=old,
-        new=None if best is None else old.model_copy(update=plan.candidates[best]),
+        new=None if best is None else _as_preset(old, plan.candidates[best]),
         presets=plan.candidates,
         lengths=plan.lengths,
         failed=failed,

@@ -55,7 +55,7 @@ class Measured(Record):
     distance: float = Field(description="Fréchet distance to the reference.")
     resamples: list[float] = Field(description="The same of resampled images, the same resamples for every candidate.")
     right: list[bool] = Field([], description="Whether each image is judged to show its class; empty: not judged.")
-    evaluations: list[int] = Field(description="Network calls of each image; a guided call counts twice.")
+    evaluations: list[int | float] = Field(description="Network calls of each image; a guided call counts twice.")
     drawing_seconds: float = Field(description="Of all these images: solver and decoder.")
     seconds: float = Field(description="Of this round only, with features and arithmetic.")
     added: int = Field(description="Images that this round drew.")

@@ -5,7 +5,9 @@ Everything here is arithmetic on small records; nothing is drawn.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -16,6 +18,7 @@ import numpy as np
 
 from latentflow.errors import ConfigError
 from latentflow.flow.solvers import SOLVERS, RungeKutta, is_adaptive
+from latentflow.model.guide_reference import NO_GUIDE
 
 Candidate = dict[str, Any]
 """The fields of `SamplingPreset` that a candidate changes in a model's preset."""
@@ -141,11 +144,15 @@ def combinations(
     guidances: Sequence[float],
     intervals: Sequence[tuple[float, float]],
     shifts: Sequence[float],
+    guides: Sequence[str] = (),
 ) -> dict[str, Candidate]:
     """Every combination that draws different images, by name, the cheapest first.
 
     Adaptive solvers take tolerances (rtol = atol) instead of steps and shifts; a shift has no effect on one step, nor
-    an interval on guidance 1.
+    an interval or a guide on guidance 1.
+
+    Args:
+        guides: names of models, or `NO_GUIDE`; none: candidates have the guide of the preset.
 
     Raises:
         ConfigError: an unknown solver, steps, tolerances or shifts that are not above 0, or no candidate at all.
@@ -159,8 +166,11 @@ def combinations(
             paces = [{"rtol": tolerance, "atol": tolerance} for tolerance in tolerances]
         else:
             paces = [{"steps": n, "shift": s if n > 1 else 1.0} for n, s in product(steps, shifts)]
-        for interval, pace in product(intervals if guidance != 1 else [(0.0, 1.0)], paces):
-            made.append({"solver": solver, "guidance": guidance, "guidance_interval": interval, **pace})
+        hows = [{"guidance": 1.0, "guidance_interval": (0.0, 1.0)}]
+        if guidance != 1:
+            names = [{"guide": {"model": name, "weights": ""}} for name in guides] or [{}]
+            hows = [{"guidance": guidance, "guidance_interval": i, **name} for i, name in product(intervals, names)]
+        made += [{"solver": solver, **how, **pace} for how, pace in product(hows, paces)]
     if not made:
         raise ConfigError(
             "no candidates to compare: give at least one solver, guidance scale, interval and shift, "
@@ -170,16 +180,24 @@ def combinations(
 
 
 def candidate_name(candidate: Candidate) -> str:
-    """The name of a candidate, valid as a file name: heun-8_g1.5_i0.1-0.8_s2, or dopri5-0.001."""
+    """The name of a candidate, valid as a file name: heun-8_g1.5_i0.1-0.8_s2, dopri5-0.001, or heun-8_g2_by-1-8."""
     pace = candidate.get("steps", candidate.get("rtol"))
     parts = [f"{candidate['solver']}-{pace:g}"]
     if candidate["guidance"] != 1:
         parts.append(f"g{candidate['guidance']:g}")
         if candidate["guidance_interval"] != (0.0, 1.0):
             parts.append("i{:g}-{:g}".format(*candidate["guidance_interval"]))
+        if (guide := candidate.get("guide", {}).get("model", NO_GUIDE)) != NO_GUIDE:
+            parts.append(f"by-{_short(guide)}")
     if candidate.get("shift", 1) != 1:
         parts.append(f"s{candidate['shift']:g}")
     return "_".join(parts)
+
+
+def _short(guide: str) -> str:
+    """A guide in a file name: "1-8" of the own run, otherwise the end of its name and some digits of a hash."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", guide.rpartition("/")[2] if guide[0] != "@" else guide).strip("-.")
+    return name if guide[0] == "@" else f"{name[-40:]}-{hashlib.sha256(guide.encode()).hexdigest()[:6]}"
 
 
 def _expected_cost(candidate: Candidate) -> float:

@@ -1,15 +1,19 @@
-"""Classifier-free guidance: a velocity network and its conditions as one function of (x, t)."""
+"""Guidance: a velocity network and its conditions as one function of (x, t)."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from latentflow.errors import ConfigError
 from latentflow.shapes import Condition, send
+
+VelocityFunction = Callable[[Tensor, Tensor, Condition], Tensor]
+"""Called as network(latents [n, C, H, W], time [n] float32, condition of n images) => [n, C, H, W]."""
 
 
 def check_guidance(
@@ -29,38 +33,61 @@ def check_guidance(
         raise ConfigError(f"guided channels: {guided_channels}; give 1 or more, or none for all")
 
 
+@dataclass(frozen=True)
+class Guide:
+    """Another network, whose velocity takes the place of the null velocity.
+
+    Attributes:
+        network: for the same latents and times.
+        condition: of B images, as this network takes it.
+        cost: of one of its calls, in calls of the network that it guides; above 0.
+    """
+
+    network: VelocityFunction
+    condition: Condition
+    cost: float = 1
+
+    def select(self, rows: Tensor) -> Guide:
+        """The same guide for the images at `rows` ([b] int64 or [B] bool)."""
+        return replace(self, condition=self.condition.select(rows))
+
+
 class ConditionedVelocity:
-    """The velocity of `network` under one condition per image, guided away from the null condition.
+    """The velocity of `network` under one condition per image, guided away from the null condition or from a guide.
 
-        v = v_null + s (v_cond - v_null)    where interval[0] <= t <= interval[1], else v = v_cond
+        v = v_null  + s (v_cond - v_null)     where interval[0] <= t <= interval[1], else v = v_cond
+        v = v_guide + s (v_cond - v_guide)    likewise, with a guide
 
-    Classifier-free guidance (arXiv 2207.12598), in a limited interval of time (arXiv 2404.07724). The two
-    velocities of an image are computed in one batch.
+    Classifier-free guidance (arXiv 2207.12598, Eq. 6), in a limited interval of time (arXiv 2404.07724); its two
+    velocities of an image are computed in one batch. Autoguidance (arXiv 2406.02507, Eq. 5), whose guide is a worse
+    version of the network, and domain guidance (arXiv 2504.01521), whose guide is the network before fine-tuning.
 
     Args:
-        network: called as network(latents [n, C, H, W], time [n] float32, condition of n images).
         condition: of B images.
-        null: the same images without the conditions that guidance strengthens; needed for every scale but 1.
-        scale: s >= 0; 1 means no guidance, 0 the unconditional velocity.
+        null: the same images without the conditions that guidance strengthens; needed for every scale but 1, unless
+            there is a guide.
+        scale: s >= 0; 1 means no guidance, 0 the velocity of null condition or guide alone.
         interval: the times in [0, 1] between which guidance acts; each image has its own time.
         guided_channels: guide only the first latent channels, the others keep v_cond; None: guide all of them. The
             published samples of DiT and SiT were drawn with 3.
+        guide: takes the place of the null condition.
 
     Raises:
-        ConfigError: see `check_guidance`; also for a scale other than 1 without `null`.
+        ConfigError: see `check_guidance`; also for a scale other than 1 without `null` or `guide`.
     """
 
     def __init__(
         self,
-        network: Callable[[Tensor, Tensor, Condition], Tensor],
+        network: VelocityFunction,
         condition: Condition,
         null: Condition | None = None,
         scale: float = 1.0,
         interval: tuple[float, float] = (0.0, 1.0),
         guided_channels: int | None = None,
+        guide: Guide | None = None,
     ):
         check_guidance(scale, interval, guided_channels)
-        if scale != 1 and null is None:
+        if scale != 1 and null is None and guide is None:
             raise ConfigError(f"guidance scale is {scale}, but the model has no null condition; use 1")
         self.network = network
         self.condition = condition
@@ -68,14 +95,19 @@ class ConditionedVelocity:
         self.scale = scale
         self.interval = interval
         self.guided_channels = guided_channels
+        self.guide = guide
         self._both = self._joined()
         self._known: float | Tensor | None = None  # the times of the next call, where the caller has them
-        self._counter = _Counter()
+        self._counter = _Counter(torch.int64 if guide is None or guide.cost == 1 else torch.float64)
         self._rows: Tensor | None = None  # which images of the counter these are; None means 0, 1, 2, ...
 
     @property
     def evaluations(self) -> Tensor:
-        """Network calls per image so far, [B] int64 on the CPU; guided ones count twice. Shared with selections."""
+        """Network calls per image so far, [B] on the CPU; shared with selections.
+
+        A call that is guided by the null condition counts twice (int64), one that is guided by another network as
+        1 + `guide.cost` (float64, unless the cost is 1).
+        """
         return self._counter.counts
 
     def at(self, time: float | Tensor) -> ConditionedVelocity:
@@ -93,6 +125,7 @@ class ConditionedVelocity:
         selection = copy.copy(self)
         selection.condition = self.condition.select(rows)
         selection.null = None if self.null is None else self.null.select(rows)
+        selection.guide = None if self.guide is None else self.guide.select(rows)
         selection._both = selection._joined()
         rows = rows.cpu()
         if rows.dtype == torch.bool:
@@ -104,8 +137,12 @@ class ConditionedVelocity:
         """The velocity at x ([b, C, H, W]) and time ([b] in [0, 1]): [b, C, H, W] in x's dtype."""
         inside = self._inside(time)
         rows = torch.arange(len(x)) if self._rows is None else self._rows
-        self._counter.add(rows, 1 if self._only_null else 1 + inside)
+        cost = 1 if self.guide is None or self.guide.cost == 1 else self.guide.cost
+        guided = inside.to(self._counter.counts.dtype) if isinstance(inside, Tensor) else inside
+        self._counter.add(rows, 1 + (cost - self._only_null) * guided)
         time = time.float()
+        if self.guide is not None:
+            return self._guided_by_other(x, time, inside)
         if isinstance(inside, Tensor):
             return self._guided_some(x, time, inside)
         if not inside:
@@ -130,6 +167,23 @@ class ConditionedVelocity:
         v_cond, v_null = v[:batch], v[batch:]
         return v_cond.index_copy(0, guided, self._mixed(v_cond[guided], v_null))
 
+    def _guided_by_other(self, x: Tensor, time: Tensor, inside: bool | Tensor) -> Tensor:
+        """The velocity with a guide, which is called for the guided images only."""
+        if not isinstance(inside, Tensor):
+            own = None if inside and self._only_null else self.network(x, time, self.condition).to(x.dtype)
+            if not inside:
+                return own
+            other = self.guide.network(x, time, self.guide.condition).to(x.dtype)
+            return other if own is None else self._mixed(own, other)
+        guided = send(inside.nonzero().flatten(), x.device)
+        other = self.guide.network(x[guided], time[guided], self.guide.condition.select(guided)).to(x.dtype)
+        if not self._only_null:
+            own = self.network(x, time, self.condition).to(x.dtype)
+            return own.index_copy(0, guided, self._mixed(own[guided], other))
+        rest = send((~inside).nonzero().flatten(), x.device)
+        own = self.network(x[rest], time[rest], self.condition.select(rest)).to(x.dtype)
+        return torch.empty_like(x).index_copy(0, guided, other).index_copy(0, rest, own)
+
     def _mixed(self, v_cond: Tensor, v_null: Tensor) -> Tensor:
         mixed = v_null + self.scale * (v_cond - v_null)
         if self.guided_channels is None:
@@ -138,11 +192,12 @@ class ConditionedVelocity:
 
     def _joined(self) -> Condition | None:
         """The conditions of the doubled batch, made once; None if no batch is doubled."""
-        return None if self.scale == 1 or self._only_null else self.condition.concatenate(self.null)
+        single = self.scale == 1 or self._only_null or self.guide is not None
+        return None if single else self.condition.concatenate(self.null)
 
     @property
     def _only_null(self) -> bool:
-        """Whether v = v_null inside the interval, so that v_cond is not computed there."""
+        """Whether v = v_null (or v_guide) inside the interval, so that v_cond is not computed there."""
         return self.scale == 0 and self.guided_channels is None
 
     def _inside(self, time: Tensor) -> bool | Tensor:
@@ -160,10 +215,10 @@ class ConditionedVelocity:
 class _Counter:
     """Calls per image, as long as the largest image seen."""
 
-    def __init__(self):
-        self.counts = torch.zeros(0, dtype=torch.int64)
+    def __init__(self, dtype: torch.dtype):
+        self.counts = torch.zeros(0, dtype=dtype)
 
-    def add(self, rows: Tensor, calls: int | Tensor) -> None:
+    def add(self, rows: Tensor, calls: float | Tensor) -> None:
         missing = max(0, int(rows.max()) + 1 - len(self.counts))
         self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
         self.counts[rows] += calls

@@ -90,11 +90,11 @@ class ModelFacts(Record):
 
 
 class EvaluationCounts(Record):
-    """Network calls per image; a guided call counts twice."""
+    """Network calls per image; a guided call counts twice, or as much more as the guide's network costs."""
 
     mean: float
-    min: int
-    max: int
+    min: int | float
+    max: int | float
 
 
 class EvaluationProtocol(Record):

@@ -12,6 +12,7 @@ from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.model.conditioning import Conditioning, ConditionName
+from latentflow.model.guide_reference import GuideReference
 from latentflow.networks.velocity_network import (
     DenoiserPrediction,
     NetworkConfig,
@@ -33,7 +34,7 @@ class SamplingPreset(Record):
     steps: int = Field(
         default=25, ge=1, le=10_000, description="Intervals of a fixed-step solver; adaptive solvers choose their own."
     )
-    guidance: float = Field(default=1.0, ge=0, le=1000, description="Classifier-free guidance scale; 1: off.")
+    guidance: float = Field(default=1.0, ge=0, le=1000, description="Guidance scale; 1: off.")
     guidance_interval: tuple[float, float] = Field(default=(0.0, 1.0), description="Times at which guidance applies.")
     guided_by: list[ConditionName] | None = Field(
         default=None, description="Conditions that guidance strengthens; null: all that are given."
@@ -42,6 +43,9 @@ class SamplingPreset(Record):
         default=None,
         ge=1,
         description="Guide only the first latent channels, as the published DiT does; null: all of them.",
+    )
+    guide: GuideReference | None = Field(
+        default=None, description="The model to guide away from; null: the null condition of the model itself."
     )
     shift: float = Field(
         default=1.0, gt=0, le=1e4, description="Time shift of the grid; above 1: more steps near the noise."

@@ -36,6 +36,7 @@ from latentflow.errors import ArtifactError, ConfigError
 from latentflow.hub import CARD_FILE, HubId, fetch, looks_like, push_folder, require_token
 from latentflow.model.card import model_card
 from latentflow.model.config import AUTOENCODER_FOLDER, ModelConfig
+from latentflow.model.snapshots import find_snapshot, split_snapshot
 from latentflow.randomness import ImageRandom
 from latentflow.records import explain
 from latentflow.runtime import PrecisionWord, Runtime, open_runtime
@@ -77,6 +78,8 @@ class FlowModel:
         self.network = network
         self.autoencoder = autoencoder
         self.runtime = runtime or Runtime(self.device)
+        self.guides: dict[str, Any] = {}
+        """The models that guide it, by name, where any have been opened; see `latentflow.sampling.guides`."""
         self.reference = ""
         """The folder it was loaded from, or the hub id with the commit: owner/name@commit."""
 
@@ -89,8 +92,11 @@ class FlowModel:
         device: torch.device | str | None = None,
         precision: PrecisionWord = "auto",
         runtime: Runtime | None = None,
+        autoencoder: Autoencoder | None = None,
     ) -> Self:
-        """Load a model folder, a run folder (its `model/`), or a hub id: owner/name or owner/name@revision.
+        """Load a model folder, a run folder (its `model/`), a snapshot of a run, or a hub id, also with a revision.
+
+        A snapshot is run@1/8, of a share of the run's steps, or run@1000; see `latentflow.model.snapshots`.
 
         Args:
             revision: a branch, tag or commit on the hub; None: the default branch.
@@ -98,6 +104,7 @@ class FlowModel:
             precision: of the network: fp32, tf32, bf16, fp16, or auto, which is bf16 on a GPU that supports it. The
                 autoencoder computes in float32, on a GPU with TF32 unless this is fp32.
             runtime: device and precision in one, in place of both.
+            autoencoder: to share with another model, in place of loading it.
 
         Raises:
             ArtifactError: there is no usable model, or the autoencoder is not the one that it was trained with.
@@ -108,25 +115,10 @@ class FlowModel:
         config, weights = read_config(folder), folder / WEIGHTS_FILE
         require_fit(config.build_network, tensor_shapes(weights), weights, folder / CONFIG_FILE)
         _require_written_with(config, weights)
-        own = folder / AUTOENCODER_FOLDER
-        if config.autoencoder.reference == AUTOENCODER_FOLDER and not own.is_dir():
-            raise ArtifactError(f"{folder} is incomplete: {AUTOENCODER_FOLDER}/ is missing; copy the whole folder")
-        autoencoder = Autoencoder.from_pretrained(own if own.is_dir() else config.autoencoder.reference)
-        if autoencoder.content_hash != config.autoencoder.content_hash:
-            raise ArtifactError(
-                f"{folder} was trained with an autoencoder of hash {config.autoencoder.content_hash[:12]}, but "
-                f"{autoencoder.reference} has hash {autoencoder.content_hash[:12]}; restore the original one"
-            )
-        found = {"factor": autoencoder.factor, "num_channels": autoencoder.num_channels}
-        for name, number in found.items():
-            if number != getattr(config.autoencoder, name):
-                raise ArtifactError(
-                    f"{folder / CONFIG_FILE}: autoencoder.{name} is {getattr(config.autoencoder, name)}, but that of "
-                    f"{autoencoder.reference} is {number}; restore the original {CONFIG_FILE}"
-                )
+        autoencoder = _autoencoder_of(folder, config, autoencoder)
         network = filled(config.build_network, read_tensors(weights), weights)
         loaded = cls(config, network.eval().requires_grad_(False), autoencoder).to(runtime)
-        is_local = Path(model).exists()
+        is_local = Path(model).exists() or split_snapshot(model) is not None
         loaded.reference = str(model) if is_local else HubId.parse(str(model), revision).pinned(folder)
         return loaded
 
@@ -234,7 +226,8 @@ class FlowModel:
 
 
 def find_model(model: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model, given as a model folder, a run folder or a hub id; local folders take precedence.
+    """The folder of a model, given as a model folder, a run folder, a snapshot of a run (`latentflow.model.snapshots`)
+    or a hub id; local folders take precedence.
 
     Raises:
         ArtifactError: there is no such model.
@@ -253,6 +246,8 @@ def find_model(model: str | Path, revision: str | None = None) -> Path:
         raise ArtifactError(
             f"{model} is not a model folder: it has no {CONFIG_FILE} with {WEIGHTS_FILE}, nor has {path / 'model'}"
         )
+    if (named := split_snapshot(model)) is not None and revision is None:
+        return find_snapshot(*named)
     try:
         hub_id = HubId.parse(str(model), revision)
     except ConfigError as error:
@@ -290,6 +285,33 @@ def read_config(folder: str | Path) -> ModelConfig:
     except ConfigError as error:  # of a section that says itself what is wrong
         reason = str(error)
     raise ArtifactError(f"{file} is not the config of a latentflow model ({shorten(reason, 400, placeholder=' ...')})")
+
+
+def _autoencoder_of(folder: Path, config: ModelConfig, given: Autoencoder | None = None) -> Autoencoder:
+    """The autoencoder of a model folder, loaded where it is not `given`.
+
+    Raises:
+        ArtifactError: it is not there, or it is not the one that the model was trained with.
+    """
+    own = folder / AUTOENCODER_FOLDER
+    if config.autoencoder.reference == AUTOENCODER_FOLDER and not own.is_dir():
+        raise ArtifactError(f"{folder} is incomplete: {AUTOENCODER_FOLDER}/ is missing; copy the whole folder")
+    autoencoder = given
+    if autoencoder is None:
+        autoencoder = Autoencoder.from_pretrained(own if own.is_dir() else config.autoencoder.reference)
+    if autoencoder.content_hash != config.autoencoder.content_hash:
+        raise ArtifactError(
+            f"{folder} was trained with an autoencoder of hash {config.autoencoder.content_hash[:12]}, but "
+            f"{autoencoder.reference} has hash {autoencoder.content_hash[:12]}; restore the original one"
+        )
+    found = {"factor": autoencoder.factor, "num_channels": autoencoder.num_channels}
+    for name, number in found.items():
+        if number != getattr(config.autoencoder, name):
+            raise ArtifactError(
+                f"{folder / CONFIG_FILE}: autoencoder.{name} is {getattr(config.autoencoder, name)}, but that of "
+                f"{autoencoder.reference} is {number}; restore the original {CONFIG_FILE}"
+            )
+    return autoencoder
 
 
 def _require_written_with(config: ModelConfig, weights: Path) -> None:

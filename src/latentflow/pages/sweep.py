@@ -179,6 +179,7 @@ def _options(result: SweepResult) -> str:
     parts = []
     for name, value in result.presets[result.best].items():
         text = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value}"
+        text = value["model"] if name == "guide" else text
         parts.append(f"--{name.replace('_', '-')} {text}")
     return " ".join(parts)
 

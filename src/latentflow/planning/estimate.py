@@ -84,7 +84,7 @@ class Disk:
     Attributes:
         checkpoint: one checkpoint: weights, average, optimizer.
         num_checkpoints: the most at any time, with milestones and the one being written.
-        num_milestones: checkpoints that also hold a model.
+        num_milestones: models that are kept besides that of the run.
         model: the model folder.
         snapshot: power function averages of one step; 0: none are kept.
         num_snapshots: how many stay.
@@ -210,7 +210,7 @@ def _num_saved(training: TrainingConfig) -> int:
     number = training.steps // every
     if milestones:
         number += training.steps // milestones - training.steps // math.lcm(every, milestones)
-    others = {*training.snapshot_steps, training.steps}
+    others = {*training.snapshot_steps, *training.kept_at, training.steps}
     return number + sum(bool(step % every and (not milestones or step % milestones)) for step in others)
 
 
@@ -219,6 +219,7 @@ def estimate_disk(subject: PlannedRun, network: nn.Module) -> Disk:
     training, config = subject.recipe.training, subject.config
     embedded = config.autoencoder.reference == AUTOENCODER_FOLDER
     num_milestones = training.steps // training.keep_every if training.keep_every else 0
+    at_shares = [step for step in training.kept_at if not (training.keep_every and step % training.keep_every == 0)]
     previews = -(-training.steps // training.preview_every) if training.preview_every else 0
     pixels = len(preview_of(subject).seeds) * subject.recipe.data.image_size**2
     place = next((p for p in Path(subject.recipe.out or "runs").absolute().parents if p.is_dir()), Path.cwd())
@@ -226,7 +227,7 @@ def estimate_disk(subject: PlannedRun, network: nn.Module) -> Disk:
     return Disk(
         checkpoint=_checkpoint_bytes(network, subject.recipe),
         num_checkpoints=min(training.keep_checkpoints + 1 + num_milestones, _num_saved(training)),
-        num_milestones=num_milestones,
+        num_milestones=num_milestones + len(at_shares),
         model=_state_bytes(sampled_part(network)) + (subject.stage.num_bytes or 0 if embedded else 0),
         snapshot=_state_bytes(sampled_part(network)) * (training.num_averages - 1),
         num_snapshots=len(training.snapshot_steps),

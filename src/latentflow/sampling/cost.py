@@ -11,7 +11,7 @@ from latentflow.flow.solvers import expected_evaluations, is_adaptive
 from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import compile_blocks, is_compiled
 from latentflow.progress import duration
-from latentflow.sampling.drawing import Drawing
+from latentflow.sampling.drawing import Drawing, guide_of
 
 MANY_CALLS = 100
 """Network calls per picture above which the cost is announced."""
@@ -21,9 +21,10 @@ _WORTH_SECONDS = 100.0  # of drawing without compiling, which takes up to half a
 
 def announce_cost(model: FlowModel, drawing: Drawing, batch_size: int) -> None:
     """Announce, once, the cost of a drawing with many network calls, and a faster alternative."""
-    calls, quick = network_calls(drawing), {"solver": "heun", "steps": 25}
+    cost = cost_of_guide(model, drawing)
+    calls, quick = network_calls(drawing, cost), {"solver": "heun", "steps": 25}
     sampling = drawing.sampling.model_copy(update=quick)
-    fewer = network_calls(drawing.model_copy(update={"sampling": sampling}))
+    fewer = network_calls(drawing.model_copy(update={"sampling": sampling}), cost)
     if calls < MANY_CALLS or calls < 1.5 * fewer:
         return
     num = len(drawing.seeds)
@@ -52,24 +53,39 @@ def compile_where_it_pays(model: FlowModel, drawing: Drawing, *, batch_size: int
         return
     if num_batches < 2:
         return
-    seconds = _seconds_of_a_call(model, drawing, batch_size) * network_calls(drawing) * num_batches
+    guide, size = guide_of(model, drawing), batch_size
+    calls = network_calls(drawing, cost_of_guide(model, drawing))
+    seconds = _seconds_of_a_call(model, drawing, size) * calls * num_batches
     if seconds < _WORTH_SECONDS:
         return
-    compile_blocks(model.network)
     began = time.perf_counter()
-    for num_images in _batch_sizes(drawing, batch_size):
-        _seconds_of_a_call(model, drawing, num_images)
+    parts = [(model, _batch_sizes(drawing, size))] if guide is None else [(model, [size]), (guide.flow, [size])]
+    for part, sizes in parts:
+        compile_blocks(part.network)
+        for num_images in sizes:
+            _seconds_of_a_call(part, drawing, num_images)
     notice(
         f"the network was compiled in {duration(time.perf_counter() - began)}; without that, drawing would take about "
         f"{duration(seconds)}"
     )
 
 
-def network_calls(drawing: Drawing) -> float:
-    """Network calls per picture; a rough estimate for adaptive solvers."""
+def cost_of_guide(model: FlowModel, drawing: Drawing) -> float:
+    """The cost of a call that guides, in network calls: 1 of the null condition, that of its network for a guide."""
+    guide = guide_of(model, drawing)
+    return 1 if guide is None else guide.cost
+
+
+def network_calls(drawing: Drawing, guide_cost: float = 1) -> float:
+    """Network calls per picture; a rough estimate for adaptive solvers.
+
+    Args:
+        guide_cost: see `cost_of_guide`.
+    """
     sampling = drawing.sampling
     calls = expected_evaluations(sampling.solver, sampling.steps, sampling.rtol)
-    guided, blended = sampling.guidance not in (0, 1), any(blend.label is not None for blend in drawing.blends)
+    blended = any(blend.label is not None for blend in drawing.blends)
+    guided = {0: guide_cost - 1, 1: 0}.get(sampling.guidance, guide_cost)
     low, high = sampling.guidance_interval
     return calls * (1 + (high - low) * guided) * (1 + blended)
 

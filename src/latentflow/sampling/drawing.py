@@ -18,9 +18,11 @@ from latentflow.flow.solvers import is_adaptive
 from latentflow.model.conditioning import CONDITION_NAMES, Conditioning, ConditionName
 from latentflow.model.config import SamplingPreset
 from latentflow.model.flow_model import FlowModel
+from latentflow.model.guide_reference import NO_GUIDE
 from latentflow.records import Record
 from latentflow.requests import RequestError
 from latentflow.runtime import Precision, Runtime
+from latentflow.sampling.guides import OpenedGuide, check_guide, open_guide
 from latentflow.sampling.request import MOST_SEED, SampleRequest
 
 SEED_TASKS = ("sample", "interpolate", "vary")
@@ -96,8 +98,9 @@ def make_drawing(
 ) -> Drawing:
     """Resolve a request for a model: what the request leaves out comes from the preset in the model folder.
 
-    The preset's guidance is switched off if no given condition supports it; requested guidance is then refused. A value
-    that has no effect is refused as well, unless a whole preset is given, as in the metadata of a PNG.
+    The preset's guidance is switched off if no given condition supports it and it has no guide; requested guidance is
+    then refused. A value that has no effect is refused as well, unless a whole preset is given, as in the metadata of a
+    PNG.
 
     Args:
         request: image i has seed `seed + i` and class i mod the number of classes. Without classes, an image has the
@@ -149,11 +152,20 @@ def _resolve_preset(model: FlowModel, asked: Mapping[str, Any], conditions: Sequ
     preset, can_guide = model.config.sampling, model.config.conditioning.can_guide
     supported = [name for name in conditions if name in can_guide and name in (preset.guided_by or CONDITION_NAMES)]
     changed = dict(asked)
-    if not supported and not asked.keys() & {"guidance", "guided_by"}:
+    asks_all = asked.keys() >= _WHOLE_PRESET
+    guide = asked.get("guide", None if asks_all else preset.guide)
+    guide = None if guide is None or guide.model == NO_GUIDE else guide
+    if not supported and guide is None and not asked.keys() & {"guidance", "guided_by"}:
         changed["guidance"] = 1.0
+    if preset.guided_by and guide is not None and guide != preset.guide:  # they were chosen for another guidance
+        changed.setdefault("guided_by", None)
     if preset.guided_by:  # of the preset's conditions, those that are given
         changed.setdefault("guided_by", supported or None)
-    return preset.model_copy(update=changed)
+    if guide is not None and changed.get("guidance", preset.guidance) != 1:
+        guide = open_guide(model, guide).reference
+    else:
+        guide = None
+    return preset.model_copy(update={**changed, "guide": guide})
 
 
 def precision_for(runtime: Runtime, solver: str) -> Precision:
@@ -192,6 +204,9 @@ def _require_effect(asked: Mapping[str, Any], sampling: SamplingPreset) -> None:
             )
     if sampling.guidance == 1:
         off = {"guidance_interval": (0.0, 1.0)}
+        if (guide := asked.get("guide")) is not None and guide.model != NO_GUIDE:
+            reason = f" {guide.model} has no effect: guidance is 1, which is off; give guidance above 1, such as 1.5"
+            raise RequestError("guide", reason)
         for name in ("guidance_interval", "guided_by", "guided_channels"):
             if name in asked and (name not in off or tuple(asked[name]) != off[name]):
                 value = asked[name] if isinstance(asked[name], int | str) else ",".join(map(str, asked[name]))
@@ -248,8 +263,21 @@ def check_drawing(model: FlowModel, drawing: Drawing) -> None:
         if asked > channels:
             reason = f" {asked}: give a whole number from 1 to {channels}; the latents have {channels} channels"
             raise RequestError("guided_channels", reason)
-    if sampling.guidance != 1:
+    if sampling.guidance != 1 and (guide := guide_of(model, drawing)) is None:
         guided_by(model, drawing)
+    elif sampling.guidance != 1:
+        named = _known_conditions(sampling.guided_by or [], drawing)
+        check_guide(model, guide, drawing.told, named, drawing.image_size)
+
+
+def guide_of(model: FlowModel, drawing: Drawing) -> OpenedGuide | None:
+    """The guide of a drawing; None: guidance, if any, is by the null condition.
+
+    Raises:
+        ConfigError, ArtifactError: see `open_guide`.
+    """
+    sampling = drawing.sampling
+    return None if sampling.guide is None or sampling.guidance == 1 else open_guide(model, sampling.guide)
 
 
 def guided_by(model: FlowModel, drawing: Drawing) -> list[ConditionName]:
@@ -262,11 +290,22 @@ def guided_by(model: FlowModel, drawing: Drawing) -> list[ConditionName]:
     if not chosen:
         return _guided_by_default(conditioning, drawing)
     for name in chosen:
-        if name not in CONDITION_NAMES:
-            raise ConfigError(f"guided by {name!r}: no such condition; {nearest(name, CONDITION_NAMES)}")
-        if name not in conditioning.can_guide:
+        if name in CONDITION_NAMES and name not in conditioning.can_guide:
             able = f"guidance on {', '.join(conditioning.can_guide)}" if conditioning.can_guide else "no guidance"
             raise ConfigError(f"guided by {name}: its unconditional branch was not trained; this model supports {able}")
+        _known_conditions([name], drawing)
+    return list(chosen)
+
+
+def _known_conditions(chosen: Sequence[str], drawing: Drawing) -> list[ConditionName]:
+    """Conditions by their names, all of which are given.
+
+    Raises:
+        ConfigError: there is no such condition, or it is not given.
+    """
+    for name in chosen:
+        if name not in CONDITION_NAMES:
+            raise ConfigError(f"guided by {name!r}: no such condition; {nearest(name, CONDITION_NAMES)}")
         if name not in drawing.told:
             given = ", ".join(drawing.told) or "none"
             raise ConfigError(f"guided by {name}, which is not given (conditions given: {given}); give it as well")

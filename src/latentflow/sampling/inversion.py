@@ -24,6 +24,7 @@ from latentflow.flow.solvers import is_adaptive
 from latentflow.flow.times import sampling_times
 from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
+from latentflow.sampling.call_cost import call_count
 from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.inputs import ImageInput, at_most_one, encode_input, read_input
 from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, naming_noise, solve
@@ -58,7 +59,7 @@ class Inversion:
     noise: Tensor
     latents: Tensor
     pixels: Tensor
-    evaluations: int
+    evaluations: float
     drawing: Drawing
 
     def round_trip(self, model: FlowModel) -> RoundTrip:
@@ -68,7 +69,7 @@ class Inversion:
         return RoundTrip(
             samples=drawn,
             autoencoded=autoencoded,
-            evaluations=int(drawn.evaluations),
+            evaluations=call_count(drawn.evaluations),
             latent_error=float(_relative_error(drawn.latents, self.latents)),
             solver_psnr=float(psnr(autoencoded, drawn.pixels)),
             autoencoder_psnr=float(psnr(self.pixels, autoencoded)),
@@ -92,7 +93,7 @@ class RoundTrip:
 
     samples: Samples
     autoencoded: Tensor
-    evaluations: int
+    evaluations: float
     latent_error: float
     solver_psnr: float
     autoencoder_psnr: float
@@ -120,7 +121,7 @@ def invert(model: FlowModel, image: ImageInput, request: InvertRequest | None = 
     drawing = make_drawing(model, asked, task="invert", inputs=inputs)
     latents = encode_input(model, pixels)
     noise, evaluations = _to_noise(model, latents, drawing)
-    return Inversion(noise, latents, pixels, int(evaluations), drawing)
+    return Inversion(noise, latents, pixels, call_count(evaluations), drawing)
 
 
 @dataclass(frozen=True)

@@ -42,13 +42,17 @@ def facts_in(image: Image.Image) -> dict[str, Any] | None:
 def whose(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What all pictures of one set have in common: the model's weights and the sampling settings, flattened.
 
-    The name of the model's folder does not count, nor do the inputs of pictures that are drawn from other pictures.
+    The names of the folders of model and guide do not count, nor do the inputs of pictures that are drawn from other
+    pictures.
     """
     apart = {*_OWN, *(_OF_INPUT if facts.get("task") in _GIVEN else ())}
     common = {name: value for name, value in facts.items() if name not in apart}
     drawn_by = {name: value for name, value in common.pop("drawn_by").items() if name != "model"}
     sampling = common.pop("sampling", None) or {}
-    return {**drawn_by, **common, **(sampling if isinstance(sampling, dict) else {})}
+    sampling = dict(sampling) if isinstance(sampling, dict) else {}
+    if isinstance(guide := sampling.get("guide"), dict):
+        sampling["guide"] = guide.get("weights")
+    return {**drawn_by, **common, **sampling}
 
 
 def which(facts: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from latentflow.errors import ArtifactError
 from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
+from latentflow.sampling.call_cost import call_count
 from latentflow.sampling.contact_sheet import save_grid
 from latentflow.sampling.cost import announce_cost, compile_where_it_pays
 from latentflow.sampling.drawing import Drawing
@@ -130,7 +131,7 @@ class PictureFolder:
         self.path = require_writable(folder)
         _refuse_data(self.path)
         self._flow = flow
-        self._evaluations: dict[str, int] = {}
+        self._evaluations: dict[str, float] = {}
         expected = {name: (own, row) for own in drawings for row, name in enumerate(self._names(own))}
         refuse_others(self.path, lambda file: self._look_at(file, expected.get(file.name), drawings[0]))
 
@@ -158,7 +159,7 @@ class PictureFolder:
             for rows, samples in zip(missing, drawn, strict=True):
                 own = {place: name for place, name in enumerate(names[rows]) if name not in self._evaluations}
                 writer.write(samples, [self.path / name for name in own.values()], own)
-                self._evaluations |= {name: int(samples.evaluations[place]) for place, name in own.items()}
+                self._evaluations |= {name: call_count(samples.evaluations[place]) for place, name in own.items()}
                 seconds += samples.seconds
                 on_images(len(samples.pixels))
         calls = sum(self._evaluations[name] for name in names) / max(len(names), 1)
@@ -187,7 +188,7 @@ class PictureFolder:
             return "another seed or class"
         if any(facts.get(name) != own[name] for name in ("seeds", "labels", "blends", "inputs")):
             return "another seed, class or input"
-        self._evaluations[file.name] = int(facts.get("evaluations", 0))
+        self._evaluations[file.name] = facts.get("evaluations", 0)
         return ""
 
 

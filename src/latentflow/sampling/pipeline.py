@@ -22,14 +22,15 @@ import latentflow
 from latentflow.artifacts import sha256_tensors
 from latentflow.errors import ConfigError, NonFiniteError
 from latentflow.flow.composition import BlendedVelocity, KnownRegionVelocity
-from latentflow.flow.guidance import ConditionedVelocity
+from latentflow.flow.guidance import ConditionedVelocity, Guide
 from latentflow.flow.solvers import Solution, Velocity, integrate
 from latentflow.flow.times import sampling_times
 from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import is_compiled
 from latentflow.randomness import ImageRandom
 from latentflow.sampling.cost import announce_cost
-from latentflow.sampling.drawing import Drawing, check_drawing, guided_by, make_drawing, require_count
+from latentflow.sampling.drawing import Drawing, check_drawing, guide_of, guided_by, make_drawing, require_count
+from latentflow.sampling.guides import guide_condition, shared_conditions
 from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples, join_samples
 from latentflow.shapes import Condition, per_image, send
@@ -194,16 +195,26 @@ def conditioned_velocity(
 ) -> ConditionedVelocity | BlendedVelocity:
     """The guided velocity of a drawing's images, in the drawing's precision; `given` as from `Given.on`."""
     conditioning, network = model.config.conditioning, model.computing_in(drawing.precision).velocity
+    sampling, guide = drawing.sampling, guide_of(model, drawing)
+
+    def guided_away(labels: Sequence[int], spatial: Mapping[str, Tensor | None]) -> Guide:
+        shared = shared_conditions(model, guide, drawing.told, sampling.guided_by)
+        condition = guide_condition(model, guide, shared, labels, spatial, latents_shape)
+        return Guide(guide.flow.computing_in(drawing.precision).velocity, condition, guide.cost)
 
     def conditioned_on(labels: Sequence[int]) -> ConditionedVelocity:
         label = {"labels": send(torch.tensor(labels), model.device)} if labels else {}
         spatial = {field: given.get(field) for field in ("masked_latents", "mask", "class_fractions")}
         condition = conditioning.build(latents_shape, model.device, Condition(**label, **spatial))
-        guided = guided_by(model, drawing) if drawing.sampling.guidance != 1 else []
-        null = conditioning.without(condition, guided) if guided else None
-        sampling = drawing.sampling
+        guided = guided_by(model, drawing) if sampling.guidance != 1 and guide is None else []
         return ConditionedVelocity(
-            network, condition, null, sampling.guidance, sampling.guidance_interval, sampling.guided_channels
+            network,
+            condition,
+            conditioning.without(condition, guided) if guided else None,
+            sampling.guidance,
+            sampling.guidance_interval,
+            sampling.guided_channels,
+            None if guide is None else guided_away(labels, spatial),
         )
 
     if all(blend.label is None for blend in drawing.blends):

@@ -155,6 +155,9 @@ def _drawn(model: FlowModel, drawing: Drawing, given: Given, runtime: Runtime, b
 
 def _affordable(sampling: SamplingPreset) -> SamplingPreset:
     """The preset, or a quick one in place of a preset that takes too long; this is announced once."""
+    if sampling.guide is not None:
+        notice("previews are drawn without guidance: the guide of the preset may not be there yet")
+        sampling = sampling.model_copy(update={"guide": None, "guidance": 1.0, "guided_by": None})
     adaptive, most = is_adaptive(sampling.solver), MOST_EVALUATIONS
     if not adaptive and expected_evaluations(sampling.solver, sampling.steps, sampling.rtol) <= most:
         return sampling

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from latentflow.model.guide_reference import GuideReference
 from latentflow.requests import Classes, FromText, Names, Number, Option, Request, Times, Whole, pair_like, two_of
 
 MOST_IMAGES, MOST_FRAMES, MOST_SEED, MOST_STEPS = 1_000_000, 10_000, 2**63 - 1, 10_000
@@ -65,6 +66,11 @@ class SamplingRequest(Request):
     )
     guided_channels: Whole | None = Field(
         default=None, ge=1, le=65_536, description="Guide only the first latent channels, this many."
+    )
+    guide: Annotated[GuideReference, FromText(str), Option(metavar="MODEL")] | None = Field(
+        default=None,
+        description="Guide away from this model, not from the null condition: an earlier snapshot (RUN@1/8, RUN@1000, "
+        "or @1/8 of MODEL's own run), or the model before fine-tuning; 'none': the null condition.",
     )
     solver: str | None = Field(
         default=None,

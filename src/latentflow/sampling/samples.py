@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from latentflow.artifacts import atomic_file, sync
+from latentflow.sampling.call_cost import call_count
 from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.naming import picture_facts, picture_name
 from latentflow.sampling.png import PILLOW_OPTIONS, encode_png
@@ -32,7 +33,8 @@ class Samples:
     Attributes:
         pixels: [B, 3, H, W] uint8.
         latents: [B, C, h, w] float32, normalised, at t = 0.
-        evaluations: [B] int64, network calls of each image; a guided call counts twice.
+        evaluations: [B] int64, network calls of each image; a guided call counts twice. [B] float64 where a guide is a
+            network of another size; see `latentflow.sampling.call_cost`.
         drawing: what was drawn.
         class_names: of the model.
         drawn_by: returns the origin of the pictures, see `latentflow.sampling.pipeline.drawn_by`.
@@ -75,7 +77,7 @@ class Samples:
         """The PNG file of one image, with its drawing in the metadata."""
         own = self.drawing.at(slice(row, row + 1))
         facts = picture_facts(own, self.class_names, dict(self.drawn_by()))
-        text = json.dumps(facts | {"evaluations": int(self.evaluations[row])})
+        text = json.dumps(facts | {"evaluations": call_count(self.evaluations[row])})
         if self.finish is None:
             return encode_png(self._array(row), {"latentflow": text})
         written, metadata = io.BytesIO(), PngImagePlugin.PngInfo()

@@ -1,8 +1,8 @@
 """Training states on disk: complete or absent, never pickled, the newest few and milestones kept.
 
 `checkpoints/step-00001000/` holds `network.safetensors`, `ema.safetensors`, `optimizer.safetensors` and
-`state.json`, a milestone also `model/`, the model folder of that step. Randomness and data order follow from
-(seed, images seen), so no generator state is stored.
+`state.json`, a milestone also `model/`, the model folder of that step; of the milestones at shares of a run only
+`model/` is left in the end. Randomness and data order follow from (seed, images seen), so no generator state is stored.
 
 A run that keeps power function averages has them in `average-LENGTH.safetensors` of every checkpoint, and in that of
 every snapshot, `averages/step-00001000/`, which stays.
@@ -11,7 +11,7 @@ every snapshot, `averages/step-00001000/`, which stays.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from latentflow.artifacts import (
     atomic_folder,
     checksum_of,
+    contents,
     read_json,
     read_tensors,
     remove_folder,
@@ -31,6 +32,7 @@ from latentflow.artifacts import (
     write_tensors,
 )
 from latentflow.errors import ArtifactError
+from latentflow.model.snapshots import CHECKPOINTS, MODEL
 from latentflow.training.ema import EMA
 from latentflow.weights import load_weights, require_values
 
@@ -39,8 +41,8 @@ NETWORK_FILE, EMA_FILE, OPTIMIZER_FILE = "network.safetensors", "ema.safetensors
 SaveModel = Callable[[Path, Mapping[str, Tensor]], None]
 """Called with (folder, averaged weights) to write a model folder."""
 
-CHECKPOINTS, SNAPSHOTS = "checkpoints", "averages"
-"""Folders of a run."""
+SNAPSHOTS = "averages"
+"""The folder of a run with snapshots of its averages."""
 _FOLDER = re.compile(r"step-(\d{8})")
 _AVERAGE = re.compile(r"average-(.+)\.safetensors")
 _STATE = "state.json"
@@ -75,6 +77,7 @@ class CheckpointWriter:
         device: where the network is trained.
         keep: how many of the newest checkpoints to keep.
         keep_every: checkpoints at multiples of it, the milestones, are kept as well; None: there are none.
+        keep_at: further milestones, of which only the model is kept when they are no longer among the newest.
         save_model: writes `model/` of the run before each checkpoint, and that of a milestone in it. A run that is
             killed between the two repeats the steps since the last checkpoint, and writes both again.
         is_snapshot: whether the averages after so many steps are kept, before the checkpoint in the same way.
@@ -87,11 +90,13 @@ class CheckpointWriter:
         *,
         keep: int,
         keep_every: int | None = None,
+        keep_at: Collection[int] = (),
         save_model: SaveModel | None = None,
         is_snapshot: Callable[[int], bool] = lambda step: False,
     ):
         self.run, self.device, self.keep, self.keep_every, self.save_model = run, device, keep, keep_every, save_model
         self.is_snapshot = is_snapshot
+        self.keep_at = keep_at
         self._on_gpu: bool | None = None if device.type == "cuda" else False
         self._on_host: Tensor | None = None
         self._thread: Thread | None = None
@@ -156,16 +161,18 @@ class CheckpointWriter:
             self._on_host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         return self._on_host
 
+    def _is_milestone(self, step: int) -> bool:
+        return step in self.keep_at or (self.keep_every is not None and step % self.keep_every == 0)
+
     def _write(self, progress: Progress, copy: _Copy) -> None:
         try:
             with copy.ready() as state:
                 save_model = self.save_model
                 if save_model:
-                    save_model(self.run / "model", state[EMA_FILE])
+                    save_model(self.run / MODEL, state[EMA_FILE])
                 if self.is_snapshot(progress.step):
                     write_snapshot(self.run, progress, state)
-                is_milestone = self.keep_every and progress.step % self.keep_every == 0
-                write_checkpoint(self.run, progress, state, save_model if is_milestone else None)
+                write_checkpoint(self.run, progress, state, save_model if self._is_milestone(progress.step) else None)
             keep_newest(self.run, self.keep, self.keep_every)
         except BaseException as error:
             self._failure = error
@@ -277,18 +284,25 @@ def _write_state(
         record = {**progress.__dict__, "files": sizes}
         write_json(temporary / _STATE, {**record, "checksum": checksum_of(record)})
         if save_model:
-            save_model(temporary / "model", state[EMA_FILE])
+            save_model(temporary / MODEL, state[EMA_FILE])
     return folder
 
 
 def keep_newest(run: Path, keep: int, keep_every: int | None = None) -> None:
     """Delete all but the newest `keep` checkpoints and those of steps that are multiples of `keep_every`.
 
-    A resumed run also does this, for a run that was killed before it could.
+    Of the others that hold a model, the model stays. A resumed run also does this, for a run that was killed before it
+    could.
     """
     for old in _checkpoints(run)[:-keep]:
-        if not keep_every or step_of(old) % keep_every:
+        if keep_every and step_of(old) % keep_every == 0:
+            continue
+        if not (old / MODEL).is_dir():
             remove_folder(old)
+            continue
+        tensors = [file for file in contents(old) if file.name not in (MODEL, _STATE)]
+        for file in (*tensors, old / _STATE):  # the last one makes it a checkpoint
+            file.unlink(missing_ok=True)
 
 
 def remove_snapshots_after(run: Path, step: int) -> None:
@@ -366,7 +380,8 @@ def read_progress(folder: Path) -> tuple[Progress, dict[str, int]]:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    return _complete(run / CHECKPOINTS)
+    """Those of which `keep_newest` has left the model are none."""
+    return [folder for folder in _complete(run / CHECKPOINTS) if contents(folder) != [folder / MODEL]]
 
 
 def _complete(place: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.flow.times import TrainingTimes
 from latentflow.model.config import SamplingPreset
+from latentflow.model.snapshots import step_of_share
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.velocity_network import NetworkConfig
 from latentflow.records import Record
@@ -138,6 +139,11 @@ class TrainingConfig(Record):
         le=MOST_STEPS,
         description="Steps between milestones: checkpoints that are kept, with a model to sample from; null: none.",
     )
+    keep_at: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [0.0625, 0.125],
+        max_length=100,
+        description="Shares of the steps at which a model is kept, as a guide for sampling (RUN@1/8); []: none.",
+    )
     preview_every: int = Field(1000, ge=0, le=MOST_STEPS, description="Steps between preview grids; 0: none.")
 
     @field_validator("ema_lengths")
@@ -157,10 +163,15 @@ class TrainingConfig(Record):
         """Whether the network is trained with an `AlignHead`."""
         return self.align_weight > 0
 
+    @property
+    def kept_at(self) -> tuple[int, ...]:
+        """The steps of `keep_at`, rising."""
+        return tuple(sorted({step_of_share(share, self.steps) for share in self.keep_at} - {0}))
+
     def is_saved(self, step: int) -> bool:
         """Whether a checkpoint is written after `step` steps, if the run does not end there."""
-        is_milestone = self.keep_every is not None and step % self.keep_every == 0
-        return step % self.checkpoint_every == 0 or is_milestone or self.is_snapshot(step)
+        is_multiple = any(every is not None and step % every == 0 for every in (self.checkpoint_every, self.keep_every))
+        return is_multiple or step in self.kept_at or self.is_snapshot(step)
 
     def is_snapshot(self, step: int) -> bool:
         """Whether the averages after `step` steps are kept: one of `snapshot_steps`."""
@@ -229,6 +240,7 @@ CHANGES = ChangeRules(
         "training.keep_checkpoints",
         "training.keep_every",
         "training.ema_snapshots",
+        "training.keep_at",
         "training.preview_every",
         "sampling",
     ),

@@ -111,6 +111,7 @@ class Job:
         before_save: prepares for a checkpoint, while none is being written.
         save_model: writes the model folder that goes with a checkpoint.
         keep_every: steps between milestones; None: there are none.
+        keep_at: steps of further milestones.
         ema_lengths: of the power function averages that are kept beside the exponential one.
         is_snapshot: whether the averages after so many steps are kept.
         after_step: called in every process with the averaged weights and the number of steps done.
@@ -130,6 +131,7 @@ class Job:
     before_save: Callable[[Progress], None] = lambda progress: None
     save_model: SaveModel | None = None
     keep_every: int | None = None
+    keep_at: tuple[int, ...] = ()
     ema_lengths: Sequence[float] = ()
     is_snapshot: Callable[[int], bool] = lambda step: False
     after_step: Callable[[Mapping[str, Tensor], int], None] = lambda average, step: None
@@ -215,7 +217,12 @@ def run_loop(job: Job) -> tuple[Outcome, Mapping[str, Tensor]]:
         runtime.float32_policy(),
         collected_signals() as received,
         CheckpointWriter(
-            job.run, runtime.device, **job.kept, save_model=job.save_model, is_snapshot=job.is_snapshot
+            job.run,
+            runtime.device,
+            **job.kept,
+            keep_at=job.keep_at,
+            save_model=job.save_model,
+            is_snapshot=job.is_snapshot,
         ) as writer,
     ):
         stop = SharedStop(runtime, received)

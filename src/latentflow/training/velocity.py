@@ -76,6 +76,7 @@ def train_velocity(
         before_save=record,
         save_model=lambda folder, average: model.save_pretrained(folder, weights=average),
         keep_every=config.keep_every,
+        keep_at=config.kept_at,
         ema_lengths=config.ema_lengths or (),
         is_snapshot=config.is_snapshot,
         after_step=draw_if_due,

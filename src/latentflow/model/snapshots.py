@@ -1,0 +1,78 @@
+"""The models that a run kept on its way, and their names: RUN@1/8, of a share of its steps, and RUN@1000, of a step."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import yaml
+
+from latentflow.errors import ArtifactError
+
+CHECKPOINTS, MODEL = "checkpoints", "model"
+"""The folders of a run, and of a milestone in it, that hold them."""
+
+_STEP = re.compile(r"step-(\d{8,})")
+_SHARE = re.compile(r"\d{1,9}(/\d{1,9}|\.\d{1,18})")
+
+
+def step_of_share(share: Fraction | float, steps: int) -> int:
+    """The step at a share of a run, rounded down; a float counts as the decimal number that it is written as."""
+    exact = share if isinstance(share, Fraction) else Fraction(str(share))
+    return int(exact * steps)
+
+
+def snapshot_steps(run: str | Path) -> list[int]:
+    """The steps of which a run has kept a model, rising."""
+    folders = [folder for folder in (Path(run) / CHECKPOINTS).glob("step-*") if (folder / MODEL).is_dir()]
+    return sorted(int(match[1]) for folder in folders if (match := _STEP.fullmatch(folder.name)))
+
+
+def split_snapshot(model: str | Path) -> tuple[Path, str] | None:
+    """A run folder and the name of a snapshot, from RUN@SNAPSHOT; None: it is something else.
+
+    What exists under the whole name comes first, and what is no folder before the "@" may be a hub id.
+    """
+    run, at, snapshot = str(model).rpartition("@")
+    if not at or not run or Path(model).exists() or not Path(run).is_dir():
+        return None
+    return Path(run), snapshot
+
+
+def find_snapshot(run: str | Path, snapshot: str) -> Path:
+    """The model folder of a snapshot of a run.
+
+    Args:
+        snapshot: a step, "1000", or a share of the steps in the run's recipe, "1/8" or "0.125".
+
+    Raises:
+        ArtifactError: the run has no such snapshot; names those that it has.
+    """
+    if re.fullmatch(r"\d{1,12}", snapshot):
+        step = int(snapshot)
+    elif _SHARE.fullmatch(snapshot) and not snapshot.endswith("/0"):
+        step = step_of_share(Fraction(snapshot), _num_steps(Path(run)))
+    else:
+        raise ArtifactError(
+            f"{run}@{snapshot}: a snapshot is a step, such as {run}@1000, or a share of the run, such as {run}@1/8"
+        )
+    kept = snapshot_steps(run)
+    if step not in kept:
+        has = f"it has those of the steps {', '.join(map(str, kept))}" if kept else "it has none"
+        raise ArtifactError(
+            f"{run} has no snapshot of step {step} ({run}@{snapshot}); {has}; training.keep_at and "
+            "training.keep_every keep them while a run passes the step"
+        )
+    return Path(run) / CHECKPOINTS / f"step-{step:08d}" / MODEL
+
+
+def _num_steps(run: Path) -> int:
+    """The steps that a run is to take, by its recipe."""
+    file = run / "recipe.yaml"
+    try:
+        return int(yaml.safe_load(file.read_text(encoding="utf-8"))["training"]["steps"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        raise ArtifactError(
+            f"{file} does not say how many steps the run takes, so a share of it has no step; name the step: {run}@1000"
+        ) from None
