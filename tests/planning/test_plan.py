@@ -119,6 +119,19 @@ def test_averages_are_counted_in_memory_and_on_disk(recipe, every, keep, snapsho
 
 
 @pytest.mark.usefixtures("unprobed")
+@pytest.mark.parametrize(
+    ("steps", "keep_every", "most", "models"),
+    [(80, None, 3, 2), (80, 10, 11, 9), (4, None, 2, 0), (16, None, 3, 2)],
+)
+def test_models_at_shares_of_a_run_are_counted(recipe, steps, keep_every, most, models):
+    """Each once, and only those that the run is long enough for; their checkpoints do not stay."""
+    training = {"steps": steps, "checkpoint_every": 3, "keep_checkpoints": 2, "keep_every": keep_every}
+    disk = planned(recipe(training={**training, "keep_at": [0.0625, 0.125]})).disk
+    assert (disk.num_checkpoints, disk.num_milestones) == (most, models)
+    assert disk.run == disk.checkpoint * most + disk.model * (1 + models) + disk.previews
+
+
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_cache_takes_what_its_tensors_take(recipe, cache, flip):
     """The moments that training reads, mirrored ones included where it mirrors; labels."""

@@ -26,13 +26,14 @@ from torch import nn
 
 from latentflow import artifacts
 from latentflow.api import LatentFlow
-from latentflow.artifacts import read_json, read_tensors
+from latentflow.artifacts import contents, read_json, read_tensors
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands.train import train as train_command
 from latentflow.data.batches import TrainingImages
 from latentflow.data.cache.reader import LatentCache
 from latentflow.errors import ArtifactError, ConfigError, LatentFlowError, NonFiniteError
 from latentflow.model.flow_model import FlowModel, read_config
+from latentflow.model.snapshots import snapshot_steps
 from latentflow.runtime import Runtime
 from latentflow.sampling.preview import save_preview
 from latentflow.training import checkpoint, loop, velocity
@@ -947,3 +948,62 @@ def test_only_a_damaged_line_of_metrics_is_lost(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(mixed))
     assert read_metrics(tmp_path) == good
     assert "4 of 7 lines" in caplog.text
+
+
+# Models that are kept at shares of a run
+
+
+@pytest.fixture
+def shares():
+    return {"steps": 16, "checkpoint_every": 5, "keep_at": [0.0625, 0.125], "keep_checkpoints": 2}
+
+
+def test_a_run_keeps_models_at_shares_of_it(train, shares):
+    """Only the models, once their checkpoints are not among the newest; the run itself is the same."""
+    run = train("run", training=shares)
+    folders = sorted((run / "checkpoints").iterdir())
+    assert {folder.name: contents(folder) == [folder / "model"] for folder in folders} == {
+        "step-00000001": True,
+        "step-00000002": True,
+        "step-00000015": False,
+        "step-00000016": False,
+    }
+    for share, step in (("1/16", 1), ("1/8", 2)):
+        assert LatentFlow.from_pretrained(f"{run}@{share}", device="cpu").config.training.step == step
+    assert newest_checkpoint(run).name == "step-00000016"
+    assert final(run) == final(train("other", training={**shares, "keep_at": []}))
+
+
+def test_models_at_shares_stay_when_a_run_goes_on(train, shares):
+    """A longer run has other shares; what was kept stays. Without newer checkpoints it goes on from an older one."""
+    run = train("run", training={**shares, "steps": 8})
+    assert snapshot_steps(run) == [1]
+    train("run", training={**shares, "steps": 32, "keep_at": [0.5]})
+    assert snapshot_steps(run) == [1, 16]
+    whole = final(run)
+    for step in (30, 32):
+        shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
+    assert newest_checkpoint(run) is None
+    train("run", training={**shares, "steps": 32, "keep_at": []})
+    assert final(run) == whole
+
+
+@pytest.mark.parametrize("at", ["ema.safetensors", "state.json"])
+def test_a_kill_while_a_milestone_is_reduced_to_its_model(train, shares, monkeypatch, at):
+    """The next part of the run ends what was begun."""
+    unlink, killed = Path.unlink, []
+
+    def dies(path, missing_ok=False):
+        if path.name == at and path.parent.name == "step-00000001" and not killed:
+            killed.append(path)
+            raise KeyboardInterrupt
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train("run", training=shares)
+    run = train("run", training=shares)
+    assert killed
+    assert contents(run / "checkpoints" / "step-00000001") == [run / "checkpoints" / "step-00000001" / "model"]
+    assert final(run) == final(train("other", training=shares))
