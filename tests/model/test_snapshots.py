@@ -62,7 +62,7 @@ def test_other_names_are_refused(run, name, said):
 def test_a_run_without_snapshots_or_recipe(tmp_path):
     with pytest.raises(ArtifactError, match=r"no snapshot of step 5 .*it has none; training.keep_at"):
         find_snapshot(tmp_path, "5")
-    with pytest.raises(ArtifactError, match=r"recipe.yaml does not say how many steps.*name the step"):
+    with pytest.raises(ArtifactError, match=r"@1/8: .*recipe.yaml does not say how many steps.*name the step"):
         find_snapshot(tmp_path, "1/8")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.model.flow_model import WEIGHTS_FILE, find_model, read_config
+from latentflow.model.snapshots import snapshot_steps
 from latentflow.weights import tensor_shapes
 
 
@@ -39,12 +40,14 @@ def _describe_model(model: str | Path) -> dict[str, Any]:
         "map classes": conditioning.map_class_names,
         "holes": config.masks.policy if config.masks else "none",
         "guidance": f"by {', '.join(conditioning.can_guide)}" if conditioning.can_guide else "not available",
-        "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}",
+        "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}"
+        + (f" away from {sampling.guide.model}" if sampling.guide else ""),
         "trained on": config.training.data,
         "training images": config.training.num_images,
         "steps": config.training.step,
         "images seen": config.training.images_seen,
         "average of the weights": _average(config.training.ema_length),
+        "models of steps": snapshot_steps(model),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from latentflow.console import notice
 from latentflow.hub import HubId, push_folder, require_token
 from latentflow.model.flow_model import MODEL_FILES, WEIGHTS_FILE, FlowModel, find_model
 
@@ -21,7 +22,8 @@ def push(model: str | Path, repo_id: str, *, private: bool = False, message: str
         ArtifactError: the model is incomplete, or the hub refuses it.
     """
     target, token = HubId.parse(repo_id), require_token()
-    FlowModel.from_pretrained(model, device="cpu")
+    if (guide := FlowModel.from_pretrained(model, device="cpu").config.sampling.guide) is not None:
+        notice(f"the guide of the model's preset, {guide.model}, is not pushed with it; without it, give --guide none")
     return push_folder(
         find_model(model),
         target,

@@ -67,7 +67,8 @@ def _facts(config: ModelConfig) -> dict[str, str]:
         "map classes": _listed(conditioning.map_class_names),
         "mask policy": config.masks.policy if config.masks else "",
         "guidance": f"on {guided}" if guided else "not available: no condition was dropped in training",
-        "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}",
+        "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}"
+        + (f" away from `{sampling.guide.model}`" if sampling.guide else ""),
         "trained on": training.data or "not known",
         "training": seen if training.step else "not recorded",
         "average": "" if training.ema_length is None else f"power function of length {training.ema_length:g}",

@@ -52,7 +52,7 @@ def find_snapshot(run: str | Path, snapshot: str) -> Path:
     if re.fullmatch(r"\d{1,12}", snapshot):
         step = int(snapshot)
     elif _SHARE.fullmatch(snapshot) and not snapshot.endswith("/0"):
-        step = step_of_share(Fraction(snapshot), _num_steps(Path(run)))
+        step = step_of_share(Fraction(snapshot), _num_steps(Path(run), snapshot))
     else:
         raise ArtifactError(
             f"{run}@{snapshot}: a snapshot is a step, such as {run}@1000, or a share of the run, such as {run}@1/8"
@@ -67,12 +67,12 @@ def find_snapshot(run: str | Path, snapshot: str) -> Path:
     return Path(run) / CHECKPOINTS / f"step-{step:08d}" / MODEL
 
 
-def _num_steps(run: Path) -> int:
+def _num_steps(run: Path, snapshot: str) -> int:
     """The steps that a run is to take, by its recipe."""
     file = run / "recipe.yaml"
     try:
         return int(yaml.safe_load(file.read_text(encoding="utf-8"))["training"]["steps"])
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         raise ArtifactError(
-            f"{file} does not say how many steps the run takes, so a share of it has no step; name the step: {run}@1000"
+            f"{run}@{snapshot}: {file} does not say how many steps the run takes; name the step, such as {run}@1000"
         ) from None

@@ -138,7 +138,8 @@ def check_guide(
         raise RequestError("guide", f"{reason}; give another guide, or another size")
     if list(given) == shared and guide.flow.weights_hash == model.weights_hash:
         reason = f" {guide.name} is the model itself under the same conditions, so guidance has nothing to act on"
-        raise RequestError("guide", f"{reason}; give an earlier snapshot or another model")
+        less = f", or take a condition from the guide (--guided-by {given[0]})" if given else ""
+        raise RequestError("guide", f"{reason}; give an earlier snapshot or another model{less}")
 
 
 def shared_conditions(
