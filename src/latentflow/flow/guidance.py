@@ -59,7 +59,7 @@ class ConditionedVelocity:
         v = v_guide + s (v_cond - v_guide)    likewise, with a guide
 
     Classifier-free guidance (arXiv 2207.12598, Eq. 6), in a limited interval of time (arXiv 2404.07724); its two
-    velocities of an image are computed in one batch. Autoguidance (arXiv 2406.02507, Eq. 5), whose guide is a worse
+    velocities of an image are computed in one batch. Autoguidance (arXiv 2406.02507, section 4), whose guide is a worse
     version of the network, and domain guidance (arXiv 2504.01521), whose guide is the network before fine-tuning.
 
     Args:
