@@ -141,6 +141,18 @@ def test_kept_rungs_are_stood_on_and_others_are_not(rules):
     assert {step.name for step in rules.climb(rungs, found, base) if step.verdict} == {"1", "3", "4"} - {"3"}
 
 
+def test_numbers_are_multiplied_after_the_changes(rules):
+    spec = rules.Spec({"training": {"batch_size": 64, "seed": 1}, "optimizer": {"learning_rate": 0.5}})
+    rung = rules.Rung(
+        title="",
+        changes={"training": {"batch_size": 6}},
+        factors={"training": {"batch_size": 0.5}, "optimizer": {"learning_rate": 3}},
+    )
+    assert spec.on_top(rung).changes == {"training": {"batch_size": 3, "seed": 1}, "optimizer": {"learning_rate": 1.5}}
+    with pytest.raises(KeyError, match="clip"):
+        spec.on_top(rules.Rung(title="", factors={"optimizer": {"clip": 2}}))
+
+
 def test_what_a_recipe_depends_on_is_in_its_key(rules):
     spec = rules.Spec({"a": 1})
     others = [{"changes": {"a": 2}}, {"encode": ["-x"]}, {"autoencoder": []}, {"ema_length": 0.1}]

@@ -38,6 +38,7 @@ class Rung(Record):
         description="Compared with this rung, and changes its recipe; empty: the last kept one. Never kept for others.",
     )
     changes: dict[str, Any] = Field({}, description="Of the recipe, by its sections.")
+    factors: dict[str, Any] = Field({}, description="What numbers of the recipe are multiplied by, after the changes.")
     encode: list[str] = Field([], description="Options of `latentflow encode` for the latent cache, besides --flips.")
     autoencoder: list[str] | None = Field(
         None, description="Train one on the images, with these changes of `own_images`; null: the one that is given."
@@ -57,7 +58,7 @@ class Spec:
     def on_top(self, rung: Rung) -> Spec:
         """This recipe, changed by a rung."""
         return Spec(
-            merged(self.changes, rung.changes),
+            multiplied(merged(self.changes, rung.changes), rung.factors),
             tuple(rung.encode) or self.encode,
             self.autoencoder if rung.autoencoder is None else tuple(rung.autoencoder),
             self.ema_length if rung.ema_length is None else rung.ema_length,
@@ -248,6 +249,22 @@ def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in other.items():
         inner = result.get(key)
         result[key] = merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def multiplied(values: Mapping[str, Any], factors: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings with some numbers multiplied; whole numbers stay whole.
+
+    Raises:
+        KeyError: a number is not among the values.
+    """
+    result = dict(values)
+    for key, factor in factors.items():
+        value = values[key]
+        if isinstance(factor, Mapping):
+            result[key] = multiplied(value, factor)
+        else:
+            result[key] = round(value * factor) if isinstance(value, int) else value * factor
     return result
 
 
