@@ -228,9 +228,15 @@ def test_a_signal_saves_and_resume_is_exact(recipe, train, monkeypatch, number):
 
 
 def test_resume_with_everything_switched_on(train):
-    """Schedule, flips, stratified times, scaling, accumulation, dropout, value residual, head; stopped twice."""
+    """Muon, schedule, flips, stratified times, scaling, accumulation, dropout, value residual, head; stopped twice."""
     given = {
-        "optimizer": {"schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.1},
+        "optimizer": {
+            "kind": "muon",
+            "orthogonalise_every": 2,
+            "schedule": "cosine",
+            "warmup_steps": 3,
+            "weight_decay": 0.1,
+        },
         "source": {"flip": True},
         "times": {"distribution": "logit_normal", "stratified": True},
         "normalise": "per_channel",
