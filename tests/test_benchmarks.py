@@ -53,6 +53,17 @@ def test_optimizer(benchmark, tmp_path):
     assert (tmp_path / "optimizer-cpu.json").is_file()
 
 
+def test_transformer(benchmark, tmp_path):
+    sizes = ["--depth", "2", "--hidden-size", "32", "--batch-size", "2", "--rounds", "2"]
+    results = benchmark("transformer").main([*sizes, "--results", str(tmp_path)])
+    assert all(math.isfinite(number) for number in numbers(results))
+    assert results["parameters"]["value residual"] - results["parameters"]["plain"] == 2
+    head = 4 * (32**2 + 32) + 32 * 16 + 16
+    assert results["parameters"]["head"] - results["parameters"]["plain"] == head
+    assert results["times_the_operations"]["value residual"] == 1 < results["times_the_operations"]["head"]
+    assert (tmp_path / "transformer-cpu.json").is_file()
+
+
 def test_overhead(benchmark, tmp_path, capsys):
     arguments = ["--rounds", "3", "--results", str(tmp_path)]
     changes = [TINY_NETWORK, "data.image_size=32", "training.batch_size=2"]
