@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from latentflow.data.sources.images import open_images
 from tests import tiny
 from tests.tiny import write_cache
 
-MANY = {"flips": True, "mask_variants": 2, "shard_size": 5, "batch_size": 3, "dtype": "float32"}
+SMALL = {"flips": True, "shard_size": 5, "batch_size": 3, "dtype": "float32"}
+MANY = ({"mask_variants": 2}, {"variants": 2})
 
 
 @pytest.fixture
@@ -29,12 +31,19 @@ def read(folder) -> dict[str, torch.Tensor]:
     return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
 
 
-def test_shards_are_those_of_the_cpu_whoever_reads(segmented, encoder, kl, tmp_path):
-    source = open_images(segmented, tiny.IMAGE_SIZE)
-    write_cache(source, kl, tmp_path / "here", **MANY)
+@pytest.fixture
+def varied_cache(segmented, kl, tmp_path) -> Path:
+    write_cache(open_images(segmented, tiny.IMAGE_SIZE), kl, tmp_path / "varied", variants=2, **SMALL)
+    return tmp_path / "varied"
+
+
+@pytest.mark.parametrize("many", MANY, ids=["holes", "variants"])
+def test_shards_are_those_of_the_cpu_whoever_reads(segmented, encoder, kl, tmp_path, many):
+    source, options = open_images(segmented, tiny.IMAGE_SIZE), {**SMALL, **many}
+    write_cache(source, kl, tmp_path / "here", **options)
     expected = read(tmp_path / "here")
     for num_workers in (0, 2):
-        index = write_cache(source, encoder, tmp_path / str(num_workers), num_workers=num_workers, **MANY)
+        index = write_cache(source, encoder, tmp_path / str(num_workers), num_workers=num_workers, **options)
         found = read(tmp_path / str(num_workers))
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
@@ -45,6 +54,17 @@ def test_shards_are_those_of_the_cpu_whoever_reads(segmented, encoder, kl, tmp_p
 @pytest.mark.parametrize("spatial", [None, SpatialData(tiny.FACTOR, maps=True, cached_holes=True)])
 def test_a_cache_that_is_held_gives_what_its_files_give(segmented_cache, device, spatial):
     files, held = (TrainingImages(LatentCache(segmented_cache), seed=3, flip=True, spatial=spatial) for _ in range(2))
+    same_batch(files, held, device)
+
+
+def test_held_variants_are_those_of_the_files(varied_cache, device):
+    spatial, source = SpatialData(tiny.FACTOR, maps=True), LatentCache(varied_cache)
+    files, held = (TrainingImages(source, seed=3, flip=True, spatial=spatial, augment=0.5) for _ in range(2))
+    same_batch(files, held, device)
+
+
+def same_batch(files: TrainingImages, held: TrainingImages, device: str) -> None:
+    """What is read from files is what is read after `hold`."""
     held.hold(torch.device(device))
     one, other = files.at(range(5, 65)).to(device), held.at(range(5, 65)).to(device)
     for field in fields(Batch):
@@ -57,9 +77,11 @@ def test_a_cache_that_is_held_gives_what_its_files_give(segmented_cache, device,
 
 @pytest.mark.parametrize("hold", [True, False])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_reading_batches_never_waits_for_the_gpu(segmented_cache, cuda, hold, num_workers):
-    spatial = SpatialData(tiny.FACTOR, maps=True, cached_holes=True)
-    images = TrainingImages(LatentCache(segmented_cache), seed=3, flip=True, spatial=spatial)
+@pytest.mark.parametrize("augment", [0, 0.5])
+def test_reading_batches_never_waits_for_the_gpu(segmented_cache, varied_cache, cuda, hold, num_workers, augment):
+    spatial = SpatialData(tiny.FACTOR, maps=True, cached_holes=not augment)
+    source = LatentCache(varied_cache if augment else segmented_cache)
+    images = TrainingImages(source, seed=3, flip=True, spatial=spatial, augment=augment)
     if hold:
         images.hold(torch.device(cuda))
     batches = stream_batches(images, StreamPositions(0, 8, 8, 0, 1), num_workers=num_workers, pin_memory=True)

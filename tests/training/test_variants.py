@@ -6,12 +6,15 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from latentflow.api import LatentFlow
 from latentflow.artifacts import read_tensors
 from latentflow.autoencoder import LatentNormalisation
+from latentflow.commands.info import describe
 from latentflow.commands.train import train as train_command
 from latentflow.data.batches import Batch
 from latentflow.data.cache.reader import LatentCache
@@ -125,7 +128,8 @@ def test_the_input_learns_and_is_kept(train):
     run = train("run", training={"steps": 6})
     config = read_config(run / "model")
     assert config.conditioning.augmentation == list(VARIANT_NUMBERS)
-    assert config.training.variants == 3
+    assert config.training.variants == describe(run)["variants"] == 3
+    assert "3 of each image" in (run / "model" / "README.md").read_text(encoding="utf-8")
     for file in ("network", "ema"):
         weight = read_tensors(newest_checkpoint(run) / f"{file}.safetensors")[WEIGHT]
         assert weight.shape == (32, len(VARIANT_NUMBERS))
@@ -162,6 +166,24 @@ def test_resume_is_exact(train):
         train("parts", **given)
     assert newest_checkpoint(whole.with_name("parts")).name == "step-00000003"
     assert final(train("parts", **given)) == final(whole)
+
+
+def test_a_preview_shows_the_maps_of_the_images_themselves(tmp_path, segmented, kl, kl_folder):
+    """What it draws by is what it would draw by without variants."""
+    write_cache(open_images(segmented, tiny.IMAGE_SIZE), kl, tmp_path / "maps", variants=2)
+    rows = []
+    for share in (0, 0.9):
+        made = tiny.recipe(
+            data={"path": tmp_path / "maps", "augment": share},
+            autoencoder=kl_folder,
+            conditioning={"semantic_map": True},
+            training={"steps": 1, "preview_every": 1},
+            out=tmp_path / f"run-{share}",
+        )
+        run = train_command(made, runtime=tiny.CPU).run
+        with Image.open(run / "samples" / "step-00000001.png") as grid:
+            rows.append(np.asarray(grid)[: grid.height * 2 // 5])  # images and maps, above three rows of samples
+    assert np.array_equal(*rows)
 
 
 def test_where_nothing_is_augmented_nothing_changes(train, cache):

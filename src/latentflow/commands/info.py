@@ -44,6 +44,7 @@ def _describe_model(model: str | Path) -> dict[str, Any]:
         + (f" away from {sampling.guide.model}" if sampling.guide else ""),
         "trained on": config.training.data,
         "training images": config.training.num_images,
+        "variants": config.training.variants,
         "steps": config.training.step,
         "images seen": config.training.images_seen,
         "average of the weights": _average(config.training.ema_length),

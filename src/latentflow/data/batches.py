@@ -223,24 +223,31 @@ class TrainingImages(Dataset):
             return [self.source.names()[index] for index in indices]
         return [self.source.name(index) for index in indices]
 
-    def at(self, positions: Sequence[int] | Tensor) -> Batch:
-        """The batch at some positions of the stream; equal positions always give equal batches."""
+    def at(self, positions: Sequence[int] | Tensor, *, augmented: bool = True) -> Batch:
+        """The batch at some positions of the stream; equal positions always give equal batches.
+
+        Args:
+            augmented: False: never a variant, but the images themselves.
+        """
         positions = _as_tensor(positions)
         indices = self.indices_at(positions)
         flipped = self._uniform("flip", positions) < 0.5 if self.flip else None
-        read = self._encoded if isinstance(self.source, LatentCache) else self._pictures
-        return Batch(positions, indices, **read(positions, indices, flipped))
+        if not isinstance(self.source, LatentCache):
+            return Batch(positions, indices, **self._pictures(positions, indices, flipped))
+        variants = self._variants(positions) if augmented else None
+        return Batch(positions, indices, **self._encoded(positions, indices, flipped, variants))
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         return self.at(positions)
 
-    def _encoded(self, positions: Tensor, indices: Tensor, flipped: Tensor | None) -> dict[str, Tensor | None]:
+    def _encoded(
+        self, positions: Tensor, indices: Tensor, flipped: Tensor | None, variants: Tensor | None
+    ) -> dict[str, Tensor | None]:
         """The fields of a batch from a latent cache."""
         cache, spatial, mask_variants = self.held or self.source, self.spatial or _NOTHING, None
         if spatial.cached_holes:
             mask_variants = (self._uniform("mask variant", positions) * self.source.plan.mask_variants).long()
-        choices = (indices, flipped, mask_variants, self._variants(positions))
-        rows, flips, mask_variants, variants = self._sent(*choices)
+        rows, flips, mask_variants, variants = self._sent(indices, flipped, mask_variants, variants)
         batch = {"labels": cache.labels(rows), "moments": cache.moments(rows, flips, variants)}
         if variants is not None:
             batch["augmentation"] = cache.augmentation(rows, flips, variants)

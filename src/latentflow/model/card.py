@@ -70,6 +70,7 @@ def _facts(config: ModelConfig) -> dict[str, str]:
         "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}"
         + (f" away from `{sampling.guide.model}`" if sampling.guide else ""),
         "trained on": training.data or "not known",
+        "variants": f"{training.variants} of each image, for training alone" if training.variants else "",
         "training": seen if training.step else "not recorded",
         "average": "" if training.ema_length is None else f"power function of length {training.ema_length:g}",
     }

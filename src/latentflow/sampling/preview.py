@@ -110,7 +110,7 @@ def _rows(
     if "inpainting" not in drawing.told and "semantic_map" not in drawing.told:
         pictures = _drawn(model, drawing, Given(), runtime, batch_size)
         return [pictures], _PER_CLASS, [conditioning.class_names[label] for label in drawing.labels]
-    batch = images.at(range(len(drawing.seeds))).to(model.device)
+    batch = images.at(range(len(drawing.seeds)), augmented=False).to(model.device)
     moments = model.autoencoder.encode(to_unit_range(batch.pixels)) if batch.moments is None else batch.moments
     rows = [model.pixels(model.latents(moments)).cpu()]
     given: dict[str, Tensor] = {}

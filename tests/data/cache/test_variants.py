@@ -120,6 +120,18 @@ def test_the_stream_draws_a_variant_for_each_position(varied_cache):
     assert torch.equal(batch.augmentation, images.source.augmentation(batch.indices, flipped, variants))
 
 
+def test_without_augmentation_it_gives_the_images_themselves(varied_cache):
+    images = stream(varied_cache)
+    batch, itself = images.at(POSITIONS), images.at(POSITIONS, augmented=False)
+    plain = ~batch.augmentation.any(1)
+    assert itself.augmentation is None
+    for name in ("moments", "class_fractions", "labels"):
+        assert torch.equal(getattr(batch, name)[plain], getattr(itself, name)[plain]), name
+    assert (batch.moments != itself.moments)[~plain].any()
+    never = TrainingImages(LatentCache(varied_cache), seed=3, flip=True, spatial=images.spatial)
+    same(itself, never.at(POSITIONS))
+
+
 def same(one, other) -> None:
     for field in fields(one):
         left, right = getattr(one, field.name), getattr(other, field.name)
