@@ -86,6 +86,15 @@ def test_what_is_exact_is_what_a_run_has_and_writes(recipe, network, optimizer, 
     assert found.subject.assumed == []
 
 
+def test_a_head_takes_the_time_of_its_operations(recipe):
+    elsewhere = {"device_memory": 80, "device_tflops": 989}
+    plain, aligned = (planned(recipe(training={"align_weight": weight}), **elsewhere) for weight in (0.0, 1.0))
+    config = plain.subject.config
+    ratio = forward_flops(config, aligned=True) / forward_flops(config)
+    assert aligned.speed.seconds_per_image / plain.speed.seconds_per_image == pytest.approx(ratio)
+    assert aligned.num_parameters == plain.num_parameters
+
+
 @pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize(
     ("every", "keep", "keep_every", "most", "milestones"),

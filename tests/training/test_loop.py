@@ -28,6 +28,7 @@ from latentflow import artifacts
 from latentflow.api import LatentFlow
 from latentflow.artifacts import contents, read_json, read_tensors
 from latentflow.autoencoder import Autoencoder
+from latentflow.commands.train import prepare
 from latentflow.commands.train import train as train_command
 from latentflow.data.batches import TrainingImages
 from latentflow.data.cache.reader import LatentCache
@@ -195,6 +196,12 @@ def test_an_align_head_is_trained_and_left_out_of_the_model(train):
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_tensors(folder / "model" / "velocity.safetensors")
+
+
+def test_a_dry_run_names_the_head(recipe):
+    plain, aligned = (prepare(recipe("run", training={"align_weight": weight}), tiny.CPU) for weight in (0.0, 0.5))
+    assert "head" not in plain.describe()
+    assert aligned.describe()["head"] == "on block 2, in training only; its loss counts 0.5"
 
 
 @pytest.mark.parametrize(("before", "after"), [({}, {"align_weight": 1.0}), ({"align_weight": 1.0}, {})])

@@ -71,6 +71,11 @@ class PreparedVelocity(PreparedRun):
             "optimizer": f"{optimizer.title} at {optimizer.learning_rate:g}, {optimizer.schedule}",
             **self.rows(),
         }
+        training = self.recipe.training
+        if training.is_aligned:
+            rows["head"] = (
+                f"on block {training.align_block}, in training only; its loss counts {training.align_weight:g}"
+            )
         if set(conditioning.dropout) - {"label"}:
             rows["conditions"] = ", ".join(conditioning.dropout)
         if lengths := self.recipe.training.ema_lengths:
