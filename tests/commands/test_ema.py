@@ -19,6 +19,7 @@ from latentflow.model.flow_model import FlowModel, read_config
 from latentflow.requests import RequestError
 from latentflow.training import checkpoint, velocity
 from latentflow.training.checkpoint import newest_checkpoint
+from latentflow.training.config import TrainingConfig
 from latentflow.training.kept_averages import KeptAverages
 from latentflow.training.request import EmaRequest
 from latentflow.training.settings import to_yaml
@@ -109,6 +110,8 @@ def test_the_command_writes_a_model_that_says_its_length(trained, tmp_path, caps
     rows = json.loads(result.out)
     assert (rows["length"], rows["step"], rows["made of"]) == (0.08, STEPS, 2 * SNAPSHOTS)
     assert 0 < rows["error of the profile"] < 0.05
+    low, high = rows["possible lengths"]
+    assert low < 0.05 < 0.1 < high
     facts = json.loads(run_here(["info", tmp_path / "model", "--json"], capsys, monkeypatch).out)
     assert facts["average of the weights"] == "power function of length 0.08"
     assert "power function of length 0.08" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
@@ -141,6 +144,16 @@ def test_a_stopped_run_ends_in_the_averages_of_its_checkpoint(given, tmp_path, m
     assert kept.steps == [4, 8, 11]
     ema(EmaRequest(run=run, length=0.08, out=tmp_path / "model"))
     assert read_config(tmp_path / "model").training.step == 11
+
+
+@pytest.mark.parametrize(("steps", "number"), [(1, 1), (1, 16), (7, 3), (10, 16), (20, 5), (1000, 7)])
+def test_snapshots_are_taken_at_the_ends_of_equal_parts(steps, number):
+    training = TrainingConfig(steps=steps, ema_lengths=[0.1], ema_snapshots=number, checkpoint_every=10**6)
+    due = [step for step in range(1, steps + 1) if training.is_snapshot(step)]
+    assert due == training.snapshot_steps == [step for step in range(1, steps + 1) if training.is_saved(step)]
+    assert len(due) == min(steps, number)
+    assert due[-1] == steps
+    assert all(0 <= step - part * steps / len(due) < 1 for part, step in enumerate(due, start=1))
 
 
 # Resuming
@@ -253,14 +266,3 @@ def test_averages_of_another_network_are_refused(trained, tmp_path):
     with pytest.raises(ArtifactError, match=r"average-0\.05\.safetensors does not fit its config: .* is missing"):
         ema(EmaRequest(run=run, length=0.1, out=tmp_path / "model"))
     assert not (tmp_path / "model").exists()
-
-
-def test_tensors_of_training_alone_are_left_out(trained, tmp_path):
-    run = shutil.copytree(trained, tmp_path / "run")
-    for file in (run / "averages").rglob("*.safetensors"):
-        write_tensors(file, {**read_tensors(file), "head.weight": torch.ones(3)})
-    for folder in (run, trained):
-        ema(EmaRequest(run=folder, length=0.08, out=tmp_path / f"of_{folder.parent.name}"))
-    names = [f"of_{folder.parent.name}" for folder in (run, trained)]
-    one, other = ((tmp_path / name / "velocity.safetensors").read_bytes() for name in names)
-    assert one == other

@@ -590,6 +590,7 @@ def free_port() -> int:
 def test_two_processes_equal_one(recipe, train, recipe_file, tmp_path):
     """Under torchrun: two processes with two micro-batches each, against one with the whole batch."""
     training = {"checkpoint_every": 4, "preview_every": 5, "align_weight": 1.0}
+    training |= {"ema_lengths": [0.05, 0.1], "ema_snapshots": 2}
     given = {"source": {"flip": True}, "times": {"stratified": True}, "training": training}
     one = train("one", **given)
     given["training"]["micro_batch_size"] = 1
@@ -607,6 +608,10 @@ def test_two_processes_equal_one(recipe, train, recipe_file, tmp_path):
     two = tmp_path / "two"
     assert read_json(two / "environment.json")["num_processes"] == 2
     assert largest_difference(one, two) < 1e-5
+    for file in (one / "averages").rglob("*.safetensors"):
+        here, there = (read_tensors(run / file.relative_to(one)) for run in (one, two))
+        assert max(float((here[name] - there[name]).abs().max()) for name in here) < 1e-5
+    assert len(list((two / "averages").rglob("*.safetensors"))) == 4
     assert read_json(newest_checkpoint(two) / "state.json")["images_seen"] == 40
     for grid in ("step-00000005.png", "step-00000010.png"):  # of which each has drawn a half
         here, there = (np.asarray(Image.open(run / "samples" / grid)).astype(int) for run in (one, two))

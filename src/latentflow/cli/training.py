@@ -205,6 +205,7 @@ def ema(request: EmaRequest, as_json: AsJson = False) -> None:
         "step": made.target.step,
         "made of": len(made.shares),
         "error of the profile": float(f"{made.error:.1e}"),
+        "possible lengths": list(result.spanned) if as_json else "{:g} to {:g}".format(*result.spanned),
     }
     show(rows, as_json)
 

@@ -21,10 +21,12 @@ class EmaResult:
     Attributes:
         model: the model folder.
         combination: of the averages that the run had kept.
+        spanned: the shortest and the longest length that they make at this step.
     """
 
     model: Path
     combination: Combination
+    spanned: tuple[float, float]
 
 
 @writes(lambda given: given["request"].out or given["request"].run)
@@ -48,4 +50,4 @@ def ema(request: EmaRequest) -> EmaResult:
     flow.config = flow.config.model_copy(update={"training": made.record(flow.config.training)})
     folder = request.out or run / "model"
     flow.save_pretrained(folder, weights=made.weights(flow.config))
-    return EmaResult(folder, made.combination)
+    return EmaResult(folder, made.combination, made.spanned)

@@ -204,9 +204,7 @@ def measure_sweep(sweep: Sweep) -> SweepResult:
     device = sweep.flow.device
     statistics = reference.statistics.to(device) if device.type == "cuda" else reference.statistics
     judge, unjudged = _class_judge(sweep, reference)
-    candidates = Candidates(request.out / _CANDIDATES, plan, _drawing_of(sweep), statistics, judge)
-    if sweep.averages:
-        candidates.prepare = sweep.averages.put_into(sweep.flow.network, plan.lengths)
+    candidates = Candidates(request.out / _CANDIDATES, plan, _drawing_of(sweep), statistics, judge, _weights_of(sweep))
     began = time.perf_counter()
     rounds = measure_rounds(candidates, request.budget)
     failed = {name: record.failed for name, record in candidates.kept.items() if record.failed}
@@ -248,6 +246,13 @@ def _drawing_of(sweep: Sweep) -> Callable[..., Columns]:
         return plan_set(sweep.flow, seed=seed, labels=labels, preset=preset).draw(sweep.extractor, num, work)
 
     return draw
+
+
+def _weights_of(sweep: Sweep) -> Callable[[str], None]:
+    """Gives the network the weights of a candidate, by name."""
+    if sweep.averages is None:
+        return lambda name: None
+    return sweep.averages.put_into(sweep.flow.network, sweep.plan.lengths)
 
 
 def _require_some(rounds: Sequence[Round], failed: dict[str, str], budget: float | None) -> None:

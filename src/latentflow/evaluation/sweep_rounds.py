@@ -117,10 +117,10 @@ class Candidates:
         draw: called with num, seed, preset and on_images; see `ImageSet.draw`.
         reference: statistics of the real images; scores are computed on its device.
         judge: of classes; None: they are not judged.
+        prepare: called with the name of a candidate before its images are drawn.
 
     Attributes:
         kept: the record of each candidate, by name.
-        prepare: called with the name of a candidate before its images are drawn.
 
     Raises:
         ArtifactError: a record is damaged.
@@ -133,10 +133,11 @@ class Candidates:
         draw: Callable[..., Columns],
         reference: FeatureStatistics,
         judge: ClassJudge | None = None,
+        prepare: Callable[[str], None] = lambda name: None,
     ):
         self.folder, self.plan, self.draw, self.reference, self.judge = folder, plan, draw, reference, judge
+        self.prepare = prepare
         self.kept = {name: self._load(name) for name in plan.candidates}
-        self.prepare: Callable[[str], None] = lambda name: None
         self._warm = False
 
     def measure(self, name: str, num: int, on_images: OnImages) -> None:

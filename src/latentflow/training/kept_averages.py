@@ -49,6 +49,13 @@ class PostHocAverage:
         """By the run until the step of the average."""
         return next(p.images_seen for p in self.parts if p.profile.step == self.combination.target.step)
 
+    @property
+    def spanned(self) -> tuple[float, float]:
+        """The shortest and the longest length that the parts make at this step."""
+        found = spanned([part.profile for part in self.parts], self.combination.target.step)
+        assert found  # those that are kept are among them
+        return found
+
     def record(self, training: TrainingRecord) -> TrainingRecord:
         """What a model with these weights says of its training."""
         target = self.combination.target
@@ -58,8 +65,7 @@ class PostHocAverage:
     def weights(self, config: ModelConfig) -> dict[str, Tensor]:
         """The averaged weights of the network of `config`, by name: sums in float64, rounded to float32 at the end.
 
-        Buffers are those of the newest part. Tensors that the network does not have, of a head that only training uses,
-        are left out.
+        Buffers are those of the newest part.
 
         Raises:
             ArtifactError: a file is damaged, or of another network.
@@ -70,7 +76,7 @@ class PostHocAverage:
         learned = {name for name, _ in network.named_parameters(remove_duplicate=False)}
         sums: dict[str, Tensor] = {}
         for part, share in zip(self.parts, self.combination.shares, strict=True):
-            tensors = {name: tensor for name, tensor in read_tensors(part.file).items() if name in expected}
+            tensors = read_tensors(part.file)
             require_values(expected, tensors, part.file)
             for name, tensor in tensors.items():
                 if name not in learned:
@@ -138,12 +144,10 @@ class KeptAverages:
         made = self.reconstruct(length, step)
         if made.combination.error <= TOLERANCE:
             return ""
-        span = spanned([part.profile for part in made.parts], made.combination.target.step)
-        remedy = "give {:g} to {:g}".format(*span) if span else f"there are too few for any at step {step}"
-        error = 100 * made.combination.error
+        error, (low, high) = 100 * made.combination.error, made.spanned
         return (
             f" {length:g}: the averages that {self.run} has kept make it to {error:.2g} % of its profile, and at most "
-            f"{100 * TOLERANCE:g} % are allowed; {remedy}"
+            f"{100 * TOLERANCE:g} % are allowed; give {low:g} to {high:g}"
         )
 
 
