@@ -148,9 +148,9 @@ def test_a_stopped_run_ends_in_the_averages_of_its_checkpoint(given, tmp_path, m
 
 @pytest.mark.parametrize(("steps", "number"), [(1, 1), (1, 16), (7, 3), (10, 16), (20, 5), (1000, 7)])
 def test_snapshots_are_taken_at_the_ends_of_equal_parts(steps, number):
-    training = TrainingConfig(steps=steps, ema_lengths=[0.1], ema_snapshots=number, checkpoint_every=10**6)
-    due = [step for step in range(1, steps + 1) if training.is_snapshot(step)]
-    assert due == training.snapshot_steps == [step for step in range(1, steps + 1) if training.is_saved(step)]
+    training = TrainingConfig(steps=steps, ema_lengths=[0.1], ema_snapshots=number, checkpoint_every=10**6, keep_at=[])
+    due = [step for step in range(1, steps + 1) if training.keeps_averages(step)]
+    assert due == training.averages_at == [step for step in range(1, steps + 1) if training.is_saved(step)]
     assert len(due) == min(steps, number)
     assert due[-1] == steps
     assert all(0 <= step - part * steps / len(due) < 1 for part, step in enumerate(due, start=1))

@@ -118,11 +118,11 @@ def test_averages_are_counted_in_memory_and_on_disk(recipe, every, keep, snapsho
     asked = recipe(training={**kept, "ema_lengths": lengths, "ema_snapshots": snapshots})
     run, found = train(asked, runtime=tiny.CPU).run, planned(asked)
     averages = sum(num_bytes(file) for file in (run / "averages").rglob("*.safetensors"))
-    assert found.disk.snapshot * found.disk.num_snapshots == averages
+    assert found.disk.averages * found.disk.averages_kept == averages
     assert found.disk.checkpoint == sum(num_bytes(file) for file in newest_checkpoint(run).glob("*.safetensors"))
     assert found.disk.num_checkpoints == most
     alone = planned(recipe(training=kept))
-    assert alone.disk.num_snapshots == alone.disk.snapshot == 0
+    assert alone.disk.averages_kept == alone.disk.averages == 0
     assert found.memory.exact["moving average"] == 3 * alone.memory.exact["moving average"]
     assert found.disk.run - averages - found.disk.model == most * found.disk.checkpoint
 

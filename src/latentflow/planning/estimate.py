@@ -86,8 +86,8 @@ class Disk:
         num_checkpoints: the most at any time, with milestones and the one being written.
         num_milestones: models that are kept besides that of the run.
         model: the model folder.
-        snapshot: power function averages of one step; 0: none are kept.
-        num_snapshots: how many stay.
+        averages: power function averages of one step; 0: none are kept.
+        averages_kept: at how many steps they are kept.
         cache: the latent cache; None if the number of images is unknown, or training reads images.
         cache_is_here: whether it exists already.
         previews: all of them.
@@ -98,8 +98,8 @@ class Disk:
     num_checkpoints: int
     num_milestones: int
     model: int
-    snapshot: int
-    num_snapshots: int
+    averages: int
+    averages_kept: int
     cache: int | None
     cache_is_here: bool
     previews: int
@@ -108,7 +108,7 @@ class Disk:
     @property
     def run(self) -> int:
         """Bytes of the run folder."""
-        kept = self.model * (1 + self.num_milestones) + self.snapshot * self.num_snapshots
+        kept = self.model * (1 + self.num_milestones) + self.averages * self.averages_kept
         return self.checkpoint * self.num_checkpoints + kept + self.previews
 
 
@@ -210,7 +210,7 @@ def _num_saved(training: TrainingConfig) -> int:
     number = training.steps // every
     if milestones:
         number += training.steps // milestones - training.steps // math.lcm(every, milestones)
-    others = {*training.snapshot_steps, *training.kept_at, training.steps}
+    others = {*training.averages_at, *training.kept_at, training.steps}
     return number + sum(bool(step % every and (not milestones or step % milestones)) for step in others)
 
 
@@ -229,8 +229,8 @@ def estimate_disk(subject: PlannedRun, network: nn.Module) -> Disk:
         num_checkpoints=min(training.keep_checkpoints + 1 + num_milestones, _num_saved(training)),
         num_milestones=num_milestones + len(at_shares),
         model=_state_bytes(sampled_part(network)) + (subject.stage.num_bytes or 0 if embedded else 0),
-        snapshot=_state_bytes(sampled_part(network)) * (training.num_averages - 1),
-        num_snapshots=len(training.snapshot_steps),
+        averages=_state_bytes(sampled_part(network)) * (training.num_averages - 1),
+        averages_kept=len(training.averages_at),
         cache=cached_bytes(subject) if here is None else here,
         cache_is_here=here is not None,
         previews=previews * pixels * _PNG_BYTES,

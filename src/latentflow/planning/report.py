@@ -65,8 +65,8 @@ def numbers(plan: Plan) -> dict[str, Any]:
             "checkpoint": disk.checkpoint,
             "checkpoints": disk.num_checkpoints,
             "model": disk.model,
-            "snapshot": disk.snapshot,
-            "snapshots": disk.num_snapshots,
+            "averages": disk.averages,
+            "averages_kept": disk.averages_kept,
             "cache": disk.cache,
             "previews": disk.previews,
             "run": disk.run,
@@ -142,8 +142,8 @@ def _disk_rows(plan: Plan) -> list[tuple[str, str, str]]:
         ("a checkpoint", f"{gib(disk.checkpoint)}; at most {disk.num_checkpoints} at a time", EXACT),
         ("the model", gib(disk.model), EXACT),
     ]
-    if disk.num_snapshots:
-        rows.append(("snapshots of averages", f"{disk.num_snapshots:,} of {gib(disk.snapshot)}", EXACT))
+    if disk.averages_kept:
+        rows.append(("snapshots of averages", f"{disk.averages_kept:,} of {gib(disk.averages)}", EXACT))
     if disk.cache is not None:
         known = EXACT if disk.cache_is_here else ASSUMED
         rows.append(("latent cache", gib(disk.cache) + (", exists already" if disk.cache_is_here else ""), known))

@@ -41,7 +41,7 @@ NETWORK_FILE, EMA_FILE, OPTIMIZER_FILE = "network.safetensors", "ema.safetensors
 SaveModel = Callable[[Path, Mapping[str, Tensor]], None]
 """Called with (folder, averaged weights) to write a model folder."""
 
-SNAPSHOTS = "averages"
+AVERAGES = "averages"
 """The folder of a run with snapshots of its averages."""
 _FOLDER = re.compile(r"step-(\d{8})")
 _AVERAGE = re.compile(r"average-(.+)\.safetensors")
@@ -80,7 +80,7 @@ class CheckpointWriter:
         keep_at: further milestones, of which only the model is kept when they are no longer among the newest.
         save_model: writes `model/` of the run before each checkpoint, and that of a milestone in it. A run that is
             killed between the two repeats the steps since the last checkpoint, and writes both again.
-        is_snapshot: whether the averages after so many steps are kept, before the checkpoint in the same way.
+        keeps_averages: whether the averages after so many steps are kept, before the checkpoint in the same way.
     """
 
     def __init__(
@@ -92,10 +92,10 @@ class CheckpointWriter:
         keep_every: int | None = None,
         keep_at: Collection[int] = (),
         save_model: SaveModel | None = None,
-        is_snapshot: Callable[[int], bool] = lambda step: False,
+        keeps_averages: Callable[[int], bool] = lambda step: False,
     ):
         self.run, self.device, self.keep, self.keep_every, self.save_model = run, device, keep, keep_every, save_model
-        self.is_snapshot = is_snapshot
+        self.keeps_averages = keeps_averages
         self.keep_at = keep_at
         self._on_gpu: bool | None = None if device.type == "cuda" else False
         self._on_host: Tensor | None = None
@@ -170,8 +170,8 @@ class CheckpointWriter:
                 save_model = self.save_model
                 if save_model:
                     save_model(self.run / MODEL, state[EMA_FILE])
-                if self.is_snapshot(progress.step):
-                    write_snapshot(self.run, progress, state)
+                if self.keeps_averages(progress.step):
+                    write_averages(self.run, progress, state)
                 write_checkpoint(self.run, progress, state, save_model if self._is_milestone(progress.step) else None)
             keep_newest(self.run, self.keep, self.keep_every)
         except BaseException as error:
@@ -260,14 +260,14 @@ def write_checkpoint(
     return _write_state(run / CHECKPOINTS / _folder_name(progress.step), progress, state, save_model)
 
 
-def write_snapshot(run: Path, progress: Progress, state: Mapping[str, Mapping[str, Tensor]]) -> Path:
+def write_averages(run: Path, progress: Progress, state: Mapping[str, Mapping[str, Tensor]]) -> Path:
     """Write the power function averages of one step, complete or not at all.
 
     Args:
         state: as of a checkpoint.
     """
     averages = {file: tensors for file, tensors in state.items() if _AVERAGE.fullmatch(file)}
-    return _write_state(run / SNAPSHOTS / _folder_name(progress.step), progress, averages)
+    return _write_state(run / AVERAGES / _folder_name(progress.step), progress, averages)
 
 
 def _folder_name(step: int) -> str:
@@ -305,16 +305,16 @@ def keep_newest(run: Path, keep: int, keep_every: int | None = None) -> None:
             file.unlink(missing_ok=True)
 
 
-def remove_snapshots_after(run: Path, step: int) -> None:
+def remove_averages_after(run: Path, step: int) -> None:
     """Delete the snapshots of later steps than `step`, at which a run begins or goes on: it writes them again."""
-    for folder in average_snapshots(run):
+    for folder in folders_of_averages(run):
         if step_of(folder) > step:
             remove_folder(folder)
 
 
-def average_snapshots(run: Path) -> list[Path]:
+def folders_of_averages(run: Path) -> list[Path]:
     """The snapshots of a run's averages, oldest first."""
-    return _complete(run / SNAPSHOTS)
+    return _complete(run / AVERAGES)
 
 
 def step_of(folder: Path) -> int:

@@ -171,15 +171,15 @@ class TrainingConfig(Record):
     def is_saved(self, step: int) -> bool:
         """Whether a checkpoint is written after `step` steps, if the run does not end there."""
         is_multiple = any(every is not None and step % every == 0 for every in (self.checkpoint_every, self.keep_every))
-        return is_multiple or step in self.kept_at or self.is_snapshot(step)
+        return is_multiple or step in self.kept_at or self.keeps_averages(step)
 
-    def is_snapshot(self, step: int) -> bool:
-        """Whether the averages after `step` steps are kept: one of `snapshot_steps`."""
+    def keeps_averages(self, step: int) -> bool:
+        """Whether the averages after `step` steps are kept: one of `averages_at`."""
         number, steps = self.ema_snapshots, self.steps
         return self.ema_lengths is not None and step * number // steps > (step - 1) * number // steps
 
     @property
-    def snapshot_steps(self) -> list[int]:
+    def averages_at(self) -> list[int]:
         """The steps whose averages are kept: the ends of `ema_snapshots` equal parts of the run, rounded up."""
         if self.ema_lengths is None:
             return []

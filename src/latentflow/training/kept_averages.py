@@ -13,7 +13,7 @@ from latentflow.artifacts import read_tensors
 from latentflow.errors import ArtifactError
 from latentflow.model.config import ModelConfig, TrainingRecord
 from latentflow.training.averaging import TOLERANCE, Combination, PowerProfile, combine_profiles, spanned
-from latentflow.training.checkpoint import average_snapshots, averages_in, newest_checkpoint, read_progress, step_of
+from latentflow.training.checkpoint import averages_in, folders_of_averages, newest_checkpoint, read_progress, step_of
 from latentflow.weights import require_values, without_memory
 
 
@@ -114,7 +114,7 @@ class KeptAverages:
 
     def __init__(self, run: Path):
         self.run = run
-        folders = {step_of(folder): folder for folder in average_snapshots(run)}
+        folders = {step_of(folder): folder for folder in folders_of_averages(run)}
         newest = newest_checkpoint(run)
         if newest is not None:
             folders.setdefault(step_of(newest), newest)

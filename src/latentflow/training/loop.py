@@ -28,7 +28,7 @@ from latentflow.training.checkpoint import (
     keep_newest,
     load_checkpoint,
     newest_checkpoint,
-    remove_snapshots_after,
+    remove_averages_after,
 )
 from latentflow.training.config import TrainingConfig
 from latentflow.training.ema import EMA
@@ -113,7 +113,7 @@ class Job:
         keep_every: steps between milestones; None: there are none.
         keep_at: steps of further milestones.
         ema_lengths: of the power function averages that are kept beside the exponential one.
-        is_snapshot: whether the averages after so many steps are kept.
+        keeps_averages: whether the averages after so many steps are kept.
         after_step: called in every process with the averaged weights and the number of steps done.
     """
 
@@ -133,7 +133,7 @@ class Job:
     keep_every: int | None = None
     keep_at: tuple[int, ...] = ()
     ema_lengths: Sequence[float] = ()
-    is_snapshot: Callable[[int], bool] = lambda step: False
+    keeps_averages: Callable[[int], bool] = lambda step: False
     after_step: Callable[[Mapping[str, Tensor], int], None] = lambda average, step: None
 
     @property
@@ -206,7 +206,7 @@ def run_loop(job: Job) -> tuple[Outcome, Mapping[str, Tensor]]:
         compile_blocks(job.network)
     log = _open_log(job, learner.progress if learner.is_resumed else None)
     if runtime.is_main:
-        remove_snapshots_after(job.run, learner.progress.step)
+        remove_averages_after(job.run, learner.progress.step)
     if learner.is_resumed and runtime.is_main:
         keep_newest(job.run, **job.kept)
     meter, clock, saved_at, stopping = job.meter(runtime.device), Clock(), learner.progress.step, False
@@ -222,7 +222,7 @@ def run_loop(job: Job) -> tuple[Outcome, Mapping[str, Tensor]]:
             **job.kept,
             keep_at=job.keep_at,
             save_model=job.save_model,
-            is_snapshot=job.is_snapshot,
+            keeps_averages=job.keeps_averages,
         ) as writer,
     ):
         stop = SharedStop(runtime, received)

@@ -78,7 +78,7 @@ def train_velocity(
         keep_every=config.keep_every,
         keep_at=config.kept_at,
         ema_lengths=config.ema_lengths or (),
-        is_snapshot=config.is_snapshot,
+        keeps_averages=config.keeps_averages,
         after_step=draw_if_due,
     )
     outcome, _ = run_loop(job)
