@@ -321,7 +321,9 @@ def test_what_fails_is_a_line_and_can_be_repeated(ladder, rules, tmp_path, monke
     run.main(given)
     assert (tmp_path / "results" / "RESULTS.md").read_text() == page
     run.main([*given, "--again"])
-    assert "undecided: one seed has no spread" in (tmp_path / "results" / "RESULTS.md").read_text()
+    page = (tmp_path / "results" / "RESULTS.md").read_text()
+    assert "| +2 on 0 | undecided: one seed has no spread |" in page
+    assert "| -2 on 0 | reference |" in page
 
 
 def test_a_real_run_ends_in_a_line(ladder, rules, tmp_path, monkeypatch, two_rungs):

@@ -95,11 +95,12 @@ def judged(step: Step) -> tuple[str, str]:
         return "", "not comparable yet"
     if verdict.failed:
         return "", f"failed: {verdict.failed}"
-    gain = f"{verdict.gain:+.3g} on {step.base}, spread {verdict.spread:.2g}"
+    alone = math.isinf(verdict.spread)
+    gain = f"{verdict.gain:+.3g} on {step.base}" + ("" if alone else f", spread {verdict.spread:.2g}")
     if step.rung.role == "reference":
         return gain, "reference"
-    if math.isinf(verdict.spread):
-        return f"{verdict.gain:+.3g} on {step.base}", "undecided: one seed has no spread"
+    if alone:
+        return gain, "undecided: one seed has no spread"
     words = "kept" if verdict.kept else "not kept"
     if verdict.kept and step.rung.against:
         words = f"better than {step.base}"
