@@ -51,8 +51,8 @@ class OptimizerConfig(Record):
     @classmethod
     def _of_earlier_versions(cls, values: Any) -> Any:
         """Runs of earlier versions saved every key but `weight_decay_on` and Muon's, and decayed everything."""
-        later = {"weight_decay_on", "kind", "momentum", "orthogonalise_every"}
-        if isinstance(values, dict) and not later & values.keys() and cls.model_fields.keys() - later <= values.keys():
+        saved = cls.model_fields.keys() - {"weight_decay_on", "kind", "momentum", "orthogonalise_every"}
+        if isinstance(values, dict) and "weight_decay_on" not in values and saved <= values.keys():
             return {**values, "weight_decay_on": "all"}
         return values
 
