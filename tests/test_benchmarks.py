@@ -15,6 +15,7 @@ import pytest
 from latentflow.artifacts import read_json
 from latentflow.networks.dit import DiTConfig
 from latentflow.training.memory import forward_flops
+from tests import tiny
 
 TINY_NETWORK = "network={depth: 2, hidden_size: 32, num_heads: 2, patch_size: 2}"
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -197,3 +198,18 @@ def test_a_stopwatch_counts_every_moment_once(benchmark, monkeypatch):
     stopwatch.fine = False
     inner(32)
     assert {part: value.tolist() for part, value in stopwatch.lap().items()} == {measuring.REST: [32, 32]}
+
+
+def test_judge_ranking(benchmark, tmp_path, kl, images):
+    tiny.model(kl).save_pretrained(tmp_path / "model")
+    given = ["--judge", "random", "--model", tmp_path / "model", "--data", images, "--num", 9, "--results", tmp_path]
+    script = benchmark("judge_ranking")
+    results = script.main(list(map(str, given)))
+    written = read_json(tmp_path / "judge_ranking-cpu.json")
+    assert written["sets"] == results["sets"]
+    assert [*results["sets"]] == [*script.ORDER, "guidance 2"]
+    assert all(math.isfinite(number) for number in numbers(results["sets"]))
+    sets = {name: {"distance": float(place), "standard_error": 0.1} for place, name in enumerate(script.ORDER)}
+    assert all(step["holds"] for step in script.ranking(sets))
+    swapped = {**sets, "trained": sets["few steps"], "few steps": sets["trained"]}
+    assert [step["holds"] for step in script.ranking(swapped)] == [True, True, False, True]
