@@ -49,6 +49,7 @@ SAMPLE = "sample {w}/model --num 2 --steps 2 --solver euler --out {out}"
 INPAINT = "inpaint {w}/painter {w}/photo.png {w}/hole.png --steps 2 --out {out}/filled.png"
 PAINT = "mask-to-image {w}/painter {w}/map.png --steps 2 --out {out}/painted.png"
 EVALUATE = "evaluate {w}/model --data {w}/photos --features random --metrics fid --num 12 --steps 2 --out {out}"
+JUDGE = "train-features {w}/photos --image-size 16 --out {out}"
 
 CASES = {
     "verbs and options": [
@@ -239,6 +240,17 @@ CASES = {
         wrong(EVALUATE.replace("w}/photos", "w}/nowhere"), "nowhere"),
         wrong(EVALUATE.replace("fid", "fidd"), "fidd", "fid"),
         wrong(EVALUATE.replace("random", "vgg"), "vgg", "random"),
+        wrong(EVALUATE.replace("random", "{w}/photos"), "--features", "photos", "judge.json", "train-features"),
+        wrong(EVALUATE.replace("model", "unconditional").replace("fid", "class-accuracy"), "class-accuracy", "classes"),
+        wrong(EVALUATE.replace("fid", "class-accuracy") + " --labels none", "class-accuracy", "--labels none"),
+        wrong(JUDGE.replace("photos", "photoss"), "photoss"),
+        wrong(JUDGE, "18", "250"),
+        wrong(JUDGE.replace("photos", "cache"), "latent cache"),
+        wrong(JUDGE + " --width 12", "--width", "12", "8"),
+        wrong(JUDGE + " --side 8", "--side", "8", "16"),
+        wrong(JUDGE + " --batch-size 1", "--batch-size", "1"),
+        wrong(JUDGE.replace("{out}", "{w}/photos/judge"), "photos"),
+        wrong(JUDGE.replace("{w}/photos", "synthetic:260").replace("{out}", "{w}/flat"), "flat"),
         wrong(EVALUATE.replace("--num 12", "--num 1"), "1"),
         wrong(EVALUATE + " --task draw", "task", "draw"),
         wrong(EVALUATE + " --labels some", "some"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from latentflow.data.batches import Batch, epoch_order
 from latentflow.evaluation.real_images import image_features
@@ -21,6 +22,7 @@ from latentflow.training.feature_run import PreparedFeatures
 from latentflow.training.feature_step import feature_step
 
 _FITTED = 10_000  # images that the scale of features and the judge of classes are fitted to, about
+_LEAST_SCALE = 0.1  # of the median deviation of a feature
 _PAIRS = 256  # held-out images whose views are to be told apart
 
 
@@ -51,7 +53,7 @@ def make_judge(prepared: PreparedFeatures) -> JudgeRecord:
     with image_progress("measuring", len(rows) + len(prepared.held_out)) as on_images:
         work = Work(batch_size=plan.batch_size, num_workers=prepared.request.num_workers, on_images=on_images)
         fitted, held_out = (_features(prepared, some, raw, work) for some in (rows, prepared.held_out))
-    mean, std = fitted["features"].mean(0), fitted["features"].std(0).clamp(min=1e-6)
+    mean, std = _scaling(fitted["features"])
     judge = Judge(network, mean, std, None)
     if not plan.class_names:
         record = record.model_copy(update={"accuracy": _told_apart(prepared)})
@@ -60,6 +62,15 @@ def make_judge(prepared: PreparedFeatures) -> JudgeRecord:
     classes = ClassJudge.fitted(x, fitted["labels"], unseen, held_out["labels"], len(plan.class_names))
     figures = {"accuracy": classes.recognised, "ceiling": classes.accuracy}
     return replace(judge, classes=classes).save(prepared.request.out, record.model_copy(update=figures))
+
+
+def _scaling(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of features [N, D], each [D]; no feature is divided by less than a tenth of the median.
+
+    A feature that is nearly constant on training images would otherwise outweigh all others wherever it is not.
+    """
+    std = features.std(0)
+    return features.mean(0), std.clamp(min=max(_LEAST_SCALE * float(std.median()), 1e-6))
 
 
 def _features(prepared: PreparedFeatures, rows: Sequence[int], extractor: JudgeFeatures, work: Work) -> Columns:
