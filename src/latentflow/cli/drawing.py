@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import Field
@@ -15,6 +15,7 @@ from latentflow.cli.output import folder_rows, picture_rows, runtime_for, show
 from latentflow.console import say
 from latentflow.requests import Option, Request
 from latentflow.sampling.request import (
+    FitSolverRequest,
     ImageToImageRequest,
     InpaintRequest,
     InterpolateRequest,
@@ -23,6 +24,9 @@ from latentflow.sampling.request import (
     SampleRequest,
     VaryRequest,
 )
+
+if TYPE_CHECKING:
+    from latentflow.sampling.fit_solvers import SolverCheck
 
 Picture = Annotated[
     Path, typer.Argument(help="An image; its square middle is scaled to the size of the training images.")
@@ -218,3 +222,32 @@ def invert(
             f"{row.noise_error:.2g}, of the round trip {row.latent_error:.2g}, {row.solver_psnr:.2f} dB"
         )
     show(rows, as_json)
+
+
+@verb(example="latentflow fit-solver runs/cifar10 --evaluations 6,8,10")
+def fit_solver(
+    request: FitSolverRequest,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit solvers of few evaluations to a model, for `--solver fitted-8`.
+
+    Each is compared with the usual solvers on held-out seeds, and stored in the model folder only if it is better.
+    Repeat the command to continue an interrupted one.
+    """
+    from latentflow.commands.fit_solver import fit_solver as run
+
+    checks = run(request, batch_size=batch_size, runtime=runtime_for(device, Precision.fp32))
+    if as_json:
+        show({check.name: asdict(check) for check in checks}, as_json)
+        return
+    show({check.name: _check_line(check) for check in checks}, as_json)
+
+
+def _check_line(check: SolverCheck) -> str:
+    other = check.best_other
+    compared = f"held-out distance {check.error:.3g}, {other} with as many evaluations {check.others[other]:.3g}"
+    if not check.is_kept:
+        return f"{compared}: not stored, since {other} is no worse"
+    return compared + (": there already" if check.rounds == 0 else f": stored, fitted in {check.seconds:.0f} s")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from latentflow.errors import ConfigError
-from latentflow.flow.solvers import SOLVERS, RungeKutta, is_adaptive
+from latentflow.flow.solvers import SOLVERS, RungeKutta, fitted_evaluations, is_adaptive
 from latentflow.model.guide_reference import NO_GUIDE
 
 Candidate = dict[str, Any]
@@ -148,8 +148,8 @@ def combinations(
 ) -> dict[str, Candidate]:
     """Every combination that draws different images, by name, the cheapest first.
 
-    Adaptive solvers take tolerances (rtol = atol) instead of steps and shifts; a shift has no effect on one step, nor
-    an interval or a guide on guidance 1.
+    Adaptive solvers take tolerances (rtol = atol) instead of steps and shifts, and fitted ones their own times; a shift
+    has no effect on one step, nor an interval or a guide on guidance 1.
 
     Args:
         guides: names of models, or `NO_GUIDE`; none: candidates have the guide of the preset.
@@ -162,7 +162,9 @@ def combinations(
             raise ConfigError(f"{what} {wrong[0]:g} must be above 0")
     made: list[Candidate] = []
     for solver, guidance in product(solvers, guidances):
-        if is_adaptive(solver):
+        if (number := fitted_evaluations(solver)) is not None:
+            paces = [{"steps": number}]
+        elif is_adaptive(solver):
             paces = [{"rtol": tolerance, "atol": tolerance} for tolerance in tolerances]
         else:
             paces = [{"steps": n, "shift": s if n > 1 else 1.0} for n, s in product(steps, shifts)]
@@ -182,7 +184,8 @@ def combinations(
 def candidate_name(candidate: Candidate) -> str:
     """The name of a candidate, valid as a file name: heun-8_g1.5_i0.1-0.8_s2, dopri5-0.001, or heun-8_g2_by-1-8."""
     pace = candidate.get("steps", candidate.get("rtol"))
-    parts = [f"{candidate['solver']}-{pace:g}"]
+    is_fitted = fitted_evaluations(candidate["solver"]) is not None
+    parts = [candidate["solver"] if is_fitted else f"{candidate['solver']}-{pace:g}"]
     if candidate["guidance"] != 1:
         parts.append(f"g{candidate['guidance']:g}")
         if candidate["guidance_interval"] != (0.0, 1.0):
@@ -202,7 +205,7 @@ def _short(guide: str) -> str:
 
 def _expected_cost(candidate: Candidate) -> float:
     """Network calls per image, roughly: those of an adaptive solver and of a guidance interval are estimated."""
-    method = SOLVERS[candidate["solver"]]
+    method = SOLVERS.get(candidate["solver"])  # none: it is fitted, one call per step
     stages = len(method.nodes) if isinstance(method, RungeKutta) else 1
     steps = candidate.get("steps", 0) or 4 * candidate["rtol"] ** (-1 / method.order)
     return stages * steps * (1 if candidate["guidance"] == 1 else 2)

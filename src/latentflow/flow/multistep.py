@@ -81,6 +81,42 @@ class AdamsBashforth:
 
 
 @dataclass(frozen=True)
+class FittedMultistep:
+    """A multistep method with times and weights of its own, as `latentflow.flow.solver_fit` finds them.
+
+        x_{n+1} = x_n + (t_{n+1} - t_n) sum_j weights[n][j] v_{n-j}        sum_j weights[n][j] = 1
+
+    Attributes:
+        times: t_0 to t_N, falling from 1 to 0.
+        weights: one row per step, for the newest to the oldest velocity that it uses.
+    """
+
+    times: tuple[float, ...]
+    weights: tuple[tuple[float, ...], ...]
+    extra = 0
+
+    def march(self, ask: Ask, x: Tensor, grid: Sequence[float], path: Path | None = None) -> Iterator[Tensor]:
+        """The state after each step, [B, ...] each, from x at times[0].
+
+        Raises:
+            ConfigError: `grid` is not `times`.
+        """
+        if tuple(grid) != self.times:
+            raise ConfigError("a fitted solver takes its own times and no others")
+        velocities: list[Tensor] = []  # oldest first
+        for step, t in enumerate(grid[:-1]):
+            velocities.append(ask(x, t))
+            x = self.after(step, x, velocities)
+            yield x
+
+    def after(self, step: int, x: Tensor, velocities: Sequence[Tensor]) -> Tensor:
+        """The state after a step from x, given the velocities up to its start, the oldest first."""
+        weights = self.weights[step]
+        newest_first = velocities[: -len(weights) - 1 : -1]
+        return x + (self.times[step + 1] - self.times[step]) * combine(weights, newest_first)
+
+
+@dataclass(frozen=True)
 class DataMultistep:
     """Multistep methods for the predicted data: DPM-Solver++ and UniPC, with the data taken from the velocity.
 

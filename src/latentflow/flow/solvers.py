@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from latentflow.errors import ConfigError, NonFiniteError, nearest
-from latentflow.flow.multistep import AdamsBashforth, Ask, DataMultistep, combine
+from latentflow.flow.multistep import AdamsBashforth, Ask, DataMultistep, FittedMultistep, combine
 from latentflow.flow.path import Path
 from latentflow.shapes import image_mean, per_image, send
 
@@ -105,7 +105,7 @@ DOPRI5 = RungeKutta(
 )
 
 
-Method = RungeKutta | AdamsBashforth | DataMultistep
+Method = RungeKutta | AdamsBashforth | DataMultistep | FittedMultistep
 
 SOLVERS: dict[str, Method] = {
     "euler": EULER,
@@ -141,12 +141,26 @@ class Solution:
     rejected: Tensor
 
 
+_FITTED = "fitted-"
+
+
+def fitted_evaluations(solver: str) -> int | None:
+    """The number of evaluations N of a solver called fitted-N or fitted-N@HASH; None: `solver` is not called so.
+
+    Such a solver belongs to a model, and is stored in its folder.
+    """
+    number = solver.removeprefix(_FITTED).partition("@")[0]
+    return int(number) if solver.startswith(_FITTED) and number.isdecimal() and len(number) <= 3 else None
+
+
 def is_adaptive(solver: str) -> bool:
     """Whether `solver` controls its step size by a tolerance.
 
     Raises:
         ConfigError: no such solver.
     """
+    if fitted_evaluations(solver) is not None:
+        return False
     return getattr(_method(solver), "error_weights", None) is not None
 
 
@@ -159,6 +173,8 @@ def expected_evaluations(solver: str, steps: int, tolerance: float) -> float:
     Raises:
         ConfigError: no such solver.
     """
+    if (number := fitted_evaluations(solver)) is not None:
+        return number
     method = _method(solver)
     if not isinstance(method, RungeKutta):
         return steps + min(steps, method.extra)
@@ -175,7 +191,7 @@ def integrate(
     x: Tensor,
     times: Tensor,
     *,
-    solver: str = "heun",
+    solver: str | FittedMultistep = "heun",
     path: Path | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
@@ -191,7 +207,7 @@ def integrate(
         x: [B, ...], the state at times[0].
         times: [steps + 1] float64, falling or rising (`times.sampling_times`). Fixed-step solvers take these steps;
             adaptive ones only use the two ends.
-        solver: a name of `SOLVERS`.
+        solver: a name of `SOLVERS`, or a fitted solver, whose times `times` must be.
         path: of the velocity; needed by the solvers that work with the predicted data, `DataMultistep`.
         rtol, atol: of adaptive solvers: the root mean square over an image of its estimated error in one step,
             divided by atol + rtol |x|, is kept below 1.
@@ -204,12 +220,12 @@ def integrate(
             atol, a callback for an adaptive solver, or no path where one is needed.
         NonFiniteError: in an adaptive solver, the state or the velocity is not finite, or no step is small enough.
     """
-    method = _method(solver)
+    method = solver if isinstance(solver, FittedMultistep) else _method(solver)
     grid = torch.as_tensor(times, dtype=torch.float64, device="cpu")
     steps = grid.diff()
     if grid.dim() != 1 or len(grid) < 2 or not ((steps > 0).all() or (steps < 0).all()):
         raise ConfigError(f"times must be at least two, falling or rising throughout; got {grid.tolist()}")
-    if not is_adaptive(solver):
+    if isinstance(solver, FittedMultistep) or not is_adaptive(solver):
         return _integrate_fixed(velocity, x, method, grid.tolist(), path, callback)
     if not (rtol >= 0 and atol > 0):
         raise ConfigError(f"rtol must be at least 0 and atol above 0; got rtol {rtol}, atol {atol}")
@@ -232,7 +248,7 @@ def _integrate_fixed(
     def ask(x: Tensor, time: float, clock: Tensor | None = None) -> Tensor:
         nonlocal evaluations
         evaluations += 1
-        return _ask(velocity, x, time, clock)
+        return velocity_at(velocity, x, time, clock)
 
     states = method.march(ask, x, grid, path)
     for step, time in enumerate(grid[1:], 1):
@@ -273,7 +289,7 @@ def _integrate_adaptive(
     # One entry per image that has not reached the end: its row in the batch, its time, the size of its next step (> 0).
     rows = torch.arange(len(x))
     time = torch.full((len(x),), start, dtype=torch.float64)
-    slope = _ask(velocity, x, time)
+    slope = velocity_at(velocity, x, time)
     size = _first_step(velocity, tableau.order, x, slope, atol + rtol * x.abs(), start, span)
     evaluations += 2
     while len(rows):
@@ -331,7 +347,7 @@ def _try_step(
     stage_times = (1 - nodes) * time + nodes * next_time
     *clocks, h = _clock(x, torch.cat([stage_times, (next_time - time)[None]]))
     h = per_image(h, x)
-    slopes = _slopes(lambda *at: _ask(velocity, *at), tableau, x, slope, stage_times, h, clocks)
+    slopes = _slopes(lambda *at: velocity_at(velocity, *at), tableau, x, slope, stage_times, h, clocks)
     x_new = x + h * combine(tableau.weights, slopes)
     error = h * combine(tableau.error_weights, slopes)
     rtol, atol = tolerances
@@ -349,7 +365,7 @@ def _first_step(
     d0, d1 = _norms([x, slope], scale)
     h0 = _snap(torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).clamp(max=abs(span)), span)
     h = math.copysign(1, span) * h0
-    probe = _ask(velocity, x + per_image(_clock(x, h), x) * slope, start + h)
+    probe = velocity_at(velocity, x + per_image(_clock(x, h), x) * slope, start + h)
     d2 = _norms([probe - slope], scale)[0] / h0
     steepest = torch.maximum(d1, d2)
     h1 = torch.where(steepest <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (0.01 / steepest) ** (1 / order))
@@ -377,7 +393,7 @@ def _slopes(
     return slopes
 
 
-def _ask(velocity: Velocity, x: Tensor, time: float | Tensor, clock: Tensor | None = None) -> Tensor:
+def velocity_at(velocity: Velocity, x: Tensor, time: float | Tensor, clock: Tensor | None = None) -> Tensor:
     """The velocity at one time or at times [b] on the CPU; `clock`: the same on x's device, if known."""
     if hasattr(velocity, "at"):
         velocity = velocity.at(time)

@@ -33,9 +33,11 @@ from latentflow.artifacts import (
 from latentflow.autoencoder import Autoencoder, latent_mean, sample_latents
 from latentflow.autoencoder_files import AUTOENCODER_FILES
 from latentflow.errors import ArtifactError, ConfigError
+from latentflow.flow.multistep import FittedMultistep
 from latentflow.hub import CARD_FILE, HubId, fetch, looks_like, push_folder, require_token
 from latentflow.model.card import model_card
 from latentflow.model.config import AUTOENCODER_FOLDER, ModelConfig
+from latentflow.model.fitted_solvers import SOLVERS_FILE, FittedSolvers, read_solvers, write_solvers
 from latentflow.model.snapshots import find_snapshot, split_snapshot
 from latentflow.randomness import ImageRandom
 from latentflow.records import explain
@@ -52,6 +54,7 @@ MODEL_FILES = (
     CONFIG_FILE,
     WEIGHTS_FILE,
     CARD_FILE,
+    SOLVERS_FILE,
     *(f"{AUTOENCODER_FOLDER}/{name}" for name in AUTOENCODER_FILES),
 )
 """The files of a model folder, as patterns; nothing else is uploaded or downloaded."""
@@ -82,6 +85,8 @@ class FlowModel:
         """The models that guide it, by name, where any have been opened; see `latentflow.sampling.guides`."""
         self.reference = ""
         """The folder it was loaded from, or the hub id with the commit: owner/name@commit."""
+        self.fitted_solvers = FittedSolvers()
+        """The solvers that were fitted to it."""
 
     @classmethod
     def from_pretrained(
@@ -118,6 +123,7 @@ class FlowModel:
         autoencoder = _autoencoder_of(folder, config, autoencoder)
         network = filled(config.build_network, read_tensors(weights), weights)
         loaded = cls(config, network.eval().requires_grad_(False), autoencoder).to(runtime)
+        loaded.fitted_solvers = read_solvers(folder)
         is_local = Path(model).exists() or split_snapshot(model) is not None
         loaded.reference = str(model) if is_local else HubId.parse(str(model), revision).pinned(folder)
         return loaded
@@ -133,6 +139,8 @@ class FlowModel:
             metadata = {"config": json.dumps(self.config.computation)}  # one entry: safetensors shuffles several
             write_tensors(temporary / WEIGHTS_FILE, weights or self.network.state_dict(), metadata)
             write_text(temporary / CARD_FILE, model_card(self.config))
+            if self.fitted_solvers.solvers and weights is None:  # others make them worthless
+                write_solvers(temporary, self.fitted_solvers)
             if self.config.autoencoder.reference == AUTOENCODER_FOLDER:
                 self.autoencoder.save_pretrained(temporary / AUTOENCODER_FOLDER)
 
@@ -200,6 +208,15 @@ class FlowModel:
     def weights_hash(self) -> str:
         """The SHA-256 of the network's weights at the first use of this property."""
         return sha256_tensors(self.network.state_dict())
+
+    def fitted_solver(self, name: str) -> tuple[str, FittedMultistep]:
+        """The solver called fitted-N or fitted-N@HASH, and its name with the hash of its times and weights.
+
+        Raises:
+            ConfigError: there is none, or it was fitted to other weights.
+        """
+        weights = self.weights_hash if self.fitted_solvers.solvers else ""
+        return self.fitted_solvers.resolved(name, self.reference or "MODEL", weights)
 
     def encode(self, pixels: Tensor, random: ImageRandom | None = None) -> Tensor:
         """pixels [B, 3, S, S] in [-1, 1] => latents [B, C, h, w]: the posterior's mode, or a sample by `random`."""

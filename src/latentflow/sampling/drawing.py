@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from latentflow.console import notice
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.guidance import check_guidance
-from latentflow.flow.solvers import is_adaptive
+from latentflow.flow.solvers import fitted_evaluations, is_adaptive
 from latentflow.model.conditioning import CONDITION_NAMES, Conditioning, ConditionName
 from latentflow.model.config import SamplingPreset
 from latentflow.model.flow_model import FlowModel
@@ -165,7 +165,11 @@ def _resolve_preset(model: FlowModel, asked: Mapping[str, Any], conditions: Sequ
         guide = open_guide(model, guide).reference
     else:
         guide = None
-    return preset.model_copy(update={**changed, "guide": guide})
+    resolved = preset.model_copy(update={**changed, "guide": guide})
+    if fitted_evaluations(resolved.solver) is None:
+        return resolved
+    name, method = model.fitted_solver(resolved.solver)
+    return resolved.model_copy(update={"solver": name, "steps": len(method.weights), "shift": 1.0})
 
 
 def precision_for(runtime: Runtime, solver: str) -> Precision:
@@ -189,6 +193,12 @@ def require_count(what: str, value: int, low: int, high: int, remedy: str = "") 
 
 def _require_effect(asked: Mapping[str, Any], sampling: SamplingPreset) -> None:
     """Refuse a value that has no effect; a value that switches something off is always accepted."""
+    if fitted_evaluations(sampling.solver) is not None:
+        for name, none in (("steps", sampling.steps), ("shift", 1), ("rtol", None), ("atol", None)):
+            if asked.get(name, none) != none:
+                reason = f" {asked[name]} has no effect with {sampling.solver}: its times are fitted; leave it out"
+                raise RequestError(name, reason)
+        return
     adaptive = is_adaptive(sampling.solver)
     whose = "" if "solver" in asked else ", the solver of the model's preset"
     for name in ("steps", "shift") if adaptive else ("rtol", "atol"):
@@ -216,7 +226,8 @@ def _require_effect(asked: Mapping[str, Any], sampling: SamplingPreset) -> None:
 
 def _notice_what_is_kept(asked: Mapping[str, Any], preset: SamplingPreset, sampling: SamplingPreset) -> None:
     """Announce which values another solver keeps from the model's preset, which were chosen for its own solver."""
-    if is_adaptive(sampling.solver) == is_adaptive(preset.solver):
+    is_fitted = fitted_evaluations(sampling.solver) is not None
+    if is_fitted or is_adaptive(sampling.solver) == is_adaptive(preset.solver):
         return
     kept = [name for name in _pace(sampling.solver) if name not in asked]
     if kept:
@@ -256,7 +267,7 @@ def check_drawing(model: FlowModel, drawing: Drawing) -> None:
     for name in drawing.told:
         conditioning.require(name)
     conditioning.require_all(drawing.told)
-    is_adaptive(sampling.solver)
+    _check_solver(model, drawing)
     check_guidance(sampling.guidance, sampling.guidance_interval, sampling.guided_channels)
     if sampling.guided_channels is not None:
         asked, channels = sampling.guided_channels, model.config.autoencoder.num_channels
@@ -278,6 +289,19 @@ def guide_of(model: FlowModel, drawing: Drawing) -> OpenedGuide | None:
     """
     sampling = drawing.sampling
     return None if sampling.guide is None or sampling.guidance == 1 else open_guide(model, sampling.guide)
+
+
+def _check_solver(model: FlowModel, drawing: Drawing) -> None:
+    """Refuse a solver that does not exist, or that was not fitted for what it is to do."""
+    solver = drawing.sampling.solver
+    is_adaptive(solver)
+    if fitted_evaluations(solver) is None:
+        return
+    model.fitted_solver(solver)
+    if drawing.start != 1 or drawing.task == "invert":
+        where = "goes from data to noise" if drawing.task == "invert" else f"starts at t = {drawing.start:g}"
+        reason = f" {solver}: it was fitted to go from noise to data, and {drawing.task} {where}; use heun or ab2"
+        raise RequestError("solver", reason)
 
 
 def guided_by(model: FlowModel, drawing: Drawing) -> list[ConditionName]:

@@ -23,7 +23,7 @@ from latentflow.artifacts import sha256_tensors
 from latentflow.errors import ConfigError, NonFiniteError
 from latentflow.flow.composition import BlendedVelocity, KnownRegionVelocity
 from latentflow.flow.guidance import ConditionedVelocity, Guide
-from latentflow.flow.solvers import Solution, Velocity, integrate
+from latentflow.flow.solvers import Solution, Velocity, fitted_evaluations, integrate
 from latentflow.flow.times import sampling_times
 from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import is_compiled
@@ -226,14 +226,21 @@ def conditioned_velocity(
 
 
 def solve(model: FlowModel, drawing: Drawing, velocity: Velocity, x: Tensor, times: Tensor) -> Solution:
-    """Integrate the velocity of a drawing's images from x at times[0] to times[-1], with the drawing's solver."""
+    """Integrate the velocity of a drawing's images from x at times[0] to times[-1], with the drawing's solver.
+
+    A fitted solver takes its own times from t = 1 to t = 0, whatever `times` are.
+    """
     sampling = drawing.sampling
+    solver = sampling.solver
+    if fitted_evaluations(solver) is not None:
+        _, solver = model.fitted_solver(solver)
+        times = torch.tensor(solver.times, dtype=torch.float64)
     computed = "fp32" if drawing.precision == "tf32" and not x.is_cuda else drawing.precision
     return integrate(
         velocity,
         x,
         times,
-        solver=sampling.solver,
+        solver=solver,
         path=model.config.path,
         rtol=sampling.rtol,
         atol=sampling.atol,

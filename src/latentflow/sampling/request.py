@@ -7,10 +7,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from latentflow.model.guide_reference import GuideReference
-from latentflow.requests import Classes, FromText, Names, Number, Option, Request, Times, Whole, pair_like, two_of
+from latentflow.requests import (
+    Classes,
+    FromText,
+    Names,
+    Number,
+    Option,
+    PathText,
+    Request,
+    Times,
+    Whole,
+    numbers_like,
+    pair_like,
+    two_of,
+)
 
 MOST_IMAGES, MOST_FRAMES, MOST_SEED, MOST_STEPS = 1_000_000, 10_000, 2**63 - 1, 10_000
 
@@ -74,7 +87,8 @@ class SamplingRequest(Request):
     )
     solver: str | None = Field(
         default=None,
-        description="euler, midpoint, heun, rk4, ab2, ab3, ab4, dpmpp2m, dpmpp3m, unipc2, unipc3, bosh3 or dopri5.",
+        description="euler, midpoint, heun, rk4, ab2, ab3, ab4, dpmpp2m, dpmpp3m, unipc2, unipc3, bosh3 or dopri5; "
+        "fitted-N after `latentflow fit-solver`.",
     )
     steps: Annotated[Whole, Option(remedy="25 are usual")] | None = Field(
         default=None, ge=1, le=MOST_STEPS, description="Intervals of a fixed-step solver."
@@ -193,6 +207,47 @@ class VaryRequest(SamplingRequest):
         description="At most one, by name or by index like '#3'; 'none': unconditional. Default: that of the seed, as "
         "in `sample`.",
     )
+
+
+def _distinct(numbers: list[int]) -> list[int]:
+    if not numbers:
+        raise ValueError("give at least one number, like 6,8,10")
+    return sorted(set(numbers))
+
+
+class FitSolverRequest(Request):
+    """Solvers to be fitted to a model, and on what."""
+
+    model: Annotated[PathText, Option(argument=True)] = Field(description="A model folder or a run folder.")
+    evaluations: Annotated[
+        list[Annotated[Whole, Field(ge=2, le=100)]],
+        FromText(numbers_like("6,8,10", int)),
+        AfterValidator(_distinct),
+    ] = Field(default=[6, 8, 10], description="Network calls of each solver, without guidance; one solver for each.")
+    num: Annotated[Whole, Option(called="number of images")] = Field(
+        default=128, ge=8, le=100_000, description="Images that the solvers are fitted to."
+    )
+    held_out: Annotated[Whole, Option(called="number of held-out images")] = Field(
+        default=128, ge=8, le=100_000, description="Other images, on which they are checked."
+    )
+    seed: Whole = Field(
+        default=1_000_000_000, ge=0, le=MOST_SEED, description="Seed of the first image; far from those of `sample`."
+    )
+    guidance: Annotated[Number, Option(remedy="1 switches it off, 1.5 to 4 are usual")] | None = Field(
+        default=None, ge=0, le=1000, description="Guidance scale; default: that of the preset in the model folder."
+    )
+    reference_steps: Whole = Field(
+        default=100, ge=4, le=MOST_STEPS, description="Steps of the solution to compare with, by ab4."
+    )
+
+    @model_validator(mode="after")
+    def _fewer_than_the_reference(self) -> FitSolverRequest:
+        if (most := self.evaluations[-1]) > self.reference_steps:
+            raise ValueError(
+                f"{most} evaluations are more than the {self.reference_steps} steps of the reference: give fewer, or "
+                "more reference steps"
+            )
+        return self
 
 
 class InvertRequest(SamplingRequest):

@@ -1,0 +1,214 @@
+"""Fitting the times and weights of a multistep solver to a velocity.
+
+A solver of N evaluations has N - 1 free times and a few free weights per step; see `FittedMultistep`. They are chosen
+so that the mean distance of its end points from those of a fine solution with the same noise is least. The velocity is
+only called, never differentiated: with a few dozen numbers to find, Gauss-Newton steps with derivatives from
+differences are quick, and need no more memory than drawing does.
+
+Solvers fitted to a model: bespoke solvers (arXiv 2310.19075); times and weights of a multistep one: arXiv 2505.21114.
+
+Legend: B images of a batch, P numbers to be fitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from latentflow.flow.multistep import FittedMultistep, quadrature
+from latentflow.flow.solvers import Velocity, integrate, velocity_at
+from latentflow.flow.times import sampling_times
+
+MOST_PAST = 4
+"""Velocities that a step uses at most."""
+_ROUNDS = 12
+_LITTLE = 0.005  # after two rounds in a row that lower the error by a smaller share, there is no other
+_LEAST_DAMPING, _MOST_DAMPING = 1e-6, 1e4
+_SHIFT_OF_TIME, _SHIFT_OF_WEIGHT = 0.01, 0.01  # in the differences; of a time, in units of the shorter step beside it
+_SHORTEST = 0.02  # of a step, in units of an even one
+
+
+@dataclass(frozen=True)
+class FitBatch:
+    """Images that a solver is fitted to, or checked on.
+
+    Attributes:
+        velocity: of these images.
+        noise: [B, ...], the states at t = 1.
+        ends: [B, ...], where the fine solution carries them at t = 0.
+    """
+
+    velocity: Velocity
+    noise: Tensor
+    ends: Tensor
+
+
+@dataclass(frozen=True)
+class SolverFit:
+    """The result of a fit.
+
+    Attributes:
+        solver: the fitted one.
+        error: its `end_error` on the images of the fit.
+        started: that of the multistep method that the fit started from.
+        rounds: Gauss-Newton steps that were taken.
+    """
+
+    solver: FittedMultistep
+    error: float
+    started: float
+    rounds: int
+
+
+def end_error(
+    batches: Sequence[FitBatch], solver: str | FittedMultistep, times: Tensor | None = None, **options
+) -> float:
+    """The mean over all images of |x - x_fine| at t = 0, in units of the root mean square of |x_fine|.
+
+    Args:
+        times: of a solver that is not fitted.
+        options: of `integrate`.
+    """
+    grid = torch.tensor(solver.times, dtype=torch.float64) if isinstance(solver, FittedMultistep) else times
+    distances, lengths = [], []
+    for batch in batches:
+        end = integrate(batch.velocity, batch.noise, grid, solver=solver, **options).x
+        distances.append(_norms(end - batch.ends))
+        lengths.append(_norms(batch.ends))
+    return float(torch.cat(distances).mean() / torch.cat(lengths).square().mean().sqrt())
+
+
+def ramped(times: Sequence[float], order: int) -> FittedMultistep:
+    """Adams-Bashforth on a grid, whose first steps are of order 1, 2, ... and take one evaluation each."""
+    rows = []
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        used = times[max(step + 1 - order, 0) : step + 1]
+        rows.append(tuple(quadrature(list(reversed(used)), t, t_next)))
+    return FittedMultistep(tuple(times), tuple(rows))
+
+
+def fit_multistep(
+    batches: Sequence[FitBatch],
+    evaluations: int,
+    *,
+    shift: float = 1.0,
+    on_round: Callable[[int, float], None] = lambda number, error: None,
+) -> SolverFit:
+    """Fit a solver of `evaluations` evaluations, from t = 1 to t = 0, to the end points of `batches`.
+
+    It starts from the best of a few Adams-Bashforth methods, and no step makes it worse on these images.
+
+    Args:
+        evaluations: N >= 2.
+        shift: the time shift of the grids that it starts from; half and twice of it are tried as well.
+        on_round: called after each round with its number and the error so far.
+    """
+    grids = [sampling_times(evaluations, shift * factor).tolist() for factor in (0.5, 1.0, 2.0)]
+    starts = [ramped(grid, order) for grid in grids for order in (2, 3, 4)]
+    errors = [end_error(batches, start) for start in starts]
+    error = started = min(errors)
+    numbers = _Numbers.of(starts[errors.index(error)])
+    damping, rounds, slow = 1e-3, 0, 0
+    for rounds in range(1, _ROUNDS + 1):
+        normal, slope = _normal_equations(batches, numbers)
+        before = error
+        while damping <= _MOST_DAMPING:
+            # Levenberg and Marquardt: (J^T J + damping diag(J^T J)) step = -J^T r
+            step = torch.linalg.solve(normal + damping * normal.diagonal().diag(), -slope)
+            trial = numbers.moved(step)
+            if trial.is_valid and (found := end_error(batches, trial.solver)) < error:
+                numbers, error = trial, found
+                damping = max(damping / 10, _LEAST_DAMPING)
+                break
+            damping *= 10
+        on_round(rounds, error)
+        slow = slow + 1 if before - error < _LITTLE * before else 0
+        if slow == 2 or damping > _MOST_DAMPING:
+            break
+    return SolverFit(numbers.solver, error, started, rounds)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """The numbers that are fitted.
+
+    Attributes:
+        times: [N - 1], t_1 to t_{N-1}.
+        weights: for each step those of all velocities but the newest, whose weight makes the sum 1.
+    """
+
+    times: tuple[float, ...]
+    weights: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of(cls, solver: FittedMultistep) -> _Numbers:
+        """Those of a solver, with room for `MOST_PAST` velocities in each step."""
+        past = [row[1:] for row in solver.weights]
+        room = [min(step, MOST_PAST - 1) for step in range(len(past))]
+        padded = [(*row, *[0.0] * (wanted - len(row))) for row, wanted in zip(past, room, strict=True)]
+        return cls(solver.times[1:-1], tuple(padded))
+
+    @property
+    def solver(self) -> FittedMultistep:
+        rows = tuple((1 - sum(row), *row) for row in self.weights)
+        return FittedMultistep((1.0, *self.times, 0.0), rows)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether no step is very short, let alone backwards."""
+        shortest = _SHORTEST / len(self.weights)
+        return all(t - t_next > shortest for t, t_next in pairwise((1.0, *self.times, 0.0)))
+
+    def moved(self, by: Tensor) -> _Numbers:
+        """All numbers changed by `by`, [P]: the times first, then the weights step by step."""
+        changes = iter(by.tolist())
+        times = tuple(t + next(changes) for t in self.times)
+        return _Numbers(times, tuple(tuple(weight + next(changes) for weight in row) for row in self.weights))
+
+    def shifts(self) -> list[tuple[int, float]]:
+        """For each number, the first step whose end it changes, and by how much it is changed to find a derivative."""
+        lengths = [t - t_next for t, t_next in pairwise((1.0, *self.times, 0.0))]
+        times = [(step, _SHIFT_OF_TIME * min(lengths[step : step + 2])) for step in range(len(self.times))]
+        return times + [(step, _SHIFT_OF_WEIGHT) for step, row in enumerate(self.weights) for _ in row]
+
+
+def _normal_equations(batches: Sequence[FitBatch], numbers: _Numbers) -> tuple[Tensor, Tensor]:
+    """J^T J [P, P] and J^T r [P], float64 on the CPU: J the derivatives of the end points, r their errors."""
+    shifts = numbers.shifts()
+    normal, slope = torch.zeros(len(shifts), len(shifts), dtype=torch.float64), torch.zeros(len(shifts)).double()
+    units = torch.diag(torch.tensor([by for _, by in shifts], dtype=torch.float64))
+    for batch in batches:
+        states, velocities = [batch.noise], []
+        _march_on(batch.velocity, numbers.solver, states, velocities)
+        end = states[-1]
+        columns = []
+        for (step, by), unit in zip(shifts, units, strict=True):
+            # up to this step nothing changes, and nothing is computed again
+            branch = states[: step + 1]
+            _march_on(batch.velocity, numbers.moved(unit).solver, branch, velocities[: step + 1])
+            columns.append(((branch[-1] - end) / by).flatten(1).cpu().double())
+        residual = (end - batch.ends).flatten(1).cpu().double()
+        # the mean distance, not its square: d|r| = r dr / |r|, so that a few images far off do not decide
+        weights = 1 / residual.norm(dim=1).clamp(min=1e-12)
+        jacobian = torch.stack(columns)  # [P, B, elements]
+        weighted = (jacobian * weights[:, None]).flatten(1)
+        normal += weighted @ jacobian.flatten(1).T
+        slope += weighted @ residual.flatten()
+    return normal, slope
+
+
+def _march_on(velocity: Velocity, solver: FittedMultistep, states: list[Tensor], velocities: list[Tensor]) -> None:
+    """Take the steps that are left after `states` and the velocities at them; both lists grow to the end."""
+    for step in range(len(states) - 1, len(solver.weights)):
+        if len(velocities) == step:
+            velocities.append(velocity_at(velocity, states[-1], solver.times[step]))
+        states.append(solver.after(step, states[-1], velocities))
+
+
+def _norms(x: Tensor) -> Tensor:
+    """|x| of each image: [B, ...] => [B] float64 on the CPU."""
+    return x.flatten(1).cpu().double().norm(dim=1)
