@@ -178,8 +178,9 @@ def open_sweep(request: SweepRequest, folder: Path, candidates: dict[str, Candid
 
 
 def _with_weights(flow: FlowModel, candidate: Candidate) -> Candidate:
-    """A candidate that the model can draw, with the weights of its guide."""
-    guide = make_drawing(flow, SampleRequest(num=1, **candidate)).sampling.guide
+    """A candidate that the model can draw, with the weights of its guide and the hash of a fitted solver."""
+    sampling = make_drawing(flow, SampleRequest(num=1, **candidate)).sampling
+    candidate, guide = {**candidate, "solver": sampling.solver}, sampling.guide
     return candidate if guide is None or "guide" not in candidate else {**candidate, "guide": guide.model_dump()}
 
 
