@@ -279,7 +279,7 @@ def probe(place: Place, spec: Spec, name: str) -> float:
     run = place.work / "probes" / spec.training
     shutil.rmtree(run, ignore_errors=True)
     every = max(place.probe_steps // 6, 1)
-    extra = [f"training.log_every={every}", f"training.checkpoint_every={10**6}"]
+    extra = [f"training.log_every={every}", f"training.checkpoint_every={10**6}", "training.keep_at=[]"]
     if "ema_lengths" in spec.changes.get("training", {}):
         extra.append(
             "training.ema_snapshots=1"

@@ -5,6 +5,8 @@ import torch
 
 from latentflow.errors import ConfigError
 from latentflow.flow.guidance import ConditionedVelocity, Guide
+from latentflow.flow.solvers import integrate
+from latentflow.flow.times import sampling_times
 from latentflow.shapes import Condition
 
 NULL = 9
@@ -216,3 +218,26 @@ def test_selected_images_keep_their_guide_and_their_channels():
     torch.testing.assert_close(velocity.select(rows)(X[rows], TIME[rows]), expected[rows])
     assert other.calls[0][2].tolist() == [7, 5]
     assert velocity.evaluations.tolist() == [1.5, 0, 1.5]
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("wide", [1.5, 0.8])
+def test_guided_gaussian_has_the_variance_of_the_closed_form(scale, wide):
+    """From N(0, a^2), guided away from N(0, b^2), come samples of N(0, (a^s b^(1 - s))^2).
+
+    On the linear path x_t has variance r^2 = (1 - t)^2 a^2 + t^2, and v = x r' / r: the velocities are linear, so the
+    logarithm of the scale is integrated from log 1 to s log a + (1 - s) log b.
+    """
+
+    def gaussian(std):
+        def velocity(x, time, condition):
+            t = time.double().reshape(-1, 1, 1, 1)
+            return x * (t - (1 - t) * std**2) / ((1 - t) ** 2 * std**2 + t**2)
+
+        return velocity
+
+    narrow, nothing = 0.6, Condition()
+    velocity = ConditionedVelocity(gaussian(narrow), nothing, scale=scale, guide=Guide(gaussian(wide), nothing))
+    x = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64).reshape(3, 1, 1, 1)
+    found = integrate(velocity, x, sampling_times(50), solver="rk4").x
+    torch.testing.assert_close(found, x * narrow**scale * wide ** (1 - scale), rtol=1e-5, atol=0)

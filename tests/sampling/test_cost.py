@@ -8,10 +8,12 @@ from functools import partial
 import pytest
 import torch
 
+from latentflow.model.guide_reference import GuideReference
 from latentflow.networks.running import compile_blocks, is_compiled
 from latentflow.sampling import cost
 from latentflow.sampling.cost import compile_where_it_pays
 from latentflow.sampling.drawing import make_drawing
+from latentflow.sampling.guides import open_guide
 from latentflow.sampling.pipeline import Given, draw, draw_all
 from latentflow.sampling.request import SampleRequest
 from tests import tiny
@@ -57,6 +59,25 @@ def test_a_long_job_is_compiled_once_for_batches_of_one_size(model, monkeypatch,
     assert torch.equal(drawn.evaluations, plain.evaluations)
     torch.testing.assert_close(drawn.latents, plain.latents, rtol=0, atol=1e-5)
     assert (drawn.pixels.int() - plain.pixels.int()).abs().max() <= 1
+
+
+def test_a_guide_is_compiled_as_well(model, kl, monkeypatch, tmp_path):
+    """For the batches that it is called with, which are not doubled; nothing is compiled later."""
+    tiny.model(kl, seed=1).save_pretrained(tmp_path / "guide")
+    asked = SampleRequest(num=7, solver="heun", steps=5, guidance=2.0, guidance_interval=(0.2, 0.6))
+    drawing = make_drawing(model, asked.model_copy(update={"guide": GuideReference(model=str(tmp_path / "guide"))}))
+    plain = draw_all(model, drawing, batch_size=3)
+    monkeypatch.setattr(cost, "_WORTH_SECONDS", 0.0)
+    compile_where_it_pays(model, drawing, batch_size=3, num_batches=3)
+    guide = open_guide(model, drawing.sampling.guide).flow
+    assert is_compiled(model.network)
+    assert is_compiled(guide.network)
+    seen, guided = calls_of(model, monkeypatch), calls_of(guide, monkeypatch)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        drawn = draw_all(model, drawing, batch_size=3)
+    assert set(seen) == set(guided) == {3}
+    assert 0 < len(guided) < len(seen)
+    torch.testing.assert_close(drawn.latents, plain.latents, rtol=0, atol=1e-5)
 
 
 def test_all_shapes_are_compiled_before_drawing(model, monkeypatch):

@@ -10,7 +10,10 @@ from PIL import Image
 
 from latentflow.api import LatentFlow
 from latentflow.autoencoder import Autoencoder
+from latentflow.commands.benchmark import benchmark
+from latentflow.commands.evaluate import evaluate
 from latentflow.errors import ArtifactError, ConfigError
+from latentflow.evaluation.request import BenchmarkRequest, EvaluationRequest
 from latentflow.flow.path import CosinePath
 from latentflow.model.config import SamplingPreset
 from latentflow.model.guide_reference import GuideReference
@@ -22,6 +25,7 @@ from latentflow.sampling.preview import preview_drawing
 from latentflow.sampling.request import SampleRequest
 from latentflow.shapes import Condition
 from tests import tiny
+from tests.processes import run_here
 
 C, SIDE = 4, tiny.IMAGE_SIZE // tiny.FACTOR
 FAST = {"solver": "euler", "steps": 3}
@@ -301,3 +305,44 @@ def test_blends_and_known_regions_are_guided(model, place):
     torch.testing.assert_close(painted[..., 4:], known[..., 4:], rtol=0, atol=1e-4)
     free = replace(Given(latents=known), hole=torch.ones_like(hole))
     torch.testing.assert_close(draw_all(model, drawing, free).latents, draw_all(model, drawing).latents)
+
+
+def test_a_folder_is_completed_with_the_same_guide_alone(place, tmp_path, capsys, monkeypatch):
+    """The name of its folder does not count, its weights do."""
+    shutil.copytree(place / "same", tmp_path / "moved")
+    command = ["sample", place / "run", "--guidance", 2, "--solver", "euler", "--steps", 2, "--device", "cpu"]
+    out = ["--out", tmp_path / "out", "--json"]
+
+    def drawn_with(guide, num):
+        return run_here([*command, "--num", num, "--guide", guide, *out], capsys, monkeypatch)
+
+    assert drawn_with(place / "same", 2).code == 0
+    result = drawn_with(tmp_path / "moved", 3)
+    assert json.loads(result.out)["there already"] == 2
+    assert json.loads(result.out)["evaluations per image"] == 4
+    refused = drawn_with("@1/16", 3)
+    assert refused.code == 2
+    assert "guide" in refused.err
+    assert len(refused.err.strip().splitlines()) == 1
+
+
+def test_benchmark_and_evaluate_say_the_guide(place, images, tmp_path):
+    """With its weights, and its calls by their cost."""
+    how = {"guidance": 2.0, "guide": str(place / "small"), **FAST}
+    model, guide = (LatentFlow.from_pretrained(place / name, device="cpu") for name in ("run", "small"))
+    calls = round(3 * (1 + multiply_adds(guide.config) / multiply_adds(model.config)), 3)
+    cost = benchmark(BenchmarkRequest(model=place / "run", num=2, batch_sizes=[2], repeats=1, **how), tiny.CPU)
+    assert cost.evaluations == pytest.approx(calls, abs=1e-3)
+    asked = EvaluationRequest(model=place / "run", data=images, features="random", metrics=["fid"], num=4, **how)
+    protocol = evaluate(asked, tiny.CPU).report.protocol
+    assert protocol.sampling["guide"] == {"model": str(place / "small"), "weights": guide.weights_hash[:12]}
+    assert protocol.evaluations.min == protocol.evaluations.max == calls
+
+
+def test_other_images_of_the_same_model_are_inverted_with_it(model, place):
+    """Fine steps there and back with a guide lose little."""
+    image = Image.fromarray(torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8).numpy())
+    inversion = model.invert(image, classes=["apple"], guidance=1.5, guide=place / "same", solver="rk4", steps=20)
+    assert inversion.drawing.sampling.guide.model == str(place / "same")
+    assert inversion.evaluations == 2 * 4 * 20
+    assert inversion.round_trip(model).latent_error < 0.05
