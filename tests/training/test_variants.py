@@ -157,7 +157,9 @@ def test_samples_and_held_out_loss_are_those_at_zero(train, cache):
 def test_resume_is_exact(train):
     given = {
         "data": {"flip": True},
-        "training": {"micro_batch_size": 2, "checkpoint_every": 2, "steps": 6},
+        "training": {"micro_batch_size": 2, "checkpoint_every": 2, "steps": 6, "align_weight": 0.5},
+        "optimizer": {"kind": "muon"},
+        "network": {"value_residual": True},
         "times": {"stratified": True},
     }
     whole = train("whole", **given)
