@@ -160,7 +160,7 @@ def test_plain_matrices_are_updated_as_by_torch(shape):
         optimizer.step()
         reference.step()
     moved, expected = ours.weight - begun, theirs.weight - begun
-    assert (moved - expected).norm() < 0.02 * expected.norm()  # measured: up to 0.008, the rounding of bf16
+    assert (moved - expected).norm() < 0.02 * expected.norm()  # measured: 0.011, the rounding of bf16
 
 
 def test_a_gradient_of_zero_moves_nothing():
