@@ -10,7 +10,7 @@ from latentflow.artifacts import read_json
 from latentflow.commands.train import train as train_command
 from latentflow.runtime import open_runtime
 from latentflow.training import checkpoint
-from latentflow.training.checkpoint import CheckpointWriter, Progress, load_checkpoint, newest_checkpoint
+from latentflow.training.checkpoint import CheckpointWriter, Keeping, Progress, load_checkpoint, newest_checkpoint
 from latentflow.training.ema import EMA
 from latentflow.training.guard import FiniteGuard
 from latentflow.training.optim import OptimizerConfig, build_optimizer, clip_gradients
@@ -57,7 +57,7 @@ def test_a_copy_is_of_one_step_and_the_host_runs_ahead(runtime, tmp_path, on_gpu
     training = Training(runtime)
     for _ in range(3):
         training.step()
-    with CheckpointWriter(tmp_path, runtime.device, keep=1) as writer:
+    with CheckpointWriter(tmp_path, runtime.device, Keeping(1)) as writer:
         writer._on_gpu = on_gpu
         writer.save(Progress(3, 12), *training.parts)  # the first pinned memory takes long to get
         writer.wait()
@@ -81,7 +81,7 @@ def test_steps_and_saves_let_the_host_run_ahead(runtime, tmp_path):
     """Torch itself would warn of, here refuse, whatever makes the host wait."""
     training = Training(runtime)
     training.step()
-    with CheckpointWriter(tmp_path, runtime.device, keep=1) as writer:
+    with CheckpointWriter(tmp_path, runtime.device, Keeping(1)) as writer:
         writer.save(Progress(1, 4), *training.parts)
         writer.wait()
         torch.cuda.synchronize()

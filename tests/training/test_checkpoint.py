@@ -17,7 +17,14 @@ from latentflow.artifacts import open_tensors, read_json, read_tensors, write_js
 from latentflow.commands.train import train as train_command
 from latentflow.errors import ArtifactError
 from latentflow.training import checkpoint
-from latentflow.training.checkpoint import CheckpointWriter, Progress, keep_newest, load_checkpoint, newest_checkpoint
+from latentflow.training.checkpoint import (
+    CheckpointWriter,
+    Keeping,
+    Progress,
+    keep_newest,
+    load_checkpoint,
+    newest_checkpoint,
+)
 from latentflow.training.ema import EMA
 from latentflow.training.optim import OptimizerConfig, build_optimizer
 from tests import tiny
@@ -169,7 +176,7 @@ class Training:
 
 @pytest.fixture
 def writer(tmp_path):
-    return CheckpointWriter(tmp_path, torch.device("cpu"), keep=2)
+    return CheckpointWriter(tmp_path, torch.device("cpu"), Keeping(2))
 
 
 @pytest.fixture
@@ -322,11 +329,12 @@ def test_the_state_lies_by_name_however_parameters_are_grouped(tmp_path, writer)
 def test_milestones_are_kept_with_the_newest(tmp_path, keep, keep_every, kept):
     training = Training()
     training.step()
-    with CheckpointWriter(tmp_path, torch.device("cpu"), keep=keep, keep_every=keep_every) as writer:
+    keeping = Keeping(keep, keep_every)
+    with CheckpointWriter(tmp_path, torch.device("cpu"), keeping) as writer:
         for step in range(1, 10):
             writer.save(Progress(step, 2 * step), *training.parts)
     assert steps(tmp_path) == list(kept)
-    keep_newest(tmp_path, keep, keep_every)
+    keep_newest(tmp_path, keeping)
     assert steps(tmp_path) == list(kept)
 
 

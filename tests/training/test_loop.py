@@ -38,7 +38,7 @@ from latentflow.model.snapshots import snapshot_steps
 from latentflow.runtime import Runtime
 from latentflow.sampling.preview import save_preview
 from latentflow.training import checkpoint, loop, velocity
-from latentflow.training.checkpoint import CheckpointWriter, Progress, load_checkpoint, newest_checkpoint
+from latentflow.training.checkpoint import CheckpointWriter, Keeping, Progress, load_checkpoint, newest_checkpoint
 from latentflow.training.ema import EMA
 from latentflow.training.fresh_model import build_model
 from latentflow.training.log import read_metrics
@@ -437,7 +437,7 @@ def test_a_checkpoint_round_trip_keeps_every_bit(tmp_path):
         optimizer.step()
         optimizer.zero_grad()
         ema.update(step)
-    with CheckpointWriter(tmp_path, torch.device("cpu"), keep=1) as writer:
+    with CheckpointWriter(tmp_path, torch.device("cpu"), Keeping(1)) as writer:
         writer.save(Progress(3, 12, 1024.0), network, ema, optimizer)
     folder = newest_checkpoint(tmp_path)
     copies = parts()

@@ -66,6 +66,27 @@ class Progress:
     growth_tracker: int = 0
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """What stays of a run on disk.
+
+    Attributes:
+        newest: how many of the newest checkpoints.
+        every: checkpoints at multiples of it, the milestones, stay as well; None: there are none.
+        at: steps of further milestones, of which only the model stays when they are no longer among the newest.
+        keeps_averages: whether the averages after so many steps stay.
+    """
+
+    newest: int
+    every: int | None = None
+    at: Collection[int] = ()
+    keeps_averages: Callable[[int], bool] = lambda step: False
+
+    def is_milestone(self, step: int) -> bool:
+        """Whether the checkpoint after `step` steps holds a model."""
+        return step in self.at or (self.every is not None and step % self.every == 0)
+
+
 class CheckpointWriter:
     """Writes the checkpoints of a run in a separate thread, from copies, while training continues.
 
@@ -75,28 +96,14 @@ class CheckpointWriter:
     Args:
         run: the run folder.
         device: where the network is trained.
-        keep: how many of the newest checkpoints to keep.
-        keep_every: checkpoints at multiples of it, the milestones, are kept as well; None: there are none.
-        keep_at: further milestones, of which only the model is kept when they are no longer among the newest.
+        keeping: what stays on disk.
         save_model: writes `model/` of the run before each checkpoint, and that of a milestone in it. A run that is
-            killed between the two repeats the steps since the last checkpoint, and writes both again.
-        keeps_averages: whether the averages after so many steps are kept, before the checkpoint in the same way.
+            killed between the two repeats the steps since the last checkpoint, and writes both again. Snapshots of
+            averages, too, are written before the checkpoint of their step.
     """
 
-    def __init__(
-        self,
-        run: Path,
-        device: torch.device,
-        *,
-        keep: int,
-        keep_every: int | None = None,
-        keep_at: Collection[int] = (),
-        save_model: SaveModel | None = None,
-        keeps_averages: Callable[[int], bool] = lambda step: False,
-    ):
-        self.run, self.device, self.keep, self.keep_every, self.save_model = run, device, keep, keep_every, save_model
-        self.keeps_averages = keeps_averages
-        self.keep_at = keep_at
+    def __init__(self, run: Path, device: torch.device, keeping: Keeping, save_model: SaveModel | None = None):
+        self.run, self.device, self.keeping, self.save_model = run, device, keeping, save_model
         self._on_gpu: bool | None = None if device.type == "cuda" else False
         self._on_host: Tensor | None = None
         self._thread: Thread | None = None
@@ -161,19 +168,17 @@ class CheckpointWriter:
             self._on_host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         return self._on_host
 
-    def _is_milestone(self, step: int) -> bool:
-        return step in self.keep_at or (self.keep_every is not None and step % self.keep_every == 0)
-
     def _write(self, progress: Progress, copy: _Copy) -> None:
         try:
             with copy.ready() as state:
                 save_model = self.save_model
                 if save_model:
                     save_model(self.run / MODEL, state[EMA_FILE])
-                if self.keeps_averages(progress.step):
+                if self.keeping.keeps_averages(progress.step):
                     write_averages(self.run, progress, state)
-                write_checkpoint(self.run, progress, state, save_model if self._is_milestone(progress.step) else None)
-            keep_newest(self.run, self.keep, self.keep_every)
+                is_milestone = self.keeping.is_milestone(progress.step)
+                write_checkpoint(self.run, progress, state, save_model if is_milestone else None)
+            keep_newest(self.run, self.keeping)
         except BaseException as error:
             self._failure = error
 
@@ -288,14 +293,13 @@ def _write_state(
     return folder
 
 
-def keep_newest(run: Path, keep: int, keep_every: int | None = None) -> None:
-    """Delete all but the newest `keep` checkpoints and those of steps that are multiples of `keep_every`.
+def keep_newest(run: Path, keeping: Keeping) -> None:
+    """Delete all checkpoints but the newest ones and those of steps that are multiples of `keeping.every`.
 
-    Of the others that hold a model, the model stays. A resumed run also does this, for a run that was killed before it
-    could.
+    Of the others that hold a model, the model stays.
     """
-    for old in _checkpoints(run)[:-keep]:
-        if keep_every and step_of(old) % keep_every == 0:
+    for old in _checkpoints(run)[: -keeping.newest]:
+        if keeping.every and step_of(old) % keeping.every == 0:
             continue
         if not (old / MODEL).is_dir():
             remove_folder(old)
@@ -305,8 +309,13 @@ def keep_newest(run: Path, keep: int, keep_every: int | None = None) -> None:
             file.unlink(missing_ok=True)
 
 
-def remove_averages_after(run: Path, step: int) -> None:
-    """Delete the snapshots of later steps than `step`, at which a run begins or goes on: it writes them again."""
+def clean_up(run: Path, keeping: Keeping, step: int) -> None:
+    """Delete what a run that was killed could not: old checkpoints, and snapshots that it will write again.
+
+    Args:
+        step: at which the run begins or goes on.
+    """
+    keep_newest(run, keeping)
     for folder in folders_of_averages(run):
         if step_of(folder) > step:
             remove_folder(folder)

@@ -24,6 +24,7 @@ from latentflow.randomness import derive_seed
 from latentflow.records import Record
 from latentflow.requests import RequestError
 from latentflow.runtime import Runtime
+from latentflow.training.checkpoint import Keeping
 from latentflow.training.feature_step import FeatureLearner, FeatureMethod, feature_step
 from latentflow.training.first_stage import MeanTerms
 from latentflow.training.first_stage_run import split
@@ -65,7 +66,6 @@ class FeaturePace:
     batch_size: int
     ema_decay: float = 0.995
     log_every: int = 50
-    keep_checkpoints: int = 2
 
     @property
     def checkpoint_every(self) -> int:
@@ -180,6 +180,7 @@ def train_feature_network(prepared: PreparedFeatures) -> Outcome:
         optimizer=OptimizerConfig(warmup_steps=round(_WARM_UP * plan.steps), **_OPTIMIZER),
         parts=MicroBatches(plan.batch_size // runtime.world, 1),
         num_workers=request.num_workers,
+        keeping=Keeping(newest=2),
     )
     outcome, average = run_loop(job)
     learner.load_state_dict(average)

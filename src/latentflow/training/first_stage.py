@@ -32,6 +32,7 @@ from latentflow.records import Record
 from latentflow.runtime import Runtime
 from latentflow.shapes import image_mean
 from latentflow.training.changes import ChangeRules
+from latentflow.training.checkpoint import Keeping
 from latentflow.training.config import LARGEST_IMAGE, LARGEST_SEED, MOST_STEPS, RECIPES, find_recipe
 from latentflow.training.equivariance import equivariance_loss
 from latentflow.training.interruption import Outcome
@@ -339,6 +340,7 @@ def train_first_stage(
         optimizer=recipe.optimizer,
         parts=MicroBatches(config.batch_size, 1),
         num_workers=recipe.data.num_workers,
+        keeping=Keeping(config.keep_checkpoints),
     )
     outcome, average = run_loop(job)
     network.load_state_dict(average)

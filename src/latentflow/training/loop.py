@@ -23,12 +23,12 @@ from latentflow.networks.running import compile_blocks
 from latentflow.runtime import Runtime
 from latentflow.training.checkpoint import (
     CheckpointWriter,
+    Keeping,
     Progress,
     SaveModel,
-    keep_newest,
+    clean_up,
     load_checkpoint,
     newest_checkpoint,
-    remove_averages_after,
 )
 from latentflow.training.config import TrainingConfig
 from latentflow.training.ema import EMA
@@ -87,7 +87,6 @@ class Pace(Protocol):
     batch_size: int
     ema_decay: float
     log_every: int
-    keep_checkpoints: int
 
     def is_saved(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` steps."""
@@ -110,10 +109,8 @@ class Job:
         compiles: whether to compile the network's blocks, given the number of images left.
         before_save: prepares for a checkpoint, while none is being written.
         save_model: writes the model folder that goes with a checkpoint.
-        keep_every: steps between milestones; None: there are none.
-        keep_at: steps of further milestones.
-        ema_lengths: of the power function averages that are kept beside the exponential one.
-        keeps_averages: whether the averages after so many steps are kept.
+        keeping: which checkpoints and averages stay on disk.
+        ema_lengths: of the power function averages next to the exponential one.
         after_step: called in every process with the averaged weights and the number of steps done.
     """
 
@@ -127,19 +124,12 @@ class Job:
     optimizer: OptimizerConfig
     parts: MicroBatches
     num_workers: int | None
+    keeping: Keeping
     compiles: Callable[[int], bool] = lambda images_left: False
     before_save: Callable[[Progress], None] = lambda progress: None
     save_model: SaveModel | None = None
-    keep_every: int | None = None
-    keep_at: tuple[int, ...] = ()
     ema_lengths: Sequence[float] = ()
-    keeps_averages: Callable[[int], bool] = lambda step: False
     after_step: Callable[[Mapping[str, Tensor], int], None] = lambda average, step: None
-
-    @property
-    def kept(self) -> dict[str, int | None]:
-        """Which checkpoints to keep; see `keep_newest`."""
-        return {"keep": self.config.keep_checkpoints, "keep_every": self.keep_every}
 
 
 class Learner:
@@ -206,9 +196,7 @@ def run_loop(job: Job) -> tuple[Outcome, Mapping[str, Tensor]]:
         compile_blocks(job.network)
     log = _open_log(job, learner.progress if learner.is_resumed else None)
     if runtime.is_main:
-        remove_averages_after(job.run, learner.progress.step)
-    if learner.is_resumed and runtime.is_main:
-        keep_newest(job.run, **job.kept)
+        clean_up(job.run, job.keeping, learner.progress.step)
     meter, clock, saved_at, stopping = job.meter(runtime.device), Clock(), learner.progress.step, False
     with (
         log,
@@ -216,14 +204,7 @@ def run_loop(job: Job) -> tuple[Outcome, Mapping[str, Tensor]]:
         lost_workers(job.num_workers),
         runtime.float32_policy(),
         collected_signals() as received,
-        CheckpointWriter(
-            job.run,
-            runtime.device,
-            **job.kept,
-            keep_at=job.keep_at,
-            save_model=job.save_model,
-            keeps_averages=job.keeps_averages,
-        ) as writer,
+        CheckpointWriter(job.run, runtime.device, job.keeping, job.save_model) as writer,
     ):
         stop = SharedStop(runtime, received)
         while learner.progress.step < config.steps and not stopping:

@@ -14,7 +14,7 @@ from latentflow.networks.align_head import add_align_head
 from latentflow.networks.running import restore_blocks, set_memory
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
-from latentflow.training.checkpoint import Progress
+from latentflow.training.checkpoint import Keeping, Progress
 from latentflow.training.compiling import compiles
 from latentflow.training.config import Recipe, TrainingConfig
 from latentflow.training.interruption import Outcome
@@ -72,13 +72,11 @@ def train_velocity(
         optimizer=recipe.optimizer,
         parts=parts,
         num_workers=recipe.data.num_workers,
+        keeping=Keeping(config.keep_checkpoints, config.keep_every, config.kept_at, config.keeps_averages),
         compiles=lambda images_left: compiles(config.compile, model.config, images_left, runtime),
         before_save=record,
         save_model=lambda folder, average: model.save_pretrained(folder, weights=average),
-        keep_every=config.keep_every,
-        keep_at=config.kept_at,
         ema_lengths=config.ema_lengths or (),
-        keeps_averages=config.keeps_averages,
         after_step=draw_if_due,
     )
     outcome, _ = run_loop(job)
