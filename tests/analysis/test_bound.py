@@ -23,7 +23,7 @@ from latentflow.analysis.bound import (
 from latentflow.analysis.lipschitz import TimeCurve, VelocityGrowth, largest_singular_value, lipschitz_along_paths
 from latentflow.errors import ConfigError, DataError, NonFiniteError
 from latentflow.flow.path import CosinePath, LinearPath, Path
-from latentflow.flow.solvers import integrate
+from latentflow.flow.solvers import Tolerance, integrate
 from latentflow.flow.times import sampling_times
 from tests.exact import GaussianData
 
@@ -122,7 +122,7 @@ class Setting:
     def generated(self):
         """Mean and covariance of the model's latents, from where its flow, which is affine, carries d + 1 points."""
         corners = torch.cat([torch.zeros(1, self.dimensions), torch.eye(self.dimensions)]).double()
-        ends = integrate(self.velocity, corners, sampling_times(1), solver="dopri5", rtol=1e-9, atol=1e-10).x
+        ends = integrate(self.velocity, corners, sampling_times(1), solver="dopri5", tolerance=Tolerance(1e-9, 1e-10)).x
         columns = (ends[1:] - ends[0]).T
         return ends[0], columns @ columns.T
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from latentflow.convert.families.registry import architecture
-from latentflow.flow.solvers import Solution, integrate
+from latentflow.flow.solvers import Solution, Tolerance, integrate
 from latentflow.flow.times import sampling_times
 from latentflow.shapes import Condition, per_image
 from tests.convert.parity import find, needs_parity, tensors, weights
@@ -127,7 +127,7 @@ def test_runge_kutta_of_fourth_order(field):
 @everywhere
 def test_adaptive_steps(field, precision):
     """Theirs steps beyond t = 0, evaluates the velocity there, and interpolates; ours ends at 0."""
-    found = solve(field, precision, torch.tensor([1.0, 0.0]), solver="dopri5", rtol=1e-5, atol=1e-5)
+    found = solve(field, precision, torch.tensor([1.0, 0.0]), solver="dopri5", tolerance=Tolerance(1e-5, 1e-5))
     expected = theirs(field, precision, "dopri5")
     ours, other = (difference(x, reference(field)) for x in (found.x, expected))
     print(

@@ -9,7 +9,7 @@ from torch import Tensor
 from latentflow.flow.composition import BlendedVelocity, KnownRegionVelocity
 from latentflow.flow.guidance import ConditionedVelocity
 from latentflow.flow.path import CosinePath, LinearPath, Path
-from latentflow.flow.solvers import integrate
+from latentflow.flow.solvers import Tolerance, integrate
 from latentflow.flow.times import sampling_times
 from latentflow.shapes import Condition
 
@@ -91,7 +91,7 @@ def test_inside_the_model_outside_the_path(path):
 def test_what_is_known_arrives_at_the_data(solver, sigma_min):
     """x_0 = data + sigma_min noise on the linear path, whose velocity is constant: exact in any solver."""
     path = LinearPath(sigma_min=sigma_min)
-    x = integrate(known(path), NOISE, sampling_times(3), solver=solver, rtol=1e-4, atol=1e-4).x
+    x = integrate(known(path), NOISE, sampling_times(3), solver=solver, tolerance=Tolerance(1e-4, 1e-4)).x
     is_known = (HOLE == 0).expand_as(x)
     torch.testing.assert_close(x[is_known], (DATA + sigma_min * NOISE)[is_known], rtol=0, atol=1e-5)
     assert (x - DATA)[~is_known].abs().max() > 0.1
@@ -122,7 +122,7 @@ def test_adaptive_steps_of_an_image_do_not_depend_on_its_batch(of_blends):
     def whole() -> KnownRegionVelocity:
         return known(CosinePath(), blend([0.0, 0.5, 1.0, 0.3], scale=2.0) if of_blends else of(LABELS, scale=2.0))
 
-    options = {"solver": "dopri5", "rtol": 1e-4, "atol": 1e-4}
+    options = {"solver": "dopri5", "tolerance": Tolerance(1e-4, 1e-4)}
     together = whole()
     x = integrate(together, NOISE.double(), sampling_times(4), **options).x
     assert len(together.evaluations.unique()) > 1  # they need different numbers of steps

@@ -125,6 +125,33 @@ SOLVERS: dict[str, Method] = {
 
 
 @dataclass(frozen=True)
+class Tolerance:
+    """What errors an adaptive solver lets pass.
+
+    Attributes:
+        rtol, atol: the root mean square over an image of its estimated error in one step, divided by atol + rtol |x|,
+            is kept below 1.
+        rounding: the relative rounding error of the velocity, which error estimates cannot go below; None: that of x's
+            dtype. Give it for networks that compute in a lower precision.
+
+    Raises:
+        ConfigError: a negative rtol, or no atol.
+    """
+
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    rounding: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.rtol >= 0 and self.atol > 0):
+            raise ConfigError(f"rtol must be at least 0 and atol above 0; got rtol {self.rtol}, atol {self.atol}")
+
+    def of(self, x: Tensor) -> Tensor:
+        """The error that is allowed at the magnitudes x, of the same shape."""
+        return self.atol + self.rtol * x
+
+
+@dataclass(frozen=True)
 class Solution:
     """The state at the end, and how much work it took; all counts are [B] int64 on the CPU.
 
@@ -193,9 +220,7 @@ def integrate(
     *,
     solver: str | FittedMultistep = "heun",
     path: Path | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    rounding: float | None = None,
+    tolerance: Tolerance | None = None,
     callback: Callable[[int, float, Tensor], None] | None = None,
 ) -> Solution:
     """Solve dx/dt = velocity(x, t) from x at times[0] to times[-1].
@@ -209,10 +234,7 @@ def integrate(
             adaptive ones only use the two ends.
         solver: a name of `SOLVERS`, or a fitted solver, whose times `times` must be.
         path: of the velocity; needed by the solvers that work with the predicted data, `DataMultistep`.
-        rtol, atol: of adaptive solvers: the root mean square over an image of its estimated error in one step,
-            divided by atol + rtol |x|, is kept below 1.
-        rounding: of adaptive solvers: the relative rounding error of the velocity, which error estimates cannot go
-            below; None: that of x's dtype. Give it for networks that compute in a lower precision.
+        tolerance: of adaptive solvers; None: the default of `Tolerance`.
         callback: of fixed-step solvers: called as callback(step, time, x) after each step, counted from 1.
 
     Raises:
@@ -227,12 +249,9 @@ def integrate(
         raise ConfigError(f"times must be at least two, falling or rising throughout; got {grid.tolist()}")
     if isinstance(solver, FittedMultistep) or not is_adaptive(solver):
         return _integrate_fixed(velocity, x, method, grid.tolist(), path, callback)
-    if not (rtol >= 0 and atol > 0):
-        raise ConfigError(f"rtol must be at least 0 and atol above 0; got rtol {rtol}, atol {atol}")
     if callback is not None:
         raise ConfigError(f"{solver} has no common steps to report on; use a fixed-step solver with a callback")
-    rounding = rounding or torch.finfo(x.dtype).eps
-    return _integrate_adaptive(velocity, x, method, float(grid[0]), float(grid[-1]), rtol, atol, rounding)
+    return _integrate_adaptive(velocity, x, method, float(grid[0]), float(grid[-1]), tolerance or Tolerance())
 
 
 def _integrate_fixed(
@@ -271,16 +290,9 @@ _ROUNDING = 2.0  # in units of rounding h |velocity|
 
 
 def _integrate_adaptive(
-    velocity: Velocity,
-    x: Tensor,
-    tableau: RungeKutta,
-    start: float,
-    end: float,
-    rtol: float,
-    atol: float,
-    rounding: float,
+    velocity: Velocity, x: Tensor, tableau: RungeKutta, start: float, end: float, tolerance: Tolerance
 ) -> Solution:
-    span = end - start
+    span, rounding = end - start, tolerance.rounding or torch.finfo(x.dtype).eps
     arrived = torch.empty_like(x)
     evaluations, steps, rejected = torch.zeros(3, len(x), dtype=torch.int64)
     if not hasattr(velocity, "select"):
@@ -290,7 +302,7 @@ def _integrate_adaptive(
     rows = torch.arange(len(x))
     time = torch.full((len(x),), start, dtype=torch.float64)
     slope = velocity_at(velocity, x, time)
-    size = _first_step(velocity, tableau.order, x, slope, atol + rtol * x.abs(), start, span)
+    size = _first_step(velocity, tableau.order, x, slope, tolerance.of(x.abs()), start, span)
     evaluations += 2
     while len(rows):
         # The last step ends exactly at the end; stretching it by up to 1 % avoids a tiny extra step.
@@ -301,7 +313,7 @@ def _integrate_adaptive(
         if (size < _SMALLEST_STEP * abs(span)).any():
             raise NonFiniteError(f"the step size fell below {_SMALLEST_STEP:g} at t = {float(time[size.argmin()]):.6g}")
 
-        x_new, slope_new, ratio, speed = _try_step(velocity, tableau, x, slope, time, next_time, (rtol, atol))
+        x_new, slope_new, ratio, speed = _try_step(velocity, tableau, x, slope, time, next_time, tolerance)
         accepted = ratio <= 1
         evaluations[rows] += len(tableau.nodes) - 1  # the first stage is the last one of the step before
         steps[rows] += accepted
@@ -334,13 +346,13 @@ def _try_step(
     slope: Tensor,
     time: Tensor,
     next_time: Tensor,
-    tolerances: tuple[float, float],
+    tolerance: Tolerance,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One step of every image from `time` to `next_time` ([b] on the CPU), given the velocity `slope` at its start.
 
     Returns:
         The state and the velocity at the end of the step, [b, ...]; the norms of the error estimate and of `slope`, in
-        units of the tolerance atol + rtol |x|, [b] on the CPU.
+        units of the tolerance at |x|, [b] on the CPU.
     """
     # Stage times and steps go to the device together, and the error ratios come back: one synchronisation per step.
     nodes = torch.tensor(tableau.nodes[1:], dtype=torch.float64)[:, None]
@@ -350,8 +362,7 @@ def _try_step(
     slopes = _slopes(lambda *at: velocity_at(velocity, *at), tableau, x, slope, stage_times, h, clocks)
     x_new = x + h * combine(tableau.weights, slopes)
     error = h * combine(tableau.error_weights, slopes)
-    rtol, atol = tolerances
-    ratio, speed = _norms([error, slope], scale=atol + rtol * torch.maximum(x.abs(), x_new.abs()))
+    ratio, speed = _norms([error, slope], scale=tolerance.of(torch.maximum(x.abs(), x_new.abs())))
     if not ratio.isfinite().all():
         t = float(time[~ratio.isfinite()][0])
         raise NonFiniteError(f"the velocity or the state is not finite in the step from t = {t:.6g}")

@@ -23,7 +23,7 @@ from latentflow.artifacts import sha256_tensors
 from latentflow.errors import ConfigError, NonFiniteError
 from latentflow.flow.composition import BlendedVelocity, KnownRegionVelocity
 from latentflow.flow.guidance import ConditionedVelocity, Guide
-from latentflow.flow.solvers import Solution, Velocity, fitted_evaluations, integrate
+from latentflow.flow.solvers import Solution, Tolerance, Velocity, fitted_evaluations, integrate
 from latentflow.flow.times import sampling_times
 from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import is_compiled
@@ -242,9 +242,7 @@ def solve(model: FlowModel, drawing: Drawing, velocity: Velocity, x: Tensor, tim
         times,
         solver=solver,
         path=model.config.path,
-        rtol=sampling.rtol,
-        atol=sampling.atol,
-        rounding=_ROUNDING.get(computed),
+        tolerance=Tolerance(sampling.rtol, sampling.atol, _ROUNDING.get(computed)),
     )
 
 
