@@ -208,7 +208,7 @@ def test_both_doors(start):
     done = subprocess.run([sys.executable, *start, "smaple"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "latentflow: there is no latentflow 'smaple'; did you mean 'sample'? (valid: {})\n".format(
-        done.stderr.partition("(valid: ")[2].rstrip(")\n")
+        done.stderr.partition("(valid: ")[2].removesuffix(")\n")
     )
 
 

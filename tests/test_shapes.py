@@ -31,7 +31,8 @@ def condition_of(*labels: int) -> Condition:
     """All fields, each holding its image's label."""
     values = torch.tensor(labels, dtype=torch.float32).reshape(-1, 1, 1, 1)
     shapes = {"masked_latents": (4, 2, 2), "mask": (1, 2, 2), "class_fractions": (3, 2, 2)}
-    return Condition(torch.tensor(labels), **{name: values.expand(-1, *shape) for name, shape in shapes.items()})
+    spatial = {name: values.expand(-1, *shape) for name, shape in shapes.items()}
+    return Condition(torch.tensor(labels), **spatial, augmentation=values.flatten(1).expand(-1, 2))
 
 
 def test_condition_selects_and_joins_the_rows_of_every_field():
@@ -41,7 +42,7 @@ def test_condition_selects_and_joins_the_rows_of_every_field():
     condition = condition_of(4, 5, 6)
     assert (
         condition.names
-        == ["labels", "masked_latents", "mask", "class_fractions"]
+        == ["labels", "masked_latents", "mask", "class_fractions", "augmentation"]
         == [f.name for f in fields(Condition)]
     )
     assert same(condition.select(torch.tensor([2, 0])), condition_of(6, 4))
