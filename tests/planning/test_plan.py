@@ -6,6 +6,7 @@ import json
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ from latentflow.commands.train import train
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError
 from latentflow.networks.running import MEMORY_MODES
+from latentflow.planning import estimate
 from latentflow.planning import probe as plan_probe
 from latentflow.planning.advice import advice
 from latentflow.planning.estimate import cached_bytes
@@ -225,10 +227,19 @@ def test_what_is_assumed_may_be_said():
 
 
 @pytest.mark.usefixtures("unprobed")
+@pytest.mark.parametrize("free", [10**6, 10**15])
+def test_a_disk_that_is_too_small_is_named(free, monkeypatch):
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    lines = advice(planned(tiny.LARGE_RECIPE, device_memory=80))
+    assert any("set out=... to another disk" in line for line in lines) is (free == 10**6)
+
+
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize("memory", [24, 40, 80])
 @pytest.mark.parametrize("name", [tiny.LARGE_RECIPE, "celeb512_f8_adm", "ffhq_f8_dit"])
-def test_what_is_advised_fits(name, memory):
+def test_what_is_advised_fits(name, memory, monkeypatch):
     """Each line of advice, followed, makes a plan that fits; and so does every larger micro-batch not."""
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda place: SimpleNamespace(free=10**15))
     found = planned(name, "training.preview_every=0", device_memory=memory)
     assert found.memory.fits(found.machine.memory) is not any("would fit" in line for line in advice(found))
     for line in advice(found):
