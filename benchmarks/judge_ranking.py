@@ -6,7 +6,7 @@
     few steps        the same seeds with a few Euler steps
     untrained        the same seeds by a network of the same sizes with random weights
 
-The distances must rise in this order, each by more than two standard errors. Guidance is measured beside it: where the
+The distances must rise in this order, each by more than two standard errors. Guidance is measured as well: where the
 model knows classes, class accuracy must rise from guidance 1 to guidance 2. All sets have equally many images, as a
 distance depends on their number.
 

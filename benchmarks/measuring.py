@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import time
@@ -126,6 +127,39 @@ def setup(device: str, threads: int | None) -> None:
         torch.set_num_threads(threads)
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device is here; use --device cpu")
+
+
+def parsed(
+    parser: argparse.ArgumentParser, defaults: Mapping[str, Mapping[str, Any]], arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Parse the options, fill in those of the device that were not given, and choose the threads.
+
+    Args:
+        parser: has --device and --threads.
+        defaults: by device and option.
+    """
+    options = parser.parse_args(arguments)
+    for name, value in defaults[options.device].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    setup(options.device, options.threads)
+    return options
+
+
+def take_turns(sides: Mapping[str, Callable[[int], None]], device: torch.device, rounds: int) -> dict[str, np.ndarray]:
+    """The seconds of each side in each round, [rounds, 2]; every side is called with the number of the round.
+
+    Round 0 warms up, compiles where something is compiled, and is left out.
+    """
+    stopwatch, laps = Stopwatch(device), {side: [] for side in sides}
+    for number in range(1 + rounds):
+        for side, step in sides.items():
+            stopwatch.lap()
+            with stopwatch.part(side):
+                step(number)
+            if number:
+                laps[side].append(stopwatch.lap())
+    return {side: seconds(lap, side) for side, lap in laps.items()}
 
 
 def cpu_name() -> str:

@@ -2,7 +2,7 @@
 
 The sides take turns, two steps each per round, with the same network, batch and precision; a step is the forward and
 the backward pass, clipping and the update. The figure to keep is a ratio, the median over the rounds of (seconds of a
-side / seconds of AdamW). Beside it stands the arithmetic of the same sizes: 1 + operations of orthogonalisation per
+side / seconds of AdamW). Next to it is the arithmetic of the same sizes: 1 + operations of orthogonalisation per
 step / operations of forward and backward pass, both of the matrices alone.
 """
 
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import measuring
 import torch
-from measuring import Stopwatch, median_and_quartiles, seconds
+from measuring import median_and_quartiles, take_turns
 
 from latentflow.networks.dit import DiT, DiTConfig
 from latentflow.runtime import open_runtime
@@ -27,7 +28,7 @@ SIDES = {
     "Muon": OptimizerConfig(kind="muon"),
     "Muon, every 2nd": OptimizerConfig(kind="muon", orthogonalise_every=2),
 }
-STEP, LATENT_CHANNELS, STEPS_PER_ROUND = "step", 4, 2
+LATENT_CHANNELS, STEPS_PER_ROUND = 4, 2
 DEFAULTS = {
     "cpu": {"depth": 8, "hidden_size": 256, "patch_size": 2, "latent_size": 8, "batch_size": 128, "rounds": 6},
     "cuda": {"depth": 12, "hidden_size": 768, "patch_size": 2, "latent_size": 32, "batch_size": 128, "rounds": 30},
@@ -43,11 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for name in DEFAULTS["cpu"]:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     parser.add_argument("--results", default=measuring.RESULTS, help="folder of the JSON file")
-    options = parser.parse_args(arguments)
-    for name, value in DEFAULTS[options.device].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    measuring.setup(options.device, options.threads)
+    options = measuring.parsed(parser, DEFAULTS, arguments)
     device = torch.device(options.device)
     results = measure(options, device)
     print_table(results)
@@ -58,17 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """All sides in turn; the first round warms up."""
     steps = {side: make_step(config, options, device) for side, config in SIDES.items()}
-    stopwatch = Stopwatch(device)
-    laps: dict[str, list] = {side: [] for side in steps}
-    for turn in range(1 + options.rounds):
-        for side, step in steps.items():
-            stopwatch.lap()
-            with stopwatch.part(STEP):
-                for number in range(STEPS_PER_ROUND):
-                    step(STEPS_PER_ROUND * turn + number)
-            if turn:
-                laps[side].append(stopwatch.lap())
-    taken = {side: seconds(lap, STEP) / STEPS_PER_ROUND for side, lap in laps.items()}
+
+    def in_round(step: Callable[[int], None], number: int) -> None:
+        for place in range(STEPS_PER_ROUND):
+            step(STEPS_PER_ROUND * number + place)
+
+    sides = {side: partial(in_round, step) for side, step in steps.items()}
+    taken = {side: all_steps / STEPS_PER_ROUND for side, all_steps in take_turns(sides, device, options.rounds).items()}
     network = make_network(options)
     tokens = options.batch_size * (options.latent_size // options.patch_size) ** 2
     matrices = hidden_matrices(network)

@@ -8,18 +8,19 @@ The sides take turns, one pass each per round, with the same weights, latents an
     both
 
 The figure to keep is a ratio, the median over the rounds of (seconds of the side / seconds of the plain network).
-Beside it stands the same ratio of the operations of products. Memory per image is what `latentflow plan` states.
+Next to it is the same ratio of the operations of products. Memory per image is what `latentflow plan` states.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import measuring
 import torch
-from measuring import Stopwatch, median_and_quartiles, seconds
+from measuring import median_and_quartiles, take_turns
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,7 +35,7 @@ from latentflow.training.memory import bytes_per_image
 PLAIN = "plain"
 SIDES = {PLAIN: (False, False), "value residual": (True, False), "head": (False, True), "both": (True, True)}
 """Of each side whether it has the value residual, and whether it has the head."""
-PASS, LATENT_CHANNELS, BLOCK = "pass", 4, 2
+LATENT_CHANNELS, BLOCK = 4, 2
 DEFAULTS = {
     "cpu": {"depth": 8, "hidden_size": 256, "patch_size": 2, "latent_size": 8, "batch_size": 128, "rounds": 12},
     "cuda": {"depth": 12, "hidden_size": 768, "patch_size": 2, "latent_size": 32, "batch_size": 128, "rounds": 50},
@@ -50,11 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for name in DEFAULTS["cpu"]:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     parser.add_argument("--results", default=measuring.RESULTS, help="folder of the JSON file")
-    options = parser.parse_args(arguments)
-    for name, value in DEFAULTS[options.device].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    measuring.setup(options.device, options.threads)
+    options = measuring.parsed(parser, DEFAULTS, arguments)
     device = torch.device(options.device)
     results = measure(options, device)
     print_table(results)
@@ -70,17 +67,12 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     if options.compile:
         for network in networks.values():
             compile_blocks(network)
-    stopwatch = Stopwatch(device)
-    laps: dict[str, list] = {side: [] for side in steps}
-    for turn in range(1 + options.rounds):
-        for side, step in steps.items():
-            networks[side].zero_grad()
-            stopwatch.lap()
-            with stopwatch.part(PASS):
-                step().backward()
-            if turn:
-                laps[side].append(stopwatch.lap())
-    taken = {side: seconds(lap, PASS) for side, lap in laps.items()}
+
+    def there_and_back(side: str, number: int) -> None:
+        steps[side]().backward()
+        networks[side].zero_grad()
+
+    taken = take_turns({side: partial(there_and_back, side) for side in steps}, device, options.rounds)
     half = open_runtime(device, alone=True).precision in ("bf16", "fp16")
     return {
         "network": make_config(options, PLAIN).title,

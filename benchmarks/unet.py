@@ -20,11 +20,12 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import measuring
 import torch
-from measuring import Stopwatch, median_and_quartiles, seconds
+from measuring import median_and_quartiles, take_turns
 from torch import Tensor, nn
 
 from latentflow.networks.running import compile_blocks, set_memory
@@ -46,7 +47,6 @@ DEFAULTS = {
 }
 LATENT_CHANNELS = 4
 HEADS = 4
-PASS = "pass"
 
 Step = Callable[[], Tensor]
 """Computes one loss, its graph still there."""
@@ -65,11 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32 on the CPU, bf16 on CUDA")
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled side out")
     parser.add_argument("--results", default=measuring.RESULTS, help="folder of the JSON file")
-    options = parser.parse_args(arguments)
-    for name, value in DEFAULTS[options.device].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    measuring.setup(options.device, options.threads)
+    options = measuring.parsed(parser, DEFAULTS, arguments)
     device = torch.device(options.device)
     results = measure(options, device)
     print_table(results)
@@ -82,17 +78,12 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     networks, left_out = make_networks(options, device)
     steps = {side: make_step(side, network, options, device) for side, network in networks.items()}
     peaks = {side: peak_memory(steps[side], networks[side], device) for side in SIDES[:-1]}
-    stopwatch = Stopwatch(device)
-    laps: dict[str, list] = {side: [] for side in steps}
-    for turn in range(1 + options.rounds):
-        for side, step in steps.items():
-            networks[side].zero_grad()
-            stopwatch.lap()
-            with stopwatch.part(PASS):
-                step().backward()
-            if turn:
-                laps[side].append(stopwatch.lap())
-    taken = {side: seconds(lap, PASS) for side, lap in laps.items()}
+
+    def there_and_back(side: str, number: int) -> None:
+        steps[side]().backward()
+        networks[side].zero_grad()
+
+    taken = take_turns({side: partial(there_and_back, side) for side in steps}, device, options.rounds)
     own = LAYOUT_OF_DEVICE[device.type]
     return {
         "network": networks[own].config.title,

@@ -187,7 +187,7 @@ def measured(place: Place, spec: Spec, run: Path, steps: int, seed: int) -> dict
     )
     report = read_json(evaluated / "scores" / "report.json")
     held_out = cache(place, spec, held_out=True)
-    told = launch(
+    printed = launch(
         ["loss", model, "--data", held_out, "--num", setting.num, *device, "--json"], evaluated / "loss", limit
     )
     features = report["protocol"]["features"]
@@ -200,7 +200,7 @@ def measured(place: Place, spec: Spec, run: Path, steps: int, seed: int) -> dict
         "seconds": steps * median_seconds(run),
         "scores": {**scores, **limits},
         "features": f"{Path(features['name']).name} {features['hash'][:12]}",
-        "held_out_loss": list(json.loads(told.read_text(encoding="utf-8")).values())[-1]["loss"],
+        "held_out_loss": list(json.loads(printed.read_text(encoding="utf-8")).values())[-1]["loss"],
         "versions": report["protocol"]["versions"],
     }
 

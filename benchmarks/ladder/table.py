@@ -16,7 +16,7 @@ _HEAD = """# The ladder
 
 One line for each rung of `rungs/`, failures included; `run.py` writes this page from `results.jsonl`. Each rung changes
 the last recipe that was kept, and is trained for the same seconds. Values are means over seeds, ± their standard
-deviation. *Gain* is how much lower the Fréchet distance is than that of the rung named beside it; a rung is kept if it
+deviation. *Gain* is how much lower the Fréchet distance is than that of the rung named next to it; a rung is kept if it
 exceeds the standard deviation over seeds, of both rungs pooled.
 """
 

@@ -77,7 +77,7 @@ def class_judge(
 
 
 def class_accuracy(judge: ClassJudge, features: Tensor, labels: Tensor) -> Score:
-    """The share of images that show their class, beside that of held-out real images: [N, D] and [N] => a score."""
+    """The share of images that show their class, with that of held-out real images: [N, D] and [N] => a score."""
     right = judge.right(features, labels).double()
     found = interval_over_images(right, float(right.mean()))
     return Score(

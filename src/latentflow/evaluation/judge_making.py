@@ -23,7 +23,7 @@ from latentflow.training.feature_step import feature_step
 
 _FITTED = 10_000  # images that the scale of features and the judge of classes are fitted to, about
 _LEAST_SCALE = 0.1  # of the median deviation of a feature
-_PAIRS = 256  # held-out images whose views are to be told apart
+_PAIRS = 256  # held-out images whose views are to be distinguished
 
 
 def make_judge(prepared: PreparedFeatures) -> JudgeRecord:

@@ -1,4 +1,4 @@
-"""Multistep methods: one evaluation per step, and what is known from the steps before.
+"""Multistep methods: one evaluation per step, and the results of the steps before.
 
 A method has `march`, which yields the state after each step of a grid, and `extra`, the number of first steps that take
 a second evaluation. `latentflow.flow.solvers` runs them.

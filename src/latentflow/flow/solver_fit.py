@@ -28,7 +28,7 @@ MOST_PAST = 4
 _ROUNDS = 12
 _LITTLE = 0.005  # after two rounds in a row that lower the error by a smaller share, there is no other
 _LEAST_DAMPING, _MOST_DAMPING = 1e-6, 1e4
-_SHIFT_OF_TIME, _SHIFT_OF_WEIGHT = 0.01, 0.01  # in the differences; of a time, in units of the shorter step beside it
+_SHIFT_OF_TIME, _SHIFT_OF_WEIGHT = 0.01, 0.01  # in the differences; of a time, in units of the shorter step next to it
 _SHORTEST = 0.02  # of a step, in units of an even one
 
 

@@ -96,7 +96,7 @@ def probe(
         seconds: about how long this may take, without compilation.
         mode: what the backward pass recomputes.
         compiled: whether blocks are compiled first.
-        ema_lengths: of the averages beside the exponential one.
+        ema_lengths: of the averages next to the exponential one.
     """
     way = _Way(runtime, mode, compiled)
     whole = forward_flops(config)

@@ -354,9 +354,9 @@ def load_checkpoint(folder: Path, network: nn.Module, ema: EMA, optimizer: torch
         require_values(ema.average, average, folder / EMA_FILE)
         ema.load(average)
         for length, power in ema.powers.items():
-            beside = read_tensors(folder / average_file(length))
-            require_values(ema.average, beside, folder / average_file(length))
-            power.load(beside)
+            kept = read_tensors(folder / average_file(length))
+            require_values(ema.average, kept, folder / average_file(length))
+            power.load(kept)
         tensors = read_tensors(folder / OPTIMIZER_FILE)
         _load_optimizer(network, optimizer, tensors, folder / OPTIMIZER_FILE)
     except ArtifactError as error:

@@ -124,7 +124,7 @@ class TrainingConfig(Record):
         None,
         min_length=1,
         max_length=4,
-        description="Lengths of power function averages that are kept beside it, from which `latentflow ema` makes an "
+        description="Lengths of power function averages that are kept next to it, from which `latentflow ema` makes an "
         "average of another length after training; [0.05, 0.1] is usual; null: none.",
     )
     ema_snapshots: int = Field(

@@ -67,17 +67,17 @@ class PowerAverage(Average):
 
 
 class EMA(Average):
-    """The exponential moving average of a run, and the power function averages beside it.
+    """The exponential moving average of a run, and the power function averages next to it.
 
     The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that the random initial weights are soon
     forgotten.
 
     Args:
         decay: in [0, 1); 0 keeps the newest weights.
-        lengths: of the averages beside it.
+        lengths: of the averages next to it.
 
     Attributes:
-        powers: the averages beside it, by length.
+        powers: the averages next to it, by length.
     """
 
     def __init__(self, network: nn.Module, decay: float, lengths: Sequence[float] = ()):

@@ -80,7 +80,7 @@ class PreparedVelocity(PreparedRun):
             rows["conditions"] = ", ".join(conditioning.dropout)
         if lengths := self.recipe.training.ema_lengths:
             listed = ", ".join(f"{length:g}" for length in lengths)
-            rows["averages"] = f"of lengths {listed} beside the EMA, in {self.recipe.training.ema_snapshots} snapshots"
+            rows["averages"] = f"of lengths {listed} next to the EMA, in {self.recipe.training.ema_snapshots} snapshots"
         if self.reasons:
             rows["fitted"] = "; ".join(self.reasons)
         if not isinstance(self.images.source, LatentCache):
