@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 import json
 import math
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ def ladder(monkeypatch):
     """Import a script of the folder as Python runs it."""
     monkeypatch.syspath_prepend(str(LADDER))
     yield importlib.import_module
-    for name in ("rules", "table", "run", "split"):
+    for name in ("rules", "table", "run", "split", "worker"):
         sys.modules.pop(name, None)
 
 
@@ -173,15 +173,50 @@ def test_a_line_that_a_kill_cut_off_is_left_out_and_repeated_runs_replace_the_fi
     assert file.read_bytes().startswith(whole)
 
 
-def test_a_process_has_a_limit_and_says_why_it_failed(ladder, tmp_path):
-    run = ladder("run")
-    out = run.run_process([sys.executable, "-c", "print(7)"], tmp_path / "ok", 60)
-    assert out.read_text() == "7\n"
-    with pytest.raises(run.Failed, match=r"was stopped after 0\.5 s"):
-        run.run_process([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "slow", 0.5)
-    script = "import sys; print('begun', file=sys.stderr); sys.exit('out of ideas')"
-    with pytest.raises(run.Failed, match=r"out of ideas$"):
-        run.run_process([sys.executable, "-c", script], tmp_path / "bad", 60)
+def test_a_worker_runs_commands_in_turn_and_says_why_one_failed(ladder, tmp_path):
+    worker, failed = ladder("worker").Worker(), ladder("worker").Failed
+    try:
+        with pytest.raises(failed, match=r"info was stopped after 0\.01 s"):  # it only starts in that time
+            worker.run(["info"], tmp_path / "slow", 0.01)
+        encode = [
+            "encode",
+            "synthetic:16",
+            "--autoencoder",
+            "shapes",
+            "--image-size",
+            "32",
+            "--out",
+            tmp_path / "cache",
+        ]
+        worker.run(encode, tmp_path / "encode", 120)
+        train = ["train", "own_images", f"data.path={tmp_path / 'cache'}", "training.steps=2", *TINY, "--device", "cpu"]
+        for name in "ab":
+            worker.run([*train, f"out={tmp_path / name}"], tmp_path / f"log_{name}", 120)
+        first, second = ((tmp_path / name / "model" / "velocity.safetensors").read_bytes() for name in "ab")
+        assert first == second, "what ran before in the process changed a training"
+        process = worker._process
+        assert "seed" in worker.run(["info", tmp_path / "a" / "model"], tmp_path / "show", 60).read_text()
+        assert worker._process is process
+        with pytest.raises(failed, match=r"info: latentflow: .*nowhere"):
+            worker.run(["info", tmp_path / "nowhere"], tmp_path / "bad", 60)
+        assert "seed" in worker.run(["info", tmp_path / "a" / "model"], tmp_path / "again", 60).read_text()
+    finally:
+        worker.close()
+
+
+def test_a_closed_worker_ends_its_command(ladder, tmp_path):
+    """And that is no failure, which would become a line."""
+    module = ladder("worker")
+    worker = module.Worker()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(
+            worker.run, ["encode", "synthetic:9999999", "--out", tmp_path / "c"], tmp_path / "log", 60
+        )
+        while worker._process is None:
+            time.sleep(0.01)
+        worker.close()
+        with pytest.raises(module.Stopped):
+            running.result(60)
 
 
 def test_rungs_are_read_in_order_and_checked(rules, tmp_path):
@@ -224,6 +259,9 @@ class Played:
 
     def __init__(self, milliseconds, distances):
         self.milliseconds, self.distances, self.calls = milliseconds, distances, []
+
+    def close(self):
+        """As of `Workers`."""
 
     def __call__(self, arguments, log, limit):
         verb, *rest = map(str, arguments)
@@ -278,7 +316,7 @@ def test_a_climb_trains_every_rung_for_the_same_seconds(ladder, rules, tmp_path,
     played = Played(
         {6e-4: 100.0, 2.0: 200.0, 3.0: 50.0}, {6e-4: [10, 10.2], 2.0: [12, 12.2], 3.0: [8, 8.1, 16, 12, 16.2, 12.2]}
     )
-    monkeypatch.setattr(run, "launch", played)
+    monkeypatch.setattr(run, "Workers", lambda: played)
     given = arguments(tmp_path, "--seconds", "60", "--seeds", "0,1", "--shares", "0.25,0.5")
     run.main(given)
     found = rules.read_outcomes(tmp_path / "results" / "results.jsonl")
@@ -307,17 +345,19 @@ def test_what_fails_is_a_line_and_can_be_repeated(ladder, rules, tmp_path, monke
     run = ladder("run")
     played = Played({6e-4: 100.0, 2.0: 100.0, 3.0: 100.0}, {6e-4: [10], 2.0: [12], 3.0: [8]})
 
-    def refused(arguments, log, limit):
-        if arguments[0] == "train" and "learning_rate: 3.0" in Path(arguments[1]).read_text():
-            raise run.Failed("train: latentflow: no such key")
-        return played(arguments, log, limit)
+    class Refused(Played):
+        def __call__(self, arguments, log, limit):
+            if arguments[0] == "train" and "learning_rate: 3.0" in Path(arguments[1]).read_text():
+                raise run.Failed("train: latentflow: no such key")
+            return super().__call__(arguments, log, limit)
 
-    monkeypatch.setattr(run, "launch", refused)
+    refused = Refused(played.milliseconds, played.distances)
+    monkeypatch.setattr(run, "Workers", lambda: refused)
     given = arguments(tmp_path, "--seconds", "6", "--seeds", "0", "--shares", "")
     run.main(given)
     page = (tmp_path / "results" / "RESULTS.md").read_text()
     assert "failed: train: latentflow: no such key" in page
-    monkeypatch.setattr(run, "launch", played)
+    monkeypatch.setattr(run, "Workers", lambda: played)
     run.main(given)
     assert (tmp_path / "results" / "RESULTS.md").read_text() == page
     run.main([*given, "--again"])
@@ -327,24 +367,9 @@ def test_what_fails_is_a_line_and_can_be_repeated(ladder, rules, tmp_path, monke
 
 
 def test_a_real_run_ends_in_a_line(ladder, rules, tmp_path, monkeypatch, two_rungs):
-    """Every command of one run, each in this process, for one step."""
+    """Every command of one run, for one step."""
     run = ladder("run")
-    from latentflow.cli import main
-
-    def here(arguments, log, limit):
-        monkeypatch.setattr(sys, "argv", ["latentflow", *map(str, arguments)])
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            try:
-                main()
-            except SystemExit as exit:
-                assert not exit.code, arguments
-        log.parent.mkdir(parents=True, exist_ok=True)
-        out = log.with_name(f"{log.name}.out")
-        out.write_text(said.getvalue())
-        return out
-
-    monkeypatch.setattr(run, "launch", here)
-    monkeypatch.setattr(run, "_PROBE_ROUNDS", 1)
+    monkeypatch.setattr(run, "_PROBE_ROUNDS", {"cpu": 1})
     run.main(arguments(tmp_path, "--seconds", "0.001", "--seeds", "0", "--shares", "", "--rungs", "0"))
     (found,) = rules.read_outcomes(tmp_path / "results" / "results.jsonl")
     assert not found.failed

@@ -9,7 +9,7 @@
 Repeat the command to go on after an interruption: finished runs are in results.jsonl, begun ones resume. Speeds are
 probed first, a rung and the one below it in turn, on an otherwise idle machine; they give the number of steps, so that
 the cosine of every run ends after the same seconds. From then on results do not depend on how busy the machine is.
-Every command is a process of its own with a time limit; what fails is a line, too.
+Every command has a time limit, and runs in a worker process that stays for the next; what fails is a line, too.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -35,20 +35,36 @@ from typing import Any
 import yaml
 from rules import FINAL, Outcome, Rung, Setting, Spec, Step, climb, key_of, last_kept, merged, read_outcomes, read_rungs
 from table import write_table
+from worker import Failed, Workers
 
 from latentflow.artifacts import json_line, make_folder, read_json, sha256_file, write_text
 
 HERE = Path(__file__).parent
 BASE = HERE / "base.yaml"
-_PROBE_STEPS = {"cpu": 30, "cuda": 600}
-_PROBE_ROUNDS = 3
+_PROBE_STEPS = {"cpu": 30, "cuda": 300}
+_PROBE_ROUNDS = {"cpu": 3, "cuda": 1}  # the steps of a GPU take the same time each
 _BUSY = 0.15  # share of the processors' time that others may take while a speed is probed
+_AT_ONCE = {"cpu": 32, "cuda": 500}  # samples
 _SAMPLING = ("--guidance", "1", "--solver", "ab2", "--steps", "16")
-_LEAST_LIMIT = 900.0  # seconds that any process may take, starting and loading included
+_LEAST_LIMIT = 900.0  # seconds that any command may take, starting and loading included
 
 
-class Failed(Exception):
-    """A run has no result; the message says why."""
+@dataclass(frozen=True)
+class Run:
+    """A rung's recipe, trained with one seed for a share of the seconds."""
+
+    step: Step
+    seed: int
+    share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The rung's, or that of the runs of the last kept recipe for a part of the time."""
+        return self.step.name if self.share == 1 else FINAL
+
+    def __str__(self) -> str:
+        part = f", {self.share:g} of the time" if self.share != 1 else ""
+        return f"{self.name}, seed {self.seed}{part}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ class Place:
     Attributes:
         probe_steps: whose speed is measured.
         again: repeat what failed.
+        launch: runs `latentflow ARGUMENTS`.
     """
 
     setting: Setting
@@ -70,6 +87,7 @@ class Place:
     recipe: Mapping[str, Any]
     probe_steps: int
     again: bool
+    launch: Workers
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,12 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rungs, recipe = read_rungs(Path(options.ladder) / "rungs"), base_recipe()
     results = make_folder(options.results) / "results.jsonl"
     if not options.render:
-        place = _place(options, results, recipe)
         chosen = options.rungs.split(",") if options.rungs else list(rungs)
         if unknown := [name for name in chosen if name not in rungs]:
             raise SystemExit(f"--rungs: there is no rung {unknown[0]!r}; there are {', '.join(rungs)}")
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the process that runs, too
-        with alone(Path(options.work)):
+        with ExitStack() as ends:
+            place = _place(options, results, recipe, launch := Workers())
+            ends.enter_context(alone(Path(options.work)))
+            ends.callback(launch.close)
             whole_ladder(place, rungs, chosen, options.seeds)
             parts_of_the_time(place, rungs, options.seeds, options.shares)
     write_table(Path(options.results) / "RESULTS.md", rungs, read_outcomes(results), recipe)
@@ -112,20 +132,17 @@ def whole_ladder(place: Place, rungs: Mapping[str, Rung], chosen: Sequence[str],
     """Run the baseline and the references, seed by seed, then the chosen rungs from the lowest to the highest."""
     names = list(rungs)
     base_and_references = [name for name in names if rungs[name].role != "rung" and name in chosen]
-    for seed in seeds:  # in turn: what drifts meets all of them
-        for name in base_and_references:
-            one_run(place, _step(place, rungs, name), seed)
+    steps = [_step(place, rungs, name) for name in base_and_references]
+    all_runs(place, [Run(step, seed) for seed in seeds for step in steps])  # in turn: what drifts meets all of them
     for name in names:
-        for seed in seeds if name in chosen and name not in base_and_references else ():
-            one_run(place, _step(place, rungs, name), seed)
+        if name in chosen and name not in base_and_references:
+            all_runs(place, [Run(_step(place, rungs, name), seed) for seed in seeds])
 
 
 def parts_of_the_time(place: Place, rungs: Mapping[str, Rung], seeds: Sequence[int], shares: Sequence[float]) -> None:
     """Train the last kept recipe for parts of the time."""
     final = last_kept(climb(rungs, _of_this_setting(place), _recipe(place)))
-    for seed in seeds:
-        for share in shares:
-            one_run(place, final, seed, share)
+    all_runs(place, [Run(final, seed, share) for seed in seeds for share in shares])
 
 
 def _step(place: Place, rungs: Mapping[str, Rung], name: str) -> Step:
@@ -140,54 +157,112 @@ def _recipe(place: Place) -> dict[str, Any]:
     return merged(place.recipe, place.setting.changes)
 
 
-def one_run(place: Place, step: Step, seed: int, share: float = 1.0) -> None:
-    """Train and evaluate, and write the line, unless it is there."""
-    name = step.name if share == 1 else FINAL
+def all_runs(place: Place, runs: Sequence[Run]) -> None:
+    """Probe speeds, then train and evaluate what has no line yet; a GPU evaluates one run while it trains the next."""
+    runs = [run for run in runs if not _is_there(place, run)]
+    for step in {run.step.name: run.step for run in runs}.values():
+        try:
+            cache(place, step.spec, held_out=True)
+            seconds_per_step(place, step)
+        except Failed as error:
+            failed = next(run for run in runs if run.step.name == step.name)
+            append(place.results, outcome_of(place, failed, failed=str(error)))
+    with ThreadPoolExecutor(1) as evaluating:
+        begun: list[Future[None]] = []
+        try:
+            for run in runs:
+                if _is_there(place, run):
+                    continue
+                print(run, flush=True)
+                if folder := trained(place, run):
+                    begun.append(evaluating.submit(evaluated, place, run, folder))
+                    if place.setting.device == "cpu":
+                        begun[-1].result()
+            for one in begun:
+                one.result()
+        except BaseException:
+            place.launch.close()  # an evaluation would be waited for
+            raise
+
+
+def _is_there(place: Place, run: Run) -> bool:
+    """Whether a run has its line, or one that failed, which is repeated if it was asked for."""
     there = [
         one
         for one in _of_this_setting(place)
-        if (one.rung, one.spec, one.share) == (name, step.spec.key, share) and (one.seed == seed or one.failed)
+        if (one.rung, one.spec, one.share) == (run.name, run.step.spec.key, run.share)
+        and (one.seed == run.seed or one.failed)
     ]
-    if any(not (one.failed and place.again) for one in there):
-        return
-    known: dict[str, Any] = {"setting": place.setting, "rung": name, "title": step.rung.title, "seed": seed}
-    known |= {"spec": step.spec.key, "against": step.base, "share": share, "machine": _machine(place.setting.device)}
-    known["date"] = datetime.date.today().isoformat()
-    run = None
-    print(f"{name}, seed {seed}{f', {share:g} of the time' if share != 1 else ''}", flush=True)
+    return any(not (one.failed and place.again) for one in there)
+
+
+def outcome_of(place: Place, run: Run, **found: Any) -> Outcome:
+    """The line of a run, with what was found."""
+    step = run.step
+    return Outcome(
+        setting=place.setting,
+        rung=run.name,
+        title=step.rung.title,
+        seed=run.seed,
+        spec=step.spec.key,
+        against=step.base,
+        share=run.share,
+        machine=_machine(place.setting.device),
+        date=datetime.date.today().isoformat(),
+        **found,
+    )
+
+
+def trained(place: Place, run: Run) -> Path | None:
+    """Train; returns the folder, or None after a line that says why it failed."""
     try:
-        speed = seconds_per_step(place, step)
-        steps = max(round(share * place.setting.seconds / speed), 1)
-        run = place.work / "runs" / f"{step.spec.training}-{steps}-{seed}"
-        outcome = Outcome(**known, **measured(place, step.spec, run, steps, seed))
-        print(f"  FD {outcome.distance:.4g} after {steps:,} steps", flush=True)
+        steps = max(round(run.share * place.setting.seconds / seconds_per_step(place, run.step)), 1)
+        folder = place.work / "runs" / f"{run.step.spec.training}-{steps}-{run.seed}"
+        train(place, run.step.spec, folder, steps, run.seed, limit=_limit(place))
+        return folder
     except Failed as error:
-        outcome = Outcome(**known, failed=str(error))
         print(f"  failed: {error}", flush=True)
+        append(place.results, outcome_of(place, run, failed=str(error)))
+        return None
+
+
+def evaluated(place: Place, run: Run, folder: Path) -> None:
+    """Evaluate a trained run, and write its line."""
+    try:
+        outcome = outcome_of(place, run, **measured(place, run.step.spec, folder))
+        print(f"  {run}: FD {outcome.distance:.4g} after {outcome.steps:,} steps", flush=True)
+    except Failed as error:
+        outcome = outcome_of(place, run, failed=str(error))
+        print(f"  {run}: failed: {error}", flush=True)
     append(place.results, outcome)
-    if run and not outcome.failed and "ema_lengths" not in step.spec.changes.get("training", {}):
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)  # the most of its bytes; the model stays
+    if not outcome.failed and "ema_lengths" not in run.step.spec.changes.get("training", {}):
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the most of its bytes; the model stays
 
 
-def measured(place: Place, spec: Spec, run: Path, steps: int, seed: int) -> dict[str, Any]:
-    """Train into the folder `run`, evaluate, and return the figures."""
-    setting, work = place.setting, place.work
-    limit = 3 * setting.seconds + _LEAST_LIMIT
-    train(place, spec, run, steps, seed, limit=limit)
-    evaluated = work / "evaluated" / f"{spec.key}-{steps}-{seed}-{setting.key}"
+def _limit(place: Place) -> float:
+    return 3 * place.setting.seconds + _LEAST_LIMIT
+
+
+def measured(place: Place, spec: Spec, run: Path) -> dict[str, Any]:
+    """Evaluate the model in the folder `run`, and return the figures."""
+    setting, limit = place.setting, _limit(place)
+    evaluated = place.work / "evaluated" / f"{spec.key}-{run.name}-{setting.key}"
+    steps = log_lines(run)[-1]["step"]
     model = run
     if spec.ema_length is not None:
         model = evaluated / "model"
         if not (model / "config.json").exists():
-            launch(["ema", run, "--length", spec.ema_length, "--out", model], evaluated / "ema", limit)
+            place.launch(["ema", run, "--length", spec.ema_length, "--out", model], evaluated / "ema", limit)
     device = ("--device", setting.device)
-    data = ("--data", place.held_out, "--features", place.features, "--num", setting.num)
-    launch(
-        ["evaluate", model, *data, *_SAMPLING, *device, "--out", evaluated / "scores"], evaluated / "evaluate", limit
+    reference = place.work / f"held-out-{setting.key}.safetensors"  # with features beside it, which all runs share
+    data = ("--data", place.held_out, "--reference-out", reference)
+    drawn = ("--features", place.features, "--num", setting.num, "--batch-size", _AT_ONCE[setting.device], *_SAMPLING)
+    place.launch(
+        ["evaluate", model, *data, *drawn, *device, "--out", evaluated / "scores"], evaluated / "evaluate", limit
     )
     report = read_json(evaluated / "scores" / "report.json")
     held_out = cache(place, spec, held_out=True)
-    printed = launch(
+    printed = place.launch(
         ["loss", model, "--data", held_out, "--num", setting.num, *device, "--json"], evaluated / "loss", limit
     )
     features = report["protocol"]["features"]
@@ -222,7 +297,7 @@ def train(
     }
     given = [f"{key}={value}" for key, value in keys.items()]
     arguments = ["train", recipe, *given, *extra, "--device", place.setting.device]
-    launch(arguments, run.parent / f"{run.name}.log", limit)
+    place.launch(arguments, run.parent / f"{run.name}.log", limit)
 
 
 def autoencoder(place: Place, spec: Spec) -> str:
@@ -234,7 +309,7 @@ def autoencoder(place: Place, spec: Spec) -> str:
         size = f"data.image_size={place.setting.image_size}"
         given = [f"data.path={place.train}", size, f"out={run}", *spec.autoencoder]
         arguments = ["train-autoencoder", "own_images", *given, "--device", place.setting.device]
-        launch(arguments, run.parent / f"{run.name}.log", 24 * 3600.0)
+        place.launch(arguments, run.parent / f"{run.name}.log", 24 * 3600.0)
     return str(run / "autoencoder")
 
 
@@ -246,7 +321,7 @@ def cache(place: Place, spec: Spec, *, held_out: bool = False) -> Path:
     folder = place.work / "caches" / key_of([data, reference, size, options])
     if not (folder / "index.json").exists():
         arguments = ["encode", data, "--autoencoder", reference, "--image-size", size, *options, "--out", folder]
-        launch([*arguments, "--device", place.setting.device], folder.parent / f"{folder.name}.log", 24 * 3600.0)
+        place.launch([*arguments, "--device", place.setting.device], folder.parent / f"{folder.name}.log", 24 * 3600.0)
     return folder
 
 
@@ -262,7 +337,7 @@ def seconds_per_step(place: Place, step: Step) -> float:
     key = step.spec.training
     if key not in speeds:
         rounds = []
-        for _ in range(_PROBE_ROUNDS):
+        for _ in range(_PROBE_ROUNDS[place.setting.device]):
             if not place.setting.busy:
                 require_idle()
             sides = {step.base: step.below, step.name: step.spec} if step.below else {step.name: step.spec}
@@ -291,55 +366,17 @@ def probe(place: Place, spec: Spec, name: str) -> float:
     return seconds
 
 
+def log_lines(run: Path) -> list[dict[str, Any]]:
+    """What a run has logged."""
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines() if line]
+
+
 def median_seconds(run: Path) -> float:
     """Seconds per step, the median over the log lines of a run but the first, which has the warm-up."""
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines() if line]
+    lines = log_lines(run)
     batch = lines[-1]["images_seen"] / lines[-1]["step"]
     return median(batch / line["images_per_second"] for line in lines[1:] or lines)
-
-
-def launch(arguments: Sequence[object], log: Path, limit: float) -> Path:
-    """Run `latentflow ARGUMENTS` in a process of its own; returns the file with what it printed to stdout.
-
-    Raises:
-        Failed: it took longer than `limit` seconds, or failed; with its last line.
-    """
-    return run_process([sys.executable, "-m", "latentflow", *map(str, arguments)], log, limit)
-
-
-def run_process(command: Sequence[str], log: Path, limit: float) -> Path:
-    """Run a command with a time limit; its output goes to `log`.out and `log`.err."""
-    make_folder(log.parent)
-    out, err = (log.with_name(f"{log.name}.{kind}") for kind in ("out", "err"))
-    with out.open("wb") as stdout, err.open("wb") as stderr:
-        # In a session of its own: Ctrl-C reaches this process only, which ends the other. It gets the lock of `alone`.
-        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True, close_fds=False)
-        try:
-            process.wait(limit)
-        except subprocess.TimeoutExpired:
-            raise Failed(f"{_verb(command)} was stopped after {limit:g} s") from None
-        finally:
-            _end(process)
-    if process.returncode:
-        said = [line.strip() for line in err.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        raise Failed(f"{_verb(command)}: {said[-1] if said else f'exit code {process.returncode}'}")
-    return out
-
-
-def _verb(command: Sequence[str]) -> str:
-    return command[3] if command[1:3] == ["-m", "latentflow"] else command[0]
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Let a process that still runs save and end, and kill it if it does not."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def require_idle() -> None:
@@ -392,7 +429,7 @@ def features_of(features: str) -> str:
     return " ".join([Path(features).name, *(sha256_file(file)[:12] for file in files)])
 
 
-def _place(options: argparse.Namespace, results: Path, recipe: Mapping[str, Any]) -> Place:
+def _place(options: argparse.Namespace, results: Path, recipe: Mapping[str, Any], launch: Workers) -> Place:
     missing = [name for name in ("train", "held_out", "autoencoder", "work") if getattr(options, name) is None]
     if missing:
         raise SystemExit(f"--{missing[0].replace('_', '-')} is missing")
@@ -423,6 +460,7 @@ def _place(options: argparse.Namespace, results: Path, recipe: Mapping[str, Any]
         recipe=recipe,
         probe_steps=options.probe_steps or _PROBE_STEPS[options.device],
         again=options.again,
+        launch=launch,
     )
 
 
