@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,38 @@ class LiveBytes(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self._alive.discard(key)
         self._now -= size
+
+
+def recorded(compute: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    """What a CUDA graph does, on any device: calls `compute`, and returns its result and what computes it again.
+
+    Only operations on tensors are repeated, on the same memory: a number that the host read, or a tensor that it made,
+    stays what it was.
+    """
+    tape = _Tape()
+    with tape:
+        result = compute()
+    return result, tape.replay
+
+
+class _Tape(TorchDispatchMode):
+    """Operations with what they were given and what they gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations: list[tuple[Any, tuple, dict, Any]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, result in self.operations:
+            for place, x in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(place, Tensor) and place.data_ptr() != x.data_ptr():  # neither a view nor in place
+                    place.copy_(x)
 
 
 class _Operations(TorchDispatchMode):

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from latentflow.api import LatentFlow
 from latentflow.artifacts import read_json, read_tensors
 from latentflow.commands.train import train
+from latentflow.training import velocity
 from latentflow.training.log import read_metrics
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -132,6 +133,36 @@ def test_no_step_between_log_lines_waits_for_the_gpu(recipe, runtime, cuda, prec
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(asked) == 20
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_step_as_a_graph_gives_the_same_numbers(recipe, runtime, cuda, precision, compiled, caplog):
+    given = {"precision": precision, "compile": compiled}
+    runs = {}
+    for name, graph in (("kernels", False), ("graph", True)):
+        training = {**given, "cuda_graph": graph, "preview_every": 10}
+        runs[name] = train(recipe(name, training=training), runtime=runtime(precision)).run
+    assert "kernel by kernel" not in caplog.text
+    assert furthest(checkpoint(runs["kernels"], 20)[1], checkpoint(runs["graph"], 20)[1]) < 1e-3
+    losses = [[line["loss"] for line in read_metrics(run)] for run in runs.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_step_that_waits_for_the_gpu_is_no_graph_and_goes_on(recipe, runtime, cuda, monkeypatch, caplog):
+    """A failed capture leaves nothing behind: the run ends like one that was never captured."""
+    plain = train(recipe("plain", training={"cuda_graph": False}), runtime=runtime("fp32")).run
+    step = velocity.training_step
+
+    def waits(*args, **given):
+        result = step(*args, **given)
+        float(result.time[0])
+        return result
+
+    monkeypatch.setattr(velocity, "training_step", waits)
+    run = train(recipe("waits", training={"cuda_graph": True}), runtime=runtime("fp32")).run
+    assert "kernel by kernel" in caplog.text
+    assert furthest(checkpoint(plain, 20)[1], checkpoint(run, 20)[1]) < 1e-3
 
 
 def test_micro_batches_add_up(recipe, runtime):

@@ -185,14 +185,15 @@ def test_an_image_has_its_own_step_whatever_the_batch(model, pictures):
 
 @pytest.mark.parametrize("conditioning", [tiny.SPATIAL, None], ids=["all conditions", "labels"])
 @pytest.mark.parametrize("stratified", [True, False])
-def test_a_step_never_waits_for_the_device(kl, conditioning, stratified):
-    """Forwards and backwards, on a device that cannot be read back."""
+@pytest.mark.parametrize("positions_on", ["cpu", "meta"])
+def test_a_step_never_waits_for_the_device(kl, conditioning, stratified, positions_on):
+    """Forwards and backwards, on a device that cannot be read back; positions are there if the step is a CUDA graph."""
     model = tiny.model(kl, **({"conditioning": conditioning} if conditioning else {}))
     shape = model.config.latent_shape
     with torch.device("meta"):
         moments = torch.zeros(6, 2 * shape[0], *shape[1:])
         batch = Batch(
-            positions=torch.arange(12, 18, device="cpu"),
+            positions=torch.arange(12, 18, device=positions_on),
             indices=torch.arange(6, device="cpu"),
             labels=torch.zeros(6, dtype=torch.int64),
             moments=moments,

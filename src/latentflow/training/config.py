@@ -117,6 +117,11 @@ class TrainingConfig(Record):
     compile: Switch = Field(
         "auto", description="Compile the network's blocks (torch.compile); auto: on CUDA, if the run takes minutes."
     )
+    cuda_graph: Switch = Field(
+        "auto",
+        description="Launch the kernels of a step together, as one CUDA graph; auto: where a small network waits for "
+        "its kernels to be launched.",
+    )
     ema_decay: float = Field(
         0.9999, ge=0, lt=1, description="Decay of the weight average used for sampling; 0: no averaging."
     )
@@ -235,6 +240,7 @@ CHANGES = ChangeRules(
         "training.micro_batch_size",
         "training.memory",
         "training.compile",
+        "training.cuda_graph",
         "training.log_every",
         "training.checkpoint_every",
         "training.keep_checkpoints",

@@ -21,6 +21,7 @@ from latentflow.errors import ConfigError
 from latentflow.networks.align_head import sampled_part
 from latentflow.networks.running import compile_blocks
 from latentflow.runtime import Runtime
+from latentflow.training.capture import CapturedPasses, cuda_graph
 from latentflow.training.checkpoint import (
     CheckpointWriter,
     Keeping,
@@ -107,6 +108,7 @@ class Job:
         parts: how each process splits an optimizer step.
         num_workers: processes that read ahead; see `stream_batches`.
         compiles: whether to compile the network's blocks, given the number of images left.
+        captures: whether a step of one micro-batch becomes one CUDA graph.
         before_save: prepares for a checkpoint, while none is being written.
         save_model: writes the model folder that goes with a checkpoint.
         keeping: which checkpoints and averages stay on disk.
@@ -126,6 +128,7 @@ class Job:
     num_workers: int | None
     keeping: Keeping
     compiles: Callable[[int], bool] = lambda images_left: False
+    captures: bool = False
     before_save: Callable[[Progress], None] = lambda progress: None
     save_model: SaveModel | None = None
     ema_lengths: Sequence[float] = ()
@@ -146,17 +149,25 @@ class Learner:
         scaled = self.scaler.is_enabled()
         self.guard = FiniteGuard(self.optimizer, job.runtime, scaled=scaled, remedy=job.optimizer.gentler)
         self.wrapped = _distributed(job.network, job.runtime)
+        self.passes: Callable[[Batch], StepLosses] = self._passes
+        if job.captures:
+            self.passes = CapturedPasses(self._passes, self.parameters, job.runtime.device, cuda_graph)
 
     def backward(self, read: Sequence[Batch], meter: Meter) -> list[Tensor]:
         """Forward and backward passes of the micro-batches of one step; returns the losses [B] of each."""
         losses = []
         for number, batch in enumerate(read, start=1):
             with _exchange_gradients(self.wrapped, number == len(read)):
-                result = self.job.compare(self.wrapped, batch)
-                self.scaler.scale(result.loss.mean() / len(read)).backward()
+                result = self.passes(batch)
             meter.add(result)
             losses.append(result.loss.detach())
         return losses
+
+    def _passes(self, batch: Batch) -> StepLosses:
+        """Forward and backward pass of one micro-batch."""
+        result = self.job.compare(self.wrapped, batch)
+        self.scaler.scale(result.loss.mean() / self.job.parts.number).backward()
+        return result
 
     def update(self, read: Sequence[Batch], losses: Sequence[Tensor]) -> tuple[float, Tensor]:
         """Clip, step and average, if the gradient is finite; returns the learning rate and the gradient norm."""

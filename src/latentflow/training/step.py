@@ -70,7 +70,7 @@ def training_step(
 
     Args:
         network: the model's network, possibly compiled and distributed; called under `runtime.autocast`.
-        batch: from the data loader; its tensors go to the model's device.
+        batch: from the data loader; its tensors go to the model's device. Positions may lie there already.
         batch_size: images per optimizer step over all processes, for stratified times.
         conditions: those given for every image; None: dropout, each is dropped at random.
         align_weight: of the loss of the latents that `network`, an `AlignedNetwork`, returns with the velocity; 0:
@@ -81,7 +81,7 @@ def training_step(
     # Of each image: one uniform number for the time, two normal ones per latent value, and a uniform one per condition.
     random = ImageRandom.at(seed, "step", positions, device).ahead(16 + 2 * math.prod(model.config.latent_shape) + 8)
     time = times.draw(random.uniform(), positions, batch_size)
-    first, batch = int(batch.positions[0]), batch.to(device)
+    batch = batch.to(device)
     moments = model.autoencoder.encode(to_unit_range(batch.pixels)) if batch.moments is None else batch.moments
     data = model.latents(moments, random)
     noise = random.normal(*data.shape[1:])
@@ -92,7 +92,7 @@ def training_step(
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         nonlocal predicted
-        with model.runtime.autocast(), _repeatable_dropout(model.network, derive_seed(seed, "dropout", first)):
+        with model.runtime.autocast(), _repeatable_dropout(model.network, seed, batch.positions):
             found = network(x, t, condition)
         found, predicted = found if align_weight else (found, None)
         return found
@@ -102,15 +102,20 @@ def training_step(
     return StepResult(velocity_loss, time, aligned, align_weight)
 
 
+def has_dropout(network: nn.Module) -> bool:
+    """Whether layers of a network drop features at random in training; then the host must know where the batch is."""
+    return any(isinstance(module, nn.Dropout) and module.training and module.p for module in network.modules())
+
+
 @contextmanager
-def _repeatable_dropout(network: nn.Module, seed: int) -> Iterator[None]:
+def _repeatable_dropout(network: nn.Module, seed: int, positions: Tensor) -> Iterator[None]:
     """Make dropout layers repeatable in a resumed run, without changing the caller's random state."""
-    if not any(isinstance(module, nn.Dropout) and module.training and module.p for module in network.modules()):
+    if not has_dropout(network):
         yield
         return
     device = next(network.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(derive_seed(seed, "dropout", int(positions[0])))
         yield
 
 

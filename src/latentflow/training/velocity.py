@@ -15,7 +15,7 @@ from latentflow.networks.running import restore_blocks, set_memory
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
 from latentflow.training.checkpoint import Keeping, Progress
-from latentflow.training.compiling import compiles
+from latentflow.training.compiling import captures, compiles
 from latentflow.training.config import Recipe, TrainingConfig
 from latentflow.training.interruption import Outcome
 from latentflow.training.log import LossBins
@@ -74,6 +74,7 @@ def train_velocity(
         num_workers=recipe.data.num_workers,
         keeping=Keeping(config.keep_checkpoints, config.keep_every, config.kept_at, config.keeps_averages),
         compiles=lambda images_left: compiles(config.compile, model.config, images_left, runtime),
+        captures=captures(config, model, images, runtime),
         before_save=record,
         save_model=lambda folder, average: model.save_pretrained(folder, weights=average),
         ema_lengths=config.ema_lengths or (),

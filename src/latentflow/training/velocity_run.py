@@ -18,6 +18,7 @@ from latentflow.model.config import ModelConfig
 from latentflow.model.flow_model import CONFIG_FILE, FlowModel, read_config
 from latentflow.runtime import Runtime
 from latentflow.training.changes import RECIPE_FILE, as_begun, check_changes
+from latentflow.training.compiling import captures
 from latentflow.training.config import CHANGES, Recipe
 from latentflow.training.fitting import FITTED, Situation, fit, is_set, value_of, with_values
 from latentflow.training.fresh_model import build_model
@@ -118,6 +119,7 @@ def prepare_velocity(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence
     images = TrainingImages(source, seed=seed, flip=data.flip, kept=kept, spatial=spatial, augment=data.augment)
     model = build_model(recipe, autoencoder, images, check=partial(_require_memory, recipe, runtime))
     _refuse_other_content(run, recipe, model.config)
+    captures(recipe.training, model, images, runtime)  # refuses what cannot be
     resident = _stays_resident(recipe, images, runtime)
     return PreparedVelocity(
         recipe=recipe,
