@@ -12,6 +12,7 @@ from latentflow.commands.sample import sample as sample_command
 from latentflow.networks.running import is_compiled
 from latentflow.runtime import Runtime
 from latentflow.sampling import cost, pipeline
+from latentflow.sampling.captured_calls import plainly
 from latentflow.sampling.cost import compile_where_it_pays
 from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.picture_file import read_facts
@@ -58,6 +59,17 @@ def test_batches_that_overlap_are_what_they_are_alone(model):
         alone = pipeline._begin(model, request.at(slice(4 * number, 4 * number + 4)), Given()).arrived()
         assert torch.equal(samples.pixels, alone.pixels)
         assert samples.drawing.seeds == alone.drawing.seeds
+
+
+@pytest.mark.parametrize("given", [{}, {"solver": "ab4", "steps": 16}], ids=["heun", "ab4"])
+def test_graphs_draw_the_same_pictures(cuda, model, monkeypatch, caplog, given):
+    request = make_drawing(model, SampleRequest(num=20, **{**FIXED, "steps": 12, **given}))
+    captured = draw_all(model, request, batch_size=8)
+    monkeypatch.setattr(pipeline, "calls_for", lambda device, drawing: plainly)
+    plain = draw_all(model, request, batch_size=8)
+    assert "kernel by kernel" not in caplog.text
+    assert near(captured.latents, plain.latents, 1e-3)
+    assert torch.equal(captured.evaluations, plain.evaluations)
 
 
 def test_seconds_are_those_of_the_device(model):

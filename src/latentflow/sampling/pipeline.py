@@ -28,6 +28,7 @@ from latentflow.flow.times import sampling_times
 from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import is_compiled
 from latentflow.randomness import ImageRandom
+from latentflow.sampling.captured_calls import Calls, calls_for, plainly
 from latentflow.sampling.cost import announce_cost
 from latentflow.sampling.drawing import Drawing, check_drawing, guide_of, guided_by, make_drawing, require_count
 from latentflow.sampling.guides import guide_condition, shared_conditions
@@ -107,9 +108,11 @@ def draw_batches(model: FlowModel, batches: Iterable[tuple[Drawing, Given]], bat
     size = batch_size if is_compiled(model.network) else 0
     ahead = _batches_ahead(model.device)
     begun: deque[_Begun] = deque()
+    calls: Calls | None = None
     for drawing, given in batches:
+        calls = calls or calls_for(model.device, drawing)
         try:
-            begun.append(_begin(model, drawing, given, size))
+            begun.append(_begin(model, drawing, given, size, calls))
         except NonFiniteError:  # the batches before are not lost
             yield from (batch.arrived() for batch in begun)
             raise
@@ -191,16 +194,20 @@ def _noise(model: FlowModel, seeds: Sequence[int], image_size: tuple[int, int] |
 
 
 def conditioned_velocity(
-    model: FlowModel, drawing: Drawing, given: Mapping[str, Tensor | None], latents_shape: Sequence[int]
+    model: FlowModel,
+    drawing: Drawing,
+    given: Mapping[str, Tensor | None],
+    latents_shape: Sequence[int],
+    calls: Calls = plainly,
 ) -> ConditionedVelocity | BlendedVelocity:
     """The guided velocity of a drawing's images, in the drawing's precision; `given` as from `Given.on`."""
-    conditioning, network = model.config.conditioning, model.computing_in(drawing.precision).velocity
+    conditioning, network = model.config.conditioning, calls(model.computing_in(drawing.precision))
     sampling, guide = drawing.sampling, guide_of(model, drawing)
 
     def guided_away(labels: Sequence[int], spatial: Mapping[str, Tensor | None]) -> Guide:
         shared = shared_conditions(model, guide, drawing.told, sampling.guided_by)
         condition = guide_condition(model, guide, shared, labels, spatial, latents_shape)
-        return Guide(guide.flow.computing_in(drawing.precision).velocity, condition, guide.cost)
+        return Guide(calls(guide.flow.computing_in(drawing.precision)), condition, guide.cost)
 
     def conditioned_on(labels: Sequence[int]) -> ConditionedVelocity:
         label = {"labels": send(torch.tensor(labels), model.device)} if labels else {}
@@ -260,7 +267,7 @@ def drawn_by(model: FlowModel) -> dict[str, str | int]:
 
 
 @torch.inference_mode()
-def _begin(model: FlowModel, drawing: Drawing, given: Given, size: int = 0) -> _Begun:
+def _begin(model: FlowModel, drawing: Drawing, given: Given, size: int = 0, calls: Calls = plainly) -> _Begun:
     """Queue a batch of pictures on the device; with fixed steps, without waiting for any of it.
 
     Args:
@@ -273,7 +280,7 @@ def _begin(model: FlowModel, drawing: Drawing, given: Given, size: int = 0) -> _
         whole, given = drawing.at(rows), given.at(rows)
     inputs = given.on(model.device, len(whole.seeds))
     noise = initial_noise(model, whole) if inputs["noise"] is None else inputs["noise"]
-    velocity, x = conditioned_velocity(model, whole, inputs, noise.shape), noise
+    velocity, x = conditioned_velocity(model, whole, inputs, noise.shape, calls), noise
     if inputs["latents"] is not None:
         x = path.interpolate(inputs["latents"], noise, torch.full((len(noise),), drawing.start, device=noise.device))
     if inputs["hole"] is not None:

@@ -19,9 +19,10 @@ from latentflow.data.batches import Batch, StreamPositions, TrainingImages, stre
 from latentflow.data.prefetch import lost_workers
 from latentflow.errors import ConfigError
 from latentflow.networks.align_head import sampled_part
+from latentflow.networks.graphs import cuda_graph
 from latentflow.networks.running import compile_blocks
 from latentflow.runtime import Runtime
-from latentflow.training.capture import CapturedPasses, cuda_graph
+from latentflow.training.captured_step import CapturedPasses
 from latentflow.training.checkpoint import (
     CheckpointWriter,
     Keeping,

@@ -9,7 +9,7 @@ from latentflow.commands.train import train as train_command
 from latentflow.data.batches import Batch
 from latentflow.errors import ConfigError
 from latentflow.training import loop, velocity
-from latentflow.training.capture import CapturedPasses
+from latentflow.training.captured_step import CapturedPasses
 from latentflow.training.log import read_metrics
 from tests import tiny
 from tests.dispatch import recorded
