@@ -1,0 +1,202 @@
+"""Everything that docs/results/cifar10.md shows of photographs: three models, their figures and their pictures.
+
+    python benchmarks/photographs.py --train cifar10/split/train --held-out cifar10/split/held_out --autoencoder taesd \
+        --features judges/cifar10 --steps 20000 --work /scratch/photographs --out results
+    python benchmarks/photographs.py ... --parts sweep,grids                     # these only
+
+A model of all classes, one without labels, and one of a single class. Repeat the command to go on: what is there stays.
+Reports and grids go to --out, one folder or file for each part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "ladder"))
+from worker import Failed, Worker
+
+from latentflow.artifacts import make_folder, read_json
+
+_SOLVERS = "euler,heun,ab2,ab4,unipc2,fitted-6,fitted-8,fitted-10"
+_SOLVER_STEPS = "3,5,6,8,10,16,25"
+_SCALES = "1,1.25,1.5,2,3"
+_GUIDES = "none,@1/16,@1/8"
+_SAMPLING = ("--solver", "ab2", "--steps", "16")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where things are, and how large everything is.
+
+    Attributes:
+        run: runs a command of latentflow.
+        small: images of each cell of a table; whole reports have four times as many.
+    """
+
+    options: argparse.Namespace
+    run: Callable[..., Path]
+    work: Path
+    out: Path
+    small: int
+
+    @property
+    def device(self) -> tuple[str, ...]:
+        return ("--device", self.options.device)
+
+    @property
+    def judged(self) -> tuple[object, ...]:
+        """Held-out photographs in the features of the judge."""
+        return ("--features", self.options.features, "--batch-size", self.options.batch_size)
+
+    @property
+    def labelled(self) -> Path:
+        return self.work / "labelled"
+
+    @property
+    def unlabelled(self) -> Path:
+        return self.work / "unlabelled"
+
+    @property
+    def single(self) -> Path:
+        return self.work / "single"
+
+    def command(self, name: str, *arguments: object) -> None:
+        """Run one command, with a log of its name."""
+        self.run([*arguments, *self.device], self.work / "logs" / name, self.options.limit)
+
+
+def encode(study: Study) -> None:
+    """Latents of all photographs, and of those of one class."""
+    options = study.options
+    how = ("--autoencoder", options.autoencoder, "--image-size", options.image_size, "--flips")
+    study.command("encode", "encode", options.train, *how, "--out", study.work / "cache")
+    chosen = Path(options.train) / options.one_class
+    study.command("encode-single", "encode", chosen, *how, "--out", study.work / "cache-single")
+
+
+def train(study: Study) -> None:
+    """The models: the one without labels and that of a single class take half and a quarter of the steps."""
+    options, steps = study.options, study.options.steps
+    given = [*options.set, f"autoencoder={options.autoencoder}"]
+    for run, cache, share, more in (
+        (study.labelled, "cache", 1, []),
+        (study.unlabelled, "cache", 2, ["data.labels=false", "sampling.guidance=1"]),
+        (study.single, "cache-single", 4, ["sampling.guidance=1"]),
+    ):
+        keys = [f"data.path={study.work / cache}", f"out={run}", f"training.steps={steps // share}", *given, *more]
+        study.command(f"train-{run.name}", "train", options.recipe, *keys)
+
+
+def scores(study: Study) -> None:
+    """Both labelled and unlabelled samples without guidance, and the reconstructions, against held-out photographs."""
+    options, num = study.options, 4 * study.small
+    reference = ("--reference-out", study.work / "held-out.safetensors")
+    data = ("--data", options.held_out, *study.judged, *reference, "--num", num)
+    floor = ("--reconstruction", "--image-size", options.image_size)
+    study.command("floor", "evaluate", options.autoencoder, *floor, *data, "--out", study.out / "floor")
+    for run in (study.labelled, study.unlabelled):
+        arguments = (*data, *_SAMPLING, "--guidance", 1, "--out", study.out / f"{run.name}-guidance1")
+        study.command(f"scores-{run.name}", "evaluate", run, *arguments)
+
+
+def guides(study: Study) -> None:
+    """Guidance by the null condition and by earlier snapshots, and the preset that follows."""
+    data = ("--data", study.options.held_out, *study.judged, "--num", study.small, "--solvers", "ab2", "--steps", 16)
+    for run, kinds in ((study.labelled, _GUIDES), (study.unlabelled, _GUIDES.removeprefix("none,"))):
+        chosen = ("--guides", kinds, "--guidance", _SCALES, "--write", "--out", study.out / f"guides-{run.name}")
+        study.command(f"guides-{run.name}", "sweep", run, *data, *chosen)
+
+
+def solvers(study: Study) -> None:
+    """Solvers of few evaluations, fitted to the labelled model, against others; at guidance 1."""
+    study.command("fit", "fit-solver", study.labelled, "--evaluations", "6,8,10", "--guidance", 1)
+    data = ("--data", study.options.held_out, *study.judged, "--num", study.small, "--guidance", 1)
+    chosen = ("--guides", "none", "--solvers", _SOLVERS, "--steps", _SOLVER_STEPS, "--out", study.out / "solvers")
+    study.command("solvers", "sweep", study.labelled, *data, *chosen)
+
+
+def preset(study: Study) -> None:
+    """The labelled model by its preset."""
+    reference = ("--reference-out", study.work / "held-out.safetensors")
+    data = ("--data", study.options.held_out, *study.judged, *reference, "--num", 4 * study.small)
+    study.command("preset", "evaluate", study.labelled, *data, "--out", study.out / "labelled-preset")
+
+
+def copies(study: Study) -> None:
+    """Whether the model of a single class repeats its training images."""
+    options = study.options
+    data = ("--data", Path(options.held_out) / options.one_class, "--train", Path(options.train) / options.one_class)
+    study.command(
+        "copies", "diagnose", study.single, *data, *study.judged, "--guidance", 1, "--out", study.out / "copies"
+    )
+
+
+def grids(study: Study) -> None:
+    """Pictures of all three models, without guidance and by the preset."""
+    for run in (study.labelled, study.unlabelled, study.single):
+        for name, how in (("guidance1", ("--guidance", 1, *_SAMPLING)), ("preset", ())):
+            folder = study.work / f"samples-{run.name}-{name}"
+            drawn = ("--num", 80, "--columns", 10, "--batch-size", 80, "--out", folder)
+            study.command(f"grid-{run.name}-{name}", "sample", run, *how, *drawn)
+            shutil.copy(folder / "grid.png", study.out / f"{run.name}-{name}.png")
+
+
+PARTS: Mapping[str, Callable[[Study], None]] = {
+    part.__name__: part for part in (encode, train, grids, scores, guides, solvers, preset, copies)
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the parts that are asked for, in their order; one that fails is named, and the others go on."""
+    options = _options().parse_args(arguments)
+    chosen = options.parts.split(",") if options.parts else list(PARTS)
+    if unknown := [name for name in chosen if name not in PARTS]:
+        raise SystemExit(f"--parts: there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    worker, failed = Worker(), []
+    study = Study(options, worker.run, make_folder(options.work), make_folder(options.out), options.num)
+    try:
+        for name in PARTS:
+            if name in chosen:
+                print(name, flush=True)
+                try:
+                    PARTS[name](study)
+                except Failed as error:
+                    failed.append(name)
+                    print(f"  failed: {error}", flush=True)
+    finally:
+        worker.close()
+    for report in sorted(study.out.glob("*/report.json")):
+        found = {key: round(score["value"], 4) for key, score in read_json(report)["scores"].items()}
+        print(report.parent.name, found)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; the logs are in {study.work / 'logs'}")
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", required=True, help="images to train on, in class sub-folders")
+    parser.add_argument("--held-out", required=True, help="images to compare with, of the same classes")
+    parser.add_argument("--autoencoder", required=True, help="a folder, a hub id, or 'shapes'")
+    parser.add_argument("--features", required=True, help="a folder by `train-features`")
+    parser.add_argument("--recipe", default="cifar10_64", help="of all three models")
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="a change of the recipe")
+    parser.add_argument("--steps", type=int, required=True, help="of the model of all classes")
+    parser.add_argument("--one-class", default="automobile", help="of the third model")
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--num", type=int, default=2500, help="images of each cell of a table")
+    parser.add_argument("--batch-size", type=int, default=250, help="images drawn together")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--limit", type=float, default=24 * 3600.0, help="seconds that a command may take")
+    parser.add_argument("--parts", help=f"only these, of {', '.join(PARTS)}")
+    parser.add_argument("--work", required=True, help="folder for caches, runs and logs; gigabytes")
+    parser.add_argument("--out", required=True, help="folder for reports and pictures")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
