@@ -84,14 +84,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 def recorded(compute: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """What a CUDA graph does, on any device: calls `compute`, and returns its result and what computes it again.
+    """What a CUDA graph does, on any device: records `compute`, and returns its result and what computes it.
 
     Only operations on tensors are repeated, on the same memory: a number that the host read, or a tensor that it made,
-    stays what it was.
+    stays what it was. What is written in place is as before until it is computed for the first time.
     """
     tape = _Tape()
     with tape:
         result = compute()
+    tape.undo()
     return result, tape.replay
 
 
@@ -101,11 +102,20 @@ class _Tape(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operations: list[tuple[Any, tuple, dict, Any]] = []
+        self.before: list[tuple[Tensor, Tensor]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for argument, given in zip(function._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.before += [(x, x.detach().clone()) for x in tree_leaves(given) if isinstance(x, Tensor)]
         result = function(*args, **(kwargs or {}))
         self.operations.append((function, args, kwargs or {}, result))
         return result
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        for x, before in reversed(self.before):
+            x.copy_(before)
 
     @torch.no_grad()
     def replay(self) -> None:

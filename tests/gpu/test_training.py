@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from latentflow.api import LatentFlow
 from latentflow.artifacts import read_json, read_tensors
 from latentflow.commands.train import train
-from latentflow.training import velocity
+from latentflow.training import muon, velocity
 from latentflow.training.log import read_metrics
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -116,7 +116,11 @@ def test_an_overflow_of_fp16_halves_the_scale_and_costs_one_step(recipe, runtime
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("given", [{}, {"data": {"flip": True}}], ids=["plain", "mirrored"])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"data": {"flip": True}}, {"optimizer": {"kind": "muon"}}],
+    ids=["plain", "mirrored", "muon"],
+)
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
 def test_no_step_between_log_lines_waits_for_the_gpu(recipe, runtime, cuda, precision, given):
     """CUDA itself raises where anything synchronises, from the third step to the last but one before the log line."""
@@ -147,6 +151,16 @@ def test_a_step_as_a_graph_gives_the_same_numbers(recipe, runtime, cuda, precisi
     assert furthest(checkpoint(runs["kernels"], 20)[1], checkpoint(runs["graph"], 20)[1]) < 1e-3
     losses = [[line["loss"] for line in read_metrics(run)] for run in runs.values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_update_of_muon_as_a_graph_gives_the_same_numbers(recipe, runtime, cuda, monkeypatch, caplog, every):
+    optimizer = {"kind": "muon", "orthogonalise_every": every}
+    graph = train(recipe("graph", optimizer=optimizer), runtime=runtime("fp32")).run
+    assert "kernel by kernel" not in caplog.text
+    monkeypatch.setattr(muon, "_NUMBERS_CAPTURED", 0)
+    kernels = train(recipe("kernels", optimizer=optimizer), runtime=runtime("fp32")).run
+    assert furthest(checkpoint(kernels, 20)[1], checkpoint(graph, 20)[1]) < 1e-3
 
 
 def test_a_step_that_waits_for_the_gpu_is_no_graph_and_goes_on(recipe, runtime, cuda, monkeypatch, caplog):

@@ -35,7 +35,7 @@ from latentflow.training.muon import (
 from latentflow.training.optim import OptimizerConfig, build_optimizer, optimizer_bytes, prepare_step
 from latentflow.training.settings import load_settings, to_yaml
 from tests import processes, tiny
-from tests.dispatch import watched
+from tests.dispatch import recorded, watched
 
 CONFIGS = {
     "classic": DiTConfig(depth=2, hidden_size=32, num_heads=2, patch_size=2, variant="classic"),
@@ -370,6 +370,34 @@ def test_steps_let_the_host_run_ahead(every):
 
 
 # Runs
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_graph_updates_as_single_kernels_do(every):
+    """Weights and states bit for bit, at rates that change, with a step that is skipped."""
+    networks = [Blocks(), Blocks()]
+    config = OptimizerConfig(kind="muon", weight_decay=0.1, orthogonalise_every=every)
+    plain, graph = (build_optimizer(network, config) for network in networks)
+    taken = []
+
+    def capture(compute):
+        taken.append(compute)
+        return recorded(compute)
+
+    graph.capture = capture
+    for step in range(12):
+        for network, optimizer in zip(networks, (plain, graph), strict=True):
+            network.set_gradients(step)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 / (step + 1)
+            optimizer.found_inf = torch.tensor(float(step == 9))
+            optimizer.orthogonalises = step % every == 0
+            optimizer.step()
+        for (name, one), other in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
+            assert torch.equal(one, other), (step, name)
+            for key, value in plain.state[one].items():
+                assert torch.equal(value, graph.state[other][key]), (step, name, key)
+    assert len(taken) == every
 
 
 @pytest.fixture

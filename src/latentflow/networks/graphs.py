@@ -30,11 +30,21 @@ class Graph(Generic[Result]):
         calls_before: in which networks are compiled, and libraries choose and set up their kernels.
         what: the computation, for a notice.
         capture: of the kernels; `cuda_graph`.
+        clones: whether inputs are copied to memory of their own; if not, the first ones captured are overwritten, and
+            inputs that lie where they lay need no copy.
     """
 
-    def __init__(self, compute: Callable[[Inputs], Result], *, calls_before: int, what: str, capture: Capture):
+    def __init__(
+        self,
+        compute: Callable[[Inputs], Result],
+        *,
+        calls_before: int,
+        what: str,
+        capture: Capture,
+        clones: bool = True,
+    ):
         self._compute, self._calls_left = compute, calls_before
-        self._what, self._capture = what, capture
+        self._what, self._capture, self._clones = what, capture, clones
         self._captured: tuple[dict[str, Tensor], Result, Callable[[], None]] | None = None
 
     def __call__(self, inputs: Inputs) -> Result:
@@ -45,8 +55,9 @@ class Graph(Generic[Result]):
         if self._captured is None:
             return self._compute(inputs)
         places, result, replay = self._captured
-        for name, place in places.items():
-            place.copy_(inputs[name], non_blocking=True)
+        pairs = [(place, inputs[name]) for name, place in places.items()]
+        if moved := [(place, x) for place, x in pairs if place.data_ptr() != x.data_ptr()]:
+            torch._foreach_copy_(*map(list, zip(*moved, strict=True)))
         replay()
         return result
 
@@ -56,7 +67,7 @@ class Graph(Generic[Result]):
         return self._captured is not None
 
     def _record(self, inputs: Inputs) -> None:
-        places = {name: x.clone() for name, x in inputs.items()}
+        places = {name: x.clone() if self._clones else x for name, x in inputs.items()}
         try:
             result, replay = self._capture(lambda: self._compute(places))
         except RuntimeError as error:  # out of memory is one, too

@@ -27,12 +27,13 @@ Legend: N matrices, m their smaller and n their larger side; those with more row
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from latentflow.networks.graphs import Capture, Graph, Inputs, cuda_graph
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b and c of p: steep at zero, so that five steps are enough. Values above 0.002 end between 0.68 and 1.21."""
@@ -42,6 +43,8 @@ RMS = 0.2
 
 _EPS = 1e-7  # of the norm: a gradient of zero gives an update of zero
 _NUMBERS_TOGETHER = 2**25  # in a batch of matrices, which bounds the memory for it
+_NUMBERS_CAPTURED = 2**26  # in all matrices; with more, computing takes longer than launching
+_STEPS_BEFORE = 3  # a graph is captured
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +123,8 @@ class Muon(torch.optim.Optimizer):
     `momentum_buffer` and, with `every` > 1, `direction`, both like the weight; the moments of AdamW elsewhere. As with
     the fused AdamW, a step with `found_inf` set to one changes nothing, and the host does not wait for it.
 
-    Products are computed in bf16 on CUDA and in float32 elsewhere: on a CPU they are slower in bf16.
+    Products are computed in bf16 on CUDA and in float32 elsewhere: on a CPU they are slower in bf16. On CUDA the update
+    of the matrices of a small network is one CUDA graph.
 
     Args:
         matrices: whose weights Muon updates.
@@ -146,7 +150,11 @@ class Muon(torch.optim.Optimizer):
         super().__init__([matrix.weight for matrix in matrices], own)
         self.others, self.every, self.orthogonalises = others, every, True
         self.batches = list(_batches(matrices))
-        self.dtype = torch.bfloat16 if matrices[0].weight.device.type == "cuda" else torch.float32
+        is_cuda = matrices[0].weight.device.type == "cuda"
+        self.dtype = torch.bfloat16 if is_cuda else torch.float32
+        is_small = sum(matrix.weight.numel() for matrix in matrices) <= _NUMBERS_CAPTURED
+        self.capture: Capture | None = cuda_graph if is_cuda and is_small else None
+        self._graphs: dict[object, Graph[None]] = {}
         self.state = others.state
         for matrix in matrices:
             entries = ("momentum_buffer", "direction") if every > 1 else ("momentum_buffer",)
@@ -159,28 +167,57 @@ class Muon(torch.optim.Optimizer):
         skips: Tensor | None = getattr(self, "found_inf", None)
         self.others.grad_scale, self.others.found_inf = None, skips
         self.others.step()
-        for batch in self.batches:
-            if there := [matrix for matrix in batch if matrix.weight.grad is not None]:
-                self._update(there, self.param_groups[0], skips)
+        gradients = {
+            f"{number}.{place}": matrix.weight.grad
+            for number, batch in enumerate(self.batches)
+            for place, matrix in enumerate(batch)
+            if matrix.weight.grad is not None
+        }
+        if not gradients:
+            return
+        device = next(iter(gradients.values())).device
+        inputs = {**gradients, "rate": torch.full((), self.param_groups[0]["lr"], device=device)}
+        if skips is not None:
+            inputs["skips"] = skips
+        self._updating(inputs)(inputs)
 
-    def _update(self, batch: Sequence[HiddenMatrix], group: dict[str, Any], skips: Tensor | None) -> None:
+    def _updating(self, inputs: Inputs) -> Callable[[Inputs], None]:
+        """`_update`, or a graph of it."""
+        if self.capture is None:
+            return self._update
+        key = (*inputs, self.orthogonalises)
+        if key not in self._graphs:
+            how = {"calls_before": _STEPS_BEFORE, "what": "Muon's update", "capture": self.capture, "clones": False}
+            self._graphs[key] = Graph(self._update, **how)
+        return self._graphs[key]
+
+    def _update(self, inputs: Inputs) -> None:
+        """Update the weights of all matrices.
+
+        Args:
+            inputs: the gradients by batch and place in it, `rate`, and `skips` if steps may be skipped.
+        """
+        for number, batch in enumerate(self.batches):
+            pairs = ((matrix, inputs.get(f"{number}.{place}")) for place, matrix in enumerate(batch))
+            if there := [(matrix, gradient) for matrix, gradient in pairs if gradient is not None]:
+                self._update_batch(*zip(*there, strict=True), inputs["rate"], inputs.get("skips"))
+
+    def _update_batch(
+        self, batch: Sequence[HiddenMatrix], gradients: Sequence[Tensor], rate: Tensor, skips: Tensor | None
+    ) -> None:
         """Update the weights of matrices of one shape."""
-        weights = [matrix.weight for matrix in batch]
-        gradients = [weight.grad for weight in weights]
+        weights, momentum = [matrix.weight for matrix in batch], self.param_groups[0]["momentum"]
         momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
         if skips is not None:  # the momentum in place of the gradient: it stays, and all that follows is finite
             pairs = zip(momenta, gradients, strict=True)
-            gradients = [torch.where(skips > 0, momentum, gradient) for momentum, gradient in pairs]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])  # B <- mu B + (1 - mu) G
-        directions = self._directions(batch, gradients, momenta, group["momentum"], skips)
-        moved: Tensor | float = 1.0
-        if skips is not None:
-            moved = 1 - skips
-            directions = torch._foreach_mul(directions, moved)
-        if group["weight_decay"]:
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * moved)
+            gradients = [torch.where(skips > 0, old, new) for old, new in pairs]
+            rate = rate * (1 - skips)
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)  # B <- mu B + (1 - mu) G
+        directions = self._directions(batch, gradients, momenta, momentum, skips)
+        if decay := self.param_groups[0]["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - rate * decay)
         # W <- W - rate * 0.2 sqrt(max(m, n)) X
-        torch._foreach_add_(weights, directions, alpha=-group["lr"] * RMS * math.sqrt(batch[0].shape[1]))
+        torch._foreach_sub_(weights, torch._foreach_mul(directions, rate * RMS * math.sqrt(batch[0].shape[1])))
 
     def _directions(
         self,
