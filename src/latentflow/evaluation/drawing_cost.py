@@ -22,6 +22,7 @@ from latentflow.model.config import SamplingPreset
 from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.sampling.call_cost import multiply_adds
+from latentflow.sampling.captured_calls import Calls, calls_for
 from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.pipeline import conditioned_velocity, initial_noise, solve
 from latentflow.sampling.request import SampleRequest
@@ -137,10 +138,10 @@ class _Timed:
 def _timed(flow: FlowModel, drawing: Drawing, size: int, repeats: int, on_images: Callable[[int], None]) -> _Timed:
     """Draw in batches of one size, once to warm up and then `repeats` times."""
     batches = [drawing.at(slice(start, start + size)) for start in range(0, len(drawing.seeds), size)]
-    seconds = []
+    seconds, calls = [], calls_for(flow.device, drawing)
     peak = _PeakMemory(flow.device)
     for _ in range(1 + repeats):
-        drawn = [_draw_timed(flow, batch) for batch in batches]
+        drawn = [_draw_timed(flow, batch, calls) for batch in batches]
         seconds.append([sum(batch.network for batch in drawn), sum(batch.decoder for batch in drawn)])
         on_images(len(drawing.seeds))
     counts = torch.cat([batch.evaluations for batch in drawn])
@@ -178,10 +179,10 @@ def _drawing(model: FlowModel, request: BenchmarkRequest, num: int) -> Drawing:
 
 
 @torch.inference_mode()
-def _draw_timed(model: FlowModel, drawing: Drawing) -> _Drawn:
+def _draw_timed(model: FlowModel, drawing: Drawing, calls: Calls) -> _Drawn:
     sampling = drawing.sampling
     noise = initial_noise(model, drawing)
-    velocity = conditioned_velocity(model, drawing, {}, noise.shape)
+    velocity = conditioned_velocity(model, drawing, {}, noise.shape, calls)
     times = sampling_times(sampling.steps, sampling.shift)
     began = _now(model.device)
     solution = solve(model, drawing, velocity, noise, times)

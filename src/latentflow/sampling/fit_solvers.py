@@ -15,6 +15,7 @@ from latentflow.flow.solvers import expected_evaluations, integrate
 from latentflow.flow.times import sampling_times
 from latentflow.model.fitted_solvers import FittedSolver, FittedSolvers
 from latentflow.model.flow_model import FlowModel
+from latentflow.sampling.captured_calls import calls_for
 from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.pipeline import conditioned_velocity, initial_noise
 from latentflow.sampling.request import FitSolverRequest, SampleRequest
@@ -133,10 +134,11 @@ def _batches(
     times = sampling_times(request.reference_steps, drawing.sampling.shift)
     total = request.num + request.held_out
     starts = [*range(0, request.num, batch_size), *range(request.num, total, batch_size)]
+    calls = calls_for(model.device, drawing)
     for start, stop in zip(starts, [*starts[1:], total], strict=True):
         part = drawing.at(slice(start, stop))
         noise = initial_noise(model, part)
-        velocity = conditioned_velocity(model, part, {}, noise.shape)
+        velocity = conditioned_velocity(model, part, {}, noise.shape, calls)
         ends = integrate(velocity, noise, times, solver=REFERENCE_SOLVER).x
         on_images(stop - start)
         yield FitBatch(velocity, noise, ends)

@@ -25,6 +25,7 @@ from latentflow.flow.times import sampling_times
 from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.call_cost import call_count
+from latentflow.sampling.captured_calls import calls_for
 from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.inputs import ImageInput, at_most_one, encode_input, read_input
 from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, naming_noise, solve
@@ -202,12 +203,12 @@ def compare_round_trips(
 def _to_noise(model: FlowModel, latents: Tensor, drawing: Drawing, batch_size: int = 16) -> tuple[Tensor, Tensor]:
     """dx/dt = velocity(x, t) from x = latents at t = 0 to t = 1: noise [B, C, h, w] and evaluations [B], on the CPU."""
     noise, evaluations = [], []
-    sampling = drawing.sampling
+    sampling, calls = drawing.sampling, calls_for(model.device, drawing)
     times = sampling_times(sampling.steps, sampling.shift, start=0.0, end=1.0)
     for start in range(0, len(latents), batch_size):
         rows = slice(start, start + batch_size)
         x = latents[rows].to(model.device)
-        velocity = conditioned_velocity(model, drawing.at(rows), {}, x.shape)
+        velocity = conditioned_velocity(model, drawing.at(rows), {}, x.shape, calls)
         solution = solve(model, drawing, velocity, x, times)
         noise.append(solution.x.cpu())
         evaluations.append(velocity.evaluations)
