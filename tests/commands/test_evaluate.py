@@ -15,11 +15,11 @@ from PIL.PngImagePlugin import PngInfo
 from latentflow.api import LatentFlow
 from latentflow.commands.evaluate import evaluate
 from latentflow.commands.sample import sample
+from latentflow.data.items import stack_pixels
 from latentflow.data.sources import stored as module
 from latentflow.data.sources.images import open_images
 from latentflow.data.stores.files import FolderStore, ZipStore
 from latentflow.errors import DataError
-from latentflow.evaluation.read_images import stack_pixels
 from latentflow.evaluation.request import EvaluationRequest
 from latentflow.evaluation.samples_in_files import open_samples
 from latentflow.metrics.evaluation_report import EvaluationReport

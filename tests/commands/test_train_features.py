@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,17 @@ from PIL import Image
 
 from latentflow.artifacts import read_json, read_tensors
 from latentflow.commands.train_features import train_features
+from latentflow.data.items import ImageItem, stack_pixels
 from latentflow.data.sources.images import open_images
+from latentflow.data.sources.stored import ImageFiles
 from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.errors import ArtifactError, ConfigError, DataError
-from latentflow.evaluation.read_images import stack_pixels
 from latentflow.evaluation.request import DiagnoseRequest, EvaluationRequest, SweepRequest
 from latentflow.metrics.features.extractors import open_features
 from latentflow.metrics.features.judge_folder import JudgeRecord, load_judge
 from latentflow.networks.feature_network import FeatureNetworkConfig
 from latentflow.training import feature_run
-from latentflow.training.feature_run import network_for, steps_for
+from latentflow.training.feature_run import network_for, prepare_features, steps_for, train_feature_network
 from latentflow.training.feature_step import feature_step
 from latentflow.training.log import read_metrics
 from latentflow.training.request import TrainFeaturesRequest
@@ -145,6 +147,51 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, photos, judge
         EvaluationRequest(model="m", data="d", features=str(tmp_path / "j"))
     assert train_features(request(photos, tmp_path / "j"), runtime=tiny.CPU).outcome.finished
     same_judge(tmp_path / "j", judge)
+
+
+def test_from_memory_it_learns_the_same_as_from_files(tmp_path, photos, monkeypatch):
+    """Also where it begins with the one and goes on with the other."""
+    decoded, free = Counter(), [1 << 40]
+    decode = ImageFiles.__getitem__
+
+    def counted(source: ImageFiles, index: int) -> ImageItem:
+        decoded[index] += 1
+        return decode(source, index)
+
+    def compute(*args, **given):
+        calls.append(None)
+        if len(calls) == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return feature_step(*args, **given)
+
+    monkeypatch.setattr(ImageFiles, "__getitem__", counted)
+    monkeypatch.setattr(feature_run, "free_memory", lambda device: free[0])
+    runs, times, calls = [], [], []
+    for free[0] in (1 << 40, 0):
+        prepared = prepare_features(request(photos, tmp_path / str(free[0]), steps=14), tiny.CPU)
+        assert prepared.resident is ("in memory" in prepared.describe()["data"]) is (free[0] > 0)
+        prepared.begin()
+        decoded.clear()
+        train_feature_network(prepared)
+        runs.append(tiny.tree(prepared.request.out / "checkpoints"))
+        times.append(decoded.total())
+    assert times == [210, 224]  # once each; once for every time that one is seen
+    assert runs[0] == runs[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_run, "feature_step", compute)
+        train_features(request(photos, tmp_path / "both", steps=14), runtime=tiny.CPU)
+    free[0] = 1 << 40
+    for out in ("both", "whole"):
+        assert train_features(request(photos, tmp_path / out, steps=14), runtime=tiny.CPU).outcome.finished
+    same_judge(tmp_path / "both", tmp_path / "whole")
+
+
+def test_images_that_are_seen_once_or_do_not_fit_stay_in_their_files(tmp_path, photos, monkeypatch):
+    fits, free = 4 * 210 * (3 * tiny.IMAGE_SIZE**2 + 64), [0]  # a quarter is taken
+    monkeypatch.setattr(feature_run, "free_memory", lambda device: free[0])
+    for free[0], steps, stays in ((fits, 14, True), (fits, 13, False), (fits - 4, 14, False)):
+        prepared = prepare_features(request(photos, tmp_path / "judge", steps=steps), tiny.CPU)
+        assert prepared.resident is stays
 
 
 def test_a_kill_costs_nothing_but_time(tmp_path, photos):

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentflow.data.cache.reader import LatentCache
-from latentflow.data.cache.resident import ResidentCache
-from latentflow.data.items import ImageSource
+from latentflow.data.cache.resident import ResidentCache, ResidentImages
+from latentflow.data.items import ImageSource, stack_pixels
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, mask_input, shares
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import draw_mask
@@ -125,7 +125,7 @@ class TrainingImages(Dataset):
         self.flip = flip
         self.kept = torch.arange(len(source)) if kept is None else torch.as_tensor(kept)
         self.spatial = spatial
-        self.held: ResidentCache | None = None
+        self.held: ResidentCache | ResidentImages | None = None
         self._remember()
         if spatial is not None and spatial.pictures is not None:
             rows = {spatial.pictures.name(row): row for row in range(len(spatial.pictures))}
@@ -200,9 +200,17 @@ class TrainingImages(Dataset):
         }
         return [name for name, wanted in read.items() if wanted]
 
-    def hold(self, device: torch.device) -> None:
-        """Load the tensors of a latent cache into the memory of `device`, and read batches from there from now on."""
-        self.held = ResidentCache(self.source, self.cached_tensors, flips=self.flip, device=device)
+    def hold(self, device: torch.device, how: Reading | None = None) -> None:
+        """Load the tensors of a latent cache, or all images, into the memory of `device`; read batches from there.
+
+        Args:
+            how: images, which must have neither holes nor maps, are read.
+        """
+        if isinstance(self.source, LatentCache):
+            self.held = ResidentCache(self.source, self.cached_tensors, flips=self.flip, device=device)
+        else:
+            assert self.spatial is None
+            self.held = ResidentImages(self.source, self.kept, device=device, how=how)
 
     def indices_at(self, positions: Sequence[int] | Tensor) -> Tensor:
         """Indices of the images at some positions of the stream, [B] int64."""
@@ -270,7 +278,7 @@ class TrainingImages(Dataset):
         return torch.where(uniform < self.augment, chosen + 1, 0)
 
     def _sent(self, *choices: Tensor | None) -> list[Tensor | None]:
-        """Choices for each image, [B] each, on the device of a resident cache: one asynchronous copy."""
+        """Choices for each image, [B] each, on the device of what is held: one asynchronous copy."""
         if self.held is None or self.held.device.type == "cpu":
             return list(choices)
         together = torch.stack([choice.long() for choice in choices if choice is not None])
@@ -289,10 +297,13 @@ class TrainingImages(Dataset):
 
     def _pictures(self, positions: Tensor, indices: Tensor, flipped: Tensor | None) -> dict[str, Tensor | None]:
         """The fields of a batch from images."""
+        if self.held is not None:
+            rows, flips = self._sent(indices, flipped)
+            return {"labels": self.held.labels(rows), "pixels": self.held.pixels(rows, flips)}
         items = [self.source[index] for index in indices.tolist()]
         pixels = _mirrored([item.pixels for item in items], flipped)
         labels = torch.tensor([item.label for item in items]) if self.source.class_names else None
-        batch = {"labels": labels, "pixels": _to_tensor(pixels)}
+        batch = {"labels": labels, "pixels": stack_pixels(pixels)}
         if self.spatial is None:
             return batch
         if self.spatial.maps:
@@ -311,7 +322,7 @@ class TrainingImages(Dataset):
         told_as, factor = self.spatial.holes.told_as, self.spatial.factor
         counts = torch.stack([hole_counts(hole, factor, told_as) for hole in holes])
         hidden = [hide(picture, hole, told_as) for picture, hole in zip(pixels, holes, strict=True)]
-        return {"known_pixels": _to_tensor(hidden), "mask": mask_input(shares(counts, factor), told_as)}
+        return {"known_pixels": stack_pixels(hidden), "mask": mask_input(shares(counts, factor), told_as)}
 
 
 def _mirrored(arrays: Sequence[np.ndarray], flipped: Tensor | None) -> list[np.ndarray]:
@@ -326,11 +337,6 @@ def _as_tensor(positions: Sequence[int] | Tensor) -> Tensor:
     if isinstance(positions, range):
         return torch.arange(positions.start, positions.stop, positions.step)
     return torch.as_tensor(positions, dtype=torch.int64)
-
-
-def _to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
-    """Pictures [S, S, 3] uint8 => [B, 3, S, S] uint8."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
 def epoch_order(seed: int, num_images: int, epoch: int) -> Tensor:

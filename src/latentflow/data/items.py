@@ -1,6 +1,6 @@
 """The record of one image, and the protocol of image sources.
 
-Legend: S image size (height and width in pixels).
+Legend: n images, S image size (height and width in pixels).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from latentflow.errors import DataError
 
@@ -76,6 +78,11 @@ class ImageSource(Protocol):
     def contents(self) -> Sequence[str]:
         """An identifier of the content of each item: equal for equal bytes, on every machine."""
         ...
+
+
+def stack_pixels(pictures: Sequence[np.ndarray]) -> Tensor:
+    """Pictures [S, S, 3] uint8 => [n, 3, S, S] uint8."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
 def fingerprint_of(source: ImageSource, rows: Iterable[int], more: str = "") -> str:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from statistics import median_low
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -36,12 +37,17 @@ from latentflow.errors import DataError, LatentFlowError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+BYTES_READ_TOGETHER = 4 << 20
+"""Of a batch that only serves reading: few messages, of which many fit into shared memory."""
+
 _MOST_AHEAD = 4  # batches of each process
 _MOST_THREADS = 8
+_SECONDS_OF_PYTHON = 2.5e-4  # to read one image, while no other thread runs: more threads would wait for each other
 _MOST_PROCESSES = 32
 _FEW_IMAGES = 1000
-_WORTH_PROCESSES = 10.0  # seconds of reading; processes take three or four to start
+_WORTH_PROCESSES = 4.0  # seconds of reading; processes take three or four to start
 _TIMED = 8  # images that are read to see how long it takes
+_MOST_READ_TOGETHER = 128
 _LEAST_SHARED_BYTES = 16 << 20  # of /dev/shm, for a few batches of latents
 _FILES_OF_BATCHES, _FILES_OF_A_WORKER = 128, 8  # open ones: tensors on their way, pipes
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
@@ -59,6 +65,7 @@ class Reading:
         cpu_is_busy: whether this machine's processors compute meanwhile; worker processes would only slow them down.
         sharing: processes of this machine that read in the same way.
         option: what sets `num_workers`, for messages.
+        num_threads: threads at most, where there are no worker processes.
     """
 
     num_workers: int | None = None
@@ -67,6 +74,7 @@ class Reading:
     cpu_is_busy: bool = False
     sharing: int = 1
     option: str = "--num-workers"
+    num_threads: int = _MOST_THREADS
 
 
 @contextmanager
@@ -80,7 +88,7 @@ def prefetch(dataset: Dataset, batches: Sequence[Any], how: Reading | None = Non
     """
     how = how or Reading()
     if how.num_workers is None:
-        how = replace(how, num_workers=workers_that_pay(dataset, batches, how))
+        how = what_pays(dataset, batches, how)
     read = (stream_processes if how.num_workers else _read_in_threads)(dataset, batches, how)
     with closing(read), lost_workers(how.num_workers, how.option):
         yield read
@@ -103,22 +111,29 @@ def in_threads(
         pool.shutdown(cancel_futures=True)
 
 
-def workers_that_pay(dataset: Dataset, batches: Sequence[Any], how: Reading) -> int:
-    """How many worker processes are worth starting; 0 for few images, and where processors are busy with computing.
+def what_pays(dataset: Dataset, batches: Sequence[Any], how: Reading) -> Reading:
+    """As many worker processes as are worth starting; or threads, if images are few or processors busy with computing.
 
     A few images are read to see how long it takes.
     """
     num_images = sum(map(len, batches))
-    wanted = min(usable_cpus() // how.sharing - 1, _MOST_PROCESSES)
-    if how.cpu_is_busy or wanted < 2 or num_images < _FEW_IMAGES:
-        return 0
-    tried = batches[:: max(len(batches) // _TIMED, 1)]
-    began = time.perf_counter()
-    for batch in tried:
-        middle = len(batch) // 2
+    if how.cpu_is_busy or num_images < _FEW_IMAGES:
+        return replace(how, num_workers=0)
+    timed = []
+    for batch in batches[:: max(len(batches) // _TIMED, 1)]:
+        middle, began = len(batch) // 2, time.perf_counter()
         dataset.__getitems__(batch[middle : middle + 1])
-    seconds = (time.perf_counter() - began) / len(tried) * num_images
-    return room_for_workers(wanted, how.batch_bytes, how.sharing) if seconds > _WORTH_PROCESSES else 0
+        timed.append(time.perf_counter() - began)
+    seconds = median_low(timed)  # the first one may take longer
+    wanted = min(usable_cpus() // how.sharing - 1, _MOST_PROCESSES)
+    pays = wanted > 1 and seconds * num_images > _WORTH_PROCESSES
+    num_workers = room_for_workers(wanted, how.batch_bytes, how.sharing) if pays else 0
+    return replace(how, num_workers=num_workers, num_threads=min(round(seconds / _SECONDS_OF_PYTHON), _MOST_THREADS))
+
+
+def images_read_together(bytes_per_image: int) -> int:
+    """How many images `BYTES_READ_TOGETHER` hold: at least one, and at most so many that every process gets some."""
+    return min(max(BYTES_READ_TOGETHER // bytes_per_image, 1), _MOST_READ_TOGETHER)
 
 
 def room_for_workers(wanted: int, batch_bytes: int, sharing: int = 1) -> int:
@@ -198,7 +213,7 @@ def _read_in_threads(dataset: Dataset, batches: Iterable[Any], how: Reading) -> 
         found = dataset.__getitems__(batch)
         return found.pin_memory() if how.pin_memory else found
 
-    return in_threads(read, batches, max(min(usable_cpus() // how.sharing, _MOST_THREADS), 1))
+    return in_threads(read, batches, max(min(usable_cpus() // how.sharing, how.num_threads), 1))
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from latentflow.artifacts import sha256_file
 from latentflow.autoencoder import to_unit_range
-from latentflow.data.items import ImageSource
+from latentflow.data.items import ImageSource, stack_pixels
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, mask_input, shares
 from latentflow.data.painting.mask_rules import MaskPolicy, MaskRules
 from latentflow.data.painting.masks import check_masks, draw_mask, mask_files
 from latentflow.errors import ConfigError, DataError, nearest
 from latentflow.evaluation.drawn_set import drawn_columns, model_plan
-from latentflow.evaluation.read_images import read_batches, require_readable, stack_pixels
+from latentflow.evaluation.read_images import read_batches, require_readable
 from latentflow.evaluation.request import EvaluationRequest
 from latentflow.evaluation.shards import Columns, Work, compute_in_shards
 from latentflow.metrics.evaluation_report import Score

@@ -10,12 +10,11 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from types import TracebackType
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentflow.data.items import ImageItem, ImageSource
+from latentflow.data.items import ImageItem, ImageSource, stack_pixels
 from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.prefetch import Reading, in_threads, prefetch
 from latentflow.evaluation.shards import Work
@@ -127,8 +126,3 @@ def require_readable(found: ImageItem | BrokenImage) -> ImageItem:
     if isinstance(found, BrokenImage):
         raise found
     return found
-
-
-def stack_pixels(pictures: Sequence[np.ndarray]) -> Tensor:
-    """Pictures [S, S, 3] uint8 => [n, 3, S, S] uint8."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from latentflow.autoencoder import Autoencoder
-from latentflow.data.items import ImageSource
+from latentflow.data.items import ImageSource, stack_pixels
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.evaluation.autoencoders import open_autoencoder
 from latentflow.evaluation.class_accuracy import require_class_judge, require_judged
 from latentflow.evaluation.drawn_set import plan_set
 from latentflow.evaluation.painted import painted, plan_painting, require_same_classes
-from latentflow.evaluation.read_images import read_batches, require_readable, stack_pixels
+from latentflow.evaluation.read_images import read_batches, require_readable
 from latentflow.evaluation.real_images import RealFeatures, image_features, open_real_images
 from latentflow.evaluation.request import EvaluationRequest
 from latentflow.evaluation.samples_in_files import open_samples

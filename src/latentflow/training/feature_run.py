@@ -14,7 +14,9 @@ from pydantic import Field, ValidationError
 from latentflow.artifacts import make_folder, read_json, require_apart, require_writable, write_json
 from latentflow.data.batches import TrainingImages
 from latentflow.data.cache.reader import is_cache
+from latentflow.data.cache.resident import stays_resident
 from latentflow.data.items import ImageSource, require_every_class
+from latentflow.data.prefetch import BYTES_READ_TOGETHER, Reading
 from latentflow.data.sources.images import open_images
 from latentflow.data.sources.readable import readable
 from latentflow.errors import ArtifactError, DataError
@@ -30,6 +32,7 @@ from latentflow.training.first_stage import MeanTerms
 from latentflow.training.first_stage_run import split
 from latentflow.training.interruption import Outcome
 from latentflow.training.loop import Job, MicroBatches, run_loop
+from latentflow.training.memory import free_memory
 from latentflow.training.optim import OptimizerConfig
 from latentflow.training.request import TrainFeaturesRequest
 from latentflow.training.run_folder import environment
@@ -85,6 +88,7 @@ class PreparedFeatures:
         images: what is trained on.
         held_out: indices in the source of the images that the judge is measured on.
         broken: names of images that cannot be read.
+        resident: whether the images are kept in the device's memory, decoded once.
         learner: with fresh weights.
         reason: why there are so many steps.
     """
@@ -95,6 +99,7 @@ class PreparedFeatures:
     images: TrainingImages
     held_out: list[int]
     broken: list[str]
+    resident: bool
     learner: FeatureLearner
     reason: str
 
@@ -109,10 +114,11 @@ class PreparedFeatures:
         plan, runtime = self.plan, self.runtime
         size = f"{plan.image_size} x {plan.image_size}"
         how = f"the {len(plan.class_names)} classes" if plan.method == "labels" else "two views of each image"
+        in_memory = ", in memory" if self.resident else ""
         parameters = sum(parameter.numel() for parameter in self.learner.network.parameters())
         calls = plan.network.multiply_adds / 1e6
         rows = {
-            "data": f"{len(self.images):,} images of {size}: {self.request.data}",
+            "data": f"{len(self.images):,} images of {size}{in_memory}: {self.request.data}",
             "held out": f"{len(self.held_out):,} images",
             "learns from": how,
             "network": f"levels of {', '.join(map(str, plan.network.widths))} channels for {plan.network.side} pixels, "
@@ -157,7 +163,8 @@ def prepare_features(request: TrainFeaturesRequest, runtime: Runtime) -> Prepare
     learner = FeatureLearner(plan.network, len(class_names) if plan.method == "labels" else 0)
     images = TrainingImages(source, seed=request.seed, flip=True, kept=kept)
     names = [error.name for error in broken]
-    return PreparedFeatures(request, plan, runtime, images, held_out, names, learner, reason)
+    resident = _stays_resident(plan, images, runtime)
+    return PreparedFeatures(request, plan, runtime, images, held_out, names, resident, learner, reason)
 
 
 def train_feature_network(prepared: PreparedFeatures) -> Outcome:
@@ -168,6 +175,9 @@ def train_feature_network(prepared: PreparedFeatures) -> Outcome:
     """
     plan, runtime, request = prepared.plan, prepared.runtime, prepared.request
     learner = prepared.learner.to(runtime.device, memory_format=torch.channels_last)
+    if prepared.resident:
+        pin, sharing = runtime.device.type == "cuda", runtime.local_world
+        prepared.images.hold(runtime.device, Reading(request.num_workers, BYTES_READ_TOGETHER, pin, sharing=sharing))
     how: dict[str, Any] = {"prepare": learner.network.prepare, "method": plan.method, "seed": plan.seed}
     job = Job(
         network=learner,
@@ -185,6 +195,14 @@ def train_feature_network(prepared: PreparedFeatures) -> Outcome:
     outcome, average = run_loop(job)
     learner.load_state_dict(average)
     return outcome
+
+
+def _stays_resident(plan: FeaturePlan, images: TrainingImages, runtime: Runtime) -> bool:
+    """Whether to keep the images in the device's memory: where they are read more than once, and fit."""
+    device, num_bytes = runtime.device, len(images) * images.bytes_per_image
+    sharing = 1 if device.type == "cuda" else runtime.local_world
+    often = plan.steps * plan.batch_size > len(images)
+    return often and stays_resident("auto", num_bytes, device, free_memory(device), sharing)
 
 
 def network_for(

@@ -1,8 +1,9 @@
-"""A latent cache in the memory of a device gives what its files give."""
+"""A latent cache, or images, in the memory of a device gives what its files give."""
 
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import islice
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from latentflow.data.batches import Batch, SpatialData, StreamPositions, Trainin
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.cache.resident import resident_bytes, stays_resident
 from latentflow.data.painting.mask_rules import MaskRules
+from latentflow.data.prefetch import Reading
 from latentflow.data.sources.images import open_images
-from latentflow.errors import ArtifactError, ConfigError
+from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.training.config import DataConfig, load_recipe
 from tests import tiny
 from tests.tiny import write_cache
@@ -49,6 +51,29 @@ def test_batches_are_those_of_the_files(segmented_cache, flip, spatial):
     )
     for _ in range(5):
         same(next(one), next(other))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_batches_of_images_are_those_of_their_files(images, flip, num_workers, labelled):
+    source = open_images(images if labelled else images / "apple", tiny.IMAGE_SIZE)
+    kept = list(range(1, len(source), 2))
+    read, held = (TrainingImages(source, seed=3, flip=flip, kept=kept) for _ in range(2))
+    held.hold(CPU, Reading(num_workers))
+    same(read.at(POSITIONS), held.at(POSITIONS))
+    assert read.at(POSITIONS).pixels.is_contiguous() and held.at(POSITIONS).pixels.is_contiguous()
+    positions = StreamPositions(3, 8, 4, 1, 2)
+    streams = (stream_batches(one, positions, num_workers=num_workers, pin_memory=False) for one in (read, held))
+    for one, other in islice(zip(*streams, strict=True), 5):
+        same(one, other)
+
+
+def test_an_image_that_cannot_be_read_any_more_is_named(tmp_path):
+    source = open_images(tiny.write_images(tmp_path / "own"), tiny.IMAGE_SIZE)
+    (tmp_path / "own" / "apple" / "3.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"cannot read the image apple/3\.png"):
+        TrainingImages(source, seed=0, flip=False).hold(CPU)
 
 
 def test_holes_as_signs_and_unlabelled_images(tmp_path, segmented, kl):

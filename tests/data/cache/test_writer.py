@@ -15,7 +15,6 @@ from latentflow.autoencoder import Autoencoder, to_unit_range
 from latentflow.commands.info import describe
 from latentflow.data import prefetch
 from latentflow.data.cache import shard as cache_shard
-from latentflow.data.cache import writer as cache_writer
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.items import UNLABELLED, ImageItem
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, shares
@@ -265,7 +264,7 @@ def troubled(tmp_path, segmented) -> Path:
 @pytest.mark.parametrize("num_workers", [1, 3])
 @pytest.mark.parametrize("read_together", [1, 32])
 def test_a_cache_is_the_same_whoever_reads(tmp_path, troubled, kl, monkeypatch, num_workers, read_together):
-    monkeypatch.setattr(cache_writer, "_MOST_READ_TOGETHER", read_together)
+    monkeypatch.setattr(prefetch, "_MOST_READ_TOGETHER", read_together)
     source = open_images(troubled, tiny.IMAGE_SIZE)
     options = {"flips": True, "mask_variants": 2, "shard_size": 5, "batch_size": 3}
     write_cache(source, kl, tmp_path / "threads", num_workers=0, **options)
@@ -280,7 +279,7 @@ def test_a_cache_is_the_same_whoever_reads(tmp_path, troubled, kl, monkeypatch, 
 
 def test_batches_are_encoded_whole(tmp_path, source, kl, monkeypatch):
     """However many images are read together; a CPU encodes 16 of them at a time."""
-    monkeypatch.setattr(cache_writer, "_MOST_READ_TOGETHER", 2)
+    monkeypatch.setattr(prefetch, "_MOST_READ_TOGETHER", 2)
     given, true_encode = [], Autoencoder.encode
     monkeypatch.setattr(
         Autoencoder, "encode", lambda self, pixels: given.append(len(pixels)) or true_encode(self, pixels)
@@ -310,21 +309,27 @@ def test_notices_of_worker_processes_are_printed_by_the_main_process(tmp_path, k
 
 
 def test_processes_read_where_that_takes_long(monkeypatch):
-    clock = [0.0]
+    """And few threads where little of the time is spent outside Python, of which one runs at a time."""
+    clock, seconds = [0.0], [0.002]
     monkeypatch.setattr(prefetch, "usable_cpus", lambda: 8)
     monkeypatch.setattr(prefetch.time, "perf_counter", lambda: clock[0])
 
     class Slow:
         def __getitems__(self, rows: range) -> None:
-            clock[0] += 0.002 * len(rows)
+            clock[0] += 0.1 if clock[0] == 0 else seconds[0] * len(rows)
 
-    def processes(num_images: int, device: str = "cuda", sharing: int = 1) -> int:
+    def chosen(num_images: int, device: str = "cuda", sharing: int = 1) -> Reading:
+        clock[0] = 0.0
         rows = [range(start, min(start + 1024, num_images)) for start in range(0, num_images, 1024)]
         how = Reading(batch_bytes=1 << 20, cpu_is_busy=device == "cpu", sharing=sharing)
-        return prefetch.workers_that_pay(Slow(), rows, how)
+        return prefetch.what_pays(Slow(), rows, how)
 
-    assert processes(100_000) == 7
-    assert processes(100_000, sharing=2) == 3
-    assert processes(100_000, sharing=8) == 0  # one processor each
-    assert processes(100_000, "cpu") == 0
-    assert processes(4_000) == processes(10) == 0
+    assert chosen(100_000).num_workers == 7
+    assert chosen(100_000, sharing=2).num_workers == 3
+    assert chosen(100_000, sharing=8).num_workers == 0  # one processor each
+    assert chosen(100_000, "cpu").num_workers == 0
+    assert chosen(1_900).num_workers == chosen(10).num_workers == 0  # below four seconds
+    assert chosen(1_900).num_threads == chosen(100_000, "cpu").num_threads == 8
+    seconds[0] = 3e-4
+    assert (chosen(10_000).num_workers, chosen(10_000).num_threads) == (0, 1)
+    assert chosen(20_000).num_workers == 7

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -940,7 +941,7 @@ def test_processes_that_look_for_broken_images_find_the_same(partly_broken, monk
     """And what they find is remembered, also where the command is ended before all was looked at."""
     source = open_images(partly_broken, 8)
     kept, broken = readable(open_images(shutil.copytree(partly_broken, partly_broken.with_name("copy")), 8))
-    monkeypatch.setattr(prefetch, "workers_that_pay", lambda *given: 2)
+    monkeypatch.setattr(prefetch, "what_pays", lambda dataset, batches, how: replace(how, num_workers=2))
     monkeypatch.setattr(checks, "_CHECKED_TOGETHER", 2)
     monkeypatch.setattr(checks, "_SAVED_TOGETHER", 1)
 

@@ -253,7 +253,7 @@ def described(numbers: Tensor, flipped: Flags | None, variants: Tensor) -> Tenso
 
 
 def mirrored(maps: Tensor, flipped: Flags | None) -> Tensor:
-    """Maps [B, K, h, w], mirrored where `flipped`; unlike encoding, counting commutes with mirroring."""
+    """Maps [B, K, h, w] or pictures, mirrored where `flipped`; unlike encoding, counting commutes with mirroring."""
     if flipped is None:
         return maps
     return torch.where(torch.as_tensor(flipped, device=maps.device)[:, None, None, None], maps.flip(-1), maps)

@@ -1,19 +1,22 @@
-"""A latent cache in the memory of one device, where a batch is one indexed read per tensor.
+"""A latent cache, or images, in the memory of one device, where a batch is one indexed read per tensor.
 
-Legend: N images, V mask variants and A augmented variants of an image; other shapes as in `reader`.
+Legend: N images, S image side, V mask variants and A augmented variants of an image; other shapes as in `reader`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import BeforeValidator
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from latentflow.data.cache.reader import LatentCache, described, mirrored
+from latentflow.data.items import ImageSource, stack_pixels
 from latentflow.data.painting.latent_size import mask_input, shares
+from latentflow.data.prefetch import Reading, images_read_together, prefetch
 from latentflow.errors import ConfigError
 from latentflow.progress import image_progress
 
@@ -93,6 +96,52 @@ class ResidentCache:
     def _rows(self, indices: Tensor, flipped: Tensor | None) -> Tensor:
         """Rows of images in a tensor whose second half holds them mirrored."""
         return indices if flipped is None else indices + flipped * self._num_images
+
+
+class ResidentImages:
+    """Images of a source, decoded once, all of them on one device.
+
+    Args:
+        rows: [N] int64, which images of the source.
+        how: they are read; None: see `Reading`.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+
+    def __init__(self, source: ImageSource, rows: Tensor, *, device: torch.device, how: Reading | None = None):
+        side, wanted = source.image_size, rows.tolist()
+        places = torch.zeros(len(source), dtype=torch.int64)
+        places[rows] = torch.arange(len(rows))
+        self.device, self._places = device, places.to(device)
+        labels = torch.tensor([source.label(row) for row in wanted]) if source.class_names else None
+        self._labels = None if labels is None else labels.to(device)
+        self._pixels = torch.empty(len(rows), 3, side, side, dtype=torch.uint8, device=device)
+        size, place = images_read_together(3 * side**2), 0
+        parts = [wanted[start : start + size] for start in range(0, len(wanted), size)]
+        with image_progress("loading", len(rows)) as on_images, prefetch(_Pixels(source), parts, how) as read:
+            for pixels in read:
+                self._pixels[place : place + len(pixels)].copy_(pixels, non_blocking=pixels.is_pinned())
+                place += len(pixels)
+                on_images(len(pixels))
+
+    def pixels(self, indices: Tensor, flipped: Tensor | None = None) -> Tensor:
+        """Images of the source, which must be among `rows`, mirrored where `flipped`: [B, 3, S, S] uint8."""
+        return mirrored(self._pixels.index_select(0, self._places.index_select(0, indices)), flipped)
+
+    def labels(self, indices: Tensor) -> Tensor | None:
+        """Their labels, [B] int64; None for an unlabelled source."""
+        return None if self._labels is None else self._labels.index_select(0, self._places.index_select(0, indices))
+
+
+class _Pixels(Dataset):
+    """Reads pictures, in any thread or process."""
+
+    def __init__(self, source: ImageSource):
+        self.source = source
+
+    def __getitems__(self, rows: Sequence[int]) -> Tensor:
+        return stack_pixels([self.source[row].pixels for row in rows])
 
 
 def resident_bytes(cache: LatentCache, names: Collection[str], *, flips: bool) -> int:

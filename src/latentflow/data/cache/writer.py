@@ -35,14 +35,13 @@ from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import check_masks, masks_fingerprint
 from latentflow.data.pictures.colour import PIXEL_RULES
 from latentflow.data.pictures.variants import VARIANT_RULES
-from latentflow.data.prefetch import Reading, prefetch
+from latentflow.data.prefetch import BYTES_READ_TOGETHER, Reading, images_read_together, prefetch
 from latentflow.data.request import CacheOptions
 from latentflow.errors import ArtifactError, DataError
 from latentflow.plans import PLAN_FILE, claim_folder, require_same_plan
 from latentflow.runtime import Runtime
 
 _NAMED = 5  # images or classes in a message
-_MOST_READ_TOGETHER, _BYTES_READ_TOGETHER = 32, 4 << 20  # images and bytes of one part of a batch
 _BATCH_SIZE = 32
 _WHAT = "a latent cache"  # for messages
 _FREE = {"autoencoder", "source", "source_fingerprint", "num_source_images"}  # where things are, and which images
@@ -96,7 +95,7 @@ def write_cache(
         batch_size = options.batch_size or max(autoencoder.slice_of(plan.image_size), _BATCH_SIZE)
         writer = ShardWriter(folder, plan, source, autoencoder, batch_size, strict=options.strict, on_images=on_images)
         parts = _parts(inputs, [plan.rows(number) for number in missing], batch_size)
-        how = Reading(options.num_workers, _BYTES_READ_TOGETHER, device == "cuda", device == "cpu", runtime.local_world)
+        how = Reading(options.num_workers, BYTES_READ_TOGETHER, device == "cuda", device == "cpu", runtime.local_world)
         with prefetch(inputs, parts, how) as read:
             writer.write(missing, read)
     index = _finish(folder, plan, source)
@@ -196,7 +195,7 @@ def _encoded_names(folder: Path, plan: CachePlan, names: Sequence[str]) -> set[s
 
 def _parts(inputs: EncoderInputs, shards: Sequence[range], batch_size: int) -> list[range]:
     """The batches of some shards, in parts that are small enough for a worker process to return."""
-    size = min(max(_BYTES_READ_TOGETHER // inputs.bytes_per_image, 1), _MOST_READ_TOGETHER)
+    size = images_read_together(inputs.bytes_per_image)
     return [part for rows in shards for batch in _split(rows, batch_size) for part in _split(batch, size)]
 
 
