@@ -15,6 +15,7 @@ import contextlib
 import io
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -45,6 +46,7 @@ from latentflow.networks.dit import DiTConfig
 from latentflow.networks.running import compile_blocks, set_memory
 from latentflow.runtime import open_runtime
 from latentflow.shapes import Condition
+from latentflow.training.log import read_metrics
 from latentflow.training.memory import forward_flops, memory_mode
 
 NUM_CLASSES = 12
@@ -314,15 +316,7 @@ def sampling(setting: Setting) -> dict[str, Any]:
 
 def encoding(setting: Setting) -> dict[str, Any]:
     """`latentflow encode` of a folder of small JPEGs to 64 pixels."""
-    num = 24 if setting.quick else 20_000
-    images = setting.work / "jpegs"
-    for label in range(NUM_CLASSES):
-        (images / f"class{label}").mkdir(parents=True, exist_ok=True)
-    jobs = [(images, start, min(start + 500, num)) for start in range(0, num, 500)]
-    began = time.perf_counter()
-    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), get_context("fork")) as pool:
-        list(pool.map(write_jpegs, *zip(*jobs, strict=True)))
-    making = time.perf_counter() - began
+    images = folder_of_jpegs(setting, 24 if setting.quick else 20_000)
     began = time.perf_counter()
     asked = ["--autoencoder", setting.autoencoder, "--image-size", 64, "--batch-size", 4 if setting.quick else 256]
     out = setting.work / f"encoded_{os.getpid()}"
@@ -333,17 +327,47 @@ def encoding(setting: Setting) -> dict[str, Any]:
         "images_per_second": found["images"] / seconds,
         "seconds": seconds,
         "seconds_told": found["seconds"],
-        "seconds_of_making_the_images": making,
         "cores": os.cpu_count(),
     }
 
 
+def judging(setting: Setting) -> dict[str, Any]:
+    """`latentflow train-features` on such JPEGs at 32 pixels: the speed of its steps, and all that is around them."""
+    num, steps, batch_size = (300, 80, 8) if setting.quick else (20_000, 1000, 256)
+    images, out = folder_of_jpegs(setting, num), setting.work / f"judge_{os.getpid()}"
+    asked = ["--image-size", 32, "--steps", steps, "--batch-size", batch_size, *(["--width", 8] * setting.quick)]
+    began = time.perf_counter()
+    verb("train-features", images, *asked, "--out", out, "--device", setting.device.type)
+    seconds = time.perf_counter() - began
+    speeds = [line["images_per_second"] for line in read_metrics(out)[1:]]  # the first has the start
+    return {
+        "setting": f"{num} JPEGs of 72 pixels to 32, {steps} steps of {batch_size}",
+        "images_per_second": statistics.median(speeds),
+        "seconds": seconds,
+        "seconds_around_the_steps": seconds - steps * batch_size / statistics.median(speeds),
+        "cores": os.cpu_count(),
+    }
+
+
+def folder_of_jpegs(setting: Setting, num: int) -> Path:
+    """A folder of so many pictures in classes."""
+    images = setting.work / f"jpegs{num}"
+    for label in range(NUM_CLASSES):
+        (images / f"class{label}").mkdir(parents=True, exist_ok=True)
+    jobs = [(images, start, min(start + 500, num)) for start in range(0, num, 500)]
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), get_context("fork")) as pool:
+        list(pool.map(write_jpegs, *zip(*jobs, strict=True)))
+    return images
+
+
 def write_jpegs(folder: Path, start: int, end: int) -> None:
-    """Pictures of soft noise, class after class."""
+    """Pictures of soft noise, class after class; a class has a colour."""
     for number in range(start, end):
-        coarse = np.random.default_rng(number).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+        label = number % NUM_CLASSES
+        colour = np.random.default_rng(label).integers(0, 128, 3, dtype=np.uint8)
+        coarse = colour + np.random.default_rng(number).integers(0, 128, (9, 9, 3), dtype=np.uint8)
         picture = Image.fromarray(coarse).resize((72, 72), Image.Resampling.BICUBIC)
-        picture.save(folder / f"class{number % NUM_CLASSES}" / f"{number}.jpg", quality=90)
+        picture.save(folder / f"class{label}" / f"{number}.jpg", quality=90)
 
 
 PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
@@ -357,6 +381,7 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "classic-s1": lambda setting: bare(setting, S1, "classic"),
     "sample": sampling,
     "encode": encoding,
+    "judge": judging,
 }
 
 
@@ -386,6 +411,10 @@ def table(results: Path, device: str) -> list[str]:
     if "encode" in found:
         one = found["encode"]
         lines += ["", f"encode: {one['setting']}: {one['images_per_second']:,.0f} images/s, {one['seconds']:.1f} s"]
+    if "judge" in found:
+        one = found["judge"]
+        around = f"{one['seconds_around_the_steps']:.1f} s around the steps"
+        lines += ["", f"train-features: {one['setting']}: {one['images_per_second']:,.0f} images/s, {around}"]
     if "main_thread" in found.get("overhead", {}):
         one = found["overhead"]["main_thread"]
         middle = one["milliseconds"]["median"]

@@ -9,7 +9,7 @@
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
 device=cuda seconds=480 results=$root/benchmarks/results autoencoder=shapes work= quick=
-parts="tests train-s2 bare-s2 classic-s2 train-xl2 train-s1 sample encode overhead bare-xl2 bare-s1 classic-s1"
+parts="tests train-s2 bare-s2 classic-s2 train-xl2 train-s1 sample encode judge overhead bare-xl2 bare-s1 classic-s1"
 python=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python3)}
 while [ $# -gt 0 ]; do
     case $1 in

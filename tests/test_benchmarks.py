@@ -104,7 +104,7 @@ def test_overhead_measures_as_many_steps_as_it_is_told(benchmark, tmp_path):
     assert results["training"]["num_steps"] == 40
 
 
-@pytest.mark.parametrize("part", ["train-s2", "bare-s2", "classic-s2", "sample", "encode"])
+@pytest.mark.parametrize("part", ["train-s2", "bare-s2", "classic-s2", "sample", "encode", "judge"])
 def test_a_part_of_the_benchmark_of_a_gpu(benchmark, tmp_path, part):
     options = ["--device", "cpu", "--quick", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
     results = benchmark("gpu").main([part, *options])
