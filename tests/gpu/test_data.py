@@ -12,6 +12,7 @@ from latentflow.artifacts import read_tensors
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.batches import Batch, SpatialData, StreamPositions, TrainingImages, stream_batches
 from latentflow.data.cache.reader import LatentCache
+from latentflow.data.prefetch import Reading
 from latentflow.data.sources.images import open_images
 from tests import tiny
 from tests.tiny import write_cache
@@ -57,15 +58,23 @@ def test_a_cache_that_is_held_gives_what_its_files_give(segmented_cache, device,
     same_batch(files, held, device)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_that_are_held_are_those_of_their_files(images, device, num_workers):
+    source = open_images(images, tiny.IMAGE_SIZE)
+    kept = range(1, len(source))
+    files, held = (TrainingImages(source, seed=3, flip=True, kept=kept) for _ in range(2))
+    same_batch(files, held, device, Reading(num_workers, pin_memory=True))
+
+
 def test_held_variants_are_those_of_the_files(varied_cache, device):
     spatial, source = SpatialData(tiny.FACTOR, maps=True), LatentCache(varied_cache)
     files, held = (TrainingImages(source, seed=3, flip=True, spatial=spatial, augment=0.5) for _ in range(2))
     same_batch(files, held, device)
 
 
-def same_batch(files: TrainingImages, held: TrainingImages, device: str) -> None:
+def same_batch(files: TrainingImages, held: TrainingImages, device: str, how: Reading | None = None) -> None:
     """What is read from files is what is read after `hold`."""
-    held.hold(torch.device(device))
+    held.hold(torch.device(device), how)
     one, other = files.at(range(5, 65)).to(device), held.at(range(5, 65)).to(device)
     for field in fields(Batch):
         left, right = getattr(one, field.name), getattr(other, field.name)

@@ -31,6 +31,7 @@ from latentflow.data.sources import readable as checks
 from latentflow.data.sources.images import open_images
 from latentflow.data.sources.readable import readable
 from latentflow.data.sources.stored import ImageFiles
+from latentflow.data.stores import files as store_files
 from latentflow.errors import DataError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -1051,6 +1052,20 @@ def test_contents_are_read_once_as_long_as_they_do_not_change(labelled, monkeypa
     before = list(open_images(labelled, 8).contents())
     monkeypatch.setattr(zlib, "crc32", None)
     assert list(open_images(labelled, 8).contents()) == before
+
+
+def test_contents_of_many_files_are_in_their_order(tmp_path, monkeypatch):
+    """Some of which are remembered from before, and all of which are read in parts."""
+    monkeypatch.setattr(ledger, "_UNSETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(store_files, "_READ_TOGETHER", 3)
+    monkeypatch.setattr(store_files, "_SAVED_TOGETHER", 7)
+    for some in (range(0, 24, 2), range(24)):
+        for number in some:
+            save(tmp_path / f"{number:02d}.png", picture(number))
+        files = sorted(tmp_path.glob("*.png"))
+        expected = [f"{file.stat().st_size}:{zlib.crc32(file.read_bytes()):08x}" for file in files]
+        assert list(open_images(tmp_path, 8).contents()) == expected
+        assert len(set(expected)) == len(files)
 
 
 def test_contents_of_what_cannot_be_read(tmp_path):
