@@ -24,12 +24,13 @@ from latentflow.evaluation.request import DiagnoseRequest, EvaluationRequest, Sw
 from latentflow.metrics.features.extractors import open_features
 from latentflow.metrics.features.judge_folder import JudgeRecord, load_judge
 from latentflow.networks.feature_network import FeatureNetworkConfig
-from latentflow.training import feature_run
+from latentflow.training import feature_run, loop
 from latentflow.training.feature_run import network_for, prepare_features, steps_for, train_feature_network
 from latentflow.training.feature_step import feature_step
 from latentflow.training.log import read_metrics
 from latentflow.training.request import TrainFeaturesRequest
 from tests import tiny
+from tests.dispatch import recorded
 from tests.processes import finish, run_here, start, start_processes, wait_until
 
 SMALL = {"image_size": tiny.IMAGE_SIZE, "side": 16, "width": 8, "steps": 12, "batch_size": 16}
@@ -147,6 +148,29 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, photos, judge
         EvaluationRequest(model="m", data="d", features=str(tmp_path / "j"))
     assert train_features(request(photos, tmp_path / "j"), runtime=tiny.CPU).outcome.finished
     same_judge(tmp_path / "j", judge)
+
+
+@pytest.mark.parametrize("without_labels", [False, True])
+def test_steps_as_graphs_learn_the_same(tmp_path, photos, monkeypatch, without_labels):
+    """Bit for bit; a tape of operations plays the CUDA graph."""
+    taken = []
+
+    def capture(compute):
+        taken.append(compute)
+        return recorded(compute)
+
+    def learned(name: str) -> dict[str, torch.Tensor]:
+        prepared = prepare_features(request(photos, tmp_path / name, without_labels=without_labels), tiny.CPU)
+        prepared.begin()
+        train_feature_network(prepared)
+        return prepared.learner.state_dict()
+
+    plain = learned("plain")
+    monkeypatch.setattr(loop, "cuda_graph", capture)
+    monkeypatch.setattr(feature_run, "Job", lambda **given: loop.Job(**{**given, "captures": True}))
+    graph = learned("graph")
+    assert len(taken) == 1
+    assert all(torch.equal(value, graph[name]) for name, value in plain.items())
 
 
 def test_from_memory_it_learns_the_same_as_from_files(tmp_path, photos, monkeypatch):

@@ -191,6 +191,7 @@ def train_feature_network(prepared: PreparedFeatures) -> Outcome:
         parts=MicroBatches(plan.batch_size // runtime.world, 1),
         num_workers=request.num_workers,
         keeping=Keeping(newest=2),
+        captures=runtime.device.type == "cuda" and runtime.world == 1,
     )
     outcome, average = run_loop(job)
     learner.load_state_dict(average)
