@@ -46,6 +46,7 @@ _SECONDS_OF_PYTHON = 2.5e-4  # to read one image, while no other thread runs: mo
 _MOST_PROCESSES = 32
 _FEW_IMAGES = 1000
 _WORTH_PROCESSES = 4.0  # seconds of reading; processes take three or four to start
+_WORTH_ONE_PROCESS = 1.0  # seconds of reading for each: its start takes two or three of a processor
 _TIMED = 8  # images that are read to see how long it takes
 _MOST_READ_TOGETHER = 128
 _LEAST_SHARED_BYTES = 16 << 20  # of /dev/shm, for a few batches of latents
@@ -125,8 +126,9 @@ def what_pays(dataset: Dataset, batches: Sequence[Any], how: Reading) -> Reading
         dataset.__getitems__(batch[middle : middle + 1])
         timed.append(time.perf_counter() - began)
     seconds = median_low(timed)  # the first one may take longer
-    wanted = min(usable_cpus() // how.sharing - 1, _MOST_PROCESSES)
-    pays = wanted > 1 and seconds * num_images > _WORTH_PROCESSES
+    in_all = seconds * num_images
+    wanted = min(usable_cpus() // how.sharing - 1, _MOST_PROCESSES, round(in_all / _WORTH_ONE_PROCESS))
+    pays = wanted > 1 and in_all > _WORTH_PROCESSES
     num_workers = room_for_workers(wanted, how.batch_bytes, how.sharing) if pays else 0
     return replace(how, num_workers=num_workers, num_threads=min(round(seconds / _SECONDS_OF_PYTHON), _MOST_THREADS))
 

@@ -332,4 +332,5 @@ def test_processes_read_where_that_takes_long(monkeypatch):
     assert chosen(1_900).num_threads == chosen(100_000, "cpu").num_threads == 8
     seconds[0] = 3e-4
     assert (chosen(10_000).num_workers, chosen(10_000).num_threads) == (0, 1)
-    assert chosen(20_000).num_workers == 7
+    assert chosen(20_000).num_workers == 6  # a second of reading for each
+    assert chosen(40_000).num_workers == 7
