@@ -369,7 +369,7 @@ def test_what_fails_is_a_line_and_can_be_repeated(ladder, rules, tmp_path, monke
 def test_a_real_run_ends_in_a_line(ladder, rules, tmp_path, monkeypatch, two_rungs):
     """Every command of one run, for one step."""
     run = ladder("run")
-    monkeypatch.setattr(run, "_PROBE_ROUNDS", {"cpu": 1})
+    monkeypatch.setattr(run, "_PROBE_ROUNDS", 1)
     run.main(arguments(tmp_path, "--seconds", "0.001", "--seeds", "0", "--shares", "", "--rungs", "0"))
     (found,) = rules.read_outcomes(tmp_path / "results" / "results.jsonl")
     assert not found.failed

@@ -42,7 +42,7 @@ from latentflow.artifacts import json_line, make_folder, read_json, sha256_file,
 HERE = Path(__file__).parent
 BASE = HERE / "base.yaml"
 _PROBE_STEPS = {"cpu": 30, "cuda": 300}
-_PROBE_ROUNDS = {"cpu": 3, "cuda": 1}  # the steps of a GPU take the same time each
+_PROBE_ROUNDS = 3
 _BUSY = 0.15  # share of the processors' time that others may take while a speed is probed
 _AT_ONCE = {"cpu": 32, "cuda": 500}  # samples
 _SAMPLING = ("--guidance", "1", "--solver", "ab2", "--steps", "16")
@@ -326,7 +326,7 @@ def cache(place: Place, spec: Spec, *, held_out: bool = False) -> Path:
 
 
 def seconds_per_step(place: Place, step: Step) -> float:
-    """Of a recipe, measured in turn with the one below it, whose seconds are those of its own probe.
+    """Of a recipe, probed once; on a CPU in turn with the one below it, whose seconds are those of its own probe.
 
     Raises:
         Failed: a recipe does not train.
@@ -336,17 +336,23 @@ def seconds_per_step(place: Place, step: Step) -> float:
     speeds = read_json(file) if file.exists() else {}
     key = step.spec.training
     if key not in speeds:
-        rounds = []
-        for _ in range(_PROBE_ROUNDS[place.setting.device]):
-            if not place.setting.busy:
-                require_idle()
-            sides = {step.base: step.below, step.name: step.spec} if step.below else {step.name: step.spec}
-            rounds.append([probe(place, spec, name) for name, spec in sides.items()])
-        ratio = median(times[-1] / times[0] for times in rounds)
-        reference = speeds.get(step.below.training) if step.below else None
-        speeds[key] = ratio * (reference or median(times[0] for times in rounds))
+        speeds[key] = _probed(place, step, speeds)
         write_text(file, json.dumps(speeds, indent=1) + "\n")
     return speeds[key]
+
+
+def _probed(place: Place, step: Step, speeds: Mapping[str, float]) -> float:
+    if place.setting.device == "cuda":  # whose steps take the same time each
+        return probe(place, step.spec, step.name)
+    rounds = []
+    for _ in range(_PROBE_ROUNDS):
+        if not place.setting.busy:
+            require_idle()
+        sides = {step.base: step.below, step.name: step.spec} if step.below else {step.name: step.spec}
+        rounds.append([probe(place, spec, name) for name, spec in sides.items()])
+    ratio = median(times[-1] / times[0] for times in rounds)
+    reference = speeds.get(step.below.training) if step.below else None
+    return ratio * (reference or median(times[0] for times in rounds))
 
 
 def probe(place: Place, spec: Spec, name: str) -> float:
