@@ -80,7 +80,7 @@ class Graph(Generic[Result]):
 def cuda_graph(compute: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
     """A `Capture` for CUDA. What it computes is there after the first replay."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads go on to read batches and write checkpoints. The outer context leaves the stream of a failed capture.
+    # Other threads go on reading batches and writing files. The outer context leaves the stream of a failed capture.
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = compute()
     return result, graph.replay
