@@ -379,6 +379,17 @@ def test_another_kind_of_network_by_overrides(load):
     assert load("", *by_keys, "network.channels=64", "network.multipliers=1,2").network == sizes.network
 
 
+def test_another_kind_of_optimizer_keeps_the_keys_of_both(load):
+    text = "optimizer: {learning_rate: 0.003, warmup_steps: 100, schedule: cosine, orthogonalise_every: 2, kind: muon}"
+    muon = load(text).optimizer
+    assert load(text.replace(", orthogonalise_every: 2, kind: muon", ""), "optimizer.kind=muon").optimizer == (
+        muon.model_copy(update={"orthogonalise_every": 1})
+    )
+    assert load(text, "optimizer.kind=adamw", "optimizer.orthogonalise_every=1").optimizer == (
+        muon.model_copy(update={"kind": "adamw", "orthogonalise_every": 1})
+    )
+
+
 # Unions of sections, chosen by their kind
 
 

@@ -10,7 +10,8 @@ A value is read by the type of its field, never by how it looks. Files and overr
     sections         nested keys; in an override network.depth=3, or network={name: DiT-S/2} for the whole section
     null, ~          no value, if the field is optional (text in quotes)
 
-An override reaches any depth (`training.batch_size=64`). One that changes a section's `kind` resets the section.
+An override reaches any depth (`training.batch_size=64`). One that changes a section's `kind` resets the section, unless all
+kinds have the same keys.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def _apply(schema: type[BaseModel], values: dict[str, Node], path: list[str], va
         values = inner
     given = values.get("kind")
     before = given.text if isinstance(given, Scalar) else default_kind(sections[0])
-    if path[-1] == "kind" and before != value.text:
+    if path[-1] == "kind" and len(sections) > 1 and before != value.text:
         values.clear()
     values[path[-1]] = value
 
