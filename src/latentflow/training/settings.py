@@ -10,8 +10,8 @@ A value is read by the type of its field, never by how it looks. Files and overr
     sections         nested keys; in an override network.depth=3, or network={name: DiT-S/2} for the whole section
     null, ~          no value, if the field is optional (text in quotes)
 
-An override reaches any depth (`training.batch_size=64`). One that changes a section's `kind` resets the section, unless all
-kinds have the same keys.
+An override reaches any depth (`training.batch_size=64`). One that changes a section's `kind` resets the section, unless
+all kinds have the same keys.
 """
 
 from __future__ import annotations
