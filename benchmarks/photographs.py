@@ -1,8 +1,8 @@
-"""Everything that docs/results/cifar10.md shows of photographs: three models, their figures and their pictures.
+"""Three models of photographs, from the images to their figures and pictures.
 
     python benchmarks/photographs.py --train cifar10/split/train --held-out cifar10/split/held_out --autoencoder taesd \
         --features judges/cifar10 --steps 20000 --work /scratch/photographs --out results
-    python benchmarks/photographs.py ... --parts sweep,grids                     # these only
+    python benchmarks/photographs.py ... --parts guides,grids                    # these only
 
 A model of all classes, one without labels, and one of a single class. Repeat the command to go on: what is there stays.
 Reports and grids go to --out, one folder or file for each part.

@@ -83,17 +83,26 @@ class LiveBytes(TorchDispatchMode):
         self._now -= size
 
 
-def recorded(compute: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """What a CUDA graph does, on any device: records `compute`, and returns its result and what computes it.
+class Recorder:
+    """Does what a CUDA graph does, on any device: records a computation; returns its result, and what computes it.
 
     Only operations on tensors are repeated, on the same memory: a number that the host read, or a tensor that it made,
     stays what it was. What is written in place is as before until it is computed for the first time.
+
+    Attributes:
+        count: of computations recorded so far.
     """
-    tape = _Tape()
-    with tape:
-        result = compute()
-    tape.undo()
-    return result, tape.replay
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, compute: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        self.count += 1
+        tape = _Tape()
+        with tape:
+            result = compute()
+        tape.undo()
+        return result, tape.replay
 
 
 class _Tape(TorchDispatchMode):

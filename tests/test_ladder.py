@@ -22,7 +22,7 @@ def ladder(monkeypatch):
     """Import a script of the folder as Python runs it."""
     monkeypatch.syspath_prepend(str(LADDER))
     yield importlib.import_module
-    for name in ("rules", "table", "run", "split", "worker"):
+    for name in ("commands", "rules", "table", "run", "speeds", "split", "worker"):
         sys.modules.pop(name, None)
 
 
@@ -217,6 +217,9 @@ def test_a_closed_worker_ends_its_command(ladder, tmp_path):
         worker.close()
         with pytest.raises(module.Stopped):
             running.result(60)
+    with pytest.raises(module.Stopped):  # nor does it begin one that waited for its turn
+        worker.run(["info"], tmp_path / "later", 60)
+    assert worker._process is None
 
 
 def test_rungs_are_read_in_order_and_checked(rules, tmp_path):
@@ -369,7 +372,7 @@ def test_what_fails_is_a_line_and_can_be_repeated(ladder, rules, tmp_path, monke
 def test_a_real_run_ends_in_a_line(ladder, rules, tmp_path, monkeypatch, two_rungs):
     """Every command of one run, for one step."""
     run = ladder("run")
-    monkeypatch.setattr(run, "_PROBE_ROUNDS", 1)
+    monkeypatch.setattr(ladder("speeds"), "_PROBE_ROUNDS", 1)
     run.main(arguments(tmp_path, "--seconds", "0.001", "--seeds", "0", "--shares", "", "--rungs", "0"))
     (found,) = rules.read_outcomes(tmp_path / "results" / "results.jsonl")
     assert not found.failed
@@ -430,9 +433,9 @@ def test_wrong_options_of_a_climb(ladder, tmp_path, two_rungs, given, message):
 
 
 def test_speeds_are_not_probed_on_a_busy_machine(ladder, monkeypatch):
-    run = ladder("run")
-    monkeypatch.setattr(run, "busy_share", lambda: 0.5)
+    speeds = ladder("speeds")
+    monkeypatch.setattr(speeds, "busy_share", lambda: 0.5)
     with pytest.raises(SystemExit, match="other programs take 50 % of the processors"):
-        run.require_idle()
-    monkeypatch.setattr(run, "busy_share", lambda: 0.05)
-    run.require_idle()
+        speeds.require_idle()
+    monkeypatch.setattr(speeds, "busy_share", lambda: 0.05)
+    speeds.require_idle()

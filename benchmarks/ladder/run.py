@@ -7,9 +7,9 @@
     python benchmarks/ladder/run.py --render                                   # RESULTS.md again
 
 Repeat the command to go on after an interruption: finished runs are in results.jsonl, begun ones resume. Speeds are
-probed first, a rung and the one below it in turn, on an otherwise idle machine; they give the number of steps, so that
-the cosine of every run ends after the same seconds. From then on results do not depend on how busy the machine is.
-Every command has a time limit, and runs in a worker process that stays for the next; what fails is a line, too.
+probed first, on an otherwise idle machine; they give the number of steps, so that the cosine of every run ends after
+the same seconds. From then on results do not depend on how busy the machine is. Every command has a time limit, and
+runs in a worker process that stays for the next; what fails is a line, too.
 """
 
 from __future__ import annotations
@@ -17,36 +17,29 @@ from __future__ import annotations
 import argparse
 import datetime
 import fcntl
-import json
 import os
 import platform
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import yaml
-from rules import FINAL, Outcome, Rung, Setting, Spec, Step, climb, key_of, last_kept, merged, read_outcomes, read_rungs
+from commands import Place, cache, limit_of, measured, train
+from rules import FINAL, Outcome, Rung, Setting, Step, climb, key_of, last_kept, merged, read_outcomes, read_rungs
+from speeds import PROBE_STEPS, seconds_per_step
 from table import write_table
 from worker import Failed, Workers
 
-from latentflow.artifacts import json_line, make_folder, read_json, sha256_file, write_text
+from latentflow.artifacts import json_line, make_folder, sha256_file, write_text
 
 HERE = Path(__file__).parent
 BASE = HERE / "base.yaml"
-_PROBE_STEPS = {"cpu": 30, "cuda": 300}
-_PROBE_ROUNDS = 3
-_BUSY = 0.15  # share of the processors' time that others may take while a speed is probed
-_AT_ONCE = {"cpu": 32, "cuda": 500}  # samples
-_SAMPLING = ("--guidance", "1", "--solver", "ab2", "--steps", "16")
-_LEAST_LIMIT = 900.0  # seconds that any command may take, starting and loading included
 
 
 @dataclass(frozen=True)
@@ -67,29 +60,6 @@ class Run:
         return f"{self.name}, seed {self.seed}{part}"
 
 
-@dataclass(frozen=True)
-class Place:
-    """What the runs of one setting are made from, and where.
-
-    Attributes:
-        probe_steps: whose speed is measured.
-        again: repeat what failed.
-        launch: runs `latentflow ARGUMENTS`.
-    """
-
-    setting: Setting
-    train: str
-    held_out: str
-    autoencoder: str
-    features: str
-    work: Path
-    results: Path
-    recipe: Mapping[str, Any]
-    probe_steps: int
-    again: bool
-    launch: Workers
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Climb, then write the page."""
     options = _options().parse_args(arguments)
@@ -99,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen = options.rungs.split(",") if options.rungs else list(rungs)
         if unknown := [name for name in chosen if name not in rungs]:
             raise SystemExit(f"--rungs: there is no rung {unknown[0]!r}; there are {', '.join(rungs)}")
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the process that runs, too
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the workers, too
         with ExitStack() as ends:
             place = _place(options, results, recipe, launch := Workers())
             ends.enter_context(alone(Path(options.work)))
@@ -218,7 +188,7 @@ def trained(place: Place, run: Run) -> Path | None:
     try:
         steps = max(round(run.share * place.setting.seconds / seconds_per_step(place, run.step)), 1)
         folder = place.work / "runs" / f"{run.step.spec.training}-{steps}-{run.seed}"
-        train(place, run.step.spec, folder, steps, run.seed, limit=_limit(place))
+        train(place, run.step.spec, folder, steps, run.seed, limit=limit_of(place))
         return folder
     except Failed as error:
         print(f"  failed: {error}", flush=True)
@@ -237,177 +207,6 @@ def evaluated(place: Place, run: Run, folder: Path) -> None:
     append(place.results, outcome)
     if not outcome.failed and "ema_lengths" not in run.step.spec.changes.get("training", {}):
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the most of its bytes; the model stays
-
-
-def _limit(place: Place) -> float:
-    return 3 * place.setting.seconds + _LEAST_LIMIT
-
-
-def measured(place: Place, spec: Spec, run: Path) -> dict[str, Any]:
-    """Evaluate the model in the folder `run`, and return the figures."""
-    setting, limit = place.setting, _limit(place)
-    evaluated = place.work / "evaluated" / f"{spec.key}-{run.name}-{setting.key}"
-    steps = log_lines(run)[-1]["step"]
-    model = run
-    if spec.ema_length is not None:
-        model = evaluated / "model"
-        if not (model / "config.json").exists():
-            place.launch(["ema", run, "--length", spec.ema_length, "--out", model], evaluated / "ema", limit)
-    device = ("--device", setting.device)
-    reference = place.work / f"held-out-{setting.key}.safetensors"  # with features beside it, which all runs share
-    data = ("--data", place.held_out, "--reference-out", reference)
-    drawn = ("--features", place.features, "--num", setting.num, "--batch-size", _AT_ONCE[setting.device], *_SAMPLING)
-    place.launch(
-        ["evaluate", model, *data, *drawn, *device, "--out", evaluated / "scores"], evaluated / "evaluate", limit
-    )
-    report = read_json(evaluated / "scores" / "report.json")
-    held_out = cache(place, spec, held_out=True)
-    printed = place.launch(
-        ["loss", model, "--data", held_out, "--num", setting.num, *device, "--json"], evaluated / "loss", limit
-    )
-    features = report["protocol"]["features"]
-    scores = {name: score["value"] for name, score in report["scores"].items()}
-    limits = {
-        f"{name} of real": score["limit"] for name, score in report["scores"].items() if score["limit"] is not None
-    }
-    return {
-        "steps": steps,
-        "seconds": steps * median_seconds(run),
-        "scores": {**scores, **limits},
-        "features": f"{Path(features['name']).name} {features['hash'][:12]}",
-        "held_out_loss": list(json.loads(printed.read_text(encoding="utf-8")).values())[-1]["loss"],
-        "versions": report["protocol"]["versions"],
-    }
-
-
-def train(
-    place: Place, spec: Spec, run: Path, steps: int, seed: int, *, limit: float, extra: Sequence[str] = ()
-) -> None:
-    """Train a recipe into the folder `run`, with `extra` keys, in `limit` seconds at most."""
-    recipe = place.work / "recipes" / f"{spec.training}.yaml"
-    write_text(make_folder(recipe.parent) / recipe.name, yaml.safe_dump(dict(spec.changes), sort_keys=False))
-    compiled = str(place.setting.device == "cuda").lower()
-    keys = {
-        "data.path": cache(place, spec),
-        "autoencoder": autoencoder(place, spec),
-        "out": run,
-        "training.steps": steps,
-        "training.seed": seed,
-        "training.compile": compiled,
-    }
-    given = [f"{key}={value}" for key, value in keys.items()]
-    arguments = ["train", recipe, *given, *extra, "--device", place.setting.device]
-    place.launch(arguments, run.parent / f"{run.name}.log", limit)
-
-
-def autoencoder(place: Place, spec: Spec) -> str:
-    """The autoencoder of a recipe, trained now if it is one of its own."""
-    if spec.autoencoder is None:
-        return place.autoencoder
-    run = place.work / "autoencoders" / key_of([spec.autoencoder, place.setting.image_size])
-    if not (run / "autoencoder" / "config.json").exists():
-        size = f"data.image_size={place.setting.image_size}"
-        given = [f"data.path={place.train}", size, f"out={run}", *spec.autoencoder]
-        arguments = ["train-autoencoder", "own_images", *given, "--device", place.setting.device]
-        place.launch(arguments, run.parent / f"{run.name}.log", 24 * 3600.0)
-    return str(run / "autoencoder")
-
-
-def cache(place: Place, spec: Spec, *, held_out: bool = False) -> Path:
-    """The latent cache of a recipe, encoded now if it is not there; of the held-out images without variants."""
-    options = () if held_out else ("--flips", *spec.encode)
-    data = place.held_out if held_out else place.train
-    reference, size = autoencoder(place, spec), place.setting.image_size
-    folder = place.work / "caches" / key_of([data, reference, size, options])
-    if not (folder / "index.json").exists():
-        arguments = ["encode", data, "--autoencoder", reference, "--image-size", size, *options, "--out", folder]
-        place.launch([*arguments, "--device", place.setting.device], folder.parent / f"{folder.name}.log", 24 * 3600.0)
-    return folder
-
-
-def seconds_per_step(place: Place, step: Step) -> float:
-    """Of a recipe, probed once; on a CPU in turn with the one below it, whose seconds are those of its own probe.
-
-    Raises:
-        Failed: a recipe does not train.
-        SystemExit: other programs compute.
-    """
-    file = place.work / f"speeds-{place.setting.device}.json"
-    speeds = read_json(file) if file.exists() else {}
-    key = step.spec.training
-    if key not in speeds:
-        speeds[key] = _probed(place, step, speeds)
-        write_text(file, json.dumps(speeds, indent=1) + "\n")
-    return speeds[key]
-
-
-def _probed(place: Place, step: Step, speeds: Mapping[str, float]) -> float:
-    if place.setting.device == "cuda":  # whose steps take the same time each
-        return probe(place, step.spec, step.name)
-    rounds = []
-    for _ in range(_PROBE_ROUNDS):
-        if not place.setting.busy:
-            require_idle()
-        sides = {step.base: step.below, step.name: step.spec} if step.below else {step.name: step.spec}
-        rounds.append([probe(place, spec, name) for name, spec in sides.items()])
-    ratio = median(times[-1] / times[0] for times in rounds)
-    reference = speeds.get(step.below.training) if step.below else None
-    return ratio * (reference or median(times[0] for times in rounds))
-
-
-def probe(place: Place, spec: Spec, name: str) -> float:
-    """Seconds per step of a short run, which is removed afterwards."""
-    run = place.work / "probes" / spec.training
-    shutil.rmtree(run, ignore_errors=True)
-    every = max(place.probe_steps // 6, 1)
-    extra = [f"training.log_every={every}", f"training.checkpoint_every={10**6}", "training.keep_at=[]"]
-    if "ema_lengths" in spec.changes.get("training", {}):
-        extra.append(
-            "training.ema_snapshots=1"
-        )  # a whole run has few for its length, and writes them in the background
-    train(place, spec, run, place.probe_steps, 0, limit=_LEAST_LIMIT, extra=extra)
-    seconds = median_seconds(run)
-    print(f"  {name}: {1000 * seconds:.1f} ms a step", flush=True)
-    shutil.rmtree(run)
-    return seconds
-
-
-def log_lines(run: Path) -> list[dict[str, Any]]:
-    """What a run has logged."""
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines() if line]
-
-
-def median_seconds(run: Path) -> float:
-    """Seconds per step, the median over the log lines of a run but the first, which has the warm-up."""
-    lines = log_lines(run)
-    batch = lines[-1]["images_seen"] / lines[-1]["step"]
-    return median(batch / line["images_per_second"] for line in lines[1:] or lines)
-
-
-def require_idle() -> None:
-    """Refuse to measure speeds while other programs compute."""
-    if (share := busy_share()) > _BUSY:
-        raise SystemExit(
-            f"other programs take {100 * share:.0f} % of the processors, so speeds would not be those of this machine; "
-            "repeat the command when it is idle, or add --busy"
-        )
-
-
-def busy_share(seconds: float = 2.0) -> float:
-    """The share of the processors' time that is spent now, of Linux; 0 elsewhere."""
-    file = Path("/proc/stat")
-    if not file.exists():
-        return 0.0
-
-    def counts() -> tuple[int, int]:
-        numbers = [int(number) for number in file.read_text().split("\n", 1)[0].split()[1:9]]
-        return sum(numbers), numbers[3] + numbers[4]  # idle, and waiting for a disk
-
-    before = counts()
-    time.sleep(seconds)
-    after = counts()
-    return 1 - (after[1] - before[1]) / max(after[0] - before[0], 1)
 
 
 def append(file: Path, outcome: Outcome) -> None:
@@ -464,7 +263,7 @@ def _place(options: argparse.Namespace, results: Path, recipe: Mapping[str, Any]
         work=make_folder(Path(options.work) / key_of([options.train, options.autoencoder, setting.image_size])),
         results=results,
         recipe=recipe,
-        probe_steps=options.probe_steps or _PROBE_STEPS[options.device],
+        probe_steps=options.probe_steps or PROBE_STEPS[options.device],
         again=options.again,
         launch=launch,
     )

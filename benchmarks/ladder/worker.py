@@ -21,7 +21,7 @@ class Failed(Exception):
 
 
 class Stopped(Exception):
-    """The worker was closed while a command ran."""
+    """The worker was closed before a command, or while it ran."""
 
 
 class Worker:
@@ -38,6 +38,8 @@ class Worker:
             Failed: it took longer than `limit` seconds, or failed; with its last line. The next one gets a new process.
             Stopped: `close` was called.
         """
+        if self._closed:
+            raise Stopped
         make_folder(log.parent)
         out, err = (log.with_name(f"{log.name}.{kind}") for kind in ("out", "err"))
         request = {"arguments": [str(one) for one in arguments], "out": str(out), "err": str(err)}

@@ -30,7 +30,7 @@ from latentflow.training.feature_step import feature_step
 from latentflow.training.log import read_metrics
 from latentflow.training.request import TrainFeaturesRequest
 from tests import tiny
-from tests.dispatch import recorded
+from tests.dispatch import Recorder
 from tests.processes import finish, run_here, start, start_processes, wait_until
 
 SMALL = {"image_size": tiny.IMAGE_SIZE, "side": 16, "width": 8, "steps": 12, "batch_size": 16}
@@ -153,11 +153,6 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, photos, judge
 @pytest.mark.parametrize("without_labels", [False, True])
 def test_steps_as_graphs_learn_the_same(tmp_path, photos, monkeypatch, without_labels):
     """Bit for bit; a tape of operations plays the CUDA graph."""
-    taken = []
-
-    def capture(compute):
-        taken.append(compute)
-        return recorded(compute)
 
     def learned(name: str) -> dict[str, torch.Tensor]:
         prepared = prepare_features(request(photos, tmp_path / name, without_labels=without_labels), tiny.CPU)
@@ -166,10 +161,10 @@ def test_steps_as_graphs_learn_the_same(tmp_path, photos, monkeypatch, without_l
         return prepared.learner.state_dict()
 
     plain = learned("plain")
-    monkeypatch.setattr(loop, "cuda_graph", capture)
+    monkeypatch.setattr(loop, "cuda_graph", recorder := Recorder())
     monkeypatch.setattr(feature_run, "Job", lambda **given: loop.Job(**{**given, "captures": True}))
     graph = learned("graph")
-    assert len(taken) == 1
+    assert recorder.count == 1
     assert all(torch.equal(value, graph[name]) for name, value in plain.items())
 
 

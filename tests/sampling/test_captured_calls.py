@@ -13,7 +13,7 @@ from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.pipeline import draw_all
 from latentflow.sampling.request import SampleRequest
 from tests import tiny
-from tests.dispatch import recorded
+from tests.dispatch import Recorder
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +23,10 @@ def model(kl):
 
 @pytest.fixture
 def taped(monkeypatch):
-    """Draw by graphs; returns the list of what was captured."""
-    taken = []
-
-    def capture(compute):
-        taken.append(compute)
-        return recorded(compute)
-
-    monkeypatch.setattr(pipeline, "calls_for", lambda device, drawing: CapturedCalls(capture))
-    return taken
+    """Draw by graphs; returns what records them."""
+    recorder = Recorder()
+    monkeypatch.setattr(pipeline, "calls_for", lambda device, drawing: CapturedCalls(recorder))
+    return recorder
 
 
 @pytest.mark.parametrize(
@@ -49,7 +44,7 @@ def test_graphs_draw_the_same_pictures(model, monkeypatch, taped, given, graphs)
     """Bit for bit, several batches of other seeds and classes, of which the last is smaller."""
     drawing = make_drawing(model, SampleRequest(**{"num": 11, "seed": 4, "solver": "ab2", "steps": 12, **given}))
     with_graphs = draw_all(model, drawing, batch_size=4)
-    assert len(taped) == graphs
+    assert taped.count == graphs
     monkeypatch.setattr(pipeline, "calls_for", lambda device, drawing: plainly)
     without = draw_all(model, drawing, batch_size=4)
     assert torch.equal(with_graphs.latents, without.latents)

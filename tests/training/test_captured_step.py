@@ -12,7 +12,7 @@ from latentflow.training import loop, velocity
 from latentflow.training.captured_step import CapturedPasses
 from latentflow.training.log import read_metrics
 from tests import tiny
-from tests.dispatch import recorded
+from tests.dispatch import Recorder
 from tests.training.test_loop import final, recipe  # noqa: F401
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ class Passes:
 def test_every_call_gives_its_own_batch():
     weight = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
     passes = Passes(weight)
-    captured = CapturedPasses(passes, [weight], CPU, recorded)
+    captured = CapturedPasses(passes, [weight], CPU, Recorder())
     for call in range(8):
         weight.grad = None
         losses = captured(batch(10 * call))
@@ -82,16 +82,10 @@ def test_a_run_of_graphs_ends_like_one_without(recipe, monkeypatch, given):  # n
     """Weights, averages, optimizer and log, bit for bit: no number of the recorded batch is left in the graph."""
     training = {"log_every": 2, **given.pop("training", {})}
     plain = train_command(recipe("plain", training=training, **given), runtime=tiny.CPU).run
-    taken = []
-
-    def capture(compute):
-        taken.append(compute)
-        return recorded(compute)
-
-    monkeypatch.setattr(loop, "cuda_graph", capture)
+    monkeypatch.setattr(loop, "cuda_graph", recorder := Recorder())
     monkeypatch.setattr(velocity, "captures", lambda *_: True)
     graph = train_command(recipe("graph", training=training, **given), runtime=tiny.CPU).run
-    assert len(taken) == 1
+    assert recorder.count == 1
     assert final(graph) == final(plain)
     logs = [[{**line, "images_per_second": 0} for line in read_metrics(run)] for run in (plain, graph)]
     assert logs[0] == logs[1]

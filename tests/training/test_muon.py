@@ -35,7 +35,7 @@ from latentflow.training.muon import (
 from latentflow.training.optim import OptimizerConfig, build_optimizer, optimizer_bytes, prepare_step
 from latentflow.training.settings import load_settings, to_yaml
 from tests import processes, tiny
-from tests.dispatch import recorded, watched
+from tests.dispatch import Recorder, watched
 
 CONFIGS = {
     "classic": DiTConfig(depth=2, hidden_size=32, num_heads=2, patch_size=2, variant="classic"),
@@ -378,13 +378,7 @@ def test_a_graph_updates_as_single_kernels_do(every):
     networks = [Blocks(), Blocks()]
     config = OptimizerConfig(kind="muon", weight_decay=0.1, orthogonalise_every=every)
     plain, graph = (build_optimizer(network, config) for network in networks)
-    taken = []
-
-    def capture(compute):
-        taken.append(compute)
-        return recorded(compute)
-
-    graph.capture = capture
+    graph.capture = recorder = Recorder()
     for step in range(12):
         for network, optimizer in zip(networks, (plain, graph), strict=True):
             network.set_gradients(step)
@@ -397,7 +391,7 @@ def test_a_graph_updates_as_single_kernels_do(every):
             assert torch.equal(one, other), (step, name)
             for key, value in plain.state[one].items():
                 assert torch.equal(value, graph.state[other][key]), (step, name, key)
-    assert len(taken) == every
+    assert recorder.count == every
 
 
 @pytest.fixture

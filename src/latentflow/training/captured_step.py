@@ -13,14 +13,15 @@ from latentflow.networks.graphs import Capture, Graph, Inputs
 from latentflow.randomness import on_device
 from latentflow.training.step import StepLosses
 
-_CALLS_BEFORE = 3
+_CALLS_BEFORE = 3  # in which a network is compiled
 
 
 class CapturedPasses:
     """Calls `passes`, from the fourth call on by a graph of its kernels.
 
     Args:
-        passes: batch => its losses; leaves gradients in `parameters`. The positions of the batch lie on `device`.
+        passes: batch of B images => its losses [B]; leaves gradients in `parameters`.
+        device: of the batches that `passes` gets, their positions included.
         parameters: whose gradients are None before each call.
         capture: `cuda_graph`.
     """

@@ -17,7 +17,7 @@ from latentflow.training.step import has_dropout
 
 _WORTH_SECONDS = 180  # of the run in eager mode: compiling takes up to half a minute, and halves the rest
 _EAGER_FLOPS = 100e12  # per second, of a large GPU in half precision; others are slower
-_LAUNCHED_SECONDS = 0.1  # of a step's products: in more time than that the host has launched all that follows
+_LAUNCH_SECONDS = 0.1  # more than the host takes to launch a step; products that take longer hide it
 
 
 def compiles(word: Switch, config: ModelConfig, images_left: int, runtime: Runtime) -> bool:
@@ -42,12 +42,12 @@ def captures(config: TrainingConfig, model: FlowModel, images: TrainingImages, r
         ConfigError: it is asked for, and may not.
     """
     parts = micro_batches(config, runtime)
-    refused = _why_not(model.network.train(), images, runtime, parts.number)
+    refused = _why_not(model.network, images, runtime, parts.number)
     if config.cuda_graph == "true" and refused:
         raise ConfigError(f"training.cuda_graph = true: {refused}; use auto or false")
     if config.cuda_graph != "auto":
         return config.cuda_graph == "true"
-    return not refused and 3 * forward_flops(model.config) * parts.size / _EAGER_FLOPS < _LAUNCHED_SECONDS
+    return not refused and 3 * forward_flops(model.config) * parts.size / _EAGER_FLOPS < _LAUNCH_SECONDS
 
 
 def _why_not(network: nn.Module, images: TrainingImages, runtime: Runtime, num_micro_batches: int) -> str:

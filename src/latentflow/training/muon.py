@@ -44,7 +44,7 @@ RMS = 0.2
 _EPS = 1e-7  # of the norm: a gradient of zero gives an update of zero
 _NUMBERS_TOGETHER = 2**25  # in a batch of matrices, which bounds the memory for it
 _NUMBERS_CAPTURED = 2**26  # in all matrices; with more, computing takes longer than launching
-_STEPS_BEFORE = 3  # a graph is captured
+_CALLS_BEFORE = 3  # of an update, until it is captured
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,8 +187,9 @@ class Muon(torch.optim.Optimizer):
             return self._update
         key = (*inputs, self.orthogonalises)
         if key not in self._graphs:
-            how = {"calls_before": _STEPS_BEFORE, "what": "Muon's update", "capture": self.capture, "clones": False}
-            self._graphs[key] = Graph(self._update, **how)
+            self._graphs[key] = Graph(
+                self._update, calls_before=_CALLS_BEFORE, what="Muon's update", capture=self.capture, clones=False
+            )
         return self._graphs[key]
 
     def _update(self, inputs: Inputs) -> None:

@@ -104,13 +104,13 @@ def training_step(
 
 def has_dropout(network: nn.Module) -> bool:
     """Whether layers of a network drop features at random in training; then the host must know where the batch is."""
-    return any(isinstance(module, nn.Dropout) and module.training and module.p for module in network.modules())
+    return any(isinstance(module, nn.Dropout) and module.p for module in network.modules())
 
 
 @contextmanager
 def _repeatable_dropout(network: nn.Module, seed: int, positions: Tensor) -> Iterator[None]:
     """Make dropout layers repeatable in a resumed run, without changing the caller's random state."""
-    if not has_dropout(network):
+    if not (network.training and has_dropout(network)):
         yield
         return
     device = next(network.parameters()).device
