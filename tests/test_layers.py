@@ -18,6 +18,7 @@ LAYERS = {
     "randomness": 0,
     "artifacts": 0,
     "autoencoder_files": 0,
+    "columns": 0,
     "console": 0,
     "door": 0,
     "errors": 0,

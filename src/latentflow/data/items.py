@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentflow.columns import Column, ColumnValue, written_values
 from latentflow.errors import DataError
 
 UNLABELLED = 255
@@ -49,6 +50,7 @@ class ImageSource(Protocol):
         map_class_names: one name per class of the semantic maps; empty when there are no maps.
         map_palette: the colour of each of `map_class_names`, RGB in 0..255.
         image_size: height and width of every item in pixels.
+        columns: what is known of each image besides its class; empty in most sources.
         description: one line for people: where the images come from and how many there are. It is stored in models that
             are shared, so it only contains the last part of a path.
     """
@@ -57,6 +59,7 @@ class ImageSource(Protocol):
     map_class_names: tuple[str, ...]
     map_palette: tuple[tuple[int, int, int], ...]
     image_size: int
+    columns: tuple[Column, ...]
     description: str
 
     def __len__(self) -> int: ...
@@ -69,6 +72,10 @@ class ImageSource(Protocol):
 
     def label(self, index: int) -> int | None:
         """The label of item `index`, without decoding it; None in an unlabelled source."""
+        ...
+
+    def values(self, index: int) -> tuple[ColumnValue, ...]:
+        """The value of each of `columns` for item `index`, without decoding it."""
         ...
 
     def fingerprint(self) -> str:
@@ -86,10 +93,12 @@ def stack_pixels(pictures: Sequence[np.ndarray]) -> Tensor:
 
 
 def fingerprint_of(source: ImageSource, rows: Iterable[int], more: str = "") -> str:
-    """A hash of the names and contents of some images of a source, and of `more`."""
+    """A hash of the names, contents and column values of some images of a source, and of `more`."""
     digest, contents = hashlib.sha256(more.encode("utf-8", "backslashreplace")), source.contents()
     for row in rows:
         digest.update(f"{source.name(row)}\0{contents[row]}\0".encode("utf-8", "backslashreplace"))
+        if source.columns:
+            digest.update(f"{written_values(source.values(row))}\0".encode())
     return digest.hexdigest()
 
 

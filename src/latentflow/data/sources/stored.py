@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote_from_bytes
 
+from latentflow.columns import Column
 from latentflow.data.items import ImageItem, ImageSource, fingerprint_of
 from latentflow.data.packed import PackedText
 from latentflow.data.pictures.colour import to_rgb
@@ -37,6 +38,8 @@ class ImageFiles:
     Raises:
         DataError: there are no images or fewer than `first`, or a layout whose labels or maps would be nonsense.
     """
+
+    columns: tuple[Column, ...] = ()
 
     def __init__(
         self,
@@ -154,6 +157,10 @@ class ImageFiles:
         """The label of image `index`, without decoding it."""
         return self._label(self.name(index))
 
+    def values(self, index: int) -> tuple[()]:
+        """There are no columns."""
+        return ()
+
     def _label(self, name: str) -> int | None:
         return self._label_of[name.partition("/")[0]] if self.class_names else None
 
@@ -167,7 +174,7 @@ class LmdbImages:
     A name is the key, with bytes that are not printable ASCII, and "%", written as %xx.
     """
 
-    class_names = map_class_names = map_palette = ()
+    class_names = map_class_names = map_palette = columns = ()
 
     def __init__(self, store: LmdbStore, image_size: int):
         self.image_size = image_size
@@ -192,6 +199,10 @@ class LmdbImages:
 
     def label(self, index: int) -> None:
         """There are no labels."""
+
+    def values(self, index: int) -> tuple[()]:
+        """There are no columns."""
+        return ()
 
     def __len__(self) -> int:
         return len(self._store.keys)

@@ -13,9 +13,11 @@ import colorsys
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
+from latentflow.columns import Column
 from latentflow.data.items import ImageItem
 from latentflow.errors import DataError
 from latentflow.randomness import derive_seed
@@ -95,6 +97,7 @@ class SyntheticShapes:
     class_names = CLASS_NAMES
     map_class_names = MAP_CLASS_NAMES
     map_palette = MAP_PALETTE
+    columns: ClassVar[tuple[Column, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -127,6 +130,10 @@ class SyntheticShapes:
         """The label of image `index`, without drawing it."""
         block, place = divmod(index, len(CLASS_NAMES))
         return int(_random(self.seed, "labels", block).permutation(len(CLASS_NAMES))[place])
+
+    def values(self, index: int) -> tuple[()]:
+        """There are no columns."""
+        return ()
 
     def __getitem__(self, index: int) -> ImageItem:
         name, label = self.name(index), self.label(index)
