@@ -12,6 +12,7 @@ from PIL import Image
 from latentflow.commands.train import prepare
 from latentflow.commands.train import train as train_command
 from latentflow.data.sources.images import open_images
+from latentflow.data.sources.listed import list_files
 from latentflow.data.sources.stored import ImageFiles
 from latentflow.data.stores.files import FolderStore
 from latentflow.errors import ArtifactError, ConfigError, DataError, LatentFlowError
@@ -248,6 +249,6 @@ def test_a_class_that_an_old_cache_has_no_image_of(refused, tmp_path, images, kl
         def __len__(self) -> int:
             return 5
 
-    write_cache(First(FolderStore(images), tiny.IMAGE_SIZE), kl, tmp_path / "cache")
+    write_cache(First(list_files(FolderStore(images)), tiny.IMAGE_SIZE), kl, tmp_path / "cache")
     words = ("has no readable image of 2 of its classes (berry, cherry); encode it again",)
     refused(DataError, *words, data={"path": tmp_path / "cache"})

@@ -10,6 +10,7 @@ from typing import Any
 
 from latentflow.data.items import ImageSource
 from latentflow.data.pictures.decode import open_image, reason
+from latentflow.data.sources.listed import list_files
 from latentflow.data.sources.stored import ImageFiles
 from latentflow.data.stores.files import FolderStore, Listing, ZipStore, is_image, open_store
 from latentflow.errors import DataError
@@ -78,7 +79,7 @@ def _checked(place: str, store: Store, listing: Listing) -> ImageSource:
                 )
             on_images(1)
     _require_one_set(place, facts)
-    return ImageFiles(store, side or 1, listing=listing)
+    return ImageFiles(list_files(store, listing), side or 1)
 
 
 def _head(store: Store, path: str, name: str) -> tuple[tuple[int, int], dict[str, Any] | None] | Exception:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from latentflow.data.items import ImageSource
 from latentflow.data.pictures.decode import most_pixels
+from latentflow.data.sources.listed import list_files
 from latentflow.data.sources.readable import readable
 from latentflow.data.sources.stored import ImageFiles, LmdbImages
 from latentflow.data.sources.synthetic import SyntheticShapes
@@ -60,7 +61,7 @@ def open_images(path: str | Path, image_size: int, *, first: int | None = None, 
     if environment_file(Path(path)):
         source = LmdbImages(LmdbStore(Path(path), first), image_size)
     else:
-        source = ImageFiles(open_store(Path(path)), image_size, first)
+        source = ImageFiles(list_files(open_store(Path(path))), image_size, first)
     if strict:
         _, broken = readable(source)
         if broken:

@@ -1,0 +1,137 @@
+"""A set of images that is listed and not decoded yet; and what the files of a folder or an archive are as one."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from latentflow.columns import Column, ColumnValue
+from latentflow.data.sources.maps import MapFiles
+from latentflow.data.stores.files import SUFFIXES, FolderStore, Listing, StoredFile, ZipStore, is_image, wrapper
+from latentflow.data.stores.layout import class_folders, counted, notice_skipped, unread_pictures
+from latentflow.errors import DataError
+
+
+class ImageStore(Protocol):
+    """What holds image files.
+
+    Attributes:
+        path: as the user gave it.
+    """
+
+    path: Path
+
+    def read(self, path: str) -> bytes:
+        """The content of one file."""
+        ...
+
+    def held_bytes(self, path: str) -> int:
+        """Memory that reading a file takes, if it is known beforehand."""
+        ...
+
+    def contents(self, paths: Sequence[str]) -> list[str]:
+        """Size and CRC-32 of each file, as "1234:89abcdef"."""
+        ...
+
+
+@dataclass(frozen=True)
+class ListedImages:
+    """n images in the order of their names, none of which is decoded yet.
+
+    Attributes:
+        store: what holds them.
+        names: of the images, each once; what users, caches and models know them by.
+        paths: where the store keeps each.
+        class_names: one name per label.
+        labels: [n] int32; None in an unlabelled set.
+        maps: their semantic maps.
+        columns: what is known of each image besides.
+        values: of each column, its n values.
+    """
+
+    store: ImageStore
+    names: Sequence[str]
+    paths: Sequence[str]
+    class_names: tuple[str, ...] = ()
+    labels: np.ndarray | None = None
+    maps: MapFiles | None = None
+    columns: tuple[Column, ...] = ()
+    values: tuple[Sequence[ColumnValue], ...] = ()
+
+
+def list_files(store: FolderStore | ZipStore, listing: Listing | None = None) -> ListedImages:
+    """The images of a folder or an archive, as its folders say; see `open_images` for the layout.
+
+    Args:
+        listing: of the store, if it is known already.
+
+    Raises:
+        DataError: there are no images, or a layout whose labels or maps would be nonsense.
+    """
+    files, folders = listing or store.listing()
+    images = {name: file for name, file in files.items() if is_image(name)}
+
+    def mark(name: str) -> bytes:
+        return store.mark(files[name].path)
+
+    if not images:
+        _refuse_environments(files, store.path)
+        unread = unread_pictures(files, mark)
+        some = f"; it has {len(files)} other files, such as {min(files)}" if files else ""
+        some = f", but {counted(unread)}" if unread else some
+        raise DataError(f"no images in {store.path}{some}; latentflow reads {', '.join(SUFFIXES)}")
+
+    top = wrapper(images)
+    has_maps = _has_maps(_below(top, images), store.path)
+    others = [name for name in files if name not in images]
+    if not has_maps and any(name.rpartition("/")[2] == "classes.json" for name in files):
+        unread = counted(unread_pictures(others, mark))
+        raise DataError(
+            f"{store.path} has a classes.json, but not images/ and masks/ with images in both"
+            f"{f' that are read ({unread})' if unread else ''}; add what is missing, or remove classes.json"
+        )
+    folder = f"{top}images/" if has_maps else top
+    prefix = folder + wrapper(_below(folder, images))
+    names = sorted(_below(prefix, images))
+    class_names = class_folders(names, store.path, prefix, has_maps)
+    notice_skipped(others, [] if has_maps else folders, class_names, prefix, store.path, mark)
+    maps = None
+    if has_maps:
+        below_images = [prefix.removeprefix(folder) + name for name in names]
+        maps = MapFiles(store, files.get(f"{top}classes.json"), _below(f"{top}masks/", images), below_images)
+    paths = [images[prefix + name].path for name in names]
+    labels = None
+    if class_names:
+        label_of = {name: label for label, name in enumerate(class_names)}
+        labels = np.array([label_of[name.partition("/")[0]] for name in names], np.int32)
+    return ListedImages(store, names, paths, class_names, labels, maps)
+
+
+def _refuse_environments(files: Iterable[str], path: Path) -> None:
+    """Name the LMDB environments below a folder without images, or in an archive."""
+    found = sorted(posixpath.dirname(name) or "." for name in files if posixpath.basename(name) == "data.mdb")
+    if found:
+        remedy = "unpack it and give one of them" if path.is_file() else f"give one of them, such as {path / found[0]}"
+        raise DataError(f"{path} holds LMDB environments ({', '.join(found[:5])}), not images: {remedy}")
+
+
+def _below(prefix: str, files: dict[str, StoredFile]) -> dict[str, StoredFile]:
+    return {name[len(prefix) :]: file for name, file in files.items() if name.startswith(prefix)}
+
+
+def _has_maps(names: Iterable[str], path: Path) -> bool:
+    """Whether the files are laid out as images/ and masks/."""
+    tops = {name.partition("/")[0] for name in names}
+    if not tops >= {"images", "masks"}:
+        return False
+    if others := sorted(tops - {"images", "masks"}):
+        raise DataError(
+            f"{path} has images/ and masks/, and other images as well ({', '.join(others[:5])}): "
+            "move those elsewhere, or rename masks/ if it is a class like the others"
+        )
+    return True
