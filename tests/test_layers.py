@@ -24,6 +24,7 @@ LAYERS = {
     "errors": 0,
     "hub": 0,
     "ledger": 0,
+    "pixel_format": 0,
     "plans": 0,
     "progress": 0,
     "records": 0,

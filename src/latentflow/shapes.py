@@ -5,8 +5,9 @@ Legend: B images, C latent channels, H and W latent height and width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,6 +26,20 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
     if values.shape != like.shape[:1]:
         raise ValueError(f"expected one value per image, shape [{like.shape[0]}], got {list(values.shape)}")
     return values.to(device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def constant_channels(values: Sequence[float], device: torch.device) -> Tensor:
+    """A number for each channel, [C, 1, 1] float32 on a device.
+
+    It is copied there once, as each copy from the host would wait for the device's queue.
+    """
+    return _constants(tuple(values), device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # the cached tensor may take part in a training step later
+def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def send(values: Tensor, device: torch.device | str) -> Tensor:

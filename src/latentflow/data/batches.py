@@ -38,10 +38,10 @@ class Batch:
         indices: [B] int64, indices of the images in the data set.
         labels: [B] int64 class indices, None for unlabelled data.
         moments: [B, M, h, w], from a cache; in the precision of the cache until moved, then float32.
-        pixels: [B, 3, S, S] uint8, encoded in the step.
+        pixels: [B, C, S, S], stored values in the source's `pixel_format`, encoded in the step.
         mask: [B, 1, h, w] float32, share of each latent pixel in the hole, for inpainting.
         known_moments: [B, M, h, w], of the images with their holes filled, from a cache; in the same dtype.
-        known_pixels: [B, 3, S, S] uint8, the images with their holes filled, encoded in the step.
+        known_pixels: [B, C, S, S], the images with their holes filled, encoded in the step.
         class_fractions: [B, K, h, w] float32, share of each map class in each latent pixel.
         augmentation: [B, P] float32, the numbers of the variant that an image is seen as; 0: the image itself.
     """
@@ -180,7 +180,7 @@ class TrainingImages(Dataset):
             num_bytes += sum(tensor.shape[1:].numel() * tensor.element_size() for tensor in tensors)
         pictures = (not cache) + (spatial.holes is not None and not spatial.cached_holes)
         maps = len(self.source.map_class_names) * (side // spatial.factor) ** 2 if spatial.maps else 0
-        return num_bytes + pictures * 3 * side**2 + 4 * maps
+        return num_bytes + pictures * self.source.pixel_format.bytes_per_pixel * side**2 + 4 * maps
 
     @property
     def cached_tensors(self) -> list[str]:
@@ -321,7 +321,8 @@ class TrainingImages(Dataset):
         holes = [draw_mask(self.spatial.holes, *p.shape[:2], seed) for p, seed in zip(pixels, seeds, strict=True)]
         told_as, factor = self.spatial.holes.told_as, self.spatial.factor
         counts = torch.stack([hole_counts(hole, factor, told_as) for hole in holes])
-        hidden = [hide(picture, hole, told_as) for picture, hole in zip(pixels, holes, strict=True)]
+        pixel_format = self.source.pixel_format
+        hidden = [hide(picture, hole, told_as, pixel_format) for picture, hole in zip(pixels, holes, strict=True)]
         return {"known_pixels": stack_pixels(hidden), "mask": mask_input(shares(counts, factor), told_as)}
 
 

@@ -1,6 +1,6 @@
 """The record of one image, and the protocol of image sources.
 
-Legend: n images, S image size (height and width in pixels).
+Legend: n images, S image size (height and width in pixels), C channels.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from latentflow.columns import Column, ColumnValue, written_values
 from latentflow.errors import DataError
+from latentflow.pixel_format import PixelFormat
 
 UNLABELLED = 255
 """The value of a semantic map where the class of a pixel is unknown."""
@@ -26,7 +27,7 @@ class ImageItem:
     """One picture, cropped and resized, with its label and map.
 
     Attributes:
-        pixels: [S, S, 3] uint8, RGB.
+        pixels: [S, S, C], stored values of the source's `pixel_format`.
         label: index into the source's `class_names`; None in an unlabelled source.
         name: the path inside the source, with forward slashes, or "synthetic/000017".
         semantic_map: [S, S] uint8, an index into the source's `map_class_names` for each pixel, or
@@ -51,6 +52,7 @@ class ImageSource(Protocol):
         map_palette: the colour of each of `map_class_names`, RGB in 0..255.
         image_size: height and width of every item in pixels.
         columns: what is known of each image besides its class; empty in most sources.
+        pixel_format: channels, dtype and range of every item's pixels.
         description: one line for people: where the images come from and how many there are. It is stored in models that
             are shared, so it only contains the last part of a path.
     """
@@ -60,6 +62,7 @@ class ImageSource(Protocol):
     map_palette: tuple[tuple[int, int, int], ...]
     image_size: int
     columns: tuple[Column, ...]
+    pixel_format: PixelFormat
     description: str
 
     def __len__(self) -> int: ...
@@ -88,7 +91,7 @@ class ImageSource(Protocol):
 
 
 def stack_pixels(pictures: Sequence[np.ndarray]) -> Tensor:
-    """Pictures [S, S, 3] uint8 => [n, 3, S, S] uint8."""
+    """Pictures [S, S, C] => [n, C, S, S] of the same dtype."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 

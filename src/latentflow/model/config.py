@@ -21,6 +21,7 @@ from latentflow.networks.velocity_network import (
     VelocityPrediction,
     build_network,
 )
+from latentflow.pixel_format import PixelFormat
 from latentflow.records import Record
 
 AUTOENCODER_FOLDER = "autoencoder"
@@ -99,6 +100,7 @@ class ModelConfig(Record):
 
     format_version: Literal[1] = 1
     image_size: int = Field(ge=1, le=16_384)
+    pixel_format: PixelFormat = PixelFormat()
     network: NetworkConfig
     prediction: PredictionConfig = VelocityPrediction()
     path: PathConfig = LinearPath()
@@ -157,6 +159,8 @@ class ModelConfig(Record):
             "normalisation": True,
             "autoencoder": {"content_hash", "factor", "num_channels"},
         }
+        if self.pixel_format != PixelFormat():  # which earlier versions did not write
+            fields["pixel_format"] = {"channels", "dtype", "low", "high", "mode"}
         return self.model_dump(mode="json", include=fields, exclude={"network": {"dropout"}})
 
     def build_network(self) -> torch.nn.Module:

@@ -222,6 +222,10 @@ class FlowModel:
         """pixels [B, 3, S, S] in [-1, 1] => latents [B, C, h, w]: the posterior's mode, or a sample by `random`."""
         return self.latents(self.autoencoder.encode(pixels), random)
 
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Stored values [B, C, S, S] in the model's `pixel_format` => moments [B, C or 2C, h, w]."""
+        return self.autoencoder.encode(self.config.pixel_format.to_unit(pixels))
+
     def latents(self, moments: Tensor, random: ImageRandom | None = None) -> Tensor:
         """moments [B, C or 2C, h, w] => normalised latents [B, C, h, w]."""
         channels = self.config.autoencoder.num_channels

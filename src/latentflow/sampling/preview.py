@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentflow.autoencoder import to_unit_range
 from latentflow.console import notice
 from latentflow.data.batches import TrainingImages
 from latentflow.data.painting.semantic_maps import colour_map
@@ -111,12 +110,12 @@ def _rows(
         pictures = _drawn(model, drawing, Given(), runtime, batch_size)
         return [pictures], _PER_CLASS, [conditioning.class_names[label] for label in drawing.labels]
     batch = images.at(range(len(drawing.seeds)), augmented=False).to(model.device)
-    moments = model.autoencoder.encode(to_unit_range(batch.pixels)) if batch.moments is None else batch.moments
+    moments = model.moments(batch.pixels) if batch.moments is None else batch.moments
     rows = [model.pixels(model.latents(moments)).cpu()]
     given: dict[str, Tensor] = {}
     if "inpainting" in drawing.told:
         cached = batch.known_pixels is None
-        known = batch.known_moments if cached else model.autoencoder.encode(to_unit_range(batch.known_pixels))
+        known = batch.known_moments if cached else model.moments(batch.known_pixels)
         given |= {"masked_latents": model.latents(known), "mask": batch.mask}
         rows.append(model.pixels(given["masked_latents"]).cpu())
     if "semantic_map" in drawing.told:

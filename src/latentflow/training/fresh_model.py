@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from pydantic import ValidationError
 
-from latentflow.autoencoder import Autoencoder, LatentNormalisation, to_unit_range
+from latentflow.autoencoder import Autoencoder, LatentNormalisation
 from latentflow.data.batches import SpatialData, TrainingImages, epoch_order
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.items import ImageSource
@@ -55,6 +55,7 @@ def build_model(
         masks=images.spatial.holes if images.spatial else None,
         training=_training_record(images, labelled=bool(class_names)),
     )
+    config = config.model_copy(update={"pixel_format": source.pixel_format})
     check(config)
     torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
     return FlowModel(config, config.build_network(), autoencoder)
@@ -157,6 +158,6 @@ def _per_channel(autoencoder: Autoencoder, images: TrainingImages) -> LatentNorm
         sums = ChannelSums(autoencoder.num_channels)
         for index in epoch_order(0, len(images), 0)[:_STATISTICS_IMAGES].tolist():
             pixels = torch.from_numpy(images.source[int(images.kept[index])].pixels.copy()).permute(2, 0, 1)
-            sums.add(autoencoder.encode(to_unit_range(pixels[None])))
+            sums.add(autoencoder.encode(images.source.pixel_format.to_unit(pixels[None])))
         mean, std = sums.mean_and_std()
     return LatentNormalisation(shift=mean, scale=[1.0 / s for s in std])

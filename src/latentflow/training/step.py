@@ -11,7 +11,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from latentflow.autoencoder import to_unit_range
 from latentflow.data.batches import Batch
 from latentflow.flow.loss import align_loss, flow_matching_loss
 from latentflow.flow.times import TrainingTimes
@@ -82,7 +81,7 @@ def training_step(
     random = ImageRandom.at(seed, "step", positions, device).ahead(16 + 2 * math.prod(model.config.latent_shape) + 8)
     time = times.draw(random.uniform(), positions, batch_size)
     batch = batch.to(device)
-    moments = model.autoencoder.encode(to_unit_range(batch.pixels)) if batch.moments is None else batch.moments
+    moments = model.moments(batch.pixels) if batch.moments is None else batch.moments
     data = model.latents(moments, random)
     noise = random.normal(*data.shape[1:])
     dropped = model.config.conditioning.draw_dropped(random)
@@ -127,7 +126,7 @@ def _condition(model: FlowModel, batch: Batch, data: Tensor, dropped: dict[Condi
         masked_latents = model.latents(batch.known_moments)
     elif batch.known_pixels is not None:
         # Of all images: to skip those that are all hole, the host would have to wait for the device.
-        masked_latents = model.encode(to_unit_range(batch.known_pixels))
+        masked_latents = model.latents(model.moments(batch.known_pixels))
     given = Condition(
         labels=batch.labels if conditioning.num_classes else None,
         masked_latents=masked_latents,

@@ -19,6 +19,7 @@ from latentflow.data.items import ImageItem
 from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, ConfigError, DataError
+from latentflow.pixel_format import PixelFormat
 from tests import processes, tiny
 from tests.tiny import write_cache
 
@@ -261,7 +262,7 @@ class Counting:
     """A source that counts how often each image is decoded."""
 
     class_names = map_class_names = map_palette = ()
-    image_size = tiny.IMAGE_SIZE
+    image_size, pixel_format = tiny.IMAGE_SIZE, PixelFormat()
     description = "counted"
 
     def __init__(self):

@@ -24,6 +24,7 @@ from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.prefetch import Reading
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError
+from latentflow.pixel_format import PixelFormat
 from latentflow.randomness import derive_seed
 from tests import tiny
 from tests.tiny import write_cache
@@ -184,6 +185,7 @@ class Plain:
     class_names = ()
     map_class_names, map_palette = ("a", "b"), ((0, 0, 0), (9, 9, 9))
     image_size, description = 32, "plain"
+    pixel_format = PixelFormat()
 
     def __len__(self) -> int:
         return 1

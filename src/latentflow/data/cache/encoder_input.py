@@ -1,7 +1,7 @@
 """The input of the encoder: square pictures of a source, with the labels, maps and holes that a cache stores.
 
-Legend: n images, S image side, h and w latent height and width, K classes of the semantic map, V mask variants, A
-augmented variants, P numbers of each.
+Legend: n images, S image side, C channels of the pixels, h and w latent height and width, K classes of the semantic
+map, V mask variants, A augmented variants, P numbers of each.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class EncoderInput:
         broken: names of those that cannot be read, with the reasons.
         names: the n others.
         cuts: share of each picture that the square crop leaves out.
-        pixels: [n, S, S, 3] uint8.
+        pixels: [n, S, S, C], stored values.
         labels: [n] int64; None for an unlabelled source.
         class_counts: [n, K, h, w] in the dtype they are stored in; None without maps.
         holes: [n, V, S, S] uint8, 1 in the hole; None if none are stored.
@@ -79,7 +79,10 @@ class EncoderInputs(Dataset):
         """Approximate size of one image."""
         side = self.source.image_size
         counts = self.num_map_classes * (1 + self.variants) + self.mask_variants
-        return side**2 * (3 + self.mask_variants) + (side // self.factor) ** 2 * counts
+        return (
+            side**2 * (self.source.pixel_format.bytes_per_pixel + self.mask_variants)
+            + (side // self.factor) ** 2 * counts
+        )
 
     def __getitems__(self, rows: range) -> EncoderInput:
         """Read the images of `rows`."""

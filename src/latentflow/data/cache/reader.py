@@ -41,6 +41,7 @@ from latentflow.data.painting.latent_size import mask_input, shares
 from latentflow.data.pictures.variants import mirrored_numbers
 from latentflow.errors import ArtifactError, DataError
 from latentflow.ledger import Ledger
+from latentflow.pixel_format import PixelFormat
 from latentflow.plans import PLAN_FILE
 
 Indices = Sequence[int] | np.ndarray | Tensor
@@ -86,6 +87,10 @@ class LatentCache:
     @property
     def class_names(self) -> tuple[str, ...]:
         return tuple(self.plan.class_names)
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        return self.plan.pixel_format
 
     @property
     def map_class_names(self) -> tuple[str, ...]:
@@ -256,4 +261,5 @@ def mirrored(maps: Tensor, flipped: Flags | None) -> Tensor:
     """Maps [B, K, h, w] or pictures, mirrored where `flipped`; unlike encoding, counting commutes with mirroring."""
     if flipped is None:
         return maps
-    return torch.where(torch.as_tensor(flipped, device=maps.device)[:, None, None, None], maps.flip(-1), maps)
+    mirror_images = maps.flip(-1) if maps.dtype != torch.uint16 else maps.view(torch.int16).flip(-1).view(maps.dtype)
+    return torch.where(torch.as_tensor(flipped, device=maps.device)[:, None, None, None], mirror_images, maps)

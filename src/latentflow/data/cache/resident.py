@@ -1,6 +1,7 @@
 """A latent cache, or images, in the memory of one device, where a batch is one indexed read per tensor.
 
-Legend: N images, S image side, V mask variants and A augmented variants of an image; other shapes as in `reader`.
+Legend: N images, S image side, C channels, V mask variants and A augmented variants of an image; other shapes as in
+`reader`.
 """
 
 from __future__ import annotations
@@ -116,8 +117,10 @@ class ResidentImages:
         self.device, self._places = device, places.to(device)
         labels = torch.tensor([source.label(row) for row in wanted]) if source.class_names else None
         self._labels = None if labels is None else labels.to(device)
-        self._pixels = torch.empty(len(rows), 3, side, side, dtype=torch.uint8, device=device)
-        size, place = images_read_together(3 * side**2), 0
+        pixels = source.pixel_format
+        dtype = getattr(torch, pixels.dtype)
+        self._pixels = torch.empty(len(rows), pixels.channels, side, side, dtype=dtype, device=device)
+        size, place = images_read_together(pixels.bytes_per_pixel * side**2), 0
         parts = [wanted[start : start + size] for start in range(0, len(wanted), size)]
         with image_progress("loading", len(rows)) as on_images, prefetch(_Pixels(source), parts, how) as read:
             for pixels in read:
@@ -126,7 +129,7 @@ class ResidentImages:
                 on_images(len(pixels))
 
     def pixels(self, indices: Tensor, flipped: Tensor | None = None) -> Tensor:
-        """Images of the source, which must be among `rows`, mirrored where `flipped`: [B, 3, S, S] uint8."""
+        """Images of the source, which must be among `rows`, mirrored where `flipped`: [B, C, S, S]."""
         return mirrored(self._pixels.index_select(0, self._places.index_select(0, indices)), flipped)
 
     def labels(self, indices: Tensor) -> Tensor | None:

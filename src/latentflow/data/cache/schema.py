@@ -13,6 +13,7 @@ from latentflow.artifacts import checksum_of, read_json
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.pictures.crop import CROP_RULE
 from latentflow.errors import ArtifactError
+from latentflow.pixel_format import PixelFormat
 from latentflow.records import Record, explain
 
 SCHEMA_VERSION = 1
@@ -28,6 +29,7 @@ class CachePlan(Record):
     autoencoder: str
     autoencoder_hash: str
     pixel_range: tuple[float, float] = (-1.0, 1.0)
+    pixel_format: PixelFormat = PixelFormat()
     image_size: int
     crop_rule: str = CROP_RULE
     pixel_rules: str = "profiles ignored"  # in older caches, which do not say; see `PIXEL_RULES`

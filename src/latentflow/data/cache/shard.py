@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from latentflow.artifacts import sha256_file, write_json, write_tensors
-from latentflow.autoencoder import Autoencoder, to_unit_range
+from latentflow.autoencoder import Autoencoder
 from latentflow.data.cache.encoder_input import EncoderInput, counts_dtype, joined
 from latentflow.data.cache.schema import CachePlan, ShardRecord, record_file, sealed, shard_file
 from latentflow.data.items import ImageSource, fingerprint_of
@@ -163,12 +163,13 @@ class Shard:
 
 def encode_batch(batch: EncoderInput, autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
     """Everything that a cache stores of some images; see the legend of `reader`."""
-    pixels = _in_unit_range(batch.pixels)
+    pixels = _in_unit_range(batch.pixels, plan)
     encoded = _moments("moments", pixels, autoencoder, plan)
     if batch.holes is not None:
         hole = batch.holes[..., None] > 0
-        hidden = torch.where(hole, hole_shade(plan.masks.told_as), batch.pixels[:, None])
-        known = _moments("known_moments", _in_unit_range(hidden.flatten(0, 1)), autoencoder, plan)
+        shade = torch.from_numpy(hole_shade(plan.masks.told_as, plan.pixel_format)).to(hole.device)
+        hidden = torch.where(hole, shade, batch.pixels[:, None])
+        known = _moments("known_moments", _in_unit_range(hidden.flatten(0, 1), plan), autoencoder, plan)
         encoded |= {name: moments.unflatten(0, hole.shape[:2]) for name, moments in known.items()}
     if batch.variant_numbers is not None:
         # One after the other, since together they may not fit in the device's memory.
@@ -180,16 +181,16 @@ def encode_batch(batch: EncoderInput, autoencoder: Autoencoder, plan: CachePlan)
 
 
 def _moments(name: str, pixels: Tensor, autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
-    """Moments of pictures [n, 3, S, S] in [-1, 1], and of their mirror images where the plan has them."""
+    """Moments of pictures [n, C, S, S] in [-1, 1], and of their mirror images where the plan has them."""
     encoded = {name: autoencoder.encode(pixels)}
     if plan.flips:
         encoded[f"{name}_flipped"] = autoencoder.encode(pixels.flip(-1))
     return encoded
 
 
-def _in_unit_range(pictures: Tensor) -> Tensor:
-    """[n, S, S, 3] uint8 => [n, 3, S, S] in [-1, 1]."""
-    return to_unit_range(pictures.permute(0, 3, 1, 2))
+def _in_unit_range(pictures: Tensor, plan: CachePlan) -> Tensor:
+    """Stored values [n, S, S, C] => [n, C, S, S] in [-1, 1]."""
+    return plan.pixel_format.to_unit(pictures.permute(0, 3, 1, 2))
 
 
 def _empty_tensors(plan: CachePlan) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 Both shrink by area: a latent pixel covers factor x factor pixels and holds the share of them that lies in the hole, or
 that belongs to each class. Thin structures survive, unlike under nearest neighbour.
 
-Legend: S image height and width, h = w = S / factor, K map classes.
+Legend: S image height and width, C channels, h = w = S / factor, K map classes.
 """
 
 from __future__ import annotations
@@ -13,19 +13,27 @@ import torch
 from torch import Tensor
 
 from latentflow.data.painting.mask_rules import MaskForm
+from latentflow.pixel_format import PixelFormat
 
 HOLE_GRAY = 128
 """The gray level, of 255, that a hole is filled with before encoding: the middle of the range."""
 
 
-def hide(pixels: np.ndarray, mask: np.ndarray, told_as: MaskForm = "share") -> np.ndarray:
-    """An image with its hole filled: pixels [S, S, 3] uint8, painted over where mask [S, S] is 1."""
-    return np.where(mask[..., None] > 0, np.uint8(hole_shade(told_as)), pixels)
+def hide(
+    pixels: np.ndarray, mask: np.ndarray, told_as: MaskForm = "share", pixel_format: PixelFormat | None = None
+) -> np.ndarray:
+    """An image with its hole filled: pixels [S, S, C], painted over where mask [S, S] is 1.
+
+    Args:
+        pixel_format: of the pixels; None: 8-bit RGB.
+    """
+    return np.where(mask[..., None] > 0, hole_shade(told_as, pixel_format or PixelFormat()), pixels)
 
 
-def hole_shade(told_as: MaskForm) -> int:
-    """The gray level, of 255, that a hole is filled with."""
-    return 0 if told_as == "sign" else HOLE_GRAY
+def hole_shade(told_as: MaskForm, pixel_format: PixelFormat) -> np.ndarray:
+    """The stored values that a hole is filled with, [C]: `HOLE_GRAY` of 8 bits, or what lies there in another range."""
+    shade = 0 if told_as == "sign" else HOLE_GRAY
+    return pixel_format.from_unit(np.full(pixel_format.channels, shade / 127.5 - 1))
 
 
 def hole_counts(mask: np.ndarray, factor: int, told_as: MaskForm = "share") -> Tensor:

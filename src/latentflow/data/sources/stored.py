@@ -19,6 +19,7 @@ from latentflow.data.sources.listed import ListedImages
 from latentflow.data.stores.first import check_first, evenly
 from latentflow.data.stores.lmdb import LmdbStore
 from latentflow.errors import ConfigError, DataError
+from latentflow.pixel_format import PixelFormat
 
 _PRINTABLE = bytes(sorted({*range(0x20, 0x7F)} - {ord("%")}))
 
@@ -35,6 +36,8 @@ class ImageFiles:
     Raises:
         DataError: there are fewer than `first`.
     """
+
+    pixel_format = PixelFormat()
 
     def __init__(self, listed: ListedImages, image_size: int, first: int | None = None):
         self.image_size = image_size
@@ -133,6 +136,7 @@ class LmdbImages:
     """
 
     class_names = map_class_names = map_palette = columns = ()
+    pixel_format = PixelFormat()
 
     def __init__(self, store: LmdbStore, image_size: int):
         self.image_size = image_size

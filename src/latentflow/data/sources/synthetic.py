@@ -20,6 +20,7 @@ import numpy as np
 from latentflow.columns import Column
 from latentflow.data.items import ImageItem
 from latentflow.errors import DataError
+from latentflow.pixel_format import PixelFormat
 from latentflow.randomness import derive_seed
 
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -98,6 +99,7 @@ class SyntheticShapes:
     map_class_names = MAP_CLASS_NAMES
     map_palette = MAP_PALETTE
     columns: ClassVar[tuple[Column, ...]] = ()
+    pixel_format = PixelFormat()
 
     def __post_init__(self) -> None:
         if self.count < 1:
