@@ -261,7 +261,7 @@ def test_moments_beyond_float16_are_refused(tmp_path, source, kl, monkeypatch, m
 class Counting:
     """A source that counts how often each image is decoded."""
 
-    class_names = map_class_names = map_palette = ()
+    class_names = map_class_names = map_palette = columns = ()
     image_size, pixel_format = tiny.IMAGE_SIZE, PixelFormat()
     description = "counted"
 

@@ -182,7 +182,7 @@ def test_other_classes_are_refused(tmp_path, segmented, segmented_cache, kl):
 class Plain:
     """One picture whose map is all one class: 256 pixels of it in each latent pixel of an encoder of factor 16."""
 
-    class_names = ()
+    class_names = columns = ()
     map_class_names, map_palette = ("a", "b"), ((0, 0, 0), (9, 9, 9))
     image_size, description = 32, "plain"
     pixel_format = PixelFormat()
