@@ -79,6 +79,29 @@ CASES = {
         wrong(ENCODE.replace("photos", "text.txt"), "text.txt"),
         wrong(ENCODE.replace("photos", "text.zip"), "text.zip"),
         wrong(ENCODE.replace("photos", "mixed"), "mixed"),
+        wrong(ENCODE + " --label-column kind", "photos", "--label-column", advised=ENCODE),
+        wrong(
+            ENCODE.replace("photos", "tabled") + " --label-column knd",
+            "'knd'",
+            "'kind'",
+            advised=ENCODE.replace("photos", "tabled/labels.csv") + " --label-column kind",
+        ),
+        wrong(ENCODE.replace("photos", "tabled") + " --columns age:nubmer", "--columns", "nubmer", "number"),
+        wrong(ENCODE.replace("photos", "tabled") + " --columns kind:number", "line 2", "'red'", "kind:label"),
+        wrong(ENCODE.replace("photos", "tabled") + " --file-column nme", "'nme'", "file, kind, age"),
+        wrong(
+            ENCODE.replace("photos", "lonely_row/labels.csv"),
+            "gone.png",
+            "line 8",
+            "--allow-missing",
+            advised=ENCODE.replace("photos", "lonely_row/labels.csv") + " --allow-missing",
+        ),
+        wrong(
+            ENCODE.replace("photos", "lonely_image/labels.csv"),
+            "extra.png",
+            "--allow-missing",
+            advised=ENCODE.replace("photos", "lonely_image/labels.csv") + " --allow-missing",
+        ),
         wrong(ENCODE.replace("photos", "splits"), "splits", "train", advised=ENCODE.replace("photos", "splits/train")),
         wrong(ENCODE.replace("photos", "coco"), "train2017", advised=ENCODE.replace("photos", "coco/train2017")),
         wrong(ENCODE.replace("photos", "unreadable"), "unreadable"),
@@ -322,6 +345,13 @@ def _data(w: Path) -> None:
     shutil.copytree(w / "photos", w / "one_class_broken")
     for file in (w / "one_class_broken" / "berry").iterdir():
         file.write_bytes(b"")
+    rows = [
+        f"{file.name},{kind}," for file, kind in zip(sorted((w / "flat").iterdir()), 3 * ["red", "blue"], strict=True)
+    ]
+    for name, more in (("tabled", []), ("lonely_row", ["gone.png,red,"]), ("lonely_image", [])):
+        shutil.copytree(w / "flat", w / name)
+        (w / name / "labels.csv").write_text("\n".join(["file,kind,age", *rows, *more]), encoding="utf-8")
+    shutil.copy(w / "flat" / "0.png", w / "lonely_image" / "extra.png")
     (w / "eps").mkdir()
     (w / "eps" / "picture.jpg").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"

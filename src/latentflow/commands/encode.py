@@ -48,7 +48,7 @@ def encode(request: EncodeRequest, out: str | Path, *, runtime: Runtime | None =
     """
     began = time.perf_counter()
     require_apart(out, request.data, request.mask_folder)
-    source = open_images(request.data, request.image_size, first=request.first, strict=request.strict)
+    source = open_images(request.data, request.image_size, first=request.first, strict=request.strict, table=request)
     _require_one_readable(source)
     assert runtime is not None  # opened by `writes`
     encoder = Autoencoder.from_pretrained(request.autoencoder).to(runtime.with_precision(request.precision))

@@ -863,8 +863,11 @@ def test_bad_places_are_refused_with_a_remedy(tmp_path):
     (tmp_path / "table.csv").write_text("1,2")
     with pytest.raises(DataError, match=r"no images in .*; it has 1 other files, such as table.csv; latentflow reads"):
         open_images(tmp_path, 8)
-    with pytest.raises(DataError, match=r"table.csv is a single file; give its folder, the folder it unpacks to"):
+    with pytest.raises(DataError, match=r"no images in .*; it has 1 other files, such as table.csv; latentflow reads"):
         open_images(tmp_path / "table.csv", 8)
+    (tmp_path / "notes.txt").write_text("1,2")
+    with pytest.raises(DataError, match=r"notes.txt is a single file; give its folder, the folder it unpacks to"):
+        open_images(tmp_path / "notes.txt", 8)
     (tmp_path / "bad.zip").write_bytes(b"PK and then nonsense")
     with pytest.raises(DataError, match=r"bad.zip is not a readable zip archive .*; pack or copy it again"):
         open_images(tmp_path / "bad.zip", 8)

@@ -1,6 +1,6 @@
-"""Images from a folder, a zip archive, an LMDB environment or the built-in data set, as square RGB pixels.
+"""Images from a folder, a zip archive, a table, an LMDB environment or the built-in data set, as square RGB pixels.
 
-A folder, a zip archive and the built-in data set may have labels and semantic maps.
+A folder, a zip archive, a table and the built-in data set may have labels and semantic maps.
 
 Every source treats a picture alike: `open_image` says which files are read, `to_rgb` makes upright 8-bit sRGB of it, by
 its colour profile and on white, and `center_crop` makes it square. FID depends on these rules, so they are the same for
@@ -9,22 +9,33 @@ training images and references.
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
 from latentflow.data.items import ImageSource
 from latentflow.data.pictures.decode import most_pixels
-from latentflow.data.sources.listed import list_files
+from latentflow.data.request import TableOptions
+from latentflow.data.sources.listed import ListedImages, list_files
 from latentflow.data.sources.readable import readable
 from latentflow.data.sources.stored import ImageFiles, LmdbImages
 from latentflow.data.sources.synthetic import SyntheticShapes
-from latentflow.data.stores.files import open_store
+from latentflow.data.sources.tabled import find_table, list_table, notice_table
+from latentflow.data.stores.files import FolderStore, open_store
 from latentflow.data.stores.first import check_first
 from latentflow.data.stores.lmdb import LmdbStore, environment_file
+from latentflow.data.tables.text_tables import is_text_table
 from latentflow.errors import DataError
 
 
-def open_images(path: str | Path, image_size: int, *, first: int | None = None, strict: bool = False) -> ImageSource:
+def open_images(
+    path: str | Path,
+    image_size: int,
+    *,
+    first: int | None = None,
+    strict: bool = False,
+    table: TableOptions | None = None,
+) -> ImageSource:
     """Open a set of images. Only the listing is read; pictures are decoded on access.
 
     A folder with sub-folders is labelled: each sub-folder that holds images, at any depth below it, is a class, and the
@@ -38,36 +49,65 @@ def open_images(path: str | Path, image_size: int, *, first: int | None = None, 
     masks/a/x.png, of the same size, and classes.json names the classes (see `MapClasses.read`); the rules
     above hold below `images/`. An image whose map cannot be used counts as broken.
 
+    A table (.csv, .tsv or .jsonl) has one row for each image below its folder, and names its file, its class and
+    what else is known of it; see `list_table`. A folder or an archive with a table in it is read by it if `table` names
+    a column, and otherwise a notice says that the table is there.
+
     An LMDB environment, a folder that holds data.mdb or a single .mdb or .lmdb file, has neither labels nor maps; see
     `stores.lmdb` for its layouts and order.
 
     Args:
-        path: a folder, a .zip file, an LMDB environment, or "synthetic[:COUNT[:SEED]]" for the built-in shapes
+        path: a folder, a .zip file, a table, an LMDB environment, or "synthetic[:COUNT[:SEED]]" for the built-in shapes
             (default: 6000 images of seed 0). Write "./synthetic" for a folder of that name.
         image_size: height and width of every item in pixels, >= 1.
         first: only take this many images: of class folders evenly (the first of each, then the second of each,
             and so on), otherwise in the source's order; None: all of them.
         strict: decode every image now, and refuse the source if any is broken.
+        table: which columns of a table are used; None: its classes, if a column is called so.
 
     Raises:
         DataError: there are no images at `path`, they are not laid out as above, there are fewer than `first`,
-            or a number is below 1; with `strict`, also when a file is broken.
+            or a number is below 1; a table and its files do not pair up; with `strict`, also when a file is broken.
     """
     if image_size < 1:
         raise DataError(f"image_size must be at least 1 pixel, got {image_size}; 64 or 256 are usual")
     most_pixels()  # refuse an invalid limit now, not for each image
-    if str(path) == "synthetic" or str(path).startswith("synthetic:"):
+    table = table or TableOptions()
+    is_synthetic = str(path) == "synthetic" or str(path).startswith("synthetic:")
+    if table.asks_for_table and (is_synthetic or environment_file(Path(path))):
+        raise DataError(
+            f"{path} has no table, which --label-column, --columns and --file-column are about; leave them out"
+        )
+    if is_synthetic:
         return _open_synthetic(str(path), image_size, first)
     if environment_file(Path(path)):
         source = LmdbImages(LmdbStore(Path(path), first), image_size)
     else:
-        source = ImageFiles(list_files(open_store(Path(path))), image_size, first)
+        source = ImageFiles(_listed(Path(path), table), image_size, first)
     if strict:
-        _, broken = readable(source)
-        if broken:
-            more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-            raise DataError(f"{path}: {broken[0]}{more}; repair or remove it, or read without strict")
+        _refuse_broken(source, path)
     return source
+
+
+def _refuse_broken(source: ImageSource, path: str | Path) -> None:
+    _, broken = readable(source)
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise DataError(f"{path}: {broken[0]}{more}; repair or remove it, or read without strict")
+
+
+def _listed(path: Path, options: TableOptions) -> ListedImages:
+    """The images of a folder, an archive or a table."""
+    if is_text_table(path.name) and path.is_file():
+        store, name = FolderStore(path.parent), unicodedata.normalize("NFC", path.name)
+        return list_table(store, store.listing(), name, options)
+    store = open_store(path)
+    listing = store.listing()
+    if options.asks_for_table:
+        return list_table(store, listing, find_table(store, listing), options)
+    listed = list_files(store, listing)
+    notice_table(store, listing, listing.files)
+    return listed
 
 
 def _open_synthetic(text: str, image_size: int, first: int | None) -> SyntheticShapes:

@@ -64,6 +64,67 @@ class ListedImages:
     values: tuple[Sequence[ColumnValue], ...] = ()
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The image files of a folder or an archive.
+
+    Attributes:
+        prefix: the folder that wraps all of them, with its trailing slash.
+        images: by name, the prefix included, sorted.
+        others: names of the other files.
+        maps: every map by its path below masks/; empty without maps.
+        images_folder: the folder images/ that the maps belong to.
+        classes: the file classes.json of the maps, if there is one.
+    """
+
+    prefix: str
+    images: dict[str, StoredFile]
+    others: list[str]
+    maps: dict[str, StoredFile]
+    images_folder: str
+    classes: StoredFile | None
+
+    def open_maps(self, store: FolderStore | ZipStore) -> MapFiles | None:
+        """The maps of `images`; None if there are none.
+
+        Raises:
+            DataError: they have no classes.json, or do not pair up with the images.
+        """
+        below = [name.removeprefix(self.images_folder) for name in self.images]
+        return MapFiles(store, self.classes, self.maps, below) if self.maps else None
+
+
+def files_of_layout(store: FolderStore | ZipStore, listing: Listing) -> Layout:
+    """Find the images in a listing, and their maps if it is laid out as images/ and masks/.
+
+    Raises:
+        DataError: there are no images.
+    """
+    files = listing.files
+    images = {name: file for name, file in sorted(files.items()) if is_image(name)}
+    others = [name for name in files if name not in images]
+    if not images:
+        _refuse_environments(files, store.path)
+        unread = _unread(store, files, others)
+        some = f"; it has {len(files)} other files, such as {min(files)}" if files else ""
+        some = f", but {unread}" if unread else some
+        raise DataError(f"no images in {store.path}{some}; latentflow reads {', '.join(SUFFIXES)}")
+
+    top = wrapper(images)
+    has_maps = _has_maps(_below(top, images), store.path)
+    if not has_maps and any(name.rpartition("/")[2] == "classes.json" for name in files):
+        unread = _unread(store, files, others)
+        raise DataError(
+            f"{store.path} has a classes.json, but not images/ and masks/ with images in both"
+            f"{f' that are read ({unread})' if unread else ''}; add what is missing, or remove classes.json"
+        )
+    folder = f"{top}images/" if has_maps else top
+    prefix = folder + wrapper(_below(folder, images))
+    own = {name: file for name, file in images.items() if name.startswith(prefix)}
+    maps = _below(f"{top}masks/", images) if has_maps else {}
+    return Layout(prefix, own, others, maps, folder, files.get(f"{top}classes.json"))
+
+
 def list_files(store: FolderStore | ZipStore, listing: Listing | None = None) -> ListedImages:
     """The images of a folder or an archive, as its folders say; see `open_images` for the layout.
 
@@ -73,43 +134,25 @@ def list_files(store: FolderStore | ZipStore, listing: Listing | None = None) ->
     Raises:
         DataError: there are no images, or a layout whose labels or maps would be nonsense.
     """
-    files, folders = listing or store.listing()
-    images = {name: file for name, file in files.items() if is_image(name)}
-
-    def mark(name: str) -> bytes:
-        return store.mark(files[name].path)
-
-    if not images:
-        _refuse_environments(files, store.path)
-        unread = unread_pictures(files, mark)
-        some = f"; it has {len(files)} other files, such as {min(files)}" if files else ""
-        some = f", but {counted(unread)}" if unread else some
-        raise DataError(f"no images in {store.path}{some}; latentflow reads {', '.join(SUFFIXES)}")
-
-    top = wrapper(images)
-    has_maps = _has_maps(_below(top, images), store.path)
-    others = [name for name in files if name not in images]
-    if not has_maps and any(name.rpartition("/")[2] == "classes.json" for name in files):
-        unread = counted(unread_pictures(others, mark))
-        raise DataError(
-            f"{store.path} has a classes.json, but not images/ and masks/ with images in both"
-            f"{f' that are read ({unread})' if unread else ''}; add what is missing, or remove classes.json"
-        )
-    folder = f"{top}images/" if has_maps else top
-    prefix = folder + wrapper(_below(folder, images))
-    names = sorted(_below(prefix, images))
+    files, folders = listing = listing or store.listing()
+    layout = files_of_layout(store, listing)
+    prefix, has_maps = layout.prefix, bool(layout.maps)
+    names = [name.removeprefix(prefix) for name in layout.images]
     class_names = class_folders(names, store.path, prefix, has_maps)
-    notice_skipped(others, [] if has_maps else folders, class_names, prefix, store.path, mark)
-    maps = None
-    if has_maps:
-        below_images = [prefix.removeprefix(folder) + name for name in names]
-        maps = MapFiles(store, files.get(f"{top}classes.json"), _below(f"{top}masks/", images), below_images)
-    paths = [images[prefix + name].path for name in names]
-    labels = None
+    unmapped = [] if has_maps else folders
+    notice_skipped(layout.others, unmapped, class_names, prefix, store.path, lambda name: store.mark(files[name].path))
+    maps, labels = layout.open_maps(store), None
     if class_names:
         label_of = {name: label for label, name in enumerate(class_names)}
         labels = np.array([label_of[name.partition("/")[0]] for name in names], np.int32)
+    paths = [file.path for file in layout.images.values()]
     return ListedImages(store, names, paths, class_names, labels, maps)
+
+
+def _unread(store: FolderStore | ZipStore, files: dict[str, StoredFile], others: Iterable[str]) -> str:
+    """The files that hold pictures but are not read, counted by kind; "" for none."""
+    unread = unread_pictures(others, lambda name: store.mark(files[name].path))
+    return counted(unread) if unread else ""
 
 
 def _refuse_environments(files: Iterable[str], path: Path) -> None:

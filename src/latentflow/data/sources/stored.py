@@ -77,9 +77,11 @@ class ImageFiles:
         return f"{_how_many(self, self._num_available)}{classes}{maps} from {self._store.path.resolve().name}"
 
     def contents(self) -> Sequence[str]:
-        """Size and CRC-32 of each image file, and name, size and CRC-32 of its map."""
+        """Size and CRC-32 of each image file, its class where its name does not say it, and what `MapFiles` adds."""
         if self._contents is None:
             found = self._store.contents(self._paths)
+            if self.class_names:
+                found = [f"{one}{self._unsaid_class(index)}" for index, one in enumerate(found)]
             if self._maps:
                 pairs = zip(found, self._maps.contents(self._rows), strict=True)
                 found = [f"{image} {semantic_map}" for image, semantic_map in pairs]
@@ -119,6 +121,11 @@ class ImageFiles:
         """The label of image `index`, without decoding it."""
         row = self._rows[_checked(index, self)]
         return None if self._labels is None else int(self._labels[row])
+
+    def _unsaid_class(self, index: int) -> str:
+        """The class of an image if its first folder is another; a table may change it while the file stays."""
+        name = self.class_names[self.label(index)]
+        return "" if self.name(index).startswith(f"{name}/") else f" class {name}"
 
     def values(self, index: int) -> tuple[ColumnValue, ...]:
         """The value of each column for image `index`, without decoding it."""
