@@ -61,6 +61,48 @@ def test_everything_is_read_from_the_model(made):
     assert autoencoder.decode(torch.zeros(2, channels, 4, 4)).shape == (2, 3, 4 * factor, 4 * factor)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 7])
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (tiny.kl, ("in_channels", "out_channels")),
+        (tiny.deterministic, ("in_channels", "out_channels")),
+        (tiny.deep_compression, ("in_channels",)),
+    ],
+)
+def test_images_of_any_number_of_channels(make, said, channels, tmp_path):
+    Autoencoder(make(**dict.fromkeys(said, channels)), "made").save_pretrained(tmp_path)
+    autoencoder = Autoencoder.from_pretrained(tmp_path)
+    assert (autoencoder.pixel_channels, autoencoder.num_channels) == (channels, 4)
+    images = torch.rand(2, channels, 16, 16) * 2 - 1
+    raw = latent_mean(autoencoder.encode(images), 4)
+    assert autoencoder.decode(raw).shape == images.shape
+    stored = to_uint8(images)
+    assert torch.equal(autoencoder.reconstruct(stored), to_uint8(autoencoder.decode(raw_of(autoencoder, stored))))
+
+
+def raw_of(autoencoder: Autoencoder, stored: torch.Tensor) -> torch.Tensor:
+    return latent_mean(autoencoder.encode(to_unit_range(stored)), autoencoder.num_channels)
+
+
+def test_gray_images_are_repeated_and_come_back_gray(made):
+    autoencoder, _, channels, *_ = made
+    gray = pixels(2)[:, :1]
+    moments = autoencoder.encode(gray)
+    assert torch.equal(moments, autoencoder.encode(gray.repeat(1, 3, 1, 1)))
+    raw = latent_mean(moments, channels)
+    assert torch.equal(autoencoder.decode(raw, 1), autoencoder.decode(raw).mean(1, keepdim=True))
+    assert torch.equal(autoencoder.decode(raw, 3), autoencoder.decode(raw))
+    assert autoencoder.reconstruct(to_uint8(gray)).shape == gray.shape
+
+
+def test_images_of_other_channels_are_refused(kl):
+    kl.require_channels(1, "scans")
+    kl.require_channels(3, "photos")
+    with pytest.raises(ConfigError, match=r"tiles has images of 4 channels, but .* was made for 3; train"):
+        kl.require_channels(4, "tiles")
+
+
 def test_it_is_frozen(made):
     model = made[0].model
     assert not model.training

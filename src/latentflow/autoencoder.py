@@ -1,10 +1,11 @@
 """The frozen first stage: pixels => moments => raw latents => normalised latents, and back.
 
-Any autoencoder class of diffusers that maps [B, 3, S, S] to one latent grid works. Its properties (reduction factor,
-channels, scaling) are read from it, never assumed.
+Any autoencoder class of diffusers that maps [B, P, S, S] to one latent grid works. Its properties (pixel channels,
+reduction factor, latent channels, scaling) are read from it, never assumed. One of several pixel channels also takes
+gray images: they are repeated, and the mean of what is decoded is gray again.
 
-Legend: B images, S image side, C latent channels, h = w = S / factor.
-    pixels    [B, 3, S, S] float in [-1, 1]
+Legend: B images, P channels of the pixels, S image side, C latent channels, h = w = S / factor.
+    pixels    [B, P, S, S] float in [-1, 1]; [B, 1, S, S] is gray
     moments   [B, C, h, w] of a deterministic encoder, or [B, 2C, h, w]: mean, then log-variance
     raw       [B, C, h, w], the input of the decoder
     latents   [B, C, h, w], the space of the flow: (raw - shift) * scale, about unit variance
@@ -38,6 +39,7 @@ _PROBE_SIDE = 64  # large enough for factor 64; encoding one such image costs mi
 _COPIES = 6
 _PIXELS_OF_A_SLICE, _IMAGES_OF_A_SLICE = 1 << 20, 16
 _BYTES_OF_A_SLICE_ON_CPU = 1 << 30
+_COLOURS = 3
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as in diffusers' DiagonalGaussianDistribution
 
 
@@ -148,7 +150,7 @@ class Autoencoder:
     @cached_property
     def _probe(self) -> tuple[int, int, int]:
         """(factor, latent channels, moment channels), measured by encoding and decoding one gray image."""
-        pixels = torch.zeros(1, 3, _PROBE_SIDE, _PROBE_SIDE, device=self.device)
+        pixels = self._gray
         try:
             moments = self.encode(pixels)
             shape = list(moments.shape[1:])
@@ -158,15 +160,21 @@ class Autoencoder:
         except Exception as error:  # models of videos or sounds fail at any place inside
             shape, fits = str(error).strip().partition("\n")[0] or type(error).__name__, False
         if not fits:
+            images = f"[B, {self.pixel_channels}, {_PROBE_SIDE}, {_PROBE_SIDE}]"
             raise ArtifactError(
                 f"{self.reference} holds a model of the class {type(self.model).__name__}, which does not map images "
-                f"[B, 3, {_PROBE_SIDE}, {_PROBE_SIDE}] to one latent grid and back ({shape}); give one for images"
+                f"{images} to one latent grid and back ({shape}); give one for images"
             )
         return _PROBE_SIDE // shape[1], channels, shape[0]
 
     @cached_property
     def _is_variational(self) -> bool:
-        return hasattr(self._encoded(torch.zeros(1, 3, _PROBE_SIDE, _PROBE_SIDE, device=self.device)), "parameters")
+        return hasattr(self._encoded(self._gray), "parameters")
+
+    @property
+    def _gray(self) -> Tensor:
+        """One image of zeros."""
+        return torch.zeros(1, self.pixel_channels, _PROBE_SIDE, _PROBE_SIDE, device=self.device)
 
     @cached_property
     def _widest(self) -> int:
@@ -179,12 +187,17 @@ class Autoencoder:
 
         hooks = [module.register_forward_hook(note) for module in self.model.modules()]
         try:
-            moments = self.encode(torch.zeros(1, 3, _PROBE_SIDE, _PROBE_SIDE, device=self.device))
-            self.decode(moments[:, : self.num_channels])
+            self._decoded(self.encode(self._gray)[:, : self.num_channels])
         finally:
             for hook in hooks:
                 hook.remove()
         return max(sizes)
+
+    @property
+    def pixel_channels(self) -> int:
+        """Channels P of the images it was made for; 3 where its config does not say."""
+        said = self.model.config.get("in_channels")
+        return said if isinstance(said, int) and said > 0 else _COLOURS
 
     @property
     def factor(self) -> int:
@@ -238,6 +251,21 @@ class Autoencoder:
         """
         _ = self.normalisation
 
+    def require_channels(self, channels: int, where: str) -> None:
+        """Refuse images of another number of channels; gray ones are repeated, so they always fit.
+
+        Args:
+            where: the images, for the message.
+
+        Raises:
+            ConfigError: with the remedy.
+        """
+        if channels not in (1, self.pixel_channels):
+            raise ConfigError(
+                f"{where} has images of {channels} channels, but {self.reference} was made for {self.pixel_channels}; "
+                "train an autoencoder for them with latentflow train-autoencoder, or read them as gray"
+            )
+
     def latent_side(self, image_size: int) -> int:
         """Latent height and width of square images of side `image_size` pixels.
 
@@ -254,7 +282,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """pixels [B, 3, S, S] in [-1, 1] => moments [B, C or 2C, h, w], float32.
+        """pixels [B, P or 1, S, S] in [-1, 1] => moments [B, C or 2C, h, w], float32.
 
         Raises:
             ArtifactError: the autoencoder overflows in fp16.
@@ -262,27 +290,33 @@ class Autoencoder:
         return self._finite(torch.cat([self._moments(part) for part in self.slices(pixels)]))
 
     @torch.no_grad()
-    def decode(self, raw: Tensor) -> Tensor:
-        """raw latents [B, C, h, w] => pixels [B, 3, S, S] in [-1, 1], clamped, float32.
+    def decode(self, raw: Tensor, channels: int | None = None) -> Tensor:
+        """raw latents [B, C, h, w] => pixels [B, channels, S, S] in [-1, 1], clamped, float32.
+
+        Args:
+            channels: 1: gray, the mean of the P channels; None: all P.
 
         Raises:
             ArtifactError: the autoencoder overflows in fp16.
         """
-        return torch.cat([self._decoded(part) for part in self.slices(raw, latents=True)])
+        return torch.cat([self._decoded(part, channels) for part in self.slices(raw, latents=True)])
 
     @torch.no_grad()
-    def decode_to_uint8(self, raw: Tensor) -> Tensor:
-        """raw latents [B, C, h, w] => pixels [B, 3, S, S] uint8, rounded slice by slice: a quarter of the memory.
+    def decode_to_uint8(self, raw: Tensor, channels: int | None = None) -> Tensor:
+        """raw latents [B, C, h, w] => pixels [B, channels, S, S] uint8, rounded slice by slice to save memory.
+
+        Args:
+            channels: as of `decode`.
 
         Raises:
             ArtifactError: the autoencoder overflows in fp16.
         """
-        return torch.cat([to_uint8(self._decoded(part)) for part in self.slices(raw, latents=True)])
+        return torch.cat([to_uint8(self._decoded(part, channels)) for part in self.slices(raw, latents=True)])
 
     def reconstruct(self, pixels: Tensor) -> Tensor:
-        """Encode to the posterior's mode and decode: pixels [B, 3, S, S] uint8 => [B, 3, S, S] uint8, on the CPU."""
+        """Encode to the posterior's mode and decode: pixels [B, P or 1, S, S] uint8 => the same, on the CPU."""
         moments = self.encode(to_unit_range(pixels))
-        return self.decode_to_uint8(latent_mean(moments, self.num_channels)).cpu()
+        return self.decode_to_uint8(latent_mean(moments, self.num_channels), pixels.shape[1]).cpu()
 
     def slices(self, images: Tensor, *, latents: bool = False) -> tuple[Tensor, ...]:
         """Split images into parts to encode or decode at a time: `slice_of` images, or half, or a quarter ...
@@ -290,7 +324,7 @@ class Autoencoder:
         A part takes at most half of the free memory of a GPU, and 1 GiB on a CPU.
 
         Args:
-            images: pixels [B, 3, S, S]; with `latents`, latents or moments [B, ..., h, w].
+            images: pixels [B, P or 1, S, S]; with `latents`, latents or moments [B, ..., h, w].
         """
         if len(images) < 2:
             return (images,)
@@ -310,11 +344,12 @@ class Autoencoder:
         most = max(_PIXELS_OF_A_SLICE // image_size**2, 1)
         return min(most, _IMAGES_OF_A_SLICE) if self.device.type == "cpu" else most
 
-    def _decoded(self, raw: Tensor) -> Tensor:
+    def _decoded(self, raw: Tensor, channels: int | None = None) -> Tensor:
         with self.runtime.autocast():
             raw = raw.to(self.device).contiguous(memory_format=self._layout)
             decoded = self.model.decode(raw, return_dict=False)[0].float()
-        return self._finite(decoded).clamp(-1, 1)
+        pixels = self._finite(decoded).clamp(-1, 1)
+        return pixels.mean(1, keepdim=True) if channels == 1 and self.pixel_channels > 1 else pixels
 
     def _finite(self, values: Tensor) -> Tensor:
         """Refuse non-finite values in fp16, whose range some autoencoders exceed; other precisions are not checked."""
@@ -323,6 +358,8 @@ class Autoencoder:
         return values
 
     def _moments(self, pixels: Tensor) -> Tensor:
+        if pixels.shape[1] == 1:
+            pixels = pixels.expand(-1, self.pixel_channels, -1, -1)
         encoded = self._encoded(pixels.to(self.device))
         return (encoded.parameters if self._is_variational else encoded).float()
 

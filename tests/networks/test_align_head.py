@@ -5,8 +5,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from latentflow.flow.loss import align_loss
-from latentflow.networks.align_head import AlignedNetwork, AlignHead, add_align_head, sampled_part
+from latentflow.networks.align_head import AlignedNetwork, AlignHead, add_align_head
 from latentflow.networks.dit import DiT, DiTConfig
+from latentflow.networks.in_training import sampled_part
 from latentflow.networks.running import MEMORY_MODES, compile_blocks, set_memory
 from latentflow.shapes import Condition
 from tests import tiny

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from latentflow.analysis.latent_space import measure_latent_space
-from latentflow.artifacts import read_json
+from latentflow.artifacts import read_json, read_tensors
 from latentflow.autoencoder import Autoencoder, latent_mean, sample_latents, to_uint8, to_unit_range
 from latentflow.commands.train_autoencoder import train_autoencoder
 from latentflow.data.batches import Batch
 from latentflow.data.pictures.user_picture import psnr
 from latentflow.data.sources.images import open_images
 from latentflow.data.sources.synthetic import SyntheticShapes
-from latentflow.errors import ConfigError, DataError, NonFiniteError
+from latentflow.errors import ArtifactError, ConfigError, DataError, NonFiniteError
+from latentflow.metrics.features.judge_folder import Judge, JudgeRecord, load_judge
+from latentflow.networks.feature_network import FeatureNetwork, FeatureNetworkConfig
+from latentflow.networks.patch_discriminator import JudgedAutoencoder, PatchDiscriminator
 from latentflow.randomness import ImageRandom
 from latentflow.training import first_stage as training
 from latentflow.training.checkpoint import newest_checkpoint
@@ -41,6 +46,7 @@ SMALL = {
     "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2, "schedule": "cosine"},
     "training": {"steps": 6, "batch_size": 4, "log_every": 1, "checkpoint_every": 100, "ema_decay": 0.9},
 }
+SMALL_DISCRIMINATOR = {"width": 8, "levels": 2}
 STATE = ("network.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -67,6 +73,21 @@ def interrupt_at(step: int, monkeypatch, number: signal.Signals) -> None:
         return autoencoder_step(*args, **kwargs)
 
     monkeypatch.setattr(training, "autoencoder_step", compute)
+
+
+def write_judge(folder, seed: int = 0):
+    """An untrained judge, as `latentflow train-features` writes it."""
+    torch.manual_seed(seed)
+    config = FeatureNetworkConfig(side=16, widths=(8, 16))
+    known = {"data": "", "fingerprint": "", "num_images": 0, "image_size": 16, "class_names": [], "steps": 0}
+    record = JudgeRecord(**known, method="labels", network=config, accuracy=0.0, num_held_out=0, hash="")
+    Judge(FeatureNetwork(config), torch.zeros(config.dim), torch.ones(config.dim), None).save(folder, record)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    return write_judge(tmp_path_factory.mktemp("judges"))
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +144,27 @@ def test_the_equivariance_term_is_added_and_reaches_encoder_and_decoder():
     torch.testing.assert_close(step.loss, without.loss + 2 * step.equivariance)
     step.equivariance.mean().backward()
     assert all(network.get_submodule(side).conv_in.weight.grad.abs().max() > 0 for side in ("encoder", "decoder"))
+
+
+def test_the_terms_for_texture_are_added(judge):
+    weights = {"edge_weight": 0.25, "kl_weight": 0.125}
+    plain = recipe("unused", data={"crop": None}, loss=weights)
+    more = {"perceptual_weight": 2.0, "judge": str(judge), "adversarial_weight": 0.5, "adversarial_after": 1}
+    given = recipe("unused", data={"crop": None}, loss={**weights, **more}, discriminator=SMALL_DISCRIMINATOR)
+    network, batch = build_autoencoder(given.network, 16, seed=0), batch_of(4)
+    judged = JudgedAutoencoder(network, PatchDiscriminator(3, 8, 2))
+    opened = load_judge(judge)[1].network
+    options = {"recipe": given, "runtime": tiny.CPU, "judge": opened}
+    before = autoencoder_step(judged, batch, **options)
+    assert before.adversarial.tolist() == before.discriminator.tolist() == [0.0] * 4
+
+    second = replace(batch, positions=batch.positions + 4)  # step 2 of batches of 4
+    step = autoencoder_step(judged, second, **options)
+    without = autoencoder_step(network, second, recipe=plain, runtime=tiny.CPU)
+    assert without.perceptual is without.adversarial is without.discriminator is None
+    together = without.loss + 2 * step.perceptual + 0.5 * step.adversarial + step.discriminator
+    torch.testing.assert_close(step.loss, together)
+    assert (step.discriminator > 0).all()
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
@@ -284,6 +326,49 @@ def test_a_run_with_the_equivariance_term_resumes_exactly(tmp_path, monkeypatch)
     assert all(line["equivariance"] > 0 for line in lines)
 
 
+def test_a_run_with_texture_resumes_exactly_and_saves_the_autoencoder_alone(
+    tmp_path, monkeypatch, judge, uninterrupted
+):
+    weights = {"perceptual_weight": 1.0, "judge": str(judge), "adversarial_weight": 0.1, "adversarial_after": 2}
+
+    def given(name):
+        return recipe(tmp_path / name, loss=weights, discriminator=SMALL_DISCRIMINATOR)
+
+    train_autoencoder(given("whole"), runtime=tiny.CPU)
+    with monkeypatch.context() as patch:
+        interrupt_at(4, patch, signal.SIGTERM)
+        assert train_autoencoder(given("parts"), runtime=tiny.CPU).outcome.step == 4
+    assert train_autoencoder(given("parts"), runtime=tiny.CPU).outcome.finished
+    for file in STATE:
+        ours, theirs = (newest_checkpoint(tmp_path / name) / file for name in ("whole", "parts"))
+        assert ours.read_bytes() == theirs.read_bytes(), file
+    lines = read_metrics(tmp_path / "parts")
+    assert [line["discriminator"] > 0 for line in lines] == [False, False, True, True, True, True]
+    assert all(line["perceptual"] > 0 for line in lines)
+
+    def names(run):
+        return read_tensors(run / "autoencoder" / "diffusion_pytorch_model.safetensors").keys()
+
+    assert names(tmp_path / "whole") == names(uninterrupted)
+    assert any(
+        name.startswith("discriminator.") for name in read_tensors(newest_checkpoint(tmp_path / "whole") / STATE[0])
+    )
+    with pytest.raises(
+        ConfigError, match=r"loss.adversarial_weight cannot change: the discriminator has learned with it"
+    ):
+        train_autoencoder(recipe(tmp_path / "whole", discriminator=SMALL_DISCRIMINATOR), runtime=tiny.CPU)
+
+
+def test_a_run_goes_on_with_its_judge_alone(tmp_path, judge):
+    given = recipe(tmp_path / "run", loss={"perceptual_weight": 1.0, "judge": str(judge)}, training={"steps": 1})
+    train_autoencoder(given, runtime=tiny.CPU)
+    other = {"perceptual_weight": 1.0, "judge": str(write_judge(tmp_path / "other", seed=1))}
+    with pytest.raises(ConfigError, match=r"trained with another judge than .*other"):
+        train_autoencoder(recipe(tmp_path / "run", loss=other), runtime=tiny.CPU)
+    moved = {"perceptual_weight": 1.0, "judge": str(shutil.copytree(judge, tmp_path / "moved"))}
+    assert train_autoencoder(recipe(tmp_path / "run", loss=moved), runtime=tiny.CPU).outcome.finished
+
+
 def test_the_equivariance_term_is_logged_only_where_it_is_used(uninterrupted):
     assert "equivariance" not in read_metrics(uninterrupted)[0]
 
@@ -325,6 +410,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         ({"data": {"image_size": 17}}, ConfigError, "image_size = 17 is not a multiple of 2.*use 16 or 18"),
         ({"data": {"crop": 9}}, ConfigError, "crop = 9 is not a multiple of 2"),
         ({"data": {"crop": 32}}, ConfigError, "crop = 32 is larger than data.image_size = 16"),
+        ({"loss": {"adversarial_weight": 1}, "discriminator": {"levels": 4}}, ConfigError, "crops of 16 .* not of 8"),
+        ({"loss": {"perceptual_weight": 1, "judge": "nowhere"}}, ArtifactError, "nowhere/judge.json"),
     ],
 )
 def test_bad_settings_write_nothing(tmp_path, given, error, message):
@@ -348,6 +435,8 @@ def test_an_unknown_key_names_the_nearest():
         load_autoencoder_recipe("shapes", ["loss.kl_wieght=1"])
     with pytest.raises(ConfigError, match=r"loss.equivariance_weight = -1.*greater than or equal to 0"):
         load_autoencoder_recipe("shapes", ["loss.equivariance_weight=-1"])
+    with pytest.raises(ConfigError, match=r"perceptual_weight = 1 needs loss.judge=FOLDER"):
+        load_autoencoder_recipe("shapes", ["loss.perceptual_weight=1"])
     with pytest.raises(ConfigError, match="did you mean 'shapes'"):
         load_autoencoder_recipe("shape")
     with pytest.raises(ConfigError, match="norm_groups = 3 does not divide the width 16"):

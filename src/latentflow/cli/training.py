@@ -73,14 +73,14 @@ def train_autoencoder(
     print_recipe: PrintRecipe = False,
 ) -> None:
     """Train an autoencoder on one device. Repeat the command to resume exactly where it was stopped."""
+    from latentflow.commands.train_autoencoder import prepare_autoencoder
     from latentflow.commands.train_autoencoder import train_autoencoder as run
     from latentflow.training.first_stage import load_autoencoder_recipe
-    from latentflow.training.first_stage_run import prepare_first_stage
 
     given, runtime = _resolved(load_autoencoder_recipe, recipe, overrides, "_autoencoder"), runtime_for(device)
     on_prepared, changes = teller(print_recipe), allow_change or ()
     if dry_run:
-        _checked(on_prepared, prepare_first_stage(given, runtime, allow_change=changes))
+        _checked(on_prepared, prepare_autoencoder(given, runtime, allow_change=changes))
         return
     result = run(given, allow_change=changes, on_prepared=on_prepared, runtime=runtime)
     _report_end(result)
@@ -88,6 +88,7 @@ def train_autoencoder(
     rows = {
         "autoencoder": str(result.run / "autoencoder"),
         "reconstruction": f"{found.psnr:.2f} dB PSNR on {found.num_held_out} held-out images",
+        "by channel": " ".join(f"{value:.2f}" for value in found.channel_psnr) + " dB",
         "latents": f"{found.num_channels} channels, factor {found.factor}, posterior std {found.posterior_std:.3f}",
         "parameters": f"{found.num_parameters:,} in {found.num_bytes / 1e6:.2f} MB",
         "pictures": str(result.run / "reconstructions.png"),

@@ -6,11 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from latentflow.data.pictures.shown import as_colours
 from latentflow.locks import writes
+from latentflow.metrics.features.judge_folder import load_judge
 from latentflow.runtime import Runtime, open_runtime
 from latentflow.sampling.contact_sheet import save_grid
 from latentflow.training.first_stage import AutoencoderRecipe, train_first_stage
-from latentflow.training.first_stage_run import AutoencoderReport, PreparedFirstStage, finish, prepare_first_stage
+from latentflow.training.first_stage_run import (
+    AutoencoderReport,
+    OpenedJudge,
+    PreparedFirstStage,
+    finish,
+    prepare_first_stage,
+)
 from latentflow.training.interruption import Outcome
 
 _PICTURED = 8
@@ -31,6 +39,17 @@ class AutoencoderResult:
     outcome: Outcome
     broken: list[str]
     report: AutoencoderReport | None
+
+
+def prepare_autoencoder(
+    recipe: AutoencoderRecipe, runtime: Runtime, *, allow_change: Sequence[str] = ()
+) -> PreparedFirstStage:
+    """Check a recipe, the judge and the data that it names; nothing is written. See `prepare_first_stage`."""
+    judge = None
+    if recipe.loss.perceptual_weight:
+        record, opened = load_judge(recipe.loss.judge)
+        judge = OpenedJudge(opened.network, record.hash)
+    return prepare_first_stage(recipe, runtime, judge=judge, allow_change=allow_change)
 
 
 @writes(lambda given: given["recipe"].out)
@@ -56,14 +75,15 @@ def train_autoencoder(
         ConfigError, DataError, ArtifactError: before anything is written.
         NonFiniteError: during training.
     """
-    prepared = prepare_first_stage(recipe, runtime or open_runtime(alone=True), allow_change=allow_change)
+    prepared = prepare_autoencoder(recipe, runtime or open_runtime(alone=True), allow_change=allow_change)
     on_prepared(prepared)
     prepared.begin()
     recipe, run = prepared.recipe, prepared.run
-    outcome = train_first_stage(recipe, prepared.network, prepared.images, run, prepared.runtime)
+    judge = prepared.judge and prepared.judge.network
+    outcome = train_first_stage(recipe, prepared.network, prepared.images, run, prepared.runtime, judge)
     report = None
     if outcome.finished:
         report, pictures = finish(prepared, outcome.step)
         shown = pictures[:, :_PICTURED]
-        save_grid(run / "reconstructions.png", shown.flatten(0, 1), columns=shown.shape[1])
+        save_grid(run / "reconstructions.png", as_colours(shown.flatten(0, 1)), columns=shown.shape[1])
     return AutoencoderResult(run, outcome, prepared.broken, report)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentflow.networks.dit import DiT
+from latentflow.networks.in_training import InTraining
 from latentflow.networks.lean import linear_of
 from latentflow.shapes import Condition
 
@@ -43,7 +44,7 @@ class AlignHead(nn.Module):
         return x
 
 
-class AlignedNetwork(nn.Module):
+class AlignedNetwork(InTraining):
     """A transformer in training, with the head on the tokens after one of its blocks.
 
     Args:
@@ -63,11 +64,6 @@ class AlignedNetwork(nn.Module):
         velocity, tokens = self.network.with_tokens(latents, time, condition, self.block)
         patches = self.network.run_once(self.head, tokens)
         return velocity, self.network.as_latents(patches, latents)
-
-
-def sampled_part(network: nn.Module) -> nn.Module:
-    """What of a network in training belongs to the model: all but an `AlignHead`."""
-    return network.network if isinstance(network, AlignedNetwork) else network
 
 
 def add_align_head(network: DiT, block: int, seed: int) -> AlignedNetwork:

@@ -5,6 +5,7 @@ Legend: B images, H and W height and width of the images in pixels, S side that 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 import torch
@@ -83,13 +84,16 @@ class FeatureNetwork(nn.Module):
             x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
         return (x / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
-    def levels(self, pixels: Tensor) -> list[Tensor]:
-        """Prepared pixels [B, 3, S, S] => for each level the mean over space of its channels, [B, width] float32."""
-        x, means = pixels, []
+    def maps(self, pixels: Tensor) -> Iterator[Tensor]:
+        """Pixels [B, 3, H, W] in [-1, 1] => the features of each level at their places, [B, width, h, w] >= 0."""
+        x = pixels
         for down, block, norm in zip(self.down, self.blocks, self.norms, strict=True):
             x = block(down(x))
-            means.append(F.relu(norm(x)).float().mean((2, 3)))
-        return means
+            yield F.relu(norm(x))
+
+    def levels(self, pixels: Tensor) -> list[Tensor]:
+        """Prepared pixels [B, 3, S, S] => for each level the mean over space of its channels, [B, width] float32."""
+        return [features.float().mean((2, 3)) for features in self.maps(pixels)]
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 images [B, 3, H, W] of any size => features [B, D] float32."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from latentflow.data.cache.resident import stays_resident
 from latentflow.model.config import AUTOENCODER_FOLDER
-from latentflow.networks.align_head import sampled_part
+from latentflow.networks.in_training import sampled_part
 from latentflow.networks.running import MEMORY_MODES
 from latentflow.planning.machine import Machine
 from latentflow.planning.planned_run import PlannedRun

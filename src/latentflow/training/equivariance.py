@@ -3,7 +3,7 @@
 Flows learn such latents faster, because they have less of the fine structure that only the decoder can read
 (EQ-VAE, arXiv 2502.09509, section 3).
 
-Legend: B images, S side of the training crops, C latent channels, h = w = S / factor.
+Legend: B images, P channels of the pixels, S side of the training crops, C latent channels, h = w = S / factor.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def equivariance_loss(
     with the same chance. On average the second decoding costs 0.47 times the first.
 
     Args:
-        decode: D: raw latents [b, C, k, k] => pixels [b, 3, k factor, k factor].
+        decode: D: raw latents [b, C, k, k] => pixels [b, P, k factor, k factor].
         latents: z [B, C, h, h].
-        pixels: x [B, 3, S, S] in [-1, 1].
+        pixels: x [B, P, S, S] in [-1, 1].
         random: on the CPU; decides tau of each image.
     """
     side = latents.shape[-1]

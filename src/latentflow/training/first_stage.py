@@ -4,12 +4,13 @@ With x the pixels, q(z|x) = N(mean, variance) the encoder's posterior, z drawn f
 
     loss = |x' - x| + edge_weight * |grad x' - grad x| + kl_weight * KL(q(z|x) || N(0, 1))
            + equivariance_weight * |D(tau z) - tau x|
+           + perceptual_weight * distance of features(x', x) + adversarial_weight * -verdict(x')
 
-each term a mean over its elements; D is the decoder, and tau turns and shrinks (see `training.equivariance`). There is
-no perceptual and no adversarial loss: this is for small first stages of simple images, trained in minutes on one
-device.
+each term a mean over its elements; D is the decoder, and tau turns and shrinks (see `training.equivariance`). The
+last two lines are off unless asked for; see `training.texture` for the last one. The discriminator learns in the same
+steps, from a loss that only reaches its own weights.
 
-Legend: B images, S side of the training crops, C latent channels, h = w = S / factor.
+Legend: B images, P channels of the pixels, S side of the training crops, C latent channels, h = w = S / factor.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentflow.autoencoder import sample_latents, to_unit_range
 from latentflow.data.batches import Batch, TrainingImages
 from latentflow.errors import ConfigError
+from latentflow.networks.feature_network import FeatureNetwork
+from latentflow.networks.in_training import sampled_part
+from latentflow.networks.patch_discriminator import JudgedAutoencoder, PatchDiscriminator
 from latentflow.randomness import ImageRandom, derive_seed
 from latentflow.records import Record
 from latentflow.runtime import Runtime
@@ -40,6 +44,7 @@ from latentflow.training.loop import Job, MicroBatches, run_loop
 from latentflow.training.memory import require_memory
 from latentflow.training.optim import OptimizerConfig
 from latentflow.training.settings import load_settings
+from latentflow.training.texture import adversarial_losses, perceptual_loss
 from latentflow.weights import without_memory
 
 if TYPE_CHECKING:
@@ -113,6 +118,38 @@ class AutoencoderLoss(Record):
         description="Weight of the absolute error of turned and shrunken latents, decoded, against the turned and "
         "shrunken images (EQ-VAE): latents that a flow learns faster, for 1.4 times the training time; 0: off.",
     )
+    perceptual_weight: float = Field(
+        0.0, ge=0, le=1e6, description="Weight of the distance between features of the judge in `judge`; 0: off."
+    )
+    judge: str = Field("", description="The folder of a judge, by `latentflow train-features` on your images.")
+    adversarial_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Weight of the verdict of a discriminator of patches: sharper texture, less PSNR; 0: off.",
+    )
+    adversarial_after: int = Field(
+        0, ge=0, le=MOST_STEPS, description="Steps before the discriminator begins to learn and to judge."
+    )
+
+    @model_validator(mode="after")
+    def _perception_has_its_judge(self) -> AutoencoderLoss:
+        if self.perceptual_weight and not self.judge:
+            raise ValueError(
+                f"perceptual_weight = {self.perceptual_weight:g} needs loss.judge=FOLDER, by latentflow train-features"
+            )
+        return self
+
+
+class DiscriminatorConfig(Record):
+    """The discriminator of `loss.adversarial_weight`."""
+
+    width: int = Field(
+        32, ge=8, le=2048, multiple_of=8, description="Channels of the first level; each next has twice."
+    )
+    levels: int = Field(
+        3, ge=1, le=6, description="Each has half the side; with 3, a verdict is on a patch of 38 pixels."
+    )
 
 
 class AutoencoderTraining(Record):
@@ -142,6 +179,7 @@ class AutoencoderRecipe(Record):
     data: AutoencoderData = AutoencoderData()
     network: AutoencoderNetwork = AutoencoderNetwork()
     loss: AutoencoderLoss = AutoencoderLoss()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=1e-3, betas=(0.9, 0.99), warmup_steps=100, schedule="cosine"
     )
@@ -172,6 +210,12 @@ class AutoencoderRecipe(Record):
                     f"data.{key} = {value} is not a multiple of {factor}, the reduction factor of "
                     f"{len(self.network.channels)} levels; use {fitting}"
                 )
+        seen, least = crop or size, 2**self.discriminator.levels
+        if self.loss.adversarial_weight and seen < least:
+            raise ConfigError(
+                f"discriminator.levels = {self.discriminator.levels} needs images or crops of {least} pixels, not of "
+                f"{seen}; use fewer levels"
+            )
         if crop and crop > size:
             raise ConfigError(f"data.crop = {crop} is larger than data.image_size = {size}; use null for whole images")
 
@@ -182,6 +226,7 @@ CHANGES = ChangeRules(
         "out",
         "data.path",
         "data.num_workers",
+        "loss.judge",
         "training.steps",
         "training.log_every",
         "training.checkpoint_every",
@@ -190,6 +235,8 @@ CHANGES = ChangeRules(
     ),
     fixed={
         "network": "its weights would not fit",
+        "discriminator": "its weights would not fit",
+        "loss.adversarial_weight": "the discriminator has learned with it",
         "data.image_size": "the held-out images would be others",
         "data.held_out": "images that were held out would be trained on",
         "training.seed": "images that were held out would be trained on",
@@ -207,8 +254,8 @@ def load_autoencoder_recipe(name_or_file: str | Path, overrides: Sequence[str] =
     return load_settings(AutoencoderRecipe, find_recipe(name_or_file, AUTOENCODER_RECIPES), overrides)
 
 
-def build_autoencoder(config: AutoencoderNetwork, image_size: int, seed: int) -> AutoencoderKL:
-    """A fresh AutoencoderKL in training mode, its weights drawn from `seed`.
+def build_autoencoder(config: AutoencoderNetwork, image_size: int, seed: int, channels: int = 3) -> AutoencoderKL:
+    """A fresh AutoencoderKL in training mode for images of so many channels P, its weights drawn from `seed`.
 
     Residual branches start at zero, so that colours pass straight through from the first step on (Fixup, Zhang et al.,
     arXiv 1901.09321); this helps short runs.
@@ -219,6 +266,8 @@ def build_autoencoder(config: AutoencoderNetwork, image_size: int, seed: int) ->
     num_levels = len(config.channels)
     torch.manual_seed(derive_seed(seed, "weights"))
     network = AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * num_levels,
         up_block_types=("UpDecoderBlock2D",) * num_levels,
         block_out_channels=tuple(config.channels),
@@ -239,15 +288,18 @@ def build_autoencoder(config: AutoencoderNetwork, image_size: int, seed: int) ->
     return network.train()
 
 
-def require_autoencoder_memory(recipe: AutoencoderRecipe, free: int | None) -> None:
+def require_autoencoder_memory(recipe: AutoencoderRecipe, free: int | None, channels: int = 3) -> None:
     """Refuse an autoencoder or a batch that does not fit into `free` bytes of memory, before it is built.
+
+    Args:
+        channels: of the pixels.
 
     Raises:
         ConfigError: with the estimate and what would fit.
     """
     config, side = recipe.network, recipe.data.crop or recipe.data.image_size
     with without_memory():
-        network = build_autoencoder(config, side, recipe.training.seed)
+        network = _with_discriminator(build_autoencoder(config, side, recipe.training.seed, channels), recipe)
     volume = sum(width * (side >> level) ** 2 for level, width in enumerate(config.channels))
     require_memory(
         f"an autoencoder of {len(config.channels)} levels",
@@ -275,7 +327,10 @@ class AutoencoderStep:
         edges: mean absolute error of differences between neighbouring pixels.
         kl: KL divergence of the posterior from N(0, 1) in nats per latent value.
         posterior_std: mean standard deviation of the posterior.
-        equivariance: mean absolute error of turned and shrunken latents, decoded; None: not part of the loss.
+        equivariance: mean absolute error of turned and shrunken latents, decoded; None: not part of the loss, as below.
+        perceptual: distance of the judge's features, 0 to 2.
+        adversarial: minus the mean verdict on the patches of the reconstruction.
+        discriminator: the loss of the discriminator, which is part of `loss`.
     """
 
     loss: Tensor
@@ -284,34 +339,56 @@ class AutoencoderStep:
     kl: Tensor
     posterior_std: Tensor
     equivariance: Tensor | None = None
+    perceptual: Tensor | None = None
+    adversarial: Tensor | None = None
+    discriminator: Tensor | None = None
 
 
 def autoencoder_step(
-    network: AutoencoderKL, batch: Batch, *, recipe: AutoencoderRecipe, runtime: Runtime
+    network: nn.Module,
+    batch: Batch,
+    *,
+    recipe: AutoencoderRecipe,
+    runtime: Runtime,
+    judge: FeatureNetwork | None = None,
 ) -> AutoencoderStep:
-    """Encode, sample from the posterior, decode, compare."""
-    seed, device = recipe.training.seed, runtime.device
+    """Encode, sample from the posterior, decode, compare.
+
+    Args:
+        network: an AutoencoderKL, or a `JudgedAutoencoder` with one.
+        judge: whose features are compared; needed with `loss.perceptual_weight`.
+    """
+    seed, device, weights = recipe.training.seed, runtime.device, recipe.loss
+    coder: AutoencoderKL = sampled_part(network)
     pixels = to_unit_range(_random_crops(batch, recipe.data.crop, seed).to(device, non_blocking=True))
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     with runtime.autocast():
-        moments = network.encode(pixels).latent_dist.parameters.float()
+        moments = coder.encode(pixels).latent_dist.parameters.float()
         latents = sample_latents(
             moments, recipe.network.latent_channels, ImageRandom.at(seed, "posterior", batch.positions, device)
         )
-        decoded = network.decode(latents).sample.float()
+        decoded = coder.decode(latents).sample.float()
     reconstruction = image_mean((decoded - pixels).abs())
     edges = sum(image_mean((ours - theirs).abs()) for ours, theirs in zip(_edges(decoded), _edges(pixels), strict=True))
     mean, log_variance = moments.chunk(2, dim=1)
     kl = image_mean(0.5 * (mean**2 + log_variance.exp() - 1 - log_variance))  # KL(N(mean, variance) || N(0, 1))
-    loss = reconstruction + recipe.loss.edge_weight * edges + recipe.loss.kl_weight * kl
-    equivariance = None
-    if recipe.loss.equivariance_weight:
-        random = ImageRandom.at(seed, "equivariance", batch.positions)
-        with runtime.autocast():
-            equivariance = equivariance_loss(lambda z: network.decode(z).sample, latents, pixels, random)
-        loss = loss + recipe.loss.equivariance_weight * equivariance
+    loss = reconstruction + weights.edge_weight * edges + weights.kl_weight * kl
+    more: dict[str, Tensor] = {}
+    with runtime.autocast():
+        if weights.equivariance_weight:
+            random = ImageRandom.at(seed, "equivariance", batch.positions)
+            more["equivariance"] = equivariance_loss(lambda z: coder.decode(z).sample, latents, pixels, random)
+            loss = loss + weights.equivariance_weight * more["equivariance"]
+        if weights.perceptual_weight and judge is not None:
+            more["perceptual"] = perceptual_loss(judge, decoded, pixels)
+            loss = loss + weights.perceptual_weight * more["perceptual"]
+        if isinstance(network, JudgedAutoencoder):
+            begins = int(batch.positions[0]) >= weights.adversarial_after * recipe.training.batch_size
+            deceived, learned = adversarial_losses(network.discriminator, decoded, pixels, begins)
+            more |= {"adversarial": deceived, "discriminator": learned}
+            loss = loss + weights.adversarial_weight * deceived + learned
     posterior_std = image_mean((0.5 * log_variance).exp())
-    return AutoencoderStep(loss, reconstruction, edges, kl, posterior_std, equivariance)
+    return AutoencoderStep(loss, reconstruction, edges, kl, posterior_std, **more)
 
 
 def train_first_stage(
@@ -320,18 +397,22 @@ def train_first_stage(
     images: TrainingImages,
     run: Path,
     runtime: Runtime,
+    judge: FeatureNetwork | None = None,
 ) -> Outcome:
     """Train `network` until the recipe's last step, or until SIGTERM or Ctrl-C; see `run_loop`.
 
     In the end the network has its average weights.
 
+    Args:
+        judge: see `autoencoder_step`.
+
     Raises:
         NonFiniteError: a gradient was not finite; the checkpoints are from before that step.
     """
-    config = recipe.training
+    config, judge = recipe.training, judge and judge.eval().requires_grad_(False).to(runtime.device)
     job = Job(
-        network=network.to(runtime.device),
-        compare=partial(autoencoder_step, recipe=recipe, runtime=runtime),
+        network=_with_discriminator(network, recipe).to(runtime.device),
+        compare=partial(autoencoder_step, recipe=recipe, runtime=runtime, judge=judge),
         meter=partial(MeanTerms, terms_of(recipe.loss)),
         images=images,
         run=run,
@@ -347,8 +428,17 @@ def train_first_stage(
     return outcome
 
 
+def _with_discriminator(network: AutoencoderKL, recipe: AutoencoderRecipe) -> nn.Module:
+    """The autoencoder, with a fresh discriminator where the loss has one."""
+    if not recipe.loss.adversarial_weight:
+        return network
+    torch.manual_seed(derive_seed(recipe.training.seed, "discriminator"))
+    config = recipe.discriminator
+    return JudgedAutoencoder(network, PatchDiscriminator(network.config.in_channels, config.width, config.levels))
+
+
 def _random_crops(batch: Batch, side: int | None, seed: int) -> Tensor:
-    """A random square of `side` pixels of each image: pixels [B, 3, S, S] uint8."""
+    """A random square of `side` pixels of each image: pixels [B, P, S, S] uint8."""
     assert batch.pixels is not None
     if side is None:
         return batch.pixels
@@ -366,8 +456,13 @@ def _edges(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 def terms_of(weights: AutoencoderLoss) -> list[str]:
     """The terms of the loss by their names in `AutoencoderStep`, without one that is off."""
-    names = [field.name for field in fields(AutoencoderStep)]
-    return [name for name in names if name != "equivariance" or weights.equivariance_weight]
+    of_weights = {
+        "equivariance": weights.equivariance_weight,
+        "perceptual": weights.perceptual_weight,
+        "adversarial": weights.adversarial_weight,
+        "discriminator": weights.adversarial_weight,
+    }
+    return [field.name for field in fields(AutoencoderStep) if of_weights.get(field.name, True)]
 
 
 class MeanTerms:

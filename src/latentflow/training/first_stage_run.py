@@ -23,6 +23,7 @@ from latentflow.data.sources.images import open_images
 from latentflow.data.sources.readable import readable
 from latentflow.errors import ConfigError, DataError
 from latentflow.model.config import AUTOENCODER_FOLDER
+from latentflow.networks.feature_network import FeatureNetwork
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
 from latentflow.training.changes import as_begun, check_changes
@@ -45,22 +46,35 @@ _SLICE = 16  # images measured at a time
 
 
 @dataclass(frozen=True)
+class OpenedJudge:
+    """The network of a judge, and the hash of its weights."""
+
+    network: FeatureNetwork
+    hash: str
+
+
+@dataclass(frozen=True)
 class PreparedFirstStage(PreparedRun):
     """A checked run of an autoencoder.
 
     Attributes:
         network: with fresh weights.
+        judge: compares features; None: the loss has no such term.
         held_out: indices in the source of the images that reconstruction is measured on.
     """
 
     recipe: AutoencoderRecipe
     network: AutoencoderKL
     held_out: list[int]
+    judge: OpenedJudge | None = None
 
     def begin(self) -> None:
         super().begin()
         source = self.images.source
-        write_json(self.run / _IMAGES_FILE, {"data": source.description, "fingerprint": source.fingerprint()})
+        learned_from = {"data": source.description, "fingerprint": source.fingerprint()}
+        if self.judge:
+            learned_from["judge"] = self.judge.hash
+        write_json(self.run / _IMAGES_FILE, learned_from)
 
     def describe(self) -> dict[str, str]:
         """The run in about ten lines."""
@@ -71,17 +85,29 @@ class PreparedFirstStage(PreparedRun):
             "data": f"{len(self.images):,} images of {data.image_size} x {data.image_size}{crops}: {data.path}",
             "held out": f"{len(self.held_out)} images",
             "network": f"{len(network.channels)} levels of {network.channels} channels, {parameters:,} parameters",
+            **({"discriminator": self._discriminator()} if self.recipe.loss.adversarial_weight else {}),
+            **({"judge": f"{self.recipe.loss.judge} ({self.judge.hash[:12]})"} if self.judge else {}),
             "latents": f"{network.latent_channels} channels, factor {network.factor}",
             **self.rows(),
         }
 
+    def _discriminator(self) -> str:
+        config, begins = self.recipe.discriminator, self.recipe.loss.adversarial_after
+        after = f", after {begins:,} steps" if begins else ""
+        return f"{config.levels} levels, {config.width} channels in the first{after}"
+
 
 def prepare_first_stage(
-    recipe: AutoencoderRecipe, runtime: Runtime, *, allow_change: Sequence[str] = ()
+    recipe: AutoencoderRecipe,
+    runtime: Runtime,
+    *,
+    judge: OpenedJudge | None = None,
+    allow_change: Sequence[str] = (),
 ) -> PreparedFirstStage:
     """Check a recipe and the data it names; nothing is written.
 
     Args:
+        judge: that of the recipe's loss.
         allow_change: keys of the recipe that may differ from the run's although they change what is computed.
 
     Raises:
@@ -94,10 +120,13 @@ def prepare_first_stage(
     recipe = as_begun(recipe, run)
     changes = check_changes(run, recipe, CHANGES, allow_change)
     runtime = runtime.with_precision(recipe.training.precision)
-    require_autoencoder_memory(recipe, free_memory(runtime.device))
     source = open_images(recipe.data.path, recipe.data.image_size)
     _require_same_images(run, source)
+    if judge:
+        _require_same_judge(run, judge, recipe.loss.judge)
     usable, unreadable = readable(source)
+    channels = source[usable[0]].pixels.shape[2] if usable else 3
+    require_autoencoder_memory(recipe, free_memory(runtime.device), channels)
     kept, held_out = split(usable, recipe.data.held_out, recipe.training.seed)
     return PreparedFirstStage(
         recipe=recipe,
@@ -105,8 +134,9 @@ def prepare_first_stage(
         images=TrainingImages(source, seed=recipe.training.seed, flip=recipe.data.flip, kept=kept),
         broken=[error.name for error in unreadable],
         changes=changes,
-        network=build_autoencoder(recipe.network, recipe.data.image_size, recipe.training.seed),
+        network=build_autoencoder(recipe.network, recipe.data.image_size, recipe.training.seed, channels),
         held_out=held_out,
+        judge=judge,
     )
 
 
@@ -118,6 +148,13 @@ def _require_same_images(run: Path, source: ImageSource) -> None:
             f"{run} was trained on other images ({before['data']}) than data.path holds now ({source.description}); "
             "restore them or choose another out"
         )
+
+
+def _require_same_judge(run: Path, judge: OpenedJudge, folder: str) -> None:
+    """A judge may have moved since the run began; its weights must be the same."""
+    file = run / _IMAGES_FILE
+    if file.exists() and read_json(file).get("judge", judge.hash) != judge.hash:
+        raise ConfigError(f"{run} was trained with another judge than {folder}; restore it or choose another out")
 
 
 def split(usable: Sequence[int], share: float, seed: int, most: int = _MOST_HELD_OUT) -> tuple[list[int], list[int]]:
@@ -140,6 +177,7 @@ class AutoencoderReport:
 
     Attributes:
         psnr: peak signal-to-noise ratio in dB of 8-bit reconstructions, the mean over the held-out images.
+        channel_psnr: the same of each channel of the pixels by itself.
         num_held_out: how many those are.
         factor: image side divided by latent side.
         num_channels: latent channels.
@@ -153,6 +191,7 @@ class AutoencoderReport:
     """
 
     psnr: float
+    channel_psnr: list[float]
     num_held_out: int
     factor: int
     num_channels: int
@@ -173,7 +212,7 @@ def finish(prepared: PreparedFirstStage, num_steps: int) -> tuple[AutoencoderRep
     Writes `autoencoder/` and `metrics/report.json`.
 
     Returns:
-        the report, and pictures [2, N, 3, S, S] uint8: the held-out images, and their reconstructions.
+        the report, and pictures [2, N, P, S, S] uint8: the held-out images, and their reconstructions.
     """
     network, recipe, run = prepared.network, prepared.recipe, prepared.run
     source, kept = prepared.images.source, prepared.images.kept.tolist()
@@ -187,13 +226,17 @@ def finish(prepared: PreparedFirstStage, num_steps: int) -> tuple[AutoencoderRep
         torch.nn.Module.to(network, dtype).save_pretrained(temporary, safe_serialization=True)
     torch.nn.Module.float(network)
 
-    decibels, pictures = [], []
+    decibels, by_channel, pictures = [], [], []
     for pixels in _pixels(source, prepared.held_out):
         rebuilt = autoencoder.reconstruct(pixels)
         decibels += psnr(pixels, rebuilt).tolist()
+        by_channel.append(
+            torch.stack([psnr(*pair) for pair in zip(pixels.split(1, 1), rebuilt.split(1, 1), strict=True)], 1)
+        )
         pictures.append(torch.stack([pixels, rebuilt]))
     report = AutoencoderReport(
         psnr=sum(decibels) / len(decibels),
+        channel_psnr=torch.cat(by_channel).mean(0).tolist(),
         num_held_out=len(prepared.held_out),
         factor=autoencoder.factor,
         num_channels=autoencoder.num_channels,
@@ -230,7 +273,7 @@ def _set_scaling(autoencoder: Autoencoder, source: ImageSource, indices: Sequenc
 
 
 def _pixels(source: ImageSource, indices: Sequence[int]) -> Iterator[Tensor]:
-    """Images in slices of [B, 3, S, S] uint8."""
+    """Images in slices of [B, P, S, S] uint8."""
     for start in range(0, len(indices), _SLICE):
         pixels = np.stack([source[index].pixels for index in indices[start : start + _SLICE]])
         yield torch.from_numpy(pixels).permute(0, 3, 1, 2)

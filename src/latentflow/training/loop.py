@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from latentflow.data.batches import Batch, StreamPositions, TrainingImages, stream_batches
 from latentflow.data.prefetch import lost_workers
 from latentflow.errors import ConfigError
-from latentflow.networks.align_head import sampled_part
 from latentflow.networks.graphs import cuda_graph
+from latentflow.networks.in_training import sampled_part
 from latentflow.networks.running import compile_blocks
 from latentflow.runtime import Runtime
 from latentflow.training.captured_step import CapturedPasses
