@@ -10,7 +10,15 @@ from torch._dynamo.utils import counters
 
 from latentflow.errors import ConfigError
 from latentflow.networks.dit import DiT, DiTConfig
-from latentflow.networks.running import MEMORY_MODES, compile_blocks, run_block, set_memory, uncompiled
+from latentflow.networks.running import (
+    MEMORY_MODES,
+    borrowed_weights,
+    compile_blocks,
+    is_compiled,
+    run_block,
+    set_memory,
+    uncompiled,
+)
 from latentflow.networks.unet import UNet, UNetConfig
 from latentflow.networks.velocity_network import NoisePrediction, NoisePredictor
 from latentflow.shapes import Condition
@@ -184,3 +192,12 @@ def test_compilation_is_no_part_of_the_weights(graphs):
     compile_blocks(made, backend="aot_eager")
     gradients(made)
     assert list(made.state_dict()) == keys
+
+
+def test_with_borrowed_weights_compiled_blocks_are_not_called(kl):
+    """Batches of another size would be compiled again; training continues with what was compiled."""
+    network = tiny.model(kl).network
+    compile_blocks(network, backend="eager")
+    with borrowed_weights(network, network.state_dict()):
+        assert not is_compiled(network)
+    assert is_compiled(network)

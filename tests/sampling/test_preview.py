@@ -17,12 +17,11 @@ from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.semantic_maps import UNLABELLED_COLOUR
 from latentflow.data.sources.images import open_images
 from latentflow.errors import NonFiniteError
-from latentflow.networks.running import compile_blocks, is_compiled
 from latentflow.runtime import Runtime
 from latentflow.sampling import preview as preview_module
 from latentflow.sampling.drawing import Drawing, check_drawing
 from latentflow.sampling.pipeline import Given, draw, draw_all
-from latentflow.sampling.preview import drawing_with, map_pictures, preview_drawing, save_preview
+from latentflow.sampling.preview import map_pictures, preview_drawing, save_preview
 from tests import tiny
 
 COLUMNS, GAP = 8, 2
@@ -206,15 +205,6 @@ def test_the_weights_come_back_to_the_bit(kl, images, tmp_path, fails, monkeypat
     assert model.network.training
     assert not model.network.final_norm.training
     assert all(parameter.requires_grad for parameter in model.network.parameters())
-
-
-def test_compiled_blocks_are_not_called(kl):
-    """Batches of another size would be compiled again; training continues with what was compiled."""
-    network = tiny.model(kl).network
-    compile_blocks(network, backend="eager")
-    with drawing_with(network, network.state_dict()):
-        assert not is_compiled(network)
-    assert is_compiled(network)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from latentflow.console import notice
 from latentflow.errors import ConfigError
 from latentflow.locks import writes
 from latentflow.model.flow_model import FlowModel
@@ -17,6 +18,7 @@ from latentflow.sampling.preview import preview_drawing, save_preview
 from latentflow.training.config import Recipe
 from latentflow.training.interruption import Outcome
 from latentflow.training.loop import micro_batches
+from latentflow.training.memorisation_onset import memorisation_warning
 from latentflow.training.velocity import train_velocity
 from latentflow.training.velocity_run import PreparedVelocity, prepare_velocity
 
@@ -58,15 +60,18 @@ def train(
     recipe, runtime, images = prepared.recipe, prepared.runtime, prepared.images
     if runtime.is_main:
         prepared.begin()
+    held_out = prepared.held_out
     if prepared.resident:
         images.hold(runtime.device)
+        if held_out is not None:
+            held_out.held = images.held  # which holds every image of the cache
     batch_size = micro_batches(recipe.training, runtime).size
 
     def preview(model: FlowModel, weights: Mapping[str, Tensor], step: int) -> None:
         file = prepared.run / "samples" / f"step-{step:08d}.png"
         save_preview(model, weights, images, file, runtime, batch_size)
 
-    outcome = train_velocity(recipe, prepared.model, images, prepared.run, runtime, preview=preview)
+    outcome = train_velocity(recipe, prepared.model, images, prepared.run, runtime, held_out=held_out, preview=preview)
     return TrainResult(prepared.run, outcome, prepared.broken)
 
 
@@ -78,6 +83,8 @@ def prepare(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence[str] = (
     """
     prepared = prepare_velocity(recipe, runtime, allow_change=allow_change)
     _check_preview(prepared.recipe, prepared.model)
+    if warning := memorisation_warning(prepared.recipe.training.steps, len(prepared.images)):
+        notice(warning)
     return prepared
 
 

@@ -136,14 +136,18 @@ class TrainingImages(Dataset):
 
     def images_per_class(self) -> list[int]:
         """The number of images used of each class of the source; empty if it is unlabelled."""
-        num_classes = len(self.source.class_names)
-        if not num_classes:
-            return []
-        if isinstance(self.source, LatentCache):
-            labels = self.source.labels(self.kept)
-        else:
-            labels = torch.tensor([self.source.label(index) for index in self.kept.tolist()])
-        return labels.bincount(minlength=num_classes).tolist()
+        labels = labels_of(self.source, self.kept.tolist())
+        return [] if labels is None else labels.bincount(minlength=len(self.source.class_names)).tolist()
+
+    def only(self, rows: Sequence[int], purpose: str) -> TrainingImages:
+        """Other images of the same source, to measure on: never mirrored, and never as a variant.
+
+        Args:
+            rows: their indices in the source.
+            purpose: gives them an order and holes other than those of training.
+        """
+        seed = derive_seed(self.seed, purpose)
+        return TrainingImages(self.source, seed=seed, flip=False, kept=rows, spatial=self.spatial)
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k not in ("_order", "_drawn", "held")}
@@ -226,10 +230,7 @@ class TrainingImages(Dataset):
 
     def names_at(self, positions: Sequence[int] | Tensor) -> list[str]:
         """The names of the images at some positions of the stream."""
-        indices = self.indices_at(positions).tolist()
-        if isinstance(self.source, LatentCache):
-            return [self.source.names()[index] for index in indices]
-        return [self.source.name(index) for index in indices]
+        return names_of(self.source, self.indices_at(positions).tolist())
 
     def at(self, positions: Sequence[int] | Tensor, *, augmented: bool = True) -> Batch:
         """The batch at some positions of the stream; equal positions always give equal batches.
@@ -324,6 +325,21 @@ class TrainingImages(Dataset):
         pixel_format = self.source.pixel_format
         hidden = [hide(picture, hole, told_as, pixel_format) for picture, hole in zip(pixels, holes, strict=True)]
         return {"known_pixels": stack_pixels(hidden), "mask": mask_input(shares(counts, factor), told_as)}
+
+
+def names_of(source: LatentCache | ImageSource, rows: Sequence[int]) -> list[str]:
+    """The names of some images of a cache or a source."""
+    if isinstance(source, LatentCache):
+        names = source.names()
+        return [names[row] for row in rows]
+    return [source.name(row) for row in rows]
+
+
+def labels_of(source: LatentCache | ImageSource, rows: Sequence[int]) -> Tensor | None:
+    """The labels of some images of a cache or a source, [n] int64; None if it is unlabelled."""
+    if isinstance(source, LatentCache):
+        return source.labels(rows)
+    return torch.tensor([source.label(row) for row in rows]) if source.class_names else None
 
 
 def _mirrored(arrays: Sequence[np.ndarray], flipped: Tensor | None) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation
+from latentflow.data.hold_out import HeldOut
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.model.conditioning import Conditioning, ConditionName
@@ -84,6 +85,8 @@ class TrainingRecord(Record):
     data_fingerprint: str = Field(default="", max_length=1000)
     masks_fingerprint: str = Field(default="", max_length=1000, description="Of the folder that holes were taken from.")
     num_images: int = Field(default=0, ge=0)
+    held_out: HeldOut | None = Field(default=None, description="Images of the data that were never trained on.")
+    held_out_loss: float | None = Field(default=None, ge=0, description="On them, with these weights, if measured.")
     variants: int = Field(default=0, ge=0, description="Augmented variants of each image; 0: none were used.")
     images_per_class: list[int] = Field(
         default_factory=list, description="Training images of each class; empty: not known."

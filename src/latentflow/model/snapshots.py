@@ -1,4 +1,7 @@
-"""The models that a run kept on its way, and their names: RUN@1/8, of a share of its steps, and RUN@1000, of a step."""
+"""The models that a run kept on its way, and their names.
+
+RUN@1/8 is that of a share of its steps, RUN@1000 that of a step, and RUN@best that of the lowest held-out loss.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,14 @@ from pathlib import Path
 
 import yaml
 
+from latentflow.artifacts import restore
 from latentflow.errors import ArtifactError
 
 CHECKPOINTS, MODEL = "checkpoints", "model"
 """The folders of a run, and of a milestone in it, that hold them."""
+
+BEST = "best"
+"""The folder of a run with its model of the lowest held-out loss, and the name of this snapshot."""
 
 _STEP = re.compile(r"step-(\d{8,})")
 _SHARE = re.compile(r"\d{1,9}(/\d{1,9}|\.\d{1,18})")
@@ -44,18 +51,21 @@ def find_snapshot(run: str | Path, snapshot: str) -> Path:
     """The model folder of a snapshot of a run.
 
     Args:
-        snapshot: a step, "1000", or a share of the steps in the run's recipe, "1/8" or "0.125".
+        snapshot: a step, "1000", a share of the steps in the run's recipe, "1/8" or "0.125", or "best".
 
     Raises:
         ArtifactError: the run has no such snapshot; names those that it has.
     """
+    if snapshot == BEST:
+        return _best(Path(run))
     if re.fullmatch(r"\d{1,12}", snapshot):
         step = int(snapshot)
     elif _SHARE.fullmatch(snapshot) and not snapshot.endswith("/0"):
         step = step_of_share(Fraction(snapshot), _num_steps(Path(run), snapshot))
     else:
         raise ArtifactError(
-            f"{run}@{snapshot}: a snapshot is a step, such as {run}@1000, or a share of the run, such as {run}@1/8"
+            f"{run}@{snapshot}: a snapshot is a step, such as {run}@1000, a share of the run, such as {run}@1/8, or "
+            f"{run}@{BEST}"
         )
     kept = snapshot_steps(run)
     if step not in kept:
@@ -65,6 +75,16 @@ def find_snapshot(run: str | Path, snapshot: str) -> Path:
             "training.keep_every keep them while a run passes the step"
         )
     return Path(run) / CHECKPOINTS / f"step-{step:08d}" / MODEL
+
+
+def _best(run: Path) -> Path:
+    restore(run / BEST)
+    if not (run / BEST).is_dir():
+        raise ArtifactError(
+            f"{run} has no snapshot of the lowest held-out loss ({run}@{BEST}); runs that hold images out "
+            "(data.held_out) keep it from their first checkpoint on"
+        )
+    return run / BEST
 
 
 def _num_steps(run: Path, snapshot: str) -> int:

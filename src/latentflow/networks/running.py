@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from latentflow.errors import ConfigError, nearest
@@ -131,6 +131,31 @@ def uncompiled(network: nn.Module) -> Iterator[None]:
     finally:
         for part, run in zip(parts, before, strict=True):
             part._run_block = run
+
+
+@contextmanager
+def borrowed_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the network has other weights and is in eval mode; afterwards its own are restored, bit for bit.
+
+    Its compiled blocks are not called: they would be compiled again for another shape of batch.
+    """
+    own = network.state_dict(keep_vars=True)
+    tensors, others = list(own.values()), [weights[name] for name in own]
+    kept, modes = [tensor.detach().clone() for tensor in tensors], [(m, m.training) for m in network.modules()]
+    try:
+        _copy(tensors, others)
+        network.eval()
+        with uncompiled(network):
+            yield
+    finally:
+        _copy(tensors, kept)
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def _copy(tensors: list[Tensor], values: list[Tensor]) -> None:
+    torch._foreach_copy_(tensors, values)
 
 
 def _block_networks(network: nn.Module) -> list[BlockNetwork]:

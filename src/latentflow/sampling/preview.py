@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentflow.console import notice
 from latentflow.data.batches import TrainingImages
@@ -17,7 +16,7 @@ from latentflow.errors import NonFiniteError
 from latentflow.flow.solvers import expected_evaluations, is_adaptive
 from latentflow.model.config import ModelConfig, SamplingPreset
 from latentflow.model.flow_model import FlowModel
-from latentflow.networks.running import uncompiled
+from latentflow.networks.running import borrowed_weights
 from latentflow.runtime import Precision, Runtime
 from latentflow.sampling.contact_sheet import save_grid
 from latentflow.sampling.drawing import Drawing
@@ -70,35 +69,10 @@ def save_preview(
     Raises:
         NonFiniteError: a picture is not finite; in every process.
     """
-    with drawing_with(model.network, weights):
+    with borrowed_weights(model.network, weights):
         rows, columns, captions = _rows(model, images, runtime, batch_size)
     if runtime.is_main:
         save_grid(file, torch.cat(rows), columns, captions=captions)
-
-
-@contextmanager
-def drawing_with(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the network has other weights and is in eval mode; afterwards its own are restored, bit for bit.
-
-    Its compiled blocks are not called: they would be compiled again for another shape of batch.
-    """
-    own = network.state_dict(keep_vars=True)
-    tensors, others = list(own.values()), [weights[name] for name in own]
-    kept, modes = [tensor.detach().clone() for tensor in tensors], [(m, m.training) for m in network.modules()]
-    try:
-        _copy(tensors, others)
-        network.eval()
-        with uncompiled(network):
-            yield
-    finally:
-        _copy(tensors, kept)
-        for module, training in modes:
-            module.training = training
-
-
-@torch.no_grad()
-def _copy(tensors: list[Tensor], values: list[Tensor]) -> None:
-    torch._foreach_copy_(tensors, values)
 
 
 def _rows(

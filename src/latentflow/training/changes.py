@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,10 +30,12 @@ class ChangeRules:
     Attributes:
         free: keys that may change at any time.
         fixed: keys that may never change, each with the reason.
+        former: keys "section.key" that came later, each with the value of runs whose recipes do not have them.
     """
 
     free: tuple[str, ...]
     fixed: Mapping[str, str]
+    former: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,35 @@ class Changes:
             )
 
 
-def as_begun(recipe: Schema, run: Path) -> Schema:
-    """A recipe with the run's `weight_decay_on` where it is not set: earlier versions had another default."""
-    if "weight_decay_on" in recipe.optimizer.model_fields_set or trained_steps(run) is None:
+def as_begun(recipe: Schema, run: Path, rules: ChangeRules) -> Schema:
+    """A recipe with what the run began with where it sets nothing, and earlier versions had another default or none."""
+    if trained_steps(run) is None:
         return recipe
-    begun = load_settings(type(recipe), run / RECIPE_FILE).optimizer.weight_decay_on
-    return recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"weight_decay_on": begun})})
+    begun = load_settings(type(recipe), run / RECIPE_FILE)
+    if "weight_decay_on" not in recipe.optimizer.model_fields_set:
+        recipe = _with_value(recipe, "optimizer.weight_decay_on", begun.optimizer.weight_decay_on)
+    for key, value in rules.former.items():
+        if not _sets(recipe, key) and not _sets(begun, key):
+            recipe = _with_value(recipe, key, value)
+    return recipe
+
+
+def _begun(schema: type[Schema], run: Path, rules: ChangeRules) -> Schema:
+    """The recipe of a run, of whichever version."""
+    begun = load_settings(schema, run / RECIPE_FILE)
+    for key, value in rules.former.items():
+        begun = begun if _sets(begun, key) else _with_value(begun, key, value)
+    return begun
+
+
+def _sets(recipe: BaseModel, key: str) -> bool:
+    section, _, entry = key.partition(".")
+    return entry in getattr(recipe, section).model_fields_set
+
+
+def _with_value(recipe: Schema, key: str, value: Any) -> Schema:
+    section, _, entry = key.partition(".")
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={entry: value})})
 
 
 def check_changes(run: Path, recipe: BaseModel, rules: ChangeRules, allowed: Sequence[str] = ()) -> Changes | None:
@@ -106,7 +131,7 @@ def check_changes(run: Path, recipe: BaseModel, rules: ChangeRules, allowed: Seq
     step = trained_steps(run)
     if step is None:
         return None
-    old = load_settings(type(recipe), run / RECIPE_FILE)
+    old = _begun(type(recipe), run, rules)
     changed = changed_values(old.model_dump(mode="json"), recipe.model_dump(mode="json"))
     for key, values in changed.items():
         reason = next((reason for name, reason in rules.fixed.items() if is_within(key, [name])), None)

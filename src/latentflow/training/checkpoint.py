@@ -11,7 +11,7 @@ every snapshot, `averages/step-00001000/`, which stays.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from latentflow.artifacts import (
     write_tensors,
 )
 from latentflow.errors import ArtifactError
-from latentflow.model.snapshots import CHECKPOINTS, MODEL
+from latentflow.model.snapshots import BEST, CHECKPOINTS, MODEL
 from latentflow.training.ema import EMA
 from latentflow.weights import load_weights, require_values
 
@@ -109,11 +109,22 @@ class CheckpointWriter:
         self._thread: Thread | None = None
         self._failure: BaseException | None = None
 
-    def save(self, progress: Progress, network: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
-        """Copy the current state of training, and begin to write it."""
+    def save(
+        self,
+        progress: Progress,
+        network: nn.Module,
+        ema: EMA,
+        optimizer: torch.optim.Optimizer,
+        before: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        """Copy the current state of training, and begin to write it.
+
+        Args:
+            before: what else has to be on disk before the checkpoint is complete; called in the thread.
+        """
         self.wait()
         copy = self._copy(training_state(network, ema, optimizer))
-        self._thread = Thread(target=self._write, args=(progress, copy), name="checkpoint")
+        self._thread = Thread(target=self._write, args=(progress, copy, before), name="checkpoint")
         self._thread.start()
 
     def raise_failure(self) -> None:
@@ -168,8 +179,10 @@ class CheckpointWriter:
             self._on_host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         return self._on_host
 
-    def _write(self, progress: Progress, copy: _Copy) -> None:
+    def _write(self, progress: Progress, copy: _Copy, before: Sequence[Callable[[], None]]) -> None:
         try:
+            for write in before:
+                write()
             with copy.ready() as state:
                 save_model = self.save_model
                 if save_model:
@@ -312,10 +325,14 @@ def keep_newest(run: Path, keeping: Keeping) -> None:
 def clean_up(run: Path, keeping: Keeping, step: int) -> None:
     """Delete what a run that was killed could not: old checkpoints, and snapshots that it will write again.
 
+    A run that begins also deletes the best weights that another one left in its folder.
+
     Args:
         step: at which the run begins or goes on.
     """
     keep_newest(run, keeping)
+    if step == 0 and (run / BEST).is_dir():
+        remove_folder(run / BEST)
     for folder in folders_of_averages(run):
         if step_of(folder) > step:
             remove_folder(folder)

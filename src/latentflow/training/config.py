@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from latentflow.data.cache.resident import Switch
+from latentflow.data.hold_out import HeldOutShare
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import LinearPath, PathConfig
@@ -60,6 +61,11 @@ class DataConfig(Record):
         "numbers the network gets; not set: 0.5 if the cache holds variants.",
     )
     labels: bool = Field(True, description="Use class sub-folders as labels; false: train unconditionally.")
+    held_out: HeldOutShare = Field(
+        "auto",
+        description="Share of images that are never trained on, chosen by their names; auto: 5 %, at least 64 of 640 "
+        "images or more, a tenth of fewer, none of fewer than 80; 0: none.",
+    )
     num_workers: int | None = Field(
         None,
         ge=0,
@@ -263,9 +269,11 @@ CHANGES = ChangeRules(
         "data.image_size": _OTHER_DATA,
         "data.augment": _OTHER_DATA,
         "data.labels": _OTHER_DATA,
+        "data.held_out": _OTHER_DATA,
         "data.images": _OTHER_DATA,
         "data.masks": _OTHER_DATA,
     },
+    former={"data.held_out": 0.0},
 )
 """What may change in a run of `latentflow train`."""
 

@@ -117,7 +117,7 @@ def prepare_first_stage(
     run = check_places(recipe, "images or a zip", replaced=(AUTOENCODER_FOLDER, "checkpoints", "samples"))
     if is_cache(recipe.data.path):
         raise ConfigError(f"data.path = {recipe.data.path!r} is a latent cache; an autoencoder is trained on images")
-    recipe = as_begun(recipe, run)
+    recipe = as_begun(recipe, run, CHANGES)
     changes = check_changes(run, recipe, CHANGES, allow_change)
     runtime = runtime.with_precision(recipe.training.precision)
     source = open_images(recipe.data.path, recipe.data.image_size)

@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 from latentflow.networks.dit import NAMES, DiTConfig
 from latentflow.training.config import Recipe
+from latentflow.training.memorisation_onset import SAFE_PER_IMAGE
 from latentflow.training.memory import bytes_per_image, micro_batch_that_fits, state_bytes
 
 FITTED = (
@@ -42,7 +43,6 @@ FITTED = (
 )
 """Keys that are fitted if a recipe leaves them open."""
 
-_STEPS_PER_IMAGE = 150
 _GPU_SIZES = (("L", 200_000, 1e-4), ("B", 20_000, 2e-4), ("S", 0, 5e-4))  # name, images from which on, learning rate
 
 
@@ -75,7 +75,7 @@ def fit(recipe: Recipe, situation: Situation) -> tuple[Recipe, list[str]]:
     batch = _power_of_two(min(wanted, max(situation.num_images, 1)))
     share = -(-batch // situation.num_processes)
     target = 100_000 if situation.gpu else 4000
-    steps = min(target, max(_STEPS_PER_IMAGE * situation.num_images, 1000))
+    steps = min(target, max(SAFE_PER_IMAGE * situation.num_images, 1000))
     if is_set(recipe, "training.steps"):
         steps = recipe.training.steps
     every = max(min(5000 if situation.gpu else 400, steps // 5), 1)
@@ -170,7 +170,7 @@ def _why(recipe: Recipe, open_keys: list[str], situation: Situation, whole: bool
         size = f"{recipe.network.depth} blocks of {recipe.network.hidden_size}, patch {recipe.network.patch_size}"
         lines.append(f"network: {size}, for {situation.num_images:,} images on {machine}")
     if "training.steps" in open_keys:
-        reason = f"usual on {machine}" if whole else f"{_STEPS_PER_IMAGE} per image; with more it would memorise them"
+        reason = f"usual on {machine}" if whole else f"{SAFE_PER_IMAGE} per image; with more it would memorise them"
         lines.append(f"steps: {recipe.training.steps:,}, {reason}")
     if recipe.training.micro_batch_size and "training.micro_batch_size" in open_keys:
         lines.append(f"images at a time: {recipe.training.micro_batch_size}, which fit into memory")

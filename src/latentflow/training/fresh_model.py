@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from latentflow.autoencoder import Autoencoder, LatentNormalisation
 from latentflow.data.batches import SpatialData, TrainingImages, epoch_order
 from latentflow.data.cache.reader import LatentCache
+from latentflow.data.hold_out import HeldOut
 from latentflow.data.items import ImageSource
 from latentflow.data.latent_statistics import ChannelSums
 from latentflow.data.painting.mask_rules import MaskRules
@@ -32,11 +33,13 @@ def build_model(
     autoencoder: Autoencoder,
     images: TrainingImages,
     *,
+    held_out: HeldOut | None = None,
     check: Callable[[ModelConfig], None] = lambda config: None,
 ) -> FlowModel:
     """A fresh model for a recipe. Images without labels make an unconditional model.
 
     Args:
+        held_out: which images of the data are not among `images`, to be recorded.
         check: called with the model's config before the network is built.
 
     Raises:
@@ -53,7 +56,7 @@ def build_model(
         map_class_names=source.map_class_names if has_maps else [],
         map_palette=source.map_palette if has_maps else [],
         masks=images.spatial.holes if images.spatial else None,
-        training=_training_record(images, labelled=bool(class_names)),
+        training=_training_record(images, held_out, labelled=bool(class_names)),
     )
     config = config.model_copy(update={"pixel_format": source.pixel_format})
     check(config)
@@ -128,7 +131,7 @@ def _require_block_to_align(recipe: Recipe) -> None:
         )
 
 
-def _training_record(images: TrainingImages, *, labelled: bool) -> TrainingRecord:
+def _training_record(images: TrainingImages, held_out: HeldOut | None, *, labelled: bool) -> TrainingRecord:
     source = images.source
     if isinstance(source, LatentCache):
         description, fingerprint = source.plan.source, source.plan.source_fingerprint
@@ -139,6 +142,7 @@ def _training_record(images: TrainingImages, *, labelled: bool) -> TrainingRecor
         data_fingerprint=fingerprint,
         masks_fingerprint=_masks_fingerprint(images.spatial, source),
         num_images=len(images),
+        held_out=held_out,
         variants=source.plan.variants if images.augment else 0,
         images_per_class=images.images_per_class() if labelled else [],
     )

@@ -24,6 +24,11 @@ from latentflow.training.step import StepResult
 NUM_TIME_BINS = 10
 
 
+def bin_names() -> list[str]:
+    """The time bins as the log names them: "0.0-0.1", ..."""
+    return [f"{n / NUM_TIME_BINS:.1f}-{(n + 1) / NUM_TIME_BINS:.1f}" for n in range(NUM_TIME_BINS)]
+
+
 class LossBins:
     """The losses, that of the velocity by time bin, summed on the device and read once per log line."""
 
@@ -49,11 +54,7 @@ class LossBins:
             reduce: sums a tensor over all processes.
         """
         sums, counts = reduce(self.sums).tolist()
-        bins = {
-            f"{n / NUM_TIME_BINS:.1f}-{(n + 1) / NUM_TIME_BINS:.1f}": total / count
-            for n, (total, count) in enumerate(zip(sums, counts, strict=True))
-            if count
-        }
+        bins = {name: total / count for name, total, count in zip(bin_names(), sums, counts, strict=True) if count}
         aligned = {"align_loss": float(reduce(self.align_sum)) / sum(counts)} if self.is_aligned else {}
         return {"loss": sum(sums) / sum(counts), "loss_by_time": bins, **aligned}
 
@@ -121,7 +122,8 @@ class RunLog:
         )
         if not sys.stderr.isatty():
             speed, rate = values["images_per_second"], values["learning_rate"]
-            self.say(f"step {step:>7}  loss {values['loss']:.4f}  lr {rate:.2e}  {speed:.1f} images/s")
+            held_out = f"  held out {values['held_out_loss']:.4f}" if "held_out_loss" in values else ""
+            self.say(f"step {step:>7}  loss {values['loss']:.4f}{held_out}  lr {rate:.2e}  {speed:.1f} images/s")
         if self.tensorboard:
             with writing(self.file.with_name("tensorboard")):
                 for key, value in values.items():

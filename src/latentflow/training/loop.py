@@ -94,6 +94,19 @@ class Pace(Protocol):
         """Whether a checkpoint is due after `step` steps."""
 
 
+class Watch(Protocol):
+    """Measures averaged weights between steps, where a line of the log is due."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether to measure after `step` steps."""
+
+    def measure(self, average: Mapping[str, Tensor], step: int, images_seen: int) -> dict[str, Any]:
+        """Numbers for the log; called in every process."""
+
+    def write_best(self) -> Callable[[], None]:
+        """A function that writes what has to be on disk before the next checkpoint; it may run in another thread."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What the loop trains, and what it writes on the way.
@@ -113,6 +126,7 @@ class Job:
         before_save: prepares for a checkpoint, while none is being written.
         save_model: writes the model folder that goes with a checkpoint.
         keeping: which checkpoints and averages stay on disk.
+        watch: measures on images that are not trained on; None: there are none.
         ema_lengths: of the power function averages next to the exponential one.
         after_step: called in every process with the averaged weights and the number of steps done.
     """
@@ -132,6 +146,7 @@ class Job:
     captures: bool = False
     before_save: Callable[[Progress], None] = lambda progress: None
     save_model: SaveModel | None = None
+    watch: Watch | None = None
     ema_lengths: Sequence[float] = ()
     after_step: Callable[[Mapping[str, Tensor], int], None] = lambda average, step: None
 
@@ -184,13 +199,21 @@ class Learner:
         self.progress = replace(self.progress, step=step + 1, images_seen=self.progress.images_seen + batch_size)
         return rate, norm
 
+    def watched(self) -> dict[str, Any]:
+        """The numbers of `job.watch`, where it is due."""
+        watch, progress = self.job.watch, self.progress
+        if watch is None or not watch.is_due(progress.step):
+            return {}
+        return watch.measure(self.ema.average, progress.step, progress.images_seen)
+
     def save(self, writer: CheckpointWriter) -> None:
         """Begin to write a checkpoint."""
         writer.wait()
         self.job.before_save(self.progress)
         scale, tracker = scaler_state(self.scaler)
         progress = replace(self.progress, loss_scale=scale, growth_tracker=tracker)
-        writer.save(progress, self.network, self.ema, self.optimizer)
+        before = [self.job.watch.write_best()] if self.job.watch else []
+        writer.save(progress, self.network, self.ema, self.optimizer, before)
 
 
 def run_loop(job: Job) -> tuple[Outcome, Mapping[str, Tensor]]:
@@ -240,7 +263,8 @@ def run_loop(job: Job) -> tuple[Outcome, Mapping[str, Tensor]]:
             if step % config.log_every == 0 or ends:
                 numbers = {"images_seen": learner.progress.images_seen, **meter.means(runtime.sum)}
                 speed = {"learning_rate": rate, "images_per_second": clock.rate()}
-                log.metrics(step, {**numbers, "grad_norm": float(norm), **speed})
+                held_out = learner.watched()
+                log.metrics(step, {**numbers, "grad_norm": float(norm), **speed, **held_out})
                 meter, clock = job.meter(runtime.device), Clock()
             log.advance(step)
             with clock.paused():

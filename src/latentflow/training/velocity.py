@@ -14,9 +14,10 @@ from latentflow.networks.align_head import add_align_head
 from latentflow.networks.running import restore_blocks, set_memory
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
-from latentflow.training.checkpoint import Keeping, Progress
+from latentflow.training.checkpoint import Keeping, Progress, newest_checkpoint
 from latentflow.training.compiling import captures, compiles
 from latentflow.training.config import Recipe, TrainingConfig
+from latentflow.training.held_out_watch import HeldOutWatch
 from latentflow.training.interruption import Outcome
 from latentflow.training.log import LossBins
 from latentflow.training.loop import Job, micro_batches, run_loop
@@ -34,12 +35,14 @@ def train_velocity(
     run: Path,
     runtime: Runtime,
     *,
+    held_out: TrainingImages | None = None,
     preview: Preview | None = None,
 ) -> Outcome:
     """Train `model.network` until the recipe's last step, or until SIGTERM or Ctrl-C; see `run_loop`.
 
     Args:
         run: the run folder; checkpoints, metrics and the model go there.
+        held_out: images to measure the loss on; see `HeldOutWatch`.
         preview: draws sample grids. Sampling is a sibling of training, so it is passed in.
 
     Raises:
@@ -61,6 +64,10 @@ def train_velocity(
         if preview and every and (step % every == 0 or step == config.steps):
             preview(model, average, step)
 
+    watch = None
+    if held_out is not None:
+        begun = newest_checkpoint(run) is not None
+        watch = HeldOutWatch(model, held_out, run, recipe.times, config, micro_batch_size=parts.size, is_resumed=begun)
     job = Job(
         network=_with_head(network, config),
         compare=partial(compare, align_weight=config.align_weight),
@@ -77,6 +84,7 @@ def train_velocity(
         captures=captures(config, model, images, runtime),
         before_save=record,
         save_model=lambda folder, average: model.save_pretrained(folder, weights=average),
+        watch=watch,
         ema_lengths=config.ema_lengths or (),
         after_step=draw_if_due,
     )

@@ -8,14 +8,16 @@ from functools import partial
 from pathlib import Path
 
 from latentflow.autoencoder import Autoencoder
-from latentflow.data.batches import TrainingImages
+from latentflow.data.batches import TrainingImages, labels_of, names_of
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.cache.resident import resident_bytes, stays_resident
+from latentflow.data.hold_out import HeldOut, count_held_out, hold_out
 from latentflow.data.items import ImageSource, require_every_class
 from latentflow.data.sources.readable import readable
 from latentflow.errors import ConfigError, DataError
 from latentflow.model.config import ModelConfig
 from latentflow.model.flow_model import CONFIG_FILE, FlowModel, read_config
+from latentflow.model.snapshots import BEST
 from latentflow.runtime import Runtime
 from latentflow.training.changes import RECIPE_FILE, as_begun, check_changes
 from latentflow.training.compiling import captures
@@ -35,7 +37,7 @@ from latentflow.training.run_folder import PreparedRun, check_places
 from latentflow.training.settings import load_settings
 from latentflow.training.training_data import open_source, spatial_data, with_cached
 
-_REPLACED = ("model", "checkpoints", "samples")  # folders of a run
+_REPLACED = ("model", "checkpoints", "samples", BEST)  # folders of a run
 _MOST_NAMED = 6
 
 
@@ -45,12 +47,14 @@ class PreparedVelocity(PreparedRun):
 
     Attributes:
         model: with fresh weights.
+        held_out: images of the same source that are never trained on; None: there are none.
         resident: whether the latent cache is kept in the device's memory.
         reasons: why the recipe was fitted as it was, in a few lines.
     """
 
     recipe: Recipe
     model: FlowModel
+    held_out: TrainingImages | None
     resident: bool
     reasons: list[str]
 
@@ -66,6 +70,7 @@ class PreparedVelocity(PreparedRun):
         listed = ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
         rows = {
             "data": f"{len(self.images):,} images of {size}: {self.recipe.data.path}{in_memory}",
+            "held out": f"{len(self.held_out):,} images, never trained on" if self.held_out else "none",
             "classes": f"{len(names)}: {listed}" if names else "none",
             "latents": f"{config.latent_shape[0]} x {side} x {side}, by {self.recipe.autoencoder}",
             "network": f"{config.network.title}, {parameters:,} parameters",
@@ -103,21 +108,21 @@ def prepare_velocity(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence
     )
     if is_cache(recipe.data.path):
         recipe = with_cached(recipe, LatentCache(recipe.data.path).plan)
-    recipe = as_begun(_fitted_before(recipe, run), run)
+    recipe = as_begun(_fitted_before(recipe, run), run, CHANGES)
     changes = None if recipe.fit else check_changes(run, recipe, CHANGES, allow_change)
     source, autoencoder = open_source(recipe), Autoencoder.from_pretrained(recipe.autoencoder)
-    kept, broken = _usable(recipe, source, autoencoder)
+    usable, broken = _usable(recipe, source, autoencoder)
+    kept, held_out, rule = _divided(recipe, source, usable)
     side, reasons = autoencoder.latent_side(recipe.data.image_size), []
     if recipe.fit:
-        num_images = len(source) if kept is None else len(kept)
-        recipe, reasons = fit(recipe, _situation(recipe, source, num_images, side, runtime))
+        recipe, reasons = fit(recipe, _situation(recipe, source, len(kept), side, runtime))
     runtime = runtime.with_precision(recipe.training.precision)
     micro_batches(recipe.training, runtime)
     autoencoder = autoencoder.to(runtime.for_autoencoder())
     spatial = spatial_data(recipe, source, autoencoder.factor)
     data, seed = recipe.data, recipe.training.seed
     images = TrainingImages(source, seed=seed, flip=data.flip, kept=kept, spatial=spatial, augment=data.augment)
-    model = build_model(recipe, autoencoder, images, check=partial(_require_memory, recipe, runtime))
+    model = build_model(recipe, autoencoder, images, held_out=rule, check=partial(_require_memory, recipe, runtime))
     _refuse_other_content(run, recipe, model.config)
     captures(recipe.training, model, images, runtime)  # refuses what cannot be
     resident = _stays_resident(recipe, images, runtime)
@@ -128,6 +133,7 @@ def prepare_velocity(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence
         broken=broken,
         changes=changes,
         model=model,
+        held_out=images.only(held_out, "held out") if held_out else None,
         resident=resident,
         reasons=reasons,
     )
@@ -145,11 +151,11 @@ def _fitted_before(recipe: Recipe, run: Path) -> Recipe:
 
 def _usable(
     recipe: Recipe, source: LatentCache | ImageSource, autoencoder: Autoencoder
-) -> tuple[list[int] | None, list[str]]:
-    """Which images of the source can be read (None: all), and those that cannot, each with the reason."""
+) -> tuple[Sequence[int], list[str]]:
+    """Which images of the source can be read, and those that cannot, each with the reason."""
     if isinstance(source, LatentCache):
         source.require_autoencoder(autoencoder)
-        kept, broken = None, source.index.broken
+        kept, broken = range(len(source)), source.index.broken
     else:
         kept, unreadable = readable(source, processes=recipe.data.num_workers != 0)
         broken = [f"{error.name}: {error.reason}" for error in unreadable]
@@ -157,9 +163,23 @@ def _usable(
             raise DataError(f"{recipe.data.path}: none of {len(broken)} images can be read; {unreadable[0]}")
     if recipe.data.labels and source.class_names:
         remedy = f"{broken[0]}; repair them or take the folders away" if broken else "encode it again"
-        labels = source.labels(range(len(source))).tolist() if kept is None else map(source.label, kept)
+        labels = labels_of(source, kept).tolist()
         require_every_class(source.class_names, labels, recipe.data.path, f"{remedy}, or set data.labels=false")
     return kept, broken
+
+
+def _divided(
+    recipe: Recipe, source: LatentCache | ImageSource, usable: Sequence[int]
+) -> tuple[Sequence[int], list[int], HeldOut | None]:
+    """The images to train on, those that are held out, and which these are by name; None: there are none."""
+    share = recipe.data.held_out
+    if not count_held_out(len(usable), share):
+        return usable, [], None
+    names, labels = names_of(source, usable), labels_of(source, usable) if recipe.data.labels else None
+    rule = hold_out(names, share, None if labels is None else labels.tolist())
+    places = set(rule.rows(names)) if rule else set()
+    kept = [row for place, row in enumerate(usable) if place not in places]
+    return kept, [row for place, row in enumerate(usable) if place in places], rule
 
 
 def _situation(
