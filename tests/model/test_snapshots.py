@@ -48,7 +48,8 @@ def test_names_of_a_snapshot(run, name, step):
     [
         ("1000", "no snapshot of step 1000 .*it has those of the steps 62, 125"),
         ("1/4", "no snapshot of step 250 "),
-        ("last", "a snapshot is a step, such as .*@1000, or a share of the run"),
+        ("last", "a snapshot is a step, such as .*@1000, a share of the run, such as .*@1/8, or .*@best"),
+        ("best", "no snapshot of the lowest held-out loss .*data.held_out"),
         ("1/0", "a snapshot is a step"),
         ("-1", "a snapshot is a step"),
         ("", "a snapshot is a step"),

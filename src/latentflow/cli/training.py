@@ -61,6 +61,9 @@ def train(
     _report_end(result)
     if runtime.is_main:
         say(f"{result.outcome.step} steps done; the model is {result.run / 'model'}")
+        if result.best and result.best.step < result.outcome.step:
+            lowest = f"the held-out loss was lowest after step {result.best.step}, {result.best.loss:.4f}"
+            say(f"{lowest}; {result.run}@best is the model of that step")
 
 
 @verb(example="latentflow train-autoencoder own_images data.path=photos out=runs/photos_autoencoder")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.data.cache.reader import LatentCache, is_cache
-from latentflow.model.flow_model import WEIGHTS_FILE, find_model, read_config
-from latentflow.model.snapshots import snapshot_steps
+from latentflow.model.flow_model import CONFIG_FILE, WEIGHTS_FILE, find_model, read_config
+from latentflow.model.snapshots import BEST, snapshot_steps
 from latentflow.weights import tensor_shapes
 
 
@@ -44,12 +44,23 @@ def _describe_model(model: str | Path) -> dict[str, Any]:
         + (f" away from {sampling.guide.model}" if sampling.guide else ""),
         "trained on": config.training.data,
         "training images": config.training.num_images,
+        "held-out images": config.training.held_out.num_images if config.training.held_out else 0,
+        "held-out loss": config.training.held_out_loss,
         "variants": config.training.variants,
         "steps": config.training.step,
         "images seen": config.training.images_seen,
         "average of the weights": _average(config.training.ema_length),
         "models of steps": snapshot_steps(model),
+        "best model": _best_step(model),
     }
+
+
+def _best_step(model: str | Path) -> str:
+    """The snapshot of a run with the lowest held-out loss."""
+    if not (Path(model) / BEST / CONFIG_FILE).is_file():
+        return "none"
+    training = read_config(Path(model) / BEST).training
+    return f"@{BEST}, of step {training.step}, held-out loss {training.held_out_loss:.4f}"
 
 
 def _average(length: float | None) -> str:

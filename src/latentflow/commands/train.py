@@ -16,6 +16,7 @@ from latentflow.runtime import Runtime
 from latentflow.sampling.drawing import check_drawing
 from latentflow.sampling.preview import preview_drawing, save_preview
 from latentflow.training.config import Recipe
+from latentflow.training.held_out_watch import BestWeights, read_best
 from latentflow.training.interruption import Outcome
 from latentflow.training.loop import micro_batches
 from latentflow.training.memorisation_onset import memorisation_warning
@@ -25,11 +26,19 @@ from latentflow.training.velocity_run import PreparedVelocity, prepare_velocity
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` did: the run folder, the loop's outcome, names of images that could not be read."""
+    """What `train` did.
+
+    Attributes:
+        run: the run folder.
+        outcome: of the loop.
+        broken: names of images that could not be read.
+        best: when the loss on held-out images was lowest; None: nothing was held out or measured.
+    """
 
     run: Path
     outcome: Outcome
     broken: list[str]
+    best: BestWeights | None
 
 
 @writes(lambda given: given["recipe"].out, launch=True)
@@ -72,7 +81,8 @@ def train(
         save_preview(model, weights, images, file, runtime, batch_size)
 
     outcome = train_velocity(recipe, prepared.model, images, prepared.run, runtime, held_out=held_out, preview=preview)
-    return TrainResult(prepared.run, outcome, prepared.broken)
+    best = read_best(prepared.run) if held_out is not None else None
+    return TrainResult(prepared.run, outcome, prepared.broken, best)
 
 
 def prepare(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence[str] = ()) -> PreparedVelocity:

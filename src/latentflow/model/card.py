@@ -70,6 +70,8 @@ def _facts(config: ModelConfig) -> dict[str, str]:
         "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}"
         + (f" away from `{sampling.guide.model}`" if sampling.guide else ""),
         "trained on": training.data or "not known",
+        "held out": f"{training.held_out.num_images:,} images, never trained on" if training.held_out else "",
+        "held-out loss": "" if training.held_out_loss is None else f"{training.held_out_loss:.4f}",
         "variants": f"{training.variants} of each image, for training alone" if training.variants else "",
         "training": seen if training.step else "not recorded",
         "average": "" if training.ema_length is None else f"power function of length {training.ema_length:g}",

@@ -143,6 +143,8 @@ def estimate_memory(subject: PlannedRun, network: nn.Module, machine: Machine, *
         estimated["latent cache"] = cached
     if not machine.gpu:
         estimated["copy for a checkpoint"] = _checkpoint_bytes(network, recipe)
+        if _keeps_best(subject):
+            estimated["copy of the best weights"] = _state_bytes(sampled_part(network))
     given = {"half": machine.half, "aligned": recipe.training.is_aligned}
     side = config.latent_shape[-1]
     kept = {mode: bytes_per_image(config.network, side, memory=mode, **given) for mode in MEMORY_MODES}
@@ -204,6 +206,11 @@ def _checkpoint_bytes(network: nn.Module, recipe: Recipe) -> int:
     return _state_bytes(network) + averages + optimizer_bytes(network, recipe.optimizer)
 
 
+def _keeps_best(subject: PlannedRun) -> bool:
+    """Whether the run keeps the weights with the lowest held-out loss."""
+    return subject.num_trained is not None and subject.num_trained < subject.data.num_images
+
+
 def _num_saved(training: TrainingConfig) -> int:
     """Checkpoints that are written in the whole run, the last one included."""
     every, milestones = training.checkpoint_every, training.keep_every
@@ -227,7 +234,7 @@ def estimate_disk(subject: PlannedRun, network: nn.Module) -> Disk:
     return Disk(
         checkpoint=_checkpoint_bytes(network, subject.recipe),
         num_checkpoints=min(training.keep_checkpoints + 1 + num_milestones, _num_saved(training)),
-        num_milestones=num_milestones + len(at_shares),
+        num_milestones=num_milestones + len(at_shares) + _keeps_best(subject),
         model=_state_bytes(sampled_part(network)) + (subject.stage.num_bytes or 0 if embedded else 0),
         averages=_state_bytes(sampled_part(network)) * (training.num_averages - 1),
         averages_kept=len(training.averages_at),

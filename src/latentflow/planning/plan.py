@@ -11,6 +11,7 @@ from latentflow.planning.machine import Machine
 from latentflow.planning.planned_run import PlannedRun
 from latentflow.planning.probe import SLOWER, Speed
 from latentflow.training.config import Recipe
+from latentflow.training.memorisation_onset import memorisation_warning
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Plan:
     @property
     def recipe(self) -> Recipe:
         return self.subject.recipe
+
+    @property
+    def memorisation(self) -> str:
+        """A warning of copies of training images, if the run takes many steps for its images; else ""."""
+        return memorisation_warning(self.recipe.training.steps, self.subject.num_trained or 0)
 
     @property
     def seconds_per_step(self) -> float:

@@ -12,6 +12,7 @@ from torch import nn
 from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.cache.schema import CachePlan
+from latentflow.data.hold_out import count_held_out
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError
 from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig
@@ -73,6 +74,12 @@ class PlannedRun:
     data: DataFacts
     stage: StageFacts
     reasons: tuple[str, ...] = ()
+
+    @property
+    def num_trained(self) -> int | None:
+        """Images that are trained on, without those held out; None if unknown."""
+        number = self.data.num_images
+        return None if number is None else number - count_held_out(number, self.recipe.data.held_out)
 
     @property
     def assumed(self) -> list[str]:
@@ -138,7 +145,7 @@ def plan_subject(recipe: Recipe, name: str, machine: Machine, request: PlanReque
         if data.num_images is None:
             data = replace(data, num_images=_ASSUMED_IMAGES)
         situation = Situation(
-            num_images=data.num_images,
+            num_images=data.num_images - count_held_out(data.num_images, recipe.data.held_out),
             num_classes=data.num_classes if recipe.data.labels else 0,
             side=side,
             gpu=machine.gpu,

@@ -33,6 +33,8 @@ def numbers(plan: Plan) -> dict[str, Any]:
         "parameters": plan.num_parameters,
         "latents": list(plan.subject.config.latent_shape),
         "images": plan.subject.data.num_images,
+        "trained_on": plan.subject.num_trained,
+        "memorisation": plan.memorisation,
         "steps": plan.recipe.training.steps,
         "batch_size": plan.recipe.training.batch_size,
         "machine": {
@@ -84,8 +86,10 @@ def _run_rows(plan: Plan) -> list[tuple[str, str, str]]:
     maps = f", maps of {config.conditioning.num_map_classes} classes" if config.conditioning.num_map_classes else ""
     shape = " x ".join(map(str, config.latent_shape))
     steps = f"{training.steps:,} steps of {training.batch_size:,} images"
-    if data.num_images:
-        steps += f", {training.steps * training.batch_size / data.num_images:,.3g} passes over the data"
+    if subject.num_trained:
+        steps += f", {training.steps * training.batch_size / subject.num_trained:,.3g} passes over the data"
+        if held_out := data.num_images - subject.num_trained:
+            images += f", {held_out:,} of them held out,"
     known = ASSUMED if data.assumed else EXACT
     rows = [
         ("data", f"{images} of {config.image_size} x {config.image_size}{classes}{maps}", known),
@@ -99,6 +103,8 @@ def _run_rows(plan: Plan) -> list[tuple[str, str, str]]:
     rows.append(
         ("planned for", f"{machine.name}{size}, {machine.precision}{each}", EXACT if machine.here else "as given")
     )
+    if plan.memorisation:
+        rows.append(("memorisation", plan.memorisation, ESTIMATE))
     if subject.reasons:
         rows.append(("fitted", "; ".join(subject.reasons), ""))
     return rows + [("assumed", line, "") for line in subject.assumed]
