@@ -136,7 +136,7 @@ class TrainingImages(Dataset):
 
     def images_per_class(self) -> list[int]:
         """The number of images used of each class of the source; empty if it is unlabelled."""
-        labels = labels_of(self.source, self.kept.tolist())
+        labels = class_labels(self.source, self.kept.tolist())
         return [] if labels is None else labels.bincount(minlength=len(self.source.class_names)).tolist()
 
     def only(self, rows: Sequence[int], purpose: str) -> TrainingImages:
@@ -230,7 +230,7 @@ class TrainingImages(Dataset):
 
     def names_at(self, positions: Sequence[int] | Tensor) -> list[str]:
         """The names of the images at some positions of the stream."""
-        return names_of(self.source, self.indices_at(positions).tolist())
+        return image_names(self.source, self.indices_at(positions).tolist())
 
     def at(self, positions: Sequence[int] | Tensor, *, augmented: bool = True) -> Batch:
         """The batch at some positions of the stream; equal positions always give equal batches.
@@ -327,7 +327,7 @@ class TrainingImages(Dataset):
         return {"known_pixels": stack_pixels(hidden), "mask": mask_input(shares(counts, factor), told_as)}
 
 
-def names_of(source: LatentCache | ImageSource, rows: Sequence[int]) -> list[str]:
+def image_names(source: LatentCache | ImageSource, rows: Sequence[int]) -> list[str]:
     """The names of some images of a cache or a source."""
     if isinstance(source, LatentCache):
         names = source.names()
@@ -335,7 +335,7 @@ def names_of(source: LatentCache | ImageSource, rows: Sequence[int]) -> list[str
     return [source.name(row) for row in rows]
 
 
-def labels_of(source: LatentCache | ImageSource, rows: Sequence[int]) -> Tensor | None:
+def class_labels(source: LatentCache | ImageSource, rows: Sequence[int]) -> Tensor | None:
     """The labels of some images of a cache or a source, [n] int64; None if it is unlabelled."""
     if isinstance(source, LatentCache):
         return source.labels(rows)

@@ -263,8 +263,7 @@ def run_loop(job: Job) -> tuple[Outcome, Mapping[str, Tensor]]:
             if step % config.log_every == 0 or ends:
                 numbers = {"images_seen": learner.progress.images_seen, **meter.means(runtime.sum)}
                 speed = {"learning_rate": rate, "images_per_second": clock.rate()}
-                held_out = learner.watched()
-                log.metrics(step, {**numbers, "grad_norm": float(norm), **speed, **held_out})
+                log.metrics(step, {**numbers, "grad_norm": float(norm), **speed, **learner.watched()})
                 meter, clock = job.meter(runtime.device), Clock()
             log.advance(step)
             with clock.paused():

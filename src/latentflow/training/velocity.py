@@ -64,10 +64,6 @@ def train_velocity(
         if preview and every and (step % every == 0 or step == config.steps):
             preview(model, average, step)
 
-    watch = None
-    if held_out is not None:
-        begun = newest_checkpoint(run) is not None
-        watch = HeldOutWatch(model, held_out, run, recipe.times, config, micro_batch_size=parts.size, is_resumed=begun)
     job = Job(
         network=_with_head(network, config),
         compare=partial(compare, align_weight=config.align_weight),
@@ -84,13 +80,23 @@ def train_velocity(
         captures=captures(config, model, images, runtime),
         before_save=record,
         save_model=lambda folder, average: model.save_pretrained(folder, weights=average),
-        watch=watch,
+        watch=_watch(recipe, model, held_out, run, parts.size),
         ema_lengths=config.ema_lengths or (),
         after_step=draw_if_due,
     )
     outcome, _ = run_loop(job)
     restore_blocks(network.eval().requires_grad_(False))
     return outcome
+
+
+def _watch(
+    recipe: Recipe, model: FlowModel, held_out: TrainingImages | None, run: Path, micro_batch_size: int
+) -> HeldOutWatch | None:
+    if held_out is None:
+        return None
+    begun, times = newest_checkpoint(run) is not None, recipe.times
+    given = {"micro_batch_size": micro_batch_size, "is_resumed": begun}
+    return HeldOutWatch(model, held_out, run, times, recipe.training, **given)
 
 
 def _with_head(network: nn.Module, config: TrainingConfig) -> nn.Module:

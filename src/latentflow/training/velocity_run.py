@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from latentflow.autoencoder import Autoencoder
-from latentflow.data.batches import TrainingImages, labels_of, names_of
+from latentflow.data.batches import TrainingImages, class_labels, image_names
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.cache.resident import resident_bytes, stays_resident
 from latentflow.data.hold_out import HeldOut, count_held_out, hold_out
@@ -163,7 +163,7 @@ def _usable(
             raise DataError(f"{recipe.data.path}: none of {len(broken)} images can be read; {unreadable[0]}")
     if recipe.data.labels and source.class_names:
         remedy = f"{broken[0]}; repair them or take the folders away" if broken else "encode it again"
-        labels = labels_of(source, kept).tolist()
+        labels = class_labels(source, kept).tolist()
         require_every_class(source.class_names, labels, recipe.data.path, f"{remedy}, or set data.labels=false")
     return kept, broken
 
@@ -175,7 +175,7 @@ def _divided(
     share = recipe.data.held_out
     if not count_held_out(len(usable), share):
         return usable, [], None
-    names, labels = names_of(source, usable), labels_of(source, usable) if recipe.data.labels else None
+    names, labels = image_names(source, usable), class_labels(source, usable) if recipe.data.labels else None
     rule = hold_out(names, share, None if labels is None else labels.tolist())
     places = set(rule.rows(names)) if rule else set()
     kept = [row for place, row in enumerate(usable) if place not in places]
