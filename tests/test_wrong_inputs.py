@@ -87,7 +87,7 @@ CASES = {
             advised=ENCODE.replace("photos", "tabled/labels.csv") + " --label-column kind",
         ),
         wrong(ENCODE.replace("photos", "tabled") + " --columns age:nubmer", "--columns", "nubmer", "number"),
-        wrong(ENCODE.replace("photos", "tabled") + " --columns kind:number", "line 2", "'red'", "kind:label"),
+        wrong(ENCODE.replace("photos", "tabled") + " --columns kind:number", "line 2", "'red'", "the kind label"),
         wrong(ENCODE.replace("photos", "tabled") + " --file-column nme", "'nme'", "file, kind, age"),
         wrong(
             ENCODE.replace("photos", "lonely_row/labels.csv"),

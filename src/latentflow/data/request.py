@@ -23,11 +23,11 @@ class TableOptions(Request):
         description="Column of a table that holds the class of each image; otherwise the one that is called label or "
         "class. The table: labels.csv, .tsv, .jsonl or .parquet, given as DATA or beside the images.",
     )
-    columns: Annotated[Names, Option(metavar="NAME[:KIND],...")] | None = Field(
+    columns: Annotated[Names, Option(metavar="NAME[=COLUMN][:KIND],...")] | None = Field(
         None,
         min_length=1,
         description="Columns to learn from besides, with their kinds: age:number,view:label,findings:labels; without a "
-        "kind it follows from the cells.",
+        "kind it follows from the cells. view=label gives the column label the name view.",
     )
     file_column: str | None = Field(
         None, description="Column that names the file of each image; otherwise found by its name and cells."

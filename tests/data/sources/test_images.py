@@ -860,7 +860,7 @@ def test_bad_places_are_refused_with_a_remedy(tmp_path):
         open_images(tmp_path / "missing", 8)
     with pytest.raises(DataError, match=f"no images in {tmp_path}; latentflow reads .png, .apng, .jpg"):
         open_images(tmp_path, 8)
-    (tmp_path / "table.csv").write_text("1,2")
+    (tmp_path / "table.csv").write_text("1,2\n3,4")
     with pytest.raises(DataError, match=r"no images in .*; it has 1 other files, such as table.csv; latentflow reads"):
         open_images(tmp_path, 8)
     with pytest.raises(DataError, match=r"no images in .*; it has 1 other files, such as table.csv; latentflow reads"):

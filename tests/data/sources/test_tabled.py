@@ -159,7 +159,7 @@ def test_missing_rows_and_files(photos, caplog):
     [
         ({"label_column": "specie"}, "no column 'specie', which --label-column names; did you mean 'species'"),
         ({"columns": ["agee:number"]}, "no column 'agee', which --columns names; did you mean 'age'"),
-        ({"columns": ["species:number"]}, "holds 'apple', which is not a finite number"),
+        ({"columns": ["species:number"]}, "holds 'cherry', which is not a finite number"),
         ({"file_column": "fil"}, "no column 'fil', which --file-column names; did you mean 'file'"),
         ({"file_column": "species"}, "no row names a file in its column 'species'"),
         ({"columns": ["age", "age"]}, "two columns are called 'age'"),

@@ -9,22 +9,18 @@ training images and references.
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
 from latentflow.data.items import ImageSource
 from latentflow.data.pictures.decode import most_pixels
 from latentflow.data.request import TableOptions
-from latentflow.data.sources.listed import ListedImages, list_files
+from latentflow.data.sources.places import list_images
 from latentflow.data.sources.readable import readable
 from latentflow.data.sources.stored import ImageFiles, LmdbImages
 from latentflow.data.sources.synthetic import SyntheticShapes
-from latentflow.data.sources.tabled import find_table, list_table, notice_table
-from latentflow.data.stores.files import FolderStore, open_store
 from latentflow.data.stores.first import check_first
 from latentflow.data.stores.lmdb import LmdbStore, environment_file
-from latentflow.data.tables.text_tables import is_text_table
 from latentflow.errors import DataError
 
 
@@ -53,12 +49,15 @@ def open_images(
     what else is known of it; see `list_table`. A folder or an archive with a table in it is read by it if `table` names
     a column, and otherwise a notice says that the table is there.
 
-    An LMDB environment, a folder that holds data.mdb or a single .mdb or .lmdb file, has neither labels nor maps; see
-    `stores.lmdb` for its layouts and order.
+    A parquet file with a column of images, a folder of such files, or one that `datasets` has written with
+    `save_to_disk`, has one image in each row; see `list_rows`. A parquet file without such a column is a table. A path
+    with *, ? or braces, such as data/train-*.parquet, stands for several files.
+
+    An LMDB environment (`stores.lmdb`), a folder with data.mdb or a .mdb or .lmdb file, has neither labels nor maps.
 
     Args:
-        path: a folder, a .zip file, a table, an LMDB environment, or "synthetic[:COUNT[:SEED]]" for the built-in shapes
-            (default: 6000 images of seed 0). Write "./synthetic" for a folder of that name.
+        path: a folder, a .zip file, a table, rows with images, an LMDB environment, or "synthetic[:COUNT[:SEED]]" for
+            the built-in shapes (default: 6000 images of seed 0). Write "./synthetic" for a folder of that name.
         image_size: height and width of every item in pixels, >= 1.
         first: only take this many images: of class folders evenly (the first of each, then the second of each,
             and so on), otherwise in the source's order; None: all of them.
@@ -74,19 +73,24 @@ def open_images(
     most_pixels()  # refuse an invalid limit now, not for each image
     table = table or TableOptions()
     is_synthetic = str(path) == "synthetic" or str(path).startswith("synthetic:")
-    if table.asks_for_table and (is_synthetic or environment_file(Path(path))):
-        raise DataError(
-            f"{path} has no table, which --label-column, --columns and --file-column are about; leave them out"
-        )
+    if is_synthetic or environment_file(Path(path)):
+        _refuse_table(table, path)
     if is_synthetic:
         return _open_synthetic(str(path), image_size, first)
     if environment_file(Path(path)):
         source = LmdbImages(LmdbStore(Path(path), first), image_size)
     else:
-        source = ImageFiles(_listed(Path(path), table), image_size, first)
+        source = ImageFiles(list_images(Path(path), table), image_size, first)
     if strict:
         _refuse_broken(source, path)
     return source
+
+
+def _refuse_table(table: TableOptions, path: str | Path) -> None:
+    if table.asks_for_table:
+        raise DataError(
+            f"{path} has no table, which --label-column, --columns and --file-column are about; leave them out"
+        )
 
 
 def _refuse_broken(source: ImageSource, path: str | Path) -> None:
@@ -94,20 +98,6 @@ def _refuse_broken(source: ImageSource, path: str | Path) -> None:
     if broken:
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise DataError(f"{path}: {broken[0]}{more}; repair or remove it, or read without strict")
-
-
-def _listed(path: Path, options: TableOptions) -> ListedImages:
-    """The images of a folder, an archive or a table."""
-    if is_text_table(path.name) and path.is_file():
-        store, name = FolderStore(path.parent), unicodedata.normalize("NFC", path.name)
-        return list_table(store, store.listing(), name, options)
-    store = open_store(path)
-    listing = store.listing()
-    if options.asks_for_table:
-        return list_table(store, listing, find_table(store, listing), options)
-    listed = list_files(store, listing)
-    notice_table(store, listing, listing.files)
-    return listed
 
 
 def _open_synthetic(text: str, image_size: int, first: int | None) -> SyntheticShapes:

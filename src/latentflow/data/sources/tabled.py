@@ -4,21 +4,66 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+
+from latentflow.columns import Column, ColumnValue
 from latentflow.console import notice
 from latentflow.data.request import TableOptions
-from latentflow.data.sources.listed import ListedImages, files_of_layout
+from latentflow.data.sources.listed import ImageStore, ListedImages, files_of_layout
+from latentflow.data.sources.maps import MapFiles
+from latentflow.data.stores.arrow import ArrowStore
 from latentflow.data.stores.files import FolderStore, Listing, ZipStore
+from latentflow.data.tables.arrow_table import arrow_table
 from latentflow.data.tables.files_of_rows import FileNames, file_column, files_of_rows
-from latentflow.data.tables.table import ImageTable, columns_of, first_few, label_column, labels_of
+from latentflow.data.tables.table import ImageTable, columns_of, first_few, label_column, labels_of, split_wanted
 from latentflow.data.tables.text_tables import TEXT_TABLES, is_text_table, read_text_table
 from latentflow.errors import DataError
 
 Store = FolderStore | ZipStore
 
+_TABLES = (*TEXT_TABLES, ".parquet")
 
-def list_table(store: Store, listing: Listing, name: str, options: TableOptions) -> ListedImages:
-    """The images that the table `name` describes, with the columns that `options` choose.
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is used of a table's n rows: their classes and their columns; see `ListedImages`."""
+
+    class_names: tuple[str, ...]
+    labels: np.ndarray | None
+    columns: tuple[Column, ...]
+    values: tuple[list[ColumnValue], ...]
+
+    def listed(
+        self,
+        store: ImageStore,
+        names: Sequence[str],
+        paths: Sequence[str],
+        rows: Sequence[int],
+        maps: MapFiles | None = None,
+    ) -> ListedImages:
+        """Images, of which image i stands in row `rows[i]`."""
+        labels = None if self.labels is None else self.labels[rows]
+        values = tuple([own[row] for row in rows] for own in self.values)
+        return ListedImages(store, names, paths, self.class_names, labels, maps, self.columns, values)
+
+
+def chosen(table: ImageTable, options: TableOptions, file: str) -> Chosen:
+    """What `options` choose of a table whose files are in column `file`.
+
+    Raises:
+        DataError: see `columns_of` and `labels_of`.
+    """
+    wanted = options.columns or ()
+    columns, values = columns_of(table, wanted)
+    label = label_column(table, options.label_column, file, [split_wanted(one)[1] for one in wanted])
+    class_names, labels = labels_of(table, label) if label else ((), None)
+    return Chosen(class_names, labels, columns, values)
+
+
+def list_table(store: Store, listing: Listing, table: ImageTable, options: TableOptions) -> ListedImages:
+    """The images that a table describes, with the columns that `options` choose.
 
     Images are in the order of their names, whatever the order of the rows, and have the names that they have without
     the table. So a table that names the classes that the folders have gives the same images and labels as the folders.
@@ -27,7 +72,6 @@ def list_table(store: Store, listing: Listing, name: str, options: TableOptions)
         DataError: the table cannot be read, or it and the files do not pair up.
     """
     layout = files_of_layout(store, listing)
-    table = read_text_table(_content(store, listing, name), f"{store.path}: {name}" if name else str(store.path))
     files = FileNames(layout.images)
     column = file_column(table, files, options.file_column)
     if column is None:
@@ -36,27 +80,28 @@ def list_table(store: Store, listing: Listing, name: str, options: TableOptions)
         )
     rows, named = files_of_rows(table, column, files, allow_missing=options.allow_missing)
     _check_nameless(table, layout.images, named, options.allow_missing, needs_all=bool(layout.maps))
+    found = chosen(table.taken(rows), options, column)
     order = sorted(range(len(rows)), key=named.__getitem__)
-    table, named = table.taken([rows[place] for place in order]), [named[place] for place in order]
-    class_names, labels, columns, values = chosen(table, options, column)
-    return ListedImages(
-        store,
-        [one.removeprefix(layout.prefix) for one in named],
-        [layout.images[one].path for one in named],
-        class_names,
-        labels,
-        layout.open_maps(store),
-        columns,
-        values,
-    )
+    named = [named[place] for place in order]
+    names, paths = [one.removeprefix(layout.prefix) for one in named], [layout.images[one].path for one in named]
+    return found.listed(store, names, paths, order, layout.open_maps(store))
 
 
-def chosen(table: ImageTable, options: TableOptions, file: str) -> tuple:
-    """Classes, labels, columns and their values: what `options` choose of a table whose files are in column `file`."""
-    columns, values = columns_of(table, options.columns or ())
-    label = label_column(table, options.label_column, file, [column.name for column in columns])
-    class_names, labels = labels_of(table, label) if label else ((), None)
-    return class_names, labels, columns, values
+def read_table(store: Store, listing: Listing, name: str) -> ImageTable:
+    """The table `name` of a folder or an archive.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if name.lower().endswith(".parquet"):
+        if not isinstance(store, FolderStore):
+            raise DataError(f"{store.path}: {name} cannot be read inside of an archive; unpack it, and give the folder")
+        return arrow_table(ArrowStore(store.path / name, [store.path / listing.files[name].path]))
+    try:
+        content = store.read(listing.files[name].path)
+    except Exception as error:  # damaged archives raise nearly anything
+        raise DataError(f"{store.path}: {name} cannot be read ({error}); copy it again") from error
+    return read_text_table(content, f"{store.path}: {name}")
 
 
 def find_table(store: Store, listing: Listing) -> str:
@@ -68,7 +113,7 @@ def find_table(store: Store, listing: Listing) -> str:
     tables = _tables(listing)
     if not tables:
         raise DataError(
-            f"{store.path} has no table of its images ({', '.join(TEXT_TABLES)}), which --label-column, --columns and "
+            f"{store.path} has no table of its images ({', '.join(_TABLES)}), which --label-column, --columns and "
             "--file-column are about; put one beside them, or leave these options out"
         )
     if len(tables) > 1:
@@ -79,7 +124,7 @@ def find_table(store: Store, listing: Listing) -> str:
 def notice_table(store: Store, listing: Listing, images: Iterable[str]) -> None:
     """Print that a table lies beside images and how it is used, if there is one whose rows name some of them."""
     files = FileNames(images)
-    for name in _tables(listing):
+    for name in filter(is_text_table, _tables(listing)):
         start = store.mark(listing.files[name].path)
         try:
             table = read_text_table(start[: start.rfind(b"\n") + 1] or start, name)
@@ -98,16 +143,9 @@ def notice_table(store: Store, listing: Listing, images: Iterable[str]) -> None:
 
 def _tables(listing: Listing) -> list[str]:
     """The tables of the highest folder that has some."""
-    names = sorted(filter(is_text_table, listing.files))
+    names = sorted(name for name in listing.files if name.lower().endswith(_TABLES))
     top = min((name.count("/") for name in names), default=0)
     return [name for name in names if name.count("/") == top]
-
-
-def _content(store: Store, listing: Listing, name: str) -> bytes:
-    try:
-        return store.read(listing.files[name].path)
-    except Exception as error:  # damaged archives raise nearly anything
-        raise DataError(f"{store.path}: {name} cannot be read ({error}); copy it again") from error
 
 
 def _check_nameless(

@@ -40,6 +40,18 @@ FirstBytes = Callable[[str], bytes]
 """The first bytes of the file of that name."""
 
 
+def split_of(name: str) -> str:
+    """The split that a path names: train of "data/train-00000-of-00002.parquet" and of "train/0000.parquet"; or "".
+
+    The last part of the path that names one counts.
+    """
+    for part in reversed(os.path.splitext(name)[0].split("/")):  # noqa: PTH122
+        word = re.match(r"[A-Za-z]*", part)[0]
+        if _SPLIT.fullmatch(word):
+            return word
+    return ""
+
+
 def class_folders(names: Iterable[str], where: Path, prefix: str, has_maps: bool) -> tuple[str, ...]:
     """The sorted class folders of images; empty if all images are at the top level.
 

@@ -11,7 +11,8 @@ from latentflow.console import notice
 from latentflow.data.tables.table import ImageTable, first_few
 from latentflow.errors import DataError
 
-_FILES = ("file", "file_name", "filename", "path", "file_path", "filepath", "image", "image_path", "image_name", "img")
+FILE_COLUMNS = ("file", "file_name", "filename", "path", "file_path", "filepath")
+FILE_COLUMNS += ("image", "image_path", "image_name", "img")
 """Columns that name files, wherever they do; any case."""
 
 _LOOKED_AT = 100  # cells of a column that is not called so
@@ -64,9 +65,7 @@ def file_column(table: ImageTable, files: FileNames, asked: str | None) -> str |
     if asked is not None:
         table.column(asked, "--file-column")
         return asked
-    called = sorted(
-        (name for name in table.cells if name.lower() in _FILES), key=lambda name: _FILES.index(name.lower())
-    )
+    called = [name for usual in FILE_COLUMNS for name in table.cells if name.lower() == usual]
     for name in (*called, *(name for name in table.cells if name not in called)):
         if any(files.matching(cell) for cell in table.cells[name][:_LOOKED_AT]):
             return name

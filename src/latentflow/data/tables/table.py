@@ -6,12 +6,12 @@ A cell holds a text, a number, a truth value, a list of these, or None where not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from latentflow.columns import COLUMN_KINDS, Column, ColumnKind, ColumnValue, check_columns
+from latentflow.columns import COLUMN_KINDS, CONDITIONS_OF_IMAGES, Column, ColumnKind, ColumnValue, check_columns
 from latentflow.console import notice
 from latentflow.errors import DataError, nearest
 
@@ -21,6 +21,35 @@ SEPARATORS = "|;"
 _NAMED = 5
 _LABELS = ("label", "class", "labels", "category", "cls")
 """Columns that hold the class where nobody says which does; any case."""
+
+
+class LazyCells(Mapping[str, Sequence[object]]):
+    """Columns by name, each read when it is first asked for.
+
+    Args:
+        names: of the columns.
+        read: the cells of one.
+    """
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Sequence[object]]):
+        self._names, self._read = tuple(names), read
+        self._known: dict[str, Sequence[object]] = {}
+
+    def __getitem__(self, name: str) -> Sequence[object]:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._known:
+            self._known[name] = self._read(name)
+        return self._known[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
@@ -56,7 +85,7 @@ class ImageTable:
 
     def taken(self, rows: Sequence[int]) -> ImageTable:
         """These rows alone, in this order."""
-        cells = {name: [column[row] for row in rows] for name, column in self.cells.items()}
+        cells = LazyCells(self.cells, lambda name: [self.cells[name][row] for row in rows])
         return ImageTable(self.name, cells, lambda row: self.place(rows[row]), self.kinds, self.classes)
 
 
@@ -100,7 +129,8 @@ def labels_of(table: ImageTable, name: str) -> tuple[tuple[str, ...], np.ndarray
         text = _text(cell)
         if text is None or isinstance(cell, list | tuple):
             why = "is empty" if text is None else f"holds {cell!r}, which is not one class"
-            remedy = f"{name}:label" if text is None else f"{name}:labels"
+            asked = f"kind={name}" if name in CONDITIONS_OF_IMAGES else name
+            remedy = f"{asked}:label" if text is None else f"{asked}:labels"
             raise DataError(
                 f"{table.name}, {table.place(row)}: the column {name!r} {why}; fill it in, remove the row, or learn "
                 f"from it as a column: --columns {remedy}"
@@ -117,45 +147,52 @@ def columns_of(table: ImageTable, wanted: Sequence[str]) -> tuple[tuple[Column, 
 
     Args:
         wanted: for each a name, or a name and a kind such as "age:number"; without one the kind follows from the cells:
-            lists are labels, numbers are a number, everything else is a label.
+            lists are labels, numbers are a number, everything else is a label. "view=label" renames a column.
 
     Raises:
         DataError: there is no such column or kind, one is asked for twice, or a cell does not fit.
     """
-    found = [_column(table, *split_kind(one)) for one in wanted]
+    found = [_column(table, one) for one in wanted]
     columns = tuple(column for column, _ in found)
     check_columns(columns)
     return columns, tuple(values for _, values in found)
 
 
-def split_kind(text: str) -> tuple[str, str | None]:
-    """A column as it is asked for: its name, and its kind if it is said.
+def split_wanted(text: str) -> tuple[str, str, str | None]:
+    """A column as it is asked for: the name it gets, its name in the table, and its kind if it is said.
 
-    >>> split_kind("age:number"), split_kind("age")
-    (("age", "number"), ("age", None))
+    >>> split_wanted("age"), split_wanted("view=label:label")
+    (("age", "age", None), ("view", "label", "label"))
     """
-    name, colon, kind = text.rpartition(":")
-    return (name, kind) if colon else (text, None)
+    names, colon, kind = text.rpartition(":")
+    names, kind = (names, kind) if colon else (text, None)
+    name, equals, own = names.partition("=")
+    return name, own if equals else name, kind
 
 
-def _column(table: ImageTable, name: str, kind: str | None) -> tuple[Column, list[ColumnValue]]:
+def _column(table: ImageTable, wanted: str) -> tuple[Column, list[ColumnValue]]:
+    called, name, kind = split_wanted(wanted)
     if kind is not None and kind not in COLUMN_KINDS:
-        raise DataError(f"--columns {name}:{kind}: unknown kind {kind!r}; {nearest(kind, COLUMN_KINDS)}")
+        raise DataError(f"--columns {wanted}: unknown kind {kind!r}; {nearest(kind, COLUMN_KINDS)}")
+    if called in CONDITIONS_OF_IMAGES:
+        raise DataError(f"--columns {wanted}: a column cannot be called {called!r}; write --columns kind={wanted}")
     cells = table.column(name, "--columns")
     kind = kind or table.kinds.get(name) or _kind_of(cells)
     if kind == "number":
-        return Column(name, kind), [_number(table, name, row, cell) for row, cell in enumerate(cells)]
+        return Column(called, kind), [_number(table, name, row, cell) for row, cell in enumerate(cells)]
     if kind == "label":
         texts = [_label(table, name, row, cell) for row, cell in enumerate(cells)]
         class_names = tuple(sorted({text for text in texts if text is not None}))
         _notice_empty(table, name, class_names)
         index = {text: label for label, text in enumerate(class_names)}
-        return Column(name, kind, class_names), [None if text is None else index[text] for text in texts]
+        return Column(called, kind, class_names), [None if text is None else index[text] for text in texts]
     sets = [_set(cell) for cell in cells]
     class_names = tuple(sorted({text for one in sets if one for text in one}))
     _notice_empty(table, name, class_names)
     index = {text: label for label, text in enumerate(class_names)}
-    return Column(name, kind, class_names), [None if s is None else frozenset(index[text] for text in s) for s in sets]
+    return Column(called, kind, class_names), [
+        None if s is None else frozenset(index[text] for text in s) for s in sets
+    ]
 
 
 def _kind_of(cells: Sequence[object]) -> ColumnKind:
@@ -169,7 +206,7 @@ def _label(table: ImageTable, name: str, row: int, cell: object) -> str | None:
     if isinstance(cell, list | tuple):
         raise DataError(
             f"{table.name}, {table.place(row)}: the column {name!r} holds {list(cell)!r}, which is not one class; ask "
-            f"for --columns {name}:labels"
+            "for the kind labels"
         )
     return _text(cell)
 
@@ -181,7 +218,7 @@ def _number(table: ImageTable, name: str, row: int, cell: object) -> float | Non
     if value is None or math.isinf(value):
         raise DataError(
             f"{table.name}, {table.place(row)}: the column {name!r} holds {cell!r}, which is not a finite number; "
-            f"correct it, leave the cell empty where it is not known, or ask for --columns {name}:label"
+            f"correct it, leave the cell empty where it is not known, or ask for the kind label"
         )
     return None if math.isnan(value) else value
 
