@@ -26,7 +26,16 @@ _DARKEST = 65536 // 8  # a picture whose numbers stay below may hold 12 bits, or
 
 
 def to_rgb(image: Image.Image, name: str = "a picture") -> Image.Image:
-    """Convert any Pillow image to upright 8-bit sRGB, without metadata.
+    """Convert any Pillow image to upright 8-bit sRGB on white, without metadata; see `to_srgb`."""
+    rgb, alpha = to_srgb(image, name)
+    if alpha is not None:
+        rgb.putalpha(alpha)
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    return rgb
+
+
+def to_srgb(image: Image.Image, name: str = "a picture") -> tuple[Image.Image, Image.Image | None]:
+    """Convert any Pillow image to upright 8-bit sRGB without metadata, and its alpha channel, if it has one.
 
     Args:
         name: for notices.
@@ -47,10 +56,7 @@ def to_rgb(image: Image.Image, name: str = "a picture") -> Image.Image:
             _notice_dark_colours(image, name)
     rgb = _in_srgb(image, profile, name)
     rgb.info = {}  # drop the rotation, profile and transparent colour, which have been applied
-    if alpha is not None:
-        rgb.putalpha(alpha)
-        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
-    return rgb
+    return rgb, alpha
 
 
 def zero_is_white(image: Image.Image) -> bool:

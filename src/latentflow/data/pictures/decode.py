@@ -267,6 +267,15 @@ def room_for(num_bytes: int) -> AbstractContextManager[None]:
     return _bytes.holding(num_bytes)
 
 
+def room_for_pixels(width: int, height: int) -> AbstractContextManager[None]:
+    """Wait until a picture of so many pixels may be decoded, like those that `open_image` opens.
+
+    Raises:
+        ValueError: it has more than `most_pixels`.
+    """
+    return _pixels.holding(_checked(width * height))
+
+
 if hasattr(os, "register_at_fork"):  # the threads that hold something do not exist in the child
     os.register_at_fork(after_in_child=_bytes.reset)
     os.register_at_fork(after_in_child=_pixels.reset)
