@@ -44,6 +44,7 @@ def encode(
         "cache": str(out),
         "images": index.num_images,
         "classes": len(index.plan.class_names),
+        "pixels": index.plan.pixel_format.title,
         "moments": " x ".join(map(str, index.plan.moments_shape)),
         "map classes": len(index.plan.map_class_names),
         "mask variants": index.plan.mask_variants,

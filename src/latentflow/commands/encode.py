@@ -8,7 +8,7 @@ from pathlib import Path
 
 from latentflow.artifacts import require_apart
 from latentflow.autoencoder import Autoencoder
-from latentflow.data.cache.schema import CacheIndex
+from latentflow.data.cache.schema import CacheIndex, format_of_cache
 from latentflow.data.cache.writer import write_cache
 from latentflow.data.items import ImageSource
 from latentflow.data.pictures.decode import BrokenImage
@@ -48,10 +48,12 @@ def encode(request: EncodeRequest, out: str | Path, *, runtime: Runtime | None =
     """
     began = time.perf_counter()
     require_apart(out, request.data, request.mask_folder)
-    source = open_images(request.data, request.image_size, first=request.first, strict=request.strict, table=request)
+    options = {"first": request.first, "strict": request.strict, "table": request, "pixels": request}
+    source = open_images(request.data, request.image_size, known=format_of_cache(out), **options)
     _require_one_readable(source)
     assert runtime is not None  # opened by `writes`
     encoder = Autoencoder.from_pretrained(request.autoencoder).to(runtime.with_precision(request.precision))
+    encoder.require_channels(source.pixel_format.channels, request.data)
     finished: list[int] = []
     kept: list[int] = []
     with image_progress("encoding", len(source) // runtime.world) as on_images:

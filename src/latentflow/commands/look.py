@@ -62,7 +62,7 @@ def look(request: EncodeRequest, out: str | Path, *, num: int, runtime: Runtime 
     sheet = Path(out).with_name(f"{Path(out).name.removesuffix('.png')}.png")
     require_apart(sheet, request.data)
     require_writable(sheet, suffix=".png")
-    source = open_images(request.data, request.image_size, first=request.first, table=request)
+    source = open_images(request.data, request.image_size, first=request.first, table=request, pixels=request)
     encoder = Autoencoder.from_pretrained(request.autoencoder).to(runtime or open_runtime(precision="tf32", alone=True))
     encoder.latent_side(request.image_size)
     found = _evenly(source, num)

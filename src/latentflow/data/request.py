@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from latentflow.columns import COLUMN_KINDS
 from latentflow.data.painting.mask_rules import MaskPolicy, MaskRules
+from latentflow.data.pixel_choice import PixelChoice
 from latentflow.errors import nearest
 from latentflow.requests import Names, Option, PathText, Request, RequestError, Whole
 
@@ -89,7 +90,7 @@ class CacheOptions(Request):
         return self
 
 
-class EncodeRequest(CacheOptions, TableOptions):
+class EncodeRequest(CacheOptions, TableOptions, PixelChoice):
     """Images, and the autoencoder that encodes them."""
 
     data: Annotated[PathText, Option(argument=True)] = Field(

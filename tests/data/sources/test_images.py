@@ -203,18 +203,29 @@ def test_splits_inside_classes_are_said(tmp_path, caplog):
     assert "the splits train, val inside the class folders are merged into one set" in caplog.text
 
 
+@pytest.fixture
+def bare(monkeypatch):
+    """Without the libraries that read HEIC and DICOM."""
+    monkeypatch.setattr(store_files, "has_library", lambda name: False)
+
+
+@pytest.mark.usefixtures("bare")
 def test_pictures_next_to_those_with_maps_are_noticed(mapped, caplog):
     (mapped / "images" / "IMG_1.HEIC").write_bytes(b"")
     assert open_images(mapped, 16).map_class_names
-    assert "1 files are skipped: 1 .heic (save them as JPEG or PNG)" in caplog.text
+    assert "1 files are skipped: 1 .heic (save them as JPEG or PNG, or install latentflow[data])" in caplog.text
 
 
+@pytest.mark.usefixtures("bare")
 def test_maps_in_a_format_that_is_not_read_are_named(tmp_path):
     save(tmp_path / "images" / "1.png")
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / "1.heic").write_bytes(b"")
     (tmp_path / "classes.json").write_text('["a", "b"]')
-    with pytest.raises(DataError, match=r"images in both that are read \(1 \.heic \(save them as JPEG or PNG\)\)"):
+    with pytest.raises(
+        DataError,
+        match=r"images in both that are read \(1 \.heic \(save them as .*, or install latentflow\[data\]\)\)",
+    ):
         open_images(tmp_path, 8)
 
 
@@ -314,6 +325,7 @@ def test_only_regular_files_are_opened(tmp_path, caplog, monkeypatch):
 # What is not read
 
 
+@pytest.mark.usefixtures("bare")
 def test_pictures_that_are_not_read_are_counted_by_suffix_with_a_remedy_that_works(tmp_path, caplog):
     save(tmp_path / "a.jpg")
     jpeg = (tmp_path / "a.jpg").read_bytes()
@@ -324,7 +336,8 @@ def test_pictures_that_are_not_read_are_counted_by_suffix_with_a_remedy_that_wor
         (tmp_path / name).write_bytes(b"something else")
     assert names(open_images(tmp_path, 8)) == ["a.jpg"]
     said, rename, convert = caplog.text, "(rename them to end in .jpg)", "(save them as JPEG or PNG)"
-    assert f"11 files are skipped: 1 without suffix {rename}, 1 .download {rename}, 2 .heic {convert}, " in said
+    install = f"{convert[:-1]}, or install latentflow[data])"
+    assert f"11 files are skipped: 1 without suffix {rename}, 1 .download {rename}, 2 .heic {install}, " in said
     assert f"1 '.jpg ' {rename}, 1 .jpg_large {rename}, 1 .jxl {convert}, 1 .nef {convert}" in said
     assert ".txt" not in said and "LICENSE" not in said
     for name in strange:
@@ -332,9 +345,12 @@ def test_pictures_that_are_not_read_are_counted_by_suffix_with_a_remedy_that_wor
     assert len(open_images(tmp_path, 8, strict=True)) == 6
 
 
+@pytest.mark.usefixtures("bare")
 def test_a_folder_of_nothing_but_unread_pictures_says_so(tmp_path):
     (tmp_path / "1.heic").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"no images in .*, but 1 .heic \(save them as JPEG or PNG\); latentflow reads"):
+    with pytest.raises(
+        DataError, match=r"no images in .*, but 1 .heic \(save them as .*, or install .*\); latentflow reads"
+    ):
         open_images(tmp_path, 8)
     with zipfile.ZipFile(tmp_path / "outer.zip", "w") as file:
         file.writestr("inner.zip", b"PK")
@@ -342,6 +358,7 @@ def test_a_folder_of_nothing_but_unread_pictures_says_so(tmp_path):
         open_images(tmp_path / "outer.zip", 8)
 
 
+@pytest.mark.usefixtures("bare")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("classes", [["cat"], ["cat", "dog"]])
 def test_a_class_without_an_image_that_is_read_is_refused(tmp_path, classes, packed):

@@ -14,6 +14,7 @@ from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.pictures.crop import CROP_RULE
 from latentflow.errors import ArtifactError
 from latentflow.pixel_format import PixelFormat
+from latentflow.plans import PLAN_FILE
 from latentflow.records import Record, explain
 
 SCHEMA_VERSION = 1
@@ -110,6 +111,14 @@ class CacheIndex(Record):
         """Share of the pictures that the square crops leave out: the mean over all images, and the largest."""
         total = sum(shard.cut_sum for shard in self.shards)
         return total / max(self.num_images, 1), max((shard.cut_most for shard in self.shards), default=0.0)
+
+
+def format_of_cache(folder: str | Path) -> PixelFormat | None:
+    """The pixel format of a latent cache, finished or not; None if there is none."""
+    try:
+        return read_cache_record(CachePlan, Path(folder) / PLAN_FILE).pixel_format
+    except ArtifactError:  # what is wrong with the folder is said where it is written to
+        return None
 
 
 def shard_file(folder: Path, number: int) -> Path:

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -48,6 +49,7 @@ _TURNS = {
 
 # What people name as an image: offset and magic bytes, the format, and the remedy.
 _AS_PNG = "save it as PNG"
+_AS_JPEG = "save it as JPEG or PNG, or install latentflow[data]"
 _STRANGERS = (
     (0, b"%!PS", "EPS or PostScript", _AS_PNG),
     (0, b"\xc5\xd0\xd3\xc6", "EPS", _AS_PNG),
@@ -64,9 +66,9 @@ _STRANGERS = (
     (0, b"#?RADIANCE", "Radiance HDR", "scale it to 8 or 16 bits and save it as PNG"),
     (0, b"\xff\x0a", "JPEG XL", _AS_PNG),
     (0, b"\0\0\0\x0cJXL ", "JPEG XL", _AS_PNG),
-    (4, b"ftyphei", "HEIC", "save it as JPEG or PNG"),
-    (4, b"ftyphev", "HEIC", "save it as JPEG or PNG"),
-    (4, b"ftypmif1", "HEIF", "save it as JPEG or PNG"),
+    (4, b"ftyphei", "HEIC", _AS_JPEG),
+    (4, b"ftyphev", "HEIC", _AS_JPEG),
+    (4, b"ftypmif1", "HEIF", _AS_JPEG),
     (128, b"DICM", "DICOM", "scale it to 8 or 16 bits and save it as PNG"),
     (0, b"\x93NUMPY", "a NumPy array", _AS_PNG),
     (0, b"\x89HDF", "HDF5", _AS_PNG),
@@ -281,11 +283,20 @@ if hasattr(os, "register_at_fork"):  # the threads that hold something do not ex
     os.register_at_fork(after_in_child=_pixels.reset)
 
 
+def has_library(name: str) -> bool:
+    """Whether a library that reads files of one kind is installed."""
+    return find_spec(name) is not None
+
+
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow knows."""
+    """Those of `FORMATS` that this Pillow knows, and HEIC where pillow-heif is installed."""
     Image.init()
-    return tuple(name for name in (*FORMATS, "TGA") if name in Image.OPEN)
+    if has_library("pillow_heif"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return tuple(name for name in (*FORMATS, "HEIF", "TGA") if name in Image.OPEN)
 
 
 def _checked(num_pixels: int) -> int:

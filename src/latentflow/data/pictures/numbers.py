@@ -24,7 +24,6 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,7 +31,15 @@ from PIL import Image
 
 from latentflow.console import notice
 from latentflow.data.pictures.colour import to_srgb, zero_is_white
-from latentflow.data.pictures.decode import check_bytes, open_image, orientation, room_for_pixels, stored_mode, upright
+from latentflow.data.pictures.decode import (
+    check_bytes,
+    has_library,
+    open_image,
+    orientation,
+    room_for_pixels,
+    stored_mode,
+    upright,
+)
 from latentflow.data.pictures.orientation import turned
 from latentflow.pixel_format import PixelFormat, PixelMode
 
@@ -41,7 +48,6 @@ _DICOM, _DICOM_AT = b"DICM", 128
 _EXACT = 1 << 24  # up to here float32 holds every whole number
 _GRAYS = ("1", "L", "LA", "La")
 _ORIENTATION_TAG, _NO_DATA_TAG = 274, 42113
-_EXTRA = "pip install 'latentflow[data]'"
 
 
 class StoredPicture(Protocol):
@@ -122,7 +128,8 @@ class PillowPicture:
         if self._has_16_bits:
             values = self._sixteen_bits()
         elif dtype != "uint8":
-            values = _kept(np.asarray(upright(image)))
+            values = np.asarray(upright(image))
+            values = values.astype(np.uint16) if dtype == "uint16" else _kept(values)
             if dtype == "uint16" and zero_is_white(image):
                 values = 65535 - values
         elif raw and image.mode in ("L", "LA", "RGB", "RGBA"):
@@ -138,7 +145,7 @@ class PillowPicture:
         return self.image.format == "PNG" and self._stored in ("RGB;16B", "RGBA;16B", "LA;16B")
 
     def _sixteen_bits(self) -> np.ndarray:
-        """PNG colours of 16 bits, [H, W, C]; Pillow keeps the upper half of each, and the lower one is read after it."""
+        """PNG colours of 16 bits, [H, W, C]; Pillow gives the upper half of each, then the lower one."""
         if self._stored == "LA;16B":  # two numbers of 16 bits are as large as four of 8
             values = self._decoded_as("RGBA").view(">u2").astype(np.uint16)
         else:
@@ -230,7 +237,7 @@ class _Tiff:
 
 def _is_pillows(content: bytes, as_colours: bool) -> bool:
     """Whether Pillow keeps the numbers of a TIFF, or nothing else is there to read it."""
-    if find_spec("tifffile") is None:
+    if not has_library("tifffile"):
         return True
     import tifffile
 
@@ -319,8 +326,8 @@ def _first(value: Any) -> float | None:
 
 def _library(name: str, what: str) -> Any:
     """A library that is only needed for some files."""
-    if find_spec(name) is None:
-        raise ValueError(f"{what} are read by {name}, which is not installed; run {_EXTRA}")
+    if not has_library(name):
+        raise ValueError(f"{what} are read by {name}, which is not installed; install latentflow[data]")
     return __import__(name)
 
 

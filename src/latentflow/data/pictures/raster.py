@@ -72,8 +72,8 @@ class Raster:
 def as_raster(values: np.ndarray, mode: PixelMode, pixel_format: PixelFormat, name: str) -> Raster:
     """The numbers of a file in the pixel format of its data set.
 
-    Gray becomes colours by repetition, colours become gray by their brightness. Transparent parts are laid on white, the
-    upper end of the range, unless the format keeps them. 8 bits become 16 by a factor of 257, 16 bits become 8 by
+    Gray becomes colours by repetition, colours become gray by their brightness. Transparent parts are laid on white,
+    the upper end of the range, unless the format keeps them. 8 bits become 16 by a factor of 257, 16 bits become 8 by
     rounding, so that white stays white; floating-point formats keep every number.
 
     Args:

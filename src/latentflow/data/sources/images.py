@@ -14,7 +14,9 @@ from pathlib import Path
 
 from latentflow.data.items import ImageSource
 from latentflow.data.pictures.decode import most_pixels
+from latentflow.data.pixel_choice import PixelChoice
 from latentflow.data.request import TableOptions
+from latentflow.data.sources.pixel_survey import choose_format
 from latentflow.data.sources.places import list_images
 from latentflow.data.sources.readable import readable
 from latentflow.data.sources.stored import ImageFiles, LmdbImages
@@ -22,6 +24,7 @@ from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.data.stores.first import check_first
 from latentflow.data.stores.lmdb import LmdbStore, environment_file
 from latentflow.errors import DataError
+from latentflow.pixel_format import PixelFormat
 
 
 def open_images(
@@ -31,6 +34,8 @@ def open_images(
     first: int | None = None,
     strict: bool = False,
     table: TableOptions | None = None,
+    pixels: PixelFormat | PixelChoice | None = None,
+    known: PixelFormat | None = None,
 ) -> ImageSource:
     """Open a set of images. Only the listing is read; pictures are decoded on access.
 
@@ -63,6 +68,8 @@ def open_images(
             and so on), otherwise in the source's order; None: all of them.
         strict: decode every image now, and refuse the source if any is broken.
         table: which columns of a table are used; None: its classes, if a column is called so.
+        pixels: what the pixels are read as, or what is said of it, see `choose_format`; None: 8-bit RGB.
+        known: the format that an earlier call chose; its range is kept, if everything else is the same.
 
     Raises:
         DataError: there are no images at `path`, they are not laid out as above, there are fewer than `first`,
@@ -76,11 +83,15 @@ def open_images(
     if is_synthetic or environment_file(Path(path)):
         _refuse_table(table, path)
     if is_synthetic:
-        return _open_synthetic(str(path), image_size, first)
-    if environment_file(Path(path)):
+        source = _open_synthetic(str(path), image_size, first)
+    elif environment_file(Path(path)):
         source = LmdbImages(LmdbStore(Path(path), first), image_size)
     else:
         source = ImageFiles(list_images(Path(path), table), image_size, first)
+    if isinstance(pixels, PixelChoice):
+        pixels = choose_format(source, pixels, known)
+    if pixels is not None:
+        source = source.with_format(pixels)
     if strict:
         _refuse_broken(source, path)
     return source

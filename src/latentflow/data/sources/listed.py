@@ -12,7 +12,7 @@ import numpy as np
 
 from latentflow.columns import Column, ColumnValue
 from latentflow.data.sources.maps import MapFiles
-from latentflow.data.stores.files import SUFFIXES, FolderStore, Listing, StoredFile, ZipStore, is_image, wrapper
+from latentflow.data.stores.files import SUFFIXES, FolderStore, Listing, StoredFile, ZipStore, pictures_among, wrapper
 from latentflow.data.stores.layout import class_folders, counted, notice_skipped, unread_pictures
 from latentflow.errors import DataError
 
@@ -101,7 +101,7 @@ def files_of_layout(store: FolderStore | ZipStore, listing: Listing) -> Layout:
         DataError: there are no images.
     """
     files = listing.files
-    images = {name: file for name, file in sorted(files.items()) if is_image(name)}
+    images = {name: files[name] for name in pictures_among(files)}
     others = [name for name in files if name not in images]
     if not images:
         _refuse_environments(files, store.path)

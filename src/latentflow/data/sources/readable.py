@@ -11,6 +11,7 @@ from latentflow.data.pictures.colour import PIXEL_RULES
 from latentflow.data.pictures.decode import BrokenImage, most_pixels
 from latentflow.data.prefetch import Reading, prefetch
 from latentflow.ledger import Ledger, one_at_a_time
+from latentflow.pixel_format import PixelFormat
 from latentflow.progress import image_progress
 
 _CHECKED_TOGETHER, _SAVED_TOGETHER = 32, 200  # images; batches of these
@@ -28,6 +29,8 @@ def readable(source: ImageSource, *, processes: bool = True) -> tuple[list[int],
     place = getattr(source, "place", source.description)  # nothing is remembered of images without a place on disk
     maps = f"{source.map_class_names} {source.map_palette}"
     rules = f"{PIL.__version__} {PIXEL_RULES} {source.image_size} {most_pixels()} {maps}"
+    if source.pixel_format != PixelFormat():
+        rules += f" {source.pixel_format.model_dump_json()}"
     contents = source.contents()
     with one_at_a_time(place), Ledger(f"decodes {rules}", place) as ledger:
         found = [ledger.get(source.name(index), contents[index]) for index in range(len(source))]

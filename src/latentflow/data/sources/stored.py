@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,10 +12,11 @@ from urllib.parse import quote_from_bytes
 from latentflow.columns import ColumnValue
 from latentflow.data.items import ImageItem, ImageSource, fingerprint_of
 from latentflow.data.packed import PackedText
-from latentflow.data.pictures.colour import to_rgb
 from latentflow.data.pictures.crop import center_crop, crop_map
-from latentflow.data.pictures.decode import BrokenImage, open_image, reason, room_for
-from latentflow.data.pictures.orientation import Photo, with_turn
+from latentflow.data.pictures.decode import BrokenImage, reason, room_for
+from latentflow.data.pictures.numbers import open_stored
+from latentflow.data.pictures.orientation import Photo
+from latentflow.data.pictures.reading import read_raster
 from latentflow.data.sources.listed import ListedImages
 from latentflow.data.stores.first import check_first, evenly
 from latentflow.data.stores.lmdb import LmdbStore
@@ -37,10 +39,8 @@ class ImageFiles:
         DataError: there are fewer than `first`.
     """
 
-    pixel_format = PixelFormat()
-
     def __init__(self, listed: ListedImages, image_size: int, first: int | None = None):
-        self.image_size = image_size
+        self.image_size, self.pixel_format = image_size, PixelFormat()
         self.class_names, self.columns = listed.class_names, listed.columns
         self._store, self._maps, self._labels = listed.store, listed.maps, listed.labels
         self._values = listed.values
@@ -108,14 +108,24 @@ class ImageFiles:
         """
         name, path, semantic_map = self.name(index), self._paths[index], None
         with _decoding(name):
-            with room_for(self._store.held_bytes(path)), open_image(self._store.read(path), name) as image:
-                rgb, turn = with_turn(image, partial(to_rgb, name=name))
-                pixels = center_crop(rgb, self.image_size)
+            with room_for(self._store.held_bytes(path)):
+                picture, turn = read_raster(self._store.read(path), name, self.pixel_format)
+                pixels = picture.cropped(partial(center_crop, size=self.image_size))
             if self._maps:
-                semantic_map = crop_map(
-                    self._maps.read(self._rows[index], Photo(rgb.height, rgb.width, turn)), self.image_size
-                )
-        return ImageItem(pixels, self.label(index), name, semantic_map, 1 - min(rgb.size) / max(rgb.size))
+                width, height = picture.size
+                semantic_map = crop_map(self._maps.read(self._rows[index], Photo(height, width, turn)), self.image_size)
+        return ImageItem(pixels, self.label(index), name, semantic_map, 1 - min(picture.size) / max(picture.size))
+
+    def with_format(self, pixel_format: PixelFormat) -> ImageFiles:
+        """The same images, read in another format."""
+        other = copy.copy(self)
+        other.pixel_format = pixel_format
+        return other
+
+    def stored_format(self, index: int) -> PixelFormat:
+        """What the header of image `index` says of its numbers; raises what reading it raises."""
+        with _decoding(name := self.name(index)), open_stored(self._store.read(self._paths[index]), name) as stored:
+            return stored.pixel_format
 
     def label(self, index: int) -> int | None:
         """The label of image `index`, without decoding it."""
@@ -143,10 +153,9 @@ class LmdbImages:
     """
 
     class_names = map_class_names = map_palette = columns = ()
-    pixel_format = PixelFormat()
 
     def __init__(self, store: LmdbStore, image_size: int):
-        self.image_size = image_size
+        self.image_size, self.pixel_format = image_size, PixelFormat()
         self._store = store
 
     @property
@@ -183,10 +192,22 @@ class LmdbImages:
     def __getitem__(self, index: int) -> ImageItem:
         """Decode image `index`; raises what `ImageFiles` raises."""
         name = self.name(index)
-        with _decoding(name), open_image(self._store.read(self._store.keys[index]), name) as image:
-            rgb = to_rgb(image, name)
-            pixels = center_crop(rgb, self.image_size)
-        return ImageItem(pixels, None, name, cut=1 - min(rgb.size) / max(rgb.size))
+        with _decoding(name):
+            picture, _ = read_raster(self._store.read(self._store.keys[index]), name, self.pixel_format)
+            pixels = picture.cropped(partial(center_crop, size=self.image_size))
+        return ImageItem(pixels, None, name, cut=1 - min(picture.size) / max(picture.size))
+
+    def with_format(self, pixel_format: PixelFormat) -> LmdbImages:
+        """The same images, read in another format."""
+        other = copy.copy(self)
+        other.pixel_format = pixel_format
+        return other
+
+    def stored_format(self, index: int) -> PixelFormat:
+        """See `ImageFiles.stored_format`."""
+        name = self.name(index)
+        with _decoding(name), open_stored(self._store.read(self._store.keys[index]), name) as stored:
+            return stored.pixel_format
 
 
 @contextmanager

@@ -12,13 +12,14 @@ from __future__ import annotations
 import colorsys
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
 
 from latentflow.columns import Column
 from latentflow.data.items import ImageItem
+from latentflow.data.pictures.raster import as_raster
 from latentflow.errors import DataError
 from latentflow.pixel_format import PixelFormat
 from latentflow.randomness import derive_seed
@@ -86,6 +87,7 @@ class SyntheticShapes:
         count: number of images, >= 1. Image i is the same whatever the count.
         image_size: height and width in pixels, >= 8.
         seed: another seed, another set of images.
+        pixel_format: what the 8-bit colours become; see `as_raster`.
 
     Raises:
         DataError: `count` or `image_size` is too small, or an index lies outside the source.
@@ -94,12 +96,12 @@ class SyntheticShapes:
     count: int
     image_size: int = 64
     seed: int = 0
+    pixel_format: PixelFormat = field(default_factory=PixelFormat)
 
     class_names = CLASS_NAMES
     map_class_names = MAP_CLASS_NAMES
     map_palette = MAP_PALETTE
     columns: ClassVar[tuple[Column, ...]] = ()
-    pixel_format = PixelFormat()
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -114,6 +116,14 @@ class SyntheticShapes:
     def fingerprint(self) -> str:
         text = f"synthetic shapes v2: {self.count} images, size {self.image_size}, seed {self.seed}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def with_format(self, pixel_format: PixelFormat) -> SyntheticShapes:
+        """The same images in another format."""
+        return replace(self, pixel_format=pixel_format)
+
+    def stored_format(self, index: int) -> PixelFormat:
+        """8-bit colours."""
+        return PixelFormat()
 
     def contents(self) -> list[str]:
         """Empty: each image follows from its name, seed and size, which the fingerprint covers."""
@@ -140,6 +150,8 @@ class SyntheticShapes:
     def __getitem__(self, index: int) -> ImageItem:
         name, label = self.name(index), self.label(index)
         pixels, semantic_map = draw_shape(label, _random(self.seed, "image", index), self.image_size)
+        if self.pixel_format != PixelFormat():
+            pixels = as_raster(pixels, "rgb", self.pixel_format, name).cropped(np.asarray)
         return ImageItem(pixels, label, name, semantic_map)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from latentflow.console import notice
-from latentflow.data.pictures.decode import check_bytes, most_pixels, read_file
+from latentflow.data.pictures.decode import check_bytes, has_library, most_pixels, read_file
 from latentflow.data.prefetch import in_threads
 from latentflow.errors import DataError
 from latentflow.ledger import Ledger, one_at_a_time
@@ -29,6 +29,9 @@ from latentflow.progress import image_progress
 
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp", ".bmp", ".dib", ".tif")
 SUFFIXES += (".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".avif")
+ARRAY_SUFFIXES = (".npy", ".npz")
+LIBRARY_OF = {".heic": "pillow_heif", ".heif": "pillow_heif", ".hif": "pillow_heif", ".dcm": "pydicom"}
+"""What reads files of a suffix, where it is installed."""
 
 _CLUTTER = {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "lost+found", "system volume information"}
 _CLUTTER |= {"thumbs.db", "ehthumbs.db", "desktop.ini"}
@@ -278,7 +281,25 @@ class ZipStore:
 
 def is_image(name: str) -> bool:
     """Whether a file has the suffix of an image, in upper or lower case."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 - ten times as fast as Path
+    return _suffix(name) in SUFFIXES
+
+
+def pictures_among(names: Iterable[str]) -> list[str]:
+    """The files that are read as pictures, in the order of their names; arrays are, where there are no others.
+
+    HEIC and DICOM count where the library is installed that reads them.
+    """
+    names = sorted(names)
+    found = [name for name in names if is_image(name) or _is_read(_suffix(name))]
+    return found or [name for name in names if _suffix(name) in ARRAY_SUFFIXES]
+
+
+def _is_read(suffix: str) -> bool:
+    return suffix in LIBRARY_OF and has_library(LIBRARY_OF[suffix])
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - ten times as fast as Path
 
 
 def is_clutter(name: str) -> bool:

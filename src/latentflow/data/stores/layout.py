@@ -25,8 +25,9 @@ _MAPS = re.compile(
     re.IGNORECASE,
 )
 _CONVERT, _UNPACK, _CUT = "save them as JPEG or PNG", "unpack them", "save their frames as images"
-_UNREAD = dict.fromkeys((".heic", ".heif", ".hif", ".jxl", ".psd", ".psb", ".xcf", ".svg", ".eps", ".ai"), _CONVERT)
-_UNREAD |= dict.fromkeys((".exr", ".hdr", ".dds", ".ico", ".qoi", ".fits", ".dcm", ".pcx", ".sgi", ".jxr"), _CONVERT)
+_UNREAD = dict.fromkeys((".heic", ".heif", ".hif", ".dcm"), f"{_CONVERT}, or install latentflow[data]")
+_UNREAD |= dict.fromkeys((".jxl", ".psd", ".psb", ".xcf", ".svg", ".eps", ".ai"), _CONVERT)
+_UNREAD |= dict.fromkeys((".exr", ".hdr", ".dds", ".ico", ".qoi", ".fits", ".pcx", ".sgi", ".jxr"), _CONVERT)
 _UNREAD |= dict.fromkeys((".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".dng", ".raf", ".orf", ".rw2"), _CONVERT)
 _UNREAD |= dict.fromkeys((".pef", ".srw", ".raw", ".3fr", ".j2k", ".jpc", ".jpx", ".jpf", ".wdp"), _CONVERT)
 _UNREAD |= dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"), _UNPACK)
