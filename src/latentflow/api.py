@@ -6,8 +6,9 @@ of the command line as well.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from torch import Tensor
@@ -55,6 +56,7 @@ class SampleOptions(SamplingOptions, total=False):
     """`SampleRequest` without `num`, for type checkers."""
 
     classes: ClassList | None
+    conditions: Mapping[str, Any] | None
     seed: int
 
 
@@ -90,6 +92,7 @@ class InterpolateOptions(SamplingOptions, total=False):
     seeds: tuple[int, int]
     num: int
     classes: ClassList | None
+    conditions: Mapping[str, Any] | None
 
 
 class VaryOptions(SamplingOptions, total=False):
@@ -99,12 +102,14 @@ class VaryOptions(SamplingOptions, total=False):
     amount: float
     num: int
     classes: ClassList | None
+    conditions: Mapping[str, Any] | None
 
 
 class InvertOptions(SamplingOptions, total=False):
     """`InvertRequest`, for type checkers."""
 
     classes: ClassList | None
+    conditions: Mapping[str, Any] | None
 
 
 class LatentFlow(FlowModel):

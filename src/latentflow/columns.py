@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
 from latentflow.errors import DataError, nearest
@@ -29,6 +30,36 @@ CONDITIONS_OF_IMAGES = ("label", "inpainting", "semantic_map", "input")
 
 MOST_COLUMNS, MOST_CLASSES, MOST_SET_CLASSES, _LONGEST_NAME = 64, 1_000_000, 4096, 100
 """A set takes one number for each of its classes and image, so it has fewer of them."""
+
+
+@dataclass(frozen=True)
+class ColumnRow:
+    """The value of a column as a network gets it: a row of `width` numbers.
+
+        label    the index; not known: the number of classes
+        labels   1 for each class of the set, else 0, and a last number that is 1 where the set is not known
+        number   the number, and a last one that is 1 where it is not known
+
+    Where a value is not known, the row is zero but for its last number, `null`.
+    """
+
+    kind: ColumnKind
+    num_classes: int = 0
+
+    @property
+    def width(self) -> int:
+        return {"label": 1, "labels": self.num_classes + 1, "number": 2}[self.kind]
+
+    @property
+    def null(self) -> int:
+        """The last number of a row of which the value is not known."""
+        return self.num_classes if self.kind == "label" else 1
+
+
+def places_of(rows: Sequence[ColumnRow]) -> list[slice]:
+    """Where each column stands in a row of all of them, one after the other."""
+    ends = [0, *accumulate(row.width for row in rows)]
+    return [slice(start, end) for start, end in pairwise(ends)]
 
 
 @dataclass(frozen=True)
@@ -70,6 +101,11 @@ class Column:
     def num_classes(self) -> int:
         """Number of classes; 0 for a number."""
         return len(self.class_names)
+
+    @property
+    def row(self) -> ColumnRow:
+        """The shape of its values as a network gets them."""
+        return ColumnRow(self.kind, self.num_classes)
 
     def check(self, value: ColumnValue, whose: str) -> None:
         """Refuse what is no value of this column.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import UnionType
@@ -184,9 +184,11 @@ class FromText:
 
     Attributes:
         parse: raises ValueError, whose message follows the option and the text: "is not a list like ...".
+        repeats: the option may be given several times; each text becomes a name and a value of a mapping.
     """
 
     parse: Callable[[str], Any]
+    repeats: bool = False
 
 
 def _names(text: str) -> list[str]:
@@ -200,6 +202,20 @@ def _classes(text: str) -> list[str]:
     except csv.Error:
         raise ValueError("is not a list like cat,dog; a name with a comma stands in double quotes") from None
     return rows[0] if rows and rows[0] else [""]
+
+
+def _named_value(text: str) -> tuple[str, str]:
+    """The name and the value of "age=63"."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise ValueError("is not a name and a value like age=63")
+    return name.strip(), value.strip()
+
+
+def _mapping(given: object) -> object:
+    if given is not None and not (isinstance(given, Mapping) and all(isinstance(name, str) for name in given)):
+        raise ValueError("give names with their values, like {'age': 63}")
+    return given if given is None else dict(given)
 
 
 def numbers_like(example: str, kind: type = float) -> Callable[[str], list[Any]]:
@@ -256,6 +272,13 @@ PathText = Annotated[str, BeforeValidator(_path_text)]
 Names = Annotated[list[str], FromText(_names)]
 Classes = Annotated[int | str | Sequence[int | str], SkipValidation, FromText(_classes)]
 """Classes as a person gives them: one, or a list of names or indices; see `Conditioning.class_indices`."""
+Conditions = Annotated[
+    dict[str, Any],
+    BeforeValidator(_mapping),
+    FromText(_named_value, repeats=True),
+    Option(name="--condition", metavar="NAME=VALUE"),
+]
+"""Values of named conditions as a person gives them; see `latentflow.sampling.named_conditions`."""
 WholeNumbers = Annotated[list[Whole], FromText(numbers_like("4,8,16", int))]
 Numbers = Annotated[list[Number], FromText(numbers_like("1,1.5,2"))]
 Times = Annotated[

@@ -12,7 +12,18 @@ from pydantic import Field
 
 from latentflow.cli import options
 from latentflow.errors import ConfigError
-from latentflow.requests import Classes, Names, Numbers, Option, Request, RequestError, Times, Whole, WholeNumbers
+from latentflow.requests import (
+    Classes,
+    Conditions,
+    Names,
+    Numbers,
+    Option,
+    Request,
+    RequestError,
+    Times,
+    Whole,
+    WholeNumbers,
+)
 
 
 class Asked(Request):
@@ -23,6 +34,7 @@ class Asked(Request):
     safe: bool = Field(True, description="Safe.")
     names: Names | None = Field(None, description="Names.")
     classes: Classes | None = Field(None, description="Classes.")
+    conditions: Conditions | None = Field(None, description="Conditions.")
     sizes: WholeNumbers = Field([4, 8], description="Sizes.")
     scales: Numbers | None = Field(None, description="Scales.")
     times: Times | None = Field(None, description="Times.")
@@ -65,6 +77,9 @@ def test_defaults_are_those_of_the_request(call):
         ("f --no-safe", "safe", False),
         ("f --names 'fid, kid'", "names", ["fid", "kid"]),
         ("f --classes 'cat,\"Doe, Jane\"'", "classes", ["cat", "Doe, Jane"]),
+        ("f --condition age=63", "conditions", {"age": "63"}),
+        ("f --condition 'a b = c=d' --condition age=63,64", "conditions", {"a b": "c=d", "age": "63,64"}),
+        ("f --condition tags=", "conditions", {"tags": ""}),
         ("f --sizes 1,2,3", "sizes", [1, 2, 3]),
         ("f --scales 1,1.5", "scales", [1.0, 1.5]),
         ("f --times 0.1,0.8", "times", (0.1, 0.8)),
@@ -84,6 +99,9 @@ def test_what_is_typed_becomes_the_value_of_the_field(call, line, name, value):
         ("f --sizes a,b", "--sizes 'a,b' is not a list of numbers like 4,8,16"),
         ("f --scales x", "--scales 'x' is not a list of numbers like 1,1.5,2"),
         ("f --times 0.5", "--times '0.5' is not two numbers like 0.1,0.8"),
+        ("f --condition age", "--condition 'age' is not a name and a value like age=63"),
+        ("f --condition =63", "--condition '=63' is not a name and a value like age=63"),
+        ("f --condition age=6 --condition age=7", "--condition 'age=7': age is given twice; give it once"),
         ("f --classes 'cat,\"dog'", "is not a list like cat,dog; a name with a comma"),
         ("f --classes 'cat\ndog'", "is not a list like cat,dog; a name with a comma"),
     ],

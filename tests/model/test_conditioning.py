@@ -8,8 +8,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from latentflow.columns import CONDITIONS_OF_IMAGES, Column
 from latentflow.errors import ConfigError
-from latentflow.model.conditioning import CONDITION_KINDS, CONDITION_NAMES, Conditioning
+from latentflow.model.conditioning import CONDITION_KINDS, CONDITION_NAMES, ColumnCondition, Conditioning, NamedColumn
 from latentflow.randomness import ImageRandom
 from latentflow.shapes import Condition
 
@@ -42,7 +43,8 @@ def is_null(condition: Condition, name: str) -> torch.Tensor:
 
 
 def test_every_field_of_a_condition_belongs_to_one_kind_or_describes_a_variant():
-    assert tuple(kind.name for kind in CONDITION_KINDS) == CONDITION_NAMES
+    assert tuple(kind.name for kind in CONDITION_KINDS if kind is not NamedColumn) == CONDITION_NAMES
+    assert set(CONDITION_NAMES) <= set(CONDITIONS_OF_IMAGES)
     owned = [field for kind in CONDITION_KINDS for field in kind.fields]
     assert sorted([*owned, "augmentation"]) == sorted(field.name for field in dataclasses.fields(Condition))
     for kind in ALL.kinds.values():
@@ -313,3 +315,90 @@ def test_a_text_is_a_name_where_classes_are_called_by_numbers():
     digits = Conditioning(class_names=["1", "0", "2"])
     assert digits.class_indices([0, 1, 2]) == digits.class_indices(["#0", "#1", "#2"]) == [0, 1, 2]
     assert digits.class_indices(["0", "1", "2"]) == [1, 0, 2]
+
+
+COLUMNS = [
+    ColumnCondition(name="view", kind="label", class_names=["frontal", "lateral"], dropout=0.25),
+    ColumnCondition(name="tags", kind="labels", class_names=["a", "b", "c"], dropout=0.5),
+    ColumnCondition(name="age", kind="number", dropout=0.0),
+]
+WITH_COLUMNS = ALL.model_copy(update={"columns": COLUMNS})
+ROWS = torch.tensor([[1.0, 1, 0, 1, 0, 63, 0], [0, 0, 0, 0, 0, 40, 0]])
+NULL_ROW = [2, 0, 0, 0, 1, 0, 1]
+NULL_OF = {"view": [0], "tags": [1, 2, 3, 4], "age": [5, 6]}
+
+
+def test_each_column_is_a_condition_of_its_own_behind_the_others():
+    assert list(WITH_COLUMNS.kinds) == [*CONDITION_NAMES, "view", "tags", "age"]
+    assert WITH_COLUMNS.dropout == {**ALL.dropout, "view": 0.25, "tags": 0.5, "age": 0.0}
+    assert WITH_COLUMNS.required == ["age"]
+    assert WITH_COLUMNS.can_guide == [*CONDITION_NAMES, "view", "tags"]
+    assert WITH_COLUMNS.with_required(["tags"]) == ["tags", "age"]
+
+
+def test_columns_do_not_move_the_random_numbers_of_the_other_conditions():
+    draws = [
+        conditioning.draw_dropped(ImageRandom.at(0, "step", torch.arange(64))) for conditioning in (ALL, WITH_COLUMNS)
+    ]
+    for name in CONDITION_NAMES:
+        assert torch.equal(draws[0][name], draws[1][name])
+    assert 0 < draws[1]["tags"].sum() < 64
+    assert not draws[1]["age"].any()
+
+
+def test_columns_that_are_not_given_are_null():
+    built = WITH_COLUMNS.build((2, *LATENTS), "cpu", Condition(**given(2)))
+    assert built.columns.tolist() == [NULL_ROW] * 2
+    assert torch.equal(WITH_COLUMNS.build((2, *LATENTS), "cpu", Condition(columns=ROWS)).columns, ROWS)
+
+
+@pytest.mark.parametrize("name", NULL_OF)
+def test_dropping_a_column_leaves_the_others(name):
+    built = WITH_COLUMNS.build((2, *LATENTS), "cpu", Condition(columns=ROWS))
+    own = NULL_OF[name]
+    expected = ROWS.clone()
+    expected[1, own] = torch.tensor(NULL_ROW).float()[own]
+    assert torch.equal(WITH_COLUMNS.drop(built, {name: torch.tensor([False, True])}).columns, expected)
+    expected[0, own] = expected[1, own]
+    assert torch.equal(WITH_COLUMNS.without(built, [name]).columns, expected)
+    assert torch.equal(built.columns, ROWS)
+
+
+def test_columns_of_a_model_without_are_refused():
+    with pytest.raises(ConfigError, match="not trained with the condition columns; it is conditioned on label"):
+        ANIMALS.build((2, *LATENTS), "cpu", Condition(columns=ROWS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"columns": [COLUMNS[0], COLUMNS[0]]}, "two columns are called 'view'"),
+        ({"columns": [{"name": "label", "kind": "number"}]}, "the name of a condition that is no column"),
+        ({"columns": [{"name": "view", "kind": "label"}]}, "column view: 0 classes"),
+        (
+            {"columns": [{"name": "view", "kind": "label", "class_names": ["a"], "images_per_class": [1, 2]}]},
+            "2 counts of images for 1 classes",
+        ),
+        ({"columns": [{"name": "age", "kind": "number", "deviation": 0}]}, "greater than 0"),
+    ],
+)
+def test_columns_that_contradict_themselves(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        Conditioning(**changes)
+
+
+def test_data_must_have_the_columns_of_the_model():
+    own = [one.column for one in COLUMNS]
+    WITH_COLUMNS.require_columns([*own, Column("more", "number")], "scans")
+    with pytest.raises(ConfigError, match="scans has no column 'age', which the model was trained with; valid: view"):
+        WITH_COLUMNS.require_columns(own[:2], "scans")
+    other = Column("view", "label", ("front", "side"))
+    with pytest.raises(ConfigError, match=r"the column view is a label \(front, side\), but the model knows a label"):
+        WITH_COLUMNS.require_columns([other, *own[1:]], "scans")
+
+
+def test_descriptions_and_examples_of_columns():
+    assert [one.describe() for one in COLUMNS] == ["label: frontal, lateral", "labels: a, b, c", "number"]
+    assert [one.example for one in COLUMNS] == ["view=frontal", "tags=a", "age=0"]
+    known = COLUMNS[2].model_copy(update={"low": 18.0, "high": 95.5, "mean": 51.27})
+    assert (known.describe(), known.example) == ("number, 18 to 95.5", "age=51.3")

@@ -34,7 +34,7 @@ def test_a_picture_says_its_classes_by_name():
     request = Drawing(seeds=[17], labels=[2], told=["label"], blends=[Blend(seed=17, weight=0.5, label=3)])
     facts = picture_facts(request, NAMES, {"model": "m"})
     assert (facts["class_name"], facts["to_class_name"], facts["drawn_by"]) == ("and/or", "owl", {"model": "m"})
-    assert Drawing.model_validate({name: facts[name] for name in Drawing.model_fields}) == request
+    assert Drawing.model_validate({name: facts[name] for name in Drawing.model_fields if name in facts}) == request
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from latentflow.convert.request import ConvertRequest, ExportRequest
 
 verb = partial(command, group="Models")
 
-_TITLES = {"told": "conditions", "holes": "mask policy"}
+_TITLES = {"told": "conditions", "columns": "named conditions", "holes": "mask policy"}
 """Titles in the table of `info`, where they are not the keys of the JSON."""
 
 

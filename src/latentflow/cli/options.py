@@ -219,8 +219,8 @@ def path(given: str) -> Path:
 
 def _kind(field: FieldInfo) -> Any:
     """int, float, bool, Path, a Literal, or str for whatever else is written as text."""
-    if _reader(field):
-        return str
+    if reader := _reader(field):
+        return list[str] if reader.repeats else str
     kinds = [kind for kind in alternatives(field.annotation) if kind is not type(None)]
     return kinds[0] if len(kinds) == 1 and (kinds[0] in _TYPED or get_origin(kinds[0]) is Literal) else str
 
@@ -241,11 +241,10 @@ def _asked(record: type[Request], options: dict[str, Any]) -> Request:
     given = {}
     for name, field in record.model_fields.items():
         value, reader = options.pop(name), _reader(field)
-        if isinstance(value, str) and reader is not None:
-            try:
-                value = reader.parse(value)
-            except ValueError as error:
-                raise ConfigError(f"{_written(name, option_of(field))} {value!r} {error}") from None
+        if reader is not None and reader.repeats:
+            value = _each(value or [], reader, _written(name, option_of(field))) or None
+        elif isinstance(value, str) and reader is not None:
+            value = _read(value, reader, _written(name, option_of(field)))
         given[name] = value
     try:
         return record(**given)
@@ -254,6 +253,24 @@ def _asked(record: type[Request], options: dict[str, Any]) -> Request:
             raise
         option = option_of(record.model_fields[error.field])
         raise ConfigError(f"{_written(error.field, option)}{error.reason}") from None
+
+
+def _read(given: str, reader: FromText, option: str) -> Any:
+    try:
+        return reader.parse(given)
+    except ValueError as error:
+        raise ConfigError(f"{option} {given!r} {error}") from None
+
+
+def _each(given: Iterable[str], reader: FromText, option: str) -> dict[str, Any]:
+    """What an option means that is given several times, each time with another name."""
+    values: dict[str, Any] = {}
+    for one in given:
+        name, value = _read(one, reader, option)
+        if name in values:
+            raise ConfigError(f"{option} {one!r}: {name} is given twice; give it once")
+        values[name] = value
+    return values
 
 
 def _as_written(error: RequestError, requests: Iterable[Request]) -> ConfigError:

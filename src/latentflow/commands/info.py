@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from latentflow.columns import Column
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.model.flow_model import CONFIG_FILE, WEIGHTS_FILE, find_model, read_config
 from latentflow.model.snapshots import BEST, snapshot_steps
@@ -39,6 +40,7 @@ def _describe_model(model: str | Path) -> dict[str, Any]:
         "told": list(conditioning.dropout),
         "classes": conditioning.class_names,
         "map classes": conditioning.map_class_names,
+        "columns": [f"{one.name} ({one.describe()})" for one in conditioning.columns],
         "holes": config.masks.policy if config.masks else "none",
         "guidance": f"by {', '.join(conditioning.can_guide)}" if conditioning.can_guide else "not available",
         "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}"
@@ -69,6 +71,10 @@ def _average(length: float | None) -> str:
     return "exponential" if length is None else f"power function of length {length:g}"
 
 
+def _described(column: Column) -> str:
+    return column.kind + (f" of {column.num_classes} classes" if column.class_names else "")
+
+
 def _describe_cache(folder: str | Path) -> dict[str, Any]:
     index = LatentCache(folder).index
     plan = index.plan
@@ -81,6 +87,7 @@ def _describe_cache(folder: str | Path) -> dict[str, Any]:
         "pixels": plan.pixel_format.title,
         "moments": list(plan.moments_shape),
         "map classes": plan.map_class_names,
+        "columns": [f"{one.name} ({_described(one)})" for one in plan.columns],
         "mask variants": plan.mask_variants,
         "variants": plan.variants,
         "flips": plan.flips,

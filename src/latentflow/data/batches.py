@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from latentflow.columns import Column
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.cache.resident import ResidentCache, ResidentImages
+from latentflow.data.cache.schema import column_tensor
+from latentflow.data.column_tensors import rows_of, stored_values
 from latentflow.data.items import ImageSource, stack_pixels
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, mask_input, shares
 from latentflow.data.painting.mask_rules import MaskRules
@@ -43,6 +46,7 @@ class Batch:
         known_moments: [B, M, h, w], of the images with their holes filled, from a cache; in the same dtype.
         known_pixels: [B, C, S, S], the images with their holes filled, encoded in the step.
         class_fractions: [B, K, h, w] float32, share of each map class in each latent pixel.
+        columns: [B, W] float32, the values of the columns that training reads; see `latentflow.columns.ColumnRow`.
         augmentation: [B, P] float32, the numbers of the variant that an image is seen as; 0: the image itself.
     """
 
@@ -55,6 +59,7 @@ class Batch:
     known_moments: Tensor | None = None
     known_pixels: Tensor | None = None
     class_fractions: Tensor | None = None
+    columns: Tensor | None = None
     augmentation: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
@@ -106,6 +111,7 @@ class TrainingImages(Dataset):
         flip: mirror each image with probability 1/2, independently each time it is seen.
         kept: indices of the images to use; None: all.
         spatial: holes and semantic maps; None: neither.
+        columns: names of the columns of the source that are read, in this order.
         augment: probability with which an image is seen as one of its variants in the latent cache, drawn each time.
     """
 
@@ -117,9 +123,12 @@ class TrainingImages(Dataset):
         flip: bool,
         kept: Sequence[int] | None = None,
         spatial: SpatialData | None = None,
+        columns: Sequence[str] = (),
         augment: float = 0.0,
     ):
         self.source = source
+        own = [column.name for column in source.columns]
+        self._columns = [own.index(name) for name in columns]
         self.augment = augment
         self.seed = seed
         self.flip = flip
@@ -147,7 +156,20 @@ class TrainingImages(Dataset):
             purpose: gives them an order and holes other than those of training.
         """
         seed = derive_seed(self.seed, purpose)
-        return TrainingImages(self.source, seed=seed, flip=False, kept=rows, spatial=self.spatial)
+        columns = [column.name for column in self.columns]
+        return TrainingImages(self.source, seed=seed, flip=False, kept=rows, spatial=self.spatial, columns=columns)
+
+    @property
+    def columns(self) -> list[Column]:
+        """The columns that are read."""
+        return [self.source.columns[number] for number in self._columns]
+
+    def column_values(self) -> list[Tensor]:
+        """The values of each column that is read, of the images used, as they are stored; see `column_tensors`."""
+        if isinstance(self.source, LatentCache):
+            return [self.source.column_values(number, self.kept) for number in self._columns]
+        values = [self.source.values(index) for index in self.kept.tolist()] if self._columns else []
+        return [stored_values(self.source.columns[n], [one[n] for one in values]) for n in self._columns]
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k not in ("_order", "_drawn", "held")}
@@ -202,7 +224,7 @@ class TrainingImages(Dataset):
             "variant_numbers": self.augment > 0,
             "variant_class_counts": self.augment > 0 and spatial.maps,
         }
-        return [name for name, wanted in read.items() if wanted]
+        return [name for name, wanted in read.items() if wanted] + [column_tensor(n) for n in self._columns]
 
     def hold(self, device: torch.device, how: Reading | None = None) -> None:
         """Load the tensors of a latent cache, or all images, into the memory of `device`; read batches from there.
@@ -214,7 +236,7 @@ class TrainingImages(Dataset):
             self.held = ResidentCache(self.source, self.cached_tensors, flips=self.flip, device=device)
         else:
             assert self.spatial is None
-            self.held = ResidentImages(self.source, self.kept, device=device, how=how)
+            self.held = ResidentImages(self.source, self.kept, device=device, columns=self._columns, how=how)
 
     def indices_at(self, positions: Sequence[int] | Tensor) -> Tensor:
         """Indices of the images at some positions of the stream, [B] int64."""
@@ -258,6 +280,8 @@ class TrainingImages(Dataset):
             mask_variants = (self._uniform("mask variant", positions) * self.source.plan.mask_variants).long()
         rows, flips, mask_variants, variants = self._sent(indices, flipped, mask_variants, variants)
         batch = {"labels": cache.labels(rows), "moments": cache.moments(rows, flips, variants)}
+        if self._columns:
+            batch["columns"] = cache.column_rows(rows, self._columns)
         if variants is not None:
             batch["augmentation"] = cache.augmentation(rows, flips, variants)
         if spatial.maps:
@@ -300,11 +324,15 @@ class TrainingImages(Dataset):
         """The fields of a batch from images."""
         if self.held is not None:
             rows, flips = self._sent(indices, flipped)
-            return {"labels": self.held.labels(rows), "pixels": self.held.pixels(rows, flips)}
+            columns = self.held.column_rows(rows) if self._columns else None
+            return {"labels": self.held.labels(rows), "pixels": self.held.pixels(rows, flips), "columns": columns}
         items = [self.source[index] for index in indices.tolist()]
         pixels = _mirrored([item.pixels for item in items], flipped)
         labels = torch.tensor([item.label for item in items]) if self.source.class_names else None
         batch = {"labels": labels, "pixels": stack_pixels(pixels)}
+        if self._columns:
+            values = [self.source.values(index) for index in indices.tolist()]
+            batch["columns"] = rows_of(self.columns, [[one[n] for n in self._columns] for one in values])
         if self.spatial is None:
             return batch
         if self.spatial.maps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -48,7 +49,7 @@ def render_card(package: str, template: str, config: ModelConfig, library: str, 
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"cell": _cell, "number": lambda value: f"{value:g}"}
+    environment.filters |= {"cell": _cell, "shell": shlex.quote, "number": lambda value: f"{value:g}"}
     text = environment.get_template(template).render(config=config, conditioning=conditioning, **values)
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}"))
 
@@ -65,6 +66,7 @@ def _facts(config: ModelConfig) -> dict[str, str]:
         "conditions": ", ".join(conditioning.kinds) or "none (unconditional)",
         "classes": _listed(conditioning.class_names),
         "map classes": _listed(conditioning.map_class_names),
+        "named conditions": "; ".join(f"{one.name} ({one.describe()})" for one in conditioning.columns),
         "mask policy": config.masks.policy if config.masks else "",
         "guidance": f"on {guided}" if guided else "not available: no condition was dropped in training",
         "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}"

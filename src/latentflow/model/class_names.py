@@ -32,9 +32,9 @@ def class_index(class_names: Sequence[str], given: int | str) -> int:
             return index
         raise ConfigError(f"class #{index} does not exist; this model has the classes #0 to #{num_classes - 1}")
     name = given.strip()
-    hint = nearest(name, [_in_a_list(one) for one in class_names])
+    hint = nearest(name, [in_a_list(one) for one in class_names])
     if cut := next((one for one in class_names if one.startswith(f"{name},")), None):
-        hint = f"a name with a comma stands in double quotes: {_in_a_list(cut)}"
+        hint = f"a name with a comma stands in double quotes: {in_a_list(cut)}"
     elif re.fullmatch("[0-9]{1,9}", name) and int(name) < num_classes:
         hint = f"the class with that index, {class_names[int(name)]!r}, is written '#{int(name)}'"
     raise ConfigError(f"no class is named {name!r}; {hint}")
@@ -75,7 +75,7 @@ def _named(class_names: Sequence[str], text: str) -> int | None:
     return composed.index(wanted) if wanted in composed else None
 
 
-def _in_a_list(name: str) -> str:
+def in_a_list(name: str) -> str:
     """A class's name as it is written in a list in CSV."""
     return '"' + name.replace('"', '""') + '"' if "," in name or name.startswith('"') else name
 

@@ -1,6 +1,6 @@
 """The conditions of a model: what the network sees besides latents and time.
 
-A model has any subset of three conditions, one class each. Every condition has a null value. Training puts it in the
+A model has any subset of these conditions, one class each. Every condition has a null value. Training puts it in the
 place of the true value at random (dropout), for each condition independently, so a model can be sampled with any subset
 of its conditions, and classifier-free guidance (arXiv 2207.12598) works for each of them.
 
@@ -8,6 +8,7 @@ of its conditions, and classifier-free guidance (arXiv 2207.12598) works for eac
     label           a class index                                           the null label, after the last class
     inpainting      latents of the image without its hole, and the mask     latents 0, mask 1: everything is hole
     semantic_map    fraction of each map class in each latent pixel         0 for every class
+    NAME            the value of a named column, see `latentflow.columns`   not known; one condition for each column
 
 A model may also take the numbers of the variants that it was trained on (`augmentation`). They are no condition that
 anybody gives: they are zero except in training, in both branches of guidance, so that no augmentation shows in samples
@@ -25,14 +26,16 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from latentflow.errors import ConfigError
-from latentflow.model.class_names import ClassList, class_index, class_indices
+from latentflow.columns import MOST_CLASSES, MOST_COLUMNS, Column, ColumnKind, ColumnRow, check_columns, places_of
+from latentflow.errors import ConfigError, DataError, nearest
+from latentflow.model.class_names import ClassList, class_index, class_indices, in_a_list
+from latentflow.networks.column_embedding import ColumnInput
 from latentflow.randomness import ImageRandom
 from latentflow.records import Record
 from latentflow.shapes import Condition
@@ -40,8 +43,11 @@ from latentflow.shapes import Condition
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
 
-ConditionName = Literal["label", "inpainting", "semantic_map"]
-CONDITION_NAMES: tuple[ConditionName, ...] = get_args(ConditionName)
+ConditionName = str
+"""One of `CONDITION_NAMES`, or the name of a column."""
+CONDITION_NAMES: tuple[ConditionName, ...] = ("label", "inpainting", "semantic_map")
+
+_MOST_NAMED = 12  # classes in a description
 
 NOTHING = Condition()
 """No condition is given."""
@@ -75,6 +81,12 @@ class ConditionKind(ABC):
     @abstractmethod
     def of(cls, config: Conditioning) -> Self | None:
         """The condition as a config describes it; None: the model does not have it."""
+
+    @classmethod
+    def all_of(cls, config: Conditioning) -> list[Self]:
+        """The conditions of this kind as a config describes them."""
+        own = cls.of(config)
+        return [] if own is None else [own]
 
     @property
     @abstractmethod
@@ -187,8 +199,126 @@ class SemanticMap(ConditionKind):
         return "it can only paint maps: `latentflow mask-to-image`"
 
 
-CONDITION_KINDS: tuple[type[ConditionKind], ...] = (Label, Inpainting, SemanticMap)
+@dataclass(frozen=True)
+class NamedColumn(ConditionKind):
+    """The value of one named column; all columns share the field.
+
+    Attributes:
+        name: of the column.
+        row: the shape of its values.
+        place: where it stands in the row of all columns.
+        whole: the width of that row, and the places and values of its numbers that are not 0 where nothing is known.
+    """
+
+    name: str
+    row: ColumnRow
+    place: slice
+    whole: tuple[int, tuple[tuple[int, int], ...]]
+
+    dropout_key, task = "column_dropout", "sample"
+    fields = ("columns",)
+
+    @classmethod
+    def all_of(cls, config: Conditioning) -> list[NamedColumn]:
+        rows = [one.column.row for one in config.columns]
+        places = places_of(rows)
+        nulls = tuple((place.stop - 1, row.null) for place, row in zip(places, rows, strict=True))
+        whole = places[-1].stop if places else 0, nulls
+        return [
+            cls(one.dropout, one.name, row, place, whole)
+            for one, row, place in zip(config.columns, rows, places, strict=True)
+        ]
+
+    @classmethod
+    def of(cls, config: Conditioning) -> NamedColumn | None:
+        """The first column; see `all_of`."""
+        return next(iter(cls.all_of(config)), None)
+
+    @property
+    def nulls(self) -> tuple[float, ...]:
+        """Of the last number of its place; the others are 0."""
+        return (self.row.null,)
+
+    def shapes(self, latents_shape: Sequence[int]) -> list[tuple[int, ...]]:
+        return [(latents_shape[0], self.whole[0])]
+
+    def remedy(self, given: Collection[ConditionName]) -> str:
+        return f"give --condition {self.name}=VALUE"
+
+    def complete(self, given: Condition, latents_shape: Sequence[int], device: torch.device | str) -> dict[str, Tensor]:
+        if given.columns is not None:
+            return super().complete(given, latents_shape, device)
+        (shape,) = self.shapes(latents_shape)
+        columns = torch.zeros(shape, device=device)
+        for place, value in self.whole[1]:
+            columns[:, place] = value  # no copy from the host, which a CUDA graph could not have
+        return {"columns": columns}
+
+    def drop(self, condition: Condition, rows: Tensor | None = None) -> Condition:
+        columns = condition.columns
+        rows = torch.ones(len(columns), dtype=torch.bool, device=columns.device) if rows is None else rows
+        own = columns[:, self.place].masked_fill(rows[:, None], 0)
+        last = own[:, -1:].masked_fill(rows[:, None], self.row.null)
+        before, after = columns[:, : self.place.start], columns[:, self.place.stop :]
+        return replace(condition, columns=torch.cat([before, own[:, :-1], last, after], dim=1))
+
+
+CONDITION_KINDS: tuple[type[ConditionKind], ...] = (Label, Inpainting, SemanticMap, NamedColumn)
 """All conditions, in the order in which dropout draws their random numbers: a new one comes last."""
+
+
+class ColumnCondition(Record):
+    """A named column that a model is conditioned on, and what is known of its values in the training data."""
+
+    name: str = Field(max_length=1000)
+    kind: ColumnKind
+    class_names: list[ClassName] = Field(
+        default_factory=list, max_length=MOST_CLASSES, description="One name per class of a label or of labels."
+    )
+    dropout: float = Field(
+        default=0.1, ge=0, lt=1, description="Fraction of training images without it; 0: no guidance on it."
+    )
+    images_per_class: list[int] = Field(
+        default_factory=list, description="Training images of each class; empty: not known."
+    )
+    mean: float = Field(default=0.0, description="Of a number; the network gets (number - mean) / deviation.")
+    deviation: float = Field(default=1.0, gt=0, description="Standard deviation of a number.")
+    low: float | None = Field(default=None, description="The smallest number in training; null: not known.")
+    high: float | None = Field(default=None, description="The largest number in training; null: not known.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ColumnCondition:
+        try:
+            _ = self.column
+        except DataError as error:
+            raise ValueError(str(error)) from None
+        if len(self.images_per_class) not in (0, len(self.class_names)):
+            raise ValueError(f"{len(self.images_per_class)} counts of images for {len(self.class_names)} classes")
+        return self
+
+    def describe(self) -> str:
+        """Its values in a few words: "label: frontal, lateral", or "number, 18 to 95"."""
+        if self.kind == "number":
+            return "number" if self.low is None else f"number, {self.low:g} to {self.high:g}"
+        more = f", ... ({len(self.class_names)} in all)" if len(self.class_names) > _MOST_NAMED else ""
+        return f"{self.kind}: {', '.join(self.class_names[:_MOST_NAMED])}{more}"
+
+    @property
+    def example(self) -> str:
+        """A value as the command line takes it: "age=63"."""
+        if self.kind == "number":
+            return f"{self.name}={self.mean:.3g}"
+        return f"{self.name}={in_a_list(self.class_names[0])}"
+
+    @property
+    def column(self) -> Column:
+        """The column of the data."""
+        return Column(self.name, self.kind, tuple(self.class_names))
+
+    @property
+    def network_input(self) -> ColumnInput:
+        """What a network has to know of it."""
+        return ColumnInput(self.column.row, self.mean, self.deviation)
 
 
 class Conditioning(Record):
@@ -223,6 +353,9 @@ class Conditioning(Record):
     map_dropout: float = Field(
         default=0.1, ge=0, lt=1, description="Fraction of training images without their map; 0: no guidance on maps."
     )
+    columns: list[ColumnCondition] = Field(
+        default_factory=list, max_length=MOST_COLUMNS, description="The named columns that the model is conditioned on."
+    )
     augmentation: list[ClassName] = Field(
         default_factory=list,
         max_length=255,
@@ -237,6 +370,10 @@ class Conditioning(Record):
                 raise ValueError(f"class names must differ; given twice: {', '.join(doubled)}")
         if len(self.map_palette) != len(self.map_class_names):
             raise ValueError(f"{len(self.map_palette)} colours for {len(self.map_class_names)} map classes")
+        try:
+            check_columns([one.column for one in self.columns])
+        except DataError as error:
+            raise ValueError(str(error)) from None
         return self
 
     @property
@@ -257,7 +394,7 @@ class Conditioning(Record):
     @property
     def kinds(self) -> dict[ConditionName, ConditionKind]:
         """The conditions of this model."""
-        return {kind.name: kind for every in CONDITION_KINDS if (kind := every.of(self)) is not None}
+        return {kind.name: kind for every in CONDITION_KINDS for kind in every.all_of(self)}
 
     @property
     def dropout(self) -> dict[ConditionName, float]:
@@ -275,10 +412,11 @@ class Conditioning(Record):
         return [name for name, share in self.dropout.items() if share == 0]
 
     def with_required(
-        self, chosen: Collection[ConditionName], among: Collection[ConditionName] = CONDITION_NAMES
+        self, chosen: Collection[ConditionName], among: Collection[ConditionName] | None = None
     ) -> list[ConditionName]:
-        """The chosen conditions and those that the model requires, as far as they are `among` some."""
-        return [name for name in self.kinds if name in among and (name in chosen or name in self.required)]
+        """The chosen conditions and those that the model requires, as far as they are `among` some; None: among all."""
+        wanted = [name for name in self.kinds if name in chosen or name in self.required]
+        return [name for name in wanted if among is None or name in among]
 
     def draw_dropped(self, random: ImageRandom) -> dict[ConditionName, Tensor]:
         """Which training images lose which condition: [B] bool each, drawn independently."""
@@ -293,8 +431,8 @@ class Conditioning(Record):
             ConfigError: the model does not have a condition that is given.
         """
         for kind in CONDITION_KINDS:
-            if set(kind.fields) & set(given.names):
-                self.require(kind.name)
+            if set(kind.fields) & set(given.names) and not kind.all_of(self):
+                self.require(getattr(kind, "name", "columns"))
         built: dict[str, Tensor] = {}
         for own in self.kinds.values():
             built |= own.complete(given, latents_shape, device)
@@ -329,6 +467,33 @@ class Conditioning(Record):
         if name not in self.kinds:
             own = f"it is conditioned on {', '.join(self.kinds)}" if self.kinds else "it is unconditional"
             raise ConfigError(f"this model was not trained with the condition {name}; {own}")
+
+    def column(self, name: str) -> ColumnCondition:
+        """The column of that name.
+
+        Raises:
+            ConfigError: there is none; the nearest one is named.
+        """
+        found = next((one for one in self.columns if one.name == name), None)
+        if found is None:
+            own = nearest(name, [one.name for one in self.columns]) if self.columns else "this model has none"
+            raise ConfigError(f"condition {name!r}: the model was not trained with a column of that name; {own}")
+        return found
+
+    def require_columns(self, found: Sequence[Column], where: object) -> None:
+        """Refuse data that lack a column of this model, or have other classes in it.
+
+        Raises:
+            ConfigError: naming the column, and the nearest one of the data.
+        """
+        names = {column.name: column for column in found}
+        for one in self.columns:
+            if one.name not in names:
+                own = nearest(one.name, names) if names else "they have none"
+                raise ConfigError(f"{where} has no column {one.name!r}, which the model was trained with; {own}")
+            if names[one.name] != one.column:
+                theirs, ours = (f"{c.kind} ({', '.join(c.class_names[:8])})" for c in (names[one.name], one.column))
+                raise ConfigError(f"{where}: the column {one.name} is a {theirs}, but the model knows a {ours}")
 
     def require_all(self, given: Collection[ConditionName]) -> None:
         """Refuse to leave out a condition that the model cannot do without.

@@ -11,8 +11,9 @@ from pydantic import Field, model_validator
 from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation
 from latentflow.data.hold_out import HeldOut
 from latentflow.data.painting.mask_rules import MaskRules
+from latentflow.errors import nearest
 from latentflow.flow.path import LinearPath, PathConfig
-from latentflow.model.conditioning import Conditioning, ConditionName
+from latentflow.model.conditioning import CONDITION_NAMES, Conditioning, ConditionName
 from latentflow.model.guide_reference import GuideReference
 from latentflow.networks.velocity_network import (
     DenoiserPrediction,
@@ -144,6 +145,9 @@ class ModelConfig(Record):
         channels, multiple = self.autoencoder.num_channels, self.pixel_multiple
         if self.image_size % multiple:
             raise ValueError(f"image_size {self.image_size} is not a multiple of {multiple}, as the network needs it")
+        for name in self.sampling.guided_by or ():
+            if name not in (known := [*CONDITION_NAMES, *(one.name for one in self.conditioning.columns)]):
+                raise ValueError(f"sampling.guided_by = {name!r}: no such condition; {nearest(name, known)}")
         lengths = len(self.normalisation.shift), len(self.normalisation.scale)
         if lengths != (channels, channels):
             raise ValueError(f"normalisation has {lengths[0]} and {lengths[1]} numbers for {channels} latent channels")
@@ -154,7 +158,7 @@ class ModelConfig(Record):
     @property
     def computation(self) -> dict[str, Any]:
         """Everything that affects the output but not the shapes of the weights, as JSON holds it."""
-        fields = {
+        fields: dict[str, Any] = {
             "image_size": True,
             "network": True,
             "prediction": True,
@@ -164,6 +168,8 @@ class ModelConfig(Record):
         }
         if self.pixel_format != PixelFormat():  # which earlier versions did not write
             fields["pixel_format"] = {"channels", "dtype", "low", "high", "mode"}
+        if self.conditioning.columns:  # whose order and scale the shapes do not show
+            fields["conditioning"] = {"columns": {"__all__": {"name", "kind", "mean", "deviation"}}}
         return self.model_dump(mode="json", include=fields, exclude={"network": {"dropout"}})
 
     def build_network(self) -> torch.nn.Module:
@@ -176,4 +182,5 @@ class ModelConfig(Record):
             inpainting=self.conditioning.inpainting,
             num_map_classes=self.conditioning.num_map_classes,
             num_augmentations=len(self.conditioning.augmentation),
+            columns=[column.network_input for column in self.conditioning.columns],
         )

@@ -5,11 +5,13 @@ Legend: B images, C latent channels, H and W latent height and width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from latentflow.networks.column_embedding import ColumnInput
 from latentflow.networks.running import BlockNetwork
 from latentflow.networks.spatial_encoder import SpatialInputs
 from latentflow.shapes import Condition
@@ -29,6 +31,7 @@ class VelocityNetwork(BlockNetwork):
         inpainting: whether masked latents and mask are concatenated to the latents.
         num_map_classes: classes of the semantic map, whose encoding is concatenated to the latents; 0: no map.
         num_augmentations: numbers that describe an augmented variant, added to the embedding; 0: no such input.
+        columns: named columns, whose vectors are added where that of the label is.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class VelocityNetwork(BlockNetwork):
         inpainting: bool = False,
         num_map_classes: int = 0,
         num_augmentations: int = 0,
+        columns: Sequence[ColumnInput] = (),
     ):
         super().__init__()
         self.config = config
@@ -48,6 +52,7 @@ class VelocityNetwork(BlockNetwork):
         self.out_channels = out_channels
         self.num_classes = num_classes
         self.num_augmentations = num_augmentations
+        self.columns = tuple(columns)
         self.spatial = SpatialInputs(in_channels, inpainting=inpainting, num_map_classes=num_map_classes)
 
     @property
@@ -59,7 +64,7 @@ class VelocityNetwork(BlockNetwork):
         """Latents and spatial conditions, joined along channels: [B, C, H, W] => [B, spatial.num_channels, H, W].
 
         Raises:
-            ValueError: see `check_inputs` and `SpatialInputs`; or the numbers of variants do not fit.
+            ValueError: see `check_inputs` and `SpatialInputs`; or columns or the numbers of variants do not fit.
         """
         check_inputs(
             latents,
@@ -69,10 +74,13 @@ class VelocityNetwork(BlockNetwork):
             multiple=self.config.size_multiple,
             num_classes=self.num_classes,
         )
-        wanted = (len(latents), self.num_augmentations) if self.num_augmentations else None
-        found = None if condition.augmentation is None else tuple(condition.augmentation.shape)
-        if found != wanted:
-            raise ValueError(f"condition.augmentation: this network wants {wanted or 'none'}, got {found or 'none'}")
+        widths = {"augmentation": self.num_augmentations, "columns": sum(one.row.width for one in self.columns)}
+        for name, width in widths.items():
+            given = getattr(condition, name)
+            wanted = (len(latents), width) if width else None
+            found = None if given is None else tuple(given.shape)
+            if found != wanted:
+                raise ValueError(f"condition.{name}: this network wants {wanted or 'none'}, got {found or 'none'}")
         return self.spatial(latents, condition)
 
 

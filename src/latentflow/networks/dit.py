@@ -14,6 +14,7 @@ from torch.nn.functional import silu
 
 from latentflow.errors import ConfigError, nearest
 from latentflow.networks.base import FORMER_OPTIONS, VelocityNetwork
+from latentflow.networks.column_embedding import ColumnEmbedding
 from latentflow.networks.layers import (
     AugmentationEmbedding,
     GeluMLP,
@@ -194,6 +195,7 @@ class DiT(VelocityNetwork):
         self.patch_embedding = nn.Conv2d(self.spatial.num_channels, size, kernel_size=patch, stride=patch)
         self.time_embedding = TimeEmbedding(size, config.time_scale)
         self.label_embedding = nn.Embedding(self.num_classes + 1, size) if self.num_classes else None
+        self.column_embedding = ColumnEmbedding(self.columns, size) if self.columns else None
         numbers = self.num_augmentations
         self.augmentation_embedding = AugmentationEmbedding(numbers, size) if numbers else None
         self.blocks = nn.ModuleList(
@@ -217,6 +219,8 @@ class DiT(VelocityNetwork):
         nn.init.normal_(self.time_embedding.mlp[2].weight, std=0.02)
         if self.label_embedding is not None:
             nn.init.normal_(self.label_embedding.weight, std=0.02)
+        if self.column_embedding is not None:
+            self.column_embedding.reset_parameters()
         if self.spatial.map_encoder is not None:
             self.spatial.map_encoder.reset_parameters()
         for linear in (*(block.modulation for block in self.blocks), self.final_modulation, self.final_linear):
@@ -231,7 +235,7 @@ class DiT(VelocityNetwork):
             latents: [B, in_channels, H, W], H and W multiples of the patch size.
             time: [B] in [0, 1], 0 at data and 1 at noise.
             condition: labels [B] in [0, num_classes] if the network has labels, else None; the spatial fields as
-                `SpatialInputs` wants them; augmentation [B, num_augmentations], else None.
+                `SpatialInputs` wants them; augmentation [B, num_augmentations] and columns [B, W], else None.
 
         Returns:
             [B, out_channels, H, W], dtype of `latents`.
@@ -259,6 +263,8 @@ class DiT(VelocityNetwork):
         c = self.time_embedding(time)  # [B, D]
         if self.label_embedding is not None:
             c = c + self.label_embedding(condition.labels)
+        if self.column_embedding is not None:
+            c = c + self.column_embedding(condition.columns)
         if self.augmentation_embedding is not None:
             c = c + self.augmentation_embedding(condition.augmentation.to(c.dtype))
         c = silu(c)

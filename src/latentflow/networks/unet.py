@@ -14,7 +14,7 @@ embedding of time and label.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn.functional import silu
 
 from latentflow.errors import ConfigError, nearest
 from latentflow.networks.base import FORMER_OPTIONS, VelocityNetwork
+from latentflow.networks.column_embedding import ColumnEmbedding, ColumnInput
 from latentflow.networks.layers import AugmentationEmbedding, time_sinusoid
 from latentflow.networks.unet_blocks import (
     BlockOptions,
@@ -273,12 +274,15 @@ def _factors_from_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Embedding(nn.Module):
-    """Time, label and numbers of a variant as one vector per image, after its activation: [B], [B], [B, P] => [B, E].
+    """Time, label, columns and numbers of a variant as one vector per image, after its activation: [B, E].
 
+    The columns join where the label joins.
     The numbers join the time features, as in EDM's networks (arXiv 2206.00364, appendix F.2).
     """
 
-    def __init__(self, config: UNetConfig, num_classes: int, num_augmentations: int = 0):
+    def __init__(
+        self, config: UNetConfig, num_classes: int, num_augmentations: int = 0, columns: Sequence[ColumnInput] = ()
+    ):
         super().__init__()
         self.config = config
         features, size = config.time_channels, config.embedding_channels
@@ -287,17 +291,22 @@ class Embedding(nn.Module):
             self.register_buffer("frequencies", 16 * torch.randn(features // 2))
         width = features if self.label_joins_features else size
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.columns = ColumnEmbedding(columns, width) if columns else None
         self.augmentation = AugmentationEmbedding(num_augmentations, features) if num_augmentations else None
         self.linear1 = nn.Linear(features, size)
         self.linear2 = nn.Linear(size, size)
 
-    def forward(self, time: Tensor, labels: Tensor | None, augmentation: Tensor | None = None) -> Tensor:
+    def forward(self, time: Tensor, condition: Condition) -> Tensor:
+        """time [B] and the condition's labels [B], columns [B, W] and augmentation [B, P] => [B, E]."""
         x = self._features(time * self.config.time_scale).to(self.linear1.weight.dtype)
-        label = self.label(labels) if self.label is not None else None
+        label = self.label(condition.labels) if self.label is not None else None
+        if self.columns is not None:
+            columns = self.columns(condition.columns)
+            label = columns if label is None else label + columns
         if label is not None and self.label_joins_features:
             x = x + label
         if self.augmentation is not None:
-            x = x + self.augmentation(augmentation.to(x.dtype))
+            x = x + self.augmentation(condition.augmentation.to(x.dtype))
         x = self.linear2(silu(self.linear1(x)))
         if label is not None and not self.label_joins_features:
             x = x + label
@@ -339,7 +348,7 @@ class UNet(VelocityNetwork):
     def __init__(self, config: UNetConfig, **inputs: Any):
         super().__init__(config, **inputs)
         self.draws = config.dropout > 0
-        self.embedding = Embedding(config, self.num_classes, self.num_augmentations)
+        self.embedding = Embedding(config, self.num_classes, self.num_augmentations, self.columns)
         self.stem = nn.Conv2d(self.spatial.num_channels, config.stem_channels, 3, padding=1)
 
         width, aside = config.stem_channels, self.spatial.num_channels
@@ -385,6 +394,8 @@ class UNet(VelocityNetwork):
                 module.reset_parameters()
         if self.embedding.label is not None:
             nn.init.normal_(self.embedding.label.weight, std=0.02)
+        if self.embedding.columns is not None:
+            self.embedding.columns.reset_parameters()
         if self.spatial.map_encoder is not None:
             self.spatial.map_encoder.reset_parameters()
         last = [self.out_conv]
@@ -404,7 +415,7 @@ class UNet(VelocityNetwork):
             latents: [B, in_channels, H, W], H and W multiples of `config.size_multiple`.
             time: [B] in [0, 1], 0 at data and 1 at noise.
             condition: labels [B] in [0, num_classes] if the network has labels, else None; the spatial fields as
-                `SpatialInputs` wants them; augmentation [B, num_augmentations], else None.
+                `SpatialInputs` wants them; augmentation [B, num_augmentations] and columns [B, W], else None.
 
         Returns:
             [B, out_channels, H, W], dtype of `latents`.
@@ -413,7 +424,7 @@ class UNet(VelocityNetwork):
             ValueError: see `joined`.
         """
         x = aside = self.joined(latents, time, condition)
-        c = self.embedding(time, condition.labels, condition.augmentation)  # [B, E]
+        c = self.embedding(time, condition)  # [B, E]
 
         x = self.stem(x)
         skips = [x]

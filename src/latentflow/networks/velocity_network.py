@@ -9,6 +9,7 @@ Legend: B images, C latent channels, H and W latent height and width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
 from latentflow.errors import ConfigError, nearest
+from latentflow.networks.column_embedding import ColumnInput
 from latentflow.networks.dit import DiT, DiTConfig
 from latentflow.networks.unet import UNet, UNetConfig
 from latentflow.records import Record
@@ -96,12 +98,13 @@ def build_network(
     inpainting: bool = False,
     num_map_classes: int = 0,
     num_augmentations: int = 0,
+    columns: Sequence[ColumnInput] = (),
 ) -> nn.Module:
     """A network with fresh weights, called as network(latents [B, C, H, W], time [B], condition) => velocity.
 
     Args:
         channels: C.
-        num_classes, inpainting, num_map_classes, num_augmentations: its conditions; see `VelocityNetwork`.
+        num_classes, inpainting, num_map_classes, num_augmentations, columns: see `VelocityNetwork`.
     """
     network = NETWORKS[config.kind](
         config,
@@ -111,6 +114,7 @@ def build_network(
         inpainting=inpainting,
         num_map_classes=num_map_classes,
         num_augmentations=num_augmentations,
+        columns=columns,
     )
     return wrap_network(network, prediction)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation
+from latentflow.columns import Column
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.cache.schema import CachePlan
 from latentflow.data.hold_out import count_held_out
@@ -19,8 +20,9 @@ from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, Model
 from latentflow.planning.machine import Machine
 from latentflow.planning.request import PlanRequest
 from latentflow.training.config import Recipe
+from latentflow.training.data_columns import chosen_columns
 from latentflow.training.fitting import Situation, fit
-from latentflow.training.fresh_model import model_config
+from latentflow.training.fresh_model import DataConditions, model_config
 from latentflow.training.training_data import with_cached
 
 _ASSUMED_IMAGES, _ASSUMED_CLASSES, _ASSUMED_MAP_CLASSES = 10_000, 10, 20
@@ -33,6 +35,7 @@ class DataFacts:
     Attributes:
         num_images: None if unknown.
         num_classes, num_map_classes: 0 if there are none.
+        columns: named columns.
         cache: the plan of a latent cache, if the data are one.
         num_bytes: of this latent cache on disk.
         assumed: why these numbers are not read from the data; "" if they are.
@@ -41,6 +44,7 @@ class DataFacts:
     num_images: int | None
     num_classes: int
     num_map_classes: int = 0
+    columns: tuple[Column, ...] = ()
     cache: CachePlan | None = None
     num_bytes: int | None = None
     assumed: str = ""
@@ -162,10 +166,11 @@ def _data(recipe: Recipe, name: str, num_images: int | None, num_classes: int | 
         cache = LatentCache(path)
         plan, index = cache.plan, cache.index
         num_bytes = sum(shard.num_bytes for shard in index.shards)
-        return DataFacts(index.num_images, len(plan.class_names), len(plan.map_class_names), plan, num_bytes)
+        num_classes, num_maps = len(plan.class_names), len(plan.map_class_names)
+        return DataFacts(index.num_images, num_classes, num_maps, cache.columns, plan, num_bytes)
     if path and (path.startswith("synthetic:") or Path(path).exists()):
         source = open_images(path, recipe.data.image_size)
-        return DataFacts(len(source), len(source.class_names), len(source.map_class_names))
+        return DataFacts(len(source), len(source.class_names), len(source.map_class_names), source.columns)
     known = next((facts for start, facts in PUBLISHED_DATA.items() if name.startswith(start)), None)
     classes = _ASSUMED_CLASSES if recipe.data.labels else 0
     maps = _ASSUMED_MAP_CLASSES if recipe.conditioning.semantic_map else 0
@@ -259,9 +264,12 @@ def _config(recipe: Recipe, data: DataFacts, stage: StageFacts) -> ModelConfig:
         recipe,
         autoencoder,
         LatentNormalisation(shift=[0.0] * stage.num_channels, scale=[1.0] * stage.num_channels),
-        class_names=[f"#{number}" for number in range(num_classes)],
-        map_class_names=[f"#{number}" for number in range(num_maps)],
-        map_palette=[(0, 0, 0)] * num_maps,
+        DataConditions(
+            [f"#{number}" for number in range(num_classes)],
+            [f"#{number}" for number in range(num_maps)],
+            [(0, 0, 0)] * num_maps,
+            chosen_columns(recipe.conditioning, data.columns, recipe.data.path),
+        ),
     )
 
 

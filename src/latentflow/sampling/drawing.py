@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from latentflow.console import notice
 from latentflow.errors import ConfigError, nearest
@@ -23,6 +23,7 @@ from latentflow.records import Record
 from latentflow.requests import RequestError
 from latentflow.runtime import Precision, Runtime
 from latentflow.sampling.guides import OpenedGuide, check_guide, open_guide
+from latentflow.sampling.named_conditions import NamedValue, resolve_conditions
 from latentflow.sampling.request import MOST_SEED, SampleRequest
 
 SEED_TASKS = ("sample", "interpolate", "vary")
@@ -34,15 +35,27 @@ _WHOLE_PRESET = {name for name, field in SamplingPreset.model_fields.items() if 
 Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
 
 
-class Blend(Record):
+class _Conditioned(Record):
+    """A record with `conditions`, which JSON leaves out where there are none, as earlier versions wrote it."""
+
+    @model_serializer(mode="wrap")
+    def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written = write(self)
+        return {name: value for name, value in written.items() if name != "conditions" or value}
+
+
+class Blend(_Conditioned):
     """What a picture is mixed with: the noise of another seed, and the velocity of another class."""
 
     seed: Seed
     weight: float = Field(ge=0, le=1, description="0: the picture's own seed and class; 1: the other ones.")
     label: int | None = Field(default=None, description="The other class; null: the picture's own.")
+    conditions: dict[str, NamedValue] = Field(
+        default_factory=dict, description="The other values of named conditions; the picture's own where there is none."
+    )
 
 
-class Drawing(Record):
+class Drawing(_Conditioned):
     """What a model is to draw: one image per seed.
 
     The same record, reduced to one image, is stored in the metadata of its PNG.
@@ -51,6 +64,9 @@ class Drawing(Record):
     task: str = Field(default="sample", description="The verb that drew it.")
     seeds: list[Seed] = Field(description="One per image; equal seeds start from equal noise.")
     labels: list[int] = Field(default_factory=list, description="One class index per image, or none.")
+    conditions: dict[str, list[NamedValue]] = Field(
+        default_factory=dict, description="The value of each named condition that is given, one per image."
+    )
     blends: list[Blend] = Field(default_factory=list, description="One per image, or none.")
     told: list[ConditionName] = Field(default_factory=list, description="The conditions that are given.")
     inputs: dict[str, str] = Field(
@@ -71,6 +87,9 @@ class Drawing(Record):
             number = len(getattr(self, name))
             if wanted and number != len(self.seeds):
                 raise ValueError(f"{number} {name} for {len(self.seeds)} seeds; give one per image, or none")
+        for name, values in self.conditions.items():
+            if len(values) != len(self.seeds) or name not in self.told:
+                raise ValueError(f"{len(values)} values of {name} for {len(self.seeds)} seeds; give one per image")
         towards = [blend.label for blend in self.blends if blend.label is not None]
         if towards and not self.labels:
             raise ValueError(f"a blend towards class {towards[0]} needs a class to begin with; give both")
@@ -78,12 +97,25 @@ class Drawing(Record):
 
     def at(self, rows: slice | list[int]) -> Drawing:
         """The drawing reduced to some of its images."""
+
+        def some(every: list[Any]) -> list[Any]:
+            return every[rows] if isinstance(rows, slice) else [every[row] for row in rows if every]
+
         lists: dict[str, list[Any]] = {"seeds": self.seeds, "labels": self.labels, "blends": self.blends}
-        chosen = {
-            name: every[rows] if isinstance(rows, slice) else [every[row] for row in rows if every]
-            for name, every in lists.items()
-        }
-        return self.model_copy(update=chosen)
+        chosen: dict[str, Any] = {name: some(every) for name, every in lists.items()}
+        conditions = {name: some(every) for name, every in self.conditions.items()}
+        return self.model_copy(update={**chosen, "conditions": conditions})
+
+
+def blended_towards(drawing: Drawing) -> tuple[list[int], dict[str, list[NamedValue]]]:
+    """Labels and named conditions of the other side of a drawing's blends, one per image."""
+    pairs = zip(drawing.labels, drawing.blends, strict=True) if drawing.labels else ()
+    labels = [own if blend.label is None else blend.label for own, blend in pairs]
+    conditions = {
+        name: [blend.conditions.get(name, own) for own, blend in zip(values, drawing.blends, strict=True)]
+        for name, values in drawing.conditions.items()
+    }
+    return labels, conditions
 
 
 def make_drawing(
@@ -117,12 +149,14 @@ def make_drawing(
         raise RequestError("seed", reason)
     seeds = range(request.seed, request.seed + request.num)
     labels = _labels(model, request, seeds, task in SEED_TASKS and not conditions)
-    given: list[ConditionName] = [*(("label",) if labels else ()), *conditions]
+    named = resolve_conditions(model.config.conditioning, request.conditions, request.num)
+    given: list[ConditionName] = [*(("label",) if labels else ()), *conditions, *named]
     asked = request.preset()
     drawing = Drawing(
         task=task,
         seeds=list(seeds),
         labels=labels,
+        conditions=named,
         told=given,
         inputs=dict(inputs or {}),
         start=start,
@@ -150,7 +184,7 @@ def _labels(model: FlowModel, request: SampleRequest, seeds: Sequence[int], by_s
 def _resolve_preset(model: FlowModel, asked: Mapping[str, Any], conditions: Sequence[ConditionName]) -> SamplingPreset:
     """The model's preset, changed by what is asked for."""
     preset, can_guide = model.config.sampling, model.config.conditioning.can_guide
-    supported = [name for name in conditions if name in can_guide and name in (preset.guided_by or CONDITION_NAMES)]
+    supported = [name for name in conditions if name in can_guide and name in (preset.guided_by or can_guide)]
     changed = dict(asked)
     asks_all = asked.keys() >= _WHOLE_PRESET
     guide = asked.get("guide", None if asks_all else preset.guide)
@@ -267,6 +301,9 @@ def check_drawing(model: FlowModel, drawing: Drawing) -> None:
     for name in drawing.told:
         conditioning.require(name)
     conditioning.require_all(drawing.told)
+    for name in set(conditioning.required) & drawing.conditions.keys():
+        if None in drawing.conditions[name]:
+            conditioning.require_all([one for one in drawing.told if one != name])
     _check_solver(model, drawing)
     check_guidance(sampling.guidance, sampling.guidance_interval, sampling.guided_channels)
     if sampling.guided_channels is not None:
@@ -277,7 +314,7 @@ def check_drawing(model: FlowModel, drawing: Drawing) -> None:
     if sampling.guidance != 1 and (guide := guide_of(model, drawing)) is None:
         guided_by(model, drawing)
     elif sampling.guidance != 1:
-        named = _known_conditions(sampling.guided_by or [], drawing)
+        named = _known_conditions(sampling.guided_by or [], conditioning, drawing)
         check_guide(model, guide, drawing.told, named, drawing.image_size)
 
 
@@ -314,22 +351,27 @@ def guided_by(model: FlowModel, drawing: Drawing) -> list[ConditionName]:
     if not chosen:
         return _guided_by_default(conditioning, drawing)
     for name in chosen:
-        if name in CONDITION_NAMES and name not in conditioning.can_guide:
+        if name in known_conditions(conditioning) and name not in conditioning.can_guide:
             able = f"guidance on {', '.join(conditioning.can_guide)}" if conditioning.can_guide else "no guidance"
             raise ConfigError(f"guided by {name}: its unconditional branch was not trained; this model supports {able}")
-        _known_conditions([name], drawing)
+        _known_conditions([name], conditioning, drawing)
     return list(chosen)
 
 
-def _known_conditions(chosen: Sequence[str], drawing: Drawing) -> list[ConditionName]:
+def known_conditions(conditioning: Conditioning) -> list[ConditionName]:
+    """The names of all conditions that there are, and of the columns of the model."""
+    return [*CONDITION_NAMES, *(name for name in conditioning.kinds if name not in CONDITION_NAMES)]
+
+
+def _known_conditions(chosen: Sequence[str], conditioning: Conditioning, drawing: Drawing) -> list[ConditionName]:
     """Conditions by their names, all of which are given.
 
     Raises:
         ConfigError: there is no such condition, or it is not given.
     """
     for name in chosen:
-        if name not in CONDITION_NAMES:
-            raise ConfigError(f"guided by {name!r}: no such condition; {nearest(name, CONDITION_NAMES)}")
+        if name not in (known := known_conditions(conditioning)):
+            raise ConfigError(f"guided by {name!r}: no such condition; {nearest(name, known)}")
         if name not in drawing.told:
             given = ", ".join(drawing.told) or "none"
             raise ConfigError(f"guided by {name}, which is not given (conditions given: {given}); give it as well")

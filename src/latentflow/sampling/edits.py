@@ -11,13 +11,16 @@ Legend: B images, C latent channels, h and w latent height and width, S side of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from latentflow.errors import ConfigError
+from latentflow.model.conditioning import Conditioning
 from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
 from latentflow.sampling.drawing import Blend, Drawing, check_drawing, make_drawing
 from latentflow.sampling.inputs import ImageInput, at_most_one, encode_input, read_input
+from latentflow.sampling.named_conditions import NamedValue, ends_of
 from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import (
     ImageToImageRequest,
@@ -68,7 +71,8 @@ def interpolate(
 def interpolation(model: FlowModel, request: InterpolateRequest) -> Drawing:
     """The frames from one seed to another, and from one class to another, including both ends.
 
-    Without classes, the ends are the pictures that `sample` draws for the two seeds.
+    Without classes, the ends are the pictures that `sample` draws for the two seeds. A named condition that is a number
+    changes from frame to frame; of labels the velocities are blended, as of classes.
 
     Raises:
         ConfigError: before anything is computed.
@@ -82,12 +86,35 @@ def interpolation(model: FlowModel, request: InterpolateRequest) -> Drawing:
             raise ConfigError(f"{len(labels)} classes; give none, one for all frames, or two: from and to")
         ends = [_one_picture(model, seed, labels[:1], request, task="interpolate") for seed in request.seeds]
     num, (first, last) = request.num, request.seeds
+    weights = [frame / (num - 1) for frame in range(num)]
     other = labels[1] if len(set(labels)) == 2 else None
-    blends = [Blend(seed=last, weight=frame / (num - 1), label=other) for frame in range(num)]
-    frames = {"seeds": [first] * num, "labels": ends[0].labels * num, "blends": blends}
-    drawing = Drawing.model_validate({**dict(ends[0]), **frames})
+    conditions, towards = _between(model.config.conditioning, request, weights)
+    blends = [Blend(seed=last, weight=weight, label=other, conditions=towards) for weight in weights]
+    frames = {"seeds": [first] * num, "labels": ends[0].labels * num, "conditions": conditions, "blends": blends}
+    drawing = Drawing.model_validate({**dict(ends[0]), **frames, "told": [*ends[0].told, *conditions]})
     check_drawing(model, drawing)
     return drawing
+
+
+def _between(
+    conditioning: Conditioning, request: InterpolateRequest, weights: Sequence[float]
+) -> tuple[dict[str, list[NamedValue]], dict[str, NamedValue]]:
+    """The named conditions of each frame, and those that labels are blended towards.
+
+    Raises:
+        RequestError: a condition has more than two values, or only one of the two ends is given.
+    """
+    ends = ends_of(conditioning, request.conditions, most=2)
+    frames: dict[str, list[NamedValue]] = {}
+    towards: dict[str, NamedValue] = {}
+    for name, (start, end) in ends.items():
+        if isinstance(start, float) and isinstance(end, float):
+            frames[name] = [start + weight * (end - start) for weight in weights]
+            continue
+        frames[name] = [start] * len(weights)
+        if end != start:
+            towards[name] = end
+    return frames, towards
 
 
 def vary(
@@ -110,18 +137,27 @@ def variations(model: FlowModel, request: VaryRequest) -> tuple[Drawing, Drawing
     Raises:
         ConfigError: before anything is computed.
     """
-    classes = at_most_one(model, request.classes)
-    original = _one_picture(model, request.seed, classes, request, task="sample")
-    blends = [Blend(seed=variation_seed(request.seed, n), weight=request.amount) for n in range(request.num)]
-    near = {"seeds": original.seeds * request.num, "labels": original.labels * request.num, "blends": blends}
+    classes, num = at_most_one(model, request.classes), request.num
+    ends_of(model.config.conditioning, request.conditions, most=1)
+    original = _one_picture(model, request.seed, classes, request, task="sample", conditions=request.conditions)
+    blends = [Blend(seed=variation_seed(request.seed, n), weight=request.amount) for n in range(num)]
+    conditions = {name: values * num for name, values in original.conditions.items()}
+    near = {"seeds": original.seeds * num, "labels": original.labels * num, "conditions": conditions, "blends": blends}
     return original, Drawing.model_validate({**dict(original), **near, "task": "vary"})
 
 
 def _one_picture(
-    model: FlowModel, seed: int, classes: list[int] | None, request: SamplingRequest, *, task: str
+    model: FlowModel,
+    seed: int,
+    classes: list[int] | None,
+    request: SamplingRequest,
+    *,
+    task: str,
+    conditions: dict[str, Any] | None = None,
 ) -> Drawing:
     """The picture of one seed, sampled as the request says."""
-    return make_drawing(model, SampleRequest(num=1, seed=seed, classes=classes, **request.preset()), task=task)
+    asked = SampleRequest(num=1, seed=seed, classes=classes, conditions=conditions, **request.preset())
+    return make_drawing(model, asked, task=task)
 
 
 def variation_seed(seed: int, number: int) -> int:

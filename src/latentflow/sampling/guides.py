@@ -9,6 +9,7 @@ A guide gets the conditions of the model as far as it has the same ones, and nul
     label           if it was trained on all classes that the model was trained on, by their names
     inpainting      if masks enter both in the same form
     semantic_map    if the classes of the maps are the same, in the same order
+    NAME            a named column: if it was trained on one of that name and kind, with the same classes
 
 So an earlier snapshot sees the same conditions, and a model of other classes, as before fine-tuning, is unconditional.
 `guided_by` names conditions that the guide does not get in any case.
@@ -23,7 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentflow.model.conditioning import ConditionName
+from latentflow.columns import places_of
+from latentflow.model.conditioning import ColumnCondition, Conditioning, ConditionName
 from latentflow.model.config import ModelConfig
 from latentflow.model.flow_model import FlowModel, find_model, read_config
 from latentflow.model.guide_reference import GuideReference
@@ -151,6 +153,7 @@ def shared_conditions(
         "label": {*_seen_names(ours)} <= {*_seen_names(theirs)},
         "inpainting": _mask_form(ours) == _mask_form(theirs),
         "semantic_map": ours.conditioning.map_class_names == theirs.conditioning.map_class_names,
+        **{one.name: _same_column(one, theirs.conditioning) for one in ours.conditioning.columns},
     }
     kinds = theirs.conditioning.kinds
     return [name for name in given if name in kinds and same[name] and name not in (guided_by or ())]
@@ -161,7 +164,7 @@ def guide_condition(
     guide: OpenedGuide,
     shared: Sequence[ConditionName],
     labels: Sequence[int],
-    spatial: Mapping[str, Tensor | None],
+    others: Mapping[str, Tensor | None],
     latents_shape: Sequence[int],
 ) -> Condition:
     """The condition of a guide's images.
@@ -169,18 +172,41 @@ def guide_condition(
     Args:
         shared: the conditions that it gets.
         labels: of the model, one per image, or none.
-        spatial: the other fields of the model's condition.
+        others: the other fields of the model's condition.
         latents_shape: [B, C, h, w].
     """
     kinds, conditioning = guide.flow.config.conditioning.kinds, guide.flow.config.conditioning
+    named = {"label", *(one.name for one in conditioning.columns)}
     fields: dict[str, Tensor | None] = {
-        field: spatial.get(field) for name in shared if name != "label" for field in kinds[name].fields
+        field: others.get(field) for name in shared if name not in named for field in kinds[name].fields
     }
+    fields["columns"] = _columns_for(model.config.conditioning, conditioning, shared, others.get("columns"))
     if labels and "label" in shared:
         names = model.config.conditioning.class_names
         place = {name: index for index, name in enumerate(conditioning.class_names)}
         fields["labels"] = send(torch.tensor([place[names[label]] for label in labels]), guide.flow.device)
     return conditioning.build(latents_shape, guide.flow.device, Condition(**fields))
+
+
+def _same_column(column: ColumnCondition, theirs: Conditioning) -> bool:
+    """Whether a guide has the column, with values of the same meaning."""
+    return any(one.column == column.column for one in theirs.columns)
+
+
+def _columns_for(
+    ours: Conditioning, theirs: Conditioning, shared: Sequence[ConditionName], columns: Tensor | None
+) -> Tensor | None:
+    """The columns of a model's images in the order of its guide, null where they are not shared."""
+    places = dict(zip([one.name for one in ours.columns], places_of([c.column.row for c in ours.columns]), strict=True))
+    if columns is None or not any(one.name in shared for one in theirs.columns):
+        return None
+    nothing = theirs.build((len(columns), 1, 1, 1), columns.device).columns
+    own = places_of([one.column.row for one in theirs.columns])
+    parts = [
+        columns[:, places[one.name]] if one.name in shared else nothing[:, place]
+        for one, place in zip(theirs.columns, own, strict=True)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def _seen_names(config: ModelConfig) -> list[str]:

@@ -28,6 +28,7 @@ from latentflow.sampling.call_cost import call_count
 from latentflow.sampling.captured_calls import calls_for
 from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.inputs import ImageInput, at_most_one, encode_input, read_input
+from latentflow.sampling.named_conditions import ends_of
 from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, naming_noise, solve
 from latentflow.sampling.request import InvertRequest, SampleRequest
 from latentflow.sampling.samples import Samples
@@ -118,7 +119,9 @@ def invert(model: FlowModel, image: ImageInput, request: InvertRequest | None = 
     """
     request = request or InvertRequest()
     pixels, inputs = read_input(model, image)
-    asked = SampleRequest(num=1, classes=at_most_one(model, request.classes), **{"guidance": 1.0, **request.preset()})
+    ends_of(model.config.conditioning, request.conditions, most=1)
+    given = {"classes": at_most_one(model, request.classes), "conditions": request.conditions}
+    asked = SampleRequest(num=1, **given, **{"guidance": 1.0, **request.preset()})
     drawing = make_drawing(model, asked, task="invert", inputs=inputs)
     latents = encode_input(model, pixels)
     noise, evaluations = _to_noise(model, latents, drawing)

@@ -10,7 +10,10 @@ from PIL import Image
 
 from latentflow.data.pictures.decode import open_image
 
-_OWN = ("seeds", "labels", "blends", "class_name", "to_class_name", "evaluations")  # of each picture of a set
+# of each picture of a set
+_OWN = ("seeds", "labels", "conditions", "blends", "class_name", "to_class_name", "evaluations")
+WHICH = ("seeds", "labels", "conditions", "blends", "inputs")
+"""The facts that distinguish a picture from the others of its set."""
 _OF_INPUT = ("inputs", "image_size")  # of each picture that is drawn from another one
 _GIVEN = ("inpaint", "mask-to-image", "image-to-image")
 
@@ -57,7 +60,7 @@ def whose(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def which(facts: Mapping[str, Any]) -> str:
     """What distinguishes a picture from the others of its set, as text to compare."""
-    return json.dumps([facts.get(name) for name in ("seeds", "labels", "blends", "inputs")], sort_keys=True)
+    return json.dumps([facts.get(name) for name in WHICH], sort_keys=True)
 
 
 def unlike(facts: Mapping[str, Any], other: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from latentflow.sampling.contact_sheet import save_grid
 from latentflow.sampling.cost import announce_cost, compile_where_it_pays
 from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.naming import picture_facts, picture_name
-from latentflow.sampling.picture_file import facts_in, read_facts, unlike
+from latentflow.sampling.picture_file import WHICH, facts_in, read_facts, unlike
 from latentflow.sampling.pipeline import Given, draw_batches, drawn_by
 from latentflow.sampling.samples import PictureWriter
 
@@ -186,8 +186,8 @@ class PictureFolder:
             return why
         if place is None:
             return "another seed or class"
-        if any(facts.get(name) != own[name] for name in ("seeds", "labels", "blends", "inputs")):
-            return "another seed, class or input"
+        if any(facts.get(name) != own.get(name) for name in WHICH):
+            return "another seed, class, condition or input"
         self._evaluations[file.name] = facts.get("evaluations", 0)
         return ""
 

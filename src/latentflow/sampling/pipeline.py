@@ -30,8 +30,17 @@ from latentflow.networks.running import is_compiled
 from latentflow.randomness import ImageRandom
 from latentflow.sampling.captured_calls import Calls, calls_for, plainly
 from latentflow.sampling.cost import announce_cost
-from latentflow.sampling.drawing import Drawing, check_drawing, guide_of, guided_by, make_drawing, require_count
+from latentflow.sampling.drawing import (
+    Drawing,
+    blended_towards,
+    check_drawing,
+    guide_of,
+    guided_by,
+    make_drawing,
+    require_count,
+)
 from latentflow.sampling.guides import guide_condition, shared_conditions
+from latentflow.sampling.named_conditions import NamedValue, condition_rows
 from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples, join_samples
 from latentflow.shapes import Condition, per_image, send
@@ -51,6 +60,7 @@ class Given:
         masked_latents: [B, C, h, w], condition: latents of the known part of an image.
         mask: [B, 1, h, w], condition: fraction of each latent pixel in the hole; with `masked_latents`.
         class_fractions: [B, K, h, w], condition: the semantic map.
+        columns: [B, W], the values of named conditions; in place of those of the drawing.
         noise: [B, C, h, w], replaces the noise of the seeds.
         latents: [B, C, h, w] of an image to start from, at x_t of the path for t = the drawing's `start`.
         hole: [B, 1, h, w] of 0 and 1; outside it the state follows the path to `latents`.
@@ -59,6 +69,7 @@ class Given:
     masked_latents: Tensor | None = None
     mask: Tensor | None = None
     class_fractions: Tensor | None = None
+    columns: Tensor | None = None
     noise: Tensor | None = None
     latents: Tensor | None = None
     hole: Tensor | None = None
@@ -70,7 +81,7 @@ class Given:
     def on(self, device: torch.device, num_images: int) -> dict[str, Tensor | None]:
         """Each tensor on `device`, with one row per image."""
         return {
-            name: None if x is None else send(x, device).expand(num_images, -1, -1, -1)
+            name: None if x is None else send(x, device).expand(num_images, *[-1] * (x.dim() - 1))
             for name, x in vars(self).items()
         }
 
@@ -204,15 +215,17 @@ def conditioned_velocity(
     conditioning, network = model.config.conditioning, calls(model.computing_in(drawing.precision))
     sampling, guide = drawing.sampling, guide_of(model, drawing)
 
-    def guided_away(labels: Sequence[int], spatial: Mapping[str, Tensor | None]) -> Guide:
+    def guided_away(labels: Sequence[int], others: Mapping[str, Tensor | None]) -> Guide:
         shared = shared_conditions(model, guide, drawing.told, sampling.guided_by)
-        condition = guide_condition(model, guide, shared, labels, spatial, latents_shape)
+        condition = guide_condition(model, guide, shared, labels, others, latents_shape)
         return Guide(calls(guide.flow.computing_in(drawing.precision)), condition, guide.cost)
 
-    def conditioned_on(labels: Sequence[int]) -> ConditionedVelocity:
+    def conditioned_on(labels: Sequence[int], named: Mapping[str, Sequence[NamedValue]]) -> ConditionedVelocity:
         label = {"labels": send(torch.tensor(labels), model.device)} if labels else {}
-        spatial = {field: given.get(field) for field in ("masked_latents", "mask", "class_fractions")}
-        condition = conditioning.build(latents_shape, model.device, Condition(**label, **spatial))
+        others = {field: given.get(field) for field in ("masked_latents", "mask", "class_fractions", "columns")}
+        if others["columns"] is None and named:
+            others["columns"] = send(condition_rows(conditioning, named, latents_shape[0]), model.device)
+        condition = conditioning.build(latents_shape, model.device, Condition(**label, **others))
         guided = guided_by(model, drawing) if sampling.guidance != 1 and guide is None else []
         return ConditionedVelocity(
             network,
@@ -221,15 +234,14 @@ def conditioned_velocity(
             sampling.guidance,
             sampling.guidance_interval,
             sampling.guided_channels,
-            None if guide is None else guided_away(labels, spatial),
+            None if guide is None else guided_away(labels, others),
         )
 
-    if all(blend.label is None for blend in drawing.blends):
-        return conditioned_on(drawing.labels)
-    pairs = zip(drawing.labels, drawing.blends, strict=True)
-    others = [own if blend.label is None else blend.label for own, blend in pairs]
+    first = conditioned_on(drawing.labels, drawing.conditions)
+    if all(blend.label is None and not blend.conditions for blend in drawing.blends):
+        return first
     weights = send(torch.tensor([blend.weight for blend in drawing.blends]), model.device)
-    return BlendedVelocity(conditioned_on(drawing.labels), conditioned_on(others), weights)
+    return BlendedVelocity(first, conditioned_on(*blended_towards(drawing)), weights)
 
 
 def solve(model: FlowModel, drawing: Drawing, velocity: Velocity, x: Tensor, times: Tensor) -> Solution:

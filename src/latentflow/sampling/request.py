@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from latentflow.model.guide_reference import GuideReference
 from latentflow.requests import (
     Classes,
+    Conditions,
     FromText,
     Names,
     Number,
@@ -45,6 +46,13 @@ _CLASSES = (
     "Names, cycled over the images: cat,dog or 'cat,\"Doe, Jane\"' where a name has a comma; or indices, '#3,#7' in "
     "quotes; 'none' ('#none' where a class is called none): unconditional."
 )
+
+
+_CONDITIONS = (
+    "A named condition of the model: age=63, view=lateral, findings=edema,nodule; repeatable. Several are cycled over "
+    "the images: age=20,40,60, of sets with ';'. 'none': not given, as is the default."
+)
+_ONE_CONDITION = "A named condition of the model, like age=63 or view=lateral; repeatable. Default: not given."
 
 
 def require_interval(times: tuple[float, float]) -> tuple[float, float]:
@@ -122,6 +130,7 @@ class SampleRequest(SamplingRequest):
         default=None,
         description=f"{_CLASSES} Default: image i has the class of its seed, all classes in turn.",
     )
+    conditions: Conditions | None = Field(default=None, description=_CONDITIONS)
     seed: Whole = Field(
         default=0, ge=0, le=MOST_SEED, description="Seed of the first image; image i has seed SEED + i."
     )
@@ -190,6 +199,11 @@ class InterpolateRequest(SamplingRequest):
         description="One class for all frames, or two: from, to; by name or by index like '#3'; 'none': unconditional. "
         "Default: those of the seeds, as in `sample`.",
     )
+    conditions: Conditions | None = Field(
+        default=None,
+        description="A named condition for all frames, or from and to: age=20,60. Numbers change from frame to frame, "
+        "of labels the velocities are blended. Repeatable.",
+    )
 
 
 class VaryRequest(SamplingRequest):
@@ -207,6 +221,7 @@ class VaryRequest(SamplingRequest):
         description="At most one, by name or by index like '#3'; 'none': unconditional. Default: that of the seed, as "
         "in `sample`.",
     )
+    conditions: Conditions | None = Field(default=None, description=_ONE_CONDITION)
 
 
 def _distinct(numbers: list[int]) -> list[int]:
@@ -256,3 +271,4 @@ class InvertRequest(SamplingRequest):
     classes: Classes | None = Field(
         default=None, description="At most one, by name or by index like '#3'. Default: unconditional."
     )
+    conditions: Conditions | None = Field(default=None, description=_ONE_CONDITION)

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,7 +107,9 @@ def files_like(file: str | Path, drawing: Drawing, class_names: Sequence[str]) -
 def join_samples(parts: Sequence[Samples]) -> Samples:
     """One record of several batches, in their order."""
     drawings = [part.drawing for part in parts]
-    lists = {name: [x for r in drawings for x in getattr(r, name)] for name in ("seeds", "labels", "blends")}
+    of_each = ("seeds", "labels", "blends")
+    lists: dict[str, Any] = {name: [x for r in drawings for x in getattr(r, name)] for name in of_each}
+    lists["conditions"] = {name: [x for r in drawings for x in r.conditions[name]] for name in drawings[0].conditions}
     return Samples(
         pixels=torch.cat([part.pixels for part in parts]),
         latents=torch.cat([part.latents for part in parts]),

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from latentflow.columns import MOST_COLUMNS
 from latentflow.data.cache.resident import Switch
 from latentflow.data.hold_out import HeldOutShare
 from latentflow.data.painting.mask_rules import MaskRules
@@ -87,6 +88,14 @@ class ConditioningConfig(Record):
     inpainting_dropout: float = Field(0.1, ge=0, lt=1, description="Fraction of images that are all hole.")
     semantic_map: bool = Field(False, description="Condition on the semantic map, which the data must have.")
     map_dropout: float = Field(0.1, ge=0, lt=1, description="Fraction of maps dropped; 0: no guidance on maps.")
+    columns: list[str] | None = Field(
+        None,
+        max_length=MOST_COLUMNS,
+        description="Named columns of the data to condition on, each as NAME or as NAME:DROPOUT; null: all; []: none.",
+    )
+    column_dropout: float = Field(
+        0.1, ge=0, lt=1, description="Fraction dropped of each of these columns; 0: no guidance on them."
+    )
 
 
 class TrainingConfig(Record):

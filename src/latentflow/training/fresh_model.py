@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from pydantic import ValidationError
@@ -17,15 +18,31 @@ from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import masks_fingerprint
 from latentflow.data.pictures.variants import VARIANT_NUMBERS
 from latentflow.errors import ConfigError
-from latentflow.model.conditioning import Conditioning
+from latentflow.model.conditioning import ColumnCondition, Conditioning
 from latentflow.model.config import AutoencoderRecord, ModelConfig, TrainingRecord
 from latentflow.model.flow_model import FlowModel
 from latentflow.networks.dit import DiTConfig
 from latentflow.randomness import derive_seed
 from latentflow.records import explain
 from latentflow.training.config import Recipe
+from latentflow.training.data_columns import chosen_columns, measured_columns
 
 _STATISTICS_IMAGES = 2048  # enough for per-channel means and deviations to three digits
+
+
+@dataclass(frozen=True)
+class DataConditions:
+    """What the conditions of a model take from its training data.
+
+    Attributes:
+        class_names, map_class_names, map_palette: as in `ImageSource`; empty: the model has no such condition.
+        columns: the named columns that it is conditioned on.
+    """
+
+    class_names: Sequence[str]
+    map_class_names: Sequence[str] = ()
+    map_palette: Sequence[tuple[int, int, int]] = ()
+    columns: Sequence[ColumnCondition] = ()
 
 
 def build_model(
@@ -48,13 +65,17 @@ def build_model(
     source, has_maps = images.source, recipe.conditioning.semantic_map
     class_names = list(source.class_names) if recipe.data.labels else []
     own = recipe.normalise == "autoencoder"
+    conditions = DataConditions(
+        class_names,
+        source.map_class_names if has_maps else [],
+        source.map_palette if has_maps else [],
+        measured_columns(chosen_columns(recipe.conditioning, source.columns, recipe.data.path), images),
+    )
     config = model_config(
         recipe,
         AutoencoderRecord.of(autoencoder),
         autoencoder.normalisation if own else _per_channel(autoencoder, images),
-        class_names=class_names,
-        map_class_names=source.map_class_names if has_maps else [],
-        map_palette=source.map_palette if has_maps else [],
+        conditions,
         masks=images.spatial.holes if images.spatial else None,
         training=_training_record(images, held_out, labelled=bool(class_names)),
     )
@@ -68,14 +89,12 @@ def model_config(
     recipe: Recipe,
     autoencoder: AutoencoderRecord,
     normalisation: LatentNormalisation,
+    data: DataConditions,
     *,
-    class_names: Sequence[str],
-    map_class_names: Sequence[str],
-    map_palette: Sequence[tuple[int, int, int]],
     masks: MaskRules | None = None,
     training: TrainingRecord | None = None,
 ) -> ModelConfig:
-    """The config of the model that a recipe trains on data with these classes.
+    """The config of the model that a recipe trains on data with these classes and columns.
 
     Raises:
         ConfigError: the network does not fit the latents, or the parts contradict each other.
@@ -95,13 +114,14 @@ def model_config(
             network=recipe.network,
             path=recipe.path,
             conditioning=Conditioning(
-                class_names=list(class_names),
+                class_names=list(data.class_names),
                 label_dropout=conditions.label_dropout,
                 inpainting=conditions.inpainting,
                 inpainting_dropout=conditions.inpainting_dropout,
-                map_class_names=list(map_class_names),
-                map_palette=list(map_palette),
+                map_class_names=list(data.map_class_names),
+                map_palette=list(data.map_palette),
                 map_dropout=conditions.map_dropout,
+                columns=list(data.columns),
                 augmentation=list(VARIANT_NUMBERS) if recipe.data.augment else [],
             ),
             masks=masks,

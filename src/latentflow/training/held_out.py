@@ -115,10 +115,12 @@ def held_out_images(model: FlowModel, data: str | Path, *, seed: int = 0) -> Tra
     cached = conditioning.inpainting and isinstance(source, LatentCache)
     if cached and not source.plan.mask_variants:
         raise ConfigError(f"{data} holds no images with holes; give the images, or encode with --mask-variants 4")
+    conditioning.require_columns(source.columns, data)
+    columns = [one.name for one in conditioning.columns]
     spatial = SpatialData(
         config.autoencoder.factor,
         holes=config.masks if conditioning.inpainting else None,
         cached_holes=cached,
         maps=conditioning.num_map_classes > 0,
     )
-    return TrainingImages(source, seed=seed, flip=False, kept=kept, spatial=spatial)
+    return TrainingImages(source, seed=seed, flip=False, kept=kept, spatial=spatial, columns=columns)

@@ -132,6 +132,7 @@ def _condition(model: FlowModel, batch: Batch, data: Tensor, dropped: dict[Condi
         masked_latents=masked_latents,
         mask=batch.mask,
         class_fractions=batch.class_fractions,
+        columns=batch.columns,
         augmentation=batch.augmentation if conditioning.augmentation else None,
     )
     return conditioning.drop(conditioning.build(data.shape, data.device, given), dropped)

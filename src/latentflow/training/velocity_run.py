@@ -22,6 +22,7 @@ from latentflow.runtime import Runtime
 from latentflow.training.changes import RECIPE_FILE, as_begun, check_changes
 from latentflow.training.compiling import captures
 from latentflow.training.config import CHANGES, Recipe
+from latentflow.training.data_columns import chosen_columns
 from latentflow.training.fitting import FITTED, Situation, fit, is_set, value_of, with_values
 from latentflow.training.fresh_model import build_model
 from latentflow.training.loop import micro_batches
@@ -121,7 +122,9 @@ def prepare_velocity(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence
     autoencoder = autoencoder.to(runtime.for_autoencoder())
     spatial = spatial_data(recipe, source, autoencoder.factor)
     data, seed = recipe.data, recipe.training.seed
-    images = TrainingImages(source, seed=seed, flip=data.flip, kept=kept, spatial=spatial, augment=data.augment)
+    columns = [one.name for one in chosen_columns(recipe.conditioning, source.columns, data.path)]
+    read = {"kept": kept, "spatial": spatial, "columns": columns, "augment": data.augment}
+    images = TrainingImages(source, seed=seed, flip=data.flip, **read)
     model = build_model(recipe, autoencoder, images, held_out=rule, check=partial(_require_memory, recipe, runtime))
     _refuse_other_content(run, recipe, model.config)
     captures(recipe.training, model, images, runtime)  # refuses what cannot be

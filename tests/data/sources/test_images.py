@@ -928,9 +928,9 @@ def test_synthetic_sources(text, count, seed):
     assert isinstance(source[0], ImageItem)
 
 
-@pytest.mark.parametrize("text", ["synthetic:", "synthetic:many", "synthetic:1:2:3", "synthetic:1:"])
+@pytest.mark.parametrize("text", ["synthetic:", "synthetic:many", "synthetic:1:2:size:3", "synthetic:1:"])
 def test_misspelt_synthetic_sources(text):
-    with pytest.raises(DataError, match=f"cannot understand '{text}'; write synthetic, synthetic:COUNT or"):
+    with pytest.raises(DataError, match=f"cannot understand '{text}'; write synthetic, synthetic:COUNT, synthetic"):
         open_images(text, 16)
 
 

@@ -6,9 +6,11 @@ import pytest
 
 from latentflow.data.items import ImageSource
 from latentflow.data.painting.semantic_maps import UNLABELLED_COLOUR, MapClasses, check_map
+from latentflow.data.sources.images import open_images
 from latentflow.data.sources.synthetic import (
     CLASS_NAMES,
     COLOURS,
+    COLUMNS,
     MAP_CLASS_NAMES,
     SHAPES,
     SyntheticShapes,
@@ -142,3 +144,72 @@ def test_bad_parameters_are_refused():
     for index in (-1, 3):
         with pytest.raises(IndexError):
             SyntheticShapes(3)[index]
+
+
+def test_columns_do_not_change_the_images():
+    plain, named = SyntheticShapes(12, 32), SyntheticShapes(12, 32, columns=COLUMNS)
+    for one, other in zip(plain, named, strict=True):
+        assert np.array_equal(one.pixels, other.pixels)
+    assert plain.fingerprint() != named.fingerprint()
+    assert plain.description == "12 synthetic shapes at 32 x 32 (seed 0)"
+    assert named.description == "12 synthetic shapes with shape, colour, traits, size, angle at 32 x 32 (seed 0)"
+
+
+def test_columns_are_what_the_image_shows():
+    """Area and centre of gravity of the drawn shape, measured on its map, follow from size and traits."""
+    source = SyntheticShapes(48, 256, columns=COLUMNS)
+    for index, item in enumerate(source):
+        shape, colour, traits, size, angle = source.values(index)
+        assert f"{list(COLOURS)[colour]} {SHAPES[shape]}" == CLASS_NAMES[item.label]
+        rows, columns = np.nonzero(item.semantic_map)
+        measured = math.sqrt(len(rows) / 256**2 / unit_area(SHAPES[shape]))
+        assert 100 * measured == pytest.approx(size, abs=0.3)
+        x, y = (columns.mean() + 0.5) / 256, (rows.mean() + 0.5) / 256
+        for trait, holds, margin in ((0, x < 0.5, x - 0.5), (1, y < 0.5, y - 0.5), (2, measured > 0.3, measured - 0.3)):
+            assert (trait in traits) == holds or abs(margin) < 0.005
+        assert abs(angle) <= math.degrees(0.2)
+
+
+def test_angles_are_those_of_the_edges():
+    """The upper edge of a square, from its left to its right part, rises by the angle."""
+    source, measured = SyntheticShapes(120, 256, columns=COLUMNS), []
+    for index, item in enumerate(source):
+        shape, _, _, size, angle = source.values(index)
+        if SHAPES[shape] != "square":
+            continue
+        columns = np.nonzero(item.semantic_map.any(0))[0]
+        middle, half = int(columns.mean()), int(size / 100 * 0.9 * 256 * 0.5)
+        left, right = (int(np.argmax(item.semantic_map[:, middle + side * half] > 0)) for side in (-1, 1))
+        measured.append((angle, math.degrees(math.atan2(right - left, 2 * half))))
+    assert len(measured) == 30
+    for angle, found in measured:
+        assert found == pytest.approx(angle, abs=1.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("synthetic:5:0:all", ["shape", "colour", "traits", "size", "angle"]),
+        ("synthetic:5:2:angle, size", ["angle", "size"]),
+        ("synthetic:5", []),
+    ],
+)
+def test_columns_are_chosen_in_the_name(text, names):
+    source = open_images(text, 16)
+    assert [column.name for column in source.columns] == names
+    assert len(source.values(0)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("synthetic:5:0:sise", "the synthetic shapes have no column 'sise'; did you mean 'size'?"),
+        ("synthetic:5:0:size,size", "two columns are called 'size'"),
+        ("synthetic:5:size", "write synthetic, synthetic:COUNT, synthetic:COUNT:SEED or synthetic:COUNT:SEED:size"),
+        ("synthetic:5:0:size:0", "cannot understand 'synthetic:5:0:size:0'"),
+    ],
+)
+def test_columns_that_there_are_not(text, message):
+    with pytest.raises(DataError) as error:
+        open_images(text, 16)
+    assert message in str(error.value)

@@ -68,6 +68,10 @@ def diffusers_network(config: ModelConfig) -> DiffusersNetwork:
             "it is conditioned on semantic maps, and diffusers' networks have no encoder of maps",
         ),
         (
+            bool(conditioning.columns),
+            "it has named conditions, and diffusers' networks have no embedding of them",
+        ),
+        (
             not float(network.time_scale).is_integer(),
             f"its time_scale is {network.time_scale:g}; FlowMatchEulerDiscreteScheduler needs a whole number",
         ),

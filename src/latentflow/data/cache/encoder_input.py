@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentflow.data.cache.schema import CachePlan
+from latentflow.data.column_tensors import stored_values
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.painting.latent_size import class_counts, hole_counts
 from latentflow.data.painting.masks import draw_mask
@@ -38,6 +39,7 @@ class EncoderInput:
         class_counts: [n, K, h, w] in the dtype they are stored in; None without maps.
         holes: [n, V, S, S] uint8, 1 in the hole; None if none are stored.
         hole_counts: [n, V, 1, h, w], in the same dtype.
+        columns: the values of each column, as they are stored.
         variant_numbers: [n, A, P] float32; None without augmented variants.
         variant_class_counts: [n, A, K, h, w], of their maps; in the dtype of `class_counts`.
     """
@@ -53,6 +55,7 @@ class EncoderInput:
     hole_counts: Tensor | None = None
     variant_numbers: Tensor | None = None
     variant_class_counts: Tensor | None = None
+    columns: tuple[Tensor, ...] = ()
 
     def pin_memory(self) -> EncoderInput:
         """Pin the tensors that go to the device; called by the data loader."""
@@ -100,13 +103,24 @@ class EncoderInputs(Dataset):
         tensors = {"pixels": torch.from_numpy(np.stack([item.pixels for _, item in items]))}
         if self.source.class_names:
             tensors["labels"] = torch.tensor([item.label for _, item in items])
+        columns = self._columns([row for row, _ in items])
         if self.num_map_classes:
             tensors["class_counts"] = self._counted([item.semantic_map for _, item in items])
         if self.mask_variants:
             tensors |= self._holes([row for row, _ in items])
         if self.variants:
             tensors |= self._variants(items)
-        return replace(read, **tensors)
+        return replace(read, columns=columns, **tensors)
+
+    def _columns(self, rows: list[int]) -> tuple[Tensor, ...]:
+        columns = self.source.columns
+        if not columns:
+            return ()
+        values = [self.source.values(row) for row in rows]
+        for row, own in zip(rows, values, strict=True):
+            for column, value in zip(columns, own, strict=True):
+                column.check(value, self.source.name(row))
+        return tuple(stored_values(*pair) for pair in zip(columns, zip(*values, strict=True), strict=True))
 
     def _counted(self, maps: list[np.ndarray]) -> Tensor:
         counts = [class_counts(semantic_map, self.num_map_classes, self.factor) for semantic_map in maps]
@@ -147,7 +161,9 @@ def joined(parts: list[EncoderInput], device: torch.device) -> EncoderInput:
             values = [value.to(device, non_blocking=device.type == "cuda") for value in values]
         if values:
             tensors[field.name] = values[0] if len(values) == 1 else torch.cat(values)
+    of_columns = zip(*(part.columns for part in parts if part.names), strict=True)
     return EncoderInput(
+        columns=tuple(torch.cat(values) for values in of_columns),
         num_rows=sum(part.num_rows for part in parts),
         broken=[one for part in parts for one in part.broken],
         names=[name for part in parts for name in part.names],

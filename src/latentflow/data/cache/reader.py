@@ -20,6 +20,7 @@ map, V mask variants and A augmented variants of an image, P numbers of each of 
     variant_moments, variant_moments_flipped    [N, A, M, h, w]
     variant_numbers                             [N, A, P] float32
     variant_class_counts                        [N, A, K, h, w] uint8 or int16
+    column_0, column_1, ...                     [N, ...], the values of each column; see `data.column_tensors`
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from torch import Tensor
 
 from latentflow.artifacts import open_tensors, sha256_file, verifies
 from latentflow.autoencoder import Autoencoder
-from latentflow.data.cache.schema import INDEX_FILE, CacheIndex, check_size, read_cache_record
+from latentflow.columns import Column
+from latentflow.data.cache.schema import INDEX_FILE, CacheIndex, check_size, column_tensor, read_cache_record
+from latentflow.data.column_tensors import joined_rows
 from latentflow.data.painting.latent_size import mask_input, shares
 from latentflow.data.pictures.variants import mirrored_numbers
 from latentflow.errors import ArtifactError, DataError
@@ -144,6 +147,23 @@ class LatentCache:
                 np.concatenate([self._stored(number, "labels") for number in range(len(self.index.shards))])
             )
         return self._labels[torch.as_tensor(indices)]
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return tuple(self.plan.columns)
+
+    def column_rows(self, indices: Indices, chosen: Sequence[int]) -> Tensor:
+        """The values of some columns, [B, W] float32, as a network gets them.
+
+        Args:
+            chosen: which of `columns`, in order.
+        """
+        stored = [self._gather(column_tensor(number), indices) for number in chosen]
+        return joined_rows([self.columns[number] for number in chosen], stored)
+
+    def column_values(self, number: int, indices: Indices) -> Tensor:
+        """The values of one of `columns`, [B, ...] as they are stored."""
+        return self._gather(column_tensor(number), indices)
 
     def tensor(self, shard: int, name: str) -> Tensor:
         """A stored tensor of one shard, memory-mapped; see the legend."""

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentflow.data.cache.reader import LatentCache, described, mirrored
+from latentflow.data.cache.schema import column_tensor
+from latentflow.data.column_tensors import joined_rows, stored_values
 from latentflow.data.items import ImageSource, stack_pixels
 from latentflow.data.painting.latent_size import mask_input, shares
 from latentflow.data.prefetch import Reading, images_read_together, prefetch
@@ -81,6 +83,11 @@ class ResidentCache:
         """See `LatentCache.labels`."""
         return self._tensors["labels"].index_select(0, indices) if "labels" in self._tensors else None
 
+    def column_rows(self, indices: Tensor, chosen: Sequence[int]) -> Tensor:
+        """See `LatentCache.column_rows`."""
+        stored = [self._tensors[column_tensor(number)].index_select(0, indices) for number in chosen]
+        return joined_rows([self._plan.columns[number] for number in chosen], stored)
+
     def _varied(self, name: str, rows: Tensor, variants: Tensor | None) -> Tensor:
         """Rows of a tensor of the images, or of that of their variants where `variants` is not 0."""
         own = self._tensors[name].index_select(0, rows)
@@ -104,19 +111,33 @@ class ResidentImages:
 
     Args:
         rows: [N] int64, which images of the source.
+        columns: which of the source's columns are kept, too.
         how: they are read; None: see `Reading`.
 
     Raises:
         DataError: an image cannot be read.
     """
 
-    def __init__(self, source: ImageSource, rows: Tensor, *, device: torch.device, how: Reading | None = None):
+    def __init__(
+        self,
+        source: ImageSource,
+        rows: Tensor,
+        *,
+        device: torch.device,
+        columns: Sequence[int] = (),
+        how: Reading | None = None,
+    ):
         side, wanted = source.image_size, rows.tolist()
         places = torch.zeros(len(source), dtype=torch.int64)
         places[rows] = torch.arange(len(rows))
         self.device, self._places = device, places.to(device)
         labels = torch.tensor([source.label(row) for row in wanted]) if source.class_names else None
         self._labels = None if labels is None else labels.to(device)
+        self._columns = [source.columns[number] for number in columns]
+        values = [source.values(row) for row in wanted] if columns else []
+        self._stored = [
+            stored_values(source.columns[number], [one[number] for one in values]).to(device) for number in columns
+        ]
         pixels = source.pixel_format
         dtype = getattr(torch, pixels.dtype)
         self._pixels = torch.empty(len(rows), pixels.channels, side, side, dtype=dtype, device=device)
@@ -135,6 +156,11 @@ class ResidentImages:
     def labels(self, indices: Tensor) -> Tensor | None:
         """Their labels, [B] int64; None for an unlabelled source."""
         return None if self._labels is None else self._labels.index_select(0, self._places.index_select(0, indices))
+
+    def column_rows(self, indices: Tensor) -> Tensor:
+        """The values of their columns, [B, W] float32, as a network gets them."""
+        places = self._places.index_select(0, indices)
+        return joined_rows(self._columns, [stored.index_select(0, places) for stored in self._stored])
 
 
 class _Pixels(Dataset):

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from latentflow.artifacts import checksum_of, read_json
+from latentflow.columns import Column
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.pictures.crop import CROP_RULE
 from latentflow.errors import ArtifactError
@@ -52,6 +53,7 @@ class CachePlan(Record):
     mask_variants: int = 0
     variants: int = 0  # augmented ones
     variant_rules: str = ""
+    columns: list[Column] = Field([])
 
     @property
     def factor(self) -> int:
@@ -65,6 +67,11 @@ class CachePlan(Record):
     def rows(self, number: int) -> range:
         """The images of the source that shard `number` holds, broken ones included."""
         return range(number * self.shard_size, min((number + 1) * self.shard_size, self.num_source_images))
+
+
+def column_tensor(number: int) -> str:
+    """The name of the tensor of column `number` of the plan."""
+    return f"column_{number}"
 
 
 class ShardRecord(Record):

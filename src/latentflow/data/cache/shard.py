@@ -18,7 +18,8 @@ from torch import Tensor
 from latentflow.artifacts import sha256_file, write_json, write_tensors
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.cache.encoder_input import EncoderInput, counts_dtype, joined
-from latentflow.data.cache.schema import CachePlan, ShardRecord, record_file, sealed, shard_file
+from latentflow.data.cache.schema import CachePlan, ShardRecord, column_tensor, record_file, sealed, shard_file
+from latentflow.data.column_tensors import stored_values
 from latentflow.data.items import ImageSource, fingerprint_of
 from latentflow.data.latent_statistics import ChannelSums
 from latentflow.data.painting.latent_size import hole_shade
@@ -177,7 +178,8 @@ def encode_batch(batch: EncoderInput, autoencoder: Autoencoder, plan: CachePlan)
         variants = [_moments("variant_moments", one, autoencoder, plan) for one in pictures]
         encoded |= {name: torch.stack([one[name] for one in variants], dim=1) for name in variants[0]}
     counted = {name: getattr(batch, name) for name in _AS_READ}
-    return encoded | {name: values for name, values in counted.items() if values is not None}
+    columns = {column_tensor(number): values for number, values in enumerate(batch.columns)}
+    return encoded | columns | {name: values for name, values in counted.items() if values is not None}
 
 
 def _moments(name: str, pixels: Tensor, autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
@@ -211,6 +213,8 @@ def _empty_tensors(plan: CachePlan) -> dict[str, Tensor]:
         if plan.map_class_names:
             shape = (0, plan.variants, len(plan.map_class_names), *side)
             tensors["variant_class_counts"] = torch.empty(shape, dtype=counts)
+    for number, column in enumerate(plan.columns):
+        tensors[column_tensor(number)] = stored_values(column, [])
     if plan.flips:
         encoded = [name for name in tensors if name.endswith("moments")]
         tensors |= {f"{name}_flipped": tensors[name] for name in encoded}

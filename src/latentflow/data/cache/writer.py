@@ -131,6 +131,7 @@ def _plan(source: ImageSource, autoencoder: Autoencoder, options: CacheOptions, 
         mask_variants=options.mask_variants,
         variants=options.variants,
         variant_rules=VARIANT_RULES if options.variants else "",
+        columns=list(source.columns),
         **holes,
     )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from latentflow.columns import Column, check_columns
 from latentflow.data.items import ImageSource
 from latentflow.data.pictures.decode import most_pixels
 from latentflow.data.pixel_choice import PixelChoice
@@ -20,10 +21,10 @@ from latentflow.data.sources.pixel_survey import choose_format
 from latentflow.data.sources.places import list_images
 from latentflow.data.sources.readable import readable
 from latentflow.data.sources.stored import ImageFiles, LmdbImages
-from latentflow.data.sources.synthetic import SyntheticShapes
+from latentflow.data.sources.synthetic import COLUMNS, SyntheticShapes
 from latentflow.data.stores.first import check_first
 from latentflow.data.stores.lmdb import LmdbStore, environment_file
-from latentflow.errors import DataError
+from latentflow.errors import DataError, nearest
 from latentflow.pixel_format import PixelFormat
 
 
@@ -61,8 +62,8 @@ def open_images(
     An LMDB environment (`stores.lmdb`), a folder with data.mdb or a .mdb or .lmdb file, has neither labels nor maps.
 
     Args:
-        path: a folder, a .zip file, a table, rows with images, an LMDB environment, or "synthetic[:COUNT[:SEED]]" for
-            the built-in shapes (default: 6000 images of seed 0). Write "./synthetic" for a folder of that name.
+        path: a folder, a .zip file, a table, rows with images, an LMDB environment, or built-in shapes, by
+            "synthetic[:COUNT[:SEED[:COLUMNS]]]" (6000 images of seed 0). Write "./synthetic" for a folder of that name.
         image_size: height and width of every item in pixels, >= 1.
         first: only take this many images: of class folders evenly (the first of each, then the second of each,
             and so on), otherwise in the source's order; None: all of them.
@@ -112,12 +113,26 @@ def _refuse_broken(source: ImageSource, path: str | Path) -> None:
 
 
 def _open_synthetic(text: str, image_size: int, first: int | None) -> SyntheticShapes:
+    numbers, named = text.split(":")[1:3], text.split(":")[3:]
     try:
-        count, seed = (*map(int, text.split(":")[1:]), *(6000, 0)[text.count(":") :])
+        count, seed = (*map(int, numbers), *(6000, 0)[len(numbers) :])
+        (chosen,) = named or ("",)
     except ValueError:
         raise DataError(
-            f"cannot understand {text!r}; write synthetic, synthetic:COUNT or synthetic:COUNT:SEED"
+            f"cannot understand {text!r}; write synthetic, synthetic:COUNT, synthetic:COUNT:SEED or "
+            "synthetic:COUNT:SEED:size,angle"
         ) from None
-    source = SyntheticShapes(count, image_size, seed)
+    source = SyntheticShapes(count, image_size, seed, _columns_of_shapes(chosen))
     check_first(first, count, text)
     return source if first is None else replace(source, count=first)
+
+
+def _columns_of_shapes(text: str) -> tuple[Column, ...]:
+    """The named columns in the name of the built-in shapes: "all" or a list like "size,angle"; none if it is empty."""
+    own = {column.name: column for column in COLUMNS}
+    names = list(own) if text == "all" else [name.strip() for name in text.split(",")] if text else []
+    for name in names:
+        if name not in own:
+            raise DataError(f"the synthetic shapes have no column {name!r}; {nearest(name, own)}")
+    check_columns([own[name] for name in names])
+    return tuple(own[name] for name in names)

@@ -13,11 +13,10 @@ import colorsys
 import hashlib
 import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import numpy as np
 
-from latentflow.columns import Column
+from latentflow.columns import Column, ColumnValue
 from latentflow.data.items import ImageItem
 from latentflow.data.pictures.raster import as_raster
 from latentflow.errors import DataError
@@ -29,10 +28,20 @@ COLOURS = {"red": (0.99, 0.78, 0.88), "green": (0.39, 0.74, 0.70), "blue": (0.60
 CLASS_NAMES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)  # label = shape * 3 + colour
 MAP_CLASS_NAMES = ("ground", *SHAPES)  # what the indices of a semantic map mean
 MAP_PALETTE = ((88, 88, 96), (240, 180, 40), (70, 150, 220), (90, 190, 110), (200, 90, 180))  # none is a colour above
+COLUMNS = (
+    Column("shape", "label", SHAPES),
+    Column("colour", "label", tuple(COLOURS)),
+    Column("traits", "labels", ("left", "high", "large")),
+    Column("size", "number"),
+    Column("angle", "number"),
+)
+"""What is known of a shape: its class in two parts; whether its centre is in the left and in the upper half and its
+radius above 0.3; the nominal radius in hundredths of the image width; the clockwise angle in degrees."""
 
 _SIZES = {"circle": 1.0, "square": 0.9, "triangle": 1.22, "cross": 1.06}  # alike in weight to the eye, not in extent
 _CROSS_ARM = 0.36  # half width of an arm of the cross, against its half length
 _MARGIN = 0.03  # least distance of a shape from the border
+_GROUND_NUMBERS = 20  # that `_ground` draws before the shape is placed
 _ROAMING = 0.7  # share of the free room that is used; 1: shapes may touch the margin
 
 
@@ -88,6 +97,7 @@ class SyntheticShapes:
         image_size: height and width in pixels, >= 8.
         seed: another seed, another set of images.
         pixel_format: what the 8-bit colours become; see `as_raster`.
+        columns: those of `COLUMNS` that are known of each image; the images do not depend on them.
 
     Raises:
         DataError: `count` or `image_size` is too small, or an index lies outside the source.
@@ -97,11 +107,11 @@ class SyntheticShapes:
     image_size: int = 64
     seed: int = 0
     pixel_format: PixelFormat = field(default_factory=PixelFormat)
+    columns: tuple[Column, ...] = ()
 
     class_names = CLASS_NAMES
     map_class_names = MAP_CLASS_NAMES
     map_palette = MAP_PALETTE
-    columns: ClassVar[tuple[Column, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -111,10 +121,12 @@ class SyntheticShapes:
 
     @property
     def description(self) -> str:
-        return f"{self.count} synthetic shapes at {self.image_size} x {self.image_size} (seed {self.seed})"
+        named = f" with {', '.join(column.name for column in self.columns)}" if self.columns else ""
+        return f"{self.count} synthetic shapes{named} at {self.image_size} x {self.image_size} (seed {self.seed})"
 
     def fingerprint(self) -> str:
         text = f"synthetic shapes v2: {self.count} images, size {self.image_size}, seed {self.seed}"
+        text += "".join(f", {column.name}" for column in self.columns)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def with_format(self, pixel_format: PixelFormat) -> SyntheticShapes:
@@ -143,9 +155,21 @@ class SyntheticShapes:
         block, place = divmod(index, len(CLASS_NAMES))
         return int(_random(self.seed, "labels", block).permutation(len(CLASS_NAMES))[place])
 
-    def values(self, index: int) -> tuple[()]:
-        """There are no columns."""
-        return ()
+    def values(self, index: int) -> tuple[ColumnValue, ...]:
+        """The columns of image `index`, without drawing it."""
+        shape, colour = divmod(self.label(index), len(COLOURS))
+        random = _random(self.seed, "image", index)
+        random.random(_GROUND_NUMBERS)
+        place = _placed(SHAPES[shape], random)
+        traits = (place.x < 0.5, place.y < 0.5, place.radius > 0.3)
+        known: dict[str, ColumnValue] = {
+            "shape": shape,
+            "colour": colour,
+            "traits": frozenset(index for index, applies in enumerate(traits) if applies),
+            "size": 100 * place.radius,
+            "angle": math.degrees(place.angle),
+        }
+        return tuple(known[column.name] for column in self.columns)
 
     def __getitem__(self, index: int) -> ImageItem:
         name, label = self.name(index), self.label(index)
@@ -164,10 +188,8 @@ def draw_shape(label: int, random: np.random.Generator, image_size: int) -> tupl
     x, y = centres[None, :], centres[:, None]
     canvas = _ground(x, y, random)
 
-    radius = _between(random, 0.24, 0.36)
-    freedom = _ROAMING * (0.5 - radius * reach(shape) - _MARGIN)  # how far the centre may stray from the middle
-    centre_x, centre_y = (0.5 + _between(random, -freedom, freedom) for _ in range(2))
-    angle = _between(random, -0.2, 0.2)
+    place = _placed(shape, random)
+    radius, centre_x, centre_y, angle = place.radius, place.x, place.y, place.angle
 
     shadow = signed_distance(shape, x - centre_x - 0.016, y - centre_y - 0.028, radius, angle)
     canvas *= 1 - 0.3 * _smooth(0.5 - shadow / 0.1)[..., None]
@@ -181,6 +203,23 @@ def draw_shape(label: int, random: np.random.Generator, image_size: int) -> tupl
 
     pixels = np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8)
     return pixels, np.where(cover[..., 0] > 0.5, shape_index + 1, 0).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Nominal radius and centre of a shape in image widths, and its clockwise angle in radians."""
+
+    radius: float
+    x: float
+    y: float
+    angle: float
+
+
+def _placed(shape: str, random: np.random.Generator) -> _Place:
+    radius = _between(random, 0.24, 0.36)
+    freedom = _ROAMING * (0.5 - radius * reach(shape) - _MARGIN)  # how far the centre may stray from the middle
+    centre_x, centre_y = (0.5 + _between(random, -freedom, freedom) for _ in range(2))
+    return _Place(radius, centre_x, centre_y, _between(random, -0.2, 0.2))
 
 
 def _ground(x: np.ndarray, y: np.ndarray, random: np.random.Generator) -> np.ndarray:
