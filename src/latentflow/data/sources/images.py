@@ -122,7 +122,7 @@ def _open_synthetic(text: str, image_size: int, first: int | None) -> SyntheticS
             f"cannot understand {text!r}; write synthetic, synthetic:COUNT, synthetic:COUNT:SEED or "
             "synthetic:COUNT:SEED:size,angle"
         ) from None
-    source = SyntheticShapes(count, image_size, seed, _columns_of_shapes(chosen))
+    source = SyntheticShapes(count, image_size, seed, columns=_columns_of_shapes(chosen))
     check_first(first, count, text)
     return source if first is None else replace(source, count=first)
 
