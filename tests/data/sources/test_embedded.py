@@ -158,5 +158,7 @@ def test_broken_rows_are_broken_images(folder, tmp_path):
 
 
 def test_patterns_of_other_files(folder):
-    with pytest.raises(DataError, match=r"stands for 0.png, 1.png, 2.png, not for .parquet or .arrow files"):
+    with pytest.raises(
+        DataError, match=r"stands for 0.png, 1.png, 2.png; it should stand for .parquet or .arrow files, or for"
+    ):
         open_images(folder / "apple" / "*.png", 16)

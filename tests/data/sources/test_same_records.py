@@ -1,6 +1,9 @@
 """Whatever images are read from, the latent cache is the same, byte for byte."""
 
+import io
+import json
 import shutil
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +56,34 @@ def as_saved(photos: Path, place: Path) -> Path:
     return place / "photos"
 
 
+def as_archives(photos: Path, place: Path) -> Path:
+    """The shards of a WebDataset."""
+    (place / "photos").mkdir()
+    files = sorted(photos.rglob("*.png"), key=lambda file: file.name)
+    for number in range(2):
+        with tarfile.open(place / "photos" / f"train-{number:04}.tar", "w") as archive:
+            for file in files[number::2]:
+                stem = file.relative_to(photos).with_suffix("")
+                archive.add(file, f"./{stem}.png")
+                add_file(archive, f"./{stem}.json", json.dumps({"label": file.parent.name}).encode())
+    return place / "photos" / "train-{0000..0001}.tar"
+
+
+def as_packed_folders(photos: Path, place: Path) -> Path:
+    """A plain archive of class folders."""
+    with tarfile.open(place / "photos.tar", "w") as archive:
+        archive.add(photos, "photos")
+    return place / "photos.tar"
+
+
+def add_file(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
 FORMS = {"zip": as_zip, "table": as_table, "parquet": as_parquet, "saved by datasets": as_saved}
+FORMS |= {"WebDataset": as_archives, "tar": as_packed_folders}
 
 
 @pytest.fixture(scope="module")

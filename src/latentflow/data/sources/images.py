@@ -51,15 +51,8 @@ def open_images(
     masks/a/x.png, of the same size, and classes.json names the classes (see `MapClasses.read`); the rules
     above hold below `images/`. An image whose map cannot be used counts as broken.
 
-    A table (.csv, .tsv or .jsonl) has one row for each image below its folder, and names its file, its class and
-    what else is known of it; see `list_table`. A folder or an archive with a table in it is read by it if `table` names
-    a column, and otherwise a notice says that the table is there.
-
-    A parquet file with a column of images, a folder of such files, or one that `datasets` has written with
-    `save_to_disk`, has one image in each row; see `list_rows`. A parquet file without such a column is a table. A path
-    with *, ? or braces, such as data/train-*.parquet, stands for several files.
-
-    An LMDB environment (`stores.lmdb`), a folder with data.mdb or a .mdb or .lmdb file, has neither labels nor maps.
+    Tables, rows with images and .tar archives are described in `places`. An LMDB environment (`stores.lmdb`), a folder
+    with data.mdb or a .mdb or .lmdb file, has neither labels nor maps.
 
     Args:
         path: a folder, a .zip file, a table, rows with images, an LMDB environment, or built-in shapes, by
@@ -79,7 +72,6 @@ def open_images(
     if image_size < 1:
         raise DataError(f"image_size must be at least 1 pixel, got {image_size}; 64 or 256 are usual")
     most_pixels()  # refuse an invalid limit now, not for each image
-    table = table or TableOptions()
     is_synthetic = str(path) == "synthetic" or str(path).startswith("synthetic:")
     if is_synthetic or environment_file(Path(path)):
         _refuse_table(table, path)
@@ -88,7 +80,7 @@ def open_images(
     elif environment_file(Path(path)):
         source = LmdbImages(LmdbStore(Path(path), first), image_size)
     else:
-        source = ImageFiles(list_images(Path(path), table), image_size, first)
+        source = ImageFiles(list_images(Path(path), table or TableOptions()), image_size, first)
     if isinstance(pixels, PixelChoice):
         pixels = choose_format(source, pixels, known)
     if pixels is not None:
@@ -98,8 +90,8 @@ def open_images(
     return source
 
 
-def _refuse_table(table: TableOptions, path: str | Path) -> None:
-    if table.asks_for_table:
+def _refuse_table(table: TableOptions | None, path: str | Path) -> None:
+    if table is not None and table.asks_for_table:
         raise DataError(
             f"{path} has no table, which --label-column, --columns and --file-column are about; leave them out"
         )

@@ -12,7 +12,7 @@ import numpy as np
 
 from latentflow.columns import Column, ColumnValue
 from latentflow.data.sources.maps import MapFiles
-from latentflow.data.stores.files import SUFFIXES, FolderStore, Listing, StoredFile, ZipStore, pictures_among, wrapper
+from latentflow.data.stores.files import SUFFIXES, FileStore, Listing, StoredFile, pictures_among, wrapper
 from latentflow.data.stores.layout import class_folders, counted, notice_skipped, unread_pictures
 from latentflow.errors import DataError
 
@@ -84,7 +84,7 @@ class Layout:
     images_folder: str
     classes: StoredFile | None
 
-    def open_maps(self, store: FolderStore | ZipStore) -> MapFiles | None:
+    def open_maps(self, store: FileStore) -> MapFiles | None:
         """The maps of `images`; None if there are none.
 
         Raises:
@@ -94,7 +94,7 @@ class Layout:
         return MapFiles(store, self.classes, self.maps, below) if self.maps else None
 
 
-def files_of_layout(store: FolderStore | ZipStore, listing: Listing) -> Layout:
+def files_of_layout(store: FileStore, listing: Listing) -> Layout:
     """Find the images in a listing, and their maps if it is laid out as images/ and masks/.
 
     Raises:
@@ -125,7 +125,7 @@ def files_of_layout(store: FolderStore | ZipStore, listing: Listing) -> Layout:
     return Layout(prefix, own, others, maps, folder, files.get(f"{top}classes.json"))
 
 
-def list_files(store: FolderStore | ZipStore, listing: Listing | None = None) -> ListedImages:
+def list_files(store: FileStore, listing: Listing | None = None) -> ListedImages:
     """The images of a folder or an archive, as its folders say; see `open_images` for the layout.
 
     Args:
@@ -149,7 +149,7 @@ def list_files(store: FolderStore | ZipStore, listing: Listing | None = None) ->
     return ListedImages(store, names, paths, class_names, labels, maps)
 
 
-def _unread(store: FolderStore | ZipStore, files: dict[str, StoredFile], others: Iterable[str]) -> str:
+def _unread(store: FileStore, files: dict[str, StoredFile], others: Iterable[str]) -> str:
     """The files that hold pictures but are not read, counted by kind; "" for none."""
     unread = unread_pictures(others, lambda name: store.mark(files[name].path))
     return counted(unread) if unread else ""

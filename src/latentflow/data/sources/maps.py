@@ -11,7 +11,7 @@ from latentflow.data.packed import PackedText
 from latentflow.data.painting.map_reader import read_map
 from latentflow.data.painting.semantic_maps import EXAMPLE, MapClasses
 from latentflow.data.pictures.orientation import Photo
-from latentflow.data.stores.files import FolderStore, StoredFile, ZipStore
+from latentflow.data.stores.files import FileStore, StoredFile
 from latentflow.errors import DataError
 
 
@@ -30,7 +30,7 @@ class MapFiles:
 
     def __init__(
         self,
-        store: FolderStore | ZipStore,
+        store: FileStore,
         classes: StoredFile | None,
         maps: dict[str, StoredFile],
         images: list[str],
@@ -61,7 +61,7 @@ class MapFiles:
         return [f"{self._names[index]} {content}" for index, content in zip(indices, contents, strict=True)]
 
 
-def read_classes(store: FolderStore | ZipStore, file: StoredFile) -> MapClasses:
+def read_classes(store: FileStore, file: StoredFile) -> MapClasses:
     """Read the classes.json of a folder or an archive.
 
     Raises:

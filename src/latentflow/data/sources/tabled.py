@@ -14,14 +14,12 @@ from latentflow.data.request import TableOptions
 from latentflow.data.sources.listed import ImageStore, ListedImages, files_of_layout
 from latentflow.data.sources.maps import MapFiles
 from latentflow.data.stores.arrow import ArrowStore
-from latentflow.data.stores.files import FolderStore, Listing, ZipStore
+from latentflow.data.stores.files import FileStore, FolderStore, Listing
 from latentflow.data.tables.arrow_table import arrow_table
 from latentflow.data.tables.files_of_rows import FileNames, file_column, files_of_rows
 from latentflow.data.tables.table import ImageTable, columns_of, first_few, label_column, labels_of, split_wanted
 from latentflow.data.tables.text_tables import TEXT_TABLES, is_text_table, read_text_table
 from latentflow.errors import DataError
-
-Store = FolderStore | ZipStore
 
 _TABLES = (*TEXT_TABLES, ".parquet")
 
@@ -62,7 +60,7 @@ def chosen(table: ImageTable, options: TableOptions, file: str) -> Chosen:
     return Chosen(class_names, labels, columns, values)
 
 
-def list_table(store: Store, listing: Listing, table: ImageTable, options: TableOptions) -> ListedImages:
+def list_table(store: FileStore, listing: Listing, table: ImageTable, options: TableOptions) -> ListedImages:
     """The images that a table describes, with the columns that `options` choose.
 
     Images are in the order of their names, whatever the order of the rows, and have the names that they have without
@@ -87,7 +85,7 @@ def list_table(store: Store, listing: Listing, table: ImageTable, options: Table
     return found.listed(store, names, paths, order, layout.open_maps(store))
 
 
-def read_table(store: Store, listing: Listing, name: str) -> ImageTable:
+def read_table(store: FileStore, listing: Listing, name: str) -> ImageTable:
     """The table `name` of a folder or an archive.
 
     Raises:
@@ -104,7 +102,7 @@ def read_table(store: Store, listing: Listing, name: str) -> ImageTable:
     return read_text_table(content, f"{store.path}: {name}")
 
 
-def find_table(store: Store, listing: Listing) -> str:
+def find_table(store: FileStore, listing: Listing) -> str:
     """The one table of a folder or archive, the highest where there are tables below as well.
 
     Raises:
@@ -121,7 +119,7 @@ def find_table(store: Store, listing: Listing) -> str:
     return tables[0]
 
 
-def notice_table(store: Store, listing: Listing, images: Iterable[str]) -> None:
+def notice_table(store: FileStore, listing: Listing, images: Iterable[str]) -> None:
     """Print that a table lies beside images and how it is used, if there is one whose rows name some of them."""
     files = FileNames(images)
     for name in filter(is_text_table, _tables(listing)):

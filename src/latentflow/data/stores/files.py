@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from latentflow.console import notice
 from latentflow.data.pictures.decode import check_bytes, has_library, most_pixels, read_file
@@ -63,6 +63,36 @@ class Listing(NamedTuple):
 
     files: dict[str, StoredFile]
     folders: list[str]
+
+
+class FileStore(Protocol):
+    """What holds files: a folder or an archive.
+
+    Attributes:
+        path: as the user gave it.
+    """
+
+    path: Path
+
+    def listing(self) -> Listing:
+        """Every file and folder that is neither hidden nor clutter, by its path."""
+        ...
+
+    def read(self, path: str) -> bytes:
+        """The content of a file."""
+        ...
+
+    def held_bytes(self, path: str) -> int:
+        """Memory that reading a file takes, if it is known beforehand; else 0."""
+        ...
+
+    def mark(self, path: str) -> bytes:
+        """The first bytes of a file; empty if it cannot be read."""
+        ...
+
+    def contents(self, paths: Sequence[str]) -> list[str]:
+        """Size and CRC-32 of each file, as "1234:89abcdef"."""
+        ...
 
 
 def open_store(path: Path) -> FolderStore | ZipStore:
@@ -184,7 +214,7 @@ class FolderStore:
         for entry in entries:
             if is_clutter(entry.name):
                 continue
-            found = name + _as_text(os.fsencode(entry.name), "latin-1"), path + entry.name
+            found = name + as_text(os.fsencode(entry.name), "latin-1"), path + entry.name
             if not _is(entry, "is_dir"):
                 yield *found, entry
                 continue
@@ -340,7 +370,7 @@ def _member_name(member: zipfile.ZipInfo) -> str:
     """A member's name with forward slashes and without a leading "./" or "/", whatever program packed the archive."""
     other = "cp437" if member.create_system == _DOS else "latin-1"
     parts = _raw_name(member).replace(b"\\", b"/").split(b"/")
-    return "/".join(_as_text(part, other) for part in parts if part not in (b"", b"."))
+    return "/".join(as_text(part, other) for part in parts if part not in (b"", b"."))
 
 
 def _raw_name(member: zipfile.ZipInfo) -> bytes:
@@ -369,7 +399,7 @@ def _is_utf8(name: bytes) -> bool:
     return True
 
 
-def _as_text(name: bytes, otherwise: str) -> str:
+def as_text(name: bytes, otherwise: str) -> str:
     """Decode a part of a path, as UTF-8 if it is that."""
     return unicodedata.normalize("NFC", name.decode() if _is_utf8(name) else name.decode(otherwise))
 
