@@ -121,6 +121,12 @@ class PixelFormat(Record):
             return _as_float(values)
         return _as_type(values.round().clip(*FULL_RANGE[self.dtype]), self.dtype)
 
+    def share_outside(self, values: np.ndarray) -> float:
+        """Share of stored values [..., C] that `to_unit` clips, in [0, 1]."""
+        if self.is_full_range:
+            return 0.0
+        return float(((values < self.low) | (values > self.high)).mean())
+
     def _spans(self, values: Any) -> tuple[Any, Any]:
         """Low, and half the distance to high: numbers if they are the same for all channels, else a row for each."""
         halves = [(high - low) / 2 for low, high in zip(self.low, self.high, strict=True)]

@@ -53,6 +53,7 @@ def encode(
         "shards": len(index.shards),
         "broken": len(index.broken),
         "cut away": "the square leaves out {:.0%} of a picture on average, {:.0%} at most".format(*index.cut),
+        **({"clipped": f"{index.clipped:.2%} of the values lie outside the range"} if index.clipped else {}),
         "seconds": round(result.seconds, 1),
     }
     show(rows, as_json)

@@ -6,12 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from latentflow.pixel_format import PixelDtype, PixelMode
+from latentflow.pixel_format import PixelDtype, PixelFormat, PixelMode
 from latentflow.records import Record
 from latentflow.requests import Option
 
 DEPTHS: dict[str, PixelDtype] = {"8": "uint8", "16": "uint16", "float": "float32"}
 """What --depth calls the dtypes."""
+
+EIGHT_BIT_RGB = {"data.pixels": "rgb", "data.depth": "8", "data.value_range": "full"}
+"""The choice of recipes that were written before there was one."""
 
 _RANGE_LIKE = "give full, a range like 0,4095, one for each band like 0,4095;0,10000, or percentile:0.1,99.9"
 
@@ -49,6 +52,18 @@ class PixelChoice(Record):
         "each band with semicolons between) or percentile:LOW,HIGH (of the images). auto: full for 8 bits, otherwise "
         "the least and the greatest value of the images.",
     )
+
+    def agrees(self, pixel_format: PixelFormat) -> bool:
+        """Whether images that were read in a format could have been read by this choice."""
+        low, high = self.given_range or (pixel_format.low, pixel_format.high)
+        of_percentiles = pixel_format.rule.startswith(f"percentiles {self.percentiles[0]:g} and {self.percentiles[1]:g} ")
+        return (
+            self.pixels in ("auto", pixel_format.mode)
+            and (self.depth == "auto" or DEPTHS[self.depth] == pixel_format.dtype)
+            and (low, high) == (pixel_format.low, pixel_format.high)
+            and (self.value_range != "full" or pixel_format.rule == "full range")
+            and (not self.value_range.startswith("percentile:") or of_percentiles)
+        )
 
     @property
     def given_range(self) -> tuple[list[float], list[float]] | None:

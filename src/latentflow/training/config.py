@@ -15,6 +15,7 @@ from latentflow.columns import MOST_COLUMNS
 from latentflow.data.cache.resident import Switch
 from latentflow.data.hold_out import HeldOutShare
 from latentflow.data.painting.mask_rules import MaskRules
+from latentflow.data.pixel_choice import EIGHT_BIT_RGB, PixelChoice
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.flow.times import TrainingTimes
@@ -37,7 +38,7 @@ LARGEST_IMAGE = 8192
 LARGEST_SEED = 2**63 - 1
 
 
-class DataConfig(Record):
+class DataConfig(PixelChoice):
     """Where the images come from."""
 
     path: str = Field("", description="A latent cache, a folder or zip of images, or 'synthetic:COUNT'.")
@@ -281,8 +282,9 @@ CHANGES = ChangeRules(
         "data.held_out": _OTHER_DATA,
         "data.images": _OTHER_DATA,
         "data.masks": _OTHER_DATA,
+        **dict.fromkeys(EIGHT_BIT_RGB, _OTHER_DATA),
     },
-    former={"data.held_out": 0.0},
+    former={"data.held_out": 0.0, **EIGHT_BIT_RGB},
 )
 """What may change in a run of `latentflow train`."""
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from latentflow.autoencoder import sample_latents, to_unit_range
 from latentflow.data.batches import Batch, TrainingImages
+from latentflow.data.pixel_choice import EIGHT_BIT_RGB, PixelChoice
 from latentflow.errors import ConfigError
 from latentflow.networks.feature_network import FeatureNetwork
 from latentflow.networks.in_training import sampled_part
@@ -54,7 +55,7 @@ AUTOENCODER_RECIPES = RECIPES / "autoencoders"
 _KEPT_BYTES = 42  # per residual block, channel and pixel, for the backward pass in float32; measured
 
 
-class AutoencoderData(Record):
+class AutoencoderData(PixelChoice):
     """Where the images come from."""
 
     path: str = Field("", description="A folder or zip of images, or 'synthetic:COUNT'.")
@@ -240,7 +241,9 @@ CHANGES = ChangeRules(
         "data.image_size": "the held-out images would be others",
         "data.held_out": "images that were held out would be trained on",
         "training.seed": "images that were held out would be trained on",
+        **dict.fromkeys(EIGHT_BIT_RGB, "it has learned other numbers"),
     },
+    former=EIGHT_BIT_RGB,
 )
 """What may change in a run of `latentflow train-autoencoder`."""
 

@@ -120,7 +120,7 @@ def prepare_first_stage(
     recipe = as_begun(recipe, run, CHANGES)
     changes = check_changes(run, recipe, CHANGES, allow_change)
     runtime = runtime.with_precision(recipe.training.precision)
-    source = open_images(recipe.data.path, recipe.data.image_size)
+    source = open_images(recipe.data.path, recipe.data.image_size, pixels=recipe.data)
     _require_same_images(run, source)
     if judge:
         _require_same_judge(run, judge, recipe.loss.judge)

@@ -102,8 +102,11 @@ def held_out_images(model: FlowModel, data: str | Path, *, seed: int = 0) -> Tra
         source.require_autoencoder(model.autoencoder)
         if source.plan.image_size != config.image_size:
             raise ConfigError(f"{data} holds images of {source.plan.image_size}, the model draws {config.image_size}")
+        if source.pixel_format != config.pixel_format:
+            held, drawn = source.pixel_format.title, config.pixel_format.title
+            raise ConfigError(f"{data} holds images of {held}, the model draws {drawn}")
     else:
-        source = open_images(data, config.image_size)
+        source = open_images(data, config.image_size, pixels=config.pixel_format)
         kept, _ = readable(source)
     conditioning = config.conditioning
     for what, found, wanted in (

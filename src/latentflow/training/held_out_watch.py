@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from latentflow.artifacts import restore
-from latentflow.autoencoder import to_unit_range
 from latentflow.console import notice
 from latentflow.data.batches import Batch, TrainingImages
 from latentflow.flow.times import TrainingTimes, sum_by_time
@@ -143,8 +142,8 @@ class HeldOutWatch:
         if positions not in self._remembered:
             batch = self.images.at(positions)
             encoded = {"moments": batch.pixels, "known_moments": batch.known_pixels}
-            encode, device = self.model.autoencoder.encode, self.model.device
-            moments = {n: encode(to_unit_range(x.to(device))).cpu() for n, x in encoded.items() if x is not None}
+            encode, device = self.model.moments, self.model.device
+            moments = {n: encode(x.to(device)).cpu() for n, x in encoded.items() if x is not None}
             self._remembered[positions] = replace(batch, pixels=None, known_pixels=None, **moments)
         return self._remembered[positions]
 

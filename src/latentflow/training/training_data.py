@@ -33,7 +33,7 @@ def open_source(recipe: Recipe) -> LatentCache | ImageSource:
         DataError, ArtifactError: see `open_images` and `LatentCache`.
     """
     path = recipe.data.path
-    source = _open_cache(recipe) if is_cache(path) else open_images(path, recipe.data.image_size)
+    source = _open_cache(recipe) if is_cache(path) else open_images(path, recipe.data.image_size, pixels=recipe.data)
     if recipe.data.augment:
         _require_variants(recipe, source)
     return source
@@ -48,6 +48,11 @@ def _open_cache(recipe: Recipe) -> LatentCache:
         size = cache.plan.image_size
         raise ConfigError(
             f"data.image_size = {data.image_size}, but {data.path} holds images of {size}; set data.image_size={size}"
+        )
+    if not data.agrees(cache.pixel_format):
+        raise ConfigError(
+            f"data.pixels = {data.pixels}, data.depth = {data.depth}, data.value_range = {data.value_range}, but "
+            f"{data.path} was encoded as {cache.pixel_format.title}; leave them out, or encode the images again"
         )
     if data.flip and not cache.plan.flips:
         raise ConfigError(
@@ -105,9 +110,9 @@ def spatial_data(recipe: Recipe, source: LatentCache | ImageSource, factor: int)
 def _images_of_cache(path: str, cache: LatentCache, cache_path: str) -> ImageSource:
     """The images at `path`, which must be those that a cache was made from."""
     plan = cache.plan
-    images = open_images(path, plan.image_size)
+    images = open_images(path, plan.image_size, pixels=plan.pixel_format)
     if len(images) > plan.num_source_images:  # the cache may hold the first of them
-        images = open_images(path, plan.image_size, first=plan.num_source_images)
+        images = open_images(path, plan.image_size, first=plan.num_source_images, pixels=plan.pixel_format)
     if plan.identity == "sizes":  # of an earlier version, which has only names to compare
         same = set(cache.names()) <= {images.name(row) for row in range(len(images))}
     else:

@@ -34,6 +34,7 @@ class EncoderInput:
         broken: names of those that cannot be read, with the reasons.
         names: the n others.
         cuts: share of each picture that the square crop leaves out.
+        clips: share of each picture's values that lie outside the range of the pixel format.
         pixels: [n, S, S, C], stored values.
         labels: [n] int64; None for an unlabelled source.
         class_counts: [n, K, h, w] in the dtype they are stored in; None without maps.
@@ -48,6 +49,7 @@ class EncoderInput:
     broken: list[tuple[str, str]]
     names: list[str]
     cuts: list[float]
+    clips: list[float]
     pixels: Tensor | None = None
     labels: Tensor | None = None
     class_counts: Tensor | None = None
@@ -97,7 +99,8 @@ class EncoderInputs(Dataset):
             except BrokenImage as error:
                 broken.append((error.name, error.reason))
         names, cuts = [item.name for _, item in items], [item.cut for _, item in items]
-        read = EncoderInput(len(rows), broken, names, cuts)
+        clips = [self.source.pixel_format.share_outside(item.pixels) for _, item in items]
+        read = EncoderInput(len(rows), broken, names, cuts, clips)
         if not items:
             return read
         tensors = {"pixels": torch.from_numpy(np.stack([item.pixels for _, item in items]))}
@@ -168,5 +171,6 @@ def joined(parts: list[EncoderInput], device: torch.device) -> EncoderInput:
         broken=[one for part in parts for one in part.broken],
         names=[name for part in parts for name in part.names],
         cuts=[cut for part in parts for cut in part.cuts],
+        clips=[clip for part in parts for clip in part.clips],
         **tensors,
     )

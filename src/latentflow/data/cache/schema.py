@@ -88,6 +88,7 @@ class ShardRecord(Record):
     source_fingerprint: str = ""  # of this shard's images
     cut_sum: float = 0.0  # of the shares that the square crops leave out
     cut_most: float = 0.0
+    clip_sum: float = 0.0  # of the shares of values that lie outside the range of the pixel format
     checksum: int | None = None  # of this record
 
     def is_broken(self, name: str) -> bool:
@@ -112,6 +113,11 @@ class CacheIndex(Record):
     shards: list[ShardRecord]
     broken: list[str]
     checksum: int | None = None  # of this record
+
+    @property
+    def clipped(self) -> float:
+        """Share of the values that lie outside the range of the pixel format, which -1 and 1 stand for."""
+        return sum(shard.clip_sum for shard in self.shards) / max(self.num_images, 1)
 
     @property
     def cut(self) -> tuple[float, float]:

@@ -103,6 +103,7 @@ class Shard:
         self.names: list[str] = []
         self.broken: list[str] = []
         self.cuts: list[float] = []
+        self.clips: list[float] = []
         self.tensors = {
             name: torch.empty(num_rows, *like.shape[1:], dtype=like.dtype, pin_memory=self.on_gpu)
             for name, like in _empty_tensors(plan).items()
@@ -119,6 +120,7 @@ class Shard:
             self.sums.add(encoded["moments"])
         self.names += batch.names
         self.cuts += batch.cuts
+        self.clips += batch.clips
         self.broken += [f"{name}: {reason}" for name, reason in batch.broken]
 
     def close(self) -> None:
@@ -158,6 +160,7 @@ class Shard:
             source_fingerprint=source_fingerprint,
             cut_sum=sum(self.cuts),
             cut_most=max(self.cuts, default=0.0),
+            clip_sum=sum(self.clips),
         )
         write_json(record_file(folder, number), sealed(record))
 
