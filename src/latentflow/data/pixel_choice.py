@@ -56,13 +56,14 @@ class PixelChoice(Record):
     def agrees(self, pixel_format: PixelFormat) -> bool:
         """Whether images that were read in a format could have been read by this choice."""
         low, high = self.given_range or (pixel_format.low, pixel_format.high)
-        of_percentiles = pixel_format.rule.startswith(f"percentiles {self.percentiles[0]:g} and {self.percentiles[1]:g} ")
+        rule = "full range" if self.value_range == "full" else ""
+        if self.value_range.startswith("percentile:"):
+            rule = "percentiles {:g} and {:g} ".format(*self.percentiles)
         return (
             self.pixels in ("auto", pixel_format.mode)
             and (self.depth == "auto" or DEPTHS[self.depth] == pixel_format.dtype)
             and (low, high) == (pixel_format.low, pixel_format.high)
-            and (self.value_range != "full" or pixel_format.rule == "full range")
-            and (not self.value_range.startswith("percentile:") or of_percentiles)
+            and pixel_format.rule.startswith(rule)
         )
 
     @property
