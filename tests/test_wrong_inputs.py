@@ -121,6 +121,11 @@ CASES = {
         wrong(ENCODE + " --variants 4 --mask-variants 2", "--variants 4", "2", advised=ENCODE + " --variants 1"),
         wrong(ENCODE + " --first 99", "99", "18", advised=ENCODE + " --first 18"),
         wrong(ENCODE + " --first 0", "0"),
+        wrong(ENCODE + " --dry-run --look 4", "--look 4", "--dry-run", advised=ENCODE + " --dry-run"),
+        wrong(ENCODE.replace("photos", "unreadable") + " --dry-run", "unreadable", "a web page"),
+        wrong(ENCODE.replace("photos", "no.parquet"), "no.parquet"),
+        wrong(ENCODE.replace("photos", "text.tar"), "text.tar", "tar archive"),
+        wrong(ENCODE.replace("{w}/photos", "'{w}/shards-{{00..04}}.tar'"), "shards-00.tar", "not there"),
         wrong(ENCODE + " --mask-variants 2 --mask-folder {w}/empty", "empty"),
         wrong(ENCODE + " --mask-variants 2 --mask-folder {w}/nowhere", "nowhere"),
         wrong(ENCODE.replace("kl", "klll"), "klll"),
@@ -332,7 +337,8 @@ def _data(w: Path) -> None:
     tiny.write_segmented(w / "scenes")
     (w / "empty").mkdir()
     (w / "text.txt").write_text("neither an image nor a model", encoding="utf-8")
-    (w / "text.zip").write_text("no archive", encoding="utf-8")
+    for name in ("text.zip", "text.tar", "no.parquet"):
+        (w / name).write_text("no archive", encoding="utf-8")
     for split in ("train", "val"):
         tiny.write_images(w / "splits" / split, per_class=2)
     for split in ("train2017", "val2017"):

@@ -180,3 +180,27 @@ def test_a_look_at_nothing_or_too_much_is_refused(images, kl_folder, tmp_path, n
     with pytest.raises(ConfigError, match=f"--look {num}: a sheet has 1 to 64 images"):
         look(EncodeRequest(data=images, autoencoder=kl_folder, image_size=SIDE), tmp_path / "cache", num=num)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_counts_and_writes_nothing(images, kl_folder, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(images, tmp_path / "photos")
+    shutil.copy(folder / "apple" / "0.png", folder / "berry" / "again.png")
+    (folder / "apple" / "broken.png").write_bytes(b"")
+    files = sorted(folder.rglob("*.png"))
+    rows = [f"{file.relative_to(folder)},{file.stem if file.stem.isdigit() else ''}" for file in files]
+    (folder / "labels.csv").write_text("\n".join(["file,age", *rows]), encoding="utf-8")
+    before = tiny.tree(tmp_path)
+    command = ["encode", folder, "--autoencoder", kl_folder, "--image-size", SIDE, "--out", tmp_path / "cache"]
+    assert run(*command, "--dry-run", "--columns", "age:number", "--json", monkeypatch=monkeypatch) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_images"] == 19 and found["columns"]["age"]["greatest"] == 5
+    assert found["duplicates"] == [["apple/0.png", "berry/again.png"]] and found["contradictory"] == []
+    assert run(*command, "--dry-run", monkeypatch=monkeypatch) == 0
+    shown = capsys.readouterr()
+    for words in ("apple: 6; berry: 7; cherry: 6", "1 images repeat another: apple/0.png = berry/again.png"):
+        assert words in " ".join(shown.out.split())
+    assert "would be left out: apple/broken.png: it is empty (0 bytes)" in shown.err
+    assert tiny.tree(tmp_path) == before
+    assert run(*command, monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr().err
+    assert "1 images repeat another, byte for byte (such as apple/0.png, berry/again.png)" in said

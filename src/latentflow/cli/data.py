@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,8 +12,13 @@ from latentflow.cli.options import AsJson, Device, Precision, command
 from latentflow.cli.output import runtime_for, show
 from latentflow.console import say
 from latentflow.data.request import EncodeRequest, PrepareRequest
+from latentflow.errors import ConfigError
+
+if TYPE_CHECKING:
+    from latentflow.data.inventory import ColumnCounts
 
 _MUCH_CUT = 0.2  # of a picture, by its square crop; 4:3 has 0.25
+_CUT_AWAY = "the square leaves out {:.0%} of a picture on average, {:.0%} at most"
 
 verb = partial(command, group="Data")
 
@@ -26,10 +31,19 @@ def encode(
         int | None,
         typer.Option(help="Encode nothing; write OUT.png, which shows this many images as a model will see them."),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Encode and write nothing; read every image, and print what is there."),
+    ] = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Encode images once into a latent cache. Repeat the command to continue after a kill."""
+    if dry_run and look is not None:
+        raise ConfigError(f"--look {look} writes a sheet, and --dry-run nothing; leave one of them out")
+    if dry_run:
+        _dry_run(request, out, as_json)
+        return
     if look is not None:
         _look(request, out, look, device, as_json)
         return
@@ -52,7 +66,7 @@ def encode(
         "flips": index.plan.flips,
         "shards": len(index.shards),
         "broken": len(index.broken),
-        "cut away": "the square leaves out {:.0%} of a picture on average, {:.0%} at most".format(*index.cut),
+        "cut away": _CUT_AWAY.format(*index.cut),
         **({"clipped": f"{index.clipped:.2%} of the values lie outside the range"} if index.clipped else {}),
         "seconds": round(result.seconds, 1),
     }
@@ -66,6 +80,56 @@ def encode(
         say(f"left out: {name}")
     if not result.is_new:
         say("all images were encoded already; nothing was done")
+
+
+def _dry_run(request: EncodeRequest, out: Path, as_json: bool) -> None:
+    from latentflow.commands.encode import what_would_be_read
+
+    found = what_would_be_read(request, out)
+    if as_json:
+        show(found.model_dump(mode="json"), as_json)
+        return
+    rows = {"source": found.source, "images": found.num_images, "pixels": found.pixels}
+    if found.classes:
+        rows["classes"] = _counts(found.classes)
+    for name, column in found.columns.items():
+        rows[name] = f"{column.kind}: {_column_line(column)}"
+    rows |= {"files": _counts(found.formats), "sizes": _counts(found.sizes)}
+    rows["duplicates"] = _groups(found.duplicates, found.num_duplicates, "images repeat another")
+    if found.contradictory:
+        rows["in two classes"] = _groups(found.contradictory, len(found.contradictory), "images")
+    rows["broken"] = len(found.broken)
+    rows["cut away"] = _CUT_AWAY.format(found.cut_mean, found.cut_most)
+    show(rows, as_json)
+    for line in found.broken:
+        say(f"would be left out: {line}")
+    if empty := [name for name, number in found.classes.items() if not number]:
+        say(f"note: {len(empty)} classes have no image that can be read: {', '.join(empty[:5])}")
+
+
+def _counts(counts: dict[str, int], most: int = 8) -> str:
+    """For example "apple: 5; berry: 6"; of many the first."""
+    some = "; ".join(f"{name}: {number:,}" for name, number in list(counts.items())[:most])
+    return f"{some}; ... {len(counts):,} in all (see --json)" if len(counts) > most else some
+
+
+def _column_line(column: ColumnCounts) -> str:
+    parts = []
+    if column.kind != "number":
+        parts.append(_counts(column.classes))
+    elif column.mean is not None:
+        parts.append(f"{column.least:g} to {column.greatest:g}, {column.mean:.4g} on average")
+    if column.without_class:
+        parts.append(f"none of them {column.without_class:,}")
+    if column.unknown:
+        parts.append(f"not known {column.unknown:,}")
+    return "; ".join(parts)
+
+
+def _groups(groups: list[list[str]], number: int, what: str) -> str:
+    """For example "2 images repeat another: a.png = b.png; c.png = d.png"."""
+    some = "; ".join(" = ".join(group[:3]) for group in groups[:3])
+    return f"{number:,} {what}: {some}{'; ...' if len(groups) > 3 else ''}" if groups else "none"
 
 
 def _look(request: EncodeRequest, out: Path, num: int, device: str | None, as_json: bool) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from latentflow.artifacts import require_apart
 from latentflow.autoencoder import Autoencoder
+from latentflow.console import notice
 from latentflow.data.cache.schema import CacheIndex, format_of_cache
 from latentflow.data.cache.writer import write_cache
+from latentflow.data.inventory import Inventory, duplicates_in, take_inventory
 from latentflow.data.items import ImageSource
 from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.request import EncodeRequest
@@ -35,6 +37,22 @@ class EncodeResult:
     seconds: float
 
 
+def what_would_be_read(request: EncodeRequest, out: str | Path) -> Inventory:
+    """Read every image as `encode` would, and count what is there; nothing is written.
+
+    Args:
+        out: the cache that it would be, whose range of values is kept if it is there already.
+
+    Raises:
+        DataError, ArtifactError: see `open_images`; also if no image can be read.
+    """
+    require_apart(out, request.data, request.mask_folder)
+    found = take_inventory(_opened(request, out), request.num_workers)
+    if not found.num_images:
+        raise DataError(f"{found.source}: no image can be read, for example {found.broken[0]}")
+    return found
+
+
 @writes("out", launch=True)
 def encode(request: EncodeRequest, out: str | Path, *, runtime: Runtime | None = None) -> EncodeResult:
     """Encode images into a latent cache; repeating the call continues after a kill.
@@ -48,9 +66,9 @@ def encode(request: EncodeRequest, out: str | Path, *, runtime: Runtime | None =
     """
     began = time.perf_counter()
     require_apart(out, request.data, request.mask_folder)
-    options = {"first": request.first, "strict": request.strict, "table": request, "pixels": request}
-    source = open_images(request.data, request.image_size, known=format_of_cache(out), **options)
+    source = _opened(request, out)
     _require_one_readable(source)
+    _notice_duplicates(source)
     assert runtime is not None  # opened by `writes`
     encoder = Autoencoder.from_pretrained(request.autoencoder).to(runtime.with_precision(request.precision))
     encoder.require_channels(source.pixel_format.channels, request.data)
@@ -65,6 +83,21 @@ def encode(request: EncodeRequest, out: str | Path, *, runtime: Runtime | None =
         callbacks = {"on_images": count, "on_kept": kept.append}
         index = write_cache(source, encoder, out, request, masks=request.masks, runtime=runtime, **callbacks)
     return EncodeResult(index, sum(finished) > sum(kept), time.perf_counter() - began)
+
+
+def _opened(request: EncodeRequest, out: str | Path) -> ImageSource:
+    options = {"first": request.first, "strict": request.strict, "table": request, "pixels": request}
+    return open_images(request.data, request.image_size, known=format_of_cache(out), **options)
+
+
+def _notice_duplicates(source: ImageSource) -> None:
+    """Print how many images repeat another, which a model would see more often."""
+    if groups := duplicates_in(source):
+        first = ", ".join(source.name(row) for row in groups[0][:3])
+        notice(
+            f"{source.description}: {sum(len(group) - 1 for group in groups)} images repeat another, byte for byte "
+            f"(such as {first}); `encode --dry-run --json` lists them"
+        )
 
 
 def _require_one_readable(source: ImageSource) -> None:

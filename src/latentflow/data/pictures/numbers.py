@@ -55,9 +55,13 @@ class StoredPicture(Protocol):
 
     Attributes:
         pixel_format: of its numbers, with the full range of their dtype.
+        kind: of the file, as Pillow calls it: PNG, JPEG, TIFF, ..., or NPY or DICOM.
+        size: width and height, as they are stored.
     """
 
     pixel_format: PixelFormat
+    kind: str
+    size: tuple[int, int]
 
     def numbers(self, *, raw: bool) -> tuple[np.ndarray, int]:
         """Its numbers [H, W, C], upright, and the EXIF orientation of the file, 1 to 8.
@@ -109,6 +113,7 @@ class PillowPicture:
     def __init__(self, image: Image.Image, content: bytes, name: str):
         self.image, self._content, self._name = image, content, name
         self._stored = stored_mode(image)  # decoding forgets it
+        self.kind, self.size = str(image.format), image.size
 
     @cached_property
     def pixel_format(self) -> PixelFormat:
@@ -167,6 +172,8 @@ class PillowPicture:
 class _Array:
     """A NumPy file: one array, [H, W], [H, W, C] or [C, H, W]."""
 
+    kind = "NPY"
+
     def __init__(self, content: bytes):
         array = _one_array(content)
         if array.ndim == 3 and array.shape[0] < min(array.shape[1:]) and array.shape[0] < array.shape[2]:
@@ -196,6 +203,8 @@ def _one_array(content: bytes) -> np.ndarray:
 
 class _Tiff:
     """A TIFF file with other channels or depths than Pillow keeps."""
+
+    kind = "TIFF"
 
     def __init__(self, content: bytes, name: str):
         tifffile = _library("tifffile", "TIFF files of several bands or of floating-point numbers")
@@ -260,6 +269,8 @@ class _Dicom:
     Args:
         as_colours: in 8 bits, by its window, as a viewer shows it; otherwise its numbers.
     """
+
+    kind = "DICOM"
 
     def __init__(self, content: bytes, name: str, as_colours: bool):
         pydicom = _library("pydicom", "DICOM files")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote_from_bytes
 
 from latentflow.columns import ColumnValue
@@ -24,6 +25,20 @@ from latentflow.errors import ConfigError, DataError
 from latentflow.pixel_format import PixelFormat
 
 _PRINTABLE = bytes(sorted({*range(0x20, 0x7F)} - {ord("%")}))
+
+
+class FileFacts(NamedTuple):
+    """What the header of an image file says.
+
+    Attributes:
+        kind: PNG, JPEG, TIFF, ...
+        size: width and height, before it is turned by its EXIF orientation.
+        pixel_format: of its numbers, with the full range of their dtype.
+    """
+
+    kind: str
+    size: tuple[int, int]
+    pixel_format: PixelFormat
 
 
 class ImageFiles:
@@ -124,8 +139,11 @@ class ImageFiles:
 
     def stored_format(self, index: int) -> PixelFormat:
         """What the header of image `index` says of its numbers; raises what reading it raises."""
-        with _decoding(name := self.name(index)), open_stored(self._store.read(self._paths[index]), name) as stored:
-            return stored.pixel_format
+        return self.file_facts(index).pixel_format
+
+    def file_facts(self, index: int) -> FileFacts:
+        """What the header of image `index` says; raises what reading it raises."""
+        return _facts_of(partial(self._store.read, self._paths[index]), self.name(index))
 
     def label(self, index: int) -> int | None:
         """The label of image `index`, without decoding it."""
@@ -205,9 +223,17 @@ class LmdbImages:
 
     def stored_format(self, index: int) -> PixelFormat:
         """See `ImageFiles.stored_format`."""
+        return self.file_facts(index).pixel_format
+
+    def file_facts(self, index: int) -> FileFacts:
+        """See `ImageFiles.file_facts`."""
         name = self.name(index)
-        with _decoding(name), open_stored(self._store.read(self._store.keys[index]), name) as stored:
-            return stored.pixel_format
+        return _facts_of(partial(self._store.read, self._store.keys[index]), name)
+
+
+def _facts_of(read: Callable[[], bytes], name: str) -> FileFacts:
+    with _decoding(name), open_stored(read(), name) as stored:
+        return FileFacts(stored.kind, stored.size, stored.pixel_format)
 
 
 @contextmanager
