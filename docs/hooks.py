@@ -49,7 +49,7 @@ FIRST = {
     "data": ("items", "batches"),
     "model": ("flow_model", "conditioning", "config"),
     "training": ("config", "step", "loop"),
-    "sampling": ("request", "pipeline", "samples", "inpaint", "mask_to_image", "edits", "inversion"),
+    "sampling": ("request", "pipeline", "samples", "inpaint", "mask_to_image", "translate", "edits", "inversion"),
     "metrics": ("scores", "neighbours", "pairs", "feature_scores", "evaluation_report"),
     "evaluation": ("request", "subject", "scoring"),
     "convert": ("request", "published"),

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from latentflow.commands.train import train
+from latentflow.data.painting.input_rules import InputRules
 from latentflow.sampling.request import SampleRequest
 from latentflow.training.settings import to_yaml
 from tests import tiny
@@ -48,6 +49,7 @@ TRAIN = "train {w}/recipe.yaml data.path={w}/cache autoencoder={w}/kl out={out}"
 SAMPLE = "sample {w}/model --num 2 --steps 2 --solver euler --out {out}"
 INPAINT = "inpaint {w}/painter {w}/photo.png {w}/hole.png --steps 2 --out {out}/filled.png"
 PAINT = "mask-to-image {w}/painter {w}/map.png --steps 2 --out {out}/painted.png"
+TRANSLATE = "translate {w}/sharpener {w}/photo.png --steps 2 --out {out}/large.png"
 EVALUATE = "evaluate {w}/model --data {w}/photos --features random --metrics fid --num 12 --steps 2 --out {out}"
 JUDGE = "train-features {w}/photos --image-size 16 --out {out}"
 
@@ -108,6 +110,13 @@ CASES = {
         wrong(ENCODE.replace("photos", "one_class_broken") + " --strict", "berry"),
         wrong(ENCODE.replace("photos", "eps"), "picture.jpg"),
         wrong(ENCODE.replace("photos", "lonely_map"), "b.png"),
+        wrong(ENCODE.replace("photos", "lonely_input"), "apple/0.png", "zero.jpg"),
+        wrong(ENCODE.replace("photos", "more_than_pairs"), "inputs/", "more"),
+        wrong(ENCODE.replace("photos", "stretched") + " --strict", "30 x 10", "24 x 20", "aspect"),
+        wrong(ENCODE + " --inputs shrnk:4", "--inputs", "shrnk:4", "shrink:N", advised=ENCODE + " --inputs shrink:4"),
+        wrong(ENCODE + " --inputs shrink:3", "shrink:3", "15", advised=ENCODE + " --inputs shrink:2"),
+        wrong(ENCODE.replace("16", "18") + " --inputs shrink:3", "shrink:3", "2, 4", "latents"),
+        wrong(ENCODE + " --input-form latents", "--input-form", "no paired inputs", "--inputs"),
         wrong(ENCODE.replace("photos", "no_classes"), "classes.json"),
         wrong(ENCODE.replace("photos", "bad_classes"), "classes.json"),
         wrong(ENCODE.replace("{w}/photos", "synthetic:many"), "synthetic:many"),
@@ -263,6 +272,11 @@ CASES = {
         wrong("interpolate {w}/model --seeds 1,2 --num 1 --out {out}", "1"),
         wrong("vary {w}/model --amount 2 --out {out}", "2"),
         wrong("invert {w}/model {w}/nothing.png --out {out}", "nothing.png"),
+        wrong(TRANSLATE.replace("sharpener", "model"), "the condition input", "label"),
+        wrong(TRANSLATE.replace("photo.png", "nothing.png"), "nothing.png"),
+        wrong(TRANSLATE.replace("photo.png", "text.txt"), "text.txt"),
+        wrong(TRANSLATE.replace("photo.png", "map_odd.png") + " --native", "21 x 17", "20 x 16", advised=TRANSLATE),
+        wrong(TRANSLATE + " --guided-by semantic_map --guidance 2", "semantic_map"),
     ],
     "measure and convert": [
         wrong(EVALUATE.replace("w}/photos", "w}/nowhere"), "nowhere"),
@@ -282,6 +296,8 @@ CASES = {
         wrong(EVALUATE.replace("--num 12", "--num 1"), "1"),
         wrong(EVALUATE + " --task draw", "task", "draw"),
         wrong(EVALUATE + " --labels some", "some"),
+        wrong(EVALUATE + " --task translate", "the condition input"),
+        wrong(EVALUATE.replace("w}/model", "w}/sharpener") + " --task translate", "photos", "no paired inputs"),
         wrong(EVALUATE + " --against {w}/text.txt", "text.txt"),
         wrong(EVALUATE.replace("w}/model", "w}/mixed_samples"), "mixed_samples"),
         wrong("loss {w}/model --data {w}/photos --num 0", "0"),
@@ -364,6 +380,11 @@ def _data(w: Path) -> None:
     )
     shutil.copytree(w / "scenes", w / "lonely_map")
     shutil.copy(next((w / "scenes" / "masks").rglob("*.png")), w / "lonely_map" / "masks" / "b.png")
+    for name in ("pairs", "lonely_input", "more_than_pairs", "stretched"):
+        tiny.write_paired(w / name)
+    (w / "lonely_input" / "inputs" / "apple" / "0.jpg").rename(w / "lonely_input" / "inputs" / "apple" / "zero.jpg")
+    shutil.copytree(w / "flat", w / "more_than_pairs" / "more")
+    Image.new("RGB", (30, 10)).save(w / "stretched" / "inputs" / "apple" / "0.jpg")
     shutil.copytree(w / "scenes", w / "no_classes")
     (w / "no_classes" / "classes.json").unlink()
     shutil.copytree(w / "scenes", w / "bad_classes")
@@ -386,6 +407,7 @@ def _pictures(w: Path) -> None:
     classes.save(w / "map.jpg")
     classes.point(lambda value: value * 3 + 3).save(w / "map_unknown.png")
     Image.new("RGB", size, (1, 2, 3)).save(w / "map_strange.png")
+    Image.new("RGB", (21, 17), (1, 2, 3)).save(w / "map_odd.png")
     os.mkfifo(w / "fifo.png")
 
 
@@ -405,6 +427,7 @@ def _models(w: Path, kl) -> None:
     model.save_pretrained(w / "model")
     tiny.model(kl, class_names=()).save_pretrained(w / "unconditional")
     tiny.model(kl, conditioning=tiny.SPATIAL).save_pretrained(w / "painter")
+    tiny.model(kl, inputs=InputRules()).save_pretrained(w / "sharpener")
     for name in ("truncated", "flipped", "nan", "huge"):
         shutil.copytree(w / "model", w / name)
     weights = (w / "model" / "velocity.safetensors").read_bytes()

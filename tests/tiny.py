@@ -19,6 +19,7 @@ from latentflow.autoencoder import Autoencoder
 from latentflow.data.cache import writer
 from latentflow.data.cache.schema import CacheIndex
 from latentflow.data.items import UNLABELLED, ImageSource
+from latentflow.data.painting.input_rules import InputRules
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.semantic_maps import MapClasses
 from latentflow.data.request import CacheOptions
@@ -26,6 +27,7 @@ from latentflow.flow.path import LinearPath
 from latentflow.model.conditioning import Conditioning
 from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig, SamplingPreset
 from latentflow.networks.dit import DiTConfig
+from latentflow.pixel_format import PixelFormat
 from latentflow.runtime import Runtime
 from latentflow.training.config import Recipe
 
@@ -167,6 +169,17 @@ def write_segmented(folder: Path, *, classes: tuple[str, ...] = CLASSES, per_cla
     return folder
 
 
+def write_paired(folder: Path, *, per_class: int = 4) -> Path:
+    """The pictures of `write_images` with paired inputs: negatives of half their size, as JPEG files."""
+    write_images(folder / "images", per_class=per_class)
+    for file in sorted((folder / "images").rglob("*.png")):
+        place = folder / "inputs" / file.relative_to(folder / "images").with_suffix(".jpg")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        negative = 255 - np.asarray(Image.open(file))
+        Image.fromarray(negative).resize((12, 10), Image.Resampling.BOX).save(place, quality=95)
+    return folder
+
+
 def recipe(**given: Any) -> Recipe:
     """The tiny recipe with some values changed: recipe(data={"path": ...}, training={"steps": 4}, out=...)."""
     values: dict[str, Any] = {**RECIPE}
@@ -198,18 +211,27 @@ def model(
     scale: float = 1.0,
     time_scale: float = 1000.0,
     conditioning: Mapping[str, Any] = MappingProxyType({}),
+    inputs: InputRules | None = None,
+    input_channels: int = 3,
     **sampling: Any,
 ) -> LatentFlow:
     """A model with random weights, ready to be sampled; the larger `time_scale`, the faster its field changes.
 
-    `conditioning` holds the conditions other than labels, for example `SPATIAL`.
+    `conditioning` holds the conditions other than labels, for example `SPATIAL`; `inputs` are the rules of paired
+    inputs.
     """
+    if inputs is not None:
+        formats = (PixelFormat(channels=input_channels), PixelFormat())
+        channels = inputs.network_channels(*formats, autoencoder.factor, autoencoder.num_channels)
+        conditioning = {**conditioning, "input_channels": channels}
     config = ModelConfig(
         image_size=IMAGE_SIZE,
         network=DiTConfig(**RECIPE["network"], time_scale=time_scale),
         path=LinearPath(),
         conditioning=Conditioning(class_names=list(class_names), label_dropout=label_dropout, **conditioning),
         masks=MaskRules() if conditioning.get("inpainting") else None,
+        inputs=inputs,
+        input_format=PixelFormat(channels=input_channels) if inputs else None,
         autoencoder=AutoencoderRecord(
             reference=AUTOENCODER_FOLDER,
             content_hash=autoencoder.content_hash,

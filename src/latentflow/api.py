@@ -18,6 +18,7 @@ from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
 from latentflow.model.guide_reference import GuideReference
 from latentflow.sampling import edits, inpaint, inversion, mask_to_image, pipeline
+from latentflow.sampling import translate as translation
 from latentflow.sampling.inputs import ImageInput, MapInput
 from latentflow.sampling.inversion import Inversion
 from latentflow.sampling.request import (
@@ -29,6 +30,7 @@ from latentflow.sampling.request import (
     MaskToImageRequest,
     Method,
     SampleRequest,
+    TranslateRequest,
     VaryRequest,
 )
 from latentflow.sampling.samples import Samples
@@ -76,6 +78,12 @@ class InpaintOptions(EditOptions, total=False):
 
 class MaskToImageOptions(EditOptions, total=False):
     """`MaskToImageRequest`, for type checkers."""
+
+    native: bool
+
+
+class TranslateOptions(EditOptions, total=False):
+    """`TranslateRequest`, for type checkers."""
 
     native: bool
 
@@ -170,6 +178,16 @@ class LatentFlow(FlowModel):
         """
         request = MaskToImageRequest(**options)
         return mask_to_image.mask_to_image(self, semantic_map, request, batch_size=batch_size)
+
+    def translate(self, image: ImageInput, *, batch_size: int = 16, **options: Unpack[TranslateOptions]) -> Samples:
+        """Draw images from a paired image; see `latentflow.sampling.translate.translate`.
+
+        model.translate("small.png", num=4).images
+
+        Args:
+            options: the fields of `TranslateRequest`.
+        """
+        return translation.translate(self, image, TranslateRequest(**options), batch_size=batch_size)
 
     def image_to_image(
         self, image: ImageInput, *, batch_size: int = 16, **options: Unpack[ImageToImageOptions]

@@ -141,6 +141,10 @@ class PixelFormat(Record):
         return constant_channels(self.low, values.device), constant_channels(halves, values.device)
 
 
+RGB = PixelFormat()
+"""8-bit RGB."""
+
+
 def _is_array(values: Any) -> bool:
     return type(values).__module__ == "numpy"
 

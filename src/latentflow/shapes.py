@@ -71,6 +71,7 @@ class Condition:
         mask: [B, 1, H, W] in [0, 1], fraction of each latent pixel inside the hole; with `masked_latents`. Some
             published models take -1 and 1 instead (`MaskRules.told_as`).
         class_fractions: [B, K, H, W] in [0, 1], fraction of each latent pixel that belongs to each of K map classes.
+        input: [B, I, H, W], the paired image at latent size, see `InputRules`; 0 where there is none.
         columns: [B, W] float32, the values of the named columns, one after the other; see `columns.ColumnRow`.
         augmentation: [B, P], the numbers of the variant that an image was turned into for training; 0: none.
     """
@@ -79,6 +80,7 @@ class Condition:
     masked_latents: Tensor | None = None
     mask: Tensor | None = None
     class_fractions: Tensor | None = None
+    input: Tensor | None = None
     columns: Tensor | None = None
     augmentation: Tensor | None = None
 

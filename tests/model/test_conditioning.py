@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -23,16 +24,23 @@ ALL = Conditioning(
     map_class_names=["sky", "sea"],
     map_palette=[(0, 0, 255), (0, 255, 0)],
     map_dropout=0.1,
+    input_channels=5,
+    input_dropout=0.2,
 )
 LATENTS = (4, 3, 2)  # channels, height, width
-FIELDS = {"label": ["labels"], "inpainting": ["masked_latents", "mask"], "semantic_map": ["class_fractions"]}
-NULLS = {"labels": 3, "masked_latents": 0, "mask": 1, "class_fractions": 0}
+FIELDS = {
+    "label": ["labels"],
+    "inpainting": ["masked_latents", "mask"],
+    "semantic_map": ["class_fractions"],
+    "input": ["input"],
+}
+NULLS = {"labels": 3, "masked_latents": 0, "mask": 1, "class_fractions": 0, "input": 0}
 
 
 def given(num_images: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Every condition of `ALL` for some images; no value is null."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"masked_latents": LATENTS, "mask": (1, 3, 2), "class_fractions": (2, 3, 2)}
+    shapes = {"masked_latents": LATENTS, "mask": (1, 3, 2), "class_fractions": (2, 3, 2), "input": (5, 3, 2)}
     drawn = {name: 0.1 + 0.8 * torch.rand(num_images, *shape, generator=generator) for name, shape in shapes.items()}
     return {"labels": torch.randint(3, (num_images,), generator=generator), **drawn}
 
@@ -53,16 +61,20 @@ def test_every_field_of_a_condition_belongs_to_one_kind_or_describes_a_variant()
 
 
 def test_required_conditions_are_always_given():
-    never = ALL.model_copy(update={"inpainting_dropout": 0.0, "map_dropout": 0.0})
-    assert never.required == ["inpainting", "semantic_map"]
+    never = ALL.model_copy(update={"inpainting_dropout": 0.0, "map_dropout": 0.0, "input_dropout": 0.0})
+    assert never.required == ["inpainting", "semantic_map", "input"]
     assert never.with_required(["label"]) == list(CONDITION_NAMES)
     assert never.with_required(["label"], among=["label", "inpainting"]) == ["label", "inpainting"]
     assert ALL.with_required(["semantic_map"]) == ["semantic_map"]
-    never.require_all(["semantic_map", "inpainting"])
+    never.require_all(["semantic_map", "inpainting", "input"])
     with pytest.raises(ConfigError, match=r"requires the condition inpainting: .*inpainting_dropout = 0; .* and --map"):
         never.require_all(["semantic_map"])
     with pytest.raises(ConfigError, match=r"requires the condition semantic_map: .*map_dropout = 0; give a map"):
         never.require_all(["inpainting"])
+    with pytest.raises(
+        ConfigError, match=r"requires the condition input: .*input_dropout = 0; .*`latentflow translate`"
+    ):
+        never.require_all(["inpainting", "semantic_map"])
 
 
 def test_the_null_label_is_the_index_after_the_last_class():
@@ -93,7 +105,7 @@ def test_one_field_may_be_given_without_the_others(name):
 def test_fields_get_the_dtype_of_training():
     halves = {name: value.half() if value.is_floating_point() else value.int() for name, value in given(2).items()}
     built = ALL.build((2, *LATENTS), "cpu", Condition(**halves))
-    assert [getattr(built, name).dtype for name in built.names] == [torch.int64] + [torch.float32] * 3
+    assert [getattr(built, name).dtype for name in built.names] == [torch.int64] + [torch.float32] * 4
 
 
 @pytest.mark.parametrize(
@@ -107,6 +119,7 @@ def test_fields_get_the_dtype_of_training():
             "class_fractions",
             "the condition semantic_map; it is conditioned on inpainting",
         ),
+        (ANIMALS, "input", "not trained with the condition input; it is conditioned on label"),
     ],
 )
 def test_a_condition_that_the_model_does_not_have_is_refused(conditions, name, said):
@@ -129,13 +142,14 @@ def test_the_numbers_of_variants_are_zero_unless_training_gives_them():
 
 
 def test_require_and_can_guide():
-    assert list(ALL.dropout.items()) == [("label", 0.25), ("inpainting", 0.5), ("semantic_map", 0.1)]
+    dropout = [("label", 0.25), ("inpainting", 0.5), ("semantic_map", 0.1), ("input", 0.2)]
+    assert list(ALL.dropout.items()) == dropout
     for name in CONDITION_NAMES:
         ALL.require(name)
         with pytest.raises(ConfigError, match=f"the condition {name}; it is unconditional"):
             Conditioning().require(name)
     assert ALL.can_guide == list(CONDITION_NAMES)
-    assert ALL.model_copy(update={"inpainting_dropout": 0}).can_guide == ["label", "semantic_map"]
+    assert ALL.model_copy(update={"inpainting_dropout": 0}).can_guide == ["label", "semantic_map", "input"]
     assert Conditioning(class_names=["cat"], label_dropout=0.0, inpainting=True).can_guide == ["inpainting"]
     assert Conditioning().can_guide == []
 
@@ -146,7 +160,7 @@ def test_each_condition_is_dropped_on_its_own_at_its_rate():
     assert list(dropped) == list(CONDITION_NAMES)
     for name, share in ALL.dropout.items():  # standard errors of binomials
         assert abs(dropped[name].double().mean() - share) < 4 * (share * (1 - share) / num_images) ** 0.5
-    for one, other in (("label", "inpainting"), ("label", "semantic_map"), ("inpainting", "semantic_map")):
+    for one, other in combinations(CONDITION_NAMES, 2):
         together = ALL.dropout[one] * ALL.dropout[other]
         share = (dropped[one] & dropped[other]).double().mean()
         assert abs(share - together) < 4 * (together * (1 - together) / num_images) ** 0.5
@@ -156,14 +170,15 @@ def test_each_condition_is_dropped_on_its_own_at_its_rate():
 
 def test_a_rate_of_zero_drops_nothing_and_draws_as_many_numbers():
     """So that the noise of a run does not depend on what is dropped in it."""
-    never = ALL.model_copy(update={"label_dropout": 0.0, "inpainting_dropout": 0.0, "map_dropout": 0.0})
+    rates = {f"{name}_dropout": 0.0 for name in ("label", "inpainting", "map", "input")}
+    never = ALL.model_copy(update=rates)
     streams = [ImageRandom.of_seeds("test", range(500)) for _ in range(2)]
     assert not any(rows.any() for rows in never.draw_dropped(streams[0]).values())
     ALL.draw_dropped(streams[1])
     assert torch.equal(*(random.normal(2) for random in streams))
 
 
-@pytest.mark.parametrize("kinds", [[], ["label"], ["inpainting"], ["semantic_map"], list(CONDITION_NAMES)])
+@pytest.mark.parametrize("kinds", [[], ["label"], ["inpainting"], ["semantic_map"], ["input"], list(CONDITION_NAMES)])
 def test_dropping_puts_nulls_in_those_rows_and_nowhere_else(kinds):
     conditions = ALL.build((4, *LATENTS), "cpu", Condition(**given(4)))
     rows = {kind: torch.arange(4) % (2 + place) == 0 for place, kind in enumerate(kinds)}

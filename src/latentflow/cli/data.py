@@ -61,6 +61,7 @@ def encode(
         "pixels": index.plan.pixel_format.title,
         "moments": " x ".join(map(str, index.plan.moments_shape)),
         "map classes": len(index.plan.map_class_names),
+        "inputs": index.plan.inputs.title if index.plan.inputs else "none",
         "mask variants": index.plan.mask_variants,
         "variants": index.plan.variants,
         "flips": index.plan.flips,

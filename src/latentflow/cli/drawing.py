@@ -22,6 +22,7 @@ from latentflow.sampling.request import (
     InvertRequest,
     MaskToImageRequest,
     SampleRequest,
+    TranslateRequest,
     VaryRequest,
 )
 
@@ -128,6 +129,27 @@ def mask_to_image(
 
     runtime = runtime_for(device, precision)
     show(picture_rows(run(model, semantic_map, request, out, batch_size=batch_size, runtime=runtime)), as_json)
+
+
+@verb(example="latentflow translate runs/sharp small.png --num 4 --out large.png")
+def translate(
+    *,
+    model: Model,
+    image: Annotated[
+        Path, typer.Argument(help="An image as the inputs in training were: of low resolution, gray, a map, ...")
+    ],
+    out: OutFile,
+    request: TranslateRequest,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    precision: ComputesIn = Precision.auto,
+    as_json: AsJson = False,
+) -> None:
+    """Draw images from an image, with a model that was trained on pairs of them."""
+    from latentflow.commands.translate import translate as run
+
+    runtime = runtime_for(device, precision)
+    show(picture_rows(run(model, image, request, out, batch_size=batch_size, runtime=runtime)), as_json)
 
 
 @verb(example="latentflow image-to-image runs/pets cat.png --strength 0.6 --classes cat --out new.png")

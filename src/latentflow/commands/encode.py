@@ -19,6 +19,7 @@ from latentflow.data.sources.images import open_images
 from latentflow.errors import DataError
 from latentflow.locks import writes
 from latentflow.progress import image_progress
+from latentflow.requests import RequestError
 from latentflow.runtime import Runtime
 
 
@@ -87,7 +88,11 @@ def encode(request: EncodeRequest, out: str | Path, *, runtime: Runtime | None =
 
 def _opened(request: EncodeRequest, out: str | Path) -> ImageSource:
     options = {"first": request.first, "strict": request.strict, "table": request, "pixels": request}
-    return open_images(request.data, request.image_size, known=format_of_cache(out), **options)
+    source = open_images(request.data, request.image_size, known=format_of_cache(out), inputs=request.inputs, **options)
+    if request.input_form != "pixels" and not source.input_origin:
+        reason = f" {request.input_form}: {request.data} has no paired inputs; give --inputs, or leave it out"
+        raise RequestError("input_form", reason)
+    return source
 
 
 def _notice_duplicates(source: ImageSource) -> None:

@@ -42,6 +42,7 @@ def _describe_model(model: str | Path) -> dict[str, Any]:
         "map classes": conditioning.map_class_names,
         "columns": [f"{one.name} ({one.describe()})" for one in conditioning.columns],
         "holes": config.masks.policy if config.masks else "none",
+        "inputs": config.inputs.title if config.inputs else "none",
         "guidance": f"by {', '.join(conditioning.can_guide)}" if conditioning.can_guide else "not available",
         "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}"
         + (f" away from {sampling.guide.model}" if sampling.guide else ""),
@@ -88,6 +89,7 @@ def _describe_cache(folder: str | Path) -> dict[str, Any]:
         "moments": list(plan.moments_shape),
         "map classes": plan.map_class_names,
         "columns": [f"{one.name} ({_described(one)})" for one in plan.columns],
+        "inputs": plan.inputs.title if plan.inputs else "none",
         "mask variants": plan.mask_variants,
         "variants": plan.variants,
         "flips": plan.flips,

@@ -12,6 +12,7 @@ from torch import Tensor
 from latentflow.artifacts import require_apart, require_writable
 from latentflow.autoencoder import Autoencoder, to_uint8, to_unit_range
 from latentflow.data.items import ImageItem, ImageSource
+from latentflow.data.painting.input_pixels import stack_inputs, unit_inputs
 from latentflow.data.painting.semantic_maps import colour_map
 from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.pictures.user_picture import psnr
@@ -21,6 +22,7 @@ from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError, DataError
 from latentflow.runtime import Runtime, open_runtime
 from latentflow.sampling.contact_sheet import save_grid
+from latentflow.sampling.preview import input_pictures
 
 _MOST_IMAGES = 64
 _MOST_COLUMNS = 8
@@ -46,9 +48,9 @@ class Look:
 def look(request: EncodeRequest, out: str | Path, *, num: int, runtime: Runtime | None = None) -> Look:
     """Write OUT.png, a contact sheet next to the cache OUT; nothing is encoded.
 
-    It shows each image as it is cropped, its semantic map if it has one, its first augmented variant if it gets some,
-    and its reconstruction with the PSNR. The images are spread evenly over the data, and so over the classes of a
-    folder.
+    It shows each image as it is cropped, its semantic map and its paired input if it has them, its first augmented
+    variant if it gets some, and its reconstruction with the PSNR. The images are spread evenly over the data, and so
+    over the classes of a folder.
 
     Args:
         num: number of images, 1 to 64.
@@ -62,7 +64,8 @@ def look(request: EncodeRequest, out: str | Path, *, num: int, runtime: Runtime 
     sheet = Path(out).with_name(f"{Path(out).name.removesuffix('.png')}.png")
     require_apart(sheet, request.data)
     require_writable(sheet, suffix=".png")
-    source = open_images(request.data, request.image_size, first=request.first, table=request, pixels=request)
+    given = {"first": request.first, "table": request, "pixels": request, "inputs": request.inputs}
+    source = open_images(request.data, request.image_size, **given)
     encoder = Autoencoder.from_pretrained(request.autoencoder).to(runtime or open_runtime(precision="tf32", alone=True))
     encoder.latent_side(request.image_size)
     found = _evenly(source, num)
@@ -78,6 +81,10 @@ def look(request: EncodeRequest, out: str | Path, *, num: int, runtime: Runtime 
         if item.semantic_map is not None:
             tiles.append(_as_tensor(colour_map(item.semantic_map, source.map_palette)))
             captions.append("map")
+        if item.input is not None:
+            inputs = unit_inputs(stack_inputs([item.input], source.input_format), source.input_format)
+            tiles.append(input_pictures(inputs, request.image_size)[0])
+            captions.append("input")
         if variants is not None:
             tiles.append(variants[place])
             captions.append("variant")

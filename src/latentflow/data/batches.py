@@ -22,6 +22,7 @@ from latentflow.data.cache.resident import ResidentCache, ResidentImages
 from latentflow.data.cache.schema import column_tensor
 from latentflow.data.column_tensors import rows_of, stored_values
 from latentflow.data.items import ImageSource, stack_pixels
+from latentflow.data.painting.input_pixels import stack_inputs
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, mask_input, shares
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import draw_mask
@@ -48,6 +49,8 @@ class Batch:
         class_fractions: [B, K, h, w] float32, share of each map class in each latent pixel.
         columns: [B, W] float32, the values of the columns that training reads; see `latentflow.columns.ColumnRow`.
         augmentation: [B, P] float32, the numbers of the variant that an image is seen as; 0: the image itself.
+        inputs: [B, c, S / N, S / N], the paired inputs: stored values if they are uint8, else in [-1, 1].
+        input_moments: [B, M, h, w], those of inputs that are given as latents, from a cache; in the same dtype.
     """
 
     positions: Tensor
@@ -61,6 +64,8 @@ class Batch:
     class_fractions: Tensor | None = None
     columns: Tensor | None = None
     augmentation: Tensor | None = None
+    inputs: Tensor | None = None
+    input_moments: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Move to a device, moments as float32; positions and indices stay on the CPU."""
@@ -90,6 +95,7 @@ class SpatialData:
         cached_holes: use the mask variants in the latent cache instead.
         maps: read semantic maps.
         pictures: the images of a latent cache, for cutting holes; None: the source itself has pixels.
+        inputs: read the paired inputs.
     """
 
     factor: int
@@ -97,6 +103,7 @@ class SpatialData:
     cached_holes: bool = False
     maps: bool = False
     pictures: ImageSource | None = None
+    inputs: bool = False
 
 
 _NOTHING = SpatialData(factor=1)
@@ -110,7 +117,7 @@ class TrainingImages(Dataset):
         seed: for the order, the flips and the holes.
         flip: mirror each image with probability 1/2, independently each time it is seen.
         kept: indices of the images to use; None: all.
-        spatial: holes and semantic maps; None: neither.
+        spatial: holes, semantic maps and inputs; None: none of them.
         columns: names of the columns of the source that are read, in this order.
         augment: probability with which an image is seen as one of its variants in the latent cache, drawn each time.
     """
@@ -204,9 +211,10 @@ class TrainingImages(Dataset):
             names = [name for name in self.cached_tensors if not name.startswith("variant_")]  # in place of others
             tensors = [self.source.tensor(0, name) for name in names]
             num_bytes += sum(tensor.shape[1:].numel() * tensor.element_size() for tensor in tensors)
+        inputs = 4 * self.source.input_format.channels * side**2 if spatial.inputs and not cache else 0
         pictures = (not cache) + (spatial.holes is not None and not spatial.cached_holes)
         maps = len(self.source.map_class_names) * (side // spatial.factor) ** 2 if spatial.maps else 0
-        return num_bytes + pictures * self.source.pixel_format.bytes_per_pixel * side**2 + 4 * maps
+        return num_bytes + pictures * self.source.pixel_format.bytes_per_pixel * side**2 + 4 * maps + inputs
 
     @property
     def cached_tensors(self) -> list[str]:
@@ -223,6 +231,8 @@ class TrainingImages(Dataset):
             "variant_moments": self.augment > 0,
             "variant_numbers": self.augment > 0,
             "variant_class_counts": self.augment > 0 and spatial.maps,
+            self.source.plan.input_tensor: spatial.inputs,
+            f"variant_{self.source.plan.input_tensor}": self.augment > 0 and spatial.inputs,
         }
         return [name for name, wanted in read.items() if wanted] + [column_tensor(n) for n in self._columns]
 
@@ -286,6 +296,8 @@ class TrainingImages(Dataset):
             batch["augmentation"] = cache.augmentation(rows, flips, variants)
         if spatial.maps:
             batch["class_fractions"] = cache.class_fractions(rows, flips, variants)
+        if spatial.inputs:
+            batch[self.source.plan.input_tensor] = cache.inputs(rows, flips, variants)
         if spatial.cached_holes:
             batch["known_moments"], batch["mask"] = cache.known(rows, mask_variants, flips)
         elif spatial.holes:
@@ -340,6 +352,9 @@ class TrainingImages(Dataset):
             maps = _mirrored([item.semantic_map for item in items], flipped)
             counts = torch.stack([class_counts(semantic_map, num_classes, factor) for semantic_map in maps])
             batch["class_fractions"] = shares(counts, factor)
+        if self.spatial.inputs:
+            inputs = _mirrored([item.input for item in items], flipped)
+            batch["inputs"] = stack_inputs(inputs, self.source.input_format)
         if self.spatial.holes:
             batch |= self._holes(positions, pixels)
         return batch

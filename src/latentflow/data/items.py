@@ -33,6 +33,8 @@ class ImageItem:
         semantic_map: [S, S] uint8, an index into the source's `map_class_names` for each pixel, or
             `UNLABELLED` where the class is unknown; None if the source has no maps.
         cut: share of the picture that the square crop leaves out, in [0, 1).
+        input: [S / N, S / N, c], the paired image, which shows what `pixels` show, N times smaller by `InputRules`;
+            None if the source has no inputs.
     """
 
     pixels: np.ndarray
@@ -40,6 +42,7 @@ class ImageItem:
     name: str
     semantic_map: np.ndarray | None = None
     cut: float = 0.0
+    input: np.ndarray | None = None
 
 
 @runtime_checkable
@@ -53,6 +56,8 @@ class ImageSource(Protocol):
         image_size: height and width of every item in pixels.
         columns: what is known of each image besides its class; empty in most sources.
         pixel_format: channels, dtype and range of every item's pixels.
+        input_format: channels, dtype and range of the paired inputs; None when there are none.
+        input_origin: where they come from, see `InputRules`; "" when there are none.
         description: one line for people: where the images come from and how many there are. It is stored in models that
             are shared, so it only contains the last part of a path.
     """
@@ -63,6 +68,8 @@ class ImageSource(Protocol):
     image_size: int
     columns: tuple[Column, ...]
     pixel_format: PixelFormat
+    input_format: PixelFormat | None
+    input_origin: str
     description: str
 
     def __len__(self) -> int: ...

@@ -27,7 +27,7 @@ from latentflow.console import notice
 from latentflow.data.painting.semantic_maps import MapClasses
 from latentflow.data.pictures.decode import BrokenImage, open_image, reason
 from latentflow.data.prefetch import in_threads
-from latentflow.data.sources.maps import pair_maps, read_classes
+from latentflow.data.sources.maps import pair_files, read_classes
 from latentflow.data.stores.files import StoredFile, ZipStore, is_image, open_store, wrapper
 from latentflow.errors import DataError, nearest
 
@@ -164,7 +164,7 @@ class _Source:
     def pairs(self, images: str, maps: str) -> list[Pair]:
         """The images below one folder paired with the maps below another, all copied unchanged."""
         image_files, map_files = self.images(images), self.images(maps)
-        map_of = pair_maps(image_files, map_files, f"{self.path}: {images} and {maps}")
+        map_of = pair_files(image_files, map_files, f"{self.path}: {images} and {maps}", "map")
         return [
             Pair(image, map_of[image], partial(self.place, file), partial(self.place, map_files[map_of[image]]))
             for image, file in image_files.items()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from latentflow.columns import COLUMN_KINDS
+from latentflow.data.painting.input_rules import FILES, NO_INPUTS, ORIGINS, InputForm, InputRules
 from latentflow.data.painting.mask_rules import MaskPolicy, MaskRules
 from latentflow.data.pixel_choice import PixelChoice
-from latentflow.errors import nearest
+from latentflow.errors import ConfigError, nearest
 from latentflow.requests import Names, Option, PathText, Request, RequestError, Whole
 
 MOST_PIXELS = 16_384
@@ -52,6 +53,13 @@ class TableOptions(Request):
         return columns
 
 
+def _origin(text: str) -> str:
+    try:
+        return text if text == NO_INPUTS else InputRules(origin=text).origin
+    except ConfigError:
+        raise ValueError(f"give {ORIGINS}, or {NO_INPUTS}") from None
+
+
 class CacheOptions(Request):
     """What a latent cache stores of each image, and how the work is done."""
 
@@ -76,6 +84,11 @@ class CacheOptions(Request):
     )
     variants: Whole = Field(
         0, ge=0, le=100, description="Zoomed, turned and shifted copies to encode per image, for data.augment; 0: none."
+    )
+    input_form: InputForm = Field(
+        "pixels",
+        description="How paired inputs reach the network. pixels: those below each latent pixel become its channels; "
+        "latents: encoded by the autoencoder.",
     )
     strict: bool = Field(False, description="Stop at a broken image instead of leaving it out.")
 
@@ -102,6 +115,11 @@ class EncodeRequest(CacheOptions, TableOptions, PixelChoice):
     )
     first: Annotated[Whole, Option(remedy="leave it out for all images")] | None = Field(
         None, ge=1, description="Encode only this many images: the first of each class, then the second, and so on."
+    )
+    inputs: Annotated[str, AfterValidator(_origin)] = Field(
+        FILES,
+        description="Paired inputs, for `translate`. files: the folder inputs/ next to images/, if there is one; none; "
+        "shrink:N: means of N x N pixels of the image, for N-fold super-resolution; gray: for colouring.",
     )
     mask_policy: MaskPolicy = Field("mixed", description="How the holes are drawn.")
     mask_folder: PathText | None = Field(

@@ -1,4 +1,4 @@
-"""Images that a model paints over real ones: filled holes, and painted semantic maps.
+"""Images that a model paints over real ones: filled holes, painted semantic maps, and translated inputs.
 
 Legend: B and N images, S side of the model's images, K classes of the semantic map.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from latentflow.artifacts import sha256_file
 from latentflow.autoencoder import to_unit_range
 from latentflow.data.items import ImageSource, stack_pixels
+from latentflow.data.painting.input_pixels import at_image_size, stack_inputs, unit_inputs
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, mask_input, shares
 from latentflow.data.painting.mask_rules import MaskPolicy, MaskRules
 from latentflow.data.painting.masks import check_masks, draw_mask, mask_files
@@ -31,6 +32,7 @@ from latentflow.evaluation.shards import Columns, Work, compute_in_shards
 from latentflow.metrics.evaluation_report import Score
 from latentflow.metrics.features.extractors import FeatureExtractor
 from latentflow.metrics.pairs import PairJudge, confusion, iou
+from latentflow.model.config import require_same_format
 from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
 from latentflow.sampling.drawing import Drawing, make_drawing
@@ -53,7 +55,7 @@ class Painting:
     Attributes:
         drawing: of the first image; image i has its seed plus i.
         own_labels: whether the label of each image is that of its real one; otherwise it is unconditional.
-        rules: which holes are drawn; None: the task is to paint semantic maps.
+        rules: which holes are drawn; None: the task is to paint semantic maps or to translate.
         segmenter: segments pictures into maps; None: mean IoU is not wanted.
         judge: measures the pairs.
         inputs: holes or segmenter, for the report.
@@ -87,8 +89,17 @@ def plan_painting(model: FlowModel, source: ImageSource, request: EvaluationRequ
                 f"the images have the map classes {found}; the model knows {conditioning.map_class_names}"
             )
         given.append("semantic_map")
+    if task == "translate" or "input" in conditioning.required:
+        conditioning.require("input")
+        require_same_format(model.config, source.input_format, request.data)
+        given.append("input")
     first = SampleRequest(num=1, seed=request.seed, classes=[0] if own_labels else [], **request.preset())
     drawing = make_drawing(model, first, task=task, conditions=given)
+    if task == "translate":
+        rules = model.config.inputs
+        if (asked := [name for name in request.wanted if name.endswith("-input")]) and not compares_inputs(model):
+            raise ConfigError(f"{asked[0]}: inputs of {model.config.input_format.title} cannot be compared with images")
+        return Painting(drawing, own_labels, judge=judge, inputs={"inputs": rules.title})
     if task == "mask-to-image":
         name = request.segmenter
         if name is None:
@@ -121,8 +132,9 @@ def painted(
     """Paint over real images, and compare each with its real one. Hole and noise of image i depend on i only.
 
     Returns:
-        The columns of `drawn_columns`, and labels [N]; for holes psnr, ssim, psnr-hole and ssim-hole [N]; for maps with
-        a segmenter the counts of `confusion`, [any, K, K], of the painted and of the real images.
+        The columns of `drawn_columns`, and labels [N]; for holes psnr, ssim, psnr-hole and ssim-hole [N]; for inputs
+        those of `pair_values`; for maps with a segmenter the counts of `confusion`, [any, K, K], of the painted and of
+        the real images.
     """
 
     def compute(places: range) -> Columns:
@@ -136,12 +148,18 @@ def painted(
         holes = _holes(painting, model.config.image_size, [int(rows[place]) for place in places])
 
         def finish(samples: Samples, part: slice) -> tuple[Tensor, Columns]:
+            drawn, own = samples.pixels, real[part]
+            if painting.drawing.task == "translate":
+                return drawn, pair_values(model, drawn, own, inputs[part], painting.judge)
             if painting.rules is None:
-                return samples.pixels, _confusions(painting.segmenter, samples.pixels, real[part], maps[part], model)
-            filled = _pasted(samples.pixels, real[part], holes[part])
-            return filled, hole_values(filled, real[part], holes[part], judge=painting.judge)
+                return drawn, _confusions(painting.segmenter, drawn, own, maps[part], model)
+            filled = _pasted(drawn, own, holes[part])
+            return filled, hole_values(filled, own, holes[part], judge=painting.judge)
 
-        given = _given(model, painting, real, holes, maps)
+        inputs = None
+        if "input" in painting.drawing.told:
+            inputs = stack_inputs([item.input for item in items], source.input_format)
+        given = _given(model, painting, real, holes, maps, inputs)
         columns = drawn_columns(model, drawing, given, extractor, work, finish)
         return columns | {"labels": torch.tensor(labels or [-1] * len(items))}
 
@@ -188,16 +206,42 @@ def hole_values(filled: Tensor, real: Tensor, holes: Sequence[np.ndarray], *, ju
     return values
 
 
+def compares_inputs(model: FlowModel) -> bool:
+    """Whether the inputs of a model can be compared with its images, pixel by pixel."""
+    inputs = model.config.input_format
+    return inputs is not None and inputs.channels in (1, model.config.pixel_format.channels)
+
+
+def pair_values(model: FlowModel, drawn: Tensor, real: Tensor, inputs: Tensor, judge: PairJudge) -> Columns:
+    """The values of `judge` for drawn images and their real ones, uint8 [B, 3, S, S]: [B] each.
+
+    Next to each name stand name-limit, that of the real image after encoding and decoding; and name-input, that of the
+    input enlarged by bicubic interpolation, where an input has one channel or those of an image.
+    """
+    config = model.config
+    values = judge(drawn, real)
+    limit = torch.cat([model.autoencoder.reconstruct(part) for part in model.autoencoder.slices(real)])
+    values |= {f"{name}-limit": found for name, found in judge(limit, real).items()}
+    if not compares_inputs(model):
+        return values
+    enlarged = at_image_size(unit_inputs(inputs, config.input_format), config.inputs.shrinking, real.shape[1])
+    picture = config.pixel_format.from_unit(enlarged)
+    return values | {f"{name}-input": found for name, found in judge(picture, real).items()}
+
+
 def _given(
     model: FlowModel,
     painting: Painting,
     real: Tensor,
     holes: Sequence[np.ndarray],
     maps: Sequence[np.ndarray | None],
+    inputs: Tensor | None,
 ) -> Given:
     """The conditions of the images of a shard."""
     conditions, factor = painting.drawing.told, model.config.autoencoder.factor
     given: dict[str, Tensor] = {}
+    if inputs is not None:
+        given["input"] = model.paired_input(inputs.to(model.device)).cpu()
     if "semantic_map" in conditions:
         num_classes = model.config.conditioning.num_map_classes
         given["class_fractions"] = shares(torch.stack([class_counts(one, num_classes, factor) for one in maps]), factor)

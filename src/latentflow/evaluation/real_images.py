@@ -17,6 +17,7 @@ from torch import Tensor
 
 from latentflow.artifacts import read_json, require_writable, sha256_file
 from latentflow.data.items import ImageSource
+from latentflow.data.painting.input_rules import FILES
 from latentflow.data.pictures.colour import PIXEL_RULES
 from latentflow.data.pictures.crop import CROP_RULE
 from latentflow.data.sources.images import open_images
@@ -95,15 +96,18 @@ class RealFeatures:
     notes: tuple[str, ...] = ()
 
 
-def open_real_images(data: str | Path, image_size: int) -> RealImages:
+def open_real_images(data: str | Path, image_size: int, inputs: str = FILES) -> RealImages:
     """Open images, or a file of statistics; no image is decoded.
+
+    Args:
+        inputs: where paired inputs come from; see `open_images`.
 
     Raises:
         DataError, ArtifactError: there is nothing usable, or the statistics are of images of another size.
     """
     file = Path(data)
     if file.suffix not in (_OWN_SUFFIX, *FOREIGN_SUFFIXES) or file.is_dir():
-        source = open_images(data, image_size)
+        source = open_images(data, image_size, inputs=inputs)
         return RealImages(str(data), source, None, source.fingerprint(), image_size)
     stored = load_reference(file)
     made = stored.provenance

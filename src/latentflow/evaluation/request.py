@@ -33,7 +33,7 @@ from latentflow.sampling.request import MOST_IMAGES, MOST_SEED, SamplingRequest,
 from latentflow.training.request import LONGEST, SHORTEST
 
 LABEL_POLICIES = ("balanced", "uniform", "data", "none")
-_TASKS = ("sample", "inpaint", "mask-to-image")
+_TASKS = ("sample", "inpaint", "mask-to-image", "translate")
 _NEIGHBOURS_EACH = 5  # that density and coverage count, so that six images are the fewest
 
 _BATCH_SIZE = "Images computed together; does not change the result."
@@ -60,7 +60,8 @@ class EvaluationRequest(SamplingRequest):
     metrics: Names | None = Field(
         None,
         description="fid, kid, is, precision, recall, density, coverage, class-accuracy; for pairs psnr, ssim, lpips; "
-        "for holes psnr-hole, ssim-hole, p-ids, u-ids; for maps miou. Otherwise the usual ones of the task.",
+        "for holes psnr-hole, ssim-hole, p-ids, u-ids; for maps miou; for inputs psnr-input, ssim-input. Otherwise the "
+        "usual ones of the task.",
     )
     num: Annotated[Whole, Option(called="number of images", remedy="scores compare sets of images")] | None = Field(
         None,
@@ -69,7 +70,9 @@ class EvaluationRequest(SamplingRequest):
         description="Number of images; otherwise 50,000 if they are drawn, or all there are.",
     )
     task: str = Field(
-        "sample", description="sample; inpaint, which fills holes in DATA; mask-to-image, which paints its maps."
+        "sample",
+        description="sample; inpaint, which fills holes in DATA; mask-to-image, which paints its maps; translate, "
+        "which draws from the paired inputs of DATA.",
     )
     reconstruction: bool = Field(
         False, description="Score the autoencoder's reconstructions of DATA: the best that its models can reach."

@@ -33,6 +33,8 @@ _PAIR_LABELS = {
     "lpips": "LPIPS",
     "psnr-hole": "PSNR in dB in the hole",
     "ssim-hole": "SSIM of windows that touch the hole",
+    "psnr-input": "PSNR in dB of the input, enlarged",
+    "ssim-input": "SSIM of the input, enlarged",
 }
 
 
@@ -96,7 +98,7 @@ def scores_of(
     if CLASS_ACCURACY in metrics:
         judge = class_judge(extractor, subject.class_names, subject.real, reference)
         scores[CLASS_ACCURACY] = class_accuracy(judge, generated, columns["labels"])
-    scores |= {name: mean_score(_PAIR_LABELS[name], columns[name]) for name in metrics if name in _PAIR_LABELS}
+    scores |= {name: _pair_score(name, columns) for name in metrics if name in _PAIR_LABELS}
     return scores | (map_scores(columns) if "miou" in metrics else {})
 
 
@@ -123,6 +125,12 @@ def mean_score(label: str, values: Tensor) -> Score:
     found = interval_over_images(values, float(values.double().mean()))
     bounds = {"low": found.low, "high": found.high, "standard_error": found.standard_error}
     return Score(label=label, value=found.estimate, **bounds)
+
+
+def _pair_score(name: str, columns: Columns) -> Score:
+    """The mean over pairs, with that of the autoencoder's reconstructions as its limit where it was measured."""
+    score, limits = mean_score(_PAIR_LABELS[name], columns[name]), columns.get(f"{name}-limit")
+    return score if limits is None else score.model_copy(update={"limit": float(limits.double().mean())})
 
 
 def _discriminative(names: Sequence[str], generated: Tensor, real: Tensor) -> dict[str, Score]:

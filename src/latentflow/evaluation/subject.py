@@ -16,11 +16,12 @@ from torch import Tensor
 
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.items import ImageSource, stack_pixels
+from latentflow.data.painting.input_rules import NO_INPUTS
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.evaluation.autoencoders import open_autoencoder
 from latentflow.evaluation.class_accuracy import require_class_judge, require_judged
 from latentflow.evaluation.drawn_set import plan_set
-from latentflow.evaluation.painted import painted, plan_painting, require_same_classes
+from latentflow.evaluation.painted import compares_inputs, painted, plan_painting, require_same_classes
 from latentflow.evaluation.read_images import read_batches, require_readable
 from latentflow.evaluation.real_images import RealFeatures, image_features, open_real_images
 from latentflow.evaluation.request import EvaluationRequest
@@ -68,7 +69,7 @@ class Subject(ABC):
         ConfigError, DataError, ArtifactError: something in the request does not exist or does not fit.
     """
 
-    task: Literal["sample", "images", "reconstruction", "inpaint", "mask-to-image"]
+    task: Literal["sample", "images", "reconstruction", "inpaint", "mask-to-image", "translate"]
     autoencoder: Autoencoder | None = None
     labels = "none"
     num_classes = 0
@@ -79,7 +80,7 @@ class Subject(ABC):
         self._judged = judge.class_names if judge else []
         self.sampling: dict[str, Any] = {}
         self.inputs: dict[str, str] = {}
-        self.real = open_real_images(request.data, image_size)
+        self.real = open_real_images(request.data, image_size, self._inputs)
         self.metrics = request.wanted or [*self._usual_metrics(), *(["lpips"] if request.lpips else [])]
         network = load_lpips(request.lpips, device) if request.lpips else None
         self.judge = PairJudge(bool({"ssim", "ssim-hole"} & {*self.metrics}), network, device)
@@ -104,6 +105,11 @@ class Subject(ABC):
     def class_names(self) -> Sequence[str]:
         """The classes that the labels of its images are indices of; none: they have no labels."""
         return ()
+
+    @property
+    def _inputs(self) -> str:
+        """Where the paired inputs of the real images come from."""
+        return NO_INPUTS
 
     @property
     def _available(self) -> int | None:
@@ -214,7 +220,7 @@ class Drawn(_OfAModel):
 
 
 class Painted(_OfAModel):
-    """Images that a model paints over real ones: holes, or semantic maps."""
+    """Images that a model paints over real ones: holes, semantic maps or paired inputs."""
 
     def __init__(self, request: EvaluationRequest, runtime: Runtime):
         self.task = request.task
@@ -222,6 +228,16 @@ class Painted(_OfAModel):
         self._painting = plan_painting(self.flow, self._real_source(), request, self.judge)
         self.labels = "data" if self._painting.own_labels else "none"
         self.sampling, self.inputs = self._painting.drawing.sampling.model_dump(mode="json"), self._painting.inputs
+
+    def _usual_metrics(self) -> list[str]:
+        """Inputs are compared with images where they are made from them."""
+        usual, inputs = super()._usual_metrics(), self.flow.config.inputs
+        derived = inputs is not None and inputs.is_derived and compares_inputs(self.flow)
+        return [name for name in usual if derived or not name.endswith("-input")]
+
+    @property
+    def _inputs(self) -> str:
+        return self.flow.config.inputs.origin if self.flow.config.inputs else NO_INPUTS
 
     def columns(self, extractor: FeatureExtractor, reference: RealFeatures, work: Work) -> Columns:
         return painted(self.flow, self._painting, self._real_source(), self._paired_rows(reference), extractor, work)
@@ -270,8 +286,12 @@ class Files(Subject):
         drawing = {"labels": request.labels, "masks": request.masks, **request.preset()}
         for name in (name for name, value in drawing.items() if value is not None):
             raise ConfigError(f"--{name.replace('_', '-')} has no effect on images in files; remove it")
-        if in_holes := [name for name in request.wanted if name.endswith("-hole")]:
-            raise ConfigError(f"{in_holes[0]}: it is not known where the holes of images in files were; remove it")
+        for ending, what in (
+            ("-hole", "where the holes of images in files were"),
+            ("-input", "what they were drawn from"),
+        ):
+            for name in (name for name in request.wanted if name.endswith(ending)):
+                raise ConfigError(f"{name}: it is not known {what}; remove it")
         super().__init__(request, samples.image_size, runtime.device)
         self.labels = "not known"
 
@@ -293,9 +313,8 @@ class Files(Subject):
 class PaintedFiles(Files):
     """Painted images in files, each paired with the real image of the same name, whatever the suffix."""
 
-    task = "inpaint"
-
     def __init__(self, request: EvaluationRequest, runtime: Runtime, samples: ImageSource, rows: Sequence[int]):
+        self.task = request.task
         super().__init__(request, runtime, samples, rows)
         self.labels = "none"
 
@@ -304,7 +323,7 @@ class PaintedFiles(Files):
         return len(self._real_source())
 
     def _usual_metrics(self) -> list[str]:
-        return [name for name in super()._usual_metrics() if not name.endswith("-hole")]
+        return [name for name in super()._usual_metrics() if not name.endswith(("-hole", "-input"))]
 
     def columns(self, extractor: FeatureExtractor, reference: RealFeatures, work: Work) -> Columns:
         samples, source, rows = self._samples, self._real_source(), self._paired_rows(reference)

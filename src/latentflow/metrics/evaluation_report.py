@@ -100,7 +100,7 @@ class EvaluationCounts(Record):
 class EvaluationProtocol(Record):
     """Everything that the scores depend on, and what they cost."""
 
-    task: Literal["sample", "images", "reconstruction", "inpaint", "mask-to-image"]
+    task: Literal["sample", "images", "reconstruction", "inpaint", "mask-to-image", "translate"]
     num_images: int
     image_size: int
     first_seed: int | None = Field(None, description="Image i has this seed + i; null: nothing was drawn.")

@@ -16,6 +16,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "reconstruction": (*FEATURE_METRICS, CLASS_ACCURACY, *PAIR_SCORES, "lpips"),
     "inpaint": (*FEATURE_METRICS, *DISCRIMINATIVE_SCORES, *PAIR_SCORES, "lpips", "psnr-hole", "ssim-hole"),
     "mask-to-image": (*FEATURE_METRICS, "miou"),
+    "translate": (*FEATURE_METRICS, CLASS_ACCURACY, *PAIR_SCORES, "lpips", "psnr-input", "ssim-input"),
 }
 """The metrics of each task; "fd" is another name of "fid"."""
 
@@ -24,6 +25,7 @@ USUAL_METRICS: dict[str, tuple[str, ...]] = {
     "reconstruction": ("fid", *PAIR_SCORES),
     "inpaint": ("fid", *DISCRIMINATIVE_SCORES, *PAIR_SCORES, "psnr-hole", "ssim-hole"),
     "mask-to-image": ("fid",),
+    "translate": ("fid", *PAIR_SCORES, "psnr-input", "ssim-input"),
 }
 """What is computed unless the user asks for something else."""
 

@@ -35,8 +35,9 @@ def render_card(package: str, template: str, config: ModelConfig, library: str, 
         "class-conditional": bool(conditioning.class_names),
         "inpainting": conditioning.inpainting,
         "semantic-image-synthesis": bool(conditioning.map_class_names),
+        "image-translation": config.inputs is not None,
     }
-    edits = conditioning.inpainting or conditioning.map_class_names
+    edits = conditioning.inpainting or conditioning.map_class_names or config.inputs
     metadata = ModelCardData(
         library_name=library,
         pipeline_tag="image-to-image" if edits else "unconditional-image-generation",
@@ -68,6 +69,7 @@ def _facts(config: ModelConfig) -> dict[str, str]:
         "map classes": _listed(conditioning.map_class_names),
         "named conditions": "; ".join(f"{one.name} ({one.describe()})" for one in conditioning.columns),
         "mask policy": config.masks.policy if config.masks else "",
+        "inputs": config.inputs.title if config.inputs else "",
         "guidance": f"on {guided}" if guided else "not available: no condition was dropped in training",
         "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}"
         + (f" away from `{sampling.guide.model}`" if sampling.guide else ""),

@@ -8,6 +8,7 @@ of its conditions, and classifier-free guidance (arXiv 2207.12598) works for eac
     label           a class index                                           the null label, after the last class
     inpainting      latents of the image without its hole, and the mask     latents 0, mask 1: everything is hole
     semantic_map    fraction of each map class in each latent pixel         0 for every class
+    input           a paired image at latent size                           0, which no 8-bit pixel is in [-1, 1]
     NAME            the value of a named column, see `latentflow.columns`   not known; one condition for each column
 
 A model may also take the numbers of the variants that it was trained on (`augmentation`). They are no condition that
@@ -16,8 +17,8 @@ anybody gives: they are zero except in training, in both branches of guidance, s
 
 A new condition is one class here: its name, the fields of `Condition` that it fills, their shapes and null values.
 
-Legend: B images, C latent channels, h and w latent height and width, K classes of the semantic map, P numbers of a
-variant.
+Legend: B images, C latent channels, h and w latent height and width, K classes of the semantic map, I channels of the
+input at latent size, P numbers of a variant.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 ConditionName = str
 """One of `CONDITION_NAMES`, or the name of a column."""
-CONDITION_NAMES: tuple[ConditionName, ...] = ("label", "inpainting", "semantic_map")
+CONDITION_NAMES: tuple[ConditionName, ...] = ("label", "inpainting", "semantic_map", "input")
 
 _MOST_NAMED = 12  # classes in a description
 
@@ -200,6 +201,31 @@ class SemanticMap(ConditionKind):
 
 
 @dataclass(frozen=True)
+class PairedInput(ConditionKind):
+    """A paired image at latent size, its pixels or its latents (see `InputRules`); null: 0."""
+
+    channels: int
+
+    name, dropout_key, task = "input", "input_dropout", "translate"
+    fields = ("input",)
+
+    @classmethod
+    def of(cls, config: Conditioning) -> PairedInput | None:
+        return cls(config.input_dropout, config.input_channels) if config.input_channels else None
+
+    @property
+    def nulls(self) -> tuple[float, ...]:
+        return (0,)
+
+    def shapes(self, latents_shape: Sequence[int]) -> list[tuple[int, ...]]:
+        num_images, _, height, width = latents_shape
+        return [(num_images, self.channels, height, width)]
+
+    def remedy(self, given: Collection[ConditionName]) -> str:
+        return "it draws images from images: `latentflow translate`"
+
+
+@dataclass(frozen=True)
 class NamedColumn(ConditionKind):
     """The value of one named column; all columns share the field.
 
@@ -263,7 +289,7 @@ class NamedColumn(ConditionKind):
         return replace(condition, columns=torch.cat([before, own[:, :-1], last, after], dim=1))
 
 
-CONDITION_KINDS: tuple[type[ConditionKind], ...] = (Label, Inpainting, SemanticMap, NamedColumn)
+CONDITION_KINDS: tuple[type[ConditionKind], ...] = (Label, Inpainting, SemanticMap, PairedInput, NamedColumn)
 """All conditions, in the order in which dropout draws their random numbers: a new one comes last."""
 
 
@@ -352,6 +378,18 @@ class Conditioning(Record):
     )
     map_dropout: float = Field(
         default=0.1, ge=0, lt=1, description="Fraction of training images without their map; 0: no guidance on maps."
+    )
+    input_channels: int = Field(
+        default=0,
+        ge=0,
+        le=65_536,
+        description="Channels of the paired input at latent size; 0: a model without inputs.",
+    )
+    input_dropout: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Fraction of training images without their input; 0: no guidance on inputs.",
     )
     columns: list[ColumnCondition] = Field(
         default_factory=list, max_length=MOST_COLUMNS, description="The named columns that the model is conditioned on."

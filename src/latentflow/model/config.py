@@ -10,8 +10,9 @@ from pydantic import Field, model_validator
 
 from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation
 from latentflow.data.hold_out import HeldOut
+from latentflow.data.painting.input_rules import InputRules
 from latentflow.data.painting.mask_rules import MaskRules
-from latentflow.errors import nearest
+from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.model.conditioning import CONDITION_NAMES, Conditioning, ConditionName
 from latentflow.model.guide_reference import GuideReference
@@ -110,6 +111,12 @@ class ModelConfig(Record):
     path: PathConfig = LinearPath()
     conditioning: Conditioning = Conditioning()
     masks: MaskRules | None = Field(default=None, description="Which holes an inpainting model learned to fill.")
+    inputs: InputRules | None = Field(
+        default=None, description="Where paired inputs came from, and how the network gets them; null: no inputs."
+    )
+    input_format: PixelFormat | None = Field(
+        default=None, description="What the stored values of paired inputs are; null: no inputs."
+    )
     autoencoder: AutoencoderRecord
     normalisation: LatentNormalisation
     sampling: SamplingPreset = SamplingPreset()
@@ -142,6 +149,9 @@ class ModelConfig(Record):
             raise ValueError(f"a network that predicts noise needs the cosine path, not {self.path.kind}")
         if isinstance(self.prediction, DenoiserPrediction) and self.path != LinearPath(sigma_min=0):
             raise ValueError("a denoiser needs the linear path with sigma_min 0")
+        has_inputs = {self.inputs is None, self.input_format is None, self.conditioning.input_channels == 0}
+        if len(has_inputs) > 1:
+            raise ValueError("inputs, input_format and conditioning.input_channels belong together")
         channels, multiple = self.autoencoder.num_channels, self.pixel_multiple
         if self.image_size % multiple:
             raise ValueError(f"image_size {self.image_size} is not a multiple of {multiple}, as the network needs it")
@@ -170,6 +180,8 @@ class ModelConfig(Record):
             fields["pixel_format"] = {"channels", "dtype", "low", "high", "mode"}
         if self.conditioning.columns:  # whose order and scale the shapes do not show
             fields["conditioning"] = {"columns": {"__all__": {"name", "kind", "mean", "deviation"}}}
+        if self.inputs is not None:
+            fields |= {"inputs": True, "input_format": {"channels", "dtype", "low", "high", "mode"}}
         return self.model_dump(mode="json", include=fields, exclude={"network": {"dropout"}})
 
     def build_network(self) -> torch.nn.Module:
@@ -182,5 +194,19 @@ class ModelConfig(Record):
             inpainting=self.conditioning.inpainting,
             num_map_classes=self.conditioning.num_map_classes,
             num_augmentations=len(self.conditioning.augmentation),
+            input_channels=self.conditioning.input_channels,
             columns=[column.network_input for column in self.conditioning.columns],
         )
+
+
+def require_same_format(config: ModelConfig, found: PixelFormat | None, whose: object) -> None:
+    """Refuse paired inputs of another format than those that the model was trained on.
+
+    Raises:
+        ConfigError: with both.
+    """
+    if found is None:
+        raise ConfigError(f"{whose} has no paired inputs, which the model was trained on")
+    known = config.input_format
+    if known is not None and found.model_copy(update={"rule": known.rule}) != known:
+        raise ConfigError(f"{whose} has inputs of {found.title}, but the model was trained on inputs of {known.title}")

@@ -32,6 +32,7 @@ from latentflow.artifacts import (
 )
 from latentflow.autoencoder import Autoencoder, latent_mean, sample_latents
 from latentflow.autoencoder_files import AUTOENCODER_FILES
+from latentflow.data.painting.input_pixels import at_image_size, at_latent_size, unit_inputs
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.flow.multistep import FittedMultistep
 from latentflow.hub import CARD_FILE, HubId, fetch, looks_like, push_folder, require_token
@@ -231,6 +232,22 @@ class FlowModel:
         channels = self.config.autoencoder.num_channels
         raw = latent_mean(moments, channels) if random is None else sample_latents(moments, channels, random)
         return self.config.normalisation.normalise(raw)
+
+    def paired_input(self, pixels: Tensor) -> Tensor:
+        """Inputs as the network gets them, by the config's `inputs`.
+
+        Args:
+            pixels: [B, c, H / N, W / N] as `stack_inputs` gives them, for images of H x W.
+
+        Returns:
+            [B, I, h, w] float32.
+        """
+        config, rules = self.config, self.config.inputs
+        assert rules is not None and config.input_format is not None
+        values = unit_inputs(pixels, config.input_format)
+        if rules.form == "latents":
+            return self.encode(at_image_size(values, rules.shrinking, config.pixel_format.channels))
+        return at_latent_size(values, config.autoencoder.factor, rules.shrinking)
 
     def velocity(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
         """The learned velocity at x_t = latents [B, C, h, w] and time [B] (0 data, 1 noise): [B, C, h, w]."""

@@ -28,10 +28,10 @@ class VelocityNetwork(BlockNetwork):
         in_channels: channels of the latents.
         out_channels: channels of the velocity.
         num_classes: number of labels; the embedding table has one more row, `null_label`. 0: a network without labels.
-        inpainting: whether masked latents and mask are concatenated to the latents.
-        num_map_classes: classes of the semantic map, whose encoding is concatenated to the latents; 0: no map.
         num_augmentations: numbers that describe an augmented variant, added to the embedding; 0: no such input.
         columns: named columns, whose vectors are added where that of the label is.
+        spatial: conditions that are concatenated to the latents: inpainting, num_map_classes and input_channels; see
+            `SpatialInputs`.
     """
 
     def __init__(
@@ -41,10 +41,9 @@ class VelocityNetwork(BlockNetwork):
         in_channels: int,
         out_channels: int,
         num_classes: int = 0,
-        inpainting: bool = False,
-        num_map_classes: int = 0,
         num_augmentations: int = 0,
         columns: Sequence[ColumnInput] = (),
+        **spatial: Any,
     ):
         super().__init__()
         self.config = config
@@ -53,7 +52,7 @@ class VelocityNetwork(BlockNetwork):
         self.num_classes = num_classes
         self.num_augmentations = num_augmentations
         self.columns = tuple(columns)
-        self.spatial = SpatialInputs(in_channels, inpainting=inpainting, num_map_classes=num_map_classes)
+        self.spatial = SpatialInputs(in_channels, **spatial)
 
     @property
     def null_label(self) -> int | None:

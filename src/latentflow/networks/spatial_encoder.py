@@ -1,6 +1,7 @@
-"""Spatial conditions of a velocity network, concatenated to the noisy latents: a known part and a semantic map.
+"""Spatial conditions of a velocity network, concatenated to the noisy latents: a known part, a semantic map, an input.
 
-Legend: B images, C latent channels, H and W latent height and width, K classes of the semantic map.
+Legend: B images, C latent channels, H and W latent height and width, K classes of the semantic map, I channels of a
+paired input.
 """
 
 from __future__ import annotations
@@ -35,25 +36,29 @@ class SpatialEncoder(nn.Module):
 
 
 class SpatialInputs(nn.Module):
-    """Joins latents and spatial conditions along channels: latents, masked latents, mask, encoded map (LFM, section 4).
+    """Joins latents and spatial conditions along channels: latents, masked latents, mask, encoded map (LFM, section 4),
+    input (as SR3 and LDM have it, arXiv 2104.07636 and 2112.10752).
 
     Args:
         channels: C.
         inpainting: whether masked latents and mask are read (C + 1 channels more).
         num_map_classes: K; 0: no semantic map (else C channels more).
+        input_channels: I; 0: no paired input (else I channels more).
     """
 
-    def __init__(self, channels: int, *, inpainting: bool = False, num_map_classes: int = 0):
+    def __init__(self, channels: int, *, inpainting: bool = False, num_map_classes: int = 0, input_channels: int = 0):
         super().__init__()
         self.channels = channels
         self.inpainting = inpainting
         self.num_map_classes = num_map_classes
+        self.input_channels = input_channels
         self.map_encoder = SpatialEncoder(num_map_classes, channels) if num_map_classes else None
 
     @property
     def num_channels(self) -> int:
-        """Channels of the result: C, C + C + 1, C + C, or C + C + 1 + C."""
-        return self.channels * (2 if self.num_map_classes else 1) + (self.channels + 1 if self.inpainting else 0)
+        """Channels of the result: C, C + 1 more for a known part, C more for a map, I more for an input."""
+        known = self.channels + 1 if self.inpainting else 0
+        return self.channels * (2 if self.num_map_classes else 1) + known + self.input_channels
 
     def forward(self, latents: Tensor, condition: Condition) -> Tensor:
         """latents [B, C, H, W] and the condition's spatial fields => [B, num_channels, H, W].
@@ -66,6 +71,7 @@ class SpatialInputs(nn.Module):
             "masked_latents": self.channels if self.inpainting else 0,
             "mask": 1 if self.inpainting else 0,
             "class_fractions": self.num_map_classes,
+            "input": self.input_channels,
         }
         joined = [latents]
         for name, channels in shapes.items():

@@ -9,7 +9,6 @@ Legend: B images, C latent channels, H and W latent height and width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,7 +16,6 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
 from latentflow.errors import ConfigError, nearest
-from latentflow.networks.column_embedding import ColumnInput
 from latentflow.networks.dit import DiT, DiTConfig
 from latentflow.networks.unet import UNet, UNetConfig
 from latentflow.records import Record
@@ -94,28 +92,15 @@ def build_network(
     prediction: VelocityPrediction | NoisePrediction | DenoiserPrediction,
     *,
     channels: int,
-    num_classes: int = 0,
-    inpainting: bool = False,
-    num_map_classes: int = 0,
-    num_augmentations: int = 0,
-    columns: Sequence[ColumnInput] = (),
+    **inputs: Any,
 ) -> nn.Module:
     """A network with fresh weights, called as network(latents [B, C, H, W], time [B], condition) => velocity.
 
     Args:
         channels: C.
-        num_classes, inpainting, num_map_classes, num_augmentations, columns: see `VelocityNetwork`.
+        inputs: classes, columns and spatial conditions; see `VelocityNetwork`.
     """
-    network = NETWORKS[config.kind](
-        config,
-        in_channels=channels,
-        out_channels=channels,
-        num_classes=num_classes,
-        inpainting=inpainting,
-        num_map_classes=num_map_classes,
-        num_augmentations=num_augmentations,
-        columns=columns,
-    )
+    network = NETWORKS[config.kind](config, in_channels=channels, out_channels=channels, **inputs)
     return wrap_network(network, prediction)
 
 

@@ -14,9 +14,12 @@ from latentflow.columns import Column
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.cache.schema import CachePlan
 from latentflow.data.hold_out import count_held_out
+from latentflow.data.painting.input_pixels import derived_format
+from latentflow.data.painting.input_rules import NO_INPUTS
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError
 from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig
+from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.planning.machine import Machine
 from latentflow.planning.request import PlanRequest
 from latentflow.training.config import Recipe
@@ -39,6 +42,7 @@ class DataFacts:
         cache: the plan of a latent cache, if the data are one.
         num_bytes: of this latent cache on disk.
         assumed: why these numbers are not read from the data; "" if they are.
+        pixels, inputs: the formats of images and of paired inputs; None: there are no inputs.
     """
 
     num_images: int | None
@@ -48,6 +52,8 @@ class DataFacts:
     cache: CachePlan | None = None
     num_bytes: int | None = None
     assumed: str = ""
+    pixels: PixelFormat = RGB
+    inputs: PixelFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -167,10 +173,13 @@ def _data(recipe: Recipe, name: str, num_images: int | None, num_classes: int | 
         plan, index = cache.plan, cache.index
         num_bytes = sum(shard.num_bytes for shard in index.shards)
         num_classes, num_maps = len(plan.class_names), len(plan.map_class_names)
-        return DataFacts(index.num_images, num_classes, num_maps, cache.columns, plan, num_bytes)
+        facts = DataFacts(index.num_images, num_classes, num_maps, cache.columns, plan, num_bytes)
+        return replace(facts, pixels=plan.pixel_format, inputs=plan.input_format)
     if path and (path.startswith("synthetic:") or Path(path).exists()):
-        source = open_images(path, recipe.data.image_size)
-        return DataFacts(len(source), len(source.class_names), len(source.map_class_names), source.columns)
+        inputs = recipe.data.inputs.origin if recipe.conditioning.input else NO_INPUTS
+        source = open_images(path, recipe.data.image_size, inputs=inputs)
+        facts = DataFacts(len(source), len(source.class_names), len(source.map_class_names), source.columns)
+        return replace(facts, pixels=source.pixel_format, inputs=source.input_format)
     known = next((facts for start, facts in PUBLISHED_DATA.items() if name.startswith(start)), None)
     classes = _ASSUMED_CLASSES if recipe.data.labels else 0
     maps = _ASSUMED_MAP_CLASSES if recipe.conditioning.semantic_map else 0
@@ -254,6 +263,9 @@ def _config(recipe: Recipe, data: DataFacts, stage: StageFacts) -> ModelConfig:
         raise ConfigError(f"conditioning.semantic_map = true, but {recipe.data.path} has no semantic maps")
     num_classes = data.num_classes if recipe.data.labels else 0
     num_maps = data.num_map_classes if has_maps else 0
+    inputs = recipe.data.inputs
+    if recipe.conditioning.input and not data.assumed and data.inputs is None:
+        raise ConfigError(f"conditioning.input = true, but {recipe.data.path} has no paired inputs")
     autoencoder = AutoencoderRecord(
         reference=AUTOENCODER_FOLDER if _is_embedded(recipe.autoencoder) else recipe.autoencoder,
         content_hash="0" * 64,
@@ -269,6 +281,8 @@ def _config(recipe: Recipe, data: DataFacts, stage: StageFacts) -> ModelConfig:
             [f"#{number}" for number in range(num_maps)],
             [(0, 0, 0)] * num_maps,
             chosen_columns(recipe.conditioning, data.columns, recipe.data.path),
+            inputs=inputs if recipe.conditioning.input else None,
+            input_format=(data.inputs or derived_format(inputs, data.pixels)) if recipe.conditioning.input else None,
         ),
     )
 

@@ -9,6 +9,7 @@ A guide gets the conditions of the model as far as it has the same ones, and nul
     label           if it was trained on all classes that the model was trained on, by their names
     inpainting      if masks enter both in the same form
     semantic_map    if the classes of the maps are the same, in the same order
+    input           if it is made in the same way and has as many channels
     NAME            a named column: if it was trained on one of that name and kind, with the same classes
 
 So an earlier snapshot sees the same conditions, and a model of other classes, as before fine-tuning, is unconditional.
@@ -153,6 +154,7 @@ def shared_conditions(
         "label": {*_seen_names(ours)} <= {*_seen_names(theirs)},
         "inpainting": _mask_form(ours) == _mask_form(theirs),
         "semantic_map": ours.conditioning.map_class_names == theirs.conditioning.map_class_names,
+        "input": (ours.inputs, ours.input_format) == (theirs.inputs, theirs.input_format),
         **{one.name: _same_column(one, theirs.conditioning) for one in ours.conditioning.columns},
     }
     kinds = theirs.conditioning.kinds

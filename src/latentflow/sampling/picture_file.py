@@ -15,7 +15,7 @@ _OWN = ("seeds", "labels", "conditions", "blends", "class_name", "to_class_name"
 WHICH = ("seeds", "labels", "conditions", "blends", "inputs")
 """The facts that distinguish a picture from the others of its set."""
 _OF_INPUT = ("inputs", "image_size")  # of each picture that is drawn from another one
-_GIVEN = ("inpaint", "mask-to-image", "image-to-image")
+_GIVEN = ("inpaint", "mask-to-image", "translate", "image-to-image")
 
 
 def read_facts(file: bytes | str, name: str | None = None) -> dict[str, Any] | None:

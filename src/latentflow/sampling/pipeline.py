@@ -49,6 +49,7 @@ MOST_TOGETHER = 65_536
 """Images in one batch."""
 MOST_BYTES = 8 * 2**30
 """Of pictures held in memory at once."""
+_FIELDS = ("masked_latents", "mask", "class_fractions", "input", "columns")  # of a condition, besides labels
 _ROUNDING = {"tf32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10}  # of a network's products
 
 
@@ -60,6 +61,7 @@ class Given:
         masked_latents: [B, C, h, w], condition: latents of the known part of an image.
         mask: [B, 1, h, w], condition: fraction of each latent pixel in the hole; with `masked_latents`.
         class_fractions: [B, K, h, w], condition: the semantic map.
+        input: [B, I, h, w], condition: the paired image.
         columns: [B, W], the values of named conditions; in place of those of the drawing.
         noise: [B, C, h, w], replaces the noise of the seeds.
         latents: [B, C, h, w] of an image to start from, at x_t of the path for t = the drawing's `start`.
@@ -69,6 +71,7 @@ class Given:
     masked_latents: Tensor | None = None
     mask: Tensor | None = None
     class_fractions: Tensor | None = None
+    input: Tensor | None = None
     columns: Tensor | None = None
     noise: Tensor | None = None
     latents: Tensor | None = None
@@ -222,7 +225,7 @@ def conditioned_velocity(
 
     def conditioned_on(labels: Sequence[int], named: Mapping[str, Sequence[NamedValue]]) -> ConditionedVelocity:
         label = {"labels": send(torch.tensor(labels), model.device)} if labels else {}
-        others = {field: given.get(field) for field in ("masked_latents", "mask", "class_fractions", "columns")}
+        others = {field: given.get(field) for field in _FIELDS}
         if others["columns"] is None and named:
             others["columns"] = send(condition_rows(conditioning, named, latents_shape[0]), model.device)
         condition = conditioning.build(latents_shape, model.device, Condition(**label, **others))

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentflow.autoencoder import to_uint8
 from latentflow.console import notice
 from latentflow.data.batches import TrainingImages
+from latentflow.data.painting.input_pixels import unit_inputs
 from latentflow.data.painting.semantic_maps import colour_map
 from latentflow.errors import NonFiniteError
 from latentflow.flow.solvers import expected_evaluations, is_adaptive
@@ -80,7 +82,7 @@ def _rows(
 ) -> tuple[list[Tensor], int, list[str]]:
     """The pictures of a grid, [N, 3, S, S] uint8 each, the number of its columns, and the captions."""
     drawing, conditioning = preview_drawing(model.config, model.runtime.precision), model.config.conditioning
-    if "inpainting" not in drawing.told and "semantic_map" not in drawing.told:
+    if not {"inpainting", "semantic_map", "input"} & {*drawing.told}:
         pictures = _drawn(model, drawing, Given(), runtime, batch_size)
         return [pictures], _PER_CLASS, [conditioning.class_names[label] for label in drawing.labels]
     batch = images.at(range(len(drawing.seeds)), augmented=False).to(model.device)
@@ -95,6 +97,14 @@ def _rows(
     if "semantic_map" in drawing.told:
         given["class_fractions"] = batch.class_fractions
         rows.append(map_pictures(batch.class_fractions, conditioning.map_palette, model.config.image_size))
+    if "input" in drawing.told:
+        in_pixels = batch.input_moments is None
+        given["input"] = model.paired_input(batch.inputs) if in_pixels else model.latents(batch.input_moments)
+        size = model.config.image_size
+        if in_pixels:
+            rows.append(input_pictures(unit_inputs(batch.inputs, model.config.input_format).cpu(), size))
+        else:
+            rows.append(model.pixels(given["input"]).cpu())
     if drawing.labels:
         drawing = drawing.model_copy(update={"labels": batch.labels.tolist()})
     singly = [conditioning.with_required([name], among=drawing.told) for name in drawing.told]
@@ -141,6 +151,15 @@ def _affordable(sampling: SamplingPreset) -> SamplingPreset:
         + "; the model keeps its preset"
     )
     return sampling.model_copy(update=_QUICK)
+
+
+def input_pictures(inputs: Tensor, image_size: int) -> Tensor:
+    """Inputs [B, c, H / N, W / N] in [-1, 1] as pictures [B, 3, S, S] uint8: the first three channels, or one as gray.
+
+    Pixels are enlarged as squares.
+    """
+    coloured = to_uint8(inputs[:, :3] if inputs.shape[1] >= 3 else inputs[:, :1].expand(-1, 3, -1, -1))
+    return torch.nn.functional.interpolate(coloured, size=(image_size, image_size), mode="nearest")
 
 
 def map_pictures(class_fractions: Tensor, palette: list[tuple[int, int, int]], image_size: int) -> Tensor:

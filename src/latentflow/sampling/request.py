@@ -83,7 +83,7 @@ class SamplingRequest(Request):
     )
     guided_by: Names | None = Field(
         default=None,
-        description="Conditions to guide on: label, inpainting, semantic_map. Default: all that are given.",
+        description="Conditions to guide on: label, inpainting, semantic_map, input. Default: all that are given.",
     )
     guided_channels: Whole | None = Field(
         default=None, ge=1, le=65_536, description="Guide only the first latent channels, this many."
@@ -173,6 +173,16 @@ class MaskToImageRequest(EditRequest):
     native: bool = Field(
         default=False,
         description="Draw at the map's own size. Default: the square middle of the map, scaled to the training size.",
+    )
+
+
+class TranslateRequest(EditRequest):
+    """Images of a paired image: its high resolution, its colours, whatever the model has learned."""
+
+    native: bool = Field(
+        default=False,
+        description="Draw at the size that belongs to the image's own. Default: the square middle of the image, at the "
+        "size of the training images.",
     )
 
 

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from latentflow.columns import MOST_COLUMNS
 from latentflow.data.cache.resident import Switch
 from latentflow.data.hold_out import HeldOutShare
+from latentflow.data.painting.input_rules import InputRules
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.pixel_choice import EIGHT_BIT_RGB, PixelChoice
 from latentflow.errors import ConfigError, nearest
@@ -48,6 +49,9 @@ class DataConfig(PixelChoice):
         "empty: use the holes stored in the cache.",
     )
     masks: MaskRules = Field(MaskRules(), description="Holes for inpainting; those in a latent cache take precedence.")
+    inputs: InputRules = Field(
+        InputRules(), description="Paired inputs, for conditioning.input; not set: those of the latent cache."
+    )
     image_size: int = Field(
         256,
         ge=1,
@@ -89,6 +93,8 @@ class ConditioningConfig(Record):
     inpainting_dropout: float = Field(0.1, ge=0, lt=1, description="Fraction of images that are all hole.")
     semantic_map: bool = Field(False, description="Condition on the semantic map, which the data must have.")
     map_dropout: float = Field(0.1, ge=0, lt=1, description="Fraction of maps dropped; 0: no guidance on maps.")
+    input: bool = Field(False, description="Condition on a paired image (data.inputs), to draw images from images.")
+    input_dropout: float = Field(0.1, ge=0, lt=1, description="Fraction of inputs dropped; 0: no guidance on inputs.")
     columns: list[str] | None = Field(
         None,
         max_length=MOST_COLUMNS,
@@ -282,6 +288,7 @@ CHANGES = ChangeRules(
         "data.held_out": _OTHER_DATA,
         "data.images": _OTHER_DATA,
         "data.masks": _OTHER_DATA,
+        "data.inputs": _OTHER_DATA,
         **dict.fromkeys(EIGHT_BIT_RGB, _OTHER_DATA),
     },
     former={"data.held_out": 0.0, **EIGHT_BIT_RGB},

@@ -14,6 +14,7 @@ from latentflow.data.cache.reader import LatentCache
 from latentflow.data.hold_out import HeldOut
 from latentflow.data.items import ImageSource
 from latentflow.data.latent_statistics import ChannelSums
+from latentflow.data.painting.input_rules import InputRules
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import masks_fingerprint
 from latentflow.data.pictures.variants import VARIANT_NUMBERS
@@ -22,6 +23,7 @@ from latentflow.model.conditioning import ColumnCondition, Conditioning
 from latentflow.model.config import AutoencoderRecord, ModelConfig, TrainingRecord
 from latentflow.model.flow_model import FlowModel
 from latentflow.networks.dit import DiTConfig
+from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.randomness import derive_seed
 from latentflow.records import explain
 from latentflow.training.config import Recipe
@@ -37,12 +39,49 @@ class DataConditions:
     Attributes:
         class_names, map_class_names, map_palette: as in `ImageSource`; empty: the model has no such condition.
         columns: the named columns that it is conditioned on.
+        masks: the holes of an inpainting model; None: holes are no condition.
+        inputs: the paired inputs; None: the model gets none.
+        input_format, pixel_format: of the pixels of these inputs, and of the images.
     """
 
-    class_names: Sequence[str]
+    class_names: Sequence[str] = ()
     map_class_names: Sequence[str] = ()
     map_palette: Sequence[tuple[int, int, int]] = ()
     columns: Sequence[ColumnCondition] = ()
+    masks: MaskRules | None = None
+    inputs: InputRules | None = None
+    input_format: PixelFormat | None = None
+    pixel_format: PixelFormat = RGB
+
+    @classmethod
+    def of(cls, recipe: Recipe, images: TrainingImages) -> DataConditions:
+        """As a recipe has them on its images.
+
+        Raises:
+            ConfigError: see `chosen_columns`.
+        """
+        source, has_maps = images.source, recipe.conditioning.semantic_map
+        return cls(
+            class_names=source.class_names if recipe.data.labels else (),
+            map_class_names=source.map_class_names if has_maps else (),
+            map_palette=source.map_palette if has_maps else (),
+            columns=measured_columns(chosen_columns(recipe.conditioning, source.columns, recipe.data.path), images),
+            masks=images.spatial.holes if images.spatial else None,
+            inputs=recipe.data.inputs if recipe.conditioning.input else None,
+            input_format=source.input_format if recipe.conditioning.input else None,
+            pixel_format=source.pixel_format,
+        )
+
+    def network_channels(self, autoencoder: AutoencoderRecord) -> int:
+        """Channels of the input at latent size; 0 without inputs.
+
+        Raises:
+            ConfigError: see `InputRules.network_channels`.
+        """
+        if self.inputs is None or self.input_format is None:
+            return 0
+        formats = (self.input_format, self.pixel_format)
+        return self.inputs.network_channels(*formats, autoencoder.factor, autoencoder.num_channels)
 
 
 def build_model(
@@ -62,24 +101,15 @@ def build_model(
     Raises:
         ConfigError: the network does not fit the latents.
     """
-    source, has_maps = images.source, recipe.conditioning.semantic_map
-    class_names = list(source.class_names) if recipe.data.labels else []
+    conditions = DataConditions.of(recipe, images)
     own = recipe.normalise == "autoencoder"
-    conditions = DataConditions(
-        class_names,
-        source.map_class_names if has_maps else [],
-        source.map_palette if has_maps else [],
-        measured_columns(chosen_columns(recipe.conditioning, source.columns, recipe.data.path), images),
-    )
     config = model_config(
         recipe,
         AutoencoderRecord.of(autoencoder),
         autoencoder.normalisation if own else _per_channel(autoencoder, images),
         conditions,
-        masks=images.spatial.holes if images.spatial else None,
-        training=_training_record(images, held_out, labelled=bool(class_names)),
+        training=_training_record(images, held_out, labelled=bool(conditions.class_names)),
     )
-    config = config.model_copy(update={"pixel_format": source.pixel_format})
     check(config)
     torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
     return FlowModel(config, config.build_network(), autoencoder)
@@ -91,10 +121,9 @@ def model_config(
     normalisation: LatentNormalisation,
     data: DataConditions,
     *,
-    masks: MaskRules | None = None,
     training: TrainingRecord | None = None,
 ) -> ModelConfig:
-    """The config of the model that a recipe trains on data with these classes and columns.
+    """The config of the model that a recipe trains on data with these conditions.
 
     Raises:
         ConfigError: the network does not fit the latents, or the parts contradict each other.
@@ -122,9 +151,14 @@ def model_config(
                 map_palette=list(data.map_palette),
                 map_dropout=conditions.map_dropout,
                 columns=list(data.columns),
+                input_channels=data.network_channels(autoencoder),
+                input_dropout=conditions.input_dropout,
                 augmentation=list(VARIANT_NUMBERS) if recipe.data.augment else [],
             ),
-            masks=masks,
+            masks=data.masks,
+            inputs=data.inputs,
+            input_format=data.input_format if data.inputs else None,
+            pixel_format=data.pixel_format,
             autoencoder=autoencoder,
             normalisation=normalisation,
             sampling=recipe.sampling,

@@ -11,11 +11,13 @@ import torch
 from latentflow.data.batches import SpatialData, TrainingImages
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.items import ImageSource
+from latentflow.data.painting.input_rules import NO_INPUTS
 from latentflow.data.sources.images import open_images
 from latentflow.data.sources.readable import readable
 from latentflow.errors import ConfigError
 from latentflow.flow.times import TrainingTimes, sum_by_time
 from latentflow.model.conditioning import Conditioning, ConditionName
+from latentflow.model.config import ModelConfig, require_same_format
 from latentflow.model.flow_model import FlowModel
 from latentflow.training.step import training_step
 
@@ -88,6 +90,18 @@ def condition_sets(conditioning: Conditioning) -> list[list[ConditionName]]:
     return [list(given) for given in dict.fromkeys(tuple(conditioning.with_required(names)) for names in sets)]
 
 
+def _require_same_inputs(config: ModelConfig, source: LatentCache | ImageSource, data: str | Path) -> None:
+    """Refuse data without paired inputs, or with others than the model was trained on."""
+    found = source.plan.inputs if isinstance(source, LatentCache) else config.inputs
+    if source.input_format is None or found != config.inputs:
+        there = f"inputs {found.title}" if source.input_format and found else "no paired inputs"
+        raise ConfigError(
+            f"{data} holds {there}, but the model was trained on inputs {config.inputs.title}; give the images "
+            "themselves, or encode them so"
+        )
+    require_same_format(config, source.input_format, data)
+
+
 def held_out_images(model: FlowModel, data: str | Path, *, seed: int = 0) -> TrainingImages:
     """Images to measure the loss of a model on, with holes as it was trained on.
 
@@ -106,7 +120,8 @@ def held_out_images(model: FlowModel, data: str | Path, *, seed: int = 0) -> Tra
             held, drawn = source.pixel_format.title, config.pixel_format.title
             raise ConfigError(f"{data} holds images of {held}, the model draws {drawn}")
     else:
-        source = open_images(data, config.image_size, pixels=config.pixel_format)
+        inputs = config.inputs.origin if config.inputs else NO_INPUTS
+        source = open_images(data, config.image_size, pixels=config.pixel_format, inputs=inputs)
         kept, _ = readable(source)
     conditioning = config.conditioning
     for what, found, wanted in (
@@ -115,6 +130,8 @@ def held_out_images(model: FlowModel, data: str | Path, *, seed: int = 0) -> Tra
     ):
         if wanted and list(found) != wanted:
             raise ConfigError(f"{data} has the {what} {list(found)}, but the model knows {wanted}")
+    if config.inputs is not None:
+        _require_same_inputs(config, source, data)
     cached = conditioning.inpainting and isinstance(source, LatentCache)
     if cached and not source.plan.mask_variants:
         raise ConfigError(f"{data} holds no images with holes; give the images, or encode with --mask-variants 4")
@@ -125,5 +142,6 @@ def held_out_images(model: FlowModel, data: str | Path, *, seed: int = 0) -> Tra
         holes=config.masks if conditioning.inpainting else None,
         cached_holes=cached,
         maps=conditioning.num_map_classes > 0,
+        inputs=config.inputs is not None,
     )
     return TrainingImages(source, seed=seed, flip=False, kept=kept, spatial=spatial, columns=columns)

@@ -127,11 +127,17 @@ def _condition(model: FlowModel, batch: Batch, data: Tensor, dropped: dict[Condi
     elif batch.known_pixels is not None:
         # Of all images: to skip those that are all hole, the host would have to wait for the device.
         masked_latents = model.latents(model.moments(batch.known_pixels))
+    paired = None
+    if batch.input_moments is not None:
+        paired = model.latents(batch.input_moments)
+    elif batch.inputs is not None:
+        paired = model.paired_input(batch.inputs)
     given = Condition(
         labels=batch.labels if conditioning.num_classes else None,
         masked_latents=masked_latents,
         mask=batch.mask,
         class_fractions=batch.class_fractions,
+        input=paired,
         columns=batch.columns,
         augmentation=batch.augmentation if conditioning.augmentation else None,
     )

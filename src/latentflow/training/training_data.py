@@ -6,6 +6,7 @@ from latentflow.data.batches import SpatialData
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.cache.schema import CachePlan
 from latentflow.data.items import ImageSource
+from latentflow.data.painting.input_rules import FILES, NO_INPUTS
 from latentflow.data.painting.masks import check_masks
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError, DataError
@@ -22,7 +23,10 @@ def with_cached(recipe: Recipe, plan: CachePlan) -> Recipe:
     cached = {"data.image_size": plan.image_size, "data.flip": plan.flips, "autoencoder": plan.autoencoder}
     if plan.variants and not recipe.conditioning.inpainting:
         cached["data.augment"] = _AUGMENT
-    return with_values(recipe, {key: value for key, value in cached.items() if not is_set(recipe, key)})
+    values = {key: value for key, value in cached.items() if not is_set(recipe, key)}
+    if plan.inputs is not None and plan.inputs.agrees_with(recipe.data.inputs):
+        values["data.inputs"] = plan.inputs
+    return with_values(recipe, values)
 
 
 def open_source(recipe: Recipe) -> LatentCache | ImageSource:
@@ -33,7 +37,11 @@ def open_source(recipe: Recipe) -> LatentCache | ImageSource:
         DataError, ArtifactError: see `open_images` and `LatentCache`.
     """
     path = recipe.data.path
-    source = _open_cache(recipe) if is_cache(path) else open_images(path, recipe.data.image_size, pixels=recipe.data)
+    if is_cache(path):
+        source: LatentCache | ImageSource = _open_cache(recipe)
+    else:
+        inputs = recipe.data.inputs.origin if recipe.conditioning.input else NO_INPUTS
+        source = open_images(path, recipe.data.image_size, pixels=recipe.data, inputs=inputs)
     if recipe.data.augment:
         _require_variants(recipe, source)
     return source
@@ -78,10 +86,10 @@ def _require_variants(recipe: Recipe, source: LatentCache | ImageSource) -> None
 
 
 def spatial_data(recipe: Recipe, source: LatentCache | ImageSource, factor: int) -> SpatialData | None:
-    """Where holes and semantic maps come from; None for a model with neither condition.
+    """Where holes, semantic maps and inputs come from; None for a model with none of these conditions.
 
     Raises:
-        ConfigError: the data have no maps, or there are no holes to train on.
+        ConfigError: the data have no maps or inputs, or there are no holes to train on.
         DataError: `data.images` are not the images of the latent cache.
     """
     conditions, data = recipe.conditioning, recipe.data
@@ -90,29 +98,53 @@ def spatial_data(recipe: Recipe, source: LatentCache | ImageSource, factor: int)
             f"conditioning.semantic_map = true, but {data.path} has no semantic maps; lay the data out as images/, "
             "masks/ and classes.json (`latentflow prepare --help`), or set it to false"
         )
+    if conditions.input:
+        _require_inputs(recipe, source)
+    read = {"maps": conditions.semantic_map, "inputs": conditions.input}
     if not conditions.inpainting:
-        return SpatialData(factor, maps=True) if conditions.semantic_map else None
+        return SpatialData(factor, **read) if any(read.values()) else None
     if data.images or not isinstance(source, LatentCache):
         check_masks(data.masks, data.image_size, data.image_size)
     if not isinstance(source, LatentCache):
-        return SpatialData(factor, holes=data.masks, maps=conditions.semantic_map)
+        return SpatialData(factor, holes=data.masks, **read)
     if data.images:
         pictures = _images_of_cache(data.images, source, data.path)
-        return SpatialData(factor, holes=data.masks, maps=conditions.semantic_map, pictures=pictures)
+        return SpatialData(factor, holes=data.masks, pictures=pictures, **read)
     if not source.plan.mask_variants:
         raise ConfigError(
             f"conditioning.inpainting = true, but {data.path} holds no images with holes; set data.images to the "
             "images it was made from, or encode with --mask-variants 4"
         )
-    return SpatialData(factor, holes=source.plan.masks, cached_holes=True, maps=conditions.semantic_map)
+    return SpatialData(factor, holes=source.plan.masks, cached_holes=True, **read)
+
+
+def _require_inputs(recipe: Recipe, source: LatentCache | ImageSource) -> None:
+    """Refuse data without paired inputs, or with others than the recipe is for."""
+    data = recipe.data
+    if source.input_format is None:
+        how = "encode with --inputs " if isinstance(source, LatentCache) else "set data.inputs.origin="
+        raise ConfigError(
+            f"conditioning.input = true, but {data.path} has no paired inputs; lay the data out as images/ and "
+            f"inputs/, or make inputs from the images: {how}shrink:4, or gray"
+        )
+    if isinstance(source, LatentCache) and data.inputs != (found := source.plan.inputs):
+        raise ConfigError(
+            f"data.inputs is {data.inputs.title}, but {data.path} holds {found.title}; encode it with --inputs "
+            f"{data.inputs.origin} --input-form {data.inputs.form}, or train with data.inputs.origin={found.origin} "
+            f"data.inputs.form={found.form}"
+        )
 
 
 def _images_of_cache(path: str, cache: LatentCache, cache_path: str) -> ImageSource:
     """The images at `path`, which must be those that a cache was made from."""
     plan = cache.plan
-    images = open_images(path, plan.image_size, pixels=plan.pixel_format)
+    given = {
+        "pixels": plan.pixel_format,
+        "inputs": FILES if plan.inputs and not plan.inputs.is_derived else NO_INPUTS,
+    }
+    images = open_images(path, plan.image_size, **given)
     if len(images) > plan.num_source_images:  # the cache may hold the first of them
-        images = open_images(path, plan.image_size, first=plan.num_source_images, pixels=plan.pixel_format)
+        images = open_images(path, plan.image_size, first=plan.num_source_images, **given)
     if plan.identity == "sizes":  # of an earlier version, which has only names to compare
         same = set(cache.names()) <= {images.name(row) for row in range(len(images))}
     else:

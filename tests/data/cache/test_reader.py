@@ -263,6 +263,7 @@ class Counting:
 
     class_names = map_class_names = map_palette = columns = ()
     image_size, pixel_format = tiny.IMAGE_SIZE, PixelFormat()
+    input_format, input_origin = None, ""
     description = "counted"
 
     def __init__(self):

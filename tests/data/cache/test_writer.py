@@ -183,6 +183,7 @@ class Plain:
     """One picture whose map is all one class: 256 pixels of it in each latent pixel of an encoder of factor 16."""
 
     class_names = columns = ()
+    input_format, input_origin = None, ""
     map_class_names, map_palette = ("a", "b"), ((0, 0, 0), (9, 9, 9))
     image_size, description = 32, "plain"
     pixel_format = PixelFormat()

@@ -1,7 +1,8 @@
 """The input of the encoder: square pictures of a source, with the labels, maps and holes that a cache stores.
 
 Legend: n images, S image side, C channels of the pixels, h and w latent height and width, K classes of the semantic
-map, V mask variants, A augmented variants, P numbers of each.
+map, V mask variants, A augmented variants, P numbers of each, c channels of the paired inputs, which are N times
+smaller than the images.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from torch.utils.data import Dataset
 from latentflow.data.cache.schema import CachePlan
 from latentflow.data.column_tensors import stored_values
 from latentflow.data.items import ImageItem, ImageSource
+from latentflow.data.painting.input_pixels import stack_inputs
 from latentflow.data.painting.latent_size import class_counts, hole_counts
 from latentflow.data.painting.masks import draw_mask
 from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.pictures.variants import draw_variants, variant_of_map
 from latentflow.randomness import derive_seed
 
-_SENT = ("pixels", "holes", "variant_numbers")  # to the device
+_SENT = ("pixels", "holes", "variant_numbers", "inputs")  # to the device
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class EncoderInput:
         columns: the values of each column, as they are stored.
         variant_numbers: [n, A, P] float32; None without augmented variants.
         variant_class_counts: [n, A, K, h, w], of their maps; in the dtype of `class_counts`.
+        inputs: [n, c, S / N, S / N], as `stack_inputs` gives them; None without inputs.
     """
 
     num_rows: int
@@ -57,6 +60,7 @@ class EncoderInput:
     hole_counts: Tensor | None = None
     variant_numbers: Tensor | None = None
     variant_class_counts: Tensor | None = None
+    inputs: Tensor | None = None
     columns: tuple[Tensor, ...] = ()
 
     def pin_memory(self) -> EncoderInput:
@@ -78,6 +82,9 @@ class EncoderInputs(Dataset):
         self.factor, self.num_map_classes = plan.factor, len(plan.map_class_names)
         self.masks, self.mask_variants, self.variants = plan.masks, plan.mask_variants, plan.variants
         self.counts = counts_dtype(plan)
+        self.input_format, self.input_bytes = plan.input_format, 0
+        if plan.inputs is not None:
+            self.input_bytes = plan.input_format.bytes_per_pixel * plan.inputs.side(plan.image_size) ** 2
 
     @property
     def bytes_per_image(self) -> int:
@@ -87,6 +94,7 @@ class EncoderInputs(Dataset):
         return (
             side**2 * (self.source.pixel_format.bytes_per_pixel + self.mask_variants)
             + (side // self.factor) ** 2 * counts
+            + self.input_bytes
         )
 
     def __getitems__(self, rows: range) -> EncoderInput:
@@ -107,6 +115,8 @@ class EncoderInputs(Dataset):
         if self.source.class_names:
             tensors["labels"] = torch.tensor([item.label for _, item in items])
         columns = self._columns([row for row, _ in items])
+        if self.input_format is not None:
+            tensors["inputs"] = stack_inputs([item.input for _, item in items], self.input_format)
         if self.num_map_classes:
             tensors["class_counts"] = self._counted([item.semantic_map for _, item in items])
         if self.mask_variants:

@@ -10,7 +10,8 @@ size, as counts of pixels.
 A mirrored variant is the mirror image of a variant, not a variant drawn for the mirror image.
 
 Legend: N images of a shard, M moment channels (C or 2C), h and w latent height and width, K classes of the semantic
-map, V mask variants and A augmented variants of an image, P numbers of each of the latter.
+map, V mask variants and A augmented variants of an image, P numbers of each of the latter, c channels and H_in and W_in
+height and width of a paired input.
 
     moments, moments_flipped                    [N, M, h, w] float16 or float32
     labels                                      [N] int64
@@ -21,6 +22,11 @@ map, V mask variants and A augmented variants of an image, P numbers of each of 
     variant_numbers                             [N, A, P] float32
     variant_class_counts                        [N, A, K, h, w] uint8 or int16
     column_0, column_1, ...                     [N, ...], the values of each column; see `data.column_tensors`
+    inputs                                      [N, c, H_in, W_in], where their form is pixels: stored values if they
+                                                are uint8, else float16 or float32 in [-1, 1]
+    input_moments, input_moments_flipped        [N, M, h, w], where it is latents
+    variant_inputs                              [N, A, c, H_in, W_in], likewise
+    variant_input_moments, ..._flipped          [N, A, M, h, w]
 """
 
 from __future__ import annotations
@@ -100,6 +106,10 @@ class LatentCache:
         return tuple(self.plan.map_class_names)
 
     @property
+    def input_format(self) -> PixelFormat | None:
+        return self.plan.input_format
+
+    @property
     def map_palette(self) -> tuple[tuple[int, int, int], ...]:
         return tuple(self.plan.map_palette)
 
@@ -137,6 +147,13 @@ class LatentCache:
         counts = self._gather("hole_counts", indices, None, mask_variants)
         hole_shares = shares(mirrored(counts, flipped), self.plan.factor)
         return moments, mask_input(hole_shares, self.plan.masks.told_as)
+
+    def inputs(self, indices: Indices, flipped: Flags | None = None, variants: Indices | None = None) -> Tensor:
+        """The paired inputs of some images as they are stored: pixels [B, c, H_in, W_in], or moments [B, M, h, w]."""
+        name = self.plan.input_tensor
+        if name == "inputs":
+            return mirrored(self._gather_varied(name, indices, variants), flipped)
+        return self._gather_varied(name, indices, variants, self._mirror(flipped))
 
     def labels(self, indices: Indices) -> Tensor | None:
         """Class indices [B] int64; None for an unlabelled cache."""

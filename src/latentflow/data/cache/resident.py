@@ -29,7 +29,10 @@ Switch = Annotated[
 ]
 
 _SHARE = {"cuda": 1 / 3, "cpu": 1 / 4}  # of the free memory, up to which "auto" loads a cache
-_OF_VARIANTS = ("known_moments", "hole_counts", "variant_moments", "variant_numbers", "variant_class_counts")
+_OF_VARIANTS = (
+    *("known_moments", "hole_counts", "variant_moments", "variant_numbers", "variant_class_counts"),
+    *("variant_inputs", "variant_input_moments"),
+)
 
 
 class ResidentCache:
@@ -78,6 +81,13 @@ class ResidentCache:
         moments = self._tensors["known_moments"].index_select(0, self._rows(indices, flipped) * num + mask_variants)
         counts = self._tensors["hole_counts"].index_select(0, indices * num + mask_variants)
         return moments, mask_input(shares(mirrored(counts, flipped), self._plan.factor), self._plan.masks.told_as)
+
+    def inputs(self, indices: Tensor, flipped: Tensor | None = None, variants: Tensor | None = None) -> Tensor:
+        """See `LatentCache.inputs`."""
+        name = self._plan.input_tensor
+        if name == "inputs":
+            return mirrored(self._varied(name, indices, variants), flipped)
+        return self._varied(name, self._rows(indices, flipped), variants)
 
     def labels(self, indices: Tensor) -> Tensor | None:
         """See `LatentCache.labels`."""

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 
 from latentflow.artifacts import checksum_of, read_json
 from latentflow.columns import Column
+from latentflow.data.painting.input_rules import InputRules
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.pictures.crop import CROP_RULE
 from latentflow.errors import ArtifactError
@@ -54,11 +55,20 @@ class CachePlan(Record):
     variants: int = 0  # augmented ones
     variant_rules: str = ""
     columns: list[Column] = Field([])
+    inputs: InputRules | None = None  # of paired inputs
+    input_format: PixelFormat | None = None  # of their pixels
 
     @property
     def factor(self) -> int:
         """Image side divided by latent side."""
         return self.image_size // self.moments_shape[-1]
+
+    @property
+    def input_tensor(self) -> str:
+        """The name of the tensor of inputs; "" without inputs."""
+        if self.inputs is None:
+            return ""
+        return "inputs" if self.inputs.form == "pixels" else "input_moments"
 
     @property
     def num_shards(self) -> int:

@@ -22,6 +22,7 @@ from latentflow.data.cache.schema import CachePlan, ShardRecord, column_tensor, 
 from latentflow.data.column_tensors import stored_values
 from latentflow.data.items import ImageSource, fingerprint_of
 from latentflow.data.latent_statistics import ChannelSums
+from latentflow.data.painting.input_pixels import at_image_size, derived_inputs, unit_inputs
 from latentflow.data.painting.latent_size import hole_shade
 from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.pictures.variants import VARIANT_NUMBERS, variants_of
@@ -176,13 +177,43 @@ def encode_batch(batch: EncoderInput, autoencoder: Autoencoder, plan: CachePlan)
         known = _moments("known_moments", _in_unit_range(hidden.flatten(0, 1), plan), autoencoder, plan)
         encoded |= {name: moments.unflatten(0, hole.shape[:2]) for name, moments in known.items()}
     if batch.variant_numbers is not None:
-        # One after the other, since together they may not fit in the device's memory.
-        pictures = (variants_of(pixels, numbers) for numbers in batch.variant_numbers.unbind(1))
-        variants = [_moments("variant_moments", one, autoencoder, plan) for one in pictures]
+        variants = [_encoded_variant(*one, batch, autoencoder, plan) for one in _windows(pixels, batch.variant_numbers)]
         encoded |= {name: torch.stack([one[name] for one in variants], dim=1) for name in variants[0]}
+    if batch.inputs is not None:
+        encoded |= _encoded_inputs(plan.input_tensor, batch.inputs, autoencoder, plan)
     counted = {name: getattr(batch, name) for name in _AS_READ}
     columns = {column_tensor(number): values for number, values in enumerate(batch.columns)}
     return encoded | columns | {name: values for name, values in counted.items() if values is not None}
+
+
+def _windows(pixels: Tensor, numbers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The variants of pictures one after the other, since together they may not fit in the device's memory, and the
+    numbers of each."""
+    return ((variants_of(pixels, one), one) for one in numbers.unbind(1))
+
+
+def _encoded_variant(
+    pictures: Tensor, numbers: Tensor, batch: EncoderInput, autoencoder: Autoencoder, plan: CachePlan
+) -> dict[str, Tensor]:
+    """What is stored of one variant of each picture, [n, 3, S, S] in [-1, 1], and of its input."""
+    encoded = _moments("variant_moments", pictures, autoencoder, plan)
+    if batch.inputs is None:
+        return encoded
+    if plan.inputs.is_derived:
+        inputs = derived_inputs(plan.pixel_format.from_unit(pictures), plan.inputs)
+    else:
+        inputs = plan.input_format.from_unit(variants_of(unit_inputs(batch.inputs, plan.input_format), numbers))
+    if inputs.dtype != torch.uint8:
+        inputs = plan.input_format.to_unit(inputs)
+    return encoded | _encoded_inputs(f"variant_{plan.input_tensor}", inputs, autoencoder, plan)
+
+
+def _encoded_inputs(name: str, inputs: Tensor, autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
+    """Inputs [n, c, S / N, S / N] of `stack_inputs` as they are stored: their pixels, or their moments."""
+    if plan.inputs.form == "pixels":
+        return {name: inputs}
+    pixels = at_image_size(unit_inputs(inputs, plan.input_format), plan.inputs.shrinking, plan.pixel_format.channels)
+    return _moments(name, pixels, autoencoder, plan)
 
 
 def _moments(name: str, pixels: Tensor, autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
@@ -218,6 +249,15 @@ def _empty_tensors(plan: CachePlan) -> dict[str, Tensor]:
             tensors["variant_class_counts"] = torch.empty(shape, dtype=counts)
     for number, column in enumerate(plan.columns):
         tensors[column_tensor(number)] = stored_values(column, [])
+    if plan.inputs is not None:
+        size = plan.inputs.side(plan.image_size)
+        kind = torch.uint8 if plan.input_format.dtype == "uint8" else precision
+        pixels = torch.empty(0, plan.input_format.channels, size, size, dtype=kind)
+        latents = torch.empty(0, *moments, dtype=precision)
+        stored = pixels if plan.inputs.form == "pixels" else latents
+        tensors[plan.input_tensor] = stored
+        if plan.variants:
+            tensors[f"variant_{plan.input_tensor}"] = stored[:, None].expand(0, plan.variants, *stored.shape[1:])
     if plan.flips:
         encoded = [name for name in tensors if name.endswith("moments")]
         tensors |= {f"{name}_flipped": tensors[name] for name in encoded}

@@ -31,6 +31,7 @@ from latentflow.data.cache.schema import (
 from latentflow.data.cache.shard import ShardWriter
 from latentflow.data.items import ImageSource, fingerprint_of
 from latentflow.data.latent_statistics import ChannelSums
+from latentflow.data.painting.input_rules import InputRules
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.masks import check_masks, masks_fingerprint
 from latentflow.data.pictures.colour import PIXEL_RULES
@@ -107,6 +108,10 @@ def write_cache(
 def _plan(source: ImageSource, autoencoder: Autoencoder, options: CacheOptions, masks: MaskRules) -> CachePlan:
     side = autoencoder.latent_side(source.image_size)
     holes = {}
+    inputs = InputRules(origin=source.input_origin, form=options.input_form) if source.input_origin else None
+    if inputs is not None:
+        formats = (source.input_format, source.pixel_format)
+        inputs.network_channels(*formats, autoencoder.factor, autoencoder.num_channels)
     if options.mask_variants:
         check_masks(masks, source.image_size, source.image_size)
         holes = {"masks": masks, "masks_fingerprint": masks_fingerprint(masks)}
@@ -132,6 +137,8 @@ def _plan(source: ImageSource, autoencoder: Autoencoder, options: CacheOptions, 
         variants=options.variants,
         variant_rules=VARIANT_RULES if options.variants else "",
         columns=list(source.columns),
+        inputs=inputs,
+        input_format=source.input_format,
         **holes,
     )
 

@@ -14,9 +14,11 @@ from pathlib import Path
 
 from latentflow.columns import Column, check_columns
 from latentflow.data.items import ImageSource
+from latentflow.data.painting.input_rules import FILES, NO_INPUTS, InputRules
 from latentflow.data.pictures.decode import most_pixels
 from latentflow.data.pixel_choice import PixelChoice
 from latentflow.data.request import TableOptions
+from latentflow.data.sources.derived_inputs import DerivedInputs
 from latentflow.data.sources.pixel_survey import choose_format
 from latentflow.data.sources.places import list_images
 from latentflow.data.sources.readable import readable
@@ -37,6 +39,7 @@ def open_images(
     table: TableOptions | None = None,
     pixels: PixelFormat | PixelChoice | None = None,
     known: PixelFormat | None = None,
+    inputs: str = FILES,
 ) -> ImageSource:
     """Open a set of images. Only the listing is read; pictures are decoded on access.
 
@@ -49,7 +52,8 @@ def open_images(
 
     A folder of `images/`, `masks/` and `classes.json` has semantic maps: images/a/x.jpg goes with
     masks/a/x.png, of the same size, and classes.json names the classes (see `MapClasses.read`); the rules
-    above hold below `images/`. An image whose map cannot be used counts as broken.
+    above hold below `images/`. An image whose map cannot be used counts as broken. A folder of `images/` and `inputs/`,
+    with or without masks, has paired inputs in the same way, of the same aspect ratio and of any size.
 
     Tables, rows with images and .tar archives are described in `places`. An LMDB environment (`stores.lmdb`), a folder
     with data.mdb or a .mdb or .lmdb file, has neither labels nor maps.
@@ -64,6 +68,7 @@ def open_images(
         table: which columns of a table are used; None: its classes, if a column is called so.
         pixels: what the pixels are read as, or what is said of it, see `choose_format`; None: 8-bit RGB.
         known: the format that an earlier call chose; its range is kept, if everything else is the same.
+        inputs: where paired inputs come from: the origin of `InputRules`, or `NO_INPUTS` to leave out those in files.
 
     Raises:
         DataError: there are no images at `path`, they are not laid out as above, there are fewer than `first`,
@@ -72,22 +77,32 @@ def open_images(
     if image_size < 1:
         raise DataError(f"image_size must be at least 1 pixel, got {image_size}; 64 or 256 are usual")
     most_pixels()  # refuse an invalid limit now, not for each image
+    source = _opened(path, image_size, first, table or TableOptions(), inputs)
+    wanted = choose_format(source, pixels, known) if isinstance(pixels, PixelChoice) else pixels
+    paired = _with_inputs(source if wanted is None else source.with_format(wanted), inputs)
+    if strict:
+        _refuse_broken(paired, path)
+    return paired
+
+
+def _opened(
+    path: str | Path, image_size: int, first: int | None, table: TableOptions, inputs: str
+) -> ImageFiles | LmdbImages | SyntheticShapes:
+    """A set of images in 8-bit RGB, with the paired inputs that lie beside them where these are wanted."""
     is_synthetic = str(path) == "synthetic" or str(path).startswith("synthetic:")
     if is_synthetic or environment_file(Path(path)):
         _refuse_table(table, path)
     if is_synthetic:
-        source = _open_synthetic(str(path), image_size, first)
-    elif environment_file(Path(path)):
-        source = LmdbImages(LmdbStore(Path(path), first), image_size)
-    else:
-        source = ImageFiles(list_images(Path(path), table or TableOptions()), image_size, first)
-    if isinstance(pixels, PixelChoice):
-        pixels = choose_format(source, pixels, known)
-    if pixels is not None:
-        source = source.with_format(pixels)
-    if strict:
-        _refuse_broken(source, path)
-    return source
+        return _open_synthetic(str(path), image_size, first)
+    if environment_file(Path(path)):
+        return LmdbImages(LmdbStore(Path(path), first), image_size)
+    listed = list_images(Path(path), table)
+    return ImageFiles(listed if inputs == FILES else replace(listed, inputs=None), image_size, first)
+
+
+def _with_inputs(source: ImageSource, inputs: str) -> ImageSource:
+    """The same images with inputs that are made from them, where these are asked for."""
+    return source if inputs in (FILES, NO_INPUTS) else DerivedInputs(source, InputRules(origin=inputs))
 
 
 def _refuse_table(table: TableOptions | None, path: str | Path) -> None:

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from latentflow.columns import Column, ColumnValue
+from latentflow.data.sources.input_files import InputFiles
 from latentflow.data.sources.maps import MapFiles
 from latentflow.data.stores.files import SUFFIXES, FileStore, Listing, StoredFile, pictures_among, wrapper
 from latentflow.data.stores.layout import class_folders, counted, notice_skipped, unread_pictures
@@ -52,6 +53,7 @@ class ListedImages:
         maps: their semantic maps.
         columns: what is known of each image besides.
         values: of each column, its n values.
+        inputs: their paired inputs.
     """
 
     store: ImageStore
@@ -62,6 +64,7 @@ class ListedImages:
     maps: MapFiles | None = None
     columns: tuple[Column, ...] = ()
     values: tuple[Sequence[ColumnValue], ...] = ()
+    inputs: InputFiles | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class Layout:
         images: by name, the prefix included, sorted.
         others: names of the other files.
         maps: every map by its path below masks/; empty without maps.
-        images_folder: the folder images/ that the maps belong to.
+        inputs: every paired input by its path below inputs/; empty without inputs.
+        images_folder: the folder images/ that maps and inputs belong to.
         classes: the file classes.json of the maps, if there is one.
     """
 
@@ -81,6 +85,7 @@ class Layout:
     images: dict[str, StoredFile]
     others: list[str]
     maps: dict[str, StoredFile]
+    inputs: dict[str, StoredFile]
     images_folder: str
     classes: StoredFile | None
 
@@ -90,12 +95,23 @@ class Layout:
         Raises:
             DataError: they have no classes.json, or do not pair up with the images.
         """
-        below = [name.removeprefix(self.images_folder) for name in self.images]
-        return MapFiles(store, self.classes, self.maps, below) if self.maps else None
+        return MapFiles(store, self.classes, self.maps, self._below_images) if self.maps else None
+
+    def open_inputs(self, store: FileStore) -> InputFiles | None:
+        """The paired inputs of `images`; None if there are none.
+
+        Raises:
+            DataError: they do not pair up with the images.
+        """
+        return InputFiles(store, self.inputs, self._below_images) if self.inputs else None
+
+    @property
+    def _below_images(self) -> list[str]:
+        return [name.removeprefix(self.images_folder) for name in self.images]
 
 
 def files_of_layout(store: FileStore, listing: Listing) -> Layout:
-    """Find the images in a listing, and their maps if it is laid out as images/ and masks/.
+    """Find the images in a listing, and their maps and inputs if it is laid out as images/, masks/ and inputs/.
 
     Raises:
         DataError: there are no images.
@@ -111,18 +127,19 @@ def files_of_layout(store: FileStore, listing: Listing) -> Layout:
         raise DataError(f"no images in {store.path}{some}; latentflow reads {', '.join(SUFFIXES)}")
 
     top = wrapper(images)
-    has_maps = _has_maps(_below(top, images), store.path)
+    parts = _parts(_below(top, images), store.path)
+    has_maps = "masks" in parts
     if not has_maps and any(name.rpartition("/")[2] == "classes.json" for name in files):
         unread = _unread(store, files, others)
         raise DataError(
             f"{store.path} has a classes.json, but not images/ and masks/ with images in both"
             f"{f' that are read ({unread})' if unread else ''}; add what is missing, or remove classes.json"
         )
-    folder = f"{top}images/" if has_maps else top
+    folder = f"{top}images/" if parts else top
     prefix = folder + wrapper(_below(folder, images))
     own = {name: file for name, file in images.items() if name.startswith(prefix)}
-    maps = _below(f"{top}masks/", images) if has_maps else {}
-    return Layout(prefix, own, others, maps, folder, files.get(f"{top}classes.json"))
+    maps, inputs = (_below(f"{top}{part}/", images) if part in parts else {} for part in ("masks", "inputs"))
+    return Layout(prefix, own, others, maps, inputs, folder, files.get(f"{top}classes.json"))
 
 
 def list_files(store: FileStore, listing: Listing | None = None) -> ListedImages:
@@ -139,14 +156,14 @@ def list_files(store: FileStore, listing: Listing | None = None) -> ListedImages
     prefix, has_maps = layout.prefix, bool(layout.maps)
     names = [name.removeprefix(prefix) for name in layout.images]
     class_names = class_folders(names, store.path, prefix, has_maps)
-    unmapped = [] if has_maps else folders
+    unmapped = [] if layout.maps or layout.inputs else folders
     notice_skipped(layout.others, unmapped, class_names, prefix, store.path, lambda name: store.mark(files[name].path))
     maps, labels = layout.open_maps(store), None
     if class_names:
         label_of = {name: label for label, name in enumerate(class_names)}
         labels = np.array([label_of[name.partition("/")[0]] for name in names], np.int32)
     paths = [file.path for file in layout.images.values()]
-    return ListedImages(store, names, paths, class_names, labels, maps)
+    return ListedImages(store, names, paths, class_names, labels, maps, inputs=layout.open_inputs(store))
 
 
 def _unread(store: FileStore, files: dict[str, StoredFile], others: Iterable[str]) -> str:
@@ -167,14 +184,16 @@ def _below(prefix: str, files: dict[str, StoredFile]) -> dict[str, StoredFile]:
     return {name[len(prefix) :]: file for name, file in files.items() if name.startswith(prefix)}
 
 
-def _has_maps(names: Iterable[str], path: Path) -> bool:
-    """Whether the files are laid out as images/ and masks/."""
+def _parts(names: Iterable[str], path: Path) -> set[str]:
+    """What lies next to images/: "masks", "inputs", both, or neither."""
     tops = {name.partition("/")[0] for name in names}
-    if not tops >= {"images", "masks"}:
-        return False
-    if others := sorted(tops - {"images", "masks"}):
+    found = tops & {"masks", "inputs"}
+    if "images" not in tops or not found:
+        return set()
+    if others := sorted(tops - found - {"images"}):
+        part = min(found, key=("masks", "inputs").index)
         raise DataError(
-            f"{path} has images/ and masks/, and other images as well ({', '.join(others[:5])}): "
-            "move those elsewhere, or rename masks/ if it is a class like the others"
+            f"{path} has images/ and {part}/, and other images as well ({', '.join(others[:5])}): "
+            f"move those elsewhere, or rename {part}/ if it is a class like the others"
         )
-    return True
+    return found

@@ -42,7 +42,7 @@ class MapFiles:
             )
         self.classes = read_classes(store, classes)
         self._store = store
-        pairs = pair_maps(images, maps, str(store.path))
+        pairs = pair_files(images, maps, str(store.path), "map")
         self._names = PackedText(pairs[image] for image in images)
         self._paths = PackedText(maps[name].path for name in self._names)
 
@@ -75,23 +75,25 @@ def read_classes(store: FileStore, file: StoredFile) -> MapClasses:
     return MapClasses.parse(text, name)
 
 
-def pair_maps(images: Iterable[str], maps: Iterable[str], where: str) -> dict[str, str]:
-    """Find the map of each image: the one whose path only differs in its suffix.
+def pair_files(images: Iterable[str], others: Iterable[str], where: str, what: str) -> dict[str, str]:
+    """Find the map or input of each image: the one whose path only differs in its suffix.
 
     Args:
         images: paths below images/.
-        maps: paths below masks/.
+        others: paths below masks/ or inputs/.
         where: the data set, for messages.
+        what: "map" or "input".
 
     Raises:
-        DataError: an image has no map, a map has no image, or two files claim one place.
+        DataError: an image or one of the others is alone, or two files claim one place.
     """
-    image_of, map_of = _by_stem(images, f"{where}: images"), _by_stem(maps, f"{where}: maps")
-    lonely = _listed("images have no map", [image_of[stem] for stem in image_of.keys() - map_of.keys()])
-    lonely += _listed("maps have no image", [map_of[stem] for stem in map_of.keys() - image_of.keys()])
+    image_of, other_of = _by_stem(images, f"{where}: images"), _by_stem(others, f"{where}: {what}s")
+    lonely = _listed(f"images have no {what}", [image_of[stem] for stem in image_of.keys() - other_of.keys()])
+    lonely += _listed(f"{what}s have no image", [other_of[stem] for stem in other_of.keys() - image_of.keys()])
     if lonely:
-        raise DataError(f"{where}: {'; '.join(lonely)}; an image a/x.jpg goes with a map a/x.png")
-    return {image: map_of[stem] for stem, image in image_of.items()}
+        article = "an" if what == "input" else "a"
+        raise DataError(f"{where}: {'; '.join(lonely)}; an image a/x.jpg goes with {article} {what} a/x.png")
+    return {image: other_of[stem] for stem, image in image_of.items()}
 
 
 def _by_stem(names: Iterable[str], where: str) -> dict[str, str]:

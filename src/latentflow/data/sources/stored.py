@@ -13,6 +13,7 @@ from urllib.parse import quote_from_bytes
 from latentflow.columns import ColumnValue
 from latentflow.data.items import ImageItem, ImageSource, fingerprint_of
 from latentflow.data.packed import PackedText
+from latentflow.data.painting.input_rules import FILES
 from latentflow.data.pictures.crop import center_crop, crop_map
 from latentflow.data.pictures.decode import BrokenImage, reason, room_for
 from latentflow.data.pictures.numbers import open_stored
@@ -58,7 +59,7 @@ class ImageFiles:
         self.image_size, self.pixel_format = image_size, PixelFormat()
         self.class_names, self.columns = listed.class_names, listed.columns
         self._store, self._maps, self._labels = listed.store, listed.maps, listed.labels
-        self._values = listed.values
+        self._inputs, self._values = listed.inputs, listed.values
         self._contents: PackedText | None = None
         self._num_available = len(listed.names)
         check_first(first, self._num_available, listed.store.path)
@@ -78,6 +79,14 @@ class ImageFiles:
         return self._store.path
 
     @property
+    def input_format(self) -> PixelFormat | None:
+        return self._inputs.pixel_format if self._inputs else None
+
+    @property
+    def input_origin(self) -> str:
+        return FILES if self._inputs else ""
+
+    @property
     def map_class_names(self) -> tuple[str, ...]:
         return self._maps.classes.names if self._maps else ()
 
@@ -89,17 +98,18 @@ class ImageFiles:
     def description(self) -> str:
         classes = f" in {len(self.class_names)} classes" if self.class_names else ""
         maps = f" with semantic maps of {len(self.map_class_names)} classes" if self._maps else ""
-        return f"{_how_many(self, self._num_available)}{classes}{maps} from {self._store.path.resolve().name}"
+        inputs = " with paired inputs" if self._inputs else ""
+        where = self._store.path.resolve().name
+        return f"{_how_many(self, self._num_available)}{classes}{maps}{inputs} from {where}"
 
     def contents(self) -> Sequence[str]:
-        """Size and CRC-32 of each image file, its class where its name does not say it, and what `MapFiles` adds."""
+        """Size and CRC-32 of each image file, its class where its name does not say it, and those of map and input."""
         if self._contents is None:
             found = self._store.contents(self._paths)
             if self.class_names:
                 found = [f"{one}{self._unsaid_class(index)}" for index, one in enumerate(found)]
-            if self._maps:
-                pairs = zip(found, self._maps.contents(self._rows), strict=True)
-                found = [f"{image} {semantic_map}" for image, semantic_map in pairs]
+            for paired in filter(None, (self._maps, self._inputs)):
+                found = [f"{one} {other}" for one, other in zip(found, paired.contents(self._rows), strict=True)]
             self._contents = PackedText(found)
         return self._contents
 
@@ -115,13 +125,13 @@ class ImageFiles:
         return self._names[_checked(index, self)]
 
     def __getitem__(self, index: int) -> ImageItem:
-        """Decode image `index` and its map.
+        """Decode image `index`, its map and its input.
 
         Raises:
-            BrokenImage: a file has vanished, is damaged, or is not an image; or the map does not fit.
+            BrokenImage: a file has vanished, is damaged, or is not an image; or the map or the input does not fit.
             IndexError: `index` is not in [0, len).
         """
-        name, path, semantic_map = self.name(index), self._paths[index], None
+        name, path, semantic_map, paired = self.name(index), self._paths[index], None, None
         with _decoding(name):
             with room_for(self._store.held_bytes(path)):
                 picture, turn = read_raster(self._store.read(path), name, self.pixel_format)
@@ -129,7 +139,10 @@ class ImageFiles:
             if self._maps:
                 width, height = picture.size
                 semantic_map = crop_map(self._maps.read(self._rows[index], Photo(height, width, turn)), self.image_size)
-        return ImageItem(pixels, self.label(index), name, semantic_map, 1 - min(picture.size) / max(picture.size))
+            if self._inputs:
+                paired = self._inputs.read(self._rows[index], picture.size, self.image_size)
+        cut = 1 - min(picture.size) / max(picture.size)
+        return ImageItem(pixels, self.label(index), name, semantic_map, cut, paired)
 
     def with_format(self, pixel_format: PixelFormat) -> ImageFiles:
         """The same images, read in another format."""
@@ -171,6 +184,7 @@ class LmdbImages:
     """
 
     class_names = map_class_names = map_palette = columns = ()
+    input_format, input_origin = None, ""
 
     def __init__(self, store: LmdbStore, image_size: int):
         self.image_size, self.pixel_format = image_size, PixelFormat()

@@ -112,6 +112,7 @@ class SyntheticShapes:
     class_names = CLASS_NAMES
     map_class_names = MAP_CLASS_NAMES
     map_palette = MAP_PALETTE
+    input_format, input_origin = None, ""
 
     def __post_init__(self) -> None:
         if self.count < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -77,12 +77,14 @@ def list_table(store: FileStore, listing: Listing, table: ImageTable, options: T
             f"{table.name} has no column that names the files; --file-column takes one of {first_few(table.cells)}"
         )
     rows, named = files_of_rows(table, column, files, allow_missing=options.allow_missing)
-    _check_nameless(table, layout.images, named, options.allow_missing, needs_all=bool(layout.maps))
+    needs_all = bool(layout.maps or layout.inputs)
+    _check_nameless(table, layout.images, named, options.allow_missing, needs_all=needs_all)
     found = chosen(table.taken(rows), options, column)
     order = sorted(range(len(rows)), key=named.__getitem__)
     named = [named[place] for place in order]
     names, paths = [one.removeprefix(layout.prefix) for one in named], [layout.images[one].path for one in named]
-    return found.listed(store, names, paths, order, layout.open_maps(store))
+    listed = found.listed(store, names, paths, order, layout.open_maps(store))
+    return replace(listed, inputs=layout.open_inputs(store))
 
 
 def read_table(store: FileStore, listing: Listing, name: str) -> ImageTable:
