@@ -124,9 +124,9 @@ class FakeHub:
             return _json({})
         if re.fullmatch(r"/(.+?)\.git/info/lfs/objects/batch", path):
             return self._batch(json.loads(body))
-        if api := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w+)/(.+?))?", path):
-            repo_id, route, rest = api[1], api[2] or "revision", api[3] or "main"
-        elif file := re.fullmatch(r"/([^/]+/[^/]+)/(resolve)/(.+)", path):
+        if api := re.fullmatch(r"/api/(?:models/|(datasets/))([^/]+/[^/]+)(?:/(\w+)/(.+?))?", path):
+            repo_id, route, rest = (api[1] or "") + api[2], api[3] or "revision", api[4] or "main"
+        elif file := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/(resolve)/(.+)", path):
             repo_id, route, rest = file.groups()
         else:
             return 404, {}, b"{}"
@@ -156,10 +156,20 @@ class FakeHub:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
         commit, files = found
         siblings = [{"rfilename": name} for name in files]
-        return _json({"id": repo_id, "sha": commit, "private": repo.private, "siblings": siblings, "tags": []})
+        return _json(
+            {
+                "id": repo_id.removeprefix("datasets/"),
+                "sha": commit,
+                "private": repo.private,
+                "siblings": siblings,
+                "tags": [],
+            }
+        )
 
     def _tree(self, repo_id, repo, revision, body):
-        _, files = repo.at(revision)
+        if (found := repo.at(revision)) is None:
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
+        _, files = found
         return _json([_tree_entry(name, content) for name, content in files.items()])
 
     def _resolve(self, repo_id, repo, place, body):

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 from textwrap import shorten
+from typing import Literal
 
 from latentflow.artifacts import read_json
 from latentflow.errors import ArtifactError, ConfigError
@@ -30,6 +32,7 @@ class HubId:
 
     repo: str
     revision: str | None = None
+    kind: Literal["model", "dataset"] = "model"
 
     @classmethod
     def parse(cls, text: str, revision: str | None = None) -> HubId:
@@ -63,7 +66,12 @@ class HubId:
     @property
     def url(self) -> str:
         """Its page on the hub."""
-        return f"{_endpoint()}/{self.repo}" + (f"/tree/{self.revision}" if self.revision else "")
+        return self.page + (f"/tree/{self.revision}" if self.revision else "")
+
+    @property
+    def page(self) -> str:
+        """Its page, whatever the revision."""
+        return f"{_endpoint()}/{'datasets/' if self.kind == 'dataset' else ''}{self.repo}"
 
 
 def fetch(source: HubId, patterns: Sequence[str]) -> Path:
@@ -77,6 +85,36 @@ def fetch(source: HubId, patterns: Sequence[str]) -> Path:
     with _explained(source, "read"):
         wanted = [*patterns, PIPELINE_FILE]
         return Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted))
+
+
+def files_of_dataset(source: HubId) -> list[str]:
+    """The names of all files of a data set, sorted; offline those that are in the cache.
+
+    Raises:
+        ArtifactError: the data set is neither in the cache nor available from the hub.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    with _explained(source, "read"):
+        if not constants.HF_HUB_OFFLINE:
+            return sorted(HfApi().list_repo_files(source.repo, revision=source.revision, repo_type="dataset"))
+        nothing = {"repo_type": "dataset", "ignore_patterns": "*"}  # but where the cache is
+        folder = Path(snapshot_download(source.repo, revision=source.revision, **nothing))
+        return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+
+
+def fetch_dataset(source: HubId, names: Sequence[str]) -> Path:
+    """Download some files of a data set, unless they are cached; returns the folder that they lie in.
+
+    Raises:
+        ArtifactError: they are neither in the cache nor available from the hub.
+    """
+    from huggingface_hub import snapshot_download
+
+    exactly = [escape(name) for name in names]
+    with _explained(source, "read"):
+        folder = snapshot_download(source.repo, revision=source.revision, repo_type="dataset", allow_patterns=exactly)
+    return Path(folder)
 
 
 def looks_like(folder: Path) -> str:
@@ -210,8 +248,9 @@ def _explanation(place: HubId, purpose: str, error: Exception) -> str:
     def among(*kinds: type[Exception]) -> bool:
         return any(isinstance(one, kinds) for one in chain)
 
+    page = place.page
     status = next((one.response.status_code for one in chain if getattr(one, "response", None) is not None), None)
-    page, cache = f"{_endpoint()}/{place.repo}", constants.HF_HUB_CACHE
+    cache = constants.HF_HUB_CACHE
     missing = "" if purpose == "write" else f"{place} is not in the cache {cache}, and "
     if among(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return f"{missing}HF_HUB_OFFLINE is set; unset it to use the hub"

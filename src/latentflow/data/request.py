@@ -107,7 +107,7 @@ class EncodeRequest(CacheOptions, TableOptions, PixelChoice):
     """Images, and the autoencoder that encodes them."""
 
     data: Annotated[PathText, Option(argument=True)] = Field(
-        description="A folder or zip of images, a table of them, an LMDB, or synthetic:COUNT."
+        description="Images: a folder, zip, table, parquet, tar shards, LMDB, hf:owner/name or synthetic:COUNT."
     )
     autoencoder: PathText = Field(description="A diffusers autoencoder: folder, hub id, or 'shapes'.")
     image_size: Annotated[Whole, Option(remedy="64 or 256 are usual")] = Field(

@@ -96,7 +96,7 @@ def _opened(
         return _open_synthetic(str(path), image_size, first)
     if environment_file(Path(path)):
         return LmdbImages(LmdbStore(Path(path), first), image_size)
-    listed = list_images(Path(path), table)
+    listed = list_images(path, table)
     return ImageFiles(listed if inputs == FILES else replace(listed, inputs=None), image_size, first)
 
 

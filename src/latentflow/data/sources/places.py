@@ -8,7 +8,9 @@ A parquet file with a column of images, a folder of such files, or one that `dat
 `save_to_disk`, has one image in each row; see `list_rows`. A .tar archive, or several, holds the samples of a
 WebDataset (`list_samples`), or what a folder holds.
 
-A path with *, ? or braces, such as data/train-*.parquet or shards/{0000..0012}.tar, stands for several files.
+A path with *, ? or braces, such as data/train-*.parquet or shards/{0000..0012}.tar, stands for several files. An
+address, https://..., names one or several files by braces, which are downloaded first (`stores.download`);
+hf:owner/name is a data set on the hub (`hub_files`).
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ from typing import NoReturn
 
 from latentflow.data.request import TableOptions
 from latentflow.data.sources.embedded import list_rows
+from latentflow.data.sources.hub_files import HUB_PREFIX, HubDataset, fetch_hub_files
 from latentflow.data.sources.listed import ListedImages, list_files
 from latentflow.data.sources.tabled import find_table, list_table, notice_table, read_table
 from latentflow.data.sources.webdataset import TarSamples, list_samples
 from latentflow.data.stores.arrow import ARROW_FILES, ArrowStore
+from latentflow.data.stores.download import fetched, is_address
 from latentflow.data.stores.files import FileStore, FolderStore, Listing, is_image, open_store
 from latentflow.data.stores.layout import split_of
-from latentflow.data.stores.patterns import expanded, is_pattern
+from latentflow.data.stores.patterns import braces_expanded, expanded, is_pattern
 from latentflow.data.stores.tar import TAR_FILE, TarStore
 from latentflow.data.tables.arrow_table import arrow_table
 from latentflow.data.tables.table import first_few
@@ -37,12 +41,18 @@ from latentflow.errors import DataError
 _STATE = "state.json"  # of `save_to_disk`: which files belong to the data set
 
 
-def list_images(path: Path, options: TableOptions) -> ListedImages:
-    """List the images at a path; see `open_images` for what it may be.
+def list_images(place: str | Path, options: TableOptions) -> ListedImages:
+    """List the images at a path or an address; see `open_images` for what it may be.
 
     Raises:
         DataError: there are none, or `options` ask for what is not there.
+        ArtifactError: a data set on the hub cannot be reached.
     """
+    if str(place).startswith(HUB_PREFIX):
+        return _list_hub(HubDataset.parse(str(place).removeprefix(HUB_PREFIX)), options)
+    if is_address(str(place)):
+        return _list_web(str(place), options)
+    path = Path(place)
     if is_pattern(path):
         return _list_shards(path, expanded(path), options)
     if path.is_file() and is_text_table(path.name):
@@ -56,6 +66,24 @@ def list_images(path: Path, options: TableOptions) -> ListedImages:
     if isinstance(store, FolderStore) and (files := _shards(path, listing)):
         return _list_shards(path, files, options)
     return _list_folder(store, listing, options)
+
+
+def _list_hub(asked: HubDataset, options: TableOptions) -> ListedImages:
+    folder, files = fetch_hub_files(asked)
+    if not files:
+        return list_images(folder, options)
+    return _list_shards(folder / asked.source.repo.rpartition("/")[2], files, options)
+
+
+def _list_web(address: str, options: TableOptions) -> ListedImages:
+    """The images in files of the web, which are downloaded first."""
+    plain = address.partition("?")[0]
+    if not plain.lower().endswith((".zip", TAR_FILE, *ARROW_FILES)):
+        raise DataError(f"{plain} cannot be read; give the address of .tar, .parquet or .zip files")
+    files = fetched(braces_expanded(address))
+    if len(files) == 1:
+        return list_images(files[0], options)
+    return _list_shards(files[0].with_name(plain.rpartition("/")[2]), files, options)
 
 
 def _list_folder(store: FileStore, listing: Listing, options: TableOptions) -> ListedImages:
