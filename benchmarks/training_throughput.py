@@ -33,6 +33,7 @@ from latentflow.data.request import CacheOptions
 from latentflow.data.sources.images import open_images
 from latentflow.data.sources.synthetic import SyntheticShapes
 from latentflow.runtime import open_runtime
+from latentflow.sizes import Size
 from latentflow.training.config import load_recipe
 from latentflow.training.fresh_model import build_model
 from latentflow.training.velocity import train_velocity
@@ -175,7 +176,7 @@ def measure(
         "autoencoder": Path(autoencoder.reference).name
         if Path(autoencoder.reference).is_dir()
         else autoencoder.reference,
-        "image_size": recipe.data.image_size,
+        "image_size": recipe.data.image_size.written,
         "latent_shape": list(model.config.latent_shape),
         "batch_size": batch_size,
         "rounds": options.rounds,
@@ -191,7 +192,7 @@ def measure(
     }
 
 
-def write_images(folder: Path, num_images: int, image_size: int) -> Path:
+def write_images(folder: Path, num_images: int, image_size: Size) -> Path:
     """Synthetic images as PNG files, a folder per class."""
     source = SyntheticShapes(num_images, image_size)
     for number in range(num_images):

@@ -199,7 +199,7 @@ def _default(field: Any) -> list[str]:
     if value is None or isinstance(value, bool):
         text = {None: "null", True: "true", False: "false"}[value]
     else:
-        text = '""' if value == "" else str(list(value) if isinstance(value, tuple) else value)
+        text = '""' if value == "" else str(list(value) if type(value) is tuple else value)
     return [f"default <code>{html.escape(text)}</code>"]
 
 

@@ -136,13 +136,13 @@ def test_normalisation_there_and_back():
 
 @pytest.mark.parametrize(("size", "side"), [(2, 1), (16, 8), (18, 9)])
 def test_latent_side(kl, size, side):
-    assert kl.latent_side(size) == side
+    assert kl.latent_size(size) == (side, side)
 
 
 @pytest.mark.parametrize(("size", "said"), [(17, "use 16 or 18"), (1, "use 2 or 4"), (0, "use 2 or 4"), (-4, "use 2")])
 def test_sizes_that_do_not_divide(kl, size, said):
     with pytest.raises(ConfigError, match=rf"image size {size} is not a multiple of 2.*{said}"):
-        kl.latent_side(size)
+        kl.latent_size(size)
 
 
 # What it computes
@@ -709,6 +709,6 @@ def test_eight_threads_load_and_encode_at_once(kl, kl_folder, deterministic, det
 
 def test_a_slice_is_a_megapixel_and_on_a_cpu_no_more_than_its_caches_hold(made, monkeypatch):
     autoencoder = made[0]
-    assert [autoencoder.slice_of(side) for side in (16, 64, 256, 512, 1024, 4096)] == [16, 16, 16, 4, 1, 1]
+    assert [autoencoder.slice_of(side**2) for side in (16, 64, 256, 512, 1024, 4096)] == [16, 16, 16, 4, 1, 1]
     monkeypatch.setattr(Autoencoder, "device", torch.device("meta"))
-    assert [autoencoder.slice_of(side) for side in (16, 64, 256, 512, 1024, 4096)] == [4096, 256, 16, 4, 1, 1]
+    assert [autoencoder.slice_of(side**2) for side in (16, 64, 256, 512, 1024, 4096)] == [4096, 256, 16, 4, 1, 1]

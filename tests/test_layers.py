@@ -15,6 +15,7 @@ SOURCE = Path(latentflow.__file__).parent
 
 LAYERS = {
     "shapes": 0,
+    "sizes": 0,
     "randomness": 0,
     "artifacts": 0,
     "autoencoder_files": 0,

@@ -1,11 +1,12 @@
 """The frozen first stage: pixels => moments => raw latents => normalised latents, and back.
 
-Any autoencoder class of diffusers that maps [B, P, S, S] to one latent grid works. Its properties (pixel channels,
+Any autoencoder class of diffusers that maps [B, P, H, W] to one latent grid works. Its properties (pixel channels,
 reduction factor, latent channels, scaling) are read from it, never assumed. One of several pixel channels also takes
 gray images: they are repeated, and the mean of what is decoded is gray again.
 
-Legend: B images, P channels of the pixels, S image side, C latent channels, h = w = S / factor.
-    pixels    [B, P, S, S] float in [-1, 1]; [B, 1, S, S] is gray
+Legend: B images, P channels of the pixels, H and W image height and width, C latent channels, h = H / factor,
+w = W / factor.
+    pixels    [B, P, H, W] float in [-1, 1]; [B, 1, H, W] is gray
     moments   [B, C, h, w] of a deterministic encoder, or [B, 2C, h, w]: mean, then log-variance
     raw       [B, C, h, w], the input of the decoder
     latents   [B, C, h, w], the space of the flow: (raw - shift) * scale, about unit variance
@@ -14,7 +15,6 @@ Legend: B images, P channels of the pixels, S image side, C latent channels, h =
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -30,6 +30,7 @@ from latentflow.errors import ArtifactError, ConfigError
 from latentflow.randomness import ImageRandom
 from latentflow.records import Record
 from latentflow.runtime import Runtime
+from latentflow.sizes import Size
 
 BUILT_IN = {"shapes": Path(__file__).parent / "assets" / "shapes_autoencoder"}
 """Autoencoders that come with the package, by reference; "./shapes" is a folder of that name."""
@@ -266,23 +267,23 @@ class Autoencoder:
                 "train an autoencoder for them with latentflow train-autoencoder, or read them as gray"
             )
 
-    def latent_side(self, image_size: int) -> int:
-        """Latent height and width of square images of side `image_size` pixels.
+    def latent_size(self, image_size: Size | int) -> Size:
+        """Latent height and width of images of a size in pixels.
 
         Raises:
-            ConfigError: `image_size` is not a positive multiple of the factor.
+            ConfigError: a side is not a positive multiple of the factor; the nearest sizes that fit are named.
         """
-        if image_size < self.factor or image_size % self.factor:
-            below = max(image_size // self.factor, 1) * self.factor
+        size = Size.of(image_size)
+        if not size.is_multiple_of(self.factor):
             raise ConfigError(
-                f"image size {image_size} is not a multiple of {self.factor}, the reduction factor of "
-                f"{self.reference}; use {below} or {below + self.factor}"
+                f"image size {size} is not a multiple of {self.factor}, the reduction factor of "
+                f"{self.reference}; use {' or '.join(map(str, size.nearest(self.factor)))}"
             )
-        return image_size // self.factor
+        return size.over(self.factor)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """pixels [B, P or 1, S, S] in [-1, 1] => moments [B, C or 2C, h, w], float32.
+        """pixels [B, P or 1, H, W] in [-1, 1] => moments [B, C or 2C, h, w], float32.
 
         Raises:
             ArtifactError: the autoencoder overflows in fp16.
@@ -291,7 +292,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, raw: Tensor, channels: int | None = None) -> Tensor:
-        """raw latents [B, C, h, w] => pixels [B, channels, S, S] in [-1, 1], clamped, float32.
+        """raw latents [B, C, h, w] => pixels [B, channels, H, W] in [-1, 1], clamped, float32.
 
         Args:
             channels: 1: gray, the mean of the P channels; None: all P.
@@ -303,7 +304,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode_to_uint8(self, raw: Tensor, channels: int | None = None) -> Tensor:
-        """raw latents [B, C, h, w] => pixels [B, channels, S, S] uint8, rounded slice by slice to save memory.
+        """raw latents [B, C, h, w] => pixels [B, channels, H, W] uint8, rounded slice by slice to save memory.
 
         Args:
             channels: as of `decode`.
@@ -314,7 +315,7 @@ class Autoencoder:
         return torch.cat([to_uint8(self._decoded(part, channels)) for part in self.slices(raw, latents=True)])
 
     def reconstruct(self, pixels: Tensor) -> Tensor:
-        """Encode to the posterior's mode and decode: pixels [B, P or 1, S, S] uint8 => the same, on the CPU."""
+        """Encode to the posterior's mode and decode: pixels [B, P or 1, H, W] uint8 => the same, on the CPU."""
         moments = self.encode(to_unit_range(pixels))
         return self.decode_to_uint8(latent_mean(moments, self.num_channels), pixels.shape[1]).cpu()
 
@@ -324,24 +325,24 @@ class Autoencoder:
         A part takes at most half of the free memory of a GPU, and 1 GiB on a CPU.
 
         Args:
-            images: pixels [B, P or 1, S, S]; with `latents`, latents or moments [B, ..., h, w].
+            images: pixels [B, P or 1, H, W]; with `latents`, latents or moments [B, ..., h, w].
         """
         if len(images) < 2:
             return (images,)
         pixels = images.shape[-2] * images.shape[-1] * (self.factor**2 if latents else 1)
-        most = self.slice_size or self.slice_of(math.isqrt(pixels))
+        most = self.slice_size or self.slice_of(pixels)
         if self.slice_size is None:
             fits = _usable_bytes(self.device) // (pixels * 4 * _COPIES * self._widest)
             while most > max(fits, 1):
                 most //= 2
         return images.split(most)
 
-    def slice_of(self, image_size: int) -> int:
+    def slice_of(self, num_pixels: int) -> int:
         """Images per slice if memory allows: one megapixel, at least one image.
 
         On a CPU at most 16 images, which is faster, since the working set stays in its caches.
         """
-        most = max(_PIXELS_OF_A_SLICE // image_size**2, 1)
+        most = max(_PIXELS_OF_A_SLICE // num_pixels, 1)
         return min(most, _IMAGES_OF_A_SLICE) if self.device.type == "cpu" else most
 
     def _decoded(self, raw: Tensor, channels: int | None = None) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from latentflow.sizes import Size
+
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
     """Reshape one value per image to broadcast over whole images: [B] => [B, 1, ..., 1] of `like`'s rank.
@@ -54,11 +56,12 @@ def image_mean(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
-def shrink(images: Tensor, side: int) -> Tensor:
-    """Square images or latents [B, C, S, S] at a smaller side, with antialiasing: [B, C, side, side]."""
-    if side == images.shape[-1]:
+def shrink(images: Tensor, size: Size | int) -> Tensor:
+    """Images or latents [B, C, H, W] at a smaller size, with antialiasing: [B, C, *size]."""
+    size = Size.of(size)
+    if size == images.shape[-2:]:
         return images
-    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+    return F.interpolate(images, size=tuple(size), mode="bilinear", antialias=True)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
 from latentflow.pages.bound import bound_page, dominant_term, looseness, parts
 from latentflow.pages.numbers import number
+from latentflow.sizes import Size
 from tests import tiny
 from tests.processes import run_here
 
@@ -103,7 +104,7 @@ def known(tmp_path_factory):
     config = tiny.model(Autoencoder(tiny.kl(), "kl"), class_names=()).config
     record = config.autoencoder.model_copy(update={"num_channels": 3, "factor": 2})
     config = config.model_copy(
-        update={"image_size": 2, "autoencoder": record, "normalisation": autoencoder.normalisation}
+        update={"image_size": Size.of(2), "autoencoder": record, "normalisation": autoencoder.normalisation}
     )
     images = torch.from_numpy(
         np.stack([np.asarray(Image.open(folder / f"{n}.png")) for n in range(700)]).astype(np.float32)

@@ -155,7 +155,7 @@ def test_hostile_configs(folders, stranger, name, place):
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        (("image_size",), 32_768, "image_size = 32768: Input should be less than or equal to 16384"),
+        (("image_size",), 32_768, "image_size = 32768: give 1 to 16,384 pixels for a side"),
         (("image_size",), 17, "image_size 17 is not a multiple of 4"),
         (("image_size",), 32, "says image_size = 32, but velocity.safetensors was written with 16"),
         (("network", "depth"), 10**6, "network.depth = 1000000: Input should be less than or equal to 512"),

@@ -24,6 +24,7 @@ from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all
 from latentflow.sampling.preview import preview_drawing
 from latentflow.sampling.request import SampleRequest
 from latentflow.shapes import Condition
+from latentflow.sizes import Size
 from tests import tiny
 from tests.processes import run_here
 
@@ -56,7 +57,7 @@ def place(tmp_path_factory, kl):
     save("always", tiny.model(kl, seed=1, class_names=("plum",), label_dropout=0.0))
     save("path", other, path=CosinePath())
     save("scaled", other, normalisation=other.config.normalisation.model_copy(update={"scale": [2.0] * C}))
-    save("large", other, image_size=2 * tiny.IMAGE_SIZE)
+    save("large", other, image_size=Size.of(2 * tiny.IMAGE_SIZE))
     save("holes", tiny.model(kl, seed=1, conditioning={"inpainting": True}))
     run = place / "run"
     tiny.model(kl).save_pretrained(run / "model")

@@ -30,6 +30,7 @@ from latentflow.sampling.drawing import Drawing, check_drawing, make_drawing
 from latentflow.sampling.pipeline import Given, draw, draw_all, initial_noise, join_samples
 from latentflow.sampling.request import SampleRequest
 from latentflow.shapes import Condition
+from latentflow.sizes import Size
 from tests import processes, tiny
 from tests.dispatch import watched
 
@@ -534,7 +535,7 @@ def test_batches_and_memory_are_bounded(model):
     for size in (0, -1, 10**9, 2.5):
         with pytest.raises(ConfigError, match=f"batch size {size}: give a whole number from 1 to 65,536"):
             model.sample(batch_size=size)
-    request = make_drawing(model, SampleRequest(num=10**6)).model_copy(update={"image_size": (256, 256)})
+    request = make_drawing(model, SampleRequest(num=10**6)).model_copy(update={"image_size": Size(256, 256)})
     with pytest.raises(ConfigError, match="1,000,000 images of 256 x 256 pixels at once in memory: at most 43,690"):
         draw_all(model, request)
 

@@ -10,6 +10,7 @@ from latentflow.errors import ConfigError
 from latentflow.model.flow_model import FlowModel
 from latentflow.networks.dit import DiTConfig
 from latentflow.runtime import Runtime
+from latentflow.sizes import Size
 from latentflow.training import compiling
 from latentflow.training.compiling import captures, compiles
 from latentflow.training.config import TrainingConfig
@@ -23,7 +24,7 @@ def small(kl):
     """DiT-S/2 on latents of 32 x 32: 12 GFLOP forward."""
     config = tiny.model(kl).config
     return config.model_copy(
-        update={"network": DiTConfig(name="DiT-S/2"), "image_size": 32 * config.autoencoder.factor}
+        update={"network": DiTConfig(name="DiT-S/2"), "image_size": Size.of(32 * config.autoencoder.factor)}
     )
 
 

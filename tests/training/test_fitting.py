@@ -6,14 +6,15 @@ import dataclasses
 
 import pytest
 
+from latentflow.sizes import Size
 from latentflow.training.config import Recipe, load_recipe
 from latentflow.training.fitting import FITTED, Situation, fit, is_set, value_of, with_values
 from latentflow.training.memory import micro_batch_that_fits
 from latentflow.training.settings import keys_of
 
 GIB = 2**30
-GPU = Situation(num_images=10_000, num_classes=10, side=32, gpu=True, memory=80 * GIB)
-CPU = Situation(num_images=10_000, num_classes=10, side=32, gpu=False, memory=16 * GIB)
+GPU = Situation(num_images=10_000, num_classes=10, size=Size(32, 32), gpu=True, memory=80 * GIB)
+CPU = Situation(num_images=10_000, num_classes=10, size=Size(32, 32), gpu=False, memory=16 * GIB)
 
 
 def fitted(situation: Situation, *overrides: str, **changes) -> Recipe:
@@ -49,7 +50,7 @@ def test_networks_on_a_cpu(num_images, size):
 @pytest.mark.parametrize("gpu", [True, False])
 @pytest.mark.parametrize("side", [*range(1, 66), 96, 128, 256])
 def test_every_size_of_latents_has_a_patch(gpu, side):
-    recipe = fitted(GPU if gpu else CPU, side=side)
+    recipe = fitted(GPU if gpu else CPU, size=Size(side, side))
     assert side % recipe.network.patch_size == 0
     tokens = (side // recipe.network.patch_size) ** 2
     assert tokens > 1 or side == 1

@@ -13,6 +13,7 @@ from latentflow.networks.unet import VARIANTS, UNetConfig
 from latentflow.networks.velocity_network import NETWORKS
 from latentflow.runtime import Runtime
 from latentflow.shapes import Condition
+from latentflow.sizes import Size
 from latentflow.training import memory as memory_module
 from latentflow.training.config import Recipe
 from latentflow.training.memory import (
@@ -115,7 +116,9 @@ def test_dit_xl_of_128_images_fits_a_gpu():
 )
 def test_flops_are_those_of_the_paper(kl, name, published):
     """arXiv 2212.09748 counts a product and its sum as one."""
-    config = tiny.model(kl).config.model_copy(update={"network": DiTConfig(name=name), "image_size": 32 * tiny.FACTOR})
+    config = tiny.model(kl).config.model_copy(
+        update={"network": DiTConfig(name=name), "image_size": Size.of(32 * tiny.FACTOR)}
+    )
     assert forward_flops(config) / 2e9 == pytest.approx(published, rel=0.002)
 
 

@@ -114,8 +114,8 @@ def reconstruction_term(x: Tensor, x_reconstructed: Tensor) -> Reconstruction:
     """The first term of the bound for one batch of images.
 
     Args:
-        x: [B, 3, S, S], pixels in [-1, 1].
-        x_reconstructed: [B, 3, S, S], the same images encoded as for training (a sampled latent, if training
+        x: [B, 3, H, W], pixels in [-1, 1].
+        x_reconstructed: [B, 3, H, W], the same images encoded as for training (a sampled latent, if training
             samples) and decoded, neither clamped nor rounded unless the decoder of `WassersteinBound` is too.
 
     Raises:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latentflow.records import Record
 from latentflow.shapes import shrink
+from latentflow.sizes import Size
 
 
 class LatentSpace(Record):
@@ -31,23 +32,24 @@ def measure_latent_space(encode: Callable[[Tensor], Tensor], pixels: Tensor) -> 
     """Encode images, turned and shrunken images, and compare.
 
     Args:
-        encode: pixels [N, 3, s, s] of any side s that the autoencoder takes => latents [N, C, h, w].
-        pixels: [N, 3, S, S] in [-1, 1].
+        encode: pixels [N, 3, H, W] of any size that the autoencoder takes => latents [N, C, h, w].
+        pixels: [N, 3, H, W] in [-1, 1].
     """
     latents = encode(pixels).to(pixels.device)
-    side, half = latents.shape[-1], latents.shape[-1] // 2
+    size, half = Size(*latents.shape[-2:]), Size(*latents.shape[-2:]).over(2)
     shrunken = None
-    if half:
-        of_shrunken = encode(shrink(pixels, half * (pixels.shape[-1] // side))).to(pixels.device)
+    if min(half):
+        of_shrunken = encode(shrink(pixels, half.times(pixels.shape[-1] // size.width))).to(pixels.device)
         shrunken = equivariance_error(shrink(latents, half), of_shrunken)
+    coarse = Size((size.height + 1) // 2, (size.width + 1) // 2)
     of_turned = encode(torch.rot90(pixels, 1, (-2, -1))).to(pixels.device)
     return LatentSpace(
         num=len(pixels),
         turning_error=equivariance_error(torch.rot90(latents, 1, (-2, -1)), of_turned),
         shrinking_error=shrunken,
         fine_share=fine_share(latents),
-        fine_share_of_images=fine_share(shrink(pixels, side)),
-        fine_share_of_noise=(side**2 - ((side + 1) // 2) ** 2) / max(side**2 - 1, 1),
+        fine_share_of_images=fine_share(shrink(pixels, size)),
+        fine_share_of_noise=(size.area - coarse.area) / max(size.area - 1, 1),
     )
 
 

@@ -17,8 +17,8 @@ from latentflow.errors import ConfigError
 if TYPE_CHECKING:
     from latentflow.data.inventory import ColumnCounts
 
-_MUCH_CUT = 0.2  # of a picture, by its square crop; 4:3 has 0.25
-_CUT_AWAY = "the square leaves out {:.0%} of a picture on average, {:.0%} at most"
+_MUCH_CUT = 0.2  # of a picture, by its crop; 4:3 as a square has 0.25
+_CUT_AWAY = "the crop leaves out {:.0%} of a picture on average, {:.0%} at most"
 
 verb = partial(command, group="Data")
 
@@ -74,8 +74,8 @@ def encode(
     show(rows, as_json)
     if index.cut[0] > _MUCH_CUT:
         say(
-            f"note: {index.cut[0]:.0%} of the pictures lies outside the square crops and is never learned; if that "
-            "matters, cut them into squares yourself"
+            f"note: {index.cut[0]:.0%} of the pictures lies outside the crops and is never learned; if that matters, "
+            "choose a shape nearer to theirs, such as --image-size 192x128, or cut them yourself"
         )
     for name in index.broken:
         say(f"left out: {name}")
@@ -137,7 +137,7 @@ def _look(request: EncodeRequest, out: Path, num: int, device: str | None, as_js
     from latentflow.commands.look import look as run
 
     seen = run(request, out, num=num, runtime=runtime_for(device, Precision.tf32))
-    cut = f"the square leaves out {sum(seen.cut) / len(seen.cut):.0%} on average, {max(seen.cut):.0%} at most"
+    cut = f"the crop leaves out {sum(seen.cut) / len(seen.cut):.0%} on average, {max(seen.cut):.0%} at most"
     given_back = f"{seen.psnr:.1f} dB PSNR by the autoencoder"
     show({"sheet": str(seen.sheet), "images": len(seen.names), "cut away": cut, "given back": given_back}, as_json)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from latentflow.sampling.fit_solvers import SolverCheck
 
 Picture = Annotated[
-    Path, typer.Argument(help="An image; its square middle is scaled to the size of the training images.")
+    Path, typer.Argument(help="An image; its middle, of their shape, is scaled to the size of the training images.")
 ]
 OutFile = Annotated[Path, typer.Option(help="The PNG file; several get names like it, with their seeds.")]
 

@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from latentflow.errors import ConfigError
 from latentflow.records import alternatives
 from latentflow.requests import FromText, Option, Request, RequestError, markers_of, option_of, range_text
+from latentflow.sizes import Size
 
 
 class Precision(str, Enum):
@@ -165,6 +166,8 @@ def _default(field: FieldInfo) -> Any:
     if field.is_required():
         return inspect.Parameter.empty
     default = field.get_default(call_default_factory=True)
+    if isinstance(default, Size):
+        return str(default)
     return ",".join(map(str, default)) if isinstance(default, list | tuple) else default
 
 

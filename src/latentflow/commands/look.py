@@ -67,7 +67,7 @@ def look(request: EncodeRequest, out: str | Path, *, num: int, runtime: Runtime 
     given = {"first": request.first, "table": request, "pixels": request, "inputs": request.inputs}
     source = open_images(request.data, request.image_size, **given)
     encoder = Autoencoder.from_pretrained(request.autoencoder).to(runtime or open_runtime(precision="tf32", alone=True))
-    encoder.latent_side(request.image_size)
+    encoder.latent_size(request.image_size)
     found = _evenly(source, num)
     rows, items = list(found), list(found.values())
     variants = _first_variants(items, rows) if request.variants else None
@@ -111,9 +111,9 @@ def _evenly(source: ImageSource, num: int) -> dict[int, ImageItem]:
 
 
 def _first_variants(items: list[ImageItem], rows: list[int]) -> Tensor:
-    """[n, 3, S, S] uint8."""
+    """[n, 3, H, W] uint8."""
     pixels = to_unit_range(torch.stack([_as_tensor(item.pixels) for item in items]))
-    return to_uint8(variants_of(pixels, draw_variants(rows, 1)[:, 0]))
+    return to_uint8(variants_of(pixels, draw_variants(rows, 1, pixels.shape[3] / pixels.shape[2])[:, 0]))
 
 
 def _as_tensor(pixels: np.ndarray) -> Tensor:

@@ -76,10 +76,10 @@ def _require_fit(published: Published, autoencoder: Autoencoder, class_names: Se
             f"autoencoder {autoencoder.reference} has {autoencoder.num_channels} latent channels, the network "
             f"{architecture.channels}; give the autoencoder it was trained with (--autoencoder)"
         )
-    side = autoencoder.latent_side(image_size)
-    if side % architecture.network.size_multiple:
+    latents = autoencoder.latent_size(image_size)
+    if not latents.is_multiple_of(architecture.network.size_multiple):
         raise ConfigError(
-            f"images of {image_size} pixels make latents of {side} x {side}; this network needs multiples of "
+            f"images of {image_size} pixels make latents of {latents.words}; this network needs multiples of "
             f"{architecture.network.size_multiple}"
         )
     if class_names and len(class_names) != architecture.num_classes:

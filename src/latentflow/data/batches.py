@@ -42,10 +42,10 @@ class Batch:
         indices: [B] int64, indices of the images in the data set.
         labels: [B] int64 class indices, None for unlabelled data.
         moments: [B, M, h, w], from a cache; in the precision of the cache until moved, then float32.
-        pixels: [B, C, S, S], stored values in the source's `pixel_format`, encoded in the step.
+        pixels: [B, C, H, W], stored values in the source's `pixel_format`, encoded in the step.
         mask: [B, 1, h, w] float32, share of each latent pixel in the hole, for inpainting.
         known_moments: [B, M, h, w], of the images with their holes filled, from a cache; in the same dtype.
-        known_pixels: [B, C, S, S], the images with their holes filled, encoded in the step.
+        known_pixels: [B, C, H, W], the images with their holes filled, encoded in the step.
         class_fractions: [B, K, h, w] float32, share of each map class in each latent pixel.
         columns: [B, W] float32, the values of the columns that training reads; see `latentflow.columns.ColumnRow`.
         augmentation: [B, P] float32, the numbers of the variant that an image is seen as; 0: the image itself.
@@ -206,15 +206,15 @@ class TrainingImages(Dataset):
     def bytes_per_image(self) -> int:
         """Approximate size of one image in a batch."""
         cache, spatial, num_bytes = isinstance(self.source, LatentCache), self.spatial or _NOTHING, 64
-        side = self.source.plan.image_size if cache else self.source.image_size
+        size = self.source.plan.image_size if cache else self.source.image_size
         if cache:
             names = [name for name in self.cached_tensors if not name.startswith("variant_")]  # in place of others
             tensors = [self.source.tensor(0, name) for name in names]
             num_bytes += sum(tensor.shape[1:].numel() * tensor.element_size() for tensor in tensors)
-        inputs = 4 * self.source.input_format.channels * side**2 if spatial.inputs and not cache else 0
+        inputs = 4 * self.source.input_format.channels * size.area if spatial.inputs and not cache else 0
         pictures = (not cache) + (spatial.holes is not None and not spatial.cached_holes)
-        maps = len(self.source.map_class_names) * (side // spatial.factor) ** 2 if spatial.maps else 0
-        return num_bytes + pictures * self.source.pixel_format.bytes_per_pixel * side**2 + 4 * maps + inputs
+        maps = len(self.source.map_class_names) * size.over(spatial.factor).area if spatial.maps else 0
+        return num_bytes + pictures * self.source.pixel_format.bytes_per_pixel * size.area + 4 * maps + inputs
 
     @property
     def cached_tensors(self) -> list[str]:
@@ -386,7 +386,7 @@ def class_labels(source: LatentCache | ImageSource, rows: Sequence[int]) -> Tens
 
 
 def _mirrored(arrays: Sequence[np.ndarray], flipped: Tensor | None) -> list[np.ndarray]:
-    """Pictures or maps ([S, S, ...]), mirrored where `flipped`."""
+    """Pictures or maps ([H, W, ...]), mirrored where `flipped`."""
     if flipped is None:
         return list(arrays)
     return [array[:, ::-1] if flip else array for array, flip in zip(arrays, flipped.tolist(), strict=True)]

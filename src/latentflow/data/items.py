@@ -1,6 +1,6 @@
 """The record of one image, and the protocol of image sources.
 
-Legend: n images, S image size (height and width in pixels), C channels.
+Legend: n images, H and W image height and width in pixels, C channels.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from latentflow.columns import Column, ColumnValue, written_values
 from latentflow.errors import DataError
 from latentflow.pixel_format import PixelFormat
+from latentflow.sizes import Size
 
 UNLABELLED = 255
 """The value of a semantic map where the class of a pixel is unknown."""
@@ -27,13 +28,13 @@ class ImageItem:
     """One picture, cropped and resized, with its label and map.
 
     Attributes:
-        pixels: [S, S, C], stored values of the source's `pixel_format`.
+        pixels: [H, W, C], stored values of the source's `pixel_format`.
         label: index into the source's `class_names`; None in an unlabelled source.
         name: the path inside the source, with forward slashes, or "synthetic/000017".
-        semantic_map: [S, S] uint8, an index into the source's `map_class_names` for each pixel, or
+        semantic_map: [H, W] uint8, an index into the source's `map_class_names` for each pixel, or
             `UNLABELLED` where the class is unknown; None if the source has no maps.
-        cut: share of the picture that the square crop leaves out, in [0, 1).
-        input: [S / N, S / N, c], the paired image, which shows what `pixels` show, N times smaller by `InputRules`;
+        cut: share of the picture that the crop leaves out, in [0, 1).
+        input: [H / N, W / N, c], the paired image, which shows what `pixels` show, N times smaller by `InputRules`;
             None if the source has no inputs.
     """
 
@@ -47,13 +48,13 @@ class ImageItem:
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """A finite, ordered set of square images. Item i does not depend on earlier accesses.
+    """A finite, ordered set of images of one size. Item i does not depend on earlier accesses.
 
     Attributes:
         class_names: one name per label; empty when the source is unlabelled.
         map_class_names: one name per class of the semantic maps; empty when there are no maps.
         map_palette: the colour of each of `map_class_names`, RGB in 0..255.
-        image_size: height and width of every item in pixels.
+        image_size: of every item.
         columns: what is known of each image besides its class; empty in most sources.
         pixel_format: channels, dtype and range of every item's pixels.
         input_format: channels, dtype and range of the paired inputs; None when there are none.
@@ -65,7 +66,7 @@ class ImageSource(Protocol):
     class_names: tuple[str, ...]
     map_class_names: tuple[str, ...]
     map_palette: tuple[tuple[int, int, int], ...]
-    image_size: int
+    image_size: Size
     columns: tuple[Column, ...]
     pixel_format: PixelFormat
     input_format: PixelFormat | None
@@ -98,7 +99,7 @@ class ImageSource(Protocol):
 
 
 def stack_pixels(pictures: Sequence[np.ndarray]) -> Tensor:
-    """Pictures [S, S, C] => [n, C, S, S] of the same dtype."""
+    """Pictures [H, W, C] => [n, C, H, W] of the same dtype."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 

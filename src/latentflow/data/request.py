@@ -11,7 +11,8 @@ from latentflow.data.painting.input_rules import FILES, NO_INPUTS, ORIGINS, Inpu
 from latentflow.data.painting.mask_rules import MaskPolicy, MaskRules
 from latentflow.data.pixel_choice import PixelChoice
 from latentflow.errors import ConfigError, nearest
-from latentflow.requests import Names, Option, PathText, Request, RequestError, Whole
+from latentflow.requests import FromText, Names, Option, PathText, Request, RequestError, Whole
+from latentflow.sizes import ImageSize, Size, bounded, typed_size
 
 MOST_PIXELS = 16_384
 """On a side of an image."""
@@ -110,8 +111,8 @@ class EncodeRequest(CacheOptions, TableOptions, PixelChoice):
         description="Images: a folder, zip, table, parquet, tar shards, LMDB, hf:owner/name or synthetic:COUNT."
     )
     autoencoder: PathText = Field(description="A diffusers autoencoder: folder, hub id, or 'shapes'.")
-    image_size: Annotated[Whole, Option(remedy="64 or 256 are usual")] = Field(
-        256, ge=1, le=MOST_PIXELS, description="Side of the square images in pixels."
+    image_size: Annotated[ImageSize, bounded(1, MOST_PIXELS), FromText(typed_size)] = Field(
+        Size(256, 256), description="Size of the images in pixels: 256 for squares, or WIDTHxHEIGHT, like 192x128."
     )
     first: Annotated[Whole, Option(remedy="leave it out for all images")] | None = Field(
         None, ge=1, description="Encode only this many images: the first of each class, then the second, and so on."

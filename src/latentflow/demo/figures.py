@@ -9,6 +9,7 @@ from pydantic import Field
 
 from latentflow.data.sources.synthetic import CLASS_NAMES
 from latentflow.records import Record
+from latentflow.sizes import ImageSize
 from latentflow.training.config import Recipe
 
 
@@ -56,7 +57,7 @@ class Encoding(Record):
 
     seconds: float
     num_images: int
-    image_size: int
+    image_size: ImageSize
     latent_shape: tuple[int, int, int]
     images_per_second: float = Field(description="Throughput of the images that this call encoded.")
 

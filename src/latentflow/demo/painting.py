@@ -52,7 +52,7 @@ def fill_holes(work: Workshop) -> dict[str, Any]:
     scale, config = work.figures.scale, work.model.config
     pictures = [item.pixels for item in work.held_out(scale.num_painted)]
     size, factor, num = config.image_size, config.autoencoder.factor, len(pictures)
-    holes = [draw_mask(config.masks, size, size, derive_seed("demo", "hole", n)) for n in range(num)]
+    holes = [draw_mask(config.masks, *size, derive_seed("demo", "hole", n)) for n in range(num)]
     hidden = as_tensor([hide(picture, hole) for picture, hole in zip(pictures, holes, strict=True)])
     real, inside = as_tensor(pictures), torch.from_numpy(np.stack(holes))[:, None] > 0
     mask = shares(torch.stack([hole_counts(hole, factor) for hole in holes]), factor)

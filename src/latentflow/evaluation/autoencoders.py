@@ -8,9 +8,10 @@ from latentflow.autoencoder import BUILT_IN, Autoencoder
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.model.flow_model import CONFIG_FILE, FlowModel, find_model
 from latentflow.runtime import Runtime
+from latentflow.sizes import Size
 
 
-def open_autoencoder(reference: str, image_size: int | None, runtime: Runtime) -> tuple[Autoencoder, int]:
+def open_autoencoder(reference: str, image_size: Size | None, runtime: Runtime) -> tuple[Autoencoder, Size]:
     """The autoencoder of a model, or one without a model, and the image size to evaluate it at.
 
     Raises:
@@ -23,7 +24,7 @@ def open_autoencoder(reference: str, image_size: int | None, runtime: Runtime) -
         autoencoder = Autoencoder.from_pretrained(reference).to(runtime)
         if image_size is None:
             raise ConfigError("an autoencoder without a model has no image size: give --image-size, for example 256")
-        autoencoder.latent_side(image_size)
+        autoencoder.latent_size(image_size)
         return autoencoder, image_size
     model = FlowModel.from_pretrained(reference, runtime=runtime)
     if image_size not in (None, model.config.image_size):

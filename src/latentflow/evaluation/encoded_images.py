@@ -105,7 +105,7 @@ def encode_reference(
         num: how many; fewer if there are no more.
         least: fewer than these are refused.
         num_decoded: how many reconstructions are compared with their images.
-        visit: called with each batch: pixels [B, 3, S, S] uint8 on the CPU, and latents [B, C, h, w] on the device.
+        visit: called with each batch: pixels [B, 3, H, W] uint8 on the CPU, and latents [B, C, h, w] on the device.
 
     Raises:
         DataError: too few images can be read.

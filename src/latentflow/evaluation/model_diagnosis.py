@@ -74,7 +74,7 @@ class Examined:
         return Examined(self.latents.rows(rows), self.features[rows], reconstructed)
 
     def pictures(self, rows: Sequence[int]) -> Tensor:
-        """The pixels of some images, read again: [B, 3, S, S] uint8."""
+        """The pixels of some images, read again: [B, 3, H, W] uint8."""
         source = self.latents.source
         pixels = [source[self.latents.indices[row]].pixels for row in rows]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
@@ -91,7 +91,7 @@ def measure_diagnosis(
             them.
 
     Returns:
-        The diagnosis but its `seconds`; and sheets of pairs of pictures by name, [2 n, 3, S, S].
+        The diagnosis but its `seconds`; and sheets of pairs of pictures by name, [2 n, 3, H, W].
 
     Raises:
         DataError: too few images can be read.

@@ -1,6 +1,6 @@
 """Images that a model paints over real ones: filled holes, painted semantic maps, and translated inputs.
 
-Legend: B and N images, S side of the model's images, K classes of the semantic map.
+Legend: B and N images, H and W height and width of the model's images, K classes of the semantic map.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from latentflow.sampling.frame import Frame
 from latentflow.sampling.pipeline import Given
 from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples
+from latentflow.sizes import Size
 
 _POLICIES = get_args(MaskPolicy)
 _WINDOW = 11  # pixels, of SSIM
@@ -106,7 +107,7 @@ def plan_painting(model: FlowModel, source: ImageSource, request: EvaluationRequ
             return Painting(drawing, own_labels)
         return Painting(drawing, own_labels, segmenter=_segmenter(name), inputs={"segmenter": name})
     rules = _rules(model, request.masks)
-    check_masks(rules, model.config.image_size, model.config.image_size)
+    check_masks(rules, *model.config.image_size)
     return Painting(drawing, own_labels, rules=rules, judge=judge, inputs={"holes": _described(rules)})
 
 
@@ -174,11 +175,11 @@ def painted(
     return compute_in_shards(len(rows), compute, plan=plan, work=work)
 
 
-def _holes(painting: Painting, size: int, rows: Sequence[int]) -> list[np.ndarray]:
-    """The hole of each image, [S, S]; none if the task has none."""
+def _holes(painting: Painting, size: Size, rows: Sequence[int]) -> list[np.ndarray]:
+    """The hole of each image, [H, W]; none if the task has none."""
     if painting.rules is None:
         return []
-    return [draw_mask(painting.rules, size, size, derive_seed("evaluate", "hole", row)) for row in rows]
+    return [draw_mask(painting.rules, *size, derive_seed("evaluate", "hole", row)) for row in rows]
 
 
 def map_scores(columns: Columns) -> dict[str, Score]:
@@ -190,7 +191,7 @@ def map_scores(columns: Columns) -> dict[str, Score]:
 def hole_values(filled: Tensor, real: Tensor, holes: Sequence[np.ndarray], *, judge: PairJudge) -> Columns:
     """The values of `judge` for the whole image, and PSNR and SSIM in the hole: [B] each.
 
-    Images are uint8 [B, 3, S, S], holes [S, S].
+    Images are uint8 [B, 3, H, W], holes [H, W].
 
     Outside the hole images are bit-identical, so a window that does not touch it has an SSIM of 1: the mean over the
     windows that do follows from the mean over all.
@@ -260,9 +261,9 @@ def _given(
 
 
 def _pasted(drawn: Tensor, real: Tensor, holes: Sequence[np.ndarray]) -> Tensor:
-    """Real images with their holes filled from drawn ones, by the rule of `latentflow inpaint`: [B, 3, S, S] uint8."""
+    """Real images with their holes filled from drawn ones, by the rule of `latentflow inpaint`: [B, 3, H, W] uint8."""
     height, width = drawn.shape[2:]
-    frame = Frame((0, 0, width, height), (height, width))
+    frame = Frame((0, 0, width, height), Size(height, width))
     pictures = (x.permute(0, 2, 3, 1).contiguous().numpy() for x in (drawn, real))
     return stack_pixels([frame.paste(*one, feather=0) for one in zip(*pictures, holes, strict=True)])
 

@@ -1,6 +1,6 @@
 """Images of a source, read ahead while a network works: by threads, or by processes if they are faster.
 
-Legend: n images, S image side.
+Legend: n images, H and W image height and width.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ReadImages:
         num_tried: images of the batch, broken ones included.
         rows: of the n others.
         labels: [n] int64, -1 where there are none.
-        pixels: [n, 3, S, S] uint8.
+        pixels: [n, 3, H, W] uint8.
     """
 
     num_tried: int
@@ -55,8 +55,8 @@ class _Batches(Dataset):
             except BrokenImage:
                 continue
         labels = torch.tensor([-1 if item.label is None else item.label for _, item in found], dtype=torch.int64)
-        side = self.source.image_size
-        pixels = stack_pixels([item.pixels for _, item in found]) if found else torch.zeros(0, 3, side, side).byte()
+        size = self.source.image_size
+        pixels = stack_pixels([item.pixels for _, item in found]) if found else torch.zeros(0, 3, *size).byte()
         return ReadImages(len(rows), [row for row, _ in found], labels, pixels)
 
 
@@ -73,7 +73,7 @@ class ImageReader:
         self.source, self.rows, self.batch_size = source, rows, work.batch_size
         self.how = Reading(
             work.num_workers,
-            batch_bytes=3 * source.image_size**2 * work.batch_size,
+            batch_bytes=3 * source.image_size.area * work.batch_size,
             pin_memory=device.type == "cuda",
             cpu_is_busy=device.type == "cpu",
             sharing=work.runtime.local_world,

@@ -29,6 +29,7 @@ from latentflow.metrics.features.extractors import FeatureExtractor
 from latentflow.metrics.statistics import FeatureStatistics, require_features
 from latentflow.metrics.stored_statistics import FOREIGN_SUFFIXES, Provenance, Reference, load_reference
 from latentflow.runtime import Runtime
+from latentflow.sizes import Size
 
 _OWN_SUFFIX = ".safetensors"
 _RULES = f"{CROP_RULE}, {PIXEL_RULES}"
@@ -43,7 +44,7 @@ class RealImages:
         source: the images; None where only statistics are there.
         stored: the statistics; None where they are still to be computed.
         fingerprint: of the images; of a foreign file of statistics, its SHA-256.
-        image_size: height and width in pixels; 0: not known.
+        image_size: of the images.
         notes: warnings for the user.
     """
 
@@ -51,7 +52,7 @@ class RealImages:
     source: ImageSource | None
     stored: Reference | None
     fingerprint: str
-    image_size: int
+    image_size: Size
     notes: tuple[str, ...] = ()
 
     @property
@@ -96,7 +97,7 @@ class RealFeatures:
     notes: tuple[str, ...] = ()
 
 
-def open_real_images(data: str | Path, image_size: int, inputs: str = FILES) -> RealImages:
+def open_real_images(data: str | Path, image_size: Size, inputs: str = FILES) -> RealImages:
     """Open images, or a file of statistics; no image is decoded.
 
     Args:
@@ -111,12 +112,12 @@ def open_real_images(data: str | Path, image_size: int, inputs: str = FILES) -> 
         return RealImages(str(data), source, None, source.fingerprint(), image_size)
     stored = load_reference(file)
     made = stored.provenance
-    if made.image_size and made.image_size != image_size:
+    if made.image_size.area and made.image_size != image_size:
         raise DataError(
             f"{data} holds statistics of images of {made.image_size} pixels, and the images to score have "
             f"{image_size}: FID depends on the size; give the reference images instead"
         )
-    notes = () if made.image_size else (f"{file.name} does not give its image size, which is assumed to match",)
+    notes = () if made.image_size.area else (f"{file.name} does not give its image size, which is assumed to match",)
     return RealImages(str(data), None, stored, made.fingerprint or f"sha256:{sha256_file(file)}", image_size, notes)
 
 
@@ -221,7 +222,7 @@ def _plan(real: RealImages, extractor: FeatureExtractor) -> dict[str, Any]:
     return {
         "data": real.fingerprint,
         "num_images": real.num_images if real.source is not None else None,
-        "image_size": real.image_size,
+        "image_size": real.image_size.written,
         "resize": _RULES,
         "features": extractor.hash,
     }

@@ -30,6 +30,7 @@ from latentflow.requests import (
     WholeNumbers,
 )
 from latentflow.sampling.request import MOST_IMAGES, MOST_SEED, SamplingRequest, require_interval
+from latentflow.sizes import ImageSize, bounded, typed_size
 from latentflow.training.request import LONGEST, SHORTEST
 
 LABEL_POLICIES = ("balanced", "uniform", "data", "none")
@@ -105,7 +106,9 @@ class EvaluationRequest(SamplingRequest):
     lpips: Path | None = Field(
         None, description="For lpips: a folder with alexnet-owt-7be5be79.pth and alex.pth, or one file of both."
     )
-    image_size: Whole | None = Field(None, ge=1, description="Image side in pixels; only if MODEL is an autoencoder.")
+    image_size: Annotated[ImageSize, bounded(1, 16_384), FromText(typed_size)] | None = Field(
+        None, description="Image size in pixels, 256 or WIDTHxHEIGHT; only if MODEL is an autoencoder."
+    )
     resamples: Annotated[Whole, Option(remedy="0 for none; 200 are usual")] | None = Field(
         None,
         ge=0,

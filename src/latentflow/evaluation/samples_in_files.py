@@ -18,6 +18,7 @@ from latentflow.model.flow_model import CONFIG_FILE
 from latentflow.progress import image_progress
 from latentflow.sampling.picture_file import facts_in, unlike, which, whose
 from latentflow.sampling.picture_folder import GRID
+from latentflow.sizes import Size
 
 _READERS = 8
 
@@ -60,7 +61,7 @@ def _images_in(place: str) -> tuple[Store, Listing] | None:
 
 def _checked(place: str, store: Store, listing: Listing) -> ImageSource:
     files = {name: file for name, file in sorted(listing.files.items()) if is_image(name) and not GRID.search(name)}
-    side, facts = 0, {}
+    size, facts = None, {}
     if lossy := [name for name in files if not name.lower().endswith(".png")]:
         raise DataError(
             f"{place}: {lossy[0]} is not a PNG: lossy compression such as JPEG changes every score; save samples as PNG"
@@ -71,15 +72,14 @@ def _checked(place: str, store: Store, listing: Listing) -> ImageSource:
             if isinstance(found, Exception):
                 raise DataError(f"{place}: cannot read {name}: {reason(found)}; draw it again") from found
             (width, height), facts[name] = found
-            side = side or width
-            if (width, height) != (side, side):
+            size = size or Size(height, width)
+            if (height, width) != size:
                 raise DataError(
-                    f"{place}: {name} has {width} x {height} pixels; samples must be square and of one size, "
-                    f"here {side} x {side}"
+                    f"{place}: {name} has {width} x {height} pixels; samples must be of one size, here {size.words}"
                 )
             on_images(1)
     _require_one_set(place, facts)
-    return ImageFiles(list_files(store, listing), side or 1)
+    return ImageFiles(list_files(store, listing), size or Size(1, 1))
 
 
 def _head(store: Store, path: str, name: str) -> tuple[tuple[int, int], dict[str, Any] | None] | Exception:

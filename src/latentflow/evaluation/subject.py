@@ -44,6 +44,7 @@ from latentflow.metrics.pairs import PairJudge, pair_order
 from latentflow.metrics.scores import require_enough, some_of
 from latentflow.model.flow_model import FlowModel
 from latentflow.runtime import Runtime
+from latentflow.sizes import Size
 
 USUAL_NUM = 50_000  # images of a published FID
 
@@ -53,7 +54,7 @@ class Subject(ABC):
 
     Attributes:
         task: as in `EvaluationProtocol`.
-        image_size: height and width of its images in pixels.
+        image_size: of its images.
         device: where it is computed.
         autoencoder: for features that are its latents.
         real: the real images.
@@ -74,7 +75,7 @@ class Subject(ABC):
     labels = "none"
     num_classes = 0
 
-    def __init__(self, request: EvaluationRequest, image_size: int, device: torch.device):
+    def __init__(self, request: EvaluationRequest, image_size: Size, device: torch.device):
         self.request, self.image_size, self.device = request, image_size, device
         judge = read_judge(request.features) if is_judge(request.features) else None
         self._judged = judge.class_names if judge else []
@@ -267,7 +268,7 @@ class Reconstructed(Subject):
 
         plan = {
             "data": self.real.fingerprint,
-            "image_size": self.image_size,
+            "image_size": self.image_size.written,
             "features": extractor.hash,
             "autoencoder": self.autoencoder.content_hash,
             "pairs": self.judge.key,

@@ -14,6 +14,7 @@ from latentflow.errors import ArtifactError, ConfigError
 from latentflow.metrics.names import NEIGHBOUR_SCORES
 from latentflow.records import Record, explain
 from latentflow.runtime import Precision
+from latentflow.sizes import ImageSize
 
 ENOUGH_RESAMPLES = 200  # of fewer, bounds are not called an interval
 
@@ -52,7 +53,7 @@ class JudgeFacts(Record):
     data: str
     fingerprint: str
     num_images: int
-    image_size: int
+    image_size: ImageSize
     class_names: list[str] = Field(description="Empty: it knows no classes.")
     method: str
     steps: int
@@ -77,7 +78,7 @@ class ReferenceFacts(Record):
     data: str
     fingerprint: str = Field(description="Of the images; of a foreign file of statistics, its SHA-256.")
     num_images: int = Field(description="0: not given in the file of statistics.")
-    image_size: int = Field(description="0: not given in the file of statistics.")
+    image_size: ImageSize = Field(description="0: not given in the file of statistics.")
     resize: str
 
 
@@ -102,7 +103,7 @@ class EvaluationProtocol(Record):
 
     task: Literal["sample", "images", "reconstruction", "inpaint", "mask-to-image", "translate"]
     num_images: int
-    image_size: int
+    image_size: ImageSize
     first_seed: int | None = Field(None, description="Image i has this seed + i; null: nothing was drawn.")
     label_policy: str = "none"
     label_counts: list[int] = Field(default_factory=list, description="Images of each class; empty: unconditional.")
@@ -139,7 +140,7 @@ class EvaluationProtocol(Record):
             "reference images": self.reference.num_images,
             "images": self.num_images,
             "label policy": self.label_policy,
-            "image size": self.image_size,
+            "image size": self.image_size.written,
             "resize": self.reference.resize,
             **self.inputs,
         }

@@ -20,6 +20,7 @@ from latentflow.artifacts import checked_tensors, open_tensors, write_tensors
 from latentflow.errors import ArtifactError, DataError
 from latentflow.metrics.statistics import FeatureStatistics
 from latentflow.records import Record
+from latentflow.sizes import ImageSize
 
 _KEY = "latentflow.reference"
 FOREIGN_SUFFIXES = (".npz", ".npy")
@@ -34,8 +35,8 @@ class Provenance(Record):
     """The images and their number in one line."""
     fingerprint: str
     """`ImageSource.fingerprint` of the images; "" if not known."""
-    image_size: int
-    """Height and width in pixels to which images were resized before feature extraction; 0 if not known."""
+    image_size: ImageSize
+    """To which images were cropped and resized before feature extraction; 0 if not known."""
     resize: str
     """How they were resized."""
     feature_name: str

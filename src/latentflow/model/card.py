@@ -61,7 +61,7 @@ def _facts(config: ModelConfig) -> dict[str, str]:
     guided = ", ".join(conditioning.can_guide)
     seen = f"{training.step:,} steps, {training.images_seen:,} images seen"
     facts = {
-        "image size": f"{config.image_size} x {config.image_size}",
+        "image size": config.image_size.words,
         "network": config.network.title,
         "latents": f"{' x '.join(map(str, config.latent_shape))}, autoencoder `{config.autoencoder.reference}`",
         "conditions": ", ".join(conditioning.kinds) or "none (unconditional)",

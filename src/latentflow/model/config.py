@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -26,6 +26,7 @@ from latentflow.networks.velocity_network import (
 )
 from latentflow.pixel_format import PixelFormat
 from latentflow.records import Record
+from latentflow.sizes import ImageSize, bounded
 
 AUTOENCODER_FOLDER = "autoencoder"
 """The subfolder of a model folder for an autoencoder that is not on the hub."""
@@ -104,7 +105,7 @@ class ModelConfig(Record):
     """Everything that defines a model but its weights."""
 
     format_version: Literal[1] = 1
-    image_size: int = Field(ge=1, le=16_384)
+    image_size: Annotated[ImageSize, bounded(1, 16_384)]
     pixel_format: PixelFormat = PixelFormat()
     network: NetworkConfig
     prediction: PredictionConfig = VelocityPrediction()
@@ -125,8 +126,7 @@ class ModelConfig(Record):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of one image's latents."""
-        side = self.image_size // self.autoencoder.factor
-        return self.autoencoder.num_channels, side, side
+        return self.autoencoder.num_channels, *self.image_size.over(self.autoencoder.factor)
 
     @property
     def pixel_multiple(self) -> int:
@@ -153,7 +153,7 @@ class ModelConfig(Record):
         if len(has_inputs) > 1:
             raise ValueError("inputs, input_format and conditioning.input_channels belong together")
         channels, multiple = self.autoencoder.num_channels, self.pixel_multiple
-        if self.image_size % multiple:
+        if not self.image_size.is_multiple_of(multiple):
             raise ValueError(f"image_size {self.image_size} is not a multiple of {multiple}, as the network needs it")
         for name in self.sampling.guided_by or ():
             if name not in (known := [*CONDITION_NAMES, *(one.name for one in self.conditioning.columns)]):

@@ -220,11 +220,11 @@ class FlowModel:
         return self.fitted_solvers.resolved(name, self.reference or "MODEL", weights)
 
     def encode(self, pixels: Tensor, random: ImageRandom | None = None) -> Tensor:
-        """pixels [B, 3, S, S] in [-1, 1] => latents [B, C, h, w]: the posterior's mode, or a sample by `random`."""
+        """pixels [B, 3, H, W] in [-1, 1] => latents [B, C, h, w]: the posterior's mode, or a sample by `random`."""
         return self.latents(self.autoencoder.encode(pixels), random)
 
     def moments(self, pixels: Tensor) -> Tensor:
-        """Stored values [B, C, S, S] in the model's `pixel_format` => moments [B, C or 2C, h, w]."""
+        """Stored values [B, C, H, W] in the model's `pixel_format` => moments [B, C or 2C, h, w]."""
         return self.autoencoder.encode(self.config.pixel_format.to_unit(pixels))
 
     def latents(self, moments: Tensor, random: ImageRandom | None = None) -> Tensor:
@@ -255,11 +255,11 @@ class FlowModel:
             return self.network(latents, time, condition)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, C, h, w] => pixels [B, 3, S, S] in [-1, 1]."""
+        """latents [B, C, h, w] => pixels [B, 3, H, W] in [-1, 1]."""
         return self.autoencoder.decode(self.config.normalisation.restore(latents))
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """latents [B, C, h, w] => pixels [B, 3, S, S] uint8, rounded on the device."""
+        """latents [B, C, h, w] => pixels [B, 3, H, W] uint8, rounded on the device."""
         return self.autoencoder.decode_to_uint8(self.config.normalisation.restore(latents))
 
 

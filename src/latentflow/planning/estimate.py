@@ -19,6 +19,7 @@ from latentflow.planning.machine import Machine
 from latentflow.planning.planned_run import PlannedRun
 from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.preview import preview_drawing
+from latentflow.sizes import Size
 from latentflow.training.config import Recipe, TrainingConfig
 from latentflow.training.memory import bytes_per_image, fitting_mode, micro_batch_that_fits
 from latentflow.training.optim import optimizer_bytes
@@ -146,12 +147,12 @@ def estimate_memory(subject: PlannedRun, network: nn.Module, machine: Machine, *
         if _keeps_best(subject):
             estimated["copy of the best weights"] = _state_bytes(sampled_part(network))
     given = {"half": machine.half, "aligned": recipe.training.is_aligned}
-    side = config.latent_shape[-1]
-    kept = {mode: bytes_per_image(config.network, side, memory=mode, **given) for mode in MEMORY_MODES}
+    size = Size(*config.latent_shape[1:])
+    kept = {mode: bytes_per_image(config.network, size, memory=mode, **given) for mode in MEMORY_MODES}
     preview = 0
     if recipe.training.preview_every:
         together = min(len(preview_of(subject).seeds), _DECODED_TOGETHER, micro)
-        decoded = together * _DECODED * 4 * (subject.stage.width or 128) * recipe.data.image_size**2
+        decoded = together * _DECODED * 4 * (subject.stage.width or 128) * recipe.data.image_size.area
         preview = weights + decoded  # a preview sets the weights aside and uses their average
     mode = recipe.training.memory
     if mode == "auto":
@@ -171,10 +172,10 @@ def cached_bytes(subject: PlannedRun) -> int | None:
     data, config = subject.data, subject.config
     if data.num_images is None or (data.cache is None and not data.assumed):
         return None
-    channels, (side, _) = subject.stage.num_moments, config.latent_shape[1:]
+    channels, positions = subject.stage.num_moments, Size(*config.latent_shape[1:]).area
     wide = data.cache is not None and data.cache.precision == "float32"
-    moments = channels * side**2 * (4 if wide else 2) * (2 if subject.recipe.data.flip else 1)
-    counts = side**2 * (1 if subject.stage.factor**2 <= 255 else 2)
+    moments = channels * positions * (4 if wide else 2) * (2 if subject.recipe.data.flip else 1)
+    counts = positions * (1 if subject.stage.factor**2 <= 255 else 2)
     maps = counts * config.conditioning.num_map_classes
     per_image = moments + maps
     if data.cache is not None and config.conditioning.inpainting:
@@ -228,7 +229,7 @@ def estimate_disk(subject: PlannedRun, network: nn.Module) -> Disk:
     num_milestones = training.steps // training.keep_every if training.keep_every else 0
     at_shares = [step for step in training.kept_at if not (training.keep_every and step % training.keep_every == 0)]
     previews = -(-training.steps // training.preview_every) if training.preview_every else 0
-    pixels = len(preview_of(subject).seeds) * subject.recipe.data.image_size**2
+    pixels = len(preview_of(subject).seeds) * subject.recipe.data.image_size.area
     place = next((p for p in Path(subject.recipe.out or "runs").absolute().parents if p.is_dir()), Path.cwd())
     here = subject.data.num_bytes
     return Disk(

@@ -22,6 +22,7 @@ from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, Model
 from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.planning.machine import Machine
 from latentflow.planning.request import PlanRequest
+from latentflow.sizes import Size
 from latentflow.training.config import Recipe
 from latentflow.training.data_columns import chosen_columns
 from latentflow.training.fitting import Situation, fit
@@ -144,11 +145,11 @@ def plan_subject(recipe: Recipe, name: str, machine: Machine, request: PlanReque
     data = _data(recipe, name, request.images, request.classes)
     recipe = with_cached(recipe, data.cache) if data.cache else recipe
     stage = _stage(recipe, name, data.cache, request.latents)
-    size, side = recipe.data.image_size, recipe.data.image_size // stage.factor
-    if size % stage.factor:
+    size = recipe.data.image_size
+    if not size.is_multiple_of(stage.factor):
         raise ConfigError(
             f"data.image_size = {size} is not a multiple of {stage.factor}, the reduction factor of "
-            f"{recipe.autoencoder}"
+            f"{recipe.autoencoder}; use {' or '.join(map(str, size.nearest(stage.factor)))}"
         )
     reasons: list[str] = []
     if recipe.fit:
@@ -157,7 +158,7 @@ def plan_subject(recipe: Recipe, name: str, machine: Machine, request: PlanReque
         situation = Situation(
             num_images=data.num_images - count_held_out(data.num_images, recipe.data.held_out),
             num_classes=data.num_classes if recipe.data.labels else 0,
-            side=side,
+            size=size.over(stage.factor),
             gpu=machine.gpu,
             memory=machine.memory,
             num_processes=machine.num_processes,
@@ -201,13 +202,13 @@ def _data(recipe: Recipe, name: str, num_images: int | None, num_classes: int | 
 def _stage(recipe: Recipe, name: str, cache: CachePlan | None, latents: Sequence[int] | None) -> StageFacts:
     reference = recipe.autoencoder
     if latents is not None:
-        channels, side = latents[0], latents[1]
-        if recipe.data.image_size % side:
+        channels, size = latents[0], Size(*latents[1:])
+        factor = max(recipe.data.image_size.width // size.width, 1)
+        if size.times(factor) != recipe.data.image_size:
             raise ConfigError(
-                f"--latents {'x'.join(map(str, latents))}: {side} does not divide data.image_size = "
+                f"--latents {'x'.join(map(str, latents))}: {size.words} does not divide data.image_size = "
                 f"{recipe.data.image_size}"
             )
-        factor = recipe.data.image_size // side
         return StageFacts(factor, channels, 2 * channels, assumed=f"latents {'x'.join(map(str, latents))}, as given")
     folder = _folder_here(reference)
     if folder is not None:

@@ -140,19 +140,18 @@ def _parts(config: ModelConfig) -> Iterator[_Part]:
             yield _Part(_with_depth(config, 2), 2 / network.depth, f"2 of {network.depth} blocks")
         return
     size, multiple = config.image_size, config.pixel_multiple
-    while size // 2 >= multiple and (size // 2) % multiple == 0:
-        size //= 2
-        side = size // config.autoencoder.factor
+    while all(side % 2 == 0 for side in size) and size.over(2).is_multiple_of(multiple):
+        size = size.over(2)
+        latents = size.over(config.autoencoder.factor).words
         smaller = config.model_copy(update={"image_size": size})
-        yield _Part(smaller, (size / config.image_size) ** 2, f"on latents of {side} x {side}")
+        yield _Part(smaller, size.area / config.image_size.area, f"on latents of {latents}")
     with suppress(ConfigError):  # its heads or norms may not divide the channels
         channels = network.channels // 2
         half = network.model_copy(update={"channels": channels, "stem_channels": channels})
         narrow = config.model_copy(update={"network": half, "image_size": size})
         count_parameters(narrow)
-        side = size // config.autoencoder.factor
-        what = f"half as wide, on latents of {side} x {side}"
-        yield _Part(narrow, (size / config.image_size) ** 2 / 4, what)
+        what = f"half as wide, on latents of {size.over(config.autoencoder.factor).words}"
+        yield _Part(narrow, size.area / config.image_size.area / 4, what)
 
 
 def _with_depth(config: ModelConfig, depth: int) -> ModelConfig:

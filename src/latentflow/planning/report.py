@@ -92,7 +92,7 @@ def _run_rows(plan: Plan) -> list[tuple[str, str, str]]:
             images += f", {held_out:,} of them held out,"
     known = ASSUMED if data.assumed else EXACT
     rows = [
-        ("data", f"{images} of {config.image_size} x {config.image_size}{classes}{maps}", known),
+        ("data", f"{images} of {config.image_size.words}{classes}{maps}", known),
         ("latents", f"{shape}, by {plan.recipe.autoencoder}", ASSUMED if subject.stage.assumed else EXACT),
         ("network", f"{config.network.title}, {plan.num_parameters:,} parameters", EXACT),
         ("training", steps, known if data.num_images else EXACT),

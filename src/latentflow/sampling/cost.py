@@ -104,7 +104,7 @@ def _seconds_of_a_call(model: FlowModel, drawing: Drawing, num_images: int) -> f
     """Wall time of one unconditional network call; on a GPU, after a first call to warm up."""
     channels, *sides = model.config.latent_shape
     if drawing.image_size is not None:
-        sides = [side // model.config.autoencoder.factor for side in drawing.image_size]
+        sides = drawing.image_size.over(model.config.autoencoder.factor)
     latents = torch.zeros(num_images, channels, *sides, device=model.device)
     clock, condition = (
         torch.ones_like(latents[:, 0, 0, 0]),

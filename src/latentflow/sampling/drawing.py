@@ -25,6 +25,7 @@ from latentflow.runtime import Precision, Runtime
 from latentflow.sampling.guides import OpenedGuide, check_guide, open_guide
 from latentflow.sampling.named_conditions import NamedValue, resolve_conditions
 from latentflow.sampling.request import MOST_SEED, SampleRequest
+from latentflow.sizes import Size
 
 SEED_TASKS = ("sample", "interpolate", "vary")
 """Tasks that draw from seeds only. In these, a seed without a given class has one of its own, the same in all tasks."""
@@ -73,9 +74,7 @@ class Drawing(_Conditioned):
         default_factory=dict, description="Files it was drawn from, with their hashes, and how they were used."
     )
     start: float = Field(default=1.0, gt=0, le=1, description="Time to start from; 1: noise.")
-    image_size: tuple[int, int] | None = Field(
-        default=None, description="Height and width in pixels; null: the model's."
-    )
+    image_size: Size | None = Field(default=None, description="Height and width in pixels; null: the model's.")
     sampling: SamplingPreset = SamplingPreset()
     precision: Precision = Field(default="fp32", description="What the network computes in.")
 
@@ -126,7 +125,7 @@ def make_drawing(
     conditions: Sequence[ConditionName] = (),
     inputs: Mapping[str, str] | None = None,
     start: float = 1.0,
-    image_size: tuple[int, int] | None = None,
+    image_size: Size | None = None,
 ) -> Drawing:
     """Resolve a request for a model: what the request leaves out comes from the preset in the model folder.
 

@@ -6,7 +6,7 @@
 
 The fourth edit, finding the noise of an image, is `latentflow.sampling.inversion`.
 
-Legend: B images, C latent channels, h and w latent height and width, S side of the square images in pixels.
+Legend: B images, C latent channels, h and w latent height and width.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def image_to_image(
     """Redraw one image, once for each seed: add noise to it, and integrate back from there.
 
     Args:
-        image: of any size; its square middle is scaled to the size of the training images.
+        image: of any size; its middle, of the shape of the training images, is scaled to their size.
         request: a fixed-step solver takes all its steps between t = strength and 0.
 
     Raises:

@@ -17,6 +17,7 @@ from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.feather import feathered, hole_spans, stretch_sums
 from latentflow.sampling.inputs import native_size, require_latent_pixel
 from latentflow.sampling.request import Fit
+from latentflow.sizes import Size
 
 _CONTEXT = 2  # side of the window, in sides of the hole
 
@@ -27,11 +28,11 @@ class Frame:
 
     Attributes:
         box: left, top, right, bottom in pixels of the image.
-        size: height and width after resizing, in pixels.
+        size: after resizing.
     """
 
     box: tuple[int, int, int, int]
-    size: tuple[int, int]
+    size: Size
 
     def cut(self, image: np.ndarray, mask: np.ndarray, told_as: MaskForm = "share") -> tuple[np.ndarray, np.ndarray]:
         """The frame of an image [H, W, 3] uint8 and of a mask [H, W] as the model sees them.
@@ -89,35 +90,45 @@ def choose_frame(model: FlowModel, mask: np.ndarray, fit: Fit | None = None) -> 
     require_latent_pixel(model, height, width)
     window = _window(mask, model.config.image_size)
     if fit == "window" and window is None:
-        raise ConfigError("fit 'window': no square in this image holds the hole and its surroundings; use fit 'whole'")
+        shape = "square" if model.config.image_size.is_square else f"part of the shape {model.config.image_size}"
+        raise ConfigError(
+            f"fit 'window': no {shape} in this image holds the hole and its surroundings; use fit 'whole'"
+        )
     if window is not None and fit in (None, "window"):
-        return Frame(window, (model.config.image_size,) * 2)
+        return Frame(window, model.config.image_size)
     if fit == "native":
         return Frame((0, 0, width, height), native_size(model, height, width))
     multiple = model.config.pixel_multiple
-    scale = model.config.image_size / min(height, width)
-    size = tuple(max(round(side * scale / multiple), 1) * multiple for side in (height, width))
+    trained = model.config.image_size
+    scale = max(trained.height / height, trained.width / width)
+    size = Size(*(max(round(side * scale / multiple), 1) * multiple for side in (height, width)))
     return Frame((0, 0, width, height), size)
 
 
-def _window(mask: np.ndarray, image_size: int) -> tuple[int, int, int, int] | None:
-    """A square with the hole and some of its surroundings: left, top, right, bottom; None: there is none."""
+def _window(mask: np.ndarray, image_size: Size) -> tuple[int, int, int, int] | None:
+    """A part of the shape of `image_size` with the hole and some of its surroundings; None: there is none.
+
+    Returns:
+        left, top, right, bottom.
+    """
     spans = hole_spans(mask)
     extents = [int(span[-1] - span[0]) + 1 for span in spans]
-    shorter = min(mask.shape)
-    side = min(max(_CONTEXT * max(extents), min(image_size, shorter)), shorter)
+    most = min(pixels / side for pixels, side in zip(mask.shape, image_size, strict=True))
+    wanted = max(_CONTEXT * extent / side for extent, side in zip(extents, image_size, strict=True))
+    scale = min(max(wanted, min(1, most)), most)
+    sides = [min(round(scale * side), pixels) for side, pixels in zip(image_size, mask.shape, strict=True)]
     starts = []
-    for span, extent, pixels in zip(spans, extents, mask.shape, strict=True):
+    for span, extent, pixels, side in zip(spans, extents, mask.shape, sides, strict=True):
         start = min(max(int(span[0]) - (side - extent) // 2, 0), pixels - side)
         cut_before, cut_after = start > 0 and span[0] <= start, start + side < pixels and span[-1] + 1 >= start + side
         if extent > side or cut_before or cut_after:
             return None
         starts.append(start)
-    top, left = starts
-    return left, top, left + side, top + side
+    (top, left), (height, width) = starts, sides
+    return left, top, left + width, top + height
 
 
-def _covered(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _covered(mask: np.ndarray, size: Size) -> np.ndarray:
     """A boolean mask [H, W] at another size [h, w]: true in every pixel that it touches, however thin it is."""
     for axis, length in enumerate(size):
         edges = np.arange(length + 1) * mask.shape[axis]

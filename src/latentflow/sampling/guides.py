@@ -34,6 +34,7 @@ from latentflow.model.snapshots import CHECKPOINTS, MODEL, split_snapshot
 from latentflow.requests import RequestError
 from latentflow.sampling.call_cost import relative_cost
 from latentflow.shapes import Condition, send
+from latentflow.sizes import Size
 
 HASH_DIGITS = 12
 """Of the hash of a guide's weights, in records."""
@@ -117,7 +118,7 @@ def check_guide(
     guide: OpenedGuide,
     given: Sequence[ConditionName],
     guided_by: Sequence[ConditionName] | None,
-    image_size: tuple[int, int] | None = None,
+    image_size: Size | None = None,
 ) -> None:
     """Refuse a guide that cannot draw these pictures, or that changes nothing.
 
@@ -135,9 +136,8 @@ def check_guide(
             why = "is left out by guided_by" if name in (guided_by or ()) else why
             raise RequestError("guide", f" {guide.name} requires the condition {name}, which {why}; give another guide")
     multiple = config.pixel_multiple
-    if image_size is not None and any(side % multiple for side in image_size):
-        height, width = image_size
-        reason = f" {guide.name} draws sides that are multiples of {multiple} pixels, not {width} x {height}"
+    if image_size is not None and not image_size.is_multiple_of(multiple):
+        reason = f" {guide.name} draws sides that are multiples of {multiple} pixels, not {image_size.words}"
         raise RequestError("guide", f"{reason}; give another guide, or another size")
     if list(given) == shared and guide.flow.weights_hash == model.weights_hash:
         reason = f" {guide.name} is the model itself under the same conditions, so guidance has nothing to act on"

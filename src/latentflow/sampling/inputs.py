@@ -1,7 +1,7 @@
 """Images and semantic maps that a user hands over, read and encoded the way the model sees them.
 
 Legend: B images, C latent channels, h and w latent height and width, K classes of the semantic map,
-S side of the square images in pixels.
+H and W height and width of the model's images in pixels.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from latentflow.data.painting.latent_size import class_counts, shares
 from latentflow.data.painting.map_reader import read_map
 from latentflow.data.painting.semantic_maps import MapClasses, check_map
 from latentflow.data.pictures.orientation import Photo, upright_as
-from latentflow.data.pictures.user_picture import describe_file, read_picture, square_picture
+from latentflow.data.pictures.user_picture import cropped_picture, describe_file, read_picture
 from latentflow.errors import ConfigError, DataError
 from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
+from latentflow.sizes import Size
 
 ImageInput = str | Path | Image.Image
 """A file, or a Pillow image."""
@@ -29,7 +30,7 @@ MapInput = str | Path | Image.Image | np.ndarray
 
 
 def read_input(model: FlowModel, image: ImageInput) -> tuple[Tensor, dict[str, str]]:
-    """The image as the model sees it, [1, 3, S, S] uint8, and its entry in the inputs of a request.
+    """The image as the model sees it, [1, 3, H, W] uint8, and its entry in the inputs of a request.
 
     Raises:
         DataError: it is no image, cannot be read, or is smaller than one latent pixel.
@@ -38,7 +39,7 @@ def read_input(model: FlowModel, image: ImageInput) -> tuple[Tensor, dict[str, s
         raise DataError(f"image {image!r:.60}: give a file or a Pillow image")
     picture = read_picture(image) if isinstance(image, str | Path) else image
     require_latent_pixel(model, picture.height, picture.width)
-    pixels = square_picture(picture, model.config.image_size)
+    pixels = cropped_picture(picture, model.config.image_size)
     return pixels, describe_inputs(image=image)
 
 
@@ -52,7 +53,7 @@ def describe_inputs(**inputs: object) -> dict[str, str]:
 
 
 def encode_input(model: FlowModel, pixels: Tensor) -> Tensor:
-    """pixels [B, 3, S, S] uint8 => latents [B, C, h, w], the posterior's mode, on the CPU."""
+    """pixels [B, 3, H, W] uint8 => latents [B, C, h, w], the posterior's mode, on the CPU."""
     return model.encode(to_unit_range(pixels).to(model.device)).cpu()
 
 
@@ -92,7 +93,7 @@ def map_fractions(model: FlowModel, indices: np.ndarray) -> Tensor:
     return shares(class_counts(indices, model.config.conditioning.num_map_classes, factor), factor)[None]
 
 
-def native_size(model: FlowModel, height: int, width: int) -> tuple[int, int]:
+def native_size(model: FlowModel, height: int, width: int) -> Size:
     """The same height and width, if the network can process them without resizing.
 
     Raises:
@@ -105,7 +106,7 @@ def native_size(model: FlowModel, height: int, width: int) -> tuple[int, int]:
             f"{width} x {height} pixels cannot be drawn at native size: both sides must be multiples of {multiple}; "
             f"resize to {near}, or leave out the native size"
         )
-    return height, width
+    return Size(height, width)
 
 
 def require_latent_pixel(model: FlowModel, height: int, width: int) -> None:

@@ -109,7 +109,7 @@ def invert(model: FlowModel, image: ImageInput, request: InvertRequest | None = 
     the inversion, it draws an edit of the image.
 
     Args:
-        image: of any size; its square middle is scaled to the size of the training images.
+        image: of any size; its middle, of the shape of the training images, is scaled to their size.
         request: more evaluations recover the image better. Guidance is 1 unless it is given, whatever the preset says:
             only the velocity without guidance transports noise to data, and the larger the scale, the less the noise of
             a real image resembles Gaussian noise.

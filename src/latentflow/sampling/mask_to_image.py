@@ -1,6 +1,6 @@
 """Mask-to-image: paint a semantic map.
 
-Legend: H and W map height and width, S size of the training images, K classes, h and w latent height and width.
+Legend: H and W map height and width, K classes, h and w latent height and width.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from latentflow.sampling.inputs import (
 from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import MaskToImageRequest
 from latentflow.sampling.samples import Samples
+from latentflow.sizes import Size
 
 
 def mask_to_image(
@@ -46,7 +47,12 @@ def mask_to_image(
     else:
         indices = crop_map(indices, model.config.image_size)
     drawing = make_drawing(
-        model, request, task="mask-to-image", conditions=["semantic_map"], inputs=inputs, image_size=indices.shape
+        model,
+        request,
+        task="mask-to-image",
+        conditions=["semantic_map"],
+        inputs=inputs,
+        image_size=Size(*indices.shape),
     )
     given = Given(class_fractions=map_fractions(model, indices))
     return draw_all(model, drawing, given, batch_size=batch_size, on_images=on_images)

@@ -44,6 +44,7 @@ from latentflow.sampling.named_conditions import NamedValue, condition_rows
 from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples, join_samples
 from latentflow.shapes import Condition, per_image, send
+from latentflow.sizes import Size
 
 MOST_TOGETHER = 65_536
 """Images in one batch."""
@@ -141,11 +142,11 @@ def draw_all(model: FlowModel, drawing: Drawing, given: Given = Given(), **optio
     Raises:
         ConfigError: the pictures would need more than `MOST_BYTES`.
     """
-    height, width = drawing.image_size or (model.config.image_size,) * 2
-    most = MOST_BYTES // (3 * height * width)
+    size = drawing.image_size or model.config.image_size
+    most = MOST_BYTES // (3 * size.area)
     if len(drawing.seeds) > most:
         raise ConfigError(
-            f"{len(drawing.seeds):,} images of {height} x {width} pixels at once in memory: at most {most:,}; draw "
+            f"{len(drawing.seeds):,} images of {size.words} pixels at once in memory: at most {most:,}; draw "
             "fewer, or write them with `latentflow sample`"
         )
     return join_samples(list(draw(model, drawing, given, **options)))
@@ -199,11 +200,11 @@ def initial_noise(model: FlowModel, drawing: Drawing) -> Tensor:
     return per_image(angle.cos(), own) * own + per_image(angle.sin(), own) * other
 
 
-def _noise(model: FlowModel, seeds: Sequence[int], image_size: tuple[int, int] | None) -> Tensor:
+def _noise(model: FlowModel, seeds: Sequence[int], image_size: Size | None) -> Tensor:
     random = ImageRandom.of_seeds("sample", seeds, model.device)
     channels, *sides = model.config.latent_shape
     if image_size is not None:
-        sides = [side // model.config.autoencoder.factor for side in image_size]
+        sides = image_size.over(model.config.autoencoder.factor)
     return random.normal(channels, *sides)
 
 

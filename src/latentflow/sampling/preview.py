@@ -23,6 +23,7 @@ from latentflow.runtime import Precision, Runtime
 from latentflow.sampling.contact_sheet import save_grid
 from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.pipeline import Given, draw
+from latentflow.sizes import Size
 
 MOST_EVALUATIONS = 50
 """Network calls per picture, without guidance; a preset that takes more is replaced by `_QUICK`."""
@@ -80,7 +81,7 @@ def save_preview(
 def _rows(
     model: FlowModel, images: TrainingImages, runtime: Runtime, batch_size: int
 ) -> tuple[list[Tensor], int, list[str]]:
-    """The pictures of a grid, [N, 3, S, S] uint8 each, the number of its columns, and the captions."""
+    """The pictures of a grid, [N, 3, H, W] uint8 each, the number of its columns, and the captions."""
     drawing, conditioning = preview_drawing(model.config, model.runtime.precision), model.config.conditioning
     if not {"inpainting", "semantic_map", "input"} & {*drawing.told}:
         pictures = _drawn(model, drawing, Given(), runtime, batch_size)
@@ -121,10 +122,10 @@ def _rows(
 
 
 def _drawn(model: FlowModel, drawing: Drawing, given: Given, runtime: Runtime, batch_size: int) -> Tensor:
-    """The pictures of a drawing, [N, 3, S, S] uint8 on the CPU in every process, each of which draws a share."""
+    """The pictures of a drawing, [N, 3, H, W] uint8 on the CPU in every process, each of which draws a share."""
     places = range(len(drawing.seeds))
     own = slice(runtime.rank, None, runtime.world)
-    pixels, error = torch.empty(0, 3, *(model.config.image_size,) * 2, dtype=torch.uint8), None
+    pixels, error = torch.empty(0, 3, *model.config.image_size, dtype=torch.uint8), None
     try:
         parts = draw(model, drawing.at(own), given.at(own), batch_size=batch_size) if runtime.share(places) else ()
         pixels = torch.cat([pixels, *(samples.pixels for samples in parts)])
@@ -153,19 +154,19 @@ def _affordable(sampling: SamplingPreset) -> SamplingPreset:
     return sampling.model_copy(update=_QUICK)
 
 
-def input_pictures(inputs: Tensor, image_size: int) -> Tensor:
-    """Inputs [B, c, H / N, W / N] in [-1, 1] as pictures [B, 3, S, S] uint8: the first three channels, or one as gray.
+def input_pictures(inputs: Tensor, image_size: Size) -> Tensor:
+    """Inputs [B, c, H / N, W / N] in [-1, 1] as pictures [B, 3, H, W] uint8: the first three channels, or one as gray.
 
     Pixels are enlarged as squares.
     """
     coloured = to_uint8(inputs[:, :3] if inputs.shape[1] >= 3 else inputs[:, :1].expand(-1, 3, -1, -1))
-    return torch.nn.functional.interpolate(coloured, size=(image_size, image_size), mode="nearest")
+    return torch.nn.functional.interpolate(coloured, size=tuple(image_size), mode="nearest")
 
 
-def map_pictures(class_fractions: Tensor, palette: list[tuple[int, int, int]], image_size: int) -> Tensor:
-    """The most frequent class of each latent pixel in its colour: [B, K, h, w] => [B, 3, S, S] uint8."""
+def map_pictures(class_fractions: Tensor, palette: list[tuple[int, int, int]], image_size: Size) -> Tensor:
+    """The most frequent class of each latent pixel in its colour: [B, K, h, w] => [B, 3, H, W] uint8."""
     unlabelled = 1 - class_fractions.sum(1, keepdim=True)  # as class K, which has no colour
     indices = torch.cat([class_fractions, unlabelled], 1).argmax(1).byte().cpu().numpy()
     coloured = np.stack([colour_map(one, palette) for one in indices])
     pixels = torch.from_numpy(coloured).permute(0, 3, 1, 2)
-    return torch.nn.functional.interpolate(pixels, size=(image_size, image_size), mode="nearest")
+    return torch.nn.functional.interpolate(pixels, size=tuple(image_size), mode="nearest")

@@ -150,9 +150,9 @@ class InpaintRequest(EditRequest):
 
     fit: Fit | None = Field(
         default=None,
-        description="What the model sees. window: a square around the hole, scaled to the training size; whole: the "
-        "image, its shorter side scaled to that size; native: the image at its own size. Default: window if the hole "
-        "leaves room for one, else whole.",
+        description="What the model sees. window: a part around the hole, of the shape of the training images, scaled "
+        "to their size; whole: the image, scaled until it covers that size; native: the image at its own size. "
+        "Default: window if the hole leaves room for one, else whole.",
     )
     feather: Annotated[Whole, Option(remedy="0 switches it off, 8 pixels are usual")] = Field(
         default=0,
@@ -172,7 +172,8 @@ class MaskToImageRequest(EditRequest):
 
     native: bool = Field(
         default=False,
-        description="Draw at the map's own size. Default: the square middle of the map, scaled to the training size.",
+        description="Draw at the map's own size. Default: the middle of the map, of the shape of the training images, "
+        "scaled to their size.",
     )
 
 

@@ -26,6 +26,7 @@ from latentflow.sampling.inputs import ImageInput, describe_inputs
 from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import TranslateRequest
 from latentflow.sampling.samples import Samples
+from latentflow.sizes import Size
 
 
 def translate(
@@ -48,7 +49,7 @@ def translate(
     model.config.conditioning.require("input")
     inputs = describe_inputs(image=image)
     paired = read_paired(model, image, native=request.native)
-    size = tuple(side * model.config.inputs.shrinking for side in paired.shape[-2:])
+    size = Size(*paired.shape[-2:]).times(model.config.inputs.shrinking)
     drawing = make_drawing(model, request, task="translate", conditions=["input"], inputs=inputs, image_size=size)
     given = Given(input=model.paired_input(paired.to(model.device)).cpu())
     return draw_all(model, drawing, given, batch_size=batch_size, on_images=on_images)
@@ -58,7 +59,7 @@ def read_paired(model: FlowModel, image: ImageInput, *, native: bool = False) ->
     """An image as the input of a model: [1, c, H / N, W / N] uint8.
 
     Args:
-        native: all of it at its own size; otherwise its square middle, scaled to what the model's image size needs.
+        native: all of it at its own size; otherwise its middle, of the model's shape, at the size that the model needs.
 
     Raises:
         DataError: it is no image, or cannot be read.
@@ -76,20 +77,20 @@ def read_paired(model: FlowModel, image: ImageInput, *, native: bool = False) ->
         _require_native(model, picture)
         pixels = stack_pixels([np.asarray(picture)])
     else:
-        pixels = _square(model, picture)
+        pixels = _middle(model, picture)
     return derived_inputs(pixels, rules) if rules.origin == GRAY else pixels
 
 
-def _square(model: FlowModel, picture: Image.Image) -> Tensor:
+def _middle(model: FlowModel, picture: Image.Image) -> Tensor:
     rules, size = model.config.inputs, model.config.image_size
-    side = rules.side(size)
-    if rules.shrinking > 1 and min(picture.size) > side:
+    seen = rules.size(size)
+    if rules.shrinking > 1 and picture.width > seen.width and picture.height > seen.height:
         notice(
-            f"the image of {picture.width} x {picture.height} pixels is reduced to {side} x {side}, from which this "
-            f"model draws {size} x {size}; use --native to keep all of its pixels"
+            f"the image of {picture.width} x {picture.height} pixels is reduced to {seen.words}, from which this "
+            f"model draws {size.words}; use --native to keep all of its pixels"
         )
     try:
-        return stack_pixels([center_crop(picture, side)])
+        return stack_pixels([center_crop(picture, seen)])
     except ValueError as error:
         raise DataError(f"the image cannot be used: {error}") from error
 

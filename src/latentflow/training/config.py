@@ -26,6 +26,7 @@ from latentflow.networks.dit import DiTConfig
 from latentflow.networks.velocity_network import NetworkConfig
 from latentflow.records import Record
 from latentflow.runtime import PrecisionWord
+from latentflow.sizes import ImageSize, Size, bounded
 from latentflow.training.changes import ChangeRules
 from latentflow.training.optim import OptimizerConfig
 from latentflow.training.request import LONGEST
@@ -52,11 +53,10 @@ class DataConfig(PixelChoice):
     inputs: InputRules = Field(
         InputRules(), description="Paired inputs, for conditioning.input; not set: those of the latent cache."
     )
-    image_size: int = Field(
-        256,
-        ge=1,
-        le=LARGEST_IMAGE,
-        description="Side of the square images in pixels; not set: that of the latent cache.",
+    image_size: Annotated[ImageSize, bounded(1, LARGEST_IMAGE)] = Field(
+        Size(256, 256),
+        description="Size of the images in pixels: 256 for squares, or WIDTHxHEIGHT, like 192x128; not set: that of "
+        "the latent cache.",
     )
     flip: bool = Field(True, description="Flip images at random; not set: if the latent cache holds flipped ones.")
     augment: float = Field(

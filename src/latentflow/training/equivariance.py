@@ -3,7 +3,8 @@
 Flows learn such latents faster, because they have less of the fine structure that only the decoder can read
 (EQ-VAE, arXiv 2502.09509, section 3).
 
-Legend: B images, P channels of the pixels, S side of the training crops, C latent channels, h = w = S / factor.
+Legend: B images, P channels of the pixels, H and W height and width of the training crops, C latent channels,
+h = H / factor, w = W / factor.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from latentflow.randomness import ImageRandom
 from latentflow.shapes import image_mean, send, shrink
+from latentflow.sizes import Size
 
 _PARTS = 4  # sides are multiples of a quarter of the latent's: the paper draws scales from 1/4 to 1
 
@@ -24,31 +26,38 @@ def equivariance_loss(
 ) -> Tensor:
     """|D(tau z) - tau x|, the mean absolute error of each image: [B] float32 (EQ-VAE's implicit regularisation).
 
-    tau turns by 0 to 3 quarters of a circle, then shrinks to a quarter, a half, three quarters or all of the side, each
-    with the same chance. On average the second decoding costs 0.47 times the first.
+    tau turns by 0 to 3 quarters of a circle, or by 0 or 2 where crops are not square, then shrinks to a quarter, a
+    half, three quarters or all of the side, each with the same chance. On average the second decoding costs 0.47 times
+    the first.
 
     Args:
-        decode: D: raw latents [b, C, k, k] => pixels [b, P, k factor, k factor].
-        latents: z [B, C, h, h].
-        pixels: x [B, P, S, S] in [-1, 1].
+        decode: D: raw latents [b, C, k, l] => pixels [b, P, k factor, l factor].
+        latents: z [B, C, h, w].
+        pixels: x [B, P, H, W] in [-1, 1].
         random: on the CPU; decides tau of each image.
     """
-    side = latents.shape[-1]
-    factor = pixels.shape[-1] // side
+    size = Size(*latents.shape[-2:])
+    factor = pixels.shape[-1] // size.width
     draws = random.uniform(2)
-    turns = send((draws[:, 0] * 4).long(), latents.device)
+    turns = send((draws[:, 0] * 4).long() if size.is_square else 2 * (draws[:, 0] * 2).long(), latents.device)
     latents, pixels = quarter_turned(latents, turns), quarter_turned(pixels, turns)
-    sides = (((draws[:, 1] * _PARTS).long() + 1) * side).div(_PARTS, rounding_mode="floor").clamp(min=1)
+    parts = ((draws[:, 1] * _PARTS).long() + 1).tolist()
+    sizes = [Size(*(max(part * side // _PARTS, 1) for side in size)) for part in parts]
     rows, losses = [], []
-    for smaller in sorted(set(sides.tolist())):
-        of_this_side = send((sides == smaller).nonzero()[:, 0], latents.device)
-        decoded = decode(shrink(latents[of_this_side], smaller)).float()
-        losses.append(image_mean((decoded - shrink(pixels[of_this_side], smaller * factor)).abs()))
-        rows.append(of_this_side)
+    for smaller in sorted(set(sizes)):
+        of_this_size = send(torch.tensor([row for row, one in enumerate(sizes) if one == smaller]), latents.device)
+        decoded = decode(shrink(latents[of_this_size], smaller)).float()
+        losses.append(image_mean((decoded - shrink(pixels[of_this_size], smaller.times(factor))).abs()))
+        rows.append(of_this_size)
     return torch.cat(losses)[torch.cat(rows).argsort()]
 
 
 def quarter_turned(images: Tensor, quarters: Tensor) -> Tensor:
-    """Square images [B, ..., S, S], each turned anticlockwise by its number of quarters ([B] int64, 0 to 3)."""
-    each_way = torch.stack([torch.rot90(images, turn, (-2, -1)) for turn in range(4)])
-    return each_way[quarters, torch.arange(len(images), device=images.device)]
+    """Images [B, ..., H, W], each turned anticlockwise by its number of quarters.
+
+    Args:
+        quarters: [B] int64, 0 to 3; where images are not square, 0 or 2.
+    """
+    step = 1 if images.shape[-2] == images.shape[-1] else 2
+    each_way = torch.stack([torch.rot90(images, turn, (-2, -1)) for turn in range(0, 4, step)])
+    return each_way[quarters // step, torch.arange(len(images), device=images.device)]

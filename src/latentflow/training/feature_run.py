@@ -26,6 +26,7 @@ from latentflow.randomness import derive_seed
 from latentflow.records import Record
 from latentflow.requests import RequestError
 from latentflow.runtime import Runtime
+from latentflow.sizes import ImageSize, Size
 from latentflow.training.checkpoint import Keeping
 from latentflow.training.feature_step import FeatureLearner, FeatureMethod, feature_step
 from latentflow.training.first_stage import MeanTerms
@@ -52,7 +53,7 @@ class FeaturePlan(Record):
 
     format_version: int = 1
     data: str = Field(description="Fingerprint of the images.")
-    image_size: int
+    image_size: ImageSize
     class_names: list[str] = Field(description="Of the images; empty: there are none, or only one.")
     method: FeatureMethod
     network: FeatureNetworkConfig
@@ -112,7 +113,7 @@ class PreparedFeatures:
     def describe(self) -> dict[str, str]:
         """The run in about ten lines."""
         plan, runtime = self.plan, self.runtime
-        size = f"{plan.image_size} x {plan.image_size}"
+        size = plan.image_size.words
         how = f"the {len(plan.class_names)} classes" if plan.method == "labels" else "two views of each image"
         in_memory = ", in memory" if self.resident else ""
         parameters = sum(parameter.numel() for parameter in self.learner.network.parameters())
@@ -207,10 +208,10 @@ def _stays_resident(plan: FeaturePlan, images: TrainingImages, runtime: Runtime)
 
 
 def network_for(
-    image_size: int, *, gpu: bool, side: int | None = None, width: int | None = None
+    image_size: Size | int, *, gpu: bool, side: int | None = None, width: int | None = None
 ) -> FeatureNetworkConfig:
     """The sizes of a network for images of a size: levels down to four pixels, as far as they are not given."""
-    side = side or min(max(image_size // 2, 32), 128 if gpu else 64)
+    side = side or min(max(min(Size.of(image_size)) // 2, 32), 128 if gpu else 64)
     width = width or (64 if gpu or side <= 32 else 32)
     widths, left = [width], side // 2
     while left > 4 and len(widths) < 6:

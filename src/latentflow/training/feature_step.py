@@ -127,7 +127,7 @@ def contrastive_loss(first: Tensor, second: Tensor, temperature: float = _TEMPER
 
 def _shifted(pixels: Tensor, random: ImageRandom) -> Tensor:
     """Images moved by whole pixels, up to an eighth of their side, with what they show mirrored at the rim."""
-    side = pixels.shape[-1]
+    side = pixels.shape[-1]  # the network reads squares
     most = int(side * _SHIFT)
     padded = F.pad(pixels, (most,) * 4, mode="reflect").permute(0, 2, 3, 1)
     corners = (random.uniform(2) * (2 * most + 1)).long()  # [B, 2]

@@ -10,7 +10,8 @@ each term a mean over its elements; D is the decoder, and tau turns and shrinks 
 last two lines are off unless asked for; see `training.texture` for the last one. The discriminator learns in the same
 steps, from a loss that only reaches its own weights.
 
-Legend: B images, P channels of the pixels, S side of the training crops, C latent channels, h = w = S / factor.
+Legend: B images, P channels of the pixels, H and W height and width of the training crops, C latent channels,
+h = H / factor, w = W / factor.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from latentflow.randomness import ImageRandom, derive_seed
 from latentflow.records import Record
 from latentflow.runtime import Runtime
 from latentflow.shapes import image_mean
+from latentflow.sizes import ImageSize, Size, bounded
 from latentflow.training.changes import ChangeRules
 from latentflow.training.checkpoint import Keeping
 from latentflow.training.config import LARGEST_IMAGE, LARGEST_SEED, MOST_STEPS, RECIPES, find_recipe
@@ -59,7 +61,9 @@ class AutoencoderData(PixelChoice):
     """Where the images come from."""
 
     path: str = Field("", description="A folder or zip of images, or 'synthetic:COUNT'.")
-    image_size: int = Field(64, ge=1, le=LARGEST_IMAGE, description="Side of the square images in pixels.")
+    image_size: Annotated[ImageSize, bounded(1, LARGEST_IMAGE)] = Field(
+        Size(64, 64), description="Size of the images in pixels: 64 for squares, or WIDTHxHEIGHT, like 192x128."
+    )
     crop: int | None = Field(
         None,
         ge=1,
@@ -203,21 +207,20 @@ class AutoencoderRecipe(Record):
             ConfigError: a size is not a multiple of it, or the crop is larger than the image.
         """
         size, crop, factor = self.data.image_size, self.data.crop, self.network.factor
-        for key, value in (("image_size", size), ("crop", crop or size)):
-            if value % factor:
-                above = (value // factor + 1) * factor
-                fitting = f"{above - factor} or {above}" if above > factor else above
+        for key, value in (("image_size", size), ("crop", Size.of(crop or size))):
+            if not value.is_multiple_of(factor):
+                fitting = value.nearest(factor)[: 1 if min(value) < factor else 2]
                 raise ConfigError(
                     f"data.{key} = {value} is not a multiple of {factor}, the reduction factor of "
-                    f"{len(self.network.channels)} levels; use {fitting}"
+                    f"{len(self.network.channels)} levels; use {' or '.join(map(str, fitting))}"
                 )
-        seen, least = crop or size, 2**self.discriminator.levels
+        seen, least = crop or min(size), 2**self.discriminator.levels
         if self.loss.adversarial_weight and seen < least:
             raise ConfigError(
                 f"discriminator.levels = {self.discriminator.levels} needs images or crops of {least} pixels, not of "
                 f"{seen}; use fewer levels"
             )
-        if crop and crop > size:
+        if crop and crop > min(size):
             raise ConfigError(f"data.crop = {crop} is larger than data.image_size = {size}; use null for whole images")
 
 
@@ -257,7 +260,7 @@ def load_autoencoder_recipe(name_or_file: str | Path, overrides: Sequence[str] =
     return load_settings(AutoencoderRecipe, find_recipe(name_or_file, AUTOENCODER_RECIPES), overrides)
 
 
-def build_autoencoder(config: AutoencoderNetwork, image_size: int, seed: int, channels: int = 3) -> AutoencoderKL:
+def build_autoencoder(config: AutoencoderNetwork, size: Size | int, seed: int, channels: int = 3) -> AutoencoderKL:
     """A fresh AutoencoderKL in training mode for images of so many channels P, its weights drawn from `seed`.
 
     Residual branches start at zero, so that colours pass straight through from the first step on (Fixup, Zhang et al.,
@@ -278,7 +281,7 @@ def build_autoencoder(config: AutoencoderNetwork, image_size: int, seed: int, ch
         latent_channels=config.latent_channels,
         norm_num_groups=config.norm_groups,
         mid_block_add_attention=config.attention,
-        sample_size=image_size,
+        sample_size=max(Size.of(size)),
         scaling_factor=1.0,
         force_upcast=False,
         use_quant_conv=False,
@@ -300,10 +303,10 @@ def require_autoencoder_memory(recipe: AutoencoderRecipe, free: int | None, chan
     Raises:
         ConfigError: with the estimate and what would fit.
     """
-    config, side = recipe.network, recipe.data.crop or recipe.data.image_size
+    config, size = recipe.network, Size.of(recipe.data.crop or recipe.data.image_size)
     with without_memory():
-        network = _with_discriminator(build_autoencoder(config, side, recipe.training.seed, channels), recipe)
-    volume = sum(width * (side >> level) ** 2 for level, width in enumerate(config.channels))
+        network = _with_discriminator(build_autoencoder(config, size, recipe.training.seed, channels), recipe)
+    volume = sum(width * size.over(2**level).area for level, width in enumerate(config.channels))
     require_memory(
         f"an autoencoder of {len(config.channels)} levels",
         sum(parameter.numel() for parameter in network.parameters()),
@@ -441,11 +444,11 @@ def _with_discriminator(network: AutoencoderKL, recipe: AutoencoderRecipe) -> nn
 
 
 def _random_crops(batch: Batch, side: int | None, seed: int) -> Tensor:
-    """A random square of `side` pixels of each image: pixels [B, P, S, S] uint8."""
+    """A random square of `side` pixels of each image, or the whole image: pixels [B, P, H, W] uint8."""
     assert batch.pixels is not None
     if side is None:
         return batch.pixels
-    room = batch.pixels.shape[-1] - side + 1
+    room = torch.tensor(batch.pixels.shape[-2:]) - side + 1
     corners = (ImageRandom.at(seed, "crop", batch.positions).uniform(2) * room).long().tolist()
     return torch.stack(
         [x[:, top : top + side, left : left + side] for x, (top, left) in zip(batch.pixels, corners, strict=True)]

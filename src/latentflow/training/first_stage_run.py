@@ -82,7 +82,7 @@ class PreparedFirstStage(PreparedRun):
         crops = f", in random squares of {data.crop}" if data.crop else ""
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         return {
-            "data": f"{len(self.images):,} images of {data.image_size} x {data.image_size}{crops}: {data.path}",
+            "data": f"{len(self.images):,} images of {data.image_size.words}{crops}: {data.path}",
             "held out": f"{len(self.held_out)} images",
             "network": f"{len(network.channels)} levels of {network.channels} channels, {parameters:,} parameters",
             **({"discriminator": self._discriminator()} if self.recipe.loss.adversarial_weight else {}),
@@ -212,7 +212,7 @@ def finish(prepared: PreparedFirstStage, num_steps: int) -> tuple[AutoencoderRep
     Writes `autoencoder/` and `metrics/report.json`.
 
     Returns:
-        the report, and pictures [2, N, P, S, S] uint8: the held-out images, and their reconstructions.
+        the report, and pictures [2, N, P, H, W] uint8: the held-out images, and their reconstructions.
     """
     network, recipe, run = prepared.network, prepared.recipe, prepared.run
     source, kept = prepared.images.source, prepared.images.kept.tolist()
@@ -273,7 +273,7 @@ def _set_scaling(autoencoder: Autoencoder, source: ImageSource, indices: Sequenc
 
 
 def _pixels(source: ImageSource, indices: Sequence[int]) -> Iterator[Tensor]:
-    """Images in slices of [B, P, S, S] uint8."""
+    """Images in slices of [B, P, H, W] uint8."""
     for start in range(0, len(indices), _SLICE):
         pixels = np.stack([source[index].pixels for index in indices[start : start + _SLICE]])
         yield torch.from_numpy(pixels).permute(0, 3, 1, 2)

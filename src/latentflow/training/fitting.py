@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from latentflow.networks.dit import NAMES, DiTConfig
+from latentflow.sizes import Size
 from latentflow.training.config import Recipe
 from latentflow.training.memorisation_onset import SAFE_PER_IMAGE
 from latentflow.training.memory import bytes_per_image, micro_batch_that_fits, state_bytes
@@ -53,7 +54,7 @@ class Situation:
     Attributes:
         num_images: in the training data.
         num_classes: 0 for an unconditional model.
-        side: height and width of the latents.
+        size: of the latents.
         gpu: whether it is trained on a GPU.
         memory: bytes that a process can use, None if unknown.
         num_processes: that share a batch.
@@ -61,7 +62,7 @@ class Situation:
 
     num_images: int
     num_classes: int
-    side: int
+    size: Size
     gpu: bool
     memory: int | None
     num_processes: int = 1
@@ -70,7 +71,7 @@ class Situation:
 def fit(recipe: Recipe, situation: Situation) -> tuple[Recipe, list[str]]:
     """The recipe with everything decided, and a few lines that explain it."""
     network, rate = _network(situation)
-    tokens = (situation.side // network.patch_size) ** 2
+    tokens = situation.size.over(network.patch_size).area
     wanted = 256 if situation.gpu else max(min(2048 // tokens, 128), 16)
     batch = _power_of_two(min(wanted, max(situation.num_images, 1)))
     share = -(-batch // situation.num_processes)
@@ -129,9 +130,9 @@ def _network(situation: Situation) -> tuple[DiTConfig, float]:
     if not situation.gpu:
         small = situation.num_images < 2000
         shape = {"depth": 6, "hidden_size": 192} if small else {"depth": 8, "hidden_size": 256}
-        patch = _patch(situation.side, most_tokens=64, least=2)
+        patch = _patch(situation.size, most_tokens=64, least=2)
         return DiTConfig(**shape, num_heads=shape["hidden_size"] // 64, patch_size=patch, variant="modern"), 1e-3
-    patch = _patch(situation.side, most_tokens=256, least=1)
+    patch = _patch(situation.size, most_tokens=256, least=1)
     sizes = [(f"DiT-{size}", from_images, rate) for size, from_images, rate in _GPU_SIZES]
     networks = [(_named(name, patch), rate) for name, from_images, rate in sizes if situation.num_images >= from_images]
     held = (one for one in networks if _that_fits(one[0], 16, situation) == 16)
@@ -146,16 +147,18 @@ def _named(name: str, patch: int) -> DiTConfig:
     return DiTConfig(**{**NAMES[f"{name}/1"], "patch_size": patch}, variant="modern")
 
 
-def _patch(side: int, *, most_tokens: int, least: int) -> int:
-    """The smallest patch size with at most `most_tokens` tokens; 1 if the side has no such divisor."""
-    patches = [p for p in range(least, side // 2 + 1) if side % p == 0 and (side // p) ** 2 <= most_tokens]
+def _patch(size: Size, *, most_tokens: int, least: int) -> int:
+    """The smallest patch size with at most `most_tokens` tokens; 1 if the sides have no such divisor."""
+    patches = [
+        p for p in range(least, min(size) // 2 + 1) if size.is_multiple_of(p) and size.over(p).area <= most_tokens
+    ]
     return patches[0] if patches else 1
 
 
 def _that_fits(network: DiTConfig, share: int, situation: Situation) -> int:
     """How many of `share` images fit into memory at a time."""
     num_parameters = 18 * network.depth * network.hidden_size**2  # 12 in attention and MLP, 6 in the modulation
-    per_image = bytes_per_image(network, situation.side, half=situation.gpu)
+    per_image = bytes_per_image(network, situation.size, half=situation.gpu)
     return micro_batch_that_fits(state_bytes(num_parameters, half=situation.gpu), per_image, share, situation.memory)
 
 

@@ -128,12 +128,13 @@ def model_config(
     Raises:
         ConfigError: the network does not fit the latents, or the parts contradict each other.
     """
-    side, multiple = recipe.data.image_size // autoencoder.factor, recipe.network.size_multiple
-    if side % multiple:
+    latents, multiple = recipe.data.image_size.over(autoencoder.factor), recipe.network.size_multiple
+    if not latents.is_multiple_of(multiple):
+        pixels = autoencoder.factor * multiple
         raise ConfigError(
-            f"network: latents of {side} x {side} do not fit a {recipe.network.title}, which needs multiples of "
+            f"network: latents of {latents.words} do not fit a {recipe.network.title}, which needs multiples of "
             f"{multiple}; choose another patch_size or fewer levels, or a data.image_size that is a multiple of "
-            f"{autoencoder.factor * multiple}"
+            f"{pixels}, such as {' or '.join(map(str, recipe.data.image_size.nearest(pixels)))}"
         )
     _require_block_to_align(recipe)
     conditions = recipe.conditioning

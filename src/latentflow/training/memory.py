@@ -16,6 +16,7 @@ from latentflow.networks.dit import DiTConfig
 from latentflow.networks.running import MEMORY_MODES, MemoryMode
 from latentflow.networks.unet import UNetConfig
 from latentflow.runtime import Runtime
+from latentflow.sizes import Size
 from latentflow.weights import without_memory
 
 _WIDE = 4  # bytes of a number that stays float32 under autocast
@@ -61,16 +62,17 @@ def forward_flops(config: ModelConfig, *, aligned: bool = False) -> int:
 
 
 def bytes_per_image(
-    network: DiTConfig | UNetConfig, side: int, *, half: bool, memory: MemoryMode = "none", aligned: bool = False
+    network: DiTConfig | UNetConfig, size: Size | int, *, half: bool, memory: MemoryMode = "none", aligned: bool = False
 ) -> int:
     """Estimated bytes of one image in training: what is saved for the backward pass, plus one block.
 
     Args:
-        side: height and width of its latents.
+        size: of its latents.
         half: whether most of the computation is in bf16 or fp16.
         memory: what the backward pass recomputes.
         aligned: with what an `AlignHead` saves.
     """
+    size = Size.of(size)
     if isinstance(network, DiTConfig):
         e = 2 if half else 4
         kept = _kept_by_block(network, e)
@@ -80,10 +82,10 @@ def bytes_per_image(
             per_channel += e
         if aligned:  # the inputs of its layers; the first is the residual stream, of which autocast makes a copy
             per_channel += (HEAD_LAYERS if half else HEAD_LAYERS - 1) * e
-        return round((side // network.patch_size) ** 2 * network.hidden_size * per_channel)
+        return round(size.over(network.patch_size).area * network.hidden_size * per_channel)
     kept = {mode: narrow if half else wide for mode, (wide, narrow) in _KEPT_BY_UNET.items()}
     per_level = 2 * network.blocks_per_level + 1
-    volumes = [network.channels * m * (side >> level) ** 2 for level, m in enumerate(network.multipliers)]
+    volumes = [network.channels * m * size.over(2**level).area for level, m in enumerate(network.multipliers)]
     return kept[memory] * per_level * sum(volumes) + (kept["none"] - kept[memory]) * max(volumes)
 
 
@@ -147,9 +149,9 @@ def fitting_mode(
 ) -> MemoryMode:
     """The fastest mode in which training on `images` together fits into `memory` bytes; the leanest if none does."""
     state = state_bytes(count_parameters(config, aligned=aligned), half=half, averages=averages)
-    side = config.latent_shape[-1]
+    size = Size(*config.latent_shape[1:])
     for mode in MEMORY_MODES:
-        needed = state + images * bytes_per_image(config.network, side, half=half, memory=mode, aligned=aligned)
+        needed = state + images * bytes_per_image(config.network, size, half=half, memory=mode, aligned=aligned)
         if needed <= memory * (1 - _RESERVE):
             return mode
     return MEMORY_MODES[-1]

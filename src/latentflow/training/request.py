@@ -7,7 +7,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from latentflow.requests import Number, Option, PathText, Request, RequestError, Whole
+from latentflow.requests import FromText, Number, Option, PathText, Request, RequestError, Whole
+from latentflow.sizes import ImageSize, Size, bounded, typed_size
 
 SHORTEST, LONGEST = 0.001, 0.28
 """Lengths of averages that can be asked for. 12^-0.5 = 0.2887 is that of the plain mean of all weights."""
@@ -52,16 +53,18 @@ class TrainFeaturesRequest(Request):
         description="A folder or zip of images, an LMDB, or synthetic:COUNT; sub-folders are classes."
     )
     out: Path = Field(description="Folder of the judge; repeat the command to go on after an interruption.")
-    image_size: Annotated[Whole, Option(remedy="64 or 256 are usual")] = Field(
-        64, ge=16, le=8192, description="Side in pixels of the images to be judged: that of your models."
+    image_size: Annotated[ImageSize, bounded(16, 8192), FromText(typed_size)] = Field(
+        Size(64, 64),
+        description="Size of the images to be judged, that of your models, in pixels: 64 for squares, or WIDTHxHEIGHT, "
+        "like 192x128.",
     )
     without_labels: bool = Field(False, description="Learn without the classes, even if there are some.")
     side: Whole | None = Field(
         None,
         ge=16,
         le=512,
-        description="Side in pixels that the network reads; otherwise half the image size, from 32 to 64, or to 128 on "
-        "a GPU.",
+        description="Side in pixels of the squares that the network reads; otherwise half the images' shorter side, "
+        "from 32 to 64, or to 128 on a GPU.",
     )
     width: Whole | None = Field(
         None,

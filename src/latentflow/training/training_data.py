@@ -104,7 +104,7 @@ def spatial_data(recipe: Recipe, source: LatentCache | ImageSource, factor: int)
     if not conditions.inpainting:
         return SpatialData(factor, **read) if any(read.values()) else None
     if data.images or not isinstance(source, LatentCache):
-        check_masks(data.masks, data.image_size, data.image_size)
+        check_masks(data.masks, *data.image_size)
     if not isinstance(source, LatentCache):
         return SpatialData(factor, holes=data.masks, **read)
     if data.images:

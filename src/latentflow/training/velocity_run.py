@@ -19,6 +19,7 @@ from latentflow.model.config import ModelConfig
 from latentflow.model.flow_model import CONFIG_FILE, FlowModel, read_config
 from latentflow.model.snapshots import BEST
 from latentflow.runtime import Runtime
+from latentflow.sizes import Size
 from latentflow.training.changes import RECIPE_FILE, as_begun, check_changes
 from latentflow.training.compiling import captures
 from latentflow.training.config import CHANGES, Recipe
@@ -62,8 +63,8 @@ class PreparedVelocity(PreparedRun):
     def describe(self) -> dict[str, str]:
         """The run in about ten lines."""
         config, conditioning = self.model.config, self.model.config.conditioning
-        side, optimizer = config.latent_shape[-1], self.recipe.optimizer
-        size = f"{config.image_size} x {config.image_size}" + (", mirrored at random" if self.recipe.data.flip else "")
+        optimizer = self.recipe.optimizer
+        size = config.image_size.words + (", mirrored at random" if self.recipe.data.flip else "")
         if share := self.recipe.data.augment:
             size += f", {share:.0%} of them as one of {config.training.variants} variants"
         parameters = sum(parameter.numel() for parameter in self.model.network.parameters())
@@ -73,7 +74,7 @@ class PreparedVelocity(PreparedRun):
             "data": f"{len(self.images):,} images of {size}: {self.recipe.data.path}{in_memory}",
             "held out": f"{len(self.held_out):,} images, never trained on" if self.held_out else "none",
             "classes": f"{len(names)}: {listed}" if names else "none",
-            "latents": f"{config.latent_shape[0]} x {side} x {side}, by {self.recipe.autoencoder}",
+            "latents": f"{' x '.join(map(str, config.latent_shape))}, by {self.recipe.autoencoder}",
             "network": f"{config.network.title}, {parameters:,} parameters",
             "optimizer": f"{optimizer.title} at {optimizer.learning_rate:g}, {optimizer.schedule}",
             **self.rows(),
@@ -114,9 +115,9 @@ def prepare_velocity(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence
     source, autoencoder = open_source(recipe), Autoencoder.from_pretrained(recipe.autoencoder)
     usable, broken = _usable(recipe, source, autoencoder)
     kept, held_out, rule = _divided(recipe, source, usable)
-    side, reasons = autoencoder.latent_side(recipe.data.image_size), []
+    size, reasons = autoencoder.latent_size(recipe.data.image_size), []
     if recipe.fit:
-        recipe, reasons = fit(recipe, _situation(recipe, source, len(kept), side, runtime))
+        recipe, reasons = fit(recipe, _situation(recipe, source, len(kept), size, runtime))
     runtime = runtime.with_precision(recipe.training.precision)
     micro_batches(recipe.training, runtime)
     autoencoder = autoencoder.to(runtime.for_autoencoder())
@@ -186,14 +187,14 @@ def _divided(
 
 
 def _situation(
-    recipe: Recipe, source: LatentCache | ImageSource, num_images: int, side: int, runtime: Runtime
+    recipe: Recipe, source: LatentCache | ImageSource, num_images: int, size: Size, runtime: Runtime
 ) -> Situation:
     memory, gpu = total_memory(runtime.device), runtime.device.type == "cuda"
     shared = 1 if gpu else runtime.local_world
     return Situation(
         num_images=num_images,
         num_classes=len(source.class_names) if recipe.data.labels else 0,
-        side=side,
+        size=size,
         gpu=gpu,
         memory=memory // shared if memory else None,
         num_processes=runtime.world,
@@ -210,7 +211,7 @@ def _require_memory(recipe: Recipe, runtime: Runtime, config: ModelConfig) -> No
     require_memory(
         config.network.title,
         count_parameters(config, aligned=aligned),
-        bytes_per_image(config.network, config.latent_shape[-1], half=half, memory=mode, aligned=aligned),
+        bytes_per_image(config.network, Size(*config.latent_shape[1:]), half=half, memory=mode, aligned=aligned),
         share,
         free // shared if free else None,
         key="training.micro_batch_size",

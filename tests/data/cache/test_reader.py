@@ -20,6 +20,7 @@ from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.pixel_format import PixelFormat
+from latentflow.sizes import Size
 from tests import processes, tiny
 from tests.tiny import write_cache
 
@@ -217,7 +218,7 @@ def test_the_index_says_what_the_cache_is(cache, kl, source):
     stored = LatentCache(cache)
     plan, shards = stored.plan, stored.index.shards
     assert (plan.autoencoder_hash, plan.source_fingerprint) == (kl.content_hash, source.fingerprint())
-    assert (plan.image_size, plan.num_channels, plan.moments_shape) == (16, 4, (8, 8, 8))
+    assert (plan.image_size, plan.num_channels, plan.moments_shape) == ((16, 16), 4, (8, 8, 8))
     assert (plan.flips, plan.precision, plan.pixel_range) == (True, "float16", (-1.0, 1.0))
     assert [shard.num_images for shard in shards] == [5, 5, 5, 3]
     assert [shard.num_bytes for shard in shards] == [(cache / shard.file).stat().st_size for shard in shards]
@@ -262,7 +263,7 @@ class Counting:
     """A source that counts how often each image is decoded."""
 
     class_names = map_class_names = map_palette = columns = ()
-    image_size, pixel_format = tiny.IMAGE_SIZE, PixelFormat()
+    image_size, pixel_format = Size.of(tiny.IMAGE_SIZE), PixelFormat()
     input_format, input_origin = None, ""
     description = "counted"
 

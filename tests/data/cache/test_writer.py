@@ -26,6 +26,7 @@ from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError
 from latentflow.pixel_format import PixelFormat
 from latentflow.randomness import derive_seed
+from latentflow.sizes import Size
 from tests import tiny
 from tests.tiny import write_cache
 
@@ -185,7 +186,7 @@ class Plain:
     class_names = columns = ()
     input_format, input_origin = None, ""
     map_class_names, map_palette = ("a", "b"), ((0, 0, 0), (9, 9, 9))
-    image_size, description = 32, "plain"
+    image_size, description = Size(32, 32), "plain"
     pixel_format = PixelFormat()
 
     def __len__(self) -> int:

@@ -86,7 +86,7 @@ def test_another_origin_is_refused(origin):
 
 def test_sizes_that_do_not_fit_are_refused_with_those_that_do():
     with pytest.raises(ConfigError, match="62 pixels are not a multiple of 4; use an image size of 64"):
-        SHRINK.side(62)
+        SHRINK.size(62)
     with pytest.raises(ConfigError, match=r"reduces by 8, which neither divides .* by 3; use 2, 4, 8, 16, or the form"):
         InputRules(origin="shrink:3").network_channels(RGB, RGB, 8, 4)
     in_latents = InputRules(origin="shrink:3", form="latents")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from latentflow.data.pictures.crop import center_crop
-from latentflow.data.pictures.user_picture import describe_file, psnr, read_picture, square_picture
+from latentflow.data.pictures.user_picture import cropped_picture, describe_file, psnr, read_picture
 from latentflow.errors import DataError
 
 
@@ -44,13 +44,13 @@ def test_files_that_are_not_there(use, tmp_path):
             use(tmp_path / name)
 
 
-def test_a_square_picture_is_cropped_as_for_training():
+def test_a_cropped_picture_is_cropped_as_for_training():
     pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
-    square = square_picture(Image.fromarray(pixels), 16)
+    square = cropped_picture(Image.fromarray(pixels), 16)
     assert square.dtype == torch.uint8
     assert np.array_equal(square[0].permute(1, 2, 0).numpy(), center_crop(Image.fromarray(pixels), 16))
     with pytest.raises(DataError, match="white"):
-        square_picture(Image.new("F", (30, 30)), 16)
+        cropped_picture(Image.new("F", (30, 30)), 16)
 
 
 def test_psnr():

@@ -78,6 +78,21 @@ def test_each_pixel_shows_its_place():
     assert (shown - expected)[inside].abs().max() < pixel / 20
 
 
+@pytest.mark.parametrize("aspect", [1.5, 2 / 3, 2.5])
+def test_variants_of_pictures_that_are_not_square(aspect):
+    """They lie within the picture, and turn it in pixels: its right angles stay right, and its scale is the zoom's."""
+    numbers = draw_variants(range(200), 2, aspect).flatten(0, 1).double()
+    maps = windows(numbers, aspect)
+    corners = torch.tensor([[x, y, 1.0] for x in (-1, 1) for y in (-1, 1)])
+    places = maps @ corners.T.double()
+    assert 0.99 < places.abs().max() <= 1 + 1e-6
+    in_pixels = torch.diag(torch.tensor([aspect, 1.0])).double()
+    turned = in_pixels @ maps[..., :2] @ in_pixels.inverse()
+    scales = turned.transpose(1, 2) @ turned
+    assert torch.allclose(scales, torch.eye(2).double() * 1.5 ** (-2 * numbers[:, 0, None, None]))
+    assert (numbers[:, 2:].abs().amax(0) > 0.7).all() and numbers.abs().max() <= 1
+
+
 def test_zero_is_the_picture_itself():
     picture = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.allclose(variants_of(picture, torch.zeros(2, 4)), picture, atol=1e-5)

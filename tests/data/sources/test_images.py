@@ -24,7 +24,7 @@ from latentflow.data import prefetch
 from latentflow.data.items import UNLABELLED, ImageItem, ImageSource
 from latentflow.data.painting.semantic_maps import MapClasses, colour_map, default_palette
 from latentflow.data.pictures.colour import to_rgb
-from latentflow.data.pictures.crop import center_crop, crop_map
+from latentflow.data.pictures.crop import center_crop, crop_map, cut_by
 from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.pictures.orientation import turned
 from latentflow.data.sources import readable as checks
@@ -33,6 +33,7 @@ from latentflow.data.sources.readable import readable
 from latentflow.data.sources.stored import ImageFiles
 from latentflow.data.stores import files as store_files
 from latentflow.errors import DataError
+from latentflow.sizes import Size
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -924,7 +925,7 @@ def test_index_outside_the_source(labelled):
 @pytest.mark.parametrize("text, count, seed", [("synthetic", 6000, 0), ("synthetic:7", 7, 0), ("synthetic:7:3", 7, 3)])
 def test_synthetic_sources(text, count, seed):
     source = open_images(text, 16, strict=count < 10)
-    assert (len(source), source.seed, source.image_size) == (count, seed, 16)
+    assert (len(source), source.seed, source.image_size) == (count, seed, (16, 16))
     assert isinstance(source[0], ImageItem)
 
 
@@ -1109,6 +1110,17 @@ def test_crop_cuts_the_middle_of_a_wide_and_a_tall_image():
     assert np.array_equal(center_crop(tall, 8), np.asarray(tall)[2:10])
 
 
+@pytest.mark.parametrize(("size", "wanted"), [((20, 8), np.s_[:, 4:16]), ((12, 14), np.s_[3:11]), ((12, 8), np.s_[:])])
+def test_crop_takes_the_largest_part_of_any_shape(size, wanted):
+    """Pictures that are as high, or as wide, as a crop of 12 x 8 pixels need no scaling; their maps are cut alike."""
+    image = picture(0, *size)
+    assert np.array_equal(center_crop(image, Size(8, 12)), np.asarray(image)[wanted])
+    assert np.array_equal(crop_map(np.asarray(image)[..., 0], Size(8, 12)), np.asarray(image)[wanted][..., 0])
+    doubled = Image.fromarray(np.asarray(image).repeat(2, 0).repeat(2, 1))
+    assert np.array_equal(center_crop(doubled, Size(8, 12)), np.asarray(image)[wanted])
+    assert cut_by(*size, Size(8, 12)) == pytest.approx(1 - 96 / (size[0] * size[1]))
+
+
 @pytest.mark.parametrize("factor", [2, 4])
 def test_crop_halves_with_a_box_filter(factor):
     small = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
@@ -1144,7 +1156,7 @@ def test_crop_of_a_strip_shows_its_middle():
 
 def test_strip_that_would_fill_the_memory_is_broken(tmp_path):
     save(tmp_path / "strip.png", Image.new("L", (1, 60000)))
-    with pytest.raises(BrokenImage, match="1 x 60000 pixels are too long and thin for a 64 x 64 square"):
+    with pytest.raises(BrokenImage, match="1 x 60000 pixels are too long and thin for 64 x 64"):
         open_images(tmp_path, 64)[0]
 
 

@@ -42,7 +42,7 @@ def test_another_seed_draws_other_images():
 def test_record_has_the_promised_shapes_and_ranges(size):
     source = SyntheticShapes(3, size)
     assert isinstance(source, ImageSource)
-    assert len(source) == 3 and source.image_size == size and source.class_names == CLASS_NAMES
+    assert len(source) == 3 and source.image_size == (size, size) and source.class_names == CLASS_NAMES
     item = source[2]
     assert item.pixels.shape == (size, size, 3) and item.pixels.dtype == np.uint8
     assert item.semantic_map.shape == (size, size) and item.semantic_map.dtype == np.uint8
@@ -105,6 +105,19 @@ def test_another_image_size_draws_the_same_scene():
         averaged = large[i].pixels.reshape(32, 4, 32, 4, 3).mean((1, 3))
         assert small[i].label == large[i].label
         assert np.abs(averaged - small[i].pixels).mean() < 2
+
+
+def test_a_wide_image_has_more_ground_and_whole_shapes():
+    """The shape is as large as in a square of the shorter side, and strays further along the longer one."""
+    wide, square, middles = SyntheticShapes(24, "96x32"), SyntheticShapes(24, 32), []
+    for item, other in zip(wide, square, strict=True):
+        inside = item.semantic_map > 0
+        assert item.pixels.shape == (32, 96, 3) and inside.shape == (32, 96)
+        assert (item.label, set(np.unique(item.semantic_map))) == (other.label, set(np.unique(other.semantic_map)))
+        assert inside.sum() == pytest.approx((other.semantic_map > 0).sum(), rel=0.1)
+        assert not (inside[0].any() or inside[-1].any() or inside[:, 0].any() or inside[:, -1].any())
+        middles.append(np.nonzero(inside)[1].mean())
+    assert min(middles) < 32 < 64 < max(middles)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -102,7 +102,7 @@ def _facts(config: ModelConfig) -> dict[str, object]:
     """The content of model.json."""
     conditioning = config.conditioning
     return {
-        "image_size": config.image_size,
+        "image_size": config.image_size.written,
         "latent_shape": list(config.latent_shape),
         "latent_shift": config.normalisation.shift,
         "latent_scale": config.normalisation.scale,

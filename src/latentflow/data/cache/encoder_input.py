@@ -1,8 +1,8 @@
-"""The input of the encoder: square pictures of a source, with the labels, maps and holes that a cache stores.
+"""The input of the encoder: pictures of a source, with the labels, maps and holes that a cache stores.
 
-Legend: n images, S image side, C channels of the pixels, h and w latent height and width, K classes of the semantic
-map, V mask variants, A augmented variants, P numbers of each, c channels of the paired inputs, which are N times
-smaller than the images.
+Legend: n images, H and W image height and width, C channels of the pixels, h and w latent height and width, K classes
+of the semantic map, V mask variants, A augmented variants, P numbers of each, c channels of the paired inputs, which
+are N times smaller than the images.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class EncoderInput:
         num_rows: the number of images, including broken ones.
         broken: names of those that cannot be read, with the reasons.
         names: the n others.
-        cuts: share of each picture that the square crop leaves out.
+        cuts: share of each picture that the crop leaves out.
         clips: share of each picture's values that lie outside the range of the pixel format.
-        pixels: [n, S, S, C], stored values.
+        pixels: [n, H, W, C], stored values.
         labels: [n] int64; None for an unlabelled source.
         class_counts: [n, K, h, w] in the dtype they are stored in; None without maps.
-        holes: [n, V, S, S] uint8, 1 in the hole; None if none are stored.
+        holes: [n, V, H, W] uint8, 1 in the hole; None if none are stored.
         hole_counts: [n, V, 1, h, w], in the same dtype.
         columns: the values of each column, as they are stored.
         variant_numbers: [n, A, P] float32; None without augmented variants.
@@ -84,16 +84,16 @@ class EncoderInputs(Dataset):
         self.counts = counts_dtype(plan)
         self.input_format, self.input_bytes = plan.input_format, 0
         if plan.inputs is not None:
-            self.input_bytes = plan.input_format.bytes_per_pixel * plan.inputs.side(plan.image_size) ** 2
+            self.input_bytes = plan.input_format.bytes_per_pixel * plan.inputs.size(plan.image_size).area
 
     @property
     def bytes_per_image(self) -> int:
         """Approximate size of one image."""
-        side = self.source.image_size
+        size = self.source.image_size
         counts = self.num_map_classes * (1 + self.variants) + self.mask_variants
         return (
-            side**2 * (self.source.pixel_format.bytes_per_pixel + self.mask_variants)
-            + (side // self.factor) ** 2 * counts
+            size.area * (self.source.pixel_format.bytes_per_pixel + self.mask_variants)
+            + size.over(self.factor).area * counts
             + self.input_bytes
         )
 
@@ -140,7 +140,7 @@ class EncoderInputs(Dataset):
         return torch.stack(counts).to(self.counts)
 
     def _variants(self, items: list[tuple[int, ImageItem]]) -> dict[str, Tensor]:
-        numbers = draw_variants([row for row, _ in items], self.variants)
+        numbers = draw_variants([row for row, _ in items], self.variants, self.source.image_size.aspect)
         if not self.num_map_classes:
             return {"variant_numbers": numbers}
         pairs = zip(items, numbers, strict=True)
@@ -149,9 +149,9 @@ class EncoderInputs(Dataset):
         return {"variant_numbers": numbers, "variant_class_counts": counts}
 
     def _holes(self, rows: list[int]) -> dict[str, Tensor]:
-        side, told_as = self.source.image_size, self.masks.told_as
+        size, told_as = self.source.image_size, self.masks.told_as
         seeds = [derive_seed("mask variant", row, variant) for row in rows for variant in range(self.mask_variants)]
-        holes = [draw_mask(self.masks, side, side, seed) for seed in seeds]
+        holes = [draw_mask(self.masks, *size, seed) for seed in seeds]
         counts = torch.stack([hole_counts(hole, self.factor, told_as) for hole in holes]).to(self.counts)
         grouped = (len(rows), self.mask_variants)
         return {

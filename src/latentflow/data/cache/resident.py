@@ -1,7 +1,7 @@
 """A latent cache, or images, in the memory of one device, where a batch is one indexed read per tensor.
 
-Legend: N images, S image side, C channels, V mask variants and A augmented variants of an image; other shapes as in
-`reader`.
+Legend: N images, H and W image height and width, C channels, V mask variants and A augmented variants of an image;
+other shapes as in `reader`.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class ResidentImages:
         columns: Sequence[int] = (),
         how: Reading | None = None,
     ):
-        side, wanted = source.image_size, rows.tolist()
+        size, wanted = source.image_size, rows.tolist()
         places = torch.zeros(len(source), dtype=torch.int64)
         places[rows] = torch.arange(len(rows))
         self.device, self._places = device, places.to(device)
@@ -150,9 +150,9 @@ class ResidentImages:
         ]
         pixels = source.pixel_format
         dtype = getattr(torch, pixels.dtype)
-        self._pixels = torch.empty(len(rows), pixels.channels, side, side, dtype=dtype, device=device)
-        size, place = images_read_together(pixels.bytes_per_pixel * side**2), 0
-        parts = [wanted[start : start + size] for start in range(0, len(wanted), size)]
+        self._pixels = torch.empty(len(rows), pixels.channels, *size, dtype=dtype, device=device)
+        together, place = images_read_together(pixels.bytes_per_pixel * size.area), 0
+        parts = [wanted[start : start + together] for start in range(0, len(wanted), together)]
         with image_progress("loading", len(rows)) as on_images, prefetch(_Pixels(source), parts, how) as read:
             for pixels in read:
                 self._pixels[place : place + len(pixels)].copy_(pixels, non_blocking=pixels.is_pinned())
@@ -160,7 +160,7 @@ class ResidentImages:
                 on_images(len(pixels))
 
     def pixels(self, indices: Tensor, flipped: Tensor | None = None) -> Tensor:
-        """Images of the source, which must be among `rows`, mirrored where `flipped`: [B, C, S, S]."""
+        """Images of the source, which must be among `rows`, mirrored where `flipped`: [B, C, H, W]."""
         return mirrored(self._pixels.index_select(0, self._places.index_select(0, indices)), flipped)
 
     def labels(self, indices: Tensor) -> Tensor | None:

@@ -18,6 +18,7 @@ from latentflow.errors import ArtifactError
 from latentflow.pixel_format import PixelFormat
 from latentflow.plans import PLAN_FILE
 from latentflow.records import Record, explain
+from latentflow.sizes import ImageSize
 
 SCHEMA_VERSION = 1
 SOURCE_FILE, INDEX_FILE = "source.json", "index.json"  # `plans.PLAN_FILE` is the third
@@ -33,7 +34,7 @@ class CachePlan(Record):
     autoencoder_hash: str
     pixel_range: tuple[float, float] = (-1.0, 1.0)
     pixel_format: PixelFormat = PixelFormat()
-    image_size: int
+    image_size: ImageSize
     crop_rule: str = CROP_RULE
     pixel_rules: str = "profiles ignored"  # in older caches, which do not say; see `PIXEL_RULES`
     flips: bool
@@ -61,7 +62,7 @@ class CachePlan(Record):
     @property
     def factor(self) -> int:
         """Image side divided by latent side."""
-        return self.image_size // self.moments_shape[-1]
+        return self.image_size.width // self.moments_shape[-1]
 
     @property
     def input_tensor(self) -> str:
@@ -96,7 +97,7 @@ class ShardRecord(Record):
     channel_sum_of_squares: list[float]
     broken: list[str]
     source_fingerprint: str = ""  # of this shard's images
-    cut_sum: float = 0.0  # of the shares that the square crops leave out
+    cut_sum: float = 0.0  # of the shares that the crops leave out
     cut_most: float = 0.0
     clip_sum: float = 0.0  # of the shares of values that lie outside the range of the pixel format
     checksum: int | None = None  # of this record
@@ -131,7 +132,7 @@ class CacheIndex(Record):
 
     @property
     def cut(self) -> tuple[float, float]:
-        """Share of the pictures that the square crops leave out: the mean over all images, and the largest."""
+        """Share of the pictures that the crops leave out: the mean over all images, and the largest."""
         total = sum(shard.cut_sum for shard in self.shards)
         return total / max(self.num_images, 1), max((shard.cut_most for shard in self.shards), default=0.0)
 

@@ -2,7 +2,7 @@
 
 Tensors cross from the device without waiting. While one shard is written the next one is being encoded.
 
-Legend: n images, S image side; other shapes as in `reader`.
+Legend: n images, H and W image height and width; other shapes as in `reader`.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def _encoded_inputs(name: str, inputs: Tensor, autoencoder: Autoencoder, plan: C
 
 
 def _moments(name: str, pixels: Tensor, autoencoder: Autoencoder, plan: CachePlan) -> dict[str, Tensor]:
-    """Moments of pictures [n, C, S, S] in [-1, 1], and of their mirror images where the plan has them."""
+    """Moments of pictures [n, C, H, W] in [-1, 1], and of their mirror images where the plan has them."""
     encoded = {name: autoencoder.encode(pixels)}
     if plan.flips:
         encoded[f"{name}_flipped"] = autoencoder.encode(pixels.flip(-1))
@@ -225,7 +225,7 @@ def _moments(name: str, pixels: Tensor, autoencoder: Autoencoder, plan: CachePla
 
 
 def _in_unit_range(pictures: Tensor, plan: CachePlan) -> Tensor:
-    """Stored values [n, S, S, C] => [n, C, S, S] in [-1, 1]."""
+    """Stored values [n, H, W, C] => [n, C, H, W] in [-1, 1]."""
     return plan.pixel_format.to_unit(pictures.permute(0, 3, 1, 2))
 
 
@@ -250,9 +250,9 @@ def _empty_tensors(plan: CachePlan) -> dict[str, Tensor]:
     for number, column in enumerate(plan.columns):
         tensors[column_tensor(number)] = stored_values(column, [])
     if plan.inputs is not None:
-        size = plan.inputs.side(plan.image_size)
+        size = plan.inputs.size(plan.image_size)
         kind = torch.uint8 if plan.input_format.dtype == "uint8" else precision
-        pixels = torch.empty(0, plan.input_format.channels, size, size, dtype=kind)
+        pixels = torch.empty(0, plan.input_format.channels, *size, dtype=kind)
         latents = torch.empty(0, *moments, dtype=precision)
         stored = pixels if plan.inputs.form == "pixels" else latents
         tensors[plan.input_tensor] = stored

@@ -93,7 +93,7 @@ def write_cache(
             missing.append(number)
     if missing:
         device, inputs = autoencoder.device.type, EncoderInputs(source, plan)
-        batch_size = options.batch_size or max(autoencoder.slice_of(plan.image_size), _BATCH_SIZE)
+        batch_size = options.batch_size or max(autoencoder.slice_of(plan.image_size.area), _BATCH_SIZE)
         writer = ShardWriter(folder, plan, source, autoencoder, batch_size, strict=options.strict, on_images=on_images)
         parts = _parts(inputs, [plan.rows(number) for number in missing], batch_size)
         how = Reading(options.num_workers, BYTES_READ_TOGETHER, device == "cuda", device == "cpu", runtime.local_world)
@@ -106,14 +106,14 @@ def write_cache(
 
 
 def _plan(source: ImageSource, autoencoder: Autoencoder, options: CacheOptions, masks: MaskRules) -> CachePlan:
-    side = autoencoder.latent_side(source.image_size)
+    latent = autoencoder.latent_size(source.image_size)
     holes = {}
     inputs = InputRules(origin=source.input_origin, form=options.input_form) if source.input_origin else None
     if inputs is not None:
         formats = (source.input_format, source.pixel_format)
         inputs.network_channels(*formats, autoencoder.factor, autoencoder.num_channels)
     if options.mask_variants:
-        check_masks(masks, source.image_size, source.image_size)
+        check_masks(masks, *source.image_size)
         holes = {"masks": masks, "masks_fingerprint": masks_fingerprint(masks)}
     return CachePlan(
         autoencoder=autoencoder.reference,
@@ -129,7 +129,7 @@ def _plan(source: ImageSource, autoencoder: Autoencoder, options: CacheOptions, 
         num_source_images=len(source),
         shard_size=options.shard_size,
         num_channels=autoencoder.num_channels,
-        moments_shape=(autoencoder.num_moments, side, side),
+        moments_shape=(autoencoder.num_moments, *latent),
         class_names=list(source.class_names),
         map_class_names=list(source.map_class_names),
         map_palette=list(source.map_palette),

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from latentflow.errors import ConfigError
 from latentflow.pixel_format import PixelFormat
 from latentflow.records import Record
+from latentflow.sizes import Size
 
 InputForm = Literal["pixels", "latents"]
 
@@ -70,19 +71,20 @@ class InputRules(Record):
         """Whether these rules have every value that `wanted` sets."""
         return all(getattr(self, name) == getattr(wanted, name) for name in wanted.model_fields_set)
 
-    def side(self, image_side: int) -> int:
-        """The side of the input of an image, in pixels.
+    def size(self, image_size: Size | int) -> Size:
+        """The size of the input of an image.
 
         Raises:
-            ConfigError: the side of the image is no multiple of `shrinking`.
+            ConfigError: a side of the image is no multiple of `shrinking`.
         """
-        if image_side % self.shrinking:
-            near = max(round(image_side / self.shrinking), 1) * self.shrinking
+        image_size = Size.of(image_size)
+        if not image_size.is_multiple_of(self.shrinking):
+            near = Size(*(max(round(side / self.shrinking), 1) * self.shrinking for side in image_size))
             raise ConfigError(
-                f"inputs {self.origin}: {image_side} pixels are not a multiple of {self.shrinking}; use an image size "
+                f"inputs {self.origin}: {image_size} pixels are not a multiple of {self.shrinking}; use an image size "
                 f"of {near}"
             )
-        return image_side // self.shrinking
+        return image_size.over(self.shrinking)
 
     def network_channels(self, inputs: PixelFormat, images: PixelFormat, factor: int, latent_channels: int) -> int:
         """How many channels a network gets at each latent pixel.

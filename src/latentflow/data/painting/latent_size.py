@@ -3,7 +3,7 @@
 Both shrink by area: a latent pixel covers factor x factor pixels and holds the share of them that lies in the hole, or
 that belongs to each class. Thin structures survive, unlike under nearest neighbour.
 
-Legend: S image height and width, C channels, h = w = S / factor, K map classes.
+Legend: H and W image height and width, C channels, h = H / factor, w = W / factor, K map classes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HOLE_GRAY = 128
 def hide(
     pixels: np.ndarray, mask: np.ndarray, told_as: MaskForm = "share", pixel_format: PixelFormat | None = None
 ) -> np.ndarray:
-    """An image with its hole filled: pixels [S, S, C], painted over where mask [S, S] is 1.
+    """An image with its hole filled: pixels [H, W, C], painted over where mask [H, W] is 1.
 
     Args:
         pixel_format: of the pixels; None: 8-bit RGB.
@@ -37,7 +37,7 @@ def hole_shade(told_as: MaskForm, pixel_format: PixelFormat) -> np.ndarray:
 
 
 def hole_counts(mask: np.ndarray, factor: int, told_as: MaskForm = "share") -> Tensor:
-    """How many pixels of each latent pixel count as hole: mask [S, S] of 0 and 1 => [1, h, w] int64.
+    """How many pixels of each latent pixel count as hole: mask [H, W] of 0 and 1 => [1, h, w] int64.
 
     As "sign", all of them count if the first one lies in the hole.
     """
@@ -52,7 +52,7 @@ def mask_input(hole_shares: Tensor, told_as: MaskForm) -> Tensor:
 
 
 def class_counts(semantic_map: np.ndarray, num_classes: int, factor: int) -> Tensor:
-    """How many pixels of each latent pixel belong to each class: [S, S] uint8 => [K, h, w] int64.
+    """How many pixels of each latent pixel belong to each class: [H, W] uint8 => [K, h, w] int64.
 
     Indices of `num_classes` and more, such as that of unlabelled pixels, count for no class.
     """

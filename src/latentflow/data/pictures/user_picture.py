@@ -13,6 +13,7 @@ from latentflow.data.pictures.colour import to_rgb
 from latentflow.data.pictures.crop import center_crop
 from latentflow.data.pictures.decode import open_image
 from latentflow.errors import DataError
+from latentflow.sizes import Size
 
 
 def read_picture(file: str | Path) -> Image.Image:
@@ -39,8 +40,8 @@ def describe_file(file: str | Path) -> str:
         raise DataError(f"cannot read {file}: {error.strerror}") from error
 
 
-def square_picture(image: Image.Image, size: int) -> Tensor:
-    """The central square crop of a picture of any mode, by `to_rgb` and `center_crop`: [1, 3, size, size] uint8.
+def cropped_picture(image: Image.Image, size: Size | int) -> Tensor:
+    """The central crop of a picture of any mode, by `to_rgb` and `center_crop`: [1, 3, height, width] uint8.
 
     Raises:
         DataError: the picture is too long and thin, or of a mode without a defined white.
@@ -53,7 +54,7 @@ def square_picture(image: Image.Image, size: int) -> Tensor:
 
 
 def psnr(pixels: Tensor, other: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of 8-bit images, 10 log10(255^2 / mean squared error): [B, 3, S, S] => [B].
+    """Peak signal-to-noise ratio in dB of 8-bit images, 10 log10(255^2 / mean squared error): [B, 3, H, W] => [B].
 
     Equal images count as if a single value were off by 1, to keep the result finite.
     """

@@ -22,7 +22,7 @@ class DerivedInputs:
     """
 
     def __init__(self, source: ImageSource, rules: InputRules):
-        rules.side(source.image_size)
+        rules.size(source.image_size)
         self.source, self.rules = source, rules
         self.input_format = derived_format(rules, source.pixel_format)
         self.input_origin = rules.origin

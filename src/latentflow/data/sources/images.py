@@ -1,10 +1,10 @@
-"""Images from a folder, a zip archive, a table, an LMDB environment or the built-in data set, as square RGB pixels.
+"""Images from a folder, a zip, a table, an LMDB environment or the built-in data set, as RGB pixels of one size.
 
 A folder, a zip archive, a table and the built-in data set may have labels and semantic maps.
 
 Every source treats a picture alike: `open_image` says which files are read, `to_rgb` makes upright 8-bit sRGB of it, by
-its colour profile and on white, and `center_crop` makes it square. FID depends on these rules, so they are the same for
-training images and references.
+its colour profile and on white, and `center_crop` gives it its size. FID depends on these rules, so they are the same
+for training images and references.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from latentflow.data.stores.first import check_first
 from latentflow.data.stores.lmdb import LmdbStore, environment_file
 from latentflow.errors import DataError, nearest
 from latentflow.pixel_format import PixelFormat
+from latentflow.sizes import Size
 
 
 def open_images(
     path: str | Path,
-    image_size: int,
+    image_size: Size | int | str,
     *,
     first: int | None = None,
     strict: bool = False,
@@ -61,7 +62,7 @@ def open_images(
     Args:
         path: a folder, a .zip file, a table, rows with images, an LMDB environment, or built-in shapes, by
             "synthetic[:COUNT[:SEED[:COLUMNS]]]" (6000 images of seed 0). Write "./synthetic" for a folder of that name.
-        image_size: height and width of every item in pixels, >= 1.
+        image_size: of every item, as `Size.of` takes it; sides of 1 pixel or more.
         first: only take this many images: of class folders evenly (the first of each, then the second of each,
             and so on), otherwise in the source's order; None: all of them.
         strict: decode every image now, and refuse the source if any is broken.
@@ -74,10 +75,11 @@ def open_images(
         DataError: there are no images at `path`, they are not laid out as above, there are fewer than `first`,
             or a number is below 1; a table and its files do not pair up; with `strict`, also when a file is broken.
     """
-    if image_size < 1:
+    size = Size.of(image_size)
+    if min(size) < 1:
         raise DataError(f"image_size must be at least 1 pixel, got {image_size}; 64 or 256 are usual")
     most_pixels()  # refuse an invalid limit now, not for each image
-    source = _opened(path, image_size, first, table or TableOptions(), inputs)
+    source = _opened(path, size, first, table or TableOptions(), inputs)
     wanted = choose_format(source, pixels, known) if isinstance(pixels, PixelChoice) else pixels
     paired = _with_inputs(source if wanted is None else source.with_format(wanted), inputs)
     if strict:
@@ -119,7 +121,7 @@ def _refuse_broken(source: ImageSource, path: str | Path) -> None:
         raise DataError(f"{path}: {broken[0]}{more}; repair or remove it, or read without strict")
 
 
-def _open_synthetic(text: str, image_size: int, first: int | None) -> SyntheticShapes:
+def _open_synthetic(text: str, image_size: Size, first: int | None) -> SyntheticShapes:
     numbers, named = text.split(":")[1:3], text.split(":")[3:]
     try:
         count, seed = (*map(int, numbers), *(6000, 0)[len(numbers) :])

@@ -15,6 +15,7 @@ from latentflow.data.sources.maps import pair_files
 from latentflow.data.stores.files import FileStore, StoredFile
 from latentflow.errors import DataError
 from latentflow.pixel_format import PixelFormat
+from latentflow.sizes import Size
 
 
 class InputFiles:
@@ -37,8 +38,8 @@ class InputFiles:
         self._names = PackedText(pairs[image] for image in images)
         self._paths = PackedText(inputs[name].path for name in self._names)
 
-    def read(self, index: int, image_size: tuple[int, int], side: int) -> np.ndarray:
-        """Input `index`, cropped and resized like its image: [side, side, c].
+    def read(self, index: int, image_size: tuple[int, int], size: Size) -> np.ndarray:
+        """Input `index`, cropped and resized like its image, to a size: [height, width, c].
 
         Args:
             image_size: width and height of its upright image in pixels.
@@ -52,7 +53,7 @@ class InputFiles:
         except BrokenImage as error:
             raise DataError(str(error)) from error
         require_same_aspect(name, picture.size, image_size)
-        return picture.cropped(partial(center_crop, size=side))
+        return picture.cropped(partial(center_crop, size=size))
 
     def contents(self, indices: Sequence[int]) -> list[str]:
         """Name, size and CRC-32 of each of some inputs."""

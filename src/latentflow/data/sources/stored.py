@@ -14,7 +14,7 @@ from latentflow.columns import ColumnValue
 from latentflow.data.items import ImageItem, ImageSource, fingerprint_of
 from latentflow.data.packed import PackedText
 from latentflow.data.painting.input_rules import FILES
-from latentflow.data.pictures.crop import center_crop, crop_map
+from latentflow.data.pictures.crop import center_crop, crop_map, cut_by
 from latentflow.data.pictures.decode import BrokenImage, reason, room_for
 from latentflow.data.pictures.numbers import open_stored
 from latentflow.data.pictures.orientation import Photo
@@ -24,6 +24,7 @@ from latentflow.data.stores.first import check_first, evenly
 from latentflow.data.stores.lmdb import LmdbStore
 from latentflow.errors import ConfigError, DataError
 from latentflow.pixel_format import PixelFormat
+from latentflow.sizes import Size
 
 _PRINTABLE = bytes(sorted({*range(0x20, 0x7F)} - {ord("%")}))
 
@@ -55,7 +56,7 @@ class ImageFiles:
         DataError: there are fewer than `first`.
     """
 
-    def __init__(self, listed: ListedImages, image_size: int, first: int | None = None):
+    def __init__(self, listed: ListedImages, image_size: Size, first: int | None = None):
         self.image_size, self.pixel_format = image_size, PixelFormat()
         self.class_names, self.columns = listed.class_names, listed.columns
         self._store, self._maps, self._labels = listed.store, listed.maps, listed.labels
@@ -141,7 +142,7 @@ class ImageFiles:
                 semantic_map = crop_map(self._maps.read(self._rows[index], Photo(height, width, turn)), self.image_size)
             if self._inputs:
                 paired = self._inputs.read(self._rows[index], picture.size, self.image_size)
-        cut = 1 - min(picture.size) / max(picture.size)
+        cut = cut_by(*picture.size, self.image_size)
         return ImageItem(pixels, self.label(index), name, semantic_map, cut, paired)
 
     def with_format(self, pixel_format: PixelFormat) -> ImageFiles:
@@ -186,7 +187,7 @@ class LmdbImages:
     class_names = map_class_names = map_palette = columns = ()
     input_format, input_origin = None, ""
 
-    def __init__(self, store: LmdbStore, image_size: int):
+    def __init__(self, store: LmdbStore, image_size: Size):
         self.image_size, self.pixel_format = image_size, PixelFormat()
         self._store = store
 
@@ -227,7 +228,7 @@ class LmdbImages:
         with _decoding(name):
             picture, _ = read_raster(self._store.read(self._store.keys[index]), name, self.pixel_format)
             pixels = picture.cropped(partial(center_crop, size=self.image_size))
-        return ImageItem(pixels, None, name, cut=1 - min(picture.size) / max(picture.size))
+        return ImageItem(pixels, None, name, cut=cut_by(*picture.size, self.image_size))
 
     def with_format(self, pixel_format: PixelFormat) -> LmdbImages:
         """The same images, read in another format."""

@@ -4,7 +4,8 @@ Image i is a pure function of (seed, i, image_size): it does not depend on the n
 and another image size shows the same scene. Shapes are signed distance functions, which give smooth edges without
 supersampling.
 
-Legend: S image size. Coordinates are in image widths, x to the right and y down, both in [0, 1].
+Legend: H and W image height and width, S the shorter of them. Coordinates are in units of S, x to the right and y down;
+the middle is (1/2, 1/2), so that both are in [0, 1] where the image is square.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from latentflow.data.pictures.raster import as_raster
 from latentflow.errors import DataError
 from latentflow.pixel_format import PixelFormat
 from latentflow.randomness import derive_seed
+from latentflow.sizes import Size
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {"red": (0.99, 0.78, 0.88), "green": (0.39, 0.74, 0.70), "blue": (0.60, 0.78, 0.86)}  # HSV, each in [0, 1]
@@ -94,7 +96,7 @@ class SyntheticShapes:
 
     Args:
         count: number of images, >= 1. Image i is the same whatever the count.
-        image_size: height and width in pixels, >= 8.
+        image_size: as `Size.of` takes it, both sides >= 8.
         seed: another seed, another set of images.
         pixel_format: what the 8-bit colours become; see `as_raster`.
         columns: those of `COLUMNS` that are known of each image; the images do not depend on them.
@@ -104,7 +106,7 @@ class SyntheticShapes:
     """
 
     count: int
-    image_size: int = 64
+    image_size: Size | int | str = 64
     seed: int = 0
     pixel_format: PixelFormat = field(default_factory=PixelFormat)
     columns: tuple[Column, ...] = ()
@@ -117,13 +119,14 @@ class SyntheticShapes:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise DataError(f"the synthetic dataset needs at least 1 image, got count = {self.count}")
-        if self.image_size < 8:
+        object.__setattr__(self, "image_size", Size.of(self.image_size))
+        if min(self.image_size) < 8:
             raise DataError(f"the synthetic shapes need an image size of at least 8, got {self.image_size}")
 
     @property
     def description(self) -> str:
         named = f" with {', '.join(column.name for column in self.columns)}" if self.columns else ""
-        return f"{self.count} synthetic shapes{named} at {self.image_size} x {self.image_size} (seed {self.seed})"
+        return f"{self.count} synthetic shapes{named} at {self.image_size.words} (seed {self.seed})"
 
     def fingerprint(self) -> str:
         text = f"synthetic shapes v2: {self.count} images, size {self.image_size}, seed {self.seed}"
@@ -161,7 +164,7 @@ class SyntheticShapes:
         shape, colour = divmod(self.label(index), len(COLOURS))
         random = _random(self.seed, "image", index)
         random.random(_GROUND_NUMBERS)
-        place = _placed(SHAPES[shape], random)
+        place = _placed(SHAPES[shape], random, self.image_size)
         traits = (place.x < 0.5, place.y < 0.5, place.radius > 0.3)
         known: dict[str, ColumnValue] = {
             "shape": shape,
@@ -180,23 +183,24 @@ class SyntheticShapes:
         return ImageItem(pixels, label, name, semantic_map)
 
 
-def draw_shape(label: int, random: np.random.Generator, image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one image of class `label`: [S, S, 3] uint8 RGB, and its semantic map, [S, S] uint8."""
+def draw_shape(label: int, random: np.random.Generator, image_size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """Draw one image of class `label`: [H, W, 3] uint8 RGB, and its semantic map, [H, W] uint8."""
     shape_index, colour_index = divmod(label, len(COLOURS))
     shape, (hue, saturation, value) = SHAPES[shape_index], list(COLOURS.values())[colour_index]
 
-    centres = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
-    x, y = centres[None, :], centres[:, None]
+    side = min(image_size)
+    y, x = ((np.arange(length, dtype=np.float32) + 0.5 - (length - side) / 2) / side for length in image_size)
+    x, y = x[None, :], y[:, None]
     canvas = _ground(x, y, random)
 
-    place = _placed(shape, random)
+    place = _placed(shape, random, image_size)
     radius, centre_x, centre_y, angle = place.radius, place.x, place.y, place.angle
 
     shadow = signed_distance(shape, x - centre_x - 0.016, y - centre_y - 0.028, radius, angle)
     canvas *= 1 - 0.3 * _smooth(0.5 - shadow / 0.1)[..., None]
 
     distance = signed_distance(shape, x - centre_x, y - centre_y, radius, angle)
-    cover = np.clip(0.5 - distance * image_size, 0, 1)[..., None]  # share of the pixel inside the outline
+    cover = np.clip(0.5 - distance * side, 0, 1)[..., None]  # share of the pixel inside the outline
     jitter = [_between(random, -spread, spread) for spread in (0.02, 0.06, 0.06)]
     paint = _rgb(hue + jitter[0], saturation + jitter[1], value + jitter[2])
     light = 1 - 0.22 * ((x - centre_x) + 1.5 * (y - centre_y)) / (radius * 1.8)  # lit from above, slightly left
@@ -208,7 +212,7 @@ def draw_shape(label: int, random: np.random.Generator, image_size: int) -> tupl
 
 @dataclass(frozen=True)
 class _Place:
-    """Nominal radius and centre of a shape in image widths, and its clockwise angle in radians."""
+    """Nominal radius and centre of a shape in units of S, and its clockwise angle in radians."""
 
     radius: float
     x: float
@@ -216,15 +220,16 @@ class _Place:
     angle: float
 
 
-def _placed(shape: str, random: np.random.Generator) -> _Place:
+def _placed(shape: str, random: np.random.Generator, size: Size) -> _Place:
     radius = _between(random, 0.24, 0.36)
-    freedom = _ROAMING * (0.5 - radius * reach(shape) - _MARGIN)  # how far the centre may stray from the middle
-    centre_x, centre_y = (0.5 + _between(random, -freedom, freedom) for _ in range(2))
+    needed = radius * reach(shape) + _MARGIN
+    rooms = (_ROAMING * (length / min(size) / 2 - needed) for length in (size.width, size.height))
+    centre_x, centre_y = (0.5 + _between(random, -room, room) for room in rooms)  # which strays from the middle
     return _Place(radius, centre_x, centre_y, _between(random, -0.2, 0.2))
 
 
 def _ground(x: np.ndarray, y: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A muted ground: a gradient between two greyish tints, slow waves, and sometimes faint stripes: [S, S, 3]."""
+    """A muted ground: a gradient between two greyish tints, slow waves, and sometimes faint stripes: [H, W, 3]."""
     hue, value = _between(random, 0, 1), _between(random, 0.5, 0.88)
     tints = [
         _rgb(hue + shift, _between(random, 0.05, 0.17), value + _between(random, -0.08, 0.08))

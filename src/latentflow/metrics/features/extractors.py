@@ -24,6 +24,7 @@ from latentflow.metrics.features.random_pyramid import RandomPyramid
 from latentflow.metrics.names import FEATURE_PRECISIONS, FEATURES, JUDGE, is_judge
 from latentflow.networks.feature_network import FeatureNetwork
 from latentflow.runtime import Precision, Runtime
+from latentflow.sizes import Size
 from latentflow.weights import LOADING
 
 DINOV2 = "facebook/dinov2-large"
@@ -67,7 +68,7 @@ def open_features(
     *,
     weights: str | Path | None = None,
     autoencoder: Autoencoder | None = None,
-    image_size: int | None = None,
+    image_size: Size | int | None = None,
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
 ) -> FeatureExtractor:
@@ -79,7 +80,7 @@ def open_features(
         weights: of "inception": the published .pth file or a .safetensors copy; None: download them if need be. Of
             "dinov2": a folder or a hub id; None: `DINOV2`.
         autoencoder: of "latents", which needs it.
-        image_size: of "latents", which needs it: height and width of the images in pixels.
+        image_size: of "latents", which needs it: that of the images.
         precision: "fp32", which published figures are computed in; "tf32" and "bf16" are faster, and move a distance.
             On other devices than CUDA tf32 is fp32.
 
@@ -194,11 +195,11 @@ class LatentFeatures:
     name = "latents"
     label = f"Fréchet distance of latents, {_RELATIVE}"
 
-    def __init__(self, autoencoder: Autoencoder, image_size: int, precision: Precision = "fp32"):
+    def __init__(self, autoencoder: Autoencoder, image_size: Size | int, precision: Precision = "fp32"):
         self.precision = precision
         self.autoencoder = autoencoder.under(autoencoder.runtime.with_precision(precision))
-        self.image_size = image_size
-        self.dim = autoencoder.num_channels * autoencoder.latent_side(image_size) ** 2
+        self.image_size = Size.of(image_size)
+        self.dim = autoencoder.num_channels * autoencoder.latent_size(self.image_size).area
 
     @property
     def device(self) -> torch.device:
@@ -211,9 +212,9 @@ class LatentFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        size = (self.image_size, self.image_size)
-        if _checked(images).shape[2:] != size:
-            raise DataError(f"images of {list(images.shape[2:])} pixels do not fit features of latents at {list(size)}")
+        if _checked(images).shape[2:] != self.image_size:
+            size = list(self.image_size)
+            raise DataError(f"images of {list(images.shape[2:])} pixels do not fit features of latents at {size}")
         moments = self.autoencoder.encode(to_unit_range(_sent(images, self.device)))
         raw = latent_mean(moments, self.autoencoder.num_channels)
         return self.autoencoder.normalisation.normalise(raw).flatten(1)

@@ -19,6 +19,7 @@ from latentflow.metrics.class_judge import ClassJudge
 from latentflow.metrics.names import JUDGE_FILE
 from latentflow.networks.feature_network import FeatureNetwork, FeatureNetworkConfig
 from latentflow.records import Record, explain
+from latentflow.sizes import ImageSize
 from latentflow.weights import filled
 
 WEIGHTS_FILE = "judge.safetensors"
@@ -32,7 +33,7 @@ class JudgeRecord(Record):
     data: str = Field(description="The images it was trained on, in a line.")
     fingerprint: str = Field(description="Of these images.")
     num_images: int = Field(description="That it was trained on.")
-    image_size: int = Field(description="Their side in pixels, before they are resized to that of the network.")
+    image_size: ImageSize = Field(description="Their size in pixels, before they are resized to that of the network.")
     class_names: list[str] = Field(description="Of the classes it judges; empty: it knows none.")
     method: Literal["labels", "contrastive"] = Field(description="What the network learned from.")
     network: FeatureNetworkConfig
