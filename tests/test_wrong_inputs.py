@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 from latentflow.commands.train import train
 from latentflow.data.painting.input_rules import InputRules
+from latentflow.model.conditioning import ColumnCondition
 from latentflow.sampling.request import SampleRequest
 from latentflow.training.settings import to_yaml
 from tests import tiny
@@ -47,6 +48,7 @@ def wrong(command: str, *said: str, advised: str = "") -> Wrong:
 ENCODE = "encode {w}/photos --autoencoder {w}/kl --image-size 16 --out {out}"
 TRAIN = "train {w}/recipe.yaml data.path={w}/cache autoencoder={w}/kl out={out}"
 SAMPLE = "sample {w}/model --num 2 --steps 2 --solver euler --out {out}"
+SCAN = SAMPLE.replace("model", "scans")
 INPAINT = "inpaint {w}/painter {w}/photo.png {w}/hole.png --steps 2 --out {out}/filled.png"
 PAINT = "mask-to-image {w}/painter {w}/map.png --steps 2 --out {out}/painted.png"
 TRANSLATE = "translate {w}/sharpener {w}/photo.png --steps 2 --out {out}/large.png"
@@ -246,6 +248,19 @@ CASES = {
         wrong(SAMPLE.replace("{out}", "{w}/flat"), "flat"),
         wrong(SAMPLE.replace("{out}", "{w}/samples_of_another"), "samples_of_another"),
         wrong("sample {w}/painter --num 1 --out {out} --classes pear", "pear"),
+        wrong(SCAN + " --condition agee=63", "agee", "age", advised=SCAN + " --condition age=63"),
+        wrong(SCAN + " --condition age", "--condition", "age", "age=63"),
+        wrong(SCAN + " --condition age=old", "age=old", "number", advised=SCAN + " --condition age=50"),
+        wrong(SCAN + " --condition age=inf", "age=inf", "finite"),
+        wrong(SCAN + " --condition view=latral", "latral", "lateral", advised=SCAN + " --condition view=lateral"),
+        wrong(SCAN + " --condition tags=edema,x", "tags=edema,x", "'x'", "edema, nodule"),
+        wrong(SCAN + " --condition age=1 --condition age=2", "age=2", "twice"),
+        wrong(SCAN + " --condition label=apple", "label", "--classes"),
+        wrong(SCAN + " --condition age=63 --guidance 2 --guided-by view", "view", "not given"),
+        wrong(SCAN.replace("scans", "model") + " --condition age=63", "age", "no named conditions"),
+        wrong("vary {w}/scans --condition age=20,60 --out {out}", "age=20,60", "one value"),
+        wrong(EVALUATE.replace("{w}/model", "{w}/scans"), "no table", "view, tags, age", "--labels balanced"),
+        wrong(TRAIN + " conditioning.columns=age", "conditioning.columns", "no column 'age'", "they have none"),
     ],
     "paint": [
         wrong(INPAINT.replace("photo.png", "nothing.png"), "nothing.png"),
@@ -428,6 +443,12 @@ def _models(w: Path, kl) -> None:
     tiny.model(kl, class_names=()).save_pretrained(w / "unconditional")
     tiny.model(kl, conditioning=tiny.SPATIAL).save_pretrained(w / "painter")
     tiny.model(kl, inputs=InputRules()).save_pretrained(w / "sharpener")
+    columns = [
+        ColumnCondition(name="view", kind="label", class_names=["frontal", "lateral"]),
+        ColumnCondition(name="tags", kind="labels", class_names=["edema", "nodule"]),
+        ColumnCondition(name="age", kind="number", mean=50, deviation=20, low=18, high=95),
+    ]
+    tiny.model(kl, conditioning={"columns": columns}).save_pretrained(w / "scans")
     for name in ("truncated", "flipped", "nan", "huge"):
         shutil.copytree(w / "model", w / name)
     weights = (w / "model" / "velocity.safetensors").read_bytes()

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from latentflow.sampling.drawing import Blend, Drawing
-from latentflow.sampling.naming import file_names, picture_facts, picture_name
+from latentflow.sampling.naming import file_names, picture_caption, picture_facts, picture_name
 
 NAMES = ("cat", "dog", "and/or", "owl")
 
@@ -81,3 +81,11 @@ def test_long_names_stay_short_and_whole():
     blends = [Blend(seed=2**62, weight=1, label=1)]
     request = Drawing(seeds=[2**63 - 1], labels=[0], told=["label"], blends=blends)
     assert len(picture_name(request, long).encode()) <= 255
+
+
+def test_a_caption_names_classes_and_conditions():
+    conditions = {"age": [63.0], "view": ["lateral"], "tags": [["edema", "nodule"]], "finding": [[]], "dose": [None]}
+    told = ["label", *conditions]
+    drawing = Drawing(seeds=[1], labels=[3], told=told, conditions=conditions)
+    assert picture_caption(drawing, NAMES) == "owl, age 63, view lateral, tags edema + nodule, finding empty"
+    assert picture_caption(Drawing(seeds=[1]), NAMES) == ""

@@ -17,11 +17,13 @@ from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.semantic_maps import UNLABELLED_COLOUR
 from latentflow.data.sources.images import open_images
 from latentflow.errors import NonFiniteError
+from latentflow.model.conditioning import ColumnCondition
 from latentflow.runtime import Runtime
 from latentflow.sampling import preview as preview_module
 from latentflow.sampling.drawing import Drawing, check_drawing
 from latentflow.sampling.pipeline import Given, draw, draw_all
 from latentflow.sampling.preview import map_pictures, preview_drawing, save_preview
+from latentflow.shapes import Condition
 from tests import tiny
 
 COLUMNS, GAP = 8, 2
@@ -236,3 +238,26 @@ def test_a_preview_is_drawn_in_batches_of_training(kl, images, tmp_path, monkeyp
     monkeypatch.setattr(model.network, "forward", lambda x, *rest: sizes.append(len(x)) or network(x, *rest))
     save_preview(model, model.network.state_dict(), images, tmp_path / "grid.png", model.runtime, 5)
     assert set(sizes) == {5, 2}
+
+
+def test_named_columns_are_those_of_the_training_images(kl, tmp_path):
+    """Images; samples given the label, the columns, and both."""
+    source = open_images("synthetic:24:0:size,traits", tiny.IMAGE_SIZE)
+    images = TrainingImages(source, seed=0, flip=False, columns=["size", "traits"])
+    columns = [
+        ColumnCondition(name="size", kind="number", mean=30, deviation=3, dropout=0.0),
+        ColumnCondition(name="traits", kind="labels", class_names=list(source.columns[1].class_names)),
+    ]
+    model = tiny.model(kl, class_names=source.class_names, conditioning={"columns": columns})
+    rows, batch = preview(model, images, tmp_path / "grid.png"), images.at(range(COLUMNS))
+    assert len(rows) == 4
+    nothing = model.config.conditioning.without(Condition(columns=batch.columns), ["traits"]).columns
+    for row, told, given in (
+        (rows[1], ["label", "size"], nothing),  # the size was never dropped, so it is always given
+        (rows[2], ["size", "traits"], batch.columns),
+        (rows[3], ["label", "size", "traits"], batch.columns),
+    ):
+        labels = batch.labels.tolist() if "label" in told else []
+        request = Drawing(seeds=range(COLUMNS), labels=labels, told=told, sampling=model.config.sampling)
+        drawn = draw_all(model, request, Given(columns=given), batch_size=COLUMNS)
+        assert torch.equal(row, drawn.pixels), told

@@ -24,6 +24,7 @@ from torch import Tensor
 from latentflow.artifacts import sha256_tensors
 from latentflow.errors import ConfigError, nearest
 from latentflow.evaluation.request import LABEL_POLICIES
+from latentflow.evaluation.row_conditions import RowConditions
 from latentflow.evaluation.shards import SHARD_SIZE, Columns, Work, compute_in_shards, join_columns
 from latentflow.metrics.features.extractors import FeatureExtractor
 from latentflow.metrics.statistics import require_features
@@ -44,12 +45,14 @@ class ImageSet:
         drawing: of the first image; image i has its seed plus i.
         policy: how labels are chosen, one of `LABEL_POLICIES`; "none" if the images are unconditional.
         shares: of the policy "data": a number for each class.
+        rows: of the policy "rows": the conditions of real images.
     """
 
     model: FlowModel
     drawing: Drawing
     policy: str
     shares: tuple[float, ...] | None = None
+    rows: RowConditions | None = None
 
     @property
     def label_of(self) -> Callable[[int], int | None]:
@@ -59,6 +62,20 @@ class ImageSet:
     def with_shares(self, shares: Sequence[float]) -> ImageSet:
         """The set with the true frequencies of its classes."""
         return replace(self, shares=tuple(map(float, shares)))
+
+    def with_rows(self, rows: RowConditions) -> ImageSet:
+        """The set with the conditions of real images."""
+        columns = self.model.config.conditioning.columns
+        told = [*(() if rows.labels is None else ("label",)), *(one.name for one in columns)]
+        return replace(self, rows=rows, drawing=self.drawing.model_copy(update={"told": told}))
+
+    def _conditions(self, images: range) -> tuple[list[int], Given]:
+        """The labels of some images, or none, and their named conditions."""
+        if self.rows is None:
+            return [label for label in map(self.label_of, images) if label is not None], Given()
+        places, rows = self.rows.places(images), self.rows
+        labels = [] if rows.labels is None else rows.labels[places].tolist()
+        return labels, Given(columns=None if rows.columns is None else rows.columns[places])
 
     def draw(self, extractor: FeatureExtractor, num: int, work: Work) -> Columns:
         """Draw the first `num` images and keep their features.
@@ -71,19 +88,21 @@ class ImageSet:
             ArtifactError: the folder holds another set.
             NonFiniteError: an image is not made of finite numbers.
         """
-        seed, label_of = self.drawing.seeds[0], self.label_of
+        seed = self.drawing.seeds[0]
         work = replace(work, batch_size=min(work.batch_size, SHARD_SIZE))
         num_batches = math.ceil(num / work.batch_size / work.runtime.world)
         compile_where_it_pays(self.model, self.drawing, batch_size=work.batch_size, num_batches=num_batches)
 
         def compute(rows: range) -> Columns:
-            labels = [label for label in map(label_of, rows) if label is not None]
+            labels, given = self._conditions(rows)
             drawing = self.drawing.model_copy(update={"seeds": [seed + i for i in rows], "labels": labels})
-            columns = drawn_columns(self.model, drawing, Given(), extractor, work)
+            columns = drawn_columns(self.model, drawing, given, extractor, work)
             return columns | {"labels": torch.tensor(labels or [-1] * len(rows))}
 
         plan = {**model_plan(self.model, self.drawing), "label_policy": self.policy, "features": extractor.hash}
         plan["label_shares"] = None if self.shares is None else list(self.shares)
+        if self.rows is not None:
+            plan["rows"] = self.rows.digest
         return compute_in_shards(num, compute, plan=plan, work=work)
 
 
@@ -100,8 +119,9 @@ def plan_set(
     Args:
         seed: of image 0.
         labels: how the label of image i is chosen. balanced: cycled over the seeds, as in `sample`; uniform: drawn for
-            each image; data: drawn with the frequencies `label_shares`; none: unconditional, as is every image of a
-            model without classes.
+            each image; data: drawn with the frequencies `label_shares`; rows: that of a real image, together with its
+            named conditions, which `ImageSet.with_rows` gives; none: unconditional, as is every image of a model
+            without classes.
         label_shares: of "data": a number for each class, for example how many real images it has.
         preset: fields of `SamplingPreset` that differ from the model's.
 
@@ -110,14 +130,21 @@ def plan_set(
     """
     conditioning = model.config.conditioning
     for name in conditioning.required:
-        if name != "label":
+        if any(name == one.name for one in conditioning.columns):
+            if labels != "rows":
+                raise ConfigError(
+                    f"this model requires the condition {name}, which only labels 'rows' give: those of real images"
+                )
+        elif name != "label":
             raise ConfigError(
                 f"this model requires the condition {name}: evaluate it with --task {conditioning.kinds[name].task}"
             )
     first = _label_rule(model, labels, label_shares, seed)(0)
-    policy = "none" if first is None else labels
+    policy = "none" if first is None and labels != "rows" else labels
     classes = [] if first is None else [first]
-    drawing = make_drawing(model, SampleRequest(num=1, seed=seed, classes=classes, **preset or {}))
+    conditions = [one.name for one in conditioning.columns] if labels == "rows" else []
+    request = SampleRequest(num=1, seed=seed, classes=classes, **preset or {})
+    drawing = make_drawing(model, request, conditions=conditions)
     shares = tuple(map(float, label_shares)) if policy == "data" else None
     return ImageSet(model, drawing, policy, shares)
 
@@ -167,7 +194,7 @@ def _label_rule(
     if not num_classes or policy == "none":
         return lambda i: None
     seen = model.config.seen_classes
-    if policy == "balanced":  # as in `sample`
+    if policy in ("balanced", "rows"):  # as in `sample`
         return lambda i: seen[(seed + i) % len(seen)]
     if policy == "data" and shares is None:
         raise ConfigError("labels 'data' need labelled reference images; give those, or choose 'balanced'")

@@ -20,6 +20,7 @@ from latentflow.data.items import ImageSource
 from latentflow.data.painting.input_rules import FILES
 from latentflow.data.pictures.colour import PIXEL_RULES
 from latentflow.data.pictures.crop import CROP_RULE
+from latentflow.data.request import TableOptions
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, DataError
 from latentflow.evaluation.read_images import ImageReader
@@ -97,18 +98,21 @@ class RealFeatures:
     notes: tuple[str, ...] = ()
 
 
-def open_real_images(data: str | Path, image_size: Size, inputs: str = FILES) -> RealImages:
+def open_real_images(
+    data: str | Path, image_size: Size, inputs: str = FILES, table: TableOptions | None = None
+) -> RealImages:
     """Open images, or a file of statistics; no image is decoded.
 
     Args:
         inputs: where paired inputs come from; see `open_images`.
+        table: which columns of a table are used.
 
     Raises:
         DataError, ArtifactError: there is nothing usable, or the statistics are of images of another size.
     """
     file = Path(data)
     if file.suffix not in (_OWN_SUFFIX, *FOREIGN_SUFFIXES) or file.is_dir():
-        source = open_images(data, image_size, inputs=inputs)
+        source = open_images(data, image_size, inputs=inputs, table=table)
         return RealImages(str(data), source, None, source.fingerprint(), image_size)
     stored = load_reference(file)
     made = stored.provenance

@@ -33,7 +33,7 @@ from latentflow.sampling.request import MOST_IMAGES, MOST_SEED, SamplingRequest,
 from latentflow.sizes import ImageSize, bounded, typed_size
 from latentflow.training.request import LONGEST, SHORTEST
 
-LABEL_POLICIES = ("balanced", "uniform", "data", "none")
+LABEL_POLICIES = ("balanced", "uniform", "data", "rows", "none")
 _TASKS = ("sample", "inpaint", "mask-to-image", "translate")
 _NEIGHBOURS_EACH = 5  # that density and coverage count, so that six images are the fewest
 
@@ -89,7 +89,11 @@ class EvaluationRequest(SamplingRequest):
     )
     labels: str | None = Field(
         None,
-        description="Class of image i: balanced (the default), uniform, data (as often as in DATA) or none.",
+        description="Class of image i: balanced (the default), uniform, data (as often as in DATA), rows (class and "
+        "named conditions of an image of DATA; the default for a model with named conditions) or none.",
+    )
+    label_column: str | None = Field(
+        None, description="Of a table DATA, the column of the class of each image, where it is not called so."
     )
     seed: Whole = Field(0, ge=0, le=MOST_SEED, description=_FIRST_SEED)
     batch_size: Whole = Field(32, ge=1, description="Images computed together; does not change them.")

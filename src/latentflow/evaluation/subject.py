@@ -17,14 +17,17 @@ from torch import Tensor
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.items import ImageSource, stack_pixels
 from latentflow.data.painting.input_rules import NO_INPUTS
+from latentflow.data.request import TableOptions
+from latentflow.data.sources.images import table_with
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.evaluation.autoencoders import open_autoencoder
 from latentflow.evaluation.class_accuracy import require_class_judge, require_judged
 from latentflow.evaluation.drawn_set import plan_set
 from latentflow.evaluation.painted import compares_inputs, painted, plan_painting, require_same_classes
 from latentflow.evaluation.read_images import read_batches, require_readable
-from latentflow.evaluation.real_images import RealFeatures, image_features, open_real_images
+from latentflow.evaluation.real_images import RealFeatures, RealImages, image_features, open_real_images
 from latentflow.evaluation.request import EvaluationRequest
+from latentflow.evaluation.row_conditions import require_known_columns, row_conditions
 from latentflow.evaluation.samples_in_files import open_samples
 from latentflow.evaluation.shards import Columns, Work
 from latentflow.metrics.evaluation_report import ModelFacts
@@ -81,7 +84,7 @@ class Subject(ABC):
         self._judged = judge.class_names if judge else []
         self.sampling: dict[str, Any] = {}
         self.inputs: dict[str, str] = {}
-        self.real = open_real_images(request.data, image_size, self._inputs)
+        self.real = self._open_real(request)
         self.metrics = request.wanted or [*self._usual_metrics(), *(["lpips"] if request.lpips else [])]
         network = load_lpips(request.lpips, device) if request.lpips else None
         self.judge = PairJudge(bool({"ssim", "ssim-hole"} & {*self.metrics}), network, device)
@@ -90,6 +93,10 @@ class Subject(ABC):
         self.num = request.num or self._available or USUAL_NUM
         self._check_classes()
         self._check_scores()
+
+    def _open_real(self, request: EvaluationRequest) -> RealImages:
+        table = TableOptions(label_column=request.label_column)
+        return open_real_images(request.data, self.image_size, self._inputs, table)
 
     @abstractmethod
     def facts(self) -> ModelFacts:
@@ -201,22 +208,46 @@ class Drawn(_OfAModel):
 
     def __init__(self, request: EvaluationRequest, runtime: Runtime):
         super().__init__(request, runtime)
-        labels, shares = request.labels or "balanced", None
-        if labels == "data" and self.num_classes:
+        labels, shares = self._policy(request), None
+        if labels == "rows" or (labels == "data" and self.num_classes):
             if self.real.source is None:
-                raise ConfigError(
-                    f"labels 'data' need the labelled images themselves, not {self.real.data}, their statistics"
-                )
-            require_same_classes(self.flow, self.real.source)
+                what = "the images" if labels == "rows" else "the labelled images"
+                raise ConfigError(f"labels {labels!r} need {what} themselves, not {self.real.data}, their statistics")
+            if self.num_classes:
+                require_same_classes(self.flow, self.real.source)
             shares = [1.0] * self.num_classes  # the true ones follow with the features
+        if labels == "rows":
+            require_known_columns(self.flow.config.conditioning, self.real.source)
         how = {"labels": labels, "label_shares": shares, "preset": request.preset()}
         self._set = plan_set(self.flow, seed=request.seed, **how)
         self.labels, self.sampling = self._set.policy, self._set.drawing.sampling.model_dump(mode="json")
+
+    def _policy(self, request: EvaluationRequest) -> str:
+        return request.labels or ("rows" if self.flow.config.conditioning.columns else "balanced")
+
+    def _open_real(self, request: EvaluationRequest) -> RealImages:
+        own = self.flow.config.conditioning.columns if self._policy(request) == "rows" else ()
+        columns = [one.column for one in own]
+        try:
+            table = table_with(request.data, columns, request.label_column)
+            return open_real_images(request.data, self.image_size, self._inputs, table)
+        except DataError as error:
+            if not columns:
+                raise
+            named = ", ".join(column.name for column in columns)
+            raise DataError(
+                f"{error}; images are to be drawn under the conditions of DATA ({named}); give --labels balanced to "
+                "leave these out"
+            ) from error
 
     def columns(self, extractor: FeatureExtractor, reference: RealFeatures, work: Work) -> Columns:
         chosen = self._set
         if self.labels == "data":
             chosen = chosen.with_shares(torch.bincount(reference.labels, minlength=self.num_classes).tolist())
+        if self.labels == "rows":
+            labels = reference.labels if self.num_classes else None
+            rows = (self._real_source(), reference.rows.tolist(), labels, self.request.seed)
+            chosen = chosen.with_rows(row_conditions(self.flow.config.conditioning, *rows))
         return chosen.draw(extractor, self.num, work)
 
 

@@ -92,13 +92,17 @@ def condition_rows(
     return rows_of([one.column for one in conditioning.columns], list(zip(*columns, strict=True)))
 
 
-def named_value(column: ColumnCondition, value: ColumnValue) -> NamedValue:
-    """A value of a column of the data as a drawing stores it."""
+def named_value(class_names: Sequence[str], value: ColumnValue) -> NamedValue:
+    """A value of a column of the data as a drawing stores it.
+
+    Args:
+        class_names: of this column; empty for numbers.
+    """
     if isinstance(value, frozenset):
-        return [column.class_names[index] for index in sorted(value)]
-    if value is None or column.kind == "number":
+        return [class_names[index] for index in sorted(value)]
+    if value is None or not class_names:
         return None if value is None else float(value)
-    return column.class_names[int(value)]
+    return class_names[int(value)]
 
 
 def _indexed(column: ColumnCondition, value: NamedValue) -> ColumnValue:

@@ -27,6 +27,16 @@ def picture_name(drawing: Drawing, class_names: Sequence[str]) -> str:
     return "_".join(parts) + ".png"
 
 
+def picture_caption(drawing: Drawing, class_names: Sequence[str]) -> str:
+    """What a drawing of one image shows: "cat, age 63, view lateral, findings edema + nodule"; "" for no condition."""
+    parts = [class_names[label] for label in drawing.labels]
+    for name, (value,) in drawing.conditions.items():
+        if value is not None:
+            text = f"{value:g}" if isinstance(value, float) else value
+            parts.append(f"{name} {' + '.join(text) or 'empty'}" if isinstance(text, list) else f"{name} {text}")
+    return ", ".join(parts)
+
+
 def picture_facts(drawing: Drawing, class_names: Sequence[str], drawn_by: dict[str, Any]) -> dict[str, Any]:
     """The metadata of a drawing of one image, as JSON holds it, but for the evaluations.
 

@@ -22,7 +22,7 @@ from latentflow.sampling.call_cost import call_count
 from latentflow.sampling.contact_sheet import save_grid
 from latentflow.sampling.cost import announce_cost, compile_where_it_pays
 from latentflow.sampling.drawing import Drawing
-from latentflow.sampling.naming import picture_facts, picture_name
+from latentflow.sampling.naming import picture_caption, picture_facts, picture_name
 from latentflow.sampling.picture_file import WHICH, facts_in, read_facts, unlike
 from latentflow.sampling.pipeline import Given, draw_batches, drawn_by
 from latentflow.sampling.samples import PictureWriter
@@ -72,8 +72,8 @@ def draw_folder(
         model: a model folder, a run folder or a hub id.
         plan: called with the model, returns what is to be drawn.
         doing: the word before the progress bar.
-        columns: of the contact sheet; None: one per class, if they fit, else 8.
-        captions: whether the contact sheet names the classes.
+        columns: of the contact sheet; None: one per class or condition, if they fit, else 8.
+        captions: whether the contact sheet names classes and conditions.
 
     Raises:
         ArtifactError: no such model, or the folder cannot be written or holds other pictures.
@@ -85,18 +85,19 @@ def draw_folder(
     drawings = plan(flow)
     folder = PictureFolder(flow, out, *drawings)
     shares = [drawing.at(slice(rank, None, world)) for drawing in drawings]
-    labels = [label for share in shares for label in share.labels][:GRID_IMAGES]
     num_images = sum(len(share.seeds) for share in shares)
     if not num_images:  # fewer images than processes
         return DrawnFolder([], 0, 0.0, 0.0)
     with image_progress(doing, num_images) as on_images:
         parts = [folder.draw(share, batch_size=batch_size, on_images=on_images) for share in shares]
     files = [file for part in parts for file in part.files]
+    singles = [share.at(slice(row, row + 1)) for share in shares for row in range(len(share.seeds))][:GRID_IMAGES]
+    shown = [picture_caption(single, flow.config.conditioning.class_names) for single in singles]
     grid = save_grid(
         folder.path / ("grid.png" if world == 1 else f"grid-{rank}-of-{world}.png"),
         read_pixels(files[:GRID_IMAGES]),
-        columns or _columns(labels),
-        captions=[flow.config.conditioning.class_names[label] for label in labels] if captions else [],
+        columns or _columns(shown),
+        captions=shown if captions and any(shown) else [],
     )
     return DrawnFolder(
         files,
@@ -107,10 +108,10 @@ def draw_folder(
     )
 
 
-def _columns(labels: list[int], most: int = 12) -> int:
-    """One column per class if the labels cycle through few of them, else 8."""
-    period = len(dict.fromkeys(labels))
-    cycles = period and all(label == labels[place % period] for place, label in enumerate(labels))
+def _columns(shown: list[str], most: int = 12) -> int:
+    """One column per caption if they cycle through few of them, else 8."""
+    period = len(dict.fromkeys(shown))
+    cycles = period and all(caption == shown[place % period] for place, caption in enumerate(shown))
     return period if cycles and 1 < period <= most else 8
 
 

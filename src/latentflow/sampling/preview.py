@@ -23,6 +23,7 @@ from latentflow.runtime import Precision, Runtime
 from latentflow.sampling.contact_sheet import save_grid
 from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.pipeline import Given, draw
+from latentflow.shapes import Condition
 from latentflow.sizes import Size
 
 MOST_EVALUATIONS = 50
@@ -33,13 +34,13 @@ _PER_CLASS, _MOST_IMAGES, _COLUMNS = 4, 40, 8
 
 
 def preview_drawing(config: ModelConfig, precision: Precision = "fp32") -> Drawing:
-    """The drawing of a preview: one row per class, or with spatial conditions one column per training image."""
+    """The drawing of a preview: one row per class, or with other conditions one column per training image."""
     conditioning = config.conditioning
-    spatial = [name for name in conditioning.dropout if name != "label"]
+    others = [name for name in conditioning.dropout if name != "label"]
     shown = config.seen_classes[: _MOST_IMAGES // _PER_CLASS]
     labels = [label for label in shown for _ in range(_PER_CLASS)]
     num_images = len(labels) or _PER_CLASS**2
-    if spatial:
+    if others:
         labels, num_images = shown[:1] * _COLUMNS, _COLUMNS
     return Drawing(
         task="preview",
@@ -61,9 +62,9 @@ def save_preview(
 ) -> None:
     """Draw a fixed grid from `weights` in eval mode; the seeds are always 0, 1, 2, ...
 
-    Every process draws its share, and the first one writes. With spatial conditions the rows are the first training
-    images, their conditions, and the samples given each condition by itself (with those that the model requires) and
-    given all of them.
+    Every process draws its share, and the first one writes. With conditions besides the label, the rows are the first
+    training images, their spatial conditions, and the samples given each condition by itself (with those that the model
+    requires; named columns count as one) and given all of them.
 
     Args:
         weights: what the network draws with; afterwards it has its own weights again, bit for bit.
@@ -83,7 +84,7 @@ def _rows(
 ) -> tuple[list[Tensor], int, list[str]]:
     """The pictures of a grid, [N, 3, H, W] uint8 each, the number of its columns, and the captions."""
     drawing, conditioning = preview_drawing(model.config, model.runtime.precision), model.config.conditioning
-    if not {"inpainting", "semantic_map", "input"} & {*drawing.told}:
+    if set(drawing.told) <= {"label"}:
         pictures = _drawn(model, drawing, Given(), runtime, batch_size)
         return [pictures], _PER_CLASS, [conditioning.class_names[label] for label in drawing.labels]
     batch = images.at(range(len(drawing.seeds)), augmented=False).to(model.device)
@@ -108,10 +109,16 @@ def _rows(
             rows.append(model.pixels(given["input"]).cpu())
     if drawing.labels:
         drawing = drawing.model_copy(update={"labels": batch.labels.tolist()})
-    singly = [conditioning.with_required([name], among=drawing.told) for name in drawing.told]
-    for chosen in [*singly, drawing.told] if len(drawing.told) > 1 else [drawing.told]:
+    columns = [one.name for one in conditioning.columns]
+    if columns:
+        given["columns"] = batch.columns
+    groups = [[name] for name in drawing.told if name not in columns] + ([columns] if columns else [])
+    singly = [conditioning.with_required(group, among=drawing.told) for group in groups]
+    for chosen in [*singly, drawing.told] if len(groups) > 1 else [drawing.told]:
         labels = drawing.labels if "label" in chosen else []
         kept = {field: given[field] for name in chosen for field in conditioning.kinds[name].fields if field in given}
+        if missing := [name for name in columns if name not in chosen]:
+            kept["columns"] = conditioning.without(Condition(columns=batch.columns), missing).columns
         guiding = drawing.sampling.guided_by or chosen
         able = [name for name in guiding if name in chosen and name in conditioning.can_guide]
         guidance = {"guided_by": able} if able else {"guided_by": None, "guidance": 1.0}

@@ -9,6 +9,7 @@ for training images and references.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def _opened(
     path: str | Path, image_size: int, first: int | None, table: TableOptions, inputs: str
 ) -> ImageFiles | LmdbImages | SyntheticShapes:
     """A set of images in 8-bit RGB, with the paired inputs that lie beside them where these are wanted."""
-    is_synthetic = str(path) == "synthetic" or str(path).startswith("synthetic:")
+    is_synthetic = _is_synthetic(path)
     if is_synthetic or environment_file(Path(path)):
         _refuse_table(table, path)
     if is_synthetic:
@@ -105,6 +106,21 @@ def _opened(
 def _with_inputs(source: ImageSource, inputs: str) -> ImageSource:
     """The same images with inputs that are made from them, where these are asked for."""
     return source if inputs in (FILES, NO_INPUTS) else DerivedInputs(source, InputRules(origin=inputs))
+
+
+def table_with(path: str | Path, columns: Sequence[Column], label_column: str | None = None) -> TableOptions:
+    """How a table at `path` is read for these named columns; images without a table have their own columns.
+
+    Args:
+        label_column: of the table; None: see `TableOptions`.
+    """
+    has_own = _is_synthetic(path) or environment_file(Path(path))
+    wanted = [] if has_own else [f"{column.name}:{column.kind}" for column in columns]
+    return TableOptions(columns=wanted or None, label_column=label_column)
+
+
+def _is_synthetic(path: str | Path) -> bool:
+    return str(path) == "synthetic" or str(path).startswith("synthetic:")
 
 
 def _refuse_table(table: TableOptions | None, path: str | Path) -> None:
