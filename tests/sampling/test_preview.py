@@ -24,6 +24,7 @@ from latentflow.sampling.drawing import Drawing, check_drawing
 from latentflow.sampling.pipeline import Given, draw, draw_all
 from latentflow.sampling.preview import map_pictures, preview_drawing, save_preview
 from latentflow.shapes import Condition
+from latentflow.sizes import Size
 from tests import tiny
 
 COLUMNS, GAP = 8, 2
@@ -77,7 +78,7 @@ def test_what_the_rows_show(kl, images, tmp_path):
     assert torch.equal(rows[0], to_uint8(model.decode(model.encode(unit))))
     known = model.encode(batch.known_pixels / 127.5 - 1)
     assert torch.equal(rows[1], to_uint8(model.decode(known)))
-    assert torch.equal(rows[2], map_pictures(batch.class_fractions, list(tiny.MAP_PALETTE), tiny.IMAGE_SIZE))
+    assert torch.equal(rows[2], map_pictures(batch.class_fractions, list(tiny.MAP_PALETTE), Size.of(tiny.IMAGE_SIZE)))
     parts = {
         "label": {},
         "inpainting": {"masked_latents": known, "mask": batch.mask},
@@ -126,7 +127,7 @@ def test_maps_are_shown_in_the_colours_of_their_classes():
     fractions[0, 1, 0, 0] = 1
     fractions[0, :, 0, 1] = torch.tensor([0.2, 0.3, 0.5])
     fractions[0, 0, 1, 0] = 0.25  # three quarters are unlabelled
-    pictures = map_pictures(fractions, list(tiny.MAP_PALETTE), 4)
+    pictures = map_pictures(fractions, list(tiny.MAP_PALETTE), Size.of(4))
     assert pictures.dtype == torch.uint8
     corners = [tuple(pictures[0, :, row, column].tolist()) for row in (0, 3) for column in (1, 3)]
     assert corners == [tiny.MAP_PALETTE[1], tiny.MAP_PALETTE[2], UNLABELLED_COLOUR, UNLABELLED_COLOUR]
