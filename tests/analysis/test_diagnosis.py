@@ -70,11 +70,14 @@ def test_the_baseline_is_the_loss_of_the_best_gaussian_velocity(path):
 def test_nearest_by_brute_force_and_copies_at_distance_zero():
     members, queries = 100 + normal(40, 7), 100 + normal(9, 7, seed=1)
     queries[4] = members[13]
-    distance, index, relative = nearest_members(queries, members)
+    distance, index, second, ratio, relative = nearest_members(queries, members)
     brute = (queries[:, None] - members).norm(dim=2).min(1)
     torch.testing.assert_close(distance, brute.values, rtol=1e-4, atol=1e-4)
     assert index.tolist() == brute.indices.tolist()
     assert index[4] == 13 and distance[4] < 1e-4
+    ordered = (queries[:, None] - members).norm(dim=2).sort(1)
+    assert second.tolist() == ordered.indices[:, 1].tolist()
+    torch.testing.assert_close(ratio, brute.values / ordered.values[:, 1], rtol=1e-4, atol=1e-4)
     tenth = (queries[:, None] - members).norm(dim=2).sort(1).values[:, 9]
     torch.testing.assert_close(relative, brute.values / tenth, rtol=1e-4, atol=1e-4)
 
@@ -94,6 +97,28 @@ def test_memorisation_is_found_out():
     assert plain.near > 150 and plain.copies <= 2  # nearer to all of them, not to one
     doubled = nearness("x", copies, held_out, training.repeat(3, 1, 1, 1))
     assert doubled.copies == 200  # though each training image is there three times
+
+
+def test_the_memorised_fraction_by_hand():
+    """Training images at 0, 12 and 100 on a line: below 3 from 0, three times as far from 12, a sample is memorised."""
+    training, samples = torch.tensor([[0.0], [12.0], [100.0]]), torch.tensor([[2.9], [3.1], [-5.0], [-7.0], [11.0]])
+    found = nearness("x", samples, torch.tensor([[6.1], [0.0]]), training)
+    assert found.samples_ratio == pytest.approx([2.9 / 9.1, 3.1 / 8.9, 5 / 17, 7 / 19, 1 / 11])
+    assert found.memorised == 3 and found.memorised_held_out == 1
+    assert found.nearest_of_samples == [0, 0, 0, 0, 1] and found.second_of_samples == [1, 1, 1, 1, 0]
+
+
+def test_training_images_that_are_there_twice_are_one():
+    training = torch.tensor([[100.0], [112.0], [100.0], [100.0]])
+    found = nearest_members(torch.tensor([[101.0], [100.0]]), training)
+    assert found.ratio.tolist() == pytest.approx([1 / 11, 0])
+    assert found.second.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_without_a_second_picture_nothing_is_memorised(members):
+    found = nearest_members(torch.tensor([[5.0], [6.0]]), torch.full((members, 1), 5.0))
+    assert found.ratio.tolist() == [1, 1]
 
 
 def test_the_largest_shift():

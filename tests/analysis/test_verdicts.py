@@ -20,7 +20,7 @@ from latentflow.analysis.diagnosis import (
     nearness,
 )
 from latentflow.analysis.latent_space import LatentSpace
-from latentflow.analysis.verdicts import verdicts
+from latentflow.analysis.verdicts import Verdict, verdicts
 
 
 def normal(*shape, seed=0):
@@ -38,6 +38,8 @@ def diagnosis(**changes) -> Diagnosis:
         nearest_of_samples=[0] * 100,
         nearest_of_held_out=[0] * 100,
         samples_alone=spread,
+        samples_ratio=[0.9] * 100,
+        held_out_ratio=[0.9] * 100,
         held_out_alone=spread,
     )
     loss = LossByTime(data="x", times=[0.25, 0.75], loss=[0.5, 0.5], standard_error=[0.0, 0.0], baseline=[1.0, 1.0])
@@ -191,6 +193,29 @@ def test_what_would_decide_on_memorisation_is_said():
     plain = plain.model_copy(update={"samples_alone": plain.held_out_alone})
     found = diagnosis(memorisation=copying(50).memorisation.model_copy(update={"spaces": [plain]}))
     assert memorisation(found).mark == "good"
+
+
+def fraction(ratios: list[float], held_out: tuple[float, ...] = (0.9,) * 50, **given) -> Verdict:
+    test = copying(0, **given).memorisation
+    space = test.spaces[0].model_copy(update={"samples_ratio": ratios, "held_out_ratio": list(held_out)})
+    found = diagnosis(memorisation=test.model_copy(update={"spaces": [test.spaces[0], space]}))
+    (verdict,) = (one for one in verdicts(found) if one.topic == "Memorised fraction")
+    return verdict
+
+
+def test_verdicts_on_the_memorised_fraction():
+    few, many = [0.2] * 2 + [0.8] * 198, [0.2] * 60 + [0.8] * 140
+    assert fraction(few).mark == "good"
+    bad = fraction(many, (0.1, 0.9))
+    assert bad.mark == "bad"
+    assert "60 of 200 samples are memorised" in bad.text and "it is 1 of 2 held-out images" in bad.text
+    assert "between 24.7 and 35.8 %" in bad.text  # one-sided bounds of Clopper and Pearson, each at 95 %
+    unclear = fraction([0.2] * 2 + [0.8] * 28)
+    assert unclear.mark == "undecided" and "--num" in unclear.rule
+    part = fraction(few, num_all=1000)
+    assert part.mark == "undecided" and "--num-train 1000" in part.rule
+    unknown = fraction(few, covers=False, is_test=False)
+    assert unknown.mark == "undecided" and "with --train" in unknown.rule
 
 
 def test_a_model_that_copies_nothing_is_seldom_alarmed_about():

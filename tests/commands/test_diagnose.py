@@ -55,6 +55,7 @@ def test_files_and_page(written):
     assert {str(file.relative_to(folder)) for file in folder.rglob("*.*")} == {
         *("page.html", "diagnose.json"),
         *(f"pictures/pairs_{name}.png" for name in ("latents", "features", "held_out")),
+        *(f"pictures/memorised_{name}.png" for name in ("latents", "features")),
     }
     record = json.loads((folder / "diagnose.json").read_text())
     findings = record.pop("verdicts")
@@ -63,7 +64,7 @@ def test_files_and_page(written):
     assert [one["topic"] for one in findings] == [one.topic for one in verdicts(found)]
     page = (folder / "page.html").read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)=["'](?!data:)|https?://(?!www\.w3\.org)|<script|@import|url\(""", page)
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 5
     for said in ("the images the model was trained on", "guidance 2", "mean and variance only", "training images"):
         assert said in page, said
 
@@ -175,5 +176,9 @@ def test_memorising_is_a_problem_and_nothing_else_is(num, steps, mark, determini
     options = {"num": 160, "num_train": num, "batch_size": 64}
     found = diagnose(model, "synthetic:160:9", tmp_path / "out", train=f"synthetic:{num}:0", **options)
     assert found.memorisation.is_test
-    (verdict,) = (one for one in verdicts(found) if one.topic == "Memorisation")
-    assert verdict.mark == mark, verdict
+    for topic in ("Memorisation", "Memorised fraction"):
+        (verdict,) = (one for one in verdicts(found) if one.topic == topic)
+        assert verdict.mark == mark, verdict
+    latents, _ = found.memorisation.spaces
+    assert (latents.memorised > 10) if mark == "bad" else (latents.memorised == 0)  # measured: 18 and 0 of 80
+    assert latents.memorised_held_out == 0

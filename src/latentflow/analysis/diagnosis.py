@@ -6,7 +6,7 @@ Legend: N images, C latent channels, h and w latent height and width, D features
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -20,6 +20,11 @@ from latentflow.runtime import Runtime
 RARE = 0.01
 """The share of held-out images, the nearest ones, that a copy must be nearer than."""
 
+MEMORISED = 1 / 3
+"""The distance to the nearest training image over that to the second-nearest, below which a sample counts as a copy of
+the former (arXiv 2505.17638)."""
+
+_TWIN = 1e-5  # relative distance below which two training images are the same
 _OF_MANY = 10  # a copy stands out even if its training image is there this many times, less one
 _BLOCK = 1024  # rows of a distance matrix held at a time
 
@@ -91,6 +96,19 @@ class Nearness(Record):
         "images, near 0 for a copy of one, also of one that is there a few times."
     )
     held_out_alone: list[float]
+    samples_ratio: list[float] = Field([], description="The same over that to the second-nearest training image.")
+    held_out_ratio: list[float] = Field([], description="The same of each held-out image.")
+    second_of_samples: list[int] = Field([], description="The index of this second-nearest training image.")
+
+    @property
+    def memorised(self) -> int:
+        """How many samples are memorised training images: nearer than `MEMORISED` times to the second-nearest."""
+        return sum(ratio < MEMORISED for ratio in self.samples_ratio)
+
+    @property
+    def memorised_held_out(self) -> int:
+        """How many held-out images would count as memorised: those with a near twin among the training images."""
+        return sum(ratio < MEMORISED for ratio in self.held_out_ratio)
 
     @property
     def nearer(self) -> float:
@@ -208,13 +226,29 @@ def radial_spectrum(latents: Tensor) -> tuple[list[int], list[float]]:
     return frequencies, [float(power[radius == frequency].mean()) for frequency in frequencies]
 
 
-def nearest_members(
-    queries: Tensor, members: Tensor, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Distance of each query ([N, D]) to the nearest of `members` ([M, D]), its index, and how much it stands out.
+class Neighbours(NamedTuple):
+    """The nearest members of N queries, [N] each.
 
-    The last is this distance over that to the tenth-nearest member, or the farthest of fewer; 1 if both are 0. The
-    search, on `device`, may confuse members that are equal up to rounding; the distance is exact. [N] each.
+    Attributes:
+        distance: to the nearest member.
+        nearest: its index.
+        second: the index of the second-nearest that is another picture; that of the farthest of the ten nearest if all
+            are alike.
+        ratio: `distance` over that to the second-nearest; 1 if both are 0, or there is none.
+        alone: `distance` over that to the tenth-nearest, or the farthest of fewer; 1 if both are 0.
+    """
+
+    distance: Tensor
+    nearest: Tensor
+    second: Tensor
+    ratio: Tensor
+    alone: Tensor
+
+
+def nearest_members(queries: Tensor, members: Tensor, device: torch.device | str = "cpu") -> Neighbours:
+    """The nearest of `members` ([M, D]) to each query ([N, D]), and how much it stands out.
+
+    The search, on `device`, may confuse members that are equal up to rounding; the distances are exact.
     """
     queries, members = queries.float(), members.float()
     centre, rank = members.mean(0), min(_OF_MANY, len(members))
@@ -223,8 +257,22 @@ def nearest_members(
         parts = ((part - centre).to(device) for part in queries.split(_BLOCK))
         found = [torch.cdist(part, near_centre).topk(rank, largest=False).indices for part in parts]
     places = torch.cat(found).cpu()
-    near, far = ((queries.double() - members[places[:, n]].double()).norm(dim=1) for n in (0, rank - 1))
-    return near, places[:, 0], torch.where(far > 0, near / far, 1.0)
+
+    def to_member(x: Tensor, n: int) -> Tensor:
+        return (x - members[places[:, n]].double()).norm(dim=1)
+
+    first, twin = members[places[:, 0]].double(), _TWIN * members[places[:, 0]].double().norm(dim=1)
+    others = [to_member(first, n) > twin for n in range(1, rank)]
+    second = torch.stack([*others, torch.ones(len(places), dtype=torch.bool)], 1).int().argmax(1) + 1
+    second = places.gather(1, second.clamp(max=rank - 1)[:, None])[:, 0]
+    queries = queries.double()
+    near, far = to_member(queries, 0), to_member(queries, rank - 1)
+    next_near = (queries - members[second].double()).norm(dim=1)
+    return Neighbours(near, places[:, 0], second, _over(near, next_near), _over(near, far))
+
+
+def _over(near: Tensor, far: Tensor) -> Tensor:
+    return torch.where(far > 0, near / far, 1.0)
 
 
 def nearness(
@@ -235,12 +283,15 @@ def nearness(
     of_samples, of_held_out = (nearest_members(images.flatten(1), members, device) for images in (samples, held_out))
     return Nearness(
         space=space,
-        samples=of_samples[0].tolist(),
-        held_out=of_held_out[0].tolist(),
-        nearest_of_samples=of_samples[1].tolist(),
-        nearest_of_held_out=of_held_out[1].tolist(),
-        samples_alone=of_samples[2].tolist(),
-        held_out_alone=of_held_out[2].tolist(),
+        samples=of_samples.distance.tolist(),
+        held_out=of_held_out.distance.tolist(),
+        nearest_of_samples=of_samples.nearest.tolist(),
+        nearest_of_held_out=of_held_out.nearest.tolist(),
+        samples_alone=of_samples.alone.tolist(),
+        held_out_alone=of_held_out.alone.tolist(),
+        samples_ratio=of_samples.ratio.tolist(),
+        held_out_ratio=of_held_out.ratio.tolist(),
+        second_of_samples=of_samples.second.tolist(),
     )
 
 

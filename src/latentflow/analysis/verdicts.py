@@ -11,6 +11,7 @@ from typing import Literal
 
 from latentflow.analysis.counts import chance_of_before, share_bounds
 from latentflow.analysis.diagnosis import (
+    MEMORISED,
     Diagnosis,
     Floor,
     LatentStatistics,
@@ -55,6 +56,7 @@ def verdicts(diagnosis: Diagnosis) -> list[Verdict]:
         _latents_verdict(diagnosis.latents),
         _detail_verdict(diagnosis.latents),
         _memorisation_verdict(diagnosis.memorisation),
+        _fraction_verdict(diagnosis.memorisation),
         _floor_verdict(diagnosis.floor),
     ]
 
@@ -199,6 +201,30 @@ def _copies(space: Nearness, num_spaces: int) -> tuple[Mark, Nearness, float, fl
     elif p_of_all <= _LIKELY:
         mark = "look"
     return mark, space, p_value, low, high
+
+
+def _fraction_verdict(test: Memorisation) -> Verdict:
+    """The memorised fraction of arXiv 2505.17638, in the space with the most."""
+    space = max(test.spaces, key=lambda one: one.memorised / max(len(one.samples_ratio), 1))
+    count, num, others = space.memorised, len(space.samples_ratio), len(space.held_out_ratio)
+    low, high = share_bounds(count, num) if num else (0.0, 1.0)
+    most = high * test.num_all / test.num_training
+    mark: Mark = "bad" if low > _MATTERS else "good" if most <= _MATTERS and test.covers else "undecided"
+    rule = (
+        f"A sample counts if its nearest training image is less than {MEMORISED:.2f} times as far away as the second-"
+        f"nearest. Fine if the share is certainly below {100 * _MATTERS:g} %, a problem if it is certainly above. "
+        "Training images that are there twice count once; mirrored copies are not found."
+    )
+    if mark == "undecided":
+        rule += f" Undecided: {_what_would_decide(test, most, num)}."
+    return Verdict(
+        mark=mark,
+        topic="Memorised fraction",
+        text=f"In {space.space}, {count} of {num} samples are memorised training images; the share of such samples "
+        f"lies between {100 * low:.1f} and {100 * high:.1f} %. By the same rule it is {space.memorised_held_out} of "
+        f"{others} held-out images.",
+        rule=rule,
+    )
 
 
 def _all_but(space: Nearness) -> str:

@@ -31,10 +31,10 @@ def diagnose(request: DiagnoseRequest, runtime: Runtime | None = None) -> Diagno
     require_apart(request.out, request.data, request.train)
     source = open_images_for(flow, request.data)
     train_source = None if request.train is None else open_images_for(flow, request.train)
-    diagnosis, pairs = measure_diagnosis(flow, source, train_source, request)
+    diagnosis, sheets = measure_diagnosis(flow, source, train_source, request)
     diagnosis = diagnosis.model_copy(update={"seconds": round(time.perf_counter() - began, 1)})
-    for name, pixels in pairs.items():
-        save_grid(make_folder(folder / "pictures") / f"{name}.png", pixels, len(pixels) // 2)
+    for name, pixels in sheets.items():
+        save_grid(make_folder(folder / "pictures") / f"{name}.png", pixels.flatten(0, 1), pixels.shape[1])
     found = [one.model_dump() for one in verdicts(diagnosis)]
     write_json(folder / "diagnose.json", {**diagnosis.model_dump(mode="json"), "verdicts": found})
     write_text(folder / "page.html", diagnosis_page(diagnosis, folder))

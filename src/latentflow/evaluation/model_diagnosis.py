@@ -91,7 +91,7 @@ def measure_diagnosis(
             them.
 
     Returns:
-        The diagnosis but its `seconds`; and sheets of pairs of pictures by name, [2 n, 3, H, W].
+        The diagnosis but its `seconds`; and sheets of pictures by name, [rows, columns, 3, H, W].
 
     Raises:
         DataError: too few images can be read.
@@ -249,7 +249,7 @@ def _memorisation(
     kind: str,
 ) -> tuple[Memorisation, dict[str, Tensor]]:
     """The test by latents and by features of a `kind`; and sheets of pictures by name: nearest pairs of samples in each
-    space, and of held-out images."""
+    space and of held-out images, and samples with the two nearest training images."""
     members = first if training is None else training
     second, num_twins = _without_twins(second, members)
     spaces = [
@@ -279,18 +279,28 @@ def _memorisation(
         spaces=spaces,
     )
 
+    def lowest(values: list[float]) -> list[int]:
+        return np.argsort(values, kind="stable")[:_PAIRS].tolist()
+
     def sheet(pictures: Callable[[list[int]], Tensor], distances: list[float], found: list[int]) -> Tensor:
-        rows = np.argsort(distances, kind="stable")[:_PAIRS].tolist()
-        return torch.cat([pictures(rows), members.pictures([found[row] for row in rows])])
+        rows = lowest(distances)
+        return torch.stack([pictures(rows), members.pictures([found[row] for row in rows])])
 
     def by_space(space: Nearness) -> Tensor:
         return sheet(lambda rows: samples.pixels[rows], space.samples, space.nearest_of_samples)
+
+    def memorised(space: Nearness) -> Tensor:
+        rows = lowest(space.samples_ratio)
+        found = ([places[row] for row in rows] for places in (space.nearest_of_samples, space.second_of_samples))
+        return torch.stack([samples.pixels[rows], *map(members.pictures, found)])
 
     held_out = sheet(second.pictures, spaces[0].held_out, spaces[0].nearest_of_held_out)
     return test, {
         "pairs_latents": by_space(spaces[0]),
         "pairs_features": by_space(spaces[1]),
         "pairs_held_out": held_out,
+        "memorised_latents": memorised(spaces[0]),
+        "memorised_features": memorised(spaces[1]),
     }
 
 

@@ -107,15 +107,17 @@ def _distance_table(test: Memorisation) -> Table:
             number(space.threshold),
             f"{space.near} of {len(space.samples)}",
             f"{space.copies}",
+            f"{space.memorised}",
             f"{space.nearer:.2f}",
         )
         for space in test.spaces
     ]
-    return Table(("distances in", "samples", "held out", "limit", "samples below", "copies", "chance nearer"), rows)
+    header = ("distances in", "samples", "held out", "limit", "samples below", "copies", "memorised", "chance nearer")
+    return Table(header, rows)
 
 
 def _sheets(test: Memorisation, out: Path) -> list[tuple[Sheet, str]]:
-    """The nearest pairs, each sheet with what it shows."""
+    """The nearest pairs, and samples with the two nearest training images, each sheet with what it shows."""
     latents, features = test.spaces
     sheets = []
     for file, name, distances, what in (
@@ -126,7 +128,14 @@ def _sheets(test: Memorisation, out: Path) -> list[tuple[Sheet, str]]:
         shown = [number(distance) for distance in sorted(distances)[:_PAIRS]]
         alt = f"Pairs of pictures: the {what}"
         picture = out / "pictures" / f"{file}.png"
-        sheets.append((Sheet(picture, alt, [name, "training"], len(shown), columns=shown), what))
+        caption = f"The {what}, with the distance of each pair above it and the training image below."
+        sheets.append((Sheet(picture, alt, [name, "training"], len(shown), columns=shown), caption))
+    for file, space in (("memorised_latents", latents), ("memorised_features", features)):
+        what = f"samples nearest to one training image compared with a second one, by {space.space}"
+        shown = [f"{ratio:.2f}" for ratio in sorted(space.samples_ratio)[:_PAIRS]]
+        picture, rows = out / "pictures" / f"{file}.png", ["sample", "nearest", "second"]
+        caption = f"The {what}, with the ratio of the two distances above and the two training images below."
+        sheets.append((Sheet(picture, f"Pictures: the {what}", rows, len(shown), columns=shown), caption))
     return sheets
 
 
