@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BeforeValidator, ConfigDict, SkipValidation, ValidationError
 from pydantic.fields import FieldInfo
 
 from latentflow.errors import ConfigError, nearest
 from latentflow.records import Record
+
+Split = Literal["all", "held-out", "training"]
+"""Which of the images that a model was trained with."""
 
 
 @dataclass(frozen=True)

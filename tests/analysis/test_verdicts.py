@@ -99,7 +99,7 @@ def test_a_model_that_is_fine():
     assert {one.mark for one in found} == {"good"}
     assert [one.topic for one in found] == [
         *("Loss", "Overfitting", "Straightness", "Latent statistics", "Fine detail", "Memorisation"),
-        "Generator and autoencoder",
+        *("Memorised fraction", "Generator and autoencoder"),
     ]
     assert "Overfitting" not in marks(diagnosis(training_loss=None))
 

@@ -8,7 +8,7 @@ from latentflow.analysis.diagnosis import Diagnosis
 from latentflow.analysis.verdicts import verdicts
 from latentflow.artifacts import make_folder, require_apart, require_writable, write_json, write_text
 from latentflow.evaluation.encoded_images import open_images_for
-from latentflow.evaluation.model_diagnosis import measure_diagnosis
+from latentflow.evaluation.model_diagnosis import held_out_and_trained, measure_diagnosis
 from latentflow.evaluation.request import DiagnoseRequest
 from latentflow.locks import writes
 from latentflow.model.flow_model import FlowModel
@@ -31,6 +31,9 @@ def diagnose(request: DiagnoseRequest, runtime: Runtime | None = None) -> Diagno
     require_apart(request.out, request.data, request.train)
     source = open_images_for(flow, request.data)
     train_source = None if request.train is None else open_images_for(flow, request.train)
+    if train_source is None and (parts := held_out_and_trained(flow, source)):
+        source, train_source = parts
+        request = request.fitting(flow.config.training.held_out.num_images)
     diagnosis, sheets = measure_diagnosis(flow, source, train_source, request)
     diagnosis = diagnosis.model_copy(update={"seconds": round(time.perf_counter() - began, 1)})
     for name, pixels in sheets.items():

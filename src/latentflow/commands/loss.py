@@ -20,7 +20,8 @@ def loss(
         ArtifactError, ConfigError, DataError: the model or the data cannot be used, or do not fit each other.
     """
     flow = FlowModel.from_pretrained(model, precision="fp32", runtime=runtime)
-    images, num, seed = held_out_images(flow, request.data, seed=request.seed), request.num, request.seed
+    images = held_out_images(flow, request.data, split=request.split, seed=request.seed)
+    num, seed = request.num, request.seed
     sets = condition_sets(flow.config.conditioning)
     with image_progress("measuring", num * len(sets)) as on_images:
         return [

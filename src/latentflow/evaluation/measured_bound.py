@@ -35,6 +35,7 @@ from latentflow.evaluation.request import BoundRequest
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
 from latentflow.model.flow_model import FlowModel
+from latentflow.model.own_images import is_trained_on
 from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom, derive_seed
 
@@ -99,7 +100,7 @@ def measure_bound(
         data=reference.source.description,
         told=reference.told,
         num_data=len(reference.indices),
-        is_training_data=reference.source.fingerprint() == flow.config.training.data_fingerprint,
+        is_training_data=is_trained_on(flow.config.training, reference.source),
     )
 
 

@@ -1,6 +1,7 @@
 """A model measured on images: its loss, trajectories, latents, copies of training images, and distance to the data.
 
-Half of the images are compared with the other half, and with as many samples.
+Half of the images are compared with the other half, and with samples, of which there are as many if nothing else is
+asked for.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ from latentflow.autoencoder import to_uint8, to_unit_range
 from latentflow.data.items import ImageSource
 from latentflow.errors import DataError
 from latentflow.evaluation.encoded_images import ReferenceLatents, encode_reference, velocity_given
-from latentflow.evaluation.request import DiagnoseRequest
+from latentflow.evaluation.request import LEAST_EXAMINED, DiagnoseRequest
 from latentflow.flow.times import sampling_times
 from latentflow.metrics.features.extractors import FeatureExtractor, open_features
 from latentflow.metrics.resampling import interval_over_images
 from latentflow.metrics.scores import frechet_contributions, frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
 from latentflow.model.flow_model import FlowModel
+from latentflow.model.own_images import is_own, is_trained_on, part_of_own
 from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom
 from latentflow.sampling.drawing import Drawing, make_drawing
@@ -80,6 +82,17 @@ class Examined:
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
 
+def held_out_and_trained(flow: FlowModel, source: ImageSource) -> tuple[ImageSource, ImageSource] | None:
+    """The images of a model's own data that were held out, and those that it was trained on.
+
+    None: these are not its own, or fewer were held out than a diagnosis needs.
+    """
+    training = flow.config.training
+    if training.held_out is None or training.held_out.num_images < LEAST_EXAMINED or not is_own(training, source):
+        return None
+    return part_of_own(training, source, "held-out"), part_of_own(training, source, "training")
+
+
 def measure_diagnosis(
     flow: FlowModel, source: ImageSource, train_source: ImageSource | None, request: DiagnoseRequest
 ) -> tuple[Diagnosis, dict[str, Tensor]]:
@@ -97,8 +110,8 @@ def measure_diagnosis(
         DataError: too few images can be read.
         NonFiniteError: the model's numbers are not finite.
     """
-    half, batch_size = request.num // 2, request.batch_size
-    drawing = make_drawing(flow, SampleRequest(num=half, seed=request.seed, guidance=request.guidance))
+    half, num, batch_size = request.num // 2, request.num_drawn, request.batch_size
+    drawing = make_drawing(flow, SampleRequest(num=num, seed=request.seed, guidance=request.guidance))
     network = open_features(
         request.features, autoencoder=flow.autoencoder, image_size=flow.config.image_size, device=flow.device
     )
@@ -106,7 +119,7 @@ def measure_diagnosis(
     training = None
     if train_source is not None:
         training = _examine(flow, train_source, network, request, num=request.num_train)
-    with image_progress("drawing", half) as on_images:
+    with image_progress("drawing", num) as on_images:
         samples = draw_all(flow, drawing, batch_size=batch_size, on_images=on_images)
     features = torch.cat([network(part).cpu() for part in samples.pixels.split(batch_size)])
     first, second = examined.rows(slice(0, half)), examined.rows(slice(half, 2 * half))
@@ -117,7 +130,7 @@ def measure_diagnosis(
         request=request.model_dump(mode="json"),
         model=request.model,
         data=source.description,
-        is_training_data=_is_training_data(flow, source),
+        is_training_data=is_trained_on(flow.config.training, source),
         told=examined.latents.told,
         sampling=f"{preset.solver}, {preset.steps} steps, guidance {preset.guidance:g}",
         num=request.num,
@@ -154,10 +167,6 @@ def _examine(
     how = {"least": least, "batch_size": request.batch_size, "seed": request.seed, "visit": visit}
     latents, _ = encode_reference(flow, source, num or request.num, **how)
     return Examined(latents, torch.cat(features), torch.cat(reconstructed) if reconstruct else None)
-
-
-def _is_training_data(flow: FlowModel, source: ImageSource) -> bool:
-    return source.fingerprint() == flow.config.training.data_fingerprint
 
 
 def _loss(flow: FlowModel, reference: ReferenceLatents, request: DiagnoseRequest) -> LossByTime:
@@ -258,8 +267,8 @@ def _memorisation(
     ]
     count = f"{len(members.latents.indices):,}"
     source = members.latents.source.description
-    seen = _is_training_data(flow, members.latents.source)
-    unseen = not _is_training_data(flow, second.latents.source)
+    seen = is_trained_on(flow.config.training, members.latents.source)
+    unseen = not is_trained_on(flow.config.training, second.latents.source)
     if training is None:
         kind = "all of which the model was trained on" if seen else "none of which need have been trained on"
         against = (
@@ -322,9 +331,10 @@ def _without_twins(held_out: Examined, members: Examined) -> tuple[Examined, int
 
 
 def _floor(network: FeatureExtractor, features: Tensor, first: Examined, second: Examined) -> Floor:
-    reference = FeatureStatistics.of(first.features)
+    num = min(len(features), len(first.features))
+    reference = FeatureStatistics.of(first.features[:num])
     distances, errors = [], []
-    for rows in (second.features, second.reconstructed, features):
+    for rows in (second.features[:num], second.reconstructed[:num], features[:num]):
         statistics = FeatureStatistics.of(rows)
         distances.append(frechet_distance(statistics, reference))
         contributions = frechet_contributions(rows, statistics, reference)
@@ -332,7 +342,7 @@ def _floor(network: FeatureExtractor, features: Tensor, first: Examined, second:
     return Floor(
         label=network.label,
         features=network.name,
-        num=len(features),
+        num=num,
         real=distances[0],
         reconstructed=distances[1],
         samples=distances[2],

@@ -29,6 +29,9 @@ from latentflow.metrics.evaluation_report import ReferenceFacts
 from latentflow.metrics.features.extractors import FeatureExtractor
 from latentflow.metrics.statistics import FeatureStatistics, require_features
 from latentflow.metrics.stored_statistics import FOREIGN_SUFFIXES, Provenance, Reference, load_reference
+from latentflow.model.config import TrainingRecord
+from latentflow.model.own_images import part_of_own
+from latentflow.requests import RequestError, Split
 from latentflow.runtime import Runtime
 from latentflow.sizes import Size
 
@@ -60,6 +63,19 @@ class RealImages:
     def num_images(self) -> int:
         """M, broken images included; 0: not known."""
         return self.stored.statistics.n if self.source is None else len(self.source)
+
+    def only(self, split: Split, training: TrainingRecord) -> RealImages:
+        """A part of the images that a model was trained with.
+
+        Raises:
+            RequestError: these are others, or statistics, or the model held none out.
+        """
+        if split == "all":
+            return self
+        if self.source is None:
+            raise RequestError("split", f" {split}: {self.data} holds statistics of images; give the images themselves")
+        part = part_of_own(training, self.source, split)
+        return replace(self, source=part, fingerprint=part.fingerprint())
 
     def facts(self, num_images: int) -> ReferenceFacts:
         """The reference as a report records it.

@@ -26,6 +26,7 @@ from latentflow.requests import (
     PathText,
     Request,
     RequestError,
+    Split,
     Whole,
     WholeNumbers,
 )
@@ -36,6 +37,9 @@ from latentflow.training.request import LONGEST, SHORTEST
 LABEL_POLICIES = ("balanced", "uniform", "data", "rows", "none")
 _TASKS = ("sample", "inpaint", "mask-to-image", "translate")
 _NEIGHBOURS_EACH = 5  # that density and coverage count, so that six images are the fewest
+
+LEAST_EXAMINED = 8
+"""Images of a diagnosis."""
 
 _BATCH_SIZE = "Images computed together; does not change the result."
 _FIRST_SEED = "Seed of the first image; image i has seed SEED + i."
@@ -99,6 +103,9 @@ class EvaluationRequest(SamplingRequest):
     batch_size: Whole = Field(32, ge=1, description="Images computed together; does not change them.")
     num_workers: Whole | None = Field(
         None, ge=0, le=256, description="Processes that read images; 0: threads; otherwise as many as speed it up."
+    )
+    split: Split = Field(
+        "all", description="Of DATA that the model was trained with: held-out, training, or all images."
     )
     masks: PathText | None = Field(
         None,
@@ -195,6 +202,7 @@ class EvaluationRequest(SamplingRequest):
         drawing = {"labels": self.labels is not None, **dict.fromkeys(self.preset(), True)}
         useless = {
             "image_size": self.image_size is not None and not self.reconstruction,
+            "split": self.split != "all" and self.reconstruction,
             "masks": self.masks is not None and self.whole_task != "inpaint",
             "segmenter": self.segmenter is not None and self.whole_task != "mask-to-image",
             **{name: given and self.reconstruction for name, given in drawing.items()},
@@ -284,12 +292,17 @@ class DiagnoseRequest(Request):
     data: PathText = Field(description="Images as for `encode`, best held-out ones.")
     out: Path = Field(Path("diagnosis"), description="Folder for page.html, diagnose.json and pictures.")
     train: PathText | None = Field(
-        None, description="Training images of the model, to search for copies; otherwise half of DATA."
+        None,
+        description="Training images of the model, to search for copies; otherwise those of DATA that were not held "
+        "out, or half of DATA.",
     )
     num: Annotated[Whole, Option(called="number of images", remedy="they are compared in two halves")] = Field(
-        512, ge=8, description="Images of DATA; half as many are drawn."
+        512, ge=LEAST_EXAMINED, description="Images of DATA; fewer if only fewer were held out."
     )
-    num_train: Whole = Field(4096, ge=2, description="Images of --train, if there are as many.")
+    num_train: Whole = Field(4096, ge=2, description="Training images, if there are as many.")
+    num_samples: Whole | None = Field(
+        None, ge=4, le=MOST_IMAGES, description="Images to draw; otherwise half of --num."
+    )
     features: str = Field(
         "random",
         description="What images are compared by: random, latents, inception, dinov2, or the folder of a judge.",
@@ -297,6 +310,15 @@ class DiagnoseRequest(Request):
     guidance: Number | None = Field(None, ge=0, le=1000, description="Guidance scale; otherwise the model's preset.")
     batch_size: Whole = Field(16, ge=1, description=_BATCH_SIZE)
     seed: Whole = Field(0, ge=0, le=MOST_SEED, description=_FIRST_SEED)
+
+    @property
+    def num_drawn(self) -> int:
+        """Images to draw."""
+        return self.num_samples or self.num // 2
+
+    def fitting(self, available: int) -> DiagnoseRequest:
+        """The same with at most so many images of DATA, and as many samples as before."""
+        return self.model_copy(update={"num": min(self.num, available), "num_samples": self.num_drawn})
 
     @model_validator(mode="after")
     def _check_words(self) -> DiagnoseRequest:

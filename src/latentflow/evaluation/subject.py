@@ -84,7 +84,7 @@ class Subject(ABC):
         self._judged = judge.class_names if judge else []
         self.sampling: dict[str, Any] = {}
         self.inputs: dict[str, str] = {}
-        self.real = self._open_real(request)
+        self.real = self._chosen(self._open_real(request))
         self.metrics = request.wanted or [*self._usual_metrics(), *(["lpips"] if request.lpips else [])]
         network = load_lpips(request.lpips, device) if request.lpips else None
         self.judge = PairJudge(bool({"ssim", "ssim-hole"} & {*self.metrics}), network, device)
@@ -123,6 +123,10 @@ class Subject(ABC):
     def _available(self) -> int | None:
         """The most images there can be; None: any number."""
         return len(self._real_source())
+
+    def _chosen(self, real: RealImages) -> RealImages:
+        """Those of the real images that the request asks for."""
+        return real
 
     def _real_source(self) -> ImageSource:
         """The real images themselves, which tasks of pairs need."""
@@ -194,6 +198,9 @@ class _OfAModel(Subject):
     @property
     def class_names(self) -> Sequence[str]:
         return self.flow.config.conditioning.class_names
+
+    def _chosen(self, real: RealImages) -> RealImages:
+        return real.only(self.request.split, self.flow.config.training)
 
     def facts(self) -> ModelFacts:
         training = self.flow.config.training.model_dump(mode="json")
@@ -315,7 +322,8 @@ class Files(Subject):
 
     def __init__(self, request: EvaluationRequest, runtime: Runtime, samples: ImageSource, rows: Sequence[int]):
         self._samples, self._rows = samples, rows
-        drawing = {"labels": request.labels, "masks": request.masks, **request.preset()}
+        split = None if request.split == "all" else request.split
+        drawing = {"labels": request.labels, "masks": request.masks, "split": split, **request.preset()}
         for name in (name for name, value in drawing.items() if value is not None):
             raise ConfigError(f"--{name.replace('_', '-')} has no effect on images in files; remove it")
         for ending, what in (

@@ -19,6 +19,8 @@ from latentflow.flow.times import TrainingTimes, sum_by_time
 from latentflow.model.conditioning import Conditioning, ConditionName
 from latentflow.model.config import ModelConfig, require_same_format
 from latentflow.model.flow_model import FlowModel
+from latentflow.model.own_images import rows_of_split
+from latentflow.requests import Split
 from latentflow.training.step import training_step
 
 
@@ -102,8 +104,11 @@ def _require_same_inputs(config: ModelConfig, source: LatentCache | ImageSource,
     require_same_format(config, source.input_format, data)
 
 
-def held_out_images(model: FlowModel, data: str | Path, *, seed: int = 0) -> TrainingImages:
+def held_out_images(model: FlowModel, data: str | Path, *, split: Split = "all", seed: int = 0) -> TrainingImages:
     """Images to measure the loss of a model on, with holes as it was trained on.
+
+    Args:
+        split: which of them, if they are those that the model was trained with.
 
     Raises:
         ConfigError: classes, image size or autoencoder are not those of the model.
@@ -123,6 +128,9 @@ def held_out_images(model: FlowModel, data: str | Path, *, seed: int = 0) -> Tra
         inputs = config.inputs.origin if config.inputs else NO_INPUTS
         source = open_images(data, config.image_size, pixels=config.pixel_format, inputs=inputs)
         kept, _ = readable(source)
+    if split != "all":
+        chosen = set(rows_of_split(config.training, source, split))
+        kept = [row for row in (range(len(source)) if kept is None else kept) if row in chosen]
     conditioning = config.conditioning
     for what, found, wanted in (
         ("classes", source.class_names, conditioning.class_names),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from latentflow.requests import FromText, Number, Option, PathText, Request, RequestError, Whole
+from latentflow.requests import FromText, Number, Option, PathText, Request, RequestError, Split, Whole
 from latentflow.sizes import ImageSize, Size, bounded, typed_size
 
 SHORTEST, LONGEST = 0.001, 0.28
@@ -18,6 +18,9 @@ class LossRequest(Request):
     """Which images to measure the loss on, and how often."""
 
     data: str = Field(description="A folder or zip of images, 'synthetic:COUNT:SEED', or a latent cache.")
+    split: Split = Field(
+        "all", description="Of the images that the model was trained with: held-out, training, or all of them."
+    )
     num: Whole = Field(1000, ge=1, le=10**9, description="Draws of image, time and noise.")
     seed: Whole = Field(0, description="Seed of images, times, noise and holes.")
 
