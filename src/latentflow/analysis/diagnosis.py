@@ -226,7 +226,7 @@ def radial_spectrum(latents: Tensor) -> tuple[list[int], list[float]]:
     return frequencies, [float(power[radius == frequency].mean()) for frequency in frequencies]
 
 
-class Neighbours(NamedTuple):
+class NearestMembers(NamedTuple):
     """The nearest members of N queries, [N] each.
 
     Attributes:
@@ -245,7 +245,7 @@ class Neighbours(NamedTuple):
     alone: Tensor
 
 
-def nearest_members(queries: Tensor, members: Tensor, device: torch.device | str = "cpu") -> Neighbours:
+def nearest_members(queries: Tensor, members: Tensor, device: torch.device | str = "cpu") -> NearestMembers:
     """The nearest of `members` ([M, D]) to each query ([N, D]), and how much it stands out.
 
     The search, on `device`, may confuse members that are equal up to rounding; the distances are exact.
@@ -268,7 +268,7 @@ def nearest_members(queries: Tensor, members: Tensor, device: torch.device | str
     queries = queries.double()
     near, far = to_member(queries, 0), to_member(queries, rank - 1)
     next_near = (queries - members[second].double()).norm(dim=1)
-    return Neighbours(near, places[:, 0], second, _over(near, next_near), _over(near, far))
+    return NearestMembers(near, places[:, 0], second, _over(near, next_near), _over(near, far))
 
 
 def _over(near: Tensor, far: Tensor) -> Tensor:

@@ -288,29 +288,31 @@ def _memorisation(
         spaces=spaces,
     )
 
+    return test, _sheets_of(samples, members, second, spaces)
+
+
+def _sheets_of(
+    samples: Samples, members: Examined, held_out: Examined, spaces: Sequence[Nearness]
+) -> dict[str, Tensor]:
+    """Sheets of pictures by name, [rows, columns, 3, S, S]."""
+
     def lowest(values: list[float]) -> list[int]:
         return np.argsort(values, kind="stable")[:_PAIRS].tolist()
 
-    def sheet(pictures: Callable[[list[int]], Tensor], distances: list[float], found: list[int]) -> Tensor:
-        rows = lowest(distances)
-        return torch.stack([pictures(rows), members.pictures([found[row] for row in rows])])
+    def sheet(pictures: Callable[[list[int]], Tensor], order: list[float], *found: list[int]) -> Tensor:
+        rows = lowest(order)
+        return torch.stack([pictures(rows), *(members.pictures([places[row] for row in rows]) for places in found)])
 
-    def by_space(space: Nearness) -> Tensor:
-        return sheet(lambda rows: samples.pixels[rows], space.samples, space.nearest_of_samples)
+    def drawn(rows: list[int]) -> Tensor:
+        return samples.pixels[rows]
 
-    def memorised(space: Nearness) -> Tensor:
-        rows = lowest(space.samples_ratio)
-        found = ([places[row] for row in rows] for places in (space.nearest_of_samples, space.second_of_samples))
-        return torch.stack([samples.pixels[rows], *map(members.pictures, found)])
-
-    held_out = sheet(second.pictures, spaces[0].held_out, spaces[0].nearest_of_held_out)
-    return test, {
-        "pairs_latents": by_space(spaces[0]),
-        "pairs_features": by_space(spaces[1]),
-        "pairs_held_out": held_out,
-        "memorised_latents": memorised(spaces[0]),
-        "memorised_features": memorised(spaces[1]),
-    }
+    sheets = {}
+    for name, space in zip(("latents", "features"), spaces, strict=True):
+        nearest, second = space.nearest_of_samples, space.second_of_samples
+        sheets[f"pairs_{name}"] = sheet(drawn, space.samples, nearest)
+        sheets[f"memorised_{name}"] = sheet(drawn, space.samples_ratio, nearest, second)
+    first = spaces[0]
+    return {**sheets, "pairs_held_out": sheet(held_out.pictures, first.held_out, first.nearest_of_held_out)}
 
 
 def _without_twins(held_out: Examined, members: Examined) -> tuple[Examined, int]:
