@@ -155,7 +155,6 @@ class HeldOutWatch:
         if best is None or loss < best.loss:
             self.best = BestWeights(step, loss)
             done = {"step": step, "images_seen": images_seen, "held_out_loss": loss}
-            done["num_images"] = self.model.config.training.num_images
             model, config = copy.copy(self.model), self.model.config
             model.config = config.model_copy(update={"training": config.training.model_copy(update=done)})
             self._taken = (model, _Copy(average))
