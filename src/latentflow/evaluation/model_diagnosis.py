@@ -294,7 +294,7 @@ def _memorisation(
 def _sheets_of(
     samples: Samples, members: Examined, held_out: Examined, spaces: Sequence[Nearness]
 ) -> dict[str, Tensor]:
-    """Sheets of pictures by name, [rows, columns, 3, S, S]."""
+    """Sheets of pictures by name, [rows, columns, 3, H, W]."""
 
     def lowest(values: list[float]) -> list[int]:
         return np.argsort(values, kind="stable")[:_PAIRS].tolist()
