@@ -50,7 +50,7 @@ def test_a_part_of_a_source_is_a_source(images):
         assert (part[place].pixels == source[row].pixels).all()
         assert (part.name(place), part.label(place)) == (source.name(row), source.label(row))
         assert part.contents()[place] == source.contents()[row]
-    assert part.class_names == source.class_names and part.image_size == tiny.IMAGE_SIZE
+    assert part.class_names == source.class_names and part.image_size == source.image_size
     assert part.fingerprint() not in (source.fingerprint(), PartOfSource(source, [3, 1], "held-out").fingerprint())
     with pytest.raises(IndexError):
         part[3]
