@@ -264,7 +264,8 @@ class Autoencoder:
         if channels not in (1, self.pixel_channels):
             raise ConfigError(
                 f"{where} has images of {channels} channels, but {self.reference} was made for {self.pixel_channels}; "
-                "train an autoencoder for them with latentflow train-autoencoder, or read them as gray"
+                "train an autoencoder for them with latentflow train-autoencoder, or read them with --pixels "
+                f"{'rgb' if self.pixel_channels == _COLOURS else 'gray'}"
             )
 
     def latent_size(self, image_size: Size | int) -> Size:

@@ -34,7 +34,7 @@ FULL_RANGE: dict[str, tuple[float, float]] = {"uint8": (0, 255), "uint16": (0, 6
 _CHANNELS = {"gray": 1, "gray-alpha": 2, "rgb": 3, "rgba": 4}
 _BYTES = {"uint8": 1, "uint16": 2, "float32": 4}
 _DEPTHS = {"uint8": "8-bit", "uint16": "16-bit", "float32": "floating-point"}
-_MOST_CHANNELS = 256
+MOST_CHANNELS = 256
 
 
 class PixelFormat(Record):
@@ -44,7 +44,7 @@ class PixelFormat(Record):
         ValueError: mode and channels contradict each other, or a range is empty.
     """
 
-    channels: int = Field(default=3, ge=1, le=_MOST_CHANNELS)
+    channels: int = Field(default=3, ge=1, le=MOST_CHANNELS)
     dtype: PixelDtype = "uint8"
     low: list[float] = Field(default=[], description="What becomes -1: a number for each channel, or one for all.")
     high: list[float] = Field(default=[], description="What becomes 1: a number for each channel, or one for all.")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from latentflow.pixel_format import PixelDtype, PixelFormat, PixelMode
+from latentflow.pixel_format import PixelDtype, PixelFormat
 from latentflow.records import Record
 from latentflow.requests import Option
 
@@ -38,7 +38,7 @@ def _checked_range(text: object) -> object:
 class PixelChoice(Record):
     """Channels, depth and range of the pixels; what is left open follows from the files."""
 
-    pixels: PixelMode | Literal["auto"] = Field(
+    pixels: Literal["auto", "rgb", "gray", "rgba", "gray-alpha", "bands"] = Field(
         "auto",
         description="What the channels are: colours, with or without alpha, or bands. auto: rgb for files of 8 bits a "
         "channel, otherwise what the files have.",

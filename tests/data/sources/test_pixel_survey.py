@@ -119,7 +119,7 @@ def test_a_range_that_was_chosen_before_is_kept(tmp_path):
         (
             {"a_npy": by_numpy(ramp(4, "uint8")), "b_npy": by_numpy(ramp(5, "uint8"))},
             {},
-            r"a.npy has 4 channels and b.npy 5; give images of one kind",
+            r"a.npy has 4 channels and b.npy 5; give images of one kind, or .* --pixels rgb",
         ),
         (
             {"a_png": by_pillow(ramp(1, "uint8"), "PNG"), "b_png": by_pillow(ramp(3, "uint8"), "PNG")},

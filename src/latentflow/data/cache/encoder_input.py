@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from latentflow.console import notice
 from latentflow.data.cache.schema import CachePlan
 from latentflow.data.column_tensors import stored_values
 from latentflow.data.items import ImageItem, ImageSource
@@ -106,6 +107,7 @@ class EncoderInputs(Dataset):
                 items.append((row, self.source[row]))
             except BrokenImage as error:
                 broken.append((error.name, error.reason))
+        _notice_constant([item for _, item in items])
         names, cuts = [item.name for _, item in items], [item.cut for _, item in items]
         clips = [self.source.pixel_format.share_outside(item.pixels) for _, item in items]
         read = EncoderInput(len(rows), broken, names, cuts, clips)
@@ -158,6 +160,16 @@ class EncoderInputs(Dataset):
             "holes": torch.from_numpy(np.stack(holes)).unflatten(0, grouped),
             "hole_counts": counts.unflatten(0, grouped),
         }
+
+
+def _notice_constant(items: list[ImageItem]) -> None:
+    for item in items:
+        if (item.pixels == item.pixels[:1, :1]).all():
+            notice(
+                f"{item.name} has one value everywhere, {item.pixels[0, 0].tolist()}; such images are encoded like "
+                "others, remove them if they are failed scans",
+                kind="constant image",
+            )
 
 
 def counts_dtype(plan: CachePlan) -> torch.dtype:

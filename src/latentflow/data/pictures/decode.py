@@ -76,14 +76,14 @@ _STRANGERS = (
     (0, b"\x1f\x8b", "gzip", "unpack it"),
     (0, b"version https://git-lfs", "a Git LFS pointer and not yet the file", "run git lfs pull"),
 )
+_TIFF = (b"II*\0", b"MM\0*")
 _DAMAGED = (
     b"\x89PNG",
     b"\xff\xd8\xff",
     b"GIF8",
     b"RIFF",
     b"BM",
-    b"II*\0",
-    b"MM\0*",
+    *_TIFF,
     b"\0\0\0\x0cjP  ",
     b"\xff\x4f\xff\x51",
 )
@@ -347,6 +347,8 @@ def _strange(content: bytes) -> str:
     for mark, what, remedy in _MARKUP:
         if mark in start:
             return f"its content is {what}, which is not read: {remedy}"
+    if content.startswith(_TIFF) and not has_library("tifffile"):
+        return "its content is a TIFF that Pillow does not read: install latentflow[data], or copy it again"
     if content.startswith(_DAMAGED) or content[4:12] == b"ftypavif":
         return "its content is damaged, or of a kind that Pillow does not know: copy it again, or save it as 8-bit PNG"
     if not any(content[:4096]):

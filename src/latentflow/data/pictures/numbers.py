@@ -41,7 +41,7 @@ from latentflow.data.pictures.decode import (
     upright,
 )
 from latentflow.data.pictures.orientation import turned
-from latentflow.pixel_format import PixelFormat, PixelMode
+from latentflow.pixel_format import MOST_CHANNELS, PixelFormat, PixelMode
 
 _TIFF, _NPY, _ZIP = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), b"\x93NUMPY", b"PK\x03\x04"
 _DICOM, _DICOM_AT = b"DICM", 128
@@ -118,6 +118,8 @@ class PillowPicture:
     @cached_property
     def pixel_format(self) -> PixelFormat:
         mode = self.image.mode
+        if self.image.format == "TIFF" and ";16" in self._stored and not mode.startswith("I"):
+            _library("tifffile", "TIFF files with colours of 16 bits")
         if mode.startswith("I;16") or (mode == "I" and self.image.format == "PPM"):
             return PixelFormat(channels=1, dtype="uint16")
         if mode in ("I", "F"):
@@ -134,6 +136,7 @@ class PillowPicture:
             values = self._sixteen_bits()
         elif dtype != "uint8":
             values = np.asarray(upright(image))
+            _require_data(values, getattr(image, "tag_v2", {}).get(_NO_DATA_TAG, ""))
             values = values.astype(np.uint16) if dtype == "uint16" else _kept(values)
             if dtype == "uint16" and zero_is_white(image):
                 values = 65535 - values
@@ -223,25 +226,24 @@ class _Tiff:
         if page.axes.startswith("S"):  # one band after the other
             values = np.moveaxis(values, 0, 2)
         values = np.atleast_3d(values)
-        self._require_data(values)
+        _require_data(values, self._tag(_NO_DATA_TAG, ""))
         if page.photometric == 0 and values.dtype.kind == "u":  # zero is white
             values = np.iinfo(values.dtype).max - values
         return turned(_kept(values), turn), turn
 
-    def _require_data(self, values: np.ndarray) -> None:
-        """Refuse pixels of the number that stands for no data in files of GDAL."""
-        try:
-            missing = float(str(self._tag(_NO_DATA_TAG, "")).strip("\0 "))
-        except ValueError:
-            return
-        if count := int((values == missing).sum()):
-            raise ValueError(
-                f"{count:,} of its {values.size:,} numbers are {missing:g}, its mark of no data; fill them"
-            )
-
     def _tag(self, code: int, default: Any) -> Any:
         tag = self._page.tags.get(code)
         return default if tag is None else tag.value
+
+
+def _require_data(values: np.ndarray, mark: object) -> None:
+    """Refuse pixels of the number that stands for no data in TIFF files of GDAL; `mark` is its text."""
+    try:
+        missing = float(str(mark).strip("\0 "))
+    except ValueError:
+        return
+    if count := int((values == missing).sum()):
+        raise ValueError(f"{count:,} of its {values.size:,} numbers are {missing:g}, its mark of no data; fill them")
 
 
 def _is_pillows(content: bytes, as_colours: bool) -> bool:
@@ -344,6 +346,8 @@ def _library(name: str, what: str) -> Any:
 
 def _format_of(channels: int, dtype: np.dtype) -> PixelFormat:
     """The format of stored numbers: one channel is gray, three are colours, others are bands."""
+    if channels > MOST_CHANNELS:
+        raise ValueError(f"it has {channels} channels, and at most {MOST_CHANNELS} are read")
     return PixelFormat(channels=channels, dtype=_kept(np.zeros(1, dtype)).dtype.name)
 
 

@@ -38,8 +38,15 @@ class Raster:
         """Width and height in pixels."""
         return self.planes[0].size
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """Its stored values, [H, W, C]."""
+        parts = [np.atleast_3d(np.asarray(plane)) for plane in self.planes]
+        values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+        return values.astype(self.pixel_format.dtype, copy=False)
+
     def cropped(self, crop: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-        """Its crop, [h, w, C] stored values.
+        """Its crop, [h, w, C] stored values, none of which lies outside those of the picture where they exceed 8 bits.
 
         Args:
             crop: makes [h, w] or [h, w, c] of each plane, [H, W].
@@ -47,7 +54,7 @@ class Raster:
         Raises:
             ValueError: what `crop` raises.
         """
-        parts = [np.atleast_3d(crop(plane)) for plane in self._weighted()]
+        parts = [np.atleast_3d(_within(plane, crop(plane))) for plane in self._weighted()]
         values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
         if self._is_weighted:
             alpha = np.maximum(values[..., -1:], 1e-6)
@@ -67,6 +74,11 @@ class Raster:
             return self.planes
         alpha = np.maximum(np.asarray(self.planes[-1]), 1e-6)
         return (*(Image.fromarray(np.asarray(plane) * alpha) for plane in self.planes[:-1]), self.planes[-1])
+
+
+def _within(plane: Image.Image, values: np.ndarray) -> np.ndarray:
+    """Resized numbers without what bicubic filters make beyond the picture's own; Pillow clips 8 bits itself."""
+    return values.clip(*plane.getextrema()) if plane.mode == "F" else values
 
 
 def as_raster(values: np.ndarray, mode: PixelMode, pixel_format: PixelFormat, name: str) -> Raster:

@@ -34,6 +34,14 @@ class SurveyedSource(ImageSource, Protocol):
         """The same images, read in another format."""
         ...
 
+    def uncropped(self, index: int) -> np.ndarray:
+        """The stored values of image `index` before its crop, [H, W, C].
+
+        Raises:
+            BrokenImage: the file cannot be read.
+        """
+        ...
+
     def stored_format(self, index: int) -> PixelFormat:
         """What the header of image `index` says of its numbers.
 
@@ -71,19 +79,24 @@ def choose_format(source: SurveyedSource, choice: PixelChoice, known: PixelForma
 def _looked_at(source: SurveyedSource) -> Found:
     rows = evenly_spread(len(source), _MOST_LOOKED_AT)
 
-    def look(row: int) -> PixelFormat | None:
+    def look(row: int) -> PixelFormat | BrokenImage:
         try:
             return source.stored_format(row)
-        except BrokenImage:  # which is reported where it is read
-            return None
+        except BrokenImage as error:
+            return error
 
     found: Found = []
+    problem: BrokenImage | None = None
     with image_progress("looking at", len(rows)) as on_images:
         for row, stored in zip(rows, in_threads(look, rows), strict=True):
             on_images(1)
-            if stored is not None and all(stored != other for other, _ in found):
+            if isinstance(stored, BrokenImage):
+                problem = problem or stored
+            elif all(stored != other for other, _ in found):
                 found.append((stored, source.name(row)))
-    return found or [(PixelFormat(), "")]
+    if problem and not found:  # broken images among others are reported where they are read
+        raise DataError(f"{source.description}: no image can be read, for example {problem.name}: {problem.reason}")
+    return found
 
 
 def _depth(found: Found, choice: PixelChoice) -> PixelDtype:
@@ -121,7 +134,7 @@ def _channels(found: Found, choice: PixelChoice, dtype: PixelDtype) -> PixelForm
     if len(counts) > 1:
         raise DataError(
             f"{_some(found, channels=counts[0])} has {counts[0]} channels and {_some(found, channels=counts[-1])} "
-            f"{counts[-1]}; give images of one kind, or read them with --pixels rgb or --pixels gray"
+            f"{counts[-1]}; give images of one kind, or read the colours of all with --pixels rgb"
         )
     return PixelFormat(mode="bands", channels=counts[0], dtype=dtype)
 
@@ -201,7 +214,7 @@ class _Measuring:
         extremes: the least and the greatest value of each channel; otherwise values that are evenly spread.
     """
 
-    def __init__(self, source: ImageSource, extremes: bool):
+    def __init__(self, source: SurveyedSource, extremes: bool):
         self.source, self.extremes = source, extremes
 
     def __getitems__(self, rows: Sequence[int]) -> np.ndarray:
@@ -210,7 +223,7 @@ class _Measuring:
     def _values(self, row: int) -> np.ndarray:
         channels = self.source.pixel_format.channels
         try:
-            values = self.source[row].pixels.reshape(-1, channels)
+            values = self.source.uncropped(row).reshape(-1, channels)
         except BrokenImage:
             return np.zeros((0, channels), np.float32)
         if self.extremes:
@@ -220,7 +233,7 @@ class _Measuring:
 
 def _problem(source: SurveyedSource, chosen: PixelFormat, row: int) -> str:
     try:
-        source.with_format(chosen)[row]
+        source.with_format(chosen).uncropped(row)
     except BrokenImage as error:
         return f"{error.name}: {error.reason}"
     return source.name(row)

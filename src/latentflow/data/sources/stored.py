@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote_from_bytes
 
+import numpy as np
+
 from latentflow.columns import ColumnValue
 from latentflow.data.items import ImageItem, ImageSource, fingerprint_of
 from latentflow.data.packed import PackedText
@@ -145,6 +147,11 @@ class ImageFiles:
         cut = cut_by(*picture.size, self.image_size)
         return ImageItem(pixels, self.label(index), name, semantic_map, cut, paired)
 
+    def uncropped(self, index: int) -> np.ndarray:
+        """The numbers of image `index` before its crop, [H, W, C]; raises what reading it raises."""
+        with _decoding(name := self.name(index)), room_for(self._store.held_bytes(self._paths[index])):
+            return read_raster(self._store.read(self._paths[index]), name, self.pixel_format)[0].numbers
+
     def with_format(self, pixel_format: PixelFormat) -> ImageFiles:
         """The same images, read in another format."""
         other = copy.copy(self)
@@ -229,6 +236,11 @@ class LmdbImages:
             picture, _ = read_raster(self._store.read(self._store.keys[index]), name, self.pixel_format)
             pixels = picture.cropped(partial(center_crop, size=self.image_size))
         return ImageItem(pixels, None, name, cut=cut_by(*picture.size, self.image_size))
+
+    def uncropped(self, index: int) -> np.ndarray:
+        """See `ImageFiles.uncropped`."""
+        with _decoding(name := self.name(index)):
+            return read_raster(self._store.read(self._store.keys[index]), name, self.pixel_format)[0].numbers
 
     def with_format(self, pixel_format: PixelFormat) -> LmdbImages:
         """The same images, read in another format."""

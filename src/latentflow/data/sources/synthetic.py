@@ -133,6 +133,10 @@ class SyntheticShapes:
         text += "".join(f", {column.name}" for column in self.columns)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def uncropped(self, index: int) -> np.ndarray:
+        """The pixels of image `index`."""
+        return self[index].pixels
+
     def with_format(self, pixel_format: PixelFormat) -> SyntheticShapes:
         """The same images in another format."""
         return replace(self, pixel_format=pixel_format)
