@@ -23,6 +23,7 @@ from latentflow.model.conditioning import ColumnCondition
 from latentflow.sampling.request import SampleRequest
 from latentflow.training.settings import to_yaml
 from tests import tiny
+from tests.data.pictures.stored_files import by_numpy, by_pillow, png16, ramp
 from tests.processes import run_here
 
 
@@ -75,6 +76,36 @@ CASES = {
         wrong(SAMPLE + " --json=yes", "--json", "latentflow sample --help"),
         wrong(SAMPLE + " --device toaster", "toaster", advised=SAMPLE + " --device cpu"),
         wrong(SAMPLE + " --device cuda:99", "cuda:99", advised=SAMPLE + " --device cpu"),
+    ],
+    "pixels": [
+        wrong(ENCODE + " --pixels rgbx", "--pixels 'rgbx'", "bands", advised=ENCODE + " --pixels rgb"),
+        wrong(ENCODE + " --depth 12", "--depth", "12", advised=ENCODE + " --depth 16"),
+        wrong(ENCODE + " --value-range 9,3", "--value-range '9,3'", "0,4095", advised=ENCODE + " --value-range 3,200"),
+        wrong(ENCODE.replace("photos", "depths"), "a.png", "b.png", "8 bits", "--depth 16", "--depth 8"),
+        wrong(
+            ENCODE.replace("photos", "depths"), "--depth", advised=ENCODE.replace("photos", "depths") + " --depth 16"
+        ),
+        wrong(ENCODE.replace("photos", "depths"), "--depth", advised=ENCODE.replace("photos", "depths") + " --depth 8"),
+        wrong(
+            ENCODE.replace("photos", "bands"),
+            "4 channels",
+            "--pixels rgb",
+            "train-autoencoder",
+            advised=ENCODE.replace("photos", "bands") + " --pixels rgb",
+        ),
+        wrong(ENCODE.replace("photos", "counts"), "a.npy has 4 channels", "b.npy 5"),
+        wrong(
+            ENCODE.replace("photos", "kinds"),
+            "a.png is gray",
+            "b.png has colours",
+            "--pixels rgb",
+            advised=ENCODE.replace("photos", "kinds") + " --pixels rgb",
+        ),
+        wrong(ENCODE.replace("photos", "not_a_number"), "a.npy", "64 of its 64 numbers are NaN"),
+        wrong(ENCODE.replace("photos", "constant"), "all 7", "--value-range"),
+        wrong(ENCODE.replace("photos", "empty_tiff"), "a.tif", "0 bytes"),
+        wrong(ENCODE.replace("photos", "complex"), "a.npy", "complex128", "uint16"),
+        wrong(TRAIN + " data.pixels=gray", "data.pixels = gray", "8-bit rgb", advised=TRAIN),
     ],
     "encode": [
         wrong(ENCODE.replace("photos", "photoss"), "photoss"),
@@ -389,6 +420,7 @@ def _data(w: Path) -> None:
         shutil.copytree(w / "flat", w / name)
         (w / name / "labels.csv").write_text("\n".join(["file,kind,age", *rows, *more]), encoding="utf-8")
     shutil.copy(w / "flat" / "0.png", w / "lonely_image" / "extra.png")
+    _pixels(w)
     (w / "eps").mkdir()
     (w / "eps" / "picture.jpg").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
@@ -404,6 +436,27 @@ def _data(w: Path) -> None:
     (w / "no_classes" / "classes.json").unlink()
     shutil.copytree(w / "scenes", w / "bad_classes")
     (w / "bad_classes" / "classes.json").write_text('{"names": ["sky", "sky", 3]}', encoding="utf-8")
+
+
+def _pixels(w: Path) -> None:
+    """Folders of other pixels than 8-bit colours; names end in the format."""
+    deep, shallow = ramp(1, "uint16", 4095), ramp(1, "uint8")
+    files = {
+        "depths/a.png": by_pillow(shallow, "PNG"),
+        "depths/b.png": png16(deep),
+        "bands/a.npy": by_numpy(ramp(4, "uint16")),
+        "counts/a.npy": by_numpy(ramp(4, "uint8")),
+        "counts/b.npy": by_numpy(ramp(5, "uint8")),
+        "kinds/a.png": png16(deep),
+        "kinds/b.png": png16(ramp(3, "uint16")),
+        "not_a_number/a.npy": by_numpy(np.full((8, 8), np.nan, np.float32)),
+        "constant/a.png": png16(np.full((8, 8, 1), 7, np.uint16)),
+        "empty_tiff/a.tif": b"",
+        "complex/a.npy": by_numpy(np.zeros((8, 8), complex)),
+    }
+    for name, content in files.items():
+        (w / name).parent.mkdir(exist_ok=True)
+        (w / name).write_bytes(content)
 
 
 def _pictures(w: Path) -> None:
