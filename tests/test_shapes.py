@@ -3,7 +3,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from latentflow.shapes import Condition, image_mean, per_image
+from latentflow.shapes import Condition, image_mean, moved_about, per_image
 
 
 def test_per_image_multiplies_whole_images_even_where_the_width_equals_the_batch():
@@ -61,3 +61,12 @@ def test_missing_conditions_stay_none():
         empty.concatenate(labels_only)
     with pytest.raises(ValueError, match="class_fractions"):
         labels_only.concatenate(condition_of(4, 5))
+
+
+def test_numbers_of_16_bits_are_moved_without_a_change():
+    values = torch.arange(40_000, 40_024, dtype=torch.int32).to(torch.uint16).reshape(2, 3, 2, 2)
+    moved = moved_about(lambda x: x.flip(-1).index_select(0, torch.tensor([1, 0])), values)
+    expected = values.int().flip(-1)[[1, 0]]
+    assert moved.dtype == torch.uint16
+    assert torch.equal(moved.int(), expected)
+    assert torch.equal(moved_about(lambda *x: torch.cat(x), values, values).int(), torch.cat([values.int()] * 2))

@@ -44,6 +44,16 @@ def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
+def moved_about(operation: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """The result of an operation that moves numbers about without computing with them, of uint16 as well.
+
+    On a GPU few operations know uint16; its bits are moved as int16.
+    """
+    if tensors[0].dtype != torch.uint16:
+        return operation(*tensors)
+    return operation(*(x.view(torch.int16) if x.dtype == torch.uint16 else x for x in tensors)).view(torch.uint16)
+
+
 def send(values: Tensor, device: torch.device | str) -> Tensor:
     """Copy a tensor to `device` without waiting: to a GPU from pinned memory."""
     if torch.device(device).type == "cuda" and values.device.type == "cpu":

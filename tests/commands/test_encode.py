@@ -20,14 +20,17 @@ from latentflow.commands.encode import EncodeResult
 from latentflow.commands.encode import encode as encode_command
 from latentflow.commands.look import look
 from latentflow.commands.train import train
+from latentflow.data.batches import TrainingImages
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.painting.semantic_maps import colour_map
 from latentflow.data.pictures.variants import draw_variants, variants_of
+from latentflow.data.pixel_choice import PixelChoice
 from latentflow.data.request import EncodeRequest
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.sampling.contact_sheet import _LINE
 from tests import tiny
+from tests.data.pictures.stored_files import png16, ramp
 
 SIDE = tiny.IMAGE_SIZE
 NUM_IMAGES = 24
@@ -204,3 +207,53 @@ def test_a_dry_run_counts_and_writes_nothing(images, kl_folder, tmp_path, monkey
     assert run(*command, monkeypatch=monkeypatch) == 0
     said = capsys.readouterr().err
     assert "1 images repeat another, byte for byte (such as apple/0.png, berry/again.png)" in said
+
+
+def test_16_bits_keep_their_range_through_cache_training_and_a_second_call(tmp_path, kl):
+    """What was chosen at first stays: also when a broken image of the set is repaired."""
+    (tmp_path / "scans").mkdir()
+    for number in range(8):
+        (tmp_path / "scans" / f"{number}.png").write_bytes(png16(ramp(1, "uint16", 4095 - number)))
+    whole = (tmp_path / "scans" / "3.png").read_bytes()
+    (tmp_path / "scans" / "3.png").write_bytes(whole[:60])
+    kl.save_pretrained(tmp_path / "kl")
+    options = {"autoencoder": str(tmp_path / "kl"), "image_size": 12, "flips": True, "mask_variants": 2, "variants": 0}
+    first = encode(tmp_path / "scans", tmp_path / "cache", **options).index
+    found = first.plan.pixel_format
+    assert (found.title, found.low, found.high) == (
+        "16-bit gray, 0 to 4095 (least and greatest of 8 images)",
+        [0],
+        [4095],
+    )
+    assert (first.num_images, len(first.broken), first.clipped) == (7, 1, 0)
+    (tmp_path / "scans" / "3.png").write_bytes(png16(ramp(1, "uint16", 8000)))
+    second = encode(tmp_path / "scans", tmp_path / "cache", **options)
+    assert second.is_new and second.index.num_images == 8
+    assert second.index.plan.pixel_format == found
+    assert 0 < second.index.clipped < 1 / 8  # of the repaired one alone
+    with pytest.raises(ArtifactError, match="pixel_format"):
+        encode(tmp_path / "scans", tmp_path / "cache", value_range="full", **options)
+    source = open_images(tmp_path / "scans", 12, pixels=found)
+    pixels = torch.from_numpy(np.stack([item.pixels for item in source])).permute(0, 3, 1, 2)
+    expected = kl.encode(found.to_unit(pixels))
+    stored = LatentCache(tmp_path / "cache")
+    assert torch.allclose(stored.moments(range(8)).float(), expected, rtol=2**-11, atol=1e-5)
+    mirrored = kl.encode(found.to_unit(pixels).flip(-1))
+    assert torch.allclose(stored.moments(range(8), [True] * 8).float(), mirrored, rtol=2**-11, atol=1e-5)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_training_images_of_16_bits_are_those_of_the_source(tmp_path, held):
+    for number in range(6):
+        (tmp_path / f"{number}.png").write_bytes(png16(ramp(1, "uint16", 60_000 + number)))
+    source = open_images(tmp_path, 12, pixels=PixelChoice())
+    images = TrainingImages(source, seed=0, flip=True)
+    if held:
+        images.hold(torch.device("cpu"))
+    batch, as_it_is = images.at(range(6)), []
+    assert batch.pixels.dtype == torch.uint16
+    for row, index in enumerate(batch.indices.tolist()):
+        own, pixels = batch.pixels[row, 0].numpy(), source[index].pixels[..., 0]
+        as_it_is.append(np.array_equal(own, pixels))
+        assert as_it_is[-1] or np.array_equal(own, pixels[:, ::-1])
+    assert 0 < sum(as_it_is) < 6

@@ -24,6 +24,7 @@ from latentflow.data.painting.masks import draw_mask
 from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.pictures.variants import draw_variants, variant_of_map
 from latentflow.randomness import derive_seed
+from latentflow.shapes import moved_about
 
 _SENT = ("pixels", "holes", "variant_numbers", "inputs")  # to the device
 
@@ -185,7 +186,7 @@ def joined(parts: list[EncoderInput], device: torch.device) -> EncoderInput:
         if field.name in _SENT:  # each separately: joined on the CPU they would not be pinned
             values = [value.to(device, non_blocking=device.type == "cuda") for value in values]
         if values:
-            tensors[field.name] = values[0] if len(values) == 1 else torch.cat(values)
+            tensors[field.name] = values[0] if len(values) == 1 else moved_about(lambda *x: torch.cat(x), *values)
     of_columns = zip(*(part.columns for part in parts if part.names), strict=True)
     return EncoderInput(
         columns=tuple(torch.cat(values) for values in of_columns),

@@ -52,6 +52,7 @@ from latentflow.errors import ArtifactError, DataError
 from latentflow.ledger import Ledger
 from latentflow.pixel_format import PixelFormat
 from latentflow.plans import PLAN_FILE
+from latentflow.shapes import moved_about
 
 Indices = Sequence[int] | np.ndarray | Tensor
 Flags = Sequence[bool] | np.ndarray | Tensor
@@ -298,5 +299,5 @@ def mirrored(maps: Tensor, flipped: Flags | None) -> Tensor:
     """Maps [B, K, h, w] or pictures, mirrored where `flipped`; unlike encoding, counting commutes with mirroring."""
     if flipped is None:
         return maps
-    mirror_images = maps.flip(-1) if maps.dtype != torch.uint16 else maps.view(torch.int16).flip(-1).view(maps.dtype)
-    return torch.where(torch.as_tensor(flipped, device=maps.device)[:, None, None, None], mirror_images, maps)
+    rows = torch.as_tensor(flipped, device=maps.device)[:, None, None, None]
+    return moved_about(lambda x: torch.where(rows, x.flip(-1), x), maps)

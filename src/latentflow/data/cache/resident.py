@@ -22,6 +22,7 @@ from latentflow.data.painting.latent_size import mask_input, shares
 from latentflow.data.prefetch import Reading, images_read_together, prefetch
 from latentflow.errors import ConfigError
 from latentflow.progress import image_progress
+from latentflow.shapes import moved_about
 
 Switch = Annotated[
     Literal["auto", "true", "false"],
@@ -161,7 +162,8 @@ class ResidentImages:
 
     def pixels(self, indices: Tensor, flipped: Tensor | None = None) -> Tensor:
         """Images of the source, which must be among `rows`, mirrored where `flipped`: [B, C, H, W]."""
-        return mirrored(self._pixels.index_select(0, self._places.index_select(0, indices)), flipped)
+        places = self._places.index_select(0, indices)
+        return mirrored(moved_about(lambda x: x.index_select(0, places), self._pixels), flipped)
 
     def labels(self, indices: Tensor) -> Tensor | None:
         """Their labels, [B] int64; None for an unlabelled source."""

@@ -27,6 +27,7 @@ from latentflow.data.painting.latent_size import hole_shade
 from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.pictures.variants import VARIANT_NUMBERS, variants_of
 from latentflow.errors import DataError
+from latentflow.shapes import moved_about
 
 _PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 _AS_READ = ("labels", "class_counts", "hole_counts", "variant_numbers", "variant_class_counts")  # and not encoded
@@ -173,7 +174,7 @@ def encode_batch(batch: EncoderInput, autoencoder: Autoencoder, plan: CachePlan)
     if batch.holes is not None:
         hole = batch.holes[..., None] > 0
         shade = torch.from_numpy(hole_shade(plan.masks.told_as, plan.pixel_format)).to(hole.device)
-        hidden = torch.where(hole, shade, batch.pixels[:, None])
+        hidden = moved_about(lambda fill, x: torch.where(hole, fill, x[:, None]), shade, batch.pixels)
         known = _moments("known_moments", _in_unit_range(hidden.flatten(0, 1), plan), autoencoder, plan)
         encoded |= {name: moments.unflatten(0, hole.shape[:2]) for name, moments in known.items()}
     if batch.variant_numbers is not None:
