@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from latentflow.data.inventory import ColumnCounts, duplicates_in, take_inventory
-from latentflow.data.request import TableOptions
 from latentflow.data.sources.images import open_images
+from latentflow.data.table_options import TableOptions
 from tests import tiny
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from latentflow.columns import Column
-from latentflow.data.request import TableOptions
 from latentflow.data.sources.images import open_images, table_with
 from latentflow.errors import ConfigError, DataError
 from latentflow.evaluation import drawn_set
@@ -157,5 +156,5 @@ def test_a_table_is_read_for_the_columns_of_the_model(kl, table, tmp_path):
 
 
 def test_images_without_a_table_have_their_own_columns():
-    assert table_with(SHAPES, NAMED) == TableOptions()
+    assert table_with(SHAPES, NAMED).columns is None
     assert table_with("scans", NAMED).columns == ["size:number", "shape:label", "traits:labels"]

@@ -4,54 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from latentflow.columns import COLUMN_KINDS
 from latentflow.data.painting.input_rules import FILES, NO_INPUTS, ORIGINS, InputForm, InputRules
 from latentflow.data.painting.mask_rules import MaskPolicy, MaskRules
 from latentflow.data.pixel_choice import PixelChoice
-from latentflow.errors import ConfigError, nearest
-from latentflow.requests import FromText, Names, Option, PathText, Request, RequestError, Whole
+from latentflow.data.table_options import TableOptions
+from latentflow.errors import ConfigError
+from latentflow.requests import FromText, Option, PathText, Request, RequestError, Whole
 from latentflow.sizes import ImageSize, Size, bounded, typed_size
 
 MOST_PIXELS = 16_384
 """On a side of an image."""
-
-
-class TableOptions(Request):
-    """Which columns of a table of images are used, and how; nothing of it matters for images without one."""
-
-    label_column: str | None = Field(
-        None,
-        description="Column of a table that holds the class of each image; otherwise the one that is called label or "
-        "class. The table: labels.csv, .tsv, .jsonl or .parquet, given as DATA or beside the images.",
-    )
-    columns: Annotated[Names, Option(metavar="NAME[=COLUMN][:KIND],...")] | None = Field(
-        None,
-        min_length=1,
-        description="Columns to learn from besides, with their kinds: age:number,view:label,findings:labels; without a "
-        "kind it follows from the cells. view=label gives the column label the name view.",
-    )
-    file_column: str | None = Field(
-        None, description="Column that names the file of each image; otherwise found by its name and cells."
-    )
-    allow_missing: bool = Field(
-        False, description="Leave out rows without a file and files without a row instead of refusing them."
-    )
-
-    @property
-    def asks_for_table(self) -> bool:
-        """Whether images without a table cannot be meant."""
-        return self.label_column is not None or self.columns is not None or self.file_column is not None
-
-    @field_validator("columns")
-    @classmethod
-    def _check_columns(cls, columns: list[str] | None) -> list[str] | None:
-        for one in columns or ():
-            name, colon, kind = one.rpartition(":")
-            if colon and kind not in COLUMN_KINDS:
-                raise ValueError(f"unknown kind {kind!r} of {name!r}; {nearest(kind, COLUMN_KINDS)}")
-        return columns
 
 
 def _origin(text: str) -> str:

@@ -17,7 +17,7 @@ from latentflow.data.batches import epoch_order
 from latentflow.data.cache.reader import is_cache
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.pictures.decode import BrokenImage
-from latentflow.data.sources.images import open_images
+from latentflow.data.sources.images import open_images, table_with
 from latentflow.errors import ConfigError, DataError, NonFiniteError
 from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
@@ -68,7 +68,8 @@ def open_images_for(flow: FlowModel, data: str | Path) -> ImageSource:
     if is_cache(data):
         raise ConfigError(f"{data} is a latent cache, which holds no pixels to compare with; give the images")
     conditioning = flow.config.conditioning
-    source = open_images(data, flow.config.image_size)
+    table = table_with(data, (), class_names=conditioning.class_names)
+    source = open_images(data, flow.config.image_size, table=table)
     for name in conditioning.required:
         if name != "label":
             raise ConfigError(

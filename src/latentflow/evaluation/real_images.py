@@ -20,8 +20,8 @@ from latentflow.data.items import ImageSource
 from latentflow.data.painting.input_rules import FILES
 from latentflow.data.pictures.colour import PIXEL_RULES
 from latentflow.data.pictures.crop import CROP_RULE
-from latentflow.data.request import TableOptions
 from latentflow.data.sources.images import open_images
+from latentflow.data.table_options import TableOptions
 from latentflow.errors import ArtifactError, DataError
 from latentflow.evaluation.read_images import ImageReader
 from latentflow.evaluation.shards import Columns, Work, compute_in_shards, join_columns, of_the_first

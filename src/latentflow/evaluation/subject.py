@@ -17,8 +17,8 @@ from torch import Tensor
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.items import ImageSource, stack_pixels
 from latentflow.data.painting.input_rules import NO_INPUTS
-from latentflow.data.request import TableOptions
 from latentflow.data.sources.images import table_with
+from latentflow.data.table_options import TableOptions
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.evaluation.autoencoders import open_autoencoder
 from latentflow.evaluation.class_accuracy import require_class_judge, require_judged
@@ -236,7 +236,7 @@ class Drawn(_OfAModel):
         own = self.flow.config.conditioning.columns if self._policy(request) == "rows" else ()
         columns = [one.column for one in own]
         try:
-            table = table_with(request.data, columns, request.label_column)
+            table = table_with(request.data, columns, request.label_column, self.class_names)
             return open_real_images(request.data, self.image_size, self._inputs, table)
         except DataError as error:
             if not columns:

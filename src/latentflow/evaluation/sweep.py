@@ -9,6 +9,7 @@ from pathlib import Path
 
 from latentflow.artifacts import sha256_file
 from latentflow.data.cache.reader import is_cache
+from latentflow.data.sources.images import table_with
 from latentflow.errors import ConfigError, DataError, NonFiniteError
 from latentflow.evaluation.class_accuracy import class_judge, require_judged
 from latentflow.evaluation.drawn_set import plan_set
@@ -151,7 +152,8 @@ def open_sweep(request: SweepRequest, folder: Path, candidates: dict[str, Candid
         require_judged(extractor.record.class_names, flow.config.conditioning.class_names, request.features)
     if is_cache(request.data):
         raise DataError(f"{request.data} is a latent cache; give the images it was made from, or their statistics")
-    real = open_real_images(request.data, flow.config.image_size)
+    table = table_with(request.data, (), class_names=flow.config.conditioning.class_names)
+    real = open_real_images(request.data, flow.config.image_size, table=table)
     if real.stored:
         real.stored.require_same_features(extractor.name, extractor.hash, extractor.dim)
     averages, lengths = None, {}

@@ -178,7 +178,7 @@ def _data(recipe: Recipe, name: str, num_images: int | None, num_classes: int | 
         return replace(facts, pixels=plan.pixel_format, inputs=plan.input_format)
     if path and (path.startswith("synthetic:") or Path(path).exists()):
         inputs = recipe.data.inputs.origin if recipe.conditioning.input else NO_INPUTS
-        source = open_images(path, recipe.data.image_size, inputs=inputs)
+        source = open_images(path, recipe.data.image_size, table=recipe.data, inputs=inputs)
         facts = DataFacts(len(source), len(source.class_names), len(source.map_class_names), source.columns)
         return replace(facts, pixels=source.pixel_format, inputs=source.input_format)
     known = next((facts for start, facts in PUBLISHED_DATA.items() if name.startswith(start)), None)

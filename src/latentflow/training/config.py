@@ -17,6 +17,7 @@ from latentflow.data.hold_out import HeldOutShare
 from latentflow.data.painting.input_rules import InputRules
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.pixel_choice import EIGHT_BIT_RGB, PixelChoice
+from latentflow.data.table_options import TableOptions
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.flow.times import TrainingTimes
@@ -40,10 +41,10 @@ LARGEST_IMAGE = 8192
 LARGEST_SEED = 2**63 - 1
 
 
-class DataConfig(PixelChoice):
+class DataConfig(PixelChoice, TableOptions):
     """Where the images come from."""
 
-    path: str = Field("", description="A latent cache, a folder or zip of images, or 'synthetic:COUNT'.")
+    path: str = Field("", description="A latent cache, or images: whatever `latentflow encode` reads.")
     images: str = Field(
         "",
         description="For inpainting from a latent cache: the images it was made from, to cut new holes in every step; "
@@ -66,7 +67,7 @@ class DataConfig(PixelChoice):
         description="Share of images seen as one of their variants in the latent cache (`encode --variants`), whose "
         "numbers the network gets; not set: 0.5 if the cache holds variants.",
     )
-    labels: bool = Field(True, description="Use class sub-folders as labels; false: train unconditionally.")
+    labels: bool = Field(True, description="Use the classes of the data as labels; false: train unconditionally.")
     held_out: HeldOutShare = Field(
         "auto",
         description="Share of images that are never trained on, chosen by their names; auto: 5 %, at least 64 of 640 "

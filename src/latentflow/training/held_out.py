@@ -12,7 +12,7 @@ from latentflow.data.batches import SpatialData, TrainingImages
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.items import ImageSource
 from latentflow.data.painting.input_rules import NO_INPUTS
-from latentflow.data.sources.images import open_images
+from latentflow.data.sources.images import open_images, table_with
 from latentflow.data.sources.readable import readable
 from latentflow.errors import ConfigError
 from latentflow.flow.times import TrainingTimes, sum_by_time
@@ -126,7 +126,9 @@ def held_out_images(model: FlowModel, data: str | Path, *, split: Split = "all",
             raise ConfigError(f"{data} holds images of {held}, the model draws {drawn}")
     else:
         inputs = config.inputs.origin if config.inputs else NO_INPUTS
-        source = open_images(data, config.image_size, pixels=config.pixel_format, inputs=inputs)
+        own = [one.column for one in config.conditioning.columns]
+        table = table_with(data, own, class_names=config.conditioning.class_names)
+        source = open_images(data, config.image_size, pixels=config.pixel_format, inputs=inputs, table=table)
         kept, _ = readable(source)
     if split != "all":
         chosen = set(rows_of_split(config.training, source, split))

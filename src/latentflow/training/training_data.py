@@ -8,10 +8,10 @@ from latentflow.data.cache.schema import CachePlan
 from latentflow.data.items import ImageSource
 from latentflow.data.painting.input_rules import FILES, NO_INPUTS
 from latentflow.data.painting.masks import check_masks
-from latentflow.data.sources.images import open_images
+from latentflow.data.sources.images import open_images, table_with
 from latentflow.errors import ConfigError, DataError
 from latentflow.progress import image_progress
-from latentflow.training.config import Recipe
+from latentflow.training.config import DataConfig, Recipe
 from latentflow.training.fitting import is_set, with_values
 
 _AUGMENT = 0.5
@@ -41,7 +41,8 @@ def open_source(recipe: Recipe) -> LatentCache | ImageSource:
         source: LatentCache | ImageSource = _open_cache(recipe)
     else:
         inputs = recipe.data.inputs.origin if recipe.conditioning.input else NO_INPUTS
-        source = open_images(path, recipe.data.image_size, pixels=recipe.data, inputs=inputs)
+        given = {"pixels": recipe.data, "table": recipe.data, "inputs": inputs}
+        source = open_images(path, recipe.data.image_size, **given)
     if recipe.data.augment:
         _require_variants(recipe, source)
     return source
@@ -49,6 +50,11 @@ def open_source(recipe: Recipe) -> LatentCache | ImageSource:
 
 def _open_cache(recipe: Recipe) -> LatentCache:
     data = recipe.data
+    if data.asks_for_table and not data.images:
+        raise ConfigError(
+            f"data.label_column, data.columns and data.file_column are about a table, and {data.path} is a latent "
+            "cache, whose classes and columns are those it was encoded with; leave them out, or encode it again"
+        )
     cache = LatentCache(data.path)
     with image_progress("checking", len(cache)) as on_images:
         cache.verify(on_images)
@@ -108,7 +114,7 @@ def spatial_data(recipe: Recipe, source: LatentCache | ImageSource, factor: int)
     if not isinstance(source, LatentCache):
         return SpatialData(factor, holes=data.masks, **read)
     if data.images:
-        pictures = _images_of_cache(data.images, source, data.path)
+        pictures = _images_of_cache(data, source)
         return SpatialData(factor, holes=data.masks, pictures=pictures, **read)
     if not source.plan.mask_variants:
         raise ConfigError(
@@ -135,10 +141,12 @@ def _require_inputs(recipe: Recipe, source: LatentCache | ImageSource) -> None:
         )
 
 
-def _images_of_cache(path: str, cache: LatentCache, cache_path: str) -> ImageSource:
-    """The images at `path`, which must be those that a cache was made from."""
-    plan = cache.plan
+def _images_of_cache(data: DataConfig, cache: LatentCache) -> ImageSource:
+    """The images at `data.images`, which must be those that a cache was made from."""
+    path, plan = data.images, cache.plan
+    own = table_with(path, plan.columns, class_names=plan.class_names)
     given = {
+        "table": data if data.asks_for_table else own,
         "pixels": plan.pixel_format,
         "inputs": FILES if plan.inputs and not plan.inputs.is_derived else NO_INPUTS,
     }
@@ -151,7 +159,7 @@ def _images_of_cache(path: str, cache: LatentCache, cache_path: str) -> ImageSou
         same = images.fingerprint() == plan.source_fingerprint
     if not same:
         raise DataError(
-            f"data.images = {path} ({images.description}) are not the images that {cache_path} was made from "
+            f"data.images = {path} ({images.description}) are not the images that {data.path} was made from "
             f"({plan.source})"
         )
     return images

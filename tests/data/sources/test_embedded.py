@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentflow.columns import Column
-from latentflow.data.request import TableOptions
 from latentflow.data.sources.images import open_images
+from latentflow.data.table_options import TableOptions
 from latentflow.errors import DataError
 from tests import tiny
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latentflow.data.request import TableOptions
 from latentflow.data.sources.images import open_images
+from latentflow.data.table_options import TableOptions
 from tests import tiny
 from tests.tiny import write_cache
 

@@ -5,12 +5,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from latentflow.columns import Column
-from latentflow.data.request import TableOptions
 from latentflow.data.sources.images import open_images
+from latentflow.data.table_options import TableOptions
 from latentflow.errors import DataError
-from latentflow.requests import RequestError
 from tests import tiny
 
 ROWS = [("cherry", 2), ("apple", 0), ("berry", 1), ("apple", 3), ("cherry", 0), ("berry", 4)]
@@ -183,5 +183,5 @@ def test_which_table(photos, tmp_path):
 
 
 def test_kinds_are_checked_with_the_request():
-    with pytest.raises(RequestError, match="unknown kind 'numbr' of 'age'; did you mean 'number'"):
+    with pytest.raises(ValidationError, match="unknown kind 'numbr' of 'age'; did you mean 'number'"):
         options(columns=["age:numbr"])

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latentflow.data.request import TableOptions
 from latentflow.data.sources.hub_files import HubDataset, chosen_shards
 from latentflow.data.sources.images import open_images
+from latentflow.data.table_options import TableOptions
 from latentflow.errors import ArtifactError, DataError
 from tests import tiny
 from tests.data.stores.test_download import FileServer, server  # noqa: F401 - a fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from latentflow.columns import Column
-from latentflow.data.request import TableOptions
 from latentflow.data.sources.images import open_images
 from latentflow.data.sources.webdataset import stem_and_extension
+from latentflow.data.table_options import TableOptions
 from latentflow.errors import DataError
 from tests import tiny
 from tests.data.stores.test_tar import packed

@@ -104,3 +104,10 @@ def test_a_row_without_its_class_is_refused():
         labels_of(ImageTable("t", {"a": [["x", "y"]]}), "a")
     with pytest.raises(DataError, match="--label-column names; did you mean 'view'"):
         labels_of(PATIENTS, "vieww")
+
+
+def test_known_classes_tell_the_column():
+    cells = {"file": ["a", "b"], "label": ["x", "y"], "breed": ["pug", "pug"], "other": ["", "pug"]}
+    assert label_column(ImageTable("t", cells), None, known=["beagle", "pug"]) == "breed"
+    assert label_column(ImageTable("t", cells), "label", known=["pug"]) == "label"
+    assert label_column(ImageTable("t", cells), None, columns=["breed"], known=["pug"]) == "label"

@@ -6,10 +6,10 @@ import posixpath
 import unicodedata
 from collections.abc import Sequence
 
-from latentflow.data.request import TableOptions
 from latentflow.data.sources.listed import ListedImages
 from latentflow.data.sources.tabled import Chosen, chosen
 from latentflow.data.stores.arrow import ArrowStore
+from latentflow.data.table_options import TableOptions
 from latentflow.data.tables.arrow_table import arrow_table
 from latentflow.data.tables.files_of_rows import FILE_COLUMNS
 from latentflow.data.tables.table import ImageTable, first_few

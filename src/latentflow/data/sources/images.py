@@ -18,7 +18,6 @@ from latentflow.data.items import ImageSource
 from latentflow.data.painting.input_rules import FILES, NO_INPUTS, InputRules
 from latentflow.data.pictures.decode import most_pixels
 from latentflow.data.pixel_choice import PixelChoice
-from latentflow.data.request import TableOptions
 from latentflow.data.sources.derived_inputs import DerivedInputs
 from latentflow.data.sources.pixel_survey import choose_format
 from latentflow.data.sources.places import list_images
@@ -27,6 +26,7 @@ from latentflow.data.sources.stored import ImageFiles, LmdbImages
 from latentflow.data.sources.synthetic import COLUMNS, SyntheticShapes
 from latentflow.data.stores.first import check_first
 from latentflow.data.stores.lmdb import LmdbStore, environment_file
+from latentflow.data.table_options import TableOfModel, TableOptions
 from latentflow.errors import DataError, nearest
 from latentflow.pixel_format import PixelFormat
 from latentflow.sizes import Size
@@ -108,15 +108,18 @@ def _with_inputs(source: ImageSource, inputs: str) -> ImageSource:
     return source if inputs in (FILES, NO_INPUTS) else DerivedInputs(source, InputRules(origin=inputs))
 
 
-def table_with(path: str | Path, columns: Sequence[Column], label_column: str | None = None) -> TableOptions:
+def table_with(
+    path: str | Path, columns: Sequence[Column], label_column: str | None = None, class_names: Sequence[str] = ()
+) -> TableOptions:
     """How a table at `path` is read for these named columns; images without a table have their own columns.
 
     Args:
-        label_column: of the table; None: see `TableOptions`.
+        label_column: of the table; None: the one that holds no other classes than `class_names`, or see `TableOptions`.
+        class_names: those of the model.
     """
     has_own = _is_synthetic(path) or environment_file(Path(path))
     wanted = [] if has_own else [f"{column.name}:{column.kind}" for column in columns]
-    return TableOptions(columns=wanted or None, label_column=label_column)
+    return TableOfModel(columns=wanted or None, label_column=label_column, class_names=tuple(class_names))
 
 
 def _is_synthetic(path: str | Path) -> bool:

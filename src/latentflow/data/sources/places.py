@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from latentflow.data.request import TableOptions
 from latentflow.data.sources.embedded import list_rows
 from latentflow.data.sources.hub_files import HUB_PREFIX, HubDataset, fetch_hub_files
 from latentflow.data.sources.listed import ListedImages, list_files
@@ -33,6 +32,7 @@ from latentflow.data.stores.files import FileStore, FolderStore, Listing, is_ima
 from latentflow.data.stores.layout import split_of
 from latentflow.data.stores.patterns import braces_expanded, expanded, is_pattern
 from latentflow.data.stores.tar import TAR_FILE, TarStore
+from latentflow.data.table_options import TableOptions
 from latentflow.data.tables.arrow_table import arrow_table
 from latentflow.data.tables.table import first_few
 from latentflow.data.tables.text_tables import is_text_table

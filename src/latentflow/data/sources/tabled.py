@@ -10,11 +10,11 @@ import numpy as np
 
 from latentflow.columns import Column, ColumnValue
 from latentflow.console import notice
-from latentflow.data.request import TableOptions
 from latentflow.data.sources.listed import ImageStore, ListedImages, files_of_layout
 from latentflow.data.sources.maps import MapFiles
 from latentflow.data.stores.arrow import ArrowStore
 from latentflow.data.stores.files import FileStore, FolderStore, Listing
+from latentflow.data.table_options import TableOptions
 from latentflow.data.tables.arrow_table import arrow_table
 from latentflow.data.tables.files_of_rows import FileNames, file_column, files_of_rows
 from latentflow.data.tables.table import ImageTable, columns_of, first_few, label_column, labels_of, split_wanted
@@ -55,7 +55,8 @@ def chosen(table: ImageTable, options: TableOptions, file: str) -> Chosen:
     """
     wanted = options.columns or ()
     columns, values = columns_of(table, wanted)
-    label = label_column(table, options.label_column, file, [split_wanted(one)[1] for one in wanted])
+    others = [split_wanted(one)[1] for one in wanted]
+    label = label_column(table, options.label_column, file, others, options.known_classes)
     class_names, labels = labels_of(table, label) if label else ((), None)
     return Chosen(class_names, labels, columns, values)
 

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from latentflow.console import notice
-from latentflow.data.request import TableOptions
 from latentflow.data.sources.listed import ListedImages
 from latentflow.data.sources.tabled import chosen
 from latentflow.data.stores.files import Listing, pictures_among
 from latentflow.data.stores.tar import TarStore
+from latentflow.data.table_options import TableOptions
 from latentflow.data.tables.table import ImageTable, LazyCells, first_few
 from latentflow.errors import DataError, nearest
 

@@ -89,13 +89,16 @@ class ImageTable:
         return ImageTable(self.name, cells, lambda row: self.place(rows[row]), self.kinds, self.classes)
 
 
-def label_column(table: ImageTable, asked: str | None, file: str = "", columns: Iterable[str] = ()) -> str | None:
+def label_column(
+    table: ImageTable, asked: str | None, file: str = "", columns: Iterable[str] = (), known: Sequence[str] = ()
+) -> str | None:
     """The column that holds the class of each image; None: there is none.
 
     Args:
         asked: its name; None: a column whose kind the table states as label, or one that is called so.
         file: the column that names the files.
         columns: those that are used in another way.
+        known: classes that are expected; without `asked` the first column that holds no others is taken.
 
     Raises:
         DataError: there is no such column.
@@ -105,6 +108,8 @@ def label_column(table: ImageTable, asked: str | None, file: str = "", columns: 
         return asked
     columns = set(columns)
     free = [name for name in table.cells if name != file and name not in columns]
+    if known and (holding := [name for name in free if _holds_only(table.cells[name], set(known))]):
+        return holding[0]
     stated = [name for name in free if table.kinds.get(name) == "label" and name in table.classes]
     called = [name for usual in _LABELS for name in free if name.lower() == usual and name not in table.kinds]
     if len(stated) > 1:
@@ -116,6 +121,10 @@ def label_column(table: ImageTable, asked: str | None, file: str = "", columns: 
         some = first_few(free)
         notice(f"{table.name}: its columns are not used; --label-column or --columns take some of {some}")
     return found
+
+
+def _holds_only(cells: Sequence[object], class_names: set[str]) -> bool:
+    return all(_text(cell) in class_names for cell in cells)
 
 
 def labels_of(table: ImageTable, name: str) -> tuple[tuple[str, ...], np.ndarray]:

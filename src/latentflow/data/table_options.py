@@ -1,0 +1,63 @@
+"""How a person says which columns of a table of images are used."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from latentflow.columns import COLUMN_KINDS
+from latentflow.errors import nearest
+from latentflow.records import Record
+from latentflow.requests import Names, Option
+
+
+class TableOptions(Record):
+    """Which columns of a table of images are used, and how; nothing of it matters for images without one."""
+
+    label_column: str | None = Field(
+        None,
+        description="Column of a table that holds the class of each image; otherwise the one that is called label or "
+        "class. The table: labels.csv, .tsv, .jsonl or .parquet, given as DATA or beside the images.",
+    )
+    columns: Annotated[Names, Option(metavar="NAME[=COLUMN][:KIND],...")] | None = Field(
+        None,
+        min_length=1,
+        description="Columns to learn from besides, with their kinds: age:number,view:label,findings:labels; without a "
+        "kind it follows from the cells. view=label gives the column label the name view.",
+    )
+    file_column: str | None = Field(
+        None, description="Column that names the file of each image; otherwise found by its name and cells."
+    )
+    allow_missing: bool = Field(
+        False, description="Leave out rows without a file and files without a row instead of refusing them."
+    )
+
+    @property
+    def known_classes(self) -> tuple[str, ...]:
+        """Classes that are expected: without `label_column` the column that holds no others is taken."""
+        return ()
+
+    @property
+    def asks_for_table(self) -> bool:
+        """Whether images without a table cannot be meant."""
+        return self.label_column is not None or self.columns is not None or self.file_column is not None
+
+    @field_validator("columns")
+    @classmethod
+    def _check_columns(cls, columns: list[str] | None) -> list[str] | None:
+        for one in columns or ():
+            name, colon, kind = one.rpartition(":")
+            if colon and kind not in COLUMN_KINDS:
+                raise ValueError(f"unknown kind {kind!r} of {name!r}; {nearest(kind, COLUMN_KINDS)}")
+        return columns
+
+
+class TableOfModel(TableOptions):
+    """Which columns are used of a table that a model is measured on."""
+
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def known_classes(self) -> tuple[str, ...]:
+        return self.class_names
