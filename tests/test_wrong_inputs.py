@@ -146,9 +146,11 @@ CASES = {
         wrong(ENCODE.replace("photos", "lonely_input"), "apple/0.png", "zero.jpg"),
         wrong(ENCODE.replace("photos", "more_than_pairs"), "inputs/", "more"),
         wrong(ENCODE.replace("photos", "stretched") + " --strict", "30 x 10", "24 x 20", "aspect"),
+        wrong(ENCODE.replace("photos", "banded_inputs"), "inputs/apple/0.npy", "4", "6", "--input-pixels"),
+        wrong(ENCODE.replace("photos", "pairs") + " --input-pixels grey", "--input-pixels", "grey", "gray"),
         wrong(ENCODE + " --inputs shrnk:4", "--inputs", "shrnk:4", "shrink:N", advised=ENCODE + " --inputs shrink:4"),
         wrong(ENCODE + " --inputs shrink:3", "shrink:3", "15", advised=ENCODE + " --inputs shrink:2"),
-        wrong(ENCODE.replace("16", "18") + " --inputs shrink:3", "shrink:3", "2, 4", "latents"),
+        wrong(ENCODE.replace("16", "18") + " --inputs shrink:3 --input-form pixels", "shrink:3", "2, 4", "latents"),
         wrong(ENCODE + " --input-form latents", "--input-form", "no paired inputs", "--inputs"),
         wrong(ENCODE.replace("photos", "no_classes"), "classes.json"),
         wrong(ENCODE.replace("photos", "bad_classes"), "classes.json"),
@@ -432,6 +434,10 @@ def _data(w: Path) -> None:
     (w / "lonely_input" / "inputs" / "apple" / "0.jpg").rename(w / "lonely_input" / "inputs" / "apple" / "zero.jpg")
     shutil.copytree(w / "flat", w / "more_than_pairs" / "more")
     Image.new("RGB", (30, 10)).save(w / "stretched" / "inputs" / "apple" / "0.jpg")
+    tiny.write_images(w / "banded_inputs" / "images", per_class=1)
+    for channels, name in enumerate(tiny.CLASSES, start=4):
+        (w / "banded_inputs" / "inputs" / name).mkdir(parents=True)
+        np.save(w / "banded_inputs" / "inputs" / name / "0.npy", np.zeros((10, 12, channels), np.uint8))
     shutil.copytree(w / "scenes", w / "no_classes")
     (w / "no_classes" / "classes.json").unlink()
     shutil.copytree(w / "scenes", w / "bad_classes")

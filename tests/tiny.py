@@ -222,6 +222,7 @@ def model(
     """
     if inputs is not None:
         formats = (PixelFormat(channels=input_channels), PixelFormat())
+        inputs = inputs.resolved(*formats)
         channels = inputs.network_channels(*formats, autoencoder.factor, autoencoder.num_channels)
         conditioning = {**conditioning, "input_channels": channels}
     config = ModelConfig(

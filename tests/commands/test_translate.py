@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from latentflow.commands.train import train
+from latentflow.data.items import stack_pixels
+from latentflow.data.painting.input_rules import InputRules
 from latentflow.data.sources.images import open_images
+from latentflow.metrics.pairs import psnr, ssim
 from latentflow.model.flow_model import FlowModel, read_config
 from latentflow.training.config import load_recipe
 from tests import tiny
@@ -60,6 +64,28 @@ def test_from_pairs_of_files_to_scores(latentflow, paired, kl_folder, tmp_path, 
     assert {"psnr", "ssim"} < report["scores"].keys()
     losses = latentflow("loss", run, "--data", paired, "--num", 64)
     assert set(losses) == {"nothing", "label", "input", "label + input"}
+
+
+def test_scores_stand_beside_those_of_the_input_and_of_the_autoencoder(latentflow, paired, kl, tmp_path):
+    tiny.model(kl, inputs=InputRules(origin="shrink:4")).save_pretrained(tmp_path / "model")
+    asked = ["--task", "translate", "--features", "random", "--num", 12, "--metrics", "psnr,ssim,psnr-input,ssim-input"]
+    scores = latentflow("evaluate", tmp_path / "model", "--data", paired, *asked)["scores"]
+    items = list(open_images(paired, SIZE, inputs="shrink:4"))
+    real = stack_pixels([item.pixels for item in items])
+    small = [Image.fromarray(item.input) for item in items]
+    enlarged = stack_pixels([np.asarray(one.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for one in small])
+    assert scores["psnr-input"]["value"] == pytest.approx(float(psnr(enlarged, real).mean()), abs=0.05)
+    assert scores["ssim-input"]["value"] == pytest.approx(float(ssim(enlarged, real).mean()), abs=0.005)
+    assert scores["psnr"]["limit"] == pytest.approx(float(psnr(kl.reconstruct(real), real).mean()), abs=1e-6)
+    assert scores["psnr-input"].get("limit") is None
+
+
+def test_inputs_are_compared_with_images_by_default_only_if_they_are_made_from_them(latentflow, paired, kl, tmp_path):
+    tiny.model(kl, inputs=InputRules()).save_pretrained(tmp_path / "model")
+    asked = ["--task", "translate", "--features", "random", "--num", 12]
+    scores = latentflow("evaluate", tmp_path / "model", "--data", paired, *asked)["scores"]
+    assert {"psnr", "ssim"} < scores.keys()
+    assert not {"psnr-input", "ssim-input"} & scores.keys()
 
 
 @pytest.mark.parametrize("source", ["cache", "images"])

@@ -37,7 +37,9 @@ def models(kl) -> dict[str, Attentive]:
     """By the origin of their inputs."""
     made = {}
     for origin in ORIGINS:
-        plain = tiny.model(kl, inputs=InputRules(origin=origin), input_channels=1 if origin == "gray" else 3)
+        plain = tiny.model(
+            kl, inputs=InputRules(origin=origin, form="pixels"), input_channels=1 if origin == "gray" else 3
+        )
         made[origin] = Attentive(plain.config, plain.network, plain.autoencoder)
         made[origin].conditions = []
     return made

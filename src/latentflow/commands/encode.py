@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from latentflow.artifacts import require_apart
 from latentflow.autoencoder import Autoencoder
 from latentflow.console import notice
-from latentflow.data.cache.schema import CacheIndex, format_of_cache
+from latentflow.data.cache.schema import CacheIndex, plan_of_cache
 from latentflow.data.cache.writer import write_cache
 from latentflow.data.inventory import Inventory, duplicates_in, take_inventory
 from latentflow.data.items import ImageSource
@@ -88,8 +88,11 @@ def encode(request: EncodeRequest, out: str | Path, *, runtime: Runtime | None =
 
 def _opened(request: EncodeRequest, out: str | Path) -> ImageSource:
     options = {"first": request.first, "strict": request.strict, "table": request, "pixels": request}
-    source = open_images(request.data, request.image_size, known=format_of_cache(out), inputs=request.inputs, **options)
-    if request.input_form != "pixels" and not source.input_origin:
+    inputs = request.paired
+    if (plan := plan_of_cache(out)) is not None:
+        options["known"], inputs = plan.pixel_format, replace(inputs, known=plan.input_format)
+    source = open_images(request.data, request.image_size, inputs=inputs, **options)
+    if request.input_form != "auto" and not source.input_origin:
         reason = f" {request.input_form}: {request.data} has no paired inputs; give --inputs, or leave it out"
         raise RequestError("input_form", reason)
     return source

@@ -64,7 +64,7 @@ def look(request: EncodeRequest, out: str | Path, *, num: int, runtime: Runtime 
     sheet = Path(out).with_name(f"{Path(out).name.removesuffix('.png')}.png")
     require_apart(sheet, request.data)
     require_writable(sheet, suffix=".png")
-    given = {"first": request.first, "table": request, "pixels": request, "inputs": request.inputs}
+    given = {"first": request.first, "table": request, "pixels": request, "inputs": request.paired}
     source = open_images(request.data, request.image_size, **given)
     encoder = Autoencoder.from_pretrained(request.autoencoder).to(runtime or open_runtime(precision="tf32", alone=True))
     encoder.latent_size(request.image_size)

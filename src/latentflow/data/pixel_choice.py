@@ -19,7 +19,7 @@ EIGHT_BIT_RGB = {"data.pixels": "rgb", "data.depth": "8", "data.value_range": "f
 _RANGE_LIKE = "give full, a range like 0,4095, one for each band like 0,4095;0,10000, or percentile:0.1,99.9"
 
 
-def _checked_range(text: object) -> object:
+def checked_range(text: object) -> object:
     """Refuse what `PixelChoice.value_range` does not understand."""
     if not isinstance(text, str) or text in ("auto", "full"):
         return text
@@ -46,7 +46,7 @@ class PixelChoice(Record):
     depth: Literal["auto", "8", "16", "float"] = Field(
         "auto", description="Bits of a value: 8, 16 or float; auto: those of the files, which must be alike."
     )
-    value_range: Annotated[str, BeforeValidator(_checked_range), Option(metavar="RANGE")] = Field(
+    value_range: Annotated[str, BeforeValidator(checked_range), Option(metavar="RANGE")] = Field(
         "auto",
         description="Values that become -1 and 1: full (all that the depth can hold), LOW,HIGH (one pair, or one for "
         "each band with semicolons between) or percentile:LOW,HIGH (of the images). auto: full for 8 bits, otherwise "

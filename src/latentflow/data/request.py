@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from latentflow.data.painting.input_rules import FILES, NO_INPUTS, ORIGINS, InputForm, InputRules
 from latentflow.data.painting.mask_rules import MaskPolicy, MaskRules
-from latentflow.data.pixel_choice import PixelChoice
+from latentflow.data.paired_choice import PairedChoice
+from latentflow.data.pixel_choice import PixelChoice, checked_range
 from latentflow.data.table_options import TableOptions
 from latentflow.errors import ConfigError
+from latentflow.pixel_format import PixelMode
 from latentflow.requests import FromText, Option, PathText, Request, RequestError, Whole
 from latentflow.sizes import ImageSize, Size, bounded, typed_size
 
@@ -51,9 +53,9 @@ class CacheOptions(Request):
         0, ge=0, le=100, description="Zoomed, turned and shifted copies to encode per image, for data.augment; 0: none."
     )
     input_form: InputForm = Field(
-        "pixels",
-        description="How paired inputs reach the network. pixels: those below each latent pixel become its channels; "
-        "latents: encoded by the autoencoder.",
+        "auto",
+        description="How paired inputs reach the network. latents: encoded by the autoencoder; pixels: those below a "
+        "latent pixel become its channels; auto: latents where the autoencoder can encode them.",
     )
     strict: bool = Field(False, description="Stop at a broken image instead of leaving it out.")
 
@@ -86,6 +88,15 @@ class EncodeRequest(CacheOptions, TableOptions, PixelChoice):
         description="Paired inputs, for `translate`. files: the folder inputs/ next to images/, if there is one; none; "
         "shrink:N: means of N x N pixels of the image, for N-fold super-resolution; gray: for colouring.",
     )
+    input_pixels: PixelMode | Literal["auto"] = Field(
+        "auto", description="What the channels of inputs in files are, as --pixels says it of images."
+    )
+    input_depth: Literal["auto", "8", "16", "float"] = Field(
+        "auto", description="Bits of a value of inputs in files, as --depth says it of images."
+    )
+    input_value_range: Annotated[str, BeforeValidator(checked_range), Option(metavar="RANGE")] = Field(
+        "auto", description="Values of inputs in files that become -1 and 1, as --value-range says it of images."
+    )
     mask_policy: MaskPolicy = Field("mixed", description="How the holes are drawn.")
     mask_folder: PathText | None = Field(
         None, description="Folder of masks to draw from instead; white is the region to fill."
@@ -93,6 +104,12 @@ class EncodeRequest(CacheOptions, TableOptions, PixelChoice):
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
         "tf32", description="What the autoencoder computes in; tf32 is float32 where there is no TF32."
     )
+
+    @property
+    def paired(self) -> PairedChoice:
+        """The paired inputs."""
+        chosen = {"pixels": self.input_pixels, "depth": self.input_depth, "value_range": self.input_value_range}
+        return PairedChoice(self.inputs, PixelChoice(**chosen))
 
     @property
     def masks(self) -> MaskRules:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from latentflow.artifacts import read_json, require_writable, sha256_file
 from latentflow.data.items import ImageSource
-from latentflow.data.painting.input_rules import FILES
+from latentflow.data.painting.input_rules import NO_INPUTS
+from latentflow.data.paired_choice import PairedChoice
 from latentflow.data.pictures.colour import PIXEL_RULES
 from latentflow.data.pictures.crop import CROP_RULE
 from latentflow.data.sources.images import open_images
@@ -115,12 +116,12 @@ class RealFeatures:
 
 
 def open_real_images(
-    data: str | Path, image_size: Size, inputs: str = FILES, table: TableOptions | None = None
+    data: str | Path, image_size: Size, inputs: PairedChoice | None = None, table: TableOptions | None = None
 ) -> RealImages:
     """Open images, or a file of statistics; no image is decoded.
 
     Args:
-        inputs: where paired inputs come from; see `open_images`.
+        inputs: the paired inputs; None: there are none.
         table: which columns of a table are used.
 
     Raises:
@@ -128,7 +129,7 @@ def open_real_images(
     """
     file = Path(data)
     if file.suffix not in (_OWN_SUFFIX, *FOREIGN_SUFFIXES) or file.is_dir():
-        source = open_images(data, image_size, inputs=inputs, table=table)
+        source = open_images(data, image_size, inputs=inputs or NO_INPUTS, table=table)
         return RealImages(str(data), source, None, source.fingerprint(), image_size)
     stored = load_reference(file)
     made = stored.provenance

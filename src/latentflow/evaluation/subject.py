@@ -17,6 +17,7 @@ from torch import Tensor
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.items import ImageSource, stack_pixels
 from latentflow.data.painting.input_rules import NO_INPUTS
+from latentflow.data.paired_choice import PairedChoice
 from latentflow.data.sources.images import table_with
 from latentflow.data.table_options import TableOptions
 from latentflow.errors import ArtifactError, ConfigError, DataError
@@ -115,9 +116,9 @@ class Subject(ABC):
         return ()
 
     @property
-    def _inputs(self) -> str:
-        """Where the paired inputs of the real images come from."""
-        return NO_INPUTS
+    def _inputs(self) -> PairedChoice:
+        """The paired inputs of the real images."""
+        return PairedChoice(NO_INPUTS)
 
     @property
     def _available(self) -> int | None:
@@ -275,8 +276,8 @@ class Painted(_OfAModel):
         return [name for name in usual if derived or not name.endswith("-input")]
 
     @property
-    def _inputs(self) -> str:
-        return self.flow.config.inputs.origin if self.flow.config.inputs else NO_INPUTS
+    def _inputs(self) -> PairedChoice:
+        return self.flow.config.paired
 
     def columns(self, extractor: FeatureExtractor, reference: RealFeatures, work: Work) -> Columns:
         return painted(self.flow, self._painting, self._real_source(), self._paired_rows(reference), extractor, work)

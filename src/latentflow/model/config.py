@@ -10,8 +10,9 @@ from pydantic import Field, model_validator
 
 from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation
 from latentflow.data.hold_out import HeldOut
-from latentflow.data.painting.input_rules import InputRules
+from latentflow.data.painting.input_rules import NO_INPUTS, InputRules
 from latentflow.data.painting.mask_rules import MaskRules
+from latentflow.data.paired_choice import PairedChoice
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.model.conditioning import CONDITION_NAMES, Conditioning, ConditionName
@@ -164,6 +165,13 @@ class ModelConfig(Record):
         if (self.sampling.guided_channels or 1) > channels:
             raise ValueError(f"sampling.guided_channels {self.sampling.guided_channels}: there are {channels} channels")
         return self
+
+    @property
+    def paired(self) -> PairedChoice:
+        """The paired inputs that images for this model need."""
+        if self.inputs is None:
+            return PairedChoice(NO_INPUTS)
+        return PairedChoice(self.inputs.origin, self.input_format)
 
     @property
     def computation(self) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.cache.schema import CachePlan
 from latentflow.data.hold_out import count_held_out
 from latentflow.data.painting.input_pixels import derived_format
-from latentflow.data.painting.input_rules import NO_INPUTS
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError
 from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig
@@ -27,7 +26,7 @@ from latentflow.training.config import Recipe
 from latentflow.training.data_columns import chosen_columns
 from latentflow.training.fitting import Situation, fit
 from latentflow.training.fresh_model import DataConditions, model_config
-from latentflow.training.training_data import with_cached
+from latentflow.training.training_data import paired_choice, with_cached
 
 _ASSUMED_IMAGES, _ASSUMED_CLASSES, _ASSUMED_MAP_CLASSES = 10_000, 10, 20
 
@@ -177,8 +176,7 @@ def _data(recipe: Recipe, name: str, num_images: int | None, num_classes: int | 
         facts = DataFacts(index.num_images, num_classes, num_maps, cache.columns, plan, num_bytes)
         return replace(facts, pixels=plan.pixel_format, inputs=plan.input_format)
     if path and (path.startswith("synthetic:") or Path(path).exists()):
-        inputs = recipe.data.inputs.origin if recipe.conditioning.input else NO_INPUTS
-        source = open_images(path, recipe.data.image_size, table=recipe.data, inputs=inputs)
+        source = open_images(path, recipe.data.image_size, table=recipe.data, inputs=paired_choice(recipe))
         facts = DataFacts(len(source), len(source.class_names), len(source.map_class_names), source.columns)
         return replace(facts, pixels=source.pixel_format, inputs=source.input_format)
     known = next((facts for start, facts in PUBLISHED_DATA.items() if name.startswith(start)), None)
@@ -267,6 +265,7 @@ def _config(recipe: Recipe, data: DataFacts, stage: StageFacts) -> ModelConfig:
     inputs = recipe.data.inputs
     if recipe.conditioning.input and not data.assumed and data.inputs is None:
         raise ConfigError(f"conditioning.input = true, but {recipe.data.path} has no paired inputs")
+    paired = (data.inputs or derived_format(inputs, data.pixels)) if recipe.conditioning.input else None
     autoencoder = AutoencoderRecord(
         reference=AUTOENCODER_FOLDER if _is_embedded(recipe.autoencoder) else recipe.autoencoder,
         content_hash="0" * 64,
@@ -282,8 +281,8 @@ def _config(recipe: Recipe, data: DataFacts, stage: StageFacts) -> ModelConfig:
             [f"#{number}" for number in range(num_maps)],
             [(0, 0, 0)] * num_maps,
             chosen_columns(recipe.conditioning, data.columns, recipe.data.path),
-            inputs=inputs if recipe.conditioning.input else None,
-            input_format=(data.inputs or derived_format(inputs, data.pixels)) if recipe.conditioning.input else None,
+            inputs=inputs.resolved(paired, data.pixels) if paired else None,
+            input_format=paired,
         ),
     )
 

@@ -60,15 +60,17 @@ class DataConditions:
         Raises:
             ConfigError: see `chosen_columns`.
         """
-        source, has_maps = images.source, recipe.conditioning.semantic_map
+        source, has_maps, inputs = images.source, recipe.conditioning.semantic_map, None
+        if recipe.conditioning.input and source.input_format is not None:
+            inputs = recipe.data.inputs.resolved(source.input_format, source.pixel_format)
         return cls(
             class_names=source.class_names if recipe.data.labels else (),
             map_class_names=source.map_class_names if has_maps else (),
             map_palette=source.map_palette if has_maps else (),
             columns=measured_columns(chosen_columns(recipe.conditioning, source.columns, recipe.data.path), images),
             masks=images.spatial.holes if images.spatial else None,
-            inputs=recipe.data.inputs if recipe.conditioning.input else None,
-            input_format=source.input_format if recipe.conditioning.input else None,
+            inputs=inputs,
+            input_format=source.input_format if inputs else None,
             pixel_format=source.pixel_format,
         )
 

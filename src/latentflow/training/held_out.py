@@ -11,7 +11,6 @@ import torch
 from latentflow.data.batches import SpatialData, TrainingImages
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.items import ImageSource
-from latentflow.data.painting.input_rules import NO_INPUTS
 from latentflow.data.sources.images import open_images, table_with
 from latentflow.data.sources.readable import readable
 from latentflow.errors import ConfigError
@@ -125,10 +124,10 @@ def held_out_images(model: FlowModel, data: str | Path, *, split: Split = "all",
             held, drawn = source.pixel_format.title, config.pixel_format.title
             raise ConfigError(f"{data} holds images of {held}, the model draws {drawn}")
     else:
-        inputs = config.inputs.origin if config.inputs else NO_INPUTS
         own = [one.column for one in config.conditioning.columns]
         table = table_with(data, own, class_names=config.conditioning.class_names)
-        source = open_images(data, config.image_size, pixels=config.pixel_format, inputs=inputs, table=table)
+        given = {"pixels": config.pixel_format, "inputs": config.paired, "table": table}
+        source = open_images(data, config.image_size, **given)
         kept, _ = readable(source)
     if split != "all":
         chosen = set(rows_of_split(config.training, source, split))

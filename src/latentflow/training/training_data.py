@@ -8,6 +8,8 @@ from latentflow.data.cache.schema import CachePlan
 from latentflow.data.items import ImageSource
 from latentflow.data.painting.input_rules import FILES, NO_INPUTS
 from latentflow.data.painting.masks import check_masks
+from latentflow.data.paired_choice import PairedChoice
+from latentflow.data.pixel_choice import PixelChoice
 from latentflow.data.sources.images import open_images, table_with
 from latentflow.errors import ConfigError, DataError
 from latentflow.progress import image_progress
@@ -29,6 +31,11 @@ def with_cached(recipe: Recipe, plan: CachePlan) -> Recipe:
     return with_values(recipe, values)
 
 
+def paired_choice(recipe: Recipe) -> PairedChoice:
+    """The paired inputs that a recipe reads with its images."""
+    return PairedChoice(recipe.data.inputs.origin if recipe.conditioning.input else NO_INPUTS, PixelChoice())
+
+
 def open_source(recipe: Recipe) -> LatentCache | ImageSource:
     """The recipe's data: a latent cache if the path is one, else images.
 
@@ -40,8 +47,7 @@ def open_source(recipe: Recipe) -> LatentCache | ImageSource:
     if is_cache(path):
         source: LatentCache | ImageSource = _open_cache(recipe)
     else:
-        inputs = recipe.data.inputs.origin if recipe.conditioning.input else NO_INPUTS
-        given = {"pixels": recipe.data, "table": recipe.data, "inputs": inputs}
+        given = {"pixels": recipe.data, "table": recipe.data, "inputs": paired_choice(recipe)}
         source = open_images(path, recipe.data.image_size, **given)
     if recipe.data.augment:
         _require_variants(recipe, source)
@@ -133,7 +139,7 @@ def _require_inputs(recipe: Recipe, source: LatentCache | ImageSource) -> None:
             f"conditioning.input = true, but {data.path} has no paired inputs; lay the data out as images/ and "
             f"inputs/, or make inputs from the images: {how}shrink:4, or gray"
         )
-    if isinstance(source, LatentCache) and data.inputs != (found := source.plan.inputs):
+    if isinstance(source, LatentCache) and not (found := source.plan.inputs).agrees_with(data.inputs):
         raise ConfigError(
             f"data.inputs is {data.inputs.title}, but {data.path} holds {found.title}; encode it with --inputs "
             f"{data.inputs.origin} --input-form {data.inputs.form}, or train with data.inputs.origin={found.origin} "
@@ -145,10 +151,11 @@ def _images_of_cache(data: DataConfig, cache: LatentCache) -> ImageSource:
     """The images at `data.images`, which must be those that a cache was made from."""
     path, plan = data.images, cache.plan
     own = table_with(path, plan.columns, class_names=plan.class_names)
+    is_paired = plan.inputs is not None and not plan.inputs.is_derived
     given = {
         "table": data if data.asks_for_table else own,
         "pixels": plan.pixel_format,
-        "inputs": FILES if plan.inputs and not plan.inputs.is_derived else NO_INPUTS,
+        "inputs": PairedChoice(FILES if is_paired else NO_INPUTS, plan.input_format),
     }
     images = open_images(path, plan.image_size, **given)
     if len(images) > plan.num_source_images:  # the cache may hold the first of them

@@ -134,5 +134,5 @@ def test_a_cache_is_not_continued_with_other_inputs(caches, paired, kl):
 def test_a_shrinking_that_does_not_fit_the_latents_is_refused(paired, kl, tmp_path):
     source = open_images(paired, 18, inputs="shrink:3")
     with pytest.raises(ConfigError, match="reduces by 2, which neither divides nor is divided by 3"):
-        write_cache(source, kl, tmp_path / "cache")
+        write_cache(source, kl, tmp_path / "cache", input_form="pixels")
     assert not (tmp_path / "cache").exists()

@@ -20,7 +20,7 @@ from latentflow.errors import ConfigError
 from latentflow.pixel_format import PixelFormat
 
 RGB, ONE = PixelFormat(), PixelFormat(channels=1)
-SHRINK, GRAY, FILES = InputRules(origin="shrink:4"), InputRules(origin="gray"), InputRules()
+SHRINK, GRAY, FILES = (InputRules(origin=origin, form="pixels") for origin in ("shrink:4", "gray", "files"))
 
 
 def pictures(num: int = 2, height: int = 16, width: int = 24) -> torch.Tensor:
@@ -57,7 +57,7 @@ def test_at_latent_size_no_value_is_lost_and_the_norm_is_that_of_one_pixel(shrin
     inputs = torch.randn(2, 3, 64 // shrinking, 32 // shrinking, generator=torch.Generator().manual_seed(1))
     at_latents = at_latent_size(inputs, 8, shrinking)
     assert at_latents.shape == (2, channels, 8, 4)
-    rules = InputRules(origin=f"shrink:{shrinking}") if shrinking > 1 else FILES
+    rules = InputRules(origin=f"shrink:{shrinking}", form="pixels") if shrinking > 1 else FILES
     assert rules.network_channels(RGB, RGB, 8, 4) == channels
     per_side = max(8 // shrinking, 1)
     assert torch.equal(
@@ -88,7 +88,7 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do():
     with pytest.raises(ConfigError, match="62 pixels are not a multiple of 4; use an image size of 64"):
         SHRINK.size(62)
     with pytest.raises(ConfigError, match=r"reduces by 8, which neither divides .* by 3; use 2, 4, 8, 16, or the form"):
-        InputRules(origin="shrink:3").network_channels(RGB, RGB, 8, 4)
+        InputRules(origin="shrink:3", form="pixels").network_channels(RGB, RGB, 8, 4)
     in_latents = InputRules(origin="shrink:3", form="latents")
     assert in_latents.network_channels(RGB, RGB, 8, 4) == in_latents.network_channels(ONE, RGB, 8, 4) == 4
     with pytest.raises(
@@ -119,3 +119,14 @@ def test_8_bit_inputs_stay_bytes():
     given = stack_inputs(list(pictures().permute(0, 2, 3, 1).numpy()), RGB)
     assert torch.equal(given, pictures())
     assert torch.equal(unit_inputs(given, RGB), pictures().float() / 127.5 - 1)
+
+
+def test_by_default_inputs_are_encoded_where_the_autoencoder_can():
+    rules, bands = InputRules(origin="shrink:4"), PixelFormat(channels=5)
+    assert [rules.resolved(one, RGB).form for one in (RGB, ONE, bands)] == ["latents", "latents", "pixels"]
+    assert rules.resolved(bands, bands).form == "latents"
+    assert SHRINK.resolved(RGB, RGB) == SHRINK
+    assert SHRINK.agrees_with(rules)
+    assert SHRINK.agrees_with(InputRules())
+    assert not SHRINK.agrees_with(InputRules(origin="gray"))
+    assert not SHRINK.agrees_with(InputRules(origin="shrink:4", form="latents"))

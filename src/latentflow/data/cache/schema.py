@@ -137,10 +137,10 @@ class CacheIndex(Record):
         return total / max(self.num_images, 1), max((shard.cut_most for shard in self.shards), default=0.0)
 
 
-def format_of_cache(folder: str | Path) -> PixelFormat | None:
-    """The pixel format of a latent cache, finished or not; None if there is none."""
+def plan_of_cache(folder: str | Path) -> CachePlan | None:
+    """The plan of a latent cache, finished or not; None if there is none."""
     try:
-        return read_cache_record(CachePlan, Path(folder) / PLAN_FILE).pixel_format
+        return read_cache_record(CachePlan, Path(folder) / PLAN_FILE)
     except ArtifactError:  # what is wrong with the folder is said where it is written to
         return None
 

@@ -108,9 +108,10 @@ def write_cache(
 def _plan(source: ImageSource, autoencoder: Autoencoder, options: CacheOptions, masks: MaskRules) -> CachePlan:
     latent = autoencoder.latent_size(source.image_size)
     holes = {}
-    inputs = InputRules(origin=source.input_origin, form=options.input_form) if source.input_origin else None
-    if inputs is not None:
+    inputs = None
+    if source.input_format is not None:
         formats = (source.input_format, source.pixel_format)
+        inputs = InputRules(origin=source.input_origin, form=options.input_form).resolved(*formats)
         inputs.network_channels(*formats, autoencoder.factor, autoencoder.num_channels)
     if options.mask_variants:
         check_masks(masks, *source.image_size)

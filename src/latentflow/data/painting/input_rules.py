@@ -16,7 +16,7 @@ from latentflow.pixel_format import PixelFormat
 from latentflow.records import Record
 from latentflow.sizes import Size
 
-InputForm = Literal["pixels", "latents"]
+InputForm = Literal["auto", "pixels", "latents"]
 
 FILES, GRAY = "files", "gray"
 NO_INPUTS = "none"
@@ -38,9 +38,9 @@ class InputRules(Record):
         "N-fold super-resolution; gray: the brightness of the image, for colouring.",
     )
     form: InputForm = Field(
-        "pixels",
-        description="pixels: the pixels below each latent pixel become its channels (pixel unshuffle), which loses "
-        "nothing; latents: encoded by the autoencoder.",
+        "auto",
+        description="latents: encoded by the autoencoder; pixels: those below each latent pixel become its channels "
+        "(pixel unshuffle), which loses nothing; auto: latents where the autoencoder can encode them.",
     )
 
     @field_validator("origin")
@@ -69,7 +69,15 @@ class InputRules(Record):
 
     def agrees_with(self, wanted: InputRules) -> bool:
         """Whether these rules have every value that `wanted` sets."""
-        return all(getattr(self, name) == getattr(wanted, name) for name in wanted.model_fields_set)
+        return all(getattr(wanted, name) in (getattr(self, name), "auto") for name in wanted.model_fields_set)
+
+    def resolved(self, inputs: PixelFormat, images: PixelFormat) -> InputRules:
+        """The same with a form for inputs and images of these formats: latents, if an input has one channel or as many
+        as an image."""
+        if self.form != "auto":
+            return self
+        can_encode = inputs.channels in (1, images.channels)
+        return self.model_copy(update={"form": "latents" if can_encode else "pixels"})
 
     def size(self, image_size: Size | int) -> Size:
         """The size of the input of an image.
@@ -97,6 +105,7 @@ class InputRules(Record):
             ConfigError: pixels of the input and latent pixels do not fit together, or the autoencoder of the images
                 cannot encode the inputs.
         """
+        assert self.form != "auto"
         channels = inputs.channels
         if self.form == "latents":
             if channels not in (1, images.channels):

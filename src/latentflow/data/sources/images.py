@@ -9,6 +9,7 @@ for training images and references.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from latentflow.columns import Column, check_columns
 from latentflow.data.items import ImageSource
 from latentflow.data.painting.input_rules import FILES, NO_INPUTS, InputRules
+from latentflow.data.paired_choice import PairedChoice
 from latentflow.data.pictures.decode import most_pixels
 from latentflow.data.pixel_choice import PixelChoice
 from latentflow.data.sources.derived_inputs import DerivedInputs
@@ -31,6 +33,8 @@ from latentflow.errors import DataError, nearest
 from latentflow.pixel_format import PixelFormat
 from latentflow.sizes import Size
 
+_OPTIONS = re.compile(r"--(pixels|depth|value-range)")  # in messages, which those of inputs are to name
+
 
 def open_images(
     path: str | Path,
@@ -41,7 +45,7 @@ def open_images(
     table: TableOptions | None = None,
     pixels: PixelFormat | PixelChoice | None = None,
     known: PixelFormat | None = None,
-    inputs: str = FILES,
+    inputs: PairedChoice | str = FILES,
 ) -> ImageSource:
     """Open a set of images. Only the listing is read; pictures are decoded on access.
 
@@ -70,7 +74,7 @@ def open_images(
         table: which columns of a table are used; None: its classes, if a column is called so.
         pixels: what the pixels are read as, or what is said of it, see `choose_format`; None: 8-bit RGB.
         known: the format that an earlier call chose; its range is kept, if everything else is the same.
-        inputs: where paired inputs come from: the origin of `InputRules`, or `NO_INPUTS` to leave out those in files.
+        inputs: paired inputs, or only their origin; `NO_INPUTS` leaves out those in files.
 
     Raises:
         DataError: there are no images at `path`, they are not laid out as above, there are fewer than `first`,
@@ -80,9 +84,10 @@ def open_images(
     if min(size) < 1:
         raise DataError(f"image_size must be at least 1 pixel, got {image_size}; 64 or 256 are usual")
     most_pixels()  # refuse an invalid limit now, not for each image
-    source = _opened(path, size, first, table or TableOptions(), inputs)
+    choice = PairedChoice(inputs) if isinstance(inputs, str) else inputs
+    source = _opened(path, size, first, table or TableOptions(), choice.origin)
     wanted = choose_format(source, pixels, known) if isinstance(pixels, PixelChoice) else pixels
-    paired = _with_inputs(source if wanted is None else source.with_format(wanted), inputs)
+    paired = _with_inputs(source if wanted is None else source.with_format(wanted), choice)
     if strict:
         _refuse_broken(paired, path)
     return paired
@@ -103,9 +108,19 @@ def _opened(
     return ImageFiles(listed if inputs == FILES else replace(listed, inputs=None), image_size, first)
 
 
-def _with_inputs(source: ImageSource, inputs: str) -> ImageSource:
-    """The same images with inputs that are made from them, where these are asked for."""
-    return source if inputs in (FILES, NO_INPUTS) else DerivedInputs(source, InputRules(origin=inputs))
+def _with_inputs(source: ImageSource, choice: PairedChoice) -> ImageSource:
+    """The same images with inputs that are made from them, or whose inputs in files are read as they are to be."""
+    if choice.origin not in (FILES, NO_INPUTS):
+        return DerivedInputs(source, InputRules(origin=choice.origin))
+    if not isinstance(source, ImageFiles) or source.input_format is None or choice.pixels is None:
+        return source
+    pixels = choice.pixels
+    if isinstance(pixels, PixelChoice):
+        try:
+            pixels = choose_format(source.inputs_alone, pixels, choice.known)
+        except DataError as error:
+            raise DataError(_OPTIONS.sub(r"--input-\1", str(error))) from error
+    return source.with_input_format(pixels)
 
 
 def table_with(

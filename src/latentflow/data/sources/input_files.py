@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,6 +11,8 @@ import numpy as np
 from latentflow.data.packed import PackedText
 from latentflow.data.pictures.crop import center_crop
 from latentflow.data.pictures.decode import BrokenImage
+from latentflow.data.pictures.numbers import open_stored
+from latentflow.data.pictures.raster import Raster
 from latentflow.data.pictures.reading import read_raster
 from latentflow.data.sources.maps import pair_files
 from latentflow.data.stores.files import FileStore, StoredFile
@@ -26,14 +29,15 @@ class InputFiles:
         inputs: every input by its path below inputs/.
         images: path of each image below images/.
 
+    Attributes:
+        pixel_format: what they are read as; 8-bit RGB at first.
+
     Raises:
         DataError: images and inputs do not pair up.
     """
 
-    pixel_format = PixelFormat()
-
     def __init__(self, store: FileStore, inputs: dict[str, StoredFile], images: list[str]):
-        self._store = store
+        self._store, self.pixel_format = store, PixelFormat()
         pairs = pair_files(images, inputs, str(store.path), "input")
         self._names = PackedText(pairs[image] for image in images)
         self._paths = PackedText(inputs[name].path for name in self._names)
@@ -47,13 +51,40 @@ class InputFiles:
         Raises:
             DataError: it cannot be read, or it has another aspect ratio than its image.
         """
-        name = f"its input inputs/{self._names[index]}"
-        try:
-            picture, _ = read_raster(self._store.read(self._paths[index]), name, self.pixel_format)
-        except BrokenImage as error:
-            raise DataError(str(error)) from error
-        require_same_aspect(name, picture.size, image_size)
+        picture = self.picture(index)
+        require_same_aspect(f"its input {self.name(index)}", picture.size, image_size)
         return picture.cropped(partial(center_crop, size=size))
+
+    def picture(self, index: int) -> Raster:
+        """Input `index` before its crop.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        name = f"its input {self.name(index)}"
+        try:
+            return read_raster(self._store.read(self._paths[index]), name, self.pixel_format)[0]
+        except (BrokenImage, ValueError) as error:
+            raise DataError(f"{name}: {error}" if isinstance(error, ValueError) else str(error)) from error
+
+    def name(self, index: int) -> str:
+        """The path of input `index`."""
+        return f"inputs/{self._names[index]}"
+
+    def stored_format(self, index: int) -> PixelFormat:
+        """What the header of input `index` says of its numbers.
+
+        Raises:
+            BrokenImage: it cannot be read.
+        """
+        with open_stored(self._store.read(self._paths[index]), self.name(index)) as stored:
+            return stored.pixel_format
+
+    def with_format(self, pixel_format: PixelFormat) -> InputFiles:
+        """The same inputs, read in another format."""
+        other = copy.copy(self)
+        other.pixel_format = pixel_format
+        return other
 
     def contents(self, indices: Sequence[int]) -> list[str]:
         """Name, size and CRC-32 of each of some inputs."""

@@ -117,7 +117,10 @@ def files_of_layout(store: FileStore, listing: Listing) -> Layout:
         DataError: there are no images.
     """
     files = listing.files
-    images = {name: files[name] for name in pictures_among(files)}
+    # Separately, as arrays are only read where there are no other pictures.
+    inputs = [name for name in files if "inputs" in name.split("/")[:-1]]
+    found = [*pictures_among(set(files).difference(inputs)), *pictures_among(inputs)]
+    images = {name: files[name] for name in sorted(found)}
     others = [name for name in files if name not in images]
     if not images:
         _refuse_environments(files, store.path)
@@ -138,8 +141,8 @@ def files_of_layout(store: FileStore, listing: Listing) -> Layout:
     folder = f"{top}images/" if parts else top
     prefix = folder + wrapper(_below(folder, images))
     own = {name: file for name, file in images.items() if name.startswith(prefix)}
-    maps, inputs = (_below(f"{top}{part}/", images) if part in parts else {} for part in ("masks", "inputs"))
-    return Layout(prefix, own, others, maps, inputs, folder, files.get(f"{top}classes.json"))
+    maps, paired = (_below(f"{top}{part}/", images) if part in parts else {} for part in ("masks", "inputs"))
+    return Layout(prefix, own, others, maps, paired, folder, files.get(f"{top}classes.json"))
 
 
 def list_files(store: FileStore, listing: Listing | None = None) -> ListedImages:

@@ -158,6 +158,35 @@ class ImageFiles:
         other.pixel_format = pixel_format
         return other
 
+    def with_input_format(self, pixel_format: PixelFormat) -> ImageFiles:
+        """The same images, whose paired inputs are read in another format."""
+        assert self._inputs is not None
+        other = copy.copy(self)
+        other._inputs = self._inputs.with_format(pixel_format)
+        return other
+
+    @property
+    def inputs_alone(self) -> InputsAlone:
+        """The paired inputs as images, to find out what they hold."""
+        return InputsAlone(self)
+
+    def input_name(self, index: int) -> str:
+        """The path of the paired input of image `index`."""
+        assert self._inputs is not None
+        return self._inputs.name(self._rows[index])
+
+    def uncropped_input(self, index: int) -> np.ndarray:
+        """The stored values of the input of image `index`, [H, W, c]; raises what reading it raises."""
+        assert self._inputs is not None
+        with _decoding(self.input_name(index)):
+            return self._inputs.picture(self._rows[index]).numbers
+
+    def stored_input_format(self, index: int) -> PixelFormat:
+        """What the header of the input of image `index` says of its numbers; raises what reading it raises."""
+        assert self._inputs is not None
+        with _decoding(self.input_name(index)):
+            return self._inputs.stored_format(self._rows[index])
+
     def stored_format(self, index: int) -> PixelFormat:
         """What the header of image `index` says of its numbers; raises what reading it raises."""
         return self.file_facts(index).pixel_format
@@ -183,6 +212,37 @@ class ImageFiles:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_contents": None}  # which worker processes do not need
+
+
+class InputsAlone:
+    """The paired inputs of some images as images themselves, as far as `choose_format` looks at them."""
+
+    def __init__(self, images: ImageFiles):
+        self.images = images
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        assert self.images.input_format is not None
+        return self.images.input_format
+
+    @property
+    def description(self) -> str:
+        return f"the paired inputs of {self.images.description}"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def uncropped(self, index: int) -> np.ndarray:
+        return self.images.uncropped_input(index)
+
+    def name(self, index: int) -> str:
+        return self.images.input_name(index)
+
+    def stored_format(self, index: int) -> PixelFormat:
+        return self.images.stored_input_format(index)
+
+    def with_format(self, pixel_format: PixelFormat) -> InputsAlone:
+        return InputsAlone(self.images.with_input_format(pixel_format))
 
 
 class LmdbImages:
