@@ -200,6 +200,18 @@ def test_a_stopwatch_counts_every_moment_once(benchmark, monkeypatch):
     assert {part: value.tolist() for part, value in stopwatch.lap().items()} == {measuring.REST: [32, 32]}
 
 
+def test_few_images(benchmark, tmp_path):
+    sizes = ["--images", "20", "--steps", "3", "--samples", "4", "--results", tmp_path, "--out", tmp_path / "few"]
+    changes = ["data.held_out=0.4", TINY_NETWORK, "training.keep_at=[0.5]", "training.log_every=1"]
+    results = benchmark("few_images").main([*map(str, sizes), *changes])
+    (model,) = results["models"].values()
+    assert (model["trained_on"], model["held_out"], model["warning"]) == (12, 8, "")
+    assert [*model["memorised"]] == ["best", "1", "end"]
+    assert all(0 <= number <= 1 for number in numbers(model["memorised"]))
+    assert list(model["losses"]) == [3] and 0 < model["cost"] < 1
+    assert (tmp_path / "few_images-cpu.json").is_file()
+
+
 def test_judge_ranking(benchmark, tmp_path, kl, images):
     tiny.model(kl).save_pretrained(tmp_path / "model")
     given = ["--judge", "random", "--model", tmp_path / "model", "--data", images, "--num", 9, "--results", tmp_path]

@@ -591,7 +591,7 @@ def test_two_processes_equal_one(recipe, train, recipe_file, tmp_path):
     """Under torchrun: two processes with two micro-batches each, against one with the whole batch."""
     training = {"checkpoint_every": 4, "preview_every": 5, "align_weight": 1.0}
     training |= {"ema_lengths": [0.05, 0.1], "ema_snapshots": 2}
-    given = {"source": {"flip": True}, "times": {"stratified": True}, "training": training}
+    given = {"source": {"flip": True, "held_out": 0.2}, "times": {"stratified": True}, "training": training}
     one = train("one", **given)
     given["training"]["micro_batch_size"] = 1
     file = recipe_file(recipe("two", **given))
@@ -608,6 +608,9 @@ def test_two_processes_equal_one(recipe, train, recipe_file, tmp_path):
     two = tmp_path / "two"
     assert read_json(two / "environment.json")["num_processes"] == 2
     assert largest_difference(one, two) < 1e-5
+    measured, shared = (read_metrics(run)[-1]["held_out_loss_by_time"] for run in (one, two))  # each measures half
+    assert shared == pytest.approx(measured, rel=1e-5)
+    assert read_config(one / "best").training.step == read_config(two / "best").training.step == 10
     for file in (one / "averages").rglob("*.safetensors"):
         here, there = (read_tensors(run / file.relative_to(one)) for run in (one, two))
         assert max(float((here[name] - there[name]).abs().max()) for name in here) < 1e-5
