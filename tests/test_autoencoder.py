@@ -26,6 +26,7 @@ from latentflow.autoencoder import (
     to_unit_range,
 )
 from latentflow.errors import ArtifactError, ConfigError
+from latentflow.pixel_format import PixelFormat
 from latentflow.randomness import ImageRandom
 from latentflow.runtime import Runtime
 from tests import tiny
@@ -78,7 +79,10 @@ def test_images_of_any_number_of_channels(make, said, channels, tmp_path):
     raw = latent_mean(autoencoder.encode(images), 4)
     assert autoencoder.decode(raw).shape == images.shape
     stored = to_uint8(images)
-    assert torch.equal(autoencoder.reconstruct(stored), to_uint8(autoencoder.decode(raw_of(autoencoder, stored))))
+    assert torch.equal(
+        autoencoder.reconstruct(stored, PixelFormat(channels=channels)),
+        to_uint8(autoencoder.decode(raw_of(autoencoder, stored))),
+    )
 
 
 def raw_of(autoencoder: Autoencoder, stored: torch.Tensor) -> torch.Tensor:
@@ -93,7 +97,7 @@ def test_gray_images_are_repeated_and_come_back_gray(made):
     raw = latent_mean(moments, channels)
     assert torch.equal(autoencoder.decode(raw, 1), autoencoder.decode(raw).mean(1, keepdim=True))
     assert torch.equal(autoencoder.decode(raw, 3), autoencoder.decode(raw))
-    assert autoencoder.reconstruct(to_uint8(gray)).shape == gray.shape
+    assert autoencoder.reconstruct(to_uint8(gray), PixelFormat(channels=1)).shape == gray.shape
 
 
 def test_images_of_other_channels_are_refused(kl):
@@ -228,7 +232,7 @@ def test_a_slice_on_a_gpu_takes_half_of_what_is_free(monkeypatch, free, unused, 
     assert len(autoencoder.slices(torch.empty(500, 3, side, side, device="meta"))[0]) == most
 
 
-@pytest.mark.parametrize("way", ["encode", "decode", "decode_to_uint8"])
+@pytest.mark.parametrize("way", ["encode", "decode", "decode_stored"])
 def test_an_autoencoder_that_overflows_in_half_precision_is_named(way):
     """Some were made in float32 and exceed what fp16 can hold; a black picture would not say so."""
     model = tiny.kl()
@@ -247,7 +251,7 @@ def test_decoded_levels_are_decoded_pixels_rounded(made):
     autoencoder, _, channels, *_ = made
     raw = torch.randn(5, channels, 4, 4, generator=torch.Generator().manual_seed(0))
     autoencoder.slice_size = 2
-    levels = autoencoder.decode_to_uint8(raw)
+    levels = autoencoder.decode_stored(raw)
     assert levels.dtype == torch.uint8
     assert torch.equal(levels, to_uint8(autoencoder.decode(raw)))
 

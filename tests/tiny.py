@@ -27,7 +27,7 @@ from latentflow.flow.path import LinearPath
 from latentflow.model.conditioning import Conditioning
 from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig, SamplingPreset
 from latentflow.networks.dit import DiTConfig
-from latentflow.pixel_format import PixelFormat
+from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.runtime import Runtime
 from latentflow.training.config import Recipe
 
@@ -213,6 +213,7 @@ def model(
     conditioning: Mapping[str, Any] = MappingProxyType({}),
     inputs: InputRules | None = None,
     input_channels: int = 3,
+    pixel_format: PixelFormat = RGB,
     **sampling: Any,
 ) -> LatentFlow:
     """A model with random weights, ready to be sampled; the larger `time_scale`, the faster its field changes.
@@ -227,6 +228,7 @@ def model(
         conditioning = {**conditioning, "input_channels": channels}
     config = ModelConfig(
         image_size=IMAGE_SIZE,
+        pixel_format=pixel_format,
         network=DiTConfig(**RECIPE["network"], time_scale=time_scale),
         path=LinearPath(),
         conditioning=Conditioning(class_names=list(class_names), label_dropout=label_dropout, **conditioning),

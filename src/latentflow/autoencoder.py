@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from latentflow.artifacts import read_json, sha256_tensors, write_json
 from latentflow.autoencoder_files import load_first_stage
 from latentflow.errors import ArtifactError, ConfigError
+from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.randomness import ImageRandom
 from latentflow.records import Record
 from latentflow.runtime import Runtime
@@ -304,21 +305,22 @@ class Autoencoder:
         return torch.cat([self._decoded(part, channels) for part in self.slices(raw, latents=True)])
 
     @torch.no_grad()
-    def decode_to_uint8(self, raw: Tensor, channels: int | None = None) -> Tensor:
-        """raw latents [B, C, h, w] => pixels [B, channels, H, W] uint8, rounded slice by slice to save memory.
+    def decode_stored(self, raw: Tensor, pixel_format: PixelFormat = RGB) -> Tensor:
+        """raw latents [B, C, h, w] => stored values [B, P or 1, H, W], rounded slice by slice to save memory.
 
         Args:
-            channels: as of `decode`.
+            pixel_format: of the values; the default is 8-bit RGB.
 
         Raises:
             ArtifactError: the autoencoder overflows in fp16.
         """
-        return torch.cat([to_uint8(self._decoded(part, channels)) for part in self.slices(raw, latents=True)])
+        decoded = (self._decoded(part, pixel_format.channels) for part in self.slices(raw, latents=True))
+        return torch.cat([pixel_format.from_unit(part) for part in decoded])
 
-    def reconstruct(self, pixels: Tensor) -> Tensor:
-        """Encode to the posterior's mode and decode: pixels [B, P or 1, H, W] uint8 => the same, on the CPU."""
-        moments = self.encode(to_unit_range(pixels))
-        return self.decode_to_uint8(latent_mean(moments, self.num_channels), pixels.shape[1]).cpu()
+    def reconstruct(self, pixels: Tensor, pixel_format: PixelFormat = RGB) -> Tensor:
+        """Encode to the posterior's mode and decode: stored values [B, P or 1, H, W] => the same, on the CPU."""
+        moments = self.encode(pixel_format.to_unit(pixels))
+        return self.decode_stored(latent_mean(moments, self.num_channels), pixel_format).cpu()
 
     def slices(self, images: Tensor, *, latents: bool = False) -> tuple[Tensor, ...]:
         """Split images into parts to encode or decode at a time: `slice_of` images, or half, or a quarter ...

@@ -121,6 +121,12 @@ class PixelFormat(Record):
             return _as_float(values)
         return _as_type(values.round().clip(*FULL_RANGE[self.dtype]), self.dtype)
 
+    def stored(self, numbers: np.ndarray) -> np.ndarray:
+        """Numbers that were computed from stored values, as stored values again: integers are rounded and clipped."""
+        if self.dtype != "float32":
+            numbers = numbers.clip(*FULL_RANGE[self.dtype]).round()
+        return _as_type(numbers, self.dtype)
+
     def share_outside(self, values: np.ndarray) -> float:
         """Share of stored values [..., C] that `to_unit` clips, in [0, 1]."""
         if self.is_full_range:
@@ -142,7 +148,7 @@ class PixelFormat(Record):
 
 
 RGB = PixelFormat()
-"""8-bit RGB."""
+"""8-bit RGB, the format of what is shown."""
 
 
 def _is_array(values: Any) -> bool:

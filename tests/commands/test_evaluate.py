@@ -16,7 +16,7 @@ from latentflow.api import LatentFlow
 from latentflow.commands.evaluate import evaluate
 from latentflow.commands.sample import sample
 from latentflow.data.items import stack_pixels
-from latentflow.data.sources import stored as module
+from latentflow.data.pictures import reading as module
 from latentflow.data.sources.images import open_images
 from latentflow.data.stores.files import FolderStore, ZipStore
 from latentflow.errors import DataError
@@ -30,6 +30,7 @@ from latentflow.metrics.scores import frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
 from latentflow.metrics.stored_statistics import load_reference
 from latentflow.sampling.request import SampleRequest
+from latentflow.sizes import Size
 from tests import tiny
 from tests.metrics.features.test_lpips import published
 from tests.processes import finish, run_here, start, start_processes, wait_until
@@ -422,7 +423,7 @@ def test_a_set_of_samples_is_listed_once_and_only_the_beginnings_of_its_files_ar
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("a picture was decoded"))
     place = shutil.make_archive(str(tmp_path / "drawn"), "zip", drawn) if packed else drawn
     samples, rows = open_samples(str(place))
-    assert (samples.image_size, len(rows), len(listed)) == (tiny.IMAGE_SIZE, 6, 1)
+    assert (samples.image_size, len(rows), len(listed)) == (Size.of(tiny.IMAGE_SIZE), 6, 1)
 
 
 def test_no_picture_is_decoded_twice(command, monkeypatch, drawn, images):
@@ -525,20 +526,18 @@ def test_bad_words(command, tmp_path, model_folder, painter_folder, images, segm
 
 
 def test_bad_places(command, tmp_path, model_folder, images, pngs, kl):
-    jpegs, sizes, empty, shapes = (tmp_path / name for name in ("jpegs", "sizes", "empty", "shapes"))
-    for folder in (jpegs, sizes, empty, shapes):
+    jpegs, sizes, empty = (tmp_path / name for name in ("jpegs", "sizes", "empty"))
+    for folder in (jpegs, sizes, empty):
         folder.mkdir()
     Image.new("RGB", (16, 16)).save(jpegs / "a.jpg")
     for number, size in enumerate([(16, 16), (32, 32)]):
         Image.new("RGB", size).save(sizes / f"{number}.png")
-        Image.new("RGB", (16, 24)).save(shapes / f"{number}.png")
     bound = tiny.model(kl, conditioning={**tiny.SPATIAL, "map_dropout": 0.0})
     bound.save_pretrained(tmp_path / "bound")
     before = tiny.tree(tmp_path)
     for model, data, said in (
-        (jpegs, images, "a.jpg is not a PNG"),
+        (jpegs, images, "a.jpg is neither PNG nor TIFF"),
         (sizes, images, "1.png has 32 x 32 pixels"),
-        (shapes, images, "0.png has 16 x 24 pixels"),
         (empty, images, "not a model folder"),
         (tmp_path / "nowhere", images, "nowhere"),
         (model_folder, empty, "no images in"),

@@ -31,5 +31,6 @@ def inpaint(
         inputs=(image, mask, semantic_map),
         num=request.num,
         doing="inpainting",
+        keeps_form=True,
         runtime=runtime,
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentflow.artifacts import require_writable, write_tensors
+from latentflow.data.pictures.shown import as_shown
 from latentflow.data.pictures.user_picture import describe_file
 from latentflow.locks import writes
 from latentflow.model.flow_model import FlowModel
@@ -20,6 +21,7 @@ from latentflow.sampling.inversion import (
     compare_round_trips,
 )
 from latentflow.sampling.inversion import invert as find_noise
+from latentflow.sampling.picture_content import usual_suffix
 from latentflow.sampling.picture_file import read_facts
 from latentflow.sampling.picture_folder import refuse_others
 from latentflow.sampling.request import InvertRequest
@@ -40,17 +42,19 @@ class InvertResult:
     table: list[RoundTripRow]
 
 
-_PICTURES = ("input.png", "autoencoder.png", "round_trip.png")
+_ROUND_TRIP = "round_trip"
+_DRAWN = tuple(f"{_ROUND_TRIP}{suffix}" for suffix in (".png", ".tiff"))
+_PICTURES = ("input.png", "autoencoder.png", *_DRAWN)
 
 
 def _why_not(file: Path, image: str) -> str:
     """Why a picture in the folder does not belong to an inversion of `image`; "" if it does."""
     if file.name not in _PICTURES:
         return "not part of an inversion"
-    drawn = file.with_name("round_trip.png")
-    facts = (read_facts(str(drawn)) or {}) if drawn.is_file() else {}
+    drawn = next((one for name in _DRAWN if (one := file.with_name(name)).is_file()), None)
+    facts = (read_facts(str(drawn)) or {}) if drawn else {}
     origin = (facts.get("inputs") or {}).get("image")
-    return "" if origin in (image, None) and (facts or not drawn.is_file()) else f"of {origin or 'another picture'}"
+    return "" if origin in (image, None) and (facts or not drawn) else f"of {origin or 'another picture'}"
 
 
 @writes("out")
@@ -67,7 +71,8 @@ def invert(
 
     Args:
         out: a folder; it gets input.png (what the model sees), autoencoder.png (encoded and decoded), round_trip.png
-            (with the inversion in between) and noise.safetensors (`noise` and `latents`).
+            (with the inversion in between; .tiff where PNG does not hold the model's pixel format) and
+            noise.safetensors (`noise` and `latents`).
         table: also compare solvers, see `compare_round_trips`.
 
     Raises:
@@ -83,9 +88,10 @@ def invert(
         with image_progress("comparing", len(ROUND_TRIPS)) as on_images:
             rows = compare_round_trips(flow, [image], classes=request.classes, on_images=on_images)
     folder = Path(out)
-    save_grid(folder / "input.png", inversion.pixels, 1)
-    save_grid(folder / "autoencoder.png", round_trip.autoencoded, 1)
-    round_trip.samples.save_as(folder / "round_trip.png")
+    pixel_format = flow.config.pixel_format
+    save_grid(folder / "input.png", as_shown(inversion.pixels, pixel_format), 1)
+    save_grid(folder / "autoencoder.png", as_shown(round_trip.autoencoded, pixel_format), 1)
+    round_trip.samples.save_as(folder / f"{_ROUND_TRIP}{usual_suffix(pixel_format)}")
     write_tensors(
         folder / "noise.safetensors",
         {"noise": inversion.noise, "latents": inversion.latents},

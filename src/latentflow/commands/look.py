@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from latentflow.artifacts import require_apart, require_writable
-from latentflow.autoencoder import Autoencoder, to_uint8, to_unit_range
+from latentflow.autoencoder import Autoencoder
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.painting.input_pixels import stack_inputs, unit_inputs
 from latentflow.data.painting.semantic_maps import colour_map
 from latentflow.data.pictures.decode import BrokenImage
+from latentflow.data.pictures.shown import as_levels, as_shown
 from latentflow.data.pictures.user_picture import psnr
 from latentflow.data.pictures.variants import draw_variants, variants_of
 from latentflow.data.request import EncodeRequest
@@ -70,10 +71,12 @@ def look(request: EncodeRequest, out: str | Path, *, num: int, runtime: Runtime 
     encoder.latent_size(request.image_size)
     found = _evenly(source, num)
     rows, items = list(found), list(found.values())
-    variants = _first_variants(items, rows) if request.variants else None
-    pixels = torch.stack([_as_tensor(item.pixels) for item in items])
-    reconstructed = encoder.reconstruct(pixels)
-    quality = psnr(pixels, reconstructed)
+    variants = _first_variants(source, items, rows) if request.variants else None
+    pixel_format, pixels = source.pixel_format, torch.stack([_as_tensor(item.pixels) for item in items])
+    encoder.require_channels(pixel_format.channels, source.description)
+    reconstructed = encoder.reconstruct(pixels, pixel_format)
+    quality = psnr(*(as_levels(one, pixel_format) for one in (pixels, reconstructed)))
+    pixels, reconstructed = (as_shown(one, pixel_format) for one in (pixels, reconstructed))
     tiles, captions = [], []
     for place, (item, decibels) in enumerate(zip(items, quality.tolist(), strict=True)):
         tiles.append(pixels[place])
@@ -110,10 +113,11 @@ def _evenly(source: ImageSource, num: int) -> dict[int, ImageItem]:
     return {row: items[row] for row in sorted(items)}
 
 
-def _first_variants(items: list[ImageItem], rows: list[int]) -> Tensor:
-    """[n, 3, H, W] uint8."""
-    pixels = to_unit_range(torch.stack([_as_tensor(item.pixels) for item in items]))
-    return to_uint8(variants_of(pixels, draw_variants(rows, 1, pixels.shape[3] / pixels.shape[2])[:, 0]))
+def _first_variants(source: ImageSource, items: list[ImageItem], rows: list[int]) -> Tensor:
+    """As they are shown: [n, 3, H, W] uint8."""
+    pixels = source.pixel_format.to_unit(torch.stack([_as_tensor(item.pixels) for item in items]))
+    varied = variants_of(pixels, draw_variants(rows, 1, pixels.shape[3] / pixels.shape[2])[:, 0])
+    return as_shown(source.pixel_format.from_unit(varied), source.pixel_format)
 
 
 def _as_tensor(pixels: np.ndarray) -> Tensor:

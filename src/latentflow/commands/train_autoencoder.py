@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentflow.data.pictures.shown import as_colours
 from latentflow.locks import writes
 from latentflow.metrics.features.judge_folder import load_judge
 from latentflow.runtime import Runtime, open_runtime
@@ -85,5 +84,5 @@ def train_autoencoder(
     if outcome.finished:
         report, pictures = finish(prepared, outcome.step)
         shown = pictures[:, :_PICTURED]
-        save_grid(run / "reconstructions.png", as_colours(shown.flatten(0, 1)), columns=shown.shape[1])
+        save_grid(run / "reconstructions.png", shown.flatten(0, 1), columns=shown.shape[1])
     return AutoencoderResult(run, outcome, prepared.broken, report)

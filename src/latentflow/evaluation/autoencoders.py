@@ -7,12 +7,18 @@ from pathlib import Path
 from latentflow.autoencoder import BUILT_IN, Autoencoder
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.model.flow_model import CONFIG_FILE, FlowModel, find_model
+from latentflow.pixel_format import PixelFormat
 from latentflow.runtime import Runtime
 from latentflow.sizes import Size
 
 
-def open_autoencoder(reference: str, image_size: Size | None, runtime: Runtime) -> tuple[Autoencoder, Size]:
+def open_autoencoder(
+    reference: str, image_size: Size | None, runtime: Runtime
+) -> tuple[Autoencoder, Size, PixelFormat | None]:
     """The autoencoder of a model, or one without a model, and the image size to evaluate it at.
+
+    Returns:
+        Both, and the model's pixel format; None without a model.
 
     Raises:
         ArtifactError: there is neither.
@@ -25,11 +31,11 @@ def open_autoencoder(reference: str, image_size: Size | None, runtime: Runtime) 
         if image_size is None:
             raise ConfigError("an autoencoder without a model has no image size: give --image-size, for example 256")
         autoencoder.latent_size(image_size)
-        return autoencoder, image_size
+        return autoencoder, image_size, None
     model = FlowModel.from_pretrained(reference, runtime=runtime)
     if image_size not in (None, model.config.image_size):
         raise ConfigError(f"--image-size {image_size}: the model has {model.config.image_size}; remove it")
-    return model.autoencoder, model.config.image_size
+    return model.autoencoder, model.config.image_size, model.config.pixel_format
 
 
 def _is_model(reference: str) -> bool:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from latentflow.analysis.bound import Reconstruction, reconstruction_term
-from latentflow.autoencoder import to_unit_range
 from latentflow.data.batches import epoch_order
 from latentflow.data.cache.reader import is_cache
 from latentflow.data.items import ImageItem, ImageSource
@@ -69,7 +68,7 @@ def open_images_for(flow: FlowModel, data: str | Path) -> ImageSource:
         raise ConfigError(f"{data} is a latent cache, which holds no pixels to compare with; give the images")
     conditioning = flow.config.conditioning
     table = table_with(data, (), class_names=conditioning.class_names)
-    source = open_images(data, flow.config.image_size, table=table)
+    source = open_images(data, flow.config.image_size, pixels=flow.config.pixel_format, table=table)
     for name in conditioning.required:
         if name != "label":
             raise ConfigError(
@@ -106,7 +105,7 @@ def encode_reference(
         num: how many; fewer if there are no more.
         least: fewer than these are refused.
         num_decoded: how many reconstructions are compared with their images.
-        visit: called with each batch: pixels [B, 3, H, W] uint8 on the CPU, and latents [B, C, h, w] on the device.
+        visit: called with each batch: pixels [B, P, H, W] on the CPU, and latents [B, C, h, w] on the device.
 
     Raises:
         DataError: too few images can be read.
@@ -127,7 +126,7 @@ def encode_reference(
             found = [index for index, _ in items]
             labels += [item.label for _, item in items if labelled]
             batch = torch.stack([torch.from_numpy(item.pixels).permute(2, 0, 1) for _, item in items])
-            images = to_unit_range(batch).to(flow.device)
+            images = source.pixel_format.to_unit(batch).to(flow.device)
             encoded = flow.encode(images, ImageRandom.at(seed, "posterior", found, flow.device))
             if not encoded.isfinite().all():
                 raise NonFiniteError("the autoencoder's latents of these images are not finite")

@@ -29,8 +29,8 @@ from latentflow.analysis.diagnosis import (
 )
 from latentflow.analysis.latent_space import measure_latent_space
 from latentflow.analysis.trajectories import follow
-from latentflow.autoencoder import to_uint8, to_unit_range
 from latentflow.data.items import ImageSource
+from latentflow.data.pictures.shown import as_shown
 from latentflow.errors import DataError
 from latentflow.evaluation.encoded_images import ReferenceLatents, encode_reference, velocity_given
 from latentflow.evaluation.request import LEAST_EXAMINED, DiagnoseRequest
@@ -76,7 +76,7 @@ class Examined:
         return Examined(self.latents.rows(rows), self.features[rows], reconstructed)
 
     def pictures(self, rows: Sequence[int]) -> Tensor:
-        """The pixels of some images, read again: [B, 3, H, W] uint8."""
+        """The pixels of some images, read again: [B, P, H, W]."""
         source = self.latents.source
         pixels = [source[self.latents.indices[row]].pixels for row in rows]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
@@ -113,7 +113,11 @@ def measure_diagnosis(
     half, num, batch_size = request.num // 2, request.num_drawn, request.batch_size
     drawing = make_drawing(flow, SampleRequest(num=num, seed=request.seed, guidance=request.guidance))
     network = open_features(
-        request.features, autoencoder=flow.autoencoder, image_size=flow.config.image_size, device=flow.device
+        request.features,
+        autoencoder=flow.autoencoder,
+        image_size=flow.config.image_size,
+        device=flow.device,
+        pixel_format=flow.config.pixel_format,
     )
     examined = _examine(flow, source, network, request, least=request.num, reconstruct=True)
     training = None
@@ -140,7 +144,9 @@ def measure_diagnosis(
         latents=_latent_statistics(samples.latents, examined.latents.latents, half),
         memorisation=memorisation,
         floor=_floor(network, features, first, second),
-        latent_space=measure_latent_space(flow.encode, to_unit_range(first.pictures(range(half)[:_MOST_ENCODED]))),
+        latent_space=measure_latent_space(
+            flow.encode, flow.config.pixel_format.to_unit(first.pictures(range(half)[:_MOST_ENCODED]))
+        ),
         seconds=0.0,
     )
     return diagnosis, pairs
@@ -162,7 +168,7 @@ def _examine(
     def visit(pixels: Tensor, latents: Tensor) -> None:
         features.append(network(pixels).cpu())
         if reconstruct:
-            reconstructed.append(network(to_uint8(flow.decode(latents))).cpu())
+            reconstructed.append(network(flow.pixels(latents)).cpu())
 
     how = {"least": least, "batch_size": request.batch_size, "seed": request.seed, "visit": visit}
     latents, _ = encode_reference(flow, source, num or request.num, **how)
@@ -301,7 +307,8 @@ def _sheets_of(
 
     def sheet(pictures: Callable[[list[int]], Tensor], order: list[float], *found: list[int]) -> Tensor:
         rows = lowest(order)
-        return torch.stack([pictures(rows), *(members.pictures([places[row] for row in rows]) for places in found)])
+        columns = [pictures(rows), *(members.pictures([places[row] for row in rows]) for places in found)]
+        return torch.stack([as_shown(one, samples.pixel_format) for one in columns])
 
     def drawn(rows: list[int]) -> Tensor:
         return samples.pixels[rows]

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentflow.artifacts import sha256_file
-from latentflow.autoencoder import to_unit_range
 from latentflow.data.items import ImageSource, stack_pixels
 from latentflow.data.painting.input_pixels import at_image_size, stack_inputs, unit_inputs
 from latentflow.data.painting.latent_size import class_counts, hide, hole_counts, mask_input, shares
 from latentflow.data.painting.mask_rules import MaskPolicy, MaskRules
 from latentflow.data.painting.masks import check_masks, draw_mask, mask_files
+from latentflow.data.pictures.shown import as_levels, as_shown
 from latentflow.errors import ConfigError, DataError, nearest
 from latentflow.evaluation.drawn_set import drawn_columns, model_plan
 from latentflow.evaluation.read_images import read_batches, require_readable
@@ -36,7 +36,6 @@ from latentflow.model.config import require_same_format
 from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
 from latentflow.sampling.drawing import Drawing, make_drawing
-from latentflow.sampling.frame import Frame
 from latentflow.sampling.pipeline import Given
 from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples
@@ -46,7 +45,7 @@ _POLICIES = get_args(MaskPolicy)
 _WINDOW = 11  # pixels, of SSIM
 
 Segmenter = Callable[[Tensor], Tensor]
-"""uint8 images [B, 3, H, W] => class indices [B, H, W]."""
+"""uint8 images [B, 3, H, W], as they are shown => class indices [B, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -191,15 +190,16 @@ def map_scores(columns: Columns) -> dict[str, Score]:
 def hole_values(filled: Tensor, real: Tensor, holes: Sequence[np.ndarray], *, judge: PairJudge) -> Columns:
     """The values of `judge` for the whole image, and PSNR and SSIM in the hole: [B] each.
 
-    Images are uint8 [B, 3, H, W], holes [H, W].
+    Images are [B, P, H, W], stored values in the format of the judge, holes [H, W].
 
     Outside the hole images are bit-identical, so a window that does not touch it has an SSIM of 1: the mean over the
     windows that do follows from the mean over all.
     """
     inside = torch.from_numpy(np.stack(holes))[:, None] > 0
     values = judge(filled, real)
-    squares = (filled.double() - real.double()).square() * inside
-    count = 3 * inside.flatten(1).sum(1)
+    levels, others = (as_levels(x, judge.pixel_format) for x in (filled, real))
+    squares = (levels - others).square() * inside
+    count = filled.shape[1] * inside.flatten(1).sum(1)
     values["psnr-hole"] = 10 * torch.log10(255**2 * count / squares.flatten(1).sum(1).clamp(min=1))
     if "ssim" in values:
         touching = F.max_pool2d(inside.double(), _WINDOW, stride=1).flatten(1).mean(1)
@@ -214,14 +214,16 @@ def compares_inputs(model: FlowModel) -> bool:
 
 
 def pair_values(model: FlowModel, drawn: Tensor, real: Tensor, inputs: Tensor, judge: PairJudge) -> Columns:
-    """The values of `judge` for drawn images and their real ones, uint8 [B, 3, S, S]: [B] each.
+    """The values of `judge` for drawn images and their real ones, [B, P, S, S]: [B] each.
 
     Next to each name stand name-limit, that of the real image after encoding and decoding; and name-input, that of the
     input enlarged by bicubic interpolation, where an input has one channel or those of an image.
     """
     config = model.config
     values = judge(drawn, real)
-    limit = torch.cat([model.autoencoder.reconstruct(part) for part in model.autoencoder.slices(real)])
+    limit = torch.cat(
+        [model.autoencoder.reconstruct(part, config.pixel_format) for part in model.autoencoder.slices(real)]
+    )
     values |= {f"{name}-limit": found for name, found in judge(limit, real).items()}
     if not compares_inputs(model):
         return values
@@ -249,10 +251,11 @@ def _given(
     if holes:
         told_as = painting.rules.told_as
         pictures = real.permute(0, 2, 3, 1).numpy()
-        hidden = stack_pixels([hide(one, hole, told_as) for one, hole in zip(pictures, holes, strict=True)])
+        pixel_format = model.config.pixel_format
+        hidden = stack_pixels([hide(*pair, told_as, pixel_format) for pair in zip(pictures, holes, strict=True)])
         share = shares(torch.stack([hole_counts(hole, factor, told_as) for hole in holes]), factor)
         parts = model.autoencoder.slices(hidden)
-        known = torch.cat([model.encode(to_unit_range(part.to(model.device))).cpu() for part in parts])
+        known = torch.cat([model.latents(model.moments(part.to(model.device))).cpu() for part in parts])
         if "inpainting" in conditions:
             given |= {"masked_latents": known, "mask": mask_input(share, told_as)}
         else:
@@ -261,11 +264,9 @@ def _given(
 
 
 def _pasted(drawn: Tensor, real: Tensor, holes: Sequence[np.ndarray]) -> Tensor:
-    """Real images with their holes filled from drawn ones, by the rule of `latentflow inpaint`: [B, 3, H, W] uint8."""
-    height, width = drawn.shape[2:]
-    frame = Frame((0, 0, width, height), Size(height, width))
-    pictures = (x.permute(0, 2, 3, 1).contiguous().numpy() for x in (drawn, real))
-    return stack_pixels([frame.paste(*one, feather=0) for one in zip(*pictures, holes, strict=True)])
+    """Real images with their holes filled from drawn ones, by the rule of `latentflow inpaint`: [B, P, H, W]."""
+    inside = torch.from_numpy(np.stack(holes))[:, None] > 0
+    return torch.where(inside, drawn, real)
 
 
 def _confusions(
@@ -276,7 +277,8 @@ def _confusions(
     true, num_classes = torch.from_numpy(np.stack(maps)), model.config.conditioning.num_map_classes
     counts = {}
     for name, images in (("confusion", pixels), ("real_confusion", real)):
-        found = torch.as_tensor(segmenter(images.to(model.device))).cpu()
+        shown = as_shown(images, model.config.pixel_format)
+        found = torch.as_tensor(segmenter(shown.to(model.device))).cpu()
         if found.is_floating_point() or found.shape != true.shape:
             raise DataError(
                 f"the segmenter returned {found.dtype} of shape {list(found.shape)}; class indices of shape "

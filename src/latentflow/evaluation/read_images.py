@@ -28,7 +28,7 @@ class ReadImages:
         num_tried: images of the batch, broken ones included.
         rows: of the n others.
         labels: [n] int64, -1 where there are none.
-        pixels: [n, 3, H, W] uint8.
+        pixels: [n, P, S, S], stored values of the source's pixel format.
     """
 
     num_tried: int
@@ -55,8 +55,9 @@ class _Batches(Dataset):
             except BrokenImage:
                 continue
         labels = torch.tensor([-1 if item.label is None else item.label for _, item in found], dtype=torch.int64)
-        size = self.source.image_size
-        pixels = stack_pixels([item.pixels for _, item in found]) if found else torch.zeros(0, 3, *size).byte()
+        size, pixel_format = self.source.image_size, self.source.pixel_format
+        none = torch.zeros(0, pixel_format.channels, *size, dtype=getattr(torch, pixel_format.dtype))
+        pixels = stack_pixels([item.pixels for _, item in found]) if found else none
         return ReadImages(len(rows), [row for row, _ in found], labels, pixels)
 
 
@@ -73,7 +74,7 @@ class ImageReader:
         self.source, self.rows, self.batch_size = source, rows, work.batch_size
         self.how = Reading(
             work.num_workers,
-            batch_bytes=3 * source.image_size.area * work.batch_size,
+            batch_bytes=source.pixel_format.bytes_per_pixel * source.image_size.area * work.batch_size,
             pin_memory=device.type == "cuda",
             cpu_is_busy=device.type == "cpu",
             sharing=work.runtime.local_world,

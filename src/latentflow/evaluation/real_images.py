@@ -21,6 +21,7 @@ from latentflow.data.painting.input_rules import NO_INPUTS
 from latentflow.data.paired_choice import PairedChoice
 from latentflow.data.pictures.colour import PIXEL_RULES
 from latentflow.data.pictures.crop import CROP_RULE
+from latentflow.data.pixel_choice import PixelChoice
 from latentflow.data.sources.images import open_images
 from latentflow.data.table_options import TableOptions
 from latentflow.errors import ArtifactError, DataError
@@ -32,6 +33,7 @@ from latentflow.metrics.statistics import FeatureStatistics, require_features
 from latentflow.metrics.stored_statistics import FOREIGN_SUFFIXES, Provenance, Reference, load_reference
 from latentflow.model.config import TrainingRecord
 from latentflow.model.own_images import part_of_own
+from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.requests import RequestError, Split
 from latentflow.runtime import Runtime
 from latentflow.sizes import Size
@@ -59,6 +61,11 @@ class RealImages:
     fingerprint: str
     image_size: Size
     notes: tuple[str, ...] = ()
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """What the images are read in; of statistics, 8-bit RGB."""
+        return RGB if self.source is None else self.source.pixel_format
 
     @property
     def num_images(self) -> int:
@@ -116,11 +123,17 @@ class RealFeatures:
 
 
 def open_real_images(
-    data: str | Path, image_size: Size, inputs: PairedChoice | None = None, table: TableOptions | None = None
+    data: str | Path,
+    image_size: Size,
+    pixel_format: PixelFormat | None = None,
+    *,
+    inputs: PairedChoice | None = None,
+    table: TableOptions | None = None,
 ) -> RealImages:
     """Open images, or a file of statistics; no image is decoded.
 
     Args:
+        pixel_format: what images are read in; None: what they are.
         inputs: the paired inputs; None: there are none.
         table: which columns of a table are used.
 
@@ -129,7 +142,8 @@ def open_real_images(
     """
     file = Path(data)
     if file.suffix not in (_OWN_SUFFIX, *FOREIGN_SUFFIXES) or file.is_dir():
-        source = open_images(data, image_size, inputs=inputs or NO_INPUTS, table=table)
+        chosen = {"pixels": pixel_format or PixelChoice(), "inputs": inputs or NO_INPUTS, "table": table}
+        source = open_images(data, image_size, **chosen)
         return RealImages(str(data), source, None, source.fingerprint(), image_size)
     stored = load_reference(file)
     made = stored.provenance
@@ -214,7 +228,7 @@ def image_features(
 
     Args:
         rows: which images; every one of them is tried.
-        change: applied to uint8 images [B, 3, H, W], with their rows, before their features are computed; returns such
+        change: applied to images [B, P, H, W], with their rows, before their features are computed; returns such
             images, and further numbers [B, ...] of each.
     """
     whose = "generated" if change else "real"

@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.data.items import ImageSource
-from latentflow.data.pictures.decode import open_image, reason
+from latentflow.data.pictures.decode import reason
 from latentflow.data.sources.listed import list_files
 from latentflow.data.sources.stored import ImageFiles
 from latentflow.data.stores.files import FolderStore, Listing, ZipStore, is_image, open_store
 from latentflow.errors import DataError
 from latentflow.model.flow_model import CONFIG_FILE
+from latentflow.pixel_format import PixelFormat
 from latentflow.progress import image_progress
-from latentflow.sampling.picture_file import facts_in, unlike, which, whose
+from latentflow.sampling.picture_file import read_head, unlike, which, whose
 from latentflow.sampling.picture_folder import GRID
 from latentflow.sizes import Size
 
 _READERS = 8
+_LOSSLESS = (".png", ".tif", ".tiff")
 
 Store = FolderStore | ZipStore
 
@@ -62,9 +64,10 @@ def _images_in(place: str) -> tuple[Store, Listing] | None:
 def _checked(place: str, store: Store, listing: Listing) -> ImageSource:
     files = {name: file for name, file in sorted(listing.files.items()) if is_image(name) and not GRID.search(name)}
     size, facts = None, {}
-    if lossy := [name for name in files if not name.lower().endswith(".png")]:
+    if lossy := [name for name in files if not name.lower().endswith(_LOSSLESS)]:
         raise DataError(
-            f"{place}: {lossy[0]} is not a PNG: lossy compression such as JPEG changes every score; save samples as PNG"
+            f"{place}: {lossy[0]} is neither PNG nor TIFF: lossy compression such as JPEG changes every score; save "
+            "samples as PNG"
         )
     with ThreadPoolExecutor(_READERS) as pool, image_progress("looking at", len(files)) as on_images:
         heads = pool.map(lambda name: _head(store, files[name].path, name), files)
@@ -79,7 +82,9 @@ def _checked(place: str, store: Store, listing: Listing) -> ImageSource:
                 )
             on_images(1)
     _require_one_set(place, facts)
-    return ImageFiles(list_files(store, listing), size or Size(1, 1))
+    images = ImageFiles(list_files(store, listing), size or Size(1, 1))
+    drawn_by = next((known["drawn_by"] for known in facts.values() if known), {})
+    return images.with_format(PixelFormat.model_validate(drawn_by.get("pixel_format", {})))
 
 
 def _head(store: Store, path: str, name: str) -> tuple[tuple[int, int], dict[str, Any] | None] | Exception:
@@ -90,8 +95,7 @@ def _head(store: Store, path: str, name: str) -> tuple[tuple[int, int], dict[str
             content = read(path)
             if read == store.mark and b"IDAT" not in content:
                 continue
-            with open_image(content, name) as image:
-                return image.size, facts_in(image)
+            return read_head(content, name)
         except Exception as error:  # damaged archives raise nearly anything
             wrong = error
     return wrong

@@ -47,6 +47,7 @@ from latentflow.metrics.names import (
 from latentflow.metrics.pairs import PairJudge, pair_order
 from latentflow.metrics.scores import require_enough, some_of
 from latentflow.model.flow_model import FlowModel
+from latentflow.pixel_format import PixelFormat
 from latentflow.runtime import Runtime
 from latentflow.sizes import Size
 
@@ -59,6 +60,7 @@ class Subject(ABC):
     Attributes:
         task: as in `EvaluationProtocol`.
         image_size: of its images.
+        pixel_format: of its images, which the real ones are read in.
         device: where it is computed.
         autoencoder: for features that are its latents.
         real: the real images.
@@ -79,25 +81,32 @@ class Subject(ABC):
     labels = "none"
     num_classes = 0
 
-    def __init__(self, request: EvaluationRequest, image_size: Size, device: torch.device):
+    def __init__(
+        self,
+        request: EvaluationRequest,
+        image_size: Size,
+        device: torch.device,
+        pixel_format: PixelFormat | None = None,
+    ):
         self.request, self.image_size, self.device = request, image_size, device
         judge = read_judge(request.features) if is_judge(request.features) else None
         self._judged = judge.class_names if judge else []
         self.sampling: dict[str, Any] = {}
         self.inputs: dict[str, str] = {}
-        self.real = self._chosen(self._open_real(request))
+        self.real = self._chosen(self._open_real(request, pixel_format))
+        self.pixel_format = pixel_format or self.real.pixel_format
         self.metrics = request.wanted or [*self._usual_metrics(), *(["lpips"] if request.lpips else [])]
         network = load_lpips(request.lpips, device) if request.lpips else None
-        self.judge = PairJudge(bool({"ssim", "ssim-hole"} & {*self.metrics}), network, device)
+        self.judge = PairJudge(bool({"ssim", "ssim-hole"} & {*self.metrics}), network, device, self.pixel_format)
         if self._available is not None and request.num is not None and request.num > self._available:
             raise DataError(f"--num {request.num}, but there are {self._available} images; remove it to take all")
         self.num = request.num or self._available or USUAL_NUM
         self._check_classes()
         self._check_scores()
 
-    def _open_real(self, request: EvaluationRequest) -> RealImages:
+    def _open_real(self, request: EvaluationRequest, pixel_format: PixelFormat | None) -> RealImages:
         table = TableOptions(label_column=request.label_column)
-        return open_real_images(request.data, self.image_size, self._inputs, table)
+        return open_real_images(request.data, self.image_size, pixel_format, inputs=self._inputs, table=table)
 
     @abstractmethod
     def facts(self) -> ModelFacts:
@@ -176,6 +185,7 @@ class Subject(ABC):
                 image_size=self.image_size,
                 device=self.device,
                 precision=self.request.features_precision,
+                pixel_format=self.pixel_format,
             )
         except ArtifactError as error:
             if self.request.weights is not None:
@@ -194,7 +204,7 @@ class _OfAModel(Subject):
         self.flow = FlowModel.from_pretrained(request.model, runtime=runtime)
         self.autoencoder = self.flow.autoencoder
         self.num_classes = self.flow.config.conditioning.num_classes
-        super().__init__(request, self.flow.config.image_size, self.flow.device)
+        super().__init__(request, self.flow.config.image_size, self.flow.device, self.flow.config.pixel_format)
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -233,12 +243,12 @@ class Drawn(_OfAModel):
     def _policy(self, request: EvaluationRequest) -> str:
         return request.labels or ("rows" if self.flow.config.conditioning.columns else "balanced")
 
-    def _open_real(self, request: EvaluationRequest) -> RealImages:
+    def _open_real(self, request: EvaluationRequest, pixel_format: PixelFormat | None) -> RealImages:
         own = self.flow.config.conditioning.columns if self._policy(request) == "rows" else ()
         columns = [one.column for one in own]
         try:
             table = table_with(request.data, columns, request.label_column, self.class_names)
-            return open_real_images(request.data, self.image_size, self._inputs, table)
+            return open_real_images(request.data, self.image_size, pixel_format, inputs=self._inputs, table=table)
         except DataError as error:
             if not columns:
                 raise
@@ -289,8 +299,9 @@ class Reconstructed(Subject):
     task = "reconstruction"
 
     def __init__(self, request: EvaluationRequest, runtime: Runtime):
-        self.autoencoder, image_size = open_autoencoder(request.model, request.image_size, runtime)
-        super().__init__(request, image_size, self.autoencoder.device)
+        self.autoencoder, image_size, pixel_format = open_autoencoder(request.model, request.image_size, runtime)
+        super().__init__(request, image_size, self.autoencoder.device, pixel_format)
+        self.autoencoder.require_channels(self.pixel_format.channels, request.data)
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -302,7 +313,7 @@ class Reconstructed(Subject):
     def columns(self, extractor: FeatureExtractor, reference: RealFeatures, work: Work) -> Columns:
         def change(pixels: Tensor, rows: list[int]) -> tuple[Tensor, Columns]:
             parts = self.autoencoder.slices(pixels)
-            reconstructed = torch.cat([self.autoencoder.reconstruct(part) for part in parts])
+            reconstructed = torch.cat([self.autoencoder.reconstruct(part, self.pixel_format) for part in parts])
             return reconstructed, self.judge(reconstructed, pixels)
 
         plan = {
@@ -333,7 +344,7 @@ class Files(Subject):
         ):
             for name in (name for name in request.wanted if name.endswith(ending)):
                 raise ConfigError(f"{name}: it is not known {what}; remove it")
-        super().__init__(request, samples.image_size, runtime.device)
+        super().__init__(request, samples.image_size, runtime.device, samples.pixel_format)
         self.labels = "not known"
 
     @property

@@ -147,13 +147,14 @@ def open_sweep(request: SweepRequest, folder: Path, candidates: dict[str, Candid
         autoencoder=flow.autoencoder,
         image_size=flow.config.image_size,
         device=flow.device,
+        pixel_format=flow.config.pixel_format,
     )
     if isinstance(extractor, JudgeFeatures):
         require_judged(extractor.record.class_names, flow.config.conditioning.class_names, request.features)
     if is_cache(request.data):
         raise DataError(f"{request.data} is a latent cache; give the images it was made from, or their statistics")
     table = table_with(request.data, (), class_names=flow.config.conditioning.class_names)
-    real = open_real_images(request.data, flow.config.image_size, table=table)
+    real = open_real_images(request.data, flow.config.image_size, flow.config.pixel_format, table=table)
     if real.stored:
         real.stored.require_same_features(extractor.name, extractor.hash, extractor.dim)
     averages, lengths = None, {}

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from latentflow.data.items import UNLABELLED
+from latentflow.data.pictures.shown import as_levels, as_shown
 from latentflow.data.pictures.user_picture import psnr
 from latentflow.errors import ConfigError, DataError
 from latentflow.metrics.features.lpips import Lpips
 from latentflow.metrics.scores import require_enough
 from latentflow.metrics.statistics import exact_device, require_features
+from latentflow.pixel_format import RGB, PixelFormat
 
 __all__ = [
     "DiscriminativeScores",
@@ -43,26 +45,31 @@ class PairJudge:
 
     Attributes:
         device: where it is measured; `lpips` moves the images to its own weights.
+        pixel_format: of the images. PSNR and SSIM compare stored values, of which the range is 0 to 255; LPIPS what is
+            shown (see `data.pictures.shown`).
     """
 
     with_ssim: bool = False
     lpips: Lpips | None = None
     device: torch.device | str = "cpu"
+    pixel_format: PixelFormat = RGB
 
     def __call__(self, images: Tensor, real: Tensor) -> dict[str, Tensor]:
-        """Values of pairs of uint8 images [B, 3, H, W], on any device: [B] each, on the CPU."""
-        images, real = (x.to(exact_device(self.device)) for x in (images, real))
-        values = {"psnr": psnr(images, real)}
+        """Values of pairs of images [B, P, H, W], on any device: [B] each, on the CPU."""
+        pair = [x.to(exact_device(self.device)) for x in (images, real)]
+        levels = [as_levels(x, self.pixel_format) for x in pair]
+        values = {"psnr": psnr(*levels)}
         if self.with_ssim:
-            values["ssim"] = ssim(images, real)
+            values["ssim"] = ssim(*levels)
         if self.lpips is not None:
-            values["lpips"] = self.lpips(images, real)
+            values["lpips"] = self.lpips(*(as_shown(x, self.pixel_format) for x in pair))
         return {name: found.cpu() for name, found in values.items()}
 
     @property
     def key(self) -> str:
         """A text that is equal for equal judges."""
-        return f"ssim {self.with_ssim}, lpips {self.lpips.hash[:12] if self.lpips else None}"
+        key = f"ssim {self.with_ssim}, lpips {self.lpips.hash[:12] if self.lpips else None}"
+        return key if self.pixel_format == RGB else f"{key}, {self.pixel_format.model_dump_json()}"
 
 
 def pair_order(names: Sequence[str], other_names: Sequence[str]) -> list[int]:
@@ -85,10 +92,10 @@ def pair_order(names: Sequence[str], other_names: Sequence[str]) -> list[int]:
 
 
 def ssim(images: Tensor, other: Tensor) -> Tensor:
-    """Structural similarity of 8-bit images, 1 for equal ones: uint8 [B, 3, H, W] twice => [B] float64, where they lie.
+    """Structural similarity, 1 for equal images: two of [B, P, H, W], values 0 to 255 => [B] float64, where they lie.
 
     Window and constants are those of Wang et al. (2004): a Gaussian of standard deviation 1.5 over 11 x 11 pixels,
-    K_1 = 0.01 and K_2 = 0.03, the mean over windows that lie inside the image, and over the three colours.
+    K_1 = 0.01 and K_2 = 0.03, the mean over windows that lie inside the image, and over the channels.
 
     Raises:
         DataError: shapes differ, or a side is shorter than the window.

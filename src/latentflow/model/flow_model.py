@@ -220,7 +220,7 @@ class FlowModel:
         return self.fitted_solvers.resolved(name, self.reference or "MODEL", weights)
 
     def encode(self, pixels: Tensor, random: ImageRandom | None = None) -> Tensor:
-        """pixels [B, 3, H, W] in [-1, 1] => latents [B, C, h, w]: the posterior's mode, or a sample by `random`."""
+        """pixels [B, P, H, W] in [-1, 1] => latents [B, C, h, w]: the posterior's mode, or a sample by `random`."""
         return self.latents(self.autoencoder.encode(pixels), random)
 
     def moments(self, pixels: Tensor) -> Tensor:
@@ -255,12 +255,12 @@ class FlowModel:
             return self.network(latents, time, condition)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, C, h, w] => pixels [B, 3, H, W] in [-1, 1]."""
-        return self.autoencoder.decode(self.config.normalisation.restore(latents))
+        """latents [B, C, h, w] => pixels [B, P, H, W] in [-1, 1], with the channels of the model's `pixel_format`."""
+        return self.autoencoder.decode(self.config.normalisation.restore(latents), self.config.pixel_format.channels)
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """latents [B, C, h, w] => pixels [B, 3, H, W] uint8, rounded on the device."""
-        return self.autoencoder.decode_to_uint8(self.config.normalisation.restore(latents))
+        """latents [B, C, h, w] => stored values [B, P, H, W] in the model's `pixel_format`, rounded on the device."""
+        return self.autoencoder.decode_stored(self.config.normalisation.restore(latents), self.config.pixel_format)
 
 
 def find_model(model: str | Path, revision: str | None = None) -> Path:

@@ -245,7 +245,8 @@ def _folder_here(reference: str) -> str | None:
 
 def _facts_of(autoencoder: Autoencoder) -> StageFacts:
     tensors = autoencoder.model.state_dict().values()
-    ends = [m.in_channels for m in autoencoder.model.modules() if isinstance(m, nn.Conv2d) and m.out_channels == 3]
+    pixels = autoencoder.pixel_channels
+    ends = [m.in_channels for m in autoencoder.model.modules() if isinstance(m, nn.Conv2d) and m.out_channels == pixels]
     return StageFacts(
         autoencoder.factor,
         autoencoder.num_channels,

@@ -9,14 +9,14 @@ import numpy as np
 
 
 def feathered(filled: np.ndarray, image: np.ndarray, mask: np.ndarray, feather: int) -> np.ndarray:
-    """Blend the colours of a filled hole into its surroundings, within `feather` pixels: [h, w, 3] uint8.
+    """Blend the colours of a filled hole into its surroundings, within `feather` pixels: [h, w, P] float64.
 
     The model's colours differ slightly from the known pixels at the border. That difference is extended into the hole
     by normalised convolution, blur(difference * known) / blur(known), and fades out. What was in the hole is not used.
 
     Args:
-        filled: [h, w, 3] uint8, the model's picture.
-        image: [h, w, 3] uint8, the image; only its known pixels are used.
+        filled: [h, w, P], the model's picture.
+        image: [h, w, P], the image; only its known pixels are used.
         mask: [h, w], nonzero in the hole.
     """
     near = tuple(slice(max(int(span[0]) - feather, 0), int(span[-1]) + feather + 1) for span in hole_spans(mask))
@@ -24,11 +24,11 @@ def feathered(filled: np.ndarray, image: np.ndarray, mask: np.ndarray, feather: 
     weight = _blur(known, feather)
     fading = np.minimum(2 * weight, 1)  # 1 at a straight border, where half of the neighbourhood is known
     strength = fading / np.maximum(weight, 1e-6)
-    blended = filled.copy()
-    for channel in range(3):
+    blended = filled.astype(np.float64)
+    for channel in range(filled.shape[2]):
         painted = filled[near][..., channel].astype(np.float64)
         carried = _blur((image[near][..., channel] - painted) * known, feather) * strength
-        blended[near][..., channel] = np.rint(np.clip(painted + carried, 0, 255))
+        blended[near][..., channel] = painted + carried
     return blended
 
 

@@ -14,6 +14,7 @@ from latentflow.data.painting.latent_size import hide
 from latentflow.data.painting.mask_rules import MaskForm
 from latentflow.errors import ConfigError
 from latentflow.model.flow_model import FlowModel
+from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.sampling.feather import feathered, hole_spans, stretch_sums
 from latentflow.sampling.inputs import native_size, require_latent_pixel
 from latentflow.sampling.request import Fit
@@ -29,27 +30,29 @@ class Frame:
     Attributes:
         box: left, top, right, bottom in pixels of the image.
         size: after resizing.
+        pixel_format: of the image and of what is drawn.
     """
 
     box: tuple[int, int, int, int]
     size: Size
+    pixel_format: PixelFormat = RGB
 
     def cut(self, image: np.ndarray, mask: np.ndarray, told_as: MaskForm = "share") -> tuple[np.ndarray, np.ndarray]:
-        """The frame of an image [H, W, 3] uint8 and of a mask [H, W] as the model sees them.
+        """The frame of an image [H, W, P] and of a mask [H, W] as the model sees them.
 
         Resizing mixes neighbouring pixels. Colours are therefore weighted by what is known, R(known * image) / R(known)
         with the bicubic resize R, so that nothing inside the hole leaks into its neighbours.
 
         Returns:
-            [h, w, 3] uint8, with the hole painted over; [h, w] uint8, 1 in every pixel that the hole touches.
+            [h, w, P], with the hole painted over; [h, w] uint8, 1 in every pixel that the hole touches.
         """
         hole = self._inside(mask) > 0
         seen_hole = _covered(hole, self.size)
         known = np.where(hole, np.float32(0), np.float32(1))
         weight = np.maximum(self._scaled(known), 1e-3)  # where it is small, the hole is
         channels = [self._scaled(known * channel) / weight for channel in np.moveaxis(self._inside(image), -1, 0)]
-        seen = np.rint(np.clip(np.stack(channels, -1), 0, 255)).astype(np.uint8)
-        return hide(seen, seen_hole, told_as), seen_hole.astype(np.uint8)
+        seen = self.pixel_format.stored(np.stack(channels, -1))
+        return hide(seen, seen_hole, told_as, self.pixel_format), seen_hole.astype(np.uint8)
 
     def cut_map(self, semantic_map: np.ndarray) -> np.ndarray:
         """The frame of a semantic map: [h, w] uint8, the class at each pixel's centre."""
@@ -57,11 +60,15 @@ class Frame:
         return np.asarray(inside.resize(self.size[::-1], Image.Resampling.NEAREST))
 
     def paste(self, picture: np.ndarray, image: np.ndarray, mask: np.ndarray, feather: int) -> np.ndarray:
-        """The image with its hole filled from `picture` [h, w, 3]; all other pixels are unchanged, bit for bit."""
+        """The image with its hole filled from `picture` [h, w, P]; all other pixels are unchanged, bit for bit."""
         known, hole = self._inside(image), self._inside(mask)
-        filled = np.asarray(Image.fromarray(picture).resize(known.shape[1::-1], Image.Resampling.BICUBIC))
+        # Pillow resizes 8 bits in 8 bits, and 16 bits exactly as floating-point numbers.
+        planes = np.moveaxis(picture if picture.dtype == np.uint8 else picture.astype(np.float32), -1, 0)
+        images = (Image.fromarray(np.ascontiguousarray(plane)) for plane in planes)
+        resized = [np.asarray(one.resize(known.shape[1::-1], Image.Resampling.BICUBIC)) for one in images]
+        filled = self.pixel_format.stored(np.stack(resized, -1))
         if feather:
-            filled = feathered(filled, known, hole, feather)
+            filled = self.pixel_format.stored(feathered(filled, known, hole, feather))
         pasted = image.copy()
         self._inside(pasted)[:] = np.where(hole[..., None] > 0, filled, known)
         return pasted
@@ -86,7 +93,7 @@ def choose_frame(model: FlowModel, mask: np.ndarray, fit: Fit | None = None) -> 
         ConfigError: the hole or the size of the image does not allow this `fit`.
         DataError: a side of the image is shorter than one latent pixel.
     """
-    height, width = mask.shape
+    (height, width), pixel_format = mask.shape, model.config.pixel_format
     require_latent_pixel(model, height, width)
     window = _window(mask, model.config.image_size)
     if fit == "window" and window is None:
@@ -95,14 +102,14 @@ def choose_frame(model: FlowModel, mask: np.ndarray, fit: Fit | None = None) -> 
             f"fit 'window': no {shape} in this image holds the hole and its surroundings; use fit 'whole'"
         )
     if window is not None and fit in (None, "window"):
-        return Frame(window, model.config.image_size)
+        return Frame(window, model.config.image_size, pixel_format)
     if fit == "native":
-        return Frame((0, 0, width, height), native_size(model, height, width))
+        return Frame((0, 0, width, height), native_size(model, height, width), pixel_format)
     multiple = model.config.pixel_multiple
     trained = model.config.image_size
     scale = max(trained.height / height, trained.width / width)
     size = Size(*(max(round(side * scale / multiple), 1) * multiple for side in (height, width)))
-    return Frame((0, 0, width, height), size)
+    return Frame((0, 0, width, height), size, pixel_format)
 
 
 def _window(mask: np.ndarray, image_size: Size) -> tuple[int, int, int, int] | None:

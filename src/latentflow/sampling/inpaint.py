@@ -16,23 +16,32 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from latentflow.console import notice
+from latentflow.data.items import stack_pixels
 from latentflow.data.painting.latent_size import hole_counts, mask_input, shares
 from latentflow.data.painting.mask_reader import Mask, read_mask
 from latentflow.data.painting.mask_rules import MaskForm
 from latentflow.data.pictures.decode import open_image
 from latentflow.data.pictures.orientation import Photo, with_turn
 from latentflow.data.pictures.originals import Original, original_of
+from latentflow.data.pictures.user_picture import read_upright
 from latentflow.errors import DataError
 from latentflow.model.conditioning import ConditionName
 from latentflow.model.flow_model import FlowModel
+from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.frame import Frame, choose_frame
-from latentflow.sampling.inputs import ImageInput, MapInput, describe_inputs, encode_input, map_fractions, map_indices
+from latentflow.sampling.inputs import (
+    ImageInput,
+    MapInput,
+    describe_inputs,
+    encode_input,
+    map_fractions,
+    map_indices,
+)
 from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import Fit, InpaintRequest, Method
 from latentflow.sampling.samples import Samples
@@ -51,13 +60,14 @@ def inpaint(
     """Fill the hole of one image, once for each seed.
 
     Args:
-        image: of any size whose sides are at least one latent pixel; an array is [H, W, 3] uint8.
+        image: of any size whose sides are at least one latent pixel; an array is [H, W, P], stored values of the
+            model's pixel format.
         mask: of the image's size, white where the image is to be filled; see `read_mask`.
         semantic_map: of the image's size, for a model that is conditioned on maps as well.
 
     Returns:
-        Samples whose pixels, 8-bit sRGB on white, have the size of the image. They are saved in the image's own form,
-        with every known pixel as it was stored: see `Original`.
+        Samples whose pixels have the size of the image. Of a model of 8-bit RGB they are sRGB on white, and saved in
+        the image's own form, with every known pixel as it was stored: see `Original`.
 
     Raises:
         ConfigError, DataError: before anything is computed.
@@ -92,16 +102,18 @@ class _Canvas:
     """An image with a hole.
 
     Attributes:
-        original: the image.
+        pixels: [H, W, P], the image in the model's pixel format.
+        original: as its file holds it; None: of another format than 8-bit RGB, in which all of it is kept.
         photo: its size and orientation.
         hole: [H, W] uint8, 1 in the hole.
         frame: the part of it that the model sees.
-        seen: [1, 3, S1, S2] uint8, that part at the size the model sees it, with the hole painted over.
+        seen: [1, P, S1, S2], that part at the size the model sees it, with the hole painted over.
         share: [1, 1, h, w], the fraction of each latent pixel that the hole covers.
         told_as: how the mask enters the model's condition.
     """
 
-    original: Original
+    pixels: np.ndarray
+    original: Original | None
     photo: Photo
     hole: np.ndarray
     frame: Frame
@@ -119,9 +131,9 @@ class _Canvas:
     def filled(self, samples: Samples, feather: int) -> Samples:
         """The image with its hole filled from each sample."""
         drawn = samples.pixels.permute(0, 2, 3, 1).numpy()
-        finished = np.stack([self.frame.paste(one, self.original.rgb, self.hole, feather) for one in drawn])
-        pixels = torch.from_numpy(finished).permute(0, 3, 1, 2)
-        return replace(samples, pixels=pixels, finish=partial(self.original.painted, hole=self.hole))
+        pixels = stack_pixels([self.frame.paste(one, self.pixels, self.hole, feather) for one in drawn])
+        finish = partial(self.original.painted, hole=self.hole) if self.original else None
+        return replace(samples, pixels=pixels, finish=finish)
 
 
 def _read(model: FlowModel, image: ImageInput | np.ndarray, mask: Mask, fit: Fit | None, method: Method) -> _Canvas:
@@ -131,12 +143,12 @@ def _read(model: FlowModel, image: ImageInput | np.ndarray, mask: Mask, fit: Fit
         ConfigError: `fit` does not suit the image.
         DataError: image or mask cannot be used, or nothing of the frame is known.
     """
-    original, turn = _open(image)
-    photo = Photo(*original.rgb.shape[:2], turn)
+    pixels, original, turn = _open(image, model.config.pixel_format)
+    photo = Photo(*pixels.shape[:2], turn)
     hole = read_mask(mask, photo)
     frame = choose_frame(model, hole, fit)
     told_as = model.config.masks.told_as if method == "condition" and model.config.masks else "share"
-    seen, seen_hole = frame.cut(original.rgb, hole, told_as)
+    seen, seen_hole = frame.cut(pixels, hole, told_as)
     share = shares(hole_counts(seen_hole, model.config.autoencoder.factor, told_as), model.config.autoencoder.factor)
     if (share == 1 if method == "condition" else share > 0).all():
         height, width = frame.size
@@ -144,12 +156,24 @@ def _read(model: FlowModel, image: ImageInput | np.ndarray, mask: Mask, fit: Fit
             f"at {width} x {height} pixels, the size the model sees, the mask covers the whole image; "
             "use a smaller hole or another fit"
         )
-    pixels = torch.from_numpy(seen).permute(2, 0, 1)[None]
-    return _Canvas(original, photo, hole, frame, pixels, share[None], told_as)
+    return _Canvas(pixels, original, photo, hole, frame, stack_pixels([seen]), share[None], told_as)
 
 
-def _open(image: ImageInput | np.ndarray) -> tuple[Original, int]:
-    """An image, and the EXIF orientation that its pixels were stored in."""
+def _open(image: ImageInput | np.ndarray, pixel_format: PixelFormat) -> tuple[np.ndarray, Original | None, int]:
+    """An image in the model's pixel format, as its file holds it, and its EXIF orientation; see `_Canvas`."""
+    if pixel_format == RGB:
+        original, turn = _open_original(image)
+        return original.rgb, original, turn
+    if not isinstance(image, np.ndarray):
+        picture, turn = read_upright(image, pixel_format)
+        return picture.numbers, None, turn
+    if image.dtype != pixel_format.dtype or image.ndim != 3 or image.shape[2] != pixel_format.channels:
+        wanted = f"[height, width, {pixel_format.channels}] {pixel_format.dtype}"
+        raise DataError(f"the image is an array {list(image.shape)} of {image.dtype}; give {wanted}")
+    return image, None, 1
+
+
+def _open_original(image: ImageInput | np.ndarray) -> tuple[Original, int]:
     if isinstance(image, np.ndarray):
         try:
             image = Image.fromarray(image)

@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from latentflow.autoencoder import to_unit_range
 from latentflow.data.painting.latent_size import class_counts, shares
 from latentflow.data.painting.map_reader import read_map
 from latentflow.data.painting.semantic_maps import MapClasses, check_map
@@ -30,17 +29,16 @@ MapInput = str | Path | Image.Image | np.ndarray
 
 
 def read_input(model: FlowModel, image: ImageInput) -> tuple[Tensor, dict[str, str]]:
-    """The image as the model sees it, [1, 3, H, W] uint8, and its entry in the inputs of a request.
+    """The image as the model sees it, [1, P, H, W] in its pixel format, and its entry in the inputs of a request.
 
     Raises:
         DataError: it is no image, cannot be read, or is smaller than one latent pixel.
     """
     if not isinstance(image, ImageInput):
         raise DataError(f"image {image!r:.60}: give a file or a Pillow image")
-    picture = read_picture(image) if isinstance(image, str | Path) else image
-    require_latent_pixel(model, picture.height, picture.width)
-    pixels = cropped_picture(picture, model.config.image_size)
-    return pixels, describe_inputs(image=image)
+    picture = read_picture(image, model.config.pixel_format)
+    require_latent_pixel(model, *picture.size[::-1])
+    return cropped_picture(picture, model.config.image_size), describe_inputs(image=image)
 
 
 def describe_inputs(**inputs: object) -> dict[str, str]:
@@ -53,8 +51,8 @@ def describe_inputs(**inputs: object) -> dict[str, str]:
 
 
 def encode_input(model: FlowModel, pixels: Tensor) -> Tensor:
-    """pixels [B, 3, H, W] uint8 => latents [B, C, h, w], the posterior's mode, on the CPU."""
-    return model.encode(to_unit_range(pixels).to(model.device)).cpu()
+    """Stored values [B, P, H, W] => latents [B, C, h, w], the posterior's mode, on the CPU."""
+    return model.latents(model.moments(pixels.to(model.device))).cpu()
 
 
 def at_most_one(model: FlowModel, classes: ClassList | None) -> list[int] | None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentflow.data.pictures.shown import as_levels
 from latentflow.data.pictures.user_picture import psnr
 from latentflow.errors import ConfigError
 from latentflow.flow.solvers import is_adaptive
@@ -73,9 +74,9 @@ class Inversion:
             autoencoded=autoencoded,
             evaluations=call_count(drawn.evaluations),
             latent_error=float(_relative_error(drawn.latents, self.latents)),
-            solver_psnr=float(psnr(autoencoded, drawn.pixels)),
-            autoencoder_psnr=float(psnr(self.pixels, autoencoded)),
-            image_psnr=float(psnr(self.pixels, drawn.pixels)),
+            solver_psnr=float(_psnr(model, autoencoded, drawn.pixels)),
+            autoencoder_psnr=float(_psnr(model, self.pixels, autoencoded)),
+            image_psnr=float(_psnr(model, self.pixels, drawn.pixels)),
         )
 
 
@@ -196,7 +197,7 @@ def compare_round_trips(
                 evaluations_back=drawn.mean_evaluations,
                 noise_error=float(_relative_error(noise, right).mean()),
                 latent_error=float(_relative_error(drawn.latents, latents).mean()),
-                solver_psnr=float(psnr(autoencoded, drawn.pixels).mean()),
+                solver_psnr=float(_psnr(model, autoencoded, drawn.pixels).mean()),
             )
         )
     return rows
@@ -219,8 +220,13 @@ def _to_noise(model: FlowModel, latents: Tensor, drawing: Drawing, batch_size: i
 
 
 def _decode(model: FlowModel, latents: Tensor) -> Tensor:
-    """latents [B, C, h, w] => pixels [B, 3, S, S] uint8, on the CPU."""
+    """latents [B, C, h, w] => stored values [B, P, S, S], on the CPU."""
     return model.pixels(latents.to(model.device)).cpu()
+
+
+def _psnr(model: FlowModel, pixels: Tensor, other: Tensor) -> Tensor:
+    """dB between stored values of the model's format, of which the range is the peak: [B, P, S, S] twice => [B]."""
+    return psnr(*(as_levels(one, model.config.pixel_format) for one in (pixels, other)))
 
 
 def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from latentflow.artifacts import require_writable
 from latentflow.data.pictures.decode import BrokenImage
-from latentflow.errors import ArtifactError
+from latentflow.errors import ArtifactError, ConfigError
 from latentflow.model.flow_model import FlowModel
+from latentflow.pixel_format import RGB
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.drawing import Drawing
+from latentflow.sampling.picture_content import SUFFIXES, require_suffix
 from latentflow.sampling.picture_file import read_facts
 from latentflow.sampling.samples import Samples, files_like
 
@@ -42,17 +44,20 @@ def draw_to(
     inputs: tuple[str | Path | None, ...],
     num: int,
     doing: str,
+    keeps_form: bool = False,
     runtime: Runtime | None,
 ) -> Pictures:
-    """Draw pictures with a model and write them as PNG.
+    """Draw pictures with a model and write them.
 
     Args:
-        out: the PNG file; several pictures get names like it, with their seeds.
+        out: the file, whose suffix says what is written (see `sampling.picture_content`); several pictures get names
+            like it, with their seeds.
         model: a model folder, a run folder or a hub id.
         draw: called as draw(model, on_images).
         inputs: files that must not be overwritten.
         num: how many pictures, for the progress bar.
         doing: the word before the progress bar.
+        keeps_form: pictures of 8-bit RGB are written in the form of the image that they are drawn from, as PNG.
 
     Raises:
         ArtifactError, ConfigError, DataError: before anything is written.
@@ -60,6 +65,10 @@ def draw_to(
     files = [file for file in inputs if file is not None]
     require_picture_file(out, *files)
     flow = FlowModel.from_pretrained(model, runtime=runtime)
+    suffix, pixel_format = Path(out).suffix, flow.config.pixel_format
+    require_suffix(suffix, pixel_format)
+    if keeps_form and pixel_format == RGB and suffix.lower() != ".png":
+        raise ConfigError(f"{out} must end in .png: the picture keeps alpha, depth and profile of the image")
     with image_progress(doing, num) as on_images:
         samples = draw(flow, on_images)
     for file in files_like(out, samples.drawing, samples.class_names):
@@ -68,7 +77,7 @@ def draw_to(
 
 
 def require_picture_file(out: str | Path, *inputs: str | Path) -> None:
-    """Refuse an `out` that cannot be written as PNG, that is one of the input files, or that is not a drawn picture.
+    """Refuse an `out` that cannot be written as a picture, is one of the input files, or is not a drawn picture.
 
     A picture that was drawn here before is replaced.
 
@@ -79,7 +88,7 @@ def require_picture_file(out: str | Path, *inputs: str | Path) -> None:
     for file in inputs:
         if out.resolve() == Path(file).resolve() or (out.exists() and Path(file).exists() and out.samefile(file)):
             raise ArtifactError(f"{out} is the input itself, which would be lost; choose another --out")
-    require_writable(out, suffix=".png")
+    require_writable(out, suffix=kind if (kind := out.suffix.lower()) in SUFFIXES else SUFFIXES[0])
     if out.exists() and not _is_drawn(out):
         raise ArtifactError(f"{out} exists and was not drawn by this program, so it stays; choose another --out")
 

@@ -16,7 +16,7 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  #
 _MOST_BYTES = 72  # of a class in a file name; two of them, two seeds and a weight stay below 255
 
 
-def picture_name(drawing: Drawing, class_names: Sequence[str]) -> str:
+def picture_name(drawing: Drawing, class_names: Sequence[str], suffix: str = ".png") -> str:
     """The file name of a drawing of one image: "cat_seed-00000017.png"."""
     names = file_names(tuple(class_names)) if drawing.labels else ()
     parts = [names[label] for label in drawing.labels] + [f"seed-{seed:08d}" for seed in drawing.seeds]
@@ -24,7 +24,7 @@ def picture_name(drawing: Drawing, class_names: Sequence[str]) -> str:
         parts += [f"to-{names[blend.label]}"] if blend.label is not None else []
         parts += [f"to-seed-{blend.seed:08d}"] if [blend.seed] != drawing.seeds else []
         parts += [f"at-{blend.weight:.3f}"]
-    return "_".join(parts) + ".png"
+    return "_".join(parts) + suffix
 
 
 def picture_caption(drawing: Drawing, class_names: Sequence[str]) -> str:

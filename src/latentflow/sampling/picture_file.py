@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
-from PIL import Image
+from PIL import TiffImagePlugin
 
-from latentflow.data.pictures.decode import open_image
+from latentflow.data.pictures.decode import BrokenImage, open_image, reason
+from latentflow.sampling.picture_content import METADATA, TIFF
 
 # of each picture of a set
 _OWN = ("seeds", "labels", "conditions", "blends", "class_name", "to_class_name", "evaluations")
 WHICH = ("seeds", "labels", "conditions", "blends", "inputs")
 """The facts that distinguish a picture from the others of its set."""
 _OF_INPUT = ("inputs", "image_size")  # of each picture that is drawn from another one
+_TIFF_SUFFIXES = (".tif", ".tiff")
+_WIDTH, _LENGTH, _DESCRIPTION = 256, 257, 270  # tags of a TIFF
 _GIVEN = ("inpaint", "mask-to-image", "translate", "image-to-image")
 
 
 def read_facts(file: bytes | str, name: str | None = None) -> dict[str, Any] | None:
-    """The metadata of a PNG that this program drew; None: it was not drawn by this program.
+    """The metadata of a picture that this program drew; None: it was not drawn by this program.
 
     Args:
         file: its path or its content.
@@ -28,13 +33,49 @@ def read_facts(file: bytes | str, name: str | None = None) -> dict[str, Any] | N
     Raises:
         BrokenImage: it is not an image.
     """
+    return read_head(file, name)[1]
+
+
+def read_head(
+    file: bytes | str, name: str | None = None, *, decode: bool = False
+) -> tuple[tuple[int, int], dict[str, Any] | None]:
+    """Width and height of a picture, and its metadata as of `read_facts`.
+
+    Args:
+        decode: decode its pixels, too, which finds what is damaged.
+
+    Raises:
+        BrokenImage: it is not an image.
+    """
+    if isinstance(file, bytes) and file.startswith(TIFF):
+        return _tiff_head(io.BytesIO(file), name or "a TIFF", decode)
+    if isinstance(file, str) and file.lower().endswith(_TIFF_SUFFIXES) and Path(file).is_file():
+        with Path(file).open("rb") as stream:
+            return _tiff_head(stream, name or file, decode)
     with open_image(file, name) as image:
-        return facts_in(image)
+        if decode:
+            image.load()
+        return image.size, _facts(image.info.get(METADATA))
 
 
-def facts_in(image: Image.Image) -> dict[str, Any] | None:
-    """The same for an open picture, without decoding its pixels."""
-    text = image.info.get("latentflow")
+def _tiff_head(stream: IO[bytes], name: str, decode: bool) -> tuple[tuple[int, int], dict[str, Any] | None]:
+    """The same of a TIFF, which Pillow does not open where it has several bands."""
+    try:
+        stream.seek(0)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(stream.read(8))
+        stream.seek(tags.next)
+        tags.load(stream)
+        if decode:
+            from tifffile import imread
+
+            stream.seek(0)
+            imread(stream)
+        return (int(tags[_WIDTH]), int(tags[_LENGTH])), _facts(tags.get(_DESCRIPTION))
+    except Exception as error:  # damaged files raise nearly anything
+        raise BrokenImage(name, reason(error)) from error
+
+
+def _facts(text: object) -> dict[str, Any] | None:
     try:
         facts = json.loads(text) if isinstance(text, str) else None
     except ValueError:

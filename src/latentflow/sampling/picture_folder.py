@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from latentflow.artifacts import require_writable
-from latentflow.data.pictures.decode import BrokenImage, open_image
+from latentflow.data.items import stack_pixels
+from latentflow.data.pictures.decode import BrokenImage
+from latentflow.data.pictures.shown import as_shown
 from latentflow.data.stores.files import is_image
 from latentflow.errors import ArtifactError
 from latentflow.model.flow_model import FlowModel
+from latentflow.pixel_format import PixelFormat
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.call_cost import call_count
@@ -23,7 +24,8 @@ from latentflow.sampling.contact_sheet import save_grid
 from latentflow.sampling.cost import announce_cost, compile_where_it_pays
 from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.naming import picture_caption, picture_facts, picture_name
-from latentflow.sampling.picture_file import WHICH, facts_in, read_facts, unlike
+from latentflow.sampling.picture_content import decode_picture, require_suffix, usual_suffix
+from latentflow.sampling.picture_file import WHICH, read_facts, read_head, unlike
 from latentflow.sampling.pipeline import Given, draw_batches, drawn_by
 from latentflow.sampling.samples import PictureWriter
 
@@ -63,7 +65,7 @@ def draw_folder(
     captions: bool = False,
     runtime: Runtime | None = None,
 ) -> DrawnFolder:
-    """Draw into a folder: one PNG per picture, and a contact sheet of the first `GRID_IMAGES`.
+    """Draw into a folder: one file per picture, PNG or TIFF, and a contact sheet of the first `GRID_IMAGES`.
 
     Repeating the call continues where it stopped. Each process of `runtime` draws its share of the pictures.
 
@@ -77,10 +79,11 @@ def draw_folder(
 
     Raises:
         ArtifactError: no such model, or the folder cannot be written or holds other pictures.
-        ConfigError: as `plan` does.
+        ConfigError: as `plan` does, or pictures of the model's pixel format take a library that is not installed.
     """
     require_writable(out)
     flow = FlowModel.from_pretrained(model, runtime=runtime)
+    require_suffix(usual_suffix(flow.config.pixel_format), flow.config.pixel_format)
     rank, world = flow.runtime.rank, flow.runtime.world
     drawings = plan(flow)
     folder = PictureFolder(flow, out, *drawings)
@@ -95,7 +98,7 @@ def draw_folder(
     shown = [picture_caption(single, flow.config.conditioning.class_names) for single in singles]
     grid = save_grid(
         folder.path / ("grid.png" if world == 1 else f"grid-{rank}-of-{world}.png"),
-        read_pixels(files[:GRID_IMAGES]),
+        read_shown(files[:GRID_IMAGES], flow.config.pixel_format),
         columns or _columns(shown),
         captions=shown if captions and any(shown) else [],
     )
@@ -167,15 +170,14 @@ class PictureFolder:
         return DrawnFolder([self.path / name for name in names], kept, calls, seconds)
 
     def _names(self, drawing: Drawing) -> list[str]:
-        class_names = tuple(self._flow.config.conditioning.class_names)
-        return [picture_name(drawing.at(slice(row, row + 1)), class_names) for row in range(len(drawing.seeds))]
+        config = self._flow.config
+        class_names, suffix = tuple(config.conditioning.class_names), usual_suffix(config.pixel_format)
+        return [picture_name(drawing.at(slice(row, row + 1)), class_names, suffix) for row in range(len(drawing.seeds))]
 
     def _look_at(self, file: Path, place: tuple[Drawing, int] | None, drawing: Drawing) -> str:
         """Why a file is not of this drawing; "" where it is, or where it is a damaged one of it, to be drawn again."""
         try:
-            with open_image(file) as image:
-                image.load()  # its pixels are checked as they are read
-                facts = facts_in(image)
+            _, facts = read_head(str(file), decode=True)  # its pixels are checked as they are read
         except BrokenImage:
             return "" if place is not None else "no readable image"
         if facts is None:
@@ -230,14 +232,10 @@ def _drawn_here(file: Path) -> bool:
         return True
 
 
-def read_pixels(files: Sequence[Path]) -> Tensor:
-    """Drawn pictures of one size: [B, 3, H, W] uint8.
+def read_shown(files: Sequence[Path], pixel_format: PixelFormat) -> Tensor:
+    """Drawn pictures of one size as they are shown: [B, 3, H, W] uint8.
 
     Raises:
         BrokenImage: one of them is gone or damaged.
     """
-    pictures = []
-    for file in files:
-        with open_image(file) as image:
-            pictures.append(np.asarray(image.convert("RGB")))
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return as_shown(stack_pixels([decode_picture(file.read_bytes(), str(file)) for file in files]), pixel_format)

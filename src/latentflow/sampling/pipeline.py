@@ -27,6 +27,7 @@ from latentflow.flow.solvers import Solution, Tolerance, Velocity, fitted_evalua
 from latentflow.flow.times import sampling_times
 from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import is_compiled
+from latentflow.pixel_format import RGB
 from latentflow.randomness import ImageRandom
 from latentflow.sampling.captured_calls import Calls, calls_for, plainly
 from latentflow.sampling.cost import announce_cost
@@ -143,7 +144,7 @@ def draw_all(model: FlowModel, drawing: Drawing, given: Given = Given(), **optio
         ConfigError: the pictures would need more than `MOST_BYTES`.
     """
     size = drawing.image_size or model.config.image_size
-    most = MOST_BYTES // (3 * size.area)
+    most = MOST_BYTES // (model.config.pixel_format.bytes_per_pixel * size.area)
     if len(drawing.seeds) > most:
         raise ConfigError(
             f"{len(drawing.seeds):,} images of {size.words} pixels at once in memory: at most {most:,}; draw "
@@ -269,9 +270,12 @@ def solve(model: FlowModel, drawing: Drawing, velocity: Velocity, x: Tensor, tim
     )
 
 
-def drawn_by(model: FlowModel) -> dict[str, str | int]:
-    """The origin of pictures, as their metadata states it: the program, the model and its weights."""
-    training = model.config.training
+def drawn_by(model: FlowModel) -> dict[str, Any]:
+    """The origin of pictures, as their metadata states it: the program, the model and its weights.
+
+    A pixel format other than 8-bit RGB is there as well.
+    """
+    training, pixel_format = model.config.training, model.config.pixel_format
     return {
         "latentflow": latentflow.__version__,
         "model": model.reference,
@@ -279,6 +283,7 @@ def drawn_by(model: FlowModel) -> dict[str, str | int]:
         "autoencoder": model.config.autoencoder.content_hash[:12],
         "trained_on": training.data_fingerprint[:12],
         "images_seen": training.images_seen,
+        **({} if pixel_format == RGB else {"pixel_format": pixel_format.model_dump(mode="json")}),
     }
 
 
@@ -335,6 +340,7 @@ class _Begun:
             class_names=tuple(self.model.config.conditioning.class_names),
             drawn_by=partial(drawn_by, self.model),
             seconds=seconds,
+            pixel_format=self.model.config.pixel_format,
         )
 
 

@@ -14,6 +14,7 @@ from latentflow.console import notice
 from latentflow.data.batches import TrainingImages
 from latentflow.data.painting.input_pixels import unit_inputs
 from latentflow.data.painting.semantic_maps import colour_map
+from latentflow.data.pictures.shown import as_colours, as_shown
 from latentflow.errors import NonFiniteError
 from latentflow.flow.solvers import expected_evaluations, is_adaptive
 from latentflow.model.config import ModelConfig, SamplingPreset
@@ -89,13 +90,13 @@ def _rows(
         return [pictures], _PER_CLASS, [conditioning.class_names[label] for label in drawing.labels]
     batch = images.at(range(len(drawing.seeds)), augmented=False).to(model.device)
     moments = model.moments(batch.pixels) if batch.moments is None else batch.moments
-    rows = [model.pixels(model.latents(moments)).cpu()]
+    rows = [_shown(model, model.latents(moments))]
     given: dict[str, Tensor] = {}
     if "inpainting" in drawing.told:
         cached = batch.known_pixels is None
         known = batch.known_moments if cached else model.moments(batch.known_pixels)
         given |= {"masked_latents": model.latents(known), "mask": batch.mask}
-        rows.append(model.pixels(given["masked_latents"]).cpu())
+        rows.append(_shown(model, given["masked_latents"]))
     if "semantic_map" in drawing.told:
         given["class_fractions"] = batch.class_fractions
         rows.append(map_pictures(batch.class_fractions, conditioning.map_palette, model.config.image_size))
@@ -128,14 +129,22 @@ def _rows(
     return rows, len(drawing.seeds), []
 
 
+def _shown(model: FlowModel, latents: Tensor) -> Tensor:
+    """Decoded latents as they are shown, [B, 3, S, S] uint8 on the CPU."""
+    return as_shown(model.pixels(latents).cpu(), model.config.pixel_format)
+
+
 def _drawn(model: FlowModel, drawing: Drawing, given: Given, runtime: Runtime, batch_size: int) -> Tensor:
-    """The pictures of a drawing, [N, 3, H, W] uint8 on the CPU in every process, each of which draws a share."""
+    """The pictures of a drawing as they are shown, [N, 3, H, W] uint8 on the CPU in every process.
+
+    Each process draws a share.
+    """
     places = range(len(drawing.seeds))
     own = slice(runtime.rank, None, runtime.world)
     pixels, error = torch.empty(0, 3, *model.config.image_size, dtype=torch.uint8), None
     try:
         parts = draw(model, drawing.at(own), given.at(own), batch_size=batch_size) if runtime.share(places) else ()
-        pixels = torch.cat([pixels, *(samples.pixels for samples in parts)])
+        pixels = torch.cat([pixels, *(samples.shown for samples in parts)])
     except Exception as caught:  # the others wait for this process all the same
         error = caught
     if runtime.sum(torch.tensor([float(error is not None)])) > 0:
@@ -166,7 +175,7 @@ def input_pictures(inputs: Tensor, image_size: Size) -> Tensor:
 
     Pixels are enlarged as squares.
     """
-    coloured = to_uint8(inputs[:, :3] if inputs.shape[1] >= 3 else inputs[:, :1].expand(-1, 3, -1, -1))
+    coloured = to_uint8(as_colours(inputs))
     return torch.nn.functional.interpolate(coloured, size=tuple(image_size), mode="nearest")
 
 

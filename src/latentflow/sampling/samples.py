@@ -18,10 +18,13 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from latentflow.artifacts import atomic_file, sync
+from latentflow.data.pictures.shown import as_shown
+from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.sampling.call_cost import call_count
 from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.naming import picture_facts, picture_name
-from latentflow.sampling.png import PILLOW_OPTIONS, encode_png
+from latentflow.sampling.picture_content import METADATA, encode_picture, require_suffix, usual_suffix
+from latentflow.sampling.png import PILLOW_OPTIONS
 
 _THREADS = 8  # more than there are cores: they spend much of their time waiting for the disk
 _WAITING = 2
@@ -32,7 +35,7 @@ class Samples:
     """Drawn pictures.
 
     Attributes:
-        pixels: [B, 3, H, W] uint8.
+        pixels: [B, P, H, W], stored values in `pixel_format`.
         latents: [B, C, h, w] float32, normalised, at t = 0.
         evaluations: [B] int64, network calls of each image; a guided call counts twice. [B] float64 where a guide is a
             network of another size; see `latentflow.sampling.call_cost`.
@@ -40,7 +43,8 @@ class Samples:
         class_names: of the model.
         drawn_by: returns the origin of the pictures, see `latentflow.sampling.pipeline.drawn_by`.
         seconds: wall time of solver and decoder.
-        finish: turns the pixels of a picture, [H, W, 3], into the image that is written; None: they are written as PNG.
+        pixel_format: what the values of the pixels are; the default is 8-bit RGB.
+        finish: turns the pixels of a picture, [H, W, 3], into the image that is written; None: they are written.
     """
 
     pixels: Tensor
@@ -48,14 +52,25 @@ class Samples:
     evaluations: Tensor
     drawing: Drawing
     class_names: Sequence[str] = field(default=())
-    drawn_by: Callable[[], Mapping[str, str | int]] = field(default=dict)
+    drawn_by: Callable[[], Mapping[str, Any]] = field(default=dict)
     seconds: float = 0.0
+    pixel_format: PixelFormat = RGB
     finish: Callable[[np.ndarray], Image.Image] | None = None
 
     @property
     def images(self) -> list[Image.Image]:
-        """The pictures as RGB images of Pillow."""
-        return [Image.fromarray(self._array(row)) for row in range(len(self.pixels))]
+        """The pictures as RGB images of Pillow, of other formats as they are shown (see `data.pictures.shown`)."""
+        return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in self.shown]
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """The pictures as arrays of stored values, [H, W, P] each."""
+        return [self._array(row) for row in range(len(self.pixels))]
+
+    @property
+    def shown(self) -> Tensor:
+        """The pictures as they are shown: [B, 3, H, W] uint8."""
+        return as_shown(self.pixels, self.pixel_format)
 
     @property
     def mean_evaluations(self) -> float:
@@ -63,26 +78,50 @@ class Samples:
         return float(self.evaluations.double().mean())
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write one PNG per image, named after class and seed, with its drawing in the metadata."""
+        """Write one file per image, named after class and seed, with its drawing in the metadata.
+
+        PNG, or TIFF where PNG does not hold the format: several bands or floating-point numbers.
+
+        Raises:
+            ConfigError: it takes a library that is not installed.
+        """
+        require_suffix(usual_suffix(self.pixel_format), self.pixel_format)
         return self._write_all([Path(folder) / self.name(row) for row in range(len(self.pixels))])
 
     def save_as(self, file: str | Path) -> list[Path]:
-        """Write one image to `file`; several images to files named after it and after class and seed."""
+        """Write one image to `file`; several images to files named after it and after class and seed.
+
+        Args:
+            file: its suffix says what is written: see `sampling.picture_content`.
+
+        Raises:
+            ConfigError: such a file does not hold the format, or takes a library that is not installed.
+        """
+        require_suffix(Path(file).suffix, self.pixel_format)
         return self._write_all(files_like(file, self.drawing, self.class_names))
 
     def name(self, row: int) -> str:
         """The file name of one image: "cat_seed-00000017.png"."""
-        return picture_name(self.drawing.at(slice(row, row + 1)), self.class_names)
+        own = self.drawing.at(slice(row, row + 1))
+        return picture_name(own, self.class_names, usual_suffix(self.pixel_format))
 
     def png(self, row: int) -> bytes:
         """The PNG file of one image, with its drawing in the metadata."""
+        return self.content(row, ".png")
+
+    def content(self, row: int, suffix: str) -> bytes:
+        """The file of one image, with its drawing in the metadata where such a file has some.
+
+        Args:
+            suffix: ".png" or another of `sampling.picture_content`.
+        """
         own = self.drawing.at(slice(row, row + 1))
         facts = picture_facts(own, self.class_names, dict(self.drawn_by()))
         text = json.dumps(facts | {"evaluations": call_count(self.evaluations[row])})
         if self.finish is None:
-            return encode_png(self._array(row), {"latentflow": text})
+            return encode_picture(self._array(row), self.pixel_format, text, suffix)
         written, metadata = io.BytesIO(), PngImagePlugin.PngInfo()
-        metadata.add_text("latentflow", text)
+        metadata.add_text(METADATA, text)
         self.finish(self._array(row)).save(written, format="PNG", pnginfo=metadata, **PILLOW_OPTIONS)
         return written.getvalue()
 
@@ -101,7 +140,7 @@ def files_like(file: str | Path, drawing: Drawing, class_names: Sequence[str]) -
     if len(drawing.seeds) == 1:
         return [file]
     rows = (drawing.at(slice(row, row + 1)) for row in range(len(drawing.seeds)))
-    return [file.with_name(f"{file.stem}_{picture_name(row, class_names)}") for row in rows]
+    return [file.with_name(f"{file.stem}_{picture_name(row, class_names, file.suffix)}") for row in rows]
 
 
 def join_samples(parts: Sequence[Samples]) -> Samples:
@@ -118,6 +157,7 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
         class_names=parts[0].class_names,
         drawn_by=parts[0].drawn_by,
         seconds=sum(part.seconds for part in parts),
+        pixel_format=parts[0].pixel_format,
     )
 
 
@@ -167,6 +207,6 @@ class PictureWriter:
 
 
 def _write(samples: Samples, file: Path, row: int) -> None:
-    content = samples.png(row)
+    content = samples.content(row, file.suffix)
     with atomic_file(file, sync_folder=False) as temporary:
         temporary.write_bytes(content)

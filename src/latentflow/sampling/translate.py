@@ -70,7 +70,7 @@ def read_paired(model: FlowModel, image: ImageInput, *, native: bool = False) ->
     rules = model.config.inputs
     assert rules is not None
     try:
-        picture = read_picture(image) if not isinstance(image, Image.Image) else to_rgb(image)
+        picture = to_rgb(image) if isinstance(image, Image.Image) else read_picture(image).planes[0]
     except ValueError as error:
         raise DataError(f"the image cannot be used: {error}") from error
     if native:

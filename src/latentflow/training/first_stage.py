@@ -26,13 +26,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from latentflow.autoencoder import sample_latents, to_unit_range
+from latentflow.autoencoder import sample_latents
 from latentflow.data.batches import Batch, TrainingImages
 from latentflow.data.pixel_choice import EIGHT_BIT_RGB, PixelChoice
 from latentflow.errors import ConfigError
 from latentflow.networks.feature_network import FeatureNetwork
 from latentflow.networks.in_training import sampled_part
 from latentflow.networks.patch_discriminator import JudgedAutoencoder, PatchDiscriminator
+from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.randomness import ImageRandom, derive_seed
 from latentflow.records import Record
 from latentflow.runtime import Runtime
@@ -58,7 +59,7 @@ _KEPT_BYTES = 42  # per residual block, channel and pixel, for the backward pass
 
 
 class AutoencoderData(PixelChoice):
-    """Where the images come from."""
+    """Where the images come from, and what their pixels are read as."""
 
     path: str = Field("", description="A folder or zip of images, or 'synthetic:COUNT'.")
     image_size: Annotated[ImageSize, bounded(1, LARGEST_IMAGE)] = Field(
@@ -357,16 +358,18 @@ def autoencoder_step(
     recipe: AutoencoderRecipe,
     runtime: Runtime,
     judge: FeatureNetwork | None = None,
+    pixel_format: PixelFormat = RGB,
 ) -> AutoencoderStep:
     """Encode, sample from the posterior, decode, compare.
 
     Args:
         network: an AutoencoderKL, or a `JudgedAutoencoder` with one.
         judge: whose features are compared; needed with `loss.perceptual_weight`.
+        pixel_format: of the batch.
     """
     seed, device, weights = recipe.training.seed, runtime.device, recipe.loss
     coder: AutoencoderKL = sampled_part(network)
-    pixels = to_unit_range(_random_crops(batch, recipe.data.crop, seed).to(device, non_blocking=True))
+    pixels = pixel_format.to_unit(_random_crops(batch, recipe.data.crop, seed).to(device, non_blocking=True))
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     with runtime.autocast():
         moments = coder.encode(pixels).latent_dist.parameters.float()
@@ -418,7 +421,9 @@ def train_first_stage(
     config, judge = recipe.training, judge and judge.eval().requires_grad_(False).to(runtime.device)
     job = Job(
         network=_with_discriminator(network, recipe).to(runtime.device),
-        compare=partial(autoencoder_step, recipe=recipe, runtime=runtime, judge=judge),
+        compare=partial(
+            autoencoder_step, recipe=recipe, runtime=runtime, judge=judge, pixel_format=images.source.pixel_format
+        ),
         meter=partial(MeanTerms, terms_of(recipe.loss)),
         images=images,
         run=run,
@@ -444,7 +449,7 @@ def _with_discriminator(network: AutoencoderKL, recipe: AutoencoderRecipe) -> nn
 
 
 def _random_crops(batch: Batch, side: int | None, seed: int) -> Tensor:
-    """A random square of `side` pixels of each image, or the whole image: pixels [B, P, H, W] uint8."""
+    """A random square of `side` pixels of each image, or the whole image: stored values [B, P, H, W]."""
     assert batch.pixels is not None
     if side is None:
         return batch.pixels

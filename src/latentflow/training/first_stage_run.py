@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from latentflow.artifacts import atomic_folder, read_json, write_json
-from latentflow.autoencoder import Autoencoder, to_unit_range
+from latentflow.autoencoder import Autoencoder
 from latentflow.data.batches import TrainingImages, epoch_order
 from latentflow.data.cache.reader import is_cache
 from latentflow.data.items import ImageSource
 from latentflow.data.latent_statistics import ChannelSums
+from latentflow.data.pictures.shown import as_levels, as_shown
 from latentflow.data.pictures.user_picture import psnr
 from latentflow.data.sources.images import open_images
 from latentflow.data.sources.readable import readable
 from latentflow.errors import ConfigError, DataError
 from latentflow.model.config import AUTOENCODER_FOLDER
 from latentflow.networks.feature_network import FeatureNetwork
+from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
 from latentflow.training.changes import as_begun, check_changes
@@ -72,6 +74,8 @@ class PreparedFirstStage(PreparedRun):
         super().begin()
         source = self.images.source
         learned_from = {"data": source.description, "fingerprint": source.fingerprint()}
+        if source.pixel_format != RGB:
+            learned_from["pixel_format"] = source.pixel_format.model_dump(mode="json")
         if self.judge:
             learned_from["judge"] = self.judge.hash
         write_json(self.run / _IMAGES_FILE, learned_from)
@@ -83,6 +87,7 @@ class PreparedFirstStage(PreparedRun):
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         return {
             "data": f"{len(self.images):,} images of {data.image_size.words}{crops}: {data.path}",
+            "pixels": self.images.source.pixel_format.title,
             "held out": f"{len(self.held_out)} images",
             "network": f"{len(network.channels)} levels of {network.channels} channels, {parameters:,} parameters",
             **({"discriminator": self._discriminator()} if self.recipe.loss.adversarial_weight else {}),
@@ -120,12 +125,12 @@ def prepare_first_stage(
     recipe = as_begun(recipe, run, CHANGES)
     changes = check_changes(run, recipe, CHANGES, allow_change)
     runtime = runtime.with_precision(recipe.training.precision)
-    source = open_images(recipe.data.path, recipe.data.image_size, pixels=recipe.data)
+    source = open_images(recipe.data.path, recipe.data.image_size, pixels=recipe.data, known=_known_format(run))
     _require_same_images(run, source)
     if judge:
         _require_same_judge(run, judge, recipe.loss.judge)
     usable, unreadable = readable(source)
-    channels = source[usable[0]].pixels.shape[2] if usable else 3
+    channels = source.pixel_format.channels
     require_autoencoder_memory(recipe, free_memory(runtime.device), channels)
     kept, held_out = split(usable, recipe.data.held_out, recipe.training.seed)
     return PreparedFirstStage(
@@ -138,6 +143,13 @@ def prepare_first_stage(
         held_out=held_out,
         judge=judge,
     )
+
+
+def _known_format(run: Path) -> PixelFormat | None:
+    """The pixel format that the run began with; None: it is new, or as old as pixel formats."""
+    file = run / _IMAGES_FILE
+    found = read_json(file).get("pixel_format") if file.exists() else None
+    return found and PixelFormat.model_validate(found)
 
 
 def _require_same_images(run: Path, source: ImageSource) -> None:
@@ -176,7 +188,8 @@ class AutoencoderReport:
     """What a finished first stage is, written to metrics/report.json.
 
     Attributes:
-        psnr: peak signal-to-noise ratio in dB of 8-bit reconstructions, the mean over the held-out images.
+        psnr: peak signal-to-noise ratio in dB of stored reconstructions, whose range is the peak; the mean over the
+            held-out images.
         channel_psnr: the same of each channel of the pixels by itself.
         num_held_out: how many those are.
         factor: image side divided by latent side.
@@ -212,7 +225,7 @@ def finish(prepared: PreparedFirstStage, num_steps: int) -> tuple[AutoencoderRep
     Writes `autoencoder/` and `metrics/report.json`.
 
     Returns:
-        the report, and pictures [2, N, P, H, W] uint8: the held-out images, and their reconstructions.
+        the report, and pictures as they are shown, [2, N, 3, H, W] uint8: the held-out images, and reconstructions.
     """
     network, recipe, run = prepared.network, prepared.recipe, prepared.run
     source, kept = prepared.images.source, prepared.images.kept.tolist()
@@ -228,12 +241,11 @@ def finish(prepared: PreparedFirstStage, num_steps: int) -> tuple[AutoencoderRep
 
     decibels, by_channel, pictures = [], [], []
     for pixels in _pixels(source, prepared.held_out):
-        rebuilt = autoencoder.reconstruct(pixels)
-        decibels += psnr(pixels, rebuilt).tolist()
-        by_channel.append(
-            torch.stack([psnr(*pair) for pair in zip(pixels.split(1, 1), rebuilt.split(1, 1), strict=True)], 1)
-        )
-        pictures.append(torch.stack([pixels, rebuilt]))
+        pair = pixels, autoencoder.reconstruct(pixels, source.pixel_format)
+        levels = [as_levels(one, source.pixel_format) for one in pair]
+        decibels += psnr(*levels).tolist()
+        by_channel.append(psnr(*(one.flatten(0, 1)[:, None] for one in levels)).reshape(pixels.shape[:2]))
+        pictures.append(torch.stack([as_shown(one, source.pixel_format) for one in pair]))
     report = AutoencoderReport(
         psnr=sum(decibels) / len(decibels),
         channel_psnr=torch.cat(by_channel).mean(0).tolist(),
@@ -253,7 +265,7 @@ def _set_scaling(autoencoder: Autoencoder, source: ImageSource, indices: Sequenc
     """Write 1 / std and mean of the latents into the config, as Stable Diffusion does; returns parts of the report."""
     sums, deviations, lowest, highest = ChannelSums(autoencoder.num_channels), [], math.inf, -math.inf
     for pixels in _pixels(source, indices):
-        moments = autoencoder.encode(to_unit_range(pixels))
+        moments = autoencoder.encode(source.pixel_format.to_unit(pixels))
         sums.add(moments)
         mean, log_variance = moments.chunk(2, dim=1)
         deviations.append((0.5 * log_variance).exp().mean(dim=(1, 2, 3)).cpu())
@@ -273,7 +285,7 @@ def _set_scaling(autoencoder: Autoencoder, source: ImageSource, indices: Sequenc
 
 
 def _pixels(source: ImageSource, indices: Sequence[int]) -> Iterator[Tensor]:
-    """Images in slices of [B, P, H, W] uint8."""
+    """Images in slices of [B, P, H, W], stored values."""
     for start in range(0, len(indices), _SLICE):
         pixels = np.stack([source[index].pixels for index in indices[start : start + _SLICE]])
         yield torch.from_numpy(pixels).permute(0, 3, 1, 2)

@@ -93,8 +93,8 @@ def test_profiles_count_alike_for_sets_and_for_single_pictures(tmp_path):
     stored.save(tmp_path / "a.png", icc_profile=rgb_profile(DISPLAY_P3, 2.2))
     shown = read((tmp_path / "a.png").read_bytes())
     assert np.array_equal(open_images(tmp_path, 24)[0].pixels, shown)
-    assert np.array_equal(np.asarray(read_picture(tmp_path / "a.png")), shown)
-    again = to_rgb(read_picture(tmp_path / "a.png"))
+    assert np.array_equal(np.asarray(read_picture(tmp_path / "a.png").planes[0]), shown)
+    again = to_rgb(read_picture(tmp_path / "a.png").planes[0])
     assert np.array_equal(np.asarray(again), shown)  # nothing is done twice
     with Image.open(tmp_path / "a.png") as image:  # a user's own image, which stays as it is
         assert np.array_equal(np.asarray(to_rgb(image)), shown)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,22 +11,49 @@ from PIL import Image
 from torch import Tensor
 
 from latentflow.artifacts import sha256_file
-from latentflow.data.pictures.colour import to_rgb
 from latentflow.data.pictures.crop import center_crop
-from latentflow.data.pictures.decode import open_image
+from latentflow.data.pictures.decode import check_bytes
+from latentflow.data.pictures.raster import Raster
+from latentflow.data.pictures.reading import read_raster
 from latentflow.errors import DataError
+from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.sizes import Size
 
+_NUMBERS = ("F", "I", "I;16", "I;16L", "I;16B", "I;16N", "CMYK", "LAB")  # modes that PNG does not keep
 
-def read_picture(file: str | Path) -> Image.Image:
-    """The picture in a file, as upright 8-bit sRGB.
+
+def read_picture(image: str | Path | Image.Image, pixel_format: PixelFormat = RGB) -> Raster:
+    """A picture in a pixel format, upright; see `read_raster`.
+
+    Args:
+        image: a file, or a Pillow image.
 
     Raises:
-        DataError: the file is missing, damaged, or no image.
+        DataError: the file is missing, damaged, or no image; or it does not fit the format.
     """
-    _require_file(file)
-    with open_image(file) as image:
-        return to_rgb(image, Path(file).name)
+    return read_upright(image, pixel_format)[0]
+
+
+def read_upright(image: str | Path | Image.Image, pixel_format: PixelFormat) -> tuple[Raster, int]:
+    """The same, and the EXIF orientation of its file, 1 to 8."""
+    try:
+        if not isinstance(image, str | Path):
+            return read_raster(_content_of(image), "in memory", pixel_format)
+        _require_file(image)
+        check_bytes(Path(image).stat().st_size)
+        return read_raster(Path(image).read_bytes(), Path(image).name, pixel_format)
+    except ValueError as error:
+        raise DataError(f"the image cannot be used: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {image}: {error.strerror}") from error
+
+
+def _content_of(image: Image.Image) -> bytes:
+    """A Pillow image as the content of a file that keeps its numbers, its profile and its orientation."""
+    written, kept = io.BytesIO(), {name: image.info[name] for name in ("icc_profile", "exif") if name in image.info}
+    kind = "TIFF" if image.mode in _NUMBERS else "PNG"
+    image.save(written, format=kind, **kept)
+    return written.getvalue()
 
 
 def describe_file(file: str | Path) -> str:
@@ -40,21 +69,23 @@ def describe_file(file: str | Path) -> str:
         raise DataError(f"cannot read {file}: {error.strerror}") from error
 
 
-def cropped_picture(image: Image.Image, size: Size | int) -> Tensor:
-    """The central crop of a picture of any mode, by `to_rgb` and `center_crop`: [1, 3, height, width] uint8.
+def cropped_picture(picture: Raster, size: Size | int) -> Tensor:
+    """The central crop of a picture, by `center_crop`: [1, P, height, width], stored values of its format.
 
     Raises:
-        DataError: the picture is too long and thin, or of a mode without a defined white.
+        DataError: the picture is too long and thin.
     """
     try:
-        pixels = center_crop(to_rgb(image), size)
+        pixels = picture.cropped(partial(center_crop, size=size))
     except ValueError as error:
         raise DataError(f"the image cannot be used: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
 def psnr(pixels: Tensor, other: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of 8-bit images, 10 log10(255^2 / mean squared error): [B, 3, H, W] => [B].
+    """Peak signal-to-noise ratio in dB, 10 log10(255^2 / mean squared error): two of [B, P, H, W] => [B].
+
+    Values are those of 8 bits, 0 to 255; for other formats see `data.pictures.shown.as_levels`.
 
     Equal images count as if a single value were off by 1, to keep the result finite.
     """

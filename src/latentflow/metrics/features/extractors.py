@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentflow.artifacts import sha256_tensors
-from latentflow.autoencoder import Autoencoder, latent_mean, to_unit_range
+from latentflow.autoencoder import Autoencoder, latent_mean
+from latentflow.data.pictures.shown import as_shown
 from latentflow.errors import ArtifactError, ConfigError, DataError, nearest
 from latentflow.metrics.features.inception import InceptionV3, download_weights, load_inception
 from latentflow.metrics.features.judge_folder import Judge, JudgeRecord, load_judge
 from latentflow.metrics.features.random_pyramid import RandomPyramid
 from latentflow.metrics.names import FEATURE_PRECISIONS, FEATURES, JUDGE, is_judge
 from latentflow.networks.feature_network import FeatureNetwork
+from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.runtime import Precision, Runtime
 from latentflow.sizes import Size
 from latentflow.weights import LOADING
@@ -42,9 +44,12 @@ class FeatureExtractor(Protocol):
         name: one of `FEATURES`, or `JUDGE`.
         label: the name of a Fréchet distance of these features, and what it may be compared with.
         dim: D.
-        hash: SHA-256 over the weights, the preprocessing, and a precision other than fp32.
+        hash: SHA-256 over the weights, the preprocessing, a precision other than fp32, and a pixel format other than
+            8-bit RGB.
         device: where features are computed and returned.
         precision: what the network computes in.
+        pixel_format: of the images. Networks see what is shown of them (see `data.pictures.shown`), the first stage
+            their stored values.
     """
 
     name: str
@@ -53,12 +58,13 @@ class FeatureExtractor(Protocol):
     hash: str
     device: torch.device
     precision: Precision
+    pixel_format: PixelFormat
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 RGB images [B, 3, H, W] on any device => [B, D] float32 on `device`.
+        """Images [B, P, H, W], stored values in `pixel_format`, on any device => [B, D] float32 on `device`.
 
         Raises:
-            DataError: the images are not uint8 RGB, or of a size that does not fit.
+            DataError: the images are of another format, or of a size that does not fit.
         """
         ...
 
@@ -71,6 +77,7 @@ def open_features(
     image_size: Size | int | None = None,
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
+    pixel_format: PixelFormat = RGB,
 ) -> FeatureExtractor:
     """A feature network by name.
 
@@ -83,6 +90,7 @@ def open_features(
         image_size: of "latents", which needs it: that of the images.
         precision: "fp32", which published figures are computed in; "tf32" and "bf16" are faster, and move a distance.
             On other devices than CUDA tf32 is fp32.
+        pixel_format: of the images.
 
     Raises:
         ConfigError: no such name or precision, something that "latents" needs is missing, or the `transformers`
@@ -94,6 +102,22 @@ def open_features(
     device = torch.device(device)
     precision = "fp32" if precision == "tf32" and device.type != "cuda" else precision
     Runtime(device).with_precision(precision)  # refuses one that the device has not
+    found = _opened(name, weights, autoencoder, image_size, device, precision)
+    if pixel_format != RGB:
+        found.pixel_format = pixel_format
+        found.hash = hashlib.sha256(f"{found.hash} of {pixel_format.model_dump_json()}".encode()).hexdigest()
+    return found
+
+
+def _opened(
+    name: str,
+    weights: str | Path | None,
+    autoencoder: Autoencoder | None,
+    image_size: int | None,
+    device: torch.device,
+    precision: Precision,
+) -> FeatureExtractor:
+    """The network for 8-bit RGB; arguments as of `open_features`."""
     if name == "inception":
         return InceptionFeatures(load_inception(weights or download_weights()), device, precision)
     if name == "dinov2":
@@ -115,6 +139,7 @@ class InceptionFeatures:
     name = "inception"
     label = "FID"
     dim = 2048
+    pixel_format = RGB
 
     def __init__(self, network: InceptionV3, device: torch.device | str = "cpu", precision: Precision = "fp32"):
         self.device, self.precision = torch.device(device), precision
@@ -130,7 +155,7 @@ class InceptionFeatures:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         with _computing(self):
-            return self.network(_sent(images, self.device)).float()
+            return self.network(_shown(self, images)).float()
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
@@ -152,6 +177,7 @@ class DinoFeatures:
 
     name = "dinov2"
     label = "FD-DINOv2"
+    pixel_format = RGB
     side = 224
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # of ImageNet
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -182,7 +208,7 @@ class DinoFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        pixels = _sent(images, self.device).float()
+        pixels = _shown(self, images).float()
         resized = F.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True, align_corners=False)
         normal = (resized.clamp(0, 255) / 255 - self._mean) / self._std
         with _computing(self):
@@ -193,6 +219,7 @@ class LatentFeatures:
     """The means of the first stage's posterior, normalised as for the flow, flattened."""
 
     name = "latents"
+    pixel_format = RGB
     label = f"Fréchet distance of latents, {_RELATIVE}"
 
     def __init__(self, autoencoder: Autoencoder, image_size: Size | int, precision: Precision = "fp32"):
@@ -212,10 +239,11 @@ class LatentFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        if _checked(images).shape[2:] != self.image_size:
+        if _checked(images, self.pixel_format).shape[2:] != self.image_size:
             size = list(self.image_size)
             raise DataError(f"images of {list(images.shape[2:])} pixels do not fit features of latents at {size}")
-        moments = self.autoencoder.encode(to_unit_range(_sent(images, self.device)))
+        values = images.to(self.device, non_blocking=True)
+        moments = self.autoencoder.encode(self.pixel_format.to_unit(values))
         raw = latent_mean(moments, self.autoencoder.num_channels)
         return self.autoencoder.normalisation.normalise(raw).flatten(1)
 
@@ -224,6 +252,7 @@ class RandomFeatures:
     """Means and spreads of a fixed random convolution pyramid: no download, and the same numbers everywhere."""
 
     name = "random"
+    pixel_format = RGB
     label = f"Fréchet distance of random features, {_RELATIVE}"
 
     def __init__(self, device: torch.device | str = "cpu", precision: Precision = "fp32"):
@@ -235,7 +264,7 @@ class RandomFeatures:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         with _computing(self):
-            return self.network(_sent(images, self.device)).float()
+            return self.network(_shown(self, images)).float()
 
 
 class JudgeFeatures:
@@ -247,6 +276,7 @@ class JudgeFeatures:
     """
 
     name = JUDGE
+    pixel_format = RGB
 
     def __init__(
         self,
@@ -267,7 +297,7 @@ class JudgeFeatures:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         with _computing(self):
-            features = self.network(_sent(images, self.device))
+            features = self.network(_shown(self, images))
         return (features - self._mean) / self._std
 
 
@@ -276,14 +306,16 @@ def _computing(features: FeatureExtractor) -> AbstractContextManager[None]:
     return Runtime(features.device, precision=features.precision).autocast()
 
 
-def _sent(images: Tensor, device: torch.device) -> Tensor:
-    """Images on the device; pinned ones are sent without blocking."""
-    return _checked(images).to(device, non_blocking=True)
+def _shown(features: FeatureExtractor, images: Tensor) -> Tensor:
+    """What is shown of images, on the device: [B, 3, H, W] uint8; pinned ones are sent without blocking."""
+    sent = _checked(images, features.pixel_format).to(features.device, non_blocking=True)
+    return as_shown(sent, features.pixel_format)
 
 
-def _checked(images: Tensor) -> Tensor:
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-        raise DataError(f"features need uint8 images [B, 3, H, W], not {images.dtype} {list(images.shape)}")
+def _checked(images: Tensor, pixel_format: PixelFormat) -> Tensor:
+    dtype, channels = pixel_format.dtype, pixel_format.channels
+    if images.dtype != getattr(torch, dtype) or images.dim() != 4 or images.shape[1] != channels:
+        raise DataError(f"features need {dtype} images [B, {channels}, H, W], not {images.dtype} {list(images.shape)}")
     return images
 
 
