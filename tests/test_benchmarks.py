@@ -212,6 +212,22 @@ def test_few_images(benchmark, tmp_path):
     assert (tmp_path / "few_images-cpu.json").is_file()
 
 
+def test_conditions(benchmark, tmp_path):
+    """The measure finds the size of real shapes; what an untrained model draws is not recognised, and that is said."""
+    given = ["--classes", "all", "--images", 96, "--steps", 2, "--num", 4, "--results", tmp_path]
+    script = benchmark("conditions")
+    results = script.main(list(map(str, given)))
+    written = read_json(tmp_path / "conditions-cpu.json")
+    assert written["sizes"] == results["sizes"]
+    floor, rows = results["sizes"]["floor"], results["sizes"]["rows"]
+    assert floor["error"] < 1
+    assert floor["recognised"] > 0.9
+    assert [row["asked"] for row in rows] == [size for sizes in script.ASKED.values() for size in sizes]
+    assert all(0 <= row["recognised"] < 0.5 for row in rows)
+    assert {*results["classes"]} == {"shape alone", "colour alone", "both"}
+    assert all(math.isfinite(share) for share in numbers(results["traits"]))
+
+
 def test_judge_ranking(benchmark, tmp_path, kl, images):
     tiny.model(kl).save_pretrained(tmp_path / "model")
     given = ["--judge", "random", "--model", tmp_path / "model", "--data", images, "--num", 9, "--results", tmp_path]

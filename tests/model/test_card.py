@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from latentflow.hub import CARD_NAME
 from latentflow.model.card import model_card
+from latentflow.model.conditioning import ColumnCondition
 from tests import tiny
 from tests.processes import run_here
 
@@ -47,3 +48,14 @@ def test_facts_cannot_break_the_table(kl):
     text = model_card(config.model_copy(update={"training": training}))
     assert "| trained on | a \\| b c {{ 1 + 1 }} |\n" in text
     assert ModelCard(text).data.tags == ["flow-matching", "image-generation", "class-conditional"]
+
+
+def test_named_conditions_are_in_the_table_and_in_the_command(kl):
+    columns = [
+        ColumnCondition(name="age at scan", kind="number", mean=51.2, deviation=9, low=18, high=95),
+        ColumnCondition(name="view", kind="label", class_names=["frontal", "lateral"]),
+    ]
+    text = model_card(tiny.model(kl, conditioning={"columns": columns}).config)
+    assert "| named conditions | age at scan (number, 18 to 95); view (label: frontal, lateral) |\n" in text
+    assert "--condition 'age at scan=51.2' --out samples\n" in text
+    assert "| guidance | on label, age at scan, view |\n" in text

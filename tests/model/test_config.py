@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from latentflow.api import LatentFlow
 from latentflow.artifacts import read_tensors, write_tensors
 from latentflow.errors import ArtifactError, LatentFlowError
+from latentflow.model.config import ModelConfig
 from latentflow.model.flow_model import CONFIG_FILE, WEIGHTS_FILE, read_config
 from latentflow.networks.unet import UNetConfig
 from tests import tiny
@@ -324,3 +326,33 @@ def test_eight_threads_load_and_draw_at_once(folders):
         list(threads.map(work, range(24)))
     assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
     assert torch.get_default_device().type == "cpu"
+
+
+# Named columns
+
+
+def test_columns_belong_to_the_weights(kl, tmp_path):
+    """Their order and the scale of numbers, which the shapes of the weights do not show."""
+    one = {"name": "age", "kind": "number", "mean": 50.0, "deviation": 20.0}
+    tiny.model(kl, conditioning={"columns": [one, {**one, "name": "dose"}]}).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / CONFIG_FILE
+    sound = json.loads(file.read_text(encoding="utf-8"))
+    for change in (lambda columns: columns.reverse(), lambda columns: columns[0].update(mean=0.0)):
+        config = copy.deepcopy(sound)
+        change(config["conditioning"]["columns"])
+        file.write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(ArtifactError, match=r"velocity.safetensors was written with"):
+            LatentFlow.from_pretrained(tmp_path / "model")
+    file.write_text(json.dumps(sound), encoding="utf-8")
+    assert LatentFlow.from_pretrained(tmp_path / "model").config.conditioning.columns[1].name == "dose"
+
+
+def test_a_model_without_columns_is_written_as_before(kl):
+    assert "conditioning" not in tiny.model(kl).config.computation
+
+
+def test_a_preset_guided_by_what_the_model_does_not_have(kl):
+    config = tiny.model(kl).config.model_dump()
+    config["sampling"]["guided_by"] = ["lable"]
+    with pytest.raises(ValidationError, match=r"sampling.guided_by = 'lable': no such condition; did you mean 'label'"):
+        ModelConfig.model_validate(config)

@@ -15,6 +15,7 @@ from latentflow.commands.evaluate import evaluate
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.evaluation.request import BenchmarkRequest, EvaluationRequest
 from latentflow.flow.path import CosinePath
+from latentflow.model.conditioning import ColumnCondition
 from latentflow.model.config import SamplingPreset
 from latentflow.model.guide_reference import GuideReference
 from latentflow.sampling.call_cost import multiply_adds, relative_cost
@@ -347,3 +348,28 @@ def test_other_images_of_the_same_model_are_inverted_with_it(model, place):
     assert inversion.drawing.sampling.guide.model == str(place / "same")
     assert inversion.evaluations == 2 * 4 * 20
     assert inversion.round_trip(model).latent_error < 0.05
+
+
+def test_named_conditions_reach_a_guide_that_has_them(kl, tmp_path):
+    """By name, in the order of the guide; others, and columns of other classes, are null for it."""
+    number, view = (
+        {"name": "age", "kind": "number"},
+        {"name": "view", "kind": "label", "class_names": ["front", "side"]},
+    )
+    other = {**view, "class_names": ["side", "front"]}
+    columns = {"ours": [number, view], "turned": [view, {**number, "mean": 3.0}], "other": [other, number], "none": []}
+    models = {
+        name: tiny.model(kl, seed=seed, conditioning={"columns": [ColumnCondition(**one) for one in given]})
+        for seed, (name, given) in enumerate(columns.items())
+    }
+    for name, one in models.items():
+        one.save_pretrained(tmp_path / name)
+    ours, asked = LatentFlow.from_pretrained(tmp_path / "ours"), {"age": 63, "view": "side"}
+    for name, seen in (("turned", [[1, 63, 0]]), ("other", [[2, 63, 0]]), ("none", None)):
+        guide = GuideReference(model=str(tmp_path / name))
+        request = SampleRequest(num=1, classes=["apple"], conditions=asked, guidance=2.0, guide=guide)
+        drawing = make_drawing(ours, request)
+        velocity = conditioned_velocity(ours, drawing, {}, (1, 4, 8, 8))
+        assert velocity.condition.columns.tolist() == [[63, 0, 1]]
+        found = velocity.guide.condition.columns
+        assert (None if found is None else found.tolist()) == seen

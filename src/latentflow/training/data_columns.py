@@ -45,11 +45,11 @@ def chosen_columns(conditioning: ConditioningConfig, columns: Sequence[Column], 
 def _with_dropout(asked: str) -> tuple[str, float]:
     """A name and its dropout, of "age:0.2"."""
     name, colon, share = asked.rpartition(":")
-    if not colon:
-        return asked, 0.0
     try:
-        dropout = float(share)
+        dropout = float(share) if colon else None
     except ValueError:
+        dropout = None
+    if dropout is None:
         return asked, 0.0
     if not 0 <= dropout < 1:
         raise ConfigError(f"conditioning.columns: {asked!r}: the dropout of a column is at least 0 and below 1")

@@ -278,6 +278,7 @@ REFUSED = {
     "first level has 16 channels": (unet(multipliers=(2, 2)), {}, {}),
     "first convolution 16": (unet(stem_channels=16), {}, {}),
     "its time_scale is 0.5": (unet(time_scale=0.5), {}, {}),
+    "named conditions": (unet(), {"columns": [{"name": "age", "kind": "number"}]}, {}),
     "conditioned on semantic maps": (unet(), {"map_class_names": ["sky"], "map_palette": [(0, 0, 0)]}, {}),
     "its path is cosine": (unet(), {}, {"path": CosinePath()}),
     "predicts noise": (unet(), {}, {"prediction": NoisePrediction(), "path": CosinePath()}),
