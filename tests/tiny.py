@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from latentflow.api import LatentFlow
 from latentflow.artifacts import atomic_file
@@ -177,6 +177,25 @@ def write_paired(folder: Path, *, per_class: int = 4) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         negative = 255 - np.asarray(Image.open(file))
         Image.fromarray(negative).resize((12, 10), Image.Resampling.BOX).save(place, quality=95)
+    return folder
+
+
+MIXED = {"wide": (36, 24), "tall": (20, 32), "square": (24, 24)}
+"""Width and height of the pictures of `write_mixed`."""
+
+
+def write_mixed(folder: Path) -> Path:
+    """Pictures of two classes: 9 wide, 4 tall and 6 square ones, and a tall one that is stored on its side."""
+    generator = np.random.default_rng(0)
+    for number, shape in enumerate(["wide"] * 9 + ["tall"] * 4 + ["square"] * 6):
+        width, height = MIXED[shape]
+        place = folder / CLASSES[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8))
+        picture.save(place / f"{number:02d}_{shape}.png")
+    turned, exif = Image.fromarray(generator.integers(0, 256, (20, 32, 3), np.uint8)), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned.save(folder / CLASSES[0] / "99_tall.png", exif=exif)
     return folder
 
 

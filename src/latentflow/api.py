@@ -34,6 +34,7 @@ from latentflow.sampling.request import (
     VaryRequest,
 )
 from latentflow.sampling.samples import Samples
+from latentflow.sizes import Size
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
@@ -54,15 +55,21 @@ class SamplingOptions(TypedDict, total=False):
     atol: float | None
 
 
-class SampleOptions(SamplingOptions, total=False):
-    """`SampleRequest` without `num`, for type checkers."""
+class DrawOptions(SamplingOptions, total=False):
+    """`DrawRequest` without `num`, for type checkers."""
 
     classes: ClassList | None
     conditions: Mapping[str, Any] | None
     seed: int
 
 
-class EditOptions(SampleOptions, total=False):
+class SampleOptions(DrawOptions, total=False):
+    """`SampleRequest` without `num`, for type checkers."""
+
+    image_size: Size | int | str | None
+
+
+class EditOptions(DrawOptions, total=False):
     """`EditRequest`, for type checkers."""
 
     num: int

@@ -42,7 +42,6 @@ def test_every_field_is_described():
         ({"steps": 3, "reconstruction": True}, "steps has no effect with --reconstruction; remove it"),
         ({"masks": "boxes"}, "masks has no effect with --task sample; remove it"),
         ({"segmenter": "a:b", "task": "inpaint"}, "segmenter has no effect with --task inpaint; remove it"),
-        ({"image_size": 64}, "image_size has no effect with --task sample; remove it"),
         ({"reconstruction": True, "task": "inpaint"}, "remove --task inpaint"),
         ({"resample": 3}, "did you mean 'resamples'?"),
     ],

@@ -39,8 +39,7 @@ def encode(
     as_json: AsJson = False,
 ) -> None:
     """Encode images once into a latent cache. Repeat the command to continue after a kill."""
-    if dry_run and look is not None:
-        raise ConfigError(f"--look {look} writes a sheet, and --dry-run nothing; leave one of them out")
+    _refuse_together(request, look, dry_run)
     if dry_run:
         _dry_run(request, out, as_json)
         return
@@ -48,6 +47,7 @@ def encode(
         _look(request, out, look, device, as_json)
         return
     from latentflow.commands.encode import encode as run
+    from latentflow.data.buckets import named_sizes
 
     result = run(request, out, runtime=runtime_for(device))
     if result.index is None:
@@ -60,6 +60,7 @@ def encode(
         "classes": len(index.plan.class_names),
         "pixels": index.plan.pixel_format.title,
         "moments": " x ".join(map(str, index.plan.moments_shape)),
+        **named_sizes(index.plan.buckets),
         "map classes": len(index.plan.map_class_names),
         "inputs": index.plan.inputs.title if index.plan.inputs else "none",
         "mask variants": index.plan.mask_variants,
@@ -81,6 +82,15 @@ def encode(
         say(f"left out: {name}")
     if not result.is_new:
         say("all images were encoded already; nothing was done")
+
+
+def _refuse_together(request: EncodeRequest, look: int | None, dry_run: bool) -> None:
+    """Refuse options that do not go together."""
+    if dry_run and look is not None:
+        raise ConfigError(f"--look {look} writes a sheet, and --dry-run nothing; leave one of them out")
+    if request.buckets and (dry_run or look is not None):
+        option = "--dry-run" if dry_run else f"--look {look}"
+        raise ConfigError(f"{option} shows one size; leave out --buckets")
 
 
 def _dry_run(request: EncodeRequest, out: Path, as_json: bool) -> None:

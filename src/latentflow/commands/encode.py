@@ -9,6 +9,7 @@ from pathlib import Path
 from latentflow.artifacts import require_apart
 from latentflow.autoencoder import Autoencoder
 from latentflow.console import notice
+from latentflow.data.buckets import BucketedImages, bucket_sizes, usual_step
 from latentflow.data.cache.schema import CacheIndex, plan_of_cache
 from latentflow.data.cache.writer import write_cache
 from latentflow.data.inventory import Inventory, duplicates_in, take_inventory
@@ -73,6 +74,7 @@ def encode(request: EncodeRequest, out: str | Path, *, runtime: Runtime | None =
     assert runtime is not None  # opened by `writes`
     encoder = Autoencoder.from_pretrained(request.autoencoder).to(runtime.with_precision(request.precision))
     encoder.require_channels(source.pixel_format.channels, request.data)
+    source = _in_buckets(source, request, encoder)
     finished: list[int] = []
     kept: list[int] = []
     with image_progress("encoding", len(source) // runtime.world) as on_images:
@@ -106,6 +108,23 @@ def _notice_duplicates(source: ImageSource) -> None:
             f"{source.description}: {sum(len(group) - 1 for group in groups)} images repeat another, byte for byte "
             f"(such as {first}); `encode --dry-run --json` lists them"
         )
+
+
+def _in_buckets(source: ImageSource, request: EncodeRequest, autoencoder: Autoencoder) -> ImageSource:
+    """The images at the sizes of their buckets, if that is asked for.
+
+    Raises:
+        ConfigError: the step of the buckets is no multiple of the autoencoder's factor, or without effect.
+    """
+    if not request.buckets:
+        if request.bucket_step is not None:
+            raise RequestError("bucket_step", f" {request.bucket_step} has no effect without --buckets; remove it")
+        return source
+    step = request.bucket_step or usual_step(request.image_size, autoencoder.factor)
+    if step % autoencoder.factor:
+        raise RequestError("bucket_step", f" {step}: give a multiple of {autoencoder.factor}, the autoencoder's factor")
+    with image_progress("measuring", len(source)) as on_images:
+        return BucketedImages.of(source, bucket_sizes(request.image_size, step), on_images)
 
 
 def _require_one_readable(source: ImageSource) -> None:

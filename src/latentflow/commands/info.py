@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.columns import Column
+from latentflow.data.buckets import named_sizes
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.model.flow_model import CONFIG_FILE, WEIGHTS_FILE, find_model, read_config
 from latentflow.model.snapshots import BEST, snapshot_steps
@@ -32,6 +33,7 @@ def _describe_model(model: str | Path) -> dict[str, Any]:
         "network": config.network.title,
         "parameters": num_parameters,
         "image size": config.image_size.written,
+        **named_sizes(config.buckets),
         "pixels": config.pixel_format.title,
         "latents": list(config.latent_shape),
         "autoencoder": config.autoencoder.reference,
@@ -85,6 +87,7 @@ def _describe_cache(folder: str | Path) -> dict[str, Any]:
         "images": index.num_images,
         "classes": plan.class_names,
         "image size": plan.image_size.written,
+        **named_sizes(plan.buckets),
         "pixels": plan.pixel_format.title,
         "moments": list(plan.moments_shape),
         "map classes": plan.map_class_names,

@@ -2,7 +2,8 @@
 
 Position p of the stream is image `order_e[p mod n]` of epoch e = p div n, where order_e is a permutation drawn from
 (seed, epoch). So the order depends neither on the number of processes nor on where a run was interrupted, and an epoch
-may end in the middle of a batch.
+may end in the middle of a batch. A cache of several buckets has such a stream for each of them, and each batch goes on
+with one: see `bucket_order`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentflow.columns import Column
+from latentflow.data.bucket_order import BucketOrder, epoch_order
+from latentflow.data.buckets import BucketedImages
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.cache.resident import ResidentCache, ResidentImages
 from latentflow.data.cache.schema import column_tensor
@@ -31,6 +34,8 @@ from latentflow.randomness import ImageRandom, derive_seed
 
 _MOST_DECODING, _MOST_READING = 16, 4  # processes for one GPU
 _DRAWN_TOGETHER = 8192  # positions
+MEASURED_TOGETHER = 16
+"""Images of one bucket in a measurement, few enough that it sees all buckets."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ class TrainingImages(Dataset):
         spatial: holes, semantic maps and inputs; None: none of them.
         columns: names of the columns of the source that are read, in this order.
         augment: probability with which an image is seen as one of its variants in the latent cache, drawn each time.
+        batch_size: images of a step, which are of one bucket; needed where the cache has several.
     """
 
     def __init__(
@@ -132,6 +138,7 @@ class TrainingImages(Dataset):
         spatial: SpatialData | None = None,
         columns: Sequence[str] = (),
         augment: float = 0.0,
+        batch_size: int | None = None,
     ):
         self.source = source
         own = [column.name for column in source.columns]
@@ -141,7 +148,11 @@ class TrainingImages(Dataset):
         self.flip = flip
         self.kept = torch.arange(len(source)) if kept is None else torch.as_tensor(kept)
         self.spatial = spatial
-        self.held: ResidentCache | ResidentImages | None = None
+        self.held: Sequence[ResidentCache | ResidentImages] = ()
+        ranges = source.ranges if isinstance(source, LatentCache | BucketedImages) else [range(len(source))]
+        self.buckets = [self.kept[(self.kept >= rows.start) & (self.kept < rows.stop)] for rows in ranges]
+        self.batch_size = batch_size
+        assert batch_size is not None or len(self.buckets) == 1
         self._remember()
         if spatial is not None and spatial.pictures is not None:
             rows = {spatial.pictures.name(row): row for row in range(len(spatial.pictures))}
@@ -164,7 +175,9 @@ class TrainingImages(Dataset):
         """
         seed = derive_seed(self.seed, purpose)
         columns = [column.name for column in self.columns]
-        return TrainingImages(self.source, seed=seed, flip=False, kept=rows, spatial=self.spatial, columns=columns)
+        size = None if self.batch_size is None else min(self.batch_size, MEASURED_TOGETHER)
+        given = {"spatial": self.spatial, "columns": columns, "batch_size": size}
+        return TrainingImages(self.source, seed=seed, flip=False, kept=rows, **given)
 
     @property
     def columns(self) -> list[Column]:
@@ -179,22 +192,27 @@ class TrainingImages(Dataset):
         return [stored_values(self.source.columns[n], [one[n] for one in values]) for n in self._columns]
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_order", "_drawn", "held")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_order", "_drawn", "_bucket_order", "held")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self.held = None
+        self.held = ()
         self._remember()
 
     def _remember(self) -> None:
         """Set up the memory of what is drawn for many positions: the order of an epoch, the numbers of `_uniform`."""
-        kept, seed = self.kept, self.seed
+        buckets, seed = self.buckets, self.seed
+        counts = [len(rows) for rows in buckets]
+
+        def ordered(bucket: int, epoch: int) -> Tensor:
+            return buckets[bucket][epoch_order(seed, counts[bucket], epoch, bucket)]
 
         def drawn(purpose: str, block: int) -> Tensor:
             first = block * _DRAWN_TOGETHER
             return ImageRandom.at(seed, purpose, torch.arange(first, first + _DRAWN_TOGETHER)).uniform()
 
-        self._order = lru_cache(maxsize=2)(lambda epoch: kept[epoch_order(seed, len(kept), epoch)])
+        self._bucket_order = BucketOrder(counts, self.batch_size or len(self), seed)
+        self._order = lru_cache(maxsize=2 * len(buckets))(ordered)
         self._drawn = lru_cache(maxsize=4)(drawn)
 
     @property
@@ -243,21 +261,44 @@ class TrainingImages(Dataset):
             how: images, which must have neither holes nor maps, are read.
         """
         if isinstance(self.source, LatentCache):
-            self.held = ResidentCache(self.source, self.cached_tensors, flips=self.flip, device=device)
+            names, buckets = self.cached_tensors, range(len(self.buckets))
+            self.held = [ResidentCache(self.source, names, flips=self.flip, device=device, bucket=b) for b in buckets]
         else:
             assert self.spatial is None
-            self.held = ResidentImages(self.source, self.kept, device=device, columns=self._columns, how=how)
+            self.held = [ResidentImages(self.source, self.kept, device=device, columns=self._columns, how=how)]
+
+    def bucket_at(self, positions: Sequence[int] | Tensor) -> int:
+        """The bucket that the images at some positions of one batch are of."""
+        return self._placed(_as_tensor(positions))[0]
+
+    def parts(self, positions: range) -> list[range]:
+        """Consecutive positions, cut where a batch ends if there are several buckets: each part is of one of them."""
+        if len(self.buckets) == 1:
+            return [positions] if positions else []
+        starts = range(positions.start - positions.start % self.batch_size, positions.stop, self.batch_size)
+        cut = (range(max(start, positions.start), min(start + self.batch_size, positions.stop)) for start in starts)
+        return [part for part in cut if part]
+
+    def _placed(self, positions: Tensor) -> tuple[int, Tensor]:
+        """The bucket of some positions of one batch, and the positions in the bucket's stream."""
+        if len(self.buckets) == 1 or not len(positions):
+            return 0, positions
+        batches = positions // self.batch_size
+        assert (batches == batches[0]).all(), "positions of several batches"
+        bucket, before = self._bucket_order.at(int(batches[0]))
+        return bucket, before * self.batch_size + positions % self.batch_size
 
     def indices_at(self, positions: Sequence[int] | Tensor) -> Tensor:
         """Indices of the images at some positions of the stream, [B] int64."""
-        positions = _as_tensor(positions)
-        epochs, places = positions // len(self), positions % len(self)
+        bucket, positions = self._placed(_as_tensor(positions))
+        number = len(self.buckets[bucket])
+        epochs, places = positions // number, positions % number
         if len(positions) and (epochs == epochs[0]).all():  # nearly always
-            return self._order(int(epochs[0]))[places]
+            return self._order(bucket, int(epochs[0]))[places]
         indices = torch.empty_like(places)
         for epoch in epochs.unique().tolist():
             own = epochs == epoch
-            indices[own] = self._order(epoch)[places[own]]
+            indices[own] = self._order(bucket, epoch)[places[own]]
         return indices
 
     def names_at(self, positions: Sequence[int] | Tensor) -> list[str]:
@@ -285,7 +326,9 @@ class TrainingImages(Dataset):
         self, positions: Tensor, indices: Tensor, flipped: Tensor | None, variants: Tensor | None
     ) -> dict[str, Tensor | None]:
         """The fields of a batch from a latent cache."""
-        cache, spatial, mask_variants = self.held or self.source, self.spatial or _NOTHING, None
+        cache, spatial, mask_variants = self.source, self.spatial or _NOTHING, None
+        if self.held:
+            cache = self.held[self.bucket_at(positions)]
         if spatial.cached_holes:
             mask_variants = (self._uniform("mask variant", positions) * self.source.plan.mask_variants).long()
         rows, flips, mask_variants, variants = self._sent(indices, flipped, mask_variants, variants)
@@ -316,11 +359,12 @@ class TrainingImages(Dataset):
 
     def _sent(self, *choices: Tensor | None) -> list[Tensor | None]:
         """Choices for each image, [B] each, on the device of what is held: one asynchronous copy."""
-        if self.held is None or self.held.device.type == "cpu":
+        if not self.held or self.held[0].device.type == "cpu":
             return list(choices)
+        device = self.held[0].device
         together = torch.stack([choice.long() for choice in choices if choice is not None])
-        together = together.pin_memory() if self.held.device.type == "cuda" else together
-        sent = iter(together.to(self.held.device, non_blocking=True))
+        together = together.pin_memory() if device.type == "cuda" else together
+        sent = iter(together.to(device, non_blocking=True))
         return [None if choice is None else next(sent).to(choice.dtype) for choice in choices]
 
     def _uniform(self, purpose: str, positions: Tensor) -> Tensor:
@@ -334,10 +378,11 @@ class TrainingImages(Dataset):
 
     def _pictures(self, positions: Tensor, indices: Tensor, flipped: Tensor | None) -> dict[str, Tensor | None]:
         """The fields of a batch from images."""
-        if self.held is not None:
+        if self.held:
             rows, flips = self._sent(indices, flipped)
-            columns = self.held.column_rows(rows) if self._columns else None
-            return {"labels": self.held.labels(rows), "pixels": self.held.pixels(rows, flips), "columns": columns}
+            held = self.held[0]
+            columns = held.column_rows(rows) if self._columns else None
+            return {"labels": held.labels(rows), "pixels": held.pixels(rows, flips), "columns": columns}
         items = [self.source[index] for index in indices.tolist()]
         pixels = _mirrored([item.pixels for item in items], flipped)
         labels = torch.tensor([item.label for item in items]) if self.source.class_names else None
@@ -399,11 +444,6 @@ def _as_tensor(positions: Sequence[int] | Tensor) -> Tensor:
     return torch.as_tensor(positions, dtype=torch.int64)
 
 
-def epoch_order(seed: int, num_images: int, epoch: int) -> Tensor:
-    """The order of one epoch: a permutation of range(num_images), int64."""
-    return torch.randperm(num_images, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
-
-
 class StreamPositions:
     """The endless sequence of micro-batches of positions that one process reads.
 
@@ -454,7 +494,7 @@ def stream_batches(
     num_bytes = positions.micro_batch_size * images.bytes_per_image
     if num_workers is None:
         num_workers = room_for_workers(_readers(images, pin_memory, sharing), num_bytes, sharing)
-    if num_workers and images.held is None:
+    if num_workers and not images.held:
         how = Reading(num_workers, num_bytes, pin_memory, sharing=sharing, option="data.num_workers")
         return stream_processes(images, positions, how)
     return _read_here(images, positions, pin_memory)
@@ -468,7 +508,7 @@ def _read_here(images: TrainingImages, positions: StreamPositions, pin_memory: b
 
 def _readers(images: TrainingImages, for_gpu: bool, sharing: int) -> int:
     """How many worker processes pay off: none on a CPU, where they would compete with the computation."""
-    if images.held is not None or not for_gpu:
+    if images.held or not for_gpu:
         return 0
     own = usable_cpus() // sharing
     return min(own - 1, _MOST_DECODING) if images.decodes else min(own // 2, _MOST_READING)

@@ -80,6 +80,18 @@ class EncodeRequest(CacheOptions, TableOptions, PixelChoice):
     image_size: Annotated[ImageSize, bounded(1, MOST_PIXELS), FromText(typed_size)] = Field(
         Size(256, 256), description="Size of the images in pixels: 256 for squares, or WIDTHxHEIGHT, like 192x128."
     )
+    buckets: bool = Field(
+        False,
+        description="Keep the images' shapes: crop each to the nearest of several sizes of about the area of the image "
+        "size, from twice as tall as wide to twice as wide as tall.",
+    )
+    bucket_step: Whole | None = Field(
+        None,
+        ge=1,
+        le=MOST_PIXELS,
+        description="With --buckets: what the sides of these sizes are multiples of, in pixels; otherwise twice the "
+        "autoencoder's factor, or as many times that as leave about a dozen sizes.",
+    )
     first: Annotated[Whole, Option(remedy="leave it out for all images")] | None = Field(
         None, ge=1, description="Encode only this many images: the first of each class, then the second, and so on."
     )

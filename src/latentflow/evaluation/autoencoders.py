@@ -33,9 +33,10 @@ def open_autoencoder(
         autoencoder.latent_size(image_size)
         return autoencoder, image_size, None
     model = FlowModel.from_pretrained(reference, runtime=runtime)
-    if image_size not in (None, model.config.image_size):
-        raise ConfigError(f"--image-size {image_size}: the model has {model.config.image_size}; remove it")
-    return model.autoencoder, model.config.image_size, model.config.pixel_format
+    sizes = model.config.sizes
+    if image_size is not None and image_size not in sizes:
+        raise ConfigError(f"--image-size {image_size}: the model has {' and '.join(map(str, sizes))}; remove it")
+    return model.autoencoder, image_size or model.config.image_size, model.config.pixel_format
 
 
 def _is_model(reference: str) -> bool:

@@ -35,6 +35,7 @@ from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.pipeline import Given, draw
 from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples
+from latentflow.sizes import Size
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def plan_set(
     labels: str = "balanced",
     label_shares: Sequence[float] | None = None,
     preset: Mapping[str, Any] | None = None,
+    image_size: Size | None = None,
 ) -> ImageSet:
     """A set of images of a model, checked before anything is computed.
 
@@ -124,6 +126,7 @@ def plan_set(
             without classes.
         label_shares: of "data": a number for each class, for example how many real images it has.
         preset: fields of `SamplingPreset` that differ from the model's.
+        image_size: of the images, one that the model was trained on; None: its usual one.
 
     Raises:
         ConfigError: a request that the model was not trained for.
@@ -143,7 +146,7 @@ def plan_set(
     policy = "none" if first is None and labels != "rows" else labels
     classes = [] if first is None else [first]
     conditions = [one.name for one in conditioning.columns] if labels == "rows" else []
-    request = SampleRequest(num=1, seed=seed, classes=classes, **preset or {})
+    request = SampleRequest(num=1, seed=seed, classes=classes, image_size=image_size, **preset or {})
     drawing = make_drawing(model, request, conditions=conditions)
     shares = tuple(map(float, label_shares)) if policy == "data" else None
     return ImageSet(model, drawing, policy, shares)

@@ -93,7 +93,8 @@ def plan_painting(model: FlowModel, source: ImageSource, request: EvaluationRequ
         conditioning.require("input")
         require_same_format(model.config, source.input_format, request.data)
         given.append("input")
-    first = SampleRequest(num=1, seed=request.seed, classes=[0] if own_labels else [], **request.preset())
+    asked = {"classes": [0] if own_labels else [], "image_size": request.image_size, **request.preset()}
+    first = SampleRequest(num=1, seed=request.seed, **asked)
     drawing = make_drawing(model, first, task=task, conditions=given)
     if task == "translate":
         rules = model.config.inputs
@@ -106,7 +107,7 @@ def plan_painting(model: FlowModel, source: ImageSource, request: EvaluationRequ
             return Painting(drawing, own_labels)
         return Painting(drawing, own_labels, segmenter=_segmenter(name), inputs={"segmenter": name})
     rules = _rules(model, request.masks)
-    check_masks(rules, *model.config.image_size)
+    check_masks(rules, *source.image_size)
     return Painting(drawing, own_labels, rules=rules, judge=judge, inputs={"holes": _described(rules)})
 
 
@@ -145,7 +146,7 @@ def painted(
         drawing = painting.drawing.model_copy(update={"seeds": [seed + place for place in places], "labels": labels})
         real = stack_pixels([item.pixels for item in items])
         maps = [item.semantic_map for item in items]
-        holes = _holes(painting, model.config.image_size, [int(rows[place]) for place in places])
+        holes = _holes(painting, source.image_size, [int(rows[place]) for place in places])
 
         def finish(samples: Samples, part: slice) -> tuple[Tensor, Columns]:
             drawn, own = samples.pixels, real[part]

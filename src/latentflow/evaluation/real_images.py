@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from latentflow.artifacts import read_json, require_writable, sha256_file
+from latentflow.data.buckets import BucketedImages
 from latentflow.data.items import ImageSource
 from latentflow.data.painting.input_rules import NO_INPUTS
 from latentflow.data.paired_choice import PairedChoice
@@ -31,8 +32,8 @@ from latentflow.metrics.evaluation_report import ReferenceFacts
 from latentflow.metrics.features.extractors import FeatureExtractor
 from latentflow.metrics.statistics import FeatureStatistics, require_features
 from latentflow.metrics.stored_statistics import FOREIGN_SUFFIXES, Provenance, Reference, load_reference
-from latentflow.model.config import TrainingRecord
-from latentflow.model.own_images import part_of_own
+from latentflow.model.config import ModelConfig, TrainingRecord
+from latentflow.model.own_images import part_of_own, rows_of_split
 from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.requests import RequestError, Split
 from latentflow.runtime import Runtime
@@ -71,6 +72,20 @@ class RealImages:
     def num_images(self) -> int:
         """M, broken images included; 0: not known."""
         return self.stored.statistics.n if self.source is None else len(self.source)
+
+    def of_shape(self, config: ModelConfig, split: Split) -> RealImages:
+        """The images whose shape is nearest to `image_size`, of the sizes of a model; of a part of its images.
+
+        Raises:
+            DataError: there are none.
+            RequestError: as for `only`.
+        """
+        if self.source is None or not config.buckets:
+            return self.only(split, config.training)
+        images = BucketedImages.of(self.source, config.sizes)
+        rows = None if split == "all" else rows_of_split(config.training, images, split)
+        source = images.only(self.image_size, rows)
+        return replace(self, source=source, fingerprint=source.fingerprint())
 
     def only(self, split: Split, training: TrainingRecord) -> RealImages:
         """A part of the images that a model was trained with.

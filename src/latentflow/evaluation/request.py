@@ -118,7 +118,10 @@ class EvaluationRequest(SamplingRequest):
         None, description="For lpips: a folder with alexnet-owt-7be5be79.pth and alex.pth, or one file of both."
     )
     image_size: Annotated[ImageSize, bounded(1, 16_384), FromText(typed_size)] | None = Field(
-        None, description="Image size in pixels, 256 or WIDTHxHEIGHT; only if MODEL is an autoencoder."
+        None,
+        description="Image size in pixels, 256 or WIDTHxHEIGHT: needed if MODEL is an autoencoder; of a model with "
+        "several sizes, the one to draw and to compare with the images nearest to it. Default: that of most training "
+        "images.",
     )
     resamples: Annotated[Whole, Option(remedy="0 for none; 200 are usual")] | None = Field(
         None,
@@ -201,7 +204,6 @@ class EvaluationRequest(SamplingRequest):
         """Refuse options without effect, as far as this is known without the model."""
         drawing = {"labels": self.labels is not None, **dict.fromkeys(self.preset(), True)}
         useless = {
-            "image_size": self.image_size is not None and not self.reconstruction,
             "split": self.split != "all" and self.reconstruction,
             "masks": self.masks is not None and self.whole_task != "inpaint",
             "segmenter": self.segmenter is not None and self.whole_task != "mask-to-image",

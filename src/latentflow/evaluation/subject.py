@@ -49,6 +49,7 @@ from latentflow.metrics.scores import require_enough, some_of
 from latentflow.model.flow_model import FlowModel
 from latentflow.pixel_format import PixelFormat
 from latentflow.runtime import Runtime
+from latentflow.sampling.drawing import trained_size
 from latentflow.sizes import Size
 
 USUAL_NUM = 50_000  # images of a published FID
@@ -204,14 +205,15 @@ class _OfAModel(Subject):
         self.flow = FlowModel.from_pretrained(request.model, runtime=runtime)
         self.autoencoder = self.flow.autoencoder
         self.num_classes = self.flow.config.conditioning.num_classes
-        super().__init__(request, self.flow.config.image_size, self.flow.device, self.flow.config.pixel_format)
+        size = trained_size(self.flow, request.image_size or self.flow.config.image_size)
+        super().__init__(request, size, self.flow.device, self.flow.config.pixel_format)
 
     @property
     def class_names(self) -> Sequence[str]:
         return self.flow.config.conditioning.class_names
 
     def _chosen(self, real: RealImages) -> RealImages:
-        return real.only(self.request.split, self.flow.config.training)
+        return real.of_shape(self.flow.config, self.request.split)
 
     def facts(self) -> ModelFacts:
         training = self.flow.config.training.model_dump(mode="json")
@@ -236,7 +238,7 @@ class Drawn(_OfAModel):
             shares = [1.0] * self.num_classes  # the true ones follow with the features
         if labels == "rows":
             require_known_columns(self.flow.config.conditioning, self.real.source)
-        how = {"labels": labels, "label_shares": shares, "preset": request.preset()}
+        how = {"labels": labels, "label_shares": shares, "preset": request.preset(), "image_size": request.image_size}
         self._set = plan_set(self.flow, seed=request.seed, **how)
         self.labels, self.sampling = self._set.policy, self._set.drawing.sampling.model_dump(mode="json")
 
@@ -334,8 +336,8 @@ class Files(Subject):
 
     def __init__(self, request: EvaluationRequest, runtime: Runtime, samples: ImageSource, rows: Sequence[int]):
         self._samples, self._rows = samples, rows
-        split = None if request.split == "all" else request.split
-        drawing = {"labels": request.labels, "masks": request.masks, "split": split, **request.preset()}
+        given = {"labels": request.labels, "masks": request.masks, "image_size": request.image_size}
+        drawing = {**given, "split": None if request.split == "all" else request.split, **request.preset()}
         for name in (name for name, value in drawing.items() if value is not None):
             raise ConfigError(f"--{name.replace('_', '-')} has no effect on images in files; remove it")
         for ending, what in (

@@ -61,7 +61,7 @@ def _facts(config: ModelConfig) -> dict[str, str]:
     guided = ", ".join(conditioning.can_guide)
     seen = f"{training.step:,} steps, {training.images_seen:,} images seen"
     facts = {
-        "image size": config.image_size.words,
+        "image size": " or ".join(size.words for size in config.sizes),
         "network": config.network.title,
         "latents": f"{' x '.join(map(str, config.latent_shape))}, autoencoder `{config.autoencoder.reference}`",
         "conditions": ", ".join(conditioning.kinds) or "none (unconditional)",

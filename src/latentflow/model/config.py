@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from latentflow.autoencoder import BUILT_IN, Autoencoder, LatentNormalisation
+from latentflow.data.buckets import Bucket, nearest_bucket
 from latentflow.data.hold_out import HeldOut
 from latentflow.data.painting.input_rules import NO_INPUTS, InputRules
 from latentflow.data.painting.mask_rules import MaskRules
@@ -27,7 +28,7 @@ from latentflow.networks.velocity_network import (
 )
 from latentflow.pixel_format import PixelFormat
 from latentflow.records import Record
-from latentflow.sizes import ImageSize, bounded
+from latentflow.sizes import ImageSize, Size, bounded
 
 AUTOENCODER_FOLDER = "autoencoder"
 """The subfolder of a model folder for an autoencoder that is not on the hub."""
@@ -107,6 +108,11 @@ class ModelConfig(Record):
 
     format_version: Literal[1] = 1
     image_size: Annotated[ImageSize, bounded(1, 16_384)]
+    buckets: list[Bucket] = Field(
+        default_factory=list,
+        description="The sizes it was trained on, each with the number of its images, where there are several; the "
+        "first is `image_size`.",
+    )
     pixel_format: PixelFormat = PixelFormat()
     network: NetworkConfig
     prediction: PredictionConfig = VelocityPrediction()
@@ -128,6 +134,15 @@ class ModelConfig(Record):
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of one image's latents."""
         return self.autoencoder.num_channels, *self.image_size.over(self.autoencoder.factor)
+
+    @property
+    def sizes(self) -> list[Size]:
+        """The sizes that it was trained on, `image_size` first."""
+        return [bucket.size for bucket in self.buckets] or [self.image_size]
+
+    def size_for(self, picture: Size) -> Size:
+        """Of the sizes that it was trained on, the one nearest to the shape of a picture."""
+        return self.sizes[nearest_bucket(picture, self.sizes)]
 
     @property
     def pixel_multiple(self) -> int:
@@ -154,8 +169,11 @@ class ModelConfig(Record):
         if len(has_inputs) > 1:
             raise ValueError("inputs, input_format and conditioning.input_channels belong together")
         channels, multiple = self.autoencoder.num_channels, self.pixel_multiple
-        if not self.image_size.is_multiple_of(multiple):
-            raise ValueError(f"image_size {self.image_size} is not a multiple of {multiple}, as the network needs it")
+        for size in self.sizes:
+            if not size.is_multiple_of(multiple):
+                raise ValueError(f"image_size {size} is not a multiple of {multiple}, as the network needs it")
+        if self.sizes[0] != self.image_size:
+            raise ValueError(f"image_size {self.image_size} is not the first of buckets, {self.sizes[0]}")
         for name in self.sampling.guided_by or ():
             if name not in (known := [*CONDITION_NAMES, *(one.name for one in self.conditioning.columns)]):
                 raise ValueError(f"sampling.guided_by = {name!r}: no such condition; {nearest(name, known)}")

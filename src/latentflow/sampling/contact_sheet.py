@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unicodedata import normalize
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from latentflow.artifacts import atomic_file
 from latentflow.console import printable
+from latentflow.sizes import Size
 
 _GAP = 2  # white pixels between pictures
 _LEAST_SIDE = 64  # pixels of a picture that has a caption; smaller ones are enlarged
@@ -82,6 +84,14 @@ class _Layout:
 def _shared(groups: Sequence[Sequence[str]]) -> list[str]:
     """The one caption of each group; empty if a group has none or several."""
     return [group[0] for group in groups] if all(len(set(group)) == 1 for group in groups) else []
+
+
+def on_white(pixels: Tensor, size: Size) -> Tensor:
+    """Pictures [B, C, H, W] uint8 in the middle of white ones of a larger size."""
+    sheet = torch.full((*pixels.shape[:2], *size), 255, dtype=torch.uint8)
+    top, left = ((room - own) // 2 for room, own in zip(size, pixels.shape[2:], strict=True))
+    sheet[:, :, top : top + pixels.shape[2], left : left + pixels.shape[3]] = pixels
+    return sheet
 
 
 def save_grid(file: str | Path, pixels: Tensor, columns: int, *, captions: Sequence[str] = ()) -> Path:

@@ -24,7 +24,7 @@ from latentflow.requests import RequestError
 from latentflow.runtime import Precision, Runtime
 from latentflow.sampling.guides import OpenedGuide, check_guide, open_guide
 from latentflow.sampling.named_conditions import NamedValue, resolve_conditions
-from latentflow.sampling.request import MOST_SEED, SampleRequest
+from latentflow.sampling.request import MOST_SEED, DrawRequest, SampleRequest
 from latentflow.sizes import Size
 
 SEED_TASKS = ("sample", "interpolate", "vary")
@@ -119,7 +119,7 @@ def blended_towards(drawing: Drawing) -> tuple[list[int], dict[str, list[NamedVa
 
 def make_drawing(
     model: FlowModel,
-    request: SampleRequest,
+    request: DrawRequest,
     *,
     task: str = "sample",
     conditions: Sequence[ConditionName] = (),
@@ -138,9 +138,10 @@ def make_drawing(
             class of its seed, seed mod the number of classes with training images, in the tasks that draw from seeds
             only (`SEED_TASKS`), and no label in the others.
         conditions: those that are given, besides the label.
+        image_size: None: that of the request, or else the model's.
 
     Raises:
-        ConfigError: a class, solver or value that does not exist, or that the model was not trained for.
+        ConfigError: a class, size, solver or value that does not exist, or that the model was not trained for.
     """
     last = MOST_SEED + 1 - request.num
     if request.seed > last:
@@ -151,6 +152,9 @@ def make_drawing(
     named = resolve_conditions(model.config.conditioning, request.conditions, request.num)
     given: list[ConditionName] = [*(("label",) if labels else ()), *conditions, *named]
     asked = request.preset()
+    if isinstance(request, SampleRequest) and request.image_size is not None:
+        size = trained_size(model, request.image_size)
+        image_size = None if size == model.config.image_size else size
     drawing = Drawing(
         task=task,
         seeds=list(seeds),
@@ -171,7 +175,21 @@ def make_drawing(
     return drawing
 
 
-def _labels(model: FlowModel, request: SampleRequest, seeds: Sequence[int], by_seed: bool) -> list[int]:
+def trained_size(model: FlowModel, size: Size) -> Size:
+    """A size, which the model must have been trained on.
+
+    Raises:
+        RequestError: it was not; the sizes are named, nearest first.
+    """
+    sizes = model.config.sizes
+    if size not in sizes:
+        nearest = sorted(sizes, key=lambda one: abs(one.height - size.height) + abs(one.width - size.width))
+        known = ", ".join(map(str, nearest))
+        raise RequestError("image_size", f" {size}: the model was not trained on it; give one of its sizes: {known}")
+    return size
+
+
+def _labels(model: FlowModel, request: DrawRequest, seeds: Sequence[int], by_seed: bool) -> list[int]:
     """The label of each image; empty: no label."""
     if request.classes is not None:
         chosen = model.config.conditioning.class_indices(request.classes)

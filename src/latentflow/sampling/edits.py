@@ -19,7 +19,7 @@ from latentflow.model.conditioning import Conditioning
 from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
 from latentflow.sampling.drawing import Blend, Drawing, check_drawing, make_drawing
-from latentflow.sampling.inputs import ImageInput, at_most_one, encode_input, read_input
+from latentflow.sampling.inputs import ImageInput, at_most_one, encode_input, other_size, read_input
 from latentflow.sampling.named_conditions import NamedValue, ends_of
 from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import (
@@ -51,7 +51,10 @@ def image_to_image(
     """
     request = request or ImageToImageRequest()
     pixels, inputs = read_input(model, image)
-    drawing = make_drawing(model, request, task="image-to-image", inputs=inputs, start=request.strength)
+    size = other_size(model, pixels)
+    drawing = make_drawing(
+        model, request, task="image-to-image", inputs=inputs, start=request.strength, image_size=size
+    )
     given = Given(latents=encode_input(model, pixels))
     return draw_all(model, drawing, given, batch_size=batch_size, on_images=on_images)
 

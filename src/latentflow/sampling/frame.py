@@ -95,18 +95,18 @@ def choose_frame(model: FlowModel, mask: np.ndarray, fit: Fit | None = None) -> 
     """
     (height, width), pixel_format = mask.shape, model.config.pixel_format
     require_latent_pixel(model, height, width)
-    window = _window(mask, model.config.image_size)
+    trained = model.config.size_for(Size(height, width))
+    window = _window(mask, trained)
     if fit == "window" and window is None:
-        shape = "square" if model.config.image_size.is_square else f"part of the shape {model.config.image_size}"
+        shape = "square" if trained.is_square else f"part of the shape {trained}"
         raise ConfigError(
             f"fit 'window': no {shape} in this image holds the hole and its surroundings; use fit 'whole'"
         )
     if window is not None and fit in (None, "window"):
-        return Frame(window, model.config.image_size, pixel_format)
+        return Frame(window, trained, pixel_format)
     if fit == "native":
         return Frame((0, 0, width, height), native_size(model, height, width), pixel_format)
     multiple = model.config.pixel_multiple
-    trained = model.config.image_size
     scale = max(trained.height / height, trained.width / width)
     size = Size(*(max(round(side * scale / multiple), 1) * multiple for side in (height, width)))
     return Frame((0, 0, width, height), size, pixel_format)

@@ -28,8 +28,11 @@ MapInput = str | Path | Image.Image | np.ndarray
 """A file or a Pillow image as `read_map` takes it, or an array [H, W] of class indices."""
 
 
-def read_input(model: FlowModel, image: ImageInput) -> tuple[Tensor, dict[str, str]]:
+def read_input(model: FlowModel, image: ImageInput, size: Size | None = None) -> tuple[Tensor, dict[str, str]]:
     """The image as the model sees it, [1, P, H, W] in its pixel format, and its entry in the inputs of a request.
+
+    Args:
+        size: to which it is cropped; None: that of the model's sizes whose shape is nearest.
 
     Raises:
         DataError: it is no image, cannot be read, or is smaller than one latent pixel.
@@ -37,8 +40,10 @@ def read_input(model: FlowModel, image: ImageInput) -> tuple[Tensor, dict[str, s
     if not isinstance(image, ImageInput):
         raise DataError(f"image {image!r:.60}: give a file or a Pillow image")
     picture = read_picture(image, model.config.pixel_format)
-    require_latent_pixel(model, *picture.size[::-1])
-    return cropped_picture(picture, model.config.image_size), describe_inputs(image=image)
+    width, height = picture.size
+    require_latent_pixel(model, height, width)
+    pixels = cropped_picture(picture, size or model.config.size_for(Size(height, width)))
+    return pixels, describe_inputs(image=image)
 
 
 def describe_inputs(**inputs: object) -> dict[str, str]:
@@ -48,6 +53,12 @@ def describe_inputs(**inputs: object) -> dict[str, str]:
         DataError: one of them is missing or cannot be read.
     """
     return {name: describe_file(file) for name, file in inputs.items() if isinstance(file, str | Path)}
+
+
+def other_size(model: FlowModel, pixels: Tensor) -> Size | None:
+    """The size of pixels [B, 3, H, W], or None if it is the model's usual one: the `image_size` of a drawing."""
+    size = Size(*pixels.shape[2:])
+    return None if size == model.config.image_size else size
 
 
 def encode_input(model: FlowModel, pixels: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def invert(model: FlowModel, image: ImageInput, request: InvertRequest | None = 
     the inversion, it draws an edit of the image.
 
     Args:
-        image: of any size; its middle, of the shape of the training images, is scaled to their size.
+        image: of any size; its middle, of the shape of most training images, is scaled to their size.
         request: more evaluations recover the image better. Guidance is 1 unless it is given, whatever the preset says:
             only the velocity without guidance transports noise to data, and the larger the scale, the less the noise of
             a real image resembles Gaussian noise.
@@ -119,7 +119,7 @@ def invert(model: FlowModel, image: ImageInput, request: InvertRequest | None = 
         ConfigError, DataError: before anything is computed.
     """
     request = request or InvertRequest()
-    pixels, inputs = read_input(model, image)
+    pixels, inputs = read_input(model, image, model.config.image_size)
     ends_of(model.config.conditioning, request.conditions, most=1)
     given = {"classes": at_most_one(model, request.classes), "conditions": request.conditions}
     asked = SampleRequest(num=1, **given, **{"guidance": 1.0, **request.preset()})
@@ -178,7 +178,7 @@ def compare_round_trips(
         )
         for setting in (REFERENCE, *settings)
     )
-    pixels = torch.cat([read_input(model, image)[0] for image in images])
+    pixels = torch.cat([read_input(model, image, model.config.image_size)[0] for image in images])
     latents = encode_input(model, pixels)
     autoencoded = _decode(model, latents)
     right, _ = _to_noise(model, latents, reference, batch_size)

@@ -45,7 +45,7 @@ def mask_to_image(
     if request.native:
         native_size(model, *indices.shape)
     else:
-        indices = crop_map(indices, model.config.image_size)
+        indices = crop_map(indices, model.config.size_for(Size(*indices.shape)))
     drawing = make_drawing(
         model,
         request,

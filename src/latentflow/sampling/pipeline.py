@@ -171,7 +171,8 @@ def sample(
     """
     drawing = make_drawing(model, request)
     if noise is not None:
-        wanted = (request.num, *model.config.latent_shape)
+        sides = (drawing.image_size or model.config.image_size).over(model.config.autoencoder.factor)
+        wanted = (request.num, model.config.autoencoder.num_channels, *sides)
         if tuple(noise.shape) != wanted:
             raise ConfigError(
                 f"noise of shape {list(noise.shape)}; {request.num} images of this model need {list(wanted)}"

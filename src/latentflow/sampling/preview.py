@@ -21,7 +21,7 @@ from latentflow.model.config import ModelConfig, SamplingPreset
 from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import borrowed_weights
 from latentflow.runtime import Precision, Runtime
-from latentflow.sampling.contact_sheet import save_grid
+from latentflow.sampling.contact_sheet import on_white, save_grid
 from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.pipeline import Given, draw
 from latentflow.shapes import Condition
@@ -65,7 +65,8 @@ def save_preview(
 
     Every process draws its share, and the first one writes. With conditions besides the label, the rows are the first
     training images, their spatial conditions, and the samples given each condition by itself (with those that the model
-    requires; named columns count as one) and given all of them.
+    requires; named columns count as one) and given all of them. A model of several sizes shows the four most frequent
+    ones, or with such conditions one.
 
     Args:
         weights: what the network draws with; afterwards it has its own weights again, bit for bit.
@@ -86,9 +87,12 @@ def _rows(
     """The pictures of a grid, [N, 3, H, W] uint8 each, the number of its columns, and the captions."""
     drawing, conditioning = preview_drawing(model.config, model.runtime.precision), model.config.conditioning
     if set(drawing.told) <= {"label"}:
-        pictures = _drawn(model, drawing, Given(), runtime, batch_size)
+        pictures = _of_all_sizes(model, drawing, runtime, batch_size)
         return [pictures], _PER_CLASS, [conditioning.class_names[label] for label in drawing.labels]
-    batch = images.at(range(len(drawing.seeds)), augmented=False).to(model.device)
+    shown = images.parts(range(len(drawing.seeds)))[0]  # of one size
+    size = model.config.sizes[images.bucket_at(shown)]
+    drawing = drawing.at(slice(len(shown))).model_copy(update={"image_size": size})
+    batch = images.at(shown, augmented=False).to(model.device)
     moments = model.moments(batch.pixels) if batch.moments is None else batch.moments
     rows = [_shown(model, model.latents(moments))]
     given: dict[str, Tensor] = {}
@@ -99,11 +103,10 @@ def _rows(
         rows.append(_shown(model, given["masked_latents"]))
     if "semantic_map" in drawing.told:
         given["class_fractions"] = batch.class_fractions
-        rows.append(map_pictures(batch.class_fractions, conditioning.map_palette, model.config.image_size))
+        rows.append(map_pictures(batch.class_fractions, conditioning.map_palette, size))
     if "input" in drawing.told:
         in_pixels = batch.input_moments is None
         given["input"] = model.paired_input(batch.inputs) if in_pixels else model.latents(batch.input_moments)
-        size = model.config.image_size
         if in_pixels:
             rows.append(input_pictures(unit_inputs(batch.inputs, model.config.input_format).cpu(), size))
         else:
@@ -130,8 +133,23 @@ def _rows(
 
 
 def _shown(model: FlowModel, latents: Tensor) -> Tensor:
-    """Decoded latents as they are shown, [B, 3, S, S] uint8 on the CPU."""
+    """Decoded latents as they are shown, [B, 3, H, W] uint8 on the CPU."""
     return as_shown(model.pixels(latents).cpu(), model.config.pixel_format)
+
+
+def _of_all_sizes(model: FlowModel, drawing: Drawing, runtime: Runtime, batch_size: int) -> Tensor:
+    """The pictures of a drawing, column by column in another of the model's most frequent sizes, on white."""
+    buckets = sorted(model.config.buckets, key=lambda bucket: -bucket.num_images)
+    sizes = [bucket.size for bucket in buckets[:_PER_CLASS]] or [model.config.image_size]
+    if len(sizes) == 1:
+        return _drawn(model, drawing, Given(), runtime, batch_size)
+    columns = [
+        drawing.at(slice(column, None, _PER_CLASS)).model_copy(update={"image_size": sizes[column % len(sizes)]})
+        for column in range(_PER_CLASS)
+    ]
+    drawn = [_drawn(model, column, Given(), runtime, batch_size) for column in columns]
+    largest = Size(max(size.height for size in sizes), max(size.width for size in sizes))
+    return torch.stack([on_white(pictures, largest) for pictures in drawn], dim=1).flatten(0, 1)
 
 
 def _drawn(model: FlowModel, drawing: Drawing, given: Given, runtime: Runtime, batch_size: int) -> Tensor:
@@ -141,7 +159,8 @@ def _drawn(model: FlowModel, drawing: Drawing, given: Given, runtime: Runtime, b
     """
     places = range(len(drawing.seeds))
     own = slice(runtime.rank, None, runtime.world)
-    pixels, error = torch.empty(0, 3, *model.config.image_size, dtype=torch.uint8), None
+    size = drawing.image_size or model.config.image_size
+    pixels, error = torch.empty(0, 3, *size, dtype=torch.uint8), None
     try:
         parts = draw(model, drawing.at(own), given.at(own), batch_size=batch_size) if runtime.share(places) else ()
         pixels = torch.cat([pixels, *(samples.shown for samples in parts)])

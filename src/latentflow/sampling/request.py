@@ -25,6 +25,7 @@ from latentflow.requests import (
     pair_like,
     two_of,
 )
+from latentflow.sizes import ImageSize, typed_size
 
 MOST_IMAGES, MOST_FRAMES, MOST_SEED, MOST_STEPS = 1_000_000, 10_000, 2**63 - 1, 10_000
 
@@ -120,8 +121,8 @@ class SamplingRequest(Request):
         return {name: value for name, value in own.items() if value is not None}
 
 
-class SampleRequest(SamplingRequest):
-    """Images from seeds and classes."""
+class DrawRequest(SamplingRequest):
+    """Images from seeds and classes, of the size that the task has."""
 
     num: Annotated[Whole, Option(called="number of images", remedy="draw more with another seed")] = Field(
         default=16, ge=1, le=MOST_IMAGES, description="Number of images."
@@ -136,7 +137,17 @@ class SampleRequest(SamplingRequest):
     )
 
 
-class EditRequest(SampleRequest):
+class SampleRequest(DrawRequest):
+    """Images from seeds and classes."""
+
+    image_size: Annotated[ImageSize, FromText(typed_size)] | None = Field(
+        default=None,
+        description="Size in pixels, 256 or WIDTHxHEIGHT: one that the model was trained on. Default: that of most of "
+        "its training images.",
+    )
+
+
+class EditRequest(DrawRequest):
     """Variants of one image, one per seed."""
 
     num: Annotated[Whole, Option(called="number of images", remedy="draw more with another seed")] = Field(

@@ -82,7 +82,7 @@ def read_paired(model: FlowModel, image: ImageInput, *, native: bool = False) ->
 
 
 def _middle(model: FlowModel, picture: Image.Image) -> Tensor:
-    rules, size = model.config.inputs, model.config.image_size
+    rules, size = model.config.inputs, model.config.size_for(Size(picture.height, picture.width))
     seen = rules.size(size)
     if rules.shrinking > 1 and picture.width > seen.width and picture.height > seen.height:
         notice(

@@ -58,5 +58,6 @@ def _why_not(network: nn.Module, images: TrainingImages, runtime: Runtime, num_m
         f"a graph is one micro-batch, and a step has {num_micro_batches}": num_micro_batches > 1,
         "the network has dropout, which the host seeds": has_dropout(network),
         "images are encoded in the step; encode them first": images.decodes,
+        f"a graph is for one size, and there are {len(images.buckets)}": len(images.buckets) > 1,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

@@ -55,6 +55,7 @@ class Situation:
         num_images: in the training data.
         num_classes: 0 for an unconditional model.
         size: of the latents.
+        other_sizes: of the latents in other buckets, which the patches must divide as well.
         gpu: whether it is trained on a GPU.
         memory: bytes that a process can use, None if unknown.
         num_processes: that share a batch.
@@ -66,6 +67,7 @@ class Situation:
     gpu: bool
     memory: int | None
     num_processes: int = 1
+    other_sizes: tuple[Size, ...] = ()
 
 
 def fit(recipe: Recipe, situation: Situation) -> tuple[Recipe, list[str]]:
@@ -130,9 +132,9 @@ def _network(situation: Situation) -> tuple[DiTConfig, float]:
     if not situation.gpu:
         small = situation.num_images < 2000
         shape = {"depth": 6, "hidden_size": 192} if small else {"depth": 8, "hidden_size": 256}
-        patch = _patch(situation.size, most_tokens=64, least=2)
+        patch = _patch(situation, most_tokens=64, least=2)
         return DiTConfig(**shape, num_heads=shape["hidden_size"] // 64, patch_size=patch, variant="modern"), 1e-3
-    patch = _patch(situation.size, most_tokens=256, least=1)
+    patch = _patch(situation, most_tokens=256, least=1)
     sizes = [(f"DiT-{size}", from_images, rate) for size, from_images, rate in _GPU_SIZES]
     networks = [(_named(name, patch), rate) for name, from_images, rate in sizes if situation.num_images >= from_images]
     held = (one for one in networks if _that_fits(one[0], 16, situation) == 16)
@@ -147,11 +149,11 @@ def _named(name: str, patch: int) -> DiTConfig:
     return DiTConfig(**{**NAMES[f"{name}/1"], "patch_size": patch}, variant="modern")
 
 
-def _patch(size: Size, *, most_tokens: int, least: int) -> int:
+def _patch(situation: Situation, *, most_tokens: int, least: int) -> int:
     """The smallest patch size with at most `most_tokens` tokens; 1 if the sides have no such divisor."""
-    patches = [
-        p for p in range(least, min(size) // 2 + 1) if size.is_multiple_of(p) and size.over(p).area <= most_tokens
-    ]
+    size, sizes = situation.size, (situation.size, *situation.other_sizes)
+    dividing = (p for p in range(least, min(size) // 2 + 1) if all(one.is_multiple_of(p) for one in sizes))
+    patches = [p for p in dividing if size.over(p).area <= most_tokens]
     return patches[0] if patches else 1
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from latentflow.autoencoder import Autoencoder, LatentNormalisation
 from latentflow.data.batches import SpatialData, TrainingImages, epoch_order
+from latentflow.data.buckets import Bucket
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.hold_out import HeldOut
 from latentflow.data.items import ImageSource
@@ -112,6 +113,9 @@ def build_model(
         conditions,
         training=_training_record(images, held_out, labelled=bool(conditions.class_names)),
     )
+    buckets = _buckets(images) if len(images.buckets) > 1 else []
+    config = config.model_copy(update={"buckets": buckets})
+    require_fitting_sizes(config)
     check(config)
     torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
     return FlowModel(config, config.build_network(), autoencoder)
@@ -169,6 +173,27 @@ def model_config(
         )
     except ValidationError as error:
         raise ConfigError(f"recipe: {explain(error, ModelConfig)}") from error
+
+
+def _buckets(images: TrainingImages) -> list[Bucket]:
+    """The sizes of a latent cache, with the number of images that are trained on."""
+    pairs = zip(images.source.plan.sizes, images.buckets, strict=True)
+    return [Bucket(size=size, num_images=len(rows)) for size, rows in pairs]
+
+
+def require_fitting_sizes(config: ModelConfig) -> None:
+    """Refuse buckets that the network cannot take.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    multiple = config.pixel_multiple
+    if wrong := [str(size) for size in config.sizes if not size.is_multiple_of(multiple)]:
+        raise ConfigError(
+            f"network: a {config.network.title} needs sides that are multiples of {multiple} pixels, and the latent "
+            f"cache has buckets of {', '.join(wrong)}; encode it with --bucket-step {multiple}, or choose another "
+            "patch_size or fewer levels"
+        )
 
 
 def _require_block_to_align(recipe: Recipe) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from latentflow.data.batches import SpatialData, TrainingImages
+from latentflow.data.batches import MEASURED_TOGETHER, SpatialData, TrainingImages
+from latentflow.data.buckets import in_sizes
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.items import ImageSource
 from latentflow.data.sources.images import open_images, table_with
@@ -60,8 +61,8 @@ def held_out_loss(
         conditions: those that are given; the others are null.
     """
     losses, times = [], []
-    for start in range(0, num_draws, batch_size):
-        positions = range(start, min(start + batch_size, num_draws))
+    starts = range(0, num_draws, batch_size)
+    for positions in (part for at in starts for part in images.parts(range(at, min(at + batch_size, num_draws)))):
         result = training_step(
             model,
             model.velocity,
@@ -118,8 +119,9 @@ def held_out_images(model: FlowModel, data: str | Path, *, split: Split = "all",
         source = LatentCache(data)
         source.verify()
         source.require_autoencoder(model.autoencoder)
-        if source.plan.image_size != config.image_size:
-            raise ConfigError(f"{data} holds images of {source.plan.image_size}, the model draws {config.image_size}")
+        if not {*source.plan.sizes} <= {*config.sizes}:
+            held, drawn = (" and ".join(map(str, sizes)) for sizes in (source.plan.sizes, config.sizes))
+            raise ConfigError(f"{data} holds images of {held}, the model draws {drawn}")
         if source.pixel_format != config.pixel_format:
             held, drawn = source.pixel_format.title, config.pixel_format.title
             raise ConfigError(f"{data} holds images of {held}, the model draws {drawn}")
@@ -127,7 +129,7 @@ def held_out_images(model: FlowModel, data: str | Path, *, split: Split = "all",
         own = [one.column for one in config.conditioning.columns]
         table = table_with(data, own, class_names=config.conditioning.class_names)
         given = {"pixels": config.pixel_format, "inputs": config.paired, "table": table}
-        source = open_images(data, config.image_size, **given)
+        source = in_sizes(open_images(data, config.image_size, **given), config.sizes)
         kept, _ = readable(source)
     if split != "all":
         chosen = set(rows_of_split(config.training, source, split))
@@ -153,4 +155,5 @@ def held_out_images(model: FlowModel, data: str | Path, *, split: Split = "all",
         maps=conditioning.num_map_classes > 0,
         inputs=config.inputs is not None,
     )
-    return TrainingImages(source, seed=seed, flip=False, kept=kept, spatial=spatial, columns=columns)
+    read = {"kept": kept, "spatial": spatial, "columns": columns, "batch_size": MEASURED_TOGETHER}
+    return TrainingImages(source, seed=seed, flip=False, **read)

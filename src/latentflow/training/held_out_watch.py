@@ -133,7 +133,8 @@ class HeldOutWatch:
         """The positions that this process measures, as many at a time as in training."""
         share = -(-self.num_draws // self.runtime.world)
         own = range(self.num_draws)[self.runtime.rank * share : (self.runtime.rank + 1) * share]
-        return [own[start : start + self.size] for start in range(0, len(own), self.size)]
+        parts = (own[start : start + self.size] for start in range(0, len(own), self.size))
+        return [part for some in parts for part in self.images.parts(some)]
 
     def _batch(self, positions: range) -> Batch:
         """The batch at some positions. What would have to be decoded is encoded once, and remembered."""

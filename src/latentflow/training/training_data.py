@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from latentflow.data.batches import SpatialData
+from latentflow.data.buckets import in_sizes
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.cache.schema import CachePlan
 from latentflow.data.items import ImageSource
@@ -163,6 +164,7 @@ def _images_of_cache(data: DataConfig, cache: LatentCache) -> ImageSource:
     if plan.identity == "sizes":  # of an earlier version, which has only names to compare
         same = set(cache.names()) <= {images.name(row) for row in range(len(images))}
     else:
+        images = in_sizes(images, plan.sizes)
         same = images.fingerprint() == plan.source_fingerprint
     if not same:
         raise DataError(

@@ -20,7 +20,7 @@ from latentflow.model.flow_model import CONFIG_FILE, FlowModel, read_config
 from latentflow.model.snapshots import BEST
 from latentflow.runtime import Runtime
 from latentflow.sizes import Size
-from latentflow.training.changes import RECIPE_FILE, as_begun, check_changes
+from latentflow.training.changes import RECIPE_FILE, Changes, as_begun, check_changes
 from latentflow.training.compiling import captures
 from latentflow.training.config import CHANGES, Recipe
 from latentflow.training.data_columns import chosen_columns
@@ -64,7 +64,8 @@ class PreparedVelocity(PreparedRun):
         """The run in about ten lines."""
         config, conditioning = self.model.config, self.model.config.conditioning
         optimizer = self.recipe.optimizer
-        size = config.image_size.words + (", mirrored at random" if self.recipe.data.flip else "")
+        size = " or ".join(one.words for one in config.sizes)
+        size += ", mirrored at random" if self.recipe.data.flip else ""
         if share := self.recipe.data.augment:
             size += f", {share:.0%} of them as one of {config.training.variants} variants"
         parameters = sum(parameter.numel() for parameter in self.model.network.parameters())
@@ -125,7 +126,8 @@ def prepare_velocity(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence
     data, seed = recipe.data, recipe.training.seed
     columns = [one.name for one in chosen_columns(recipe.conditioning, source.columns, data.path)]
     read = {"kept": kept, "spatial": spatial, "columns": columns, "augment": data.augment}
-    images = TrainingImages(source, seed=seed, flip=data.flip, **read)
+    images = TrainingImages(source, seed=seed, flip=data.flip, **read, batch_size=recipe.training.batch_size)
+    _require_same_batches(changes, images)
     model = build_model(recipe, autoencoder, images, held_out=rule, check=partial(_require_memory, recipe, runtime))
     _refuse_other_content(run, recipe, model.config)
     captures(recipe.training, model, images, runtime)  # refuses what cannot be
@@ -141,6 +143,19 @@ def prepare_velocity(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence
         resident=resident,
         reasons=reasons,
     )
+
+
+def _require_same_batches(changes: Changes | None, images: TrainingImages) -> None:
+    """Refuse another batch size in the middle of a stream of buckets, whose batches are of one bucket each.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    if changes is not None and len(images.buckets) > 1 and (sizes := changes.values.get("training.batch_size")):
+        raise ConfigError(
+            f"training.batch_size = {sizes[1]}, but the run began with {sizes[0]}, and the order of its buckets "
+            "depends on it; restore it, or choose another out"
+        )
 
 
 def _fitted_before(recipe: Recipe, run: Path) -> Recipe:
@@ -195,10 +210,18 @@ def _situation(
         num_images=num_images,
         num_classes=len(source.class_names) if recipe.data.labels else 0,
         size=size,
+        other_sizes=_other_latent_sizes(source),
         gpu=gpu,
         memory=memory // shared if memory else None,
         num_processes=runtime.world,
     )
+
+
+def _other_latent_sizes(source: LatentCache | ImageSource) -> tuple[Size, ...]:
+    """Those of the other buckets of a latent cache."""
+    if not isinstance(source, LatentCache):
+        return ()
+    return tuple(size.over(source.plan.factor) for size in source.plan.sizes[1:])
 
 
 def _require_memory(recipe: Recipe, runtime: Runtime, config: ModelConfig) -> None:

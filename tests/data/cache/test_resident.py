@@ -107,7 +107,7 @@ def test_bytes_are_those_that_are_held(segmented_cache):
     for flip in (False, True):
         _, held = both(segmented_cache, flip=flip, maps=True, cached_holes=True)
         expected = resident_bytes(held.source, held.cached_tensors, flips=flip)
-        assert sum(tensor.nbytes for tensor in held.held._tensors.values()) == expected
+        assert sum(tensor.nbytes for tensor in held.held[0]._tensors.values()) == expected
     assert set(held.cached_tensors) == {"moments", "labels", "class_counts", "known_moments", "hole_counts"}
 
 
@@ -148,7 +148,7 @@ def test_the_recipe_says_it(cache, kl_folder, tmp_path):
         recipe = tiny.recipe(**{**given, "data": {"path": cache, "resident": wanted}})
         prepared = prepare(recipe, tiny.CPU)
         assert prepared.resident is stays
-        assert prepared.images.held is None  # nothing is loaded before all has been checked
+        assert not prepared.images.held  # nothing is loaded before all has been checked
         assert ("in memory" in prepared.describe()["data"]) is stays
     for key in ("true", "false", "auto"):
         assert load_recipe("celeb256_f8_adm", [f"data.resident={key}"]).data.resident == key

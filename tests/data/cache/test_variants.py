@@ -145,7 +145,7 @@ def test_a_resident_cache_gives_the_same(varied_cache, flip, maps):
     read, held = (stream(varied_cache, flip=flip, maps=maps) for _ in range(2))
     held.hold(tiny.CPU.device)
     same(read.at(POSITIONS), held.at(POSITIONS))
-    taken = sum(x.numel() * x.element_size() for x in held.held._tensors.values())
+    taken = sum(x.numel() * x.element_size() for x in held.held[0]._tensors.values())
     assert taken == resident_bytes(held.source, held.cached_tensors, flips=flip)
 
 

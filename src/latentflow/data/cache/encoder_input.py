@@ -25,6 +25,7 @@ from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.pictures.variants import draw_variants, variant_of_map
 from latentflow.randomness import derive_seed
 from latentflow.shapes import moved_about
+from latentflow.sizes import Size
 
 _SENT = ("pixels", "holes", "variant_numbers", "inputs")  # to the device
 
@@ -123,7 +124,7 @@ class EncoderInputs(Dataset):
         if self.num_map_classes:
             tensors["class_counts"] = self._counted([item.semantic_map for _, item in items])
         if self.mask_variants:
-            tensors |= self._holes([row for row, _ in items])
+            tensors |= self._holes(items)
         if self.variants:
             tensors |= self._variants(items)
         return replace(read, columns=columns, **tensors)
@@ -143,7 +144,7 @@ class EncoderInputs(Dataset):
         return torch.stack(counts).to(self.counts)
 
     def _variants(self, items: list[tuple[int, ImageItem]]) -> dict[str, Tensor]:
-        numbers = draw_variants([row for row, _ in items], self.variants, self.source.image_size.aspect)
+        numbers = draw_variants([row for row, _ in items], self.variants, _size_of(items).aspect)
         if not self.num_map_classes:
             return {"variant_numbers": numbers}
         pairs = zip(items, numbers, strict=True)
@@ -151,8 +152,8 @@ class EncoderInputs(Dataset):
         counts = self._counted(maps).unflatten(0, numbers.shape[:2])
         return {"variant_numbers": numbers, "variant_class_counts": counts}
 
-    def _holes(self, rows: list[int]) -> dict[str, Tensor]:
-        size, told_as = self.source.image_size, self.masks.told_as
+    def _holes(self, items: list[tuple[int, ImageItem]]) -> dict[str, Tensor]:
+        rows, size, told_as = [row for row, _ in items], _size_of(items), self.masks.told_as
         seeds = [derive_seed("mask variant", row, variant) for row in rows for variant in range(self.mask_variants)]
         holes = [draw_mask(self.masks, *size, seed) for seed in seeds]
         counts = torch.stack([hole_counts(hole, self.factor, told_as) for hole in holes]).to(self.counts)
@@ -171,6 +172,11 @@ def _notice_constant(items: list[ImageItem]) -> None:
                 "others, remove them if they are failed scans",
                 kind="constant image",
             )
+
+
+def _size_of(items: list[tuple[int, ImageItem]]) -> Size:
+    """The size of images that are of one bucket."""
+    return Size(*items[0][1].pixels.shape[:2])
 
 
 def counts_dtype(plan: CachePlan) -> torch.dtype:

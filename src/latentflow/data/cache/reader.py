@@ -34,6 +34,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -113,6 +114,12 @@ class LatentCache:
     @property
     def map_palette(self) -> tuple[tuple[int, int, int], ...]:
         return tuple(self.plan.map_palette)
+
+    @cached_property
+    def ranges(self) -> list[range]:
+        """The indices of the images of each bucket; the images that are read together must be of one."""
+        shards = (self.plan.shards_of(bucket) for bucket in range(len(self.plan.sizes)))
+        return [range(int(self._first_rows[one.start]), int(self._first_rows[one.stop])) for one in shards]
 
     def moments(self, indices: Indices, flipped: Flags | None = None, variants: Indices | None = None) -> Tensor:
         """The moments of some images, [B, M, h, w] in the precision they are stored in.

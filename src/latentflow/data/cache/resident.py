@@ -44,23 +44,28 @@ class ResidentCache:
     Args:
         names: tensors to load, without those of mirrored images.
         flips: whether to load mirrored images, too; the cache must have them.
+        bucket: whose images are loaded.
     """
 
-    def __init__(self, cache: LatentCache, names: Collection[str], *, flips: bool, device: torch.device):
+    def __init__(
+        self, cache: LatentCache, names: Collection[str], *, flips: bool, device: torch.device, bucket: int = 0
+    ):
         self.device = device
-        self._plan, self._num_images = cache.plan, len(cache)
+        rows, shards = cache.ranges[bucket], cache.plan.shards_of(bucket)
+        self._plan, self._num_images, self._first = cache.plan, len(rows), rows.start
         self._tensors: dict[str, Tensor] = {}
-        with image_progress("loading", len(cache)) as on_images:
+        with image_progress("loading", len(rows)) as on_images:
             for name in names:
                 parts = _parts(name, flips)
-                like = cache.tensor(0, name)
-                whole = torch.empty(len(parts), len(cache), *like.shape[1:], dtype=like.dtype, device=device)
+                like = cache.tensor(shards.start, name)
+                whole = torch.empty(len(parts), len(rows), *like.shape[1:], dtype=like.dtype, device=device)
                 for part, stored in zip(whole, parts, strict=True):
                     start = 0
-                    for shard, record in enumerate(cache.index.shards):
-                        part[start : start + record.num_images] = cache.tensor(shard, stored)
-                        start += record.num_images
-                        on_images(record.num_images if stored == "moments" else 0)
+                    for shard in shards:
+                        num_images = cache.index.shards[shard].num_images
+                        part[start : start + num_images] = cache.tensor(shard, stored)
+                        start += num_images
+                        on_images(num_images if stored == "moments" else 0)
                 self._tensors[name] = whole.flatten(0, 2 if name in _OF_VARIANTS else 1)
 
     def moments(self, indices: Tensor, flipped: Tensor | None = None, variants: Tensor | None = None) -> Tensor:
@@ -69,18 +74,19 @@ class ResidentCache:
 
     def class_fractions(self, indices: Tensor, flipped: Tensor | None = None, variants: Tensor | None = None) -> Tensor:
         """See `LatentCache.class_fractions`."""
-        return shares(mirrored(self._varied("class_counts", indices, variants), flipped), self._plan.factor)
+        counts = self._varied("class_counts", self._own(indices), variants)
+        return shares(mirrored(counts, flipped), self._plan.factor)
 
     def augmentation(self, indices: Tensor, flipped: Tensor | None, variants: Tensor) -> Tensor:
         """See `LatentCache.augmentation`."""
-        numbers = self._tensors["variant_numbers"].index_select(0, self._varied_rows(indices, variants))
+        numbers = self._tensors["variant_numbers"].index_select(0, self._varied_rows(self._own(indices), variants))
         return described(numbers, flipped, variants)
 
     def known(self, indices: Tensor, mask_variants: Tensor, flipped: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `LatentCache.known`."""
         num = self._plan.mask_variants
         moments = self._tensors["known_moments"].index_select(0, self._rows(indices, flipped) * num + mask_variants)
-        counts = self._tensors["hole_counts"].index_select(0, indices * num + mask_variants)
+        counts = self._tensors["hole_counts"].index_select(0, self._own(indices) * num + mask_variants)
         return moments, mask_input(shares(mirrored(counts, flipped), self._plan.factor), self._plan.masks.told_as)
 
     def inputs(self, indices: Tensor, flipped: Tensor | None = None, variants: Tensor | None = None) -> Tensor:
@@ -92,11 +98,12 @@ class ResidentCache:
 
     def labels(self, indices: Tensor) -> Tensor | None:
         """See `LatentCache.labels`."""
-        return self._tensors["labels"].index_select(0, indices) if "labels" in self._tensors else None
+        return self._tensors["labels"].index_select(0, self._own(indices)) if "labels" in self._tensors else None
 
     def column_rows(self, indices: Tensor, chosen: Sequence[int]) -> Tensor:
         """See `LatentCache.column_rows`."""
-        stored = [self._tensors[column_tensor(number)].index_select(0, indices) for number in chosen]
+        own = self._own(indices)
+        stored = [self._tensors[column_tensor(number)].index_select(0, own) for number in chosen]
         return joined_rows([self._plan.columns[number] for number in chosen], stored)
 
     def _varied(self, name: str, rows: Tensor, variants: Tensor | None) -> Tensor:
@@ -114,7 +121,12 @@ class ResidentCache:
 
     def _rows(self, indices: Tensor, flipped: Tensor | None) -> Tensor:
         """Rows of images in a tensor whose second half holds them mirrored."""
-        return indices if flipped is None else indices + flipped * self._num_images
+        own = self._own(indices)
+        return own if flipped is None else own + flipped * self._num_images
+
+    def _own(self, indices: Tensor) -> Tensor:
+        """The places of images among those of the bucket."""
+        return indices - self._first if self._first else indices
 
 
 class ResidentImages:
@@ -187,8 +199,12 @@ class _Pixels(Dataset):
 
 def resident_bytes(cache: LatentCache, names: Collection[str], *, flips: bool) -> int:
     """Memory that `ResidentCache` takes."""
-    likes = (cache.tensor(0, stored) for name in names for stored in _parts(name, flips))
-    return sum(len(cache) * like.shape[1:].numel() * like.element_size() for like in likes)
+    stored = [part for name in names for part in _parts(name, flips)]
+    num_bytes = 0
+    for bucket, rows in enumerate(cache.ranges):
+        likes = (cache.tensor(cache.plan.shards_of(bucket).start, part) for part in stored)
+        num_bytes += sum(len(rows) * like.shape[1:].numel() * like.element_size() for like in likes)
+    return num_bytes
 
 
 def stays_resident(wanted: Switch, num_bytes: int, device: torch.device, free: int | None, sharing: int = 1) -> bool:

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 
 from latentflow.artifacts import checksum_of, read_json
 from latentflow.columns import Column
+from latentflow.data.buckets import Bucket
 from latentflow.data.painting.input_rules import InputRules
 from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.pictures.crop import CROP_RULE
@@ -18,7 +19,7 @@ from latentflow.errors import ArtifactError
 from latentflow.pixel_format import PixelFormat
 from latentflow.plans import PLAN_FILE
 from latentflow.records import Record, explain
-from latentflow.sizes import ImageSize
+from latentflow.sizes import ImageSize, Size
 
 SCHEMA_VERSION = 1
 SOURCE_FILE, INDEX_FILE = "source.json", "index.json"  # `plans.PLAN_FILE` is the third
@@ -58,6 +59,7 @@ class CachePlan(Record):
     columns: list[Column] = Field([])
     inputs: InputRules | None = None  # of paired inputs
     input_format: PixelFormat | None = None  # of their pixels
+    buckets: list[Bucket] = Field([], description="In the order of the shards; empty: all images have `image_size`.")
 
     @property
     def factor(self) -> int:
@@ -73,11 +75,36 @@ class CachePlan(Record):
 
     @property
     def num_shards(self) -> int:
-        return -(-self.num_source_images // self.shard_size)
+        return self.shards_of(len(self._filled) - 1).stop
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Of the images, one for each bucket."""
+        return [bucket.size for bucket in self._filled]
+
+    def shards_of(self, bucket: int) -> range:
+        """The shards that hold the images of a bucket, and no others."""
+        numbers = [-(-one.num_images // self.shard_size) for one in self._filled[: bucket + 1]]
+        return range(sum(numbers[:-1]), sum(numbers))
+
+    def bucket_of(self, number: int) -> int:
+        """The bucket that shard `number` is of."""
+        return next(bucket for bucket in range(len(self._filled)) if number in self.shards_of(bucket))
 
     def rows(self, number: int) -> range:
         """The images of the source that shard `number` holds, broken ones included."""
-        return range(number * self.shard_size, min((number + 1) * self.shard_size, self.num_source_images))
+        bucket = self.bucket_of(number)
+        first = sum(one.num_images for one in self._filled[:bucket])
+        start = first + (number - self.shards_of(bucket).start) * self.shard_size
+        return range(start, min(start + self.shard_size, first + self._filled[bucket].num_images))
+
+    def shape_of(self, number: int) -> tuple[int, int, int]:
+        """The shape [M, h, w] of the moments of an image in shard `number`."""
+        return self.moments_shape[0], *self.sizes[self.bucket_of(number)].over(self.factor)
+
+    @property
+    def _filled(self) -> list[Bucket]:
+        return self.buckets or [Bucket(size=self.image_size, num_images=self.num_source_images)]
 
 
 def column_tensor(number: int) -> str:

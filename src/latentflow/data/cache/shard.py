@@ -28,6 +28,7 @@ from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.pictures.variants import VARIANT_NUMBERS, variants_of
 from latentflow.errors import DataError
 from latentflow.shapes import moved_about
+from latentflow.sizes import Size
 
 _PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 _AS_READ = ("labels", "class_counts", "hole_counts", "variant_numbers", "variant_class_counts")  # and not encoded
@@ -68,7 +69,7 @@ class ShardWriter:
         written: Future[None] | None = None
         with ThreadPoolExecutor(1) as background:
             for number in numbers:
-                shard = self._encoded(self.plan.rows(number), read)
+                shard = self._encoded(number, read)
                 if written:
                     written.result()
                 shard.close()
@@ -77,8 +78,9 @@ class ShardWriter:
             if written:
                 written.result()
 
-    def _encoded(self, rows: range, read: Iterator[EncoderInput]) -> Shard:
-        shard = Shard(self.plan, len(rows), self.autoencoder.device)
+    def _encoded(self, number: int, read: Iterator[EncoderInput]) -> Shard:
+        rows = self.plan.rows(number)
+        shard = Shard(self.plan, number, self.autoencoder.device)
         for start in range(0, len(rows), self.batch_size):
             parts, wanted = [], min(self.batch_size, len(rows) - start)
             while (got := sum(part.num_rows for part in parts)) < wanted:
@@ -95,10 +97,10 @@ class Shard:
     """The tensors of one shard, on their way from the device, and the facts about its images.
 
     Args:
-        num_rows: the most images it can have; broken ones are left out.
+        number: of the shard. Broken images are left out.
     """
 
-    def __init__(self, plan: CachePlan, num_rows: int, device: torch.device):
+    def __init__(self, plan: CachePlan, number: int, device: torch.device):
         self.plan = plan
         self.on_gpu = device.type == "cuda"
         self.sums = ChannelSums(plan.num_channels)
@@ -107,8 +109,8 @@ class Shard:
         self.cuts: list[float] = []
         self.clips: list[float] = []
         self.tensors = {
-            name: torch.empty(num_rows, *like.shape[1:], dtype=like.dtype, pin_memory=self.on_gpu)
-            for name, like in _empty_tensors(plan).items()
+            name: torch.empty(len(plan.rows(number)), *like.shape[1:], dtype=like.dtype, pin_memory=self.on_gpu)
+            for name, like in _empty_tensors(plan, plan.shape_of(number)).items()
         }
         self.arrived: torch.cuda.Event | None = None
 
@@ -230,30 +232,30 @@ def _in_unit_range(pictures: Tensor, plan: CachePlan) -> Tensor:
     return plan.pixel_format.to_unit(pictures.permute(0, 3, 1, 2))
 
 
-def _empty_tensors(plan: CachePlan) -> dict[str, Tensor]:
+def _empty_tensors(plan: CachePlan, moments: tuple[int, int, int]) -> dict[str, Tensor]:
     """The tensors of a shard of no images, each in the dtype it is stored in."""
     counts = counts_dtype(plan)
-    precision, moments, side = _PRECISIONS[plan.precision], plan.moments_shape, plan.moments_shape[1:]
+    precision, size = _PRECISIONS[plan.precision], moments[1:]
     tensors = {"moments": torch.empty(0, *moments, dtype=precision)}
     if plan.class_names:
         tensors["labels"] = torch.empty(0, dtype=torch.int64)
     if plan.map_class_names:
-        tensors["class_counts"] = torch.empty(0, len(plan.map_class_names), *side, dtype=counts)
+        tensors["class_counts"] = torch.empty(0, len(plan.map_class_names), *size, dtype=counts)
     if plan.mask_variants:
         tensors["known_moments"] = torch.empty(0, plan.mask_variants, *moments, dtype=precision)
-        tensors["hole_counts"] = torch.empty(0, plan.mask_variants, 1, *side, dtype=counts)
+        tensors["hole_counts"] = torch.empty(0, plan.mask_variants, 1, *size, dtype=counts)
     if plan.variants:
         tensors["variant_moments"] = torch.empty(0, plan.variants, *moments, dtype=precision)
         tensors["variant_numbers"] = torch.empty(0, plan.variants, len(VARIANT_NUMBERS))
         if plan.map_class_names:
-            shape = (0, plan.variants, len(plan.map_class_names), *side)
+            shape = (0, plan.variants, len(plan.map_class_names), *size)
             tensors["variant_class_counts"] = torch.empty(shape, dtype=counts)
     for number, column in enumerate(plan.columns):
         tensors[column_tensor(number)] = stored_values(column, [])
     if plan.inputs is not None:
-        size = plan.inputs.size(plan.image_size)
+        small = plan.inputs.size(Size(*size).times(plan.factor))
         kind = torch.uint8 if plan.input_format.dtype == "uint8" else precision
-        pixels = torch.empty(0, plan.input_format.channels, *size, dtype=kind)
+        pixels = torch.empty(0, plan.input_format.channels, *small, dtype=kind)
         latents = torch.empty(0, *moments, dtype=precision)
         stored = pixels if plan.inputs.form == "pixels" else latents
         tensors[plan.input_tensor] = stored

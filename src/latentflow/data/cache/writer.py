@@ -14,6 +14,7 @@ from pathlib import Path
 from latentflow.artifacts import make_folder, open_tensors, remove_leftovers, sha256_file, write_json
 from latentflow.autoencoder import Autoencoder
 from latentflow.console import notice
+from latentflow.data.buckets import Bucket, BucketedImages
 from latentflow.data.cache.encoder_input import EncoderInputs
 from latentflow.data.cache.schema import (
     INDEX_FILE,
@@ -107,6 +108,7 @@ def write_cache(
 
 def _plan(source: ImageSource, autoencoder: Autoencoder, options: CacheOptions, masks: MaskRules) -> CachePlan:
     latent = autoencoder.latent_size(source.image_size)
+    buckets = list(source.buckets) if isinstance(source, BucketedImages) else []
     holes = {}
     inputs = None
     if source.input_format is not None:
@@ -114,7 +116,8 @@ def _plan(source: ImageSource, autoencoder: Autoencoder, options: CacheOptions, 
         inputs = InputRules(origin=source.input_origin, form=options.input_form).resolved(*formats)
         inputs.network_channels(*formats, autoencoder.factor, autoencoder.num_channels)
     if options.mask_variants:
-        check_masks(masks, *source.image_size)
+        for bucket in buckets or [Bucket(size=source.image_size, num_images=len(source))]:
+            check_masks(masks, *bucket.size)
         holes = {"masks": masks, "masks_fingerprint": masks_fingerprint(masks)}
     return CachePlan(
         autoencoder=autoencoder.reference,
@@ -140,6 +143,7 @@ def _plan(source: ImageSource, autoencoder: Autoencoder, options: CacheOptions, 
         columns=list(source.columns),
         inputs=inputs,
         input_format=source.input_format,
+        buckets=buckets,
         **holes,
     )
 

@@ -37,6 +37,8 @@ if "PILLOW_BLOCK_SIZE" not in os.environ:
     # smaller ones stay in the heap of their thread.
     Image.core.set_block_size(1 << 26)
 
+ON_ITS_SIDE = (5, 6, 7, 8)
+"""EXIF orientations in which width and height are exchanged."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -32,6 +32,7 @@ from PIL import Image
 from latentflow.console import notice
 from latentflow.data.pictures.colour import to_srgb, zero_is_white
 from latentflow.data.pictures.decode import (
+    ON_ITS_SIDE,
     check_bytes,
     has_library,
     open_image,
@@ -42,6 +43,7 @@ from latentflow.data.pictures.decode import (
 )
 from latentflow.data.pictures.orientation import turned
 from latentflow.pixel_format import MOST_CHANNELS, PixelFormat, PixelMode
+from latentflow.sizes import Size
 
 _TIFF, _NPY, _ZIP = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), b"\x93NUMPY", b"PK\x03\x04"
 _DICOM, _DICOM_AT = b"DICM", 128
@@ -57,11 +59,15 @@ class StoredPicture(Protocol):
         pixel_format: of its numbers, with the full range of their dtype.
         kind: of the file, as Pillow calls it: PNG, JPEG, TIFF, ..., or NPY or DICOM.
         size: width and height, as they are stored.
+        upright_size: height and width of what `numbers` returns.
     """
 
     pixel_format: PixelFormat
     kind: str
     size: tuple[int, int]
+
+    @property
+    def upright_size(self) -> Size: ...
 
     def numbers(self, *, raw: bool) -> tuple[np.ndarray, int]:
         """Its numbers [H, W, C], upright, and the EXIF orientation of the file, 1 to 8.
@@ -129,6 +135,11 @@ class PillowPicture:
             colours = "gray-alpha" if colours == "gray" else "rgba"
         return PixelFormat(mode=colours, dtype="uint16" if self._has_16_bits else "uint8")
 
+    @property
+    def upright_size(self) -> Size:
+        already = self.image.format == "TIFF"  # whose size Pillow gives upright
+        return _upright(self.image.size, 1 if already else orientation(self.image))
+
     def numbers(self, *, raw: bool) -> tuple[np.ndarray, int]:
         image, before = self.image, orientation(self.image) if self.image.format == "TIFF" else 0
         colours, dtype = self.pixel_format.mode, self.pixel_format.dtype
@@ -186,6 +197,7 @@ class _Array:
         self._values = array if array.ndim == 3 else array[..., None]
         self.size = self._values.shape[1::-1]
         self.pixel_format = _format_of(self._values.shape[2], array.dtype)
+        self.upright_size = _upright(self.size)
 
     def numbers(self, *, raw: bool) -> tuple[np.ndarray, int]:
         return _kept(self._values), 1
@@ -219,6 +231,7 @@ class _Tiff:
             raise ValueError(f"its first page has the axes {page.axes}; save pages of height, width and channels")
         self.size = (page.imagewidth, page.imagelength)
         self.pixel_format = _format_of(page.samplesperpixel, page.dtype)
+        self.upright_size = _upright(self.size, self._tag(_ORIENTATION_TAG, 1))
 
     def numbers(self, *, raw: bool) -> tuple[np.ndarray, int]:
         page, turn = self._page, self._tag(_ORIENTATION_TAG, 1)
@@ -282,6 +295,7 @@ class _Dicom:
         if int(data.get("NumberOfFrames") or 1) > 1:
             notice(f"{name} holds {data.NumberOfFrames} frames; the first is read", kind="several pictures")
         self.size, self._as_colours = (int(data.Columns), int(data.Rows)), as_colours
+        self.upright_size = _upright(self.size)
         self._is_gray = str(data.PhotometricInterpretation).startswith("MONOCHROME")
         slope, intercept = float(data.get("RescaleSlope") or 1), float(data.get("RescaleIntercept") or 0)
         self._is_rescaled = (slope, intercept) != (1, 0) or "ModalityLUTSequence" in data
@@ -328,6 +342,12 @@ class _Dicom:
         else:
             low, high = centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2
         return np.rint(((values - float(low)) / float(high - low)).clip(0, 1) * 255).astype(np.uint8)
+
+
+def _upright(size: tuple[int, int], turn: int = 1) -> Size:
+    """The upright size of a picture of `size`, width and height, that is stored in an EXIF orientation."""
+    width, height = size
+    return Size(width, height) if turn in ON_ITS_SIDE else Size(height, width)
 
 
 def _first(value: Any) -> float | None:

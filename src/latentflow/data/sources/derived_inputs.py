@@ -8,6 +8,7 @@ from typing import Any
 from latentflow.data.items import ImageItem, ImageSource, stack_pixels
 from latentflow.data.painting.input_pixels import derived_format, derived_inputs
 from latentflow.data.painting.input_rules import InputRules
+from latentflow.sizes import Size
 
 
 class DerivedInputs:
@@ -37,6 +38,12 @@ class DerivedInputs:
 
     def __getitem__(self, index: int) -> ImageItem:
         """Image `index` with its input; raises what the source raises."""
-        item = self.source[index]
+        return self._with_input(self.source[index])
+
+    def cropped(self, index: int, size: Size) -> ImageItem:
+        """The same at another size; for a source that crops."""
+        return self._with_input(self.source.cropped(index, size))
+
+    def _with_input(self, item: ImageItem) -> ImageItem:
         made = derived_inputs(stack_pixels([item.pixels]), self.rules)[0]
         return replace(item, input=made.permute(1, 2, 0).numpy())

@@ -94,7 +94,7 @@ def open_images(
 
 
 def _opened(
-    path: str | Path, image_size: int, first: int | None, table: TableOptions, inputs: str
+    path: str | Path, image_size: Size, first: int | None, table: TableOptions, inputs: str
 ) -> ImageFiles | LmdbImages | SyntheticShapes:
     """A set of images in 8-bit RGB, with the paired inputs that lie beside them where these are wanted."""
     is_synthetic = _is_synthetic(path)

@@ -37,11 +37,13 @@ class FileFacts(NamedTuple):
     Attributes:
         kind: PNG, JPEG, TIFF, ...
         size: width and height, before it is turned by its EXIF orientation.
+        upright_size: height and width afterwards.
         pixel_format: of its numbers, with the full range of their dtype.
     """
 
     kind: str
     size: tuple[int, int]
+    upright_size: Size
     pixel_format: PixelFormat
 
 
@@ -128,7 +130,12 @@ class ImageFiles:
         return self._names[_checked(index, self)]
 
     def __getitem__(self, index: int) -> ImageItem:
-        """Decode image `index`, its map and its input.
+        """Decode image `index`, its map and its input; raises what `cropped` raises."""
+        return self.cropped(index, self.image_size)
+
+    def cropped(self, index: int, size: Size) -> ImageItem:
+        """Image `index`, its map and its input, at another size.
+
 
         Raises:
             BrokenImage: a file has vanished, is damaged, or is not an image; or the map or the input does not fit.
@@ -138,13 +145,13 @@ class ImageFiles:
         with _decoding(name):
             with room_for(self._store.held_bytes(path)):
                 picture, turn = read_raster(self._store.read(path), name, self.pixel_format)
-                pixels = picture.cropped(partial(center_crop, size=self.image_size))
+                pixels = picture.cropped(partial(center_crop, size=size))
             if self._maps:
                 width, height = picture.size
-                semantic_map = crop_map(self._maps.read(self._rows[index], Photo(height, width, turn)), self.image_size)
+                semantic_map = crop_map(self._maps.read(self._rows[index], Photo(height, width, turn)), size)
             if self._inputs:
-                paired = self._inputs.read(self._rows[index], picture.size, self.image_size)
-        cut = cut_by(*picture.size, self.image_size)
+                paired = self._inputs.read(self._rows[index], picture.size, size)
+        cut = cut_by(*picture.size, size)
         return ImageItem(pixels, self.label(index), name, semantic_map, cut, paired)
 
     def uncropped(self, index: int) -> np.ndarray:
@@ -194,6 +201,10 @@ class ImageFiles:
     def file_facts(self, index: int) -> FileFacts:
         """What the header of image `index` says; raises what reading it raises."""
         return _facts_of(partial(self._store.read, self._paths[index]), self.name(index))
+
+    def picture_size(self, index: int) -> Size:
+        """What the header of image `index` says of its upright height and width; raises what reading it raises."""
+        return self.file_facts(index).upright_size
 
     def label(self, index: int) -> int | None:
         """The label of image `index`, without decoding it."""
@@ -291,11 +302,15 @@ class LmdbImages:
 
     def __getitem__(self, index: int) -> ImageItem:
         """Decode image `index`; raises what `ImageFiles` raises."""
+        return self.cropped(index, self.image_size)
+
+    def cropped(self, index: int, size: Size) -> ImageItem:
+        """See `ImageFiles.cropped`."""
         name = self.name(index)
         with _decoding(name):
             picture, _ = read_raster(self._store.read(self._store.keys[index]), name, self.pixel_format)
-            pixels = picture.cropped(partial(center_crop, size=self.image_size))
-        return ImageItem(pixels, None, name, cut=cut_by(*picture.size, self.image_size))
+            pixels = picture.cropped(partial(center_crop, size=size))
+        return ImageItem(pixels, None, name, cut=cut_by(*picture.size, size))
 
     def uncropped(self, index: int) -> np.ndarray:
         """See `ImageFiles.uncropped`."""
@@ -317,10 +332,14 @@ class LmdbImages:
         name = self.name(index)
         return _facts_of(partial(self._store.read, self._store.keys[index]), name)
 
+    def picture_size(self, index: int) -> Size:
+        """See `ImageFiles.picture_size`."""
+        return self.file_facts(index).upright_size
+
 
 def _facts_of(read: Callable[[], bytes], name: str) -> FileFacts:
     with _decoding(name), open_stored(read(), name) as stored:
-        return FileFacts(stored.kind, stored.size, stored.pixel_format)
+        return FileFacts(stored.kind, stored.size, stored.upright_size, stored.pixel_format)
 
 
 @contextmanager
