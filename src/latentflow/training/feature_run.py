@@ -19,8 +19,10 @@ from latentflow.data.items import ImageSource, require_every_class
 from latentflow.data.prefetch import BYTES_READ_TOGETHER, Reading
 from latentflow.data.sources.images import open_images
 from latentflow.data.sources.readable import readable
+from latentflow.data.sources.shown_images import shown_images
 from latentflow.errors import ArtifactError, DataError
 from latentflow.networks.feature_network import FeatureNetworkConfig
+from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.plans import PLAN_FILE, claim_folder, require_same_plan
 from latentflow.randomness import derive_seed
 from latentflow.records import Record
@@ -54,6 +56,7 @@ class FeaturePlan(Record):
     format_version: int = 1
     data: str = Field(description="Fingerprint of the images.")
     image_size: ImageSize
+    pixel_format: PixelFormat = RGB
     class_names: list[str] = Field(description="Of the images; empty: there are none, or only one.")
     method: FeatureMethod
     network: FeatureNetworkConfig
@@ -146,7 +149,9 @@ def prepare_features(request: TrainFeaturesRequest, runtime: Runtime) -> Prepare
         )
     if is_cache(request.data):
         raise DataError(f"{request.data} is a latent cache; give the images it was made from")
-    source = open_images(request.data, request.image_size)
+    known = _plan_in(Path(request.out))
+    chosen = {"pixels": request, "known": known and known.pixel_format}
+    source = open_images(request.data, request.image_size, **chosen)
     usable, broken = readable(source)
     if len(usable) < _LEAST_IMAGES:
         raise DataError(
@@ -162,7 +167,7 @@ def prepare_features(request: TrainFeaturesRequest, runtime: Runtime) -> Prepare
         _require_same(Path(request.out), plan)
     torch.manual_seed(derive_seed(request.seed, "weights"))
     learner = FeatureLearner(plan.network, len(class_names) if plan.method == "labels" else 0)
-    images = TrainingImages(source, seed=request.seed, flip=True, kept=kept)
+    images = TrainingImages(shown_images(source), seed=request.seed, flip=True, kept=kept)
     names = [error.name for error in broken]
     resident = _stays_resident(plan, images, runtime)
     return PreparedFeatures(request, plan, runtime, images, held_out, names, resident, learner, reason)
@@ -250,6 +255,7 @@ def _decided(
     plan = FeaturePlan(
         data=source.fingerprint(),
         image_size=request.image_size,
+        pixel_format=source.pixel_format,
         class_names=class_names,
         method="labels" if class_names and not request.without_labels else "contrastive",
         network=network,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from latentflow.data.pixel_choice import PixelChoice
 from latentflow.requests import FromText, Number, Option, PathText, Request, RequestError, Split, Whole
 from latentflow.sizes import ImageSize, Size, bounded, typed_size
 
@@ -49,7 +50,7 @@ class EmaRequest(Request):
         return self
 
 
-class TrainFeaturesRequest(Request):
+class TrainFeaturesRequest(Request, PixelChoice):
     """Images to train a judge on. What is left open is decided by data and machine, and stays so when it goes on."""
 
     data: Annotated[PathText, Option(argument=True)] = Field(
