@@ -514,3 +514,13 @@ def test_ordinary_pictures_are_what_pillow_makes_of_them():
     with open_image(encoded(image, "JPEG")) as opened:
         expected = center_crop(opened.convert("RGB"), 16)
         assert np.array_equal(center_crop(to_rgb(opened), 16), expected)
+
+
+def test_a_band_that_is_marked_as_alpha_is_noticed(notices):
+    values = np.random.default_rng(0).integers(20, 230, (16, 16, 4), np.uint8)
+    read(encoded(Image.fromarray(values), "TIFF"), "tile.tif")
+    assert len(notices) == 1 and "tile.tif" in notices[0] and "--pixels bands" in notices[0]
+    values[:, :8, 3], values[:, 8:, 3] = 0, 255
+    console._printed.clear()
+    read(encoded(Image.fromarray(values), "TIFF"), "cut_out.tif")
+    assert len(notices) == 1

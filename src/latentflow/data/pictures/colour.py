@@ -51,7 +51,10 @@ def to_srgb(image: Image.Image, name: str = "a picture") -> tuple[Image.Image, I
         image, alpha = _eight_bits(image, name)
     else:
         if image.has_transparency_data:
+            is_tiff = image.format == "TIFF"
             image, alpha = _apart(image)
+            if is_tiff:
+                _notice_strange_alpha(alpha, name)
         if ";16" in stored:
             _notice_dark_colours(image, name)
     rgb = _in_srgb(image, profile, name)
@@ -71,6 +74,17 @@ def _apart(image: Image.Image) -> tuple[Image.Image, Image.Image]:
     colours = "L" if image.mode in ("1", "L", "LA") else "RGB"
     image = image.convert(f"{colours}A")
     return image.convert(colours), image.getchannel("A")
+
+
+def _notice_strange_alpha(alpha: Image.Image, name: str) -> None:
+    """Programs that write satellite images mark a near-infrared band as alpha; opacity is mostly all or nothing."""
+    counts = alpha.histogram()
+    if counts[0] + counts[255] < sum(counts) // 100:
+        notice(
+            f"{name} is laid on white by its fourth channel, which is marked as alpha, and has hardly a pixel that is "
+            "clear or opaque; if that is a band, such as near infrared, read such files with --pixels bands",
+            kind="strange alpha",
+        )
 
 
 def _eight_bits(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
