@@ -179,6 +179,15 @@ def test_transparent_parts_are_laid_on_white_or_kept(tmp_path):
     assert np.array_equal(kept, values)
 
 
+def test_the_fourth_band_is_opacity_where_that_is_asked_for(tmp_path):
+    values = ramp(4, "uint16")
+    place = folder(tmp_path, a_tif=by_tifffile(values, photometric="rgb", extrasamples=["unassalpha"]))
+    assert chosen(place).mode == "bands"
+    source = open_images(place, SIDE, pixels=PixelChoice(pixels="rgba"))
+    assert source.pixel_format.mode == "rgba"
+    assert np.array_equal(source[0].pixels, values)
+
+
 def test_colours_count_by_their_opacity_where_pixels_are_mixed(tmp_path):
     values = np.zeros((SIDE, SIDE, 4), np.uint16)
     values[::2] = (60_000, 0, 0, 0)  # clear red between opaque blue rows

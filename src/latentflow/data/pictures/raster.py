@@ -140,6 +140,8 @@ def _in_channels(values: np.ndarray, mode: PixelMode, pixel_format: PixelFormat,
         if found != pixel_format.channels:
             raise ValueError(f"it has {found} channels, and the images are read as {pixel_format.channels} bands")
         return values
+    if mode == "bands" and pixel_format.has_alpha and found == pixel_format.channels:
+        mode = wanted  # as it is asked for: a TIFF does not say it in a way to rely on
     colours, alpha = values, None
     if mode in ("gray-alpha", "rgba"):
         colours, alpha = values[..., :-1], values[..., -1:]
