@@ -241,6 +241,17 @@ def test_frames_between_two_labels_blend_velocities(model):
     assert int(frames.evaluations[0]) == 2 * int(ends[0].evaluations[0])
 
 
+def test_frames_are_guided_by_conditions_alone(kl):
+    """Also where these are all that a model has, or where it cannot do without them."""
+    columns = [COLUMNS[0], COLUMNS[1], COLUMNS[2].model_copy(update={"dropout": 0.0})]
+    unlabelled = tiny.model(kl, class_names=(), conditioning={"columns": columns})
+    asked = {"view": "frontal,lateral", "tags": "edema;edema,nodule", "age": "20,60"}
+    frames = unlabelled.interpolate(seeds=(3, 8), conditions=asked, guidance=2.0, num=3)
+    assert frames.drawing.told == ["view", "tags", "age"]
+    assert frames.drawing.blends[0].conditions == {"view": "lateral", "tags": ["edema", "nodule"]}
+    assert frames.drawing.conditions["age"] == [20.0, 40.0, 60.0]
+
+
 def test_variations_keep_the_conditions(model):
     assert model.vary(seed=3, num=2, conditions={"age": 30}).drawing.conditions == {"age": [30.0, 30.0]}
     with pytest.raises(ConfigError, match="2 values; give one value"):

@@ -80,21 +80,22 @@ def interpolation(model: FlowModel, request: InterpolateRequest) -> Drawing:
     Raises:
         ConfigError: before anything is computed.
     """
+    num, (first, last) = request.num, request.seeds
+    weights = [frame / (num - 1) for frame in range(num)]
+    conditions, towards = _between(model.config.conditioning, request, weights)
+    given = {"task": "interpolate", "conditions": {name: values[:1] for name, values in conditions.items()}}
     if request.classes is None:
-        ends = [_one_picture(model, seed, None, request, task="interpolate") for seed in request.seeds]
+        ends = [_one_picture(model, seed, None, request, **given) for seed in request.seeds]
         labels = [end.labels[0] for end in ends if end.labels]
     else:
         labels = model.config.conditioning.class_indices(request.classes)
         if len(labels) > 2:
             raise ConfigError(f"{len(labels)} classes; give none, one for all frames, or two: from and to")
-        ends = [_one_picture(model, seed, labels[:1], request, task="interpolate") for seed in request.seeds]
-    num, (first, last) = request.num, request.seeds
-    weights = [frame / (num - 1) for frame in range(num)]
+        ends = [_one_picture(model, seed, labels[:1], request, **given) for seed in request.seeds]
     other = labels[1] if len(set(labels)) == 2 else None
-    conditions, towards = _between(model.config.conditioning, request, weights)
     blends = [Blend(seed=last, weight=weight, label=other, conditions=towards) for weight in weights]
     frames = {"seeds": [first] * num, "labels": ends[0].labels * num, "conditions": conditions, "blends": blends}
-    drawing = Drawing.model_validate({**dict(ends[0]), **frames, "told": [*ends[0].told, *conditions]})
+    drawing = Drawing.model_validate({**dict(ends[0]), **frames})
     check_drawing(model, drawing)
     return drawing
 
