@@ -222,7 +222,9 @@ def _kind(section: Any) -> str:
 
 def _type(annotation: Any) -> str:
     """A type in a reader's words."""
-    words = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}
+    from latentflow.sizes import Size
+
+    words = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null", Size: "size"}
     said = []
     for one in _alternatives(annotation):
         if get_origin(one) is Literal:

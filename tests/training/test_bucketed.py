@@ -269,6 +269,8 @@ def test_options_that_do_not_fit_are_refused(command, run, photos, kl_folder, tm
 
 
 def test_commands_name_the_sizes(command, cache, run, photos, kl_folder, tmp_path):
+    plan = command("plan", run / "recipe.yaml", "--device-memory", 8, "--device-tflops", 1, "--json")
+    assert plan["latents"] == [4, 6, 10]
     sizes = {"20x12": 9, "12x20": 5, "16": 6}
     assert command("info", cache, "--json")["sizes"] == sizes
     assert command("info", run, "--json")["sizes"].keys() == sizes.keys()

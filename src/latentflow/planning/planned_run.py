@@ -25,7 +25,7 @@ from latentflow.sizes import Size
 from latentflow.training.config import Recipe
 from latentflow.training.data_columns import chosen_columns
 from latentflow.training.fitting import Situation, fit
-from latentflow.training.fresh_model import DataConditions, model_config
+from latentflow.training.fresh_model import DataConditions, model_config, require_fitting_sizes
 from latentflow.training.training_data import paired_choice, with_cached
 
 _ASSUMED_IMAGES, _ASSUMED_CLASSES, _ASSUMED_MAP_CLASSES = 10_000, 10, 20
@@ -158,12 +158,17 @@ def plan_subject(recipe: Recipe, name: str, machine: Machine, request: PlanReque
             num_images=data.num_images - count_held_out(data.num_images, recipe.data.held_out),
             num_classes=data.num_classes if recipe.data.labels else 0,
             size=size.over(stage.factor),
+            other_sizes=tuple(one.over(stage.factor) for one in data.cache.sizes[1:]) if data.cache else (),
             gpu=machine.gpu,
             memory=machine.memory,
             num_processes=machine.num_processes,
         )
         recipe, reasons = fit(recipe, situation)
-    return PlannedRun(recipe, _config(recipe, data, stage), data, stage, tuple(reasons))
+    config = _config(recipe, data, stage)
+    if data.cache:
+        config = config.model_copy(update={"buckets": data.cache.buckets})
+        require_fitting_sizes(config)
+    return PlannedRun(recipe, config, data, stage, tuple(reasons))
 
 
 def _data(recipe: Recipe, name: str, num_images: int | None, num_classes: int | None) -> DataFacts:

@@ -85,6 +85,7 @@ def _run_rows(plan: Plan) -> list[tuple[str, str, str]]:
     classes = f", {config.conditioning.num_classes:,} classes" if config.conditioning.num_classes else ""
     maps = f", maps of {config.conditioning.num_map_classes} classes" if config.conditioning.num_map_classes else ""
     shape = " x ".join(map(str, config.latent_shape))
+    sizes = " or ".join(size.words for size in config.sizes)
     steps = f"{training.steps:,} steps of {training.batch_size:,} images"
     if subject.num_trained:
         steps += f", {training.steps * training.batch_size / subject.num_trained:,.3g} passes over the data"
@@ -92,7 +93,7 @@ def _run_rows(plan: Plan) -> list[tuple[str, str, str]]:
             images += f", {held_out:,} of them held out,"
     known = ASSUMED if data.assumed else EXACT
     rows = [
-        ("data", f"{images} of {config.image_size.words}{classes}{maps}", known),
+        ("data", f"{images} of {sizes}{classes}{maps}", known),
         ("latents", f"{shape}, by {plan.recipe.autoencoder}", ASSUMED if subject.stage.assumed else EXACT),
         ("network", f"{config.network.title}, {plan.num_parameters:,} parameters", EXACT),
         ("training", steps, known if data.num_images else EXACT),
