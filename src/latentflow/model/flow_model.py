@@ -102,7 +102,7 @@ class FlowModel:
     ) -> Self:
         """Load a model folder, a run folder (its `model/`), a snapshot of a run, or a hub id, also with a revision.
 
-        A snapshot is run@1/8, of a share of the run's steps, or run@1000; see `latentflow.model.snapshots`.
+        A snapshot is run@1/8, of a share of the run's steps, run@1000 or run@best; see `latentflow.model.snapshots`.
 
         Args:
             revision: a branch, tag or commit on the hub; None: the default branch.
