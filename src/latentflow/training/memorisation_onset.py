@@ -26,5 +26,5 @@ def memorisation_warning(steps: int, num_images: int) -> str:
     return (
         f"{steps:,} steps for {num_images:,} images: {about if steps > onset else about + ', and overfitting before'} "
         f"({_COPIES_PER_IMAGE} steps per image, arXiv 2505.17638, with batches of 512 images or all; large networks "
-        f"sooner); training.steps={safe} keeps a safe distance"
+        f"and AdamW sooner); training.steps={safe} is half of that"
     )
