@@ -30,9 +30,10 @@ def test_image_mean_keeps_the_batch():
 def condition_of(*labels: int) -> Condition:
     """All fields, each holding its image's label."""
     values = torch.tensor(labels, dtype=torch.float32).reshape(-1, 1, 1, 1)
-    shapes = {"masked_latents": (4, 2, 2), "mask": (1, 2, 2), "class_fractions": (3, 2, 2)}
+    shapes = {"masked_latents": (4, 2, 2), "mask": (1, 2, 2), "class_fractions": (3, 2, 2), "input": (3, 2, 2)}
     spatial = {name: values.expand(-1, *shape) for name, shape in shapes.items()}
-    return Condition(torch.tensor(labels), **spatial, augmentation=values.flatten(1).expand(-1, 2))
+    rows = {name: values.flatten(1).expand(-1, 2) for name in ("columns", "augmentation")}
+    return Condition(torch.tensor(labels), **spatial, **rows)
 
 
 def test_condition_selects_and_joins_the_rows_of_every_field():
@@ -42,7 +43,7 @@ def test_condition_selects_and_joins_the_rows_of_every_field():
     condition = condition_of(4, 5, 6)
     assert (
         condition.names
-        == ["labels", "masked_latents", "mask", "class_fractions", "augmentation"]
+        == ["labels", "masked_latents", "mask", "class_fractions", "input", "columns", "augmentation"]
         == [f.name for f in fields(Condition)]
     )
     assert same(condition.select(torch.tensor([2, 0])), condition_of(6, 4))
