@@ -17,6 +17,7 @@ from PIL import Image
 
 from latentflow.artifacts import read_json
 from latentflow.cli.options import every_command
+from latentflow.data.painting.input_rules import InputRules
 from latentflow.training.config import load_recipe
 from latentflow.training.first_stage import load_autoencoder_recipe
 from tests import tiny
@@ -252,6 +253,8 @@ def things(tmp_path_factory, kl, kl_folder) -> Path:
     tiny.model(kl, class_names=("cat", "dog")).save_pretrained(folder / "runs" / "photos")
     tiny.model(kl, class_names=("horse", "ship")).save_pretrained(folder / "runs" / "cifar10")
     tiny.model(kl, class_names=("jay", "wren")).save_pretrained(folder / "runs" / "birds")
+    tiny.model(kl, inputs=InputRules(origin="shrink:4")).save_pretrained(folder / "runs" / "sharp")
+    Image.fromarray(whole).save(folder / "small.png")
     tiny.model(kl).save_pretrained(folder / "models" / "imagenet")
     tiny.model(kl, time_scale=1.0).save_pretrained(folder / "models" / "ffhq")
     return folder
