@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from latentflow.artifacts import read_json
+from latentflow.data.painting.input_rules import InputRules
 from latentflow.networks.dit import DiTConfig
 from latentflow.training.memory import forward_flops
 from tests import tiny
@@ -241,3 +242,16 @@ def test_judge_ranking(benchmark, tmp_path, kl, images):
     assert all(step["holds"] for step in script.ranking(sets))
     swapped = {**sets, "trained": sets["few steps"], "few steps": sets["trained"]}
     assert [step["holds"] for step in script.ranking(swapped)] == [True, True, False, True]
+
+
+def test_translation(benchmark, tmp_path, kl, images):
+    tiny.model(kl, inputs=InputRules(origin="shrink:4")).save_pretrained(tmp_path / "model")
+    given = ["--model", tmp_path / "model", "--data", images, "--num", 9, "--results", tmp_path]
+    script = benchmark("translation")
+    results = script.main(list(map(str, given)))
+    assert read_json(tmp_path / "translation-cpu.json")["sets"] == results["sets"]
+    assert sorted(results["sets"]) == sorted(script.SETS)
+    assert all(math.isfinite(number) for number in numbers(results["sets"]))
+    assert (
+        results["sets"]["inputs"]["psnr"] > results["sets"]["translated"]["psnr"]
+    )  # by a network that learned nothing

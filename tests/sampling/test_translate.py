@@ -17,6 +17,8 @@ from latentflow.data.painting.input_pixels import at_latent_size, derived_inputs
 from latentflow.data.painting.input_rules import InputRules
 from latentflow.data.pictures.crop import center_crop
 from latentflow.errors import ConfigError, DataError
+from latentflow.pixel_format import PixelFormat
+from latentflow.sampling.translate import read_paired
 from latentflow.shapes import Condition
 from tests import tiny
 
@@ -139,3 +141,17 @@ def test_a_model_that_requires_an_input_says_how_to_give_it(kl):
     with pytest.raises(ConfigError, match=r"requires the condition input.*`latentflow translate`"):
         needy.sample()
     assert needy.translate(picture(16, 16)).pixels.shape == (1, 3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_an_input_of_16_bits_keeps_its_range(kl, tmp_path, native):
+    """Through a file: 1,000 and 3,000 of a range of 0 to 4,000 are -0.5 and 0.5."""
+    pixels = PixelFormat(channels=1, dtype="uint16", low=[0], high=[4000])
+    plain = tiny.model(kl, inputs=InputRules(form="pixels"), input_channels=1)
+    config = plain.config.model_copy(update={"input_format": pixels})
+    values = np.full((SIZE, SIZE), 1000, np.uint16)
+    values[:, SIZE // 2 :] = 3000
+    Image.fromarray(values).save(tmp_path / "elevation.png")
+    seen = read_paired(LatentFlow(config, plain.network, plain.autoencoder), tmp_path / "elevation.png", native=native)
+    assert torch.allclose(seen[0, 0, :, : SIZE // 2], torch.tensor(-0.5))
+    assert torch.allclose(seen[0, 0, :, SIZE // 2 :], torch.tensor(0.5))

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from latentflow.console import notice
 from latentflow.data.items import stack_pixels
 from latentflow.data.painting.input_pixels import derived_inputs
 from latentflow.data.painting.input_rules import GRAY
-from latentflow.data.pictures.colour import to_rgb
-from latentflow.data.pictures.crop import center_crop
-from latentflow.data.pictures.user_picture import read_picture
+from latentflow.data.pictures.raster import Raster
+from latentflow.data.pictures.user_picture import read_picture, square_picture
 from latentflow.errors import ConfigError, DataError
 from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.drawing import make_drawing
@@ -56,7 +53,7 @@ def translate(
 
 
 def read_paired(model: FlowModel, image: ImageInput, *, native: bool = False) -> Tensor:
-    """An image as the input of a model: [1, c, H / N, W / N] uint8.
+    """An image as the input of a model: [1, c, H / N, W / N], as `stack_inputs` gives it.
 
     Args:
         native: all of it at its own size; otherwise its middle, of the model's shape, at the size that the model needs.
@@ -67,41 +64,39 @@ def read_paired(model: FlowModel, image: ImageInput, *, native: bool = False) ->
     """
     if not isinstance(image, ImageInput):
         raise DataError(f"image {image!r:.60}: give a file or a Pillow image")
-    rules = model.config.inputs
-    assert rules is not None
-    try:
-        picture = to_rgb(image) if isinstance(image, Image.Image) else read_picture(image).planes[0]
-    except ValueError as error:
-        raise DataError(f"the image cannot be used: {error}") from error
+    config, rules = model.config, model.config.inputs
+    assert rules is not None and config.input_format is not None
+    # As in training, brightness is taken of colours that are cropped already.
+    picture = read_picture(image, config.pixel_format if rules.origin == GRAY else config.input_format)
     if native:
         _require_native(model, picture)
-        pixels = stack_pixels([np.asarray(picture)])
+        pixels = stack_pixels([picture.numbers])
     else:
         pixels = _middle(model, picture)
-    return derived_inputs(pixels, rules) if rules.origin == GRAY else pixels
+    stored = derived_inputs(pixels, rules) if rules.origin == GRAY else pixels
+    return stored if stored.dtype == torch.uint8 else config.input_format.to_unit(stored)
 
 
-def _middle(model: FlowModel, picture: Image.Image) -> Tensor:
-    rules, size = model.config.inputs, model.config.size_for(Size(picture.height, picture.width))
+def _middle(model: FlowModel, picture: Raster) -> Tensor:
+    rules, (width, height) = model.config.inputs, picture.size
+    size = model.config.size_for(Size(height, width))
     seen = rules.size(size)
-    if rules.shrinking > 1 and picture.width > seen.width and picture.height > seen.height:
+    if rules.shrinking > 1 and width > seen.width and height > seen.height:
         notice(
-            f"the image of {picture.width} x {picture.height} pixels is reduced to {seen.words}, from which this "
-            f"model draws {size.words}; use --native to keep all of its pixels"
+            f"the image of {width} x {height} pixels is reduced to {seen.words}, from which this model draws "
+            f"{size.words}; use --native to keep all of its pixels"
         )
-    try:
-        return stack_pixels([center_crop(picture, seen)])
-    except ValueError as error:
-        raise DataError(f"the image cannot be used: {error}") from error
+    return square_picture(picture, seen)
 
 
-def _require_native(model: FlowModel, picture: Image.Image) -> None:
+def _require_native(model: FlowModel, picture: Raster) -> None:
     """Refuse a size that the model cannot draw from; names the nearest that it can."""
     shrinking, multiple = model.config.inputs.shrinking, model.config.pixel_multiple
     if any(side * shrinking % multiple for side in picture.size):
         step = torch.lcm(torch.tensor(shrinking), torch.tensor(multiple)).item() // shrinking
         near = " x ".join(str(max(round(side / step), 1) * step) for side in picture.size)
+        width, height = picture.size
         raise ConfigError(
-            f"{picture.width} x {picture.height} pixels cannot be translated at native size: both sides must be "
+            f"{width} x {height} pixels cannot be translated at native size: both sides must be "
             f"multiples of {step}; resize to {near}, or leave out the native size"
         )

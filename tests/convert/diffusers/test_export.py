@@ -19,6 +19,7 @@ from latentflow.autoencoder import Autoencoder, LatentNormalisation
 from latentflow.convert.diffusers import export as diffusers_export
 from latentflow.convert.diffusers.export import LIMIT, diffusers_velocity, export_diffusers
 from latentflow.convert.diffusers.keys import diffusers_network
+from latentflow.data.painting.input_rules import InputRules
 from latentflow.errors import ArtifactError
 from latentflow.flow.path import CosinePath, LinearPath
 from latentflow.model.conditioning import Conditioning
@@ -26,6 +27,7 @@ from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, Model
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.unet import UNetConfig
 from latentflow.networks.velocity_network import DenoiserPrediction, NoisePrediction
+from latentflow.pixel_format import PixelFormat
 from latentflow.shapes import Condition
 from tests import tiny
 from tests.convert.parity import relative_error
@@ -280,6 +282,11 @@ REFUSED = {
     "its time_scale is 0.5": (unet(time_scale=0.5), {}, {}),
     "named conditions": (unet(), {"columns": [{"name": "age", "kind": "number"}]}, {}),
     "conditioned on semantic maps": (unet(), {"map_class_names": ["sky"], "map_palette": [(0, 0, 0)]}, {}),
+    "conditioned on paired images": (
+        unet(),
+        {"input_channels": 4},
+        {"inputs": InputRules(form="latents"), "input_format": PixelFormat()},
+    ),
     "its path is cosine": (unet(), {}, {"path": CosinePath()}),
     "predicts noise": (unet(), {}, {"prediction": NoisePrediction(), "path": CosinePath()}),
     "predicts edm": (unet(), {}, {"prediction": DenoiserPrediction(), "path": LinearPath(sigma_min=0)}),

@@ -72,6 +72,10 @@ def diffusers_network(config: ModelConfig) -> DiffusersNetwork:
             "it has named conditions, and diffusers' networks have no embedding of them",
         ),
         (
+            conditioning.input_channels > 0,
+            "it is conditioned on paired images, and diffusers' pipelines have no input for them",
+        ),
+        (
             not float(network.time_scale).is_integer(),
             f"its time_scale is {network.time_scale:g}; FlowMatchEulerDiscreteScheduler needs a whole number",
         ),
