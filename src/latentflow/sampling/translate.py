@@ -15,7 +15,7 @@ from latentflow.data.items import stack_pixels
 from latentflow.data.painting.input_pixels import derived_inputs
 from latentflow.data.painting.input_rules import GRAY
 from latentflow.data.pictures.raster import Raster
-from latentflow.data.pictures.user_picture import read_picture, square_picture
+from latentflow.data.pictures.user_picture import cropped_picture, read_picture
 from latentflow.errors import ConfigError, DataError
 from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.drawing import make_drawing
@@ -86,7 +86,7 @@ def _middle(model: FlowModel, picture: Raster) -> Tensor:
             f"the image of {width} x {height} pixels is reduced to {seen.words}, from which this model draws "
             f"{size.words}; use --native to keep all of its pixels"
         )
-    return square_picture(picture, seen)
+    return cropped_picture(picture, seen)
 
 
 def _require_native(model: FlowModel, picture: Raster) -> None:
