@@ -499,7 +499,7 @@ def test_bad_words(command, tmp_path, model_folder, painter_folder, images, segm
         (("--solver", "huen"), "did you mean 'heun'?"),
         (("--masks", "boxes"), "--masks has no effect with --task sample; remove it"),
         (("--segmenter", "a:b"), "--segmenter has no effect with --task sample; remove it"),
-        (("--image-size", 16), "--image-size has no effect with --task sample; remove it"),
+        (("--image-size", 18), "--image-size 18: the model was not trained on it; give one of its sizes: 16"),
         (("--against", tmp_path / "nowhere.json"), "nowhere.json; give what `latentflow evaluate --out` wrote"),
         (("--against", images), "report.json; give what `latentflow evaluate --out` wrote"),
         (("--features", "randm"), "did you mean 'random'?"),
