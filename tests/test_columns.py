@@ -81,20 +81,19 @@ def test_values_as_text_do_not_depend_on_the_order_of_a_set():
 
 
 class WithAge(SyntheticShapes):
-    columns = (AGE,)
-
     def values(self, index):
         return (float(index),)
 
 
-def test_the_fingerprint_covers_the_values():
-    class Older(WithAge):
-        def values(self, index):
-            return (index + (index == 3) * 0.5,)
+class Older(WithAge):
+    def values(self, index):
+        return (index + (index == 3) * 0.5,)
 
-    without, own, older = (fingerprint_of(kind(4), range(4)) for kind in (SyntheticShapes, WithAge, Older))
-    assert len({without, own, older}) == 3
-    assert fingerprint_of(WithAge(4), range(3)) == fingerprint_of(Older(4), range(3))
+
+def test_the_fingerprint_covers_the_values():
+    without, own, older = SyntheticShapes(4), WithAge(4, columns=(AGE,)), Older(4, columns=(AGE,))
+    assert len({fingerprint_of(source, range(4)) for source in (without, own, older)}) == 3
+    assert fingerprint_of(own, range(3)) == fingerprint_of(older, range(3))
 
 
 def test_sources_without_columns():

@@ -18,6 +18,7 @@ from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.flow.path import CosinePath
 from latentflow.model.flow_model import FlowModel
 from latentflow.shapes import Condition, per_image
+from latentflow.sizes import Size
 from tests import tiny
 from tests.convert import foreign
 from tests.convert.parity import find, needs_parity, relative_error, tensors, weights
@@ -192,7 +193,7 @@ def test_a_training_state_of_lfm_says_what_it_is(run, tmp_path):
     result = run("lfm", checkpoint=tmp_path / "content.pth", **how)
     config = reloaded(tmp_path / "model").config
     assert result.part == "model_dict"
-    assert (config.image_size, config.normalisation.scale) == (16, [0.5] * 4)
+    assert (config.image_size, config.normalisation.scale) == (Size(16, 16), [0.5] * 4)
     assert config.network.attention_factors == (2,)
 
     (tmp_path / "run").mkdir()
@@ -315,7 +316,7 @@ def test_arguments_of_the_class_of_lfm_with_another_factor(run, tmp_path):
     file = foreign.save(foreign.draw(architecture("lfm", sizes)), tmp_path / "lfm.pth")
     given = [f"{key}={value}" for key, value in sizes.items()]
     config = run("lfm", checkpoint=file, options=given, image_size=None).model.config
-    assert (config.image_size, config.latent_shape) == (16, (4, 8, 8))
+    assert (config.image_size, config.latent_shape) == (Size(16, 16), (4, 8, 8))
 
 
 def test_an_image_size_that_contradicts_the_options(run):
@@ -326,7 +327,7 @@ def test_an_image_size_that_contradicts_the_options(run):
 def test_edm_takes_its_size_from_its_options(run, tmp_path):
     file = foreign.save(foreign.draw(architecture("edm", EDM)), tmp_path / "edm.pt")
     options = [f"{key}={' '.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in EDM.items()]
-    assert run("edm", checkpoint=file, options=options, image_size=None).model.config.image_size == 16
+    assert run("edm", checkpoint=file, options=options, image_size=None).model.config.image_size == (16, 16)
     with pytest.raises(ConfigError):
         run("edm", checkpoint=file, options=options, image_size=64, out=tmp_path / "other")
 
@@ -342,7 +343,7 @@ def test_a_folder_that_is_there(run, tmp_path):
         run(out=tmp_path / "file")
     (tmp_path / "empty").mkdir()
     run(out=tmp_path / "empty")
-    assert reloaded(tmp_path / "empty").config.image_size == tiny.IMAGE_SIZE
+    assert reloaded(tmp_path / "empty").config.image_size == (tiny.IMAGE_SIZE,) * 2
 
 
 def test_mistakes_are_told_before_the_file_is_read(run, tmp_path):

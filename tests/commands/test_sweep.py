@@ -24,6 +24,7 @@ from latentflow.metrics.stored_statistics import Provenance, Reference
 from latentflow.model.config import SamplingPreset
 from latentflow.model.flow_model import read_config
 from latentflow.pages.sweep import verdict
+from latentflow.sizes import Size
 from tests import tiny
 from tests.processes import Result, run_here
 
@@ -241,10 +242,10 @@ def test_a_reference_of_another_size_or_kind_is_refused(small, cache, tmp_path):
     Reference(statistics, made).save(file)
     with pytest.raises(DataError, match="of images of 32 pixels, and the images to score have 16"):
         small(data=file)
-    Reference(statistics, made.model_copy(update={"image_size": 16, "feature_hash": "other"})).save(file)
+    Reference(statistics, made.model_copy(update={"image_size": Size(16, 16), "feature_hash": "other"})).save(file)
     with pytest.raises(DataError, match="scores would be meaningless"):
         small(data=file)
-    Reference(statistics, made.model_copy(update={"image_size": 16})).save(file)
+    Reference(statistics, made.model_copy(update={"image_size": Size(16, 16)})).save(file)
     assert small(data=file, steps=[1]).best == "euler-1"
     with pytest.raises(DataError, match="is a latent cache"):
         small(data=cache)

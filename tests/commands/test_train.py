@@ -17,6 +17,7 @@ from latentflow.data.sources.stored import ImageFiles
 from latentflow.data.stores.files import FolderStore
 from latentflow.errors import ArtifactError, ConfigError, DataError, LatentFlowError
 from latentflow.plans import changed_values
+from latentflow.sizes import Size
 from latentflow.training import fitting, velocity_run
 from latentflow.training.config import Recipe, load_recipe
 from latentflow.training.fitting import with_values
@@ -114,7 +115,7 @@ def own(tmp_path, capsys, monkeypatch):
 def test_a_cache_decides_size_mirroring_and_autoencoder(cache, flat, kl_folder, tmp_path):
     for folder, flip in ((cache, True), (flat, False)):
         recipe = prepare(Recipe.model_validate({**OPEN, "data": {"path": str(folder)}, "out": "x"}), tiny.CPU).recipe
-        assert (recipe.data.image_size, recipe.data.flip) == (tiny.IMAGE_SIZE, flip)
+        assert (recipe.data.image_size, recipe.data.flip) == ((tiny.IMAGE_SIZE, tiny.IMAGE_SIZE), flip)
         assert recipe.autoencoder == str(kl_folder)
 
 
@@ -249,6 +250,9 @@ def test_a_class_that_an_old_cache_has_no_image_of(refused, tmp_path, images, kl
         def __len__(self) -> int:
             return 5
 
-    write_cache(First(list_files(FolderStore(images)), tiny.IMAGE_SIZE), kl, tmp_path / "cache")
+        def _unsaid_class(self, index: int) -> str:
+            return ""
+
+    write_cache(First(list_files(FolderStore(images)), Size.of(tiny.IMAGE_SIZE)), kl, tmp_path / "cache")
     words = ("has no readable image of 2 of its classes (berry, cherry); encode it again",)
     refused(DataError, *words, data={"path": tmp_path / "cache"})

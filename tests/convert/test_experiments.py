@@ -152,7 +152,7 @@ def test_from_a_file_to_a_picture(name, small, tmp_path):
     assert all(torch.equal(there_again[key], weights[key]) for key in moved)
 
     assert result.num_parameters == sum(tensor.numel() for tensor in expected.values())
-    assert (config.image_size, config.latent_shape) == (IMAGE_SIZE, (4, 32, 32))
+    assert (config.image_size, config.latent_shape) == ((IMAGE_SIZE, IMAGE_SIZE), (4, 32, 32))
     assert config.normalisation.scale == [SCALE] * 4
     assert config.normalisation.shift == [0.0] * 4
     assert (config.path.kind, config.prediction.kind) == ("linear", "velocity")

@@ -281,7 +281,7 @@ def test_another_file_of_that_name_is_refused(tmp_path, kl_folder):
 
 
 def test_interrupted_training_leaves_no_figures(tmp_path, kl_folder, monkeypatch):
-    stopped = TrainResult(tmp_path, Outcome(1, finished=False, signal=15), [])
+    stopped = TrainResult(tmp_path, Outcome(1, finished=False, signal=15), [], None)
     monkeypatch.setattr(building, "train", lambda recipe, runtime: stopped)
     with pytest.raises(Interrupted, match="step 1, saved; repeat the command") as caught:
         demo(tmp_path, scale=SCALE, overrides=overrides(kl_folder))

@@ -262,7 +262,7 @@ def test_the_embedding_is_its_equation(joins, features):
     x = x + said if joins == "features" else x
     x = embedding.linear2(nn.functional.silu(embedding.linear1(x)))
     x = x if joins == "features" else x + said
-    torch.testing.assert_close(embedding(time, labels), nn.functional.silu(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(embedding(time, Condition(labels=labels)), nn.functional.silu(x), atol=1e-5, rtol=1e-5)
 
 
 def test_the_endpoint_is_the_longest_period():
@@ -292,7 +292,8 @@ def test_neighbouring_times_have_neighbouring_features(variant):
     embedding, features = Embedding(made, 0), []
     embedding.linear1.register_forward_pre_hook(lambda _, arguments: features.append(arguments[0]))
     time = torch.linspace(0, 0.9, 10)
-    embedding(time, None), embedding(time + 0.001, None), embedding(time + 0.1, None)
+    for at in (time, time + 0.001, time + 0.1):
+        embedding(at, Condition())
     alike = [nn.functional.cosine_similarity(features[0], other).mean().item() for other in features[1:]]
     assert alike[0] > 0.9
     assert alike[1] < 0.9
