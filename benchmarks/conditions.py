@@ -34,6 +34,7 @@ from latentflow.autoencoder import Autoencoder
 from latentflow.commands.train import train
 from latentflow.data.cache.writer import write_cache
 from latentflow.data.request import CacheOptions
+from latentflow.data.sources.part import PartOfSource
 from latentflow.data.sources.synthetic import CLASS_NAMES, COLOURS, COLUMNS, SHAPES, SyntheticShapes, unit_area
 from latentflow.demo.recognition import Recognition, recognise
 from latentflow.runtime import open_runtime
@@ -43,36 +44,6 @@ SIZE = 32  # of the images, in pixels
 GAP = (28.0, 32.0)  # the sizes that training images do not have
 ASKED = {"inside": (25, 26, 27, 33, 34, 35), "interpolated": (29, 30, 31), "extrapolated": (20, 22, 38, 40)}
 _MEASURED_AT = 128  # pixels; finer than the picture, so that the area of its mask is
-
-
-class Selected:
-    """Some of the images of a source."""
-
-    def __init__(self, source: SyntheticShapes, rows: Sequence[int]):
-        self._source, self._rows = source, list(rows)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._source, name)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._source[self._rows[index]]
-
-    def name(self, index: int) -> str:
-        return self._source.name(self._rows[index])
-
-    def label(self, index: int) -> int:
-        return self._source.label(self._rows[index])
-
-    def values(self, index: int) -> tuple[Any, ...]:
-        return self._source.values(self._rows[index])
-
-    def contents(self) -> list[str]:
-        return [""] * len(self)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -115,7 +86,7 @@ def trained(folder: Path, options: argparse.Namespace) -> LatentFlow:
     wanted = [row for row in range(len(source)) if CLASS_NAMES[source.label(row)] in classes]
     kept = [row for row in wanted if not GAP[0] < source.values(row)[size] < GAP[1]]
     autoencoder = Autoencoder.from_pretrained("shapes")
-    write_cache(Selected(source, kept), autoencoder, folder / "cache", CacheOptions())
+    write_cache(PartOfSource(source, kept, "training"), autoencoder, folder / "cache", CacheOptions())
     overrides = [
         f"data.path={folder / 'cache'}",
         f"out={folder / 'run'}",

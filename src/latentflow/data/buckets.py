@@ -14,10 +14,11 @@ from typing import Protocol, runtime_checkable
 
 from pydantic import Field
 
-from latentflow.columns import Column, ColumnValue
+from latentflow.columns import Column
 from latentflow.data.items import ImageItem, ImageSource, fingerprint_of
 from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.prefetch import in_threads
+from latentflow.data.rows import RowsOfSource
 from latentflow.errors import DataError
 from latentflow.pixel_format import PixelFormat
 from latentflow.records import Record
@@ -98,18 +99,18 @@ def in_sizes(source: ImageSource, sizes: Sequence[Size]) -> ImageSource:
 
 
 @dataclass(frozen=True)
-class BucketedImages:
+class BucketedImages(RowsOfSource):
     """The images of a source, each at the size of its bucket; bucket after bucket, in the source's order within each.
 
     Attributes:
         source: the images.
         buckets: those that hold images, the one with the most images first, then from tall to wide.
-        order: the index in `source` of each image.
+        rows: the index in `source` of each image.
     """
 
     source: Croppable
     buckets: tuple[Bucket, ...]
-    order: tuple[int, ...]
+    rows: tuple[int, ...]
 
     @classmethod
     def of(
@@ -186,9 +187,6 @@ class BucketedImages:
     def description(self) -> str:
         return f"{self.source.description}, in {len(self.buckets)} shapes"
 
-    def __len__(self) -> int:
-        return len(self.order)
-
     def __iter__(self) -> Iterator[ImageItem]:
         return (self[index] for index in range(len(self)))
 
@@ -213,34 +211,12 @@ class BucketedImages:
             DataError: none of them goes there.
         """
         wanted = range(len(self)) if indices is None else indices
-        order = tuple(self.order[index] for index in wanted if self.size(index) == size)
-        if not order:
+        rows = tuple(self.rows[index] for index in wanted if self.size(index) == size)
+        if not rows:
             raise DataError(f"{self.source.description}: none of them is nearest to the shape {size}")
-        return BucketedImages(self.source, (Bucket(size=size, num_images=len(order)),), order)
-
-    def name(self, index: int) -> str:
-        """The name of item `index`, without decoding it."""
-        return self.source.name(self._row(index))
-
-    def label(self, index: int) -> int | None:
-        """The label of item `index`, without decoding it."""
-        return self.source.label(self._row(index))
-
-    def values(self, index: int) -> tuple[ColumnValue, ...]:
-        """The values of the columns for item `index`, without decoding it."""
-        return self.source.values(self._row(index))
-
-    def contents(self) -> list[str]:
-        """Those of the source, in this order."""
-        found = self.source.contents()
-        return [found[row] for row in self.order]
+        return BucketedImages(self.source, (Bucket(size=size, num_images=len(rows)),), rows)
 
     def fingerprint(self) -> str:
         """A hash of the images and of their buckets."""
         sizes = ", ".join(f"{bucket.num_images} of {bucket.size}" for bucket in self.buckets)
         return fingerprint_of(self, range(len(self)), f"{self.source.fingerprint()} {sizes}")
-
-    def _row(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of a source of {len(self)}")
-        return self.order[index]

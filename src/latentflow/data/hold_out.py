@@ -38,7 +38,7 @@ _FEWEST = 8  # fewer say nothing
 
 
 class HeldOut(Record):
-    """Which images are held out; it can be told from the name of an image alone.
+    """Which images are held out; it follows from the name of an image alone.
 
     The hash of a name is a number in [0, 1). Hashes are stored in place of names, which may be private.
     """

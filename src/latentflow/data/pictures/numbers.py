@@ -204,7 +204,7 @@ class _Array:
 
 
 def _one_array(content: bytes) -> np.ndarray:
-    """The array of a file; np.load unpickles nothing unless it is told to."""
+    """The array of a file; np.load unpickles nothing without allow_pickle."""
     if content.startswith(_NPY):
         return np.load(io.BytesIO(content))
     with zipfile.ZipFile(io.BytesIO(content)) as archive:

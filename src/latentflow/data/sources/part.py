@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from latentflow.columns import ColumnValue
 from latentflow.data.items import ImageItem, ImageSource, fingerprint_of
+from latentflow.data.rows import RowsOfSource
 from latentflow.requests import Split
 
 
-class PartOfSource:
+class PartOfSource(RowsOfSource):
     """Some images of a source, in the order of `rows`.
 
     Args:
@@ -28,34 +28,9 @@ class PartOfSource:
             raise AttributeError(name)
         return getattr(self.source, name)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def __getitem__(self, index: int) -> ImageItem:
         return self.source[self._row(index)]
-
-    def name(self, index: int) -> str:
-        """See `ImageSource.name`."""
-        return self.source.name(self._row(index))
-
-    def label(self, index: int) -> int | None:
-        """See `ImageSource.label`."""
-        return self.source.label(self._row(index))
-
-    def values(self, index: int) -> tuple[ColumnValue, ...]:
-        """See `ImageSource.values`."""
-        return self.source.values(self._row(index))
-
-    def contents(self) -> list[str]:
-        """See `ImageSource.contents`."""
-        found = self.source.contents()
-        return [found[row] for row in self.rows]
 
     def fingerprint(self) -> str:
         """A hash of names, contents and values of these images."""
         return fingerprint_of(self, range(len(self)))
-
-    def _row(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        return self.rows[index]

@@ -1,4 +1,4 @@
-"""Images that a table describes: their files lie beside it, in the same folder or archive."""
+"""Images that a table describes: their files lie next to it, in the same folder or archive."""
 
 from __future__ import annotations
 
