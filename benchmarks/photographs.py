@@ -79,17 +79,26 @@ def encode(study: Study) -> None:
     study.command("encode-single", "encode", chosen, *how, "--out", study.work / "cache-single")
 
 
-def train(study: Study) -> None:
-    """The models: the one without labels and that of a single class take half and a quarter of the steps."""
-    options, steps = study.options, study.options.steps
-    given = [*options.set, f"autoencoder={options.autoencoder}"]
-    for run, cache, share, more in (
-        (study.labelled, "cache", 1, []),
-        (study.unlabelled, "cache", 2, ["data.labels=false", "sampling.guidance=1"]),
-        (study.single, "cache-single", 4, ["sampling.guidance=1"]),
-    ):
-        keys = [f"data.path={study.work / cache}", f"out={run}", f"training.steps={steps // share}", *given, *more]
-        study.command(f"train-{run.name}", "train", options.recipe, *keys)
+def train_labelled(study: Study) -> None:
+    """The model of all classes."""
+    _train(study, study.labelled, "cache", study.options.steps)
+
+
+def train_unlabelled(study: Study) -> None:
+    """The one that knows no labels, for half of the steps."""
+    _train(study, study.unlabelled, "cache", study.options.steps // 2, "data.labels=false", "sampling.guidance=1")
+
+
+def train_single(study: Study) -> None:
+    """The one of a single class, for a quarter of the steps."""
+    _train(study, study.single, "cache-single", study.options.steps // 4, "sampling.guidance=1")
+
+
+def _train(study: Study, run: Path, cache: str, steps: int, *changes: str) -> None:
+    options = study.options
+    keys = [f"data.path={study.work / cache}", f"out={run}", f"training.steps={steps}"]
+    given = [f"autoencoder={options.autoencoder}", *options.set, *changes]
+    study.command(f"train-{run.name}", "train", options.recipe, *keys, *given)
 
 
 def scores(study: Study) -> None:
@@ -147,7 +156,11 @@ def grids(study: Study) -> None:
 
 
 PARTS: Mapping[str, Callable[[Study], None]] = {
-    part.__name__: part for part in (encode, train, grids, scores, guides, solvers, preset, copies)
+    part.__name__: part
+    for part in (
+        *(encode, train_labelled, train_unlabelled, train_single),
+        *(grids, scores, guides, solvers, preset, copies),
+    )
 }
 
 
