@@ -74,5 +74,5 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(photographs, monkeypatc
         photographs.main(arguments(tmp_path, "--parts", "solvers,copies,grids"))
     assert "failed: fit-solver: out of ideas" in capsys.readouterr().out
     assert [verb for verb, _ in played.commands] == ["sample"] * 6 + ["fit-solver", "diagnose"]
-    with pytest.raises(SystemExit, match="there is no part 'moon'; there are encode, train, grids"):
+    with pytest.raises(SystemExit, match="there is no part 'moon'; there are encode, train_labelled, train_unlabelled"):
         photographs.main(arguments(tmp_path, "--parts", "moon"))

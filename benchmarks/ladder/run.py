@@ -220,12 +220,8 @@ def append(file: Path, outcome: Outcome) -> None:
 
 
 def base_recipe() -> dict[str, Any]:
-    """The recipe that the rungs change: one that comes with the package, and what all runs of a ladder change of it."""
-    from latentflow.training.config import find_recipe
-
-    given = yaml.safe_load(BASE.read_text(encoding="utf-8"))
-    named = yaml.safe_load(find_recipe(given["recipe"]).read_text(encoding="utf-8"))
-    return merged(named, given["changes"])
+    """The recipe that the rungs change."""
+    return yaml.safe_load(BASE.read_text(encoding="utf-8"))
 
 
 def features_of(features: str) -> str:

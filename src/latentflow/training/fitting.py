@@ -5,9 +5,9 @@ The rules, and where they come from:
     network    On a CPU at most 64 tokens and 8 blocks of 256 channels (6 of 192 below 2,000 images), which two cores
                train in about an hour. On a GPU at most 256 tokens and DiT-S below 20,000 images, DiT-B below 200,000,
                DiT-L above, smaller if memory requires: large networks memorise small data sets sooner.
-    steps      100,000 on a GPU, where quality converges whatever the number of images, and 4,000 on a CPU; at most 150
-               per image, but at least 1,000: networks begin to memorise after about 300 steps per image
-               (arXiv 2505.17638). Half of that is no safe distance for all networks: one copied 20 images after 125.
+    steps      100,000 on a GPU, where quality converges whatever the number of images, and 4,000 on a CPU; at most 30
+               per image, but at least 1,000: the first copies of training images were seen after about 40 steps per
+               image (training/memorisation_onset.py).
     batch      256 on a GPU, as in the published recipes; 2,048 tokens on a CPU; at most the number of images.
     rate       1e-3 with cosine decay for the small networks of a CPU; on a GPU 5e-4, 2e-4 and 1e-4 for S, B and L.
     average    over about 1,000 steps in runs of at most 10,000 steps, else over 10,000.
