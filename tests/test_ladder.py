@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -222,6 +223,23 @@ def test_a_closed_worker_ends_its_command(ladder, tmp_path):
     assert worker._process is None
 
 
+def test_evaluations_run_at_once_and_others_in_turn(ladder, tmp_path, monkeypatch):
+    module = ladder("worker")
+    meeting = threading.Barrier(2)
+
+    def run(worker, arguments, log, limit):
+        if arguments[0] != "train":
+            meeting.wait(60)  # broken unless both are here
+        return worker
+
+    monkeypatch.setattr(module.Worker, "run", run)
+    workers = module.Workers(evaluators=2)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda verb: workers([verb], tmp_path, 60), ("evaluate", "loss"))
+    trains = workers(["train"], tmp_path, 60)
+    assert len({one, other, trains}) == 3 and workers(["encode"], tmp_path, 60) is trains
+
+
 def test_rungs_are_read_in_order_and_checked(rules, tmp_path):
     (tmp_path / "0_base.yaml").write_text("{title: base, role: baseline}")
     (tmp_path / "1_more.yaml").write_text("{title: more, against: 2_later}")
@@ -319,7 +337,7 @@ def test_a_climb_trains_every_rung_for_the_same_seconds(ladder, rules, tmp_path,
     played = Played(
         {6e-4: 100.0, 2.0: 200.0, 3.0: 50.0}, {6e-4: [10, 10.2], 2.0: [12, 12.2], 3.0: [8, 8.1, 16, 12, 16.2, 12.2]}
     )
-    monkeypatch.setattr(run, "Workers", lambda: played)
+    monkeypatch.setattr(run, "Workers", lambda evaluators: played)
     given = arguments(tmp_path, "--seconds", "60", "--seeds", "0,1", "--shares", "0.25,0.5")
     run.main(given)
     found = rules.read_outcomes(tmp_path / "results" / "results.jsonl")
@@ -355,12 +373,12 @@ def test_what_fails_is_a_line_and_can_be_repeated(ladder, rules, tmp_path, monke
             return super().__call__(arguments, log, limit)
 
     refused = Refused(played.milliseconds, played.distances)
-    monkeypatch.setattr(run, "Workers", lambda: refused)
+    monkeypatch.setattr(run, "Workers", lambda evaluators: refused)
     given = arguments(tmp_path, "--seconds", "6", "--seeds", "0", "--shares", "")
     run.main(given)
     page = (tmp_path / "results" / "RESULTS.md").read_text()
     assert "failed: train: latentflow: no such key" in page
-    monkeypatch.setattr(run, "Workers", lambda: played)
+    monkeypatch.setattr(run, "Workers", lambda evaluators: played)
     run.main(given)
     assert (tmp_path / "results" / "RESULTS.md").read_text() == page
     run.main([*given, "--again"])

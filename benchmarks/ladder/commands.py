@@ -17,6 +17,7 @@ from latentflow.artifacts import make_folder, read_json, write_text
 
 _AT_ONCE = {"cpu": 32, "cuda": 500}  # samples
 _SAMPLING = ("--guidance", "1", "--solver", "ab2", "--steps", "16")
+EVALUATIONS_AT_ONCE = {"cpu": 1, "cuda": 3}
 LEAST_LIMIT = 900.0
 """Seconds that any command may take, starting and loading included."""
 
@@ -60,8 +61,7 @@ def measured(place: Place, spec: Spec, run: Path) -> dict[str, Any]:
         if not (model / "config.json").exists():
             place.launch(["ema", run, "--length", spec.ema_length, "--out", model], evaluated / "ema", limit)
     device = ("--device", setting.device)
-    reference = place.work / f"held-out-{setting.key}.safetensors"  # its features lie next to it, and serve all runs
-    data = ("--data", place.held_out, "--reference-out", reference)
+    data = ("--data", place.held_out, "--reference-out", reference_of(place))
     drawn = ("--features", place.features, "--num", setting.num, "--batch-size", _AT_ONCE[setting.device], *_SAMPLING)
     place.launch(
         ["evaluate", model, *data, *drawn, *device, "--out", evaluated / "scores"], evaluated / "evaluate", limit
@@ -84,6 +84,11 @@ def measured(place: Place, spec: Spec, run: Path) -> dict[str, Any]:
         "held_out_loss": list(json.loads(printed.read_text(encoding="utf-8")).values())[-1]["loss"],
         "versions": report["protocol"]["versions"],
     }
+
+
+def reference_of(place: Place) -> Path:
+    """Statistics of the held-out images; their features lie next to it, and serve all runs of a setting."""
+    return place.work / f"held-out-{place.setting.key}.safetensors"
 
 
 def train(

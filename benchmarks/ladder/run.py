@@ -22,15 +22,17 @@ import platform
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import yaml
-from commands import Place, cache, limit_of, measured, train
+from commands import EVALUATIONS_AT_ONCE, Place, cache, limit_of, measured, reference_of, train
 from rules import FINAL, Outcome, Rung, Setting, Step, climb, key_of, last_kept, merged, read_outcomes, read_rungs
 from speeds import PROBE_STEPS, seconds_per_step
 from table import write_table
@@ -40,6 +42,7 @@ from latentflow.artifacts import json_line, make_folder, sha256_file, write_text
 
 HERE = Path(__file__).parent
 BASE = HERE / "base.yaml"
+_WRITING = Lock()  # of results.jsonl, by several evaluations
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(f"--rungs: there is no rung {unknown[0]!r}; there are {', '.join(rungs)}")
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the workers, too
         with ExitStack() as ends:
-            place = _place(options, results, recipe, launch := Workers())
+            launch = Workers(EVALUATIONS_AT_ONCE[options.device])
+            place = _place(options, results, recipe, launch)
             ends.enter_context(alone(Path(options.work)))
             ends.callback(launch.close)
             whole_ladder(place, rungs, chosen, options.seeds)
@@ -128,7 +132,7 @@ def _recipe(place: Place) -> dict[str, Any]:
 
 
 def all_runs(place: Place, runs: Sequence[Run]) -> None:
-    """Probe speeds, then train and evaluate what has no line yet; a GPU evaluates one run while it trains the next."""
+    """Probe speeds, then train and evaluate what has no line yet; a GPU evaluates while it trains on."""
     runs = [run for run in runs if not _is_there(place, run)]
     for step in {run.step.name: run.step for run in runs}.values():
         try:
@@ -137,7 +141,7 @@ def all_runs(place: Place, runs: Sequence[Run]) -> None:
         except Failed as error:
             failed = next(run for run in runs if run.step.name == step.name)
             append(place.results, outcome_of(place, failed, failed=str(error)))
-    with ThreadPoolExecutor(1) as evaluating:
+    with ThreadPoolExecutor(EVALUATIONS_AT_ONCE[place.setting.device]) as evaluating:
         begun: list[Future[None]] = []
         try:
             for run in runs:
@@ -146,8 +150,8 @@ def all_runs(place: Place, runs: Sequence[Run]) -> None:
                 print(run, flush=True)
                 if folder := trained(place, run):
                     begun.append(evaluating.submit(evaluated, place, run, folder))
-                    if place.setting.device == "cpu":
-                        begun[-1].result()
+                    if place.setting.device == "cpu" or not reference_of(place).exists():
+                        begun[-1].result()  # the first one makes what all are compared with
             for one in begun:
                 one.result()
         except BaseException:
@@ -188,7 +192,9 @@ def trained(place: Place, run: Run) -> Path | None:
     try:
         steps = max(round(run.share * place.setting.seconds / seconds_per_step(place, run.step)), 1)
         folder = place.work / "runs" / f"{run.step.spec.training}-{steps}-{run.seed}"
+        began = time.monotonic()
         train(place, run.step.spec, folder, steps, run.seed, limit=limit_of(place))
+        print(f"  {run}: trained in {time.monotonic() - began:.0f} s", flush=True)
         return folder
     except Failed as error:
         print(f"  failed: {error}", flush=True)
@@ -198,9 +204,13 @@ def trained(place: Place, run: Run) -> Path | None:
 
 def evaluated(place: Place, run: Run, folder: Path) -> None:
     """Evaluate a trained run, and write its line."""
+    began = time.monotonic()
     try:
         outcome = outcome_of(place, run, **measured(place, run.step.spec, folder))
-        print(f"  {run}: FD {outcome.distance:.4g} after {outcome.steps:,} steps", flush=True)
+        took = time.monotonic() - began
+        print(
+            f"  {run}: FD {outcome.distance:.4g} after {outcome.steps:,} steps, evaluated in {took:.0f} s", flush=True
+        )
     except Failed as error:
         outcome = outcome_of(place, run, failed=str(error))
         print(f"  {run}: failed: {error}", flush=True)
@@ -211,6 +221,11 @@ def evaluated(place: Place, run: Run, folder: Path) -> None:
 
 def append(file: Path, outcome: Outcome) -> None:
     """Add a line; what a kill left of the last one is cut off first."""
+    with _WRITING:
+        _append(file, outcome)
+
+
+def _append(file: Path, outcome: Outcome) -> None:
     if file.exists() and (text := file.read_bytes()) and not text.endswith(b"\n"):
         write_text(file, text[: text.rfind(b"\n") + 1].decode())
     with file.open("a", encoding="utf-8") as lines:

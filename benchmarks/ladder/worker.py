@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import IO
 
 from latentflow.artifacts import make_folder
@@ -89,20 +90,29 @@ class Worker:
 
 
 class Workers:
-    """Two of them: on a GPU one run is evaluated while the next one trains."""
+    """One trains, and others evaluate: on a GPU some runs are evaluated while the next one trains."""
 
-    def __init__(self) -> None:
-        self._trains, self._evaluates = Worker(), Worker()
+    def __init__(self, evaluators: int = 1) -> None:
+        self._trains = Worker()
+        self._all = [self._trains, *(Worker() for _ in range(evaluators))]
+        self._idle: SimpleQueue[Worker] = SimpleQueue()
+        for worker in self._all[1:]:
+            self._idle.put(worker)
 
     def __call__(self, arguments: Sequence[object], log: Path, limit: float) -> Path:
-        """See `Worker.run`."""
-        worker = self._evaluates if arguments[0] in ("ema", "evaluate", "loss") else self._trains
-        return worker.run(arguments, log, limit)
+        """See `Worker.run`; an evaluation waits for a worker that is idle."""
+        if arguments[0] not in ("ema", "evaluate", "loss"):
+            return self._trains.run(arguments, log, limit)
+        worker = self._idle.get()
+        try:
+            return worker.run(arguments, log, limit)
+        finally:
+            self._idle.put(worker)
 
     def close(self) -> None:
-        """End both."""
-        self._trains.close()
-        self._evaluates.close()
+        """End all of them."""
+        for worker in self._all:
+            worker.close()
 
 
 def serve(requests: IO[str], answers: IO[str]) -> None:
