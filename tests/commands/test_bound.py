@@ -28,8 +28,10 @@ from latentflow.evaluation.request import BoundRequest
 from latentflow.flow.path import LinearPath
 from latentflow.flow.solvers import integrate
 from latentflow.flow.times import sampling_times
+from latentflow.model.conditioning import NOTHING
 from latentflow.pages.bound import bound_page, dominant_term, looseness, parts
 from latentflow.pages.numbers import number
+from latentflow.shapes import Condition
 from latentflow.sizes import Size
 from tests import tiny
 from tests.processes import run_here
@@ -156,7 +158,7 @@ def test_the_bound_holds_and_the_coupling_is_below_it(known, known_bound):
     """The images' true distance to the model's, both Gaussian but for rounding, is below every total."""
     flow, _, latents, _ = known
     corners = torch.cat([torch.zeros(1, 3), torch.eye(3)]).double()[:, :, None, None]
-    ends = integrate(velocity_given(flow, None, 4), corners, sampling_times(400), solver="rk4").x.flatten(1)
+    ends = integrate(velocity_given(flow, NOTHING, 4), corners, sampling_times(400), solver="rk4").x.flatten(1)
     columns = (ends[1:] - ends[0]).T
     exact = gaussian_w2(latents.mean(0), latents.T.cov(), ends[0], columns @ columns.T)
     bound = known_bound.bound
@@ -185,9 +187,9 @@ def test_data_velocity_looks_at_latents_of_the_same_label(kl, images):
     assert sorted(reference.indices) == list(range(18)) and reference.told == "the label of each image"
     x, time = torch.randn(4, 4, 8, 8), torch.tensor([0.3, 0.5, 0.7, 0.9])
     labels = torch.tensor([2, 0, 2, 1])
-    found = data_velocity(flow, reference, labels)(x, time)
+    found = data_velocity(flow, reference, Condition(labels=labels))(x, time)
     for row, label in enumerate(labels):
-        alike = reference.latents[reference.labels == label]
+        alike = reference.latents[reference.given.labels == label]
         assert len(alike) == 6
         expected = empirical_velocity(flow.config.path, alike, x[row : row + 1], time[row : row + 1])
         torch.testing.assert_close(found[row : row + 1], expected)

@@ -14,12 +14,12 @@ from latentflow.errors import ConfigError, DataError
 from latentflow.evaluation import drawn_set
 from latentflow.evaluation.real_images import reference_features
 from latentflow.evaluation.request import EvaluationRequest
-from latentflow.evaluation.row_conditions import require_known_columns, row_conditions
 from latentflow.evaluation.shards import Work
 from latentflow.evaluation.subject import Drawn
 from latentflow.metrics.features.extractors import RandomFeatures
 from latentflow.model.conditioning import ColumnCondition, Conditioning
 from latentflow.sampling.named_conditions import condition_rows
+from latentflow.sampling.row_conditions import require_known_columns, row_conditions
 from tests import tiny
 
 SHAPES = "synthetic:12:0:size,shape,traits"

@@ -33,6 +33,8 @@ def bound(request: BoundRequest, runtime: Runtime | None = None) -> MeasuredBoun
     num = max(request.num, request.num_data)
     how = {"least": request.num, "batch_size": request.batch_size, "seed": request.seed, "num_decoded": request.num}
     reference, reconstruction = encode_reference(flow, open_images_for(flow, request.data), num, **how)
+    conditioning = flow.config.conditioning
+    reference = reference.with_columns(conditioning, among=conditioning.required)
     measured = measure_bound(flow, reference, reconstruction, request)
     measured = replace(measured, seconds=time.perf_counter() - began)
     if folder is not None:

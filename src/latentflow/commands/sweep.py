@@ -11,7 +11,7 @@ from latentflow.artifacts import require_apart, require_writable, write_json, wr
 from latentflow.commands.ema import ema
 from latentflow.errors import ArtifactError
 from latentflow.evaluation.request import SweepRequest
-from latentflow.evaluation.sweep import SweepResult, candidates_of, measure_sweep, open_sweep
+from latentflow.evaluation.sweep import SweepResult, measure_sweep, open_sweep
 from latentflow.evaluation.sweep_rounds import SweepPlan
 from latentflow.evaluation.sweep_rules import with_more
 from latentflow.hub import CARD_FILE
@@ -46,12 +46,11 @@ def sweep(request: SweepRequest, runtime: Runtime | None = None) -> SweepResult:
             f"{request.model} is not a folder here; a preset is written into a model folder: remove --write"
         )
     folder = find_model(request.model)
-    candidates = candidates_of(request, read_config(folder))
     if request.write:
         require_writable(folder / CONFIG_FILE, suffix=".json")
     require_writable(request.out)
     require_apart(request.out, request.data)
-    opened = open_sweep(request, folder, candidates, runtime)
+    opened = open_sweep(request, folder, runtime)
     result = measure_sweep(replace(opened, plan=_claim(request.out, opened.plan)))
     if result.written and result.lengths:
         ema(EmaRequest(run=request.model, length=result.lengths[result.best], write=True))

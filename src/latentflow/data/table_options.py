@@ -39,6 +39,11 @@ class TableOptions(Record):
         return ()
 
     @property
+    def takes_what_is_there(self) -> bool:
+        """Whether some of `columns` may be missing from a table, but not all of them."""
+        return False
+
+    @property
     def asks_for_table(self) -> bool:
         """Whether images without a table cannot be meant."""
         return self.label_column is not None or self.columns is not None or self.file_column is not None
@@ -57,7 +62,12 @@ class TableOfModel(TableOptions):
     """Which columns are used of a table that a model is measured on."""
 
     class_names: tuple[str, ...] = ()
+    partly: bool = False
 
     @property
     def known_classes(self) -> tuple[str, ...]:
         return self.class_names
+
+    @property
+    def takes_what_is_there(self) -> bool:
+        return self.partly

@@ -24,16 +24,17 @@ from torch import Tensor
 from latentflow.artifacts import sha256_tensors
 from latentflow.errors import ConfigError, nearest
 from latentflow.evaluation.request import LABEL_POLICIES
-from latentflow.evaluation.row_conditions import RowConditions
 from latentflow.evaluation.shards import SHARD_SIZE, Columns, Work, compute_in_shards, join_columns
 from latentflow.metrics.features.extractors import FeatureExtractor
 from latentflow.metrics.statistics import require_features
+from latentflow.model.conditioning import ConditionName
 from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
 from latentflow.sampling.cost import compile_where_it_pays
 from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.pipeline import Given, draw
 from latentflow.sampling.request import SampleRequest
+from latentflow.sampling.row_conditions import RowConditions
 from latentflow.sampling.samples import Samples
 from latentflow.sizes import Size
 
@@ -66,17 +67,13 @@ class ImageSet:
 
     def with_rows(self, rows: RowConditions) -> ImageSet:
         """The set with the conditions of real images."""
-        columns = self.model.config.conditioning.columns
-        told = [*(() if rows.labels is None else ("label",)), *(one.name for one in columns)]
-        return replace(self, rows=rows, drawing=self.drawing.model_copy(update={"told": told}))
+        return replace(self, rows=rows, drawing=self.drawing.model_copy(update={"told": rows.told}))
 
     def _conditions(self, images: range) -> tuple[list[int], Given]:
         """The labels of some images, or none, and their named conditions."""
         if self.rows is None:
             return [label for label in map(self.label_of, images) if label is not None], Given()
-        places, rows = self.rows.places(images), self.rows
-        labels = [] if rows.labels is None else rows.labels[places].tolist()
-        return labels, Given(columns=None if rows.columns is None else rows.columns[places])
+        return self.rows.of(images)
 
     def draw(self, extractor: FeatureExtractor, num: int, work: Work) -> Columns:
         """Draw the first `num` images and keep their features.
@@ -115,6 +112,7 @@ def plan_set(
     label_shares: Sequence[float] | None = None,
     preset: Mapping[str, Any] | None = None,
     image_size: Size | None = None,
+    named: Sequence[ConditionName] | None = None,
 ) -> ImageSet:
     """A set of images of a model, checked before anything is computed.
 
@@ -127,6 +125,7 @@ def plan_set(
         label_shares: of "data": a number for each class, for example how many real images it has.
         preset: fields of `SamplingPreset` that differ from the model's.
         image_size: of the images, one that the model was trained on; None: its usual one.
+        named: the columns that "rows" give; None: all of the model.
 
     Raises:
         ConfigError: a request that the model was not trained for.
@@ -145,7 +144,8 @@ def plan_set(
     first = _label_rule(model, labels, label_shares, seed)(0)
     policy = "none" if first is None and labels != "rows" else labels
     classes = [] if first is None else [first]
-    conditions = [one.name for one in conditioning.columns] if labels == "rows" else []
+    columns = [one.name for one in conditioning.columns] if named is None else named
+    conditions = columns if labels == "rows" else []
     request = SampleRequest(num=1, seed=seed, classes=classes, image_size=image_size, **preset or {})
     drawing = make_drawing(model, request, conditions=conditions)
     shares = tuple(map(float, label_shares)) if policy == "data" else None

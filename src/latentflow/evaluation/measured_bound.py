@@ -2,12 +2,14 @@
 
 The formula and its terms are in `analysis/bound.py`. Three choices are made here.
 
-    condition  the label of each image, if both model and images have labels; every other condition is null. Guidance is
-               off. With labels the bound is one for pairs of image and label.
+    condition  the label of each image, if both model and images have labels, and the named columns that the model
+               requires; every other condition is null. Guidance is off. With conditions the bound is one for pairs of
+               image and condition. A number that no two images share leaves one image for each velocity of the data.
     data       latents are drawn as in training: once from the posterior of each image, if the encoder has one.
-    velocity   of the path, v, is that of the images' own latents (of one label): `empirical_velocity`. The images are a
-               sample of the data distribution, and v fits this sample more closely than any model can learn: in the
-               mean, the error against it lies between the true error and the loss, and falls with the number of images.
+    velocity   of the path, v, is that of the images' own latents (of one condition): `empirical_velocity`. The images
+               are a sample of the data distribution, and v fits this sample more closely than any model can learn: in
+               the mean, the error against it lies between the true error and the loss, and falls with the number of
+               images.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from latentflow.model.flow_model import FlowModel
 from latentflow.model.own_images import is_trained_on
 from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom, derive_seed
+from latentflow.shapes import Condition
 
 _OWN_STEPS = 20  # of Heun's method on the model's own trajectories
 _DATA_STEPS = 100  # of Euler's method on those of the data, whose last step ends on an image's latents
@@ -86,8 +89,8 @@ def measure_bound(
         noise = ImageRandom.at(seed, "noise of points", range(points)).normal(*drawn.latents.shape[1:])
         times = _spread_times(points, seed)
         states = flow.config.path.interpolate(drawn.latents.double(), noise.double(), times).float()
-        growth = _growth(flow, states, times, drawn.labels, request, on_images)
-        growth = growth + _growth(flow, own.states, own.times, own.labels, request, on_images)
+        growth = _growth(flow, states, times, drawn.given, request, on_images)
+        growth = growth + _growth(flow, own.states, own.times, own.given, request, on_images)
         halves = torch.cat([drawn.latents[: points - points // 2], own.ends[: points // 2]])
         decoder = _decoder_constants(flow, halves, request, on_images)
     made = WassersteinBound(
@@ -104,20 +107,28 @@ def measure_bound(
     )
 
 
-def data_velocity(flow: FlowModel, reference: ReferenceLatents, labels: Tensor | None) -> Velocity:
-    """The velocity of the path if the data are the latents of `reference`; given labels [B], those of each label."""
+def data_velocity(flow: FlowModel, reference: ReferenceLatents, given: Condition) -> Velocity:
+    """The velocity of the path if the data are the latents of `reference`; of those with the conditions `given` to each
+    image."""
     path = flow.config.path
-    if labels is None:
+    if not given.names:
         return partial(empirical_velocity, path, reference.latents)
+    wanted, found_there = _numbers(given), _numbers(reference.given)
 
     def velocity(x: Tensor, time: Tensor) -> Tensor:
         found = torch.empty_like(x)
-        for label in labels.unique():
-            rows = labels == label
-            found[rows] = empirical_velocity(path, reference.latents[reference.labels == label], x[rows], time[rows])
+        for one in wanted.unique(dim=0):
+            rows, alike = (wanted == one).all(1), (found_there == one).all(1)
+            found[rows] = empirical_velocity(path, reference.latents[alike], x[rows], time[rows])
         return found
 
     return velocity
+
+
+def _numbers(given: Condition) -> Tensor:
+    """Labels and columns of images as one row of numbers each: [B, n] float64; equal rows are equal conditions."""
+    parts = [x.reshape(len(x), -1).double() for x in (given.labels, given.columns) if x is not None]
+    return torch.cat(parts, dim=1)
 
 
 def differentiable_decoder(flow: FlowModel) -> Callable[[Tensor], Tensor]:
@@ -154,9 +165,9 @@ def _velocity_errors(
                 positions = range(number * num + start, number * num + start + count)
                 noise = ImageRandom.at(seed, "noise of draws", positions).normal(*data.shape[1:]).double()
                 with torch.no_grad():  # once for both measurements
-                    found = velocity_given(flow, part.labels, count)(path.interpolate(data, noise, t), t)
+                    found = velocity_given(flow, part.given, count)(path.interpolate(data, noise, t), t)
                 options = {"path": path, "data": data, "noise": noise, "time": t, "bins": bins}
-                marginal = data_velocity(flow, reference, part.labels)
+                marginal = data_velocity(flow, reference, part.given)
                 error = velocity_error(_constant(found), **options, marginal=marginal)
                 curves.append((velocity_error(_constant(found), **options), error))
                 on_images(count)
@@ -172,11 +183,11 @@ def _constant(value: Tensor) -> Velocity:
 
 @dataclass(frozen=True)
 class _Own:
-    """States [B, ...] on the model's own trajectories at their `times` [B], their `labels` [B] and their `ends`."""
+    """States [B, ...] on the model's own trajectories at their `times` [B], what is `given` and their `ends`."""
 
     states: Tensor
     times: Tensor
-    labels: Tensor | None
+    given: Condition
     ends: Tensor
 
 
@@ -185,7 +196,7 @@ def _own_trajectories(flow: FlowModel, reference: ReferenceLatents, request: Bou
     """One state of each of `points` trajectories, at times spread over [0, 1], and the distance between the ends of the
     model's flow and the flow of the data from the same noise."""
     points, batch_size, seed = request.points, request.batch_size, request.seed
-    labels = None if reference.labels is None else reference.labels[_draw(len(reference.indices), points, seed, "own")]
+    given = reference.given.select(_draw(len(reference.indices), points, seed, "own"))
     noise = ImageRandom.at(seed, "noise of own", range(points)).normal(*reference.latents.shape[1:])
     grid = sampling_times(_OWN_STEPS)
     wanted = torch.linspace(0, _OWN_STEPS, points, dtype=torch.float64).round().long()
@@ -193,15 +204,14 @@ def _own_trajectories(flow: FlowModel, reference: ReferenceLatents, request: Bou
     with image_progress("own trajectories", points) as on_images:
         for start in range(0, points, batch_size):
             rows = slice(start, start + batch_size)
-            own_labels = None if labels is None else labels[rows]
-            here, steps = states[rows], wanted[rows]
+            here, steps, own = states[rows], wanted[rows], given.select(torch.arange(points)[rows])
 
             def keep(step: int, time: float, x: Tensor, here: Tensor = here, steps: Tensor = steps) -> None:
                 here[steps == step] = x[steps == step]
 
-            velocity = velocity_given(flow, own_labels, len(here))
+            velocity = velocity_given(flow, own, len(here))
             end = integrate(velocity, noise[rows], grid, solver="heun", callback=keep).x
-            exact = data_velocity(flow, reference, own_labels)
+            exact = data_velocity(flow, reference, own)
             end_of_data = integrate(exact, noise[rows].double(), sampling_times(_DATA_STEPS), solver="euler").x
             ends.append(end)
             squares.append((end.double() - end_of_data).square().flatten(1).sum(1))
@@ -212,14 +222,14 @@ def _own_trajectories(flow: FlowModel, reference: ReferenceLatents, request: Bou
     distance = math.sqrt(float(square.mean()))
     deviation = float(square.std()) / math.sqrt(points) / (2 * distance) if distance else 0.0
     coupling = Estimate("distance of the flows from the same noise", distance, deviation, points, "none")
-    return _Own(states, grid[wanted], labels, torch.cat(ends)), coupling
+    return _Own(states, grid[wanted], given, torch.cat(ends)), coupling
 
 
 def _growth(
     flow: FlowModel,
     states: Tensor,
     times: Tensor,
-    labels: Tensor | None,
+    given: Condition,
     request: BoundRequest,
     on_images: Callable[[int], None],
 ) -> VelocityGrowth:
@@ -228,7 +238,7 @@ def _growth(
     for start in range(0, len(states), request.batch_size):
         rows = slice(start, start + request.batch_size)
         x = states[rows].to(flow.device)
-        velocity = velocity_given(flow, None if labels is None else labels[rows], len(x))
+        velocity = velocity_given(flow, given.select(torch.arange(len(states))[rows]), len(x))
         with _derivatives_of("network"):
             time, how = times[rows].to(flow.device, torch.float32), {"bins": request.bins, "seed": request.seed}
             part = lipschitz_along_paths(velocity, x, time, **how)

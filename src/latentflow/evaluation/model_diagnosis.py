@@ -43,9 +43,10 @@ from latentflow.model.flow_model import FlowModel
 from latentflow.model.own_images import is_own, is_trained_on, part_of_own
 from latentflow.progress import image_progress
 from latentflow.randomness import ImageRandom
-from latentflow.sampling.drawing import Drawing, make_drawing
+from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, initial_noise
 from latentflow.sampling.request import SampleRequest
+from latentflow.sampling.row_conditions import drawing_of_rows
 from latentflow.sampling.samples import Samples
 
 _BINS = 10
@@ -111,7 +112,7 @@ def measure_diagnosis(
         NonFiniteError: the model's numbers are not finite.
     """
     half, num, batch_size = request.num // 2, request.num_drawn, request.batch_size
-    drawing = make_drawing(flow, SampleRequest(num=num, seed=request.seed, guidance=request.guidance))
+    asked = SampleRequest(num=num, seed=request.seed, guidance=request.guidance)
     network = open_features(
         request.features,
         autoencoder=flow.autoencoder,
@@ -120,11 +121,13 @@ def measure_diagnosis(
         pixel_format=flow.config.pixel_format,
     )
     examined = _examine(flow, source, network, request, least=request.num, reconstruct=True)
+    rows = examined.latents.for_others(request.seed)
+    drawing, given = drawing_of_rows(flow, asked, rows)
     training = None
     if train_source is not None:
         training = _examine(flow, train_source, network, request, num=request.num_train)
     with image_progress("drawing", num) as on_images:
-        samples = draw_all(flow, drawing, batch_size=batch_size, on_images=on_images)
+        samples = draw_all(flow, drawing, given, batch_size=batch_size, on_images=on_images)
     features = torch.cat([network(part).cpu() for part in samples.pixels.split(batch_size)])
     first, second = examined.rows(slice(0, half)), examined.rows(slice(half, 2 * half))
     memorisation, pairs = _memorisation(flow, samples, features, first, second, training, network.name)
@@ -140,7 +143,7 @@ def measure_diagnosis(
         num=request.num,
         loss=_loss(flow, examined.latents, request),
         training_loss=None if training_latents is None else _loss(flow, training_latents, request),
-        ways=_trajectories(flow, drawing, batch_size),
+        ways=_trajectories(flow, drawing, given, batch_size),
         latents=_latent_statistics(samples.latents, examined.latents.latents, half),
         memorisation=memorisation,
         floor=_floor(network, features, first, second),
@@ -172,6 +175,7 @@ def _examine(
 
     how = {"least": least, "batch_size": request.batch_size, "seed": request.seed, "visit": visit}
     latents, _ = encode_reference(flow, source, num or request.num, **how)
+    latents = latents.with_columns(flow.config.conditioning)
     return Examined(latents, torch.cat(features), torch.cat(reconstructed) if reconstruct else None)
 
 
@@ -188,7 +192,7 @@ def _loss(flow: FlowModel, reference: ReferenceLatents, request: DiagnoseRequest
             places = range(start, min(start + batch_size, total))
             part = reference.rows(torch.tensor([place % count for place in places]))
             noise = ImageRandom.at(seed, "diagnose", places).normal(*part.latents.shape[1:])
-            velocity = velocity_given(flow, part.labels, len(part.indices))
+            velocity = velocity_given(flow, part.given, len(part.indices))
             drawn = velocity_error(velocity, path, part.latents, noise, times[list(places)], bins=_BINS)
             curve = drawn if curve is None else curve + drawn
             on_images(len(places))
@@ -208,22 +212,24 @@ def _mean_baseline(flow: FlowModel, latents: Tensor) -> list[float]:
     return losses.reshape(_BINS, 20).mean(1).tolist()
 
 
-def _trajectories(flow: FlowModel, drawing: Drawing, batch_size: int) -> list[TrajectoryShapes]:
+def _trajectories(flow: FlowModel, drawing: Drawing, given: Given, batch_size: int) -> list[TrajectoryShapes]:
     """Trajectories of the first samples, with the guidance they are drawn with and, if there is any, without."""
     few = drawing.at(slice(0, min(len(drawing.seeds), _MOST_WAYS)))
     plain = few.model_copy(update={"sampling": few.sampling.model_copy(update={"guidance": 1.0, "guided_by": None})})
     chosen = [few] if few.sampling.guidance == 1 else [few, plain]
     with image_progress("trajectories", len(chosen) * len(few.seeds)) as on_images:
-        return [_followed(flow, one, batch_size, on_images) for one in chosen]
+        return [_followed(flow, one, given, batch_size, on_images) for one in chosen]
 
 
-def _followed(flow: FlowModel, drawing: Drawing, batch_size: int, on_images: Callable[[int], None]) -> TrajectoryShapes:
+def _followed(
+    flow: FlowModel, drawing: Drawing, given: Given, batch_size: int, on_images: Callable[[int], None]
+) -> TrajectoryShapes:
     ways = None
     for start in range(0, len(drawing.seeds), batch_size):
-        part = drawing.at(slice(start, start + batch_size))
+        rows = slice(start, min(start + batch_size, len(drawing.seeds)))
+        part = drawing.at(rows)
         noise = initial_noise(flow, part)
-        given = Given().on(flow.device, len(noise))
-        velocity = conditioned_velocity(flow, part, given, noise.shape)
+        velocity = conditioned_velocity(flow, part, given.at(rows).on(flow.device, len(noise)), noise.shape)
         followed = follow(velocity, noise, sampling_times(_WAY_STEPS))
         ways = followed if ways is None else ways + followed
         on_images(len(noise))

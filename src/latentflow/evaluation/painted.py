@@ -119,7 +119,7 @@ def require_same_classes(model: FlowModel, source: ImageSource) -> None:
     """
     known, found = model.config.conditioning.class_names, list(source.class_names)
     if found != known:
-        raise ConfigError(f"labels 'data': the images have the classes {found or 'none'}, but the model knows {known}")
+        raise ConfigError(f"the images have the classes {found or 'none'}, but the model knows {known}")
 
 
 def painted(

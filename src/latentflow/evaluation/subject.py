@@ -28,7 +28,6 @@ from latentflow.evaluation.painted import compares_inputs, painted, plan_paintin
 from latentflow.evaluation.read_images import read_batches, require_readable
 from latentflow.evaluation.real_images import RealFeatures, RealImages, image_features, open_real_images
 from latentflow.evaluation.request import EvaluationRequest
-from latentflow.evaluation.row_conditions import require_known_columns, row_conditions
 from latentflow.evaluation.samples_in_files import open_samples
 from latentflow.evaluation.shards import Columns, Work
 from latentflow.metrics.evaluation_report import ModelFacts
@@ -50,6 +49,7 @@ from latentflow.model.flow_model import FlowModel
 from latentflow.pixel_format import PixelFormat
 from latentflow.runtime import Runtime
 from latentflow.sampling.drawing import trained_size
+from latentflow.sampling.row_conditions import require_known_columns, row_conditions
 from latentflow.sizes import Size
 
 USUAL_NUM = 50_000  # images of a published FID
@@ -237,13 +237,21 @@ class Drawn(_OfAModel):
                 require_same_classes(self.flow, self.real.source)
             shares = [1.0] * self.num_classes  # the true ones follow with the features
         if labels == "rows":
-            require_known_columns(self.flow.config.conditioning, self.real.source)
+            self._require_conditions(self.real.source)
         how = {"labels": labels, "label_shares": shares, "preset": request.preset(), "image_size": request.image_size}
         self._set = plan_set(self.flow, seed=request.seed, **how)
         self.labels, self.sampling = self._set.policy, self._set.drawing.sampling.model_dump(mode="json")
 
     def _policy(self, request: EvaluationRequest) -> str:
         return request.labels or ("rows" if self.flow.config.conditioning.columns else "balanced")
+
+    def _require_conditions(self, source: ImageSource) -> None:
+        try:
+            require_known_columns(self.flow.config.conditioning, source)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}; add it, or give --labels balanced, which leaves named conditions out"
+            ) from error
 
     def _open_real(self, request: EvaluationRequest, pixel_format: PixelFormat | None) -> RealImages:
         own = self.flow.config.conditioning.columns if self._policy(request) == "rows" else ()

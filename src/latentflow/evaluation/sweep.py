@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from latentflow.artifacts import sha256_file
 from latentflow.data.cache.reader import is_cache
-from latentflow.data.sources.images import table_with
+from latentflow.data.table_options import TableOptions
 from latentflow.errors import ConfigError, DataError, NonFiniteError
 from latentflow.evaluation.class_accuracy import class_judge, require_judged
 from latentflow.evaluation.drawn_set import plan_set
+from latentflow.evaluation.encoded_images import with_columns_of
+from latentflow.evaluation.painted import require_same_classes
 from latentflow.evaluation.real_images import RealFeatures, RealImages, open_real_images, reference_features
 from latentflow.evaluation.request import SweepRequest
 from latentflow.evaluation.shards import Columns, OnImages, Work
@@ -30,13 +32,13 @@ from latentflow.evaluation.swept_averages import SweptAverages, with_lengths
 from latentflow.metrics.class_judge import ClassJudge
 from latentflow.metrics.features.extractors import FeatureExtractor, JudgeFeatures, open_features
 from latentflow.metrics.scores import require_enough
+from latentflow.model.conditioning import ConditionName
 from latentflow.model.config import ModelConfig, SamplingPreset
 from latentflow.model.flow_model import WEIGHTS_FILE, FlowModel
 from latentflow.model.guide_reference import NO_GUIDE
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
-from latentflow.sampling.drawing import make_drawing
-from latentflow.sampling.request import SampleRequest
+from latentflow.sampling.row_conditions import known_columns, row_conditions
 
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)
 """The guidance scales that are compared by default, if the model can be guided by its classes."""
@@ -109,8 +111,13 @@ class Sweep:
     averages: SweptAverages | None = None
 
 
-def candidates_of(request: SweepRequest, config: ModelConfig) -> dict[str, Candidate]:
+def candidates_of(
+    request: SweepRequest, config: ModelConfig, named: Sequence[ConditionName] = ()
+) -> dict[str, Candidate]:
     """The candidates of a request, by name.
+
+    Args:
+        named: the named conditions that are given.
 
     Raises:
         ConfigError: an unknown solver, a value out of range, or no candidate at all.
@@ -118,7 +125,8 @@ def candidates_of(request: SweepRequest, config: ModelConfig) -> dict[str, Candi
     guidances, guides = request.guidance, list(dict.fromkeys(request.guides or ()))
     if guidances is None:
         has_guide = config.sampling.guide is not None if not guides else guides != [NO_GUIDE]
-        guidances = GUIDANCES if has_guide or "label" in config.conditioning.can_guide else (1.0,)
+        can_guide = {"label", *named} & {*config.conditioning.can_guide}
+        guidances = GUIDANCES if has_guide or can_guide else (1.0,)
     return combinations(
         solvers=request.solvers,
         steps=request.steps,
@@ -130,7 +138,7 @@ def candidates_of(request: SweepRequest, config: ModelConfig) -> dict[str, Candi
     )
 
 
-def open_sweep(request: SweepRequest, folder: Path, candidates: dict[str, Candidate], runtime: Runtime | None) -> Sweep:
+def open_sweep(request: SweepRequest, folder: Path, runtime: Runtime | None) -> Sweep:
     """Open model, features and reference.
 
     Args:
@@ -140,7 +148,6 @@ def open_sweep(request: SweepRequest, folder: Path, candidates: dict[str, Candid
         ArtifactError, ConfigError, DataError: something does not exist or does not fit.
     """
     flow = FlowModel.from_pretrained(request.model, runtime=runtime)
-    candidates = {name: _with_weights(flow, candidate) for name, candidate in candidates.items()}
     extractor = open_features(
         request.features,
         weights=request.weights,
@@ -153,8 +160,10 @@ def open_sweep(request: SweepRequest, folder: Path, candidates: dict[str, Candid
         require_judged(extractor.record.class_names, flow.config.conditioning.class_names, request.features)
     if is_cache(request.data):
         raise DataError(f"{request.data} is a latent cache; give the images it was made from, or their statistics")
-    table = table_with(request.data, (), class_names=flow.config.conditioning.class_names)
-    real = open_real_images(request.data, flow.config.image_size, flow.config.pixel_format, table=table)
+    real = _open_reference(flow, request.data)
+    named = () if real.source is None else known_columns(flow.config.conditioning, real.source)
+    candidates = candidates_of(request, flow.config, named)
+    candidates = {name: _with_weights(flow, candidate, named) for name, candidate in candidates.items()}
     if real.stored:
         real.stored.require_same_features(extractor.name, extractor.hash, extractor.dim)
     averages, lengths = None, {}
@@ -176,13 +185,30 @@ def open_sweep(request: SweepRequest, folder: Path, candidates: dict[str, Candid
         sizes=[request.num] if request.budget is None else round_sizes(request.num, len(candidates)),
         candidates=candidates,
         lengths=lengths,
+        named=list(named),
     )
     return Sweep(request, flow, extractor, real, plan, averages)
 
 
-def _with_weights(flow: FlowModel, candidate: Candidate) -> Candidate:
+def _open_reference(flow: FlowModel, data: str) -> RealImages:
+    """The real images, with the columns of the model that they have."""
+    config, conditioning = flow.config, flow.config.conditioning
+
+    def opened(table: TableOptions) -> RealImages:
+        real = open_real_images(data, config.image_size, config.pixel_format, table=table)
+        if real.source is None and table.columns:
+            raise ConfigError(f"{data} holds statistics, which have no named conditions; give the images")
+        if real.source is not None and real.source.columns and conditioning.columns and conditioning.num_classes:
+            require_same_classes(flow, real.source)
+        return real
+
+    return with_columns_of(conditioning, data, opened, lambda real: real.source)
+
+
+def _with_weights(flow: FlowModel, candidate: Candidate, named: Sequence[ConditionName]) -> Candidate:
     """A candidate that the model can draw, with the weights of its guide and the hash of a fitted solver."""
-    sampling = make_drawing(flow, SampleRequest(num=1, **candidate)).sampling
+    labels = "rows" if named else "balanced"
+    sampling = plan_set(flow, labels=labels, preset=candidate, named=named).drawing.sampling
     candidate, guide = {**candidate, "solver": sampling.solver}, sampling.guide
     return candidate if guide is None or "guide" not in candidate else {**candidate, "guide": guide.model_dump()}
 
@@ -208,7 +234,8 @@ def measure_sweep(sweep: Sweep) -> SweepResult:
     device = sweep.flow.device
     statistics = reference.statistics.to(device) if device.type == "cuda" else reference.statistics
     judge, unjudged = _class_judge(sweep, reference)
-    candidates = Candidates(request.out / _CANDIDATES, plan, _drawing_of(sweep), statistics, judge, _weights_of(sweep))
+    draw = _drawing_of(sweep, reference)
+    candidates = Candidates(request.out / _CANDIDATES, plan, draw, statistics, judge, _weights_of(sweep))
     began = time.perf_counter()
     rounds = measure_rounds(candidates, request.budget)
     failed = {name: record.failed for name, record in candidates.kept.items() if record.failed}
@@ -239,15 +266,23 @@ def measure_sweep(sweep: Sweep) -> SweepResult:
     )
 
 
-def _drawing_of(sweep: Sweep) -> Callable[..., Columns]:
-    """Draws images of a candidate; all candidates draw the same seeds and classes."""
+def _drawing_of(sweep: Sweep, reference: RealFeatures) -> Callable[..., Columns]:
+    """Draws images of a candidate; all candidates draw the same seeds and conditions."""
+    flow, plan, conditioning = sweep.flow, sweep.plan, sweep.flow.config.conditioning
     # balanced labels cycle over the classes, of which few images would show only the first
-    enough = sweep.plan.sizes[0] >= 4 * sweep.flow.config.conditioning.num_classes
-    labels = "balanced" if enough else "uniform"
+    labels = "balanced" if plan.sizes[0] >= 4 * conditioning.num_classes else "uniform"
+    rows = None
+    if plan.named:
+        of_each = reference.labels if conditioning.num_classes else None
+        labels = "rows"
+        rows = row_conditions(conditioning, sweep.real.source, reference.rows.tolist(), of_each, plan.seed)
 
     def draw(*, num: int, seed: int, preset: Candidate, on_images: OnImages = lambda num_images: None) -> Columns:
         work = Work(batch_size=sweep.request.batch_size, on_images=on_images)
-        return plan_set(sweep.flow, seed=seed, labels=labels, preset=preset).draw(sweep.extractor, num, work)
+        images = plan_set(flow, seed=seed, labels=labels, preset=preset, named=plan.named)
+        if rows is not None:
+            images = images.with_rows(replace(rows, first=seed - plan.seed))
+        return images.draw(sweep.extractor, num, work)
 
     return draw
 

@@ -46,6 +46,7 @@ class SweepPlan(Record):
     sizes: list[int] = Field(description="Images per candidate in each round.")
     candidates: dict[str, Candidate]
     lengths: dict[str, float] = Field({}, description="Of the weights' average, by candidate; empty: the model's own.")
+    named: list[str] = Field([], description="Named conditions, which images take from the reference.")
 
 
 class Measured(Record):

@@ -16,9 +16,10 @@ from latentflow.flow.times import sampling_times
 from latentflow.model.fitted_solvers import FittedSolver, FittedSolvers
 from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.captured_calls import calls_for
-from latentflow.sampling.drawing import Drawing, make_drawing
-from latentflow.sampling.pipeline import conditioned_velocity, initial_noise
+from latentflow.sampling.drawing import Drawing
+from latentflow.sampling.pipeline import Given, conditioned_velocity, initial_noise
 from latentflow.sampling.request import FitSolverRequest, SampleRequest
+from latentflow.sampling.row_conditions import RowConditions, drawing_of_rows
 
 REFERENCE_SOLVER = "ab4"
 RIVALS = ("euler", "ab2", "ab3", "ab4")
@@ -55,6 +56,7 @@ def fit_solvers(
     model: FlowModel,
     request: FitSolverRequest,
     *,
+    rows: RowConditions | None = None,
     batch_size: int = 16,
     keep: Callable[[FittedSolvers], None] = lambda solvers: None,
     on_images: Callable[[int], None] = lambda num_images: None,
@@ -66,6 +68,7 @@ def fit_solvers(
     fitted to the same weights in the same way is not fitted again.
 
     Args:
+        rows: the conditions of the images; None: classes in turn, and no named conditions.
         batch_size: images computed together.
         keep: called with all solvers of the model whenever one is added.
         on_images: called with the number of images whose reference was just computed.
@@ -74,8 +77,8 @@ def fit_solvers(
     Raises:
         ConfigError: the model cannot be sampled from seeds, or cannot be guided.
     """
-    drawing = _drawing(model, request)
-    fitted_with = _fitted_with(drawing, request)
+    drawing, given = _drawing(model, request, rows)
+    fitted_with = _fitted_with(drawing, request) | ({} if rows is None else {"rows": rows.digest})
     if model.fitted_solvers.weights != model.weights_hash:
         model.fitted_solvers = FittedSolvers(weights=model.weights_hash)
     batches: tuple[list[FitBatch], list[FitBatch]] | None = None
@@ -87,7 +90,7 @@ def fit_solvers(
             checks.append(SolverCheck(name, there.error, there.others, True, 0, 0.0))
             continue
         if batches is None:
-            every = _batches(model, drawing, request, batch_size, on_images)
+            every = _batches(model, drawing, given, request, batch_size, on_images)
             batches = [next(every) for _ in range(-(-request.num // batch_size))], list(every)
         began, shift = time.perf_counter(), drawing.sampling.shift
         fit = fit_multistep(batches[0], number, shift=shift, on_round=partial(on_round, name))
@@ -108,13 +111,14 @@ def fit_solvers(
     return checks
 
 
-def _drawing(model: FlowModel, request: FitSolverRequest) -> Drawing:
+def _drawing(model: FlowModel, request: FitSolverRequest, rows: RowConditions | None) -> tuple[Drawing, Given]:
     """All images, those of the fit first; in float32, since differences of small changes are taken."""
     asked: dict[str, Any] = {"solver": REFERENCE_SOLVER, "steps": request.reference_steps}
     if request.guidance is not None:
         asked["guidance"] = request.guidance
-    drawing = make_drawing(model, SampleRequest(num=request.num + request.held_out, seed=request.seed, **asked))
-    return drawing.model_copy(update={"precision": "fp32"})
+    every = SampleRequest(num=request.num + request.held_out, seed=request.seed, **asked)
+    drawing, given = drawing_of_rows(model, every, rows)
+    return drawing.model_copy(update={"precision": "fp32"}), given
 
 
 def _fitted_with(drawing: Drawing, request: FitSolverRequest) -> dict[str, Any]:
@@ -126,6 +130,7 @@ def _fitted_with(drawing: Drawing, request: FitSolverRequest) -> dict[str, Any]:
 def _batches(
     model: FlowModel,
     drawing: Drawing,
+    given: Given,
     request: FitSolverRequest,
     batch_size: int,
     on_images: Callable[[int], None],
@@ -136,9 +141,10 @@ def _batches(
     starts = [*range(0, request.num, batch_size), *range(request.num, total, batch_size)]
     calls = calls_for(model.device, drawing)
     for start, stop in zip(starts, [*starts[1:], total], strict=True):
-        part = drawing.at(slice(start, stop))
+        some = slice(start, stop)
+        part = drawing.at(some)
         noise = initial_noise(model, part)
-        velocity = conditioned_velocity(model, part, {}, noise.shape, calls)
+        velocity = conditioned_velocity(model, part, given.at(some).on(model.device, len(noise)), noise.shape, calls)
         ends = integrate(velocity, noise, times, solver=REFERENCE_SOLVER).x
         on_images(stop - start)
         yield FitBatch(velocity, noise, ends)

@@ -267,6 +267,11 @@ class FitSolverRequest(Request):
     held_out: Annotated[Whole, Option(called="number of held-out images")] = Field(
         default=128, ge=8, le=100_000, description="Other images, on which they are checked."
     )
+    data: PathText | None = Field(
+        default=None,
+        description="Images whose conditions are drawn: their classes and, of a model that knows any, named columns. "
+        "Needed if the model requires a named column; otherwise classes alone are given.",
+    )
     seed: Whole = Field(
         default=1_000_000_000, ge=0, le=MOST_SEED, description="Seed of the first image; far from those of `sample`."
     )

@@ -124,17 +124,24 @@ def _with_inputs(source: ImageSource, choice: PairedChoice) -> ImageSource:
 
 
 def table_with(
-    path: str | Path, columns: Sequence[Column], label_column: str | None = None, class_names: Sequence[str] = ()
+    path: str | Path,
+    columns: Sequence[Column],
+    label_column: str | None = None,
+    class_names: Sequence[str] = (),
+    *,
+    partly: bool = False,
 ) -> TableOptions:
     """How a table at `path` is read for these named columns; images without a table have their own columns.
 
     Args:
         label_column: of the table; None: the one that holds no other classes than `class_names`, or see `TableOptions`.
         class_names: those of the model.
+        partly: some of the columns, but not all of them, may be missing.
     """
     has_own = _is_synthetic(path) or environment_file(Path(path))
     wanted = [] if has_own else [f"{column.name}:{column.kind}" for column in columns]
-    return TableOfModel(columns=wanted or None, label_column=label_column, class_names=tuple(class_names))
+    names = tuple(class_names)
+    return TableOfModel(columns=wanted or None, label_column=label_column, class_names=names, partly=partly)
 
 
 def _is_synthetic(path: str | Path) -> bool:

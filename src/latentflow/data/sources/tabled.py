@@ -54,6 +54,8 @@ def chosen(table: ImageTable, options: TableOptions, file: str) -> Chosen:
         DataError: see `columns_of` and `labels_of`.
     """
     wanted = options.columns or ()
+    if options.takes_what_is_there:
+        wanted = [one for one in wanted if split_wanted(one)[1] in table.cells] or wanted
     columns, values = columns_of(table, wanted)
     others = [split_wanted(one)[1] for one in wanted]
     label = label_column(table, options.label_column, file, others, options.known_classes)
