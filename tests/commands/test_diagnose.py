@@ -7,8 +7,10 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from latentflow.analysis.diagnosis import (
     Diagnosis,
@@ -17,12 +19,16 @@ from latentflow.analysis.verdicts import verdicts
 from latentflow.api import LatentFlow
 from latentflow.autoencoder import LatentNormalisation, to_unit_range
 from latentflow.commands.diagnose import diagnose as run_diagnose
+from latentflow.data.batches import image_names
+from latentflow.data.buckets import BucketedImages
+from latentflow.data.hold_out import hold_out
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.evaluation.request import DiagnoseRequest
 from latentflow.flow.loss import flow_matching_loss
 from latentflow.model.config import TrainingRecord
 from latentflow.networks.dit import DiTConfig
+from latentflow.sizes import Size
 from tests import tiny
 from tests.processes import run_here
 
@@ -182,3 +188,35 @@ def test_memorising_is_a_problem_and_nothing_else_is(num, steps, mark, determini
     latents, _ = found.memorisation.spaces
     assert (latents.memorised > 10) if mark == "bad" else (latents.memorised == 0)  # measured: 18 and 0 of 80
     assert latents.memorised_held_out == 0
+
+
+# ---- buckets
+
+
+def test_a_run_on_buckets_knows_its_own_images(kl, tmp_path):
+    """Those of its usual size are examined, held-out ones against those that were trained on."""
+    photos, generator = tmp_path / "photos", np.random.default_rng(0)
+    photos.mkdir()
+    for number in range(48):
+        shape = (16, 24, 3) if number % 3 else (24, 16, 3)
+        Image.fromarray(generator.integers(0, 256, shape, np.uint8)).save(photos / f"{number:02d}.png")
+    sizes = [Size(16, 24), Size(24, 16)]
+    own = BucketedImages.of(open_images(photos, sizes[0]), sizes)
+    held_out = hold_out(image_names(own, range(48)), 0.5)
+    flow = tiny.model(kl, class_names=())
+    record = TrainingRecord(data_fingerprint=own.fingerprint(), held_out=held_out)
+    changes = {"image_size": sizes[0], "buckets": list(own.buckets), "training": record}
+    LatentFlow(flow.config.model_copy(update=changes), flow.network, kl).save_pretrained(tmp_path / "model")
+    wide_held_out = sum(own.size(row) == sizes[0] for row in held_out.rows(image_names(own, range(48))))
+    assert 8 <= wide_held_out < 24
+
+    found = diagnose(tmp_path / "model", photos, tmp_path / "out")
+    assert found.num == wide_held_out and not found.is_training_data and found.training_loss is not None
+    assert found.data == f"{wide_held_out} held-out images of size 24x16 of 48 images from photos, in 2 shapes"
+    assert found.memorisation.is_test and found.memorisation.num_training == 32 - wide_held_out
+    assert "the images the model was trained on" in found.memorisation.against
+
+    others = tiny.write_images(tmp_path / "others", per_class=4)  # which are taken at the same size
+    found = diagnose(tmp_path / "model", photos, tmp_path / "given", train=others, num=8)
+    assert found.data == "32 images of size 24x16 of 48 images from photos, in 2 shapes" and found.is_training_data
+    assert found.memorisation.num_training == 12

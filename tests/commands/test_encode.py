@@ -185,6 +185,31 @@ def test_a_look_at_nothing_or_too_much_is_refused(images, kl_folder, tmp_path, n
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_look_at_buckets_shows_every_shape(kl_folder, tmp_path):
+    photos = tiny.write_mixed(tmp_path / "photos")
+    request = EncodeRequest(data=photos, autoencoder=kl_folder, image_size=16, buckets=True)
+    seen = look(request, tmp_path / "sheet", num=20, runtime=tiny.CPU)
+    shapes = [name.rpartition("_")[2] for name in seen.names]
+    assert shapes == ["wide.png"] * 9 + ["tall.png"] * 5 + ["square.png"] * 6
+    whole = look(request.model_copy(update={"buckets": False}), tmp_path / "square", num=20, runtime=tiny.CPU)
+    assert sum(seen.cut) < sum(whole.cut)
+    wide, square = (Image.open(one.sheet).size for one in (seen, whole))
+    assert wide > square
+
+
+def test_a_dry_run_counts_the_images_of_each_bucket(kl_folder, tmp_path, monkeypatch, capsys):
+    photos = tiny.write_mixed(tmp_path / "photos")
+    command = ["encode", photos, "--autoencoder", kl_folder, "--image-size", 16, "--out", tmp_path / "cache"]
+    before = tiny.tree(tmp_path)
+    assert run(*command, "--dry-run", "--buckets", monkeypatch=monkeypatch) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("bucket 20x12 9 images; the crop leaves out 10% of a picture", "bucket 16 6 images; the crop"):
+        assert words in shown
+    assert run(*command, "--dry-run", "--bucket-step", 8, monkeypatch=monkeypatch) == 2
+    assert "bucket_step 8 has no effect" in (said := capsys.readouterr().err) or "--bucket-step 8 has no" in said
+    assert tiny.tree(tmp_path) == before
+
+
 def test_a_dry_run_counts_and_writes_nothing(images, kl_folder, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(images, tmp_path / "photos")
     shutil.copy(folder / "apple" / "0.png", folder / "berry" / "again.png")

@@ -4,9 +4,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from latentflow.data.buckets import BucketedImages
 from latentflow.data.inventory import ColumnCounts, duplicates_in, take_inventory
 from latentflow.data.sources.images import open_images
 from latentflow.data.table_options import TableOptions
+from latentflow.sizes import Size
 from tests import tiny
 
 
@@ -71,3 +73,18 @@ def test_what_is_drawn_has_no_files():
     found = take_inventory(source)
     assert found.formats == {"drawn, 8-bit rgb": 14} and found.sizes == {"16 x 16": 14}
     assert duplicates_in(source) == [] and sum(found.classes.values()) == 14
+
+
+def test_buckets_are_counted(tmp_path):
+    folder = tiny.write_mixed(tmp_path / "photos")
+    (folder / "apple" / "broken.png").write_bytes(b"<html>404</html>")
+    source = open_images(folder, 16)
+    found = take_inventory(BucketedImages.of(source, [Size(12, 20), Size(20, 12), Size(16, 16)]))
+    assert {size: bucket.num_images for size, bucket in found.buckets.items()} == {"20x12": 9, "16": 6, "12x20": 5}
+    cut = {size: bucket.cut_mean for size, bucket in found.buckets.items()}
+    assert cut["20x12"] == pytest.approx(1 - 12 / (24 * 20 / 36))  # 20 wide, of which 12 of 13.3 rows are kept
+    assert cut["16"] == 0 and found.buckets["16"].cut_most == 0
+    whole = take_inventory(source)
+    assert (found.formats, found.sizes, found.classes) == (whole.formats, whole.sizes, whole.classes)
+    assert [line.partition(":")[0] for line in found.broken] == ["apple/broken.png"] and whole.buckets == {}
+    assert found.cut_mean < whole.cut_mean

@@ -39,7 +39,8 @@ def encode(
     as_json: AsJson = False,
 ) -> None:
     """Encode images once into a latent cache. Repeat the command to continue after a kill."""
-    _refuse_together(request, look, dry_run)
+    if dry_run and look is not None:
+        raise ConfigError(f"--look {look} writes a sheet, and --dry-run nothing; leave one of them out")
     if dry_run:
         _dry_run(request, out, as_json)
         return
@@ -84,15 +85,6 @@ def encode(
         say("all images were encoded already; nothing was done")
 
 
-def _refuse_together(request: EncodeRequest, look: int | None, dry_run: bool) -> None:
-    """Refuse options that do not go together."""
-    if dry_run and look is not None:
-        raise ConfigError(f"--look {look} writes a sheet, and --dry-run nothing; leave one of them out")
-    if request.buckets and (dry_run or look is not None):
-        option = "--dry-run" if dry_run else f"--look {look}"
-        raise ConfigError(f"{option} shows one size; leave out --buckets")
-
-
 def _dry_run(request: EncodeRequest, out: Path, as_json: bool) -> None:
     from latentflow.commands.encode import what_would_be_read
 
@@ -110,6 +102,9 @@ def _dry_run(request: EncodeRequest, out: Path, as_json: bool) -> None:
     if found.contradictory:
         rows["in two classes"] = _groups(found.contradictory, len(found.contradictory), "images")
     rows["broken"] = len(found.broken)
+    for size, bucket in found.buckets.items():
+        cut = _CUT_AWAY.format(bucket.cut_mean, bucket.cut_most)
+        rows[f"bucket {size}"] = f"{bucket.num_images:,} images; {cut}"
     rows["cut away"] = _CUT_AWAY.format(found.cut_mean, found.cut_most)
     show(rows, as_json)
     for line in found.broken:

@@ -11,6 +11,7 @@ from latentflow.evaluation.measured_bound import MeasuredBound, measure_bound
 from latentflow.evaluation.request import BoundRequest
 from latentflow.locks import writes
 from latentflow.model.flow_model import FlowModel
+from latentflow.model.own_images import part_of_own
 from latentflow.pages.bound import bound_charts, bound_page, bound_record
 from latentflow.pages.charts import chart_file
 from latentflow.runtime import Runtime
@@ -32,7 +33,9 @@ def bound(request: BoundRequest, runtime: Runtime | None = None) -> MeasuredBoun
         require_apart(out, request.data)
     num = max(request.num, request.num_data)
     how = {"least": request.num, "batch_size": request.batch_size, "seed": request.seed, "num_decoded": request.num}
-    reference, reconstruction = encode_reference(flow, open_images_for(flow, request.data), num, **how)
+    training, size = flow.config.training, flow.config.image_size
+    source = part_of_own(training, open_images_for(flow, request.data), "all", size)
+    reference, reconstruction = encode_reference(flow, source, num, **how)
     conditioning = flow.config.conditioning
     reference = reference.with_columns(conditioning, among=conditioning.required)
     measured = measure_bound(flow, reference, reconstruction, request)

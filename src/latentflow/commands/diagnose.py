@@ -12,6 +12,7 @@ from latentflow.evaluation.model_diagnosis import held_out_and_trained, measure_
 from latentflow.evaluation.request import DiagnoseRequest
 from latentflow.locks import writes
 from latentflow.model.flow_model import FlowModel
+from latentflow.model.own_images import part_of_own
 from latentflow.pages.diagnosis import diagnosis_page
 from latentflow.runtime import Runtime
 from latentflow.sampling.contact_sheet import save_grid
@@ -29,11 +30,14 @@ def diagnose(request: DiagnoseRequest, runtime: Runtime | None = None) -> Diagno
     folder = require_writable(request.out)
     flow = FlowModel.from_pretrained(request.model, precision="fp32", runtime=runtime)
     require_apart(request.out, request.data, request.train)
-    source = open_images_for(flow, request.data)
-    train_source = None if request.train is None else open_images_for(flow, request.train)
-    if train_source is None and (parts := held_out_and_trained(flow, source)):
+    training, size = flow.config.training, flow.config.image_size
+    source, train_source = open_images_for(flow, request.data), None
+    if request.train is not None:
+        train_source = part_of_own(training, open_images_for(flow, request.train), "all", size)
+    elif parts := held_out_and_trained(flow, source):
         source, train_source = parts
-        request = request.fitting(flow.config.training.held_out.num_images)
+        request = request.fitting(len(source))
+    source = part_of_own(training, source, "all", size)
     diagnosis, sheets = measure_diagnosis(flow, source, train_source, request)
     diagnosis = diagnosis.model_copy(update={"seconds": round(time.perf_counter() - began, 1)})
     for name, pixels in sheets.items():

@@ -49,7 +49,10 @@ def what_would_be_read(request: EncodeRequest, out: str | Path) -> Inventory:
         DataError, ArtifactError: see `open_images`; also if no image can be read.
     """
     require_apart(out, request.data, request.mask_folder)
-    found = take_inventory(_opened(request, out), request.num_workers)
+    source = _opened(request, out)
+    if request.buckets or request.bucket_step is not None:  # whose sizes depend on the autoencoder
+        source = at_sizes(source, request, Autoencoder.from_pretrained(request.autoencoder))
+    found = take_inventory(source, request.num_workers)
     if not found.num_images:
         raise DataError(f"{found.source}: no image can be read, for example {found.broken[0]}")
     return found
@@ -74,7 +77,7 @@ def encode(request: EncodeRequest, out: str | Path, *, runtime: Runtime | None =
     assert runtime is not None  # opened by `writes`
     encoder = Autoencoder.from_pretrained(request.autoencoder).to(runtime.with_precision(request.precision))
     encoder.require_channels(source.pixel_format.channels, request.data)
-    source = _in_buckets(source, request, encoder)
+    source = at_sizes(source, request, encoder)
     finished: list[int] = []
     kept: list[int] = []
     with image_progress("encoding", len(source) // runtime.world) as on_images:
@@ -110,11 +113,12 @@ def _notice_duplicates(source: ImageSource) -> None:
         )
 
 
-def _in_buckets(source: ImageSource, request: EncodeRequest, autoencoder: Autoencoder) -> ImageSource:
+def at_sizes(source: ImageSource, request: EncodeRequest, autoencoder: Autoencoder) -> ImageSource:
     """The images at the sizes of their buckets, if that is asked for.
 
     Raises:
         ConfigError: the step of the buckets is no multiple of the autoencoder's factor, or without effect.
+        DataError: the images cannot be cropped to several sizes.
     """
     if not request.buckets:
         if request.bucket_step is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from latentflow.artifacts import require_apart, require_writable
 from latentflow.autoencoder import Autoencoder
+from latentflow.commands.encode import at_sizes
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.painting.input_pixels import stack_inputs, unit_inputs
 from latentflow.data.painting.semantic_maps import colour_map
@@ -22,8 +24,9 @@ from latentflow.data.request import EncodeRequest
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError, DataError
 from latentflow.runtime import Runtime, open_runtime
-from latentflow.sampling.contact_sheet import save_grid
+from latentflow.sampling.contact_sheet import on_white, save_grid
 from latentflow.sampling.preview import input_pictures
+from latentflow.sizes import Size
 
 _MOST_IMAGES = 64
 _MOST_COLUMNS = 8
@@ -69,16 +72,40 @@ def look(request: EncodeRequest, out: str | Path, *, num: int, runtime: Runtime 
     source = open_images(request.data, request.image_size, **given)
     encoder = Autoencoder.from_pretrained(request.autoencoder).to(runtime or open_runtime(precision="tf32", alone=True))
     encoder.latent_size(request.image_size)
+    source = at_sizes(source, request, encoder)
+    encoder.require_channels(source.pixel_format.channels, source.description)
     found = _evenly(source, num)
+    by_size: dict[Size, list[int]] = {}
+    for row, item in found.items():
+        by_size.setdefault(Size(*item.pixels.shape[:2]), []).append(row)
+    room = Size(max(size.height for size in by_size), max(size.width for size in by_size))
+    parts = [_tiles(source, {row: found[row] for row in rows}, encoder, request) for rows in by_size.values()]
+    tiles = [on_white(tile[None], room)[0] for part in parts for tile in part.tiles]
+    columns = _MOST_COLUMNS - _MOST_COLUMNS % (len(tiles) // len(found))
+    save_grid(sheet, torch.stack(tiles), columns, captions=[text for part in parts for text in part.captions])
+    items = [found[row] for rows in by_size.values() for row in rows]
+    quality = [decibels for part in parts for decibels in part.psnr]
+    return Look(sheet, [item.name for item in items], [item.cut for item in items], sum(quality) / len(quality))
+
+
+class _Part(NamedTuple):
+    """Images of one size on the sheet: what is shown of them, what stands below, and the PSNR of each in dB."""
+
+    tiles: list[Tensor]
+    captions: list[str]
+    psnr: list[float]
+
+
+def _tiles(source: ImageSource, found: dict[int, ImageItem], encoder: Autoencoder, request: EncodeRequest) -> _Part:
+    """What is shown of some images of one size, by row."""
     rows, items = list(found), list(found.values())
     variants = _first_variants(source, items, rows) if request.variants else None
     pixel_format, pixels = source.pixel_format, torch.stack([_as_tensor(item.pixels) for item in items])
-    encoder.require_channels(pixel_format.channels, source.description)
     reconstructed = encoder.reconstruct(pixels, pixel_format)
-    quality = psnr(*(as_levels(one, pixel_format) for one in (pixels, reconstructed)))
+    quality = psnr(*(as_levels(one, pixel_format) for one in (pixels, reconstructed))).tolist()
     pixels, reconstructed = (as_shown(one, pixel_format) for one in (pixels, reconstructed))
     tiles, captions = [], []
-    for place, (item, decibels) in enumerate(zip(items, quality.tolist(), strict=True)):
+    for place, (item, decibels) in enumerate(zip(items, quality, strict=True)):
         tiles.append(pixels[place])
         captions.append(item.name.rpartition("/")[2] if item.label is None else source.class_names[item.label])
         if item.semantic_map is not None:
@@ -86,16 +113,14 @@ def look(request: EncodeRequest, out: str | Path, *, num: int, runtime: Runtime 
             captions.append("map")
         if item.input is not None:
             inputs = unit_inputs(stack_inputs([item.input], source.input_format), source.input_format)
-            tiles.append(input_pictures(inputs, request.image_size)[0])
+            tiles.append(input_pictures(inputs, Size(*pixels.shape[2:]))[0])
             captions.append("input")
         if variants is not None:
             tiles.append(variants[place])
             captions.append("variant")
         tiles.append(reconstructed[place])
         captions.append(f"{decibels:.1f} dB")
-    columns = _MOST_COLUMNS - _MOST_COLUMNS % (len(tiles) // len(items))
-    save_grid(sheet, torch.stack(tiles), columns, captions=captions)
-    return Look(sheet, [item.name for item in items], [item.cut for item in items], quality.mean().item())
+    return _Part(tiles, captions, quality)
 
 
 def _evenly(source: ImageSource, num: int) -> dict[int, ImageItem]:

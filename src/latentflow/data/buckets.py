@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 from pydantic import Field
 
 from latentflow.columns import Column
-from latentflow.data.items import ImageItem, ImageSource, fingerprint_of
+from latentflow.data.items import FileFacts, ImageItem, ImageSource, fingerprint_of
 from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.prefetch import in_threads
 from latentflow.data.rows import RowsOfSource
@@ -39,6 +39,14 @@ class Bucket(Record):
 @runtime_checkable
 class Croppable(ImageSource, Protocol):
     """A source that can crop its pictures to other sizes than its `image_size`."""
+
+    def file_facts(self, index: int) -> FileFacts:
+        """What the header of picture `index` says.
+
+        Raises:
+            BrokenImage: it cannot be read.
+        """
+        ...
 
     def picture_size(self, index: int) -> Size:
         """Of picture `index` as it is stored, upright; only its header is read.
@@ -187,6 +195,10 @@ class BucketedImages(RowsOfSource):
     def description(self) -> str:
         return f"{self.source.description}, in {len(self.buckets)} shapes"
 
+    def file_facts(self, index: int) -> FileFacts:
+        """What the header of image `index` says; raises what reading it raises."""
+        return self.source.file_facts(self._row(index))
+
     def __iter__(self) -> Iterator[ImageItem]:
         return (self[index] for index in range(len(self)))
 
@@ -210,11 +222,20 @@ class BucketedImages(RowsOfSource):
         Raises:
             DataError: none of them goes there.
         """
-        wanted = range(len(self)) if indices is None else indices
-        rows = tuple(self.rows[index] for index in wanted if self.size(index) == size)
-        if not rows:
-            raise DataError(f"{self.source.description}: none of them is nearest to the shape {size}")
+        rows = tuple(self.rows[index] for index in self.of_size(size, indices))
         return BucketedImages(self.source, (Bucket(size=size, num_images=len(rows)),), rows)
+
+    def of_size(self, size: Size, indices: Sequence[int] | None = None) -> list[int]:
+        """The indices of the images of one bucket; of those at `indices`, if given.
+
+        Raises:
+            DataError: none of them goes there.
+        """
+        wanted = range(len(self)) if indices is None else indices
+        found = [index for index in wanted if self.size(index) == size]
+        if not found:
+            raise DataError(f"{self.source.description}: none of them is nearest to the shape {size}")
+        return found
 
     def fingerprint(self) -> str:
         """A hash of the images and of their buckets."""

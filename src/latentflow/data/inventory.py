@@ -9,6 +9,7 @@ from typing import NamedTuple
 from pydantic import Field
 
 from latentflow.columns import Column, ColumnValue
+from latentflow.data.buckets import BucketedImages
 from latentflow.data.items import ImageSource
 from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.prefetch import Reading, prefetch
@@ -38,6 +39,19 @@ class ColumnCounts(Record):
     greatest: float | None = None
 
 
+class BucketCounts(Record):
+    """The images of one bucket.
+
+    Attributes:
+        num_images: those that can be read.
+        cut_mean, cut_most: share of these pictures that the crop leaves out.
+    """
+
+    num_images: int
+    cut_mean: float
+    cut_most: float
+
+
 class Inventory(Record):
     """What was found in a set of images.
 
@@ -53,6 +67,7 @@ class Inventory(Record):
         duplicates: names of images whose files are equal, by size and checksum; each group once.
         contradictory: those among them that are in several classes.
         cut_mean, cut_most: share of the pictures that the crop leaves out.
+        buckets: what goes to which size, most first; empty where all are of one size.
     """
 
     source: str
@@ -67,6 +82,7 @@ class Inventory(Record):
     contradictory: list[list[str]]
     cut_mean: float
     cut_most: float
+    buckets: dict[str, BucketCounts] = Field({})
 
     @property
     def num_duplicates(self) -> int:
@@ -113,9 +129,23 @@ def take_inventory(source: ImageSource, num_workers: int | None = None) -> Inven
         sizes=_counted(one.size for one in found),
         duplicates=[[source.name(row) for row in group] for group in duplicates],
         contradictory=[[source.name(row) for row in group] for group in duplicates if _is_contradictory(source, group)],
-        cut_mean=sum(one.cut for one in found) / max(len(found), 1),
-        cut_most=max((one.cut for one in found), default=0.0),
+        **_cut(found),
+        buckets=_in_buckets(source, seen) if isinstance(source, BucketedImages) else {},
     )
+
+
+def _in_buckets(source: BucketedImages, seen: Sequence[_Seen]) -> dict[str, BucketCounts]:
+    counts = {}
+    for bucket, rows in zip(source.buckets, source.ranges, strict=True):
+        found = [seen[row] for row in rows if not seen[row].problem]
+        counts[str(bucket.size)] = BucketCounts(num_images=len(found), **_cut(found))
+    return counts
+
+
+def _cut(found: Sequence[_Seen]) -> dict[str, float]:
+    """The mean and the largest share that the crop leaves out."""
+    cut = [one.cut for one in found]
+    return {"cut_mean": sum(cut) / max(len(cut), 1), "cut_most": max(cut, default=0.0)}
 
 
 def duplicates_in(source: ImageSource) -> list[list[int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -44,6 +44,22 @@ class ImageItem:
     semantic_map: np.ndarray | None = None
     cut: float = 0.0
     input: np.ndarray | None = None
+
+
+class FileFacts(NamedTuple):
+    """What the header of an image file says.
+
+    Attributes:
+        kind: PNG, JPEG, TIFF, ...
+        size: width and height, before it is turned by its EXIF orientation.
+        upright_size: height and width afterwards.
+        pixel_format: of its numbers, with the full range of their dtype.
+    """
+
+    kind: str
+    size: tuple[int, int]
+    upright_size: Size
+    pixel_format: PixelFormat
 
 
 @runtime_checkable

@@ -15,6 +15,7 @@ from torch import Tensor
 from latentflow.analysis.bound import Reconstruction, reconstruction_term
 from latentflow.console import notice
 from latentflow.data.batches import epoch_order
+from latentflow.data.buckets import Croppable, in_sizes
 from latentflow.data.cache.reader import is_cache
 from latentflow.data.items import ImageItem, ImageSource
 from latentflow.data.pictures.decode import BrokenImage
@@ -126,6 +127,8 @@ def with_columns_of(
 def open_images_for(flow: FlowModel, data: str | Path) -> ImageSource:
     """Images that a model can be measured on, conditioned on their labels and named columns.
 
+    Those of a model of several sizes are in its buckets; `part_of_own` gives those of one size.
+
     Raises:
         ConfigError: they are a latent cache or have other classes, or the model requires another condition.
         DataError: there are no images.
@@ -153,7 +156,7 @@ def open_images_for(flow: FlowModel, data: str | Path) -> ImageSource:
             f"{data} has no labels, and this model requires a label: it was trained with label_dropout = 0; "
             "give labelled images"
         )
-    return source
+    return in_sizes(source, flow.config.sizes) if isinstance(source, Croppable) else source
 
 
 @torch.no_grad()

@@ -84,14 +84,18 @@ class Examined:
 
 
 def held_out_and_trained(flow: FlowModel, source: ImageSource) -> tuple[ImageSource, ImageSource] | None:
-    """The images of a model's own data that were held out, and those that it was trained on.
+    """The images of a model's own data that were held out, and those that it was trained on; of its usual size.
 
     None: these are not its own, or fewer were held out than a diagnosis needs.
     """
-    training = flow.config.training
-    if training.held_out is None or training.held_out.num_images < LEAST_EXAMINED or not is_own(training, source):
+    training, size = flow.config.training, flow.config.image_size
+    if training.held_out is None or not is_own(training, source):
         return None
-    return part_of_own(training, source, "held-out"), part_of_own(training, source, "training")
+    try:
+        held_out, trained = (part_of_own(training, source, split, size) for split in ("held-out", "training"))
+    except DataError:  # none of that size
+        return None
+    return None if len(held_out) < LEAST_EXAMINED else (held_out, trained)
 
 
 def measure_diagnosis(

@@ -195,7 +195,7 @@ def _open_reference(flow: FlowModel, data: str) -> RealImages:
     config, conditioning = flow.config, flow.config.conditioning
 
     def opened(table: TableOptions) -> RealImages:
-        real = open_real_images(data, config.image_size, config.pixel_format, table=table)
+        real = open_real_images(data, config.image_size, config.pixel_format, table=table).of_shape(config, "all")
         if real.source is None and table.columns:
             raise ConfigError(f"{data} holds statistics, which have no named conditions; give the images")
         if real.source is not None and real.source.columns and conditioning.columns and conditioning.num_classes:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from latentflow.data.batches import image_names
+from latentflow.data.buckets import BucketedImages
 from latentflow.data.cache.reader import LatentCache
 from latentflow.data.items import ImageSource
 from latentflow.data.sources.part import PartOfSource
 from latentflow.model.config import TrainingRecord
 from latentflow.requests import RequestError, Split
+from latentflow.sizes import Size
 
 
 def is_own(training: TrainingRecord, source: LatentCache | ImageSource) -> bool:
@@ -20,7 +22,7 @@ def is_own(training: TrainingRecord, source: LatentCache | ImageSource) -> bool:
 def is_trained_on(training: TrainingRecord, source: ImageSource) -> bool:
     """Whether a run was trained on images of a source, and saw all of them but those that it held out."""
     if isinstance(source, PartOfSource):
-        return source.split == "training" and is_own(training, source.source)
+        return source.split != "held-out" and is_own(training, source.source)
     return is_own(training, source)
 
 
@@ -47,8 +49,19 @@ def rows_of_split(training: TrainingRecord, source: LatentCache | ImageSource, s
     return held_out if split == "held-out" else sorted(set(every) - set(held_out))
 
 
-def part_of_own(training: TrainingRecord, source: ImageSource, split: Split) -> ImageSource:
-    """The images of a split as a source; see `rows_of_split`."""
-    if split == "all":
+def part_of_own(training: TrainingRecord, source: ImageSource, split: Split, size: Size | None = None) -> ImageSource:
+    """The images of a split as a source; see `rows_of_split`.
+
+    Args:
+        size: of images in buckets those of this size; None: all of them, or of a source of one size.
+
+    Raises:
+        DataError: none is of this size.
+    """
+    of_size = size if isinstance(source, BucketedImages) else None
+    if split == "all" and of_size is None:
         return source
-    return PartOfSource(source, rows_of_split(training, source, split), split)
+    rows = rows_of_split(training, source, split)
+    if of_size is not None:
+        rows = source.of_size(of_size, rows)
+    return PartOfSource(source, rows, split, of_size)

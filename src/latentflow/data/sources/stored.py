@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import quote_from_bytes
 
 import numpy as np
 
 from latentflow.columns import ColumnValue
-from latentflow.data.items import ImageItem, ImageSource, fingerprint_of
+from latentflow.data.items import FileFacts, ImageItem, ImageSource, fingerprint_of
 from latentflow.data.packed import PackedText
 from latentflow.data.painting.input_rules import FILES
 from latentflow.data.pictures.crop import center_crop, crop_map, cut_by
@@ -29,22 +28,6 @@ from latentflow.pixel_format import PixelFormat
 from latentflow.sizes import Size
 
 _PRINTABLE = bytes(sorted({*range(0x20, 0x7F)} - {ord("%")}))
-
-
-class FileFacts(NamedTuple):
-    """What the header of an image file says.
-
-    Attributes:
-        kind: PNG, JPEG, TIFF, ...
-        size: width and height, before it is turned by its EXIF orientation.
-        upright_size: height and width afterwards.
-        pixel_format: of its numbers, with the full range of their dtype.
-    """
-
-    kind: str
-    size: tuple[int, int]
-    upright_size: Size
-    pixel_format: PixelFormat
 
 
 class ImageFiles:
