@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from latentflow.artifacts import read_json, sha256_tensors, write_json
-from latentflow.autoencoder_files import load_first_stage
+from latentflow.autoencoder_files import PIXELS_FILE, load_first_stage, trained_format
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.randomness import ImageRandom
@@ -103,6 +103,8 @@ class Autoencoder:
         self.runtime = runtime or Runtime(self.device)
         self.slice_size: int | None = None
         """Images encoded or decoded at a time, which limits the memory of large batches; None: see `slices`."""
+        self.pixel_format: PixelFormat | None = None
+        """What it was trained on; None: not known, or 8-bit RGB."""
         self.to(self.runtime)
 
     @classmethod
@@ -116,6 +118,7 @@ class Autoencoder:
         """
         loaded = cls(load_first_stage(str(reference), BUILT_IN), str(reference))
         loaded.require_images()
+        loaded.pixel_format = trained_format(str(reference))
         return loaded
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -124,6 +127,8 @@ class Autoencoder:
         config = read_json(Path(folder) / "config.json")
         config.pop("_name_or_path", None)  # usually a path of this machine
         write_json(Path(folder) / "config.json", config)
+        if self.pixel_format is not None:
+            write_json(Path(folder) / PIXELS_FILE, self.pixel_format.model_dump(mode="json"))
 
     def to(self, place: Runtime | torch.device | str) -> Autoencoder:
         """Move the weights, and compute on this device (and in the precision of a runtime); returns itself."""

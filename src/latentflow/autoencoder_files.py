@@ -12,18 +12,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from latentflow.artifacts import read_json, read_tensors
 from latentflow.console import notice
 from latentflow.errors import ArtifactError, ConfigError, nearest
 from latentflow.hub import PIPELINE_FILE, HubId, fetch
+from latentflow.pixel_format import PixelFormat
 from latentflow.weights import LOADING, filled, require_fit, tensor_shapes
 
 _CONFIG = "config.json"
 _STEM = "diffusion_pytorch_model"
 _WEIGHTS = f"{_STEM}.safetensors"
-AUTOENCODER_FILES = (_CONFIG, f"{_STEM}*.json", f"{_STEM}*.safetensors")
+PIXELS_FILE = "pixel_format.json"
+"""What the autoencoder was trained on, if that is known and is not 8-bit RGB. Other programs do not look at it."""
+AUTOENCODER_FILES = (_CONFIG, PIXELS_FILE, f"{_STEM}*.json", f"{_STEM}*.safetensors")
 """Patterns of the files in an autoencoder's folder."""
 
 _PIPELINE_FOLDERS = ("vae", "vqvae", "movq")
@@ -64,6 +68,24 @@ def load_first_stage(reference: str, built_in: Mapping[str, Path]) -> nn.Module:
 
         require_fit(build, shapes, folder, folder / _CONFIG)
         return filled(build, weights, folder)
+
+
+def trained_format(reference: str) -> PixelFormat | None:
+    """The pixel format that the autoencoder in a folder was trained on; None: not known, or no folder.
+
+    Raises:
+        ArtifactError: there is no autoencoder in the folder, or the file is damaged.
+    """
+    place = Path(reference).expanduser()
+    if not place.is_dir():
+        return None
+    file = _inside(place) / PIXELS_FILE
+    if not file.is_file():
+        return None
+    try:
+        return PixelFormat.model_validate(read_json(file))
+    except ValidationError as error:
+        raise ArtifactError(f"{file} describes no pixel format; restore the original, or delete it") from error
 
 
 def _folder(reference: str, built_in: Mapping[str, Path]) -> Path:

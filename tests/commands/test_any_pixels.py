@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from latentflow.artifacts import read_json
 from latentflow.autoencoder import Autoencoder
+from latentflow.commands.encode import encode
+from latentflow.data.cache.reader import LatentCache
+from latentflow.data.request import EncodeRequest
 from latentflow.pixel_format import PixelFormat
 from latentflow.training.settings import to_yaml
 from tests import tiny
@@ -63,10 +68,11 @@ def test_from_the_first_stage_to_scores(name, data, command, tmp_path):
     report = read_json(tmp_path / "stage" / "metrics" / "report.json")
     assert len(report["channel_psnr"]) == wanted.channels
     assert min(report["channel_psnr"]) - 1e-9 <= report["psnr"] <= max(report["channel_psnr"]) + 1e-9
-    assert read_json(tmp_path / "stage" / "images.json")["pixel_format"]["dtype"] == wanted.dtype
+    stated = read_json(tmp_path / "stage" / "images.json")["pixel_format"]
+    assert stated["dtype"] == wanted.dtype and read_json(stage / "pixel_format.json") == stated
 
-    options = ["--pixels", "bands"] if name == "bands" else []
-    command("encode", photos, "--autoencoder", stage, "--image-size", 16, "--out", tmp_path / "cache", *options)
+    command("encode", photos, "--autoencoder", stage, "--image-size", 16, "--out", tmp_path / "cache")
+    assert read_json(tmp_path / "cache" / "plan.json")["pixel_format"] == stated  # the autoencoder's
     training = {"steps": 2, "preview_every": 2}
     run = tiny.recipe(data={"path": tmp_path / "cache"}, training=training, autoencoder=stage, out=tmp_path / "r")
     (tmp_path / "run.yaml").write_text(to_yaml(run), encoding="utf-8")
@@ -110,3 +116,55 @@ def test_an_autoencoder_of_other_channels_is_refused(data, tmp_path, capsys, mon
     assert result.code == 2
     assert "images of 4 channels, but" in result.error
     assert not (tmp_path / "out").exists()
+
+
+def test_another_format_than_that_of_the_autoencoder_is_noticed(data, tmp_path, caplog):
+    gray = Autoencoder(tiny.kl(in_channels=1, out_channels=1), "gray")
+    gray.pixel_format = FORMATS["scans"]
+    gray.save_pretrained(tmp_path / "gray")
+    assert Autoencoder.from_pretrained(tmp_path / "gray").pixel_format == FORMATS["scans"]
+    asked = {"data": data / "scans", "autoencoder": tmp_path / "gray", "image_size": 16}
+    encode(EncodeRequest(**asked), tmp_path / "own", runtime=tiny.CPU)
+    assert LatentCache(tmp_path / "own").pixel_format == FORMATS["scans"] and "was trained on" not in caplog.text
+    encode(EncodeRequest(**asked, value_range="full"), tmp_path / "other", runtime=tiny.CPU)
+    assert f"was trained on {FORMATS['scans'].title}, and these images are read as 16-bit gray:" in caplog.text
+
+
+def test_a_damaged_pixel_format_is_refused(data, tmp_path, capsys, monkeypatch, kl_folder):
+    shutil.copytree(kl_folder, tmp_path / "own")
+    (tmp_path / "own" / "pixel_format.json").write_text('{"channels": 0}', encoding="utf-8")
+    asked = ["encode", data / "scans", "--autoencoder", tmp_path / "own", "--image-size", 16]
+    result = run_here([*asked, "--out", tmp_path / "cache"], capsys, monkeypatch)
+    assert result.code == 2 and "pixel_format.json describes no pixel format; restore the original" in result.error
+    assert not (tmp_path / "cache").exists()
+
+
+def test_buckets_of_16_bits_are_drawn_at_their_size_and_depth(tmp_path, command):
+    """Gray pictures of two shapes: encoded, trained on for two steps, drawn."""
+    photos, random = tmp_path / "photos", np.random.default_rng(0)
+    photos.mkdir()
+    for number in range(12):
+        height, width = (24, 40) if number % 3 else (40, 24)
+        scan = random.integers(0, 4096, (height, width)).astype(np.uint16)
+        scan[0, :2] = 0, 4095
+        tifffile.imwrite(photos / f"{number:02}.tif", scan)
+    gray = Autoencoder(tiny.kl(in_channels=1, out_channels=1), "gray")
+    gray.save_pretrained(tmp_path / "gray")
+    cache = tmp_path / "cache"
+    command("encode", photos, "--autoencoder", tmp_path / "gray", "--image-size", 16, "--buckets", "--out", cache)
+    plan = read_json(cache / "plan.json")
+    assert plan["buckets"] == [{"size": "20x12", "num_images": 8}, {"size": "12x20", "num_images": 4}]
+    assert (plan["pixel_format"]["dtype"], plan["pixel_format"]["high"]) == ("uint16", [4095])
+
+    data = {"path": cache, "image_size": "20x12", "held_out": 0}
+    training = {"steps": 2, "batch_size": 4, "preview_every": 2}
+    run = tiny.recipe(data=data, training=training, autoencoder=tmp_path / "gray", out=tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(to_yaml(run), encoding="utf-8")
+    command("train", tmp_path / "run.yaml")
+    for name, size in (("wide", (20, 12)), ("tall", (12, 20))):
+        asked = ["--image-size", f"{size[0]}x{size[1]}", "--num", 2]
+        command("sample", tmp_path / "run", *asked, "--out", tmp_path / name)
+        for file in sorted((tmp_path / name).glob("seed*")):
+            with Image.open(file) as picture:
+                assert (picture.format, picture.mode, picture.size) == ("PNG", "I;16", size)
+                assert 256 < np.asarray(picture).max() <= 4095

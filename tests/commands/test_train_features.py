@@ -123,6 +123,25 @@ def test_without_labels(blind, photos, tmp_path):
     assert both.accuracy > 0.9  # whose classes are judged nevertheless
 
 
+def test_classes_may_stand_in_a_table(photos, tmp_path):
+    """Prepared alone: the same classes as those of folders, from a column whose name says nothing."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    rows = ["scan,kind"]
+    for file in sorted(photos.rglob("*.png")):
+        shutil.copy(file, flat)
+        rows.append(f"{file.name},{file.parent.name}")
+    (flat / "labels.csv").write_text("\n".join([*rows, "gone.png,apple"]), encoding="utf-8")
+    asked = {"label_column": "kind", "file_column": "scan"}
+    with pytest.raises(DataError, match=r"gone\.png"):
+        prepare_features(request(flat, tmp_path / "judge", **asked), tiny.CPU)
+    prepared = prepare_features(request(flat, tmp_path / "judge", **asked, allow_missing=True), tiny.CPU)
+    assert prepared.plan.class_names == list(tiny.CLASSES) and prepared.plan.method == "labels"
+    with pytest.raises(DataError, match=r"no column 'knd'.*did you mean 'kind'"):
+        prepare_features(request(flat, tmp_path / "judge", label_column="knd", allow_missing=True), tiny.CPU)
+    assert not (tmp_path / "judge").exists()
+
+
 def test_a_finished_judge_stays_as_it_is(judge, photos):
     before = tiny.tree(judge)
     assert train_features(request(photos, judge), runtime=tiny.CPU).record.accuracy > 0.9

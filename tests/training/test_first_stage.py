@@ -34,7 +34,7 @@ from latentflow.training.first_stage import (
     build_autoencoder,
     load_autoencoder_recipe,
 )
-from latentflow.training.first_stage_run import split
+from latentflow.training.first_stage_run import prepare_first_stage, split
 from latentflow.training.log import read_metrics
 from latentflow.training.settings import load_settings, to_yaml
 from tests import tiny
@@ -450,6 +450,25 @@ def test_recipes_are_valid(name, tmp_path):
     assert given.description
     (tmp_path / "again.yaml").write_text(to_yaml(given), encoding="utf-8")
     assert load_autoencoder_recipe(tmp_path / "again.yaml") == given
+
+
+def test_files_may_stand_in_a_table(tmp_path, images):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    names = []
+    for number, file in enumerate(sorted(images.rglob("*.png"))):
+        names.append(f"{number:02d}.png")
+        (flat / names[-1]).write_bytes(file.read_bytes())
+    table = flat / "patients.csv"
+    table.write_text("\n".join(["age,scan", *(f"{number},{name}" for number, name in enumerate(names[:12]))]))
+    asked = {"path": str(table), "file_column": "scan"}
+    with pytest.raises(DataError, match="--allow-missing"):
+        prepare_first_stage(recipe(tmp_path / "run", data=asked), tiny.CPU)
+    prepared = prepare_first_stage(recipe(tmp_path / "run", data={**asked, "allow_missing": True}), tiny.CPU)
+    assert len(prepared.images) + len(prepared.held_out) == 12
+    with pytest.raises(DataError, match=r"no column 'scn'.*did you mean 'scan'"):
+        prepare_first_stage(recipe(tmp_path / "run", data={**asked, "file_column": "scn"}), tiny.CPU)
+    assert not (tmp_path / "run").exists()
 
 
 # The command line

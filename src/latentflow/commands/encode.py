@@ -17,6 +17,7 @@ from latentflow.data.items import ImageSource
 from latentflow.data.pictures.decode import BrokenImage
 from latentflow.data.request import EncodeRequest
 from latentflow.data.sources.images import open_images
+from latentflow.data.sources.pixel_survey import alike, choice_for
 from latentflow.errors import DataError
 from latentflow.locks import writes
 from latentflow.progress import image_progress
@@ -92,7 +93,8 @@ def encode(request: EncodeRequest, out: str | Path, *, runtime: Runtime | None =
 
 
 def _opened(request: EncodeRequest, out: str | Path) -> ImageSource:
-    options = {"first": request.first, "strict": request.strict, "table": request, "pixels": request}
+    pixels = choice_for(request, request.autoencoder)
+    options = {"first": request.first, "strict": request.strict, "table": request, "pixels": pixels}
     inputs = request.paired
     if (plan := plan_of_cache(out)) is not None:
         options["known"], inputs = plan.pixel_format, replace(inputs, known=plan.input_format)
@@ -100,6 +102,11 @@ def _opened(request: EncodeRequest, out: str | Path) -> ImageSource:
     if request.input_form != "auto" and not source.input_origin:
         reason = f" {request.input_form}: {request.data} has no paired inputs; give --inputs, or leave it out"
         raise RequestError("input_form", reason)
+    if (trained_on := pixels.trained_on) is not None and not alike(source.pixel_format, trained_on):
+        notice(
+            f"{request.autoencoder} was trained on {trained_on.title}, and these images are read as "
+            f"{source.pixel_format.title}: what it gives back may differ from them; `encode --look 16` shows it"
+        )
     return source
 
 

@@ -22,6 +22,7 @@ from latentflow.data.pictures.user_picture import psnr
 from latentflow.data.pictures.variants import draw_variants, variants_of
 from latentflow.data.request import EncodeRequest
 from latentflow.data.sources.images import open_images
+from latentflow.data.sources.pixel_survey import choice_for
 from latentflow.errors import ConfigError, DataError
 from latentflow.runtime import Runtime, open_runtime
 from latentflow.sampling.contact_sheet import on_white, save_grid
@@ -68,7 +69,8 @@ def look(request: EncodeRequest, out: str | Path, *, num: int, runtime: Runtime 
     sheet = Path(out).with_name(f"{Path(out).name.removesuffix('.png')}.png")
     require_apart(sheet, request.data)
     require_writable(sheet, suffix=".png")
-    given = {"first": request.first, "table": request, "pixels": request, "inputs": request.paired}
+    given = {"first": request.first, "table": request, "inputs": request.paired}
+    given["pixels"] = choice_for(request, request.autoencoder)
     source = open_images(request.data, request.image_size, **given)
     encoder = Autoencoder.from_pretrained(request.autoencoder).to(runtime or open_runtime(precision="tf32", alone=True))
     encoder.latent_size(request.image_size)

@@ -66,6 +66,18 @@ class PixelChoice(Record):
             and pixel_format.rule.startswith(rule)
         )
 
+    def followed(self, usual: PixelFormat) -> PixelChoice:
+        """The same choice, with the values of a format where it leaves something open; itself if the depths differ."""
+        if self.depth != "auto" and DEPTHS[self.depth] != usual.dtype:
+            return self
+        chosen = self.model_dump(include={*PixelChoice.model_fields})
+        if self.value_range == "auto" and self.pixels in ("auto", usual.mode):
+            spans = (f"{low!r},{high!r}" for low, high in zip(usual.low, usual.high, strict=True))
+            chosen["value_range"] = "full" if usual.is_full_range else ";".join(spans)
+        if self.pixels == "auto":
+            chosen["pixels"] = usual.mode
+        return PixelChoice(**chosen)
+
     @property
     def given_range(self) -> tuple[list[float], list[float]] | None:
         """Low and high as they are given, for each channel or one for all; None: they follow from the files."""
@@ -81,3 +93,12 @@ class PixelChoice(Record):
             return 0.0, 100.0
         low, high = self.value_range.removeprefix("percentile:").split(",")
         return float(low), float(high)
+
+
+class ChoiceForAutoencoder(PixelChoice):
+    """A choice that follows what an autoencoder was trained on, where it leaves something open.
+
+    It does so for files of the same depth; others are read as without the autoencoder.
+    """
+
+    trained_on: PixelFormat | None = None

@@ -12,25 +12,41 @@ from latentflow.records import Record
 from latentflow.requests import Names, Option
 
 
-class TableOptions(Record):
-    """Which columns of a table of images are used, and how; nothing of it matters for images without one."""
+class TableFiles(Record):
+    """How the rows of a table of images and their files pair up; nothing of it matters for images without one."""
+
+    file_column: str | None = Field(
+        None, description="Column that names the file of each image; otherwise found by its name and cells."
+    )
+    allow_missing: bool = Field(
+        False, description="Leave out rows without a file and files without a row instead of refusing them."
+    )
+
+    @property
+    def table(self) -> TableOptions:
+        """The same for opening images."""
+        names = TableOptions.model_fields.keys() & type(self).model_fields.keys()
+        return TableOptions(**{name: getattr(self, name) for name in names})
+
+
+class LabelledTable(TableFiles):
+    """Which column of a table of images holds their classes."""
 
     label_column: str | None = Field(
         None,
         description="Column of a table that holds the class of each image; otherwise the one that is called label or "
         "class. The table: labels.csv, .tsv, .jsonl or .parquet, given as DATA or beside the images.",
     )
+
+
+class TableOptions(LabelledTable):
+    """Which columns of a table of images are used, and how."""
+
     columns: Annotated[Names, Option(metavar="NAME[=COLUMN][:KIND],...")] | None = Field(
         None,
         min_length=1,
         description="Columns to learn from besides, with their kinds: age:number,view:label,findings:labels; without a "
         "kind it follows from the cells. view=label gives the column label the name view.",
-    )
-    file_column: str | None = Field(
-        None, description="Column that names the file of each image; otherwise found by its name and cells."
-    )
-    allow_missing: bool = Field(
-        False, description="Leave out rows without a file and files without a row instead of refusing them."
     )
 
     @property

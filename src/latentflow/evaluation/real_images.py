@@ -140,7 +140,7 @@ class RealFeatures:
 def open_real_images(
     data: str | Path,
     image_size: Size,
-    pixel_format: PixelFormat | None = None,
+    pixel_format: PixelFormat | PixelChoice | None = None,
     *,
     inputs: PairedChoice | None = None,
     table: TableOptions | None = None,
@@ -148,7 +148,7 @@ def open_real_images(
     """Open images, or a file of statistics; no image is decoded.
 
     Args:
-        pixel_format: what images are read in; None: what they are.
+        pixel_format: what images are read in, or what is said of it; None: what they are.
         inputs: the paired inputs; None: there are none.
         table: which columns of a table are used.
 

@@ -18,7 +18,9 @@ from latentflow.autoencoder import Autoencoder
 from latentflow.data.items import ImageSource, stack_pixels
 from latentflow.data.painting.input_rules import NO_INPUTS
 from latentflow.data.paired_choice import PairedChoice
+from latentflow.data.pixel_choice import PixelChoice
 from latentflow.data.sources.images import table_with
+from latentflow.data.sources.pixel_survey import choice_for
 from latentflow.data.table_options import TableOptions
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.evaluation.autoencoders import open_autoencoder
@@ -105,7 +107,7 @@ class Subject(ABC):
         self._check_classes()
         self._check_scores()
 
-    def _open_real(self, request: EvaluationRequest, pixel_format: PixelFormat | None) -> RealImages:
+    def _open_real(self, request: EvaluationRequest, pixel_format: PixelFormat | PixelChoice | None) -> RealImages:
         table = TableOptions(label_column=request.label_column)
         return open_real_images(request.data, self.image_size, pixel_format, inputs=self._inputs, table=table)
 
@@ -312,6 +314,9 @@ class Reconstructed(Subject):
         self.autoencoder, image_size, pixel_format = open_autoencoder(request.model, request.image_size, runtime)
         super().__init__(request, image_size, self.autoencoder.device, pixel_format)
         self.autoencoder.require_channels(self.pixel_format.channels, request.data)
+
+    def _open_real(self, request: EvaluationRequest, pixel_format: PixelFormat | PixelChoice | None) -> RealImages:
+        return super()._open_real(request, pixel_format or choice_for(PixelChoice(), request.model))
 
     @property
     def class_names(self) -> Sequence[str]:

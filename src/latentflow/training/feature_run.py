@@ -150,7 +150,7 @@ def prepare_features(request: TrainFeaturesRequest, runtime: Runtime) -> Prepare
     if is_cache(request.data):
         raise DataError(f"{request.data} is a latent cache; give the images it was made from")
     known = _plan_in(Path(request.out))
-    chosen = {"pixels": request, "known": known and known.pixel_format}
+    chosen = {"table": request.table, "pixels": request, "known": known and known.pixel_format}
     source = open_images(request.data, request.image_size, **chosen)
     usable, broken = readable(source)
     if len(usable) < _LEAST_IMAGES:

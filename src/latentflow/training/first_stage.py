@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from latentflow.autoencoder import sample_latents
 from latentflow.data.batches import Batch, TrainingImages
 from latentflow.data.pixel_choice import EIGHT_BIT_RGB, PixelChoice
+from latentflow.data.table_options import TableFiles
 from latentflow.errors import ConfigError
 from latentflow.networks.feature_network import FeatureNetwork
 from latentflow.networks.in_training import sampled_part
@@ -58,10 +59,10 @@ AUTOENCODER_RECIPES = RECIPES / "autoencoders"
 _KEPT_BYTES = 42  # per residual block, channel and pixel, for the backward pass in float32; measured
 
 
-class AutoencoderData(PixelChoice):
+class AutoencoderData(PixelChoice, TableFiles):
     """Where the images come from, and what their pixels are read as."""
 
-    path: str = Field("", description="A folder or zip of images, or 'synthetic:COUNT'.")
+    path: str = Field("", description="Images as for `encode`: a folder, zip, table, parquet, 'synthetic:COUNT', ...")
     image_size: Annotated[ImageSize, bounded(1, LARGEST_IMAGE)] = Field(
         Size(64, 64), description="Size of the images in pixels: 64 for squares, or WIDTHxHEIGHT, like 192x128."
     )
@@ -230,6 +231,8 @@ CHANGES = ChangeRules(
         "description",
         "out",
         "data.path",
+        "data.file_column",
+        "data.allow_missing",
         "data.num_workers",
         "loss.judge",
         "training.steps",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latentflow.artifacts import atomic_folder, read_json, write_json
 from latentflow.autoencoder import Autoencoder
+from latentflow.autoencoder_files import PIXELS_FILE
 from latentflow.data.batches import TrainingImages, epoch_order
 from latentflow.data.cache.reader import is_cache
 from latentflow.data.items import ImageSource
@@ -125,7 +126,8 @@ def prepare_first_stage(
     recipe = as_begun(recipe, run, CHANGES)
     changes = check_changes(run, recipe, CHANGES, allow_change)
     runtime = runtime.with_precision(recipe.training.precision)
-    source = open_images(recipe.data.path, recipe.data.image_size, pixels=recipe.data, known=_known_format(run))
+    given = {"table": recipe.data.table, "pixels": recipe.data, "known": _known_format(run)}
+    source = open_images(recipe.data.path, recipe.data.image_size, **given)
     _require_same_images(run, source)
     if judge:
         _require_same_judge(run, judge, recipe.loss.judge)
@@ -237,6 +239,8 @@ def finish(prepared: PreparedFirstStage, num_steps: int) -> tuple[AutoencoderRep
     scaling = _set_scaling(autoencoder, source, [kept[place] for place in places])
     with atomic_folder(run / AUTOENCODER_FOLDER) as temporary:
         torch.nn.Module.to(network, dtype).save_pretrained(temporary, safe_serialization=True)
+        if source.pixel_format != RGB:
+            write_json(temporary / PIXELS_FILE, source.pixel_format.model_dump(mode="json"))
     torch.nn.Module.float(network)
 
     decibels, by_channel, pictures = [], [], []

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from latentflow.data.pixel_choice import PixelChoice
+from latentflow.data.table_options import LabelledTable
 from latentflow.requests import FromText, Number, Option, PathText, Request, RequestError, Split, Whole
 from latentflow.sizes import ImageSize, Size, bounded, typed_size
 
@@ -50,11 +51,11 @@ class EmaRequest(Request):
         return self
 
 
-class TrainFeaturesRequest(Request, PixelChoice):
+class TrainFeaturesRequest(Request, LabelledTable, PixelChoice):
     """Images to train a judge on. What is left open is decided by data and machine, and stays so when it goes on."""
 
     data: Annotated[PathText, Option(argument=True)] = Field(
-        description="A folder or zip of images, an LMDB, or synthetic:COUNT; sub-folders are classes."
+        description="Images as for `encode`; sub-folders or a column of a table are classes."
     )
     out: Path = Field(description="Folder of the judge; repeat the command to go on after an interruption.")
     image_size: Annotated[ImageSize, bounded(16, 8192), FromText(typed_size)] = Field(

@@ -12,6 +12,7 @@ from latentflow.data.painting.masks import check_masks
 from latentflow.data.paired_choice import PairedChoice
 from latentflow.data.pixel_choice import PixelChoice
 from latentflow.data.sources.images import open_images, table_with
+from latentflow.data.sources.pixel_survey import choice_for
 from latentflow.errors import ConfigError, DataError
 from latentflow.progress import image_progress
 from latentflow.training.config import DataConfig, Recipe
@@ -48,7 +49,8 @@ def open_source(recipe: Recipe) -> LatentCache | ImageSource:
     if is_cache(path):
         source: LatentCache | ImageSource = _open_cache(recipe)
     else:
-        given = {"pixels": recipe.data, "table": recipe.data, "inputs": paired_choice(recipe)}
+        given = {"table": recipe.data, "inputs": paired_choice(recipe)}
+        given["pixels"] = choice_for(recipe.data, recipe.autoencoder)
         source = open_images(path, recipe.data.image_size, **given)
     if recipe.data.augment:
         _require_variants(recipe, source)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentflow.data.pixel_choice import PixelChoice
+from latentflow.data.pixel_choice import ChoiceForAutoencoder, PixelChoice
 from latentflow.data.sources.images import open_images
 from latentflow.errors import DataError
 from latentflow.pixel_format import PixelFormat
@@ -209,3 +209,26 @@ def test_the_built_in_shapes_can_be_gray():
 def test_ranges_that_are_none_are_refused(text):
     with pytest.raises(ValueError, match="give full, a range like 0,4095"):
         PixelChoice(value_range=text)
+
+
+LEARNED = PixelFormat(channels=1, dtype="uint16", low=[0], high=[4095], rule="least and greatest of 99 images")
+BANDS = PixelFormat(mode="bands", channels=4, low=[0, 0, 0, 5], high=[200, 255, 255, 250], rule="given")
+
+
+@pytest.mark.parametrize(
+    ("kind", "trained_on", "asked", "expected"),
+    [
+        ("PNG, 16-bit gray", LEARNED, {}, LEARNED),
+        ("PNG, 16-bit gray", LEARNED, {"value_range": "0,4095"}, LEARNED),
+        ("PNG, 16-bit gray", LEARNED, {"value_range": "full"}, PixelFormat(channels=1, dtype="uint16")),
+        ("PNG, 16-bit gray", LEARNED, {"pixels": "rgb", "value_range": "full"}, PixelFormat(dtype="uint16")),
+        ("PNG, 16-bit gray", LEARNED, {"depth": "8"}, PixelFormat()),
+        ("PNG, 8-bit gray", LEARNED, {}, PixelFormat()),
+        ("PNG, 8-bit gray", PixelFormat(mode="gray"), {}, PixelFormat(mode="gray")),
+        ("TIFF, 8-bit, 4 bands", BANDS, {}, BANDS),
+    ],
+)
+def test_what_is_left_open_follows_the_autoencoder(tmp_path, kind, trained_on, asked, expected):
+    (tmp_path / f"0{KINDS[kind].name}").write_bytes(KINDS[kind].content)
+    choice = ChoiceForAutoencoder(**asked, trained_on=trained_on)
+    assert open_images(tmp_path, SIDE, pixels=choice).pixel_format == expected

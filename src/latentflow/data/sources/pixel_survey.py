@@ -7,9 +7,10 @@ from typing import Protocol
 
 import numpy as np
 
+from latentflow.autoencoder_files import trained_format
 from latentflow.data.items import ImageSource
 from latentflow.data.pictures.decode import BrokenImage
-from latentflow.data.pixel_choice import DEPTHS, PixelChoice
+from latentflow.data.pixel_choice import DEPTHS, ChoiceForAutoencoder, PixelChoice
 from latentflow.data.prefetch import Reading, in_threads, prefetch
 from latentflow.errors import DataError
 from latentflow.pixel_format import FULL_RANGE, PixelDtype, PixelFormat, PixelMode
@@ -64,6 +65,29 @@ def choose_format(source: SurveyedSource, choice: PixelChoice, known: PixelForma
         DataError: files differ in what is left open, or all values of a channel are equal; naming files and options.
     """
     found = _looked_at(source)
+    usual = choice.trained_on if isinstance(choice, ChoiceForAutoencoder) else None
+    if usual is not None and {stored.dtype for stored, _ in found} == {usual.dtype}:
+        choice, known = choice.followed(usual), known or usual
+    chosen = _chosen(source, found, choice, known)
+    return known if known is not None and alike(chosen, known) else chosen
+
+
+def choice_for(choice: PixelChoice, autoencoder: str) -> ChoiceForAutoencoder:
+    """A choice that follows what an autoencoder in a folder was trained on, where it leaves something open.
+
+    Raises:
+        ArtifactError: see `trained_format`.
+    """
+    own = choice.model_dump(include={*PixelChoice.model_fields})
+    return ChoiceForAutoencoder(**own, trained_on=trained_format(autoencoder))
+
+
+def alike(one: PixelFormat, other: PixelFormat) -> bool:
+    """Whether two formats are the same, wherever their ranges come from."""
+    return one.model_copy(update={"rule": other.rule}) == other
+
+
+def _chosen(source: SurveyedSource, found: Found, choice: PixelChoice, known: PixelFormat | None) -> PixelFormat:
     dtype = _depth(found, choice)
     chosen = _channels(found, choice, dtype)
     if dtype == "uint16" and any(stored.dtype == "uint8" for stored, _ in found) and choice.value_range != "full":
