@@ -118,7 +118,7 @@ class Autoencoder:
         """
         loaded = cls(load_first_stage(str(reference), BUILT_IN), str(reference))
         loaded.require_images()
-        loaded.pixel_format = trained_format(str(reference))
+        loaded.pixel_format = trained_format(str(reference), BUILT_IN)
         return loaded
 
     def save_pretrained(self, folder: str | Path) -> None:

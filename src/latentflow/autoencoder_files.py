@@ -70,14 +70,17 @@ def load_first_stage(reference: str, built_in: Mapping[str, Path]) -> nn.Module:
         return filled(build, weights, folder)
 
 
-def trained_format(reference: str) -> PixelFormat | None:
+def trained_format(reference: str, built_in: Mapping[str, Path]) -> PixelFormat | None:
     """The pixel format that the autoencoder in a folder was trained on; None: not known, or no folder.
+
+    Args:
+        reference, built_in: as for `load_first_stage`.
 
     Raises:
         ArtifactError: there is no autoencoder in the folder, or the file is damaged.
     """
     place = Path(reference).expanduser()
-    if not place.is_dir():
+    if reference in built_in or not place.is_dir():
         return None
     file = _inside(place) / PIXELS_FILE
     if not file.is_file():

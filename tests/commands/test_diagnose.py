@@ -89,6 +89,12 @@ def test_what_was_measured(written):
     assert len(found.latents.frequencies) == 4 and len(found.latents.data.mean) == 4
 
 
+def test_few_training_images_have_no_loss_of_their_own(model_folder, images, tmp_path):
+    others = tiny.write_images(tmp_path / "others", per_class=4)
+    found = diagnose(model_folder, others, tmp_path / "out", train=images, num=8, num_train=4)
+    assert found.training_loss is None and found.memorisation.num_training == 4
+
+
 def test_one_set_is_split(model_folder, images, tmp_path):
     found = diagnose(model_folder, images, tmp_path / "out", num=18, guidance=1.0, batch_size=64)
     assert found.is_training_data and found.training_loss is None and not found.memorisation.is_test

@@ -136,7 +136,6 @@ def measure_diagnosis(
     first, second = examined.rows(slice(0, half)), examined.rows(slice(half, 2 * half))
     memorisation, pairs = _memorisation(flow, samples, features, first, second, training, network.name)
     preset = drawing.sampling
-    training_latents = None if training is None else training.latents.rows(slice(0, request.num))
     diagnosis = Diagnosis(
         request=request.model_dump(mode="json"),
         model=request.model,
@@ -146,7 +145,7 @@ def measure_diagnosis(
         sampling=f"{preset.solver}, {preset.steps} steps, guidance {preset.guidance:g}",
         num=request.num,
         loss=_loss(flow, examined.latents, request),
-        training_loss=None if training_latents is None else _loss(flow, training_latents, request),
+        training_loss=_training_loss(flow, training, request),
         ways=_trajectories(flow, drawing, given, batch_size),
         latents=_latent_statistics(samples.latents, examined.latents.latents, half),
         memorisation=memorisation,
@@ -181,6 +180,13 @@ def _examine(
     latents, _ = encode_reference(flow, source, num or request.num, **how)
     latents = latents.with_columns(flow.config.conditioning)
     return Examined(latents, torch.cat(features), torch.cat(reconstructed) if reconstruct else None)
+
+
+def _training_loss(flow: FlowModel, training: Examined | None, request: DiagnoseRequest) -> LossByTime | None:
+    """Of as many training images as are examined; None of few, which leave bins of time without a spread."""
+    if training is None or len(training.features) < LEAST_EXAMINED:
+        return None
+    return _loss(flow, training.latents.rows(slice(0, request.num)), request)
 
 
 def _loss(flow: FlowModel, reference: ReferenceLatents, request: DiagnoseRequest) -> LossByTime:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from latentflow.autoencoder import BUILT_IN
 from latentflow.autoencoder_files import trained_format
 from latentflow.data.items import ImageSource
 from latentflow.data.pictures.decode import BrokenImage
@@ -79,7 +80,7 @@ def choice_for(choice: PixelChoice, autoencoder: str) -> ChoiceForAutoencoder:
         ArtifactError: see `trained_format`.
     """
     own = choice.model_dump(include={*PixelChoice.model_fields})
-    return ChoiceForAutoencoder(**own, trained_on=trained_format(autoencoder))
+    return ChoiceForAutoencoder(**own, trained_on=trained_format(autoencoder, BUILT_IN))
 
 
 def alike(one: PixelFormat, other: PixelFormat) -> bool:
