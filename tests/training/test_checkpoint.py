@@ -119,6 +119,20 @@ DAMAGES = {
 }
 
 
+def test_a_checkpoint_that_is_removed_while_others_look_is_none(tmp_path, monkeypatch):
+    for step in (4, 8):
+        (tmp_path / "checkpoints" / f"step-{step:08d}" / "files").mkdir(parents=True)
+    listed = checkpoint._complete
+
+    def and_removed(place):
+        found = listed(place)
+        shutil.rmtree(found[0])
+        return found
+
+    monkeypatch.setattr(checkpoint, "_complete", and_removed)
+    assert checkpoint.newest_checkpoint(tmp_path).name == "step-00000008"
+
+
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_damage_is_named_and_the_remedy_helps(resume, tmp_path, damage):
     with pytest.raises(ArtifactError) as caught:

@@ -407,7 +407,14 @@ def read_progress(folder: Path) -> tuple[Progress, dict[str, int]]:
 
 def _checkpoints(run: Path) -> list[Path]:
     """Those of which `keep_newest` has left the model are none."""
-    return [folder for folder in _complete(run / CHECKPOINTS) if contents(folder) != [folder / MODEL]]
+    return [folder for folder in _complete(run / CHECKPOINTS) if _is_checkpoint(folder)]
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    try:
+        return contents(folder) != [folder / MODEL]
+    except FileNotFoundError:  # a run that trains has removed it since it was listed
+        return False
 
 
 def _complete(place: Path) -> list[Path]:
