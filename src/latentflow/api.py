@@ -17,6 +17,7 @@ from latentflow.data.painting.mask_reader import Mask
 from latentflow.model.class_names import ClassList
 from latentflow.model.flow_model import FlowModel
 from latentflow.model.guide_reference import GuideReference
+from latentflow.requests import with_fields_of
 from latentflow.sampling import edits, inpaint, inversion, mask_to_image, pipeline
 from latentflow.sampling import translate as translation
 from latentflow.sampling.inputs import ImageInput, MapInput
@@ -134,6 +135,7 @@ class LatentFlow(FlowModel):
     `DataError` for bad input, before anything is computed.
     """
 
+    @with_fields_of(SampleRequest, SampleOptions)
     def sample(
         self,
         num: int = 1,
@@ -154,6 +156,7 @@ class LatentFlow(FlowModel):
         request = SampleRequest(num=num, **options)
         return pipeline.sample(self, request, noise=noise, batch_size=batch_size)
 
+    @with_fields_of(InpaintRequest, InpaintOptions)
     def inpaint(
         self,
         image: ImageInput | np.ndarray,
@@ -175,6 +178,7 @@ class LatentFlow(FlowModel):
         request = InpaintRequest(**options)
         return inpaint.inpaint(self, image, mask, request, semantic_map=semantic_map, batch_size=batch_size)
 
+    @with_fields_of(MaskToImageRequest, MaskToImageOptions)
     def mask_to_image(
         self, semantic_map: MapInput, *, batch_size: int = 16, **options: Unpack[MaskToImageOptions]
     ) -> Samples:
@@ -186,6 +190,7 @@ class LatentFlow(FlowModel):
         request = MaskToImageRequest(**options)
         return mask_to_image.mask_to_image(self, semantic_map, request, batch_size=batch_size)
 
+    @with_fields_of(TranslateRequest, TranslateOptions)
     def translate(self, image: ImageInput, *, batch_size: int = 16, **options: Unpack[TranslateOptions]) -> Samples:
         """Draw images from a paired image; see `latentflow.sampling.translate.translate`.
 
@@ -196,6 +201,7 @@ class LatentFlow(FlowModel):
         """
         return translation.translate(self, image, TranslateRequest(**options), batch_size=batch_size)
 
+    @with_fields_of(ImageToImageRequest, ImageToImageOptions)
     def image_to_image(
         self, image: ImageInput, *, batch_size: int = 16, **options: Unpack[ImageToImageOptions]
     ) -> Samples:
@@ -208,6 +214,7 @@ class LatentFlow(FlowModel):
         """
         return edits.image_to_image(self, image, ImageToImageRequest(**options), batch_size=batch_size)
 
+    @with_fields_of(InterpolateRequest, InterpolateOptions)
     def interpolate(self, *, batch_size: int = 16, **options: Unpack[InterpolateOptions]) -> Samples:
         """Draw the frames between two seeds or classes; see `latentflow.sampling.edits.interpolation`.
 
@@ -218,6 +225,7 @@ class LatentFlow(FlowModel):
         """
         return edits.interpolate(self, InterpolateRequest(**options), batch_size=batch_size)
 
+    @with_fields_of(VaryRequest, VaryOptions)
     def vary(self, *, batch_size: int = 16, **options: Unpack[VaryOptions]) -> Samples:
         """Draw variations of the picture of one seed; see `latentflow.sampling.edits.variations`.
 
@@ -226,6 +234,7 @@ class LatentFlow(FlowModel):
         """
         return edits.vary(self, VaryRequest(**options), batch_size=batch_size)
 
+    @with_fields_of(InvertRequest, InvertOptions)
     def invert(self, image: ImageInput, **options: Unpack[InvertOptions]) -> Inversion:
         """Find the noise that an image would be drawn from; see `latentflow.sampling.inversion.invert`.
 

@@ -10,9 +10,11 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import Parameter, cleandoc, signature
 from numbers import Integral, Real
+from textwrap import indent
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, SkipValidation, ValidationError
 from pydantic.fields import FieldInfo
@@ -90,6 +92,40 @@ class Request(Record):
             super().__init__(**given)
         except ValidationError as error:
             raise _refusal(type(self), error) from None
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def with_fields_of(request: type[Request], options: type) -> Callable[[Method], Method]:
+    """A decorator for a method that takes fields of a request as **options: signature and docstring show all of them.
+
+    So `help`, notebooks and editors that look at living objects know them; type checkers read `options`.
+
+    Args:
+        options: the TypedDict of `options: Unpack[...]`, with the types of the fields.
+    """
+
+    def shown(method: Method) -> Method:
+        own = signature(method)
+        named = [one for one in own.parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
+        hints, fields = get_type_hints(options), request.model_fields
+        added = {
+            name: Parameter(name, Parameter.KEYWORD_ONLY, default=field.get_default(), annotation=hints[name])
+            for name, field in fields.items()
+            if name not in own.parameters
+        }
+        method.__signature__ = own.replace(parameters=[*named, *added.values()])  # type: ignore[attr-defined]
+        lines = [f"{name}: {_described(fields[name])}" for name in added]
+        method.__doc__ = f"{cleandoc(method.__doc__ or '')}\n\nOptions:\n" + indent("\n".join(lines), "    ") + "\n"
+        return method
+
+    return shown
+
+
+def _described(field: FieldInfo) -> str:
+    """What a field means, with its range where it has one."""
+    return " ".join(filter(None, [field.description, (span := range_text(field)) and f"({span})"]))
 
 
 def _refusal(request: type[Request], error: ValidationError) -> RequestError:

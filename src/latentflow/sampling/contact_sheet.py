@@ -41,6 +41,13 @@ def image_grid(pixels: Tensor, columns: int, *, captions: Sequence[str] = ()) ->
     return sheet
 
 
+def sheet_columns(captions: Sequence[str], most: int = 12) -> int:
+    """One column per caption if they cycle through few of them, else 8."""
+    period = len(dict.fromkeys(captions))
+    cycles = period and all(caption == captions[place % period] for place, caption in enumerate(captions))
+    return period if cycles and 1 < period <= most else 8
+
+
 class _Layout:
     """Where the pictures and captions of a sheet are, in pixels.
 

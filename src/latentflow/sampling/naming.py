@@ -28,13 +28,26 @@ def picture_name(drawing: Drawing, class_names: Sequence[str], suffix: str = ".p
 
 
 def picture_caption(drawing: Drawing, class_names: Sequence[str]) -> str:
-    """What a drawing of one image shows: "cat, age 63, view lateral, findings edema + nodule"; "" for no condition."""
+    """What a drawing of one image shows: "cat, age 63, view lateral, findings edema + nodule"; "" for no condition.
+
+    Between two classes it is "cat to dog at 0.25".
+    """
     parts = [class_names[label] for label in drawing.labels]
+    if parts and drawing.blends and drawing.blends[0].label is not None:
+        blend = drawing.blends[0]
+        parts = [f"{parts[0]} to {class_names[blend.label]} at {blend.weight:.3g}"]
     for name, (value,) in drawing.conditions.items():
         if value is not None:
             text = f"{value:g}" if isinstance(value, float) else value
             parts.append(f"{name} {' + '.join(text) or 'empty'}" if isinstance(text, list) else f"{name} {text}")
     return ", ".join(parts)
+
+
+def seed_caption(drawing: Drawing) -> str:
+    """The seed of a drawing of one image: "seed 3", or "seed 3 to 8 at 0.25" between two."""
+    (seed,) = drawing.seeds
+    other = [blend for blend in drawing.blends if blend.seed != seed]
+    return f"seed {seed} to {other[0].seed} at {other[0].weight:.3g}" if other else f"seed {seed}"
 
 
 def picture_facts(drawing: Drawing, class_names: Sequence[str], drawn_by: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from latentflow.pixel_format import PixelFormat
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 from latentflow.sampling.call_cost import call_count
-from latentflow.sampling.contact_sheet import save_grid
+from latentflow.sampling.contact_sheet import save_grid, sheet_columns
 from latentflow.sampling.cost import announce_cost, compile_where_it_pays
 from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.naming import picture_caption, picture_facts, picture_name
@@ -99,7 +99,7 @@ def draw_folder(
     grid = save_grid(
         folder.path / ("grid.png" if world == 1 else f"grid-{rank}-of-{world}.png"),
         read_shown(files[:GRID_IMAGES], flow.config.pixel_format),
-        columns or _columns(shown),
+        columns or sheet_columns(shown),
         captions=shown if captions and any(shown) else [],
     )
     return DrawnFolder(
@@ -109,13 +109,6 @@ def draw_folder(
         seconds=sum(part.seconds for part in parts),
         grid=grid,
     )
-
-
-def _columns(shown: list[str], most: int = 12) -> int:
-    """One column per caption if they cycle through few of them, else 8."""
-    period = len(dict.fromkeys(shown))
-    cycles = period and all(caption == shown[place % period] for place, caption in enumerate(shown))
-    return period if cycles and 1 < period <= most else 8
 
 
 class PictureFolder:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from types import TracebackType
 from typing import Any
 
@@ -18,11 +19,13 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from latentflow.artifacts import atomic_file, sync
+from latentflow.console import printable
 from latentflow.data.pictures.shown import as_shown
 from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.sampling.call_cost import call_count
 from latentflow.sampling.drawing import Drawing
-from latentflow.sampling.naming import picture_facts, picture_name
+from latentflow.sampling.naming import picture_caption, picture_facts, picture_name, seed_caption
+from latentflow.sampling.notebook_grid import grid_html, grid_png
 from latentflow.sampling.picture_content import METADATA, encode_picture, require_suffix, usual_suffix
 from latentflow.sampling.png import PILLOW_OPTIONS
 
@@ -32,7 +35,7 @@ _WAITING = 2
 
 @dataclass(frozen=True)
 class Samples:
-    """Drawn pictures.
+    """Drawn pictures. In a notebook they show themselves as a grid with captions.
 
     Attributes:
         pixels: [B, P, H, W], stored values in `pixel_format`.
@@ -124,6 +127,41 @@ class Samples:
         metadata.add_text(METADATA, text)
         self.finish(self._array(row)).save(written, format="PNG", pnginfo=metadata, **PILLOW_OPTIONS)
         return written.getvalue()
+
+    @property
+    def captions(self) -> list[str]:
+        """What each picture shows, "cat, age 63" or "cat to dog at 0.25"; "" where no condition is given."""
+        return [picture_caption(own, self.class_names) for own in self._singles]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __repr__(self) -> str:
+        """One line: "Samples(16 images of 64 x 64 pixels: cat, dog; seeds 0 to 15)"."""
+        if not len(self):
+            return "Samples(0 images)"
+        height, width = self.pixels.shape[2:]
+        names = ", ".join(dict.fromkeys(filter(None, self.captions)))
+        shows = f": {shorten(printable(names), 60, placeholder=' ...')}" if names else ""
+        seeds = self.drawing.seeds
+        last = f" to {seeds[-1]}" if seeds[-1] != seeds[0] else ""
+        images = "1 image" if len(self) == 1 else f"{len(self):,} images"
+        return f"Samples({images} of {width} x {height} pixels{shows}; seed{'s' if last else ''} {seeds[0]}{last})"
+
+    def _repr_png_(self) -> bytes | None:
+        if not len(self):
+            return None
+        captions = self.captions
+        return grid_png(self.shown, captions if any(captions) else [seed_caption(own) for own in self._singles])
+
+    def _repr_html_(self) -> str | None:
+        if not len(self):
+            return None
+        return grid_html(self.shown, self.captions, [seed_caption(own) for own in self._singles])
+
+    @property
+    def _singles(self) -> list[Drawing]:
+        return [self.drawing.at(slice(row, row + 1)) for row in range(len(self))]
 
     def _write_all(self, files: list[Path]) -> list[Path]:
         with PictureWriter() as writer:
