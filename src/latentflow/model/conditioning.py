@@ -399,6 +399,11 @@ class Conditioning(Record):
         max_length=255,
         description="One name per number of an augmented variant; empty: a model trained without variants.",
     )
+    constant_embedding: bool = Field(
+        default=False,
+        description="Whether the network adds a learned vector in place of labels or columns that the model it was "
+        "finetuned from had.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Conditioning:

@@ -222,6 +222,7 @@ class ModelConfig(Record):
             num_augmentations=len(self.conditioning.augmentation),
             input_channels=self.conditioning.input_channels,
             columns=[column.network_input for column in self.conditioning.columns],
+            constant_embedding=self.conditioning.constant_embedding,
         )
 
 

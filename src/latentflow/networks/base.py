@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentflow.networks.column_embedding import ColumnInput
 from latentflow.networks.running import BlockNetwork
@@ -30,6 +30,8 @@ class VelocityNetwork(BlockNetwork):
         num_classes: number of labels; the embedding table has one more row, `null_label`. 0: a network without labels.
         num_augmentations: numbers that describe an augmented variant, added to the embedding; 0: no such input.
         columns: named columns, whose vectors are added where that of the label is.
+        constant_embedding: add a learned vector, the same for all images, where that of a label would be; a finetuned
+            model has it in place of labels or columns of its source.
         spatial: conditions that are concatenated to the latents: inpainting, num_map_classes and input_channels; see
             `SpatialInputs`.
     """
@@ -43,6 +45,7 @@ class VelocityNetwork(BlockNetwork):
         num_classes: int = 0,
         num_augmentations: int = 0,
         columns: Sequence[ColumnInput] = (),
+        constant_embedding: bool = False,
         **spatial: Any,
     ):
         super().__init__()
@@ -52,12 +55,23 @@ class VelocityNetwork(BlockNetwork):
         self.num_classes = num_classes
         self.num_augmentations = num_augmentations
         self.columns = tuple(columns)
+        self.has_constant = constant_embedding
         self.spatial = SpatialInputs(in_channels, **spatial)
 
     @property
     def null_label(self) -> int | None:
         """Index of the label that stands for "no label"; None for a network without labels."""
         return self.num_classes if self.num_classes else None
+
+    @property
+    def input_layers(self) -> list[nn.Conv2d]:
+        """The layers that read latents and spatial conditions, in the order of `spatial.channels_of`."""
+        raise NotImplementedError
+
+    @property
+    def condition_layers(self) -> dict[str, nn.Module | nn.Parameter | None]:
+        """What makes vectors of "label", "columns" and "augmentation", and the "constant"; None: there is none."""
+        raise NotImplementedError
 
     def joined(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
         """Latents and spatial conditions, joined along channels: [B, C, H, W] => [B, spatial.num_channels, H, W].

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -196,6 +197,7 @@ class DiT(VelocityNetwork):
         self.time_embedding = TimeEmbedding(size, config.time_scale)
         self.label_embedding = nn.Embedding(self.num_classes + 1, size) if self.num_classes else None
         self.column_embedding = ColumnEmbedding(self.columns, size) if self.columns else None
+        self.constant_embedding = nn.Parameter(torch.zeros(size)) if self.has_constant else None
         numbers = self.num_augmentations
         self.augmentation_embedding = AugmentationEmbedding(numbers, size) if numbers else None
         self.blocks = nn.ModuleList(
@@ -204,6 +206,19 @@ class DiT(VelocityNetwork):
         self.final_modulation = nn.Linear(size, 2 * size)
         self.final_linear = nn.Linear(size, patch * patch * self.out_channels)
         self.reset_parameters()
+
+    @property
+    def input_layers(self) -> list[nn.Conv2d]:
+        return [self.patch_embedding]
+
+    @property
+    def condition_layers(self) -> dict[str, nn.Module | nn.Parameter | None]:
+        return {
+            "label": self.label_embedding,
+            "columns": self.column_embedding,
+            "augmentation": self.augmentation_embedding,
+            "constant": self.constant_embedding,
+        }
 
     def reset_parameters(self) -> None:
         """Draw new weights as in the paper: every block starts as the identity, and the output is zero."""
@@ -221,6 +236,8 @@ class DiT(VelocityNetwork):
             nn.init.normal_(self.label_embedding.weight, std=0.02)
         if self.column_embedding is not None:
             self.column_embedding.reset_parameters()
+        if self.constant_embedding is not None:
+            nn.init.zeros_(self.constant_embedding)
         if self.spatial.map_encoder is not None:
             self.spatial.map_encoder.reset_parameters()
         for linear in (*(block.modulation for block in self.blocks), self.final_modulation, self.final_linear):
@@ -263,6 +280,8 @@ class DiT(VelocityNetwork):
         c = self.time_embedding(time)  # [B, D]
         if self.label_embedding is not None:
             c = c + self.label_embedding(condition.labels)
+        if self.constant_embedding is not None:
+            c = c + self.constant_embedding
         if self.column_embedding is not None:
             c = c + self.column_embedding(condition.columns)
         if self.augmentation_embedding is not None:

@@ -6,6 +6,8 @@ paired input.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +61,20 @@ class SpatialInputs(nn.Module):
         """Channels of the result: C, C + 1 more for a known part, C more for a map, I more for an input."""
         known = self.channels + 1 if self.inpainting else 0
         return self.channels * (2 if self.num_map_classes else 1) + known + self.input_channels
+
+    @property
+    def channels_of(self) -> dict[str, slice]:
+        """Which channels of the result the latents are, and each field of the condition that is there."""
+        widths = {
+            "latents": self.channels,
+            "masked_latents": self.channels if self.inpainting else 0,
+            "mask": 1 if self.inpainting else 0,
+            "class_fractions": self.channels if self.num_map_classes else 0,
+            "input": self.input_channels,
+        }
+        ends = list(accumulate(widths.values()))
+        places = {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends, strict=True)}
+        return {name: place for name, place in places.items() if widths[name]}
 
     def forward(self, latents: Tensor, condition: Condition) -> Tensor:
         """latents [B, C, H, W] and the condition's spatial fields => [B, num_channels, H, W].

@@ -281,7 +281,12 @@ class Embedding(nn.Module):
     """
 
     def __init__(
-        self, config: UNetConfig, num_classes: int, num_augmentations: int = 0, columns: Sequence[ColumnInput] = ()
+        self,
+        config: UNetConfig,
+        num_classes: int,
+        num_augmentations: int = 0,
+        columns: Sequence[ColumnInput] = (),
+        has_constant: bool = False,
     ):
         super().__init__()
         self.config = config
@@ -292,6 +297,7 @@ class Embedding(nn.Module):
         width = features if self.label_joins_features else size
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.columns = ColumnEmbedding(columns, width) if columns else None
+        self.constant = nn.Parameter(torch.zeros(width)) if has_constant else None
         self.augmentation = AugmentationEmbedding(num_augmentations, features) if num_augmentations else None
         self.linear1 = nn.Linear(features, size)
         self.linear2 = nn.Linear(size, size)
@@ -300,6 +306,8 @@ class Embedding(nn.Module):
         """time [B] and the condition's labels [B], columns [B, W] and augmentation [B, P] => [B, E]."""
         x = self._features(time * self.config.time_scale).to(self.linear1.weight.dtype)
         label = self.label(condition.labels) if self.label is not None else None
+        if self.constant is not None:
+            label = self.constant.expand(len(x), -1) if label is None else label + self.constant
         if self.columns is not None:
             columns = self.columns(condition.columns)
             label = columns if label is None else label + columns
@@ -348,7 +356,8 @@ class UNet(VelocityNetwork):
     def __init__(self, config: UNetConfig, **inputs: Any):
         super().__init__(config, **inputs)
         self.draws = config.dropout > 0
-        self.embedding = Embedding(config, self.num_classes, self.num_augmentations, self.columns)
+        conditions = (self.num_classes, self.num_augmentations, self.columns, self.has_constant)
+        self.embedding = Embedding(config, *conditions)
         self.stem = nn.Conv2d(self.spatial.num_channels, config.stem_channels, 3, padding=1)
 
         width, aside = config.stem_channels, self.spatial.num_channels
@@ -387,6 +396,21 @@ class UNet(VelocityNetwork):
         self.out_conv = nn.Conv2d(width, self.out_channels, 3, padding=1)
         self.reset_parameters()
 
+    @property
+    def input_layers(self) -> list[nn.Conv2d]:
+        branches = [stage.input_branch for stage in self.encoder if stage.input_branch is not None]
+        return [self.stem, *(branch.conv for branch in branches[:1])]  # the others read the branch before them
+
+    @property
+    def condition_layers(self) -> dict[str, nn.Module | nn.Parameter | None]:
+        own = self.embedding
+        return {
+            "label": own.label,
+            "columns": own.columns,
+            "augmentation": own.augmentation,
+            "constant": own.constant,
+        }
+
     def reset_parameters(self) -> None:
         """Draw new weights: every block starts as its skip connection, without attention, and the output is zero."""
         for module in self.modules():
@@ -396,6 +420,8 @@ class UNet(VelocityNetwork):
             nn.init.normal_(self.embedding.label.weight, std=0.02)
         if self.embedding.columns is not None:
             self.embedding.columns.reset_parameters()
+        if self.embedding.constant is not None:
+            nn.init.zeros_(self.embedding.constant)
         if self.spatial.map_encoder is not None:
             self.spatial.map_encoder.reset_parameters()
         last = [self.out_conv]
