@@ -33,7 +33,8 @@ def condition_of(*labels: int) -> Condition:
     shapes = {"masked_latents": (4, 2, 2), "mask": (1, 2, 2), "class_fractions": (3, 2, 2), "input": (3, 2, 2)}
     spatial = {name: values.expand(-1, *shape) for name, shape in shapes.items()}
     rows = {name: values.flatten(1).expand(-1, 2) for name in ("columns", "augmentation")}
-    return Condition(torch.tensor(labels), **spatial, **rows)
+    numbers = {name: values.flatten() for name in ("span", "guidance")}
+    return Condition(torch.tensor(labels), **spatial, **rows, **numbers)
 
 
 def test_condition_selects_and_joins_the_rows_of_every_field():
@@ -41,11 +42,8 @@ def test_condition_selects_and_joins_the_rows_of_every_field():
         return all(torch.equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(Condition))
 
     condition = condition_of(4, 5, 6)
-    assert (
-        condition.names
-        == ["labels", "masked_latents", "mask", "class_fractions", "input", "columns", "augmentation"]
-        == [f.name for f in fields(Condition)]
-    )
+    spatial, rows = ["masked_latents", "mask", "class_fractions", "input"], ["columns", "augmentation"]
+    assert condition.names == ["labels", *spatial, *rows, "span", "guidance"] == [f.name for f in fields(Condition)]
     assert same(condition.select(torch.tensor([2, 0])), condition_of(6, 4))
     assert same(condition.select(torch.tensor([False, True, True])), condition_of(5, 6))
     assert same(condition.concatenate(condition_of(9)), condition_of(4, 5, 6, 9))

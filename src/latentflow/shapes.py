@@ -74,6 +74,10 @@ def shrink(images: Tensor, size: Size | int) -> Tensor:
     return F.interpolate(images, size=tuple(size), mode="bilinear", antialias=True)
 
 
+MOST_GUIDANCE = 8.0
+"""The largest guidance scale that a student knows."""
+
+
 @dataclass(frozen=True)
 class Condition:
     """The conditions of a velocity network, one row per image; None: the model does not have that input.
@@ -87,6 +91,8 @@ class Condition:
         input: [B, I, H, W], the paired image at latent size, see `InputRules`; 0 where there is none.
         columns: [B, W] float32, the values of the named columns, one after the other; see `columns.ColumnRow`.
         augmentation: [B, P], the numbers of the variant that an image was turned into for training; 0: none.
+        span: [B] in [0, 1], of a student: t - s, where it gives the average velocity from t to s; None: 0, s = t.
+        guidance: [B] in [1, MOST_GUIDANCE], of a student: the guidance scale of its velocity; None: 1, no guidance.
     """
 
     labels: Tensor | None = None
@@ -96,6 +102,8 @@ class Condition:
     input: Tensor | None = None
     columns: Tensor | None = None
     augmentation: Tensor | None = None
+    span: Tensor | None = None
+    guidance: Tensor | None = None
 
     def select(self, rows: Tensor) -> Condition:
         """Keep the images at `rows` ([b] int64 or [B] bool)."""

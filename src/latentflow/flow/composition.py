@@ -37,6 +37,10 @@ class BlendedVelocity:
         """The same velocity, with the time of its next call known on the CPU: one number for all images, or [b]."""
         return BlendedVelocity(self.first.at(time), self.second.at(time), self.weight)
 
+    def towards(self, end: float) -> BlendedVelocity:
+        """Of students: the blend of their average velocities from the time of a call to the time `end`."""
+        return BlendedVelocity(self.first.towards(end), self.second.towards(end), self.weight)
+
     def select(self, rows: Tensor) -> BlendedVelocity:
         """The same velocity for the images at `rows` ([b] int64 or [B] bool)."""
         weight = self.weight[rows.to(self.weight.device)]
@@ -69,6 +73,7 @@ class KnownRegionVelocity:
         self.velocity = velocity
         self.path = path
         self.data, self.noise, self.hole = data, noise, hole
+        self._end: float | None = None
 
     @property
     def evaluations(self) -> Tensor:
@@ -81,6 +86,12 @@ class KnownRegionVelocity:
         known.velocity = self.velocity.at(time)
         return known
 
+    def towards(self, end: float) -> KnownRegionVelocity:
+        """Of a student: the average velocity from the time of a call to the time `end`, that of the path as well."""
+        jumping = copy.copy(self)
+        jumping.velocity, jumping._end = self.velocity.towards(end), end
+        return jumping
+
     def select(self, rows: Tensor) -> KnownRegionVelocity:
         """The same velocity for the images at `rows` ([b] int64 or [B] bool)."""
         selection = copy.copy(self)
@@ -91,5 +102,11 @@ class KnownRegionVelocity:
 
     def __call__(self, x: Tensor, time: Tensor) -> Tensor:
         """The velocity at x ([b, C, H, W]) and time ([b] in [0, 1]): [b, C, H, W] in x's dtype."""
-        along_path = self.path.target(self.data, self.noise, time).to(x.dtype)
-        return torch.where(self.hole > 0, self.velocity(x, time), along_path)
+        return torch.where(self.hole > 0, self.velocity(x, time), self._along_path(time).to(x.dtype))
+
+    def _along_path(self, time: Tensor) -> Tensor:
+        if self._end is None:
+            return self.path.target(self.data, self.noise, time)
+        end = torch.full_like(time, self._end)
+        change = self.path.interpolate(self.data, self.noise, end) - self.path.interpolate(self.data, self.noise, time)
+        return change / per_image(end - time, change)

@@ -212,6 +212,34 @@ class ConditionedVelocity:
         return bool(inside.all()) if inside.all() or not inside.any() else inside
 
 
+class AverageVelocity(ConditionedVelocity):
+    """The average velocity of a student under one condition per image; one call costs one evaluation, guided or not.
+
+    The guidance scale is an input of the network. Called as it is, this is the velocity at a time; `towards` makes it
+    the average velocity from there to another time, of which one step is exact.
+
+    Args:
+        condition: of B images; with `guidance` where the network takes it.
+    """
+
+    def __init__(self, network: VelocityFunction, condition: Condition):
+        super().__init__(network, condition)
+        self._end: float | None = None
+
+    def towards(self, end: float) -> AverageVelocity:
+        """The average velocity from the time t of a call to the time `end` = s <= t; it adds to the same count."""
+        jumping = copy.copy(self)
+        jumping._end = end
+        return jumping
+
+    def __call__(self, x: Tensor, time: Tensor) -> Tensor:
+        """The average velocity at x ([b, C, H, W]) and time ([b] in [0, 1]): [b, C, H, W] in x's dtype."""
+        span = torch.zeros_like(time) if self._end is None else time - self._end
+        spanned = copy.copy(self)
+        spanned.condition = replace(self.condition, span=span.float())
+        return super(AverageVelocity, spanned).__call__(x, time)
+
+
 class _Counter:
     """Calls per image, as long as the largest image seen."""
 

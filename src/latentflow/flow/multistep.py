@@ -18,8 +18,8 @@ from torch import Tensor
 from latentflow.errors import ConfigError
 from latentflow.flow.path import Path
 
-Ask = Callable[[Tensor, float], Tensor]
-"""The velocity of the whole batch x [B, ...] at one time: [B, ...]."""
+Ask = Callable[..., Tensor]
+"""Called as ask(x, time): the velocity of the whole batch x [B, ...] at one time, [B, ...]."""
 
 
 def combine(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:

@@ -27,7 +27,8 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 """dx/dt as a function of x [b, C, H, W] and t [b].
 
 It may have `select(rows)`, which restricts it to some images, and `at(time)`, which passes the time of the next call as
-the solver has it on the CPU: one number for all images, or [b] float64.
+the solver has it on the CPU: one number for all images, or [b] float64. That of a student also has `towards(end)`,
+which is its average velocity from the time of the call to the time `end`.
 """
 
 
@@ -105,7 +106,26 @@ DOPRI5 = RungeKutta(
 )
 
 
-Method = RungeKutta | AdamsBashforth | DataMultistep | FittedMultistep
+@dataclass(frozen=True)
+class Jumps:
+    """One jump for each step, x_s = x_t + (s - t) u(x_t, t, s), by the average velocity of a student.
+
+    It is exact up to what the student has not learned, in however few steps; see `latentflow.flow.flow_map`.
+    """
+
+    extra = 0
+
+    def march(self, ask: Ask, x: Tensor, grid: Sequence[float], path: Path | None = None) -> Iterator[Tensor]:
+        """The state after each step of `grid`, [B, ...] each, from x at grid[0]; `ask` takes the end of a step, too."""
+        for t, t_next in pairwise(grid):
+            x = x + (t_next - t) * ask(x, t, end=t_next)
+            yield x
+
+
+JUMPS = "jumps"
+"""The name of the solver of students. It is not among `SOLVERS`, which solve for any velocity."""
+
+Method = RungeKutta | AdamsBashforth | DataMultistep | FittedMultistep | Jumps
 
 SOLVERS: dict[str, Method] = {
     "euler": EULER,
@@ -232,14 +252,15 @@ def integrate(
         x: [B, ...], the state at times[0].
         times: [steps + 1] float64, falling or rising (`times.sampling_times`). Fixed-step solvers take these steps;
             adaptive ones only use the two ends.
-        solver: a name of `SOLVERS`, or a fitted solver, whose times `times` must be.
+        solver: a name of `SOLVERS`, `JUMPS`, or a fitted solver, whose times `times` must be.
         path: of the velocity; needed by the solvers that work with the predicted data, `DataMultistep`.
         tolerance: of adaptive solvers; None: the default of `Tolerance`.
         callback: of fixed-step solvers: called as callback(step, time, x) after each step, counted from 1.
 
     Raises:
         ConfigError: unknown solver, a grid that does not fall or rise throughout, a negative tolerance or no
-            atol, a callback for an adaptive solver, or no path where one is needed.
+            atol, a callback for an adaptive solver, or no path where one is needed; jumps of a velocity without
+            `towards`, or on a grid that rises.
         NonFiniteError: in an adaptive solver, the state or the velocity is not finite, or no step is small enough.
     """
     method = solver if isinstance(solver, FittedMultistep) else _method(solver)
@@ -247,6 +268,8 @@ def integrate(
     steps = grid.diff()
     if grid.dim() != 1 or len(grid) < 2 or not ((steps > 0).all() or (steps < 0).all()):
         raise ConfigError(f"times must be at least two, falling or rising throughout; got {grid.tolist()}")
+    if isinstance(method, Jumps) and not (hasattr(velocity, "towards") and steps[0] < 0):
+        raise ConfigError(f"{JUMPS} are those of a student, from noise to data; use another solver, such as heun")
     if isinstance(solver, FittedMultistep) or not is_adaptive(solver):
         return _integrate_fixed(velocity, x, method, grid.tolist(), path, callback)
     if callback is not None:
@@ -264,10 +287,10 @@ def _integrate_fixed(
 ) -> Solution:
     evaluations = 0
 
-    def ask(x: Tensor, time: float, clock: Tensor | None = None) -> Tensor:
+    def ask(x: Tensor, time: float, clock: Tensor | None = None, *, end: float | None = None) -> Tensor:
         nonlocal evaluations
         evaluations += 1
-        return velocity_at(velocity, x, time, clock)
+        return velocity_at(velocity if end is None else velocity.towards(end), x, time, clock)
 
     states = method.march(ask, x, grid, path)
     for step, time in enumerate(grid[1:], 1):
@@ -449,6 +472,8 @@ class _WholeBatch:
 
 
 def _method(solver: str) -> Method:
+    if solver == JUMPS:
+        return Jumps()
     if solver not in SOLVERS:
         raise ConfigError(f"unknown solver {solver!r}; {nearest(solver, SOLVERS)}")
     return SOLVERS[solver]

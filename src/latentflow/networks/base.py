@@ -32,6 +32,8 @@ class VelocityNetwork(BlockNetwork):
         columns: named columns, whose vectors are added where that of the label is.
         constant_embedding: add a learned vector, the same for all images, where that of a label would be; a finetuned
             model has it in place of labels or columns of its source.
+        jumps: whether it is a student, whose output is the average velocity over the span of the condition.
+        guided: whether its guidance scale is an input as well; of a student.
         spatial: conditions that are concatenated to the latents: inpainting, num_map_classes and input_channels; see
             `SpatialInputs`.
     """
@@ -46,6 +48,8 @@ class VelocityNetwork(BlockNetwork):
         num_augmentations: int = 0,
         columns: Sequence[ColumnInput] = (),
         constant_embedding: bool = False,
+        jumps: bool = False,
+        guided: bool = False,
         **spatial: Any,
     ):
         super().__init__()
@@ -56,6 +60,8 @@ class VelocityNetwork(BlockNetwork):
         self.num_augmentations = num_augmentations
         self.columns = tuple(columns)
         self.has_constant = constant_embedding
+        self.jumps = jumps
+        self.guided = guided
         self.spatial = SpatialInputs(in_channels, **spatial)
 
     @property
@@ -77,7 +83,8 @@ class VelocityNetwork(BlockNetwork):
         """Latents and spatial conditions, joined along channels: [B, C, H, W] => [B, spatial.num_channels, H, W].
 
         Raises:
-            ValueError: see `check_inputs` and `SpatialInputs`; or columns or the numbers of variants do not fit.
+            ValueError: see `check_inputs` and `SpatialInputs`; or columns, the numbers of variants, or the inputs of a
+                student do not fit.
         """
         check_inputs(
             latents,
@@ -94,6 +101,11 @@ class VelocityNetwork(BlockNetwork):
             found = None if given is None else tuple(given.shape)
             if found != wanted:
                 raise ValueError(f"condition.{name}: this network wants {wanted or 'none'}, got {found or 'none'}")
+        for name, is_input in {"span": self.jumps, "guidance": self.guided}.items():
+            given = getattr(condition, name)
+            if given is not None and not (is_input and given.shape == time.shape):
+                wanted = f"[{len(latents)}] or none" if is_input else "none, as it is no student"
+                raise ValueError(f"condition.{name}: this network wants {wanted}, got {list(given.shape)}")
         return self.spatial(latents, condition)
 
 

@@ -19,6 +19,8 @@ from latentflow.networks.column_embedding import ColumnEmbedding
 from latentflow.networks.layers import (
     AugmentationEmbedding,
     GeluMLP,
+    JumpEmbedding,
+    JumpInputs,
     SelfAttention,
     SwigluMLP,
     TimeEmbedding,
@@ -200,6 +202,7 @@ class DiT(VelocityNetwork):
         self.constant_embedding = nn.Parameter(torch.zeros(size)) if self.has_constant else None
         numbers = self.num_augmentations
         self.augmentation_embedding = AugmentationEmbedding(numbers, size) if numbers else None
+        self.jump_embedding = JumpInputs(size, guided=self.guided) if self.jumps else None
         self.blocks = nn.ModuleList(
             DiTBlock(config, mixes_values=config.value_residual and number > 0) for number in range(config.depth)
         )
@@ -228,6 +231,9 @@ class DiT(VelocityNetwork):
             elif isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, JumpEmbedding):
+                module.reset_parameters()
         nn.init.xavier_uniform_(self.patch_embedding.weight.view(self.config.hidden_size, -1))
         nn.init.zeros_(self.patch_embedding.bias)
         nn.init.normal_(self.time_embedding.mlp[0].weight, std=0.02)
@@ -252,7 +258,8 @@ class DiT(VelocityNetwork):
             latents: [B, in_channels, H, W], H and W multiples of the patch size.
             time: [B] in [0, 1], 0 at data and 1 at noise.
             condition: labels [B] in [0, num_classes] if the network has labels, else None; the spatial fields as
-                `SpatialInputs` wants them; augmentation [B, num_augmentations] and columns [B, W], else None.
+                `SpatialInputs` wants them; augmentation [B, num_augmentations] and columns [B, W], else None; span and
+                guidance [B] for a student.
 
         Returns:
             [B, out_channels, H, W], dtype of `latents`.
@@ -286,6 +293,8 @@ class DiT(VelocityNetwork):
             c = c + self.column_embedding(condition.columns)
         if self.augmentation_embedding is not None:
             c = c + self.augmentation_embedding(condition.augmentation.to(c.dtype))
+        if self.jump_embedding is not None:
+            c = c + self.jump_embedding(time, condition)
         c = silu(c)
 
         tokens = first_values = None

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentflow.networks.lean import NORM_EPS, autocast_dtype, linear_of, scaled_norm
+from latentflow.shapes import MOST_GUIDANCE, Condition
 
 
 def time_sinusoid(time: Tensor, channels: int = 256, max_period: float = 10_000.0, *, endpoint: bool = False) -> Tensor:
@@ -46,6 +47,51 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         return self.mlp(time_sinusoid(time * self.scale).to(self.mlp[0].weight.dtype))
+
+
+_JUMP_SCALE = 1000.0  # as that of the time, in whatever unit the network takes it
+
+
+class JumpEmbedding(TimeEmbedding):
+    """What the average velocity of a student takes besides its time, as one vector per image; see `JumpInputs`.
+
+    Its last layer is zero before training, so that a student begins exactly as the network that it was made from.
+    """
+
+    def __init__(self, size: int):
+        super().__init__(size, _JUMP_SCALE)
+
+    def reset_parameters(self) -> None:
+        """Draw the first layer, and set the last one to zero."""
+        nn.init.normal_(self.mlp[0].weight, std=0.02)
+        nn.init.zeros_(self.mlp[0].bias)
+        nn.init.zeros_(self.mlp[2].weight)
+        nn.init.zeros_(self.mlp[2].bias)
+
+
+class JumpInputs(nn.Module):
+    """The span of a jump, and the guidance scale, as one vector per image: [B] and [B] => [B, D].
+
+    The scale enters by its logarithm; without guidance this is 0.
+
+    Args:
+        size: D.
+        guided: whether the guidance scale is an input.
+    """
+
+    def __init__(self, size: int, *, guided: bool):
+        super().__init__()
+        self.span = JumpEmbedding(size)
+        self.guidance = JumpEmbedding(size) if guided else None
+
+    def forward(self, time: Tensor, condition: Condition) -> Tensor:
+        """Where the condition has no span or no guidance, they are 0 and 1, as many as the times [B]."""
+        span = torch.zeros_like(time) if condition.span is None else condition.span
+        c = self.span(span)
+        if self.guidance is not None:
+            scale = torch.ones_like(time) if condition.guidance is None else condition.guidance
+            c = c + self.guidance(scale.float().log() / math.log(MOST_GUIDANCE))
+        return c
 
 
 class AugmentationEmbedding(nn.Linear):

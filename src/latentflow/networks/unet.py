@@ -25,7 +25,7 @@ from torch.nn.functional import silu
 from latentflow.errors import ConfigError, nearest
 from latentflow.networks.base import FORMER_OPTIONS, VelocityNetwork
 from latentflow.networks.column_embedding import ColumnEmbedding, ColumnInput
-from latentflow.networks.layers import AugmentationEmbedding, time_sinusoid
+from latentflow.networks.layers import AugmentationEmbedding, JumpEmbedding, JumpInputs, time_sinusoid
 from latentflow.networks.unet_blocks import (
     BlockOptions,
     Downsample,
@@ -302,8 +302,12 @@ class Embedding(nn.Module):
         self.linear1 = nn.Linear(features, size)
         self.linear2 = nn.Linear(size, size)
 
-    def forward(self, time: Tensor, condition: Condition) -> Tensor:
-        """time [B] and the condition's labels [B], columns [B, W] and augmentation [B, P] => [B, E]."""
+    def forward(self, time: Tensor, condition: Condition, jump: JumpInputs | None = None) -> Tensor:
+        """time [B] and the condition's labels [B], columns [B, W] and augmentation [B, P] => [B, E].
+
+        Args:
+            jump: of a student; its vector is added before the activation.
+        """
         x = self._features(time * self.config.time_scale).to(self.linear1.weight.dtype)
         label = self.label(condition.labels) if self.label is not None else None
         if self.constant is not None:
@@ -318,7 +322,7 @@ class Embedding(nn.Module):
         x = self.linear2(silu(self.linear1(x)))
         if label is not None and not self.label_joins_features:
             x = x + label
-        return silu(x)
+        return silu(x if jump is None else x + jump(time, condition))
 
     def _features(self, time: Tensor) -> Tensor:
         if self.config.time_features == "sinusoid":
@@ -358,6 +362,7 @@ class UNet(VelocityNetwork):
         self.draws = config.dropout > 0
         conditions = (self.num_classes, self.num_augmentations, self.columns, self.has_constant)
         self.embedding = Embedding(config, *conditions)
+        self.jump_embedding = JumpInputs(config.embedding_channels, guided=self.guided) if self.jumps else None
         self.stem = nn.Conv2d(self.spatial.num_channels, config.stem_channels, 3, padding=1)
 
         width, aside = config.stem_channels, self.spatial.num_channels
@@ -426,6 +431,8 @@ class UNet(VelocityNetwork):
             self.spatial.map_encoder.reset_parameters()
         last = [self.out_conv]
         for module in self.modules():
+            if isinstance(module, JumpEmbedding):
+                module.reset_parameters()
             if isinstance(module, ResidualBlock):
                 last.append(module.conv2)
             if isinstance(module, MapAttention):
@@ -441,7 +448,8 @@ class UNet(VelocityNetwork):
             latents: [B, in_channels, H, W], H and W multiples of `config.size_multiple`.
             time: [B] in [0, 1], 0 at data and 1 at noise.
             condition: labels [B] in [0, num_classes] if the network has labels, else None; the spatial fields as
-                `SpatialInputs` wants them; augmentation [B, num_augmentations] and columns [B, W], else None.
+                `SpatialInputs` wants them; augmentation [B, num_augmentations] and columns [B, W], else None; span and
+                guidance [B] for a student.
 
         Returns:
             [B, out_channels, H, W], dtype of `latents`.
@@ -450,7 +458,7 @@ class UNet(VelocityNetwork):
             ValueError: see `joined`.
         """
         x = aside = self.joined(latents, time, condition)
-        c = self.embedding(time, condition)  # [B, E]
+        c = self.embedding(time, condition, self.jump_embedding)  # [B, E]
 
         x = self.stem(x)
         skips = [x]

@@ -98,7 +98,7 @@ def build_network(
 
     Args:
         channels: C.
-        inputs: classes, columns and spatial conditions; see `VelocityNetwork`.
+        inputs: classes, columns, spatial conditions and those of students; see `VelocityNetwork`.
     """
     network = NETWORKS[config.kind](config, in_channels=channels, out_channels=channels, **inputs)
     return wrap_network(network, prediction)
