@@ -15,6 +15,9 @@ w = W / factor.
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -155,15 +158,19 @@ class Autoencoder:
         return next(self.model.parameters()).device
 
     @cached_property
-    def _probe(self) -> tuple[int, int, int]:
-        """(factor, latent channels, moment channels), measured by encoding and decoding one gray image."""
-        pixels = self._gray
+    def _probe(self) -> tuple[int, int, int, int]:
+        """(factor, latent channels, moment channels, widest), measured by encoding and decoding one gray image.
+
+        The widest layer has so many values per pixel.
+        """
+        pixels, sizes = self._gray, [0]
         try:
-            moments = self.encode(pixels)
-            shape = list(moments.shape[1:])
-            fits = len(shape) == 3 and _PROBE_SIDE % shape[1] == 0
-            channels = shape[0] // 2 if self._is_variational else shape[0]
-            fits = fits and self._decoded(moments[:, :channels]).shape == pixels.shape
+            with _noting_outputs(self.model, sizes):
+                moments = self.encode(pixels)
+                shape = list(moments.shape[1:])
+                fits = len(shape) == 3 and _PROBE_SIDE % shape[1] == 0
+                channels = shape[0] // 2 if self._is_variational else shape[0]
+                fits = fits and self._decoded(moments[:, :channels]).shape == pixels.shape
         except Exception as error:  # models of videos or sounds fail at any place inside
             shape, fits = str(error).strip().partition("\n")[0] or type(error).__name__, False
         if not fits:
@@ -172,7 +179,7 @@ class Autoencoder:
                 f"{self.reference} holds a model of the class {type(self.model).__name__}, which does not map images "
                 f"{images} to one latent grid and back ({shape}); give one for images"
             )
-        return _PROBE_SIDE // shape[1], channels, shape[0]
+        return _PROBE_SIDE // shape[1], channels, shape[0], max(sizes) // _PROBE_SIDE**2
 
     @cached_property
     def _is_variational(self) -> bool:
@@ -186,19 +193,7 @@ class Autoencoder:
     @cached_property
     def _widest(self) -> int:
         """Values per pixel in the largest output of any layer."""
-        sizes = [1]
-
-        def note(module: nn.Module, given: object, output: object) -> None:
-            if isinstance(output, Tensor):
-                sizes.append(output.numel() // _PROBE_SIDE**2)
-
-        hooks = [module.register_forward_hook(note) for module in self.model.modules()]
-        try:
-            self._decoded(self.encode(self._gray)[:, : self.num_channels])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return max(sizes)
+        return max(1, self._probe[3])
 
     @property
     def pixel_channels(self) -> int:
@@ -376,6 +371,23 @@ class Autoencoder:
         """A latent tensor, or diffusers' Gaussian with its `parameters`."""
         with torch.no_grad(), self.runtime.autocast():
             return self.model.encode(pixels.contiguous(memory_format=self._layout), return_dict=False)[0]
+
+
+@contextmanager
+def _noting_outputs(model: nn.Module, sizes: list[int]) -> Iterator[None]:
+    """Inside, the number of values in the output of every layer is appended to `sizes`, if this thread computes it."""
+    own = threading.get_ident()
+
+    def note(module: nn.Module, given: object, output: object) -> None:
+        if isinstance(output, Tensor) and threading.get_ident() == own:
+            sizes.append(output.numel())
+
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _usable_bytes(device: torch.device) -> int:

@@ -7,6 +7,7 @@ reads the launcher's environment, selects a device, or decides the precision.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,8 @@ PRECISION_WORDS: tuple[str, ...] = get_args(PrecisionWord)
 _TO_FIND_EACH_OTHER = timedelta(minutes=10)
 # One process may have much more to do than another before they meet; the launcher ends all of them if one dies.
 _TO_MEET = timedelta(days=2)
+LAUNCHING = threading.RLock()
+"""Held while torch's switches for float32 are set, and while a CUDA graph is recorded: threads share both."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -151,8 +154,15 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
     """Compute float32 products and convolutions on CUDA with TF32, or in full precision, inside the context.
 
     Uses torch's older switches, which also set the newer ones; the other way round torch refuses to report the older
-    setting, which its compiler reads.
+    setting, which its compiler reads. Other threads wait: the switches are those of the process, and one thread would
+    compute by the switches of another, or leave them behind.
     """
+    with LAUNCHING, _switched(tf32):
+        yield
+
+
+@contextmanager
+def _switched(tf32: bool) -> Iterator[None]:
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = _older_switch(), products.fp32_precision, convolutions.allow_tf32, convolutions.conv.fp32_precision
     torch.set_float32_matmul_precision("high" if tf32 else "highest")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from latentflow.console import notice
+from latentflow.runtime import LAUNCHING
 
 Result = TypeVar("Result")
 Inputs = Mapping[str, Tensor]
@@ -80,7 +81,9 @@ class Graph(Generic[Result]):
 def cuda_graph(compute: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
     """A `Capture` for CUDA. What it computes is there after the first replay."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads go on reading batches and writing files. The outer context leaves the stream of a failed capture.
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # Other threads go on reading batches and writing files, but torch records all graphs on one stream. The context of
+    # the current stream leaves that of a failed capture.
+    current = torch.cuda.current_stream()
+    with LAUNCHING, torch.cuda.stream(current), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = compute()
     return result, graph.replay

@@ -35,6 +35,7 @@ from latentflow.requests import RequestError
 from latentflow.sampling.call_cost import relative_cost
 from latentflow.shapes import Condition, send
 from latentflow.sizes import Size
+from latentflow.weights import LOADING
 
 HASH_DIGITS = 12
 """Of the hash of a guide's weights, in records."""
@@ -67,14 +68,15 @@ def open_guide(model: FlowModel, wanted: GuideReference) -> OpenedGuide:
         RequestError: its latents are others than the model's, or its weights others than wanted.
         ArtifactError: there is no such model.
     """
-    opened = model.guides.get(wanted.model)
-    if opened is None or opened.flow.device != model.device:
-        name = _full_name(model, wanted.model)
-        config = read_config(find_model(name))
-        require_same_latents(model.config, config, wanted.model)
-        flow = FlowModel.from_pretrained(name, runtime=model.runtime, autoencoder=model.autoencoder)
-        opened = OpenedGuide(wanted.model, flow, relative_cost(config, model.config))
-        model.guides[wanted.model] = opened
+    with LOADING:  # two threads that draw share one
+        opened = model.guides.get(wanted.model)
+        if opened is None or opened.flow.device != model.device:
+            name = _full_name(model, wanted.model)
+            config = read_config(find_model(name))
+            require_same_latents(model.config, config, wanted.model)
+            flow = FlowModel.from_pretrained(name, runtime=model.runtime, autoencoder=model.autoencoder)
+            opened = OpenedGuide(wanted.model, flow, relative_cost(config, model.config))
+            model.guides[wanted.model] = opened
     found = opened.reference.weights
     if wanted.weights and wanted.weights != found:
         reason = f" {wanted.model} has the weights {found}, not {wanted.weights} as recorded; give the guide of then"
