@@ -66,8 +66,13 @@ def often() -> Iterator[None]:
 def together(*tasks: Callable[[], object]) -> list[object]:
     """The results of tasks that begin at the same moment, each in a thread of its own."""
     gate = threading.Barrier(len(tasks))
+
+    def begin(task: Callable[[], object]) -> object:
+        gate.wait(60)
+        return task()
+
     with ThreadPoolExecutor(len(tasks)) as pool:
-        return [future.result(300) for future in [pool.submit(lambda t=t: gate.wait(60) and None or t()) for t in tasks]]
+        return list(pool.map(begin, tasks, timeout=300))
 
 
 def equal(found: Samples, wanted: Samples) -> bool:
