@@ -49,6 +49,7 @@ LAYERS = {
     "api": 6,
     "commands": 7,
     "demo": 7,
+    "studio": 7,
     "cli": 8,
     "__main__": 9,
 }

@@ -118,15 +118,19 @@ class Samples:
         Args:
             suffix: ".png" or another of `sampling.picture_content`.
         """
-        own = self.drawing.at(slice(row, row + 1))
-        facts = picture_facts(own, self.class_names, dict(self.drawn_by()))
-        text = json.dumps(facts | {"evaluations": call_count(self.evaluations[row])})
+        text = self.facts(row)
         if self.finish is None:
             return encode_picture(self._array(row), self.pixel_format, text, suffix)
         written, metadata = io.BytesIO(), PngImagePlugin.PngInfo()
         metadata.add_text(METADATA, text)
         self.finish(self._array(row)).save(written, format="PNG", pnginfo=metadata, **PILLOW_OPTIONS)
         return written.getvalue()
+
+    def facts(self, row: int) -> str:
+        """The metadata of one image: its drawing, as JSON."""
+        own = self.drawing.at(slice(row, row + 1))
+        facts = picture_facts(own, self.class_names, dict(self.drawn_by()))
+        return json.dumps(facts | {"evaluations": call_count(self.evaluations[row])})
 
     @property
     def captions(self) -> list[str]:

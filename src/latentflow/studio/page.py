@@ -1,0 +1,295 @@
+"""The page as routes of a FastAPI application: what the browser loads, and what its scripts ask.
+
+Everything comes from this process: no route refers to another machine, and the policy that is sent with the page
+forbids its scripts to. All answers are JSON or pictures; what is refused is {"error": one line}.
+"""
+
+from __future__ import annotations
+
+import json
+import mimetypes
+from collections.abc import Callable, Coroutine
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
+
+import latentflow
+from latentflow.errors import ConfigError, DataError, LatentFlowError
+from latentflow.sampling.naming import picture_caption, seed_caption
+from latentflow.sampling.picture_content import usual_suffix
+from latentflow.studio.model_facts import model_facts
+from latentflow.studio.page_jobs import PageJob, PageJobs
+from latentflow.studio.page_models import PageModels
+from latentflow.studio.page_tasks import GivenFiles, make_plan
+from latentflow.studio.restored import restored_request
+from latentflow.studio.uploads import MOST_BYTES, Upload, Uploads, png_of, shown_png
+
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Inline styles are allowed for the shapes of empty places; scripts are not."""
+_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+_MOST_JSON = 1 << 20
+
+
+class _PageRoute(APIRoute):
+    """A route whose refusals are JSON of one line, and which other sites cannot use."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            try:
+                _require_own(request)
+                answer = await handle(request)
+            except LatentFlowError as error:
+                answer = JSONResponse({"error": str(error)}, status_code=422)
+            except OSError as error:
+                answer = JSONResponse({"error": f"{error.strerror or error}"}, status_code=422)
+            for name, value in _HEADERS.items():
+                answer.headers.setdefault(name, value)
+            return answer
+
+        return guarded
+
+
+def _require_own(request: Request) -> None:
+    """Refuse what the page of another site sends."""
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise ConfigError(f"this page answers itself alone, not {origin:.100}")
+
+
+def page_router(models: PageModels, jobs: PageJobs, uploads: Uploads, *, batch_size: int = 4) -> APIRouter:
+    """The routes of the page.
+
+    Args:
+        models: that it can open.
+        jobs: which it begins and watches.
+        uploads: the files that it is given.
+        batch_size: pictures drawn together; the page fills by so many.
+    """
+    router = APIRouter(route_class=_PageRoute, include_in_schema=False)
+    _add_files(router)
+    _add_models(router, models)
+    _add_uploads(router, models, uploads)
+    _add_jobs(router, models, jobs, uploads, batch_size)
+    return router
+
+
+def _add_files(router: APIRouter) -> None:
+    """The page itself: the files of `templates`, by a list made beforehand, so that no path is ever put together."""
+    folder = files("latentflow.studio").joinpath("templates")
+    contents = {one.name: one.read_bytes() for one in folder.iterdir() if one.is_file()}
+
+    @router.get("/")
+    def index() -> Response:
+        return Response(contents["index.html"], media_type="text/html; charset=utf-8")
+
+    @router.get("/page/files/{name}")
+    def file(name: str) -> Response:
+        if name not in contents:
+            return JSONResponse({"error": "there is no such file"}, status_code=404)
+        kind = "text/javascript" if name.endswith(".js") else mimetypes.guess_type(name)[0]
+        return Response(contents[name], media_type=kind)
+
+
+def _add_models(router: APIRouter, models: PageModels) -> None:
+    # before "/page/files/{name}" would take it: two parts
+    @router.get("/page/state")
+    def state() -> dict[str, Any]:
+        choices = [{"key": one.key, "name": one.name} for one in models.choices()]
+        return {"version": latentflow.__version__, "models": choices, "runs": models.runs}
+
+    @router.get("/page/model")
+    def model(key: str) -> dict[str, Any]:
+        return {"key": key, **model_facts(models.open(key))}
+
+
+def _add_uploads(router: APIRouter, models: PageModels, uploads: Uploads) -> None:
+    @router.post("/page/uploads")
+    async def upload(request: Request, name: str = "picture.png") -> dict[str, Any]:
+        content = await _body(request, MOST_BYTES)
+        kept = await run_in_threadpool(uploads.add, name, content)
+        return await run_in_threadpool(_upload_facts, models, kept)
+
+    @router.get("/page/uploads/{key}/shown")
+    def shown(key: str) -> Response:
+        return Response(shown_png(uploads.find(key).file), media_type="image/png")
+
+
+def _upload_facts(models: PageModels, kept: Upload) -> dict[str, Any]:
+    """What the page learns of a file: its size, and the request in it."""
+    return {
+        "id": kept.key,
+        "name": kept.name,
+        "width": kept.size[0],
+        "height": kept.size[1],
+        "restored": None if kept.facts is None else _restored(models, dict(kept.facts)),
+    }
+
+
+def _restored(models: PageModels, facts: dict[str, Any]) -> dict[str, Any]:
+    """The request of a picture, with the model that drew it, or a note where that is not here."""
+    found, origin = restored_request(facts), facts["drawn_by"]
+    key = models.with_weights(str(origin.get("weights") or ""))
+    note = ""
+    if key is None:
+        note = f"drawn by {origin.get('model') or 'another model'}, whose weights none of the opened models has"
+    elif found["inputs"]:
+        given = ", ".join(f"{role} {text.split(' sha256:')[0]}" for role, text in found["inputs"].items())
+        note = f"the request is restored; it was drawn from {given}, which has to be given again"
+    return {**found, "model": key, "note": note}
+
+
+def _add_jobs(router: APIRouter, models: PageModels, jobs: PageJobs, uploads: Uploads, batch_size: int) -> None:
+    @router.post("/page/jobs")
+    async def begin(request: Request) -> dict[str, Any]:
+        asked = _asked(await _body(request, _MOST_JSON))
+        return await run_in_threadpool(_begin, asked)
+
+    def _begin(asked: dict[str, Any]) -> dict[str, Any]:
+        model, given = models.open(asked["model"]), asked["files"]
+        paths = {role: uploads.find(key).file for role, key in given.items() if role != "noise"}
+        noise = jobs.find(given["noise"]).noise if "noise" in given else None
+        plan = make_plan(model, asked["task"], asked["request"], GivenFiles(paths, noise), batch_size)
+        job = PageJob(asked, model, plan)
+        jobs.add(job)
+        return {"id": job.key, "total": plan.total, "size": plan.size}
+
+    @router.post("/page/estimate")
+    async def estimate(request: Request) -> dict[str, Any]:
+        asked = _asked(await _body(request, _MOST_JSON))
+        return await run_in_threadpool(_estimate, asked)
+
+    def _estimate(asked: dict[str, Any]) -> dict[str, Any]:
+        placeholders = {role: Path(role) for role in ("image", "mask", "map")}  # nothing is read for an estimate
+        plan = make_plan(
+            models.open(asked["model"]), asked["task"], asked["request"], GivenFiles(placeholders), batch_size
+        )
+        return {"evaluations": plan.calls, "seconds": jobs.speeds.seconds(asked["model"], plan.calls * plan.total)}
+
+    @router.get("/page/jobs/{key}")
+    def state(key: str, since: int = 0) -> dict[str, Any]:
+        return _job_facts(jobs, jobs.find(key), since)
+
+    @router.post("/page/jobs/{key}/stop")
+    def stop(key: str) -> dict[str, Any]:
+        jobs.find(key).stop()
+        return {}
+
+    @router.get("/page/jobs/{key}/{row}/{kind}")
+    def picture(key: str, row: int, kind: str) -> Response:
+        return _picture(models, jobs.find(key), row, kind)
+
+
+def _job_facts(jobs: PageJobs, job: PageJob, since: int) -> dict[str, Any]:
+    """How far a job is, and its pictures from `since` on."""
+    state, done, total = job.state, len(job.pictures), job.plan.total  # the state first: then the pictures are there
+    progress = job.progress
+    rate = jobs.speeds.seconds(job.asked["model"], job.plan.calls * total)
+    return {
+        "state": state,
+        "done": done,
+        "total": total,
+        "before": jobs.before(job),
+        "progress": progress,
+        "seconds": job.seconds,
+        "left": None if rate is None else rate * (1 - progress),
+        "evaluations": _mean_evaluations(job),
+        "error": job.error,
+        "numbers": job.numbers,
+        "has_noise": job.noise is not None,
+        "pictures": [_picture_facts(job, row) for row in range(max(since, 0), done)],
+    }
+
+
+def _mean_evaluations(job: PageJob) -> float | None:
+    counts = [float(samples.evaluations[row]) for samples, row in job.pictures]
+    return sum(counts) / len(counts) if counts else None
+
+
+def _picture_facts(job: PageJob, row: int) -> dict[str, Any]:
+    samples, own = job.pictures[row]
+    drawn = samples.drawing.at(slice(own, own + 1))
+    return {
+        "row": row,
+        "seed": drawn.seeds[0],
+        "task": drawn.task,
+        "caption": ", ".join(filter(None, [picture_caption(drawn, samples.class_names), seed_caption(drawn)])),
+        "name": samples.name(own),
+    }
+
+
+def _facts_of(job: PageJob, row: int) -> str:
+    """The metadata of a picture, as JSON."""
+    samples, own = job.pictures[row]
+    return samples.facts(own)
+
+
+def _picture(models: PageModels, job: PageJob, row: int, kind: str) -> Response:
+    """A picture as it is shown, its file, its metadata or its request."""
+    if not 0 <= row < len(job.pictures):
+        raise ConfigError(f"picture {row} of {len(job.pictures)} is not there")
+    samples, own = job.pictures[row]
+    if kind == "facts":
+        return Response(_facts_of(job, row), media_type="application/json")
+    if kind == "request":
+        return JSONResponse(_restored(models, json.loads(_facts_of(job, row))))
+    if kind == "file":
+        suffix = ".png" if samples.finish else usual_suffix(samples.pixel_format)
+        name = samples.name(own)
+        content = samples.content(own, suffix)
+        return Response(content, media_type="image/png" if suffix == ".png" else "image/tiff", headers=_as_file(name))
+    if kind == "shown":
+        return Response(png_of(samples.shown[own].permute(1, 2, 0).numpy()), media_type="image/png")
+    raise ConfigError(f"a picture has no {kind!r:.40}; ask for shown, file, facts or request")
+
+
+def _as_file(name: str) -> dict[str, str]:
+    return {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}"}
+
+
+def _asked(content: bytes) -> dict[str, Any]:
+    """What a script asked for: model, task, request and files.
+
+    Raises:
+        ConfigError: it is not of this form.
+    """
+    try:
+        asked = json.loads(content)
+        return {
+            "model": str(asked["model"]),
+            "task": str(asked["task"]),
+            "request": dict(asked["request"]),
+            "files": {str(role): str(key) for role, key in dict(asked.get("files") or {}).items()},
+        }
+    except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
+        raise ConfigError("ask with JSON of a model, a task and a request") from None
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """The body of a request, which is not read further than allowed.
+
+    Raises:
+        DataError: it is larger.
+    """
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise DataError(f"more than {most:,} bytes cannot be handed over")
+        parts.append(part)
+    return b"".join(parts)

@@ -1,0 +1,136 @@
+"""Files that the page hands over: kept in a folder of the process, by the hash of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latentflow.data.pictures.colour import to_rgb
+from latentflow.data.pictures.decode import BrokenImage, open_image, upright
+from latentflow.errors import ConfigError, DataError
+from latentflow.sampling.picture_file import read_facts
+
+MOST_BYTES = 64 * 2**20
+"""Of one file."""
+MOST_KEPT = 2 * 2**30
+"""Of all files together; the oldest are forgotten first."""
+
+_LONGEST_NAME = 80
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file that was handed over.
+
+    Attributes:
+        key: the first digits of the SHA-256 of name and content.
+        name: as the page gave it, without folders.
+        file: where it is.
+        size: width and height of the upright picture.
+        facts: the metadata of a picture of latentflow, or None.
+    """
+
+    key: str
+    name: str
+    file: Path
+    size: tuple[int, int]
+    facts: Mapping[str, Any] | None
+
+
+class Uploads:
+    """The files of a process, in `folder`, which is its own. Safe from several threads."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._kept: dict[str, Upload] = {}
+        self._lock = Lock()
+
+    def add(self, name: str, content: bytes) -> Upload:
+        """Keep a picture.
+
+        Raises:
+            DataError: it is no picture that can be read, or too large.
+        """
+        name = safe_name(name)
+        if len(content) > MOST_BYTES:
+            raise DataError(f"{name} has {len(content):,} bytes; at most {MOST_BYTES:,} can be handed over")
+        key = hashlib.sha256(name.encode() + b"\0" + content).hexdigest()[:24]
+        with self._lock:
+            if key in self._kept:
+                return self._kept[key]
+        size, facts = _looked_at(content, name)
+        place = self.folder / key
+        place.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(content)
+        with self._lock:
+            self._kept[key] = Upload(key, name, place / name, size, facts)
+            self._forget()
+            return self._kept[key]
+
+    def find(self, key: object) -> Upload:
+        """A file by its key.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        with self._lock:
+            found = self._kept.get(str(key))
+        if found is None:
+            raise ConfigError("this file is no longer there; hand it over again")
+        return found
+
+    def _forget(self) -> None:
+        sizes = {key: one.file.stat().st_size for key, one in self._kept.items() if one.file.exists()}
+        for key in list(self._kept)[:-1]:
+            if sum(sizes.values()) <= MOST_KEPT:
+                return
+            self._kept.pop(key).file.unlink(missing_ok=True)
+            sizes.pop(key, None)
+
+
+def safe_name(name: str) -> str:
+    """The last part of a name, without what a file system or a terminal takes for more than a letter."""
+    last = re.split(r"[/\\]", unicodedata.normalize("NFC", name))[-1]
+    plain = "".join(one if one.isprintable() and one not in '<>:"|?*' else "_" for one in last).strip(" .")
+    stem, dot, suffix = plain.rpartition(".")
+    return f"{stem[:_LONGEST_NAME]}{dot}{suffix[:12]}" if stem else plain[:_LONGEST_NAME] or "picture"
+
+
+def _looked_at(content: bytes, name: str) -> tuple[tuple[int, int], Mapping[str, Any] | None]:
+    """Width and height of the upright picture, which is decoded once to see that it is whole; and its metadata."""
+    try:
+        with open_image(content, name) as image:
+            size = upright(image).size
+        return size, read_facts(content, name)
+    except BrokenImage as error:
+        raise DataError(f"{name} cannot be used: {error.reason}; give a picture such as PNG or JPEG") from error
+
+
+def shown_png(file: Path) -> bytes:
+    """A picture as a browser can show it, whatever its format: upright, 8 bits, sRGB, on white.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with open_image(file) as image:
+            return png_of(np.asarray(to_rgb(image)))
+    except BrokenImage as error:
+        raise DataError(f"{file.name} cannot be shown: {error.reason}") from error
+
+
+def png_of(pixels: np.ndarray) -> bytes:
+    """[H, W] or [H, W, 3] uint8 as a PNG file."""
+    written = io.BytesIO()
+    Image.fromarray(pixels).save(written, "PNG", compress_level=1)
+    return written.getvalue()

@@ -1,0 +1,84 @@
+"""One browser, one server and one model with every condition, for all tests of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from latentflow.model.conditioning import ColumnCondition
+from tests import tiny
+from tests.studio.browser import WAIT, chromium, served
+
+STRANGE = '<img src=x onerror="document.body.dataset.broken=1">'
+"""A class whose name would be a script, did it enter a page as HTML."""
+
+COLUMNS = [
+    ColumnCondition(name="age", kind="number", dropout=0.1, mean=40.0, deviation=10.0, low=18.0, high=90.0),
+    ColumnCondition(name="view", kind="label", class_names=["frontal", "lateral"], dropout=0.1),
+]
+
+
+@pytest.fixture(scope="session")
+def all_conditions(tmp_path_factory, kl) -> Path:
+    """The folder of a model with classes, named conditions, maps and holes."""
+    folder = tmp_path_factory.mktemp("models") / "all"
+    conditioning = {**tiny.SPATIAL, "inpainting_dropout": 0.9, "map_dropout": 0.9, "columns": COLUMNS}
+    names = ("apple", STRANGE, "cherry")
+    tiny.model(kl, class_names=names, conditioning=conditioning, guidance=2.0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory, kl) -> Path:
+    """The folder of another model, of the same classes and without other conditions."""
+    folder = tmp_path_factory.mktemp("models") / "other"
+    tiny.model(kl, class_names=("apple", STRANGE, "cherry"), seed=5).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def studio(all_conditions, other_model) -> Iterator[SimpleNamespace]:
+    """A page that is served: its `address`, and its `models`."""
+    pytest.importorskip("uvicorn", reason="the page takes the extra studio")
+    from latentflow.studio.page_app import opened_page
+    from latentflow.studio.page_models import PageModels
+
+    models = PageModels([str(all_conditions), str(other_model)], tiny.CPU)
+    with opened_page(models) as app, served(app) as address:
+        yield SimpleNamespace(address=address, models=models, all=str(all_conditions), other=str(other_model))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[object]:
+    """Chromium, started once."""
+    api = pytest.importorskip("playwright.sync_api", reason="the tests of the page take playwright")
+    place = chromium()
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=place, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser, studio) -> Iterator[object]:
+    """The page in a browser of its own, at 1280 x 900 pixels; a script that fails fails the test."""
+    yield from opened(browser, studio.address)
+
+
+def opened(browser, address: str, **context: object) -> Iterator[object]:
+    """A page in a new context; afterwards no script has failed, and nothing was asked of another machine."""
+    own = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "accept_downloads": True, **context})
+    page, failed, asked = own.new_page(), [], []
+    page.set_default_timeout(WAIT)
+    page.on("pageerror", lambda error: failed.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(address)
+    page.locator("body[data-ready]").wait_for()
+    yield page
+    assert failed == []
+    assert [url for url in asked if not url.startswith((address, "blob:", "data:"))] == []
+    assert page.locator("body[data-broken]").count() == 0
+    own.close()
