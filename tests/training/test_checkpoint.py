@@ -188,6 +188,16 @@ class Training:
         return {f"{file}:{name}": value.clone() for file, part in state.items() for name, value in part.items()}
 
 
+class Frozen(Training):
+    """The same with a convolution that is not trained."""
+
+    def __init__(self, **given):
+        super().__init__(**given)
+        self.network[0].requires_grad_(False)
+        self.ema = EMA(self.network, 0.9)
+        self.optimizer = build_optimizer(self.network, OptimizerConfig(learning_rate=0.1, weight_decay=0.1, **given))
+
+
 @pytest.fixture
 def writer(tmp_path):
     return CheckpointWriter(tmp_path, torch.device("cpu"), Keeping(2))
@@ -209,6 +219,29 @@ def held(monkeypatch):
 
 def steps(run: Path) -> list[int]:
     return [checkpoint.step_of(folder) for folder in sorted((run / "checkpoints").iterdir())]
+
+
+def test_frozen_weights_are_in_no_copy_and_in_every_model(tmp_path, writer):
+    training, averages = Frozen(), []
+    for _ in range(2):
+        training.step()
+    own = training.network.state_dict()
+    assert training.ema.average["0.weight"].data_ptr() == own["0.weight"].data_ptr()
+    writer.save_model = lambda folder, average: averages.append(average)
+    writer.save(Progress(2, 4), *training.parts)
+    writer.wait()
+    (average,) = averages
+    assert average.keys() == own.keys() and torch.equal(average["0.weight"], own["0.weight"])
+    names = {name for name in training.state() if "0.weight" in name or "0.bias" in name}
+    assert not names, "neither weights, nor averages, nor moments"
+    other = Frozen()
+    assert load_checkpoint(newest_checkpoint(tmp_path), *other.parts) == Progress(2, 4)
+    training.step()
+    other.done = 2
+    other.step()
+    assert all(torch.equal(other.state()[name], value) for name, value in training.state().items())
+    with pytest.raises(ArtifactError, match=r"network\.safetensors does not fit .*'0\.bias' is missing"):
+        load_checkpoint(newest_checkpoint(tmp_path), *Training().parts)
 
 
 def test_what_is_written_is_the_state_of_the_save_and_not_of_later_steps(tmp_path, writer, held):

@@ -40,6 +40,7 @@ from latentflow.model.card import model_card
 from latentflow.model.config import AUTOENCODER_FOLDER, ModelConfig
 from latentflow.model.fitted_solvers import SOLVERS_FILE, FittedSolvers, read_solvers, write_solvers
 from latentflow.model.snapshots import find_snapshot, split_snapshot
+from latentflow.networks.low_rank import low_rank_of, merge_low_rank
 from latentflow.randomness import ImageRandom
 from latentflow.records import explain
 from latentflow.runtime import PrecisionWord, Runtime, open_runtime
@@ -133,12 +134,13 @@ class FlowModel:
         """Write the model folder, complete or not at all.
 
         Args:
-            weights: written in place of the network's own, for example their EMA.
+            weights: written in place of the network's own, for example their EMA. Low-rank factors are merged.
         """
+        weights = None if weights is None else self._plain(weights)
         with atomic_folder(folder) as temporary:
             write_json(temporary / CONFIG_FILE, self.config.model_dump(mode="json"))
             metadata = {"config": json.dumps(self.config.computation)}  # one entry: safetensors shuffles several
-            write_tensors(temporary / WEIGHTS_FILE, weights or self.network.state_dict(), metadata)
+            write_tensors(temporary / WEIGHTS_FILE, weights or self._plain(self.network.state_dict()), metadata)
             write_text(temporary / CARD_FILE, model_card(self.config))
             if self.fitted_solvers.solvers and weights is None:  # others make them worthless
                 write_solvers(temporary, self.fitted_solvers)
@@ -207,8 +209,13 @@ class FlowModel:
 
     @cached_property
     def weights_hash(self) -> str:
-        """The SHA-256 of the network's weights at the first use of this property."""
-        return sha256_tensors(self.network.state_dict())
+        """The SHA-256 of the network's weights, low-rank factors merged, at the first use of this property."""
+        return sha256_tensors(self._plain(self.network.state_dict()))
+
+    def _plain(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights of the network with its low-rank factors, if it has any, merged."""
+        low_rank = low_rank_of(self.network)
+        return weights if low_rank is None else merge_low_rank(weights, low_rank[1])
 
     def fitted_solver(self, name: str) -> tuple[str, FittedMultistep]:
         """The solver called fitted-N or fitted-N@HASH, and its name with the hash of its times and weights.

@@ -1,4 +1,4 @@
-"""A network together with what only its training needs."""
+"""A network together with what only its training needs, and without what it leaves as it is."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ class InTraining(nn.Module):
     """
 
     network: nn.Module
+
+
+def frozen_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a network that training leaves as they are, by each of their names."""
+    named = network.named_parameters(remove_duplicate=False)
+    return {name: parameter for name, parameter in named if not parameter.requires_grad}
 
 
 def sampled_part(network: nn.Module) -> nn.Module:

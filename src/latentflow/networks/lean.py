@@ -44,7 +44,35 @@ def linear_of(function: Callable[[Tensor], Tensor], x: Tensor, layer: nn.Linear)
     """
     if _derived_elsewhere():
         return layer(function(x))
-    return _LinearOf.apply(function, x, layer.weight, layer.bias)
+    y = _LinearOf.apply(function, x, layer.weight, layer.bias)
+    return layer.plus(y, linear_of(function, x, layer.lora_A)) if isinstance(layer, LowRankLinear) else y
+
+
+class LowRankLinear(nn.Linear):
+    """A linear layer of frozen weights, plus one of low rank: W x + b + scale B (A x). [..., in] => [..., out].
+
+    See `latentflow.networks.low_rank`; it stands here because `linear_of` takes it apart.
+
+    Args:
+        layer: whose parameters it takes over.
+        rank: rows of A and columns of B.
+        scale: of their product.
+    """
+
+    def __init__(self, layer: nn.Linear, rank: int, scale: float):
+        super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        place: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        self.scale = scale
+        self.lora_A = nn.utils.skip_init(nn.Linear, layer.in_features, rank, bias=False, **place)
+        self.lora_B = nn.utils.skip_init(nn.Linear, rank, layer.out_features, bias=False, **place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plus(super().forward(x), self.lora_A(x))
+
+    def plus(self, y: Tensor, low: Tensor) -> Tensor:
+        """y = W x + b [..., out] and low = A x [..., rank] => [..., out]."""
+        return torch.add(y, self.lora_B(low), alpha=self.scale)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -140,7 +140,8 @@ def borrowed_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> Itera
     Its compiled blocks are not called: they would be compiled again for another shape of batch.
     """
     own = network.state_dict(keep_vars=True)
-    tensors, others = list(own.values()), [weights[name] for name in own]
+    differing = [name for name, tensor in own.items() if weights[name].data_ptr() != tensor.data_ptr()]  # not frozen
+    tensors, others = [own[name] for name in differing], [weights[name] for name in differing]
     kept, modes = [tensor.detach().clone() for tensor in tensors], [(m, m.training) for m in network.modules()]
     try:
         _copy(tensors, others)
@@ -155,7 +156,8 @@ def borrowed_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> Itera
 
 @torch.no_grad()
 def _copy(tensors: list[Tensor], values: list[Tensor]) -> None:
-    torch._foreach_copy_(tensors, values)
+    if tensors:
+        torch._foreach_copy_(tensors, values)
 
 
 def _block_networks(network: nn.Module) -> list[BlockNetwork]:

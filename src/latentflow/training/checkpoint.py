@@ -3,6 +3,7 @@
 `checkpoints/step-00001000/` holds `network.safetensors`, `ema.safetensors`, `optimizer.safetensors` and
 `state.json`, a milestone also `model/`, the model folder of that step; of the milestones at shares of a run only
 `model/` is left in the end. Randomness and data order follow from (seed, images seen), so no generator state is stored.
+Frozen weights are in none of them: a run has them from where it began.
 
 A run that keeps power function averages has them in `average-LENGTH.safetensors` of every checkpoint, and in that of
 every snapshot, `averages/step-00001000/`, which stays.
@@ -14,6 +15,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
@@ -33,13 +35,14 @@ from latentflow.artifacts import (
 )
 from latentflow.errors import ArtifactError
 from latentflow.model.snapshots import BEST, CHECKPOINTS, MODEL
+from latentflow.networks.in_training import frozen_parameters
 from latentflow.training.ema import EMA
-from latentflow.weights import load_weights, require_values
+from latentflow.weights import require_values
 
 NETWORK_FILE, EMA_FILE, OPTIMIZER_FILE = "network.safetensors", "ema.safetensors", "optimizer.safetensors"
 
 SaveModel = Callable[[Path, Mapping[str, Tensor]], None]
-"""Called with (folder, averaged weights) to write a model folder."""
+"""Called with (folder, averaged weights, frozen ones among them) to write a model folder."""
 
 AVERAGES = "averages"
 """The folder of a run with snapshots of its averages."""
@@ -123,8 +126,10 @@ class CheckpointWriter:
             before: what else has to be on disk before the checkpoint is complete; called in the thread.
         """
         self.wait()
-        copy = self._copy(training_state(network, ema, optimizer))
-        self._thread = Thread(target=self._write, args=(progress, copy, before), name="checkpoint")
+        copy, save_model = self._copy(training_state(network, ema, optimizer)), None
+        if self.save_model:
+            save_model = partial(_save_whole, self.save_model, ema.frozen)  # which nothing changes while they are read
+        self._thread = Thread(target=self._write, args=(progress, copy, save_model, before), name="checkpoint")
         self._thread.start()
 
     def raise_failure(self) -> None:
@@ -179,12 +184,13 @@ class CheckpointWriter:
             self._on_host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         return self._on_host
 
-    def _write(self, progress: Progress, copy: _Copy, before: Sequence[Callable[[], None]]) -> None:
+    def _write(
+        self, progress: Progress, copy: _Copy, save_model: SaveModel | None, before: Sequence[Callable[[], None]]
+    ) -> None:
         try:
             for write in before:
                 write()
             with copy.ready() as state:
-                save_model = self.save_model
                 if save_model:
                     save_model(self.run / MODEL, state[EMA_FILE])
                 if self.keeping.keeps_averages(progress.step):
@@ -194,6 +200,12 @@ class CheckpointWriter:
             keep_newest(self.run, self.keeping)
         except BaseException as error:
             self._failure = error
+
+
+def _save_whole(
+    save_model: SaveModel, frozen: Mapping[str, Tensor], folder: Path, moving: Mapping[str, Tensor]
+) -> None:
+    save_model(folder, {**frozen, **moving})
 
 
 @dataclass(frozen=True)
@@ -252,8 +264,14 @@ def training_state(network: nn.Module, ema: EMA, optimizer: torch.optim.Optimize
         for name, parameter in network.named_parameters()
         for key, value in optimizer.state[parameter].items()
     }
-    powers = {average_file(length): power.average for length, power in ema.powers.items()}
-    return {NETWORK_FILE: network.state_dict(), EMA_FILE: ema.average, OPTIMIZER_FILE: optimizer_tensors, **powers}
+    powers = {average_file(length): power.moving for length, power in ema.powers.items()}
+    return {NETWORK_FILE: _moving(network), EMA_FILE: ema.moving, OPTIMIZER_FILE: optimizer_tensors, **powers}
+
+
+def _moving(network: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a network that are not frozen."""
+    frozen = frozen_parameters(network)
+    return {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}
 
 
 def average_file(length: float) -> str:
@@ -366,13 +384,15 @@ def load_checkpoint(folder: Path, network: nn.Module, ema: EMA, optimizer: torch
             found = (folder / name).stat().st_size if (folder / name).exists() else 0
             if found != num_bytes:
                 raise ArtifactError(f"{folder / name} is truncated or damaged: {found} bytes, not {num_bytes}")
-        load_weights(network, read_tensors(folder / NETWORK_FILE), folder / NETWORK_FILE)
+        weights = read_tensors(folder / NETWORK_FILE)
+        require_values(_moving(network), weights, folder / NETWORK_FILE)
+        network.load_state_dict(weights, strict=False)  # frozen ones are there already
         average = read_tensors(folder / EMA_FILE)
-        require_values(ema.average, average, folder / EMA_FILE)
+        require_values(ema.moving, average, folder / EMA_FILE)
         ema.load(average)
         for length, power in ema.powers.items():
             kept = read_tensors(folder / average_file(length))
-            require_values(ema.average, kept, folder / average_file(length))
+            require_values(ema.moving, kept, folder / average_file(length))
             power.load(kept)
         tensors = read_tensors(folder / OPTIMIZER_FILE)
         _load_optimizer(network, optimizer, tensors, folder / OPTIMIZER_FILE)

@@ -8,29 +8,35 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from latentflow.networks.in_training import frozen_parameters
 from latentflow.training.averaging import exponent_of
 
 
 class Average:
     """A moving average of a network's parameters: average <- average + share * (weights - average).
 
-    Buffers, such as the statistics of a batch normalisation, are copied without averaging.
+    Buffers, such as the statistics of a batch normalisation, are copied without averaging. Frozen parameters are their
+    own average, and not copied.
 
     Args:
         network: whose weights are averaged; the average starts as a copy of them.
 
     Attributes:
         average: by name, as in the network's `state_dict`; updated in place.
+        frozen: the parameters among them that are frozen.
     """
 
     def __init__(self, network: nn.Module):
         state = network.state_dict(keep_vars=True)  # the parameters themselves, which are never replaced
-        self.average = {name: tensor.detach().clone() for name, tensor in state.items()}
+        self.frozen = {name: tensor.detach() for name, tensor in frozen_parameters(network).items()}
+        moving = {name: tensor for name, tensor in state.items() if name not in self.frozen}
+        copies = {name: tensor.detach().clone() for name, tensor in moving.items()}
+        self.average = {name: copies[name] if name in copies else self.frozen[name] for name in state}
         learned = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-        self._averaged = [tensor for name, tensor in self.average.items() if name in learned]
-        self._weights = [tensor for name, tensor in state.items() if name in learned]
-        self._copied = [tensor for name, tensor in self.average.items() if name not in learned]
-        self._buffers = [tensor for name, tensor in state.items() if name not in learned]
+        self._averaged = [tensor for name, tensor in copies.items() if name in learned]
+        self._weights = [tensor for name, tensor in moving.items() if name in learned]
+        self._copied = [tensor for name, tensor in copies.items() if name not in learned]
+        self._buffers = [tensor for name, tensor in moving.items() if name not in learned]
 
     @torch.no_grad()
     def move(self, share: float) -> None:
@@ -39,9 +45,14 @@ class Average:
         if self._copied:
             torch._foreach_copy_(self._copied, self._buffers)
 
+    @property
+    def moving(self) -> dict[str, Tensor]:
+        """The average of what is not frozen."""
+        return {name: tensor for name, tensor in self.average.items() if name not in self.frozen}
+
     def load(self, average: Mapping[str, Tensor]) -> None:
-        """Copy a saved average in place."""
-        for name, tensor in self.average.items():
+        """Copy a saved average of what is not frozen in place."""
+        for name, tensor in self.moving.items():
             tensor.copy_(average[name])
 
 

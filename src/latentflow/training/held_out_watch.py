@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from latentflow.data.batches import Batch, TrainingImages
 from latentflow.flow.times import TrainingTimes, sum_by_time
 from latentflow.model.flow_model import CONFIG_FILE, FlowModel, read_config
 from latentflow.model.snapshots import BEST
+from latentflow.networks.in_training import frozen_parameters
 from latentflow.networks.running import borrowed_weights
 from latentflow.randomness import derive_seed
 from latentflow.training.config import TrainingConfig
@@ -158,7 +159,7 @@ class HeldOutWatch:
             done = {"step": step, "images_seen": images_seen, "held_out_loss": loss}
             model, config = copy.copy(self.model), self.model.config
             model.config = config.model_copy(update={"training": config.training.model_copy(update=done)})
-            self._taken = (model, _Copy(average))
+            self._taken = (model, _Copy(average, frozen_parameters(self.model.network)))
         elif loss > (1 + _RISE) * best.loss:
             notice(
                 f"held-out loss rises: {best.loss:.4f} after step {best.step:,}, {loss:.4f} after step {step:,}; "
@@ -190,11 +191,14 @@ def _shares_of_bins(times: TrainingTimes) -> Tensor:
 
 
 class _Copy:
-    """A copy of weights on the host, which the host does not wait for."""
+    """A copy of weights on the host, which the host does not wait for; frozen ones are not copied."""
 
-    def __init__(self, weights: Mapping[str, Tensor]):
-        self._copies, self._made = {}, None
+    def __init__(self, weights: Mapping[str, Tensor], frozen: Collection[str]):
+        self._copies = {name: weights[name] for name in frozen}
+        self._made = None
         for name, tensor in weights.items():
+            if name in self._copies:
+                continue
             place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._copies[name] = place.copy_(tensor, non_blocking=tensor.is_cuda)
             if tensor.is_cuda:

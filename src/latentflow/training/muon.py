@@ -81,13 +81,18 @@ class HiddenMatrix:
 
 
 def hidden_matrices(network: nn.Module) -> list[HiddenMatrix]:
-    """The matrices of a network's blocks, as its layers declare them in `hidden_matrices`, in the order of layers."""
+    """The matrices of a network's blocks, as its layers declare them in `hidden_matrices`, in the order of layers.
+
+    Frozen ones are not among them. Nor are factors of low rank: what is to be of orthogonal size is the change of their
+    product, of which each factor sees a projection.
+    """
     declared = (
         (getattr(module, name), parts)
         for module in network.modules()
         for name, parts in getattr(module, "hidden_matrices", {}).items()
     )
-    return [HiddenMatrix(layer.weight, parts) for layer, parts in declared if layer is not None]
+    layers = [(layer, parts) for layer, parts in declared if layer is not None]
+    return [HiddenMatrix(layer.weight, parts) for layer, parts in layers if layer.weight.requires_grad]
 
 
 def newton_schulz(x: Tensor) -> Tensor:

@@ -93,22 +93,30 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
     """AdamW with the fused update, or Muon for the matrices of the blocks and AdamW for the rest.
 
     Raises:
-        ConfigError: Muon was asked for, and no layer of the network declares matrices.
+        ConfigError: Muon was asked for, and no layer of the network declares matrices that are trained.
     """
+    trained = trained_parameters(network)
     if config.kind == "adamw":
-        return _adamw(network, config, list(network.parameters()))
+        return _adamw(network, config, trained)
     matrices = hidden_matrices(network)
     if not matrices:
-        raise ConfigError("optimizer.kind = muon: no layer of this network declares hidden_matrices; use adamw")
+        raise ConfigError(
+            "optimizer.kind = muon: no layer of this network declares hidden_matrices that are trained; use adamw"
+        )
     taken = {id(matrix.weight) for matrix in matrices}
     return Muon(
         matrices,
-        _adamw(network, config, [parameter for parameter in network.parameters() if id(parameter) not in taken]),
+        _adamw(network, config, [parameter for parameter in trained if id(parameter) not in taken]),
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
         every=config.orthogonalise_every,
     )
+
+
+def trained_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a network that are not frozen."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 def _adamw(network: nn.Module, config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
@@ -144,7 +152,7 @@ def optimizer_bytes(network: nn.Module, config: OptimizerConfig) -> int:
     """Bytes of the optimizer's state, exactly."""
     matrices = hidden_matrices(network) if config.kind == "muon" else []
     taken = {id(matrix.weight) for matrix in matrices}
-    others = [parameter for parameter in network.parameters() if id(parameter) not in taken]
+    others = [parameter for parameter in trained_parameters(network) if id(parameter) not in taken]
     total = sum(2 * one.numel() * one.element_size() + 4 for one in others)  # two moments, and a step per tensor
     each = 2 if config.orthogonalise_every > 1 else 1  # the momentum, and the last direction
     return total + each * sum(matrix.weight.numel() * matrix.weight.element_size() for matrix in matrices)

@@ -40,6 +40,8 @@ def train_velocity(
 ) -> Outcome:
     """Train `model.network` until the recipe's last step, or until SIGTERM or Ctrl-C; see `run_loop`.
 
+    Of a network with some frozen parameters, the others are trained; otherwise all of them.
+
     Args:
         run: the run folder; checkpoints, metrics and the model go there.
         held_out: images to measure the loss on; see `HeldOutWatch`.
@@ -49,7 +51,9 @@ def train_velocity(
         NonFiniteError: a gradient was not finite; the weights are those from before that step.
     """
     config, parts = recipe.training, micro_batches(recipe.training, runtime)
-    network = model.to(runtime).network.train().requires_grad_()
+    network = model.to(runtime).network.train()
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        network.requires_grad_()
     kept = {"averages": config.num_averages, "aligned": config.is_aligned}
     set_memory(network, memory_mode(config.memory, model.config, parts.size, runtime, **kept))
     compare = partial(training_step, model, times=recipe.times, batch_size=config.batch_size, seed=config.seed)
