@@ -295,7 +295,7 @@ MORE = {
     "loss": ["--num", "8"],
     "benchmark": ["--num", "1", "--repeats", "1"],
 }
-NOT_HERE = ("prepare", "convert", "push", "train-features", "fit-solver", "studio")
+NOT_HERE = ("prepare", "convert", "push", "train-features", "fit-solver", "studio", "serve")
 """They need others' files, the hub, more images than are here, minutes, or do not end; their tests have stand-ins."""
 
 

@@ -21,6 +21,7 @@ from latentflow.cli import drawing  # noqa: F401  isort: skip
 from latentflow.cli import studio  # noqa: F401  isort: skip
 from latentflow.cli import measuring  # noqa: F401  isort: skip
 from latentflow.cli import models  # noqa: F401  isort: skip
+from latentflow.cli import serving  # noqa: F401  isort: skip
 
 
 @app.callback()

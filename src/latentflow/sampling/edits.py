@@ -21,7 +21,7 @@ from latentflow.randomness import derive_seed
 from latentflow.sampling.drawing import Blend, Drawing, check_drawing, make_drawing
 from latentflow.sampling.inputs import ImageInput, at_most_one, encode_input, other_size, read_input
 from latentflow.sampling.named_conditions import NamedValue, ends_of
-from latentflow.sampling.pipeline import Given, draw_all
+from latentflow.sampling.pipeline import Given, Prepared, draw_all, draw_prepared
 from latentflow.sampling.request import (
     ImageToImageRequest,
     InterpolateRequest,
@@ -49,14 +49,19 @@ def image_to_image(
     Raises:
         ConfigError, DataError: before anything is computed.
     """
+    prepared = prepare_image_to_image(model, image, request)
+    return draw_prepared(model, prepared, batch_size=batch_size, on_images=on_images)
+
+
+def prepare_image_to_image(model: FlowModel, image: ImageInput, request: ImageToImageRequest | None = None) -> Prepared:
+    """Check what `image_to_image` is to draw."""
     request = request or ImageToImageRequest()
     pixels, inputs = read_input(model, image)
     size = other_size(model, pixels)
     drawing = make_drawing(
         model, request, task="image-to-image", inputs=inputs, start=request.strength, image_size=size
     )
-    given = Given(latents=encode_input(model, pixels))
-    return draw_all(model, drawing, given, batch_size=batch_size, on_images=on_images)
+    return Prepared(drawing, lambda: Given(latents=encode_input(model, pixels)))
 
 
 def interpolate(

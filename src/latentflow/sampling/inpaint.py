@@ -42,7 +42,7 @@ from latentflow.sampling.inputs import (
     map_fractions,
     map_indices,
 )
-from latentflow.sampling.pipeline import Given, draw_all
+from latentflow.sampling.pipeline import Given, Prepared, draw_prepared
 from latentflow.sampling.request import Fit, InpaintRequest, Method
 from latentflow.sampling.samples import Samples
 
@@ -72,6 +72,19 @@ def inpaint(
     Raises:
         ConfigError, DataError: before anything is computed.
     """
+    prepared = prepare_inpaint(model, image, mask, request, semantic_map=semantic_map)
+    return draw_prepared(model, prepared, batch_size=batch_size, on_images=on_images)
+
+
+def prepare_inpaint(
+    model: FlowModel,
+    image: ImageInput | np.ndarray,
+    mask: Mask,
+    request: InpaintRequest | None = None,
+    *,
+    semantic_map: MapInput | None = None,
+) -> Prepared:
+    """Check what `inpaint` is to fill."""
     request = request or InpaintRequest()
     method = request.method or ("condition" if model.config.conditioning.inpainting else "replacement")
     conditions: list[ConditionName] = ["inpainting"] if method == "condition" else []
@@ -89,12 +102,15 @@ def inpaint(
         inputs={**inputs, "method": method, "frame": frame, "feather": str(request.feather)},
         image_size=canvas.frame.size,
     )
-    given = canvas.given(model, method)
+    indices = None
     if semantic_map is not None:
         indices = canvas.frame.cut_map(map_indices(model, semantic_map, canvas.photo))
-        given = replace(given, class_fractions=map_fractions(model, indices))
-    samples = draw_all(model, drawing, given, batch_size=batch_size, on_images=on_images)
-    return canvas.filled(samples, request.feather)
+
+    def given() -> Given:
+        own = canvas.given(model, method)
+        return own if indices is None else replace(own, class_fractions=map_fractions(model, indices))
+
+    return Prepared(drawing, given, partial(canvas.filled, feather=request.feather), together=4)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from latentflow.sampling.inputs import (
     native_size,
     require_latent_pixel,
 )
-from latentflow.sampling.pipeline import Given, draw_all
+from latentflow.sampling.pipeline import Given, Prepared, draw_prepared
 from latentflow.sampling.request import MaskToImageRequest
 from latentflow.sampling.samples import Samples
 from latentflow.sizes import Size
@@ -37,6 +37,14 @@ def mask_to_image(
     Raises:
         ConfigError, DataError: before anything is computed.
     """
+    prepared = prepare_mask_to_image(model, semantic_map, request)
+    return draw_prepared(model, prepared, batch_size=batch_size, on_images=on_images)
+
+
+def prepare_mask_to_image(
+    model: FlowModel, semantic_map: MapInput, request: MaskToImageRequest | None = None
+) -> Prepared:
+    """Check what `mask_to_image` is to draw."""
     request = request or MaskToImageRequest()
     model.config.conditioning.require("semantic_map")
     inputs = describe_inputs(map=semantic_map)
@@ -54,5 +62,4 @@ def mask_to_image(
         inputs=inputs,
         image_size=Size(*indices.shape),
     )
-    given = Given(class_fractions=map_fractions(model, indices))
-    return draw_all(model, drawing, given, batch_size=batch_size, on_images=on_images)
+    return Prepared(drawing, lambda: Given(class_fractions=map_fractions(model, indices)))

@@ -91,6 +91,27 @@ class Given:
         }
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was checked, and is ready to be drawn.
+
+    Attributes:
+        given: computes the tensors that it is drawn from; called once, where the model computes.
+        finish: turns what the model draws into what was asked for: an image with its hole filled.
+        together: images in one batch, at most.
+    """
+
+    drawing: Drawing
+    given: Callable[[], Given] = Given
+    finish: Callable[[Samples], Samples] = lambda samples: samples
+    together: int = 16
+
+
+def draw_prepared(model: FlowModel, prepared: Prepared, **options: Any) -> Samples:
+    """Compute what was prepared, in memory; the options are those of `draw`."""
+    return prepared.finish(draw_all(model, prepared.drawing, prepared.given(), **options))
+
+
 def draw(
     model: FlowModel,
     drawing: Drawing,
@@ -115,16 +136,18 @@ def draw(
         on_images(len(samples.pixels))
 
 
-def draw_batches(model: FlowModel, batches: Iterable[tuple[Drawing, Given]], batch_size: int) -> Iterator[Samples]:
+def draw_batches(
+    model: FlowModel, batches: Iterable[tuple[Drawing, Given]], batch_size: int, calls: Calls | None = None
+) -> Iterator[Samples]:
     """Draw batches one after another; a GPU draws the next batch while the caller processes the last one.
 
     Args:
         batch_size: batches of a compiled network are padded to it: another size would be compiled again.
+        calls: how the network is called; None: as is fastest on the device.
     """
     size = batch_size if is_compiled(model.network) else 0
     ahead = _batches_ahead(model.device)
     begun: deque[_Begun] = deque()
-    calls: Calls | None = None
     for drawing, given in batches:
         calls = calls or calls_for(model.device, drawing)
         try:

@@ -20,7 +20,7 @@ from latentflow.errors import ConfigError, DataError
 from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.inputs import ImageInput, describe_inputs
-from latentflow.sampling.pipeline import Given, draw_all
+from latentflow.sampling.pipeline import Given, Prepared, draw_prepared
 from latentflow.sampling.request import TranslateRequest
 from latentflow.sampling.samples import Samples
 from latentflow.sizes import Size
@@ -42,14 +42,19 @@ def translate(
     Raises:
         ConfigError, DataError: before anything is computed.
     """
+    prepared = prepare_translate(model, image, request)
+    return draw_prepared(model, prepared, batch_size=batch_size, on_images=on_images)
+
+
+def prepare_translate(model: FlowModel, image: ImageInput, request: TranslateRequest | None = None) -> Prepared:
+    """Check what `translate` is to draw."""
     request = request or TranslateRequest()
     model.config.conditioning.require("input")
     inputs = describe_inputs(image=image)
     paired = read_paired(model, image, native=request.native)
     size = Size(*paired.shape[-2:]).times(model.config.inputs.shrinking)
     drawing = make_drawing(model, request, task="translate", conditions=["input"], inputs=inputs, image_size=size)
-    given = Given(input=model.paired_input(paired.to(model.device)).cpu())
-    return draw_all(model, drawing, given, batch_size=batch_size, on_images=on_images)
+    return Prepared(drawing, lambda: Given(input=model.paired_input(paired.to(model.device)).cpu()))
 
 
 def read_paired(model: FlowModel, image: ImageInput, *, native: bool = False) -> Tensor:
