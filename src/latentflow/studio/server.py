@@ -26,7 +26,7 @@ from latentflow.sampling.naming import picture_facts
 from latentflow.sampling.picture_content import usual_suffix
 from latentflow.sampling.samples import Samples
 from latentflow.studio.counters import Counters
-from latentflow.studio.queue import DrawingQueue, DrawingJob
+from latentflow.studio.queue import DrawingJob, DrawingQueue
 from latentflow.studio.refusals import Refused, refusal_of
 from latentflow.studio.request import ServeRequest
 from latentflow.studio.tasks import TASKS, Checked, Task, check
