@@ -25,12 +25,12 @@ from latentflow.model.flow_model import FlowModel
 from latentflow.sampling.naming import picture_facts
 from latentflow.sampling.picture_content import usual_suffix
 from latentflow.sampling.samples import Samples
+from latentflow.studio.bodies import read_asked
 from latentflow.studio.counters import Counters
 from latentflow.studio.queue import DrawingJob, DrawingQueue
 from latentflow.studio.refusals import Refused, refusal_of
 from latentflow.studio.request import ServeRequest
 from latentflow.studio.tasks import TASKS, Checked, Task, check
-from latentflow.studio.bodies import read_asked
 
 _LOG = logging.getLogger("latentflow.studio")
 _TYPES = {".png": "image/png", ".tiff": "image/tiff"}

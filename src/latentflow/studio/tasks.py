@@ -22,8 +22,8 @@ from latentflow.sampling.request import (
     TranslateRequest,
 )
 from latentflow.sampling.translate import prepare_translate
-from latentflow.studio.refusals import Refused
 from latentflow.studio.bodies import Asked, as_files
+from latentflow.studio.refusals import Refused
 
 _NOT_SERVED = ("guide",)
 """Fields of requests that name files of this machine. The guide of the model's preset is used all the same."""
