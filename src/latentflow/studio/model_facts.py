@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from latentflow.data.painting.semantic_maps import UNLABELLED_COLOUR, colour_map
 from latentflow.flow.solvers import SOLVERS, is_adaptive
 from latentflow.model.config import ModelConfig
 from latentflow.model.flow_model import FlowModel
+from latentflow.sampling.inputs import map_indices
 from latentflow.sampling.inversion import ROUND_TRIPS
 
 
@@ -35,6 +40,16 @@ def model_facts(model: FlowModel) -> dict[str, Any]:
     }
 
 
+def coloured_map(model: FlowModel, file: Path) -> np.ndarray:
+    """A semantic map of a file in the colours of the model's palette: [H, W, 3] uint8; unlabelled pixels are light.
+
+    Raises:
+        ConfigError, DataError: the model knows no maps, or this is none of its classes.
+    """
+    model.config.conditioning.require("semantic_map")
+    return colour_map(map_indices(model, file), model.config.conditioning.map_palette)
+
+
 def _columns(config: ModelConfig) -> list[dict[str, Any]]:
     conditioning = config.conditioning
     return [
@@ -58,4 +73,5 @@ def _map(config: ModelConfig) -> dict[str, Any] | None:
     return {
         "names": list(conditioning.map_class_names),
         "palette": [list(colour) for colour in conditioning.map_palette],
+        "unlabelled": list(UNLABELLED_COLOUR),
     }

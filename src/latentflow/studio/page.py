@@ -23,7 +23,8 @@ import latentflow
 from latentflow.errors import ConfigError, DataError, LatentFlowError
 from latentflow.sampling.naming import picture_caption, seed_caption
 from latentflow.sampling.picture_content import usual_suffix
-from latentflow.studio.model_facts import model_facts
+from latentflow.studio.mask_readings import mask_readings, painted_hole, upright_mask
+from latentflow.studio.model_facts import coloured_map, model_facts
 from latentflow.studio.page_jobs import PageJob, PageJobs
 from latentflow.studio.page_models import PageModels
 from latentflow.studio.page_tasks import GivenFiles, make_plan
@@ -128,6 +129,27 @@ def _add_uploads(router: APIRouter, models: PageModels, uploads: Uploads) -> Non
     @router.get("/page/uploads/{key}/shown")
     def shown(key: str) -> Response:
         return Response(shown_png(uploads.find(key).file), media_type="image/png")
+
+    @router.get("/page/uploads/{key}/masks")
+    def masks(key: str, photo: str) -> list[dict[str, Any]]:
+        """All that a mask may mean for a photograph, each kept as a mask."""
+        mask = uploads.find(key)
+        readings = mask_readings(mask.file, uploads.find(photo).file)
+        return [
+            {"title": one.title, "share": one.share, "id": uploads.add(mask.name, upright_mask(one.hole)).key}
+            for one in readings
+        ]
+
+    @router.post("/page/uploads/painted-mask")
+    async def painted(request: Request) -> dict[str, Any]:
+        content = await _body(request, MOST_BYTES)
+        made = await run_in_threadpool(lambda: uploads.add("mask.png", upright_mask(painted_hole(content))))
+        return {"id": made.key}
+
+    @router.get("/page/uploads/{key}/map")
+    def semantic_map(key: str, model: str) -> Response:
+        """A map in the colours of a model's palette, as the page paints it; unlabelled pixels are light."""
+        return Response(png_of(coloured_map(models.open(model), uploads.find(key).file)), media_type="image/png")
 
 
 def _upload_facts(models: PageModels, kept: Upload) -> dict[str, Any]:

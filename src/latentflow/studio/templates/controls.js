@@ -66,7 +66,7 @@ export class Conditions {
     this.columns = new Map();
     const parts = [];
     if (model.class_names.length) {
-      const without = model.required.includes("label") ? "" : "no class";
+      const without = model.required.includes("label") || !bySeed ? "" : "no class";
       const hint = bySeed ? "Nothing chosen: each seed has a class of its own." : "Nothing chosen: no class.";
       const allowed = model.seen_classes.length < model.class_names.length ? new Set(model.seen_classes) : null;
       this.classes = new Chips("Class", model.class_names, { none: without, hint, most, allowed });
@@ -102,7 +102,7 @@ export class Conditions {
 
   read() {
     const found = {};
-    if (this.classes && this.classes.indices !== null) found.classes = this.classes.indices;
+    if (this.classes?.indices) found.classes = this.classes.indices;
     const conditions = {};
     for (const [name, column] of this.columns) {
       const value = column.read();

@@ -1,9 +1,10 @@
 // The page: its tabs, the model they share, and what is dropped on it.
 import { ask, h, upload } from "./api.js";
 import { DrawTab } from "./draw.js";
+import { FillTab } from "./fill.js";
 import { asUpload, offer, pathOf } from "./gallery.js";
 
-const kinds = [["draw", "Draw", DrawTab]];
+const kinds = [["draw", "Draw", DrawTab], ["fill", "Fill", FillTab]];
 const studio = { tabs: {}, model: null, state: null };
 const trouble = document.getElementById("trouble");
 const choice = document.getElementById("model");
