@@ -47,7 +47,7 @@ def studio(all_conditions, other_model) -> Iterator[SimpleNamespace]:
     from latentflow.studio.page_models import PageModels
 
     models = PageModels([str(all_conditions), str(other_model)], tiny.CPU)
-    with opened_page(models) as app, served(app) as address:
+    with opened_page(models) as (app, _), served(app) as address:
         yield SimpleNamespace(address=address, models=models, all=str(all_conditions), other=str(other_model))
 
 

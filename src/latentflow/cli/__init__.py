@@ -18,7 +18,6 @@ from latentflow.errors import ConfigError, nearest
 from latentflow.cli import data  # noqa: F401  isort: skip
 from latentflow.cli import training  # noqa: F401  isort: skip
 from latentflow.cli import drawing  # noqa: F401  isort: skip
-from latentflow.cli import studio  # noqa: F401  isort: skip
 from latentflow.cli import measuring  # noqa: F401  isort: skip
 from latentflow.cli import models  # noqa: F401  isort: skip
 from latentflow.cli import serving  # noqa: F401  isort: skip

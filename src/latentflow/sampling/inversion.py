@@ -67,7 +67,10 @@ class Inversion:
 
     def round_trip(self, model: FlowModel) -> RoundTrip:
         """Draw the image again from its noise, with the same solver and class."""
-        drawn = draw_all(model, naming_noise(self.drawing, self.noise), Given(noise=self.noise))
+        return self.compared(model, draw_all(model, naming_noise(self.drawing, self.noise), Given(noise=self.noise)))
+
+    def compared(self, model: FlowModel, drawn: Samples) -> RoundTrip:
+        """The image beside `drawn`, what was drawn from its noise."""
         autoencoded = _decode(model, self.latents)
         return RoundTrip(
             samples=drawn,

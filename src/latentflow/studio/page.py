@@ -10,14 +10,14 @@ import json
 import mimetypes
 from collections.abc import Callable, Coroutine
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
+from torch import Tensor
 
 import latentflow
 from latentflow.errors import ConfigError, DataError, LatentFlowError
@@ -25,9 +25,9 @@ from latentflow.sampling.naming import picture_caption, seed_caption
 from latentflow.sampling.picture_content import usual_suffix
 from latentflow.studio.mask_readings import mask_readings, painted_hole, upright_mask
 from latentflow.studio.model_facts import coloured_map, model_facts
-from latentflow.studio.page_jobs import PageJob, PageJobs
+from latentflow.studio.page_jobs import PageJob, PageJobs, job_facts
 from latentflow.studio.page_models import PageModels
-from latentflow.studio.page_tasks import GivenFiles, make_plan
+from latentflow.studio.page_tasks import GivenFiles, expected_calls, page_task
 from latentflow.studio.restored import restored_request
 from latentflow.studio.uploads import MOST_BYTES, Upload, Uploads, png_of, shown_png
 
@@ -46,14 +46,13 @@ _MOST_JSON = 1 << 20
 
 
 class _PageRoute(APIRoute):
-    """A route whose refusals are JSON of one line, and which other sites cannot use."""
+    """A route whose refusals are JSON of one line, and whose answers forbid the browser to ask anybody else."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
             try:
-                _require_own(request)
                 answer = await handle(request)
             except LatentFlowError as error:
                 answer = JSONResponse({"error": str(error)}, status_code=422)
@@ -66,27 +65,19 @@ class _PageRoute(APIRoute):
         return guarded
 
 
-def _require_own(request: Request) -> None:
-    """Refuse what the page of another site sends."""
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        raise ConfigError(f"this page answers itself alone, not {origin:.100}")
-
-
-def page_router(models: PageModels, jobs: PageJobs, uploads: Uploads, *, batch_size: int = 4) -> APIRouter:
+def page_router(models: PageModels, jobs: PageJobs, uploads: Uploads) -> APIRouter:
     """The routes of the page.
 
     Args:
         models: that it can open.
         jobs: which it begins and watches.
         uploads: the files that it is given.
-        batch_size: pictures drawn together; the page fills by so many.
     """
     router = APIRouter(route_class=_PageRoute, include_in_schema=False)
     _add_files(router)
     _add_models(router, models)
     _add_uploads(router, models, uploads)
-    _add_jobs(router, models, jobs, uploads, batch_size)
+    _add_jobs(router, models, jobs, uploads)
     return router
 
 
@@ -176,7 +167,7 @@ def _restored(models: PageModels, facts: dict[str, Any]) -> dict[str, Any]:
     return {**found, "model": key, "note": note}
 
 
-def _add_jobs(router: APIRouter, models: PageModels, jobs: PageJobs, uploads: Uploads, batch_size: int) -> None:
+def _add_jobs(router: APIRouter, models: PageModels, jobs: PageJobs, uploads: Uploads) -> None:
     @router.post("/page/jobs")
     async def begin(request: Request) -> dict[str, Any]:
         asked = _asked(await _body(request, _MOST_JSON))
@@ -185,11 +176,10 @@ def _add_jobs(router: APIRouter, models: PageModels, jobs: PageJobs, uploads: Up
     def _begin(asked: dict[str, Any]) -> dict[str, Any]:
         model, given = models.open(asked["model"]), asked["files"]
         paths = {role: uploads.find(key).file for role, key in given.items() if role != "noise"}
-        noise = jobs.find(given["noise"]).noise if "noise" in given else None
-        plan = make_plan(model, asked["task"], asked["request"], GivenFiles(paths, noise), batch_size)
-        job = PageJob(asked, model, plan)
-        jobs.add(job)
-        return {"id": job.key, "total": plan.total, "size": plan.size}
+        noise = _noise_of(jobs.find(given["noise"])) if "noise" in given else None
+        task = page_task(model, asked["task"], asked["request"], GivenFiles(paths, noise))
+        job = jobs.begin(asked["model"], model, task)
+        return {"id": job.key, "total": job.drawn.total, "size": task.size}
 
     @router.post("/page/estimate")
     async def estimate(request: Request) -> dict[str, Any]:
@@ -197,19 +187,19 @@ def _add_jobs(router: APIRouter, models: PageModels, jobs: PageJobs, uploads: Up
         return await run_in_threadpool(_estimate, asked)
 
     def _estimate(asked: dict[str, Any]) -> dict[str, Any]:
-        placeholders = {role: Path(role) for role in ("image", "mask", "map")}  # nothing is read for an estimate
-        plan = make_plan(
-            models.open(asked["model"]), asked["task"], asked["request"], GivenFiles(placeholders), batch_size
-        )
-        return {"evaluations": plan.calls, "seconds": jobs.speeds.seconds(asked["model"], plan.calls * plan.total)}
+        calls = expected_calls(models.open(asked["model"]), asked["task"], asked["request"])
+        num = asked["request"].get("num", 1)
+        return {"evaluations": calls, "seconds": jobs.speeds.seconds(asked["model"], calls * num)}
 
     @router.get("/page/jobs/{key}")
     def state(key: str, since: int = 0) -> dict[str, Any]:
-        return _job_facts(jobs, jobs.find(key), since)
+        job = jobs.find(key)
+        facts, done = job_facts(job), len(job.pictures)  # the state first: then its pictures are there
+        return {**facts, "done": done, "pictures": [_picture_facts(job, row) for row in range(max(since, 0), done)]}
 
     @router.post("/page/jobs/{key}/stop")
     def stop(key: str) -> dict[str, Any]:
-        jobs.find(key).stop()
+        jobs.find(key).drawn.stop()
         return {}
 
     @router.get("/page/jobs/{key}/{row}/{kind}")
@@ -217,30 +207,11 @@ def _add_jobs(router: APIRouter, models: PageModels, jobs: PageJobs, uploads: Up
         return _picture(models, jobs.find(key), row, kind)
 
 
-def _job_facts(jobs: PageJobs, job: PageJob, since: int) -> dict[str, Any]:
-    """How far a job is, and its pictures from `since` on."""
-    state, done, total = job.state, len(job.pictures), job.plan.total  # the state first: then the pictures are there
-    progress = job.progress
-    rate = jobs.speeds.seconds(job.asked["model"], job.plan.calls * total)
-    return {
-        "state": state,
-        "done": done,
-        "total": total,
-        "before": jobs.before(job),
-        "progress": progress,
-        "seconds": job.seconds,
-        "left": None if rate is None else rate * (1 - progress),
-        "evaluations": _mean_evaluations(job),
-        "error": job.error,
-        "numbers": job.numbers,
-        "has_noise": job.noise is not None,
-        "pictures": [_picture_facts(job, row) for row in range(max(since, 0), done)],
-    }
-
-
-def _mean_evaluations(job: PageJob) -> float | None:
-    counts = [float(samples.evaluations[row]) for samples, row in job.pictures]
-    return sum(counts) / len(counts) if counts else None
+def _noise_of(job: PageJob) -> Tensor:
+    inverting = job.task.inverting
+    if inverting is None or inverting.found is None:
+        raise ConfigError("there is no noise yet; invert an image first")
+    return inverting.found.noise
 
 
 def _picture_facts(job: PageJob, row: int) -> dict[str, Any]:

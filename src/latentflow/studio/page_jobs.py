@@ -1,35 +1,25 @@
-"""The jobs of the page: drawn part by part in the drawing thread, watched and stopped from others."""
+"""The jobs of the page: requests in the drawing queue, whose pictures are shown as they come."""
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
-
-from torch import Tensor, nn
+from typing import Any
 
 from latentflow.api import LatentFlow
 from latentflow.errors import ConfigError, LatentFlowError
 from latentflow.sampling.samples import Samples
-from latentflow.studio.page_tasks import Found, JobPlan
+from latentflow.studio.page_tasks import PageTask
+from latentflow.studio.queue import DrawingJob, DrawingQueue
+from latentflow.studio.refusals import refusal_of
 
-State = Literal["waiting", "drawing", "done", "stopped", "failed"]
+_LOG = logging.getLogger("latentflow.studio")
 
 MOST_KEPT = 200
 """Jobs whose pictures are kept; the oldest that have ended are forgotten first."""
-MOST_WAITING = 64
-"""Jobs that have not ended."""
-
-Submit = Callable[[Callable[[], None]], None]
-"""Calls a function in the drawing thread, after those that were submitted before."""
-
-
-class _Halted(Exception):
-    """A job was stopped while one of its parts was drawn."""
 
 
 class Speeds:
@@ -39,7 +29,7 @@ class Speeds:
         self._seconds: dict[str, float] = {}
 
     def learn(self, model: str, seconds: float, calls: float) -> None:
-        """Take in a part that took `seconds` for `calls` network calls, over all its pictures."""
+        """Take in what took `seconds` for `calls` network calls, over all its pictures."""
         if calls:
             own = seconds / calls
             self._seconds[model] = own if model not in self._seconds else 0.5 * (own + self._seconds[model])
@@ -50,120 +40,90 @@ class Speeds:
 
 
 class PageJob:
-    """Pictures that are drawn part after part.
+    """A request of the page in the queue.
 
     Attributes:
         key: of the job.
-        asked: what was asked for: model, task and request.
-        pictures: (samples, row) of each picture so far.
-        numbers: what was measured.
-        noise: of an inversion.
+        model: the key of its model.
+        task: what is drawn.
+        drawn: in the queue.
     """
 
-    def __init__(self, asked: dict[str, Any], model: LatentFlow, plan: JobPlan):
+    def __init__(self, model: str, task: PageTask):
         self.key = secrets.token_hex(8)
-        self.asked, self.model, self.plan = asked, model, plan
-        self.pictures: list[tuple[Samples, int]] = []
-        self.numbers: dict[str, float] = {}
-        self.noise: Tensor | None = None
-        self.state: State = "waiting"
-        self.error = ""
-        self.seconds = 0.0
-        self.calls = 0
-        self._stop = threading.Event()
+        self.model, self.task = model, task
+        self.drawn: DrawingJob | None = None
+        self.began = 0.0
+        self._finished: list[Samples] = []
+        self._lock = threading.Lock()
 
     @property
-    def has_ended(self) -> bool:
-        return self.state in ("done", "stopped", "failed")
-
-    def stop(self) -> None:
-        """Stop it; a part that is being drawn ends at its next network call."""
-        self._stop.set()
-        if self.state == "waiting" and not self.pictures:
-            self.state = "stopped"
+    def pictures(self) -> list[tuple[Samples, int]]:
+        """(samples, row) of each picture so far, as it was asked for: an image with its hole filled."""
+        with self._lock:
+            for part in list(self.drawn.parts)[len(self._finished) :]:
+                self._finished.append(self.task.prepared.finish(part))
+            return [(samples, row) for samples in self._finished for row in range(len(samples.pixels))]
 
     @property
-    def progress(self) -> float:
-        """From 0 to 1: pictures that are there, and network calls of those that are being drawn."""
-        parts = len(self.plan.parts)
-        within = min(self.calls / max(self.plan.calls, 1), 1) / parts if self.state == "drawing" else 0
-        return min(len(self.pictures) / self.plan.total + within * 0.98, 1.0)
+    def seconds(self) -> float:
+        """That its batches took."""
+        return sum(part.seconds for part in list(self.drawn.parts))
 
-    def draw_part(self, number: int) -> None:
-        """Draw one part; errors end the job with one line."""
-        if self._stop.is_set():
-            self.state = "stopped"
-            return
-        self.state, self.calls, began = "drawing", 0, time.perf_counter()
-        try:
-            with counting_calls(self.model.network, self._count):
-                found = self.plan.parts[number]()
-        except _Halted:
-            self.state = "stopped"
-        except LatentFlowError as error:
-            self.state, self.error = "failed", str(error)
-        except Exception as error:  # the page goes on
-            self.state, self.error = "failed", one_line(error)
-        else:
-            self._take(found)
-        self.seconds += time.perf_counter() - began
-        if number + 1 == len(self.plan.parts) and self.state == "drawing":
-            self.state = "done"
+    @property
+    def left(self) -> float | None:
+        """Seconds until it is done, by its own progress; None: too early to say."""
+        share = self.drawn.progress.share
+        return (time.monotonic() - self.began) * (1 - share) / share if self.began and share > 0.02 else None
 
-    def _take(self, found: Found) -> None:
-        self.pictures += [(found.samples, row) for row in range(len(found.samples.pixels))]
-        self.numbers |= found.numbers
-        self.noise = found.noise if found.noise is not None else self.noise
-
-    def _count(self) -> None:
-        self.calls += 1
-        if self._stop.is_set():
-            raise _Halted
-
-
-@contextmanager
-def counting_calls(network: nn.Module, count: Callable[[], None]) -> Iterator[None]:
-    """Call `count` before every call of a network."""
-    handle = network.register_forward_pre_hook(lambda module, given: count())
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong, where it is no error that the user can mend."""
-    if isinstance(error, MemoryError) or "out of memory" in str(error):
-        return "the machine is out of memory; draw fewer or smaller images at a time, or close other programs"
-    reason = str(error).strip().splitlines()
-    return f"unexpected {type(error).__name__}" + (f": {reason[0]}" if reason else "")
+    @property
+    def error(self) -> str:
+        """Why it failed, in one line; empty: it did not."""
+        future = self.drawn.future
+        if self.drawn.progress.state != "failed" or not future.done():
+            return ""
+        error = future.exception()
+        return str(error) if isinstance(error, LatentFlowError) else str(refusal_of(error))
 
 
 class PageJobs:
     """All jobs of a page.
 
     Args:
-        submit: see `Submit`. A job submits one part at a time, so that jobs take turns.
+        queue: that draws them; closed by the caller.
     """
 
-    def __init__(self, submit: Submit):
-        self._submit = submit
+    def __init__(self, queue: DrawingQueue):
+        self.queue = queue
+        self.speeds = Speeds()
         self._jobs: OrderedDict[str, PageJob] = OrderedDict()
         self._lock = threading.Lock()
-        self.speeds = Speeds()
 
-    def add(self, job: PageJob) -> None:
-        """Begin a job.
+    def begin(self, key: str, model: LatentFlow, task: PageTask) -> PageJob:
+        """Hand a request to the queue.
+
+        Args:
+            key: of the model.
 
         Raises:
-            ConfigError: too many are waiting.
+            QueueFull, QueueClosed: it takes no more.
         """
+        job = PageJob(key, task)
+
+        def on_change(drawn: DrawingJob) -> None:
+            job.began = job.began or time.monotonic()
+            if drawn.future.done() and (error := drawn.future.exception()) and not isinstance(error, LatentFlowError):
+                _LOG.error("%s failed", task.prepared.drawing.task, exc_info=error)
+            if drawn.images == drawn.total and drawn.parts:
+                self.speeds.learn(key, sum(part.seconds for part in drawn.parts), task.calls * drawn.total)
+
+        job.drawn = self.queue.submit(model, task.prepared, on_change=on_change)
         with self._lock:
-            if sum(not one.has_ended for one in self._jobs.values()) >= MOST_WAITING:
-                raise ConfigError(f"{MOST_WAITING} jobs are waiting; stop some, or wait until they have ended")
             self._jobs[job.key] = job
-            self._forget()
-        self._submit(lambda: self._draw(job, 0))
+            ended = [key for key, one in self._jobs.items() if one.drawn.is_over]
+            for old in ended[: max(len(self._jobs) - MOST_KEPT, 0)]:
+                del self._jobs[old]
+        return job
 
     def find(self, key: str) -> PageJob:
         """A job by its key.
@@ -176,59 +136,20 @@ class PageJobs:
                 raise ConfigError("these pictures are no longer there; draw them again")
             return self._jobs[key]
 
-    def before(self, job: PageJob) -> int:
-        """Jobs that were asked for earlier and have not ended."""
-        with self._lock:
-            earlier = list(self._jobs.values())[: list(self._jobs).index(job.key)] if job.key in self._jobs else []
-            return sum(not one.has_ended for one in earlier)
 
-    def stop_all(self) -> None:
-        """Stop every job, so that the drawing thread comes to an end."""
-        with self._lock:
-            jobs = list(self._jobs.values())
-        for job in jobs:
-            job.stop()
-
-    def _draw(self, job: PageJob, number: int) -> None:
-        before, drawn = job.seconds, len(job.pictures)
-        job.draw_part(number)
-        self.speeds.learn(job.asked["model"], job.seconds - before, job.plan.calls * (len(job.pictures) - drawn))
-        if job.state == "drawing":
-            self._submit(lambda: self._draw(job, number + 1))
-
-    def _forget(self) -> None:
-        ended = [key for key, job in self._jobs.items() if job.has_ended]
-        for key in ended[: max(len(self._jobs) - MOST_KEPT, 0)]:
-            del self._jobs[key]
-
-
-class DrawingThread:
-    """Calls functions one after another in a thread of its own."""
-
-    def __init__(self) -> None:
-        self._waiting: list[Callable[[], None]] = []
-        self._changed = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="drawing", daemon=True)
-        self._thread.start()
-
-    def submit(self, run: Callable[[], None]) -> None:
-        """See `Submit`."""
-        with self._changed:
-            self._waiting.append(run)
-            self._changed.notify()
-
-    def close(self) -> None:
-        """End the thread after what it is doing."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if self._closed:
-                    return
-                run = self._waiting.pop(0)
-            run()
+def job_facts(job: PageJob) -> dict[str, Any]:
+    """How far a job is, without its pictures."""
+    progress = job.drawn.progress
+    counts = [float(samples.evaluations[row]) for samples, row in job.pictures]
+    inverting = job.task.inverting
+    return {
+        "state": progress.state,
+        "total": progress.total,
+        "before": progress.ahead,
+        "progress": progress.share,
+        "seconds": job.seconds,
+        "left": job.left,
+        "evaluations": sum(counts) / len(counts) if counts else None,
+        "error": job.error,
+        "numbers": inverting.numbers if inverting else {},
+    }
