@@ -33,7 +33,7 @@ ROOMS = {
     "metrics": "features and scores",
     "analysis": "what a velocity does: bound, Lipschitz constants, trajectories",
     "evaluation": "drawing, reading and scoring sets of images",
-    "convert": "published weights in, diffusers' classes out",
+    "convert": "published weights in, diffusers' classes and ONNX files out",
     "planning": "what a run takes in memory, time and disk",
     "commands": "the commands, callable from Python",
     "requests": "what a command can be asked, as checked records",

@@ -67,20 +67,15 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write; must be new.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write a model for diffusers, after checking that diffusers computes the same; refused where it cannot."""
+    """Write a model for other programs, after checking that they compute the same; refused where they cannot.
+
+    Formats: diffusers, its own classes; onnx, files for onnxruntime and others, with the extra `onnx`.
+    """
     from latentflow.commands.export import export as run
-    from latentflow.convert.diffusers.export import SCHEDULER
 
     result = run(model, out, request)
-    folder, class_name = result.network
-    rows = {
-        "folder": str(result.folder),
-        folder: class_name,
-        "scheduler": SCHEDULER,
-        "vae": result.autoencoder,
-        "largest relative error": float(f"{result.error:.1e}") if as_json else f"exact to {result.error:.0e}",
-    }
-    show(rows, as_json)
+    error = float(f"{result.error:.1e}") if as_json else f"exact to {result.error:.0e}"
+    show({"folder": str(result.folder), **result.parts, "largest relative error": error}, as_json)
 
 
 @verb(example="latentflow push runs/streets me/streets --private")

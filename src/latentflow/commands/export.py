@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from latentflow.artifacts import require_new
-from latentflow.convert.diffusers.export import Exported, export_diffusers
+from latentflow.convert.diffusers.export import export_diffusers
 from latentflow.convert.diffusers.keys import diffusers_network
+from latentflow.convert.exported import Exported
+from latentflow.convert.onnx.onnx_files import export_onnx, onnx_network
 from latentflow.convert.request import ExportRequest
 from latentflow.locks import writes
 from latentflow.model.flow_model import FlowModel, find_model, read_config
 
-_FORMATS = {"diffusers": (diffusers_network, export_diffusers)}
+_FORMATS = {"diffusers": (diffusers_network, export_diffusers), "onnx": (onnx_network, export_onnx)}
 """For each format: what refuses a config that it cannot express, and what writes the folder."""
 
 
@@ -26,6 +28,7 @@ def export(model: str | Path, out: str | Path, request: ExportRequest | None = N
     Raises:
         ArtifactError: no such model, a folder that is not empty, or a network that the library cannot express.
             Nothing is written.
+        ConfigError: the format needs a library that is missing.
     """
     require_new(out)
     require_expressible, write = _FORMATS[(request or ExportRequest()).format]

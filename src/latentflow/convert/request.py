@@ -46,4 +46,7 @@ class ConvertRequest(Request):
 class ExportRequest(Request):
     """The kind of folder to write."""
 
-    format: Literal["diffusers"] = Field("diffusers", description="The library that will load the folder.")
+    format: Literal["diffusers", "onnx"] = Field(
+        "diffusers",
+        description="What will load the folder: diffusers, or onnx (onnxruntime and other programs).",
+    )

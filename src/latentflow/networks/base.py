@@ -97,7 +97,7 @@ class VelocityNetwork(BlockNetwork):
         widths = {"augmentation": self.num_augmentations, "columns": sum(one.row.width for one in self.columns)}
         for name, width in widths.items():
             given = getattr(condition, name)
-            wanted = (len(latents), width) if width else None
+            wanted = (latents.shape[0], width) if width else None
             found = None if given is None else tuple(given.shape)
             if found != wanted:
                 raise ValueError(f"condition.{name}: this network wants {wanted or 'none'}, got {found or 'none'}")

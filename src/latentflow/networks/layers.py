@@ -20,16 +20,30 @@ from latentflow.networks.lean import NORM_EPS, autocast_dtype, linear_of, scaled
 from latentflow.shapes import MOST_GUIDANCE, Condition
 
 
-def time_sinusoid(time: Tensor, channels: int = 256, max_period: float = 10_000.0, *, endpoint: bool = False) -> Tensor:
-    """Sinusoids of `time` ([B], any unit): [B, channels] float32, cosines first, then sines.
+def time_frequencies(
+    channels: int = 256, max_period: float = 10_000.0, *, endpoint: bool = False, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Frequencies from 1 to 1 / max_period in a geometric series, the last one left out unless `endpoint`.
 
-    Frequencies fall from 1 to 1 / max_period in a geometric series, the last one left out unless `endpoint`. Always in
-    float32: in half precision neighbouring times in 0..1000 would be the same number.
+    [channels / 2] float32.
     """
     half = channels // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=time.device) / (half - 1 if endpoint else half)
-    angles = time.float()[:, None] * torch.exp(-math.log(max_period) * exponents)  # [B, half]
+    exponents = torch.arange(half, dtype=torch.float32, device=device) / (half - 1 if endpoint else half)
+    return torch.exp(-math.log(max_period) * exponents)
+
+
+def sinusoids(time: Tensor, frequencies: Tensor) -> Tensor:
+    """Sinusoids of `time` ([B]) with `frequencies` [n]: [B, 2n] float32, cosines first, then sines.
+
+    Always in float32: in half precision neighbouring times in 0..1000 would be the same number.
+    """
+    angles = time.float()[:, None] * frequencies  # [B, n]
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def time_sinusoid(time: Tensor, channels: int = 256, max_period: float = 10_000.0, *, endpoint: bool = False) -> Tensor:
+    """`sinusoids` of `time` ([B], any unit) with the frequencies of `time_frequencies`: [B, channels] float32."""
+    return sinusoids(time, time_frequencies(channels, max_period, endpoint=endpoint, device=time.device))
 
 
 class TimeEmbedding(nn.Module):

@@ -145,7 +145,8 @@ class NoisePredictor(nn.Module):
 
     def _step(self, angle: Tensor) -> Tensor:
         """The fractional step of the chain at `angle` [B]; 0 below the first."""
-        above = torch.searchsorted(self.angles, angle.contiguous()).clamp(1, len(self.angles) - 1)
+        # The place in the sorted angles by comparison, as ONNX has no binary search.
+        above = (self.angles < angle[:, None]).sum(1).clamp(1, len(self.angles) - 1)
         low, high = self.angles[above - 1], self.angles[above]
         return (above - 1 + (angle - low) / (high - low)).clamp(min=0)
 

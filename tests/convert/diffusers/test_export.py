@@ -16,9 +16,9 @@ from PIL import Image
 
 from latentflow.api import LatentFlow
 from latentflow.autoencoder import Autoencoder, LatentNormalisation
-from latentflow.convert.diffusers import export as diffusers_export
-from latentflow.convert.diffusers.export import LIMIT, diffusers_velocity, export_diffusers
+from latentflow.convert.diffusers.export import diffusers_velocity, export_diffusers
 from latentflow.convert.diffusers.keys import diffusers_network
+from latentflow.convert.exported import LIMIT, Exported
 from latentflow.data.painting.input_rules import InputRules
 from latentflow.errors import ArtifactError
 from latentflow.flow.path import CosinePath, LinearPath
@@ -94,10 +94,10 @@ def model(
     return LatentFlow(config, built, autoencoder)
 
 
-def loaded(folder: Path, exported: diffusers_export.Exported) -> torch.nn.Module:
+def loaded(folder: Path, exported: Exported) -> torch.nn.Module:
     import diffusers
 
-    subfolder, name = exported.network
+    subfolder, name = next(iter(exported.parts.items()))
     return getattr(diffusers, name).from_pretrained(folder, subfolder=subfolder)
 
 

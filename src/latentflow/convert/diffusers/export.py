@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from latentflow.artifacts import atomic_folder, require_new, write_json, write_text
 from latentflow.autoencoder import Autoencoder
 from latentflow.convert.diffusers.keys import DiffusersNetwork, diffusers_network
+from latentflow.convert.exported import LIMIT, Exported, largest_error
 from latentflow.data.painting.latent_size import HOLE_GRAY
 from latentflow.errors import ArtifactError
 from latentflow.model.card import render_card
@@ -32,27 +33,7 @@ from latentflow.model.config import AUTOENCODER_FOLDER, ModelConfig
 from latentflow.model.flow_model import FlowModel
 from latentflow.shapes import Condition
 
-LIMIT = 1e-5
-"""Largest difference that rounding explains, relative to the largest velocity."""
-
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-
-
-@dataclass(frozen=True)
-class Exported:
-    """An exported folder.
-
-    Attributes:
-        folder: its path.
-        network: subfolder and class of the network.
-        autoencoder: class of the autoencoder.
-        error: largest difference between our velocity and that of diffusers, relative to the largest velocity.
-    """
-
-    folder: Path
-    network: tuple[str, str]
-    autoencoder: str
-    error: float
 
 
 @torch.no_grad()
@@ -87,7 +68,7 @@ def export_diffusers(model: FlowModel, folder: str | Path) -> Exported:
         write_text(temporary / "README.md", _readme(model, made))
 
         saved = network_class.from_pretrained(temporary / made.folder, low_cpu_mem_usage=False)
-        error = _largest_error(ours, saved, config, made)
+        error = _compared(ours, saved, config, made)
         if not error <= LIMIT:
             raise ArtifactError(
                 f"{made.class_name} of diffusers {diffusers.__version__} differs from this model by {error:.1e} of the "
@@ -95,7 +76,8 @@ def export_diffusers(model: FlowModel, folder: str | Path) -> Exported:
             )
         if Autoencoder.from_pretrained(temporary / "vae").content_hash != config.autoencoder.content_hash:
             raise ArtifactError("diffusers changed the autoencoder when saving it; nothing was written")
-    return Exported(folder, (made.folder, made.class_name), _autoencoder_class(model), error)
+    parts = {made.folder: made.class_name, "scheduler": SCHEDULER, "vae": _autoencoder_class(model)}
+    return Exported(folder, parts, error)
 
 
 def _facts(config: ModelConfig) -> dict[str, object]:
@@ -111,16 +93,9 @@ def _facts(config: ModelConfig) -> dict[str, object]:
     }
 
 
-def _largest_error(ours: nn.Module, theirs: nn.Module, config: ModelConfig, made: DiffusersNetwork) -> float:
-    """Largest |difference| / largest |velocity|, over times, labels and sizes; 0 where both velocities are zero."""
-    differences, velocities = [], []
-    for latents, time, condition in _probes(config, made):
-        expected = ours(latents, time, condition)
-        found = diffusers_velocity(theirs, config, latents, time, condition)
-        differences.append((found - expected).abs().max())
-        velocities.append(expected.abs().max())
-    largest = torch.stack(velocities).max().clamp(min=torch.finfo(torch.float32).tiny)
-    return (torch.stack(differences).max() / largest).item()
+def _compared(ours: nn.Module, theirs: nn.Module, config: ModelConfig, made: DiffusersNetwork) -> float:
+    """The largest relative error over times, labels and sizes."""
+    return largest_error((diffusers_velocity(theirs, config, *given), ours(*given)) for given in _probes(config, made))
 
 
 def diffusers_velocity(
