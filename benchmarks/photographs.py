@@ -14,18 +14,20 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "ladder"))
-from worker import Failed, Worker
+from worker import Failed, Workers
 
 from latentflow.artifacts import make_folder, read_json
 
 _SOLVERS = "euler,heun,ab2,ab4,unipc2,fitted-6,fitted-8,fitted-10"
 _SOLVER_STEPS = "3,5,6,8,10,16,25"
 _SCALES = "1,1.25,1.5,2,3"
-_GUIDES = "none,@1/16,@1/8"
+_SNAPSHOTS = "@1/16,@1/8"
+_WORKERS = {"cpu": 1, "cuda": 4}  # next to the one that trains
 _SAMPLING = ("--solver", "ab2", "--steps", "16")
 
 
@@ -101,24 +103,47 @@ def _train(study: Study, run: Path, cache: str, steps: int, *changes: str) -> No
     study.command(f"train-{run.name}", "train", options.recipe, *keys, *given)
 
 
-def scores(study: Study) -> None:
-    """Both labelled and unlabelled samples without guidance, and the reconstructions, against held-out photographs."""
-    options, num = study.options, 4 * study.small
+def floor(study: Study) -> None:
+    """The reconstructions against held-out photographs: as near as samples can come."""
+    options = study.options
+    how = ("--reconstruction", "--image-size", options.image_size)
+    study.command("floor", "evaluate", options.autoencoder, *how, *_reported(study), "--out", study.out / "floor")
+
+
+def scores_labelled(study: Study) -> None:
+    """Samples of the labelled model without guidance."""
+    _scores(study, study.labelled)
+
+
+def scores_unlabelled(study: Study) -> None:
+    """Samples of the model without labels."""
+    _scores(study, study.unlabelled)
+
+
+def _scores(study: Study, run: Path) -> None:
+    how = (*_reported(study), *_SAMPLING, "--guidance", 1, "--out", study.out / f"{run.name}-guidance1")
+    study.command(f"scores-{run.name}", "evaluate", run, *how)
+
+
+def _reported(study: Study) -> tuple[object, ...]:
     reference = ("--reference-out", study.work / "held-out.safetensors")
-    data = ("--data", options.held_out, *study.judged, *reference, "--num", num)
-    floor = ("--reconstruction", "--image-size", options.image_size)
-    study.command("floor", "evaluate", options.autoencoder, *floor, *data, "--out", study.out / "floor")
-    for run in (study.labelled, study.unlabelled):
-        arguments = (*data, *_SAMPLING, "--guidance", 1, "--out", study.out / f"{run.name}-guidance1")
-        study.command(f"scores-{run.name}", "evaluate", run, *arguments)
+    return ("--data", study.options.held_out, *study.judged, *reference, "--num", 4 * study.small)
 
 
-def guides(study: Study) -> None:
+def guides_labelled(study: Study) -> None:
     """Guidance by the null condition and by earlier snapshots, and the preset that follows."""
+    _guides(study, study.labelled, f"none,{_SNAPSHOTS}")
+
+
+def guides_unlabelled(study: Study) -> None:
+    """The same without labels, where there is no null condition."""
+    _guides(study, study.unlabelled, _SNAPSHOTS)
+
+
+def _guides(study: Study, run: Path, kinds: str) -> None:
     data = ("--data", study.options.held_out, *study.judged, "--num", study.small, "--solvers", "ab2", "--steps", 16)
-    for run, kinds in ((study.labelled, _GUIDES), (study.unlabelled, _GUIDES.removeprefix("none,"))):
-        chosen = ("--guides", kinds, "--guidance", _SCALES, "--write", "--out", study.out / f"guides-{run.name}")
-        study.command(f"guides-{run.name}", "sweep", run, *data, *chosen)
+    chosen = ("--guides", kinds, "--guidance", _SCALES, "--write", "--out", study.out / f"guides-{run.name}")
+    study.command(f"guides-{run.name}", "sweep", run, *data, *chosen)
 
 
 def solvers(study: Study) -> None:
@@ -131,9 +156,7 @@ def solvers(study: Study) -> None:
 
 def preset(study: Study) -> None:
     """The labelled model by its preset."""
-    reference = ("--reference-out", study.work / "held-out.safetensors")
-    data = ("--data", study.options.held_out, *study.judged, *reference, "--num", 4 * study.small)
-    study.command("preset", "evaluate", study.labelled, *data, "--out", study.out / "labelled-preset")
+    study.command("preset", "evaluate", study.labelled, *_reported(study), "--out", study.out / "labelled-preset")
 
 
 def copies(study: Study) -> None:
@@ -155,13 +178,56 @@ def grids(study: Study) -> None:
             shutil.copy(folder / "grid.png", study.out / f"{run.name}-{name}.png")
 
 
-PARTS: Mapping[str, Callable[[Study], None]] = {
-    part.__name__: part
-    for part in (
-        *(encode, train_labelled, train_unlabelled, train_single),
-        *(grids, scores, guides, solvers, preset, copies),
-    )
+@dataclass(frozen=True)
+class Part:
+    """A function, and the parts that it needs."""
+
+    do: Callable[[Study], None]
+    after: tuple[str, ...] = ()
+
+
+PARTS: Mapping[str, Part] = {
+    "encode": Part(encode),
+    "train_labelled": Part(train_labelled, after=("encode",)),
+    "train_unlabelled": Part(train_unlabelled, after=("train_labelled",)),  # in turn: a GPU is one
+    "train_single": Part(train_single, after=("train_unlabelled",)),
+    "floor": Part(floor, after=("encode",)),
+    "scores_labelled": Part(scores_labelled, after=("train_labelled", "floor")),
+    "guides_labelled": Part(guides_labelled, after=("train_labelled",)),
+    "preset": Part(preset, after=("guides_labelled", "floor")),
+    "solvers": Part(solvers, after=("guides_labelled",)),  # both write into the model's folder
+    "scores_unlabelled": Part(scores_unlabelled, after=("train_unlabelled", "floor")),
+    "guides_unlabelled": Part(guides_unlabelled, after=("train_unlabelled",)),
+    "copies": Part(copies, after=("train_single",)),
+    "grids": Part(grids, after=("train_single", "guides_labelled", "guides_unlabelled")),
 }
+
+
+def run_parts(study: Study, chosen: Sequence[str], at_once: int) -> list[str]:
+    """Run parts, `at_once` of them side by side and each after what it needs; returns the names of those that failed.
+
+    A part whose needs failed is tried all the same: an earlier call may have made them.
+    """
+    begun: dict[str, Future[bool]] = {}
+
+    def did(name: str) -> bool:
+        for need in PARTS[name].after:
+            if need in begun:
+                begun[need].result()
+        print(name, flush=True)
+        try:
+            PARTS[name].do(study)
+        except Failed as error:
+            print(f"  {name} failed: {error}", flush=True)
+            return False
+        return True
+
+    # One thread takes them in order, and what a part needs comes before it.
+    with ThreadPoolExecutor(at_once) as pool:
+        for name in PARTS:
+            if name in chosen:
+                begun[name] = pool.submit(did, name)
+    return [name for name, part in begun.items() if not part.result()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -170,19 +236,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = options.parts.split(",") if options.parts else list(PARTS)
     if unknown := [name for name in chosen if name not in PARTS]:
         raise SystemExit(f"--parts: there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
-    worker, failed = Worker(), []
-    study = Study(options, worker.run, make_folder(options.work), make_folder(options.out), options.num)
+    at_once = len(PARTS) if options.device == "cuda" else 1  # a GPU measures models while it trains the next
+    workers = Workers(_WORKERS[options.device])
+    study = Study(options, workers, make_folder(options.work), make_folder(options.out), options.num)
     try:
-        for name in PARTS:
-            if name in chosen:
-                print(name, flush=True)
-                try:
-                    PARTS[name](study)
-                except Failed as error:
-                    failed.append(name)
-                    print(f"  failed: {error}", flush=True)
+        failed = run_parts(study, chosen, at_once)
     finally:
-        worker.close()
+        workers.close()
     for report in sorted(study.out.glob("*/report.json")):
         found = {key: round(score["value"], 4) for key, score in read_json(report)["scores"].items()}
         print(report.parent.name, found)

@@ -223,7 +223,7 @@ def test_a_closed_worker_ends_its_command(ladder, tmp_path):
     assert worker._process is None
 
 
-def test_evaluations_run_at_once_and_others_in_turn(ladder, tmp_path, monkeypatch):
+def test_trainings_run_in_turn_and_others_at_once(ladder, tmp_path, monkeypatch):
     module = ladder("worker")
     meeting = threading.Barrier(2)
 
@@ -233,11 +233,11 @@ def test_evaluations_run_at_once_and_others_in_turn(ladder, tmp_path, monkeypatc
         return worker
 
     monkeypatch.setattr(module.Worker, "run", run)
-    workers = module.Workers(evaluators=2)
+    workers = module.Workers(others=2)
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(lambda verb: workers([verb], tmp_path, 60), ("evaluate", "loss"))
     trains = workers(["train"], tmp_path, 60)
-    assert len({one, other, trains}) == 3 and workers(["encode"], tmp_path, 60) is trains
+    assert len({one, other, trains}) == 3 and workers(["encode"], tmp_path, 60) in (one, other)
 
 
 def test_rungs_are_read_in_order_and_checked(rules, tmp_path):
@@ -337,7 +337,7 @@ def test_a_climb_trains_every_rung_for_the_same_seconds(ladder, rules, tmp_path,
     played = Played(
         {6e-4: 100.0, 2.0: 200.0, 3.0: 50.0}, {6e-4: [10, 10.2], 2.0: [12, 12.2], 3.0: [8, 8.1, 16, 12, 16.2, 12.2]}
     )
-    monkeypatch.setattr(run, "Workers", lambda evaluators: played)
+    monkeypatch.setattr(run, "Workers", lambda others: played)
     given = arguments(tmp_path, "--seconds", "60", "--seeds", "0,1", "--shares", "0.25,0.5")
     run.main(given)
     found = rules.read_outcomes(tmp_path / "results" / "results.jsonl")
@@ -373,18 +373,52 @@ def test_what_fails_is_a_line_and_can_be_repeated(ladder, rules, tmp_path, monke
             return super().__call__(arguments, log, limit)
 
     refused = Refused(played.milliseconds, played.distances)
-    monkeypatch.setattr(run, "Workers", lambda evaluators: refused)
+    monkeypatch.setattr(run, "Workers", lambda others: refused)
     given = arguments(tmp_path, "--seconds", "6", "--seeds", "0", "--shares", "")
     run.main(given)
     page = (tmp_path / "results" / "RESULTS.md").read_text()
     assert "failed: train: latentflow: no such key" in page
-    monkeypatch.setattr(run, "Workers", lambda evaluators: played)
+    monkeypatch.setattr(run, "Workers", lambda others: played)
     run.main(given)
     assert (tmp_path / "results" / "RESULTS.md").read_text() == page
     run.main([*given, "--again"])
     page = (tmp_path / "results" / "RESULTS.md").read_text()
     assert "| +2 on 0 | undecided: one seed has no spread |" in page
     assert "| -2 on 0 | reference |" in page
+
+
+def test_everything_is_encoded_before_the_first_speed_is_probed(ladder, rules, tmp_path, monkeypatch, two_rungs):
+    """Also what only a later rung needs, once; and an autoencoder that fails is the line of its own rung."""
+    more = {
+        "3": {"title": "variants", "encode": ["--variants", "2"]},
+        "4": {"title": "own first stage", "autoencoder": ["training.steps=1"]},
+    }
+    for name, rung in more.items():
+        (tmp_path / "rungs" / f"{name}.yaml").write_text(yaml.safe_dump(rung))
+    run = ladder("run")
+    played = Played({6e-4: 100.0, 2.0: 100.0, 3.0: 100.0}, {6e-4: [10, 9], 2.0: [12], 3.0: [8]})
+    verbs = []
+
+    class Encodes:
+        def __call__(self, arguments, log, limit):
+            verbs.append(arguments[0])
+            if arguments[0] == "train-autoencoder":
+                raise run.Failed("train-autoencoder: out of ideas")
+            if arguments[0] == "encode":
+                folder = Path(arguments[arguments.index("--out") + 1])
+                folder.mkdir(parents=True)
+                (folder / "index.json").write_text("{}")
+            return played(arguments, log, limit)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(run, "Workers", lambda others: Encodes())
+    run.main(arguments(tmp_path, "--seconds", "6", "--seeds", "0", "--shares", ""))
+    assert verbs[: verbs.index("train")] == ["train-autoencoder", *["encode"] * 3]
+    assert "encode" not in verbs[verbs.index("train") :]
+    failed = {one.rung: one.failed for one in rules.read_outcomes(tmp_path / "results" / "results.jsonl")}
+    assert failed == {"0": "", "1": "", "2": "", "3": "", "4": "train-autoencoder: out of ideas"}
 
 
 def test_a_real_run_ends_in_a_line(ladder, rules, tmp_path, monkeypatch, two_rungs):

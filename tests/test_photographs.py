@@ -30,7 +30,7 @@ class Played:
     def __init__(self, failed, fails_at=""):
         self.failed, self.fails_at, self.commands = failed, fails_at, []
 
-    def run(self, arguments, log, limit):
+    def __call__(self, arguments, log, limit):
         verb, *rest = map(str, arguments)
         self.commands.append((verb, rest))
         if verb == self.fails_at:
@@ -51,10 +51,10 @@ def arguments(tmp_path, *more):
 
 def test_every_command_is_one_that_the_command_line_takes(photographs, monkeypatch, tmp_path):
     played = Played(photographs.Failed)
-    monkeypatch.setattr(photographs, "Worker", lambda: played)
+    monkeypatch.setattr(photographs, "Workers", lambda others: played)
     photographs.main(arguments(tmp_path, "--device", "cuda", "--set", "network.depth=2"))
     verbs = [verb for verb, _ in played.commands]
-    assert verbs[:5] == ["encode", "encode", "train", "train", "train"]
+    assert verbs[:2] == ["encode", "encode"]
     assert set(verbs) == {"encode", "train", "evaluate", "sweep", "fit-solver", "diagnose", "sample"}
     group = typer.main.get_command(app)
     for verb, rest in played.commands:
@@ -69,10 +69,30 @@ def test_every_command_is_one_that_the_command_line_takes(photographs, monkeypat
 
 def test_a_part_that_fails_is_named_and_the_others_go_on(photographs, monkeypatch, tmp_path, capsys):
     played = Played(photographs.Failed, fails_at="fit-solver")
-    monkeypatch.setattr(photographs, "Worker", lambda: played)
+    monkeypatch.setattr(photographs, "Workers", lambda others: played)
     with pytest.raises(SystemExit, match="failed: solvers; the logs are in"):
         photographs.main(arguments(tmp_path, "--parts", "solvers,copies,grids"))
     assert "failed: fit-solver: out of ideas" in capsys.readouterr().out
-    assert [verb for verb, _ in played.commands] == ["sample"] * 6 + ["fit-solver", "diagnose"]
+    assert [verb for verb, _ in played.commands] == ["fit-solver", "diagnose"] + ["sample"] * 6
     with pytest.raises(SystemExit, match="there is no part 'moon'; there are encode, train_labelled, train_unlabelled"):
         photographs.main(arguments(tmp_path, "--parts", "moon"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_part_waits_for_what_it_needs(photographs, monkeypatch, tmp_path, device):
+    """And trainings for each other, while a GPU measures what is trained."""
+    begun, ended = [], []
+
+    def part(name, after):
+        def do(study):
+            begun.append((name, [need for need in after if need not in ended]))
+            ended.append(name)
+
+        return photographs.Part(do, after)
+
+    parts = {name: part(name, one.after) for name, one in photographs.PARTS.items()}
+    monkeypatch.setattr(photographs, "PARTS", parts)
+    photographs.main(arguments(tmp_path, "--device", device))
+    assert sorted(begun) == sorted((name, []) for name in parts)
+    if device == "cpu":
+        assert [name for name, _ in begun] == list(parts)

@@ -78,7 +78,7 @@ def measured(place: Place, spec: Spec, run: Path) -> dict[str, Any]:
     }
     return {
         "steps": steps,
-        "seconds": steps * median_seconds(run),
+        "seconds": steps * median(seconds_of_lines(run)),
         "scores": {**scores, **limits},
         "features": f"{Path(features['name']).name} {features['hash'][:12]}",
         "held_out_loss": list(json.loads(printed.read_text(encoding="utf-8")).values())[-1]["loss"],
@@ -142,8 +142,8 @@ def log_lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines() if line]
 
 
-def median_seconds(run: Path) -> float:
-    """Seconds per step, the median over the log lines of a run but the first, which has the warm-up."""
+def seconds_of_lines(run: Path) -> list[float]:
+    """Seconds per step, of each log line of a run but the first, which has the warm-up."""
     lines = log_lines(run)
     batch = lines[-1]["images_seen"] / lines[-1]["step"]
-    return median(batch / line["images_per_second"] for line in lines[1:] or lines)
+    return [batch / line["images_per_second"] for line in lines[1:] or lines]

@@ -32,7 +32,7 @@ from threading import Lock
 from typing import Any
 
 import yaml
-from commands import EVALUATIONS_AT_ONCE, Place, cache, limit_of, measured, reference_of, train
+from commands import EVALUATIONS_AT_ONCE, Place, autoencoder, cache, limit_of, measured, reference_of, train
 from rules import FINAL, Outcome, Rung, Setting, Step, climb, key_of, last_kept, merged, read_outcomes, read_rungs
 from speeds import PROBE_STEPS, seconds_per_step
 from table import write_table
@@ -104,6 +104,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 def whole_ladder(place: Place, rungs: Mapping[str, Rung], chosen: Sequence[str], seeds: Sequence[int]) -> None:
     """Run the baseline and the references, seed by seed, then the chosen rungs from the lowest to the highest."""
+    prepare(place, climb(rungs, _of_this_setting(place), _recipe(place)), chosen, seeds)
     names = list(rungs)
     base_and_references = [name for name in names if rungs[name].role != "rung" and name in chosen]
     steps = [_step(place, rungs, name) for name in base_and_references]
@@ -111,6 +112,37 @@ def whole_ladder(place: Place, rungs: Mapping[str, Rung], chosen: Sequence[str],
     for name in names:
         if name in chosen and name not in base_and_references:
             all_runs(place, [Run(_step(place, rungs, name), seed) for seed in seeds])
+
+
+def prepare(place: Place, steps: Sequence[Step], chosen: Sequence[str], seeds: Sequence[int]) -> None:
+    """Make the caches of the chosen rungs, and their autoencoders, before the first speed is probed.
+
+    What fails is repeated for its own rung, and becomes its line there.
+    """
+    lacking = [
+        step.spec for step in steps if step.name in chosen and not all(_is_there(place, Run(step, n)) for n in seeds)
+    ]
+    first_stages = {key_of(spec.autoencoder): spec for spec in lacking}
+    with _at_once(place) as pool:
+        made = {key: pool.submit(autoencoder, place, spec) for key, spec in first_stages.items()}
+        well = [spec for spec in lacking if made[key_of(spec.autoencoder)].exception() is None]
+        caches = {
+            **{key_of([spec.autoencoder, spec.encode]): (spec, False) for spec in well},
+            **{key_of(spec.autoencoder): (spec, True) for spec in well},
+        }
+        for one in [pool.submit(cache, place, spec, held_out=held_out) for spec, held_out in caches.values()]:
+            one.exception()
+
+
+@contextmanager
+def _at_once(place: Place) -> Iterator[ThreadPoolExecutor]:
+    """Threads for as many commands as run side by side; leaving early ends the commands."""
+    with ThreadPoolExecutor(EVALUATIONS_AT_ONCE[place.setting.device]) as pool:
+        try:
+            yield pool
+        except BaseException:
+            place.launch.close()  # a command would be waited for
+            raise
 
 
 def parts_of_the_time(place: Place, rungs: Mapping[str, Rung], seeds: Sequence[int], shares: Sequence[float]) -> None:
@@ -141,22 +173,18 @@ def all_runs(place: Place, runs: Sequence[Run]) -> None:
         except Failed as error:
             failed = next(run for run in runs if run.step.name == step.name)
             append(place.results, outcome_of(place, failed, failed=str(error)))
-    with ThreadPoolExecutor(EVALUATIONS_AT_ONCE[place.setting.device]) as evaluating:
+    with _at_once(place) as evaluating:
         begun: list[Future[None]] = []
-        try:
-            for run in runs:
-                if _is_there(place, run):
-                    continue
-                print(run, flush=True)
-                if folder := trained(place, run):
-                    begun.append(evaluating.submit(evaluated, place, run, folder))
-                    if place.setting.device == "cpu" or not reference_of(place).exists():
-                        begun[-1].result()  # the first one makes what all are compared with
-            for one in begun:
-                one.result()
-        except BaseException:
-            place.launch.close()  # an evaluation would be waited for
-            raise
+        for run in runs:
+            if _is_there(place, run):
+                continue
+            print(run, flush=True)
+            if folder := trained(place, run):
+                begun.append(evaluating.submit(evaluated, place, run, folder))
+                if place.setting.device == "cpu" or not reference_of(place).exists():
+                    begun[-1].result()  # the first one makes what all are compared with
+        for one in begun:
+            one.result()
 
 
 def _is_there(place: Place, run: Run) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import median
 
-from commands import LEAST_LIMIT, Place, median_seconds, train
+from commands import LEAST_LIMIT, Place, seconds_of_lines, train
 from rules import Spec, Step
 
 from latentflow.artifacts import read_json, write_text
@@ -38,7 +38,7 @@ def seconds_per_step(place: Place, step: Step) -> float:
 
 def _probed(place: Place, step: Step, speeds: Mapping[str, float]) -> float:
     if place.setting.device == "cuda":  # whose steps take the same time each
-        return probe(place, step.spec, step.name)
+        return probe(place, step.spec, step.name, min)  # other work on it only makes some slower
     rounds = []
     for _ in range(_PROBE_ROUNDS):
         if not place.setting.busy:
@@ -50,8 +50,8 @@ def _probed(place: Place, step: Step, speeds: Mapping[str, float]) -> float:
     return ratio * (reference or median(times[0] for times in rounds))
 
 
-def probe(place: Place, spec: Spec, name: str) -> float:
-    """Seconds per step of a short run, which is removed afterwards."""
+def probe(place: Place, spec: Spec, name: str, of_lines: Callable[[Iterable[float]], float] = median) -> float:
+    """Seconds per step of a short run, which is removed afterwards; `of_lines` of those of its log lines."""
     run = place.work / "probes" / spec.training
     shutil.rmtree(run, ignore_errors=True)
     every = max(place.probe_steps // 6, 1)
@@ -60,7 +60,7 @@ def probe(place: Place, spec: Spec, name: str) -> float:
         # a whole run has few for its length, and writes them in the background
         extra.append("training.ema_snapshots=1")
     train(place, spec, run, place.probe_steps, 0, limit=LEAST_LIMIT, extra=extra)
-    seconds = median_seconds(run)
+    seconds = of_lines(seconds_of_lines(run))
     print(f"  {name}: {1000 * seconds:.1f} ms a step", flush=True)
     shutil.rmtree(run)
     return seconds

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 from typing import IO
 
 from latentflow.artifacts import make_folder
@@ -90,19 +91,20 @@ class Worker:
 
 
 class Workers:
-    """One trains, and others evaluate: on a GPU some runs are evaluated while the next one trains."""
+    """One trains networks, and others do the rest: on a GPU some models are measured while the next one trains."""
 
-    def __init__(self, evaluators: int = 1) -> None:
-        self._trains = Worker()
-        self._all = [self._trains, *(Worker() for _ in range(evaluators))]
+    def __init__(self, others: int = 1) -> None:
+        self._trains, self._in_turn = Worker(), Lock()
+        self._all = [self._trains, *(Worker() for _ in range(others))]
         self._idle: SimpleQueue[Worker] = SimpleQueue()
         for worker in self._all[1:]:
             self._idle.put(worker)
 
     def __call__(self, arguments: Sequence[object], log: Path, limit: float) -> Path:
-        """See `Worker.run`; an evaluation waits for a worker that is idle."""
-        if arguments[0] not in ("ema", "evaluate", "loss"):
-            return self._trains.run(arguments, log, limit)
+        """See `Worker.run`; trainings wait for each other, and everything else for a worker that is idle."""
+        if arguments[0] == "train":
+            with self._in_turn:
+                return self._trains.run(arguments, log, limit)
         worker = self._idle.get()
         try:
             return worker.run(arguments, log, limit)
