@@ -11,13 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
-from torch import Tensor
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
 
+from latentflow.autoencoder import Autoencoder
 from latentflow.data.painting.mask_reader import Mask
+from latentflow.errors import ConfigError
+from latentflow.flow.path import CosinePath, LinearPath
 from latentflow.model.class_names import ClassList
+from latentflow.model.conditioning import Conditioning
+from latentflow.model.config import AutoencoderRecord, ModelConfig, SamplingPreset
 from latentflow.model.flow_model import FlowModel
 from latentflow.model.guide_reference import GuideReference
+from latentflow.networks.dit import DiTConfig
+from latentflow.networks.registered import RegisteredNetwork, UnnamedNetwork
+from latentflow.networks.unet import UNetConfig
+from latentflow.pixel_format import RGB
+from latentflow.records import Record, explain
 from latentflow.requests import with_fields_of
+from latentflow.runtime import open_runtime
 from latentflow.sampling import edits, inpaint, inversion, mask_to_image, pipeline
 from latentflow.sampling import translate as translation
 from latentflow.sampling.inputs import ImageInput, MapInput
@@ -38,7 +51,7 @@ from latentflow.sampling.samples import Samples
 from latentflow.sizes import Size
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack  # typing has it from Python 3.11 on
+    from typing_extensions import Self, Unpack  # typing has them from Python 3.11 on
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -134,6 +147,54 @@ class LatentFlow(FlowModel):
     The same seeds and options give the same pictures as on the command line. Every method raises `ConfigError` or
     `DataError` for bad input, before anything is computed.
     """
+
+    @classmethod
+    def assemble(
+        cls,
+        network: nn.Module | DiTConfig | UNetConfig | RegisteredNetwork,
+        autoencoder: Autoencoder | str | Path,
+        *,
+        image_size: Size | int | str,
+        conditioning: Conditioning | None = None,
+        path: LinearPath | CosinePath | None = None,
+        sampling: SamplingPreset | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """An untrained model for one's own training loop.
+
+        LatentFlow.assemble(DiTConfig(name="DiT-S/2"), "shapes", image_size=32)
+
+        Args:
+            network: a config, by which the network is built with fresh weights; or any module, called as
+                network(latents [B, C, h, w], time [B], condition) => velocity [B, C, h, w]. A model with a module can
+                draw, but not be saved: for that, give the `RegisteredNetwork` of `register_network`.
+            autoencoder: a folder, a hub id, a built-in name, or one that is loaded.
+            image_size: in pixels.
+            conditioning: classes, columns and the other conditions; None: unconditional.
+            device: None: a GPU if there is one, else the CPU.
+
+        Raises:
+            ConfigError: the parts do not fit together, or the network is not registered.
+            ArtifactError: there is no such autoencoder.
+        """
+        named = network if isinstance(network, Record) else UnnamedNetwork(class_name=type(network).__name__)
+        if not isinstance(autoencoder, Autoencoder):
+            autoencoder = Autoencoder.from_pretrained(autoencoder)
+        try:
+            config = ModelConfig(
+                image_size=Size.of(image_size),
+                pixel_format=autoencoder.pixel_format or RGB,
+                network=named,
+                path=path or LinearPath(),
+                conditioning=conditioning or Conditioning(),
+                autoencoder=AutoencoderRecord.of(autoencoder),
+                normalisation=autoencoder.normalisation,
+                sampling=sampling or SamplingPreset(),
+            )
+        except ValidationError as error:
+            raise ConfigError(explain(error, ModelConfig)) from None
+        module = network if isinstance(network, nn.Module) else config.build_network()
+        return cls(config, module, autoencoder).to(open_runtime(device, "fp32", alone=True))
 
     @with_fields_of(SampleRequest, SampleOptions)
     def sample(

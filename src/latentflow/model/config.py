@@ -20,7 +20,7 @@ from latentflow.model.conditioning import CONDITION_NAMES, Conditioning, Conditi
 from latentflow.model.guide_reference import GuideReference
 from latentflow.networks.velocity_network import (
     DenoiserPrediction,
-    NetworkConfig,
+    ModelNetwork,
     NoisePrediction,
     PredictionConfig,
     VelocityPrediction,
@@ -114,7 +114,7 @@ class ModelConfig(Record):
         "first is `image_size`.",
     )
     pixel_format: PixelFormat = PixelFormat()
-    network: NetworkConfig
+    network: ModelNetwork
     prediction: PredictionConfig = VelocityPrediction()
     path: PathConfig = LinearPath()
     conditioning: Conditioning = Conditioning()

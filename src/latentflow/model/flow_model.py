@@ -41,11 +41,12 @@ from latentflow.model.config import AUTOENCODER_FOLDER, ModelConfig
 from latentflow.model.fitted_solvers import SOLVERS_FILE, FittedSolvers, read_solvers, write_solvers
 from latentflow.model.snapshots import find_snapshot, split_snapshot
 from latentflow.networks.low_rank import low_rank_of, merge_low_rank
+from latentflow.networks.registered import NAMING
 from latentflow.randomness import ImageRandom
 from latentflow.records import explain
 from latentflow.runtime import PrecisionWord, Runtime, open_runtime
 from latentflow.shapes import Condition
-from latentflow.weights import filled, require_fit, tensor_shapes
+from latentflow.weights import filled, require_fit, tensor_shapes, without_memory
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
@@ -135,12 +136,17 @@ class FlowModel:
 
         Args:
             weights: written in place of the network's own, for example their EMA. Low-rank factors are merged.
+
+        Raises:
+            ConfigError: the network is not the one that the config names, so the folder could not be loaded. Nothing
+                was written.
         """
-        weights = None if weights is None else self._plain(weights)
+        written = self._plain(weights or self.network.state_dict())
+        _require_named(self.config, self.network, written)
         with atomic_folder(folder) as temporary:
             write_json(temporary / CONFIG_FILE, self.config.model_dump(mode="json"))
             metadata = {"config": json.dumps(self.config.computation)}  # one entry: safetensors shuffles several
-            write_tensors(temporary / WEIGHTS_FILE, weights or self._plain(self.network.state_dict()), metadata)
+            write_tensors(temporary / WEIGHTS_FILE, written, metadata)
             write_text(temporary / CARD_FILE, model_card(self.config))
             if self.fitted_solvers.solvers and weights is None:  # others make them worthless
                 write_solvers(temporary, self.fitted_solvers)
@@ -357,6 +363,25 @@ def _autoencoder_of(folder: Path, config: ModelConfig, given: Autoencoder | None
                 f"{autoencoder.reference} is {number}; restore the original {CONFIG_FILE}"
             )
     return autoencoder
+
+
+def _require_named(config: ModelConfig, network: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse to write a network other than the one that the config names.
+
+    Raises:
+        ConfigError: with both.
+    """
+    with without_memory():
+        named = config.build_network()
+    if type(named) is not type(network):
+        raise ConfigError(
+            f"the config names a {config.network.title}, but the network is a {type(network).__name__}, which could "
+            f"not be loaded from a folder; {NAMING}"
+        )
+    try:
+        require_fit(config.build_network, {name: list(x.shape) for name, x in weights.items()}, "the network")
+    except ArtifactError as error:
+        raise ConfigError(f"{error}; give the config that it was built by") from None
 
 
 def _require_written_with(config: ModelConfig, weights: Path) -> None:

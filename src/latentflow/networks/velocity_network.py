@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from latentflow.errors import ConfigError, nearest
 from latentflow.networks.dit import DiT, DiTConfig
+from latentflow.networks.registered import RegisteredNetwork, UnnamedNetwork
 from latentflow.networks.unet import UNet, UNetConfig
 from latentflow.records import Record
 from latentflow.shapes import Condition, per_image
@@ -38,6 +39,15 @@ NetworkConfig = Annotated[
     Annotated[DiTConfig, Tag("dit")] | Annotated[UNetConfig, Tag("unet")], _by_kind("dit", "unet")
 ]
 """The config of a velocity network; `kind` is "dit" by default."""
+
+ModelNetwork = Annotated[
+    Annotated[DiTConfig, Tag("dit")]
+    | Annotated[UNetConfig, Tag("unet")]
+    | Annotated[RegisteredNetwork, Tag("registered")]
+    | Annotated[UnnamedNetwork, Tag("unnamed")],
+    _by_kind("dit", "unet", "registered", "unnamed"),
+]
+"""The config of the network of a model, which may be one's own; recipes train those of `NetworkConfig`."""
 
 NETWORKS: dict[str, type[DiT | UNet]] = {"dit": DiT, "unet": UNet}
 
@@ -88,7 +98,7 @@ PredictionConfig = Annotated[
 
 
 def build_network(
-    config: DiTConfig | UNetConfig,
+    config: DiTConfig | UNetConfig | RegisteredNetwork | UnnamedNetwork,
     prediction: VelocityPrediction | NoisePrediction | DenoiserPrediction,
     *,
     channels: int,
@@ -98,8 +108,14 @@ def build_network(
 
     Args:
         channels: C.
-        inputs: classes, columns, spatial conditions and those of students; see `VelocityNetwork`.
+        inputs: classes, columns, spatial conditions and those of students; see `VelocityNetwork`. One's own network
+            has its options instead.
+
+    Raises:
+        ConfigError: one's own network is not registered in this program.
     """
+    if isinstance(config, RegisteredNetwork | UnnamedNetwork):
+        return wrap_network(config.build(), prediction)
     network = NETWORKS[config.kind](config, in_channels=channels, out_channels=channels, **inputs)
     return wrap_network(network, prediction)
 

@@ -6,13 +6,29 @@ one image of the model's size: an earlier snapshot of the same run counts 1, a n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentflow.model.config import ModelConfig
 from latentflow.weights import without_memory
+
+
+class _Unfused(TorchFunctionMode):
+    """Attention by matrix products, in the thread that enters it: not every device counts fused attention.
+
+    `sdpa_kernel` would do the same to threads that draw meanwhile.
+    """
+
+    def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_attention_math(*args, **(kwargs or {}))[0]
+        return function(*args, **(kwargs or {}))
 
 
 def multiply_adds(config: ModelConfig) -> int | None:
@@ -26,8 +42,7 @@ def multiply_adds(config: ModelConfig) -> int | None:
             network = config.build_network().eval()
             latents = torch.zeros(1, *config.latent_shape)
             condition = config.conditioning.build(latents.shape, "meta")
-            # not every device counts fused attention, so it is counted unfused
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            with torch.no_grad(), _Unfused(), FlopCounterMode(display=False) as counter:
                 network(latents, torch.ones(1), condition)
     except Exception:  # a count is not worth failing for, and a dispatch mode may meet anything
         return None

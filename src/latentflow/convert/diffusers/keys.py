@@ -57,6 +57,7 @@ def diffusers_network(config: ModelConfig) -> DiffusersNetwork:
         ArtifactError: there is none; the message says why.
     """
     network, conditioning = config.network, config.conditioning
+    _refuse((not isinstance(network, DiTConfig | UNetConfig), f"its network is one's own, a {network.title}"))
     _refuse(
         (config.prediction.kind != "velocity", f"its network predicts {config.prediction.kind}, not the velocity"),
         (
