@@ -46,7 +46,7 @@ def assembled(kl, network=None) -> LatentFlow:
 
 
 def test_a_registered_network_is_saved_and_loaded(kl, tmp_path):
-    register_network("own", Own)
+    register_network("own")(Own)
     model = assembled(kl)
     model.save_pretrained(tmp_path / "model")
     stored = read_json(tmp_path / "model" / "config.json")["network"]
@@ -60,10 +60,10 @@ def test_a_registered_network_is_saved_and_loaded(kl, tmp_path):
 
 
 def test_a_folder_is_refused_where_its_network_is_not_registered(kl, tmp_path):
-    register_network("own", Own)
+    register_network("own")(Own)
     assembled(kl).save_pretrained(tmp_path / "model")
     registered._MAKERS.clear()
-    register_network("owl", Own)
+    register_network("owl")(Own)
     with pytest.raises(ArtifactError, match=r"'own' in this program; did you mean 'owl'.*register_network\('own'\)"):
         LatentFlow.from_pretrained(tmp_path / "model", device="cpu")
 
@@ -92,23 +92,23 @@ def test_a_module_that_the_config_does_not_name_is_not_saved(kl, tmp_path):
 def test_names_are_one_line_and_belong_to_one_network():
     for wrong in ("", "two words", "../up", "a" * 101, "-x"):
         with pytest.raises(ConfigError, match=r"the network name"):
-            register_network(wrong, Own)
+            register_network(wrong)(Own)
     assert register_network("own")(Own) is Own
-    assert register_network("own", Own) is Own  # the cell of a notebook is repeated
+    assert register_network("own")(Own) is Own  # the cell of a notebook is repeated
     with pytest.raises(ConfigError, match=r"'own' belongs to .*\.Own; give torch\..*Identity another name"):
-        register_network("own", nn.Identity)
-    register_network("small", partial(Own, width=2))
+        register_network("own")(nn.Identity)
+    register_network("small")(partial(Own, width=2))
     assert RegisteredNetwork(name="small").build().outside.in_channels == 2
 
 
 def test_options_that_do_not_fit_are_named():
-    register_network("own", Own)
+    register_network("own")(Own)
     with pytest.raises(ConfigError, match=r"'own' cannot be built with the options \{'widht': 3\}: .*widht"):
         RegisteredNetwork(name="own", options={"widht": 3}).build()
 
 
 def test_parts_that_do_not_fit_are_named(kl):
-    register_network("own", Own)
+    register_network("own")(Own)
     with pytest.raises(ConfigError, match="image_size 18 is not a multiple of 8"):
         LatentFlow.assemble(RegisteredNetwork(name="own", size_multiple=4), kl, image_size=18)
 
@@ -121,6 +121,6 @@ def test_a_network_of_the_package_is_assembled_and_saved(kl, tmp_path):
 
 
 def test_it_is_not_exported_to_diffusers(kl, tmp_path):
-    register_network("own", Own)
+    register_network("own")(Own)
     with pytest.raises(ArtifactError, match="cannot be exported to diffusers: its network is one's own"):
         export_diffusers(assembled(kl), tmp_path / "out")

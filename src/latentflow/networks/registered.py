@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, overload
+from typing import Literal, TypeVar
 
 from pydantic import Field, JsonValue
 from torch import nn
@@ -84,11 +84,7 @@ class UnnamedNetwork(Record):
         raise ConfigError(f"the network is a {self.class_name} without a name, so no folder can hold it; {NAMING}")
 
 
-@overload
-def register_network(name: str) -> Callable[[Make], Make]: ...
-@overload
-def register_network(name: str, make: Make) -> Make: ...
-def register_network(name: str, make: Any = None) -> Any:
+def register_network(name: str) -> Callable[[Make], Make]:
     """Register one's own network, so that models with it can be saved and loaded.
 
         @register_network("convnet")
@@ -99,24 +95,27 @@ def register_network(name: str, make: Any = None) -> Any:
 
     Args:
         name: of letters, digits, "_", "-" and "."; it stands in the config.json of saved models.
-        make: called with the options, returns the network: a class, or a function. None: decorate one.
 
     Returns:
-        `make`, or a decorator that returns what it is given.
+        A decorator for a class, or for a function, that is called with the options and returns the network.
 
     Raises:
         ConfigError: the name is not one, or it belongs to another network. The same class may be registered again, as
             when a notebook's cell is repeated.
     """
-    if make is None:
-        return lambda decorated: register_network(name, decorated)
     if not re.fullmatch(_NAME, name):
         raise ConfigError(f"the network name {name!r}: give letters and digits, like convnet, with _ - . between them")
-    before = _MAKERS.get(name)
-    if before is not None and _place(before) != _place(make):
-        raise ConfigError(f"the network name {name!r} belongs to {_place(before)}; give {_place(make)} another name")
-    _MAKERS[name] = make
-    return make
+
+    def registered(make: Make) -> Make:
+        before = _MAKERS.get(name)
+        if before is not None and _place(before) != _place(make):
+            raise ConfigError(
+                f"the network name {name!r} belongs to {_place(before)}; give {_place(make)} another name"
+            )
+        _MAKERS[name] = make
+        return make
+
+    return registered
 
 
 def _place(make: Callable[..., nn.Module]) -> str:
