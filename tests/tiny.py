@@ -26,6 +26,7 @@ from latentflow.data.request import CacheOptions
 from latentflow.flow.path import LinearPath
 from latentflow.model.conditioning import Conditioning
 from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig, SamplingPreset
+from latentflow.model.student_record import StudentRecord
 from latentflow.networks.dit import DiTConfig
 from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.runtime import Runtime
@@ -265,6 +266,18 @@ def model(
     )
     network = randomise(config.build_network(), seed=seed, scale=scale)
     return LatentFlow(config, network.eval().requires_grad_(False), autoencoder)
+
+
+def student(teacher: LatentFlow, *, seed: int | None = None, **sampling: Any) -> LatentFlow:
+    """A student of a model that begins as the model; with a `seed`, one that has learned something."""
+    record = StudentRecord(teacher="teacher", weights=teacher.weights_hash)
+    preset = SamplingPreset(**{"solver": "jumps", "steps": 4, **sampling})
+    config = teacher.config.model_copy(update={"student": record, "sampling": preset})
+    network = config.build_network()
+    network.load_state_dict(teacher.network.state_dict(), strict=False)
+    if seed is not None:
+        randomise(network.jump_embedding, seed=seed)
+    return LatentFlow(config, network.eval().requires_grad_(False), teacher.autoencoder)
 
 
 def tree(folder: Path) -> dict[str, str]:

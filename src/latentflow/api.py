@@ -64,6 +64,7 @@ class SamplingOptions(TypedDict, total=False):
     guide: str | Path | GuideReference | None
     solver: str | None
     steps: int | None
+    evaluations: int | None
     shift: float | None
     rtol: float | None
     atol: float | None

@@ -48,6 +48,7 @@ def _describe_model(model: str | Path) -> dict[str, Any]:
         "guidance": f"by {', '.join(conditioning.can_guide)}" if conditioning.can_guide else "not available",
         "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}"
         + (f" away from {sampling.guide.model}" if sampling.guide else ""),
+        "student of": config.student.title if config.student else "nobody",
         "trained on": config.training.data,
         "training images": config.training.num_images,
         "held-out images": config.training.held_out.num_images if config.training.held_out else 0,

@@ -235,8 +235,12 @@ class SweepRequest(Request):
     weights: PathText | None = Field(
         None, description="Weights of the features: of inception a file, of dinov2 a folder or hub id."
     )
-    solvers: Names = Field(["euler", "heun", "ab2", "dopri5"], description="Solvers to compare.")
-    steps: WholeNumbers = Field([4, 8, 16, 32], description="Steps of the fixed-step solvers.")
+    solvers: Names = Field(
+        ["euler", "heun", "ab2", "dopri5"], description="Solvers to compare; of a student its jumps."
+    )
+    steps: WholeNumbers = Field(
+        [4, 8, 16, 32], description="Steps of the fixed-step solvers; of a student 1, 2, 4 and 8."
+    )
     tolerances: Numbers = Field([1e-2, 1e-3], description="Tolerances of bosh3 and dopri5: rtol = atol.")
     guidance: Numbers | None = Field(
         None,

@@ -29,6 +29,7 @@ from latentflow.evaluation.sweep_rules import (
     round_sizes,
 )
 from latentflow.evaluation.swept_averages import SweptAverages, with_lengths
+from latentflow.flow.solvers import JUMPS
 from latentflow.metrics.class_judge import ClassJudge
 from latentflow.metrics.features.extractors import FeatureExtractor, JudgeFeatures, open_features
 from latentflow.metrics.scores import require_enough
@@ -127,9 +128,11 @@ def candidates_of(
         has_guide = config.sampling.guide is not None if not guides else guides != [NO_GUIDE]
         can_guide = {"label", *named} & {*config.conditioning.can_guide}
         guidances = GUIDANCES if has_guide or can_guide else (1.0,)
+    jumps = {} if config.student is None else {"solvers": [JUMPS], "steps": [1, 2, 4, 8]}
+    pace = {name: getattr(request, name) for name in ("solvers", "steps")}
+    pace |= {name: values for name, values in jumps.items() if name not in request.model_fields_set}
     return combinations(
-        solvers=request.solvers,
-        steps=request.steps,
+        **pace,
         tolerances=request.tolerances,
         guidances=guidances,
         intervals=[(0.0, 1.0)] if request.intervals is None else request.intervals,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from latentflow.errors import ConfigError
-from latentflow.flow.solvers import SOLVERS, RungeKutta, fitted_evaluations, is_adaptive
+from latentflow.flow.solvers import JUMPS, SOLVERS, RungeKutta, fitted_evaluations, is_adaptive
 from latentflow.model.guide_reference import NO_GUIDE
 
 Candidate = dict[str, Any]
@@ -205,10 +205,10 @@ def _short(guide: str) -> str:
 
 def _expected_cost(candidate: Candidate) -> float:
     """Network calls per image, roughly: those of an adaptive solver and of a guidance interval are estimated."""
-    method = SOLVERS.get(candidate["solver"])  # none: it is fitted, one call per step
+    method = SOLVERS.get(candidate["solver"])  # none: it is fitted or jumps, one call per step
     stages = len(method.nodes) if isinstance(method, RungeKutta) else 1
     steps = candidate.get("steps", 0) or 4 * candidate["rtol"] ** (-1 / method.order)
-    return stages * steps * (1 if candidate["guidance"] == 1 else 2)
+    return stages * steps * (1 if candidate["guidance"] == 1 or candidate["solver"] == JUMPS else 2)
 
 
 def round_sizes(num: int, num_candidates: int) -> list[int]:

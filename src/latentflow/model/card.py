@@ -73,6 +73,7 @@ def _facts(config: ModelConfig) -> dict[str, str]:
         "guidance": f"on {guided}" if guided else "not available: no condition was dropped in training",
         "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}"
         + (f" away from `{sampling.guide.model}`" if sampling.guide else ""),
+        "student of": config.student.title if config.student else "",
         "trained on": training.data or "not known",
         "held out": f"{training.held_out.num_images:,} images, never trained on" if training.held_out else "",
         "held-out loss": "" if training.held_out_loss is None else f"{training.held_out_loss:.4f}",

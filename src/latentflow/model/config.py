@@ -18,6 +18,7 @@ from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import LinearPath, PathConfig
 from latentflow.model.conditioning import CONDITION_NAMES, Conditioning, ConditionName
 from latentflow.model.guide_reference import GuideReference
+from latentflow.model.student_record import StudentRecord
 from latentflow.networks.velocity_network import (
     DenoiserPrediction,
     ModelNetwork,
@@ -37,7 +38,7 @@ AUTOENCODER_FOLDER = "autoencoder"
 class SamplingPreset(Record):
     """How a model is sampled by default."""
 
-    solver: str = Field(default="heun", description="A name from flow.solvers.SOLVERS.")
+    solver: str = Field(default="heun", description="A name from flow.solvers.SOLVERS; jumps: those of a student.")
     steps: int = Field(
         default=25, ge=1, le=10_000, description="Intervals of a fixed-step solver; adaptive solvers choose their own."
     )
@@ -129,6 +130,7 @@ class ModelConfig(Record):
     normalisation: LatentNormalisation
     sampling: SamplingPreset = SamplingPreset()
     training: TrainingRecord = TrainingRecord()
+    student: StudentRecord | None = Field(default=None, description="Whose student it is; null: nobody's.")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -222,6 +224,8 @@ class ModelConfig(Record):
             num_augmentations=len(self.conditioning.augmentation),
             input_channels=self.conditioning.input_channels,
             columns=[column.network_input for column in self.conditioning.columns],
+            jumps=self.student is not None,
+            guided=self.student is not None and self.student.guided,
             constant_embedding=self.conditioning.constant_embedding,
         )
 

@@ -59,7 +59,8 @@ def compile_where_it_pays(model: FlowModel, drawing: Drawing, *, batch_size: int
     if seconds < _WORTH_SECONDS:
         return
     began = time.perf_counter()
-    parts = [(model, _batch_sizes(drawing, size))] if guide is None else [(model, [size]), (guide.flow, [size])]
+    sizes = _batch_sizes(drawing, size, doubled=model.config.student is None)
+    parts = [(model, sizes)] if guide is None else [(model, [size]), (guide.flow, [size])]
     for part, sizes in parts:
         compile_blocks(part.network)
         for num_images in sizes:
@@ -71,7 +72,12 @@ def compile_where_it_pays(model: FlowModel, drawing: Drawing, *, batch_size: int
 
 
 def cost_of_guide(model: FlowModel, drawing: Drawing) -> float:
-    """The cost of a call that guides, in network calls: 1 of the null condition, that of its network for a guide."""
+    """The cost of a call that guides, in network calls: 1 of the null condition, that of its network for a guide.
+
+    It is 0 for a student, which takes the guidance scale as an input.
+    """
+    if model.config.student is not None:
+        return 0
     guide = guide_of(model, drawing)
     return 1 if guide is None else guide.cost
 
@@ -90,10 +96,10 @@ def network_calls(drawing: Drawing, guide_cost: float = 1) -> float:
     return calls * (1 + (high - low) * guided) * (1 + blended)
 
 
-def _batch_sizes(drawing: Drawing, batch_size: int) -> list[int]:
-    """The batch sizes that the network is called with: a guided batch is doubled."""
+def _batch_sizes(drawing: Drawing, batch_size: int, *, doubled: bool) -> list[int]:
+    """The batch sizes that the network is called with: a guided batch is `doubled`."""
     sampling = drawing.sampling
-    if sampling.guidance == 1 or (sampling.guidance == 0 and sampling.guided_channels is None):
+    if not doubled or sampling.guidance == 1 or (sampling.guidance == 0 and sampling.guided_channels is None):
         return [batch_size]
     always = sampling.guidance_interval == (0.0, 1.0)
     return [2 * batch_size] if always else [batch_size, 2 * batch_size]

@@ -14,7 +14,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from latentflow.console import notice
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.guidance import check_guidance
-from latentflow.flow.solvers import fitted_evaluations, is_adaptive
+from latentflow.flow.solvers import JUMPS, fitted_evaluations, is_adaptive
 from latentflow.model.conditioning import CONDITION_NAMES, Conditioning, ConditionName
 from latentflow.model.config import SamplingPreset
 from latentflow.model.flow_model import FlowModel
@@ -25,6 +25,7 @@ from latentflow.runtime import Precision, Runtime
 from latentflow.sampling.guides import OpenedGuide, check_guide, open_guide
 from latentflow.sampling.named_conditions import NamedValue, resolve_conditions
 from latentflow.sampling.request import MOST_SEED, DrawRequest, SampleRequest
+from latentflow.sampling.student import check_student, require_few
 from latentflow.sizes import Size
 
 SEED_TASKS = ("sample", "interpolate", "vary")
@@ -152,6 +153,7 @@ def make_drawing(
     named = resolve_conditions(model.config.conditioning, request.conditions, request.num)
     given: list[ConditionName] = [*(("label",) if labels else ()), *conditions, *named]
     asked = request.preset()
+    require_few(model.config, request.evaluations, task)
     if isinstance(request, SampleRequest) and request.image_size is not None:
         size = trained_size(model, request.image_size)
         image_size = None if size == model.config.image_size else size
@@ -170,6 +172,7 @@ def make_drawing(
     check_drawing(model, drawing)
     if not asked.keys() >= _WHOLE_PRESET:
         _require_effect(asked, drawing.sampling)
+        _require_learned(model, asked, given)
     _notice_what_is_kept(asked, model.config.sampling, drawing.sampling)
     _notice_coarse_errors(drawing)
     return drawing
@@ -206,6 +209,8 @@ def _resolve_preset(model: FlowModel, asked: Mapping[str, Any], conditions: Sequ
     asks_all = asked.keys() >= _WHOLE_PRESET
     guide = asked.get("guide", None if asks_all else preset.guide)
     guide = None if guide is None or guide.model == NO_GUIDE else guide
+    if preset.solver == JUMPS and asked.get("solver", JUMPS) != JUMPS:  # whose steps are far larger
+        changed.setdefault("steps", SamplingPreset().steps)
     if not supported and guide is None and not asked.keys() & {"guidance", "guided_by"}:
         changed["guidance"] = 1.0
     if preset.guided_by and guide is not None and guide != preset.guide:  # they were chosen for another guidance
@@ -240,6 +245,22 @@ def require_count(what: str, value: int, low: int, high: int, remedy: str = "") 
         large = isinstance(value, Integral) and abs(value) >= 10**40
         shown = "of more than 40 digits" if large else value
         raise ConfigError(f"{what} {shown}: give a whole number from {low} to {high:,}" + (remedy and f"; {remedy}"))
+
+
+def _require_learned(model: FlowModel, asked: Mapping[str, Any], conditions: Sequence[ConditionName]) -> None:
+    """Refuse guidance of a student by other conditions, times or channels than those that it has learned.
+
+    Raises:
+        RequestError: naming the field.
+    """
+    if model.config.student is None:
+        return
+    names = ("guidance_interval", "guided_by", "guided_channels")
+    own = _resolve_preset(model, {name: value for name, value in asked.items() if name not in names}, conditions)
+    for name in names:
+        if name in asked and asked[name] != getattr(own, name):
+            value = asked[name] if isinstance(asked[name], int) else ",".join(map(str, asked[name]))
+            raise RequestError(name, f" {value}: a student is guided as its teacher was when it learned; leave it out")
 
 
 def _require_effect(asked: Mapping[str, Any], sampling: SamplingPreset) -> None:
@@ -322,6 +343,7 @@ def check_drawing(model: FlowModel, drawing: Drawing) -> None:
         if None in drawing.conditions[name]:
             conditioning.require_all([one for one in drawing.told if one != name])
     _check_solver(model, drawing)
+    check_student(model.config, drawing)
     check_guidance(sampling.guidance, sampling.guidance_interval, sampling.guided_channels)
     if sampling.guided_channels is not None:
         asked, channels = sampling.guided_channels, model.config.autoencoder.num_channels
@@ -349,6 +371,8 @@ def _check_solver(model: FlowModel, drawing: Drawing) -> None:
     """Refuse a solver that does not exist, or that was not fitted for what it is to do."""
     solver = drawing.sampling.solver
     is_adaptive(solver)
+    if solver == JUMPS and drawing.task == "invert":
+        raise RequestError("solver", f" {solver}: a student jumps from noise to data, not back; use heun")
     if fitted_evaluations(solver) is None:
         return
     model.fitted_solver(solver)

@@ -33,6 +33,7 @@ from latentflow.sampling.named_conditions import ends_of
 from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all, naming_noise, solve
 from latentflow.sampling.request import InvertRequest, SampleRequest
 from latentflow.sampling.samples import Samples
+from latentflow.sampling.student import require_few
 
 ROUND_TRIPS: tuple[dict[str, Any], ...] = (
     *({"solver": "euler", "steps": steps} for steps in (8, 16, 32, 64)),
@@ -116,7 +117,7 @@ def invert(model: FlowModel, image: ImageInput, request: InvertRequest | None = 
         image: of any size; its middle, of the shape of most training images, is scaled to their size.
         request: more evaluations recover the image better. Guidance is 1 unless it is given, whatever the preset says:
             only the velocity without guidance transports noise to data, and the larger the scale, the less the noise of
-            a real image resembles Gaussian noise.
+            a real image resembles Gaussian noise. A student, which does not jump back, takes heun.
 
     Raises:
         ConfigError, DataError: before anything is computed.
@@ -125,7 +126,9 @@ def invert(model: FlowModel, image: ImageInput, request: InvertRequest | None = 
     pixels, inputs = read_input(model, image, model.config.image_size)
     ends_of(model.config.conditioning, request.conditions, most=1)
     given = {"classes": at_most_one(model, request.classes), "conditions": request.conditions}
-    asked = SampleRequest(num=1, **given, **{"guidance": 1.0, **request.preset()})
+    require_few(model.config, request.evaluations, "invert")
+    usual = {"guidance": 1.0} if model.config.student is None else {"guidance": 1.0, "solver": "heun"}
+    asked = SampleRequest(num=1, **given, **{**usual, **request.preset()})
     drawing = make_drawing(model, asked, task="invert", inputs=inputs)
     latents = encode_input(model, pixels)
     noise, evaluations = _to_noise(model, latents, drawing)

@@ -11,7 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ import latentflow
 from latentflow.artifacts import sha256_tensors
 from latentflow.errors import ConfigError, NonFiniteError
 from latentflow.flow.composition import BlendedVelocity, KnownRegionVelocity
-from latentflow.flow.guidance import ConditionedVelocity, Guide
+from latentflow.flow.guidance import AverageVelocity, ConditionedVelocity, Guide
 from latentflow.flow.solvers import Solution, Tolerance, Velocity, fitted_evaluations, integrate
 from latentflow.flow.times import sampling_times
 from latentflow.model.flow_model import FlowModel
@@ -242,7 +242,7 @@ def conditioned_velocity(
 ) -> ConditionedVelocity | BlendedVelocity:
     """The guided velocity of a drawing's images, in the drawing's precision; `given` as from `Given.on`."""
     conditioning, network = model.config.conditioning, calls(model.computing_in(drawing.precision))
-    sampling, guide = drawing.sampling, guide_of(model, drawing)
+    sampling, guide, student = drawing.sampling, guide_of(model, drawing), model.config.student
 
     def guided_away(labels: Sequence[int], others: Mapping[str, Tensor | None]) -> Guide:
         shared = shared_conditions(model, guide, drawing.told, sampling.guided_by)
@@ -255,6 +255,9 @@ def conditioned_velocity(
         if others["columns"] is None and named:
             others["columns"] = send(condition_rows(conditioning, named, latents_shape[0]), model.device)
         condition = conditioning.build(latents_shape, model.device, Condition(**label, **others))
+        if student is not None:
+            scale = torch.full((latents_shape[0],), sampling.guidance, device=model.device)
+            return AverageVelocity(network, replace(condition, guidance=scale if student.guided else None))
         guided = guided_by(model, drawing) if sampling.guidance != 1 and guide is None else []
         return ConditionedVelocity(
             network,

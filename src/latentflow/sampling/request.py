@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from latentflow.model.guide_reference import GuideReference
+from latentflow.model.student_record import MOST_JUMPS
 from latentflow.requests import (
     Classes,
     Conditions,
@@ -19,6 +20,7 @@ from latentflow.requests import (
     Option,
     PathText,
     Request,
+    RequestError,
     Times,
     Whole,
     numbers_like,
@@ -27,6 +29,8 @@ from latentflow.requests import (
 )
 from latentflow.sizes import ImageSize, typed_size
 
+JUMPS = "jumps"
+"""The solver of students. `latentflow.flow.solvers` has the same name; nothing here may import torch."""
 MOST_IMAGES, MOST_FRAMES, MOST_SEED, MOST_STEPS = 1_000_000, 10_000, 2**63 - 1, 10_000
 
 Fit = Literal["window", "whole", "native"]
@@ -97,7 +101,13 @@ class SamplingRequest(Request):
     solver: str | None = Field(
         default=None,
         description="euler, midpoint, heun, rk4, ab2, ab3, ab4, dpmpp2m, dpmpp3m, unipc2, unipc3, bosh3 or dopri5; "
-        "fitted-N after `latentflow fit-solver`.",
+        "fitted-N after `latentflow fit-solver`; jumps of a student.",
+    )
+    evaluations: Annotated[Whole, Option(remedy="2 to 4 are usual")] | None = Field(
+        default=None,
+        ge=1,
+        le=MOST_JUMPS,
+        description="Of a student, by `latentflow distill`: network calls per image, 1, 2, 4 or 8; with any guidance.",
     )
     steps: Annotated[Whole, Option(remedy="25 are usual")] | None = Field(
         default=None, ge=1, le=MOST_STEPS, description="Intervals of a fixed-step solver."
@@ -117,8 +127,18 @@ class SamplingRequest(Request):
 
     def preset(self) -> dict[str, Any]:
         """The fields of a sampling preset that are given."""
-        own = {name: getattr(self, name) for name in SamplingRequest.model_fields}
-        return {name: value for name, value in own.items() if value is not None}
+        own = {name: getattr(self, name) for name in SamplingRequest.model_fields if name != "evaluations"}
+        given = {name: value for name, value in own.items() if value is not None}
+        return given if self.evaluations is None else {**given, "solver": JUMPS, "steps": self.evaluations}
+
+    @model_validator(mode="after")
+    def _evaluations_are_jumps(self) -> SamplingRequest:
+        for name, other in (("steps", self.steps), ("solver", None if self.solver == JUMPS else self.solver)):
+            if self.evaluations is not None and other is not None:
+                raise RequestError(
+                    "evaluations", f" {self.evaluations}: the jumps of a student, which take no {name}; leave one out"
+                )
+        return self
 
 
 class DrawRequest(SamplingRequest):

@@ -59,6 +59,7 @@ def diffusers_network(config: ModelConfig) -> DiffusersNetwork:
     network, conditioning = config.network, config.conditioning
     _refuse((not isinstance(network, DiTConfig | UNetConfig), f"its network is one's own, a {network.title}"))
     _refuse(
+        (config.student is not None, "it is a student, and diffusers' networks take no end time; export its teacher"),
         (config.prediction.kind != "velocity", f"its network predicts {config.prediction.kind}, not the velocity"),
         (
             config.path.kind != "linear",
