@@ -54,7 +54,7 @@ def test_every_field_of_a_condition_belongs_to_one_kind_or_describes_a_variant()
     assert tuple(kind.name for kind in CONDITION_KINDS if kind is not NamedColumn) == CONDITION_NAMES
     assert set(CONDITION_NAMES) <= set(CONDITIONS_OF_IMAGES)
     owned = [field for kind in CONDITION_KINDS for field in kind.fields]
-    assert sorted([*owned, "augmentation"]) == sorted(field.name for field in dataclasses.fields(Condition))
+    assert sorted([*owned, "augmentation", "span", "guidance"]) == sorted(field.name for field in dataclasses.fields(Condition))
     for kind in ALL.kinds.values():
         assert kind.dropout_key in Conditioning.model_fields
         assert len(kind.fields) == len(kind.nulls) == len(kind.shapes((2, *LATENTS)))

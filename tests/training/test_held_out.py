@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentflow.training import held_out
-from latentflow.training.held_out import condition_sets, held_out_images, held_out_loss
+from latentflow.training.held_out import condition_sets, images_for, held_out_loss
 from tests import tiny
 
 
@@ -28,7 +28,7 @@ def steps(monkeypatch):
 
 
 def of(model, segmented, given, **options):
-    images = held_out_images(model, segmented)
+    images = images_for(model, segmented)
     return held_out_loss(model, images, given, **{"num_draws": 50, "batch_size": 32, **options})
 
 

@@ -13,7 +13,7 @@ from latentflow.data.request import EncodeRequest
 from latentflow.errors import ConfigError, DataError
 from latentflow.evaluation.encoded_images import open_images_for
 from latentflow.model.flow_model import FlowModel
-from latentflow.training.held_out import held_out_images
+from latentflow.training.held_out import images_for
 from tests import tiny
 
 CHOICE = {"label_column": "kind", "columns": ["age:number", "tags:labels"]}
@@ -58,7 +58,7 @@ def test_a_cache_of_the_table_gives_the_same_conditions(table, model, kl_folder,
 
 
 def test_a_model_finds_its_classes_and_columns_in_a_table(table, model):
-    images = held_out_images(model, table)
+    images = images_for(model, table)
     labels = [images.source.label(row) for row in range(18)]
     assert images.source.class_names == ("blue", "red") and len(set(labels)) == 2
     assert [column.name for column in images.source.columns] == ["age", "tags"]

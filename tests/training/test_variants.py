@@ -29,7 +29,7 @@ from latentflow.model.flow_model import FlowModel, read_config
 from latentflow.networks.dit import DiTConfig
 from latentflow.training import velocity
 from latentflow.training.checkpoint import newest_checkpoint
-from latentflow.training.held_out import held_out_images, held_out_loss
+from latentflow.training.held_out import images_for, held_out_loss
 from latentflow.training.step import training_step
 from latentflow.training.training_data import with_cached
 from tests import tiny
@@ -141,7 +141,7 @@ def test_samples_and_held_out_loss_are_those_at_zero(train, cache):
     """Nothing but training gives numbers: other weights that read them change neither."""
     model = LatentFlow.from_pretrained(train("run", training={"steps": 6}), device="cpu")
     tiny.randomise(model.network)
-    images = held_out_images(model, cache)
+    images = images_for(model, cache)
 
     def found() -> tuple[torch.Tensor, float]:
         drawn = model.sample(num=3, classes=[0, 1, 2], guidance=2.0)

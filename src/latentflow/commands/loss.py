@@ -7,7 +7,7 @@ from pathlib import Path
 from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
-from latentflow.training.held_out import HeldOutLoss, condition_sets, held_out_images, held_out_loss
+from latentflow.training.held_out import HeldOutLoss, condition_sets, images_for, held_out_loss
 from latentflow.training.request import LossRequest
 
 
@@ -20,7 +20,7 @@ def loss(
         ArtifactError, ConfigError, DataError: the model or the data cannot be used, or do not fit each other.
     """
     flow = FlowModel.from_pretrained(model, precision="fp32", runtime=runtime)
-    images = held_out_images(flow, request.data, split=request.split, seed=request.seed)
+    images = images_for(flow, request.data, split=request.split, seed=request.seed)
     num, seed = request.num, request.seed
     sets = condition_sets(flow.config.conditioning)
     with image_progress("measuring", num * len(sets)) as on_images:

@@ -18,7 +18,7 @@ from latentflow.demo.workshop import BATCH, HELD_OUT_SEED, Workshop, as_tensor
 from latentflow.randomness import derive_seed
 from latentflow.sampling.frame import Frame
 from latentflow.sampling.pipeline import Given
-from latentflow.training.held_out import condition_sets, held_out_images, held_out_loss
+from latentflow.training.held_out import condition_sets, images_for, held_out_loss
 
 NUM_COLUMNS = 12
 """Pictures in a row of a contact sheet."""
@@ -77,7 +77,7 @@ def fill_holes(work: Workshop) -> dict[str, Any]:
 def compare_losses(work: Workshop) -> dict[str, Any]:
     """The loss on held-out images: unconditional, with each condition, and with all of them."""
     num_draws = work.figures.scale.num_draws
-    images = held_out_images(work.model, f"synthetic:{num_draws}:{HELD_OUT_SEED}")
+    images = images_for(work.model, f"synthetic:{num_draws}:{HELD_OUT_SEED}")
     runs = []
     for conditions in condition_sets(work.model.config.conditioning):
         result = held_out_loss(work.model, images, conditions, num_draws=num_draws, batch_size=BATCH)

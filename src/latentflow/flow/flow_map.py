@@ -82,9 +82,12 @@ def average_loss(predicted: Tensor, target: Tensor, share: Tensor) -> tuple[Tens
 class JumpTimes(Record):
     """From where to where a student learns to jump, and how much of a jump is the teacher's."""
 
+    every: int = Field(
+        4, ge=2, le=1000, description="One image in so many teaches jumps; the others teach the velocity, s = t."
+    )
     velocity: TrainingTimes = Field(
         TrainingTimes(distribution="logit_normal", mean=-0.2, std=1.0),
-        description="Times of the images that teach the velocity of the teacher, s = t.",
+        description="Times of the images that teach the velocity of the teacher.",
     )
     start: TrainingTimes = Field(
         TrainingTimes(distribution="logit_normal", mean=0.2, std=0.8),
@@ -114,6 +117,10 @@ class JumpTimes(Record):
                 "the two"
             )
         return self
+
+    def rows(self, number: int, device: torch.device) -> Tensor:
+        """The images of a batch of `number` that teach jumps, [number // every] int64: every so many, the last one."""
+        return torch.arange(self.every - 1, number, self.every, device=device)
 
     def draw(self, first: Tensor, second: Tensor, jumps: Tensor) -> tuple[Tensor, Tensor]:
         """Turn two uniform numbers per image into its times t and s.

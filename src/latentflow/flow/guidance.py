@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentflow.errors import ConfigError
-from latentflow.shapes import Condition, send
+from latentflow.shapes import Condition, per_image, send
 
 VelocityFunction = Callable[[Tensor, Tensor, Condition], Tensor]
 """Called as network(latents [n, C, H, W], time [n] float32, condition of n images) => [n, C, H, W]."""
@@ -50,6 +50,35 @@ class Guide:
     def select(self, rows: Tensor) -> Guide:
         """The same guide for the images at `rows` ([b] int64 or [B] bool)."""
         return replace(self, condition=self.condition.select(rows))
+
+
+def guided_velocity(
+    network: VelocityFunction,
+    x: Tensor,
+    time: Tensor,
+    condition: Condition,
+    null: Condition,
+    scale: Tensor,
+    guided_channels: int | None = None,
+) -> Tensor:
+    """v_cond + (s - 1) (v_cond - v_null) with a scale s of its own for each image: classifier-free guidance.
+
+    Args:
+        x: [B, C, H, W].
+        time, scale: [B]; where the scale is 1, the result is v_cond.
+        condition, null: of B images; the two velocities are computed in one batch.
+        guided_channels: guide only the first latent channels; None: all of them.
+
+    Returns:
+        [B, C, H, W] in the dtype of x.
+    """
+    both = network(torch.cat([x, x]), torch.cat([time, time]), condition.concatenate(null)).to(x.dtype)
+    v_cond, v_null = both.chunk(2)
+    change = per_image(scale - 1, x) * (v_cond - v_null)
+    if guided_channels is not None:
+        guided = torch.arange(x.shape[1], device=x.device)[:, None, None] < guided_channels
+        change = change * guided
+    return v_cond + change
 
 
 class ConditionedVelocity:

@@ -111,7 +111,7 @@ def build_model(
         AutoencoderRecord.of(autoencoder),
         autoencoder.normalisation if own else _per_channel(autoencoder, images),
         conditions,
-        training=_training_record(images, held_out, labelled=bool(conditions.class_names)),
+        training=training_record(images, held_out, labelled=bool(conditions.class_names)),
     )
     buckets = _buckets(images) if len(images.buckets) > 1 else []
     config = config.model_copy(update={"buckets": buckets})
@@ -213,7 +213,13 @@ def _require_block_to_align(recipe: Recipe) -> None:
         )
 
 
-def _training_record(images: TrainingImages, held_out: HeldOut | None, *, labelled: bool) -> TrainingRecord:
+def training_record(images: TrainingImages, held_out: HeldOut | None, *, labelled: bool) -> TrainingRecord:
+    """What a model is trained on, for its config.
+
+    Args:
+        held_out: images of the data that are not among `images`.
+        labelled: whether it knows the classes of the data.
+    """
     source = images.source
     if isinstance(source, LatentCache):
         description, fingerprint = source.plan.source, source.plan.source_fingerprint

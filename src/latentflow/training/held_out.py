@@ -19,7 +19,7 @@ from latentflow.flow.times import TrainingTimes, sum_by_time
 from latentflow.model.conditioning import Conditioning, ConditionName
 from latentflow.model.config import ModelConfig, require_same_format
 from latentflow.model.flow_model import FlowModel
-from latentflow.model.own_images import rows_of_split
+from latentflow.model.own_images import is_own, rows_of_split
 from latentflow.requests import Split
 from latentflow.training.step import training_step
 
@@ -104,11 +104,21 @@ def _require_same_inputs(config: ModelConfig, source: LatentCache | ImageSource,
     require_same_format(config, source.input_format, data)
 
 
-def held_out_images(model: FlowModel, data: str | Path, *, split: Split = "all", seed: int = 0) -> TrainingImages:
-    """Images to measure the loss of a model on, with holes as it was trained on.
+def images_for(
+    model: FlowModel,
+    data: str | Path,
+    *,
+    split: Split | None = "all",
+    seed: int = 0,
+    flip: bool = False,
+    batch_size: int = MEASURED_TOGETHER,
+) -> TrainingImages:
+    """Images for a model, to measure its loss on or to teach a student by it, with holes as it was trained on.
 
     Args:
-        split: which of them, if they are those that the model was trained with.
+        split: which of them, if they are those that the model was trained with; None: all but those that it held out.
+        flip: mirror them at random.
+        batch_size: images of a step.
 
     Raises:
         ConfigError: classes, image size or autoencoder are not those of the model.
@@ -131,6 +141,9 @@ def held_out_images(model: FlowModel, data: str | Path, *, split: Split = "all",
         given = {"pixels": config.pixel_format, "inputs": config.paired, "table": table}
         source = in_sizes(open_images(data, config.image_size, **given), config.sizes)
         kept, _ = readable(source)
+    if split is None:
+        own = config.training.held_out is not None and is_own(config.training, source)
+        split = "training" if own else "all"
     if split != "all":
         chosen = set(rows_of_split(config.training, source, split))
         kept = [row for row in (range(len(source)) if kept is None else kept) if row in chosen]
@@ -140,7 +153,9 @@ def held_out_images(model: FlowModel, data: str | Path, *, split: Split = "all",
         ("map classes", source.map_class_names, conditioning.map_class_names),
     ):
         if wanted and list(found) != wanted:
-            raise ConfigError(f"{data} has the {what} {list(found)}, but the model knows {wanted}")
+            raise ConfigError(
+                f"{data} has the {what} {list(found)}, but the model knows {wanted}; give data of the model's {what}"
+            )
     if config.inputs is not None:
         _require_same_inputs(config, source, data)
     cached = conditioning.inpainting and isinstance(source, LatentCache)
@@ -155,5 +170,5 @@ def held_out_images(model: FlowModel, data: str | Path, *, split: Split = "all",
         maps=conditioning.num_map_classes > 0,
         inputs=config.inputs is not None,
     )
-    read = {"kept": kept, "spatial": spatial, "columns": columns, "batch_size": MEASURED_TOGETHER}
-    return TrainingImages(source, seed=seed, flip=False, **read)
+    read = {"kept": kept, "spatial": spatial, "columns": columns, "batch_size": batch_size}
+    return TrainingImages(source, seed=seed, flip=flip, **read)

@@ -87,11 +87,11 @@ def training_step(
     dropped = model.config.conditioning.draw_dropped(random)
     if conditions is not None:
         dropped = {name: torch.full_like(rows, name not in conditions) for name, rows in dropped.items()}
-    condition, predicted = _condition(model, batch, data, dropped), None
+    condition, predicted = batch_condition(model, batch, data, dropped), None
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         nonlocal predicted
-        with model.runtime.autocast(), _repeatable_dropout(model.network, seed, batch.positions):
+        with model.runtime.autocast(), repeatable_dropout(model.network, seed, batch.positions):
             found = network(x, t, condition)
         found, predicted = found if align_weight else (found, None)
         return found
@@ -107,7 +107,7 @@ def has_dropout(network: nn.Module) -> bool:
 
 
 @contextmanager
-def _repeatable_dropout(network: nn.Module, seed: int, positions: Tensor) -> Iterator[None]:
+def repeatable_dropout(network: nn.Module, seed: int, positions: Tensor) -> Iterator[None]:
     """Make dropout layers repeatable in a resumed run, without changing the caller's random state."""
     if not (network.training and has_dropout(network)):
         yield
@@ -118,7 +118,7 @@ def _repeatable_dropout(network: nn.Module, seed: int, positions: Tensor) -> Ite
         yield
 
 
-def _condition(model: FlowModel, batch: Batch, data: Tensor, dropped: dict[ConditionName, Tensor]) -> Condition:
+def batch_condition(model: FlowModel, batch: Batch, data: Tensor, dropped: dict[ConditionName, Tensor]) -> Condition:
     """The condition of each image, without what is `dropped`."""
     conditioning = model.config.conditioning
     masked_latents = None

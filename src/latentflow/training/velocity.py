@@ -58,16 +58,6 @@ def train_velocity(
     set_memory(network, memory_mode(config.memory, model.config, parts.size, runtime, **kept))
     compare = partial(training_step, model, times=recipe.times, batch_size=config.batch_size, seed=config.seed)
 
-    def record(progress: Progress) -> None:
-        done = {"num_images": len(images), "step": progress.step, "images_seen": progress.images_seen}
-        training = model.config.training.model_copy(update=done)
-        model.config = model.config.model_copy(update={"training": training})
-
-    def draw_if_due(average: Mapping[str, Tensor], step: int) -> None:
-        every = config.preview_every
-        if preview and every and (step % every == 0 or step == config.steps):
-            preview(model, average, step)
-
     job = Job(
         network=_with_head(network, config),
         compare=partial(compare, align_weight=config.align_weight),
@@ -82,15 +72,31 @@ def train_velocity(
         keeping=Keeping(config.keep_checkpoints, config.keep_every, config.kept_at, config.keeps_averages),
         compiles=lambda images_left: compiles(config.compile, model.config, images_left, runtime),
         captures=captures(config, model, images, runtime),
-        before_save=record,
+        before_save=partial(record_progress, model, len(images)),
         save_model=lambda folder, average: model.save_pretrained(folder, weights=average),
         watch=_watch(recipe, model, held_out, run, parts.size),
         ema_lengths=config.ema_lengths or (),
-        after_step=draw_if_due,
+        after_step=partial(draw_if_due, preview, model, config),
     )
     outcome, _ = run_loop(job)
     restore_blocks(network.eval().requires_grad_(False))
     return outcome
+
+
+def record_progress(model: FlowModel, num_images: int, progress: Progress) -> None:
+    """Write into the config of a model how long it was trained, and on how many images."""
+    done = {"num_images": num_images, "step": progress.step, "images_seen": progress.images_seen}
+    training = model.config.training.model_copy(update=done)
+    model.config = model.config.model_copy(update={"training": training})
+
+
+def draw_if_due(
+    preview: Preview | None, model: FlowModel, config: TrainingConfig, average: Mapping[str, Tensor], step: int
+) -> None:
+    """Draw a preview, where one is due after `step` steps."""
+    every = config.preview_every
+    if preview and every and (step % every == 0 or step == config.steps):
+        preview(model, average, step)
 
 
 def _watch(

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.batches import TrainingImages, class_labels, image_names
 from latentflow.data.cache.reader import LatentCache, is_cache
-from latentflow.data.cache.resident import resident_bytes, stays_resident
+from latentflow.data.cache.resident import Switch, resident_bytes, stays_resident
 from latentflow.data.hold_out import HeldOut, count_held_out, hold_out
 from latentflow.data.items import ImageSource, require_every_class
 from latentflow.data.sources.readable import readable
@@ -41,6 +42,13 @@ from latentflow.training.training_data import open_source, spatial_data, with_ca
 
 _REPLACED = ("model", "checkpoints", "samples", BEST)  # folders of a run
 _MOST_NAMED = 6
+
+
+class HowToRead(Protocol):
+    """The part of a recipe that says how its data are read."""
+
+    num_workers: int | None
+    resident: Switch
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ def prepare_velocity(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence
     model = build_model(recipe, autoencoder, images, held_out=rule, check=partial(_require_memory, recipe, runtime))
     _refuse_other_content(run, recipe, model.config)
     captures(recipe.training, model, images, runtime)  # refuses what cannot be
-    resident = _stays_resident(recipe, images, runtime)
+    resident = stays_in_memory(recipe.data, images, runtime)
     return PreparedVelocity(
         recipe=recipe,
         runtime=runtime,
@@ -242,12 +250,12 @@ def _require_memory(recipe: Recipe, runtime: Runtime, config: ModelConfig) -> No
     )
 
 
-def _stays_resident(recipe: Recipe, images: TrainingImages, runtime: Runtime) -> bool:
+def stays_in_memory(data: HowToRead, images: TrainingImages, runtime: Runtime) -> bool:
     """Whether the latent cache is kept in the device's memory.
 
     Not where pictures are decoded for each batch, and with "auto" not where worker processes are to read it.
     """
-    data, device = recipe.data, runtime.device
+    device = runtime.device
     if images.decodes or (data.resident == "auto" and data.num_workers):
         return False
     num_bytes = resident_bytes(images.source, images.cached_tensors, flips=images.flip)
