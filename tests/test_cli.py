@@ -229,10 +229,12 @@ def test_recipes_name_themselves_in_their_comments():
 def test_recipes_are_listed_and_valid(command):
     from latentflow.training.config import recipe_names
     from latentflow.training.first_stage import AUTOENCODER_RECIPES
+    from latentflow.training.student_recipe import STUDENT_RECIPES
 
     listed = json.loads(command("recipes", "--json").out)
     first_stages = [f"train-autoencoder {name}" for name in recipe_names(AUTOENCODER_RECIPES)]
-    assert list(listed) == recipe_names() + first_stages
+    students = [f"distill {name}" for name in recipe_names(STUDENT_RECIPES)]
+    assert list(listed) == recipe_names() + first_stages + students
     assert all(listed.values()), "a recipe without a description"
 
 

@@ -54,7 +54,8 @@ def test_every_field_of_a_condition_belongs_to_one_kind_or_describes_a_variant()
     assert tuple(kind.name for kind in CONDITION_KINDS if kind is not NamedColumn) == CONDITION_NAMES
     assert set(CONDITION_NAMES) <= set(CONDITIONS_OF_IMAGES)
     owned = [field for kind in CONDITION_KINDS for field in kind.fields]
-    assert sorted([*owned, "augmentation", "span", "guidance"]) == sorted(field.name for field in dataclasses.fields(Condition))
+    others = ["augmentation", "span", "guidance"]  # of a variant, and of a student
+    assert sorted([*owned, *others]) == sorted(field.name for field in dataclasses.fields(Condition))
     for kind in ALL.kinds.values():
         assert kind.dropout_key in Conditioning.model_fields
         assert len(kind.fields) == len(kind.nulls) == len(kind.shapes((2, *LATENTS)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentflow.training import held_out
-from latentflow.training.held_out import condition_sets, images_for, held_out_loss
+from latentflow.training.held_out import condition_sets, held_out_loss, images_for
 from tests import tiny
 
 

@@ -29,7 +29,7 @@ from latentflow.model.flow_model import FlowModel, read_config
 from latentflow.networks.dit import DiTConfig
 from latentflow.training import velocity
 from latentflow.training.checkpoint import newest_checkpoint
-from latentflow.training.held_out import images_for, held_out_loss
+from latentflow.training.held_out import held_out_loss, images_for
 from latentflow.training.step import training_step
 from latentflow.training.training_data import with_cached
 from tests import tiny

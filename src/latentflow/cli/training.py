@@ -66,6 +66,42 @@ def train(
             say(f"{lowest}; {result.run}@best is the model of that step")
 
 
+@verb(example="latentflow distill runs/photos --data caches/photos out=runs/photos_student")
+def distill(
+    model: Model,
+    overrides: Overrides = None,
+    data: Annotated[
+        str | None, typer.Option(help="A latent cache, or images: those of MODEL, or others of its classes.")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="A name from `latentflow recipes`, or a YAML file.")] = "student",
+    device: Device = None,
+    allow_change: AllowChange = None,
+    dry_run: DryRun = False,
+    print_recipe: PrintRecipe = False,
+) -> None:
+    """Train a student that draws in 2 to 4 network calls. Repeat the command to resume exactly."""
+    from latentflow.commands.distill import distill as run
+    from latentflow.commands.distill import prepare_distillation
+    from latentflow.training.student_recipe import load_student_recipe
+
+    places = [f"teacher={model}", *([f"data.path={data}"] if data is not None else [])]
+    given, runtime = load_student_recipe(recipe, [*places, *(overrides or ())]), runtime_for(device)
+    given = given.model_copy(update={"out": given.out or f"runs/{_name_of(model)}_student"})
+    on_prepared, changes = teller(print_recipe), allow_change or ()
+    if dry_run:
+        _checked(on_prepared, prepare_distillation(given, runtime, allow_change=changes))
+        return
+    result = run(given, allow_change=changes, on_prepared=on_prepared, runtime=runtime)
+    _report_end(result)
+    if runtime.is_main:
+        say(f"{result.outcome.step} steps done; the student is {result.run / 'model'}")
+
+
+def _name_of(model: str) -> str:
+    """The last part of the name of a model, without a snapshot or a revision."""
+    return Path(model).name.partition("@")[0] or "model"
+
+
 @verb(example="latentflow train-autoencoder own_images data.path=photos out=runs/photos_autoencoder")
 def train_autoencoder(
     recipe: RecipeName,
@@ -219,10 +255,13 @@ def recipes(as_json: AsJson = False) -> None:
     """List the recipes that come with the package."""
     from latentflow.training.config import load_recipe, recipe_names
     from latentflow.training.first_stage import AUTOENCODER_RECIPES, load_autoencoder_recipe
+    from latentflow.training.student_recipe import STUDENT_RECIPES, load_student_recipe
 
     rows = {name: load_recipe(name).description for name in recipe_names()}
     for name in recipe_names(AUTOENCODER_RECIPES):
         rows[f"train-autoencoder {name}"] = load_autoencoder_recipe(name).description
+    for name in recipe_names(STUDENT_RECIPES):
+        rows[f"distill {name}"] = load_student_recipe(name).description
     show(rows, as_json)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from latentflow.model.flow_model import FlowModel
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
-from latentflow.training.held_out import HeldOutLoss, condition_sets, images_for, held_out_loss
+from latentflow.training.held_out import HeldOutLoss, condition_sets, held_out_loss, images_for
 from latentflow.training.request import LossRequest
 
 

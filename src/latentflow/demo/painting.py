@@ -18,7 +18,7 @@ from latentflow.demo.workshop import BATCH, HELD_OUT_SEED, Workshop, as_tensor
 from latentflow.randomness import derive_seed
 from latentflow.sampling.frame import Frame
 from latentflow.sampling.pipeline import Given
-from latentflow.training.held_out import condition_sets, images_for, held_out_loss
+from latentflow.training.held_out import condition_sets, held_out_loss, images_for
 
 NUM_COLUMNS = 12
 """Pictures in a row of a contact sheet."""

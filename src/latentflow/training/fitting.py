@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -27,6 +27,8 @@ from latentflow.sizes import Size
 from latentflow.training.config import Recipe
 from latentflow.training.memorisation_onset import SAFE_PER_IMAGE
 from latentflow.training.memory import bytes_per_image, micro_batch_that_fits, state_bytes
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 FITTED = (
     "network",
@@ -118,7 +120,7 @@ def value_of(settings: BaseModel, key: str) -> Any:
     return settings
 
 
-def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+def with_values(recipe: Settings, values: Mapping[str, Any]) -> Settings:
     """A copy with some keys set."""
     for key, value in values.items():
         section, dot, entry = key.partition(".")

@@ -1,4 +1,4 @@
-"""The mathematics of a step that teaches a student: from a batch to a loss per image; see `latentflow.flow.flow_map`."""
+"""The mathematics of a step that teaches a student, from a batch to losses; see `latentflow.flow.flow_map`."""
 
 from __future__ import annotations
 

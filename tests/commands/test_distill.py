@@ -1,0 +1,306 @@
+"""`latentflow distill`: a student of a model, exact when resumed; and what is refused, before anything is written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentflow.api import LatentFlow
+from latentflow.artifacts import read_tensors
+from latentflow.cli import training as cli
+from latentflow.commands.distill import distill
+from latentflow.commands.evaluate import evaluate
+from latentflow.commands.info import describe
+from latentflow.commands.train import train
+from latentflow.data.sources.images import open_images
+from latentflow.errors import ArtifactError, ConfigError, LatentFlowError
+from latentflow.evaluation.request import EvaluationRequest
+from latentflow.flow.flow_map import JumpTimes
+from latentflow.model.flow_model import read_config
+from latentflow.networks.unet import UNetConfig
+from latentflow.training import student_run
+from latentflow.training.student_recipe import StudentRecipe, fit_student, load_student_recipe
+from tests import tiny
+from tests.processes import finish, run_here, start_processes
+from tests.tiny import write_cache
+from tests.training.test_loop import final, largest_difference, read_metrics
+
+TRAINING = {**tiny.RECIPE["training"], "steps": 6, "batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, kl) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    tiny.model(kl, time_scale=20.0, guidance=2.0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, teacher, cache):
+    def made(out: str = "run", **given) -> StudentRecipe:
+        values = {
+            "teacher": str(teacher),
+            "out": str(tmp_path / out),
+            "optimizer": {"learning_rate": 1e-3},
+            **given,
+            "data": {"path": str(cache), **given.get("data", {})},
+            "training": {**TRAINING, **given.get("training", {})},
+        }
+        return StudentRecipe.model_validate(values)
+
+    return made
+
+
+@pytest.fixture
+def run(recipe):
+    def trained(out: str = "run", **given) -> Path:
+        return distill(recipe(out, **given), runtime=tiny.CPU).run
+
+    return trained
+
+
+def test_the_student_is_a_model_that_says_whose_it_is(run, teacher):
+    folder = run(training={"preview_every": 6})
+    config, own = read_config(folder / "model"), LatentFlow.from_pretrained(teacher, device="cpu")
+    assert (config.student.teacher, config.student.weights) == (str(teacher), own.weights_hash)
+    assert (config.sampling.solver, config.sampling.steps, config.sampling.guidance) == ("jumps", 4, 2.0)
+    assert (config.training.step, config.training.num_images) == (6, tiny.NUM_IMAGES)
+    assert describe(folder)["student of"] == f"{teacher}, weights {own.weights_hash[:12]}"
+    assert (folder / "samples" / "step-00000006.png").exists()
+    drawn = LatentFlow.from_pretrained(folder, device="cpu").sample(num=2, evaluations=2, guidance=3.0)
+    assert drawn.evaluations.tolist() == [2, 2]
+
+
+def test_step_zero_is_the_teacher(recipe, teacher):
+    prepared = student_run.prepare_student(recipe(), tiny.CPU)
+    own = LatentFlow.from_pretrained(teacher, device="cpu").network.state_dict()
+    weights = prepared.model.network.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in own.items())
+    x, ones = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(2)
+    condition = prepared.model.config.conditioning.build(x.shape, "cpu")
+    assert torch.equal(prepared.model.velocity(x, ones, condition), prepared.teacher.velocity(x, ones, condition))
+
+
+def test_nothing_of_the_teacher_is_trained_or_kept(run, teacher):
+    before = tiny.tree(teacher)
+    folder = run()
+    assert tiny.tree(teacher) == before
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    names = set(read_tensors(checkpoint / "network.safetensors"))
+    assert names == set(read_tensors(checkpoint / "ema.safetensors"))
+    assert names == set(LatentFlow.from_pretrained(folder, device="cpu").network.state_dict())
+
+
+def test_it_learns(run):
+    """The error of the velocity falls from that of a student that ignores guidance."""
+    lines = read_metrics(run(training={"steps": 60, "batch_size": 16, "log_every": 10}))
+    assert lines[-1]["velocity_error"] < 0.5 * lines[0]["velocity_error"]
+    assert {"loss", "velocity_error", "jump_error", "learning_rate"} <= set(lines[0])
+
+
+def test_resume_is_exact(run, monkeypatch):
+    whole = run("whole", training={"checkpoint_every": 2})
+    step, calls = student_run.student_step, iter(range(1, 1000))
+
+    def killed(*args, **options):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return step(*args, **options)
+
+    monkeypatch.setattr(student_run, "student_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("killed", training={"checkpoint_every": 2})
+    monkeypatch.setattr(student_run, "student_step", step)
+    resumed = run("killed", training={"checkpoint_every": 2})
+    assert final(resumed) == final(whole)
+
+
+def require_equal(one: Path, other: Path) -> None:
+    """Equal up to rounding, which is all that the gradients of the biases of keys consist of; Adam enlarges it."""
+    assert largest_difference(one, other) < 3e-4
+    losses = [[line["loss"] for line in read_metrics(run)] for run in (one, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_micro_batches_equal_the_whole(run):
+    require_equal(run("one"), run("two", training={"micro_batch_size": 4}))
+
+
+def test_two_processes_equal_one(run, recipe, teacher, cache, tmp_path):
+    one, log = run("one"), tmp_path / "log"
+    keys = ["steps=6", "batch_size=8", "precision=fp32", "ema_decay=0.9", "log_every=1", "checkpoint_every=100"]
+    options = [f"training.{key}" for key in [*keys, "preview_every=0"]]
+    options += ["optimizer.learning_rate=1e-3", "optimizer.betas=0.9,0.999", "optimizer.warmup_steps=0"]
+    command = ("distill", teacher, "--data", cache, f"out={tmp_path / 'two'}", *options, "--device", "cpu")
+    workers = start_processes(command, log, 2)
+    assert [finish(worker, log.with_name(f"log.{rank}")) for rank, worker in enumerate(workers)] == [0, 0]
+    require_equal(one, tmp_path / "two")
+
+
+def test_a_unet(tmp_path, kl, cache, run):
+    made = tiny.model(kl, guidance=2.0)
+    sizes = {"channels": 8, "multipliers": [1, 2], "blocks_per_level": 1, "norm_groups": 4, "dropout": 0.1}
+    config = made.config.model_copy(update={"network": UNetConfig(**sizes, num_heads=1)})
+    network = tiny.randomise(config.build_network())
+    LatentFlow(config, network.eval(), kl).save_pretrained(tmp_path / "unet")
+    folder = run(teacher=str(tmp_path / "unet"), training={"steps": 2})
+    drawn = LatentFlow.from_pretrained(folder, device="cpu").sample(num=1, evaluations=1)
+    assert drawn.latents.isfinite().all()
+
+
+def test_images_that_the_teacher_held_out_are_not_learned(tmp_path, kl, kl_folder, recipe):
+    many = tiny.write_images(tmp_path / "many", per_class=30)
+    write_cache(open_images(many, tiny.IMAGE_SIZE), kl, tmp_path / "cache")
+    own = tiny.recipe(
+        autoencoder=kl_folder,
+        data={"path": tmp_path / "cache", "held_out": 0.1},
+        training={"steps": 1},
+        out=tmp_path / "teacher",
+    )
+    train(own, runtime=tiny.CPU)
+    held_out = read_config(tmp_path / "teacher" / "model").training.held_out
+    given = recipe(teacher=str(tmp_path / "teacher"), data={"path": str(tmp_path / "cache")})
+    prepared = student_run.prepare_student(given, tiny.CPU)
+    assert len(prepared.images) == 90 - held_out.num_images
+    assert prepared.model.config.training.held_out == held_out
+
+
+def test_is_evaluated_at_its_true_cost(run, images):
+    folder = run()
+    asked = {"model": str(folder), "data": str(images), "features": "random", "num": 8, "metrics": ["fid"]}
+    report = evaluate(EvaluationRequest(**asked, evaluations=2, guidance=2.0, resamples=0), runtime=tiny.CPU)
+    assert report.report.protocol.evaluations.mean == 2
+
+
+def test_command_line(teacher, cache, tmp_path, capsys, monkeypatch):
+    command = ["distill", teacher, "--data", cache, "training.steps=2", "training.batch_size=4", "--device", "cpu"]
+    checked = run_here([*command, f"out={tmp_path / 'run'}", "--dry-run"], capsys, monkeypatch)
+    assert checked.code == 0 and "all is well" in checked.out + checked.err
+    assert "1 to 8 on label" in checked.out + checked.err
+    assert not (tmp_path / "run").exists()
+    done = run_here([*command, f"out={tmp_path / 'run'}"], capsys, monkeypatch)
+    assert done.code == 0, done.err
+    drawn = run_here(
+        ["sample", tmp_path / "run", "--num", 2, "--evaluations", 1, "--out", tmp_path / "out", "--device", "cpu"],
+        capsys,
+        monkeypatch,
+    )
+    assert drawn.code == 0, drawn.err
+    assert len(list((tmp_path / "out").glob("*_seed-*.png"))) == 2
+
+
+def test_name_of_the_run_is_that_of_the_teacher():
+    assert [cli._name_of(name) for name in ("runs/photos", "someone/photos@v2", "runs/photos@best/")] == ["photos"] * 3
+
+
+def test_rules_of_what_is_left_open(kl, recipe):
+    config = tiny.model(kl).config
+    training = config.training.model_copy(update={"step": 4000})
+    open_recipe = load_student_recipe("student")
+    cpu = fit_student(open_recipe, config.model_copy(update={"training": training}), 1000, gpu=False)
+    assert (cpu.training.steps, cpu.training.batch_size, cpu.fit) == (800, 128, False)
+    gpu = fit_student(open_recipe, config, 100_000, gpu=True)
+    assert (gpu.training.steps, gpu.training.batch_size, gpu.training.ema_decay) == (30_000, 256, 0.9999)
+    given = load_student_recipe("student", ["training.steps=77", "optimizer.learning_rate=1e-5"])
+    fixed = fit_student(given, config, 6, gpu=False)
+    assert (fixed.training.steps, fixed.training.batch_size, fixed.optimizer.learning_rate) == (77, 4, 1e-5)
+
+
+def test_the_shipped_recipe_is_the_default_one():
+    assert load_student_recipe("student").jumps == JumpTimes()
+
+
+# What is refused, before anything is written
+
+
+@pytest.fixture
+def refused(recipe, tmp_path):
+    def run(kind: type[LatentFlowError], *words: str, **given) -> None:
+        with pytest.raises(kind) as caught:
+            distill(recipe(**given), runtime=tiny.CPU)
+        assert "\n" not in str(caught.value)
+        for part in words:
+            assert part in str(caught.value)
+        assert not (tmp_path / "run").exists()
+
+    return run
+
+
+def test_a_student_has_no_student(run, refused, recipe, tmp_path):
+    folder = run("first", training={"steps": 1})
+    refused(ConfigError, str(folder), "is a student itself", "give its teacher", teacher=str(folder))
+
+
+def test_another_autoencoder(refused, tmp_path, images, deterministic):
+    write_cache(open_images(images, tiny.IMAGE_SIZE), deterministic, tmp_path / "other")
+    refused(LatentFlowError, str(tmp_path / "other"), "autoencoder", data={"path": str(tmp_path / "other")})
+
+
+def test_other_classes(refused, tmp_path, kl):
+    fewer = tiny.write_images(tmp_path / "fewer", classes=("apple", "date"))
+    write_cache(open_images(fewer, tiny.IMAGE_SIZE), kl, tmp_path / "other")
+    words = ("['apple', 'date']", "give data of the model's classes")
+    refused(ConfigError, *words, data={"path": str(tmp_path / "other")})
+
+
+def test_other_sizes(refused, tmp_path, images, kl):
+    write_cache(open_images(images, 32), kl, tmp_path / "other")
+    refused(ConfigError, "images of 32", "the model draws 16", data={"path": str(tmp_path / "other")})
+
+
+def test_no_teacher_and_no_data(refused, tmp_path):
+    refused(ArtifactError, "nowhere-at-all", teacher="nowhere-at-all/at/all")
+    refused(ConfigError, "teacher is not set", teacher="")
+    refused(ConfigError, "data.path is not set", data={"path": ""})
+
+
+def test_batches_in_which_no_image_jumps(refused):
+    words = ("jumps.every = 4", "2 images at a time", "use a multiple of 4")
+    refused(ConfigError, *words, training={"batch_size": 2})
+    refused(ConfigError, *words, training={"micro_batch_size": 2})
+
+
+def test_flips_that_the_cache_has_not(refused, tmp_path, kl):
+    flat = tiny.write_images(tmp_path / "flat", per_class=2)
+    write_cache(open_images(flat, tiny.IMAGE_SIZE), kl, tmp_path / "flat_cache")
+    data = {"path": str(tmp_path / "flat_cache"), "flip": "true"}
+    refused(ConfigError, "data.flip = true", "encode it with --flips", data=data)
+
+
+def test_guidance_that_the_teacher_has_not(refused, tmp_path, kl):
+    tiny.model(kl, class_names=()).save_pretrained(tmp_path / "plain")
+    flat = tiny.write_images(tmp_path / "flat", classes=())
+    given = {"teacher": str(tmp_path / "plain"), "data": {"path": str(flat)}, "sampling": {"guidance": 2.0}}
+    refused(ConfigError, "sampling.guidance = 2", "no condition to guide on; use 1", **given)
+
+
+def test_out_is_not_the_run_of_the_teacher(tmp_path, teacher, recipe):
+    (tmp_path / "own").mkdir()
+    shutil.copytree(teacher, tmp_path / "own" / "model")
+    before = tiny.tree(tmp_path / "own")
+    with pytest.raises(ArtifactError, match="which is overwritten; choose another place"):
+        distill(recipe("own", teacher=str(tmp_path / "own")), runtime=tiny.CPU)
+    assert tiny.tree(tmp_path / "own") == before
+
+
+def test_a_run_goes_on_with_its_teacher_alone(run, recipe, tmp_path, kl, teacher):
+    folder = run(training={"steps": 2})
+    other = tiny.model(kl, seed=5, time_scale=20.0)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match="was trained by a teacher with the weights"):
+        distill(recipe(teacher=str(tmp_path / "other")), runtime=tiny.CPU)
+    moved = shutil.copytree(teacher, tmp_path / "moved")
+    assert run(teacher=str(moved)) == folder
+    assert read_config(folder / "model").training.step == 6
+    with pytest.raises(ConfigError, match="the student has learned with the old one"):
+        distill(recipe(jumps={"every": 2}), runtime=tiny.CPU)
+
+
+def test_export_is_refused(run, tmp_path, capsys, monkeypatch):
+    folder = run(training={"steps": 1})
+    result = run_here(["export", folder, "--out", tmp_path / "exported"], capsys, monkeypatch)
+    assert result.code == 2 and "student" in result.err and "export its teacher" in result.err
+    assert not (tmp_path / "exported").exists()
