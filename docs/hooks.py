@@ -142,9 +142,11 @@ def recipe_page() -> str:
     """Every key of a recipe, with its type, default and meaning, from the records that check it."""
     from latentflow.training.config import Recipe, load_recipe, recipe_names
     from latentflow.training.first_stage import AUTOENCODER_RECIPES, AutoencoderRecipe, load_autoencoder_recipe
+    from latentflow.training.student_recipe import STUDENT_RECIPES, StudentRecipe, load_student_recipe
 
     rows = [(f"`{name}`", load_recipe(name).description) for name in recipe_names()]
     stages = [(f"`{name}`", load_autoencoder_recipe(name).description) for name in recipe_names(AUTOENCODER_RECIPES)]
+    students = [(f"`{name}`", load_student_recipe(name).description) for name in recipe_names(STUDENT_RECIPES)]
     return "\n".join(
         [
             "# Recipes\n",
@@ -156,10 +158,14 @@ def recipe_page() -> str:
             _markdown_table(("Name", "What it trains"), rows),
             "## Recipes of `latentflow train-autoencoder` {: #named-autoencoders }\n",
             _markdown_table(("Name", "What it trains"), stages),
+            "## Recipes of `latentflow distill` {: #named-students }\n",
+            _markdown_table(("Name", "What it trains"), students),
             "## Keys of `latentflow train` {: #keys }\n",
             _keys(Recipe),
             "## Keys of `latentflow train-autoencoder` {: #autoencoder-keys }\n",
             _keys(AutoencoderRecipe),
+            "## Keys of `latentflow distill` {: #student-keys }\n",
+            _keys(StudentRecipe),
         ]
     )
 

@@ -20,6 +20,7 @@ from latentflow.cli.options import every_command
 from latentflow.data.painting.input_rules import InputRules
 from latentflow.training.config import load_recipe
 from latentflow.training.first_stage import load_autoencoder_recipe
+from latentflow.training.student_recipe import load_student_recipe
 from tests import tiny
 from tests.processes import run_here
 from tests.test_layers import LAYERS
@@ -62,6 +63,8 @@ def test_every_command_of_the_pages_is_one(page, words):
     """Verbs, options and the kinds of their values; recipes and their keys."""
     context = VERBS[words[1]].make_context(words[1], words[2:])
     loader = {"train": load_recipe, "train-autoencoder": load_autoencoder_recipe}.get(words[1])
+    if words[1] == "distill":
+        load_student_recipe(context.params["recipe"], context.params["overrides"] or ())
     if loader:
         loader(context.params["recipe"], context.params["overrides"])
 
@@ -288,6 +291,7 @@ MORE = {
         ),
         *("network.depth=2", "network.hidden_size=32", "network.num_heads=2", "network.patch_size=2"),
     ],
+    "distill": ["training.steps=4", "training.batch_size=4", "training.precision=fp32", "--device", "cpu"],
     "evaluate": ["--features", "random"],
     "sweep": ["--num", "4"],
     "diagnose": ["--num", "16"],
@@ -352,6 +356,7 @@ def test_the_tutorial_runs(place, capsys, monkeypatch):
         ("how-to/mask-to-image", {"mask-to-image", "inpaint"}),
         ("how-to/augment", {"encode", "train"}),
         ("how-to/edit", {"image-to-image", "interpolate", "vary", "invert"}),
+        ("how-to/distill", {"encode", "distill", "sample", "evaluate", "sweep"}),
         ("how-to/evaluate", {"evaluate", "sweep", "benchmark", "diagnose"}),
         ("reference/python/index", set()),
     ],

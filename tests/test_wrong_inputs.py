@@ -54,6 +54,11 @@ INPAINT = "inpaint {w}/painter {w}/photo.png {w}/hole.png --steps 2 --out {out}/
 PAINT = "mask-to-image {w}/painter {w}/map.png --steps 2 --out {out}/painted.png"
 TRANSLATE = "translate {w}/sharpener {w}/photo.png --steps 2 --out {out}/large.png"
 EVALUATE = "evaluate {w}/model --data {w}/photos --features random --metrics fid --num 12 --steps 2 --out {out}"
+DISTILL = (
+    "distill {w}/model --data {w}/cache out={out} training.steps=1 training.batch_size=4 training.precision=fp32 "
+    "--device cpu"
+)
+FEW = "sample {w}/student --num 2 --out {out}"
 JUDGE = "train-features {w}/photos --image-size 16 --out {out}"
 
 CASES = {
@@ -76,6 +81,33 @@ CASES = {
         wrong(SAMPLE + " --json=yes", "--json", "latentflow sample --help"),
         wrong(SAMPLE + " --device toaster", "toaster", advised=SAMPLE + " --device cpu"),
         wrong(SAMPLE + " --device cuda:99", "cuda:99", advised=SAMPLE + " --device cpu"),
+    ],
+    "students": [
+        wrong(
+            "sample {w}/model --num 2 --evaluations 4 --out {out}",
+            *("--evaluations 4", "no student", "--solver ab2 --steps 4", "latentflow distill"),
+            advised="sample {w}/model --num 2 --solver ab2 --steps 4 --out {out}",
+        ),
+        wrong(SAMPLE.replace("euler", "jumps"), "--solver jumps", "use heun", advised=SAMPLE.replace("euler", "heun")),
+        wrong(FEW + " --evaluations 0", "--evaluations 0", "from 1 to 16", advised=FEW + " --evaluations 1"),
+        wrong(FEW + " --evaluations 17", "--evaluations 17", "from 1 to 16", advised=FEW + " --evaluations 16"),
+        wrong(FEW + " --evaluations 2 --steps 2", "--evaluations 2", "leave one out", advised=FEW + " --evaluations 2"),
+        wrong(FEW + " --guidance 9", "--guidance 9", "from 1 to 8", advised=FEW + " --guidance 2"),
+        wrong(FEW + " --guidance 0.5", "--guidance 0.5", "from 1 to 8", advised=FEW + " --guidance 1"),
+        wrong(FEW + " --guidance 2 --guide {w}/painter", "--guide", "leave it out", advised=FEW + " --guidance 2"),
+        wrong(FEW + " --guidance 2 --guidance-interval 0.1,0.8", "--guidance-interval 0.1,0.8", "leave it out"),
+        wrong("invert {w}/student {w}/photo.png --evaluations 4 --out {out}", "--evaluations 4", "--solver heun"),
+        wrong(DISTILL.replace("model", "student"), "student", "is a student itself", "give its teacher"),
+        wrong(DISTILL.replace("model", "nowhere"), "nowhere"),
+        wrong("distill {w}/model out={out} --device cpu", "data.path is not set", advised=DISTILL),
+        wrong(DISTILL.replace("{w}/cache", "{w}/nowhere"), "nowhere"),
+        wrong(DISTILL.replace("model", "painter"), "map classes", "give data of"),
+        wrong(DISTILL.replace("size=4", "size=3"), "jumps.every = 4", "3 images", advised=DISTILL),
+        wrong(DISTILL + " jumps.last_share=0.5", "last_share = 0.5", "first_share = 0.1", "swap the two"),
+        wrong(DISTILL + " jumps.evry=2", "jumps.evry", "every", advised=DISTILL + " jumps.every=2"),
+        wrong(DISTILL + " training.align_weight=1", "align_weight", "leave it out"),
+        wrong(DISTILL + " sampling.guidance=9", "sampling.guidance", "8"),
+        wrong(DISTILL + " --recipe studnet", "studnet", "student", advised=DISTILL + " --recipe student"),
     ],
     "pixels": [
         wrong(ENCODE + " --pixels rgbx", "--pixels 'rgbx'", "bands", advised=ENCODE + " --pixels rgb"),
@@ -501,6 +533,7 @@ def _recipes(w: Path) -> None:
 def _models(w: Path, kl) -> None:
     model = tiny.model(kl)
     model.save_pretrained(w / "model")
+    tiny.student(model, seed=1).save_pretrained(w / "student")
     tiny.model(kl, class_names=()).save_pretrained(w / "unconditional")
     tiny.model(kl, conditioning=tiny.SPATIAL).save_pretrained(w / "painter")
     tiny.model(kl, inputs=InputRules()).save_pretrained(w / "sharpener")
