@@ -36,6 +36,7 @@ class Option:
         metavar: stands for the value in the help.
         called: what messages call the field in Python; None: by its name.
         remedy: ends the message about a value out of range.
+        adapts: it names a model, and `--adapter` adds an adapter to the name.
     """
 
     name: str | None = None
@@ -43,6 +44,7 @@ class Option:
     metavar: str | None = None
     called: str | None = None
     remedy: str = ""
+    adapts: bool = False
 
 
 def markers_of(field: FieldInfo) -> list[object]:
@@ -308,6 +310,8 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_real)]
 PathText = Annotated[str, BeforeValidator(_path_text)]
 """A path, or the name of something that is no file: a hub id, a built-in autoencoder, synthetic images."""
+ModelText = Annotated[PathText, Option(argument=True, adapts=True)]
+"""The name of a model, with an adapter or without; see `latentflow.model.adapter_name`."""
 Names = Annotated[list[str], FromText(_names)]
 Classes = Annotated[int | str | Sequence[int | str], SkipValidation, FromText(_classes)]
 """Classes as a person gives them: one, or a list of names or indices; see `Conditioning.class_indices`."""

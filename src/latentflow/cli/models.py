@@ -21,10 +21,10 @@ _TITLES = {"told": "conditions", "columns": "named conditions", "holes": "mask p
 
 @verb(example="latentflow info runs/cifar10")
 def info(
-    model: Annotated[str, typer.Argument(help="A model folder, a run folder, a hub id, or a latent cache.")],
+    model: Annotated[str, typer.Argument(help="A model folder, a run folder, a hub id, an adapter or a latent cache.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show the facts of a model or a latent cache, and of long lists, such as class names, the first few.
+    """Show the facts of a model, an adapter or a latent cache, and of long lists, such as class names, the first few.
 
     Classes have the names of their folders, or those of `convert --class-names`.
     """
@@ -60,6 +60,20 @@ def convert(
         say(note)
 
 
+@verb(example="latentflow merge models/dit --adapter runs/birds --out models/birds")
+def merge(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder of the new model; must be new.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write a model with its adapter as one model folder, which needs neither of them."""
+    from latentflow.commands.merge import merge as run
+
+    flow = run(model, out)
+    conditioning = flow.config.conditioning
+    show({"model": str(out), "merged": flow.reference, "classes": conditioning.num_classes}, as_json)
+
+
 @verb(example="latentflow export runs/streets --out streets-diffusers")
 def export(
     model: Model,
@@ -80,7 +94,7 @@ def export(
 
 @verb(example="latentflow push runs/streets me/streets --private")
 def push(
-    model: Model,
+    model: Annotated[str, typer.Argument(help="A model folder, a run folder or a hub id.")],
     repo_id: Annotated[str, typer.Argument(metavar="NAME", help="On the hub: owner/name, or owner/name@branch.")],
     private: Annotated[
         bool, typer.Option("--private", help="Create a private repository, for you and those you invite.")

@@ -71,15 +71,20 @@ class _Verb:
             for name, parameter in signature.parameters.items()
             if isinstance(parameter.annotation, type) and issubclass(parameter.annotation, Request)
         }
-        parameters = []
+        parameters, adapted = [], ""
         for name, parameter in signature.parameters.items():
             if name in records:
                 parameters += _parameters(records[name])
+                adapted = adapted or _adapted(records[name])
             else:
                 parameters.append(parameter.replace(annotation=_refusing_empty(parameter.annotation)))
+                adapted = name if parameter.annotation == Model else adapted
+        parameters += _ADAPTER_OPTIONS if adapted else []
         arguments_first = sorted(parameters, key=lambda one: not isinstance(_info(one), typer.models.ArgumentInfo))
 
         def run(**options: Any) -> None:
+            if adapted:
+                options[adapted] = _with_adapter(options[adapted], options.pop("adapter"), options.pop("strength"))
             given = {name: _asked(record, options) for name, record in records.items()}
             try:
                 self.function(**options, **given)
@@ -142,6 +147,65 @@ def command(*, example: str, group: str) -> Callable[[Callable[..., None]], Call
 def every_command() -> dict[str, typer.core.TyperCommand]:
     """All verbs in full, as the documentation shows them."""
     return {name: verb.command() for name, verb in _VERBS.items()}
+
+
+def _adapted(record: type[Request]) -> str:
+    """The field of a request that names a model to which an adapter can be added; "" for none."""
+    return next((name for name, field in record.model_fields.items() if option_of(field).adapts), "")
+
+
+_ADAPTER_OPTIONS = [
+    inspect.Parameter(
+        "adapter",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            list[str] | None,  # of several, the last would be taken
+            typer.Option(
+                "--adapter",
+                metavar="ADAPTER",
+                help="Low-rank differences that were trained on MODEL: their folder, the run of `finetune --method "
+                "lora` that made them, or a hub id.",
+            ),
+        ],
+    ),
+    inspect.Parameter(
+        "strength",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            list[str] | None,
+            typer.Option(
+                "--adapter-strength",
+                metavar="NUMBER",
+                help="What these differences are multiplied by, 0 to 10; 0: MODEL itself, 1: as trained, the default.",
+            ),
+        ],
+    ),
+]
+
+
+def _with_adapter(model: str, adapters: list[str] | None, strengths: list[str] | None) -> str:
+    """The name of a model with the adapter that is given, if one is.
+
+    Raises:
+        ConfigError: an option is given twice, or does not fit.
+    """
+    from latentflow.model.adapter_name import adapted_name
+
+    for option, values in (("--adapter", adapters), ("--adapter-strength", strengths)):
+        if len(values or []) > 1:
+            raise ConfigError(f"{option} is given twice, {' and '.join(values or [])}; give one")
+    adapter, typed = (next(iter(values or []), None) for values in (adapters, strengths))
+    try:
+        strength = None if typed is None else float(typed)
+    except ValueError:
+        raise ConfigError(f"--adapter-strength {typed!r} is not a number; give one from 0 to 10, like 0.7") from None
+    try:
+        named = adapted_name(model, adapter, strength)
+    except RequestError as error:
+        raise ConfigError(f"{_flag(error.field)}{error.reason}") from None
+    return str(named) if named else model
 
 
 def _info(parameter: inspect.Parameter) -> object:

@@ -11,7 +11,7 @@ from latentflow.convert.exported import Exported
 from latentflow.convert.onnx.onnx_files import export_onnx, onnx_network
 from latentflow.convert.request import ExportRequest
 from latentflow.locks import writes
-from latentflow.model.flow_model import FlowModel, find_model, read_config
+from latentflow.model.flow_model import FlowModel, config_of
 
 _FORMATS = {"diffusers": (diffusers_network, export_diffusers), "onnx": (onnx_network, export_onnx)}
 """For each format: what refuses a config that it cannot express, and what writes the folder."""
@@ -32,5 +32,5 @@ def export(model: str | Path, out: str | Path, request: ExportRequest | None = N
     """
     require_new(out)
     require_expressible, write = _FORMATS[(request or ExportRequest()).format]
-    require_expressible(read_config(find_model(model)))  # before any weights are read
+    require_expressible(config_of(model))  # before any weights are read
     return write(FlowModel.from_pretrained(model, device="cpu"), out)

@@ -1,4 +1,4 @@
-"""`latentflow info`: the facts of a model or a latent cache."""
+"""`latentflow info`: the facts of a model, an adapter or a latent cache."""
 
 from __future__ import annotations
 
@@ -9,18 +9,45 @@ from typing import Any
 from latentflow.columns import Column
 from latentflow.data.buckets import named_sizes
 from latentflow.data.cache.reader import LatentCache, is_cache
-from latentflow.model.flow_model import CONFIG_FILE, WEIGHTS_FILE, find_model, read_config
+from latentflow.model.adapter import ADAPTER_FOLDER, ADAPTER_WEIGHTS, is_adapter
+from latentflow.model.flow_model import CONFIG_FILE, WEIGHTS_FILE, find_model, open_adapter, read_config
 from latentflow.model.snapshots import BEST, snapshot_steps
 from latentflow.weights import tensor_shapes
 
 
 def describe(model: str | Path) -> dict[str, Any]:
-    """Facts of a model or a cache, name => value, for a table or JSON.
+    """Facts of a model, an adapter or a cache, name => value, for a table or JSON.
 
     Raises:
-        ArtifactError: the folder holds neither.
+        ArtifactError: the folder holds none of them.
     """
+    if is_adapter(Path(model)):
+        return _describe_adapter(model)
     return _describe_cache(model) if is_cache(model) else _describe_model(model)
+
+
+def _describe_adapter(folder: str | Path) -> dict[str, Any]:
+    adapter = open_adapter(folder)
+    record, config = adapter.record, adapter.config
+    return {
+        "adapter": str(folder),
+        "base": record.base_model_name_or_path,
+        "base weights": record.base_weights[:12],
+        "network": config.network.title,
+        "rank": record.r,
+        "scale": record.scale,
+        "parameters": adapter.num_parameters,
+        "bytes": (adapter.folder / ADAPTER_WEIGHTS).stat().st_size,
+        "layers": len(record.target_modules),
+        "whole tensors": record.modules_to_save,
+        "image size": config.image_size.written,
+        "classes": config.conditioning.class_names,
+        "columns": [f"{one.name} ({one.describe()})" for one in config.conditioning.columns],
+        "trained on": config.training.data,
+        "training images": config.training.num_images,
+        "held-out loss": config.training.held_out_loss,
+        "steps": config.training.step,
+    }
 
 
 def _describe_model(model: str | Path) -> dict[str, Any]:
@@ -59,6 +86,7 @@ def _describe_model(model: str | Path) -> dict[str, Any]:
         "average of the weights": _average(config.training.ema_length),
         "models of steps": snapshot_steps(model),
         "best model": _best_step(model),
+        "adapter": str(folder / ADAPTER_FOLDER) if is_adapter(folder / ADAPTER_FOLDER) else "none",
     }
 
 

@@ -45,16 +45,16 @@ def sweep(request: SweepRequest, runtime: Runtime | None = None) -> SweepResult:
         raise ArtifactError(
             f"{request.model} is not a folder here; a preset is written into a model folder: remove --write"
         )
-    folder = find_model(request.model)
-    if request.write:
+    folder = find_model(request.model) if request.write else None
+    if folder is not None:
         require_writable(folder / CONFIG_FILE, suffix=".json")
     require_writable(request.out)
     require_apart(request.out, request.data)
-    opened = open_sweep(request, folder, runtime)
+    opened = open_sweep(request, runtime)
     result = measure_sweep(replace(opened, plan=_claim(request.out, opened.plan)))
     if result.written and result.lengths:
         ema(EmaRequest(run=request.model, length=result.lengths[result.best], write=True))
-    if result.written:
+    if result.written and folder is not None:
         write_preset(folder, result.new)
     write_json(request.out / "sweep.json", summary(result))
     write_text(request.out / "sweep.svg", sweep_picture(result))

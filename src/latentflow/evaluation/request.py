@@ -19,6 +19,7 @@ from latentflow.metrics.names import (
 )
 from latentflow.requests import (
     FromText,
+    ModelText,
     Names,
     Number,
     Numbers,
@@ -58,7 +59,7 @@ def _intervals(text: str) -> list[tuple[float, float]]:
 class EvaluationRequest(SamplingRequest):
     """Images to score against real ones, and by what."""
 
-    model: Annotated[PathText, Option(argument=True)] = Field(
+    model: ModelText = Field(
         description="A model; a folder or zip of PNG samples; with --reconstruction, also an autoencoder."
     )
     data: PathText = Field(description="Real images as for `encode`, or statistics of them: .safetensors or .npz.")
@@ -225,7 +226,7 @@ class EvaluationRequest(SamplingRequest):
 class SweepRequest(Request):
     """Sampling presets to compare, and by what."""
 
-    model: Annotated[PathText, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
+    model: ModelText = Field(description="A model folder, a run folder or a hub id.")
     data: PathText = Field(description="Images as for `encode`, or a file of reference statistics.")
     out: Path = Field(Path("sweep"), description="Folder for page.html, sweep.json, sweep.svg and the candidates.")
     features: str = Field(
@@ -294,7 +295,7 @@ class SweepRequest(Request):
 class DiagnoseRequest(Request):
     """A model to examine, and the images to examine it on."""
 
-    model: Annotated[PathText, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
+    model: ModelText = Field(description="A model folder, a run folder or a hub id.")
     data: PathText = Field(description="Images as for `encode`, best held-out ones.")
     out: Path = Field(Path("diagnosis"), description="Folder for page.html, diagnose.json and pictures.")
     train: PathText | None = Field(
@@ -335,7 +336,7 @@ class DiagnoseRequest(Request):
 class BoundRequest(Request):
     """A model whose Wasserstein bound is measured, and on how many draws."""
 
-    model: Annotated[PathText, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
+    model: ModelText = Field(description="A model folder, a run folder or a hub id.")
     data: PathText = Field(description="Images as for `encode`, best held-out ones.")
     out: Path | None = Field(None, description="Folder for page.html, bound.json and the charts.")
     num: Annotated[Whole, Option(called="number of images", remedy="a standard error needs two")] = Field(
@@ -359,7 +360,7 @@ class BoundRequest(Request):
 class BenchmarkRequest(SamplingRequest):
     """A model whose sampling is timed, and how often."""
 
-    model: Annotated[PathText, Option(argument=True)] = Field(description="A model folder, a run folder or a hub id.")
+    model: ModelText = Field(description="A model folder, a run folder or a hub id.")
     num: Annotated[Whole, Option(called="number of images")] = Field(
         8, ge=1, description="Images of each repeat, rounded up to whole batches."
     )

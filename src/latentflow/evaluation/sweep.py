@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from latentflow.artifacts import sha256_file
 from latentflow.data.cache.reader import is_cache
@@ -33,9 +32,10 @@ from latentflow.flow.solvers import JUMPS
 from latentflow.metrics.class_judge import ClassJudge
 from latentflow.metrics.features.extractors import FeatureExtractor, JudgeFeatures, open_features
 from latentflow.metrics.scores import require_enough
+from latentflow.model.adapter_name import split_adapted
 from latentflow.model.conditioning import ConditionName
 from latentflow.model.config import ModelConfig, SamplingPreset
-from latentflow.model.flow_model import WEIGHTS_FILE, FlowModel
+from latentflow.model.flow_model import WEIGHTS_FILE, FlowModel, find_model
 from latentflow.model.guide_reference import NO_GUIDE
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
@@ -141,11 +141,13 @@ def candidates_of(
     )
 
 
-def open_sweep(request: SweepRequest, folder: Path, runtime: Runtime | None) -> Sweep:
-    """Open model, features and reference.
+def _weights_of(model: str, flow: FlowModel) -> str:
+    """The hash of a model's weights file, which earlier sweeps have in their plans; of merged weights their own."""
+    return flow.weights_hash if split_adapted(model) else sha256_file(find_model(model) / WEIGHTS_FILE)
 
-    Args:
-        folder: of the model.
+
+def open_sweep(request: SweepRequest, runtime: Runtime | None) -> Sweep:
+    """Open model, features and reference.
 
     Raises:
         ArtifactError, ConfigError, DataError: something does not exist or does not fit.
@@ -175,7 +177,7 @@ def open_sweep(request: SweepRequest, folder: Path, runtime: Runtime | None) -> 
         candidates, lengths = with_lengths(candidates, request.ema)
     inherited = {"guided_by", "guided_channels"} if request.guides else {"guided_by", "guided_channels", "guide"}
     plan = SweepPlan(
-        weights=averages.hash if averages else sha256_file(folder / WEIGHTS_FILE),
+        weights=averages.hash if averages else _weights_of(request.model, flow),
         model=flow.config.model_dump(mode="json", exclude={"sampling", "training"}),
         guided=flow.config.sampling.model_dump(mode="json", include=inherited),
         data=real.fingerprint,

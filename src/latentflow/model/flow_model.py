@@ -36,6 +36,18 @@ from latentflow.data.painting.input_pixels import at_image_size, at_latent_size,
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.flow.multistep import FittedMultistep
 from latentflow.hub import CARD_FILE, HubId, fetch, looks_like, push_folder, require_token
+from latentflow.model.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    Adapter,
+    AdapterBase,
+    is_adapter,
+    read_adapter,
+    read_record,
+    write_adapter,
+)
+from latentflow.model.adapter_name import adapted_name, split_adapted
 from latentflow.model.card import model_card
 from latentflow.model.config import AUTOENCODER_FOLDER, ModelConfig
 from latentflow.model.fitted_solvers import SOLVERS_FILE, FittedSolvers, read_solvers, write_solvers
@@ -61,6 +73,9 @@ MODEL_FILES = (
     *(f"{AUTOENCODER_FOLDER}/{name}" for name in AUTOENCODER_FILES),
 )
 """The files of a model folder, as patterns; nothing else is uploaded or downloaded."""
+_OF_ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE)
+ADAPTER_FILES = (*_OF_ADAPTER, *(f"{ADAPTER_FOLDER}/{name}" for name in _OF_ADAPTER))
+"""The files of an adapter on the hub."""
 
 
 class FlowModel:
@@ -90,12 +105,16 @@ class FlowModel:
         """The folder it was loaded from, or the hub id with the commit: owner/name@commit."""
         self.fitted_solvers = FittedSolvers()
         """The solvers that were fitted to it."""
+        self.adapted_from: AdapterBase | None = None
+        """What it began with, if its network has low-rank factors: an adapter is saved with it."""
 
     @classmethod
     def from_pretrained(
         cls,
         model: str | Path,
         *,
+        adapter: str | Path | None = None,
+        adapter_strength: float | None = None,
         revision: str | None = None,
         device: torch.device | str | None = None,
         precision: PrecisionWord = "auto",
@@ -107,6 +126,10 @@ class FlowModel:
         A snapshot is run@1/8, of a share of the run's steps, run@1000 or run@best; see `latentflow.model.snapshots`.
 
         Args:
+            adapter: low-rank differences that were trained on this model: the folder of an adapter, a run, a snapshot
+                or a model folder that holds one, or a hub id. They are merged into the weights.
+            adapter_strength: from 0, the model itself as far as it has the same conditions, to 1, the finetuned model,
+                and beyond; None: 1. MODEL+ADAPTER:0.7 as the name of the model is the same.
             revision: a branch, tag or commit on the hub; None: the default branch.
             device: None: a GPU if there is one, else the CPU.
             precision: of the network: fp32, tf32, bf16, fp16, or auto, which is bf16 on a GPU that supports it. The
@@ -116,42 +139,56 @@ class FlowModel:
 
         Raises:
             ArtifactError: there is no usable model, or the autoencoder is not the one that it was trained with.
-            ConfigError: there is no such device, or a revision is given for a folder.
+            ConfigError: there is no such device, a revision is given for a folder, or a strength is out of range.
         """
+        named = adapted_name(model, adapter, adapter_strength)
+        model = named.model if named else model
         runtime = runtime or open_runtime(device, precision, alone=True)
         folder = find_model(model, revision)
-        config, weights = read_config(folder), folder / WEIGHTS_FILE
-        require_fit(config.build_network, tensor_shapes(weights), weights, folder / CONFIG_FILE)
-        _require_written_with(config, weights)
+        config, file = read_config(folder), folder / WEIGHTS_FILE
+        require_fit(config.build_network, tensor_shapes(file), file, folder / CONFIG_FILE)
+        _require_written_with(config, file)
+        weights, origin = read_tensors(file), file
+        if named is not None:
+            found = open_adapter(named.adapter)
+            found.require_base(weights, model)
+            config, weights, origin = found.config, found.applied(weights, named.strength), found.folder
         autoencoder = _autoencoder_of(folder, config, autoencoder)
-        network = filled(config.build_network, read_tensors(weights), weights)
+        network = filled(config.build_network, weights, origin)
         loaded = cls(config, network.eval().requires_grad_(False), autoencoder).to(runtime)
-        loaded.fitted_solvers = read_solvers(folder)
+        loaded.fitted_solvers = FittedSolvers() if named else read_solvers(folder)
         is_local = Path(model).exists() or split_snapshot(model) is not None
-        loaded.reference = str(model) if is_local else HubId.parse(str(model), revision).pinned(folder)
+        reference = str(model) if is_local else HubId.parse(str(model), revision).pinned(folder)
+        loaded.reference = str(replace(named, model=reference)) if named else reference
         return loaded
 
     def save_pretrained(self, folder: str | Path, *, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write the model folder, complete or not at all.
 
         Args:
-            weights: written in place of the network's own, for example their EMA. Low-rank factors are merged.
+            weights: written in place of the network's own, for example their EMA.
+
+        Low-rank factors are merged; an adapter of them is written next to the weights, where `adapted_from` is known.
 
         Raises:
             ConfigError: the network is not the one that the config names, so the folder could not be loaded. Nothing
                 was written.
         """
-        written = self._plain(weights or self.network.state_dict())
-        _require_named(self.config, self.network, written)
+        low_rank, trained = low_rank_of(self.network), weights or self.network.state_dict()
+        plain = trained if low_rank is None else merge_low_rank(trained, low_rank[1])
+        _require_named(self.config, self.network, plain)
         with atomic_folder(folder) as temporary:
             write_json(temporary / CONFIG_FILE, self.config.model_dump(mode="json"))
             metadata = {"config": json.dumps(self.config.computation)}  # one entry: safetensors shuffles several
-            write_tensors(temporary / WEIGHTS_FILE, written, metadata)
+            write_tensors(temporary / WEIGHTS_FILE, plain, metadata)
             write_text(temporary / CARD_FILE, model_card(self.config))
             if self.fitted_solvers.solvers and weights is None:  # others make them worthless
                 write_solvers(temporary, self.fitted_solvers)
             if self.config.autoencoder.reference == AUTOENCODER_FOLDER:
                 self.autoencoder.save_pretrained(temporary / AUTOENCODER_FOLDER)
+            if low_rank is not None and self.adapted_from is not None:
+                write_adapter(temporary / ADAPTER_FOLDER, self.adapted_from, *low_rank, trained)
+                write_json(temporary / ADAPTER_FOLDER / CONFIG_FILE, self.config.model_dump(mode="json"))
 
     def push_to_hub(
         self,
@@ -216,12 +253,8 @@ class FlowModel:
     @cached_property
     def weights_hash(self) -> str:
         """The SHA-256 of the network's weights, low-rank factors merged, at the first use of this property."""
-        return sha256_tensors(self._plain(self.network.state_dict()))
-
-    def _plain(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Weights of the network with its low-rank factors, if it has any, merged."""
-        low_rank = low_rank_of(self.network)
-        return weights if low_rank is None else merge_low_rank(weights, low_rank[1])
+        low_rank, weights = low_rank_of(self.network), self.network.state_dict()
+        return sha256_tensors(weights if low_rank is None else merge_low_rank(weights, low_rank[1]))
 
     def fitted_solver(self, name: str) -> tuple[str, FittedMultistep]:
         """The solver called fitted-N or fitted-N@HASH, and its name with the hash of its times and weights.
@@ -284,6 +317,9 @@ def find_model(model: str | Path, revision: str | None = None) -> Path:
         ArtifactError: there is no such model.
         ConfigError: a revision is given for a folder.
     """
+    if (named := split_adapted(model)) is not None:
+        merging = f"latentflow merge {named.model} --adapter {named.adapter} --adapter-strength {named.strength:g}"
+        raise ArtifactError(f"{model} is a model with an adapter, which has no folder; make one: {merging} --out MODEL")
     path = Path(model)
     for folder in (path, path / "model"):
         restore(folder)
@@ -293,6 +329,11 @@ def find_model(model: str | Path, revision: str | None = None) -> Path:
             return folder
     if path.is_file():
         raise ArtifactError(f"{model} is a file; a model is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if is_adapter(path):
+        raise ArtifactError(
+            f"{model} is an adapter of {read_record(path).base_model_name_or_path}; give that model, and "
+            f"--adapter {model}"
+        )
     if path.exists():
         raise ArtifactError(
             f"{model} is not a model folder: it has no {CONFIG_FILE} with {WEIGHTS_FILE}, nor has {path / 'model'}"
@@ -314,6 +355,62 @@ def find_model(model: str | Path, revision: str | None = None) -> Path:
             f"{hub_id.url} is not a latentflow model: it has no {CONFIG_FILE} with {WEIGHTS_FILE}; {looks_like(folder)}"
         )
     return folder
+
+
+def config_of(model: str | Path) -> ModelConfig:
+    """The config of a model, with an adapter or without, by its name; no weights are read.
+
+    Raises:
+        ArtifactError: there is no such model or adapter.
+    """
+    named = split_adapted(model)
+    return read_config(find_adapter(named.adapter) if named else find_model(model))
+
+
+def find_adapter(adapter: str | Path) -> Path:
+    """The folder of an adapter, given as that, as a model folder, a run or a snapshot that holds one, or as a hub id.
+
+    Raises:
+        ArtifactError: there is no such adapter.
+    """
+    path = Path(adapter)
+    if is_adapter(path):
+        return path
+    if path.is_file():
+        raise ArtifactError(f"{adapter} is a file; an adapter is a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
+    if path.exists() or split_snapshot(adapter) is not None:
+        inside = find_model(adapter) / ADAPTER_FOLDER if _holds_model(path) or not path.exists() else path
+        if is_adapter(inside):
+            return inside
+        raise ArtifactError(
+            f"{adapter} holds no adapter: it has no {ADAPTER_CONFIG}, nor {ADAPTER_FOLDER}/; "
+            "`latentflow finetune MODEL --data CACHE --method lora` makes one"
+        )
+    try:
+        folder = fetch(HubId.parse(str(adapter)), ADAPTER_FILES)
+    except ConfigError as error:
+        raise ArtifactError(
+            f"{adapter} does not exist; give the folder of an adapter, a run that holds one, or a hub id ({error})"
+        ) from error
+    found = next((one for one in (folder, folder / ADAPTER_FOLDER) if is_adapter(one)), None)
+    if found is None:
+        raise ArtifactError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}; {looks_like(folder)}")
+    return found
+
+
+def open_adapter(adapter: str | Path) -> Adapter:
+    """Read an adapter; see `find_adapter`.
+
+    Raises:
+        ArtifactError: it does not exist, or it is damaged or of another kind.
+    """
+    folder = find_adapter(adapter)
+    read_record(folder)  # before the config, which one of another kind does not have
+    return read_adapter(folder, read_config(folder))
+
+
+def _holds_model(folder: Path) -> bool:
+    return _is_model(folder) or _is_model(folder / "model")
 
 
 def _is_model(folder: Path) -> bool:

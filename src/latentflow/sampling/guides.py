@@ -28,7 +28,7 @@ from torch import Tensor
 from latentflow.columns import places_of
 from latentflow.model.conditioning import ColumnCondition, Conditioning, ConditionName
 from latentflow.model.config import ModelConfig
-from latentflow.model.flow_model import FlowModel, find_model, read_config
+from latentflow.model.flow_model import FlowModel, config_of
 from latentflow.model.guide_reference import GuideReference
 from latentflow.model.snapshots import CHECKPOINTS, MODEL, split_snapshot
 from latentflow.requests import RequestError
@@ -72,7 +72,7 @@ def open_guide(model: FlowModel, wanted: GuideReference) -> OpenedGuide:
         opened = model.guides.get(wanted.model)
         if opened is None or opened.flow.device != model.device:
             name = _full_name(model, wanted.model)
-            config = read_config(find_model(name))
+            config = config_of(name)
             require_same_latents(model.config, config, wanted.model)
             flow = FlowModel.from_pretrained(name, runtime=model.runtime, autoencoder=model.autoencoder)
             opened = OpenedGuide(wanted.model, flow, relative_cost(config, model.config))
