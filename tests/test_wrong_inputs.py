@@ -303,6 +303,30 @@ CASES = {
             advised=SAMPLE + " --guide {w}/unconditional --guidance 1.5",
         ),
         wrong(SAMPLE.replace("w}/model", "w}/model@1/8"), "model@1/8", "recipe.yaml"),
+        wrong(SAMPLE + " --adapter {w}/nowhere", "nowhere", "does not exist"),
+        wrong(SAMPLE + " --adapter {w}/empty", "empty", "adapter_config.json", "--method lora"),
+        wrong(SAMPLE + " --adapter {w}/foreign", "foreign", "is missing", "--method lora"),
+        wrong(SAMPLE + " --adapter {w}/text.txt", "text.txt", "a folder"),
+        wrong(SAMPLE + " --adapter ''", "--adapter", "the folder of an adapter"),
+        wrong(SAMPLE.replace("model", "scans") + " --adapter {w}/tuned", "tuned", "an adapter of", "scans"),
+        wrong(SAMPLE.replace("model", "tuned/adapter"), "tuned/adapter", "--adapter"),
+        wrong(
+            SAMPLE + " --adapter {w}/tuned --adapter {w}/tuned/adapter",
+            *("--adapter is given twice", "tuned/adapter"),
+            advised=SAMPLE + " --adapter {w}/tuned/adapter",
+        ),
+        wrong(
+            SAMPLE + " --adapter-strength 0.5",
+            *("--adapter-strength 0.5", "without an adapter"),
+            advised=SAMPLE + " --adapter {w}/tuned --adapter-strength 0.5",
+        ),
+        wrong(SAMPLE + " --adapter {w}/tuned --adapter-strength nan", "--adapter-strength nan", "from 0 to 10"),
+        wrong(SAMPLE + " --adapter {w}/tuned --adapter-strength -1", "--adapter-strength -1", "from 0 to 10"),
+        wrong(SAMPLE + " --adapter {w}/tuned --adapter-strength half", "--adapter-strength 'half'", "0.7"),
+        wrong(
+            "merge {w}/model --out {out}", "add --adapter", advised="merge {w}/model --adapter {w}/tuned --out {out}"
+        ),
+        wrong("merge {w}/model --adapter {w}/tuned --out {w}/kl", "kl is not empty"),
         wrong(SAMPLE.replace("w}/model", "w}/model@last"), "model@last", "model@1/8"),
         wrong(SAMPLE.replace("model", "unconditional") + " --classes apple", "apple"),
         wrong(SAMPLE.replace("euler", "huen"), "huen", "heun", advised=SAMPLE.replace("euler", "heun")),
@@ -534,6 +558,9 @@ def _models(w: Path, kl) -> None:
     model = tiny.model(kl)
     model.save_pretrained(w / "model")
     tiny.student(model, seed=1).save_pretrained(w / "student")
+    tiny.finetuned(w / "model").save_pretrained(w / "tuned")
+    (w / "foreign").mkdir()
+    (w / "foreign" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}', encoding="utf-8")
     tiny.model(kl, class_names=()).save_pretrained(w / "unconditional")
     tiny.model(kl, conditioning=tiny.SPATIAL).save_pretrained(w / "painter")
     tiny.model(kl, inputs=InputRules()).save_pretrained(w / "sharpener")

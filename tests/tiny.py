@@ -24,10 +24,14 @@ from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.painting.semantic_maps import MapClasses
 from latentflow.data.request import CacheOptions
 from latentflow.flow.path import LinearPath
+from latentflow.model.adapter import AdapterBase
 from latentflow.model.conditioning import Conditioning
 from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig, SamplingPreset
+from latentflow.model.flow_model import FlowModel
 from latentflow.model.student_record import StudentRecord
+from latentflow.model.surgery import graft, grafted_config
 from latentflow.networks.dit import DiTConfig
+from latentflow.networks.low_rank import FACTOR_B, add_low_rank
 from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.runtime import Runtime
 from latentflow.training.config import Recipe
@@ -278,6 +282,26 @@ def student(teacher: LatentFlow, *, seed: int | None = None, **sampling: Any) ->
     if seed is not None:
         randomise(network.jump_embedding, seed=seed)
     return LatentFlow(config, network.eval().requires_grad_(False), teacher.autoencoder)
+
+
+def finetuned(base: Path, class_names: tuple[str, ...] = CLASSES) -> FlowModel:
+    """A model that was finetuned by low rank on other classes, as far as its weights say."""
+    source = FlowModel.from_pretrained(base)
+    conditioning = source.config.conditioning.model_copy(update={"class_names": list(class_names)})
+    config = grafted_config(source.config, source.config.model_copy(update={"conditioning": conditioning}))
+    begun = graft(source.config, source.network.state_dict(), config, {})
+    network = config.build_network()
+    network.load_state_dict(begun.weights)
+    add_low_rank(network, 3, alpha=6.0, also=begun.made)
+    model = FlowModel(config, network, source.autoencoder)
+    start = {name: begun.weights[name].clone() for name in begun.made}
+    model.adapted_from = AdapterBase(str(base), source.weights_hash, start)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith(FACTOR_B) or name in begun.made:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def tree(folder: Path) -> dict[str, str]:

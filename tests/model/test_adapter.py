@@ -17,11 +17,9 @@ from latentflow.commands.info import describe
 from latentflow.commands.merge import merge
 from latentflow.commands.push import push
 from latentflow.errors import ArtifactError, ConfigError
-from latentflow.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterBase
+from latentflow.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from latentflow.model.adapter_name import AdaptedName, adapted_name, split_adapted
 from latentflow.model.flow_model import FlowModel, config_of, find_model, open_adapter
-from latentflow.model.surgery import graft, grafted_config
-from latentflow.networks.low_rank import FACTOR_B, add_low_rank
 from latentflow.requests import RequestError
 from latentflow.sampling.picture_file import read_facts
 from latentflow.shapes import Condition
@@ -37,26 +35,6 @@ def velocity(model: FlowModel, labels: list[int]) -> torch.Tensor:
         return model.velocity(latents, torch.linspace(0.1, 0.9, len(labels)), Condition(torch.tensor(labels)))
 
 
-def finetuned(base: Path, class_names: tuple[str, ...]) -> FlowModel:
-    """A model that was finetuned by low rank on other classes, as far as its weights say."""
-    source = FlowModel.from_pretrained(base)
-    conditioning = source.config.conditioning.model_copy(update={"class_names": list(class_names)})
-    config = grafted_config(source.config, source.config.model_copy(update={"conditioning": conditioning}))
-    begun = graft(source.config, source.network.state_dict(), config, {})
-    network = config.build_network()
-    network.load_state_dict(begun.weights)
-    add_low_rank(network, 3, alpha=6.0, also=begun.made)
-    model = FlowModel(config, network, source.autoencoder)
-    start = {name: begun.weights[name].clone() for name in begun.made}
-    model.adapted_from = AdapterBase(str(base), source.weights_hash, start)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name.endswith(FACTOR_B) or name in begun.made:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 @pytest.fixture(scope="module")
 def base(kl, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "base"
@@ -68,7 +46,7 @@ def base(kl, tmp_path_factory) -> Path:
 def same(base) -> Path:
     """A finetuned model of the same classes."""
     folder = base.parent / "same"
-    finetuned(base, tiny.CLASSES).save_pretrained(folder)
+    tiny.finetuned(base, tiny.CLASSES).save_pretrained(folder)
     return folder
 
 
@@ -76,7 +54,7 @@ def same(base) -> Path:
 def other(base) -> Path:
     """A finetuned model of other classes."""
     folder = base.parent / "other"
-    finetuned(base, NEW_CLASSES).save_pretrained(folder)
+    tiny.finetuned(base, NEW_CLASSES).save_pretrained(folder)
     return folder
 
 
@@ -118,7 +96,7 @@ def test_strengths_between_are_between(base, other):
 
 
 def test_merged_and_unmerged_compute_the_same(base, other):
-    unmerged = finetuned(base, NEW_CLASSES)
+    unmerged = tiny.finetuned(base, NEW_CLASSES)
     labels = [0, 1, 2, 3, 4]
     expected = velocity(unmerged, labels)
     assert (velocity(LatentFlow.from_pretrained(other), labels) - expected).norm() < 2e-6 * expected.norm()

@@ -84,7 +84,9 @@ class _Verb:
 
         def run(**options: Any) -> None:
             if adapted:
-                options[adapted] = _with_adapter(options[adapted], options.pop("adapter"), options.pop("strength"))
+                options[adapted] = _with_adapter(
+                    options[adapted], options.pop("adapter"), options.pop("adapter_strength")
+                )
             given = {name: _asked(record, options) for name, record in records.items()}
             try:
                 self.function(**options, **given)
@@ -170,7 +172,7 @@ _ADAPTER_OPTIONS = [
         ],
     ),
     inspect.Parameter(
-        "strength",
+        "adapter_strength",
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
         annotation=Annotated[
