@@ -141,7 +141,7 @@ def candidates_of(
     )
 
 
-def _weights_of(model: str, flow: FlowModel) -> str:
+def _hash_of_weights(model: str, flow: FlowModel) -> str:
     """The hash of a model's weights file, which earlier sweeps have in their plans; of merged weights their own."""
     return flow.weights_hash if split_adapted(model) else sha256_file(find_model(model) / WEIGHTS_FILE)
 
@@ -177,7 +177,7 @@ def open_sweep(request: SweepRequest, runtime: Runtime | None) -> Sweep:
         candidates, lengths = with_lengths(candidates, request.ema)
     inherited = {"guided_by", "guided_channels"} if request.guides else {"guided_by", "guided_channels", "guide"}
     plan = SweepPlan(
-        weights=averages.hash if averages else _weights_of(request.model, flow),
+        weights=averages.hash if averages else _hash_of_weights(request.model, flow),
         model=flow.config.model_dump(mode="json", exclude={"sampling", "training"}),
         guided=flow.config.sampling.model_dump(mode="json", include=inherited),
         data=real.fingerprint,
