@@ -29,6 +29,7 @@ from latentflow.sampling.pipeline import Given, Prepared, draw_batches
 from latentflow.sampling.samples import Samples, join_samples
 from latentflow.shapes import Condition
 from latentflow.studio.joining import EqualBits, Piece, in_one_batch, parted
+from latentflow.studio.piecewise import PiecewiseModel
 
 _DEVICE_LOST = ("CUDA error", "device-side assert", "AcceleratorError")
 """In messages of errors after which a device computes nothing more."""
@@ -207,6 +208,7 @@ class DrawingQueue:
         self._is_closed = False
         self._bits = EqualBits()
         self._calls: WeakKeyDictionary[FlowModel, dict[bool, Calls]] = WeakKeyDictionary()
+        self._piecewise: WeakKeyDictionary[FlowModel, PiecewiseModel] = WeakKeyDictionary()
         self._numbers: WeakKeyDictionary[FlowModel, int] = WeakKeyDictionary()
         self._count = count()
         self._thread = threading.Thread(target=self._run, name="drawing", daemon=True)
@@ -368,6 +370,10 @@ class DrawingQueue:
 
     def _drawn(self, pieces: Sequence[Piece]) -> list[Samples]:
         model, began = pieces[0].model, time.perf_counter()
+        if len(pieces) > 1 and model.device.type == "cpu":
+            if model not in self._piecewise:
+                self._piecewise[model] = PiecewiseModel(model)
+            model = self._piecewise[model].of([piece.num for piece in pieces])
         drawing, given = in_one_batch(pieces)
         (samples,) = draw_batches(model, [(drawing, given)], self.batch_size, self._watched(pieces, drawing))
         self.images_drawn += len(drawing.seeds)
