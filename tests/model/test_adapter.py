@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentflow.api import LatentFlow
-from latentflow.artifacts import read_tensors, write_json
+from latentflow.artifacts import open_tensors, read_tensors, write_json, write_tensors
 from latentflow.commands.info import describe
 from latentflow.commands.merge import merge
 from latentflow.commands.push import push
@@ -85,6 +86,18 @@ def test_strength_0_is_the_base(base, same, other):
     assert torch.equal(velocity(none, shared[0]), velocity(own, shared[1]))
 
 
+def test_a_base_of_half_precision_on_disk(kl, base, tmp_path):
+    """It is made wide before anything is added, as when it was finetuned."""
+    shutil.copytree(base, tmp_path / "base")
+    file = tmp_path / "base" / "velocity.safetensors"
+    with open_tensors(file) as opened:
+        config = {"config": opened.metadata()["config"]}
+    write_tensors(file, {name: tensor.half() for name, tensor in read_tensors(file).items()}, config)
+    tiny.finetuned(tmp_path / "base", NEW_CLASSES).save_pretrained(tmp_path / "tuned")
+    both = LatentFlow.from_pretrained(tmp_path / "base", adapter=tmp_path / "tuned")
+    assert both.weights_hash == LatentFlow.from_pretrained(tmp_path / "tuned").weights_hash
+
+
 def test_strengths_between_are_between(base, other):
     zero, half, one = (
         LatentFlow.from_pretrained(base, adapter=other, adapter_strength=strength).network.state_dict()
@@ -117,7 +130,8 @@ def test_an_adapter_is_small_and_in_the_layout_of_peft(base, other):
     record = json.loads((other / "adapter" / ADAPTER_CONFIG).read_text())
     assert {"peft_type": "LORA", "r": 3, "lora_alpha": 6.0, "bias": "none"}.items() <= record.items()
     assert record["base_weights"] == FlowModel.from_pretrained(base).weights_hash
-    assert record["modules_to_save"] == ["label_embedding.weight"]
+    assert record["whole_tensors"] == ["label_embedding.weight"]
+    assert record["modules_to_save"] == ["label_embedding"]
     tensors = read_tensors(other / "adapter" / ADAPTER_WEIGHTS)
     for layer in record["target_modules"]:
         a, b = (tensors[f"base_model.model.{layer}.lora_{factor}.weight"] for factor in "AB")

@@ -39,7 +39,7 @@ def _describe_adapter(folder: str | Path) -> dict[str, Any]:
         "parameters": adapter.num_parameters,
         "bytes": (adapter.folder / ADAPTER_WEIGHTS).stat().st_size,
         "layers": len(record.target_modules),
-        "whole tensors": record.modules_to_save,
+        "whole tensors": record.whole_tensors,
         "image size": config.image_size.written,
         "classes": config.conditioning.class_names,
         "columns": [f"{one.name} ({one.describe()})" for one in config.conditioning.columns],

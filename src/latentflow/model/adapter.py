@@ -5,8 +5,8 @@
     config.json             of the finetuned model: its classes, its image size, its preset
 
 Names and keys are those of peft where it has them: `base_model.model.LAYER.lora_A.weight`. Whole tensors are there as
-peft's `modules_to_save` are, `base_model.model.NAME`, and what they began with is `start.NAME`, so that a strength acts
-on them as well. A model of base and adapter has, with s the strength,
+those of peft's `modules_to_save` are, `base_model.model.NAME`, and what they began with is `start.NAME`, so that a
+strength acts on them as well. A model of base and adapter has, with s the strength,
 
     matrices    W + s (alpha / rank) B A
     whole       (1 - s) start + s trained
@@ -66,9 +66,8 @@ class AdapterRecord(Record):
     r: int = Field(ge=1, le=65_536, description="Rank of the factors.")
     lora_alpha: float = Field(gt=0, le=1e9, description="alpha; differences are multiplied by alpha / r.")
     target_modules: list[str] = Field(max_length=100_000, description="The layers with factors.")
-    modules_to_save: list[str] = Field(
-        default_factory=list, max_length=100_000, description="Tensors that are there as a whole."
-    )
+    whole_tensors: list[str] = Field(max_length=100_000, description="Tensors that are there as a whole.")
+    modules_to_save: list[str] | None = Field(None, description="The modules that these belong to; for peft.")
     bias: Literal["none"] = "none"
     lora_dropout: float = 0.0
     fan_in_fan_out: Literal[False] = False
@@ -135,8 +134,8 @@ class Adapter:
         """
         with without_memory():
             wanted = self.config.build_network().state_dict()
-        weights = {name: tensor for name, tensor in base.items() if name in wanted}
-        for name in self.record.modules_to_save:
+        weights = {name: tensor.to(wanted[name].dtype) for name, tensor in base.items() if name in wanted}
+        for name in self.record.whole_tensors:
             start, trained = self._tensor(f"{_START}{name}"), self._tensor(f"{_OURS}{name}")
             if start.shape != trained.shape:
                 raise self._unfit(f"{name!r} began with the shape {list(start.shape)} and is {list(trained.shape)}")
@@ -206,7 +205,7 @@ def read_adapter(folder: Path, config: ModelConfig) -> Adapter:
     record = read_record(folder)
     tensors = read_tensors(folder / ADAPTER_WEIGHTS)
     known = {f"{_OURS}{layer}.{end}" for layer in record.target_modules for end in (FACTOR_A, FACTOR_B)}
-    known |= {f"{begin}{name}" for name in record.modules_to_save for begin in (_OURS, _START)}
+    known |= {f"{begin}{name}" for name in record.whole_tensors for begin in (_OURS, _START)}
     if unknown := sorted(tensors.keys() - known):
         raise ArtifactError(
             f"{folder / ADAPTER_WEIGHTS} does not fit {ADAPTER_CONFIG}: {unknown[0]!r} is unknown "
@@ -234,7 +233,8 @@ def write_adapter(folder: Path, base: AdapterBase, rank: int, scale: float, weig
         r=rank,
         lora_alpha=scale * rank,
         target_modules=sorted(layers),
-        modules_to_save=sorted(base.start),
+        whole_tensors=sorted(base.start),
+        modules_to_save=sorted({name.rpartition(".")[0] for name in base.start} - {""}) or None,
     )
     write_json(folder / ADAPTER_CONFIG, record.model_dump(mode="json"))
     write_tensors(folder / ADAPTER_WEIGHTS, tensors)
