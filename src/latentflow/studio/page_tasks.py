@@ -190,7 +190,8 @@ class Inverting:
 
     def __init__(self, model: LatentFlow, image: Path, request: InvertRequest):
         asked = {name: getattr(request, name) for name in ("classes", "conditions")}
-        like = make_drawing(model, SampleRequest(num=1, **asked, **{"guidance": 1.0, **request.preset()}))
+        sampling = {"guidance": 1.0, **request.preset()}
+        like = make_drawing(model, SampleRequest(num=1, **asked, **sampling), task="invert")
         self.prepared = Prepared(like, self._there, self._back)
         self.found: Inversion | None = None
         self.numbers: dict[str, float] = {}

@@ -9,7 +9,7 @@ export class DrawTab {
     this.studio = studio;
     this.gallery = new Gallery({ label: "Drawn pictures" });
     this.strip = new Strip();
-    this.form = h("form", { class: "controls", onsubmit: (event) => { event.preventDefault(); this.draw(); } });
+    this.form = h("form", { class: "controls", novalidate: true, onsubmit: (event) => { event.preventDefault(); this.draw(); } });
     this.root = h("div", { class: "split" }, this.form, h("div", { class: "results" }, this.strip.root, this.gallery.root));
     this.gallery.say("Press Draw. Click a picture for its request; drop a picture of latentflow anywhere to restore its own.");
   }

@@ -24,7 +24,7 @@ export class FillTab {
     this.strip = new Strip();
     this.slide = h("input", { type: "range", min: 0, max: 100, value: 0, "aria-label": "Before and after", oninput: () => this.gallery.root.style.setProperty("--before", `${this.slide.value}%`) });
     this.compare = h("label", { class: "before-after", hidden: true }, h("span", {}, "after"), this.slide, h("span", {}, "before"));
-    this.form = h("form", { class: "controls", onsubmit: (event) => { event.preventDefault(); this.draw(); } });
+    this.form = h("form", { class: "controls", novalidate: true, onsubmit: (event) => { event.preventDefault(); this.draw(); } });
     this.root = h("div", { class: "split" }, this.form, h("div", { class: "results" }, this.photoPlace, this.work, this.strip.root, this.compare, this.gallery.root));
   }
 
@@ -70,8 +70,8 @@ export class FillTab {
   /** A photo, as an upload. */
   async takeUpload(found) {
     this.photo = found;
-    this.shown = `/page/uploads/${found.id}/shown`;
-    this.surface.below.src = this.shown;
+    this.source = `/page/uploads/${found.id}/shown`;
+    this.surface.below.src = this.source;
     this.surface.below.alt = found.name;
     this.surface.open(found.width, found.height);
     this.readings.replaceChildren();
@@ -115,7 +115,7 @@ export class FillTab {
         this.gallery.add(picture);
         this.compare.hidden = false;
         const button = this.gallery.places[this.gallery.pictures.length - 1].querySelector("button");
-        button.append(h("img", { class: "before", src: this.shown, alt: "" }));
+        button.append(h("img", { class: "before", src: this.source, alt: "" }));
       },
     });
     if (state) this.gallery.end();

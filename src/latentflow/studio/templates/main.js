@@ -1,10 +1,14 @@
 // The page: its tabs, the model they share, and what is dropped on it.
 import { ask, h, upload } from "./api.js";
+import { CompareTab } from "./compare.js";
 import { DrawTab } from "./draw.js";
+import { EditTab } from "./edit.js";
 import { FillTab } from "./fill.js";
 import { asUpload, offer, pathOf } from "./gallery.js";
+import { PaintTab } from "./paint.js";
 
-const kinds = [["draw", "Draw", DrawTab], ["fill", "Fill", FillTab]];
+const kinds = [["draw", "Draw", DrawTab], ["fill", "Fill", FillTab], ["paint", "Paint a map", PaintTab],
+  ["edit", "Edit", EditTab], ["compare", "Compare", CompareTab]];
 const studio = { tabs: {}, model: null, state: null };
 const trouble = document.getElementById("trouble");
 const choice = document.getElementById("model");
