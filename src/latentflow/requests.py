@@ -253,6 +253,14 @@ def _named_value(text: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
+def _new_and_old(text: str) -> tuple[str, str]:
+    """The two classes of "corgi=Pembroke"."""
+    new, equals, old = map(str.strip, text.partition("="))
+    if not (new and equals and old):
+        raise ValueError("is not of the form NEW=OLD, such as corgi=Pembroke")
+    return new, old
+
+
 def _mapping(given: object) -> object:
     if given is not None and not (isinstance(given, Mapping) and all(isinstance(name, str) for name in given)):
         raise ValueError("give names with their values, like {'age': 63}")
@@ -322,6 +330,13 @@ Conditions = Annotated[
     Option(name="--condition", metavar="NAME=VALUE"),
 ]
 """Values of named conditions as a person gives them; see `latentflow.sampling.named_conditions`."""
+ClassOrigins = Annotated[
+    dict[str, str],
+    BeforeValidator(_mapping),
+    FromText(_new_and_old, repeats=True),
+    Option(name="--class-from", metavar="NEW=OLD"),
+]
+"""New classes, each with the class of another model that it begins as."""
 WholeNumbers = Annotated[list[Whole], FromText(numbers_like("4,8,16", int))]
 Numbers = Annotated[list[Number], FromText(numbers_like("1,1.5,2"))]
 Times = Annotated[

@@ -17,7 +17,7 @@ from latentflow.cli.options import AsJson, Device, Model, Precision, command
 from latentflow.cli.output import runtime_for, show, teller
 from latentflow.console import printable, say
 from latentflow.planning.request import PlanRequest
-from latentflow.training.request import EmaRequest, LossRequest, TrainFeaturesRequest
+from latentflow.training.request import EmaRequest, FinetuneRequest, LossRequest, TrainFeaturesRequest
 
 RecipeName = Annotated[str, typer.Argument(help="A name from `latentflow recipes`, or a YAML file.")]
 Overrides = Annotated[
@@ -48,12 +48,17 @@ def train(
     print_recipe: PrintRecipe = False,
 ) -> None:
     """Train a model. Repeat the command to resume exactly where it was stopped."""
-    from latentflow.commands.train import prepare
-    from latentflow.commands.train import train as run
     from latentflow.training.config import load_recipe
 
-    given, runtime = _resolved(load_recipe, recipe, overrides), runtime_for(device)
-    on_prepared, changes = teller(print_recipe), allow_change or ()
+    _train(_resolved(load_recipe, recipe, overrides), device, allow_change, dry_run, print_recipe)
+
+
+def _train(given: Any, device: str | None, allow_change: list[str] | None, dry_run: bool, print_recipe: bool) -> None:
+    """Check or train a recipe of a velocity network, and say how it ended."""
+    from latentflow.commands.train import prepare
+    from latentflow.commands.train import train as run
+
+    runtime, on_prepared, changes = runtime_for(device), teller(print_recipe), allow_change or ()
     if dry_run:
         _checked(on_prepared, prepare(given, runtime, allow_change=changes))
         return
@@ -64,6 +69,22 @@ def train(
         if result.best and result.best.step < result.outcome.step:
             lowest = f"the held-out loss was lowest after step {result.best.step}, {result.best.loss:.4f}"
             say(f"{lowest}; {result.run}@best is the model of that step")
+
+
+@verb(example="latentflow finetune models/dit --data caches/dogs --class-from corgi=Pembroke out=runs/dogs")
+def finetune(
+    request: FinetuneRequest,
+    overrides: Overrides = None,
+    device: Device = None,
+    allow_change: AllowChange = None,
+    dry_run: DryRun = False,
+    print_recipe: PrintRecipe = False,
+) -> None:
+    """Finetune a model to your own images and classes. Repeat the command to resume exactly where it was stopped."""
+    from latentflow.commands.finetune import RECIPE, finetune_recipe
+
+    given = _resolved(lambda name, changes: finetune_recipe(request, changes), RECIPE, overrides)
+    _train(given, device, allow_change, dry_run, print_recipe)
 
 
 @verb(example="latentflow distill runs/photos --data caches/photos out=runs/photos_student")

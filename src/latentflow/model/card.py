@@ -77,6 +77,7 @@ def _facts(config: ModelConfig) -> dict[str, str]:
         "trained on": training.data or "not known",
         "held out": f"{training.held_out.num_images:,} images, never trained on" if training.held_out else "",
         "held-out loss": "" if training.held_out_loss is None else f"{training.held_out_loss:.4f}",
+        "finetuned from": f"`{training.source}`, weights {training.source_weights}" if training.source else "",
         "variants": f"{training.variants} of each image, for training alone" if training.variants else "",
         "training": seen if training.step else "not recorded",
         "average": "" if training.ema_length is None else f"power function of length {training.ema_length:g}",

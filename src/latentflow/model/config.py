@@ -97,6 +97,10 @@ class TrainingRecord(Record):
     images_per_class: list[int] = Field(
         default_factory=list, description="Training images of each class; empty: not known."
     )
+    source: str = Field(default="", max_length=10_000, description="The model that it was finetuned from.")
+    source_weights: str = Field(
+        default="", pattern="^([0-9a-f]{12})?$", description="The first digits of the SHA-256 of that model's weights."
+    )
     step: int = Field(default=0, ge=0)
     images_seen: int = Field(default=0, ge=0)
     ema_length: float | None = Field(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,7 +47,7 @@ from latentflow.model.adapter import (
     read_record,
     write_adapter,
 )
-from latentflow.model.adapter_name import adapted_name, split_adapted
+from latentflow.model.adapter_name import AdaptedName, adapted_name, split_adapted
 from latentflow.model.card import model_card
 from latentflow.model.config import AUTOENCODER_FOLDER, ModelConfig
 from latentflow.model.fitted_solvers import SOLVERS_FILE, FittedSolvers, read_solvers, write_solvers
@@ -145,17 +145,10 @@ class FlowModel:
         model = named.model if named else model
         runtime = runtime or open_runtime(device, precision, alone=True)
         folder = find_model(model, revision)
-        config, file = read_config(folder), folder / WEIGHTS_FILE
-        require_fit(config.build_network, tensor_shapes(file), file, folder / CONFIG_FILE)
-        _require_written_with(config, file)
-        weights, origin = read_tensors(file), file
-        if named is not None:
-            found = open_adapter(named.adapter)
-            found.require_base(weights, model)
-            config, weights, origin = found.config, found.applied(weights, named.strength), found.folder
-        autoencoder = _autoencoder_of(folder, config, autoencoder)
-        network = filled(config.build_network, weights, origin)
-        loaded = cls(config, network.eval().requires_grad_(False), autoencoder).to(runtime)
+        stored = read_stored(folder, named)
+        autoencoder = _autoencoder_of(folder, stored.config, autoencoder)
+        network = filled(stored.config.build_network, stored.weights, stored.origin)
+        loaded = cls(stored.config, network.eval().requires_grad_(False), autoencoder).to(runtime)
         loaded.fitted_solvers = FittedSolvers() if named else read_solvers(folder)
         is_local = Path(model).exists() or split_snapshot(model) is not None
         reference = str(model) if is_local else HubId.parse(str(model), revision).pinned(folder)
@@ -433,6 +426,43 @@ def read_config(folder: str | Path) -> ModelConfig:
     except ConfigError as error:  # of a section that says itself what is wrong
         reason = str(error)
     raise ArtifactError(f"{file} is not the config of a latentflow model ({shorten(reason, 400, placeholder=' ...')})")
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """What a model folder holds, with an adapter's differences if one was named.
+
+    Attributes:
+        folder: of the model.
+        config: of the model, or of the adapter.
+        weights: of the network, by name, memory-mapped if there is no adapter.
+        origin: where the weights are from, for messages.
+    """
+
+    folder: Path
+    config: ModelConfig
+    weights: Mapping[str, Tensor]
+    origin: Path
+
+
+def read_stored(folder: Path, named: AdaptedName | None = None) -> StoredModel:
+    """Config and weights of a model folder, which fit each other.
+
+    Args:
+        named: the adapter that is wanted, with its strength.
+
+    Raises:
+        ArtifactError: they do not fit, one is missing or damaged, or the adapter is for other weights.
+    """
+    config, file = read_config(folder), folder / WEIGHTS_FILE
+    require_fit(config.build_network, tensor_shapes(file), file, folder / CONFIG_FILE)
+    _require_written_with(config, file)
+    weights = read_tensors(file)
+    if named is None:
+        return StoredModel(folder, config, weights, file)
+    found = open_adapter(named.adapter)
+    found.require_base(weights, named.model)
+    return StoredModel(folder, found.config, found.applied(weights, named.strength), found.folder)
 
 
 def _autoencoder_of(folder: Path, config: ModelConfig, given: Autoencoder | None = None) -> Autoencoder:

@@ -159,6 +159,14 @@ class NoisePredictor(nn.Module):
         sine, cosine = per_image(angle.sin(), latents), per_image(angle.cos(), latents)
         return (math.pi / 2) * (noise - sine * latents) / cosine
 
+    def loss_weight(self, time: Tensor) -> Tensor:
+        """What makes the loss of the velocity that of the noise, the one that such networks are trained with [B].
+
+        The velocity's error is that of the noise times pi / (2 cos(angle)), which is without bound towards t = 1.
+        """
+        angle = (time * (math.pi / 2)).to(self.angles.dtype).clamp(max=self.angles[-1])
+        return (angle.cos() * (2 / math.pi)).square()
+
     def _step(self, angle: Tensor) -> Tensor:
         """The fractional step of the chain at `angle` [B]; 0 below the first."""
         # The place in the sorted angles by comparison, as ONNX has no binary search.

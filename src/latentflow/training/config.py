@@ -214,6 +214,54 @@ class TrainingConfig(Record):
         return sorted({-(-part * self.steps // self.ema_snapshots) for part in range(1, self.ema_snapshots + 1)})
 
 
+class FinetuningConfig(Record):
+    """How a model that begins with the weights of another one, `init_from`, is trained."""
+
+    method: Literal["auto", "full", "lora", "biases"] = Field(
+        "auto",
+        description="What is trained besides the vectors of new classes and conditions: full: all weights; lora: a "
+        "difference of low rank for each matrix (arXiv 2106.09685); biases: only biases (BitFit, arXiv 2106.10199); "
+        "auto: lora below 500 images, else full.",
+    )
+    rank: int | None = Field(None, ge=1, le=1024, description="Rank of the differences of lora; null: 16.")
+    class_from: list[str] = Field(
+        [],
+        max_length=1_000_000,
+        description="Classes that begin as a class of the source, each as new=Old; other new ones begin with the mean "
+        "of the old ones.",
+    )
+    weights: Annotated[str, Field(pattern="^([0-9a-f]{12})?$")] = Field(
+        "", description="The first digits of the SHA-256 of the source's weights; empty: any. A run writes them down."
+    )
+
+    @field_validator("class_from")
+    @classmethod
+    def _refuse_doubtful(cls, given: list[str]) -> list[str]:
+        known: set[str] = set()
+        for one in given:
+            new, equals, old = map(str.strip, one.partition("="))
+            if not (new and equals and old):
+                raise ValueError(f"{one!r} is not of the form new=Old, for example corgi=Pembroke")
+            if new in known:
+                raise ValueError(f"{new} is given twice; give it once")
+            known.add(new)
+        return given
+
+    @model_validator(mode="after")
+    def _check(self) -> FinetuningConfig:
+        if self.rank is not None and self.method in ("full", "biases"):
+            raise ConfigError(
+                f"finetuning.rank = {self.rank} is for lora, and finetuning.method = {self.method}; add "
+                "finetuning.method=lora, or leave the rank out"
+            )
+        return self
+
+    @property
+    def former_classes(self) -> dict[str, str]:
+        """The new classes of `class_from`, each with the class of the source that it begins as."""
+        return {new.strip(): old.strip() for new, _, old in (one.partition("=") for one in self.class_from)}
+
+
 class Recipe(Record):
     """Everything `latentflow train` needs to know."""
 
@@ -223,13 +271,20 @@ class Recipe(Record):
         False, description="Choose network, batch size, steps and learning rate by data and machine, where not set."
     )
     data: DataConfig = DataConfig()
+    init_from: str = Field(
+        "",
+        description="A model to begin with: a model folder, a run folder or a hub id. It decides network, path and "
+        "latent scaling, and what is not set of conditioning and sampling; empty: random weights.",
+    )
+    finetuning: FinetuningConfig = FinetuningConfig()
     autoencoder: str = Field(
         "stabilityai/sd-vae-ft-mse",
         description="A folder, a hub id, or 'shapes', the built-in one; not set: that of the latent cache.",
     )
-    normalise: Literal["autoencoder", "per_channel"] = Field(
+    normalise: Literal["autoencoder", "per_channel", "source"] = Field(
         "autoencoder",
-        description="Latent scaling: that of the autoencoder's config, or zero mean and unit variance per channel.",
+        description="Latent scaling: that of the autoencoder's config, zero mean and unit variance per channel, or "
+        "that of init_from, which is the only one with it.",
     )
     network: NetworkConfig = DiTConfig(name="DiT-S/2")
     path: PathConfig = LinearPath()
@@ -248,6 +303,15 @@ class Recipe(Record):
             raise ConfigError("network.gradient_checkpointing has moved: write training.memory=checkpoint")
         return given
 
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if not self.init_from and self.finetuning != FinetuningConfig():
+            raise ConfigError(
+                "finetuning is about a model to begin with, and init_from is not set; add init_from=MODEL, or leave it "
+                "out"
+            )
+        return self
+
 
 _OTHER_STATE = "checkpoints hold the state of the old one"
 _OTHER_DATA = "the model would train on other images than before"
@@ -259,6 +323,7 @@ CHANGES = ChangeRules(
         "data.num_workers",
         "data.resident",
         "autoencoder",  # likewise
+        "init_from",  # likewise
         "training.steps",
         "training.micro_batch_size",
         "training.memory",
@@ -274,6 +339,7 @@ CHANGES = ChangeRules(
         "sampling",
     ),
     fixed={
+        "finetuning": "it decides the weights that the run began with, and which of them it trains",
         "network": "its weights would not fit",
         "path": "the network has learned the velocities of the old one",
         "conditioning": "the network was trained with the old conditions",

@@ -46,7 +46,7 @@ from latentflow.training.config import LARGEST_IMAGE, LARGEST_SEED, MOST_STEPS, 
 from latentflow.training.equivariance import equivariance_loss
 from latentflow.training.interruption import Outcome
 from latentflow.training.loop import Job, MicroBatches, run_loop
-from latentflow.training.memory import require_memory
+from latentflow.training.memory import require_memory, state_bytes
 from latentflow.training.optim import OptimizerConfig
 from latentflow.training.settings import load_settings
 from latentflow.training.texture import adversarial_losses, perceptual_loss
@@ -311,9 +311,11 @@ def require_autoencoder_memory(recipe: AutoencoderRecipe, free: int | None, chan
     with without_memory():
         network = _with_discriminator(build_autoencoder(config, size, recipe.training.seed, channels), recipe)
     volume = sum(width * size.over(2**level).area for level, width in enumerate(config.channels))
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
     require_memory(
         f"an autoencoder of {len(config.channels)} levels",
-        sum(parameter.numel() for parameter in network.parameters()),
+        num_parameters,
+        state_bytes(num_parameters),
         per_image=volume * _kept_blocks(recipe) * _KEPT_BYTES,
         images=recipe.training.batch_size,
         free=free,

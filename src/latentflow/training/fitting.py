@@ -77,7 +77,7 @@ def fit(recipe: Recipe, situation: Situation) -> tuple[Recipe, list[str]]:
     network, rate = _network(situation)
     tokens = situation.size.over(network.patch_size).area
     wanted = 256 if situation.gpu else max(min(2048 // tokens, 128), 16)
-    batch = _power_of_two(min(wanted, max(situation.num_images, 1)))
+    batch = power_of_two(min(wanted, max(situation.num_images, 1)))
     share = -(-batch // situation.num_processes)
     target = 100_000 if situation.gpu else 4000
     steps = min(target, max(SAFE_PER_IMAGE * situation.num_images, 1000))
@@ -166,7 +166,8 @@ def _that_fits(network: DiTConfig, share: int, situation: Situation) -> int:
     return micro_batch_that_fits(state_bytes(num_parameters, half=situation.gpu), per_image, share, situation.memory)
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
+    """The largest power of two that is not above `number`."""
     return 1 << (number.bit_length() - 1)
 
 

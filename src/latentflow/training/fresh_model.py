@@ -1,4 +1,7 @@
-"""A model with random weights for a recipe: what the data and the autoencoder decide is read from them."""
+"""The model that a recipe begins with: what the data and the autoencoder decide is read from them.
+
+Its weights are random, or those of the recipe's `init_from`.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,15 @@ from latentflow.errors import ConfigError
 from latentflow.model.conditioning import ColumnCondition, Conditioning
 from latentflow.model.config import AutoencoderRecord, ModelConfig, TrainingRecord
 from latentflow.model.flow_model import FlowModel
+from latentflow.model.surgery import graft
 from latentflow.networks.dit import DiTConfig
 from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.randomness import derive_seed
 from latentflow.records import explain
 from latentflow.training.config import Recipe
 from latentflow.training.data_columns import chosen_columns, measured_columns
+from latentflow.training.finetuning import Source, choose_trained, finetuned_config
+from latentflow.weights import filled
 
 _STATISTICS_IMAGES = 2048  # enough for per-channel means and deviations to three digits
 
@@ -94,31 +100,44 @@ def build_model(
     *,
     held_out: HeldOut | None = None,
     check: Callable[[ModelConfig], None] = lambda config: None,
+    source: Source | None = None,
 ) -> FlowModel:
     """A fresh model for a recipe. Images without labels make an unconditional model.
 
     Args:
         held_out: which images of the data are not among `images`, to be recorded.
         check: called with the model's config before the network is built.
+        source: the model of the recipe's `init_from`; what its method does not train is frozen.
 
     Raises:
         ConfigError: the network does not fit the latents.
     """
     conditions = DataConditions.of(recipe, images)
     own = recipe.normalise == "autoencoder"
+    if source is not None:
+        normalisation = source.config.normalisation
+    else:
+        normalisation = autoencoder.normalisation if own else _per_channel(autoencoder, images)
     config = model_config(
         recipe,
         AutoencoderRecord.of(autoencoder),
-        autoencoder.normalisation if own else _per_channel(autoencoder, images),
+        normalisation,
         conditions,
         training=training_record(images, held_out, labelled=bool(conditions.class_names)),
     )
     buckets = _buckets(images) if len(images.buckets) > 1 else []
     config = config.model_copy(update={"buckets": buckets})
     require_fitting_sizes(config)
+    if source is not None:
+        config = finetuned_config(config, source)
     check(config)
     torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
-    return FlowModel(config, config.build_network(), autoencoder)
+    if source is None:
+        return FlowModel(config, config.build_network(), autoencoder)
+    grafted = graft(source.config, source.weights, config, recipe.finetuning.former_classes)
+    network = filled(config.build_network, grafted.weights, source.name)
+    choose_trained(network, recipe.finetuning, grafted.made, recipe.training.seed)
+    return FlowModel(config, network, autoencoder)
 
 
 def model_config(

@@ -125,6 +125,7 @@ def memory_mode(
     *,
     averages: int = 1,
     aligned: bool = False,
+    trained: int | None = None,
 ) -> MemoryMode:
     """The memory mode of a run; for "auto" the fastest one that fits, the same in all processes with equal devices.
 
@@ -133,6 +134,7 @@ def memory_mode(
         images: computed together by one process.
         averages: of the weights, that are kept.
         aligned: with an `AlignHead`.
+        trained: how many parameters are trained; None: all.
     """
     if word != "auto":
         return word
@@ -141,14 +143,22 @@ def memory_mode(
     if memory is None:
         return "none"
     available = memory // (1 if device.type == "cuda" else runtime.local_world)
-    return fitting_mode(config, images, half=half, memory=available, averages=averages, aligned=aligned)
+    kept = {"averages": averages, "aligned": aligned, "trained": trained}
+    return fitting_mode(config, images, half=half, memory=available, **kept)
 
 
 def fitting_mode(
-    config: ModelConfig, images: int, *, half: bool, memory: int, averages: int = 1, aligned: bool = False
+    config: ModelConfig,
+    images: int,
+    *,
+    half: bool,
+    memory: int,
+    averages: int = 1,
+    aligned: bool = False,
+    trained: int | None = None,
 ) -> MemoryMode:
     """The fastest mode in which training on `images` together fits into `memory` bytes; the leanest if none does."""
-    state = state_bytes(count_parameters(config, aligned=aligned), half=half, averages=averages)
+    state = state_bytes(count_parameters(config, aligned=aligned), half=half, averages=averages, trained=trained)
     size = Size(*config.latent_shape[1:])
     for mode in MEMORY_MODES:
         needed = state + images * bytes_per_image(config.network, size, half=half, memory=mode, aligned=aligned)
@@ -183,20 +193,19 @@ def micro_batch_that_fits(state: int, per_image: int, share: int, memory: int | 
 
 
 def require_memory(
-    what: str, num_parameters: int, per_image: int, images: int, free: int | None, key: str, averages: int = 1
+    what: str, num_parameters: int, state: int, per_image: int, images: int, free: int | None, key: str
 ) -> None:
     """Refuse a network that does not fit into memory.
 
     Args:
         what: the network's name.
+        state: bytes that it takes whatever the batch; see `state_bytes`.
         images: computed together.
         key: of the recipe, for the number of images computed together.
-        averages: of the weights, that are kept.
 
     Raises:
         ConfigError: with the estimate, the free memory, and what would fit.
     """
-    state = state_bytes(num_parameters, averages=averages)
     if free is None or state + images * per_image / 2 <= free:  # half: the estimate may be too high
         return
     fits = micro_batch_that_fits(state, per_image, images, free)
@@ -207,19 +216,23 @@ def require_memory(
     )
 
 
-def state_bytes(num_parameters: int, *, half: bool = False, averages: int = 1) -> int:
+def state_bytes(num_parameters: int, *, half: bool = False, averages: int = 1, trained: int | None = None) -> int:
     """Bytes of a network in training whatever the batch; see `state_parts`."""
-    return sum(state_parts(num_parameters, half=half, averages=averages).values())
+    return sum(state_parts(num_parameters, half=half, averages=averages, trained=trained).values())
 
 
-def state_parts(num_parameters: int, *, half: bool = False, averages: int = 1) -> dict[str, int]:
+def state_parts(
+    num_parameters: int, *, half: bool = False, averages: int = 1, trained: int | None = None
+) -> dict[str, int]:
     """Bytes of a network in training by content: weights, gradients, moments, average.
 
     Args:
         half: whether products are in bf16 or fp16, for which autocast keeps copies of the weights.
         averages: of the weights, that are kept.
+        trained: how many of the parameters are trained; the others are only there. None: all of them.
     """
-    parts = {name: size * num_parameters for name, size in _STATE.items()}
+    trained = num_parameters if trained is None else trained
+    parts = {name: size * (num_parameters if name == "weights" else trained) for name, size in _STATE.items()}
     parts[_AVERAGE] *= averages
     return {**parts, "weights in half precision": 2 * num_parameters} if half else parts
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from latentflow.data.pixel_choice import PixelChoice
 from latentflow.data.table_options import LabelledTable
-from latentflow.requests import FromText, Number, Option, PathText, Request, RequestError, Split, Whole
+from latentflow.requests import ClassOrigins, FromText, Number, Option, PathText, Request, RequestError, Split, Whole
 from latentflow.sizes import ImageSize, Size, bounded, typed_size
 
 SHORTEST, LONGEST = 0.001, 0.28
@@ -48,6 +48,32 @@ class EmaRequest(Request):
             raise RequestError(
                 "out", ": give --out FOLDER for a new model, or --write for the run's own; one of the two"
             )
+        return self
+
+
+class FinetuneRequest(Request):
+    """A model to begin with, and images to finetune it to."""
+
+    model: Annotated[PathText, Option(argument=True)] = Field(
+        description="The model to begin with: a model folder, a run folder or a hub id."
+    )
+    data: PathText = Field(description="A latent cache, or images: whatever `latentflow encode` reads.")
+    method: Literal["auto", "full", "lora", "biases"] = Field(
+        "auto",
+        description="What is trained besides the vectors of new classes and conditions: all weights, a difference of "
+        "low rank for each matrix, or only biases; auto: lora below 500 images, else full.",
+    )
+    rank: Whole | None = Field(None, ge=1, le=1024, description="Rank of the differences of lora; otherwise 16.")
+    class_from: ClassOrigins | None = Field(
+        None,
+        description="A class of the data that begins as one of the model, such as corgi=Pembroke; may be repeated. "
+        "Other new classes begin with the mean of the old ones.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> FinetuneRequest:
+        if self.rank is not None and self.method in ("full", "biases"):
+            raise RequestError("rank", f" {self.rank} is for --method lora, not for {self.method}; leave it out")
         return self
 
 

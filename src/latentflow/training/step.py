@@ -16,6 +16,7 @@ from latentflow.flow.loss import align_loss, flow_matching_loss
 from latentflow.flow.times import TrainingTimes
 from latentflow.model.conditioning import ConditionName
 from latentflow.model.flow_model import FlowModel
+from latentflow.networks.velocity_network import NoisePredictor
 from latentflow.randomness import ImageRandom, derive_seed, on_device
 from latentflow.shapes import Condition
 
@@ -32,7 +33,8 @@ class StepResult:
     """The result of one forward pass.
 
     Attributes:
-        velocity_loss: [B] float32, the flow-matching loss of each image, with its graph.
+        velocity_loss: [B] float32, the flow-matching loss of each image, with its graph; of a network that predicts the
+            noise, that of the noise.
         time: [B] float32, the time drawn for each image.
         align_loss: [B] float32, that of the predicted latents, with its graph; None without `align_weight`.
         align_weight: weight of `align_loss`.
@@ -97,6 +99,8 @@ def training_step(
         return found
 
     velocity_loss = flow_matching_loss(velocity, model.config.path, data, noise, time)
+    if isinstance(model.network, NoisePredictor):
+        velocity_loss = velocity_loss * model.network.loss_weight(time)
     aligned = None if predicted is None else align_loss(predicted, data)
     return StepResult(velocity_loss, time, aligned, align_weight)
 

@@ -17,6 +17,7 @@ from latentflow.runtime import Runtime
 from latentflow.training.checkpoint import Keeping, Progress, newest_checkpoint
 from latentflow.training.compiling import captures, compiles
 from latentflow.training.config import Recipe, TrainingConfig
+from latentflow.training.finetuning import trained_share
 from latentflow.training.held_out_watch import HeldOutWatch
 from latentflow.training.interruption import Outcome
 from latentflow.training.log import LossBins
@@ -54,7 +55,8 @@ def train_velocity(
     network = model.to(runtime).network.train()
     if not any(parameter.requires_grad for parameter in network.parameters()):
         network.requires_grad_()
-    kept = {"averages": config.num_averages, "aligned": config.is_aligned}
+    trained, _ = trained_share(network)
+    kept = {"averages": config.num_averages, "aligned": config.is_aligned, "trained": trained}
     set_memory(network, memory_mode(config.memory, model.config, parts.size, runtime, **kept))
     compare = partial(training_step, model, times=recipe.times, batch_size=config.batch_size, seed=config.seed)
 

@@ -25,6 +25,17 @@ from latentflow.training.changes import RECIPE_FILE, Changes, as_begun, check_ch
 from latentflow.training.compiling import captures
 from latentflow.training.config import CHANGES, Recipe
 from latentflow.training.data_columns import chosen_columns
+from latentflow.training.finetuning import (
+    FITTED_TO_SOURCE,
+    Source,
+    count_trained,
+    fit_to_source,
+    open_source_model,
+    trained_share,
+    with_method,
+    with_preset,
+    with_source,
+)
 from latentflow.training.fitting import FITTED, Situation, fit, is_set, value_of, with_values
 from latentflow.training.fresh_model import build_model
 from latentflow.training.loop import micro_batches
@@ -34,6 +45,7 @@ from latentflow.training.memory import (
     free_memory,
     memory_mode,
     require_memory,
+    state_bytes,
     total_memory,
 )
 from latentflow.training.run_folder import PreparedRun, check_places
@@ -76,7 +88,7 @@ class PreparedVelocity(PreparedRun):
         size += ", mirrored at random" if self.recipe.data.flip else ""
         if share := self.recipe.data.augment:
             size += f", {share:.0%} of them as one of {config.training.variants} variants"
-        parameters = sum(parameter.numel() for parameter in self.model.network.parameters())
+        trained, parameters = trained_share(self.model.network)
         in_memory, names = ", in memory" if self.resident else "", conditioning.class_names
         listed = ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
         rows = {
@@ -89,6 +101,11 @@ class PreparedVelocity(PreparedRun):
             **self.rows(),
         }
         training = self.recipe.training
+        if self.recipe.init_from:
+            own = self.recipe.finetuning
+            method = own.method if own.rank is None else f"{own.method} of rank {own.rank}"
+            rows["begins as"] = f"{self.recipe.init_from}, weights {own.weights}"
+            rows["method"] = f"{method}: {trained:,} parameters are trained"
         if training.is_aligned:
             rows["head"] = (
                 f"on block {training.align_block}, in training only; its loss counts {training.align_weight:g}"
@@ -114,19 +131,22 @@ def prepare_velocity(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence
     Raises:
         ConfigError, DataError, ArtifactError: the first thing that is wrong.
     """
-    run = check_places(
-        recipe, "images, a zip, or a latent cache", [recipe.data.images, recipe.data.masks.folder], replaced=_REPLACED
-    )
+    also_read = [recipe.data.images, recipe.data.masks.folder, recipe.init_from]
+    run = check_places(recipe, "images, a zip, or a latent cache", also_read, replaced=_REPLACED)
     if is_cache(recipe.data.path):
         recipe = with_cached(recipe, LatentCache(recipe.data.path).plan)
+    begins = open_source_model(recipe)
+    if begins is not None:
+        recipe = with_source(recipe, begins, run)
     recipe = as_begun(_fitted_before(recipe, run), run, CHANGES)
     changes = None if recipe.fit else check_changes(run, recipe, CHANGES, allow_change)
     source, autoencoder = open_source(recipe), Autoencoder.from_pretrained(recipe.autoencoder)
+    if begins is not None:
+        begins.require_autoencoder(autoencoder, recipe.data.path)
     usable, broken = _usable(recipe, source, autoencoder)
     kept, held_out, rule = _divided(recipe, source, usable)
-    size, reasons = autoencoder.latent_size(recipe.data.image_size), []
-    if recipe.fit:
-        recipe, reasons = fit(recipe, _situation(recipe, source, len(kept), size, runtime))
+    situation = _situation(recipe, source, len(kept), autoencoder.latent_size(recipe.data.image_size), runtime)
+    recipe, reasons = _decided(recipe, situation, begins)
     runtime = runtime.with_precision(recipe.training.precision)
     micro_batches(recipe.training, runtime)
     autoencoder = autoencoder.to(runtime.for_autoencoder())
@@ -136,7 +156,11 @@ def prepare_velocity(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence
     read = {"kept": kept, "spatial": spatial, "columns": columns, "augment": data.augment}
     images = TrainingImages(source, seed=seed, flip=data.flip, **read, batch_size=recipe.training.batch_size)
     _require_same_batches(changes, images)
-    model = build_model(recipe, autoencoder, images, held_out=rule, check=partial(_require_memory, recipe, runtime))
+    check = partial(_require_memory, recipe, runtime)
+    model = build_model(recipe, autoencoder, images, held_out=rule, check=check, source=begins)
+    if begins is not None:
+        recipe = with_preset(recipe, begins.config, model.config.conditioning)
+        model.config = model.config.model_copy(update={"sampling": recipe.sampling})
     _refuse_other_content(run, recipe, model.config)
     captures(recipe.training, model, images, runtime)  # refuses what cannot be
     resident = stays_in_memory(recipe.data, images, runtime)
@@ -151,6 +175,14 @@ def prepare_velocity(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence
         resident=resident,
         reasons=reasons,
     )
+
+
+def _decided(recipe: Recipe, situation: Situation, begins: Source | None) -> tuple[Recipe, list[str]]:
+    """The recipe with what it leaves to the data and the machine, and why."""
+    if begins is not None:
+        recipe = with_method(recipe, situation.num_images)
+        return fit_to_source(recipe, situation, count_parameters(begins.config)) if recipe.fit else (recipe, [])
+    return fit(recipe, situation) if recipe.fit else (recipe, [])
 
 
 def _require_same_batches(changes: Changes | None, images: TrainingImages) -> None:
@@ -171,8 +203,8 @@ def _fitted_before(recipe: Recipe, run: Path) -> Recipe:
     file = run / RECIPE_FILE
     if not recipe.fit or not file.exists():
         return recipe
-    old = load_settings(Recipe, file)
-    values = {key: value_of(old, key) for key in FITTED if not is_set(recipe, key)}
+    old, keys = load_settings(Recipe, file), FITTED_TO_SOURCE if recipe.init_from else FITTED
+    values = {key: value_of(old, key) for key in keys if not is_set(recipe, key)}
     return with_values(recipe, {"fit": False, **values})
 
 
@@ -237,16 +269,18 @@ def _require_memory(recipe: Recipe, runtime: Runtime, config: ModelConfig) -> No
     share, half = micro_batches(recipe.training, runtime).size, runtime.precision in ("bf16", "fp16")
     averages = recipe.training.num_averages
     aligned = recipe.training.is_aligned
-    mode = memory_mode(recipe.training.memory, config, share, runtime, averages=averages, aligned=aligned)
+    kept = {"averages": averages, "trained": count_trained(config, recipe.finetuning)}
+    mode = memory_mode(recipe.training.memory, config, share, runtime, aligned=aligned, **kept)
     free, shared = free_memory(runtime.device), 1 if runtime.device.type == "cuda" else runtime.local_world
+    num_parameters = count_parameters(config, aligned=aligned)
     require_memory(
         config.network.title,
-        count_parameters(config, aligned=aligned),
+        num_parameters,
+        state_bytes(num_parameters, **kept),
         bytes_per_image(config.network, Size(*config.latent_shape[1:]), half=half, memory=mode, aligned=aligned),
         share,
         free // shared if free else None,
         key="training.micro_batch_size",
-        averages=averages,
     )
 
 
@@ -273,6 +307,11 @@ def _refuse_other_content(run: Path, recipe: Recipe, config: ModelConfig) -> Non
             f"{run} was trained with an autoencoder of hash {before.autoencoder.content_hash[:12]}, but "
             f"{recipe.autoencoder} has {config.autoencoder.content_hash[:12]}; restore that one or choose another out"
         )
+    if config.conditioning.class_names != before.conditioning.class_names:
+        raise ConfigError(
+            f"{run} was trained on the classes {_named(before)}, but {recipe.data.path} has {_named(config)}; restore "
+            "them or choose another out"
+        )
     if config.masks != before.masks:
         raise ConfigError(f"{run} was trained with the holes {before.masks}, not {config.masks}; choose another out")
     if before.training.masks_fingerprint and config.training.masks_fingerprint != before.training.masks_fingerprint:
@@ -290,3 +329,8 @@ def _refuse_other_content(run: Path, recipe: Recipe, config: ModelConfig) -> Non
             f"{run} was trained on other images ({before.training.data}) than data.path holds now "
             f"({config.training.data}); restore them or choose another out"
         )
+
+
+def _named(config: ModelConfig) -> str:
+    names = config.conditioning.class_names
+    return ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "") or "none"
