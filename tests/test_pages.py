@@ -258,7 +258,7 @@ def things(tmp_path_factory, kl, kl_folder) -> Path:
     tiny.model(kl, class_names=("jay", "wren")).save_pretrained(folder / "runs" / "birds")
     tiny.model(kl, inputs=InputRules(origin="shrink:4")).save_pretrained(folder / "runs" / "sharp")
     Image.fromarray(whole).save(folder / "small.png")
-    tiny.model(kl).save_pretrained(folder / "models" / "imagenet")
+    tiny.model(kl, class_names=("Pembroke", "goldfish")).save_pretrained(folder / "models" / "imagenet")
     tiny.model(kl, time_scale=1.0).save_pretrained(folder / "models" / "ffhq")
     return folder
 
@@ -292,6 +292,7 @@ MORE = {
         *("network.depth=2", "network.hidden_size=32", "network.num_heads=2", "network.patch_size=2"),
     ],
     "distill": ["training.steps=4", "training.batch_size=4", "training.precision=fp32", "--device", "cpu"],
+    "finetune": ["training.steps=2", "training.batch_size=4", "training.precision=fp32", "--device", "cpu"],
     "evaluate": ["--features", "random"],
     "sweep": ["--num", "4"],
     "diagnose": ["--num", "16"],
@@ -315,7 +316,7 @@ def run_page(page: str, capsys, monkeypatch) -> set[str]:
     """Run the commands of a page one after the other; which verbs ran."""
     lines = [words for words in command_lines(page) if runs_here(words)]
     for words in lines:
-        if words[1] == "train":  # what a page trains is not given
+        if words[1] in ("train", "finetune"):  # what a page trains is not given
             shutil.rmtree(next(word.partition("=")[2] for word in words if word.startswith("out=")), ignore_errors=True)
     for words in lines:
         given = [SMALL.get(word, word) for word in words[1:]]
@@ -355,6 +356,7 @@ def test_the_tutorial_runs(place, capsys, monkeypatch):
         ("how-to/inpaint", {"encode", "train", "inpaint"}),
         ("how-to/mask-to-image", {"mask-to-image", "inpaint"}),
         ("how-to/augment", {"encode", "train"}),
+        ("how-to/finetune", {"encode", "finetune", "train", "sample"}),
         ("how-to/edit", {"image-to-image", "interpolate", "vary", "invert"}),
         ("how-to/distill", {"encode", "distill", "sample", "evaluate", "sweep"}),
         ("how-to/evaluate", {"evaluate", "sweep", "benchmark", "diagnose"}),
