@@ -18,15 +18,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from latentflow.artifacts import read_tensors, sha256_tensors
+from latentflow.artifacts import sha256_tensors
 from latentflow.autoencoder import Autoencoder
 from latentflow.errors import ConfigError
+from latentflow.model.adapter import AdapterBase
+from latentflow.model.adapter_name import split_adapted
 from latentflow.model.conditioning import Conditioning
 from latentflow.model.config import AUTOENCODER_FOLDER, ModelConfig, SamplingPreset
-from latentflow.model.flow_model import WEIGHTS_FILE, find_model, read_fitting_config
-from latentflow.model.surgery import grafted_config
+from latentflow.model.flow_model import FlowModel, StoredModel, find_model, read_stored
+from latentflow.model.surgery import graft, grafted_config
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.low_rank import add_low_rank
 from latentflow.networks.unet import UNetConfig
@@ -36,6 +39,7 @@ from latentflow.training.config import FinetuningConfig, Recipe
 from latentflow.training.fitting import Situation, is_set, power_of_two, value_of, with_values
 from latentflow.training.memory import bytes_per_image, micro_batch_that_fits, network_in_training, state_bytes
 from latentflow.training.settings import load_settings
+from latentflow.weights import filled
 
 FEW_IMAGES = 500
 RANK = 16
@@ -53,29 +57,32 @@ class Source:
 
     Attributes:
         name: as it was asked for.
-        folder: where it is.
-        config: of the model there.
+        stored: what is there.
     """
 
     name: str
-    folder: Path
-    config: ModelConfig
+    stored: StoredModel
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+        return self.stored.config
 
     @cached_property
-    def weights(self) -> dict[str, Tensor]:
-        """The weights of its network, by name, memory-mapped."""
-        return read_tensors(self.folder / WEIGHTS_FILE)
+    def weights_hash(self) -> str:
+        """The SHA-256 of its weights."""
+        return sha256_tensors(self.stored.weights)
 
-    @cached_property
+    @property
     def hash(self) -> str:
-        """The first digits of the hash of its weights."""
-        return sha256_tensors(self.weights)[:HASH_DIGITS]
+        """The first digits of it."""
+        return self.weights_hash[:HASH_DIGITS]
 
     @property
     def autoencoder(self) -> str:
         """The reference of its autoencoder."""
         reference = self.config.autoencoder.reference
-        return str(self.folder / AUTOENCODER_FOLDER) if reference == AUTOENCODER_FOLDER else reference
+        return str(self.stored.folder / AUTOENCODER_FOLDER) if reference == AUTOENCODER_FOLDER else reference
 
     def require_autoencoder(self, autoencoder: Autoencoder, path: str) -> None:
         """Refuse data of other latents than the model's.
@@ -94,18 +101,38 @@ class Source:
 
 
 def open_source_model(recipe: Recipe) -> Source | None:
-    """The model of `init_from`; None: the recipe has none. Its weights are not read yet.
+    """The model of `init_from`; None: the recipe has none.
 
     Raises:
         ArtifactError: there is no such model, or it is damaged.
-        ConfigError: the recipe needs one.
+        ConfigError: the recipe needs one, or it is one that cannot be finetuned.
     """
     if not recipe.init_from:
         if recipe.normalise == "source":
             raise ConfigError("init_from is not set, the model to begin with; add init_from=MODEL")
         return None
-    folder = find_model(recipe.init_from)
-    return Source(recipe.init_from, folder, read_fitting_config(folder))
+    named = split_adapted(recipe.init_from)
+    stored = read_stored(find_model(named.model if named else recipe.init_from), named)
+    require_finetunable(stored.config, recipe.init_from)
+    return Source(recipe.init_from, stored)
+
+
+def require_finetunable(config: ModelConfig, name: str) -> None:
+    """Refuse a model whose weights have no place in a network that a recipe trains.
+
+    Raises:
+        ConfigError: it is a student, or has a network of one's own.
+    """
+    if config.student is not None:
+        raise ConfigError(
+            f"init_from = {name} is a student of {config.student.teacher}, which draws in jumps; finetune that "
+            "model, and distil the result"
+        )
+    if not isinstance(config.network, DiTConfig | UNetConfig):
+        raise ConfigError(
+            f"init_from = {name} has a network of its own kind, {config.network.title}, which recipes do not train; "
+            "give a model with a DiT or a U-Net"
+        )
 
 
 def with_source(recipe: Recipe, source: Source, run: Path) -> Recipe:
@@ -281,6 +308,26 @@ def finetuned_config(config: ModelConfig, source: Source) -> ModelConfig:
     origin = {"source": source.name, "source_weights": source.hash}
     training = config.training.model_copy(update=origin)
     return grafted_config(source.config, config.model_copy(update={"training": training}))
+
+
+def finetuned(config: ModelConfig, source: Source, recipe: Recipe, autoencoder: Autoencoder) -> FlowModel:
+    """The model that a finetuning run begins with; what its method does not train is frozen.
+
+    Args:
+        config: from `finetuned_config`.
+
+    Raises:
+        ConfigError: see `graft`.
+    """
+    torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
+    grafted = graft(source.config, source.stored.weights, config, recipe.finetuning.former_classes)
+    network = filled(config.build_network, grafted.weights, source.name)
+    choose_trained(network, recipe.finetuning, grafted.made, recipe.training.seed)
+    model = FlowModel(config, network, autoencoder)
+    if recipe.finetuning.method == "lora":
+        start = {name: grafted.weights[name].clone() for name in grafted.made}
+        model.adapted_from = AdapterBase(reference=source.name, weights=source.weights_hash, start=start)
+    return model
 
 
 def choose_trained(network: nn.Module, finetuning: FinetuningConfig, made: frozenset[str], seed: int) -> None:

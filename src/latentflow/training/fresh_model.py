@@ -26,15 +26,13 @@ from latentflow.errors import ConfigError
 from latentflow.model.conditioning import ColumnCondition, Conditioning
 from latentflow.model.config import AutoencoderRecord, ModelConfig, TrainingRecord
 from latentflow.model.flow_model import FlowModel
-from latentflow.model.surgery import graft
 from latentflow.networks.dit import DiTConfig
 from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.randomness import derive_seed
 from latentflow.records import explain
 from latentflow.training.config import Recipe
 from latentflow.training.data_columns import chosen_columns, measured_columns
-from latentflow.training.finetuning import Source, choose_trained, finetuned_config
-from latentflow.weights import filled
+from latentflow.training.finetuning import Source, finetuned, finetuned_config
 
 _STATISTICS_IMAGES = 2048  # enough for per-channel means and deviations to three digits
 
@@ -131,13 +129,10 @@ def build_model(
     if source is not None:
         config = finetuned_config(config, source)
     check(config)
+    if source is not None:
+        return finetuned(config, source, recipe, autoencoder)
     torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
-    if source is None:
-        return FlowModel(config, config.build_network(), autoencoder)
-    grafted = graft(source.config, source.weights, config, recipe.finetuning.former_classes)
-    network = filled(config.build_network, grafted.weights, source.name)
-    choose_trained(network, recipe.finetuning, grafted.made, recipe.training.seed)
-    return FlowModel(config, network, autoencoder)
+    return FlowModel(config, config.build_network(), autoencoder)
 
 
 def model_config(
