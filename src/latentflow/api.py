@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from latentflow.autoencoder import Autoencoder
 from latentflow.data.painting.mask_reader import Mask
 from latentflow.errors import ConfigError
+from latentflow.flow.loss import flow_matching_loss
 from latentflow.flow.path import CosinePath, LinearPath
 from latentflow.model.class_names import ClassList
 from latentflow.model.conditioning import Conditioning
@@ -48,6 +49,7 @@ from latentflow.sampling.request import (
     VaryRequest,
 )
 from latentflow.sampling.samples import Samples
+from latentflow.shapes import Condition
 from latentflow.sizes import Size
 
 if TYPE_CHECKING:
@@ -196,6 +198,40 @@ class LatentFlow(FlowModel):
             raise ConfigError(explain(error, ModelConfig)) from None
         module = network if isinstance(network, nn.Module) else config.build_network()
         return cls(config, module, autoencoder).to(open_runtime(device, "fp32", alone=True))
+
+    def loss(
+        self,
+        latents: Tensor,
+        condition: Condition | None = None,
+        *,
+        time: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """The flow matching loss of each image, [B] float32 with its graph, for one's own training loop.
+
+        model.loss(model.encode(pixels), Condition(labels=labels)).mean().backward()
+
+        While the network is in training mode, conditions are dropped at random, as the config says; so is what is not
+        given. Random numbers are torch's own (`torch.manual_seed`).
+
+        Args:
+            latents: [B, C, h, w], normalised; see `encode`.
+            condition: what is given; None: nothing.
+            time: [B] in [0, 1]; None: uniform.
+            noise: [B, C, h, w]; None: standard normal.
+
+        Raises:
+            ConfigError: the model does not have a condition that is given.
+        """
+        conditioning, device = self.config.conditioning, self.device
+        data = latents.to(device)
+        whole = conditioning.build(data.shape, device, condition or Condition())
+        if self.network.training:
+            rows = {name: torch.rand(len(data), device=device) < share for name, share in conditioning.dropout.items()}
+            whole = conditioning.drop(whole, rows)
+        time = torch.rand(len(data), device=device) if time is None else time.to(device)
+        noise = torch.randn_like(data) if noise is None else noise.to(device)
+        return flow_matching_loss(lambda x, t: self.velocity(x, t, whole), self.config.path, data, noise, time)
 
     @with_fields_of(SampleRequest, SampleOptions)
     def sample(

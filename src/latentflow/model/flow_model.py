@@ -9,7 +9,6 @@ import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
@@ -99,6 +98,7 @@ class FlowModel:
         self.network = network
         self.autoencoder = autoencoder
         self.runtime = runtime or Runtime(self.device)
+        self._hashed: tuple[object, str] | None = None
         self.guides: dict[str, Any] = {}
         """The models that guide it, by name, where any have been opened; see `latentflow.sampling.guides`."""
         self.reference = ""
@@ -243,11 +243,17 @@ class FlowModel:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    @cached_property
+    @property
     def weights_hash(self) -> str:
-        """The SHA-256 of the network's weights, low-rank factors merged, at the first use of this property."""
-        low_rank, weights = low_rank_of(self.network), self.network.state_dict()
-        return sha256_tensors(weights if low_rank is None else merge_low_rank(weights, low_rank[1]))
+        """The SHA-256 of the network's weights, low-rank factors merged; computed again once they have changed."""
+        low_rank, weights = low_rank_of(self.network), self.network.state_dict(keep_vars=True)
+        versions = tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in weights.values())
+        hashed = self._hashed
+        if hashed is None or hashed[0] != (low_rank, versions):
+            plain = {name: x.detach() for name, x in weights.items()}
+            merged = plain if low_rank is None else merge_low_rank(plain, low_rank[1])
+            hashed = self._hashed = (low_rank, versions), sha256_tensors(merged)
+        return hashed[1]
 
     def fitted_solver(self, name: str) -> tuple[str, FittedMultistep]:
         """The solver called fitted-N or fitted-N@HASH, and its name with the hash of its times and weights.
