@@ -213,6 +213,25 @@ def test_few_images(benchmark, tmp_path):
     assert (tmp_path / "few_images-cpu.json").is_file()
 
 
+def test_distillation(benchmark, tmp_path, kl, images, cache):
+    tiny.model(kl, time_scale=20.0, guidance=2.0).save_pretrained(tmp_path / "model")
+    places = ["--teacher", tmp_path / "model", "--cache", cache, "--data", images, "--results", tmp_path]
+    sizes = ["--num", 9, "--evaluations", "2,4", "--fit", 8, "--work", tmp_path / "work"]
+    script, changes = benchmark("distillation"), ["training.steps=2", "training.batch_size=4"]
+    results = script.main(list(map(str, [*places, *sizes, *changes])))
+    ways = read_json(tmp_path / "distillation-cpu.json")["ways"]
+    assert ways == results["ways"]
+    assert {"student 2, guidance 1", "student 4, guidance 2", "preset", "ab2 in 4, guidance 1"} <= ways.keys()
+    assert {name: ways[name]["evaluations"] for name in ("student 2, guidance 1", "student 4, guidance 2")} == {
+        "student 2, guidance 1": 2,
+        "student 4, guidance 2": 4,
+    }
+    equal = [name for name in ways if name.startswith(("ab2", "fitted"))]
+    assert all(ways[name]["evaluations"] in (2, 4) for name in equal)
+    assert all(math.isfinite(number) for number in numbers(ways))
+    assert results["training"]["training"]["steps"] == 2
+
+
 def test_conditions(benchmark, tmp_path):
     """The measure finds the size of real shapes; what an untrained model draws is not recognised, and that is said."""
     given = ["--classes", "all", "--images", 96, "--steps", 2, "--num", 4, "--results", tmp_path]

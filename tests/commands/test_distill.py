@@ -20,6 +20,8 @@ from latentflow.errors import ArtifactError, ConfigError, LatentFlowError
 from latentflow.evaluation.request import EvaluationRequest
 from latentflow.flow.flow_map import JumpTimes
 from latentflow.model.flow_model import read_config
+from latentflow.networks import registered
+from latentflow.networks.registered import RegisteredNetwork, register_network
 from latentflow.networks.unet import UNetConfig
 from latentflow.training import student_run
 from latentflow.training.student_recipe import StudentRecipe, fit_student, load_student_recipe
@@ -180,6 +182,7 @@ def test_command_line(teacher, cache, tmp_path, capsys, monkeypatch):
     checked = run_here([*command, f"out={tmp_path / 'run'}", "--dry-run"], capsys, monkeypatch)
     assert checked.code == 0 and "all is well" in checked.out + checked.err
     assert "1 to 8 on label" in checked.out + checked.err
+    assert "about 1.8 times one of `train`" in checked.out + checked.err
     assert not (tmp_path / "run").exists()
     done = run_here([*command, f"out={tmp_path / 'run'}"], capsys, monkeypatch)
     assert done.code == 0, done.err
@@ -232,6 +235,16 @@ def refused(recipe, tmp_path):
 def test_a_student_has_no_student(run, refused, recipe, tmp_path):
     folder = run("first", training={"steps": 1})
     refused(ConfigError, str(folder), "is a student itself", "give its teacher", teacher=str(folder))
+
+
+def test_a_network_that_takes_no_jumps(refused, tmp_path, kl, monkeypatch):
+    monkeypatch.setattr(registered, "_MAKERS", {})
+    made = tiny.model(kl)
+    register_network("anything")(made.config.build_network)
+    config = made.config.model_copy(update={"network": RegisteredNetwork(name="anything")})
+    LatentFlow(config, made.network, kl).save_pretrained(tmp_path / "own")
+    words = ("registered network anything", "no input for the length of a jump", "dit or unet")
+    refused(ConfigError, *words, teacher=str(tmp_path / "own"))
 
 
 def test_another_autoencoder(refused, tmp_path, images, deterministic):
@@ -299,8 +312,10 @@ def test_a_run_goes_on_with_its_teacher_alone(run, recipe, tmp_path, kl, teacher
         distill(recipe(jumps={"every": 2}), runtime=tiny.CPU)
 
 
-def test_export_is_refused(run, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("form", ["diffusers", "onnx"])
+def test_export_is_refused(run, tmp_path, capsys, monkeypatch, form):
     folder = run(training={"steps": 1})
-    result = run_here(["export", folder, "--out", tmp_path / "exported"], capsys, monkeypatch)
+    command = ["export", folder, "--format", form, "--out", tmp_path / "exported"]
+    result = run_here(command, capsys, monkeypatch)
     assert result.code == 2 and "student" in result.err and "export its teacher" in result.err
     assert not (tmp_path / "exported").exists()

@@ -20,6 +20,7 @@ from latentflow.model.own_images import is_own
 from latentflow.model.snapshots import BEST
 from latentflow.model.student_record import StudentRecord
 from latentflow.networks.running import compile_blocks, restore_blocks, set_memory
+from latentflow.networks.velocity_network import NETWORKS
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
 from latentflow.shapes import MOST_GUIDANCE
@@ -35,7 +36,7 @@ from latentflow.training.memory import memory_mode
 from latentflow.training.run_folder import PreparedRun, check_places
 from latentflow.training.settings import load_settings
 from latentflow.training.student_recipe import CHANGES, FITTED, StudentRecipe, fit_student
-from latentflow.training.student_step import StudentMeter, guided_conditions, student_step
+from latentflow.training.student_step import StudentMeter, guided_conditions, step_cost, student_step
 from latentflow.training.velocity import Preview, draw_if_due, record_progress
 from latentflow.training.velocity_run import stays_in_memory
 
@@ -68,6 +69,7 @@ class PreparedStudent(PreparedRun):
             "data": f"{len(self.images):,} images: {self.recipe.data.path}{', in memory' if self.resident else ''}",
             "network": f"{config.network.title}, {parameters:,} parameters",
             "guidance": scales,
+            "cost": f"a step takes about {step_cost(self.model, jumps.every):.2g} times one of `train`",
             "jumps": f"by 1 image in {jumps.every}; the teacher's share falls from {jumps.first_share:g} to "
             f"{jumps.last_share:g}",
             "optimizer": f"{optimizer.title} at {optimizer.learning_rate:g}, {optimizer.schedule}",
@@ -88,7 +90,7 @@ def prepare_student(recipe: StudentRecipe, runtime: Runtime, *, allow_change: Se
     if not recipe.teacher:
         raise ConfigError("teacher is not set; give the model to distil")
     folder = find_model(recipe.teacher)
-    _refuse_student(recipe.teacher, read_config(folder))
+    _refuse_teacher(recipe.teacher, read_config(folder))
     run = check_places(recipe, "the latent cache or the images of the teacher", [str(folder)], replaced=_REPLACED)
     recipe = as_begun(_fitted_before(recipe, run), run, CHANGES)
     changes = None if recipe.fit else check_changes(run, recipe, CHANGES, allow_change)
@@ -169,9 +171,15 @@ def train_student(prepared: PreparedStudent, *, preview: Preview | None = None) 
     return outcome
 
 
-def _refuse_student(name: str, config: ModelConfig) -> None:
+def _refuse_teacher(name: str, config: ModelConfig) -> None:
+    """Refuse a model that is a student, or whose network takes no jumps."""
     if config.student is not None:
         raise ConfigError(f"{name} is a student itself, of {config.student.title}; give its teacher")
+    if config.network.kind not in NETWORKS:
+        raise ConfigError(
+            f"{name} has a {config.network.title}, which has no input for the length of a jump; give a model with a "
+            f"network of the kind {' or '.join(NETWORKS)}"
+        )
 
 
 def _images(recipe: StudentRecipe, teacher: FlowModel) -> TrainingImages:

@@ -107,6 +107,14 @@ def draw_scale(student: FlowModel, uniform: Tensor, dropped: dict[ConditionName,
     return torch.where(given, scale, 1.0)
 
 
+def step_cost(student: FlowModel, every: int) -> float:
+    """The computation of a step in those of training the teacher: three forward passes, as its backward pass takes two.
+
+    Two more are the teacher's, where it is guided, and one that of the student for 1 image in `every`.
+    """
+    return (3 + (2 if student.config.student.guided else 1) + 1 / every) / 3
+
+
 def guided_conditions(student: FlowModel) -> list[ConditionName]:
     """The conditions by which a student's teacher is guided; none: it is not guided."""
     can_guide, chosen = student.config.conditioning.can_guide, student.config.sampling.guided_by
