@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shlex
 
@@ -59,3 +60,19 @@ def test_named_conditions_are_in_the_table_and_in_the_command(kl):
     assert "| named conditions | age at scan (number, 18 to 95); view (label: frontal, lateral) |\n" in text
     assert "--condition 'age at scan=51.2' --out samples\n" in text
     assert "| guidance | on label, age at scan, view |\n" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["<img src=x onerror=alert(1)>", "```<b>` `", "![x](http://x/y.png)", "a&lt;b", "\\<i>"]
+)
+def test_names_of_classes_are_no_html_and_no_links(kl, name):
+    """Also where they hold the marks of code, which would hide what stands between them."""
+    conditioning = {"map_class_names": [name, "road"], "map_palette": [(0, 0, 0), (1, 1, 1)]}
+    config = tiny.model(kl, class_names=(name, "cat"), conditioning=conditioning).config
+    training = config.training.model_copy(update={"data": f"/data/{name}"})
+    text = model_card(config.model_copy(update={"training": training}))
+    table = text.partition("| | |")[2].partition("```bash")[0]
+    assert ", cat |" in table
+    plain = re.sub(r"\\[\\`!\[\]]", "", table).replace("`autoencoder`", "")
+    assert not set("<>[]`!") & set(plain)
+    assert "&lt;b" not in table if name == "a&lt;b" else name in html.unescape(re.sub(r"\\(.)", r"\1", table))

@@ -37,8 +37,8 @@ class served:
         request = ServeRequest(**limits)
         self.service = Service(model, request, self.queue)
         hosts, origins = frozenset(request.hosts), frozenset(request.origins)
-        guard = Guard(make_app(self.service), request.host, request.token, origins, hosts)
-        self.client = TestClient(guard, base_url="http://127.0.0.1:8000")
+        self.guard = Guard(make_app(self.service), request.host, request.token, origins, hosts)
+        self.client = TestClient(self.guard, base_url="http://127.0.0.1:8000")
 
     def __enter__(self) -> TestClient:
         return self.client

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ from latentflow.hub import CARD_NAME
 from latentflow.model.config import ModelConfig
 
 _MOST_NAMES = 50
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_MARKS = re.compile(r"[&<>\[\]!\\`]")
 
 
 def model_card(config: ModelConfig) -> str:
@@ -50,7 +53,8 @@ def render_card(package: str, template: str, config: ModelConfig, library: str, 
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"cell": _cell, "shell": shlex.quote, "number": lambda value: f"{value:g}"}
+    environment.filters |= {"cell": _cell, "shell": _shell, "plain": as_plain, "code": as_code}
+    environment.filters["number"] = lambda value: f"{value:g}"
     text = environment.get_template(template).render(config=config, conditioning=conditioning, **values)
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}"))
 
@@ -58,23 +62,23 @@ def render_card(package: str, template: str, config: ModelConfig, library: str, 
 def _facts(config: ModelConfig) -> dict[str, str]:
     """The rows of the table; those without a value are left out."""
     conditioning, training, sampling = config.conditioning, config.training, config.sampling
-    guided = ", ".join(conditioning.can_guide)
+    guided = ", ".join(map(as_plain, conditioning.can_guide))
     seen = f"{training.step:,} steps, {training.images_seen:,} images seen"
     facts = {
         "image size": " or ".join(size.words for size in config.sizes),
         "network": config.network.title,
-        "latents": f"{' x '.join(map(str, config.latent_shape))}, autoencoder `{config.autoencoder.reference}`",
-        "conditions": ", ".join(conditioning.kinds) or "none (unconditional)",
+        "latents": f"{' x '.join(map(str, config.latent_shape))}, autoencoder {as_code(config.autoencoder.reference)}",
+        "conditions": ", ".join(map(as_plain, conditioning.kinds)) or "none (unconditional)",
         "classes": _listed(conditioning.class_names),
         "map classes": _listed(conditioning.map_class_names),
-        "named conditions": "; ".join(f"{one.name} ({one.describe()})" for one in conditioning.columns),
+        "named conditions": "; ".join(as_plain(f"{one.name} ({one.describe()})") for one in conditioning.columns),
         "mask policy": config.masks.policy if config.masks else "",
-        "inputs": config.inputs.title if config.inputs else "",
+        "inputs": as_plain(config.inputs.title) if config.inputs else "",
         "guidance": f"on {guided}" if guided else "not available: no condition was dropped in training",
         "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}"
-        + (f" away from `{sampling.guide.model}`" if sampling.guide else ""),
-        "student of": config.student.title if config.student else "",
-        "trained on": training.data or "not known",
+        + (f" away from {as_code(sampling.guide.model)}" if sampling.guide else ""),
+        "student of": as_plain(config.student.title) if config.student else "",
+        "trained on": as_plain(training.data) or "not known",
         "held out": f"{training.held_out.num_images:,} images, never trained on" if training.held_out else "",
         "held-out loss": "" if training.held_out_loss is None else f"{training.held_out_loss:.4f}",
         "finetuned from": f"`{training.source}`, weights {training.source_weights}" if training.source else "",
@@ -88,9 +92,24 @@ def _facts(config: ModelConfig) -> dict[str, str]:
 def _listed(names: Sequence[str]) -> str:
     """All the names, or the first of many and their number."""
     more = f", ... ({len(names)} in all)" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more
+    return ", ".join(map(as_plain, names[:_MOST_NAMES])) + more
 
 
 def _cell(text: str) -> str:
     """Text that cannot end a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def as_plain(text: str) -> str:
+    """A name that Markdown shows as it is: names of others, such as of classes, are no HTML."""
+    return _MARKS.sub(lambda found: _ENTITIES.get(found[0], f"\\{found[0]}"), " ".join(text.split()))
+
+
+def as_code(text: str) -> str:
+    """A name as code of Markdown, in which nothing is marked up."""
+    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
+
+
+def _shell(text: str) -> str:
+    """A word of a command, on one line."""
+    return shlex.quote(" ".join(text.split()))

@@ -42,6 +42,8 @@ def serve(model: str | Path, request: ServeRequest, *, runtime: Runtime | None =
     try:
         flow = FlowModel.from_pretrained(model, runtime=runtime)
         require_suffix(usual_suffix(flow.config.pixel_format), flow.config.pixel_format)
+        if Path(model).exists():
+            flow.reference = Path(model).resolve().name  # pictures go to others, whom the folder does not concern
         token = request.token or os.environ.get(TOKEN) or None
         if token is not None:
             request = ServeRequest(**{**dict(request), "token": token})

@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
 
 import latentflow
 from latentflow.model.flow_model import FlowModel
@@ -28,6 +29,7 @@ from latentflow.sampling.samples import Samples
 from latentflow.studio.bodies import read_asked
 from latentflow.studio.counters import Counters
 from latentflow.studio.queue import DrawingJob, DrawingQueue
+from latentflow.studio.reference import operation, reference_page
 from latentflow.studio.refusals import Refused, refusal_of
 from latentflow.studio.request import ServeRequest
 from latentflow.studio.tasks import TASKS, Checked, Task, check
@@ -35,6 +37,14 @@ from latentflow.studio.tasks import TASKS, Checked, Task, check
 _LOG = logging.getLogger("latentflow.studio")
 _TYPES = {".png": "image/png", ".tiff": "image/tiff"}
 _THREADS = 4
+_OTHERS = {
+    "/info": "Classes, sizes, sampling preset, limits",
+    "/health": "200 while pictures are drawn, else 503",
+    "/metrics": "Counters for Prometheus",
+    "/openapi.json": "This page for programs",
+}
+_WRONG = {404: "there is nothing at this path; see /docs", 405: "this path takes another method; see /docs"}
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 
 
 class Service:
@@ -164,28 +174,38 @@ def _encoded(samples: Samples, checked: Checked) -> Response:
 def make_app(service: Service) -> FastAPI:
     """The application, unguarded: see `guarding.Guard`."""
     app = FastAPI(title="latentflow", version=latentflow.__version__, docs_url=None, redoc_url=None)
+    page = reference_page(TASKS, _OTHERS)
 
     def add(task: Task) -> None:
         async def draw(http: Request) -> Response:
             return await service.handle(task, http)
 
         draw.__name__ = task.name.replace("-", "_")
-        app.add_api_route(f"/{task.name}", draw, methods=["POST"], summary=task.title)
+        app.add_api_route(f"/{task.name}", draw, methods=["POST"], summary=task.title, openapi_extra=operation(task))
 
     for task in TASKS:
         add(task)
 
-    @app.get("/info", summary="The model and the limits")
-    async def info() -> dict[str, Any]:
-        return service.info()
+    @app.get("/", include_in_schema=False)
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return Response(page, 200, {"content-security-policy": _POLICY}, "text/html")
 
-    @app.get("/health", summary="Whether pictures are drawn")
+    @app.get("/info", summary=_OTHERS["/info"])
+    async def info() -> Response:
+        return Response(json.dumps(service.info()), 200, {}, "application/json")
+
+    @app.get("/health", summary=_OTHERS["/health"])
     async def health() -> Response:
         status, facts = service.health()
         return Response(json.dumps(facts), status, {}, "application/json")
 
-    @app.get("/metrics", summary="Counters, for Prometheus")
+    @app.get("/metrics", summary=_OTHERS["/metrics"])
     async def metrics() -> Response:
         return Response(service.counters.text(service.queue), 200, {}, "text/plain; version=0.0.4")
+
+    @app.exception_handler(HTTPException)
+    async def refuse(http: Request, error: HTTPException) -> Response:
+        return _refusal(Refused(error.status_code, _WRONG.get(error.status_code, str(error.detail))))
 
     return app

@@ -104,6 +104,8 @@ def check(model: FlowModel, task: Task, asked: Asked, *, most_images: int, most_
         if name not in task.fields:
             known = [*task.images, *task.optional, *task.fields]
             raise RequestError("", f"unknown field {name!r:.60}; {nearest(name[:60], known)}")
+    if isinstance(fields.get("classes"), dict):
+        raise RequestError("classes", f" {fields['classes']!r:.60}: give a name, an index or a list of them")
     format_asked = fields.pop("format", None)
     request = task.request(**{"num": 1, **fields})
     if request.num > most_images:
