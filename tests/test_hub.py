@@ -645,6 +645,22 @@ def test_verbs_take_hub_ids(hub, command, model, tmp_path):
     assert hub.repos["you/fruit"].files == hub.repos["me/fruit"].files
 
 
+def test_adapters_are_pushed_and_opened_by_their_ids(hub, command, model, model_folder, tmp_path):
+    tiny.finetuned(model_folder, ("date", "apple")).save_pretrained(tmp_path / "tuned")
+    adapter = tmp_path / "tuned" / "adapter"
+    assert command("push", adapter, "me/dates").code == 0
+    assert hub.repos["me/dates"].files.items() >= contents(adapter).items() and len(contents(adapter)) == 3
+    assert command("push", adapter, "me/dates").code == 0  # it may be replaced
+    model.push_to_hub("me/fruit")
+    both = load("me/fruit", adapter="me/dates")
+    assert both.weights_hash == load(tmp_path / "tuned").weights_hash
+    refused(lambda: load("me/fruit", adapter="me/fruit"), "me/fruit is no adapter", "adapter_config.json")
+    refused(lambda: load("me/fruit", adapter="me/nothing"), "me/nothing")
+    refused(lambda: model.push_to_hub("me/dates"), "holds something else")
+    (adapter / "adapter.safetensors").unlink()
+    assert "adapter.safetensors" in command("push", adapter, "me/other").error
+
+
 @pytest.mark.parametrize("damage", ["velocity.safetensors", "config.json", "autoencoder"])
 def test_push_of_a_damaged_model(hub, command, run_folder, damage):
     target = run_folder / "model" / damage

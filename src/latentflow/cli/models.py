@@ -94,7 +94,7 @@ def export(
 
 @verb(example="latentflow push runs/streets me/streets --private")
 def push(
-    model: Annotated[str, typer.Argument(help="A model folder, a run folder or a hub id.")],
+    model: Annotated[str, typer.Argument(help="A model folder, a run folder, a hub id or the folder of an adapter.")],
     repo_id: Annotated[str, typer.Argument(metavar="NAME", help="On the hub: owner/name, or owner/name@branch.")],
     private: Annotated[
         bool, typer.Option("--private", help="Create a private repository, for you and those you invite.")
@@ -102,7 +102,7 @@ def push(
     message: Annotated[str, typer.Option(help="Commit message.")] = "Upload a latentflow model",
     as_json: AsJson = False,
 ) -> None:
-    """Upload a model to the Hugging Face hub, after checking that it loads; nothing else of a run is sent."""
+    """Upload a model or an adapter to the Hugging Face hub, if it can be loaded; nothing else of a run is sent."""
     from latentflow.commands.push import push as run
 
     show({"model": run(model, repo_id, private=private, message=message)}, as_json)

@@ -72,9 +72,8 @@ MODEL_FILES = (
     *(f"{AUTOENCODER_FOLDER}/{name}" for name in AUTOENCODER_FILES),
 )
 """The files of a model folder, as patterns; nothing else is uploaded or downloaded."""
-_OF_ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE)
-ADAPTER_FILES = (*_OF_ADAPTER, *(f"{ADAPTER_FOLDER}/{name}" for name in _OF_ADAPTER))
-"""The files of an adapter on the hub."""
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE)
+"""The files of an adapter."""
 
 
 class FlowModel:
@@ -386,15 +385,15 @@ def find_adapter(adapter: str | Path) -> Path:
             "`latentflow finetune MODEL --data CACHE --method lora` makes one"
         )
     try:
-        folder = fetch(HubId.parse(str(adapter)), ADAPTER_FILES)
+        hub_id = HubId.parse(str(adapter))
+        folder = fetch(hub_id, ADAPTER_FILES)
     except ConfigError as error:
         raise ArtifactError(
             f"{adapter} does not exist; give the folder of an adapter, a run that holds one, or a hub id ({error})"
         ) from error
-    found = next((one for one in (folder, folder / ADAPTER_FOLDER) if is_adapter(one)), None)
-    if found is None:
-        raise ArtifactError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}; {looks_like(folder)}")
-    return found
+    if not is_adapter(folder):
+        raise ArtifactError(f"{hub_id.url} is no adapter: it has no {ADAPTER_CONFIG}; {looks_like(folder)}")
+    return folder
 
 
 def open_adapter(adapter: str | Path) -> Adapter:
