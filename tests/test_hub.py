@@ -653,6 +653,9 @@ def test_adapters_are_pushed_and_opened_by_their_ids(hub, command, model, model_
     assert command("push", adapter, "me/dates").code == 0  # it may be replaced
     model.push_to_hub("me/fruit")
     both = load("me/fruit", adapter="me/dates")
+    commits = {name: hub.repos[name].at("main")[0] for name in ("me/fruit", "me/dates")}
+    assert both.reference == "+".join(f"{name}@{commit}" for name, commit in commits.items())
+    assert load(both.reference).weights_hash == both.weights_hash
     assert both.weights_hash == load(tmp_path / "tuned").weights_hash
     refused(lambda: load("me/fruit", adapter="me/fruit"), "me/fruit is no adapter", "adapter_config.json")
     refused(lambda: load("me/fruit", adapter="me/nothing"), "me/nothing")

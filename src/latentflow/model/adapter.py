@@ -140,7 +140,7 @@ class Adapter:
             if start.shape != trained.shape:
                 raise self._unfit(f"{name!r} began with the shape {list(start.shape)} and is {list(trained.shape)}")
             weights[name] = torch.lerp(start, trained, strength) if trained.is_floating_point() else trained
-        low_rank = {}
+        low_rank: dict[str, Tensor] = {}
         for layer in self.record.target_modules:
             a, b = (self._tensor(f"{_OURS}{layer}.{end}") for end in (FACTOR_A, FACTOR_B))
             self._require_factors(layer, weights.get(f"{layer}.weight"), a, b)
@@ -221,7 +221,8 @@ def write_adapter(folder: Path, base: AdapterBase, rank: int, scale: float, weig
         rank, scale: of the factors; see `latentflow.networks.low_rank`.
         weights: of the network, factors among them.
     """
-    tensors, layers = {}, []
+    tensors: dict[str, Tensor] = {}
+    layers = []
     for layer, a, b in factors(weights):
         layers.append(layer)
         tensors |= {f"{_OURS}{layer}.{FACTOR_A}": a, f"{_OURS}{layer}.{FACTOR_B}": b}

@@ -149,9 +149,10 @@ class FlowModel:
         network = filled(stored.config.build_network, stored.weights, stored.origin)
         loaded = cls(stored.config, network.eval().requires_grad_(False), autoencoder).to(runtime)
         loaded.fitted_solvers = FittedSolvers() if named else read_solvers(folder)
-        is_local = Path(model).exists() or split_snapshot(model) is not None
-        reference = str(model) if is_local else HubId.parse(str(model), revision).pinned(folder)
-        loaded.reference = str(replace(named, model=reference)) if named else reference
+        loaded.reference = _reference(model, folder, revision)
+        if named is not None:
+            both = {"model": loaded.reference, "adapter": _reference(named.adapter, stored.origin)}
+            loaded.reference = str(replace(named, **both))
         return loaded
 
     def save_pretrained(self, folder: str | Path, *, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -307,6 +308,12 @@ class FlowModel:
         return self.autoencoder.decode_stored(self.config.normalisation.restore(latents), self.config.pixel_format)
 
 
+def _reference(name: str | Path, folder: Path, revision: str | None = None) -> str:
+    """The name of what was found in a folder, with its commit if it is from the hub."""
+    is_local = Path(name).exists() or split_snapshot(name) is not None
+    return str(name) if is_local else HubId.parse(str(name), revision).pinned(folder)
+
+
 def find_model(model: str | Path, revision: str | None = None) -> Path:
     """The folder of a model, given as a model folder, a run folder, a snapshot of a run (`latentflow.model.snapshots`)
     or a hub id; local folders take precedence.
@@ -315,9 +322,12 @@ def find_model(model: str | Path, revision: str | None = None) -> Path:
         ArtifactError: there is no such model.
         ConfigError: a revision is given for a folder.
     """
-    if (named := split_adapted(model)) is not None:
-        merging = f"latentflow merge {named.model} --adapter {named.adapter} --adapter-strength {named.strength:g}"
-        raise ArtifactError(f"{model} is a model with an adapter, which has no folder; make one: {merging} --out MODEL")
+    if (adapted := split_adapted(model)) is not None:
+        options = f"--adapter {adapted.adapter} --adapter-strength {adapted.strength:g} --out MODEL"
+        raise ArtifactError(
+            f"{model} is a model with an adapter, which has no folder; make one: latentflow merge {adapted.model} "
+            f"{options}"
+        )
     path = Path(model)
     for folder in (path, path / "model"):
         restore(folder)

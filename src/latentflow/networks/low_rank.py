@@ -45,11 +45,12 @@ class LowRankConv2d(nn.Conv2d):
     def __init__(self, layer: nn.Conv2d, rank: int, scale: float):
         window: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
         bias, channels = layer.bias is not None, (layer.in_channels, layer.out_channels)
-        super().__init__(*channels, layer.kernel_size, **window, bias=bias, device="meta")
+        size = (layer.kernel_size[0], layer.kernel_size[1])
+        super().__init__(*channels, size, **window, bias=bias, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
         place: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         self.scale = scale
-        self.lora_A = nn.utils.skip_init(nn.Conv2d, channels[0], rank, layer.kernel_size, **window, bias=False, **place)
+        self.lora_A = nn.utils.skip_init(nn.Conv2d, channels[0], rank, size, **window, bias=False, **place)
         self.lora_B = nn.utils.skip_init(nn.Conv2d, rank, channels[1], 1, bias=False, **place)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,8 +87,12 @@ def add_low_rank(
     for name in layers:
         parent, _, child = name.rpartition(".")
         layer = network.get_submodule(name)
-        assert isinstance(layer, nn.Linear | nn.Conv2d)
-        adapted = (LowRankConv2d if isinstance(layer, nn.Conv2d) else LowRankLinear)(layer, rank, scale)
+        adapted: LowRankLinear | LowRankConv2d
+        if isinstance(layer, nn.Conv2d):
+            adapted = LowRankConv2d(layer, rank, scale)
+        else:
+            assert isinstance(layer, nn.Linear)
+            adapted = LowRankLinear(layer, rank, scale)
         _start(adapted, generator)
         setattr(network.get_submodule(parent), child, adapted.train(layer.training))
     return layers

@@ -234,6 +234,11 @@ def with_method(recipe: Recipe, num_images: int) -> Recipe:
             f"training.ema_lengths goes with finetuning.method = full, not with {method}: averages of other lengths "
             "hold only the weights that are trained; leave it out"
         )
+    if method != "full" and recipe.optimizer.kind == "muon":
+        raise ConfigError(
+            f"optimizer.kind = muon goes with finetuning.method = full, not with {method}: it is for whole matrices; "
+            "use adamw"
+        )
     rank = (own.rank or RANK) if method == "lora" else None
     return with_values(recipe, {"finetuning": FinetuningConfig(**{**own.model_dump(), "method": method, "rank": rank})})
 
