@@ -276,6 +276,11 @@ def test_batches_in_which_no_image_jumps(refused):
     refused(ConfigError, *words, training={"micro_batch_size": 2})
 
 
+def test_a_batch_that_does_not_fit(refused, monkeypatch):
+    monkeypatch.setattr(student_run, "free_memory", lambda device: 3_000_000)
+    refused(ConfigError, "a student", "training.micro_batch_size", training={"batch_size": 4096})
+
+
 def test_flips_that_the_cache_has_not(refused, tmp_path, kl):
     flat = tiny.write_images(tmp_path / "flat", per_class=2)
     write_cache(open_images(flat, tiny.IMAGE_SIZE), kl, tmp_path / "flat_cache")

@@ -126,13 +126,22 @@ def invert(model: FlowModel, image: ImageInput, request: InvertRequest | None = 
     pixels, inputs = read_input(model, image, model.config.image_size)
     ends_of(model.config.conditioning, request.conditions, most=1)
     given = {"classes": at_most_one(model, request.classes), "conditions": request.conditions}
-    require_few(model.config, request.evaluations, "invert")
-    usual = {"guidance": 1.0} if model.config.student is None else {"guidance": 1.0, "solver": "heun"}
-    asked = SampleRequest(num=1, **given, **{**usual, **request.preset()})
+    asked = SampleRequest(num=1, **given, **preset_of_inversion(model, request))
     drawing = make_drawing(model, asked, task="invert", inputs=inputs)
     latents = encode_input(model, pixels)
     noise, evaluations = _to_noise(model, latents, drawing)
     return Inversion(noise, latents, pixels, call_count(evaluations), drawing)
+
+
+def preset_of_inversion(model: FlowModel, request: InvertRequest) -> dict[str, Any]:
+    """The fields of a sampling preset that an inversion sets: those that are asked for, and no guidance.
+
+    Raises:
+        RequestError: jumps are asked for.
+    """
+    require_few(model.config, request.evaluations, "invert")
+    usual = {"guidance": 1.0} if model.config.student is None else {"guidance": 1.0, "solver": "heun"}
+    return {**usual, **request.preset()}
 
 
 @dataclass(frozen=True)

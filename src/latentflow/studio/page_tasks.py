@@ -19,7 +19,7 @@ from latentflow.sampling.cost import cost_of_guide, network_calls
 from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.edits import interpolation, prepare_image_to_image, variations
 from latentflow.sampling.inpaint import prepare_inpaint
-from latentflow.sampling.inversion import Inversion, invert
+from latentflow.sampling.inversion import Inversion, invert, preset_of_inversion
 from latentflow.sampling.mask_to_image import prepare_mask_to_image
 from latentflow.sampling.pipeline import Given, Prepared, naming_noise
 from latentflow.sampling.request import (
@@ -190,7 +190,7 @@ class Inverting:
 
     def __init__(self, model: LatentFlow, image: Path, request: InvertRequest):
         asked = {name: getattr(request, name) for name in ("classes", "conditions")}
-        sampling = {"guidance": 1.0, **request.preset()}
+        sampling = preset_of_inversion(model, request)
         like = make_drawing(model, SampleRequest(num=1, **asked, **sampling), task="invert")
         self.prepared = Prepared(like, self._there, self._back)
         self.found: Inversion | None = None

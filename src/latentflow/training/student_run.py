@@ -24,6 +24,7 @@ from latentflow.networks.velocity_network import NETWORKS
 from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
 from latentflow.shapes import MOST_GUIDANCE
+from latentflow.sizes import Size
 from latentflow.training.changes import RECIPE_FILE, as_begun, check_changes
 from latentflow.training.checkpoint import Keeping
 from latentflow.training.compiling import captures, compiles
@@ -32,7 +33,14 @@ from latentflow.training.fresh_model import training_record
 from latentflow.training.held_out import images_for
 from latentflow.training.interruption import Outcome
 from latentflow.training.loop import Job, MicroBatches, micro_batches, run_loop
-from latentflow.training.memory import memory_mode
+from latentflow.training.memory import (
+    bytes_per_image,
+    count_parameters,
+    free_memory,
+    memory_mode,
+    require_memory,
+    state_bytes,
+)
 from latentflow.training.run_folder import PreparedRun, check_places
 from latentflow.training.settings import load_settings
 from latentflow.training.student_recipe import CHANGES, FITTED, StudentRecipe, fit_student
@@ -102,6 +110,7 @@ def prepare_student(recipe: StudentRecipe, runtime: Runtime, *, allow_change: Se
         recipe = fit_student(recipe, teacher.config, len(images), gpu=gpu, num_processes=world)
         images = _images(recipe, teacher)
     _require_jumps(recipe, micro_batches(recipe.training, runtime))
+    _require_memory(recipe, runtime, teacher.config)
     model = new_student(recipe, teacher, images)
     _refuse_other_content(run, recipe, model.config)
     captures(recipe.training, model, images, runtime)  # refuses what cannot be
@@ -240,6 +249,24 @@ def _require_jumps(recipe: StudentRecipe, parts: MicroBatches) -> None:
             f"jumps.every = {every}, and a process computes {parts.size} images at a time; use a multiple of {every} "
             "for training.batch_size, shared by the processes, and for training.micro_batch_size"
         )
+
+
+def _require_memory(recipe: StudentRecipe, runtime: Runtime, config: ModelConfig) -> None:
+    """Refuse a batch that the memory cannot hold next to the teacher, whose weights take as much as an average."""
+    training, half = recipe.training, runtime.precision in ("bf16", "fp16")
+    share, averages = micro_batches(training, runtime).size, training.num_averages + 1
+    mode = memory_mode(training.memory, config, share, runtime, averages=averages)
+    free, shared = free_memory(runtime.device), 1 if runtime.device.type == "cuda" else runtime.local_world
+    num_parameters = count_parameters(config)
+    require_memory(
+        f"a student, a {config.network.title},",
+        num_parameters,
+        state_bytes(num_parameters, averages=averages),
+        bytes_per_image(config.network, Size(*config.latent_shape[1:]), half=half, memory=mode),
+        share,
+        free // shared if free else None,
+        key="training.micro_batch_size",
+    )
 
 
 def _refuse_other_content(run: Path, recipe: StudentRecipe, config: ModelConfig) -> None:
