@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from latentflow.model.conditioning import ColumnCondition
 from tests import tiny
@@ -40,15 +43,54 @@ def other_model(tmp_path_factory, kl) -> Path:
 
 
 @pytest.fixture(scope="session")
-def studio(all_conditions, other_model) -> Iterator[SimpleNamespace]:
-    """A page that is served: its `address`, and its `models`."""
+def run(tmp_path_factory, other_model) -> Path:
+    """The folder of a run half way, with a model."""
+    folder = tmp_path_factory.mktemp("runs") / "half"
+    shutil.copytree(other_model, folder / "model")
+    write_run(folder, steps=2000, logged=20)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dead_run(tmp_path_factory, other_model) -> Path:
+    """The folder of a run whose model lacks most of its weights."""
+    folder = tmp_path_factory.mktemp("runs") / "dead"
+    shutil.copytree(other_model, folder / "model")
+    weights = folder / "model" / "velocity.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    write_run(folder, steps=100, logged=0)
+    return folder
+
+
+def write_run(folder: Path, *, steps: int, logged: int) -> None:
+    """The files of a run that logs every 50 steps, with falling losses."""
+    recipe = f"description: a run <b>of</b> tests\ntraining: {{steps: {steps}, batch_size: 8}}\n"
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    (folder / "environment.json").write_text('{"device": "cpu"}', encoding="utf-8")
+    lines = []
+    for number in range(1, logged + 1):
+        bins = {f"{n / 10:.1f}-{(n + 1) / 10:.1f}": 1 / number + n / 10 for n in range(10)}
+        line = {"step": 50 * number, "loss": 1 + 1 / number, "loss_by_time": bins, "images_per_second": 40.0}
+        lines.append(line | ({"held_out_loss": 1.1 + 1 / number} if number % 5 == 0 else {}))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    (folder / "samples").mkdir()
+    for step in range(500, 50 * logged + 1, 500):
+        Image.new("RGB", (32, 32), (step % 256, 90, 30)).save(folder / "samples" / f"step-{step:08d}.png")
+
+
+@pytest.fixture(scope="session")
+def studio(all_conditions, other_model, run, dead_run) -> Iterator[SimpleNamespace]:
+    """A page that is served: its `address`, its `models`, and the names of those."""
     pytest.importorskip("uvicorn", reason="the page takes the extra studio")
     from latentflow.studio.page_app import opened_page
     from latentflow.studio.page_models import PageModels
 
-    models = PageModels([str(all_conditions), str(other_model)], tiny.CPU)
+    names = {"all": all_conditions, "other": other_model, "run": run, "dead": dead_run}
+    names = {name: str(place) for name, place in names.items()}
+    models = PageModels(list(names.values()), tiny.CPU)
     with opened_page(models) as (app, _), served(app) as address:
-        yield SimpleNamespace(address=address, models=models, all=str(all_conditions), other=str(other_model))
+        yield SimpleNamespace(address=address, models=models, **names)
 
 
 @pytest.fixture(scope="session")

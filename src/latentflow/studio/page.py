@@ -10,6 +10,7 @@ import json
 import mimetypes
 from collections.abc import Callable, Coroutine
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -29,6 +30,7 @@ from latentflow.studio.page_jobs import PageJob, PageJobs, job_facts
 from latentflow.studio.page_models import PageModels
 from latentflow.studio.page_tasks import GivenFiles, expected_calls, page_task
 from latentflow.studio.restored import restored_request
+from latentflow.studio.run_view import preview_file, run_facts
 from latentflow.studio.uploads import MOST_BYTES, Upload, Uploads, png_of, shown_png
 
 _POLICY = (
@@ -76,6 +78,7 @@ def page_router(models: PageModels, jobs: PageJobs, uploads: Uploads) -> APIRout
     router = APIRouter(route_class=_PageRoute, include_in_schema=False)
     _add_files(router)
     _add_models(router, models)
+    _add_runs(router, models)
     _add_uploads(router, models, uploads)
     _add_jobs(router, models, jobs, uploads)
     return router
@@ -108,6 +111,21 @@ def _add_models(router: APIRouter, models: PageModels) -> None:
     @router.get("/page/model")
     def model(key: str) -> dict[str, Any]:
         return {"key": key, **model_facts(models.open(key))}
+
+
+def _add_runs(router: APIRouter, models: PageModels) -> None:
+    def run_of(key: str) -> Path:
+        if key not in models.runs:
+            raise ConfigError(f"{key:.200} is none of the runs that this page was opened with")
+        return Path(key)
+
+    @router.get("/page/run")
+    def run(key: str) -> dict[str, Any]:
+        return run_facts(run_of(key))
+
+    @router.get("/page/run/preview")
+    def preview(key: str, step: int) -> Response:
+        return Response(preview_file(run_of(key), step).read_bytes(), media_type="image/png")
 
 
 def _add_uploads(router: APIRouter, models: PageModels, uploads: Uploads) -> None:

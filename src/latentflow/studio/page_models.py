@@ -9,7 +9,7 @@ from pathlib import Path
 
 from latentflow.api import LatentFlow
 from latentflow.errors import ArtifactError, nearest
-from latentflow.model.flow_model import WEIGHTS_FILE, find_model
+from latentflow.model.flow_model import WEIGHTS_FILE, config_of
 from latentflow.model.snapshots import BEST, snapshot_steps
 from latentflow.runtime import Runtime
 
@@ -43,7 +43,7 @@ class PageModels:
         self.runs = [one for one in given if is_run(one)]
         for one in given:
             if one not in self.runs:
-                find_model(one)
+                config_of(one)
         self._given = list(dict.fromkeys(given))
         self._opened: dict[str, tuple[int, LatentFlow]] = {}
         self._lock = threading.Lock()

@@ -6,9 +6,10 @@ import { EditTab } from "./edit.js";
 import { FillTab } from "./fill.js";
 import { asUpload, offer, pathOf } from "./gallery.js";
 import { PaintTab } from "./paint.js";
+import { RunsTab } from "./runs.js";
 
 const kinds = [["draw", "Draw", DrawTab], ["fill", "Fill", FillTab], ["paint", "Paint a map", PaintTab],
-  ["edit", "Edit", EditTab], ["compare", "Compare", CompareTab]];
+  ["edit", "Edit", EditTab], ["compare", "Compare", CompareTab], ["runs", "Runs", RunsTab]];
 const studio = { tabs: {}, model: null, state: null };
 const trouble = document.getElementById("trouble");
 const choice = document.getElementById("model");
@@ -152,7 +153,11 @@ async function begin() {
   studio.fillModels();
   for (const tab of Object.values(studio.tabs)) tab.setState?.(studio.state);
   if (studio.state.models.length) await studio.use(studio.state.models[0].key);
-  else studio.show("runs");
+  else {
+    document.body.classList.add("empty");
+    studio.say("there is no model yet: the run has written none so far");
+    studio.show("runs");
+  }
   document.body.dataset.ready = "yes";
 }
 
