@@ -203,8 +203,9 @@ def test_flow_knows_tensors_only():
     assert {room(one.module) for one in INNER if room(one.file) == "flow"} <= {"flow", "shapes", "errors", "records"}
 
 
-def test_only_the_runtime_knows_accelerate():
-    assert {one.file for one in IMPORTS if one.module.split(".")[0] == "accelerate"} == {"runtime"}
+def test_only_the_runtime_and_trackers_know_accelerate():
+    """The runtime for processes and devices, trackers for what takes the numbers of a run."""
+    assert {one.file for one in IMPORTS if one.module.split(".")[0] == "accelerate"} == {"runtime", "training.trackers"}
 
 
 def test_only_the_runtime_reads_what_a_launcher_says():

@@ -32,6 +32,7 @@ from latentflow.training.changes import ChangeRules
 from latentflow.training.optim import OptimizerConfig
 from latentflow.training.request import LONGEST
 from latentflow.training.settings import load_settings
+from latentflow.training.trackers import TrackerName
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -173,6 +174,11 @@ class TrainingConfig(Record):
         description="Shares of the steps at which a model is kept, as a guide for sampling (RUN@1/8); []: none.",
     )
     preview_every: int = Field(1000, ge=0, le=MOST_STEPS, description="Steps between preview grids; 0: none.")
+    track: TrackerName | None = Field(
+        None,
+        description="Where the numbers of metrics.jsonl go as well: tensorboard, wandb (Weights & Biases), trackio or "
+        "mlflow; null: tensorboard where it is installed.",
+    )
 
     @field_validator("ema_lengths")
     @classmethod
@@ -336,6 +342,7 @@ CHANGES = ChangeRules(
         "training.ema_snapshots",
         "training.keep_at",
         "training.preview_every",
+        "training.track",
         "sampling",
     ),
     fixed={

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, TensorBoard, a progress bar."""
+"""The log of a run: metrics.jsonl, a tracker, a progress bar."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from latentflow.artifacts import json_line, write_text, writing
 from latentflow.console import notice, printable
 from latentflow.flow.times import sum_by_time
 from latentflow.training.step import StepResult
+from latentflow.training.trackers import open_tracker
 
 NUM_TIME_BINS = 10
 
@@ -89,9 +90,10 @@ class RunLog:
         num_steps: of the whole run.
         first_step: steps done already; later lines of an interrupted run are deleted.
         enabled: false: write and print nothing.
+        track: the name of a tracker; None: TensorBoard where it is installed.
     """
 
-    def __init__(self, run: Path, *, num_steps: int, first_step: int, enabled: bool):
+    def __init__(self, run: Path, *, num_steps: int, first_step: int, enabled: bool, track: str | None = None):
         self.enabled = enabled
         if not enabled:
             return
@@ -109,10 +111,10 @@ class RunLog:
             disable=not sys.stderr.isatty(),
         )
         self.task = self.progress.add_task("", total=num_steps, completed=first_step, loss="-", speed="-")
-        self.tensorboard = _tensorboard(run, first_step)
+        self.tracker = open_tracker(run, track, first_step)
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
-        """Write one line of numbers; nested ones (loss by time bin) go to TensorBoard as "key/subkey"."""
+        """Write one line of numbers; nested ones (loss by time bin) go to the tracker as "key/subkey"."""
         if not self.enabled:
             return
         with writing(self.file), self.file.open("a", encoding="utf-8") as file:
@@ -124,12 +126,8 @@ class RunLog:
             speed, rate = values["images_per_second"], values["learning_rate"]
             held_out = f"  held out {values['held_out_loss']:.4f}" if "held_out_loss" in values else ""
             self.say(f"step {step:>7}  loss {values['loss']:.4f}{held_out}  lr {rate:.2e}  {speed:.1f} images/s")
-        if self.tensorboard:
-            with writing(self.file.with_name("tensorboard")):
-                for key, value in values.items():
-                    parts = value.items() if isinstance(value, dict) else [("", value)]
-                    for part, number in parts:
-                        self.tensorboard.add_scalar(f"{key}/{part}".rstrip("/"), number, step)
+        if self.tracker:
+            self.tracker.log(_flat(values), step)
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -149,9 +147,8 @@ class RunLog:
     def __exit__(self, *exception: object) -> None:
         if self.enabled:
             self.progress.stop()
-            if self.tensorboard:
-                with writing(self.file.with_name("tensorboard")):
-                    self.tensorboard.close()
+            if self.tracker:
+                self.tracker.finish()
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
@@ -192,9 +189,9 @@ def _drop_after(file: Path, step: int) -> None:
     write_text(file, "".join(map(_line, kept)))
 
 
-def _tensorboard(run: Path, first_step: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # the `track` extra is not installed
-        return None
-    return SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+def _flat(values: dict[str, Any]) -> dict[str, float]:
+    """Numbers by "key" or "key/subkey"."""
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        flat |= {f"{key}/{part}": one for part, one in value.items()} if isinstance(value, dict) else {key: value}
+    return flat

@@ -129,6 +129,7 @@ class Job:
         watch: measures on images that are not trained on; None: there are none.
         ema_lengths: of the power function averages next to the exponential one.
         after_step: called in every process with the averaged weights and the number of steps done.
+        track: the tracker that gets the numbers of the log; None: TensorBoard where it is installed.
     """
 
     network: nn.Module
@@ -149,6 +150,7 @@ class Job:
     watch: Watch | None = None
     ema_lengths: Sequence[float] = ()
     after_step: Callable[[Mapping[str, Tensor], int], None] = lambda average, step: None
+    track: str | None = None
 
 
 class Learner:
@@ -281,7 +283,8 @@ def run_loop(job: Job) -> tuple[Outcome, Mapping[str, Tensor]]:
 def _open_log(job: Job, resumed: Progress | None) -> RunLog:
     """The log of the run, which a resumed run continues."""
     done = resumed or Progress()
-    log = RunLog(job.run, num_steps=job.config.steps, first_step=done.step, enabled=job.runtime.is_main)
+    steps = {"num_steps": job.config.steps, "first_step": done.step}
+    log = RunLog(job.run, **steps, enabled=job.runtime.is_main, track=job.track)
     if resumed:
         log.say(f"resuming from step {done.step} ({done.images_seen:,} images seen)")
     return log

@@ -19,6 +19,7 @@ from latentflow.training.changes import RECIPE_FILE, Changes
 from latentflow.training.config import Recipe
 from latentflow.training.first_stage import AutoencoderRecipe
 from latentflow.training.settings import to_yaml
+from latentflow.training.trackers import require_tracker
 
 _LONGEST_NAME = 255  # bytes, on every usual file system
 
@@ -80,7 +81,7 @@ def check_places(
         replaced: folders in the run folder that training replaces.
 
     Raises:
-        ConfigError: a path is not set, or cannot be the name of a file.
+        ConfigError: a path is not set, or cannot be the name of a file; or the run's tracker is not installed.
         ArtifactError: the folder cannot be written, or lies inside of the data.
     """
     if not recipe.data.path:
@@ -91,6 +92,7 @@ def check_places(
         longest = max((len(os.fsencode(part)) for part in Path(path).parts), default=0)
         if longest > _LONGEST_NAME:
             raise ConfigError(f"{key} = {path[:20]!r}... has a name of {longest} bytes; the limit is {_LONGEST_NAME}")
+    require_tracker(getattr(recipe.training, "track", None))  # an autoencoder's run has none
     run = require_writable(recipe.out)
     require_apart(run, recipe.data.path, *also_read, replaced=tuple(replaced))
     return Path(run)

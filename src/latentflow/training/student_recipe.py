@@ -103,6 +103,7 @@ CHANGES = ChangeRules(
         "training.ema_snapshots",
         "training.keep_at",
         "training.preview_every",
+        "training.track",
         "sampling",
     ),
     fixed={

@@ -173,6 +173,7 @@ def train_student(prepared: PreparedStudent, *, preview: Preview | None = None) 
         save_model=lambda folder, average: model.save_pretrained(folder, weights=average),
         ema_lengths=config.ema_lengths or (),
         after_step=partial(draw_if_due, preview, model, config),
+        track=config.track,
     )
     outcome, _ = run_loop(job)
     for one in (network, teacher.network):

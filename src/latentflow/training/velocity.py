@@ -79,6 +79,7 @@ def train_velocity(
         watch=_watch(recipe, model, held_out, run, parts.size),
         ema_lengths=config.ema_lengths or (),
         after_step=partial(draw_if_due, preview, model, config),
+        track=config.track,
     )
     outcome, _ = run_loop(job)
     restore_blocks(network.eval().requires_grad_(False))
