@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from latentflow.api import LatentFlow
 from latentflow.artifacts import read_tensors
@@ -15,6 +17,7 @@ from latentflow.commands.distill import distill
 from latentflow.commands.evaluate import evaluate
 from latentflow.commands.info import describe
 from latentflow.commands.train import train
+from latentflow.data.painting.input_rules import InputRules
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, ConfigError, LatentFlowError
 from latentflow.evaluation.request import EvaluationRequest
@@ -151,6 +154,16 @@ def test_a_unet(tmp_path, kl, cache, run):
     folder = run(teacher=str(tmp_path / "unet"), training={"steps": 2})
     drawn = LatentFlow.from_pretrained(folder, device="cpu").sample(num=1, evaluations=1)
     assert drawn.latents.isfinite().all()
+
+
+def test_paired_images(tmp_path, kl, run):
+    made = tiny.model(kl, inputs=InputRules(origin="shrink:4"), guidance=2.0)
+    made.save_pretrained(tmp_path / "sharp")
+    paired = tiny.write_images(tmp_path / "photos")
+    folder = run(teacher=str(tmp_path / "sharp"), data={"path": str(paired)}, training={"steps": 2})
+    student = LatentFlow.from_pretrained(folder, device="cpu")
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8))
+    assert student.translate(small, num=2, evaluations=2).evaluations.tolist() == [2, 2]
 
 
 def test_images_that_the_teacher_held_out_are_not_learned(tmp_path, kl, kl_folder, recipe):

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from latentflow.api import LatentFlow
+from latentflow.commands.distill import distill
 from latentflow.commands.encode import encode
 from latentflow.commands.train import train
 from latentflow.data.request import EncodeRequest
@@ -14,6 +16,7 @@ from latentflow.errors import ConfigError, DataError
 from latentflow.evaluation.encoded_images import open_images_for
 from latentflow.model.flow_model import FlowModel
 from latentflow.training.held_out import images_for
+from latentflow.training.student_recipe import StudentRecipe
 from tests import tiny
 
 CHOICE = {"label_column": "kind", "columns": ["age:number", "tags:labels"]}
@@ -64,6 +67,16 @@ def test_a_model_finds_its_classes_and_columns_in_a_table(table, model):
     assert [column.name for column in images.source.columns] == ["age", "tags"]
     assert torch.isfinite(images.column_values()[0]).all()
     assert open_images_for(model, table).class_names == ("blue", "red")
+
+
+def test_a_student_is_conditioned_on_the_columns_of_its_teacher(table, model, tmp_path):
+    given = {"teacher": str(model.reference), "out": str(tmp_path / "run"), "data": {"path": str(table)}}
+    training = {**tiny.RECIPE["training"], "steps": 2}
+    run = distill(StudentRecipe.model_validate({**given, "training": training}), runtime=tiny.CPU).run
+    student = LatentFlow.from_pretrained(run, device="cpu")
+    assert student.config.conditioning == model.config.conditioning
+    drawn = student.sample(num=2, conditions={"age": [3], "tags": ["a"]}, evaluations=2, guidance=2.0)
+    assert drawn.evaluations.tolist() == [2, 2]
 
 
 def test_columns_that_are_not_there_are_named(table, kl_folder, tmp_path):
