@@ -165,6 +165,8 @@ def test_sweep_compares_numbers_of_jumps(student, teacher):
     names = list(candidates_of(SweepRequest(**asked), student.config))
     assert names == [f"jumps-{n}{g}" for n in (1, 2, 4, 8) for g in ("", "_g2")]
     assert "heun-4" in candidates_of(SweepRequest(**asked), teacher.config)
+    default = {name: SweepRequest.model_fields[name].default for name in ("solvers", "steps")}
+    assert list(candidates_of(SweepRequest(**asked, **default), student.config)) == names  # as the command line asks
     assert "heun-8" in candidates_of(SweepRequest(**asked, solvers=["heun"], steps=[8]), student.config)
 
 

@@ -48,6 +48,10 @@ _NAMED = 5  # of the presets that were not measured
 _REFERENCE_FILE, _CANDIDATES = "reference.safetensors", "candidates"
 
 
+_OF_STUDENTS = {"solvers": [JUMPS], "steps": [1, 2, 4, 8]}
+"""What is compared of a student, where nothing else is asked for."""
+
+
 @dataclass(frozen=True)
 class SweepResult:
     """The result of a sweep.
@@ -128,9 +132,10 @@ def candidates_of(
         has_guide = config.sampling.guide is not None if not guides else guides != [NO_GUIDE]
         can_guide = {"label", *named} & {*config.conditioning.can_guide}
         guidances = GUIDANCES if has_guide or can_guide else (1.0,)
-    jumps = {} if config.student is None else {"solvers": [JUMPS], "steps": [1, 2, 4, 8]}
-    pace = {name: getattr(request, name) for name in ("solvers", "steps")}
-    pace |= {name: values for name, values in jumps.items() if name not in request.model_fields_set}
+    pace = {"solvers": request.solvers, "steps": request.steps}
+    if config.student is not None:  # the command line gives every field, those at their default as well
+        usual = {name: SweepRequest.model_fields[name].default for name in pace}
+        pace = {name: _OF_STUDENTS[name] if pace[name] == usual[name] else pace[name] for name in pace}
     return combinations(
         **pace,
         tolerances=request.tolerances,
