@@ -14,6 +14,7 @@ import pytest
 
 from latentflow.artifacts import read_json
 from latentflow.data.painting.input_rules import InputRules
+from latentflow.model.flow_model import read_config
 from latentflow.networks.dit import DiTConfig
 from latentflow.training.memory import forward_flops
 from tests import tiny
@@ -230,6 +231,50 @@ def test_distillation(benchmark, tmp_path, kl, images, cache):
     assert all(ways[name]["evaluations"] in (2, 4) for name in equal)
     assert all(math.isfinite(number) for number in numbers(ways))
     assert results["training"]["training"]["steps"] == 2
+
+
+def test_finetuning(benchmark, tmp_path, images, kl_folder):
+    """The class of the runs is not among those of the source; each run begins with the source's latents and network."""
+    given = {
+        "--train": images,
+        "--held-out": images,
+        "--autoencoder": kl_folder,
+        "--features": "random",
+        "--one-class": tiny.CLASSES[2],
+        "--image-size": tiny.IMAGE_SIZE,
+        "--images": "5",
+        "--source-steps": 2,
+        "--pace-steps": 2,
+        "--batch-size": 2,
+        "--seconds": 0.01,
+        "--num": 6,
+        "--draws": 4,
+        "--finetune-set": "training.precision=fp32",
+        "--work": tmp_path / "work",
+        "--results": tmp_path,
+    }
+    words = [str(word) for pair in given.items() for word in pair]
+    results = benchmark("finetuning").main([*words, TINY_NETWORK, "training.batch_size=2", "training.log_every=1"])
+    assert [run["method"] for run in results["runs"]] == ["full", "lora", "biases", "scratch"]
+    assert [run["adapter_bytes"] is not None for run in results["runs"]] == [False, True, False, False]
+    guided = [any(name.startswith("guided_") for name in run) for run in results["runs"]]
+    assert guided == [True, True, True, False]
+    assert all(math.isfinite(number) for run in results["runs"] for number in numbers(run))
+    names = [read_config(tmp_path / "work" / run / "model").conditioning.class_names for run in ("source", "lora_5")]
+    assert names == [list(tiny.CLASSES[:2]), [tiny.CLASSES[2]]]
+    assert (tmp_path / "work" / "grids" / "lora_5_guided.png").is_file()
+    assert (tmp_path / "finetuning-cpu.json").is_file()
+
+
+def test_published_size(benchmark, tmp_path, monkeypatch):
+    """In small: convert, finetune for a step, load the adapter, and draw the same picture."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    sizes = ["--hidden-size", 32, "--depth", 2, "--num-heads", 2, "--image-size", 32, "--rank", 2]
+    given = [*sizes, "--threads", 1, "--work", tmp_path, "--results", tmp_path]
+    results = benchmark("published_size").main(list(map(str, given)))
+    assert list(results["finetuned"]) == ["gib", "adapter_bytes", "checkpoint_bytes", "seconds"]
+    assert results["finetuned"]["gib"] < 24
+    assert (tmp_path / "published_size-cpu.json").is_file()
 
 
 def test_conditions(benchmark, tmp_path):

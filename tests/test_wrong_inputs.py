@@ -58,6 +58,10 @@ DISTILL = (
     "distill {w}/model --data {w}/cache out={out} training.steps=1 training.batch_size=4 training.precision=fp32 "
     "--device cpu"
 )
+TUNE = (
+    "finetune {w}/model --data {w}/cache out={out} training.steps=1 training.batch_size=4 training.precision=fp32 "
+    "--device cpu"
+)
 FEW = "sample {w}/student --num 2 --out {out}"
 JUDGE = "train-features {w}/photos --image-size 16 --out {out}"
 
@@ -108,6 +112,35 @@ CASES = {
         wrong(DISTILL + " training.align_weight=1", "align_weight", "leave it out"),
         wrong(DISTILL + " sampling.guidance=9", "sampling.guidance", "8"),
         wrong(DISTILL + " --recipe studnet", "studnet", "student", advised=DISTILL + " --recipe student"),
+    ],
+    "finetuning": [
+        wrong(TUNE.replace("model", "nowhere"), "nowhere"),
+        wrong(TUNE.replace("model", "photos"), "photos is not a model folder", "velocity.safetensors"),
+        wrong(TUNE.replace("model", "student"), "is a student of", "finetune that model", advised=TUNE),
+        wrong(TUNE.replace("model", "huge"), "config.json"),
+        wrong(TUNE.replace("model", "truncated"), "velocity.safetensors"),
+        wrong(TUNE.replace("{w}/cache", "{w}/nowhere"), "nowhere"),
+        wrong(TUNE.replace(" --data {w}/cache", ""), "--data"),
+        wrong(TUNE.replace("{out}", "{w}/model"), "lies inside", "choose another place"),
+        wrong(TUNE + " --method bitfit", "--method", "bitfit", "biases", advised=TUNE + " --method biases"),
+        wrong(TUNE + " --rank 0", "--rank", "0", advised=TUNE + " --rank 1"),
+        wrong(TUNE + " --rank 4 --method full", "--rank 4", "--method lora", advised=TUNE + " --rank 4 --method lora"),
+        wrong(TUNE + " --class-from corgi", "--class-from 'corgi'", "NEW=OLD"),
+        wrong(TUNE + " --class-from apple=fig", "no class 'fig'", advised=TUNE + " --class-from apple=berry"),
+        wrong(TUNE + " --class-from appel=berry", "'appel'", "apple", advised=TUNE + " --class-from apple=berry"),
+        wrong(TUNE + " --class-from apple=berry --class-from apple=apple", "apple is given twice"),
+        wrong(TUNE + " normalise=per_channel", "normalise", "leave it out", advised=TUNE),
+        wrong(TUNE + " path.kind=cosine", "path", "leave path out", advised=TUNE),
+        wrong(TUNE + " network.name=DiT-S/2", "DiT-S/2", "leave network out", advised=TUNE),
+        wrong(TUNE + " autoencoder=shapes", "hash", "--autoencoder"),
+        wrong(TUNE + " --method biases training.ema_lengths=0.1", "ema_lengths", "leave it out"),
+        wrong(TUNE + " init_from={w}/painter", "init_from", "keep one"),
+        wrong(TUNE.replace("model", "painter"), "conditioning.semantic_map"),
+        wrong(
+            TUNE.replace("model", "painter") + " conditioning.inpainting=false conditioning.semantic_map=false", "mask"
+        ),
+        wrong(TRAIN + " finetuning.method=lora", "init_from is not set", "add init_from=MODEL"),
+        wrong("train finetune data.path={w}/cache out={out}", "init_from is not set", "add init_from=MODEL"),
     ],
     "pixels": [
         wrong(ENCODE + " --pixels rgbx", "--pixels 'rgbx'", "bands", advised=ENCODE + " --pixels rgb"),
