@@ -83,7 +83,8 @@ def export(
 ) -> None:
     """Write a model for other programs, after checking that they compute the same; refused where they cannot.
 
-    Formats: diffusers, its own classes; onnx, files for onnxruntime and others, with the extra `onnx`.
+    Formats: diffusers, its own classes; pipeline, a folder with its own code that diffusers loads; onnx, files for
+    onnxruntime and others, with the extra `onnx`.
     """
     from latentflow.commands.export import export as run
 

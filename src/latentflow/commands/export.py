@@ -9,11 +9,16 @@ from latentflow.convert.diffusers.export import export_diffusers
 from latentflow.convert.diffusers.keys import diffusers_network
 from latentflow.convert.exported import Exported
 from latentflow.convert.onnx.onnx_files import export_onnx, onnx_network
+from latentflow.convert.pipeline.pipeline_folder import export_pipeline, require_transformer
 from latentflow.convert.request import ExportRequest
 from latentflow.locks import writes
 from latentflow.model.flow_model import FlowModel, config_of
 
-_FORMATS = {"diffusers": (diffusers_network, export_diffusers), "onnx": (onnx_network, export_onnx)}
+_FORMATS = {
+    "diffusers": (diffusers_network, export_diffusers),
+    "pipeline": (require_transformer, export_pipeline),
+    "onnx": (onnx_network, export_onnx),
+}
 """For each format: what refuses a config that it cannot express, and what writes the folder."""
 
 

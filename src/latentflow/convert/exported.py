@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from latentflow.errors import ArtifactError
 from latentflow.model.conditioning import Conditioning, NamedColumn
 from latentflow.model.config import ModelConfig
 from latentflow.shapes import Condition
@@ -89,3 +90,19 @@ def largest_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
         sizes.append(expected.abs().max())
     largest = torch.stack(sizes).max().clamp(min=torch.finfo(torch.float32).tiny)
     return (torch.stack(differences).max() / largest).item()
+
+
+def require_one_time(network: nn.Module, what: str) -> None:
+    """Refuse a student, whose output depends on the span of its jump as well.
+
+    Args:
+        what: it would be exported to.
+
+    Raises:
+        ArtifactError: with a remedy.
+    """
+    if any(getattr(module, "jumps", False) for module in network.modules()):
+        raise ArtifactError(
+            f"a student, which jumps from one time to another, cannot be exported to {what}; export the model that "
+            "taught it"
+        )

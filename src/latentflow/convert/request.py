@@ -46,7 +46,8 @@ class ConvertRequest(Request):
 class ExportRequest(Request):
     """The kind of folder to write."""
 
-    format: Literal["diffusers", "onnx"] = Field(
+    format: Literal["diffusers", "pipeline", "onnx"] = Field(
         "diffusers",
-        description="What will load the folder: diffusers, or onnx (onnxruntime and other programs).",
+        description="What will load the folder: diffusers, by its own classes or by a pipeline in the folder, or "
+        "onnxruntime and others.",
     )

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from latentflow.artifacts import atomic_folder, require_new, write_json, write_text
-from latentflow.convert.exported import LIMIT, Exported, largest_error, random_inputs
+from latentflow.convert.exported import LIMIT, Exported, largest_error, random_inputs, require_one_time
 from latentflow.convert.onnx.onnx_description import folder_facts
 from latentflow.convert.onnx.traced import GIVEN, DecoderGraph, EncoderGraph, VelocityGraph
 from latentflow.data.painting.latent_size import HOLE_GRAY
@@ -79,8 +79,8 @@ def onnx_network(config: ModelConfig) -> None:
     kind, prediction = config.network.kind, config.prediction.kind
     if kind not in NETWORKS or prediction not in ("velocity", "noise", "edm"):
         raise ArtifactError(
-            f"a {kind} network that predicts {prediction} cannot be exported to ONNX: only functions of latents, one "
-            "time and conditions can; export the model it was made from"
+            f"a {kind} that predicts {prediction} cannot be exported to ONNX; export the model that it was made "
+            "from, a dit or unet that predicts velocity, noise or edm"
         )
 
 
@@ -98,6 +98,7 @@ def export_onnx(model: FlowModel, folder: str | Path) -> Exported:
     """
     folder = require_new(folder)
     onnx_network(model.config)
+    require_one_time(model.network, "ONNX")
     errors: dict[str, float] = {}
     with atomic_folder(folder) as temporary:
         files = _files(model)
