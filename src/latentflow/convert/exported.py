@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentflow.errors import ArtifactError
 from latentflow.model.conditioning import Conditioning, NamedColumn
@@ -92,17 +92,17 @@ def largest_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     return (torch.stack(differences).max() / largest).item()
 
 
-def require_one_time(network: nn.Module, what: str) -> None:
-    """Refuse a student, whose output depends on the span of its jump as well.
+def require_no_student(config: ModelConfig, what: str) -> None:
+    """Refuse a student, whose output depends on the end of its jump as well.
 
     Args:
         what: it would be exported to.
 
     Raises:
-        ArtifactError: with a remedy.
+        ArtifactError: naming its teacher.
     """
-    if any(getattr(module, "jumps", False) for module in network.modules()):
+    if config.student is not None:
         raise ArtifactError(
-            f"a student, which jumps from one time to another, cannot be exported to {what}; export the model that "
-            "taught it"
+            f"a student, whose network takes the end of a jump as well, cannot be exported to {what}; export its "
+            f"teacher, {config.student.teacher}"
         )

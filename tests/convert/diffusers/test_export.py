@@ -282,6 +282,7 @@ REFUSED = {
     "its time_scale is 0.5": (unet(time_scale=0.5), {}, {}),
     "named conditions": (unet(), {"columns": [{"name": "age", "kind": "number"}]}, {}),
     "conditioned on semantic maps": (unet(), {"map_class_names": ["sky"], "map_palette": [(0, 0, 0)]}, {}),
+    "a learned vector in place of labels": (unet(), {"constant_embedding": True}, {}),
     "conditioned on paired images": (
         unet(),
         {"input_channels": 4},

@@ -25,6 +25,7 @@ from latentflow.data.buckets import Bucket
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.flow.path import CosinePath, LinearPath
 from latentflow.model.config import ModelConfig
+from latentflow.model.student_record import StudentRecord
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.unet import UNetConfig
 from latentflow.networks.velocity_network import DenoiserPrediction, NoisePrediction
@@ -57,7 +58,8 @@ MODELS: dict[str, Callable[[Autoencoder], LatentFlow]] = {
     "classic": lambda kl: tiny.model(kl, guidance=1.7, guidance_interval=(0.2, 0.9), guided_channels=3, shift=2.0),
     "modern": lambda kl: changed(tiny.model(kl, conditioning=EVERYTHING), network=MODERN),
     "unconditional": lambda kl: changed(
-        tiny.model(kl, class_names=()), buckets=[Bucket(size=SQUARE, num_images=1), Bucket(size=WIDE, num_images=2)]
+        tiny.model(kl, class_names=(), conditioning={"constant_embedding": True}),
+        buckets=[Bucket(size=SQUARE, num_images=1), Bucket(size=WIDE, num_images=2)],
     ),
 }
 OTHERS: dict[str, Callable[[Autoencoder], LatentFlow]] = {
@@ -274,3 +276,10 @@ def test_the_command(exports, tmp_path, capsys, monkeypatch):
     again = run_here(given, capsys, monkeypatch)
     assert again.code == 2
     assert "is not empty" in again.error
+
+
+def test_a_student_is_refused_by_the_name_of_its_teacher(kl, tmp_path):
+    student = changed(tiny.model(kl), student=StudentRecord(teacher="runs/photos", weights="0" * 64))
+    with pytest.raises(ArtifactError, match="cannot be exported to ONNX; export its teacher, runs/photos"):
+        export_onnx(student, tmp_path / "out")
+    assert not any(tmp_path.iterdir())

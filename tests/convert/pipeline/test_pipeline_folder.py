@@ -22,6 +22,7 @@ from latentflow.convert.pipeline.pipeline_folder import export_pipeline
 from latentflow.errors import ArtifactError
 from latentflow.flow.path import CosinePath
 from latentflow.model.config import ModelConfig
+from latentflow.model.student_record import StudentRecord
 from latentflow.networks.dit import DiTConfig
 from latentflow.networks.unet import UNetConfig
 from latentflow.networks.velocity_network import NoisePrediction
@@ -55,7 +56,9 @@ MODELS: dict[str, Callable[[Autoencoder], LatentFlow]] = {
         tiny.model(kl, conditioning={**tiny.SPATIAL, "columns": COLUMNS, "augmentation": ["zoom"]}, guidance=2.0),
         network=MODERN,
     ),
-    "unconditional": lambda kl: tiny.model(kl, class_names=(), solver="rk4", steps=3),
+    "unconditional": lambda kl: changed(
+        tiny.model(kl, class_names=(), conditioning={"constant_embedding": True}, solver="rk4", steps=3)
+    ),
     "gray": lambda kl: tiny.model(kl, pixel_format=PixelFormat(channels=1)),
 }
 
@@ -227,7 +230,7 @@ def test_the_program_on_the_page(folders, load, monkeypatch):
 
 
 REFUSED: dict[str, Callable[[Autoencoder], LatentFlow]] = {
-    "a unet cannot be exported as a pipeline, whose folder has the code of transformers": lambda kl: changed(
+    "cannot be exported as a pipeline, whose folder has the code of transformers": lambda kl: changed(
         tiny.model(kl),
         network=UNetConfig(
             channels=8, multipliers=(1, 2), blocks_per_level=1, attention_factors=(2,), norm_groups=4, head_channels=8
@@ -281,3 +284,10 @@ def test_the_command(folders, tmp_path, capsys, monkeypatch):
         "velocity": "VelocityTransformer",
         "vae": "AutoencoderKL",
     }
+
+
+def test_a_student_is_refused_by_the_name_of_its_teacher(kl, tmp_path):
+    student = changed(tiny.model(kl), student=StudentRecord(teacher="runs/photos", weights="0" * 64))
+    with pytest.raises(ArtifactError, match="cannot be exported to a pipeline; export its teacher, runs/photos"):
+        export_pipeline(student, tmp_path / "out")
+    assert not any(tmp_path.iterdir())

@@ -74,6 +74,11 @@ def diffusers_network(config: ModelConfig) -> DiffusersNetwork:
             "it has named conditions, and diffusers' networks have no embedding of them",
         ),
         (
+            conditioning.constant_embedding,
+            "its finetuning left a learned vector in place of labels, which diffusers' networks do not have; use "
+            "--format pipeline or onnx",
+        ),
+        (
             conditioning.input_channels > 0,
             "it is conditioned on paired images, and diffusers' pipelines have no input for them",
         ),

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from latentflow.artifacts import atomic_folder, require_new, write_json, write_text
-from latentflow.convert.exported import LIMIT, Exported, largest_error, random_inputs, require_one_time
+from latentflow.convert.exported import LIMIT, Exported, largest_error, random_inputs, require_no_student
 from latentflow.convert.onnx.onnx_description import folder_facts
 from latentflow.convert.onnx.traced import GIVEN, DecoderGraph, EncoderGraph, VelocityGraph
 from latentflow.data.painting.latent_size import HOLE_GRAY
@@ -33,7 +33,6 @@ from latentflow.errors import ArtifactError, ConfigError
 from latentflow.model.card import render_card
 from latentflow.model.config import ModelConfig
 from latentflow.model.flow_model import FlowModel
-from latentflow.networks.velocity_network import NETWORKS
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -76,12 +75,7 @@ def onnx_network(config: ModelConfig) -> None:
         )
     if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
         raise ConfigError(f"--format onnx needs {', '.join(missing)}: pip install 'latentflow[onnx]'")
-    kind, prediction = config.network.kind, config.prediction.kind
-    if kind not in NETWORKS or prediction not in ("velocity", "noise", "edm"):
-        raise ArtifactError(
-            f"a {kind} that predicts {prediction} cannot be exported to ONNX; export the model that it was made "
-            "from, a dit or unet that predicts velocity, noise or edm"
-        )
+    require_no_student(config, "ONNX")
 
 
 @torch.no_grad()
@@ -98,7 +92,6 @@ def export_onnx(model: FlowModel, folder: str | Path) -> Exported:
     """
     folder = require_new(folder)
     onnx_network(model.config)
-    require_one_time(model.network, "ONNX")
     errors: dict[str, float] = {}
     with atomic_folder(folder) as temporary:
         files = _files(model)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from latentflow.artifacts import atomic_folder, require_new, write_json, write_text
 from latentflow.autoencoder import Autoencoder
 from latentflow.console import notice
-from latentflow.convert.exported import LIMIT, Exported, largest_error, random_inputs, require_one_time
+from latentflow.convert.exported import LIMIT, Exported, largest_error, random_inputs, require_no_student
 from latentflow.data.painting.latent_size import HOLE_GRAY
 from latentflow.errors import ArtifactError
 from latentflow.model.card import render_card
@@ -45,9 +45,10 @@ def require_transformer(config: ModelConfig) -> None:
     Raises:
         ArtifactError: naming why, and another format.
     """
+    require_no_student(config, "a pipeline")
     if config.network.kind != "dit":
         raise ArtifactError(
-            f"a {config.network.kind} cannot be exported as a pipeline, whose folder has the code of transformers; "
+            f"a {config.network.title} cannot be exported as a pipeline, whose folder has the code of transformers; "
             "use --format onnx, or --format diffusers"
         )
     if config.prediction.kind != "velocity":
@@ -72,7 +73,6 @@ def export_pipeline(model: FlowModel, folder: str | Path) -> Exported:
 
     folder = require_new(folder)
     require_transformer(model.config)
-    require_one_time(model.network, "a pipeline")
     network_class = folder_transformer.VelocityTransformer
     with atomic_folder(folder) as temporary:
         network = network_class(**_arguments(model.config))
