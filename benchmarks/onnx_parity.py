@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--results", default=RESULTS)
     options = parser.parse_args(arguments)
     setup("cpu", options.threads)
-    autoencoder = variational((32, 64), layers_per_block=1, name="untrained")
+    autoencoder = variational((8, 16), layers_per_block=1, name="untrained")
     results: dict[str, Any] = {}
     for name, case in cases(options.depth, options.hidden_size).items():
         if not options.only or name in options.only:
