@@ -319,3 +319,28 @@ def test_translation(benchmark, tmp_path, kl, images):
     assert (
         results["sets"]["inputs"]["psnr"] > results["sets"]["translated"]["psnr"]
     )  # by a network that learned nothing
+
+
+def test_serving(benchmark, tmp_path):
+    sizes = [
+        "--clients",
+        "6",
+        "--requests",
+        "2",
+        "--rounds",
+        "1",
+        "--steps",
+        "1",
+        "--depth",
+        "1",
+        "--hidden-size",
+        "32",
+    ]
+    results = benchmark("serving").main([*sizes, "--image-size", "16", "--results", str(tmp_path)])
+    assert all(math.isfinite(number) for number in numbers(results))
+    load, full, end = results["load"], results["full_queue"], results["sigterm"]
+    assert (load["requests"], load["errors"], load["wrong_pictures"]) == (24, 0, 0)
+    assert full["wrong_pictures"] == full["without_retry_after"] == 0
+    assert set(full["statuses"]) <= {"200", "429"} and sum(full["statuses"].values()) == 6
+    assert end["half_answers"] == end["wrong_pictures"] == 0 and end["exit_code"] == 143
+    assert (tmp_path / "serving-cpu.json").is_file()

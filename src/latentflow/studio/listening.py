@@ -20,6 +20,7 @@ from latentflow.studio.request import ServeRequest
 from latentflow.studio.server import Service, make_app
 
 TOKEN = "LATENTFLOW_TOKEN"
+_BACKLOG = 1024  # connections that were not accepted yet
 
 
 class _Server(uvicorn.Server):
@@ -76,10 +77,12 @@ def run(flow: FlowModel, request: ServeRequest, listener: socket.socket) -> None
         lifespan="off",
         proxy_headers=False,
         ws="none",
+        backlog=_BACKLOG,
         timeout_graceful_shutdown=request.most_seconds,
     )
     server = _Server(config)
     server.queue = queue
+    listener.listen(_BACKLOG)  # before its address is said
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     say(f"serving on http://{shown}:{port} (documentation: http://{shown}:{port}/docs); end it with Ctrl-C")
