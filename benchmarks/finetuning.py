@@ -24,7 +24,7 @@ import measuring
 import torch
 
 from latentflow.api import LatentFlow
-from latentflow.artifacts import make_folder, read_json, write_json
+from latentflow.artifacts import make_folder, read_json, write_json, write_text
 from latentflow.commands.encode import encode
 from latentflow.commands.evaluate import evaluate
 from latentflow.commands.finetune import finetune_recipe
@@ -109,13 +109,20 @@ def make_source(study: Study) -> None:
 
 def encode_first(study: Study, number: int) -> None:
     """A latent cache of the first images of the class."""
-    name, place = study.options.one_class, study.work / f"images_{number}"
-    if not place.exists():
-        files = sorted((Path(study.options.train) / name).iterdir())[:number]
-        make_folder(place / name)
+    table = one_class(study, Path(study.options.train), study.work / f"images_{number}", number)
+    encode(_encoded(study, table), study.work / f"cache_{number}", runtime=study.runtime)
+
+
+def one_class(study: Study, folder: Path, place: Path, number: int | None = None) -> Path:
+    """The first images of the class, with a table of their label, as a single sub-folder is no class; its file."""
+    name, table = study.options.one_class, place / "labels.csv"
+    if not table.exists():
+        files = sorted((folder / name).iterdir())[:number]
+        make_folder(place)
         for file in files:
-            shutil.copy(file, place / name / file.name)
-    encode(_encoded(study, place), study.work / f"cache_{number}", runtime=study.runtime)
+            shutil.copy(file, place / file.name)
+        write_text(table, "file,label\n" + "".join(f"{file.name},{name}\n" for file in files))
+    return table
 
 
 def _encoded(study: Study, data: Path) -> EncodeRequest:
@@ -222,11 +229,8 @@ def held_out_loss(study: Study, model: str) -> float:
 
 
 def tenth(study: Study) -> Path:
-    """Held-out images of the class, as a folder of one class."""
-    name, place = study.options.one_class, study.work / "held_out"
-    if not place.exists():
-        shutil.copytree(Path(study.options.held_out) / name, place / name)
-    return place
+    """Held-out images of the class, as a table."""
+    return one_class(study, Path(study.options.held_out), study.work / "held_out")
 
 
 def copy_others(folder: Path, one_class: str, place: Path) -> None:
