@@ -1,9 +1,9 @@
-"""How far exported ONNX files are from torch: the velocity by network and conditions, decoder and encoder.
+"""How far exported ONNX files are from torch: the velocity, by network and conditions.
 
     python benchmarks/onnx_parity.py --threads 1
 
 Weights are random and none of them is zero, so that every part of the network matters. The error is the largest
-difference relative to the largest velocity (or pixel, or latent), over batches of 1, 2, 5 and 8 images, none of which
+difference relative to the largest velocity, over batches of 1, 2, 5 and 8 images, none of which
 was traced.
 """
 
@@ -99,10 +99,10 @@ def built(autoencoder: Autoencoder, side: int, case: tuple[Any, Mapping[str, Any
 
 @torch.no_grad()
 def measured(model: FlowModel) -> dict[str, float]:
-    """The largest relative error of the velocity and of the other files, and the seconds that the export took."""
+    """The largest relative error of the velocity, and the seconds that its export took."""
     with tempfile.TemporaryDirectory() as place:
         start = time.perf_counter()
-        exported = export_onnx(model, Path(place) / "onnx")
+        exported = export_onnx(model, Path(place) / "onnx", only=["velocity"])
         seconds = time.perf_counter() - start
         session = opened(exported.folder / "velocity.onnx")
         names = [one.name for one in session.get_inputs()][2:]
@@ -113,15 +113,15 @@ def measured(model: FlowModel) -> dict[str, float]:
             (found,) = session.run(None, {"latents": latents.numpy(), "time": time.numpy(), **given})
             return torch.from_numpy(found), model.velocity(latents, time, condition)
 
-        return {"velocity": largest_error(map(pair, BATCHES)), "all_files": exported.error, "seconds": seconds}
+        return {"velocity": largest_error(map(pair, BATCHES)), "seconds": seconds}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Export every model and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="names of some models")
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--hidden-size", type=int, default=64)
     parser.add_argument("--latent-size", type=int, default=16)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--results", default=RESULTS)
@@ -129,19 +129,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     setup("cpu", options.threads)
     autoencoder = variational((8, 16), layers_per_block=1, name="untrained")
     results: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, case in cases(options.depth, options.hidden_size).items():
-        if not options.only or name in options.only:
-            results[name] = measured(built(autoencoder, options.latent_size, case))
-            print(name, results[name], flush=True)
-    values = {
-        "depth": options.depth,
-        "hidden_size": options.hidden_size,
-        "latent_size": options.latent_size,
-        "opset": OPSET,
-        "batches": list(BATCHES),
-        "largest_relative_error": results,
-    }
-    write_results("onnx_parity", torch.device("cpu"), values, options.results)
+        if options.only and name not in options.only:
+            continue
+        results[name] = measured(built(autoencoder, options.latent_size, case))
+        print(name, results[name], flush=True)
+        values = {
+            "depth": options.depth,
+            "hidden_size": options.hidden_size,
+            "latent_size": options.latent_size,
+            "opset": OPSET,
+            "batches": list(BATCHES),
+            "largest_relative_error": {one: found["velocity"] for one, found in results.items()},
+            "seconds": {one: found["seconds"] for one, found in results.items()},
+        }
+        write_results("onnx_parity", torch.device("cpu"), values, options.results)  # what there is is kept
     return values
 
 

@@ -176,6 +176,13 @@ def test_the_figures_of_a_gpu_are_those_that_were_stored():
         assert seconds == f"{stored['seconds_to_first_step']:.1f}"
 
 
+def test_the_errors_of_onnx_files_are_those_that_were_stored():
+    stored = read_json(ROOT / "benchmarks" / "results" / "onnx_parity-cpu.json")["largest_relative_error"]
+    rows = re.findall(r"^\| ((?:DiT|U-Net).*?) \| (\S+) \|$", text_of("docs/how-to/export.md"), re.MULTILINE)
+    assert dict(rows) == {name: f"{error:.1e}" for name, error in stored.items()}
+    assert max(stored.values()) < 1e-5
+
+
 def test_solvers_are_named_where_they_are_chosen():
     from latentflow.flow.solvers import SOLVERS
     from latentflow.sampling.request import SamplingRequest

@@ -79,11 +79,12 @@ def onnx_network(config: ModelConfig) -> None:
 
 
 @torch.no_grad()
-def export_onnx(model: FlowModel, folder: str | Path) -> Exported:
+def export_onnx(model: FlowModel, folder: str | Path, *, only: Sequence[str] = ()) -> Exported:
     """Write a model as ONNX files, after comparing them with torch.
 
     Args:
         folder: new or empty.
+        only: the files to write: velocity, decoder, encoder; none: all that the model needs.
 
     Raises:
         ArtifactError: the folder is not empty, torch cannot express the model in ONNX, or onnxruntime computes
@@ -94,7 +95,7 @@ def export_onnx(model: FlowModel, folder: str | Path) -> Exported:
     onnx_network(model.config)
     errors: dict[str, float] = {}
     with atomic_folder(folder) as temporary:
-        files = _files(model)
+        files = [file for file in _files(model) if not only or file.name in only]
         for file in files:
             _write(file, temporary / f"{file.name}.onnx")
             errors[file.name] = _compared(model, file, temporary / f"{file.name}.onnx")
