@@ -27,8 +27,11 @@ from latentflow.errors import ArtifactError, ConfigError
 from latentflow.flow.path import LinearPath
 from latentflow.flow.solvers import SOLVERS, integrate, is_adaptive
 from latentflow.flow.times import sampling_times
+from latentflow.studio.page_models import PageModels
 from latentflow.training.interruption import Outcome
 from latentflow.training.log import read_metrics
+from tests import tiny
+from tests.processes import run_here
 
 NUM_IMAGES, STEPS, BATCH = 30, 4, 6
 SCALE = DemoScale(
@@ -313,3 +316,13 @@ def test_interval_of_a_share():
         for p in interval(right, num_images):
             assert (p - right / num_images) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / num_images)
     assert interval(200, 200)[1] == 1.0
+
+
+def test_the_command_ends_with_what_to_look_at(made, capsys, monkeypatch):
+    """The last line names a run that the page can open."""
+    out, figures = made
+    monkeypatch.setattr("latentflow.demo.stages.demo", lambda *given, **options: figures)
+    done = run_here(["demo", "--out", str(out)], capsys, monkeypatch)
+    assert done.code == 0
+    assert done.err.splitlines()[-1] == f"look at it: latentflow studio {out / 'run'}"
+    assert [one.key for one in PageModels([str(out / "run")], tiny.CPU).choices()][:1] == [str(out / "run")]

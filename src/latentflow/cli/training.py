@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -292,7 +293,10 @@ def demo(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Do everything once, offline, and end in OUT/report.html. Repeat the command to go on after a kill."""
+    """Do everything once, offline, and end in OUT/report.html. Repeat the command to go on after a kill.
+
+    `latentflow studio OUT/run` opens the model in a page.
+    """
     from latentflow.demo.building import Interrupted
     from latentflow.demo.page import key_figures
     from latentflow.demo.stages import demo as run
@@ -303,3 +307,4 @@ def demo(
         say(str(stop))
         raise typer.Exit(128 + stop.signal) from None
     show({**key_figures(figures), "report": str(out / "report.html")}, as_json)
+    say(f"look at it: latentflow studio {shlex.quote(str(out / 'run'))}")

@@ -77,7 +77,7 @@ def page_router(models: PageModels, jobs: PageJobs, uploads: Uploads) -> APIRout
     """
     router = APIRouter(route_class=_PageRoute, include_in_schema=False)
     _add_files(router)
-    _add_models(router, models)
+    _add_models(router, models, jobs)
     _add_runs(router, models)
     _add_uploads(router, models, uploads)
     _add_jobs(router, models, jobs, uploads)
@@ -101,7 +101,7 @@ def _add_files(router: APIRouter) -> None:
         return Response(contents[name], media_type=kind)
 
 
-def _add_models(router: APIRouter, models: PageModels) -> None:
+def _add_models(router: APIRouter, models: PageModels, jobs: PageJobs) -> None:
     # before "/page/files/{name}" would take it: two parts
     @router.get("/page/state")
     def state() -> dict[str, Any]:
@@ -109,8 +109,10 @@ def _add_models(router: APIRouter, models: PageModels) -> None:
         return {"version": latentflow.__version__, "models": choices, "runs": models.runs}
 
     @router.get("/page/model")
-    def model(key: str) -> dict[str, Any]:
-        return {"key": key, **model_facts(models.open(key))}
+    def facts(key: str) -> dict[str, Any]:
+        model = models.open(key)
+        jobs.measure(key, model)
+        return {"key": key, **model_facts(model)}
 
 
 def _add_runs(router: APIRouter, models: PageModels) -> None:

@@ -7,10 +7,14 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Any
 
 from latentflow.api import LatentFlow
 from latentflow.errors import ConfigError, LatentFlowError
+from latentflow.sampling.drawing import make_drawing
+from latentflow.sampling.pipeline import Prepared
+from latentflow.sampling.request import SampleRequest
 from latentflow.sampling.samples import Samples
 from latentflow.studio.page_tasks import PageTask
 from latentflow.studio.queue import DrawingJob, DrawingQueue
@@ -26,17 +30,20 @@ class Speeds:
     """Seconds per network call and picture of each model, measured whenever it draws."""
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+        self._sums: dict[str, tuple[float, float]] = {}  # of seconds and of calls
 
     def learn(self, model: str, seconds: float, calls: float) -> None:
         """Take in what took `seconds` for `calls` network calls, over all its pictures."""
         if calls:
-            own = seconds / calls
-            self._seconds[model] = own if model not in self._seconds else 0.5 * (own + self._seconds[model])
+            before = self._sums.get(model, (0.0, 0.0))  # counts half: a machine may be busier than it was
+            self._sums[model] = before[0] / 2 + seconds, before[1] / 2 + calls
 
     def seconds(self, model: str, calls: float) -> float | None:
         """Expected seconds of so many calls; None: nothing was drawn yet."""
-        return None if model not in self._seconds else self._seconds[model] * calls
+        if model not in self._sums:
+            return None
+        total, counted = self._sums[model]
+        return calls * total / counted
 
 
 class PageJob:
@@ -124,6 +131,16 @@ class PageJobs:
             for old in ended[: max(len(self._jobs) - MOST_KEPT, 0)]:
                 del self._jobs[old]
         return job
+
+    def measure(self, key: str, model: LatentFlow) -> None:
+        """Draw a picture that nobody sees, so that the first estimate of a model has a time.
+
+        A model that draws nothing without an input is left out.
+        """
+        if self.speeds.seconds(key, 1) is None:
+            with suppress(LatentFlowError):
+                asked = SampleRequest(num=1, solver="euler", steps=2, guidance=1.0)
+                self.begin(key, model, PageTask(Prepared(make_drawing(model, asked)), 2, None))
 
     def find(self, key: str) -> PageJob:
         """A job by its key.

@@ -241,10 +241,11 @@ export class Estimate {
   constructor(root, asked) {
     this.root = h("p", { class: "cost", role: "status" });
     this.asked = asked;
+    this.looks = 0;
     let timer;
-    this.refresh = () => {
+    this.refresh = (event, wait = 250) => {
       clearTimeout(timer);
-      timer = setTimeout(() => this.#look(), 250);
+      timer = setTimeout(() => this.#look(), wait);
     };
     root.addEventListener("input", this.refresh);
     root.addEventListener("change", this.refresh);
@@ -257,6 +258,7 @@ export class Estimate {
       const time = seconds === null ? "" : `, about ${duration(seconds)} in all`;
       this.root.textContent = `${short(evaluations)} evaluations per image${time}`;
       this.root.classList.remove("refused");
+      if (seconds === null && this.looks++ < 10) this.refresh(null, 1000); // the speed of a new model is being measured
     } catch (error) {
       this.root.textContent = error.message;
       this.root.classList.add("refused");

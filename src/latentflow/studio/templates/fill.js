@@ -25,7 +25,8 @@ export class FillTab {
     this.slide = h("input", { type: "range", min: 0, max: 100, value: 0, "aria-label": "Before and after", oninput: () => this.gallery.root.style.setProperty("--before", `${this.slide.value}%`) });
     this.compare = h("label", { class: "before-after", hidden: true }, h("span", {}, "after"), this.slide, h("span", {}, "before"));
     this.form = h("form", { class: "controls", novalidate: true, onsubmit: (event) => { event.preventDefault(); this.draw(); } });
-    this.root = h("div", { class: "split" }, this.form, h("div", { class: "results" }, this.photoPlace, this.work, this.strip.root, this.compare, this.gallery.root));
+    this.root = h("div", { class: "split canvas" }, this.form, h("div", { class: "results first" }, this.photoPlace, this.work),
+      h("div", { class: "results" }, this.strip.root, this.compare, this.gallery.root));
   }
 
   setModel(model) {

@@ -59,6 +59,7 @@ export async function draw(asked, strip, { onBegin = () => {}, onPicture = () =>
   }
   const own = (strip.current = { id: job.id, stop: () => ask(`/page/jobs/${job.id}/stop`, { method: "POST" }).catch(() => {}) });
   onBegin(job);
+  if (window.innerWidth < 720) strip.root.scrollIntoView({ block: "start", behavior: "smooth" });
   let seen = 0;
   try {
     for (;;) {

@@ -18,12 +18,12 @@ export class PaintTab {
     this.overlay = h("label", { class: "before-after", hidden: true }, h("span", {}, "result"), this.opacity, h("span", {}, "map"));
     this.load = filePlace(studio, "map", "Load a map");
     const save = h("button", { type: "button", class: "small", onclick: () => this.save() }, "Save the map");
-    this.work = h("div", { class: "work" }, this.surface.bar, this.surface.stage, this.overlay, h("div", { class: "below-stage" }, this.load, save));
+    this.work = h("div", { class: "work" }, this.palette, this.surface.bar, this.surface.stage, this.overlay, h("div", { class: "below-stage" }, this.load, save));
     this.none = h("p", { class: "hint", hidden: true }, "This model was not trained with semantic maps. Choose one that was: its map classes become brushes here.");
     this.gallery = new Gallery({ label: "Pictures of the map" });
     this.strip = new Strip();
     this.form = h("form", { class: "controls", novalidate: true, onsubmit: (event) => { event.preventDefault(); this.draw(); } });
-    this.split = h("div", { class: "split" }, this.form, h("div", { class: "results" }, this.work, this.strip.root, this.gallery.root));
+    this.split = h("div", { class: "split canvas" }, this.form, h("div", { class: "results first" }, this.work), h("div", { class: "results" }, this.strip.root, this.gallery.root));
     this.root = h("div", {}, this.none, this.split);
   }
 
@@ -38,7 +38,7 @@ export class PaintTab {
     this.native = h("input", { type: "checkbox" });
     this.sampling = new Sampling(model);
     this.estimate = new Estimate(this.form, () => this.asked());
-    this.form.replaceChildren(this.palette, this.conditions.root, this.seeds.root,
+    this.form.replaceChildren(this.conditions.root, this.seeds.root,
       h("label", { class: "inline", title: "Not the middle of the map at the size of the training images" }, this.native, "at the map's own size"),
       this.sampling.root, h("div", { class: "go" }, h("button", { class: "main" }, "Draw"), this.estimate.root));
     if (before !== JSON.stringify([model.map, model.image_size])) this.#begin();
