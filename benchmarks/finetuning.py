@@ -60,7 +60,7 @@ class Study:
     @property
     def source(self) -> Path:
         """The run of the other classes."""
-        return self.work / "source"
+        return Path(self.options.source or self.work / "source")
 
     @property
     def random(self) -> Path:
@@ -80,14 +80,28 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for method in options.methods.split(","):
             rows.append(finetuned(study, number, method))
             print(line_of(rows[-1]), flush=True)
-    names = ("one_class", "image_size", "source_steps", "seconds", "num", "guidance", "changes")
-    written = {**{name: getattr(options, name) for name in names}, "source": judged_source(study), "runs": rows}
+    names = ("one_class", "image_size", "seconds", "num", "guidance", "changes")
+    source = {"steps": read_config(study.source / "model").training.step, **judged_source(study)}
+    written = {**{name: getattr(options, name) for name in names}, "source": source, "runs": rows}
     measuring.write_results("finetuning", study.runtime.device, written, options.results)
     return written
 
 
 def make_source(study: Study) -> None:
-    """Train a model of all classes but one, and save its network with random weights as another."""
+    """Train a model of all classes but one, if there is none, and save its network with random weights as another."""
+    if not study.options.source:
+        train_source(study)
+    if study.options.one_class in read_config(study.source / "model").conditioning.class_names:
+        raise SystemExit(f"{study.source} knows the class {study.options.one_class}; name another with --one-class")
+    if not study.random.exists():
+        model = LatentFlow.from_pretrained(study.source, runtime=study.runtime)
+        torch.manual_seed(derive_seed(0, "weights"))
+        model.network = model.config.build_network()
+        model.save_pretrained(study.random)
+
+
+def train_source(study: Study) -> None:
+    """Encode the images of all classes but one, and train."""
     options, others = study.options, study.work / "other_classes"
     if not others.exists():
         copy_others(Path(options.train), options.one_class, others)
@@ -100,11 +114,6 @@ def make_source(study: Study) -> None:
         "training.steps": options.source_steps,
     }
     _train(load_recipe(options.recipe, measuring.overrides(given, options.changes)), study)
-    if not study.random.exists():
-        model = LatentFlow.from_pretrained(study.source, runtime=study.runtime)
-        torch.manual_seed(derive_seed(0, "weights"))
-        model.network = model.config.build_network()
-        model.save_pretrained(study.random)
 
 
 def encode_first(study: Study, number: int) -> None:
@@ -275,6 +284,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--autoencoder", required=True, help="a folder, a hub id, or 'shapes'")
     parser.add_argument("--features", required=True, help="a folder by `train-features`, of all classes")
     parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--source", help="a run of the other classes; otherwise it is trained")
     parser.add_argument("--recipe", default="cifar10_64", help="of the source")
     parser.add_argument("--source-steps", type=int, default=3600)
     parser.add_argument("--images", default="100,500,4500", help="of the class, for one run each")

@@ -271,6 +271,13 @@ def test_finetuning(benchmark, tmp_path, images, kl_folder):
     assert names == [list(tiny.CLASSES[:2]), [tiny.CLASSES[2]]]
     assert (tmp_path / "work" / "grids" / "lora_5_guided.png").is_file()
     assert (tmp_path / "finetuning-cpu.json").is_file()
+    given["--source"] = tmp_path / "work" / "source"  # as a run that was there before; what is done is not done again
+    again = benchmark("finetuning").main([str(word) for pair in given.items() for word in pair])
+    assert again["runs"] == results["runs"] and again["source"] == results["source"]
+    with pytest.raises(SystemExit, match=f"knows the class {tiny.CLASSES[0]}; name another with --one-class"):
+        benchmark("finetuning").main(
+            [str(w) for pair in (given | {"--one-class": tiny.CLASSES[0]}).items() for w in pair]
+        )
 
 
 def test_published_size(benchmark, tmp_path, monkeypatch):
