@@ -14,7 +14,7 @@ from latentflow.runtime import Runtime
 from latentflow.training.compiling import compiles
 from latentflow.training.config import Recipe
 from latentflow.training.loop import micro_batches
-from latentflow.training.memory import count_parameters, forward_flops, network_in_training, total_memory
+from latentflow.training.memory import count_parameters, forward_flops, total_memory
 
 _PROBE_SECONDS = 3.0
 
@@ -36,21 +36,20 @@ def plan(recipe: Recipe, name: str, request: PlanRequest, runtime: Runtime) -> P
     subject = plan_subject(recipe, name, machine, request)
     parts = micro_batches(subject.recipe.training, replace(runtime, world=processes))
     aligned = subject.recipe.training.is_aligned
-    network = network_in_training(subject.config, aligned=aligned)
-    memory = estimate_memory(subject, network, machine, share=parts.size * parts.number, micro=parts.size)
+    memory = estimate_memory(subject, machine, share=parts.size * parts.number, micro=parts.size)
     if request.device_tflops is not None:
         speed = stated_speed(subject.config, 1e12 * request.device_tflops, memory.mode, subject.recipe.optimizer)
     elif machine.here:
         speed = _measured(subject, memory, parts.size, runtime)
     else:
         this = machine_for(recipe, runtime, None, 1)
-        here = estimate_memory(subject, network, this, share=parts.size, micro=1)
+        here = estimate_memory(subject, this, share=parts.size, micro=1)
         speed = _measured(subject, here, parts.size, runtime)
     if aligned:  # the time of the head, by its operations
         slower = forward_flops(subject.config, aligned=True) / speed.forward_flops
         speed = replace(speed, seconds_per_image=slower * speed.seconds_per_image)
     num_parameters = count_parameters(subject.config)
-    return Plan(name, subject, machine, num_parameters, memory, estimate_disk(subject, network), speed)
+    return Plan(name, subject, machine, num_parameters, memory, estimate_disk(subject), speed)
 
 
 def _measured(subject: PlannedRun, memory: Memory, most: int, runtime: Runtime) -> Speed:

@@ -9,7 +9,6 @@ from latentflow.planning.plan import Plan
 from latentflow.planning.planned_run import PlannedRun
 from latentflow.planning.units import gib
 from latentflow.training.fitting import with_values
-from latentflow.training.memory import network_in_training
 
 
 def advice(plan: Plan) -> list[str]:
@@ -38,6 +37,9 @@ def _memory_advice(plan: Plan) -> list[str]:
 def _smaller(plan: Plan) -> str | None:
     """The largest published transformer with the same patch size that fits."""
     network = plan.subject.config.network
+    if plan.recipe.init_from:
+        fewer = "finetuning.method=lora or biases train few weights; or " if not plan.recipe.finetuning.rank else ""
+        return f"{fewer}begin with a smaller model"
     if not isinstance(network, DiTConfig):
         return "reduce network.channels or the image size"
     for size in reversed(SIZES):
@@ -48,10 +50,7 @@ def _smaller(plan: Plan) -> str | None:
         config = plan.subject.config.model_copy(update={"network": chosen})
         recipe = with_values(plan.recipe, {"network": chosen})
         subject = PlannedRun(recipe, config, plan.subject.data, plan.subject.stage)
-        built = network_in_training(config, aligned=recipe.training.is_aligned)
-        memory = estimate_memory(
-            subject, built, plan.machine, share=plan.memory.share, micro=plan.memory.micro_batch_size
-        )
+        memory = estimate_memory(subject, plan.machine, share=plan.memory.share, micro=plan.memory.micro_batch_size)
         if largest := memory.largest_micro_batch(memory.mode, plan.machine.memory):
             return f"network.name={name} would fit, {largest} images at a time"
     return None

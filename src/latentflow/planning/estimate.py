@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latentflow.data.cache.resident import stays_resident
 from latentflow.model.config import AUTOENCODER_FOLDER
-from latentflow.networks.in_training import sampled_part
+from latentflow.networks.in_training import frozen_parameters, sampled_part
 from latentflow.networks.running import MEMORY_MODES
 from latentflow.planning.machine import Machine
 from latentflow.planning.planned_run import PlannedRun
@@ -22,7 +22,7 @@ from latentflow.sampling.preview import preview_drawing
 from latentflow.sizes import Size
 from latentflow.training.config import Recipe, TrainingConfig
 from latentflow.training.memory import bytes_per_image, fitting_mode, micro_batch_that_fits
-from latentflow.training.optim import optimizer_bytes
+from latentflow.training.optim import optimizer_bytes, trained_parameters
 
 _PNG_BYTES = 2  # per pixel of a preview, approximately
 _DECODED = 12  # feature maps of the decoder's last width alive at once, float32, approximately
@@ -113,30 +113,31 @@ class Disk:
         return self.checkpoint * self.num_checkpoints + kept + self.previews
 
 
-def estimate_memory(subject: PlannedRun, network: nn.Module, machine: Machine, *, share: int, micro: int) -> Memory:
+def estimate_memory(subject: PlannedRun, machine: Machine, *, share: int, micro: int) -> Memory:
     """What one process of the run takes.
 
     Args:
-        network: that is trained, on the meta device.
         share: images of one process in one step.
         micro: images in one forward pass.
     """
-    config, recipe = subject.config, subject.recipe
-    parameters = list(network.parameters())
-    weights = sum(p.numel() * p.element_size() for p in parameters)
+    config, recipe, network = subject.config, subject.recipe, subject.network
+    weights, moving = _bytes_of(network.parameters()), _moving_bytes(sampled_part(network))
+    trained = _bytes_of(trained_parameters(network))
     exact = {
         "weights": weights,
-        "gradients": weights,
-        "moving average": _state_bytes(sampled_part(network)) * recipe.training.num_averages,
+        "gradients": trained,
+        "moving average": moving * recipe.training.num_averages,
         "optimizer's moments": optimizer_bytes(network, recipe.optimizer),
     }
     latents = config.latent_shape[0] * config.latent_shape[1] * config.latent_shape[2]
     estimated = {"batch and noise": 5 * 4 * micro * latents}
     if machine.half:
         cast = (m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d))
-        estimated[f"weights in {machine.precision}"] = sum(2 * p.numel() for m in cast for p in m.parameters())
+        estimated[f"weights in {machine.precision}"] = sum(
+            2 * p.numel() for m in cast for p in m.parameters(recurse=False)
+        )
     if machine.num_processes > 1:
-        estimated["gradients on their way"] = weights
+        estimated["gradients on their way"] = trained
     if subject.stage.num_bytes:
         estimated["autoencoder"] = subject.stage.num_bytes
     cached = cached_bytes(subject)
@@ -145,7 +146,7 @@ def estimate_memory(subject: PlannedRun, network: nn.Module, machine: Machine, *
     if not machine.gpu:
         estimated["copy for a checkpoint"] = _checkpoint_bytes(network, recipe)
         if _keeps_best(subject):
-            estimated["copy of the best weights"] = _state_bytes(sampled_part(network))
+            estimated["copy of the best weights"] = moving
     given = {"half": machine.half, "aligned": recipe.training.is_aligned}
     size = Size(*config.latent_shape[1:])
     kept = {mode: bytes_per_image(config.network, size, memory=mode, **given) for mode in MEMORY_MODES}
@@ -153,14 +154,14 @@ def estimate_memory(subject: PlannedRun, network: nn.Module, machine: Machine, *
     if recipe.training.preview_every:
         together = min(len(preview_of(subject).seeds), _DECODED_TOGETHER, micro)
         decoded = together * _DECODED * 4 * (subject.stage.width or 128) * recipe.data.image_size.area
-        preview = weights + decoded  # a preview sets the weights aside and uses their average
+        preview = moving + decoded  # a preview sets the weights aside and uses their average
     mode = recipe.training.memory
     if mode == "auto":
         memory = machine.memory
         mode = "none"
         if memory is not None:
-            averages = recipe.training.num_averages
-            mode = fitting_mode(config, micro, memory=memory, averages=averages, **given)
+            own = {"averages": recipe.training.num_averages, "trained": trained // 4}
+            mode = fitting_mode(config, micro, memory=memory, **own, **given)
     return Memory(exact, estimated, kept, preview, mode, micro, share)
 
 
@@ -199,12 +200,28 @@ def preview_of(subject: PlannedRun) -> Drawing:
 
 
 def _state_bytes(network: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+    return _bytes_of(network.state_dict().values())
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _moving_bytes(network: nn.Module) -> int:
+    """Of the tensors of a network that training changes."""
+    return _state_bytes(network) - _bytes_of(frozen_parameters(network).values())
+
+
+def _model_bytes(subject: PlannedRun) -> int:
+    """Of the weights in a model folder, and of its adapter: factors, and whole tensors as they were and are."""
+    state = sampled_part(subject.network).state_dict()
+    whole = subject.made or () if subject.recipe.finetuning.method == "lora" else ()
+    return _bytes_of(state.values()) + 2 * _bytes_of(state[name] for name in whole)
 
 
 def _checkpoint_bytes(network: nn.Module, recipe: Recipe) -> int:
-    averages = recipe.training.num_averages * _state_bytes(sampled_part(network))
-    return _state_bytes(network) + averages + optimizer_bytes(network, recipe.optimizer)
+    averages = recipe.training.num_averages * _moving_bytes(sampled_part(network))
+    return _moving_bytes(network) + averages + optimizer_bytes(network, recipe.optimizer)
 
 
 def _keeps_best(subject: PlannedRun) -> bool:
@@ -222,9 +239,9 @@ def _num_saved(training: TrainingConfig) -> int:
     return number + sum(bool(step % every and (not milestones or step % milestones)) for step in others)
 
 
-def estimate_disk(subject: PlannedRun, network: nn.Module) -> Disk:
-    """What the run folder and the latent cache take."""
-    training, config = subject.recipe.training, subject.config
+def estimate_disk(subject: PlannedRun) -> Disk:
+    """What the run folder and the latent cache take. A model includes its adapter, if it has one."""
+    training, config, network = subject.recipe.training, subject.config, subject.network
     embedded = config.autoencoder.reference == AUTOENCODER_FOLDER
     num_milestones = training.steps // training.keep_every if training.keep_every else 0
     at_shares = [step for step in training.kept_at if not (training.keep_every and step % training.keep_every == 0)]
@@ -236,8 +253,8 @@ def estimate_disk(subject: PlannedRun, network: nn.Module) -> Disk:
         checkpoint=_checkpoint_bytes(network, subject.recipe),
         num_checkpoints=min(training.keep_checkpoints + 1 + num_milestones, _num_saved(training)),
         num_milestones=num_milestones + len(at_shares) + _keeps_best(subject),
-        model=_state_bytes(sampled_part(network)) + (subject.stage.num_bytes or 0 if embedded else 0),
-        averages=_state_bytes(sampled_part(network)) * (training.num_averages - 1),
+        model=_model_bytes(subject) + (subject.stage.num_bytes or 0 if embedded else 0),
+        averages=_moving_bytes(sampled_part(network)) * (training.num_averages - 1),
         averages_kept=len(training.averages_at),
         cache=cached_bytes(subject) if here is None else here,
         cache_is_here=here is not None,

@@ -1,10 +1,11 @@
-"""What a recipe would train, read or assumed: only headers are read, and nothing is downloaded."""
+"""What a recipe would train, read or assumed: of data only headers are read, and nothing is downloaded."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from torch import nn
@@ -18,15 +19,20 @@ from latentflow.data.painting.input_pixels import derived_format
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError
 from latentflow.model.config import AUTOENCODER_FOLDER, AutoencoderRecord, ModelConfig
+from latentflow.model.surgery import graft
+from latentflow.networks.in_training import sampled_part
 from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.planning.machine import Machine
 from latentflow.planning.request import PlanRequest
 from latentflow.sizes import Size
 from latentflow.training.config import Recipe
 from latentflow.training.data_columns import chosen_columns
-from latentflow.training.fitting import Situation, fit
+from latentflow.training.finetuning import choose_trained, finetuned_config, open_source_model, with_source
+from latentflow.training.fitting import Situation
 from latentflow.training.fresh_model import DataConditions, model_config, require_fitting_sizes
+from latentflow.training.memory import network_in_training
 from latentflow.training.training_data import paired_choice, with_cached
+from latentflow.training.velocity_run import decided
 
 _ASSUMED_IMAGES, _ASSUMED_CLASSES, _ASSUMED_MAP_CLASSES = 10_000, 10, 20
 
@@ -77,13 +83,26 @@ class StageFacts:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What is planned: the resolved recipe, the model it trains, and how this is known."""
+    """What is planned: the resolved recipe, the model it trains, and how this is known.
+
+    Attributes:
+        made: names of parameters that the source of a finetuned model does not have; None: it has no source.
+    """
 
     recipe: Recipe
     config: ModelConfig
     data: DataFacts
     stage: StageFacts
     reasons: tuple[str, ...] = ()
+    made: frozenset[str] | None = None
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The network that is trained, without memory; what its method does not train is frozen."""
+        network = network_in_training(self.config, aligned=self.recipe.training.is_aligned)
+        if self.made is not None:
+            choose_trained(sampled_part(network), self.recipe.finetuning, self.made, 0)
+        return network
 
     @property
     def num_trained(self) -> int | None:
@@ -141,8 +160,13 @@ def plan_subject(recipe: Recipe, name: str, machine: Machine, request: PlanReque
         ConfigError: the parts do not fit together, or an autoencoder is not here and nothing is known of it.
         DataError, ArtifactError: what is there is damaged.
     """
+    begins = open_source_model(recipe)
     data = _data(recipe, name, request.images, request.classes)
     recipe = with_cached(recipe, data.cache) if data.cache else recipe
+    if begins is not None:
+        if data.cache:
+            begins.require_autoencoder(data.cache.autoencoder, data.cache.autoencoder_hash, recipe.data.path)
+        recipe = with_source(recipe, begins, Path(recipe.out) if recipe.out else None)
     stage = _stage(recipe, name, data.cache, request.latents)
     size = recipe.data.image_size
     if not size.is_multiple_of(stage.factor):
@@ -151,7 +175,7 @@ def plan_subject(recipe: Recipe, name: str, machine: Machine, request: PlanReque
             f"{recipe.autoencoder}; use {' or '.join(map(str, size.nearest(stage.factor)))}"
         )
     reasons: list[str] = []
-    if recipe.fit:
+    if recipe.fit or begins is not None:
         if data.num_images is None:
             data = replace(data, num_images=_ASSUMED_IMAGES)
         situation = Situation(
@@ -163,12 +187,15 @@ def plan_subject(recipe: Recipe, name: str, machine: Machine, request: PlanReque
             memory=machine.memory,
             num_processes=machine.num_processes,
         )
-        recipe, reasons = fit(recipe, situation)
-    config = _config(recipe, data, stage)
+        recipe, reasons = decided(recipe, situation, begins)
+    config, made = _config(recipe, data, stage), None
+    if begins is not None:
+        config = finetuned_config(config, begins)
+        made = graft(begins.config, begins.stored.weights, config, {}).made
     if data.cache:
         config = config.model_copy(update={"buckets": data.cache.buckets})
         require_fitting_sizes(config)
-    return PlannedRun(recipe, config, data, stage, tuple(reasons))
+    return PlannedRun(recipe, config, data, stage, tuple(reasons), made)
 
 
 def _data(recipe: Recipe, name: str, num_images: int | None, num_classes: int | None) -> DataFacts:

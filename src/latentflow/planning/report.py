@@ -13,6 +13,7 @@ from latentflow.planning.advice import advice
 from latentflow.planning.plan import Plan
 from latentflow.planning.units import duration_of, gib
 from latentflow.progress import duration
+from latentflow.training.finetuning import trained_share
 
 EXACT, ESTIMATE, MEASURED, ASSUMED = "exact", "estimate", "measured here", "assumed"
 
@@ -31,6 +32,7 @@ def numbers(plan: Plan) -> dict[str, Any]:
         "assumed": plan.subject.assumed,
         "network": plan.subject.config.network.title,
         "parameters": plan.num_parameters,
+        "trained_parameters": trained_share(plan.subject.network)[0],
         "latents": list(plan.subject.config.latent_shape),
         "images": plan.subject.data.num_images,
         "trained_on": plan.subject.num_trained,
@@ -98,6 +100,12 @@ def _run_rows(plan: Plan) -> list[tuple[str, str, str]]:
         ("network", f"{config.network.title}, {plan.num_parameters:,} parameters", EXACT),
         ("training", steps, known if data.num_images else EXACT),
     ]
+    if plan.recipe.init_from:
+        own = plan.recipe.finetuning
+        method = own.method if own.rank is None else f"{own.method} of rank {own.rank}"
+        trained, _ = trained_share(subject.network)
+        rows.append(("begins as", f"{plan.recipe.init_from}, weights {own.weights}", EXACT))
+        rows.append(("method", f"{method}: {trained:,} parameters are trained", known))
     machine = plan.machine
     size = f", {gib(machine.memory)}" if machine.memory else ""
     each = f", {machine.num_processes} processes" if machine.num_processes > 1 else ""

@@ -84,19 +84,21 @@ class Source:
         reference = self.config.autoencoder.reference
         return str(self.stored.folder / AUTOENCODER_FOLDER) if reference == AUTOENCODER_FOLDER else reference
 
-    def require_autoencoder(self, autoencoder: Autoencoder, path: str) -> None:
+    def require_autoencoder(self, reference: str, content_hash: str, path: str) -> None:
         """Refuse data of other latents than the model's.
+
+        Args:
+            reference, content_hash: of the autoencoder of the data.
 
         Raises:
             ConfigError: with both hashes, and which autoencoder would be right.
         """
         theirs = self.config.autoencoder.content_hash
-        if autoencoder.content_hash != theirs:
+        if content_hash != theirs:
             raise ConfigError(
-                f"{path} is for the autoencoder {autoencoder.reference} "
-                f"(hash {autoencoder.content_hash[:HASH_DIGITS]}), but init_from = {self.name} was trained with "
-                f"{self.config.autoencoder.reference} (hash {theirs[:HASH_DIGITS]}); encode the images with "
-                f"--autoencoder {self.autoencoder}"
+                f"{path} is for the autoencoder {reference} (hash {content_hash[:HASH_DIGITS]}), but init_from = "
+                f"{self.name} was trained with {self.config.autoencoder.reference} (hash {theirs[:HASH_DIGITS]}); "
+                f"encode the images with --autoencoder {self.autoencoder}"
             )
 
 
@@ -135,11 +137,12 @@ def require_finetunable(config: ModelConfig, name: str) -> None:
         )
 
 
-def with_source(recipe: Recipe, source: Source, run: Path) -> Recipe:
+def with_source(recipe: Recipe, source: Source, run: Path | None) -> Recipe:
     """A recipe in which the source decides what it has to, and what is not set.
 
     Args:
-        run: the run folder; a run that has begun goes on with the weights and the method that it began with.
+        run: the run folder, if there is one; a run that has begun goes on with the weights and the method that it
+            began with.
 
     Raises:
         ConfigError: the recipe sets something that the source does not allow.
@@ -199,10 +202,10 @@ def _conditions(config: ModelConfig) -> dict[str, Any]:
     return {**{name: bool(one) for name, one in has.items()}, **{n: getattr(conditioning, n) for n in _INHERITED}}
 
 
-def _as_finetuned(recipe: Recipe, source: Source, run: Path) -> Recipe:
+def _as_finetuned(recipe: Recipe, source: Source, run: Path | None) -> Recipe:
     """The recipe with the hash of the source's weights, and what its run began with where it has begun."""
     own = recipe.finetuning
-    if trained_steps(run) is not None:
+    if run is not None and trained_steps(run) is not None:
         begun = load_settings(Recipe, run / RECIPE_FILE).finetuning
         own = own.model_copy(
             update={

@@ -88,7 +88,7 @@ class PreparedVelocity(PreparedRun):
         size += ", mirrored at random" if self.recipe.data.flip else ""
         if share := self.recipe.data.augment:
             size += f", {share:.0%} of them as one of {config.training.variants} variants"
-        trained, parameters = trained_share(self.model.network)
+        trained, parameters = trained_share(self.model.network)[0], count_parameters(config)
         in_memory, names = ", in memory" if self.resident else "", conditioning.class_names
         listed = ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
         rows = {
@@ -142,11 +142,11 @@ def prepare_velocity(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence
     changes = None if recipe.fit else check_changes(run, recipe, CHANGES, allow_change)
     source, autoencoder = open_source(recipe), Autoencoder.from_pretrained(recipe.autoencoder)
     if begins is not None:
-        begins.require_autoencoder(autoencoder, recipe.data.path)
+        begins.require_autoencoder(autoencoder.reference, autoencoder.content_hash, recipe.data.path)
     usable, broken = _usable(recipe, source, autoencoder)
     kept, held_out, rule = _divided(recipe, source, usable)
     situation = _situation(recipe, source, len(kept), autoencoder.latent_size(recipe.data.image_size), runtime)
-    recipe, reasons = _decided(recipe, situation, begins)
+    recipe, reasons = decided(recipe, situation, begins)
     runtime = runtime.with_precision(recipe.training.precision)
     micro_batches(recipe.training, runtime)
     autoencoder = autoencoder.to(runtime.for_autoencoder())
@@ -177,7 +177,7 @@ def prepare_velocity(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence
     )
 
 
-def _decided(recipe: Recipe, situation: Situation, begins: Source | None) -> tuple[Recipe, list[str]]:
+def decided(recipe: Recipe, situation: Situation, begins: Source | None) -> tuple[Recipe, list[str]]:
     """The recipe with what it leaves to the data and the machine, and why."""
     if begins is not None:
         recipe = with_method(recipe, situation.num_images)
