@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from latentflow.data.painting.input_rules import InputRules
 from latentflow.model.conditioning import ColumnCondition
 from tests import tiny
 from tests.studio.browser import WAIT, chromium, served
@@ -39,6 +40,15 @@ def other_model(tmp_path_factory, kl) -> Path:
     """The folder of another model, of the same classes and without other conditions."""
     folder = tmp_path_factory.mktemp("models") / "other"
     tiny.model(kl, class_names=("apple", STRANGE, "cherry"), seed=5).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sharp(tmp_path_factory, kl) -> Path:
+    """The folder of a model that draws from small images, and from nothing else."""
+    folder = tmp_path_factory.mktemp("models") / "sharp"
+    conditioning = {"input_dropout": 0.0}
+    tiny.model(kl, inputs=InputRules(origin="shrink:4"), conditioning=conditioning).save_pretrained(folder)
     return folder
 
 
@@ -80,13 +90,13 @@ def write_run(folder: Path, *, steps: int, logged: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def studio(all_conditions, other_model, run, dead_run) -> Iterator[SimpleNamespace]:
+def studio(all_conditions, other_model, sharp, run, dead_run) -> Iterator[SimpleNamespace]:
     """A page that is served: its `address`, its `models`, and the names of those."""
     pytest.importorskip("uvicorn", reason="the page takes the extra studio")
     from latentflow.studio.page_app import opened_page
     from latentflow.studio.page_models import PageModels
 
-    names = {"all": all_conditions, "other": other_model, "run": run, "dead": dead_run}
+    names = {"all": all_conditions, "other": other_model, "sharp": sharp, "run": run, "dead": dead_run}
     names = {name: str(place) for name, place in names.items()}
     models = PageModels(list(names.values()), tiny.CPU)
     with opened_page(models) as (app, _), served(app) as address:

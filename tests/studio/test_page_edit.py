@@ -94,6 +94,21 @@ def test_an_image_is_inverted_and_drawn_as_another_class(page, studio, image):
     assert np.array_equal(pixels_of(picture(page, 1)), again.arrays[0])
 
 
+def test_a_model_of_paired_images_draws_from_one(page, studio, tmp_path):
+    """Without an image it says what it needs; with one it draws what the library draws."""
+    page.get_by_label("Model", exact=True).select_option(studio.sharp)
+    expect(page.locator("#panel-draw .cost")).to_contain_text("input")
+    open_edit(page, "Draw from a paired image")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file := tmp_path / "small.png")
+    shown(page).locator("input[type=file]").first.set_input_files(file)
+    shown(page).get_by_label("Images").fill("2")
+    shown(page).get_by_role("button", name="Draw", exact=True).click()
+    expect(shown(page).locator(".gallery img")).to_have_count(2)
+    drawn = studio.models.open(studio.sharp).translate(file, num=2)
+    assert np.array_equal(pixels_of(picture(page, 1)), drawn.arrays[1])
+
+
 def test_a_picture_is_used_as_input(page):
     draw(page, 1)
     shown(page).locator(".gallery .picture").first.click()

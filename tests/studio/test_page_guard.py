@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import urllib.error
 import urllib.parse
@@ -9,12 +10,16 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import latentflow
 from latentflow.errors import ArtifactError, ConfigError, DataError
 from latentflow.requests import RequestError
+from latentflow.studio import page_jobs
+from latentflow.studio.page_jobs import PageJobs
 from latentflow.studio.page_models import PageModels
-from latentflow.studio.page_tasks import checked_request
+from latentflow.studio.page_tasks import GivenFiles, checked_request, page_task
+from latentflow.studio.queue import DrawingQueue
 from latentflow.studio.uploads import Uploads, safe_name
 from tests import tiny
 
@@ -107,7 +112,37 @@ def test_uploads_are_pictures(tmp_path):
         uploads.add("page.svg", b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>")
     with pytest.raises(ConfigError, match="hand it over again"):
         uploads.find("../../etc")
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 6_000)).save(bomb, "PNG")
+    with pytest.raises(DataError, match="20000 x 6000 pixels; the page takes at most 100,000,000"):
+        uploads.add("bomb.png", bomb.getvalue())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_old_pictures_are_forgotten(studio, monkeypatch):
+    """By number and by bytes; those that are being drawn are kept."""
+    model = studio.models.open(studio.other)
+    queue = DrawingQueue()
+    try:
+        jobs = PageJobs(queue)
+        task = page_task(model, "sample", {"num": 2}, GivenFiles())
+        first = jobs.begin("model", model, task)
+        first.drawn.result(timeout=60)
+        assert first.num_bytes >= 2 * 3 * 16 * 16
+        monkeypatch.setattr(page_jobs, "MOST_BYTES", first.num_bytes)
+        second = jobs.begin("model", model, task)
+        assert jobs.find(first.key) is first
+        second.drawn.result(timeout=60)
+        third = jobs.begin("model", model, task)
+        with pytest.raises(ConfigError, match="draw them again"):
+            jobs.find(first.key)
+        third.drawn.result(timeout=60)
+        monkeypatch.setattr(page_jobs, "MOST_KEPT", 1)
+        assert jobs.find(jobs.begin("model", model, task).key)
+        with pytest.raises(ConfigError, match="draw them again"):
+            jobs.find(second.key)
+    finally:
+        queue.close()
 
 
 def test_places_that_are_no_models_are_refused_at_once(tmp_path):

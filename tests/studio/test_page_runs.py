@@ -9,9 +9,12 @@ import socket
 import pytest
 
 from latentflow.errors import ArtifactError
+from latentflow.studio.page_app import opened_page
+from latentflow.studio.page_models import PageModels
 from latentflow.studio.run_view import MOST_POINTS, preview_file, run_facts
 from tests import tiny
-from tests.studio.conftest import write_run
+from tests.studio.browser import served
+from tests.studio.conftest import opened, write_run
 from tests.studio.test_page_draw import shown
 
 expect = pytest.importorskip("playwright.sync_api", reason="the tests of the page take playwright").expect
@@ -45,6 +48,18 @@ def test_the_newest_model_is_opened(page, studio):
     shown(page).get_by_role("button", name="Open its newest model in Draw").click()
     expect(page.get_by_label("Model", exact=True)).to_have_value(studio.run)
     expect(page.get_by_role("tab", name="Draw")).to_have_attribute("aria-selected", "true")
+
+
+def test_a_run_without_a_model_yet_is_watched(browser, tmp_path):
+    write_run(tmp_path, steps=1000, logged=3)
+    with opened_page(PageModels([str(tmp_path)], tiny.CPU)) as (app, _), served(app) as address:
+        pages = opened(browser, address)
+        page = next(pages)
+        expect(page.locator("#trouble")).to_contain_text("there is no model yet")
+        expect(shown(page).locator(".tiles div")).to_have_count(7)
+        assert tiles(page)["step"] == "150 / 1,000"
+        expect(shown(page).get_by_role("button", name="Open its newest model")).to_be_disabled()
+        next(pages, None)
 
 
 def test_a_dead_model_is_one_line_and_the_other_stays(page, studio):

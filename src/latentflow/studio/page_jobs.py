@@ -22,8 +22,8 @@ from latentflow.studio.refusals import refusal_of
 
 _LOG = logging.getLogger("latentflow.studio")
 
-MOST_KEPT = 200
-"""Jobs whose pictures are kept; the oldest that have ended are forgotten first."""
+MOST_KEPT, MOST_BYTES = 200, 2 * 2**30
+"""Jobs, and bytes of their pictures, that are kept; the oldest that have ended are forgotten first."""
 
 
 class Speeds:
@@ -71,6 +71,11 @@ class PageJob:
             for part in list(self.drawn.parts)[len(self._finished) :]:
                 self._finished.append(self.task.prepared.finish(part))
             return [(samples, row) for samples in self._finished for row in range(len(samples.pixels))]
+
+    @property
+    def num_bytes(self) -> int:
+        """That its pictures take in memory."""
+        return sum(part.pixels.nbytes + part.latents.nbytes for part in [*self.drawn.parts, *self._finished])
 
     @property
     def seconds(self) -> float:
@@ -127,10 +132,16 @@ class PageJobs:
         job.drawn = self.queue.submit(model, task.prepared, on_change=on_change)
         with self._lock:
             self._jobs[job.key] = job
-            ended = [key for key, one in self._jobs.items() if one.drawn.is_over]
-            for old in ended[: max(len(self._jobs) - MOST_KEPT, 0)]:
-                del self._jobs[old]
+            self._forget()
         return job
+
+    def _forget(self) -> None:
+        """Forget the oldest jobs while there are too many; called with the lock held."""
+        held = sum(job.num_bytes for job in self._jobs.values())
+        for key in [key for key, job in self._jobs.items() if job.drawn.is_over]:
+            if len(self._jobs) <= MOST_KEPT and held <= MOST_BYTES:
+                return
+            held -= self._jobs.pop(key).num_bytes
 
     def measure(self, key: str, model: LatentFlow) -> None:
         """Draw a picture that nobody sees, so that the first estimate of a model has a time.

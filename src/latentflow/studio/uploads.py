@@ -22,6 +22,8 @@ from latentflow.sampling.picture_file import read_facts
 
 MOST_BYTES = 64 * 2**20
 """Of one file."""
+MOST_PIXELS = 100_000_000
+"""Of one picture; browsers paint on no more."""
 MOST_KEPT = 2 * 2**30
 """Of all files together; the oldest are forgotten first."""
 
@@ -110,6 +112,11 @@ def _looked_at(content: bytes, name: str) -> tuple[tuple[int, int], Mapping[str,
     """Width and height of the upright picture, which is decoded once to see that it is whole; and its metadata."""
     try:
         with open_image(content, name) as image:
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise DataError(
+                    f"{name} has {width} x {height} pixels; the page takes at most {MOST_PIXELS:,}, the commands more"
+                )
             size = upright(image).size
         return size, read_facts(content, name)
     except BrokenImage as error:
