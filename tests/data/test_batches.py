@@ -375,3 +375,11 @@ def test_a_reading_process_that_is_killed_is_one_line(images):
             time.sleep(0.01)  # torch may find out in here, too
     with pytest.raises(RuntimeError, match="another fault"), lost_workers(1):
         raise RuntimeError("another fault")
+
+
+def test_steps_of_another_size_are_as_if_made_so(cache):
+    given = {"seed": 3, "flip": True}
+    made, changed = (TrainingImages(LatentCache(cache), **given, batch_size=size) for size in (6, 4))
+    one, other = (images.at(range(12)) for images in (made, changed.in_batches_of(6)))
+    assert torch.equal(one.indices, other.indices) and torch.equal(one.moments, other.moments)
+    assert changed.batch_size == 4

@@ -8,6 +8,7 @@ with one: see `bucket_order`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -178,6 +179,13 @@ class TrainingImages(Dataset):
         size = None if self.batch_size is None else min(self.batch_size, MEASURED_TOGETHER)
         given = {"spatial": self.spatial, "columns": columns, "batch_size": size}
         return TrainingImages(self.source, seed=seed, flip=False, kept=rows, **given)
+
+    def in_batches_of(self, batch_size: int) -> TrainingImages:
+        """The same images in steps of another size, which orders those of several buckets in another way."""
+        other = copy.copy(self)
+        other.batch_size = batch_size
+        other._remember()
+        return other
 
     @property
     def columns(self) -> list[Column]:

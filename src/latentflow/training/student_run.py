@@ -108,7 +108,7 @@ def prepare_student(recipe: StudentRecipe, runtime: Runtime, *, allow_change: Se
     if recipe.fit:
         gpu, world = runtime.device.type == "cuda", runtime.world
         recipe = fit_student(recipe, teacher.config, len(images), gpu=gpu, num_processes=world)
-        images = _images(recipe, teacher)
+        images = images.in_batches_of(recipe.training.batch_size)
     _require_jumps(recipe, micro_batches(recipe.training, runtime))
     _require_memory(recipe, runtime, teacher.config)
     model = new_student(recipe, teacher, images)
