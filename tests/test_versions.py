@@ -12,7 +12,8 @@ from packaging.version import Version
 import latentflow
 
 ROOT = Path(__file__).parents[1]
-UNTESTED = {"torch", "ruff", "setuptools", "mkdocs-material", "mkdocstrings-python", "griffe-pydantic", "latex2mathml"}
+UNTESTED = {"torch", "ruff", "mypy", "types-PyYAML", "setuptools"}
+UNTESTED |= {"mkdocs-material", "mkdocstrings-python", "griffe-pydantic", "latex2mathml"}
 """torch: no build of its oldest release for the CPU; the others compute nothing."""
 
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field
@@ -101,7 +101,7 @@ class Autoencoder:
     """
 
     def __init__(self, model: nn.Module, reference: str, runtime: Runtime | None = None):
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         self.reference = reference
         self.runtime = runtime or Runtime(self.device)
         self.slice_size: int | None = None
@@ -155,7 +155,8 @@ class Autoencoder:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @cached_property
     def _probe(self) -> tuple[int, int, int, int]:
@@ -163,7 +164,7 @@ class Autoencoder:
 
         The widest layer has so many values per pixel.
         """
-        pixels, sizes = self._gray, [0]
+        pixels, sizes, found = self._gray, [0], ""
         try:
             with _noting_outputs(self.model, sizes):
                 moments = self.encode(pixels)
@@ -172,12 +173,12 @@ class Autoencoder:
                 channels = shape[0] // 2 if self._is_variational else shape[0]
                 fits = fits and self._decoded(moments[:, :channels]).shape == pixels.shape
         except Exception as error:  # models of videos or sounds fail at any place inside
-            shape, fits = str(error).strip().partition("\n")[0] or type(error).__name__, False
+            found, fits = str(error).strip().partition("\n")[0] or type(error).__name__, False
         if not fits:
             images = f"[B, {self.pixel_channels}, {_PROBE_SIDE}, {_PROBE_SIDE}]"
             raise ArtifactError(
                 f"{self.reference} holds a model of the class {type(self.model).__name__}, which does not map images "
-                f"{images} to one latent grid and back ({shape}); give one for images"
+                f"{images} to one latent grid and back ({found or shape}); give one for images"
             )
         return _PROBE_SIDE // shape[1], channels, shape[0], max(sizes) // _PROBE_SIDE**2
 
@@ -338,7 +339,7 @@ class Autoencoder:
             fits = _usable_bytes(self.device) // (pixels * 4 * _COPIES * self._widest)
             while most > max(fits, 1):
                 most //= 2
-        return images.split(most)
+        return cast(tuple[Tensor, ...], images.split(most))  # type: ignore[no-untyped-call]
 
     def slice_of(self, num_pixels: int) -> int:
         """Images per slice if memory allows: one megapixel, at least one image.
@@ -351,7 +352,7 @@ class Autoencoder:
     def _decoded(self, raw: Tensor, channels: int | None = None) -> Tensor:
         with self.runtime.autocast():
             raw = raw.to(self.device).contiguous(memory_format=self._layout)
-            decoded = self.model.decode(raw, return_dict=False)[0].float()
+            decoded: Tensor = self.model.decode(raw, return_dict=False)[0].float()
         pixels = self._finite(decoded).clamp(-1, 1)
         return pixels.mean(1, keepdim=True) if channels == 1 and self.pixel_channels > 1 else pixels
 
@@ -365,9 +366,10 @@ class Autoencoder:
         if pixels.shape[1] == 1:
             pixels = pixels.expand(-1, self.pixel_channels, -1, -1)
         encoded = self._encoded(pixels.to(self.device))
-        return (encoded.parameters if self._is_variational else encoded).float()
+        moments: Tensor = encoded.parameters if self._is_variational else encoded
+        return moments.float()
 
-    def _encoded(self, pixels: Tensor):
+    def _encoded(self, pixels: Tensor) -> Any:
         """A latent tensor, or diffusers' Gaussian with its `parameters`."""
         with torch.no_grad(), self.runtime.autocast():
             return self.model.encode(pixels.contiguous(memory_format=self._layout), return_dict=False)[0]

@@ -169,7 +169,7 @@ def _shown(value: object, kind: str | None) -> str:
     if isinstance(value, float) and kind == "number":
         return f"{value:g}"
     if isinstance(value, Real):
-        return "of more than 40 digits" if 10**40 <= abs(value) < math.inf else str(value)
+        return "of more than 40 digits" if 10**40 <= abs(value) < math.inf else str(value)  # type: ignore[operator]
     text = repr(value)
     return text if len(text) <= _MOST_SHOWN else f"of {len(text)} characters"
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -163,7 +163,7 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
 
 @contextmanager
 def _switched(tf32: bool) -> Iterator[None]:
-    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    products, convolutions = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
     before = _older_switch(), products.fp32_precision, convolutions.allow_tf32, convolutions.conv.fp32_precision
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     convolutions.allow_tf32 = tf32
@@ -277,7 +277,7 @@ def _usable() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _resolved(word: str, device: torch.device) -> Precision:
+def _resolved(word: PrecisionWord, device: torch.device) -> Precision:
     if word not in PRECISION_WORDS:
         raise ConfigError(f"unknown precision {word!r}; {nearest(word, PRECISION_WORDS)}")
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -314,7 +314,7 @@ def _joined(device: torch.device, world: int) -> tuple[PartialState, ProcessGrou
 
 @cache
 def _meeting_place() -> ProcessGroup:
-    return torch.distributed.new_group(backend="gloo", timeout=_TO_MEET)
+    return cast("ProcessGroup", torch.distributed.new_group(backend="gloo", timeout=_TO_MEET))
 
 
 def _number(key: str, default: int) -> int:

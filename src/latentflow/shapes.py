@@ -69,7 +69,7 @@ def image_mean(x: Tensor) -> Tensor:
 def shrink(images: Tensor, size: Size | int) -> Tensor:
     """Images or latents [B, C, H, W] at a smaller size, with antialiasing: [B, C, *size]."""
     size = Size.of(size)
-    if size == images.shape[-2:]:
+    if tuple(size) == tuple(images.shape[-2:]):
         return images
     return F.interpolate(images, size=tuple(size), mode="bilinear", antialias=True)
 

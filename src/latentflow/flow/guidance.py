@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,15 @@ from latentflow.shapes import Condition, per_image, send
 
 VelocityFunction = Callable[[Tensor, Tensor, Condition], Tensor]
 """Called as network(latents [n, C, H, W], time [n] float32, condition of n images) => [n, C, H, W]."""
+
+
+Part = TypeVar("Part")
+
+
+def _present(part: Part | None) -> Part:
+    """What `ConditionedVelocity` has wherever it is asked for, as its arguments are checked."""
+    assert part is not None
+    return part
 
 
 def check_guidance(
@@ -177,35 +187,35 @@ class ConditionedVelocity:
         if not inside:
             return self.network(x, time, self.condition).to(x.dtype)
         if self._only_null:
-            return self.network(x, time, self.null).to(x.dtype)
-        v = self.network(torch.cat([x, x]), torch.cat([time, time]), self._both).to(x.dtype)
+            return self.network(x, time, _present(self.null)).to(x.dtype)
+        v = self.network(torch.cat([x, x]), torch.cat([time, time]), _present(self._both)).to(x.dtype)
         return self._mixed(*v.chunk(2))
 
     def _guided_some(self, x: Tensor, time: Tensor, inside: Tensor) -> Tensor:
         """The velocity where some images are guided and others are not."""
-        batch = len(x)
+        batch, null = len(x), _present(self.null)
         if self._only_null:
             rows = send(torch.arange(batch) + batch * inside, x.device)
-            return self.network(x, time, self.condition.concatenate(self.null).select(rows)).to(x.dtype)
+            return self.network(x, time, self.condition.concatenate(null).select(rows)).to(x.dtype)
         guided = send(inside.nonzero().flatten(), x.device)
         v = self.network(
             torch.cat([x, x[guided]]),
             torch.cat([time, time[guided]]),
-            self.condition.concatenate(self.null.select(guided)),
+            self.condition.concatenate(null.select(guided)),
         ).to(x.dtype)
         v_cond, v_null = v[:batch], v[batch:]
         return v_cond.index_copy(0, guided, self._mixed(v_cond[guided], v_null))
 
     def _guided_by_other(self, x: Tensor, time: Tensor, inside: bool | Tensor) -> Tensor:
         """The velocity with a guide, which is called for the guided images only."""
+        guide = _present(self.guide)
         if not isinstance(inside, Tensor):
-            own = None if inside and self._only_null else self.network(x, time, self.condition).to(x.dtype)
-            if not inside:
-                return own
-            other = self.guide.network(x, time, self.guide.condition).to(x.dtype)
-            return other if own is None else self._mixed(own, other)
+            if inside and self._only_null:
+                return guide.network(x, time, guide.condition).to(x.dtype)
+            own = self.network(x, time, self.condition).to(x.dtype)
+            return self._mixed(own, guide.network(x, time, guide.condition).to(x.dtype)) if inside else own
         guided = send(inside.nonzero().flatten(), x.device)
-        other = self.guide.network(x[guided], time[guided], self.guide.condition.select(guided)).to(x.dtype)
+        other = guide.network(x[guided], time[guided], guide.condition.select(guided)).to(x.dtype)
         if not self._only_null:
             own = self.network(x, time, self.condition).to(x.dtype)
             return own.index_copy(0, guided, self._mixed(own[guided], other))
@@ -222,7 +232,7 @@ class ConditionedVelocity:
     def _joined(self) -> Condition | None:
         """The conditions of the doubled batch, made once; None if no batch is doubled."""
         single = self.scale == 1 or self._only_null or self.guide is not None
-        return None if single else self.condition.concatenate(self.null)
+        return None if single else self.condition.concatenate(_present(self.null))
 
     @property
     def _only_null(self) -> bool:

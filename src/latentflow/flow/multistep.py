@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ Ask = Callable[..., Tensor]
 
 def combine(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
     """sum_i weights[i] slopes[i]"""
-    return sum(weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight != 0)
+    return cast(Tensor, sum(weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight != 0))
 
 
 def quadrature(nodes: Sequence[float], begin: float, end: float) -> list[float]:
@@ -34,7 +35,7 @@ def quadrature(nodes: Sequence[float], begin: float, end: float) -> list[float]:
     """
     s = (torch.tensor(nodes, dtype=torch.float64) - begin) / (end - begin)
     m = torch.arange(len(s), dtype=torch.float64)
-    return torch.linalg.solve(s ** m[:, None], 1 / (m + 1)).tolist()
+    return cast(list[float], torch.linalg.solve(s ** m[:, None], 1 / (m + 1)).tolist())
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _difference_weights(places: Sequence[float], h: float) -> list[float]:
         return [1 / (2 * places[0])]
     s, m = torch.tensor(places, dtype=torch.float64), torch.arange(1, len(places) + 1)
     moments = torch.tensor([_moment(power, h) for power in m.tolist()], dtype=torch.float64)
-    return torch.linalg.solve(s ** m[:, None], moments).tolist()
+    return cast(list[float], torch.linalg.solve(s ** m[:, None], moments).tolist())
 
 
 def _moment(power: int, h: float) -> float:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, repeat
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -227,7 +228,7 @@ def expected_evaluations(solver: str, steps: int, tolerance: float) -> float:
         return steps + min(steps, method.extra)
     if not is_adaptive(solver):
         return steps * len(method.nodes)
-    return _TYPICAL[solver] * tolerance ** (-1 / method.order)
+    return float(_TYPICAL[solver] * tolerance ** (-1 / method.order))
 
 
 _TYPICAL = {"bosh3": 6.0, "dopri5": 15.0}
@@ -274,6 +275,7 @@ def integrate(
         return _integrate_fixed(velocity, x, method, grid.tolist(), path, callback)
     if callback is not None:
         raise ConfigError(f"{solver} has no common steps to report on; use a fixed-step solver with a callback")
+    assert isinstance(method, RungeKutta)
     return _integrate_adaptive(velocity, x, method, float(grid[0]), float(grid[-1]), tolerance or Tolerance())
 
 
@@ -290,7 +292,7 @@ def _integrate_fixed(
     def ask(x: Tensor, time: float, clock: Tensor | None = None, *, end: float | None = None) -> Tensor:
         nonlocal evaluations
         evaluations += 1
-        return velocity_at(velocity if end is None else velocity.towards(end), x, time, clock)
+        return velocity_at(velocity if end is None else cast(Any, velocity).towards(end), x, time, clock)
 
     states = method.march(ask, x, grid, path)
     for step, time in enumerate(grid[1:], 1):
@@ -384,7 +386,7 @@ def _try_step(
     h = per_image(h, x)
     slopes = _slopes(lambda *at: velocity_at(velocity, *at), tableau, x, slope, stage_times, h, clocks)
     x_new = x + h * combine(tableau.weights, slopes)
-    error = h * combine(tableau.error_weights, slopes)
+    error = h * combine(tableau.error_weights or (), slopes)
     ratio, speed = _norms([error, slope], scale=tolerance.of(torch.maximum(x.abs(), x_new.abs())))
     if not ratio.isfinite().all():
         t = float(time[~ratio.isfinite()][0])

@@ -236,7 +236,7 @@ class NamedColumn(ConditionKind):
         whole: the width of that row, and the places and values of its numbers that are not 0 where nothing is known.
     """
 
-    name: str
+    name: str  # type: ignore[misc]  # of a kind elsewhere, here of each column
     row: ColumnRow
     place: slice
     whole: tuple[int, tuple[tuple[int, int], ...]]
@@ -282,6 +282,7 @@ class NamedColumn(ConditionKind):
 
     def drop(self, condition: Condition, rows: Tensor | None = None) -> Condition:
         columns = condition.columns
+        assert columns is not None
         rows = torch.ones(len(columns), dtype=torch.bool, device=columns.device) if rows is None else rows
         own = columns[:, self.place].masked_fill(rows[:, None], 0)
         last = own[:, -1:].masked_fill(rows[:, None], self.row.null)

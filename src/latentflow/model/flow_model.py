@@ -151,8 +151,8 @@ class FlowModel:
         loaded.fitted_solvers = FittedSolvers() if named else read_solvers(folder)
         loaded.reference = _reference(model, folder, revision)
         if named is not None:
-            both = {"model": loaded.reference, "adapter": _reference(named.adapter, stored.origin)}
-            loaded.reference = str(replace(named, **both))
+            adapter = _reference(named.adapter, stored.origin)
+            loaded.reference = str(replace(named, model=loaded.reference, adapter=adapter))
         return loaded
 
     def save_pretrained(self, folder: str | Path, *, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -225,7 +225,7 @@ class FlowModel:
         self.runtime = place if isinstance(place, Runtime) else replace(self.runtime, device=torch.device(place))
         device = self.runtime.device
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        self.network.to(device, memory_format=layout)
+        self.network.to(device, memory_format=layout)  # type: ignore[call-overload]
         self.autoencoder.to(self.runtime.for_autoencoder())
         return self
 
@@ -297,7 +297,8 @@ class FlowModel:
     def velocity(self, latents: Tensor, time: Tensor, condition: Condition) -> Tensor:
         """The learned velocity at x_t = latents [B, C, h, w] and time [B] (0 data, 1 noise): [B, C, h, w]."""
         with self.runtime.autocast():
-            return self.network(latents, time, condition)
+            predicted: Tensor = self.network(latents, time, condition)
+        return predicted
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B, C, h, w] => pixels [B, P, H, W] in [-1, 1], with the channels of the model's `pixel_format`."""
@@ -470,7 +471,7 @@ def read_stored(folder: Path, named: AdaptedName | None = None) -> StoredModel:
         ArtifactError: they do not fit, one is missing or damaged, or the adapter is for other weights.
     """
     config, file = read_config(folder), folder / WEIGHTS_FILE
-    require_fit(config.build_network, tensor_shapes(file), file, folder / CONFIG_FILE)
+    require_fit(config.build_network, tensor_shapes(file), file, str(folder / CONFIG_FILE))
     _require_written_with(config, file)
     weights = read_tensors(file)
     if named is None:

@@ -246,4 +246,5 @@ def _psnr(model: FlowModel, pixels: Tensor, other: Tensor) -> Tensor:
 
 def _relative_error(found: Tensor, wanted: Tensor) -> Tensor:
     """|found - wanted| / |wanted| of each image: [B, C, h, w] => [B]."""
-    return (found - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
+    error: Tensor = (found - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
+    return error

@@ -13,6 +13,7 @@ from torch import Tensor
 from latentflow.console import printable
 from latentflow.sampling.contact_sheet import image_grid, sheet_columns
 from latentflow.shapes import shrink
+from latentflow.sizes import Size
 
 MOST_SHOWN = 64
 """Pictures in a notebook; the file of a notebook holds them all."""
@@ -68,5 +69,5 @@ def _small(pixels: Tensor) -> Tensor:
     if max(height, width) <= _MOST_SIDE:
         return pixels
     scale = _MOST_SIDE / max(height, width)
-    size = max(1, round(height * scale)), max(1, round(width * scale))
+    size = Size(max(1, round(height * scale)), max(1, round(width * scale)))
     return shrink(pixels.float(), size).round().clamp(0, 255).byte()

@@ -210,14 +210,16 @@ class PictureWriter:
     next call, or at the end of the `with` block.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="pictures")
-        self._batches: deque[tuple[list[Future], set[Path]]] = deque()
+        self._batches: deque[tuple[list[Future[None]], set[Path]]] = deque()
 
     def __enter__(self) -> PictureWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         try:
             while kind is None and self._batches:
                 self._settle()
