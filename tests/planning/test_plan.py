@@ -120,7 +120,7 @@ def test_a_finetuned_model_is_planned_as_it_is_trained(tmp_path, cache, kl, meth
     ]
     assert found.disk.model == sum(num_bytes(file) for file in written)
     assert (found.recipe.training, found.recipe.optimizer) == (prepared.recipe.training, prepared.recipe.optimizer)
-    assert found.recipe.finetuning == prepared.recipe.finetuning
+    assert (found.recipe.finetuning, found.recipe.sampling) == (prepared.recipe.finetuning, prepared.recipe.sampling)
     assert found.num_parameters == num_bytes(model / "velocity.safetensors") // 4
 
 

@@ -27,7 +27,7 @@ from latentflow.planning.request import PlanRequest
 from latentflow.sizes import Size
 from latentflow.training.config import Recipe
 from latentflow.training.data_columns import chosen_columns
-from latentflow.training.finetuning import choose_trained, finetuned_config, open_source_model, with_source
+from latentflow.training.finetuning import choose_trained, finetuned_config, open_source_model, with_preset, with_source
 from latentflow.training.fitting import Situation
 from latentflow.training.fresh_model import DataConditions, model_config, require_fitting_sizes
 from latentflow.training.memory import network_in_training
@@ -192,6 +192,8 @@ def plan_subject(recipe: Recipe, name: str, machine: Machine, request: PlanReque
     if begins is not None:
         config = finetuned_config(config, begins)
         made = graft(begins.config, begins.stored.weights, config, {}).made
+        recipe = with_preset(recipe, begins.config, config.conditioning)
+        config = config.model_copy(update={"sampling": recipe.sampling})
     if data.cache:
         config = config.model_copy(update={"buckets": data.cache.buckets})
         require_fitting_sizes(config)
