@@ -30,6 +30,16 @@ HOLE = Image.new("L", (24, 20))
 HOLE.paste(255, (4, 4, 10, 10))
 
 
+POSTED = {
+    "type": "http",
+    "method": "POST",
+    "path": "/sample",
+    "raw_path": b"",
+    "query_string": b"",
+    "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")],
+}
+
+
 def refused(answer, status: int, *words: str) -> str:
     assert answer.status_code == status, answer.text
     message = answer.json()["error"]
@@ -302,6 +312,28 @@ def test_what_takes_too_long(model):  # noqa: F811
         assert place.queue.waiting == 1  # what held it up; the request was given up
 
 
+def test_a_body_that_does_not_arrive(model):  # noqa: F811
+    place = served(model, most_seconds=1)
+    sent: list[dict] = []
+
+    async def receive():
+        await asyncio.sleep(30)
+
+    async def send(message):
+        sent.append(message)
+
+    with place:
+        asyncio.run(place.guard(POSTED, receive, send))
+    assert sent[0]["status"] == 408
+
+
+def test_more_open_requests_than_the_queue_could_take(model):  # noqa: F811
+    place = served(model, most_waiting=1)
+    with place as limited:
+        place.service._open = 2
+        refused(limited.post("/sample", json={"seed": 1}), 429, "3 requests are open")
+
+
 def test_a_server_that_closes(model):  # noqa: F811
     place = served(model)
     with place as closing:
@@ -335,17 +367,8 @@ def test_a_client_that_leaves(model):  # noqa: F811
     async def send(message):
         pass
 
-    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/sample",
-        "headers": headers,
-        "query_string": b"",
-        "raw_path": b"",
-    }
     with place, held(place.queue, model):
-        asyncio.run(place.guard(scope, receive, send))
+        asyncio.run(place.guard(POSTED, receive, send))
         assert place.queue.waiting == 1
     assert place.queue.images_drawn == 1
 

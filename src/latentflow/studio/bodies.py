@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import json
@@ -24,6 +25,7 @@ IMAGES = ("image", "mask", "map")
 """Names of the parts that are images."""
 _PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"P4", b"P5", b"P6")
 _MOST_DEPTH = 32
+_QUICK = 1 << 16  # bytes of JSON that are read in no time
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,14 @@ async def read_asked(request: Request, most_bytes: int) -> Asked:
         raise Refused(415, f"the content type is {kind!r:.60}; send application/json or multipart/form-data")
     body = await _body(request, most_bytes)
     if kind == "application/json":
-        return _from_fields(_object(body), {})
+        if len(body) < _QUICK:
+            return _from_json(body)
+        return await asyncio.to_thread(_from_json, body)
     return await _from_form(request.headers, body, most_bytes)
+
+
+def _from_json(body: bytes) -> Asked:
+    return _from_fields(_object(body), {})
 
 
 async def _body(request: Request, most_bytes: int) -> bytes:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from latentflow.console import say
-from latentflow.errors import ConfigError
+from latentflow.errors import ConfigError, LatentFlowError
 from latentflow.model.flow_model import FlowModel
 from latentflow.runtime import Runtime
+from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.picture_content import require_suffix, usual_suffix
+from latentflow.sampling.request import SampleRequest
 from latentflow.studio.guarding import Guard, is_loopback
 from latentflow.studio.queue import DrawingQueue
 from latentflow.studio.request import ServeRequest
@@ -45,6 +48,7 @@ def serve(model: str | Path, request: ServeRequest, *, runtime: Runtime | None =
         require_suffix(usual_suffix(flow.config.pixel_format), flow.config.pixel_format)
         if Path(model).exists():
             flow.reference = Path(model).resolve().name  # pictures go to others, whom the folder does not concern
+        _prepare(flow)
         token = request.token or os.environ.get(TOKEN) or None
         if token is not None:
             request = ServeRequest(**{**dict(request), "token": token})
@@ -56,6 +60,13 @@ def serve(model: str | Path, request: ServeRequest, *, runtime: Runtime | None =
         run(flow, request, listener)
     finally:
         listener.close()
+
+
+def _prepare(flow: FlowModel) -> None:
+    """Compute now what the first request would wait for: the hash of the weights; a guide of the preset is opened."""
+    _ = flow.weights_hash
+    with suppress(LatentFlowError):  # not every model draws from seeds alone
+        make_drawing(flow, SampleRequest(num=1))
 
 
 def run(flow: FlowModel, request: ServeRequest, listener: socket.socket) -> None:

@@ -13,6 +13,7 @@ from latentflow.studio.tasks import FORMATS, Task
 _STATUS = {
     401: "the token is missing or wrong",
     403: "another host, or a page of another site",
+    408: "the request did not arrive in time",
     413: "the body or an image is too large",
     415: "no image, or neither JSON nor a form",
     422: "a field is wrong, or the model cannot do it",

@@ -23,10 +23,9 @@ from starlette.exceptions import HTTPException
 
 import latentflow
 from latentflow.model.flow_model import FlowModel
-from latentflow.sampling.naming import picture_facts
 from latentflow.sampling.picture_content import usual_suffix
 from latentflow.sampling.samples import Samples
-from latentflow.studio.bodies import read_asked
+from latentflow.studio.bodies import Asked, read_asked
 from latentflow.studio.counters import Counters
 from latentflow.studio.queue import DrawingJob, DrawingQueue
 from latentflow.studio.reference import operation, reference_page
@@ -59,11 +58,13 @@ class Service:
     def __init__(self, model: FlowModel, request: ServeRequest, queue: DrawingQueue):
         self.model, self.request, self.queue = model, request, queue
         self.counters = Counters()
+        self._open = 0
         self.threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="serving")
 
     async def handle(self, task: Task, http: Request) -> Response:
         """Answer one request."""
         began = time.perf_counter()
+        self._open += 1
         try:
             response = await self._answer(task, http)
         except Exception as error:
@@ -71,13 +72,17 @@ class Service:
             if refused.status == 500:
                 _LOG.error("%s failed", task.name, exc_info=error)
             response = _refusal(refused)
+        finally:
+            self._open -= 1
         self.counters.answered(task.name, response.status_code, time.perf_counter() - began)
         return response
 
     async def _answer(self, task: Task, http: Request) -> Response:
         if self.queue.is_closed:
             raise Refused(503, self.queue.fault or "the server is being closed", retry_after="10")
-        asked = await read_asked(http, self.request.most_megabytes << 20)
+        if self._open > 2 * self.request.most_waiting:  # before the memory for its body is taken
+            raise Refused(429, f"{self._open} requests are open, and no more may be; try again", retry_after="1")
+        asked = await self._read(http)
         limits = {
             "most_images": self.request.most_images,
             "most_pixels": self.request.most_megapixels * 1_000_000,
@@ -89,6 +94,14 @@ class Service:
         job = self.queue.submit(self.model, checked.prepared)
         samples = await self._drawn(job, http)
         return await self._in_thread(lambda: _encoded(samples, checked))
+
+    async def _read(self, http: Request) -> Asked:
+        """What is asked for, unless it takes too long to arrive."""
+        seconds = self.request.most_seconds
+        try:
+            return await asyncio.wait_for(read_asked(http, self.request.most_megabytes << 20), seconds)
+        except asyncio.TimeoutError:
+            raise Refused(408, f"the request did not arrive within {seconds} s") from None
 
     async def _drawn(self, job: DrawingJob, http: Request) -> Samples:
         """Wait for a job, no longer than may be, nor longer than the client does."""
@@ -163,10 +176,9 @@ def _encoded(samples: Samples, checked: Checked) -> Response:
         return Response(contents[0], 200, headers, _TYPES[suffix])
     pictures = []
     for row, content in enumerate(contents):
-        drawing = samples.drawing.at(slice(row, row + 1))
-        facts = picture_facts(drawing, samples.class_names, dict(samples.drawn_by()))
         name = "png" if suffix == ".png" else "tiff"
-        pictures.append({name: base64.b64encode(content).decode(), "seed": drawing.seeds[0], "request": facts})
+        encoded = {name: base64.b64encode(content).decode(), "seed": samples.drawing.seeds[row]}
+        pictures.append({**encoded, "request": json.loads(samples.facts(row))})
     body = {"images": pictures, "evaluations": samples.mean_evaluations, "seconds": samples.seconds}
     return Response(json.dumps(body), 200, {}, "application/json")
 
