@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 
 from latentflow import progress
@@ -55,3 +58,28 @@ def test_nothing_done_after_a_long_time(clock, capsys):
 )
 def test_durations(seconds, words):
     assert duration(seconds) == words
+
+
+class ZMQInteractiveShell:
+    """The name that IPython's shell has in a notebook."""
+
+
+def test_in_a_notebook_the_bar_stands_below_the_cell(monkeypatch):
+    shown = []
+    display = types.ModuleType("IPython.display")
+    display.HTML = str
+    handle = types.SimpleNamespace(update=shown.append)
+    display.display = lambda html, display_id: shown.append(html) or handle
+    ipython = types.ModuleType("IPython")
+    ipython.get_ipython, ipython.display = ZMQInteractiveShell, display
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    assert progress.in_notebook()
+    with progress.image_progress("drawing <b>", 4) as on_images:
+        on_images(2)
+        on_images(2)
+    assert '<progress value="0" max="4">' in shown[0]
+    assert '<progress value="4" max="4">' in shown[-1]
+    assert "drawing &lt;b&gt; 4/4 images" in shown[-1]
+    ipython.get_ipython = lambda: None
+    assert not progress.in_notebook()

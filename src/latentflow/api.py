@@ -6,7 +6,8 @@ of the command line as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -29,6 +30,7 @@ from latentflow.networks.dit import DiTConfig
 from latentflow.networks.registered import RegisteredNetwork, UnnamedNetwork
 from latentflow.networks.unet import UNetConfig
 from latentflow.pixel_format import RGB
+from latentflow.progress import image_progress, in_notebook
 from latentflow.records import Record, explain
 from latentflow.requests import with_fields_of
 from latentflow.runtime import open_runtime
@@ -252,7 +254,8 @@ class LatentFlow(FlowModel):
             options: the other fields of `SampleRequest`.
         """
         request = SampleRequest(num=num, **options)
-        return pipeline.sample(self, request, noise=noise, batch_size=batch_size)
+        with _progress(request.num) as on_images:
+            return pipeline.sample(self, request, noise=noise, batch_size=batch_size, on_images=on_images)
 
     @with_fields_of(InpaintRequest, InpaintOptions)
     def inpaint(
@@ -274,7 +277,9 @@ class LatentFlow(FlowModel):
             options: the fields of `InpaintRequest`.
         """
         request = InpaintRequest(**options)
-        return inpaint.inpaint(self, image, mask, request, semantic_map=semantic_map, batch_size=batch_size)
+        with _progress(request.num) as on_images:
+            given = {"semantic_map": semantic_map, "batch_size": batch_size}
+            return inpaint.inpaint(self, image, mask, request, on_images=on_images, **given)
 
     @with_fields_of(MaskToImageRequest, MaskToImageOptions)
     def mask_to_image(
@@ -286,7 +291,8 @@ class LatentFlow(FlowModel):
             options: the fields of `MaskToImageRequest`.
         """
         request = MaskToImageRequest(**options)
-        return mask_to_image.mask_to_image(self, semantic_map, request, batch_size=batch_size)
+        with _progress(request.num) as on_images:
+            return mask_to_image.mask_to_image(self, semantic_map, request, batch_size=batch_size, on_images=on_images)
 
     @with_fields_of(TranslateRequest, TranslateOptions)
     def translate(self, image: ImageInput, *, batch_size: int = 16, **options: Unpack[TranslateOptions]) -> Samples:
@@ -297,7 +303,9 @@ class LatentFlow(FlowModel):
         Args:
             options: the fields of `TranslateRequest`.
         """
-        return translation.translate(self, image, TranslateRequest(**options), batch_size=batch_size)
+        request = TranslateRequest(**options)
+        with _progress(request.num) as on_images:
+            return translation.translate(self, image, request, batch_size=batch_size, on_images=on_images)
 
     @with_fields_of(ImageToImageRequest, ImageToImageOptions)
     def image_to_image(
@@ -310,7 +318,9 @@ class LatentFlow(FlowModel):
         Args:
             options: the fields of `ImageToImageRequest`.
         """
-        return edits.image_to_image(self, image, ImageToImageRequest(**options), batch_size=batch_size)
+        request = ImageToImageRequest(**options)
+        with _progress(request.num) as on_images:
+            return edits.image_to_image(self, image, request, batch_size=batch_size, on_images=on_images)
 
     @with_fields_of(InterpolateRequest, InterpolateOptions)
     def interpolate(self, *, batch_size: int = 16, **options: Unpack[InterpolateOptions]) -> Samples:
@@ -321,7 +331,9 @@ class LatentFlow(FlowModel):
         Args:
             options: the fields of `InterpolateRequest`.
         """
-        return edits.interpolate(self, InterpolateRequest(**options), batch_size=batch_size)
+        request = InterpolateRequest(**options)
+        with _progress(request.num) as on_images:
+            return edits.interpolate(self, request, batch_size=batch_size, on_images=on_images)
 
     @with_fields_of(VaryRequest, VaryOptions)
     def vary(self, *, batch_size: int = 16, **options: Unpack[VaryOptions]) -> Samples:
@@ -330,7 +342,9 @@ class LatentFlow(FlowModel):
         Args:
             options: the fields of `VaryRequest`.
         """
-        return edits.vary(self, VaryRequest(**options), batch_size=batch_size)
+        request = VaryRequest(**options)
+        with _progress(request.num) as on_images:
+            return edits.vary(self, request, batch_size=batch_size, on_images=on_images)
 
     @with_fields_of(InvertRequest, InvertOptions)
     def invert(self, image: ImageInput, **options: Unpack[InvertOptions]) -> Inversion:
@@ -343,3 +357,8 @@ class LatentFlow(FlowModel):
             options: the fields of `InvertRequest`.
         """
         return inversion.invert(self, image, InvertRequest(**options))
+
+
+def _progress(num_images: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A bar below a notebook's cell; elsewhere a program says itself what it shows."""
+    return image_progress("drawing", num_images, enabled=in_notebook())
