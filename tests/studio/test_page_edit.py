@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from latentflow.sampling.picture_file import read_facts
+from latentflow.studio.page_models import PageModels
 from latentflow.studio.restored import restored_request
+from tests import tiny
 from tests.studio.browser import drop_file
 from tests.studio.test_page_draw import downloaded, draw, shown
 
@@ -166,3 +168,13 @@ def test_requests_are_restored_from_metadata(studio):
     drawn = model.sample(num=1, seed=9, classes=[])
     assert request_of(drawn, 0)["request"]["classes"] == []
     assert np.array_equal(model.sample(**request_of(drawn, 0)["request"]).arrays[0], drawn.arrays[0])
+
+
+def test_models_with_adapters_are_compared(other_model, tmp_path):
+    """A model, the same with an adapter, and with half of it: three choices, three pictures."""
+    tiny.finetuned(other_model, ("apple", "berry")).save_pretrained(tmp_path / "tuned")
+    names = [str(other_model), *(f"{other_model}+{tmp_path / 'tuned'}{strength}" for strength in ("", ":0.5"))]
+    models = PageModels(names, tiny.CPU)
+    assert [one.key for one in models.choices()] == names
+    drawn = [models.open(name).sample(num=1, classes="apple").arrays[0] for name in names]
+    assert not any(np.array_equal(drawn[one], drawn[other]) for one, other in ((0, 1), (0, 2), (1, 2)))

@@ -76,7 +76,9 @@ def test_tools_and_undo(page, photo):
         page.mouse.move(box["x"] + x1 * box["width"], box["y"] + y1 * box["height"], steps=3)
         page.mouse.up()
 
+    expect(shown(page).get_by_role("button", name="Brush")).to_have_attribute("aria-pressed", "true")
     shown(page).get_by_role("button", name="Box").click()
+    expect(shown(page).get_by_role("button", name="Brush")).to_have_attribute("aria-pressed", "false")
     drag(0.001, 0.001, 0.5, 0.999)
     expect(words).to_have_text("50 % of the photo is to be filled")
     drag(0.5, 0.001, 0.999, 0.5)

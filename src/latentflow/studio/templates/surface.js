@@ -27,7 +27,7 @@ export class Surface {
   }
 
   #toolbar(tools) {
-    this.buttons = Object.fromEntries(tools.map((tool) => [tool, h("button", { type: "button", class: "small", "aria-pressed": tool === "brush", onclick: () => this.choose(tool) }, TOOLS[tool])]));
+    this.buttons = Object.fromEntries(tools.map((tool) => [tool, h("button", { type: "button", class: "small", "aria-pressed": String(tool === "brush"), onclick: () => this.choose(tool) }, TOOLS[tool])]));
     this.back = h("button", { type: "button", class: "small", onclick: () => this.undo(), disabled: true }, "Undo");
     this.forth = h("button", { type: "button", class: "small", onclick: () => this.redo(), disabled: true }, "Redo");
     const clear = h("button", { type: "button", class: "small", onclick: () => this.clear() }, "Clear");
