@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from latentflow.api import LatentFlow
 from latentflow.cli.options import every_command
+from latentflow.commands.sweep import write_preset
+from latentflow.model.config import SamplingPreset
 from latentflow.sampling.picture_file import read_facts
 from tests import tiny
 from tests.processes import run_here
@@ -23,7 +26,7 @@ OPENS = (
 def models(kl, tmp_path_factory) -> Path:
     """A base, and a model that was finetuned from it."""
     folder = tmp_path_factory.mktemp("models")
-    tiny.model(kl).save_pretrained(folder / "base")
+    tiny.model(kl, time_scale=1.0).save_pretrained(folder / "base")
     tiny.finetuned(folder / "base", ("cherry", "apple", "berry")).save_pretrained(folder / "tuned")
     return folder
 
@@ -66,6 +69,22 @@ def test_an_evaluation_says_which_adapter_at_which_strength(run, models, images,
     assert report["protocol"]["model"]["weights"] == model.weights_hash
 
 
+def test_reconstructions_of_a_model_with_an_adapter(run, models, images, tmp_path):
+    how = (
+        "--data",
+        images,
+        "--features",
+        "random",
+        "--metrics",
+        "fid",
+        "--reconstruction",
+        "--out",
+        tmp_path / "r.json",
+    )
+    report = run("evaluate", models / "base", "--adapter", models / "tuned", *how)
+    assert report["protocol"]["task"] == "reconstruction"
+
+
 def test_merge_and_export(run, models, tmp_path):
     given = (models / "base", "--adapter", models / "tuned" / "adapter", "--adapter-strength", 0.7)
     merged = run("merge", *given, "--out", tmp_path / "merged")
@@ -76,6 +95,16 @@ def test_merge_and_export(run, models, tmp_path):
     cost = run("benchmark", *given, "--batch-sizes", 1, "--steps", 1, "--solver", "euler", "--num", 2)
     assert cost["request"]["model"] == merged["merged"]
     assert run("info", models / "tuned" / "adapter")["rank"] == 3
+    exported = run("export", *given, "--out", tmp_path / "exported")
+    assert exported["largest relative error"] < 1e-4 and (tmp_path / "exported").is_dir()
+
+
+def test_a_new_preset_is_that_of_the_adapter_as_well(models, tmp_path):
+    shutil.copytree(models / "tuned", tmp_path / "tuned")
+    write_preset(tmp_path / "tuned", SamplingPreset(solver="ab2", steps=7))
+    whole = LatentFlow.from_pretrained(tmp_path / "tuned")
+    both = LatentFlow.from_pretrained(models / "base", adapter=tmp_path / "tuned")
+    assert both.config == whole.config and both.config.sampling.steps == 7
 
 
 def test_a_sweep_goes_on_with_the_same_adapter_only(run, models, images, tmp_path, capsys, monkeypatch):

@@ -16,6 +16,7 @@ from latentflow.evaluation.sweep_rounds import SweepPlan
 from latentflow.evaluation.sweep_rules import with_more
 from latentflow.hub import CARD_FILE
 from latentflow.locks import writes
+from latentflow.model.adapter import ADAPTER_FOLDER
 from latentflow.model.card import model_card
 from latentflow.model.config import SamplingPreset
 from latentflow.model.flow_model import CONFIG_FILE, find_model, read_config
@@ -63,13 +64,15 @@ def sweep(request: SweepRequest, runtime: Runtime | None = None) -> SweepResult:
 
 
 def write_preset(folder: str | Path, preset: SamplingPreset) -> None:
-    """Make `preset` the preset of a model folder, in its config and its card; all else in the folder stays.
+    """Make `preset` the preset of a model folder, in its config, its card and its adapter; all else in it stays.
 
     Raises:
-        ArtifactError: the config cannot be read or written.
+        ArtifactError: a config cannot be read or written.
     """
     config = read_config(folder).model_copy(update={"sampling": preset})
-    write_json(Path(folder) / CONFIG_FILE, config.model_dump(mode="json"))
+    for place in (Path(folder), Path(folder) / ADAPTER_FOLDER):
+        if (place / CONFIG_FILE).is_file():
+            write_json(place / CONFIG_FILE, config.model_dump(mode="json"))
     write_text(Path(folder) / CARD_FILE, model_card(config))
 
 

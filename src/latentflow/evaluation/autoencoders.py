@@ -6,6 +6,7 @@ from pathlib import Path
 
 from latentflow.autoencoder import BUILT_IN, Autoencoder
 from latentflow.errors import ArtifactError, ConfigError
+from latentflow.model.adapter_name import split_adapted
 from latentflow.model.flow_model import CONFIG_FILE, FlowModel, find_model
 from latentflow.pixel_format import PixelFormat
 from latentflow.runtime import Runtime
@@ -40,6 +41,8 @@ def open_autoencoder(
 
 
 def _is_model(reference: str) -> bool:
+    if split_adapted(reference) is not None:
+        return True
     try:
         find_model(reference)
     except ArtifactError:
