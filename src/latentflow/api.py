@@ -278,8 +278,9 @@ class LatentFlow(FlowModel):
         """
         request = InpaintRequest(**options)
         with _progress(request.num) as on_images:
-            given = {"semantic_map": semantic_map, "batch_size": batch_size}
-            return inpaint.inpaint(self, image, mask, request, on_images=on_images, **given)
+            return inpaint.inpaint(
+                self, image, mask, request, semantic_map=semantic_map, batch_size=batch_size, on_images=on_images
+            )
 
     @with_fields_of(MaskToImageRequest, MaskToImageOptions)
     def mask_to_image(
