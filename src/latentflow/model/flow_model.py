@@ -53,11 +53,12 @@ from latentflow.model.fitted_solvers import SOLVERS_FILE, FittedSolvers, read_so
 from latentflow.model.snapshots import find_snapshot, split_snapshot
 from latentflow.networks.low_rank import low_rank_of, merge_low_rank
 from latentflow.networks.registered import NAMING
+from latentflow.networks.velocity_network import network_class
 from latentflow.randomness import ImageRandom
 from latentflow.records import explain
 from latentflow.runtime import PrecisionWord, Runtime, open_runtime
 from latentflow.shapes import Condition
-from latentflow.weights import filled, require_fit, tensor_shapes, without_memory
+from latentflow.weights import filled, require_fit, tensor_shapes
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
@@ -169,7 +170,7 @@ class FlowModel:
         """
         low_rank, trained = low_rank_of(self.network), weights or self.network.state_dict()
         plain = trained if low_rank is None else merge_low_rank(trained, low_rank[1])
-        _require_named(self.config, self.network, plain)
+        _require_named(self.config, self.network, plain if weights is None else None)
         with atomic_folder(folder) as temporary:
             write_json(temporary / CONFIG_FILE, self.config.model_dump(mode="json"))
             metadata = {"config": json.dumps(self.config.computation)}  # one entry: safetensors shuffles several
@@ -508,19 +509,24 @@ def _autoencoder_of(folder: Path, config: ModelConfig, given: Autoencoder | None
     return autoencoder
 
 
-def _require_named(config: ModelConfig, network: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _require_named(config: ModelConfig, network: torch.nn.Module, weights: Mapping[str, Tensor] | None) -> None:
     """Refuse to write a network other than the one that the config names.
+
+    Args:
+        weights: of the network; None: others are written, those of a run, which builds its network by the config. For
+            them nothing is built: a checkpoint's thread would disturb the compiler of the thread that trains.
 
     Raises:
         ConfigError: with both.
     """
-    with without_memory():
-        named = config.build_network()
-    if type(named) is not type(network):
+    named = network_class(config.network, config.prediction)
+    if isinstance(named, type) and type(network) is not named:
         raise ConfigError(
             f"the config names a {config.network.title}, but the network is a {type(network).__name__}, which could "
             f"not be loaded from a folder; {NAMING}"
         )
+    if weights is None:
+        return
     try:
         require_fit(config.build_network, {name: list(x.shape) for name, x in weights.items()}, "the network")
     except ArtifactError as error:

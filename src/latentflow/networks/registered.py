@@ -42,11 +42,12 @@ class RegisteredNetwork(Record):
         """Its name, for people."""
         return f"registered network {self.name}"
 
-    def build(self) -> nn.Module:
-        """The network with fresh weights.
+    @property
+    def maker(self) -> Callable[..., nn.Module]:
+        """The class or function that was registered.
 
         Raises:
-            ConfigError: no network of this name is registered in this program, or it does not take these options.
+            ConfigError: no network of this name is registered in this program.
         """
         make = _MAKERS.get(self.name)
         if make is None:
@@ -55,6 +56,15 @@ class RegisteredNetwork(Record):
                 f"no network is registered as {self.name!r} in this program{known}; import the module that calls "
                 f"register_network({self.name!r}) before the model is loaded"
             )
+        return make
+
+    def build(self) -> nn.Module:
+        """The network with fresh weights.
+
+        Raises:
+            ConfigError: see `maker`; or it does not take these options.
+        """
+        make = self.maker
         try:
             return make(**self.options)
         except TypeError as error:
@@ -75,13 +85,18 @@ class UnnamedNetwork(Record):
         """Its class, for people."""
         return f"unnamed network {self.class_name}"
 
-    def build(self) -> nn.Module:
-        """Refuse: nothing says how.
+    @property
+    def maker(self) -> Callable[..., nn.Module]:
+        """Refuse: nothing says how it is built.
 
         Raises:
             ConfigError: always, with the remedy.
         """
         raise ConfigError(f"the network is a {self.class_name} without a name, so no folder can hold it; {NAMING}")
+
+    def build(self) -> nn.Module:
+        """Refuse, as `maker` does."""
+        return self.maker()
 
 
 def register_network(name: str) -> Callable[[Make], Make]:

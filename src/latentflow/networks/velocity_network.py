@@ -9,6 +9,7 @@ Legend: B images, C latent channels, H and W latent height and width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -118,6 +119,21 @@ def build_network(
         return wrap_network(config.build(), prediction)
     network = NETWORKS[config.kind](config, in_channels=channels, out_channels=channels, **inputs)
     return wrap_network(network, prediction)
+
+
+def network_class(
+    config: DiTConfig | UNetConfig | RegisteredNetwork | UnnamedNetwork,
+    prediction: VelocityPrediction | NoisePrediction | DenoiserPrediction,
+) -> Callable[..., nn.Module]:
+    """What `build_network` calls last: the class of the network, or a function that is registered.
+
+    Raises:
+        ConfigError: one's own network is not registered in this program.
+    """
+    inner = config.maker if isinstance(config, RegisteredNetwork | UnnamedNetwork) else NETWORKS[config.kind]
+    if isinstance(prediction, NoisePrediction):
+        return NoisePredictor
+    return Denoiser if isinstance(prediction, DenoiserPrediction) else inner
 
 
 def wrap_network(
