@@ -35,17 +35,19 @@ def opened_page(models: PageModels, host: str = LOOPBACK) -> Iterator[tuple[App,
     on_cpu = models.runtime.device.type == "cpu"
     request = ServeRequest(batch_size=TOGETHER_ON_CPU) if on_cpu else ServeRequest()
     queue = DrawingQueue(batch_size=request.batch_size, most_waiting=request.most_waiting)
+    jobs = PageJobs(queue)
     choices, service = models.choices(), None
     try:
         with TemporaryDirectory(prefix="latentflow-studio-") as folder:
             app = FastAPI(title="latentflow", version=latentflow.__version__, docs_url=None, redoc_url=None)
             app.openapi_url = None
-            app.include_router(page_router(models, PageJobs(queue), Uploads(Path(folder))))
+            app.include_router(page_router(models, jobs, Uploads(Path(folder))))
             if choices:
                 service = Service(models.open(choices[0].key), request, queue)
                 app.mount("/api", make_app(service))
             yield Guard(app, host), queue
     finally:
+        jobs.stop_all()
         queue.close()
         if service is not None:
             service.threads.shutdown(cancel_futures=True)

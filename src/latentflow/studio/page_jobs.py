@@ -135,6 +135,13 @@ class PageJobs:
             self._forget()
         return job
 
+    def stop_all(self) -> None:
+        """Stop every job, so that the queue comes to an end at its next network call."""
+        with self._lock:
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            job.drawn.stop()
+
     def _forget(self) -> None:
         """Forget the oldest jobs while there are too many; called with the lock held."""
         held = sum(job.num_bytes for job in self._jobs.values())
