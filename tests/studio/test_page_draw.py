@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from latentflow.sampling.picture_file import read_facts
+from latentflow.studio.page_models import PageModels
+from tests import tiny
 from tests.studio.browser import drop_file
 from tests.studio.conftest import STRANGE
 
@@ -60,6 +62,28 @@ def test_a_dropped_picture_restores_its_request(page, studio, tmp_path):
     shown(page).locator(".gallery .picture").first.click()
     content = downloaded(page, page.get_by_role("button", name="Download"))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), np.asarray(Image.open(file)))
+
+
+def test_a_picture_of_another_model_restores_its_class_by_name(page, kl, tmp_path):
+    """The model is not here, and of this one the class has another place."""
+    stranger = tiny.model(kl, class_names=("cherry", "date"), seed=9)
+    (file,) = stranger.sample(num=1, seed=12, classes=["cherry"]).save(tmp_path)
+    drop_file(page, file)
+    expect(page.locator("#trouble")).to_contain_text("whose weights none of the opened models has")
+    expect(shown(page).get_by_label("Seed", exact=True)).to_have_value("12")
+    expect(shown(page).get_by_label("cherry")).to_be_checked()
+    expect(shown(page).get_by_label("apple")).not_to_be_checked()
+
+
+def test_a_picture_finds_its_model_by_name(studio, tmp_path):
+    """Of several that the page was opened with, none of which is loaded yet."""
+    models = PageModels([studio.other, studio.all], tiny.CPU)
+    weights = studio.models.open(studio.all).weights_hash[:12]
+    assert models.with_weights(weights) is None
+    assert models.with_weights(weights, studio.other) is None  # it has other weights
+    assert models.with_weights(weights, studio.all) == studio.all
+    assert models.with_weights(weights) == studio.all
+    assert models.with_weights("", studio.all) is None
 
 
 def test_names_are_text(page):

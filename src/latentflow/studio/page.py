@@ -177,14 +177,15 @@ def _upload_facts(models: PageModels, kept: Upload) -> dict[str, Any]:
 def _restored(models: PageModels, facts: dict[str, Any]) -> dict[str, Any]:
     """The request of a picture, with the model that drew it, or a note where that is not here."""
     found, origin = restored_request(facts), facts["drawn_by"]
-    key = models.with_weights(str(origin.get("weights") or ""))
+    key = models.with_weights(str(origin.get("weights") or ""), str(origin.get("model") or ""))
     note = ""
     if key is None:
         note = f"drawn by {origin.get('model') or 'another model'}, whose weights none of the opened models has"
     elif found["inputs"]:
         given = ", ".join(f"{role} {text.split(' sha256:')[0]}" for role, text in found["inputs"].items())
         note = f"the request is restored; it was drawn from {given}, which has to be given again"
-    return {**found, "model": key, "note": note}
+    names = [facts[name] for name in ("class_name", "to_class_name") if isinstance(facts.get(name), str)]
+    return {**found, "model": key, "class_names": names, "note": note}
 
 
 def _add_jobs(router: APIRouter, models: PageModels, jobs: PageJobs, uploads: Uploads) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from latentflow.api import LatentFlow
-from latentflow.errors import ArtifactError, nearest
+from latentflow.errors import ArtifactError, LatentFlowError, nearest
 from latentflow.model.flow_model import WEIGHTS_FILE, config_of
 from latentflow.model.snapshots import BEST, snapshot_steps
 from latentflow.runtime import Runtime
@@ -79,11 +80,18 @@ class PageModels:
                 self._opened[key] = stamp, LatentFlow.from_pretrained(key, runtime=self.runtime)
             return self._opened[key][1]
 
-    def with_weights(self, weights: str) -> str | None:
-        """The key of a model that was opened and has these weights, given by the first digits of their hash."""
+    def with_weights(self, weights: str, name: str = "") -> str | None:
+        """The key of a model with these weights, given by the first digits of their hash; None: none is known.
+
+        Args:
+            name: under which the model drew; the choice of this name is loaded to look at its weights.
+        """
         with self._lock:
-            opened = list(self._opened.items())
-        return next((key for key, (_, model) in opened if weights and model.weights_hash.startswith(weights)), None)
+            opened = {key: model for key, (_, model) in self._opened.items()}
+        if name not in opened and name in [one.key for one in self.choices()]:
+            with suppress(LatentFlowError):
+                opened[name] = self.open(name)
+        return next((key for key, model in opened.items() if weights and model.weights_hash.startswith(weights)), None)
 
 
 def is_run(place: str) -> bool:

@@ -52,6 +52,11 @@ studio.use = async (key) => {
 /** The request of a picture back into the controls: `found` as the server reads it from the file. */
 studio.restore = async (found) => {
   if (found.model && found.model !== studio.model?.key && !(await studio.use(found.model))) return;
+  if (!studio.model) return studio.say("no model is open to draw it again");
+  if (!found.model) { // another model may have other classes at these places
+    const places = found.class_names.map((name) => studio.model.class_names.indexOf(name));
+    if (places.length) found.request.classes = places.every((place) => place >= 0) ? places : undefined;
+  }
   const tab = { sample: "draw", vary: "draw", inpaint: "fill", "mask-to-image": "paint" }[found.task] || "edit";
   if (!studio.tabs[tab]) return studio.say(`a picture of ${found.task}, for which this page has no controls`);
   studio.show(tab);
