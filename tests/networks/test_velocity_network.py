@@ -451,3 +451,17 @@ def test_nothing_waits_for_the_device(network, prediction):
             with torch.inference_mode():
                 made(x, time, condition)
         assert not waits
+
+
+def test_the_weight_of_a_noise_predictor_makes_its_loss_that_of_the_noise():
+    """Over the chain; from its end to t = 1, where the network is asked for its last step, the weight stays finite."""
+    generator = torch.Generator().manual_seed(0)
+    data, noise, guess = torch.randn(3, 7, 2, 4, 4, generator=generator, dtype=torch.float64)
+    time = torch.linspace(0.0, 0.99, 7, dtype=torch.float64)
+    predictor = NoisePredictor(lambda latents, step, condition: guess, NoisePrediction()).double()
+    path = CosinePath()
+    velocity = predictor(path.interpolate(data, noise, time), time, NOTHING)
+    of_velocity = (velocity - path.target(data, noise, time)).square().mean((1, 2, 3))
+    of_noise = (guess - noise).square().mean((1, 2, 3))
+    torch.testing.assert_close(predictor.loss_weight(time) * of_velocity, of_noise, rtol=1e-5, atol=0)
+    assert predictor.loss_weight(torch.ones(1)).item() > 0

@@ -284,6 +284,26 @@ def test_a_run_goes_on_with_the_source_it_began_with(tmp_path, made, source, kl)
     assert train_command(made(training={"steps": 3}), runtime=tiny.CPU).outcome.finished  # at another place
 
 
+def test_a_run_goes_on_with_the_classes_it_began_with(tmp_path, made, images, kl):
+    train_command(made(training={"steps": 2}), runtime=tiny.CPU)
+    renamed = shutil.copytree(images, tmp_path / "renamed")
+    (renamed / "apple").rename(renamed / "apricot")
+    write_cache(open_images(renamed, tiny.IMAGE_SIZE), kl, tmp_path / "other")
+    words = "trained on the classes apple, berry, cherry, but .* has apricot, berry, cherry"
+    with pytest.raises(ConfigError, match=words):
+        train_command(made(data={"path": str(tmp_path / "other")}, training={"steps": 3}), runtime=tiny.CPU)
+
+
+def test_another_recipe_can_begin_with_a_model(tmp_path, cache, source):
+    given = [f"init_from={source}", f"data.path={cache}", f"out={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match="use normalise=source"):
+        prepare(load_recipe("own_images", given), tiny.CPU)
+    prepared = prepare(load_recipe("own_images", [*given, "normalise=source"]), tiny.CPU)
+    assert prepared.recipe.finetuning.method == "lora"
+    assert prepared.recipe.times.distribution == "logit_normal"
+    assert prepared.model.adapted_from is not None
+
+
 # What is decided
 
 

@@ -76,6 +76,7 @@ def _describe_model(model: str | Path) -> dict[str, Any]:
         "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}"
         + (f" away from {sampling.guide.model}" if sampling.guide else ""),
         "student of": config.student.title if config.student else "nobody",
+        "finetuned from": config.training.source or "nothing",
         "trained on": config.training.data,
         "training images": config.training.num_images,
         "held-out images": config.training.held_out.num_images if config.training.held_out else 0,
