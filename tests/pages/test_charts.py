@@ -94,3 +94,10 @@ def test_a_file_holds_the_chart_and_its_legend():
     assert titles == [f"<{n}>: {x}, {n}" for n in range(6) for x in (1, 2)]
     dashed = [element for element in root.iter(f"{SVG}path") if "dashed" in element.get("class", "")]
     assert len(dashed) == 2  # the line, and its sample in the legend
+
+
+def test_names_and_tooltips_of_a_chart_file_are_no_mark_up():
+    name = '"><script>alert(1)</script>'
+    svg = chart_file(Chart([Series(name, [(1, 1), (2, 3)], markers=True, tips=[name, name])], name, name))
+    assert "<script" not in svg and svg.count("&lt;script&gt;") >= 5
+    ElementTree.fromstring(svg)

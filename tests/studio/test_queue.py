@@ -121,6 +121,20 @@ def test_a_batch_that_changes_a_picture_is_not_drawn_again(queue, model, monkeyp
         assert sizes == wanted
 
 
+def test_few_sizes_of_batches_are_tried(queue, model):
+    """A batch of an unknown size is drawn twice; one that is little larger than a known one is not tried."""
+
+    def drawn(num: int) -> int:
+        before = queue.images_drawn
+        with held(queue, model):
+            jobs = [queue.submit(model, prepared(model, seed=seed)) for seed in range(num)]
+        for seed, job in enumerate(jobs):
+            equals_direct(model, job.result(60), seed=seed)
+        return queue.images_drawn - before - 1  # that of `held`
+
+    assert [drawn(num) for num in (4, 4, 5, 8, 8)] == [8, 4, 5, 16, 8]
+
+
 def test_a_long_request_lets_others_pass(queue, model):
     ended = []
     with held(queue, model):
