@@ -89,6 +89,20 @@ def test_a_module_that_the_config_does_not_name_is_not_saved(kl, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+def test_the_average_of_ones_own_loop_is_saved_without_building_a_network(kl, tmp_path):
+    """A run's checkpoints are written by a thread, which must not disturb the compiler of the one that trains."""
+    built = []
+    register_network("own")(partial(lambda **given: built.append(1) or Own(**given)))
+    model = assembled(kl)
+    average = {name: 2 * tensor for name, tensor in model.network.state_dict().items()}
+    model.save_pretrained(tmp_path / "model", weights=average)
+    assert len(built) == 1
+    loaded = LatentFlow.from_pretrained(tmp_path / "model", device="cpu")
+    assert all(torch.equal(tensor, average[name]) for name, tensor in loaded.network.state_dict().items())
+    with pytest.raises(ConfigError, match="without a name"):
+        assembled(kl, Own()).save_pretrained(tmp_path / "other", weights=average)
+
+
 def test_names_are_one_line_and_belong_to_one_network():
     for wrong in ("", "two words", "../up", "a" * 101, "-x"):
         with pytest.raises(ConfigError, match=r"the network name"):
