@@ -189,6 +189,7 @@ def test_progress_grows_to_the_end(queue, model):
     seen = []
     job = queue.submit(model, prepared(model, num=16, steps=4), on_change=lambda job: seen.append(job.progress))
     job.result(30)
+    queue.close()  # the last change is said after the result is there
     shares = [one.share for one in seen]
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1
     assert {one.images for one in seen} == {0, 8, 16}
