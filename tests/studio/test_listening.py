@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -56,6 +57,12 @@ def test_documented_program_and_sigterm_while_busy(folder, tmp_path, monkeypatch
         model = LatentFlow.from_pretrained(folder, device="cpu")
         model.reference = folder.name  # of the folder, others learn its name alone
         assert (tmp_path / "drawn.png").read_bytes() == model.sample(seed=7, classes="cat").png(0)
+        if shutil.which("node"):
+            (script,) = re.findall(r"^```js\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+            written = 'import { writeFileSync } from "node:fs"; writeFileSync("again.png", picture);'
+            (tmp_path / "draw.mjs").write_text(script.replace(":8000", f":{port}") + written, encoding="utf-8")
+            subprocess.run(["node", "draw.mjs"], check=True, timeout=60)
+            assert (tmp_path / "again.png").read_bytes() == (tmp_path / "drawn.png").read_bytes()
         found: list[tuple[int, bytes]] = []
         asked = [{"seed": seed, "steps": 40} for seed in range(12)]
         threads = [threading.Thread(target=ask, args=(port, fields, found)) for fields in asked]
