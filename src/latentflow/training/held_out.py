@@ -123,41 +123,18 @@ def images_for(
     Raises:
         ConfigError: classes, image size or autoencoder are not those of the model.
     """
-    config, kept = model.config, None
-    source: LatentCache | ImageSource
-    if is_cache(data):
-        source = LatentCache(data)
-        source.verify()
-        source.require_autoencoder(model.autoencoder)
-        if not {*source.plan.sizes} <= {*config.sizes}:
-            held, drawn = (" and ".join(map(str, sizes)) for sizes in (source.plan.sizes, config.sizes))
-            raise ConfigError(f"{data} holds images of {held}, the model draws {drawn}")
-        if source.pixel_format != config.pixel_format:
-            held, drawn = source.pixel_format.title, config.pixel_format.title
-            raise ConfigError(f"{data} holds images of {held}, the model draws {drawn}")
-    else:
-        own = [one.column for one in config.conditioning.columns]
-        table = table_with(data, own, class_names=config.conditioning.class_names)
-        given = {"pixels": config.pixel_format, "inputs": config.paired, "table": table}
-        source = in_sizes(open_images(data, config.image_size, **given), config.sizes)
-        kept, _ = readable(source)
+    config = model.config
+    source, kept = _opened(model, data)
     if split is None:
         own = config.training.held_out is not None and is_own(config.training, source)
         split = "training" if own else "all"
     if split != "all":
         chosen = set(rows_of_split(config.training, source, split))
         kept = [row for row in (range(len(source)) if kept is None else kept) if row in chosen]
-    conditioning = config.conditioning
-    for what, found, wanted in (
-        ("classes", source.class_names, conditioning.class_names),
-        ("map classes", source.map_class_names, conditioning.map_class_names),
-    ):
-        if wanted and list(found) != wanted:
-            raise ConfigError(
-                f"{data} has the {what} {list(found)}, but the model knows {wanted}; give data of the model's {what}"
-            )
+    _require_same_classes(config, source, data)
     if config.inputs is not None:
         _require_same_inputs(config, source, data)
+    conditioning = config.conditioning
     cached = conditioning.inpainting and isinstance(source, LatentCache)
     if cached and not source.plan.mask_variants:
         raise ConfigError(f"{data} holds no images with holes; give the images, or encode with --mask-variants 4")
@@ -172,3 +149,36 @@ def images_for(
     )
     read = {"kept": kept, "spatial": spatial, "columns": columns, "batch_size": batch_size}
     return TrainingImages(source, seed=seed, flip=flip, **read)
+
+
+def _opened(model: FlowModel, data: str | Path) -> tuple[LatentCache | ImageSource, list[int] | None]:
+    """A cache or images as the model reads them, and which of the images can be read; None: all."""
+    config = model.config
+    if is_cache(data):
+        source = LatentCache(data)
+        source.verify()
+        source.require_autoencoder(model.autoencoder)
+        if not {*source.plan.sizes} <= {*config.sizes}:
+            held, drawn = (" and ".join(map(str, sizes)) for sizes in (source.plan.sizes, config.sizes))
+            raise ConfigError(f"{data} holds images of {held}, the model draws {drawn}")
+        if source.pixel_format != config.pixel_format:
+            held, drawn = source.pixel_format.title, config.pixel_format.title
+            raise ConfigError(f"{data} holds images of {held}, the model draws {drawn}")
+        return source, None
+    own = [one.column for one in config.conditioning.columns]
+    table = table_with(data, own, class_names=config.conditioning.class_names)
+    given = {"pixels": config.pixel_format, "inputs": config.paired, "table": table}
+    images = in_sizes(open_images(data, config.image_size, **given), config.sizes)
+    return images, readable(images)[0]
+
+
+def _require_same_classes(config: ModelConfig, source: LatentCache | ImageSource, data: str | Path) -> None:
+    conditioning = config.conditioning
+    for what, found, wanted in (
+        ("classes", source.class_names, conditioning.class_names),
+        ("map classes", source.map_class_names, conditioning.map_class_names),
+    ):
+        if wanted and list(found) != wanted:
+            raise ConfigError(
+                f"{data} has the {what} {list(found)}, but the model knows {wanted}; give data of the model's {what}"
+            )
