@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,14 @@ def untold() -> Iterator[None]:
     yield
     logger.propagate = True
     logger.handlers.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_launch_of_another_test() -> Iterator[None]:
+    """What accelerate keeps of a launch, or of one that failed, ends with its test."""
+    yield
+    if accelerate := sys.modules.get("accelerate"):
+        accelerate.PartialState._reset_state()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import io
 import json
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,12 @@ from latentflow.studio.tasks import TASKS
 from tests import tiny
 from tests.studio.test_queue import held
 from tests.studio.test_server import client, model, png, served  # noqa: F401 - fixtures
+
+
+def finished(coroutine) -> None:
+    """Run it in a thread of its own: where a browser is open, this one has an event loop."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, coroutine).result()
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +330,7 @@ def test_a_body_that_does_not_arrive(model):  # noqa: F811
         sent.append(message)
 
     with place:
-        asyncio.run(place.guard(POSTED, receive, send))
+        finished(place.guard(POSTED, receive, send))
     assert sent[0]["status"] == 408
 
 
@@ -368,7 +375,7 @@ def test_a_client_that_leaves(model):  # noqa: F811
         pass
 
     with place, held(place.queue, model):
-        asyncio.run(place.guard(POSTED, receive, send))
+        finished(place.guard(POSTED, receive, send))
         assert place.queue.waiting == 1
     assert place.queue.images_drawn == 1
 

@@ -68,14 +68,9 @@ def onnx_network(config: ModelConfig) -> None:
         ArtifactError: naming what it is.
         ConfigError: with the command that installs the libraries.
     """
-    if config.student is not None:
-        raise ArtifactError(
-            "a student cannot be exported to ONNX: it is a function of two times and of a guidance scale; export its "
-            "teacher"
-        )
+    require_no_student(config, "ONNX")
     if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
         raise ConfigError(f"--format onnx needs {', '.join(missing)}: pip install 'latentflow[onnx]'")
-    require_no_student(config, "ONNX")
 
 
 @torch.no_grad()
