@@ -251,7 +251,7 @@ def python_page(room: str) -> str:
     if (SOURCE / f"{room}.py").is_file():
         return f"{head}\n::: latentflow.{room}\n"
     files = [file.relative_to(SOURCE / room).with_suffix("") for file in (SOURCE / room).rglob("*.py")]
-    names = {".".join(file.parts) for file in files if file.stem != "__init__"}
+    names = {".".join(file.parts) for file in files if file.stem != "__init__" and "templates" not in file.parts}
     first = FIRST.get(room, ())
     parts = [head]
     for name in (*first, *sorted(names.difference(first))):
