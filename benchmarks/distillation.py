@@ -44,6 +44,9 @@ from latentflow.sampling.pipeline import Given, draw_all
 from latentflow.sampling.request import FitSolverRequest, SampleRequest
 from latentflow.training.student_recipe import load_student_recipe
 
+_PLACES = ("teacher", "student", "cache", "data", "features", "work", "results")
+_TRAINED = ("jumps", "optimizer", "training", "times")  # sections of the recipe without places
+
 Way = dict[str, Any]
 """Fields of a request that draws."""
 
@@ -82,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         ways |= {name: (teacher, way) for name, way in ways_of_teacher(teacher, calls, scales).items()}
         measured = {name: measure(*way, options, runtime) for name, way in ways.items()}
     report(measured)
-    written = {"settings": {**vars(options), "results": None}, "training": trained, "ways": measured}
+    settings = {name: value for name, value in vars(options).items() if name not in _PLACES}
+    how = {name: part for name, part in trained.items() if name in _TRAINED}
+    written = {"settings": settings, "training": how, "ways": measured}
     measuring.write_results(options.name, runtime.device, written, options.results)
     return written
 
