@@ -52,7 +52,9 @@ def cases(depth: int, hidden_size: int) -> dict[str, tuple[DiTConfig | UNetConfi
     """Network, conditions and other values of each model."""
     size = {"depth": depth, "hidden_size": hidden_size, "num_heads": 4, "patch_size": 2}
     classic, modern = DiTConfig(**size), DiTConfig(**size, variant="modern")
-    unet = UNetConfig(channels=hidden_size // 4, multipliers=(1, 2), blocks_per_level=1, attention_factors=(2,))
+    unet = UNetConfig(
+        channels=hidden_size // 4, multipliers=(1, 2), blocks_per_level=1, attention_factors=(2,), norm_groups=8
+    )
     return {
         "DiT classic": (classic, {}, {}),
         "DiT classic, classes": (classic, CLASSES, {}),

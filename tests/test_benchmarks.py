@@ -68,10 +68,11 @@ def test_transformer(benchmark, tmp_path):
     assert (tmp_path / "transformer-cpu.json").is_file()
 
 
-def test_onnx_parity(benchmark, tmp_path):
-    arguments = ["--only", "DiT modern, classes", "--hidden-size", "32", "--latent-size", "4"]
+@pytest.mark.parametrize("case", ["DiT modern, classes", "U-Net, classes"])
+def test_onnx_parity(benchmark, tmp_path, case):
+    arguments = ["--only", case, "--hidden-size", "32", "--latent-size", "4"]
     results = benchmark("onnx_parity").main([*arguments, "--results", str(tmp_path)])
-    assert 0 < results["largest_relative_error"]["DiT modern, classes"] < 1e-5
+    assert 0 < results["largest_relative_error"][case] < 1e-5
     assert (tmp_path / "onnx_parity-cpu.json").is_file()
 
 
