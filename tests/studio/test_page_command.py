@@ -1,4 +1,4 @@
-"""`latentflow studio` as a command: it answers, ends when told to, and refuses in one line."""
+"""`latentflow studio` as a command: it answers, ends by a signal, and refuses in one line."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ _LIBRARIES = ("fastapi", "uvicorn", "multipart")
 
 
 def serve(model: str | Path, request: ServeRequest, *, runtime: Runtime | None = None) -> None:
-    """Serve a model until the process is told to end.
+    """Serve a model until the process gets SIGTERM or SIGINT.
 
     Raises:
         ConfigError: a library is missing, or the address cannot be listened on.

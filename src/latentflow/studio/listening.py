@@ -70,7 +70,7 @@ def _prepare(flow: FlowModel) -> None:
 
 
 def run(flow: FlowModel, request: ServeRequest, listener: socket.socket) -> None:
-    """Serve a model on a socket that is bound, until the process is told to end."""
+    """Serve a model on a socket that is bound, until the process gets SIGTERM or SIGINT."""
     queue = DrawingQueue(batch_size=request.batch_size, most_waiting=request.most_waiting)
     service = Service(flow, request, queue)
     guard = Guard(

@@ -71,5 +71,5 @@ class PageServer(uvicorn.Server):
         self._queue.begin_to_close()
 
     def serve_on(self, listening: socket.socket) -> None:
-        """Answer on a socket until the process is told to end."""
+        """Answer on a socket until the process gets SIGTERM or SIGINT."""
         self.run(sockets=[listening])

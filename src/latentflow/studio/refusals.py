@@ -21,7 +21,7 @@ class Refused(LatentFlowError):
 
 
 def refusal_of(error: Exception) -> Refused:
-    """What is answered to an error. Those of the user are told in full, others are not."""
+    """What is answered to an error: mistakes of the user in full, other errors without details."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, QueueFull):

@@ -25,7 +25,7 @@ _PREVIEW = re.compile(r"step-(\d{1,12})\.png")
 
 
 def run_facts(run: str | Path) -> dict[str, Any]:
-    """What is known of a run, as JSON holds it; a number that is not known is None.
+    """The state of a run as JSON; a number that its files do not hold is None.
 
     Raises:
         ArtifactError: it is no run folder.

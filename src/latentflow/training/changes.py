@@ -22,6 +22,26 @@ Schema = TypeVar("Schema", bound=BaseModel)
 RECIPE_FILE = "recipe.yaml"
 CHANGES_FILE = "changes.jsonl"
 
+FREE_IN_EVERY_RUN = (
+    "data.num_workers",
+    "data.resident",
+    "training.steps",
+    "training.micro_batch_size",
+    "training.memory",
+    "training.compile",
+    "training.cuda_graph",
+    "training.log_every",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.keep_every",
+    "training.ema_snapshots",
+    "training.keep_at",
+    "training.preview_every",
+    "training.track",
+    "sampling",
+)
+"""Keys of recipes of velocity networks and students that may change between a run and its continuation."""
+
 
 @dataclass(frozen=True)
 class ChangeRules:

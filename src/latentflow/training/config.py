@@ -28,7 +28,7 @@ from latentflow.networks.velocity_network import NetworkConfig
 from latentflow.records import Record
 from latentflow.runtime import PrecisionWord
 from latentflow.sizes import ImageSize, Size, bounded
-from latentflow.training.changes import ChangeRules
+from latentflow.training.changes import FREE_IN_EVERY_RUN, ChangeRules
 from latentflow.training.optim import OptimizerConfig
 from latentflow.training.request import LONGEST
 from latentflow.training.settings import load_settings
@@ -326,24 +326,9 @@ CHANGES = ChangeRules(
         "description",
         "out",
         "data.path",  # its content is compared
-        "data.num_workers",
-        "data.resident",
         "autoencoder",  # likewise
         "init_from",  # likewise
-        "training.steps",
-        "training.micro_batch_size",
-        "training.memory",
-        "training.compile",
-        "training.cuda_graph",
-        "training.log_every",
-        "training.checkpoint_every",
-        "training.keep_checkpoints",
-        "training.keep_every",
-        "training.ema_snapshots",
-        "training.keep_at",
-        "training.preview_every",
-        "training.track",
-        "sampling",
+        *FREE_IN_EVERY_RUN,
     ),
     fixed={
         "finetuning": "it decides the weights that the run began with, and which of them it trains",

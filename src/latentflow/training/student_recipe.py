@@ -21,7 +21,7 @@ from latentflow.model.student_record import MOST_JUMPS
 from latentflow.networks.dit import DiTConfig
 from latentflow.records import Record
 from latentflow.shapes import MOST_GUIDANCE
-from latentflow.training.changes import ChangeRules
+from latentflow.training.changes import FREE_IN_EVERY_RUN, ChangeRules
 from latentflow.training.config import RECIPES, TrainingConfig, find_recipe
 from latentflow.training.fitting import is_set, with_values
 from latentflow.training.optim import OptimizerConfig
@@ -89,22 +89,7 @@ CHANGES = ChangeRules(
         "out",
         "teacher",  # its weights are compared
         "data.path",  # its content is compared
-        "data.num_workers",
-        "data.resident",
-        "training.steps",
-        "training.micro_batch_size",
-        "training.memory",
-        "training.compile",
-        "training.cuda_graph",
-        "training.log_every",
-        "training.checkpoint_every",
-        "training.keep_checkpoints",
-        "training.keep_every",
-        "training.ema_snapshots",
-        "training.keep_at",
-        "training.preview_every",
-        "training.track",
-        "sampling",
+        *FREE_IN_EVERY_RUN,
     ),
     fixed={
         "training.ema_lengths": "an average has to begin with the run",

@@ -46,7 +46,7 @@ from latentflow.training.settings import load_settings
 from latentflow.training.student_recipe import CHANGES, FITTED, StudentRecipe, fit_student
 from latentflow.training.student_step import StudentMeter, guided_conditions, step_cost, student_step
 from latentflow.training.velocity import Preview, draw_if_due, record_progress
-from latentflow.training.velocity_run import stays_in_memory
+from latentflow.training.velocity_run import require_same_images, stays_in_memory
 
 _REPLACED = ("model", "checkpoints", "samples", BEST)  # folders of a run
 
@@ -281,8 +281,4 @@ def _refuse_other_content(run: Path, recipe: StudentRecipe, config: ModelConfig)
             f"{run} was trained by a teacher with the weights {whose}, and {recipe.teacher} has "
             f"{config.student.weights[:12]}; restore that one, or choose another out"
         )
-    if before.training.data_fingerprint != config.training.data_fingerprint:
-        raise ConfigError(
-            f"{run} was trained on other images ({before.training.data}) than data.path holds now "
-            f"({config.training.data}); restore them, or choose another out"
-        )
+    require_same_images(run, before, config)

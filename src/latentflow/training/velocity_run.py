@@ -324,13 +324,22 @@ def _refuse_other_content(run: Path, recipe: Recipe, config: ModelConfig) -> Non
             f"{run} was trained with {before.training.variants} variants of each image, but {recipe.data.path} holds "
             f"{config.training.variants}; restore that latent cache or choose another out"
         )
-    if config.training.data_fingerprint != before.training.data_fingerprint:
-        raise ConfigError(
-            f"{run} was trained on other images ({before.training.data}) than data.path holds now "
-            f"({config.training.data}); restore them or choose another out"
-        )
+    require_same_images(run, before, config)
 
 
 def _named(config: ModelConfig) -> str:
     names = config.conditioning.class_names
     return ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "") or "none"
+
+
+def require_same_images(run: Path, before: ModelConfig, now: ModelConfig) -> None:
+    """Refuse to resume a run on other images.
+
+    Raises:
+        ConfigError: they are not those that it was trained on.
+    """
+    if now.training.data_fingerprint != before.training.data_fingerprint:
+        raise ConfigError(
+            f"{run} was trained on other images ({before.training.data}) than data.path holds now "
+            f"({now.training.data}); restore them or choose another out"
+        )
