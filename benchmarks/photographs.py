@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -237,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := [name for name in chosen if name not in PARTS]:
         raise SystemExit(f"--parts: there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     at_once = len(PARTS) if options.device == "cuda" else 1  # a GPU measures models while it trains the next
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the workers, too
     workers = Workers(_WORKERS[options.device])
     study = Study(options, workers, make_folder(options.work), make_folder(options.out), options.num)
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from latentflow import locks
 from latentflow.api import LatentFlow
 from latentflow.artifacts import read_json, write_json
 from latentflow.commands.fit_solver import fit_solver
@@ -74,6 +75,13 @@ def test_a_repeated_command_fits_only_what_is_missing(copied):
     assert after["weights"] == before["weights"]
     assert after["solvers"]["fitted-4"] == before["solvers"]["fitted-4"]
     assert set(after["solvers"]) == {"fitted-3", "fitted-4"} if added.is_kept else {"fitted-4"}
+
+
+def test_two_at_once_would_lose_what_one_of_them_found(copied, monkeypatch):
+    """Each writes all solvers that it knows."""
+    monkeypatch.setattr(locks, "_WAIT_SECONDS", 0.0)
+    with locks.only_writer(copied), pytest.raises(ArtifactError, match="is being written by process"):
+        fit_solver(FitSolverRequest(model=copied, **FEW), runtime=tiny.CPU)
 
 
 def test_what_is_no_better_is_not_stored(fitted, tmp_path, deterministic, monkeypatch):

@@ -291,3 +291,17 @@ def test_guides_are_compared_and_written(tmp_path, deterministic, images):
     with pytest.raises(ArtifactError, match="no snapshot of step 5"):
         sweep(request.model_copy(update={"guides": ["@5"], "out": tmp_path / "other"}), tiny.CPU)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_preset_with_another_guide_draws_what_was_measured(tmp_path, deterministic, images):
+    """The conditions that guided by the null condition are not taken from the guide."""
+    tiny.model(deterministic, guidance=3.0, guided_by=["label"]).save_pretrained(tmp_path / "model")
+    tiny.model(deterministic, seed=4).save_pretrained(tmp_path / "guide")
+    how = {"solver": "euler", "steps": 2, "guidance": 2.0}
+    before = LatentFlow.from_pretrained(tmp_path / "model", device="cpu")
+    measured = before.sample(num=2, guide=tmp_path / "guide", **how)
+    given = {"solvers": ["euler"], "steps": [2], "guidance": [2.0], "num": 100, "guides": [str(tmp_path / "guide")]}
+    sweep(SweepRequest(model=tmp_path / "model", data=images, out=tmp_path / "out", write=True, **given), tiny.CPU)
+    drawn = LatentFlow.from_pretrained(tmp_path / "model", device="cpu").sample(num=2)
+    assert drawn.drawing.sampling == measured.drawing.sampling
+    assert torch.equal(drawn.pixels, measured.pixels)

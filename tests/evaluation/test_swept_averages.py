@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from latentflow.artifacts import read_json
+from latentflow.artifacts import read_json, write_json
 from latentflow.commands.ema import ema
 from latentflow.commands.sweep import sweep
 from latentflow.commands.train import train
@@ -15,6 +15,7 @@ from latentflow.errors import ArtifactError
 from latentflow.evaluation.drawn_set import ImageSet
 from latentflow.evaluation.request import SweepRequest
 from latentflow.evaluation.swept_averages import SweptAverages, with_lengths
+from latentflow.model.fitted_solvers import SOLVERS_FILE
 from latentflow.model.flow_model import FlowModel, read_config
 from latentflow.requests import RequestError
 from latentflow.training.request import EmaRequest
@@ -103,4 +104,10 @@ def test_refusals(swept, trained, tmp_path):
     for lengths in ([0.05, 0.5], [], [0.1, 0.1]):
         with pytest.raises(RequestError, match=r"give (one length|lengths)"):
             swept(ema=lengths)
+    run = shutil.copytree(trained, tmp_path / "run")
+    solver = {"times": [1, 0.5, 0], "weights": [[1], [1]], "fitted_with": {}, "error": 0, "others": {}}
+    weights = FlowModel.from_pretrained(run, runtime=tiny.CPU).weights_hash
+    write_json(run / "model" / SOLVERS_FILE, {"weights": weights, "solvers": {"fitted-2": solver}})
+    with pytest.raises(RequestError, match=r"solvers fitted-2@.*: it was fitted to the model's own weights"):
+        swept(model=run, solvers=["euler", "fitted-2"], ema=[0.05])
     assert not (tmp_path / "out").exists()

@@ -96,6 +96,13 @@ def test_rounds_never_raise_the_error():
     assert errors == sorted(errors, reverse=True) and errors[-1] == fit.error
 
 
+def test_a_constant_velocity_leaves_nothing_to_fit():
+    """No weight changes anything; a network whose last layer is zero has such a velocity."""
+    batch = FitBatch(lambda x, time: torch.zeros_like(x), noise(0), noise(0))
+    fit = fit_multistep([batch], 4)
+    assert fit.error == fit.started == 0
+
+
 def test_ramped_is_adams_bashforth_after_its_first_steps():
     times = sampling_times(5, 2.0).tolist()
     solver = ramped(times, 3)

@@ -11,8 +11,8 @@ import torch
 from latentflow.model.guide_reference import GuideReference
 from latentflow.networks.running import compile_blocks, is_compiled
 from latentflow.sampling import cost
-from latentflow.sampling.cost import compile_where_it_pays
-from latentflow.sampling.drawing import make_drawing
+from latentflow.sampling.cost import compile_where_it_pays, network_calls
+from latentflow.sampling.drawing import Blend, make_drawing
 from latentflow.sampling.guides import open_guide
 from latentflow.sampling.pipeline import Given, draw, draw_all
 from latentflow.sampling.request import SampleRequest
@@ -122,3 +122,16 @@ def test_what_pictures_are_drawn_from_is_filled_up_as_well(model):
     compile_blocks(model.network, backend="eager")
     drawn = list(draw(model, request, given, batch_size=8))
     torch.testing.assert_close(drawn[0].latents, plain.latents, rtol=0, atol=1e-5)
+
+
+def test_network_calls_are_those_of_the_pictures(kl):
+    """Both sides of a blend are called, also where only a named condition differs; a scale of 0 may do without one."""
+    age = {"columns": [{"name": "age", "kind": "number", "mean": 50.0, "deviation": 10.0}]}
+    model = tiny.model(kl, conditioning=age)
+    drawing = make_drawing(model, SampleRequest(num=1, conditions={"age": [20.0]}))
+    towards = drawing.model_copy(update={"blends": [Blend(seed=1, weight=0.5, conditions={"age": 60.0})]})
+    presets = ({"guidance": 0.0}, {"guidance": 0.0, "guided_channels": 2}, {"guidance": 2.0}, {})
+    for preset in presets:
+        for one in (drawing, towards):
+            asked = one.model_copy(update={"sampling": one.sampling.model_copy(update=preset)})
+            assert network_calls(asked) == int(draw_all(model, asked).evaluations[0])

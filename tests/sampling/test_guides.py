@@ -253,6 +253,19 @@ def test_a_preset_may_have_a_guide(kl, place):
     assert preview_drawing(model.config).sampling.guide is None
 
 
+def test_a_whole_preset_leaves_out_what_is_null_in_it(kl):
+    """A picture's record is drawn by itself, whatever the preset of the model is by now."""
+    model = tiny.model(kl, guidance=3.0, guided_by=["label"], guided_channels=2)
+    whole = SamplingPreset(guidance=2.0)
+    assert make_drawing(model, SampleRequest(num=2, **whole.model_dump())).sampling == whole
+
+
+def test_what_a_preset_takes_from_its_guide_needs_no_null_of_the_model(kl, place):
+    guide = GuideReference(model=str(place / "same"))
+    model = tiny.model(kl, label_dropout=0.0, guidance=3.0, guide=guide, guided_by=["label"])
+    assert make_drawing(model, SampleRequest(num=2)).sampling.guided_by == ["label"]
+
+
 # What a call costs
 
 

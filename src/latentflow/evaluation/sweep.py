@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from latentflow.artifacts import sha256_file
 from latentflow.data.cache.reader import is_cache
 from latentflow.data.table_options import TableOptions
@@ -28,7 +30,7 @@ from latentflow.evaluation.sweep_rules import (
     round_sizes,
 )
 from latentflow.evaluation.swept_averages import SweptAverages, with_lengths
-from latentflow.flow.solvers import JUMPS
+from latentflow.flow.solvers import JUMPS, fitted_evaluations
 from latentflow.metrics.class_judge import ClassJudge
 from latentflow.metrics.features.extractors import FeatureExtractor, JudgeFeatures, open_features
 from latentflow.metrics.scores import require_enough
@@ -36,8 +38,9 @@ from latentflow.model.adapter_name import split_adapted
 from latentflow.model.conditioning import ConditionName
 from latentflow.model.config import ModelConfig, SamplingPreset
 from latentflow.model.flow_model import WEIGHTS_FILE, FlowModel, find_model
-from latentflow.model.guide_reference import NO_GUIDE
+from latentflow.model.guide_reference import NO_GUIDE, GuideReference
 from latentflow.progress import image_progress
+from latentflow.requests import RequestError
 from latentflow.runtime import Runtime
 from latentflow.sampling.row_conditions import known_columns, row_conditions
 
@@ -178,6 +181,7 @@ def open_sweep(request: SweepRequest, runtime: Runtime | None) -> Sweep:
         real.stored.require_same_features(extractor.name, extractor.hash, extractor.dim)
     averages, lengths = None, {}
     if request.ema is not None:
+        _refuse_fitted(candidates)
         averages = SweptAverages(request.model, request.ema, flow.config)
         candidates, lengths = with_lengths(candidates, request.ema)
     inherited = {"guided_by", "guided_channels"} if request.guides else {"guided_by", "guided_channels", "guide"}
@@ -198,6 +202,14 @@ def open_sweep(request: SweepRequest, runtime: Runtime | None) -> Sweep:
         named=list(named),
     )
     return Sweep(request, flow, extractor, real, plan, averages)
+
+
+def _refuse_fitted(candidates: dict[str, Candidate]) -> None:
+    """Refuse solvers that were fitted to the model's own weights, where others are compared."""
+    for one in candidates.values():
+        if fitted_evaluations(solver := one["solver"]) is not None:
+            reason = f" {solver}: it was fitted to the model's own weights, not to averages of other lengths (--ema)"
+            raise RequestError("solvers", f"{reason}; leave it out, or write the best average first and fit it again")
 
 
 def _open_reference(flow: FlowModel, data: str) -> RealImages:
@@ -225,9 +237,10 @@ def _with_weights(flow: FlowModel, candidate: Candidate, named: Sequence[Conditi
 
 def _as_preset(old: SamplingPreset, candidate: Candidate) -> SamplingPreset:
     """The preset of a model, changed by a candidate."""
-    guide = candidate.get("guide")
-    changed = {**candidate, "guide": None} if guide and guide["model"] == NO_GUIDE else candidate
-    return SamplingPreset.model_validate({**old.model_dump(), **changed})
+    if (guide := candidate.get("guide")) is not None:
+        candidate = {name: value for name, value in candidate.items() if name != "guide"}
+        old = old.guided_from(None if guide["model"] == NO_GUIDE else GuideReference.model_validate(guide))
+    return SamplingPreset.model_validate({**old.model_dump(), **candidate})
 
 
 def measure_sweep(sweep: Sweep) -> SweepResult:
@@ -251,7 +264,7 @@ def measure_sweep(sweep: Sweep) -> SweepResult:
     failed = {name: record.failed for name, record in candidates.kept.items() if record.failed}
     _require_some(rounds, failed, request.budget)
     final = ([one for one in rounds if not one.missing] or rounds)[-1]
-    ceiling = Ceiling(judge.accuracy, judge.num_held_out) if judge else None
+    ceiling = _ceiling(sweep, judge) if judge else None
     needed = images_needed(final.points, final.num, request.margin, ceiling)
     best = None if final.missing else cheapest_as_good(final.points, final.num, needed)
     old = sweep.flow.config.sampling
@@ -329,6 +342,13 @@ def _notes(rounds: Sequence[Round], final: Round, plan: SweepPlan, dim: int, bud
     if later := [str(size) for size in plan.sizes if size > rounds[-1].num]:
         notes.append(f"there was no time for rounds of {', '.join(later)} images; repeat the command to go on")
     return notes
+
+
+def _ceiling(sweep: Sweep, judge: ClassJudge) -> Ceiling:
+    """The accuracy of the judge on real images of the classes that are drawn, each as often."""
+    if sweep.plan.named:  # images have the labels of real ones
+        return Ceiling(judge.accuracy, judge.num_held_out)
+    return Ceiling(judge.ceiling(torch.tensor(sweep.flow.config.seen_classes)), judge.num_held_out)
 
 
 def _class_judge(sweep: Sweep, reference: RealFeatures) -> tuple[ClassJudge | None, list[str]]:

@@ -125,7 +125,7 @@ class Point:
         return Gap((lost - won) / len(pairs), error)
 
     def less_accurate_than_real(self, ceiling: Ceiling) -> Gap:
-        """How much lower the accuracy is than that of real images; two images added to each (Agresti, Coull)."""
+        """How much lower the accuracy is than that of real images; two images are added to each (Agresti, Caffo)."""
         rows = ((sum(self.right), len(self.right)), (ceiling.accuracy * ceiling.num, ceiling.num))
         variances = [(p := (right + 1) / (n + 2)) * (1 - p) / (n + 2) for right, n in rows]
         return Gap(ceiling.accuracy - sum(self.right) / len(self.right), math.sqrt(sum(variances)))

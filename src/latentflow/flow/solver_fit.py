@@ -28,6 +28,7 @@ MOST_PAST = 4
 _ROUNDS = 12
 _LITTLE = 0.005  # after two rounds in a row that lower the error by a smaller share, there is no other
 _LEAST_DAMPING, _MOST_DAMPING = 1e-6, 1e4
+_LEAST_SCALE = 1e-20  # of a number that changes nothing, as no weight does for a constant velocity
 _SHIFT_OF_TIME, _SHIFT_OF_WEIGHT = 0.01, 0.01  # in the differences; of a time, in units of the shorter step next to it
 _SHORTEST = 0.02  # of a step, in units of an even one
 
@@ -118,7 +119,8 @@ def fit_multistep(
         before = error
         while damping <= _MOST_DAMPING:
             # Levenberg and Marquardt: (J^T J + damping diag(J^T J)) step = -J^T r
-            step = torch.linalg.solve(normal + damping * normal.diagonal().diag(), -slope)
+            scales = normal.diagonal().clamp(min=_LEAST_SCALE)
+            step = torch.linalg.solve(normal + damping * scales.diag(), -slope)
             trial = numbers.moved(step)
             if trial.is_valid and (found := end_error(batches, trial.solver)) < error:
                 numbers, error = trial, found

@@ -61,6 +61,12 @@ class SamplingPreset(Record):
     rtol: float = Field(default=1e-5, gt=0, le=1, description="Relative tolerance of adaptive solvers, per image.")
     atol: float = Field(default=1e-5, gt=0, le=100, description="Absolute tolerance of adaptive solvers, per image.")
 
+    def guided_from(self, guide: GuideReference | None) -> SamplingPreset:
+        """The same with a guide, or with none; another guide than before gets all conditions."""
+        is_other = guide is not None and (self.guide is None or guide.model != self.guide.model)
+        changed = {"guide": guide, "guided_by": None} if is_other else {"guide": guide}
+        return self.model_copy(update=changed)
+
 
 class AutoencoderRecord(Record):
     """The autoencoder that a model was trained with."""

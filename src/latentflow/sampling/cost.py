@@ -90,8 +90,9 @@ def network_calls(drawing: Drawing, guide_cost: float = 1) -> float:
     """
     sampling = drawing.sampling
     calls = expected_evaluations(sampling.solver, sampling.steps, sampling.rtol)
-    blended = any(blend.label is not None for blend in drawing.blends)
-    guided = {0: guide_cost - 1, 1: 0}.get(sampling.guidance, guide_cost)
+    blended = any(blend.label is not None or blend.conditions for blend in drawing.blends)
+    only_null = sampling.guidance == 0 and sampling.guided_channels is None
+    guided = 0 if sampling.guidance == 1 else guide_cost - only_null
     low, high = sampling.guidance_interval
     return calls * (1 + (high - low) * guided) * (1 + blended)
 

@@ -202,19 +202,18 @@ def _labels(model: FlowModel, request: DrawRequest, seeds: Sequence[int], by_see
 
 
 def _resolve_preset(model: FlowModel, asked: Mapping[str, Any], conditions: Sequence[ConditionName]) -> SamplingPreset:
-    """The model's preset, changed by what is asked for."""
-    preset, can_guide = model.config.sampling, model.config.conditioning.can_guide
-    supported = [name for name in conditions if name in can_guide and name in (preset.guided_by or can_guide)]
+    """The model's preset, changed by what is asked for; a whole preset leaves out what is null in it."""
+    preset = SamplingPreset() if asked.keys() >= _WHOLE_PRESET else model.config.sampling
     changed = dict(asked)
-    asks_all = asked.keys() >= _WHOLE_PRESET
-    guide = asked.get("guide", None if asks_all else preset.guide)
+    guide = asked.get("guide", preset.guide)
     guide = None if guide is None or guide.model == NO_GUIDE else guide
+    preset = preset.guided_from(guide)
+    able = conditions if guide is not None else model.config.conditioning.can_guide  # a guide needs no null of ours
+    supported = [name for name in conditions if name in able and name in (preset.guided_by or able)]
     if preset.solver == JUMPS and asked.get("solver", JUMPS) != JUMPS:  # whose steps are far larger
         changed.setdefault("steps", SamplingPreset().steps)
     if not supported and guide is None and not asked.keys() & {"guidance", "guided_by"}:
         changed["guidance"] = 1.0
-    if preset.guided_by and guide is not None and guide != preset.guide:  # they were chosen for another guidance
-        changed.setdefault("guided_by", None)
     if preset.guided_by:  # of the preset's conditions, those that are given
         changed.setdefault("guided_by", supported or None)
     if guide is not None and changed.get("guidance", preset.guidance) != 1:
