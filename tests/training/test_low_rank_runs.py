@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import yaml
 
 from latentflow.api import LatentFlow
-from latentflow.artifacts import read_tensors
+from latentflow.artifacts import open_tensors, read_tensors, write_tensors
 from latentflow.commands.info import describe
 from latentflow.commands.train import train as train_command
 from latentflow.errors import ConfigError
@@ -130,6 +131,25 @@ def test_an_average_of_a_source_with_other_classes(train, cache, sources):
     assert both.weights_hash == whole.weights_hash
     average = read_tensors(newest_checkpoint(run) / "ema.safetensors")["constant_embedding"]
     assert torch.equal(whole.network.constant_embedding, average)
+
+
+def test_a_source_of_half_precision_on_disk(train, sources, cache, tmp_path):
+    """What is trained as a whole begins wide, in the run and in its adapter."""
+    shutil.copytree(sources / "classic" / "model", tmp_path / "half")
+    file = tmp_path / "half" / "velocity.safetensors"
+    with open_tensors(file) as opened:
+        config = {"config": opened.metadata()["config"]}
+    write_tensors(file, {name: tensor.half() for name, tensor in read_tensors(file).items()}, config)
+    given = {"conditioning": {"label_dropout": 0.0}, "data": {"path": str(cache), "labels": False}}
+    run = train("run", init_from=str(tmp_path / "half"), **given)
+    both = LatentFlow.from_pretrained(tmp_path / "half", adapter=run, device="cpu")
+    assert both.weights_hash == LatentFlow.from_pretrained(run, device="cpu").weights_hash
+    assert {tensor.dtype for tensor in open_adapter(run).tensors.values()} == {torch.float32}
+    file = run / "model" / "adapter" / "adapter.safetensors"  # as earlier versions wrote it
+    tensors, name = read_tensors(file), "start.constant_embedding"
+    write_tensors(file, {**tensors, name: tensors[name].half()})
+    again = LatentFlow.from_pretrained(tmp_path / "half", adapter=run, device="cpu")
+    assert again.weights_hash == both.weights_hash
 
 
 @EVERY_NETWORK

@@ -139,6 +139,7 @@ class Adapter:
             start, trained = self._tensor(f"{_START}{name}"), self._tensor(f"{_OURS}{name}")
             if start.shape != trained.shape:
                 raise self._unfit(f"{name!r} began with the shape {list(start.shape)} and is {list(trained.shape)}")
+            start = start.to(trained.dtype)  # some were written in the half precision of their base
             weights[name] = torch.lerp(start, trained, strength) if trained.is_floating_point() else trained
         low_rank: dict[str, Tensor] = {}
         for layer in self.record.target_modules:

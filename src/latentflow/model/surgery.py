@@ -127,7 +127,9 @@ def graft(
         built = source.build_network(), config.build_network()
     (theirs, prefix), (ours, _) = map(_inner, built)
     names = {id(module): name for name, module in ours.named_modules()}
-    old = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    wide = {name: tensor.dtype for name, tensor in theirs.state_dict().items()}  # the file may be in half precision
+    plain = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    old = {name: tensor.to(wide[name]) for name, tensor in plain.items()}
     new = _input_weights(theirs, ours, names, old, same_input=_same_input(source, config))
     if ours.spatial.map_encoder is not None:
         new[f"{names[id(ours.spatial.map_encoder)]}.mix.weight"] = _map_weights(theirs, source, config, old)
