@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from latentflow.commands.evaluate import evaluate
 from latentflow.commands.info import describe
 from latentflow.commands.train import train
 from latentflow.data.painting.input_rules import InputRules
+from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, ConfigError, LatentFlowError
 from latentflow.evaluation.request import EvaluationRequest
@@ -27,6 +29,7 @@ from latentflow.networks import registered
 from latentflow.networks.registered import RegisteredNetwork, register_network
 from latentflow.networks.unet import UNetConfig
 from latentflow.training import student_run
+from latentflow.training.memory import bytes_per_image, count_parameters, state_bytes
 from latentflow.training.student_recipe import StudentRecipe, fit_student, load_student_recipe
 from tests import tiny
 from tests.processes import finish, run_here, start_processes
@@ -209,7 +212,8 @@ def test_command_line(teacher, cache, tmp_path, capsys, monkeypatch):
 
 
 def test_name_of_the_run_is_that_of_the_teacher():
-    assert [cli._name_of(name) for name in ("runs/photos", "someone/photos@v2", "runs/photos@best/")] == ["photos"] * 3
+    names = ("runs/photos", "someone/photos@v2", "runs/photos@best/", "models/dit+runs/photos:0.7")
+    assert [cli._name_of(name) for name in names] == ["photos"] * 4
 
 
 def test_rules_of_what_is_left_open(kl, recipe):
@@ -223,6 +227,17 @@ def test_rules_of_what_is_left_open(kl, recipe):
     given = load_student_recipe("student", ["training.steps=77", "optimizer.learning_rate=1e-5"])
     fixed = fit_student(given, config, 6, gpu=False)
     assert (fixed.training.steps, fixed.training.batch_size, fixed.optimizer.learning_rate) == (77, 4, 1e-5)
+    assert fixed.training.micro_batch_size is None
+
+
+@pytest.mark.parametrize(("changes", "share"), [((), 128), (("training.batch_size=96",), 48)])
+def test_as_many_images_at_a_time_as_fit_next_to_the_teacher(kl, changes, share):
+    config, given = tiny.model(kl).config, load_student_recipe("student", changes)
+    state = state_bytes(count_parameters(config), half=True, averages=3)  # EMA and teacher are fewer
+    memory = state + 40 * bytes_per_image(config.network, 8, half=True)
+    fitted = fit_student(given, config, 10_000, gpu=True, memory=memory, num_processes=2)
+    micro = fitted.training.micro_batch_size
+    assert share % micro == 0 and micro % 4 == 0 and 16 <= micro < share
 
 
 def test_the_shipped_recipe_is_the_default_one():
@@ -289,9 +304,14 @@ def test_batches_in_which_no_image_jumps(refused):
     refused(ConfigError, *words, training={"micro_batch_size": 2})
 
 
-def test_a_batch_that_does_not_fit(refused, monkeypatch):
-    monkeypatch.setattr(student_run, "free_memory", lambda device: 3_000_000)
-    refused(ConfigError, "a student", "training.micro_batch_size", training={"batch_size": 4096})
+@pytest.mark.parametrize(("free", "remedy"), [(3_000_000, "micro_batch_size="), (1000, "choose a smaller network")])
+def test_a_batch_that_does_not_fit(recipe, monkeypatch, free, remedy):
+    monkeypatch.setattr(student_run, "free_memory", lambda device: free)
+    with pytest.raises(ConfigError, match="a student") as caught:
+        distill(recipe(training={"batch_size": 4096}), runtime=tiny.CPU)
+    assert remedy in str(caught.value)
+    if found := re.search(r"micro_batch_size=(\d+)", str(caught.value)):
+        assert int(found[1]) % 4 == 0  # what is advised is not refused
 
 
 def test_flips_that_the_cache_has_not(refused, tmp_path, kl):
@@ -315,6 +335,45 @@ def test_out_is_not_the_run_of_the_teacher(tmp_path, teacher, recipe):
     with pytest.raises(ArtifactError, match="which is overwritten; choose another place"):
         distill(recipe("own", teacher=str(tmp_path / "own")), runtime=tiny.CPU)
     assert tiny.tree(tmp_path / "own") == before
+
+
+def test_a_teacher_with_an_adapter(run, refused, tmp_path, teacher):
+    tiny.finetuned(teacher).save_pretrained(tmp_path / "tuned")
+    name = f"{teacher}+{tmp_path / 'tuned'}:0.5"
+    for place in (teacher, tmp_path / "tuned" / "adapter"):
+        refused(ArtifactError, "lies inside", teacher=name, out=str(place / "run"))
+    student = read_config(run(teacher=name, training={"steps": 1}) / "model").student
+    assert (student.teacher, student.weights) == (name, LatentFlow.from_pretrained(name).weights_hash)
+
+
+def test_a_cache_of_other_flips_is_another_run(run, tmp_path, images, kl):
+    """Whether images are mirrored is read from the cache once, and does not change unasked."""
+    for name, flips in (("plain", False), ("mirrored", True)):
+        write_cache(open_images(images, tiny.IMAGE_SIZE), kl, tmp_path / name, flips=flips)
+    given = {"training": {"steps": 1}}
+    folder = run(data={"path": str(tmp_path / "plain")}, **given)
+    assert "flip: 'false'" in (folder / "recipe.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"data\.flip: .*--allow-change data\.flip"):
+        run(data={"path": str(tmp_path / "mirrored")}, training={"steps": 2})
+
+
+def test_mask_files_that_have_changed(run, tmp_path, kl):
+    """They are as much part of a run as its images."""
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for number in range(3):
+        hole = np.zeros((16, 16), np.uint8)
+        hole[number : number + 6, 4:12] = 255
+        Image.fromarray(hole).save(masks / f"{number}.png")
+    made = tiny.model(kl, conditioning={"inpainting": True})
+    rules = MaskRules(folder=str(masks))
+    LatentFlow(made.config.model_copy(update={"masks": rules}), made.network, kl).save_pretrained(tmp_path / "holes")
+    pictures = tiny.write_images(tmp_path / "pictures", per_class=3)
+    given = {"teacher": str(tmp_path / "holes"), "data": {"path": str(pictures)}}
+    run(**given, training={"steps": 1})
+    Image.fromarray(hole.T).save(masks / "2.png")
+    with pytest.raises(ConfigError, match=r"the mask files in .* have changed"):
+        run(**given, training={"steps": 2})
 
 
 def test_a_run_goes_on_with_its_teacher_alone(run, recipe, tmp_path, kl, teacher):

@@ -239,6 +239,17 @@ def test_sources_that_are_none(made, tmp_path, train, cache):
     assert tiny.tree(run) == before
 
 
+def test_a_run_is_apart_from_each_model_that_it_begins_with(made, tmp_path, source):
+    """Base and adapter in one name, and a snapshot of the run itself."""
+    base, tuned = shutil.copytree(source, tmp_path / "base"), tmp_path / "tuned"
+    tiny.finetuned(base).save_pretrained(tuned / "best")
+    before = tiny.tree(tmp_path)
+    for name, out in ((f"{base}+{tuned}@best", base), (f"{base}+{tuned}@best:0.5", tuned), (f"{tuned}@best", tuned)):
+        with pytest.raises(ArtifactError, match="lies inside"):
+            train_command(made(init_from=name, out=str(out)), runtime=tiny.CPU)
+    assert tiny.tree(tmp_path) == before
+
+
 def test_sizes_that_do_not_fit(made, images, kl, tmp_path):
     write_cache(open_images(images, 18), kl, tmp_path / "odd")
     refused(ConfigError, made(data={"path": str(tmp_path / "odd")}), "9 x 9", "multiples of 2")

@@ -82,6 +82,8 @@ def test_fewer_images_at_a_time_where_memory_is_short():
     training = fitted(GPU, memory=6 * GIB).training
     assert training.batch_size == 256
     assert training.micro_batch_size in (16, 32, 64, 128)
+    given = fitted(GPU, "training.batch_size=1536", memory=6 * GIB, num_processes=2).training
+    assert 768 % given.micro_batch_size == 0 and 16 <= given.micro_batch_size < 256
 
 
 def test_guidance_only_with_labels_and_label_dropout():

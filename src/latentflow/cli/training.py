@@ -120,8 +120,11 @@ def distill(
 
 
 def _name_of(model: str) -> str:
-    """The last part of the name of a model, without a snapshot or a revision."""
-    return Path(model).name.partition("@")[0] or "model"
+    """The last part of the name of a model or of its adapter, without a snapshot or a revision."""
+    from latentflow.model.adapter_name import split_adapted
+
+    named = split_adapted(model)
+    return Path(named.adapter if named else model).name.partition("@")[0] or "model"
 
 
 @verb(example="latentflow train-autoencoder own_images data.path=photos out=runs/photos_autoencoder")

@@ -373,8 +373,17 @@ def config_of(model: str | Path) -> ModelConfig:
     Raises:
         ArtifactError: there is no such model or adapter.
     """
+    return read_config(folders_of(model)[-1])
+
+
+def folders_of(model: str | Path) -> list[Path]:
+    """The folder of a model, by its name, and that of its adapter if it has one.
+
+    Raises:
+        ArtifactError: there is no such model or adapter.
+    """
     named = split_adapted(model)
-    return read_config(find_adapter(named.adapter) if named else find_model(model))
+    return [find_model(named.model), find_adapter(named.adapter)] if named else [find_model(model)]
 
 
 def find_adapter(adapter: str | Path) -> Path:

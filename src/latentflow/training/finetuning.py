@@ -36,7 +36,7 @@ from latentflow.networks.unet import UNetConfig
 from latentflow.randomness import derive_seed
 from latentflow.training.changes import RECIPE_FILE, trained_steps
 from latentflow.training.config import FinetuningConfig, Recipe
-from latentflow.training.fitting import Situation, is_set, power_of_two, value_of, with_values
+from latentflow.training.fitting import Situation, is_set, power_of_two, share_of, value_of, with_values
 from latentflow.training.memory import bytes_per_image, micro_batch_that_fits, network_in_training, state_bytes
 from latentflow.training.settings import load_settings
 from latentflow.weights import filled
@@ -268,7 +268,7 @@ def fit_to_source(recipe: Recipe, situation: Situation, num_parameters: int) -> 
     """
     method = recipe.finetuning.method
     num_images, half, processes = situation.num_images, situation.gpu, situation.num_processes
-    share = -(-power_of_two(min(_BATCH, max(num_images, 1))) // processes)
+    share = share_of(recipe, power_of_two(min(_BATCH, max(num_images, 1))), processes)
     steps = recipe.training.steps if is_set(recipe, "training.steps") else _STEPS
     per_image = bytes_per_image(recipe.network, situation.size, half=half)
     state = state_bytes(num_parameters, half=half, trained=num_parameters if method == "full" else 0)

@@ -78,7 +78,7 @@ def fit(recipe: Recipe, situation: Situation) -> tuple[Recipe, list[str]]:
     tokens = situation.size.over(network.patch_size).area
     wanted = 256 if situation.gpu else max(min(2048 // tokens, 128), 16)
     batch = power_of_two(min(wanted, max(situation.num_images, 1)))
-    share = -(-batch // situation.num_processes)
+    share = share_of(recipe, batch, situation.num_processes)
     target = 100_000 if situation.gpu else 4000
     steps = min(target, max(SAFE_PER_IMAGE * situation.num_images, 1000))
     if is_set(recipe, "training.steps"):
@@ -103,6 +103,13 @@ def fit(recipe: Recipe, situation: Situation) -> tuple[Recipe, list[str]]:
     open_keys = [key for key in FITTED if not is_set(recipe, key)]
     done = with_values(recipe, {"fit": False, **{key: fitted[key] for key in open_keys}})
     return done, _why(done, open_keys, situation, steps == target)
+
+
+def share_of(recipe: BaseModel, batch: int, num_processes: int) -> int:
+    """Images of each process in a step: of the batch that the recipe sets, else of at least `batch`."""
+    if is_set(recipe, "training.batch_size"):
+        return max(value_of(recipe, "training.batch_size") // num_processes, 1)
+    return -(-batch // num_processes)
 
 
 def is_set(settings: BaseModel, key: str) -> bool:

@@ -138,11 +138,9 @@ def memory_mode(
     """
     if word != "auto":
         return word
-    device, half = runtime.device, runtime.precision in ("bf16", "fp16")
-    memory = total_memory(device)
-    if memory is None:
+    half, available = runtime.precision in ("bf16", "fp16"), memory_of_process(runtime)
+    if available is None:
         return "none"
-    available = memory // (1 if device.type == "cuda" else runtime.local_world)
     kept = {"averages": averages, "aligned": aligned, "trained": trained}
     return fitting_mode(config, images, half=half, memory=available, **kept)
 
@@ -181,19 +179,33 @@ def total_memory(device: torch.device) -> int | None:
     return _main_memory("MemTotal", None)
 
 
-def micro_batch_that_fits(state: int, per_image: int, share: int, memory: int | None) -> int:
-    """The largest divisor of `share`, the images of one process, that fits into memory; 0: not even one image.
+def memory_of_process(runtime: Runtime) -> int | None:
+    """Total bytes that each process may take: of its GPU, or its share of the main memory; None if unknown."""
+    memory = total_memory(runtime.device)
+    return memory and memory // (1 if runtime.device.type == "cuda" else runtime.local_world)
+
+
+def micro_batch_that_fits(state: int, per_image: int, share: int, memory: int | None, multiple: int = 1) -> int:
+    """The largest divisor of `share`, the images of one process, that fits into memory; 0: none does.
 
     Args:
         state: bytes of weights, gradients and moments.
         per_image: bytes saved for the backward pass of each image.
+        multiple: of which it has to be one.
     """
-    parts = [part for part in range(share, 0, -1) if share % part == 0]
+    parts = [part for part in range(share, 0, -1) if share % part == 0 and part % multiple == 0]
     return next((part for part in parts if memory is None or state + part * per_image <= memory * (1 - _RESERVE)), 0)
 
 
 def require_memory(
-    what: str, num_parameters: int, state: int, per_image: int, images: int, free: int | None, key: str
+    what: str,
+    num_parameters: int,
+    state: int,
+    per_image: int,
+    images: int,
+    free: int | None,
+    key: str,
+    multiple: int = 1,
 ) -> None:
     """Refuse a network that does not fit into memory.
 
@@ -202,13 +214,14 @@ def require_memory(
         state: bytes that it takes whatever the batch; see `state_bytes`.
         images: computed together.
         key: of the recipe, for the number of images computed together.
+        multiple: of which this number has to be one.
 
     Raises:
         ConfigError: with the estimate, the free memory, and what would fit.
     """
     if free is None or state + images * per_image / 2 <= free:  # half: the estimate may be too high
         return
-    fits = micro_batch_that_fits(state, per_image, images, free)
+    fits = micro_batch_that_fits(state, per_image, images, free, multiple)
     raise ConfigError(
         f"training {what} ({num_parameters:,} parameters) takes about {state / 2**30:.1f} GiB of memory and "
         f"{per_image / 2**20:.1f} MiB for each of {images} images, and {free / 2**30:.1f} GiB are free; "

@@ -2,6 +2,7 @@
 
 steps      30,000 on a GPU and 2,000 on a CPU, or a fifth of those of the teacher where that is less; at least 500
 batch      256 on a GPU; 2,048 tokens on a CPU, from 16 to 128; at most the number of images
+micro      as many images of it together as fit into memory next to the teacher
 rate       1e-4 on a GPU, 3e-4 on a CPU, after a warm-up of a twentieth of the steps, at most 500
 average    over about 1,000 steps in runs of at most 20,000 steps, else over 10,000
 """
@@ -21,9 +22,11 @@ from latentflow.model.student_record import MOST_JUMPS
 from latentflow.networks.dit import DiTConfig
 from latentflow.records import Record
 from latentflow.shapes import MOST_GUIDANCE
+from latentflow.sizes import Size
 from latentflow.training.changes import FREE_IN_EVERY_RUN, ChangeRules
 from latentflow.training.config import RECIPES, TrainingConfig, find_recipe
-from latentflow.training.fitting import is_set, with_values
+from latentflow.training.fitting import is_set, share_of, with_values
+from latentflow.training.memory import bytes_per_image, count_parameters, micro_batch_that_fits, state_bytes
 from latentflow.training.optim import OptimizerConfig
 from latentflow.training.settings import load_settings
 
@@ -103,6 +106,7 @@ CHANGES = ChangeRules(
 FITTED = (
     "training.steps",
     "training.batch_size",
+    "training.micro_batch_size",
     "training.ema_decay",
     "training.checkpoint_every",
     "training.preview_every",
@@ -123,9 +127,20 @@ def load_student_recipe(name_or_file: str | Path, overrides: Sequence[str] = ())
 
 
 def fit_student(
-    recipe: StudentRecipe, teacher: ModelConfig, num_images: int, *, gpu: bool, num_processes: int = 1
+    recipe: StudentRecipe,
+    teacher: ModelConfig,
+    num_images: int,
+    *,
+    gpu: bool,
+    memory: int | None = None,
+    num_processes: int = 1,
 ) -> StudentRecipe:
-    """The recipe with everything decided, by the rules at the top of this file."""
+    """The recipe with everything decided, by the rules at the top of this file.
+
+    Args:
+        gpu: whether it is trained on GPUs, in half precision.
+        memory: bytes that each process may take; None: unknown.
+    """
     steps = recipe.training.steps
     if not is_set(recipe, "training.steps"):
         most = 30_000 if gpu else 2000
@@ -133,9 +148,11 @@ def fit_student(
     every = max(min(5000 if gpu else 500, steps // 4), 1)
     together = recipe.jumps.every * num_processes
     batch = max(_batch(teacher, num_images, gpu=gpu) // together, 1) * together
+    share = share_of(recipe, batch, num_processes)
     fitted = {
         "training.steps": steps,
         "training.batch_size": batch,
+        "training.micro_batch_size": _micro_batch(recipe, teacher, share, memory, half=gpu),
         "training.ema_decay": 0.9999 if steps > 20_000 else 0.999,
         "training.checkpoint_every": every,
         "training.preview_every": every,
@@ -144,6 +161,18 @@ def fit_student(
         "optimizer.warmup_steps": min(500, steps // 20),
     }
     return with_values(recipe, {"fit": False, **{key: fitted[key] for key in FITTED if not is_set(recipe, key)}})
+
+
+def _micro_batch(
+    recipe: StudentRecipe, teacher: ModelConfig, share: int, memory: int | None, *, half: bool
+) -> int | None:
+    """Images of a process's share that are computed together; None: all of them."""
+    # the weights of the teacher take as much memory as an average does
+    averages = recipe.training.num_averages + 1
+    state = state_bytes(count_parameters(teacher), half=half, averages=averages)
+    per_image = bytes_per_image(teacher.network, Size(*teacher.latent_shape[1:]), half=half)
+    micro = micro_batch_that_fits(state, per_image, share, memory, recipe.jumps.every)
+    return micro if 0 < micro < share else None
 
 
 def _batch(teacher: ModelConfig, num_images: int, *, gpu: bool) -> int:

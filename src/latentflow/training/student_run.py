@@ -15,7 +15,7 @@ from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.errors import ConfigError
 from latentflow.flow.solvers import JUMPS
 from latentflow.model.config import ModelConfig, SamplingPreset, TrainingRecord
-from latentflow.model.flow_model import CONFIG_FILE, FlowModel, find_model, read_config
+from latentflow.model.flow_model import CONFIG_FILE, FlowModel, config_of, folders_of, read_config
 from latentflow.model.own_images import is_own
 from latentflow.model.snapshots import BEST
 from latentflow.model.student_record import StudentRecord
@@ -38,6 +38,7 @@ from latentflow.training.memory import (
     count_parameters,
     free_memory,
     memory_mode,
+    memory_of_process,
     require_memory,
     state_bytes,
 )
@@ -97,17 +98,18 @@ def prepare_student(recipe: StudentRecipe, runtime: Runtime, *, allow_change: Se
     """
     if not recipe.teacher:
         raise ConfigError("teacher is not set; give the model to distil")
-    folder = find_model(recipe.teacher)
-    _refuse_teacher(recipe.teacher, read_config(folder))
-    run = check_places(recipe, "the latent cache or the images of the teacher", [str(folder)], replaced=_REPLACED)
-    recipe = as_begun(_fitted_before(recipe, run), run, CHANGES)
+    _refuse_teacher(recipe.teacher, config_of(recipe.teacher))
+    also_read = [str(folder) for folder in folders_of(recipe.teacher)]
+    run = check_places(recipe, "the latent cache or the images of the teacher", also_read, replaced=_REPLACED)
+    recipe = as_begun(_fitted_before(with_flips(recipe), run), run, CHANGES)
     changes = None if recipe.fit else check_changes(run, recipe, CHANGES, allow_change)
     runtime = runtime.with_precision(recipe.training.precision)
     teacher = FlowModel.from_pretrained(recipe.teacher, runtime=runtime)
     images = _images(recipe, teacher)
     if recipe.fit:
-        gpu, world = runtime.device.type == "cuda", runtime.world
-        recipe = fit_student(recipe, teacher.config, len(images), gpu=gpu, num_processes=world)
+        gpu, memory = runtime.device.type == "cuda", memory_of_process(runtime)
+        given = {"gpu": gpu, "memory": memory, "num_processes": runtime.world}
+        recipe = fit_student(recipe, teacher.config, len(images), **given)
         images = images.in_batches_of(recipe.training.batch_size)
     _require_jumps(recipe, micro_batches(recipe.training, runtime))
     _require_memory(recipe, runtime, teacher.config)
@@ -192,14 +194,24 @@ def _refuse_teacher(name: str, config: ModelConfig) -> None:
         )
 
 
+def with_flips(recipe: StudentRecipe) -> StudentRecipe:
+    """The recipe with `data.flip` decided, so that a latent cache that is encoded otherwise does not change a run.
+
+    Raises:
+        ConfigError: flips are asked for, and a latent cache holds none.
+    """
+    path, asked = recipe.data.path, recipe.data.flip
+    flips = is_cache(path) and LatentCache(path).plan.flips
+    if asked == "true" and is_cache(path) and not flips:
+        raise ConfigError(f"data.flip = true, but {path} holds no mirrored images; encode it with --flips")
+    return recipe if asked != "auto" else with_values(recipe, {"data.flip": "true" if flips else "false"})
+
+
 def _images(recipe: StudentRecipe, teacher: FlowModel) -> TrainingImages:
     """What the teacher was trained on, without what it held out; of other data all that can be read."""
-    data, training = recipe.data, recipe.training
-    flips = is_cache(data.path) and LatentCache(data.path).plan.flips
-    if data.flip == "true" and is_cache(data.path) and not flips:
-        raise ConfigError(f"data.flip = true, but {data.path} holds no mirrored images; encode it with --flips")
-    flip = flips if data.flip == "auto" else data.flip == "true"
-    return images_for(teacher, data.path, split=None, seed=training.seed, flip=flip, batch_size=training.batch_size)
+    training, flip = recipe.training, recipe.data.flip == "true"
+    given = {"seed": training.seed, "flip": flip, "batch_size": training.batch_size}
+    return images_for(teacher, recipe.data.path, split=None, **given)
 
 
 def _config(recipe: StudentRecipe, teacher: FlowModel, training: TrainingRecord) -> ModelConfig:
@@ -267,6 +279,7 @@ def _require_memory(recipe: StudentRecipe, runtime: Runtime, config: ModelConfig
         share,
         free // shared if free else None,
         key="training.micro_batch_size",
+        multiple=recipe.jumps.every,
     )
 
 

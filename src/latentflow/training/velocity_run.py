@@ -17,7 +17,7 @@ from latentflow.data.items import ImageSource, require_every_class
 from latentflow.data.sources.readable import readable
 from latentflow.errors import ConfigError, DataError
 from latentflow.model.config import ModelConfig
-from latentflow.model.flow_model import CONFIG_FILE, FlowModel, read_config
+from latentflow.model.flow_model import CONFIG_FILE, FlowModel, folders_of, read_config
 from latentflow.model.snapshots import BEST
 from latentflow.runtime import Runtime
 from latentflow.sizes import Size
@@ -44,9 +44,9 @@ from latentflow.training.memory import (
     count_parameters,
     free_memory,
     memory_mode,
+    memory_of_process,
     require_memory,
     state_bytes,
-    total_memory,
 )
 from latentflow.training.run_folder import PreparedRun, check_places
 from latentflow.training.settings import load_settings
@@ -131,7 +131,8 @@ def prepare_velocity(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence
     Raises:
         ConfigError, DataError, ArtifactError: the first thing that is wrong.
     """
-    also_read = [recipe.data.images, recipe.data.masks.folder, recipe.init_from]
+    also_read = [recipe.data.images, recipe.data.masks.folder]
+    also_read += [str(folder) for folder in folders_of(recipe.init_from)] if recipe.init_from else []
     run = check_places(recipe, "images, a zip, or a latent cache", also_read, replaced=_REPLACED)
     if is_cache(recipe.data.path):
         recipe = with_cached(recipe, LatentCache(recipe.data.path).plan)
@@ -244,15 +245,13 @@ def _divided(
 def _situation(
     recipe: Recipe, source: LatentCache | ImageSource, num_images: int, size: Size, runtime: Runtime
 ) -> Situation:
-    memory, gpu = total_memory(runtime.device), runtime.device.type == "cuda"
-    shared = 1 if gpu else runtime.local_world
     return Situation(
         num_images=num_images,
         num_classes=len(source.class_names) if recipe.data.labels else 0,
         size=size,
         other_sizes=_other_latent_sizes(source),
-        gpu=gpu,
-        memory=memory // shared if memory else None,
+        gpu=runtime.device.type == "cuda",
+        memory=memory_of_process(runtime),
         num_processes=runtime.world,
     )
 
@@ -314,11 +313,6 @@ def _refuse_other_content(run: Path, recipe: Recipe, config: ModelConfig) -> Non
         )
     if config.masks != before.masks:
         raise ConfigError(f"{run} was trained with the holes {before.masks}, not {config.masks}; choose another out")
-    if before.training.masks_fingerprint and config.training.masks_fingerprint != before.training.masks_fingerprint:
-        raise ConfigError(
-            f"the mask files in {config.masks.folder} have changed since {run} was begun; restore them or choose "
-            "another out"
-        )
     if config.training.variants != before.training.variants:
         raise ConfigError(
             f"{run} was trained with {before.training.variants} variants of each image, but {recipe.data.path} holds "
@@ -333,7 +327,7 @@ def _named(config: ModelConfig) -> str:
 
 
 def require_same_images(run: Path, before: ModelConfig, now: ModelConfig) -> None:
-    """Refuse to resume a run on other images.
+    """Refuse to resume a run on other images, or with other mask files.
 
     Raises:
         ConfigError: they are not those that it was trained on.
@@ -342,4 +336,9 @@ def require_same_images(run: Path, before: ModelConfig, now: ModelConfig) -> Non
         raise ConfigError(
             f"{run} was trained on other images ({before.training.data}) than data.path holds now "
             f"({now.training.data}); restore them or choose another out"
+        )
+    if before.training.masks_fingerprint and now.training.masks_fingerprint != before.training.masks_fingerprint:
+        raise ConfigError(
+            f"the mask files in {now.masks.folder} have changed since {run} was begun; restore them or choose "
+            "another out"
         )
