@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"--parts: there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     at_once = len(PARTS) if options.device == "cuda" else 1  # a GPU measures models while it trains the next
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the workers, too
-    workers = Workers(_WORKERS[options.device])
+    workers = Workers(others=_WORKERS[options.device])
     study = Study(options, workers, make_folder(options.work), make_folder(options.out), options.num)
     try:
         failed = run_parts(study, chosen, at_once)

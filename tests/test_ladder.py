@@ -137,6 +137,10 @@ def test_kept_rungs_are_stood_on_and_others_are_not(rules):
     assert steps["4"].spec.changes["optimizer"] == {"learning_rate": 1.0, "clip_norm": 2.0}
     assert rules.last_kept(list(steps.values())).name == "5"
     assert rules.last_kept(rules.climb(rungs, found[:2], base)).name == "0"
+    # a rung that another setting kept is stood on, whatever was found here
+    steps = {step.name: step for step in rules.climb(rungs, found[:2], base, ["2"])}
+    assert (steps["2"].verdict, steps["2"].kept, steps["3"].base, steps["5"].base) == (None, True, "2", "2")
+    assert [step.kept for step in rules.climb(rungs, found, base, ["3"])] == [True, False, True, True, False, False]
     # results of a recipe that is another one now do not count
     rungs["2"] = rungs["2"].model_copy(update={"changes": {"training": {"ema_decay": 0.9}}})
     assert {step.name for step in rules.climb(rungs, found, base) if step.verdict} == {"1", "3", "4"} - {"3"}
@@ -223,21 +227,23 @@ def test_a_closed_worker_ends_its_command(ladder, tmp_path):
     assert worker._process is None
 
 
-def test_trainings_run_in_turn_and_others_at_once(ladder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("trainings", "verbs"), [(1, ("evaluate", "loss")), (2, ("train", "train"))])
+def test_trainings_and_other_commands_have_their_workers(ladder, tmp_path, monkeypatch, trainings, verbs):
     module = ladder("worker")
     meeting = threading.Barrier(2)
 
     def run(worker, arguments, log, limit):
-        if arguments[0] in ("evaluate", "loss"):
+        if arguments[0] in verbs:
             meeting.wait(60)  # broken unless both are here
         return worker
 
     monkeypatch.setattr(module.Worker, "run", run)
-    workers = module.Workers(others=2)
+    workers = module.Workers(trainings, others=2)
     with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(lambda verb: workers([verb], tmp_path, 60), ("evaluate", "loss"))
-    trains = workers(["train"], tmp_path, 60)
-    assert len({one, other, trains}) == 3 and workers(["encode"], tmp_path, 60) in (one, other)
+        both = set(pool.map(lambda verb: workers([verb], tmp_path, 60), verbs))
+    assert len(both) == 2 and workers(["encode"], tmp_path, 60) not in both.intersection(workers._train)
+    if trainings == 1:
+        assert workers(["train"], tmp_path, 60) is workers(["train"], tmp_path, 60), "trainings do not run in turn"
 
 
 def test_rungs_are_read_in_order_and_checked(rules, tmp_path):
@@ -337,7 +343,7 @@ def test_a_climb_trains_every_rung_for_the_same_seconds(ladder, rules, tmp_path,
     played = Played(
         {6e-4: 100.0, 2.0: 200.0, 3.0: 50.0}, {6e-4: [10, 10.2], 2.0: [12, 12.2], 3.0: [8, 8.1, 16, 12, 16.2, 12.2]}
     )
-    monkeypatch.setattr(run, "Workers", lambda others: played)
+    monkeypatch.setattr(run, "Workers", lambda trainings, others: played)
     given = arguments(tmp_path, "--seconds", "60", "--seeds", "0,1", "--shares", "0.25,0.5")
     run.main(given)
     found = rules.read_outcomes(tmp_path / "results" / "results.jsonl")
@@ -362,6 +368,40 @@ def test_a_climb_trains_every_rung_for_the_same_seconds(ladder, rules, tmp_path,
     assert len(played.calls) == count, "a finished ladder was climbed again"
 
 
+def test_trainings_side_by_side_on_a_cpu(ladder, rules, tmp_path, monkeypatch, two_rungs):
+    """Each with its evaluation after it; the first evaluation ends before another begins, as it makes the reference."""
+    run, meeting, evaluating = ladder("run"), threading.Barrier(2), []
+    monkeypatch.setattr(ladder("speeds"), "_PROBE_ROUNDS", 1)
+    played = Played({6e-4: 1.0, 2.0: 1.0, 3.0: 1.0}, {6e-4: [10, 10.2], 2.0: [12, 12.2], 3.0: [8, 8.1]})
+
+    class Meets:
+        def __call__(self, arguments, log, limit):
+            if arguments[0] == "train" and not any("/probes/" in str(one) for one in arguments):
+                meeting.wait(60)  # broken unless two are here
+            if arguments[0] == "evaluate":
+                reference = Path(arguments[arguments.index("--reference-out") + 1])
+                assert reference.exists() or not evaluating, "two evaluations make the reference"
+                evaluating.append(reference)
+                time.sleep(0.05)
+                evaluating.pop()
+                reference.write_text("")
+            return played(arguments, log, limit)
+
+        def close(self):
+            pass
+
+    made = []
+    monkeypatch.setattr(run, "Workers", lambda *numbers: made.append(numbers) or Meets())
+    given = arguments(tmp_path, "--seconds", "6", "--seeds", "0,1", "--shares", "", "--at-once", "2")
+    run.main([*given, "--kept", "2", "--rungs", "1,2"])
+    assert made == [(2, 2)]
+    found = rules.read_outcomes(tmp_path / "results" / "results.jsonl")
+    assert {(one.rung, one.seed) for one in found} == {("1", 0), ("1", 1), ("2", 0), ("2", 1)}
+    page = (tmp_path / "results" / "RESULTS.md").read_text()
+    assert "Kept by another setting: 2." in page
+    assert "| 2 | faster | 2 | 6,000 | 8.05 ± 0.071 |" in page and "|  | kept by another setting |" in page
+
+
 def test_what_fails_is_a_line_and_can_be_repeated(ladder, rules, tmp_path, monkeypatch, two_rungs):
     run = ladder("run")
     played = Played({6e-4: 100.0, 2.0: 100.0, 3.0: 100.0}, {6e-4: [10], 2.0: [12], 3.0: [8]})
@@ -373,12 +413,12 @@ def test_what_fails_is_a_line_and_can_be_repeated(ladder, rules, tmp_path, monke
             return super().__call__(arguments, log, limit)
 
     refused = Refused(played.milliseconds, played.distances)
-    monkeypatch.setattr(run, "Workers", lambda others: refused)
+    monkeypatch.setattr(run, "Workers", lambda trainings, others: refused)
     given = arguments(tmp_path, "--seconds", "6", "--seeds", "0", "--shares", "")
     run.main(given)
     page = (tmp_path / "results" / "RESULTS.md").read_text()
     assert "failed: train: latentflow: no such key" in page
-    monkeypatch.setattr(run, "Workers", lambda others: played)
+    monkeypatch.setattr(run, "Workers", lambda trainings, others: played)
     run.main(given)
     assert (tmp_path / "results" / "RESULTS.md").read_text() == page
     run.main([*given, "--again"])
@@ -413,7 +453,7 @@ def test_everything_is_encoded_before_the_first_speed_is_probed(ladder, rules, t
         def close(self):
             pass
 
-    monkeypatch.setattr(run, "Workers", lambda others: Encodes())
+    monkeypatch.setattr(run, "Workers", lambda trainings, others: Encodes())
     run.main(arguments(tmp_path, "--seconds", "6", "--seeds", "0", "--shares", ""))
     assert verbs[: verbs.index("train")] == ["train-autoencoder", *["encode"] * 3]
     assert "encode" not in verbs[verbs.index("train") :]
@@ -473,7 +513,8 @@ def test_what_a_killed_ladder_has_begun_keeps_others_away(ladder, tmp_path):
     ("given", "message"),
     [
         (["--set", "a"], "--set a: give key=value"),
-        (["--rungs", "7"], "there is no rung '7'; there are 0, 1, 2"),
+        (["--rungs", "7"], "--rungs: there is no rung '7'; there are 0, 1, 2"),
+        (["--kept", "0,8"], "--kept: there is no rung '8'; there are 0, 1, 2"),
         (["--seeds", "x"], "2"),
     ],
 )

@@ -17,7 +17,6 @@ from latentflow.artifacts import make_folder, read_json, write_text
 
 _AT_ONCE = {"cpu": 32, "cuda": 500}  # samples
 _SAMPLING = ("--guidance", "1", "--solver", "ab2", "--steps", "16")
-EVALUATIONS_AT_ONCE = {"cpu": 1, "cuda": 3}
 LEAST_LIMIT = 900.0
 """Seconds that any command may take, starting and loading included."""
 
@@ -28,6 +27,7 @@ class Place:
 
     Attributes:
         probe_steps: whose speed is measured.
+        at_once: commands that run side by side; on a GPU one training more.
         again: repeat what failed.
         launch: runs `latentflow ARGUMENTS`.
     """
@@ -41,6 +41,7 @@ class Place:
     results: Path
     recipe: Mapping[str, Any]
     probe_steps: int
+    at_once: int
     again: bool
     launch: Workers
 

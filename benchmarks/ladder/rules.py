@@ -87,6 +87,7 @@ class Setting(Record):
     num: int = Field(description="Samples of each run that are compared with the held-out images.")
     image_size: int
     changes: dict[str, Any] = Field({}, description="Of every recipe.")
+    kept: list[str] = Field([], description="Rungs that later ones stand on, whatever is measured here.")
     busy: bool = Field(False, description="Speeds were probed while other programs computed.")
 
     @property
@@ -148,6 +149,7 @@ class Step:
         base: the name of the rung that it is compared with; empty: none.
         below: its recipe.
         verdict: None: there are no results to compare yet.
+        kept: later rungs stand on it.
     """
 
     name: str
@@ -156,6 +158,7 @@ class Step:
     base: str
     below: Spec | None
     verdict: Verdict | None
+    kept: bool
 
 
 def read_rungs(folder: Path) -> dict[str, Rung]:
@@ -175,12 +178,15 @@ def read_rungs(folder: Path) -> dict[str, Rung]:
     return rungs
 
 
-def climb(rungs: Mapping[str, Rung], outcomes: Sequence[Outcome], base: Mapping[str, Any]) -> list[Step]:
+def climb(
+    rungs: Mapping[str, Rung], outcomes: Sequence[Outcome], base: Mapping[str, Any], kept: Sequence[str] = ()
+) -> list[Step]:
     """Every rung with its recipe and verdict, as far as the outcomes decide.
 
     Args:
         outcomes: of one setting.
         base: the recipe that the baseline changes.
+        kept: rungs that later ones stand on without a verdict, as another setting has decided.
     """
     steps: dict[str, Step] = {}
     last = ""
@@ -191,20 +197,16 @@ def climb(rungs: Mapping[str, Rung], outcomes: Sequence[Outcome], base: Mapping[
         ours = [one for one in outcomes if one.rung == name and one.spec == spec.key and one.share == 1]
         theirs = [one for one in outcomes if below and one.rung == below and one.spec == steps[below].spec.key]
         verdict = compare(ours, [one for one in theirs if one.share == 1]) if below else None
-        steps[name] = Step(name, rung, spec, below, standing_on, verdict)
-        if rung.role == "baseline" or (rung.role == "rung" and not rung.against and verdict and verdict.kept):
-            last = name
+        stands = name in kept or (verdict is not None and verdict.kept)
+        stands = rung.role == "baseline" or (rung.role == "rung" and not rung.against and stands)
+        steps[name] = Step(name, rung, spec, below, standing_on, verdict, stands)
+        last = name if stands else last
     return list(steps.values())
 
 
 def last_kept(steps: Sequence[Step]) -> Step:
     """The highest rung that later ones stand on."""
-    return [
-        step
-        for step in steps
-        if step.rung.role == "baseline"
-        or (step.rung.role == "rung" and not step.rung.against and step.verdict and step.verdict.kept)
-    ][-1]
+    return [step for step in steps if step.kept][-1]
 
 
 def compare(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Verdict | None:

@@ -3,6 +3,7 @@
     python benchmarks/ladder/run.py --train cifar10/train --held-out cifar10/held_out --autoencoder taesd \
         --features judges/cifar10 --seconds 360 --work /scratch/ladder
     python benchmarks/ladder/run.py ... --device cuda --seconds 60
+    OMP_NUM_THREADS=1 python benchmarks/ladder/run.py ... --at-once 2          # on a CPU, with a core for each training
     python benchmarks/ladder/run.py ... --rungs 00_baseline,01_lfm,10_muon     # these only
     python benchmarks/ladder/run.py --render                                   # RESULTS.md again
 
@@ -24,15 +25,15 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import yaml
-from commands import EVALUATIONS_AT_ONCE, Place, autoencoder, cache, limit_of, measured, reference_of, train
+from commands import Place, autoencoder, cache, limit_of, measured, reference_of, train
 from rules import FINAL, Outcome, Rung, Setting, Step, climb, key_of, last_kept, merged, read_outcomes, read_rungs
 from speeds import PROBE_STEPS, seconds_per_step
 from table import write_table
@@ -42,7 +43,9 @@ from latentflow.artifacts import json_line, make_folder, sha256_file, write_text
 
 HERE = Path(__file__).parent
 BASE = HERE / "base.yaml"
+_EVALUATIONS_ON_A_GPU = 3  # side by side, next to a training
 _WRITING = Lock()  # of results.jsonl, by several evaluations
+_FIRST_EVALUATION = Lock()  # which makes what all are compared with
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = make_folder(options.results) / "results.jsonl"
     if not options.render:
         chosen = options.rungs.split(",") if options.rungs else list(rungs)
-        if unknown := [name for name in chosen if name not in rungs]:
-            raise SystemExit(f"--rungs: there is no rung {unknown[0]!r}; there are {', '.join(rungs)}")
+        for option, names in (("--rungs", chosen), ("--kept", options.kept)):
+            if unknown := [name for name in names if name not in rungs]:
+                raise SystemExit(f"{option}: there is no rung {unknown[0]!r}; there are {', '.join(rungs)}")
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the workers, too
         with ExitStack() as ends:
-            launch = Workers(EVALUATIONS_AT_ONCE[options.device])
+            trainings, others = workers_of(options)
+            launch = Workers(trainings, others)
             place = _place(options, results, recipe, launch)
             ends.enter_context(alone(Path(options.work)))
             ends.callback(launch.close)
@@ -82,6 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parts_of_the_time(place, rungs, options.seeds, options.shares)
     write_table(Path(options.results) / "RESULTS.md", rungs, read_outcomes(results), recipe)
     print(f"written to {Path(options.results) / 'RESULTS.md'}")
+
+
+def workers_of(options: argparse.Namespace) -> tuple[int, int]:
+    """Trainings side by side, and other commands; trainings on one GPU would slow each other down."""
+    return (1, _EVALUATIONS_ON_A_GPU) if options.device == "cuda" else (options.at_once, options.at_once)
 
 
 @contextmanager
@@ -104,7 +114,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 def whole_ladder(place: Place, rungs: Mapping[str, Rung], chosen: Sequence[str], seeds: Sequence[int]) -> None:
     """Run the baseline and the references, seed by seed, then the chosen rungs from the lowest to the highest."""
-    prepare(place, climb(rungs, _of_this_setting(place), _recipe(place)), chosen, seeds)
+    prepare(place, _climb(place, rungs), chosen, seeds)
     names = list(rungs)
     base_and_references = [name for name in names if rungs[name].role != "rung" and name in chosen]
     steps = [_step(place, rungs, name) for name in base_and_references]
@@ -137,7 +147,7 @@ def prepare(place: Place, steps: Sequence[Step], chosen: Sequence[str], seeds: S
 @contextmanager
 def _at_once(place: Place) -> Iterator[ThreadPoolExecutor]:
     """Threads for as many commands as run side by side; leaving early ends the commands."""
-    with ThreadPoolExecutor(EVALUATIONS_AT_ONCE[place.setting.device]) as pool:
+    with ThreadPoolExecutor(place.at_once) as pool:
         try:
             yield pool
         except BaseException:
@@ -147,24 +157,27 @@ def _at_once(place: Place) -> Iterator[ThreadPoolExecutor]:
 
 def parts_of_the_time(place: Place, rungs: Mapping[str, Rung], seeds: Sequence[int], shares: Sequence[float]) -> None:
     """Train the last kept recipe for parts of the time."""
-    final = last_kept(climb(rungs, _of_this_setting(place), _recipe(place)))
+    final = last_kept(_climb(place, rungs))
     all_runs(place, [Run(final, seed, share) for seed in seeds for share in shares])
 
 
 def _step(place: Place, rungs: Mapping[str, Rung], name: str) -> Step:
-    return next(step for step in climb(rungs, _of_this_setting(place), _recipe(place)) if step.name == name)
+    return next(step for step in _climb(place, rungs) if step.name == name)
+
+
+def _climb(place: Place, rungs: Mapping[str, Rung]) -> list[Step]:
+    return climb(rungs, _of_this_setting(place), merged(place.recipe, place.setting.changes), place.setting.kept)
 
 
 def _of_this_setting(place: Place) -> list[Outcome]:
     return [one for one in read_outcomes(place.results) if one.setting.key == place.setting.key]
 
 
-def _recipe(place: Place) -> dict[str, Any]:
-    return merged(place.recipe, place.setting.changes)
-
-
 def all_runs(place: Place, runs: Sequence[Run]) -> None:
-    """Probe speeds, then train and evaluate what has no line yet; a GPU evaluates while it trains on."""
+    """Probe speeds, then train and evaluate what has no line yet.
+
+    A GPU evaluates while it trains on; on a CPU each training is followed by its evaluation.
+    """
     runs = [run for run in runs if not _is_there(place, run)]
     for step in {run.step.name: run.step for run in runs}.values():
         try:
@@ -173,18 +186,19 @@ def all_runs(place: Place, runs: Sequence[Run]) -> None:
         except Failed as error:
             failed = next(run for run in runs if run.step.name == step.name)
             append(place.results, outcome_of(place, failed, failed=str(error)))
-    with _at_once(place) as evaluating:
-        begun: list[Future[None]] = []
-        for run in runs:
-            if _is_there(place, run):
-                continue
-            print(run, flush=True)
-            if folder := trained(place, run):
-                begun.append(evaluating.submit(evaluated, place, run, folder))
-                if place.setting.device == "cpu" or not reference_of(place).exists():
-                    begun[-1].result()  # the first one makes what all are compared with
+    with _at_once(place) as pool:
+        if place.setting.device == "cpu":
+            begun = [pool.submit(trained_and_evaluated, place, run) for run in runs]
+        else:
+            begun = [pool.submit(evaluated, place, run, folder) for run in runs if (folder := trained(place, run))]
         for one in begun:
             one.result()
+
+
+def trained_and_evaluated(place: Place, run: Run) -> None:
+    """Both, one after the other."""
+    if folder := trained(place, run):
+        evaluated(place, run, folder)
 
 
 def _is_there(place: Place, run: Run) -> bool:
@@ -216,7 +230,10 @@ def outcome_of(place: Place, run: Run, **found: Any) -> Outcome:
 
 
 def trained(place: Place, run: Run) -> Path | None:
-    """Train; returns the folder, or None after a line that says why it failed."""
+    """Train; returns the folder, or None if it failed, after a line that says why, or has its line."""
+    if _is_there(place, run):
+        return None
+    print(run, flush=True)
     try:
         steps = max(round(run.share * place.setting.seconds / seconds_per_step(place, run.step)), 1)
         folder = place.work / "runs" / f"{run.step.spec.training}-{steps}-{run.seed}"
@@ -234,7 +251,8 @@ def evaluated(place: Place, run: Run, folder: Path) -> None:
     """Evaluate a trained run, and write its line."""
     began = time.monotonic()
     try:
-        outcome = outcome_of(place, run, **measured(place, run.step.spec, folder))
+        with nullcontext() if reference_of(place).exists() else _FIRST_EVALUATION:
+            outcome = outcome_of(place, run, **measured(place, run.step.spec, folder))
         took = time.monotonic() - began
         print(
             f"  {run}: FD {outcome.distance:.4g} after {outcome.steps:,} steps, evaluated in {took:.0f} s", flush=True
@@ -295,6 +313,7 @@ def _place(options: argparse.Namespace, results: Path, recipe: Mapping[str, Any]
         num=options.num,
         image_size=options.image_size,
         changes=merged({"data": {"image_size": options.image_size}}, changes),
+        kept=options.kept,
         busy=options.busy,
     )
     return Place(
@@ -303,6 +322,7 @@ def _place(options: argparse.Namespace, results: Path, recipe: Mapping[str, Any]
         results=results,
         recipe=recipe,
         probe_steps=options.probe_steps or PROBE_STEPS[options.device],
+        at_once=workers_of(options)[1],
         again=options.again,
         launch=launch,
     )
@@ -318,6 +338,10 @@ def _machine(device: str) -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
     return f"{names[0] if names else platform.machine()}, {threads} thread(s)"
+
+
+def _names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
 
 
 def _whole_numbers(text: str) -> list[int]:
@@ -341,6 +365,13 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=360.0, help="of training, for each run")
     parser.add_argument("--seeds", type=_whole_numbers, default=[0, 1, 2], help="default: 0,1,2")
     parser.add_argument("--rungs", help="only these, by file name; they still stand on every rung kept before")
+    parser.add_argument(
+        "--kept",
+        type=_names,
+        default=[],
+        help="rungs that later ones stand on although this setting has not decided so, such as those that a GPU kept",
+    )
+    parser.add_argument("--at-once", type=int, default=1, help="trainings that run side by side on a CPU")
     parser.add_argument(
         "--shares",
         type=_numbers,

@@ -31,7 +31,7 @@ def write_table(file: Path, rungs: Mapping[str, Rung], outcomes: Sequence[Outcom
     parts = [_HEAD]
     for key, setting in settings.items():
         mine = [one for one in outcomes if one.setting.key == key]
-        steps = climb(rungs, mine, merged(recipe, setting.changes))
+        steps = climb(rungs, mine, merged(recipe, setting.changes), setting.kept)
         parts.append(section(setting, steps, mine))
     write_text(file, "\n".join(parts))
 
@@ -44,6 +44,7 @@ def section(setting: Setting, steps: Sequence[Step], outcomes: Sequence[Outcome]
     changed += (
         " Speeds were probed while other programs computed, so the seconds are not equal." if setting.busy else ""
     )
+    changed += f" Kept by another setting: {', '.join(setting.kept)}." if setting.kept else ""
     features = sorted({one.features for one in done})
     lines = [
         f"\n## {setting.device}, {setting.seconds:g} s",
@@ -92,7 +93,7 @@ def judged(step: Step) -> tuple[str, str]:
     if step.rung.role == "baseline":
         return "", "baseline"
     if verdict is None:
-        return "", "not comparable yet"
+        return "", "kept by another setting" if step.kept else "not comparable yet"
     if verdict.failed:
         return "", f"failed: {verdict.failed}"
     alone = math.isinf(verdict.spread)
@@ -101,7 +102,7 @@ def judged(step: Step) -> tuple[str, str]:
         return gain, "reference"
     if alone:
         return gain, "undecided: one seed has no spread"
-    words = "kept" if verdict.kept else "not kept"
+    words = "kept" if verdict.kept else "kept by another setting" if step.kept else "not kept"
     if verdict.kept and step.rung.against:
         words = f"better than {step.base}"
     return gain, words + (", recall falls" if verdict.recall_falls else "")

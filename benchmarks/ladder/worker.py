@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Lock
 from typing import IO
 
 from latentflow.artifacts import make_folder
@@ -91,30 +90,32 @@ class Worker:
 
 
 class Workers:
-    """One trains networks, and others do the rest: on a GPU some models are measured while the next one trains."""
+    """Some train networks, and others do the rest: on a GPU models are measured while the next one trains."""
 
-    def __init__(self, others: int = 1) -> None:
-        self._trains, self._in_turn = Worker(), Lock()
-        self._all = [self._trains, *(Worker() for _ in range(others))]
-        self._idle: SimpleQueue[Worker] = SimpleQueue()
-        for worker in self._all[1:]:
-            self._idle.put(worker)
+    def __init__(self, trainings: int = 1, others: int = 1) -> None:
+        self._train, self._do_the_rest = ([Worker() for _ in range(number)] for number in (trainings, others))
+        self._idle = [_queue(self._train), _queue(self._do_the_rest)]
 
     def __call__(self, arguments: Sequence[object], log: Path, limit: float) -> Path:
-        """See `Worker.run`; trainings wait for each other, and everything else for a worker that is idle."""
-        if arguments[0] == "train":
-            with self._in_turn:
-                return self._trains.run(arguments, log, limit)
-        worker = self._idle.get()
+        """See `Worker.run`; a command waits until a worker of its kind is idle."""
+        idle = self._idle[arguments[0] != "train"]
+        worker = idle.get()
         try:
             return worker.run(arguments, log, limit)
         finally:
-            self._idle.put(worker)
+            idle.put(worker)
 
     def close(self) -> None:
         """End all of them."""
-        for worker in self._all:
+        for worker in (*self._train, *self._do_the_rest):
             worker.close()
+
+
+def _queue(workers: Sequence[Worker]) -> SimpleQueue[Worker]:
+    idle: SimpleQueue[Worker] = SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+    return idle
 
 
 def serve(requests: IO[str], answers: IO[str]) -> None:
