@@ -9,7 +9,8 @@ Few images overtrained: the warning comes before the first step, the held-out lo
 and the memorised fraction rises after it. With many images it stays near zero.
 
     python benchmarks/few_images.py --images 100,10000 --steps 14000
-    python benchmarks/few_images.py --data cifar10/train --autoencoder taesd --image-size 64 --images 100,10000
+    python benchmarks/few_images.py --data cifar10/train --autoencoder madebyollin/taesd --image-size 64 \
+        --images 100,10000
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ steps. "scratch" trains all weights of a network of random weights, of the same 
 is judged by its best weights (`RUN@best`): the Fréchet distance and the class accuracy of the judge, and the loss on
 held-out images of the class, also with guidance by the model that it was finetuned from.
 
-    python benchmarks/finetuning.py --train cifar10/train --held-out cifar10/held_out --autoencoder taesd \
+    python benchmarks/finetuning.py --train cifar10/train --held-out cifar10/held_out --autoencoder madebyollin/taesd \
         --features judges/cifar10 --images 100,500,4500 --seconds 600 --work /scratch/finetuning
 
 Repeat the command to go on: what is there stays.

@@ -1,7 +1,8 @@
 """Three models of photographs, from the images to their figures and pictures.
 
-    python benchmarks/photographs.py --train cifar10/split/train --held-out cifar10/split/held_out --autoencoder taesd \
-        --features judges/cifar10 --steps 20000 --work /scratch/photographs --out results
+    python benchmarks/photographs.py --train cifar10/split/train --held-out cifar10/split/held_out \
+        --autoencoder madebyollin/taesd --features judges/cifar10 --steps 20000 \
+        --work /scratch/photographs --out results
     python benchmarks/photographs.py ... --parts guides,grids                    # these only
 
 A model of all classes, one without labels, and one of a single class. Repeat the command to go on: what is there stays.

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "latentflow"
 ELSEWHERE = {
     "benchmarks.md": ROOT / "benchmarks" / "README.md",
+    "ladder/RESULTS.md": ROOT / "benchmarks" / "ladder" / "RESULTS.md",
     "contributing.md": ROOT / "CONTRIBUTING.md",
     "changelog.md": ROOT / "CHANGELOG.md",
 }

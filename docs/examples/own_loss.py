@@ -1,4 +1,4 @@
-"""Own loss term: beside the velocity, the mean of the latents that the network predicts has to be right."""
+"""Own loss term: besides the velocity, the mean of the latents that the network predicts has to be right."""
 
 import torch
 

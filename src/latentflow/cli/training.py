@@ -39,7 +39,7 @@ PrintRecipe = Annotated[
 verb = partial(command, group="Training")
 
 
-@verb(example="latentflow train cifar10_64 data.path=caches/cifar10 autoencoder=taesd out=runs/cifar10")
+@verb(example="latentflow train cifar10_64 data.path=caches/cifar10 out=runs/cifar10")
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,

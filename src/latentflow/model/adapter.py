@@ -1,4 +1,4 @@
-"""Adapters: the low-rank differences of a finetuned model from its base, and what was trained beside them, in a folder.
+"""Adapters: the low-rank differences of a finetuned model from its base, and what was trained besides, in a folder.
 
     adapter_config.json     rank, scale, layers, and the hash of the base's weights
     adapter.safetensors     the factors, and whole tensors that the base does not have or that were trained as a whole
