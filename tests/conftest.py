@@ -118,7 +118,7 @@ def recipe(cache, kl_folder, tmp_path) -> Callable[..., Recipe]:
 @pytest.fixture
 def unprobed(monkeypatch) -> None:
     """A made-up speed for plans, in tests that are about something else."""
-    speed = Speed(0.5, 0.1, 10**9, 6e9, "nothing", True)
+    speed = Speed(0.5, 0.15, 0.1, 10**9, 6e9, "nothing", True)
     monkeypatch.setattr(plan, "probe", lambda config, runtime, **given: speed)
 
 

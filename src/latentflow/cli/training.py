@@ -215,11 +215,11 @@ def plan(
 ) -> None:
     """Estimate what a run takes before it begins: memory by part, time, disk space, and what would make it fit."""
     from latentflow.commands.plan import plan as run
+    from latentflow.commands.plan import recipe_to_plan
     from latentflow.planning.advice import advice
     from latentflow.planning.report import numbers, tables
-    from latentflow.training.config import load_recipe
 
-    given = _resolved(load_recipe, recipe, overrides)
+    given = _resolved(recipe_to_plan, recipe, overrides)
     found = run(given, Path(recipe).stem, request, runtime_for(device))
     if as_json:
         show(numbers(found), as_json)

@@ -28,8 +28,9 @@ def _memory_advice(plan: Plan) -> list[str]:
             words += [f"training.micro_batch_size={largest}"] if largest < memory.micro_batch_size else []
             lines.append(f"{' '.join(words)} would fit")
     if not any(fitting.values()):
-        needed = gib(memory.fixed + memory.kept_per_image["checkpoint"])
-        lines.append(f"not even one image at a time fits: it takes about {needed}")
+        needed = gib(memory.fixed + memory.multiple * memory.kept_per_image["checkpoint"])
+        fewest = "one image at a time fits" if memory.multiple == 1 else f"{memory.multiple} images at a time fit"
+        lines.append(f"not even {fewest}: it takes about {needed}")
         lines += [smaller] if (smaller := _smaller(plan)) else []
     return lines
 
@@ -37,6 +38,8 @@ def _memory_advice(plan: Plan) -> list[str]:
 def _smaller(plan: Plan) -> str | None:
     """The largest published transformer with the same patch size that fits."""
     network = plan.subject.config.network
+    if plan.subject.teacher is not None:
+        return "distil a smaller model"
     if plan.recipe.init_from:
         fewer = "finetuning.method=lora or biases train few weights; or " if not plan.recipe.finetuning.rank else ""
         return f"{fewer}begin with a smaller model"

@@ -21,8 +21,9 @@ from latentflow.sampling.drawing import Drawing
 from latentflow.sampling.preview import preview_drawing
 from latentflow.sizes import Size
 from latentflow.training.config import Recipe, TrainingConfig
-from latentflow.training.memory import bytes_per_image, fitting_mode, micro_batch_that_fits
+from latentflow.training.memory import bytes_per_image, fitting_mode, micro_batch_that_fits, network_in_training
 from latentflow.training.optim import optimizer_bytes, trained_parameters
+from latentflow.training.student_recipe import StudentRecipe
 
 _PNG_BYTES = 2  # per pixel of a preview, approximately
 _DECODED = 12  # feature maps of the decoder's last width alive at once, float32, approximately
@@ -41,6 +42,7 @@ class Memory:
         mode: of `training.memory` that the run uses.
         micro_batch_size: images in one forward pass.
         share: images of one process in one step.
+        multiple: what a micro-batch has to be a multiple of.
     """
 
     exact: Mapping[str, int]
@@ -50,6 +52,7 @@ class Memory:
     mode: str
     micro_batch_size: int
     share: int
+    multiple: int = 1
 
     @property
     def fixed(self) -> int:
@@ -66,8 +69,8 @@ class Memory:
         return self.fixed + max(self.kept(self.mode), self.preview)
 
     def largest_micro_batch(self, mode: str, memory: int | None) -> int:
-        """The largest micro-batch that fits; 0: not even one image."""
-        return micro_batch_that_fits(self.fixed, self.kept_per_image[mode], self.share, memory)
+        """The largest micro-batch that fits; 0: none does."""
+        return micro_batch_that_fits(self.fixed, self.kept_per_image[mode], self.share, memory, self.multiple)
 
     def previews_fit(self, memory: int | None) -> bool:
         """Whether a preview can be decoded."""
@@ -129,6 +132,8 @@ def estimate_memory(subject: PlannedRun, machine: Machine, *, share: int, micro:
         "moving average": moving * recipe.training.num_averages,
         "optimizer's moments": optimizer_bytes(network, recipe.optimizer),
     }
+    if subject.teacher is not None:
+        exact["teacher"] = _bytes_of(network_in_training(subject.teacher).parameters())
     latents = config.latent_shape[0] * config.latent_shape[1] * config.latent_shape[2]
     estimated = {"batch and noise": 5 * 4 * micro * latents}
     if machine.half:
@@ -141,11 +146,11 @@ def estimate_memory(subject: PlannedRun, machine: Machine, *, share: int, micro:
     if subject.stage.num_bytes:
         estimated["autoencoder"] = subject.stage.num_bytes
     cached = cached_bytes(subject)
-    if cached is not None and _stays_resident(subject.recipe, cached, machine):
+    if cached is not None and _stays_resident(subject, cached, machine):
         estimated["latent cache"] = cached
     if not machine.gpu:
         estimated["copy for a checkpoint"] = _checkpoint_bytes(network, recipe)
-        if _keeps_best(subject):
+        if subject.keeps_best:
             estimated["copy of the best weights"] = moving
     given = {"half": machine.half, "aligned": recipe.training.is_aligned}
     size = Size(*config.latent_shape[1:])
@@ -153,16 +158,16 @@ def estimate_memory(subject: PlannedRun, machine: Machine, *, share: int, micro:
     preview = 0
     if recipe.training.preview_every:
         together = min(len(preview_of(subject).seeds), _DECODED_TOGETHER, micro)
-        decoded = together * _DECODED * 4 * (subject.stage.width or 128) * recipe.data.image_size.area
+        decoded = together * _DECODED * 4 * (subject.stage.width or 128) * config.image_size.area
         preview = moving + decoded  # a preview sets the weights aside and uses their average
     mode = recipe.training.memory
     if mode == "auto":
         memory = machine.memory
         mode = "none"
         if memory is not None:
-            own = {"averages": recipe.training.num_averages, "trained": trained // 4}
+            own = {"averages": subject.num_copies, "trained": trained // 4}
             mode = fitting_mode(config, micro, memory=memory, **own, **given)
-    return Memory(exact, estimated, kept, preview, mode, micro, share)
+    return Memory(exact, estimated, kept, preview, mode, micro, share, subject.multiple)
 
 
 def cached_bytes(subject: PlannedRun) -> int | None:
@@ -175,7 +180,7 @@ def cached_bytes(subject: PlannedRun) -> int | None:
         return None
     channels, positions = subject.stage.num_moments, Size(*config.latent_shape[1:]).area
     wide = data.cache is not None and data.cache.precision == "float32"
-    moments = channels * positions * (4 if wide else 2) * (2 if subject.recipe.data.flip else 1)
+    moments = channels * positions * (4 if wide else 2) * (2 if subject.flips else 1)
     counts = positions * (1 if subject.stage.factor**2 <= 255 else 2)
     maps = counts * config.conditioning.num_map_classes
     per_image = moments + maps
@@ -186,10 +191,10 @@ def cached_bytes(subject: PlannedRun) -> int | None:
     return data.num_images * (per_image + (8 if config.conditioning.num_classes else 0))
 
 
-def _stays_resident(recipe: Recipe, num_bytes: int, machine: Machine) -> bool:
+def _stays_resident(subject: PlannedRun, num_bytes: int, machine: Machine) -> bool:
     """Whether training keeps the cache in memory, if all of the memory is free."""
-    data = recipe.data
-    if data.images or (data.resident == "auto" and data.num_workers):
+    data = subject.recipe.data
+    if (subject.teacher is None and data.images) or (data.resident == "auto" and data.num_workers):
         return False
     return stays_resident(data.resident, num_bytes, torch.device("cuda" if machine.gpu else "cpu"), machine.memory)
 
@@ -215,18 +220,13 @@ def _moving_bytes(network: nn.Module) -> int:
 def _model_bytes(subject: PlannedRun) -> int:
     """Of the weights in a model folder, and of its adapter: factors, and whole tensors as they were and are."""
     state = sampled_part(subject.network).state_dict()
-    whole = subject.made or () if subject.recipe.finetuning.method == "lora" else ()
+    whole = subject.made if subject.made and subject.recipe.finetuning.method == "lora" else ()
     return _bytes_of(state.values()) + 2 * _bytes_of(state[name] for name in whole)
 
 
-def _checkpoint_bytes(network: nn.Module, recipe: Recipe) -> int:
+def _checkpoint_bytes(network: nn.Module, recipe: Recipe | StudentRecipe) -> int:
     averages = recipe.training.num_averages * _moving_bytes(sampled_part(network))
     return _moving_bytes(network) + averages + optimizer_bytes(network, recipe.optimizer)
-
-
-def _keeps_best(subject: PlannedRun) -> bool:
-    """Whether the run keeps the weights with the lowest held-out loss."""
-    return subject.num_trained is not None and subject.num_trained < subject.data.num_images
 
 
 def _num_saved(training: TrainingConfig) -> int:
@@ -246,13 +246,13 @@ def estimate_disk(subject: PlannedRun) -> Disk:
     num_milestones = training.steps // training.keep_every if training.keep_every else 0
     at_shares = [step for step in training.kept_at if not (training.keep_every and step % training.keep_every == 0)]
     previews = -(-training.steps // training.preview_every) if training.preview_every else 0
-    pixels = len(preview_of(subject).seeds) * subject.recipe.data.image_size.area
+    pixels = len(preview_of(subject).seeds) * config.image_size.area
     place = next((p for p in Path(subject.recipe.out or "runs").absolute().parents if p.is_dir()), Path.cwd())
     here = subject.data.num_bytes
     return Disk(
         checkpoint=_checkpoint_bytes(network, subject.recipe),
         num_checkpoints=min(training.keep_checkpoints + 1 + num_milestones, _num_saved(training)),
-        num_milestones=num_milestones + len(at_shares) + _keeps_best(subject),
+        num_milestones=num_milestones + len(at_shares) + subject.keeps_best,
         model=_model_bytes(subject) + (subject.stage.num_bytes or 0 if embedded else 0),
         averages=_moving_bytes(sampled_part(network)) * (training.num_averages - 1),
         averages_kept=len(training.averages_at),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from latentflow.runtime import Runtime
 from latentflow.training.config import Recipe
 from latentflow.training.memory import total_memory
+from latentflow.training.student_recipe import StudentRecipe
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Machine:
         return self.precision in ("bf16", "fp16")
 
 
-def machine_for(recipe: Recipe, runtime: Runtime, device_memory: float | None, processes: int) -> Machine:
+def machine_for(
+    recipe: Recipe | StudentRecipe, runtime: Runtime, device_memory: float | None, processes: int
+) -> Machine:
     """This machine, or another one with GPUs of `device_memory` GiB."""
     word = recipe.training.precision
     if device_memory is not None:

@@ -9,9 +9,10 @@ from latentflow.flow.solvers import expected_evaluations, is_adaptive
 from latentflow.planning.estimate import Disk, Memory, preview_of
 from latentflow.planning.machine import Machine
 from latentflow.planning.planned_run import PlannedRun
-from latentflow.planning.probe import SLOWER, Speed
+from latentflow.planning.probe import Speed
 from latentflow.training.config import Recipe
 from latentflow.training.memorisation_onset import memorisation_warning
+from latentflow.training.student_recipe import StudentRecipe
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,17 @@ class Plan:
     speed: Speed
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> Recipe | StudentRecipe:
         return self.subject.recipe
 
     @property
     def memorisation(self) -> str:
-        """A warning of copies of training images, if the run takes many steps for its images; else ""."""
+        """A warning of copies of training images, if the run takes many steps for its images; else "".
+
+        A student learns from its teacher, in as many steps as it takes.
+        """
+        if self.subject.teacher is not None:
+            return ""
         return memorisation_warning(self.recipe.training.steps, self.subject.num_trained or 0)
 
     @property
@@ -50,8 +56,9 @@ class Plan:
         request = preview_of(self.subject)
         preset, num_images = request.sampling, -(-len(request.seeds) // self.machine.num_processes)
         tolerance = preset.rtol if is_adaptive(preset.solver) else 1.0
-        calls = expected_evaluations(preset.solver, preset.steps, tolerance) * (1 if preset.guidance == 1 else 2)
-        return calls * num_images * self.speed.seconds_per_image / (3 * SLOWER[self.memory.mode])
+        doubled = preset.guidance != 1 and self.subject.teacher is None  # a student has the scale as an input
+        calls = expected_evaluations(preset.solver, preset.steps, tolerance) * (2 if doubled else 1)
+        return calls * num_images * self.speed.seconds_per_forward
 
     @property
     def seconds(self) -> float:

@@ -15,6 +15,7 @@ from latentflow.columns import Column
 from latentflow.data.cache.reader import LatentCache, is_cache
 from latentflow.data.cache.schema import CachePlan
 from latentflow.data.hold_out import count_held_out
+from latentflow.data.items import ImageSource
 from latentflow.data.painting.input_pixels import derived_format
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ConfigError
@@ -31,6 +32,7 @@ from latentflow.training.finetuning import choose_trained, finetuned_config, ope
 from latentflow.training.fitting import Situation
 from latentflow.training.fresh_model import DataConditions, model_config, require_fitting_sizes
 from latentflow.training.memory import network_in_training
+from latentflow.training.student_recipe import StudentRecipe
 from latentflow.training.training_data import paired_choice, with_cached
 from latentflow.training.velocity_run import decided
 
@@ -44,6 +46,8 @@ class DataFacts:
     Attributes:
         num_images: None if unknown.
         num_classes, num_map_classes: 0 if there are none.
+        num_held_out: of the images, by the teacher of a student.
+        class_names, map_class_names: if they are known.
         columns: named columns.
         cache: the plan of a latent cache, if the data are one.
         num_bytes: of this latent cache on disk.
@@ -54,6 +58,9 @@ class DataFacts:
     num_images: int | None
     num_classes: int
     num_map_classes: int = 0
+    num_held_out: int = 0
+    class_names: tuple[str, ...] = ()
+    map_class_names: tuple[str, ...] = ()
     columns: tuple[Column, ...] = ()
     cache: CachePlan | None = None
     num_bytes: int | None = None
@@ -87,19 +94,25 @@ class PlannedRun:
 
     Attributes:
         made: names of parameters that the source of a finetuned model does not have; None: it has no source.
+        teacher: the config of the model that is distilled; None: the model is no student.
     """
 
-    recipe: Recipe
+    recipe: Recipe | StudentRecipe
     config: ModelConfig
     data: DataFacts
     stage: StageFacts
     reasons: tuple[str, ...] = ()
     made: frozenset[str] | None = None
+    teacher: ModelConfig | None = None
 
     @cached_property
     def network(self) -> nn.Module:
         """The network that is trained, without memory; what its method does not train is frozen."""
-        network = network_in_training(self.config, aligned=self.recipe.training.is_aligned)
+        return self.built(self.config, aligned=self.recipe.training.is_aligned)
+
+    def built(self, config: ModelConfig, *, aligned: bool = False) -> nn.Module:
+        """The network of a config, such as one of fewer blocks, without memory and with as much of it frozen."""
+        network = network_in_training(config, aligned=aligned)
         if self.made is not None:
             choose_trained(sampled_part(network), self.recipe.finetuning, self.made, 0)
         return network
@@ -108,7 +121,38 @@ class PlannedRun:
     def num_trained(self) -> int | None:
         """Images that are trained on, without those held out; None if unknown."""
         number = self.data.num_images
-        return None if number is None else number - count_held_out(number, self.recipe.data.held_out)
+        if number is None or self.teacher is not None:
+            return None if number is None else number - self.data.num_held_out
+        return number - count_held_out(number, self.recipe.data.held_out)
+
+    @property
+    def autoencoder(self) -> str:
+        """The name of the autoencoder."""
+        if self.teacher is None:
+            return self.recipe.autoencoder
+        reference = self.teacher.autoencoder.reference
+        return "that of the teacher" if reference == AUTOENCODER_FOLDER else reference
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the run keeps the weights with the lowest held-out loss."""
+        measured = self.num_trained is not None and self.num_trained < self.data.num_images
+        return measured and self.teacher is None
+
+    @property
+    def num_copies(self) -> int:
+        """Copies of the weights that are in memory next to those that are trained: averages, and a teacher."""
+        return self.recipe.training.num_averages + (self.teacher is not None)
+
+    @property
+    def multiple(self) -> int:
+        """What the number of images that are computed together is a multiple of."""
+        return 1 if self.teacher is None else self.recipe.jumps.every
+
+    @property
+    def flips(self) -> bool:
+        """Whether images are mirrored at random."""
+        return str(self.recipe.data.flip).lower() == "true"
 
     @property
     def assumed(self) -> list[str]:
@@ -191,7 +235,8 @@ def plan_subject(recipe: Recipe, name: str, machine: Machine, request: PlanReque
     config, made = _config(recipe, data, stage), None
     if begins is not None:
         config = finetuned_config(config, begins)
-        made = graft(begins.config, begins.stored.weights, config, {}).made
+        former = recipe.finetuning.former_classes if data.class_names or not config.conditioning.num_classes else {}
+        made = graft(begins.config, begins.stored.weights, config, former).made
         recipe = with_preset(recipe, begins.config, config.conditioning)
         config = config.model_copy(update={"sampling": recipe.sampling})
     if data.cache:
@@ -206,12 +251,11 @@ def _data(recipe: Recipe, name: str, num_images: int | None, num_classes: int | 
         cache = LatentCache(path)
         plan, index = cache.plan, cache.index
         num_bytes = sum(shard.num_bytes for shard in index.shards)
-        num_classes, num_maps = len(plan.class_names), len(plan.map_class_names)
-        facts = DataFacts(index.num_images, num_classes, num_maps, cache.columns, plan, num_bytes)
+        facts = replace(_facts(index.num_images, plan), columns=cache.columns, cache=plan, num_bytes=num_bytes)
         return replace(facts, pixels=plan.pixel_format, inputs=plan.input_format)
     if path and (path.startswith("synthetic:") or Path(path).exists()):
         source = open_images(path, recipe.data.image_size, table=recipe.data, inputs=paired_choice(recipe))
-        facts = DataFacts(len(source), len(source.class_names), len(source.map_class_names), source.columns)
+        facts = replace(_facts(len(source), source), columns=source.columns)
         return replace(facts, pixels=source.pixel_format, inputs=source.input_format)
     known = next((facts for start, facts in PUBLISHED_DATA.items() if name.startswith(start)), None)
     classes = _ASSUMED_CLASSES if recipe.data.labels else 0
@@ -231,6 +275,12 @@ def _data(recipe: Recipe, name: str, num_images: int | None, num_classes: int | 
     return replace(facts, assumed=f"{why}: {', '.join(parts)}{' as published' if known else ''}{given}")
 
 
+def _facts(num_images: int, named: CachePlan | ImageSource) -> DataFacts:
+    """The number of images, and the classes of a source or of a latent cache."""
+    names, maps = tuple(named.class_names), tuple(named.map_class_names)
+    return DataFacts(num_images, len(names), len(maps), class_names=names, map_class_names=maps)
+
+
 def _stage(recipe: Recipe, name: str, cache: CachePlan | None, latents: Sequence[int] | None) -> StageFacts:
     reference = recipe.autoencoder
     if latents is not None:
@@ -242,9 +292,8 @@ def _stage(recipe: Recipe, name: str, cache: CachePlan | None, latents: Sequence
                 f"{recipe.data.image_size}"
             )
         return StageFacts(factor, channels, 2 * channels, assumed=f"latents {'x'.join(map(str, latents))}, as given")
-    folder = _folder_here(reference)
-    if folder is not None:
-        return _facts_of(Autoencoder.from_pretrained(folder))
+    if (here := stage_here(reference)) is not None:
+        return here
     known = KNOWN_STAGES.get(reference)
     if cache is not None:
         facts = StageFacts(cache.factor, cache.num_channels, cache.moments_shape[0])
@@ -260,6 +309,12 @@ def _stage(recipe: Recipe, name: str, cache: CachePlan | None, latents: Sequence
         f"the autoencoder {reference} is not available here, and its latents are not known; add --latents 4x32x32 "
         "(channels, height and width of an image's latents), autoencoder=FOLDER, or data.path=CACHE"
     )
+
+
+def stage_here(reference: str) -> StageFacts | None:
+    """The facts of an autoencoder; None if it would have to be downloaded."""
+    folder = _folder_here(reference)
+    return None if folder is None else _facts_of(Autoencoder.from_pretrained(folder))
 
 
 def _folder_here(reference: str) -> str | None:
@@ -291,7 +346,7 @@ def _facts_of(autoencoder: Autoencoder) -> StageFacts:
 
 
 def _config(recipe: Recipe, data: DataFacts, stage: StageFacts) -> ModelConfig:
-    """The config of the model; class names, normalisation and hash are placeholders, which do not change its size."""
+    """The config of the model; normalisation, hash and unknown names are placeholders, which do not change its size."""
     has_maps = recipe.conditioning.semantic_map
     if has_maps and not data.num_map_classes:
         raise ConfigError(f"conditioning.semantic_map = true, but {recipe.data.path} has no semantic maps")
@@ -312,8 +367,8 @@ def _config(recipe: Recipe, data: DataFacts, stage: StageFacts) -> ModelConfig:
         autoencoder,
         LatentNormalisation(shift=[0.0] * stage.num_channels, scale=[1.0] * stage.num_channels),
         DataConditions(
-            [f"#{number}" for number in range(num_classes)],
-            [f"#{number}" for number in range(num_maps)],
+            data.class_names[:num_classes] or [f"#{number}" for number in range(num_classes)],
+            data.map_class_names[:num_maps] or [f"#{number}" for number in range(num_maps)],
             [(0, 0, 0)] * num_maps,
             chosen_columns(recipe.conditioning, data.columns, recipe.data.path),
             inputs=inputs.resolved(paired, data.pixels) if paired else None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -21,16 +21,16 @@ from latentflow.networks.dit import DiTConfig
 from latentflow.networks.running import MemoryMode, compile_blocks, set_memory
 from latentflow.runtime import Runtime
 from latentflow.training.ema import EMA
-from latentflow.training.memory import count_parameters, forward_flops
+from latentflow.training.memory import count_parameters, forward_flops, network_in_training, training_flops
 from latentflow.training.muon import hidden_matrices, newton_schulz, orthogonalisation_flops
-from latentflow.training.optim import OptimizerConfig, build_optimizer, clip_gradients
+from latentflow.training.optim import OptimizerConfig, build_optimizer, clip_gradients, trained_parameters
 from latentflow.weights import without_memory
 
 _UPDATED = {"cpu": 4_000_000, "cuda": 100_000_000}  # parameters in the timed update
 _ORTHOGONALISED = {"cpu": (2, 256, torch.float32), "cuda": (8, 1024, torch.bfloat16)}  # matrices, side, as in Muon
-_PASSES = 3  # forward and backward together, in units of the forward pass
-SLOWER: dict[MemoryMode, float] = {"none": 1.0, "recompute-cheap": 1.05, "checkpoint": 4 / 3}
-"""Approximate slowdown of a step in the modes of `training.memory`."""
+_PASSES = 3  # forward and backward together, in units of the forward pass, if everything is trained
+RECOMPUTED: dict[MemoryMode, float] = {"none": 0.0, "recompute-cheap": 0.15, "checkpoint": 1.0}
+"""Approximate share of the forward pass that the modes of `training.memory` repeat in the backward pass."""
 _REACHED = 0.4  # of the stated peak; large networks reach a little more, small ones less
 _LARGEST_PROBE = 2**30  # bytes of weights, on a CPU
 
@@ -41,6 +41,7 @@ class Speed:
 
     Attributes:
         seconds_per_image: forward and backward.
+        seconds_per_forward: of an image, without a backward pass.
         seconds_per_update: optimizer, gradient clipping and average, once per step.
         forward_flops: of one image, exact: 2 for each multiply-add.
         flops_per_second: achieved.
@@ -50,6 +51,7 @@ class Speed:
     """
 
     seconds_per_image: float
+    seconds_per_forward: float
     seconds_per_update: float
     forward_flops: int
     flops_per_second: float
@@ -60,8 +62,9 @@ class Speed:
 
 @dataclass(frozen=True)
 class _Way:
-    """How a network is run."""
+    """How a network is built, with what is not trained frozen, and run."""
 
+    build: Callable[[ModelConfig], nn.Module]
     runtime: Runtime
     mode: MemoryMode
     compiled: bool
@@ -85,6 +88,7 @@ def probe(
     mode: MemoryMode = "none",
     compiled: bool = False,
     ema_lengths: Sequence[float] = (),
+    build: Callable[[ModelConfig], nn.Module] = network_in_training,
 ) -> Speed:
     """Time a few steps.
 
@@ -97,10 +101,11 @@ def probe(
         mode: what the backward pass recomputes.
         compiled: whether blocks are compiled first.
         ema_lengths: of the averages next to the exponential one.
+        build: makes a network of a config without memory; what is not trained is frozen.
     """
-    way = _Way(runtime, mode, compiled)
-    whole = forward_flops(config)
-    update = _seconds_per_update(config, runtime, ema_lengths)
+    way, network = _Way(build, runtime, mode, compiled), build(config)
+    whole, trained = forward_flops(config), sum(one.numel() for one in trained_parameters(network))
+    update = _seconds_per_update(trained, runtime, ema_lengths)
     rate = _matmul_rate(runtime)
     budget = rate * seconds / (4 * _PASSES)  # operations of one forward pass: two networks, each with a warm-up
     parts = list(_parts(config))
@@ -118,17 +123,26 @@ def probe(
             # if other load disturbed the clock, the count of operations is more reliable
             scaled = by_block if 0.5 * scaled < by_block < 2 * scaled else scaled
         per_image = scaled
-    speed = _PASSES * whole / per_image
+    training = training_flops(network, config)
+    forward = per_image * whole / (training + RECOMPUTED[mode] * whole)
     what = f"{together} images, {part.what}" + (", compiled" if compiled else "")
-    return Speed(per_image, update, whole, speed, what, part.share == 1)
+    return Speed(per_image, forward, update, whole, training / per_image, what, part.share == 1)
 
 
-def stated_speed(config: ModelConfig, peak: float, mode: MemoryMode, optimizer: OptimizerConfig) -> Speed:
-    """The speed to expect of a device with a peak of `peak` operations per second; nothing is measured."""
-    flops, reached = forward_flops(config), _REACHED * peak / SLOWER[mode]
-    update = _flops_of_orthogonalisation(config, optimizer) / (_REACHED * peak)
+def stated_speed(
+    config: ModelConfig, network: nn.Module, peak: float, mode: MemoryMode, optimizer: OptimizerConfig
+) -> Speed:
+    """The speed to expect of a device with a peak of `peak` operations per second; nothing is measured.
+
+    Args:
+        network: of `config`, without memory; what is not trained is frozen.
+    """
+    flops, training, reached = forward_flops(config), training_flops(network, config), _REACHED * peak
+    per_image = (training + RECOMPUTED[mode] * flops) / reached
+    update = _flops_of_orthogonalisation(config, optimizer) / reached
     what = f"{_REACHED:.0%} of {peak / 1e12:g} TFLOP/s, typical of training"
-    return Speed(_PASSES * flops / reached, update, flops, reached, what, whole=False, measured=False)
+    given = {"whole": False, "measured": False}
+    return Speed(per_image, flops / reached, update, flops, training / per_image, what, **given)
 
 
 def _parts(config: ModelConfig) -> Iterator[_Part]:
@@ -172,7 +186,7 @@ def _inputs(config: ModelConfig, images: int, device: torch.device):
 
 def _seconds_of_pass(config: ModelConfig, way: _Way, images: int, seconds: float) -> float:
     """The minimum time of a forward and backward pass over a few repetitions, after a warm-up."""
-    runtime, network = way.runtime, _network(config, way.runtime.device).train()
+    runtime, network = way.runtime, _with_values(way.build(config), way.runtime.device).train()
     set_memory(network, way.mode)
     if way.compiled:
         compile_blocks(network)
@@ -192,10 +206,8 @@ def _seconds_of_pass(config: ModelConfig, way: _Way, images: int, seconds: float
     return min(taken[1:])
 
 
-def _network(config: ModelConfig, device: torch.device) -> nn.Module:
-    """A network with cheap random weights, none of them zero: denormal numbers are slow."""
-    with without_memory():
-        network = config.build_network()
+def _with_values(network: nn.Module, device: torch.device) -> nn.Module:
+    """A network without memory with cheap random weights, none of them zero: denormal numbers are slow."""
     network.to_empty(device=device)
     some = 0.02 * torch.randn(2**16, device=device)
     with torch.no_grad():
@@ -206,9 +218,8 @@ def _network(config: ModelConfig, device: torch.device) -> nn.Module:
     return network
 
 
-def _seconds_per_update(config: ModelConfig, runtime: Runtime, ema_lengths: Sequence[float]) -> float:
-    """Time of clipping, optimizer and averages, extrapolated from some of the weights: memory bandwidth limits it."""
-    total = count_parameters(config)
+def _seconds_per_update(total: int, runtime: Runtime, ema_lengths: Sequence[float]) -> float:
+    """Time of clipping, optimizer and averages of `total` weights, extrapolated from some: memory limits it."""
     number = min(total, _UPDATED.get(runtime.device.type, _UPDATED["cpu"]))
     layers = nn.ParameterList(torch.full((2**16,), 0.5) for _ in range(math.ceil(number / 2**16)))
     layers.to(runtime.device)

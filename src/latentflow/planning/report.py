@@ -14,6 +14,7 @@ from latentflow.planning.plan import Plan
 from latentflow.planning.units import duration_of, gib
 from latentflow.progress import duration
 from latentflow.training.finetuning import trained_share
+from latentflow.training.student_step import step_cost
 
 EXACT, ESTIMATE, MEASURED, ASSUMED = "exact", "estimate", "measured here", "assumed"
 
@@ -96,11 +97,14 @@ def _run_rows(plan: Plan) -> list[tuple[str, str, str]]:
     known = ASSUMED if data.assumed else EXACT
     rows = [
         ("data", f"{images} of {sizes}{classes}{maps}", known),
-        ("latents", f"{shape}, by {plan.recipe.autoencoder}", ASSUMED if subject.stage.assumed else EXACT),
+        ("latents", f"{shape}, by {subject.autoencoder}", ASSUMED if subject.stage.assumed else EXACT),
         ("network", f"{config.network.title}, {plan.num_parameters:,} parameters", EXACT),
         ("training", steps, known if data.num_images else EXACT),
     ]
-    if plan.recipe.init_from:
+    if subject.teacher is not None:
+        cost = step_cost(config.student, plan.recipe.jumps.every)
+        rows.append(("student of", f"{plan.recipe.teacher}; a step takes about {cost:.2g} times one of `train`", EXACT))
+    elif plan.recipe.init_from:
         own = plan.recipe.finetuning
         method = own.method if own.rank is None else f"{own.method} of rank {own.rank}"
         trained, _ = trained_share(subject.network)

@@ -61,6 +61,21 @@ def forward_flops(config: ModelConfig, *, aligned: bool = False) -> int:
     return counter.get_total_flops()
 
 
+def training_flops(network: nn.Module, config: ModelConfig) -> int:
+    """Floating-point operations of a forward and a backward pass for one image; see `forward_flops`.
+
+    Three times those of the forward pass where everything is trained; frozen weights have no gradient to compute.
+
+    Args:
+        network: of `config`, without memory, in training mode.
+    """
+    with without_memory(), FlopCounterMode(display=False) as counter:
+        latents = torch.empty(1, *config.latent_shape)
+        condition = config.conditioning.build(latents.shape, latents.device)
+        network(latents, torch.empty(1), condition).sum().backward()
+    return counter.get_total_flops()
+
+
 def bytes_per_image(
     network: DiTConfig | UNetConfig, size: Size | int, *, half: bool, memory: MemoryMode = "none", aligned: bool = False
 ) -> int:

@@ -78,7 +78,7 @@ class PreparedStudent(PreparedRun):
             "data": f"{len(self.images):,} images: {self.recipe.data.path}{', in memory' if self.resident else ''}",
             "network": f"{config.network.title}, {parameters:,} parameters",
             "guidance": scales,
-            "cost": f"a step takes about {step_cost(self.model, jumps.every):.2g} times one of `train`",
+            "cost": f"a step takes about {step_cost(config.student, jumps.every):.2g} times one of `train`",
             "jumps": f"by 1 image in {jumps.every}; the teacher's share falls from {jumps.first_share:g} to "
             f"{jumps.last_share:g}",
             "optimizer": f"{optimizer.title} at {optimizer.learning_rate:g}, {optimizer.schedule}",
@@ -96,9 +96,7 @@ def prepare_student(recipe: StudentRecipe, runtime: Runtime, *, allow_change: Se
     Raises:
         ConfigError, DataError, ArtifactError: the first thing that is wrong.
     """
-    if not recipe.teacher:
-        raise ConfigError("teacher is not set; give the model to distil")
-    _refuse_teacher(recipe.teacher, config_of(recipe.teacher))
+    teacher_config(recipe)
     also_read = [str(folder) for folder in folders_of(recipe.teacher)]
     run = check_places(recipe, "the latent cache or the images of the teacher", also_read, replaced=_REPLACED)
     recipe = as_begun(_fitted_before(with_flips(recipe), run), run, CHANGES)
@@ -111,7 +109,7 @@ def prepare_student(recipe: StudentRecipe, runtime: Runtime, *, allow_change: Se
         given = {"gpu": gpu, "memory": memory, "num_processes": runtime.world}
         recipe = fit_student(recipe, teacher.config, len(images), **given)
         images = images.in_batches_of(recipe.training.batch_size)
-    _require_jumps(recipe, micro_batches(recipe.training, runtime))
+    require_jumps(recipe, micro_batches(recipe.training, runtime))
     _require_memory(recipe, runtime, teacher.config)
     model = new_student(recipe, teacher, images)
     _refuse_other_content(run, recipe, model.config)
@@ -126,7 +124,7 @@ def new_student(recipe: StudentRecipe, teacher: FlowModel, images: TrainingImage
     known = teacher.config.training
     held_out = known.held_out if is_own(known, images.source) else None
     record = training_record(images, held_out, labelled=teacher.config.conditioning.num_classes > 0)
-    config = _config(recipe, teacher, record)
+    config = student_config(recipe, teacher.config, teacher.weights_hash, record)
     torch.manual_seed(derive_seed(recipe.training.seed, "weights"))
     network = config.build_network()
     added, unknown = network.load_state_dict(teacher.network.state_dict(), strict=False)
@@ -183,8 +181,16 @@ def train_student(prepared: PreparedStudent, *, preview: Preview | None = None) 
     return outcome
 
 
-def _refuse_teacher(name: str, config: ModelConfig) -> None:
-    """Refuse a model that is a student, or whose network takes no jumps."""
+def teacher_config(recipe: StudentRecipe) -> ModelConfig:
+    """The config of the teacher; no weights are read.
+
+    Raises:
+        ArtifactError: there is no such model.
+        ConfigError: it is not set, is a student itself, or has a network that takes no jumps.
+    """
+    if not recipe.teacher:
+        raise ConfigError("teacher is not set; give the model to distil")
+    name, config = recipe.teacher, config_of(recipe.teacher)
     if config.student is not None:
         raise ConfigError(f"{name} is a student itself, of {config.student.title}; give its teacher")
     if config.network.kind not in NETWORKS:
@@ -192,6 +198,7 @@ def _refuse_teacher(name: str, config: ModelConfig) -> None:
             f"{name} has a {config.network.title}, which has no input for the length of a jump; give a model with a "
             f"network of the kind {' or '.join(NETWORKS)}"
         )
+    return config
 
 
 def with_flips(recipe: StudentRecipe) -> StudentRecipe:
@@ -214,9 +221,17 @@ def _images(recipe: StudentRecipe, teacher: FlowModel) -> TrainingImages:
     return images_for(teacher, recipe.data.path, split=None, **given)
 
 
-def _config(recipe: StudentRecipe, teacher: FlowModel, training: TrainingRecord) -> ModelConfig:
-    """The config of the teacher's student."""
-    config, preset = teacher.config, teacher.config.sampling
+def student_config(recipe: StudentRecipe, config: ModelConfig, weights: str, training: TrainingRecord) -> ModelConfig:
+    """The config of a student.
+
+    Args:
+        config, weights: of the teacher, and the SHA-256 of its weights.
+        training: what the student is trained on.
+
+    Raises:
+        ConfigError: guidance is asked for, and the teacher has none.
+    """
+    preset = config.sampling
     can_guide = [name for name in config.conditioning.can_guide if name in (preset.guided_by or [name])]
     guidance = recipe.sampling.guidance or min(max(preset.guidance, 1.0), MOST_GUIDANCE)
     if preset.guide is not None:
@@ -230,7 +245,7 @@ def _config(recipe: StudentRecipe, teacher: FlowModel, training: TrainingRecord)
         update={
             "student": StudentRecord(
                 teacher=recipe.teacher,
-                weights=teacher.weights_hash,
+                weights=weights,
                 guided=bool(can_guide),
                 guidance_interval=preset.guidance_interval,
                 guided_channels=preset.guided_channels,
@@ -255,7 +270,7 @@ def _fitted_before(recipe: StudentRecipe, run: Path) -> StudentRecipe:
     return with_values(recipe, {"fit": False, **{key: value_of(old, key) for key in FITTED if not is_set(recipe, key)}})
 
 
-def _require_jumps(recipe: StudentRecipe, parts: MicroBatches) -> None:
+def require_jumps(recipe: StudentRecipe, parts: MicroBatches) -> None:
     """Refuse micro-batches in which the images that teach jumps would not come as often as they are to."""
     if parts.size % (every := recipe.jumps.every):
         raise ConfigError(

@@ -15,6 +15,7 @@ from latentflow.flow.flow_map import JumpTimes, average_loss, average_target
 from latentflow.flow.guidance import guided_velocity
 from latentflow.model.conditioning import ConditionName
 from latentflow.model.flow_model import FlowModel
+from latentflow.model.student_record import StudentRecord
 from latentflow.randomness import ImageRandom, on_device
 from latentflow.shapes import MOST_GUIDANCE, Condition
 from latentflow.training.step import batch_condition, repeatable_dropout
@@ -107,12 +108,20 @@ def draw_scale(student: FlowModel, uniform: Tensor, dropped: dict[ConditionName,
     return torch.where(given, scale, 1.0)
 
 
-def step_cost(student: FlowModel, every: int) -> float:
+def step_cost(record: StudentRecord, every: int) -> float:
     """The computation of a step in those of training the teacher: three forward passes, as its backward pass takes two.
 
-    Two more are the teacher's, where it is guided, and one that of the student for 1 image in `every`.
+    Args:
+        record: of the student.
+        every: one image in so many teaches jumps.
     """
-    return (3 + (2 if student.config.student.guided else 1) + 1 / every) / 3
+    return 1 + calls_without_gradient(record, every) / 3
+
+
+def calls_without_gradient(record: StudentRecord, every: int) -> float:
+    """Forward passes of a step that need no gradient: two of the teacher where it is guided, and for 1 image in `every`
+    one of the student."""
+    return (2 if record.guided else 1) + 1 / every
 
 
 def guided_conditions(student: FlowModel) -> list[ConditionName]:
