@@ -380,7 +380,7 @@ def _options() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num", type=int, default=2500, help="samples of each run")
     parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--probe-steps", type=int, help="whose speed is measured; default: 30, and 600 on CUDA")
+    parser.add_argument("--probe-steps", type=int, help="whose speed is measured; default: 30, and 300 on CUDA")
     parser.add_argument("--busy", action="store_true", help="probe speeds although other programs compute")
     parser.add_argument("--again", action="store_true", help="repeat runs that failed")
     parser.add_argument("--set", action="append", metavar="key=value", help="a change of every recipe")
