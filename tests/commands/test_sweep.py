@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, DataError
 from latentflow.evaluation.drawn_set import ImageSet
 from latentflow.evaluation.request import SweepRequest
+from latentflow.evaluation.sweep import _ceiling
+from latentflow.evaluation.sweep_rules import Ceiling
+from latentflow.metrics.class_judge import ClassJudge
 from latentflow.metrics.features.extractors import RandomFeatures
 from latentflow.metrics.scores import frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
@@ -190,7 +194,9 @@ def test_write_changes_the_preset_and_nothing_else(command, deterministic, tmp_p
     )
     changed = {name for name, digest in tiny.tree(folder).items() if others[name] != digest}
     assert changed == {"config.json", "README.md"}
-    assert "| sampling preset | euler, 3 steps, guidance 2 |" in (folder / "README.md").read_text(encoding="utf-8")
+    assert "| sampling preset | euler, 3 steps, guidance 2, between 0.1 and 0.5 |" in (folder / "README.md").read_text(
+        encoding="utf-8"
+    )
     # the preset is no part of the plan: the same command goes on
     assert command(folder, "--write", "--steps", "3", "--guidance", "2", "--intervals", "0.1:0.5").code == 0
 
@@ -305,3 +311,16 @@ def test_a_preset_with_another_guide_draws_what_was_measured(tmp_path, determini
     drawn = LatentFlow.from_pretrained(tmp_path / "model", device="cpu").sample(num=2)
     assert drawn.drawing.sampling == measured.drawing.sampling
     assert torch.equal(drawn.pixels, measured.pixels)
+
+
+@pytest.mark.parametrize(("named", "accuracy"), [([], 0.7), (["age"], 0.85)])
+def test_the_ceiling_is_that_of_the_classes_that_are_drawn(deterministic, named, accuracy):
+    """Two classes in turn, of three; with named columns, those of real images, most of which were of the easy one."""
+    flow = tiny.model(deterministic)
+    counts = flow.config.training.model_copy(update={"images_per_class": [9, 0, 1]})
+    flow.config = flow.config.model_copy(update={"training": counts})
+    none = torch.zeros(0)
+    judge = ClassJudge(none, none, none, none, none, torch.tensor([0.9, 0.1, 0.5]), 0.85, 0.9, 100)
+    assert _ceiling(SimpleNamespace(flow=flow, plan=SimpleNamespace(named=named)), judge) == Ceiling(
+        pytest.approx(accuracy), 100
+    )

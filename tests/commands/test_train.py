@@ -16,6 +16,7 @@ from latentflow.data.sources.listed import list_files
 from latentflow.data.sources.stored import ImageFiles
 from latentflow.data.stores.files import FolderStore
 from latentflow.errors import ArtifactError, ConfigError, DataError, LatentFlowError
+from latentflow.model.guide_reference import GuideReference
 from latentflow.plans import changed_values
 from latentflow.sizes import Size
 from latentflow.training import fitting, velocity_run
@@ -174,6 +175,8 @@ def test_guidance_without_labels_names_its_remedy(flat, tmp_path, kl_folder):
     with pytest.raises(ConfigError, match=r"sampling\.guidance = 2.*has no labels.*add sampling\.guidance=1$"):
         prepare(recipe, tiny.CPU)
     prepare(with_values(recipe, {"sampling.guidance": 1.0}), tiny.CPU)  # the remedy
+    guided = recipe.sampling.model_copy(update={"guide": GuideReference(model="@1/8")})  # which needs no condition
+    prepare(with_values(recipe, {"sampling": guided}), tiny.CPU)
 
 
 def test_fewer_images_at_a_time_where_memory_is_short(flat, tmp_path, monkeypatch):

@@ -13,11 +13,13 @@ import torch
 from latentflow.api import LatentFlow
 from latentflow.artifacts import read_tensors
 from latentflow.commands.finetune import finetune_recipe
+from latentflow.commands.sweep import write_preset
 from latentflow.commands.train import prepare
 from latentflow.commands.train import train as train_command
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, ConfigError
 from latentflow.flow.path import CosinePath
+from latentflow.model.config import SamplingPreset
 from latentflow.networks.velocity_network import NoisePrediction
 from latentflow.requests import RequestError
 from latentflow.shapes import Condition
@@ -119,6 +121,15 @@ def test_what_the_source_decides(made, source):
     rows = prepared.describe()
     assert rows["begins as"] == f"{source}, weights {recipe.finetuning.weights}"
     assert prepare(made(sampling={"steps": 7}), tiny.CPU).recipe.sampling.steps == 7
+
+
+def test_what_belongs_to_the_weights_of_the_source_stays_with_it(made, source, tmp_path):
+    """Its guide, the scale that was chosen for that, and a solver that was fitted to it."""
+    shutil.copytree(source, tmp_path / "source")
+    chosen = {"solver": "fitted-6@01234567", "steps": 6, "guidance": 3.0, "guide": "@1/8", "rtol": 0.5}
+    write_preset(tmp_path / "source", SamplingPreset.model_validate(chosen))
+    recipe = prepare(made(init_from=str(tmp_path / "source")), tiny.CPU).recipe
+    assert recipe.sampling == SamplingPreset(rtol=0.5)
 
 
 def test_without_labels_nothing_is_guided(made):

@@ -23,7 +23,6 @@ from latentflow.evaluation.request import (
 
 if TYPE_CHECKING:
     from latentflow.evaluation.drawing_cost import BenchmarkResult
-    from latentflow.model.config import SamplingPreset
 
 verb = partial(command, group="Measuring")
 
@@ -48,10 +47,9 @@ def benchmark(
 
 
 def _cost_rows(result: BenchmarkResult) -> dict[str, str]:
-    sampling, spread = result.sampling, f"{result.fewest:g} to {result.most:g}"
-    guide = "" if sampling.guide is None else f" away from {sampling.guide.model}"
+    spread = f"{result.fewest:g} to {result.most:g}"
     rows = {
-        "drawn": f"{result.num} images, {sampling.solver}, guidance {sampling.guidance:g}{guide}",
+        "drawn": f"{result.num} images, {result.sampling.in_words}",
         "conditions": ", ".join(result.told) or "none",
         "evaluations per image": f"{result.evaluations:g}" + (f", {spread}" if len(result.histogram) > 1 else ""),
     }
@@ -94,8 +92,8 @@ def sweep(
     Console().print(table)
     name = "new preset" if result.written else "best preset"
     presets = {
-        "old preset": _preset_line(result.old),
-        name: "undecided" if result.new is None else _preset_line(result.new),
+        "old preset": result.old.in_words,
+        name: "undecided" if result.new is None else result.new.in_words,
         "verdict": " ".join(verdict(result)),
     }
     show({**presets, "page": str(request.out / "page.html"), "seconds": round(result.seconds, 1)}, as_json)
@@ -164,19 +162,3 @@ def diagnose(request: DiagnoseRequest, device: Device = None, as_json: AsJson = 
         return
     rows = {one.topic: f"{WORDS[one.mark]}. {one.text}" for one in verdicts(diagnosis)}
     show({**rows, "page": page}, as_json)
-
-
-def _preset_line(preset: SamplingPreset) -> str:
-    """What a preset does, in a line."""
-    from latentflow.flow.solvers import is_adaptive
-
-    adaptive = is_adaptive(preset.solver)
-    parts = [f"{preset.solver}, " + (f"tolerance {preset.rtol:g}" if adaptive else f"{preset.steps} steps")]
-    parts.append(f"guidance {preset.guidance:g}")
-    if preset.guidance != 1 and preset.guide is not None:
-        parts.append(f"away from {preset.guide.model}")
-    if preset.guidance != 1 and preset.guidance_interval != (0.0, 1.0):
-        parts.append("between {:g} and {:g}".format(*preset.guidance_interval))
-    if preset.shift != 1 and not adaptive:
-        parts.append(f"shift {preset.shift:g}")
-    return ", ".join(parts)

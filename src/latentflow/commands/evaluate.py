@@ -17,6 +17,7 @@ from latentflow.evaluation.shards import Work
 from latentflow.evaluation.subject import open_subject
 from latentflow.locks import writes
 from latentflow.metrics.evaluation_report import Comparison, EvaluationReport, compare, require_comparable
+from latentflow.model.config import SamplingPreset
 from latentflow.progress import image_progress
 from latentflow.runtime import Runtime
 
@@ -102,9 +103,8 @@ def evaluation_rows(result: Evaluation) -> dict[str, str]:
     rows["reference"] = f"{protocol.reference.data}, {protocol.reference.resize}"
     rows["features"] = f"{protocol.features.name} {protocol.features.hash[:12]}"
     if protocol.evaluations is not None:
-        calls, how = protocol.evaluations, protocol.sampling
-        guide = f" away from {how['guide']['model']}" if how.get("guide") else ""
-        rows["drawn by"] = f"{how['solver']}, {how['steps']} steps, guidance {how['guidance']:g}{guide}"
+        calls = protocol.evaluations
+        rows["drawn by"] = SamplingPreset.model_validate(protocol.sampling).in_words
         rows["evaluations per image"] = f"{calls.mean:.5g} ({calls.min} to {calls.max})"
     rows["seconds"] = ", ".join(f"{what} {value:.1f}" for what, value in protocol.seconds.items())
     return {**rows, "report": str(result.file)} if result.file else rows

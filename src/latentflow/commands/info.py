@@ -54,7 +54,7 @@ def _describe_model(model: str | Path) -> dict[str, Any]:
     folder = find_model(model)
     config = read_config(folder)
     num_parameters = sum(math.prod(shape) for shape in tensor_shapes(folder / WEIGHTS_FILE).values())
-    sampling, conditioning = config.sampling, config.conditioning
+    conditioning = config.conditioning
     return {
         "model": str(folder),
         "network": config.network.title,
@@ -73,8 +73,7 @@ def _describe_model(model: str | Path) -> dict[str, Any]:
         "holes": config.masks.policy if config.masks else "none",
         "inputs": config.inputs.title if config.inputs else "none",
         "guidance": f"by {', '.join(conditioning.can_guide)}" if conditioning.can_guide else "not available",
-        "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}"
-        + (f" away from {sampling.guide.model}" if sampling.guide else ""),
+        "sampling preset": config.sampling.in_words,
         "student of": config.student.title if config.student else "nobody",
         "finetuned from": config.training.source or "nothing",
         "trained on": config.training.data,

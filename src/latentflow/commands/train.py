@@ -101,7 +101,7 @@ def prepare(recipe: Recipe, runtime: Runtime, *, allow_change: Sequence[str] = (
 def _check_preview(recipe: Recipe, model: FlowModel) -> None:
     """Refuse guidance, solvers and conditions with which no preview could be drawn."""
     conditioning, scale = model.config.conditioning, recipe.sampling.guidance
-    if scale != 1 and not conditioning.can_guide:
+    if scale != 1 and recipe.sampling.guide is None and not conditioning.can_guide:
         why, other = f"{recipe.data.path} has no labels, so there is no condition to strengthen", ""
         if conditioning.kinds:
             key = next(iter(conditioning.kinds.values())).dropout_key

@@ -135,14 +135,13 @@ def measure_diagnosis(
     features = torch.cat([network(part).cpu() for part in samples.pixels.split(batch_size)])
     first, second = examined.rows(slice(0, half)), examined.rows(slice(half, 2 * half))
     memorisation, pairs = _memorisation(flow, samples, features, first, second, training, network.name)
-    preset = drawing.sampling
     diagnosis = Diagnosis(
         request=request.model_dump(mode="json"),
         model=request.model,
         data=source.description,
         is_training_data=is_trained_on(flow.config.training, source),
         told=examined.latents.told,
-        sampling=f"{preset.solver}, {preset.steps} steps, guidance {preset.guidance:g}",
+        sampling=drawing.sampling.in_words,
         num=request.num,
         loss=_loss(flow, examined.latents, request),
         training_loss=_training_loss(flow, training, request),

@@ -61,7 +61,7 @@ def render_card(package: str, template: str, config: ModelConfig, library: str, 
 
 def _facts(config: ModelConfig) -> dict[str, str]:
     """The rows of the table; those without a value are left out."""
-    conditioning, training, sampling = config.conditioning, config.training, config.sampling
+    conditioning, training = config.conditioning, config.training
     guided = ", ".join(map(as_plain, conditioning.can_guide))
     seen = f"{training.step:,} steps, {training.images_seen:,} images seen"
     facts = {
@@ -75,8 +75,7 @@ def _facts(config: ModelConfig) -> dict[str, str]:
         "mask policy": config.masks.policy if config.masks else "",
         "inputs": as_plain(config.inputs.title) if config.inputs else "",
         "guidance": f"on {guided}" if guided else "not available: no condition was dropped in training",
-        "sampling preset": f"{sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance:g}"
-        + (f" away from {as_code(sampling.guide.model)}" if sampling.guide else ""),
+        "sampling preset": as_plain(config.sampling.in_words),
         "student of": as_plain(config.student.title) if config.student else "",
         "trained on": as_plain(training.data) or "not known",
         "held out": f"{training.held_out.num_images:,} images, never trained on" if training.held_out else "",

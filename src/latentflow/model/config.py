@@ -16,6 +16,7 @@ from latentflow.data.painting.mask_rules import MaskRules
 from latentflow.data.paired_choice import PairedChoice
 from latentflow.errors import ConfigError, nearest
 from latentflow.flow.path import LinearPath, PathConfig
+from latentflow.flow.solvers import SOLVERS
 from latentflow.model.conditioning import CONDITION_NAMES, Conditioning, ConditionName
 from latentflow.model.guide_reference import GuideReference
 from latentflow.model.student_record import StudentRecord
@@ -60,6 +61,20 @@ class SamplingPreset(Record):
     )
     rtol: float = Field(default=1e-5, gt=0, le=1, description="Relative tolerance of adaptive solvers, per image.")
     atol: float = Field(default=1e-5, gt=0, le=100, description="Absolute tolerance of adaptive solvers, per image.")
+
+    @property
+    def in_words(self) -> str:
+        """What it does, in a line."""
+        adaptive = getattr(SOLVERS.get(self.solver), "error_weights", None) is not None
+        parts = [self.solver, f"tolerance {self.rtol:g}" if adaptive else f"{self.steps} steps"]
+        parts.append(f"guidance {self.guidance:g}")
+        if self.guidance != 1 and self.guide is not None:
+            parts.append(f"away from {self.guide.model}")
+        if self.guidance != 1 and self.guidance_interval != (0.0, 1.0):
+            parts.append("between {:g} and {:g}".format(*self.guidance_interval))
+        if self.shift != 1 and not adaptive:
+            parts.append(f"shift {self.shift:g}")
+        return ", ".join(parts)
 
     def guided_from(self, guide: GuideReference | None) -> SamplingPreset:
         """The same with a guide, or with none; another guide than before gets all conditions."""

@@ -24,6 +24,7 @@ from torch import nn
 from latentflow.artifacts import sha256_tensors
 from latentflow.autoencoder import Autoencoder
 from latentflow.errors import ConfigError
+from latentflow.flow.solvers import fitted_evaluations
 from latentflow.model.adapter import AdapterBase
 from latentflow.model.adapter_name import split_adapted
 from latentflow.model.conditioning import Conditioning
@@ -292,11 +293,14 @@ def fit_to_source(recipe: Recipe, situation: Situation, num_parameters: int) -> 
 def with_preset(recipe: Recipe, source: ModelConfig, conditioning: Conditioning) -> Recipe:
     """The recipe with the sampling preset of the source where it sets nothing, as far as the new conditions allow it.
 
-    A guide is not taken over, nor are conditions to guide by that the model does not have.
+    What belongs to the source alone is left: a guide with the scale that was chosen for it, a solver that was fitted to
+    its weights, and conditions to guide by that the model does not have.
     """
-    given = recipe.sampling
-    theirs = {name: getattr(source.sampling, name) for name in SamplingPreset.model_fields}
-    theirs = {name: value for name, value in theirs.items() if name not in {"guide", *given.model_fields_set}}
+    given, preset = recipe.sampling, source.sampling
+    left = {"guide", *(("guidance", "guided_by") if preset.guide is not None else ())}
+    left |= {"solver", "steps", "shift"} if fitted_evaluations(preset.solver) is not None else set()
+    left |= given.model_fields_set
+    theirs = {name: getattr(preset, name) for name in SamplingPreset.model_fields if name not in left}
     if not set(theirs.get("guided_by") or ()) <= set(conditioning.can_guide):
         theirs["guided_by"] = None
     if not conditioning.can_guide and "guidance" in theirs:
