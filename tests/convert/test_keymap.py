@@ -246,7 +246,7 @@ def test_a_table_of_one_row_is_part_of_a_bias():
     published = foreign.network("lfm DiT, 1 class")
     theirs = foreign.draw(published)
     network = published.load(theirs)
-    assert network.num_classes == 0
+    assert network.vectors.num_classes == 0
     expected = theirs["t_embedder.mlp.2.bias"] + theirs["y_embedder.embedding_table.weight"][0]
     torch.testing.assert_close(network.time_embedding.mlp[2].bias.data, expected, rtol=0, atol=1e-7)
 

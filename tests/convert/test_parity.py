@@ -88,19 +88,19 @@ def inputs(
     time = given[case["inputs"]["t"]].expand(len(x))
     if time.is_floating_point():
         time = time.to(dtype)
-    if not network.num_classes:
+    if not network.vectors.num_classes:
         return x, time, None
-    labels = given[case["inputs"]["y"]] if "y" in case["inputs"] else torch.full((len(x),), network.null_label)
+    labels = given[case["inputs"]["y"]] if "y" in case["inputs"] else torch.full((len(x),), network.vectors.null_label)
     if case.get("kwargs", {}).get("drop_half_label"):
         labels = labels.clone()
-        labels[len(x) // 2 :] = network.null_label
+        labels[len(x) // 2 :] = network.vectors.null_label
     return x, time, labels
 
 
 def guided(network: torch.nn.Module, x: Tensor, time: Tensor, labels: Tensor, scale: float, family: str) -> Tensor:
     """Classifier-free guidance of the first half of a batch; these cases evaluate the halves at different times."""
     half = len(x) // 2
-    null = Condition(torch.full((half,), network.null_label))
+    null = Condition(torch.full((half,), network.vectors.null_label))
     velocity = ConditionedVelocity(
         lambda x, _, condition: network(x, time, condition),
         Condition(labels[:half]),

@@ -168,7 +168,7 @@ def test_positions_are_seen(variant):
 
 def test_null_label_is_the_last_row():
     network = awake(tiny(num_classes=5))
-    assert network.null_label == 5
+    assert network.vectors.null_label == 5
     assert network.label_embedding.weight.shape == (6, 32)
     latents, time = inputs()
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_null_label_is_the_last_row():
         after = [network(latents, time, Condition(torch.full((3,), label))) for label in (4, 5)]
     assert torch.equal(before[0], after[0])
     assert not torch.equal(before[1], after[1])
-    assert tiny().null_label is None
+    assert tiny().vectors.null_label is None
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from latentflow.errors import ConfigError
+from latentflow.networks.base import VectorInputs
 from latentflow.networks.layers import time_sinusoid
 from latentflow.networks.running import set_memory
 from latentflow.networks.unet import VARIANTS, Embedding, UNet, UNetConfig
@@ -247,7 +248,7 @@ def test_the_embedding_is_its_equation(joins, features):
     options = {"time_features": "fourier"} if fourier else {"sinusoid_endpoint": features == "endpoint"}
     made = config(**options, label_joins=joins, time_scale=3.0)
     torch.manual_seed(0)
-    embedding = Embedding(made, num_classes=3)
+    embedding = Embedding(made, VectorInputs(num_classes=3))
     time, labels = torch.tensor([0.0, 0.3, 1.0]), torch.tensor([0, 3, 2])
     size = 16 if fourier else 8
     if fourier:
@@ -280,7 +281,9 @@ def test_fourier_frequencies_are_saved_and_restored():
     other.load_state_dict(network.state_dict())
     assert torch.equal(network(latents, time, NO_LABELS), other(latents, time, NO_LABELS))
     torch.manual_seed(0)
-    spread = Embedding(UNetConfig(channels=2048, multipliers=[1], variant="ncsn++"), 0).frequencies.std().item()
+    spread = (
+        Embedding(UNetConfig(channels=2048, multipliers=[1], variant="ncsn++"), VectorInputs()).frequencies.std().item()
+    )
     assert spread == pytest.approx(16, rel=0.05)
 
 
@@ -289,7 +292,7 @@ def test_neighbouring_times_have_neighbouring_features(variant):
     """A thousandth of the way is a small step of any trained field; features that turn meanwhile teach it noise."""
     torch.manual_seed(0)
     made = UNetConfig(channels=256, multipliers=[1], variant=variant)
-    embedding, features = Embedding(made, 0), []
+    embedding, features = Embedding(made, VectorInputs()), []
     embedding.linear1.register_forward_pre_hook(lambda _, arguments: features.append(arguments[0]))
     time = torch.linspace(0, 0.9, 10)
     for at in (time, time + 0.001, time + 0.1):
@@ -311,7 +314,7 @@ def test_time_is_seen_and_scaled(variant):
 @EVERY_VARIANT
 def test_null_label_is_the_last_row(variant):
     network = unet(variant, num_classes=5).requires_grad_(False)
-    assert network.null_label == 5 and unet(variant).null_label is None
+    assert network.vectors.null_label == 5 and unet(variant).vectors.null_label is None
     assert len(network.embedding.label.weight) == 6
     latents, time = inputs()
     before = [network(latents, time, Condition(torch.full((3,), label))) for label in (4, 5)]

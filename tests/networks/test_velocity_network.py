@@ -103,7 +103,7 @@ def test_what_is_built(prediction, kind):
     made = build_network(UNetConfig(**UNET), prediction, **facts)
     assert type(made) is kind
     inner = made if kind is UNet else made.network
-    assert (inner.in_channels, inner.out_channels, inner.num_classes) == (4, 4, 3)
+    assert (inner.in_channels, inner.out_channels, inner.vectors.num_classes) == (4, 4, 3)
     assert inner.spatial.num_channels == 13
     assert isinstance(build_network(DiTConfig(**tiny.RECIPE["network"]), VelocityPrediction(), channels=4), DiT)
     # Nothing of the wrapper is saved: the weights are the network's own.

@@ -6,6 +6,7 @@ Legend: B images, C latent channels, H and W latent height and width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,52 @@ FORMER_OPTIONS = ("gradient_checkpointing",)
 """Network options of earlier versions that no longer exist; they are ignored in old models."""
 
 
+@dataclass(frozen=True)
+class VectorInputs:
+    """What a velocity network adds to the embedding of the time, as one vector per image each.
+
+    Args:
+        num_classes: number of labels; the embedding table has one more row, `null_label`. 0: a network without labels.
+        num_augmentations: numbers that describe an augmented variant; 0: no such input.
+        columns: named columns, whose vectors are added where that of the label is.
+        constant_embedding: add a learned vector, the same for all images, where that of a label would be; a finetuned
+            model has it in place of labels or columns of its source.
+        jumps: whether it is a student, whose output is the average velocity over the span of the condition.
+        guided: whether its guidance scale is an input as well; of a student.
+    """
+
+    num_classes: int = 0
+    num_augmentations: int = 0
+    columns: Sequence[ColumnInput] = ()
+    constant_embedding: bool = False
+    jumps: bool = False
+    guided: bool = False
+
+    @property
+    def null_label(self) -> int | None:
+        """Index of the label that stands for "no label"; None for a network without labels."""
+        return self.num_classes if self.num_classes else None
+
+    def check(self, num_images: int, condition: Condition) -> None:
+        """Refuse a condition whose columns, numbers of variants or inputs of a student do not fit.
+
+        Raises:
+            ValueError: one is missing, unexpected or of another shape than [num_images, ...].
+        """
+        widths = {"augmentation": self.num_augmentations, "columns": sum(one.row.width for one in self.columns)}
+        for name, width in widths.items():
+            given = getattr(condition, name)
+            wanted = (num_images, width) if width else None
+            found = None if given is None else tuple(given.shape)
+            if found != wanted:
+                raise ValueError(f"condition.{name}: this network wants {wanted or 'none'}, got {found or 'none'}")
+        for name, is_input in {"span": self.jumps, "guidance": self.guided}.items():
+            given = getattr(condition, name)
+            if given is not None and not (is_input and given.shape == (num_images,)):
+                wanted = f"[{num_images}] or none" if is_input else "none, as it is no student"
+                raise ValueError(f"condition.{name}: this network wants {wanted}, got {list(given.shape)}")
+
+
 class VelocityNetwork(BlockNetwork):
     """Base class of velocity networks, which are called as network(latents, time, condition) => velocity.
 
@@ -27,15 +74,8 @@ class VelocityNetwork(BlockNetwork):
         config: sizes and options, with `size_multiple`.
         in_channels: channels of the latents.
         out_channels: channels of the velocity.
-        num_classes: number of labels; the embedding table has one more row, `null_label`. 0: a network without labels.
-        num_augmentations: numbers that describe an augmented variant, added to the embedding; 0: no such input.
-        columns: named columns, whose vectors are added where that of the label is.
-        constant_embedding: add a learned vector, the same for all images, where that of a label would be; a finetuned
-            model has it in place of labels or columns of its source.
-        jumps: whether it is a student, whose output is the average velocity over the span of the condition.
-        guided: whether its guidance scale is an input as well; of a student.
-        spatial: conditions that are concatenated to the latents: inpainting, num_map_classes and input_channels; see
-            `SpatialInputs`.
+        inpainting, num_map_classes, input_channels: what is concatenated to the latents; see `SpatialInputs`.
+        vectors: fields of `VectorInputs`: what is added to the embedding of the time.
     """
 
     def __init__(
@@ -44,30 +84,19 @@ class VelocityNetwork(BlockNetwork):
         *,
         in_channels: int,
         out_channels: int,
-        num_classes: int = 0,
-        num_augmentations: int = 0,
-        columns: Sequence[ColumnInput] = (),
-        constant_embedding: bool = False,
-        jumps: bool = False,
-        guided: bool = False,
-        **spatial: Any,
+        inpainting: bool = False,
+        num_map_classes: int = 0,
+        input_channels: int = 0,
+        **vectors: Any,
     ):
         super().__init__()
         self.config = config
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.num_classes = num_classes
-        self.num_augmentations = num_augmentations
-        self.columns = tuple(columns)
-        self.has_constant = constant_embedding
-        self.jumps = jumps
-        self.guided = guided
-        self.spatial = SpatialInputs(in_channels, **spatial)
-
-    @property
-    def null_label(self) -> int | None:
-        """Index of the label that stands for "no label"; None for a network without labels."""
-        return self.num_classes if self.num_classes else None
+        self.spatial = SpatialInputs(
+            in_channels, inpainting=inpainting, num_map_classes=num_map_classes, input_channels=input_channels
+        )
+        self.vectors = VectorInputs(**vectors)
 
     @property
     def input_layers(self) -> list[nn.Conv2d]:
@@ -83,8 +112,7 @@ class VelocityNetwork(BlockNetwork):
         """Latents and spatial conditions, joined along channels: [B, C, H, W] => [B, spatial.num_channels, H, W].
 
         Raises:
-            ValueError: see `check_inputs` and `SpatialInputs`; or columns, the numbers of variants, or the inputs of a
-                student do not fit.
+            ValueError: see `check_inputs`, `VectorInputs` and `SpatialInputs`.
         """
         check_inputs(
             latents,
@@ -92,20 +120,9 @@ class VelocityNetwork(BlockNetwork):
             condition.labels,
             channels=self.in_channels,
             multiple=self.config.size_multiple,
-            num_classes=self.num_classes,
+            num_classes=self.vectors.num_classes,
         )
-        widths = {"augmentation": self.num_augmentations, "columns": sum(one.row.width for one in self.columns)}
-        for name, width in widths.items():
-            given = getattr(condition, name)
-            wanted = (latents.shape[0], width) if width else None
-            found = None if given is None else tuple(given.shape)
-            if found != wanted:
-                raise ValueError(f"condition.{name}: this network wants {wanted or 'none'}, got {found or 'none'}")
-        for name, is_input in {"span": self.jumps, "guidance": self.guided}.items():
-            given = getattr(condition, name)
-            if given is not None and not (is_input and given.shape == time.shape):
-                wanted = f"[{len(latents)}] or none" if is_input else "none, as it is no student"
-                raise ValueError(f"condition.{name}: this network wants {wanted}, got {list(given.shape)}")
+        self.vectors.check(latents.shape[0], condition)  # len() would fix the number of images in an exported network
         return self.spatial(latents, condition)
 
 

@@ -189,20 +189,20 @@ class DiT(VelocityNetwork):
 
     Args:
         config: sizes and options.
-        inputs: channels, classes and spatial conditions; see `VelocityNetwork`.
+        inputs: channels and conditions; see `VelocityNetwork`.
     """
 
     def __init__(self, config: DiTConfig, **inputs: Any):
         super().__init__(config, **inputs)
-        size, patch = config.hidden_size, config.patch_size
+        size, patch, vectors = config.hidden_size, config.patch_size, self.vectors
         self.patch_embedding = nn.Conv2d(self.spatial.num_channels, size, kernel_size=patch, stride=patch)
         self.time_embedding = TimeEmbedding(size, config.time_scale)
-        self.label_embedding = nn.Embedding(self.num_classes + 1, size) if self.num_classes else None
-        self.column_embedding = ColumnEmbedding(self.columns, size) if self.columns else None
-        self.constant_embedding = nn.Parameter(torch.zeros(size)) if self.has_constant else None
-        numbers = self.num_augmentations
+        self.label_embedding = nn.Embedding(vectors.num_classes + 1, size) if vectors.num_classes else None
+        self.column_embedding = ColumnEmbedding(vectors.columns, size) if vectors.columns else None
+        self.constant_embedding = nn.Parameter(torch.zeros(size)) if vectors.constant_embedding else None
+        numbers = vectors.num_augmentations
         self.augmentation_embedding = AugmentationEmbedding(numbers, size) if numbers else None
-        self.jump_embedding = JumpInputs(size, guided=self.guided) if self.jumps else None
+        self.jump_embedding = JumpInputs(size, guided=vectors.guided) if vectors.jumps else None
         self.blocks = nn.ModuleList(
             DiTBlock(config, mixes_values=config.value_residual and number > 0) for number in range(config.depth)
         )

@@ -14,7 +14,7 @@ embedding of time and label.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from latentflow.errors import ConfigError, nearest
-from latentflow.networks.base import FORMER_OPTIONS, VelocityNetwork
-from latentflow.networks.column_embedding import ColumnEmbedding, ColumnInput
+from latentflow.networks.base import FORMER_OPTIONS, VectorInputs, VelocityNetwork
+from latentflow.networks.column_embedding import ColumnEmbedding
 from latentflow.networks.layers import AugmentationEmbedding, JumpEmbedding, JumpInputs, time_sinusoid
 from latentflow.networks.unet_blocks import (
     BlockOptions,
@@ -280,14 +280,7 @@ class Embedding(nn.Module):
     The numbers join the time features, as in EDM's networks (arXiv 2206.00364, appendix F.2).
     """
 
-    def __init__(
-        self,
-        config: UNetConfig,
-        num_classes: int,
-        num_augmentations: int = 0,
-        columns: Sequence[ColumnInput] = (),
-        has_constant: bool = False,
-    ):
+    def __init__(self, config: UNetConfig, vectors: VectorInputs):
         super().__init__()
         self.config = config
         features, size = config.time_channels, config.embedding_channels
@@ -295,10 +288,11 @@ class Embedding(nn.Module):
         if config.time_features == "fourier":  # the scale of arXiv 2011.13456
             self.register_buffer("frequencies", 16 * torch.randn(features // 2))
         width = features if self.label_joins_features else size
-        self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
-        self.columns = ColumnEmbedding(columns, width) if columns else None
-        self.constant = nn.Parameter(torch.zeros(width)) if has_constant else None
-        self.augmentation = AugmentationEmbedding(num_augmentations, features) if num_augmentations else None
+        self.label = nn.Embedding(vectors.num_classes + 1, width) if vectors.num_classes else None
+        self.columns = ColumnEmbedding(vectors.columns, width) if vectors.columns else None
+        self.constant = nn.Parameter(torch.zeros(width)) if vectors.constant_embedding else None
+        numbers = vectors.num_augmentations
+        self.augmentation = AugmentationEmbedding(numbers, features) if numbers else None
         self.linear1 = nn.Linear(features, size)
         self.linear2 = nn.Linear(size, size)
 
@@ -351,7 +345,7 @@ class UNet(VelocityNetwork):
 
     Args:
         config: sizes and options.
-        inputs: channels, classes and spatial conditions; see `VelocityNetwork`.
+        inputs: channels and conditions; see `VelocityNetwork`.
 
     Raises:
         ConfigError: norms or heads do not divide the channels.
@@ -360,9 +354,9 @@ class UNet(VelocityNetwork):
     def __init__(self, config: UNetConfig, **inputs: Any):
         super().__init__(config, **inputs)
         self.draws = config.dropout > 0
-        conditions = (self.num_classes, self.num_augmentations, self.columns, self.has_constant)
-        self.embedding = Embedding(config, *conditions)
-        self.jump_embedding = JumpInputs(config.embedding_channels, guided=self.guided) if self.jumps else None
+        vectors = self.vectors
+        self.embedding = Embedding(config, vectors)
+        self.jump_embedding = JumpInputs(config.embedding_channels, guided=vectors.guided) if vectors.jumps else None
         self.stem = nn.Conv2d(self.spatial.num_channels, config.stem_channels, 3, padding=1)
 
         width, aside = config.stem_channels, self.spatial.num_channels
