@@ -143,8 +143,8 @@ def _look(request: EncodeRequest, out: Path, num: int, device: str | None, as_js
 
     seen = run(request, out, num=num, runtime=runtime_for(device, Precision.tf32))
     cut = f"the crop leaves out {sum(seen.cut) / len(seen.cut):.0%} on average, {max(seen.cut):.0%} at most"
-    given_back = f"{seen.psnr:.1f} dB PSNR by the autoencoder"
-    show({"sheet": str(seen.sheet), "images": len(seen.names), "cut away": cut, "given back": given_back}, as_json)
+    kept = f"{seen.psnr:.1f} dB PSNR by the autoencoder"
+    show({"sheet": str(seen.sheet), "images": len(seen.names), "cut away": cut, "reconstruction": kept}, as_json)
 
 
 @verb(example="latentflow prepare camvid camvid.zip --out data/camvid")

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from latentflow.sampling.fit_solvers import SolverCheck
 
 Picture = Annotated[
-    Path, typer.Argument(help="An image; its middle, of their shape, is scaled to the size of the training images.")
+    Path, typer.Argument(help="An image; its middle, in the shape of the training images, is scaled to their size.")
 ]
-OutFile = Annotated[Path, typer.Option(help="The PNG file; several get names like it, with their seeds.")]
+OutFile = Annotated[Path, typer.Option(help="The PNG file; several are named after it and their seeds.")]
 
 
 class InpaintFiles(Request):

@@ -296,7 +296,7 @@ class DiagnoseRequest(Request):
     """A model to examine, and the images to examine it on."""
 
     model: ModelText = Field(description="A model folder, a run folder or a hub id.")
-    data: PathText = Field(description="Images as for `encode`, best held-out ones.")
+    data: PathText = Field(description="Images as for `encode`, preferably held-out ones.")
     out: Path = Field(Path("diagnosis"), description="Folder for page.html, diagnose.json and pictures.")
     train: PathText | None = Field(
         None,
@@ -337,7 +337,7 @@ class BoundRequest(Request):
     """A model whose Wasserstein bound is measured, and on how many draws."""
 
     model: ModelText = Field(description="A model folder, a run folder or a hub id.")
-    data: PathText = Field(description="Images as for `encode`, best held-out ones.")
+    data: PathText = Field(description="Images as for `encode`, preferably held-out ones.")
     out: Path | None = Field(None, description="Folder for page.html, bound.json and the charts.")
     num: Annotated[Whole, Option(called="number of images", remedy="a standard error needs two")] = Field(
         256, ge=2, description="Images to reconstruct, and draws for the loss in each bin of time."

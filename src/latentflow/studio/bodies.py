@@ -1,4 +1,7 @@
-"""What a client sends: fields and images, bounded before they are read, and never a path of this machine."""
+"""The body of a request, as bytes, and as the fields and images that are in it.
+
+It is read no further than allowed, and nothing in it is a path of this machine. What becomes a file is in `uploads`.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,18 @@ import asyncio
 import base64
 import binascii
 import json
-import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from latentflow.data.pictures.decode import BrokenImage, open_image
-from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.studio.refusals import Refused
 
 IMAGES = ("image", "mask", "map")
 """Names of the parts that are images."""
-_PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"P4", b"P5", b"P6")
 _MOST_DEPTH = 32
 _QUICK = 1 << 16  # bytes of JSON that are read in no time
 
@@ -41,28 +38,12 @@ class Asked:
     images: dict[str, bytes]
 
 
-async def read_asked(request: Request, most_bytes: int) -> Asked:
-    """Read a request's body.
+async def read_body(request: Request, most_bytes: int) -> bytes:
+    """The body of a request, which is not read further than allowed.
 
     Raises:
-        Refused: it is too large (413), of another type (415), or cannot be read (422).
+        Refused: it has more bytes (413), or ended early (400).
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in ("application/json", "multipart/form-data"):
-        raise Refused(415, f"the content type is {kind!r:.60}; send application/json or multipart/form-data")
-    body = await _body(request, most_bytes)
-    if kind == "application/json":
-        if len(body) < _QUICK:
-            return _from_json(body)
-        return await asyncio.to_thread(_from_json, body)
-    return await _from_form(request.headers, body, most_bytes)
-
-
-def _from_json(body: bytes) -> Asked:
-    return _from_fields(_object(body), {})
-
-
-async def _body(request: Request, most_bytes: int) -> bytes:
     too_large = Refused(413, f"the request has more than {most_bytes:,} bytes; send smaller images")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared[:20]) > most_bytes:
@@ -79,6 +60,27 @@ async def _body(request: Request, most_bytes: int) -> bytes:
     return b"".join(parts)
 
 
+async def read_asked(request: Request, most_bytes: int) -> Asked:
+    """Read fields and images.
+
+    Raises:
+        Refused: it is too large (413), of another type (415), or cannot be read (422).
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in ("application/json", "multipart/form-data"):
+        raise Refused(415, f"the content type is {kind!r:.60}; send application/json or multipart/form-data")
+    body = await read_body(request, most_bytes)
+    if kind == "application/json":
+        if len(body) < _QUICK:
+            return _from_json(body)
+        return await asyncio.to_thread(_from_json, body)
+    return await _from_form(request.headers, body, most_bytes)
+
+
+def _from_json(body: bytes) -> Asked:
+    return _from_fields(_object(body), {})
+
+
 def _object(text: bytes | str) -> dict[str, Any]:
     try:
         found = json.loads(text, parse_constant=_no_constant) if text else {}
@@ -88,12 +90,12 @@ def _object(text: bytes | str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise Refused(422, 'the request is not a JSON object like {"seed": 0}')
     if _depth(found) > _MOST_DEPTH:
-        raise Refused(422, "the request is nested too deeply")
+        raise Refused(422, f"the request is nested too deeply; at most {_MOST_DEPTH} levels are read")
     return found
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _depth(value: Any) -> int:
@@ -151,36 +153,3 @@ async def _from_form(headers: Headers, body: bytes, most_bytes: int) -> Asked:
     if twice := [name for name in images if name in fields]:
         raise Refused(422, f"{twice[0]} is given twice; give it once")
     return _from_fields(fields, images)
-
-
-@contextmanager
-def as_files(
-    images: Mapping[str, bytes], most_pixels: int, pixel_format: PixelFormat = RGB
-) -> Iterator[dict[str, Path]]:
-    """The images as files of names of our own, for as long as the context lasts.
-
-    Raises:
-        Refused: one is no image (415), or has too many pixels (413).
-    """
-    for name, content in images.items():
-        if name != "image" or pixel_format == RGB:  # others may be arrays, whose bytes are counted
-            _check_picture(name, content, most_pixels)
-    with tempfile.TemporaryDirectory(prefix="latentflow-") as folder:
-        files = {name: Path(folder) / name for name in images}
-        for name, content in images.items():
-            files[name].write_bytes(content)
-        yield files
-
-
-def _check_picture(name: str, content: bytes, most_pixels: int) -> None:
-    """Look at the header of an image."""
-    try:
-        with open_image(content, name) as image:
-            width, height = image.size
-    except BrokenImage as error:
-        status = 422 if content.startswith(_PICTURES) else 415
-        if "pixels" in error.reason:
-            status = 413
-        raise Refused(status, str(error)) from None
-    if width * height > most_pixels:
-        raise Refused(413, f"{name} has {width} x {height} pixels; at most {most_pixels:,} are taken")

@@ -88,7 +88,7 @@ class Guard:
         if origin is not None and not self._allowed_origin(headers) and not _is_same(origin, host):
             raise Refused(403, f"pages of {origin!r:.80} may not send requests; allow them with --origins")
         if origin is None and headers.get(b"sec-fetch-site") in ("cross-site", "same-site"):
-            raise Refused(403, "pages of other sites may not send requests")
+            raise Refused(403, "pages of other sites may not send requests; allow them with --origins")
         is_preflight = scope["method"] == "OPTIONS" and origin is not None
         if self.token is not None and scope["path"] not in OPEN and not is_preflight:
             kind, _, given = headers.get(b"authorization", "").partition(" ")

@@ -56,7 +56,7 @@ def mask_readings(mask: Path, photo: Path) -> list[MaskReading]:
     if abs(found[0] * height - found[1] * width) > _SAME_SHAPE * max(found[0] * height, found[1] * width):
         raise DataError(
             f"the mask {mask.name} has {found[0]} x {found[1]} pixels, the photo {width} x {height}: another shape; "
-            "make the mask from this very photo"
+            "make the mask from this photo"
         )
     resized = "" if found == (width, height) else f", scaled from {found[0]} x {found[1]}"
     readings: list[MaskReading] = []
@@ -65,7 +65,10 @@ def mask_readings(mask: Path, photo: Path) -> list[MaskReading]:
         if 0 < fitted.mean() < 1 and not any(np.array_equal(fitted, one.hole) for one in readings):
             readings.append(MaskReading(title + resized, fitted))
     if not readings:
-        raise DataError(f"the mask {mask.name} is of one colour: nothing of the photo would be filled, or all of it")
+        raise DataError(
+            f"the mask {mask.name} is of one colour: nothing of the photo would be filled, or all of it; "
+            "paint the part to fill in another colour"
+        )
     return readings
 
 
@@ -79,7 +82,7 @@ def _pixels(file: Path) -> tuple[np.ndarray, np.ndarray]:
                 return rgb, np.full(rgb.shape[:2], 255, np.uint8)
             return np.asarray(upright(image).convert("RGBA"))[..., :3], np.asarray(alpha)
     except BrokenImage as error:
-        raise DataError(f"{file.name} cannot be used: {error.reason}") from error
+        raise DataError(f"{file.name} cannot be used: {error.reason}; give a picture such as PNG or JPEG") from error
 
 
 def _holes(pixels: np.ndarray, alpha: np.ndarray, photo: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -21,9 +21,11 @@ from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
 import latentflow
-from latentflow.errors import ConfigError, DataError, LatentFlowError
+from latentflow.errors import ConfigError, LatentFlowError
 from latentflow.sampling.naming import picture_caption, seed_caption
 from latentflow.sampling.picture_content import usual_suffix
+from latentflow.studio.bodies import read_body
+from latentflow.studio.browser_pictures import png_of, shown_png
 from latentflow.studio.mask_readings import mask_readings, painted_hole, upright_mask
 from latentflow.studio.model_facts import coloured_map, model_facts
 from latentflow.studio.page_jobs import PageJob, PageJobs, job_facts
@@ -31,7 +33,7 @@ from latentflow.studio.page_models import PageModels
 from latentflow.studio.page_tasks import GivenFiles, expected_calls, page_task
 from latentflow.studio.restored import restored_request
 from latentflow.studio.run_view import preview_file, run_facts
-from latentflow.studio.uploads import MOST_BYTES, Upload, Uploads, png_of, shown_png
+from latentflow.studio.uploads import MOST_BYTES, Upload, Uploads
 
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' blob: data:; "
@@ -57,7 +59,7 @@ class _PageRoute(APIRoute):
             try:
                 answer = await handle(request)
             except LatentFlowError as error:
-                answer = JSONResponse({"error": str(error)}, status_code=422)
+                answer = JSONResponse({"error": str(error)}, status_code=getattr(error, "status", 422))
             except OSError as error:
                 answer = JSONResponse({"error": f"{error.strerror or error}"}, status_code=422)
             for name, value in _HEADERS.items():
@@ -118,7 +120,9 @@ def _add_models(router: APIRouter, models: PageModels, jobs: PageJobs) -> None:
 def _add_runs(router: APIRouter, models: PageModels) -> None:
     def run_of(key: str) -> Path:
         if key not in models.runs:
-            raise ConfigError(f"{key:.200} is none of the runs that this page was opened with")
+            raise ConfigError(
+                f"{key:.200} is none of the runs that this page was opened with; open it by `latentflow studio RUN`"
+            )
         return Path(key)
 
     @router.get("/page/run")
@@ -133,7 +137,7 @@ def _add_runs(router: APIRouter, models: PageModels) -> None:
 def _add_uploads(router: APIRouter, models: PageModels, uploads: Uploads) -> None:
     @router.post("/page/uploads")
     async def upload(request: Request, name: str = "picture.png") -> dict[str, Any]:
-        content = await _body(request, MOST_BYTES)
+        content = await read_body(request, MOST_BYTES)
         kept = await run_in_threadpool(uploads.add, name, content)
         return await run_in_threadpool(_upload_facts, models, kept)
 
@@ -153,7 +157,7 @@ def _add_uploads(router: APIRouter, models: PageModels, uploads: Uploads) -> Non
 
     @router.post("/page/uploads/painted-mask")
     async def painted(request: Request) -> dict[str, Any]:
-        content = await _body(request, MOST_BYTES)
+        content = await read_body(request, MOST_BYTES)
         made = await run_in_threadpool(lambda: uploads.add("mask.png", upright_mask(painted_hole(content))))
         return {"id": made.key}
 
@@ -191,7 +195,7 @@ def _restored(models: PageModels, facts: dict[str, Any]) -> dict[str, Any]:
 def _add_jobs(router: APIRouter, models: PageModels, jobs: PageJobs, uploads: Uploads) -> None:
     @router.post("/page/jobs")
     async def begin(request: Request) -> dict[str, Any]:
-        asked = _asked(await _body(request, _MOST_JSON))
+        asked = _asked(await read_body(request, _MOST_JSON))
         return await run_in_threadpool(_begin, asked)
 
     def _begin(asked: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +208,7 @@ def _add_jobs(router: APIRouter, models: PageModels, jobs: PageJobs, uploads: Up
 
     @router.post("/page/estimate")
     async def estimate(request: Request) -> dict[str, Any]:
-        asked = _asked(await _body(request, _MOST_JSON))
+        asked = _asked(await read_body(request, _MOST_JSON))
         return await run_in_threadpool(_estimate, asked)
 
     def _estimate(asked: dict[str, Any]) -> dict[str, Any]:
@@ -292,18 +296,3 @@ def _asked(content: bytes) -> dict[str, Any]:
         }
     except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
         raise ConfigError("ask with JSON of a model, a task and a request") from None
-
-
-async def _body(request: Request, most: int) -> bytes:
-    """The body of a request, which is not read further than allowed.
-
-    Raises:
-        DataError: it is larger.
-    """
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise DataError(f"more than {most:,} bytes cannot be handed over")
-        parts.append(part)
-    return b"".join(parts)

@@ -25,7 +25,7 @@ def _origins(given: list[str]) -> list[str]:
 
 def _token(given: str) -> str:
     if len(given) < 8 or not given.isascii() or not given.isprintable() or " " in given:
-        raise ValueError("give at least 8 ASCII letters without spaces")
+        raise ValueError("give at least 8 ASCII letters or digits, without spaces")
     return given
 
 

@@ -22,8 +22,9 @@ from latentflow.sampling.request import (
     TranslateRequest,
 )
 from latentflow.sampling.translate import prepare_translate
-from latentflow.studio.bodies import Asked, as_files
+from latentflow.studio.bodies import Asked
 from latentflow.studio.refusals import Refused
+from latentflow.studio.uploads import as_files
 
 _NOT_SERVED = ("guide",)
 """Fields of requests that name files of this machine. The guide of the model's preset is used all the same."""

@@ -1,38 +1,42 @@
-"""Files that the page hands over: kept in a folder of the process, by the hash of their content."""
+"""Pictures that clients send, as files: checked first, and under names of our own.
+
+Those of the page are kept in a folder of the process, by the hash of their content; those that come with a request of
+another program last as long as the request.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import re
+import tempfile
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from latentflow.data.pictures.colour import to_rgb
 from latentflow.data.pictures.decode import BrokenImage, open_image, upright
 from latentflow.errors import ConfigError, DataError
+from latentflow.pixel_format import RGB, PixelFormat
 from latentflow.sampling.picture_file import read_facts
+from latentflow.studio.refusals import Refused
 
 MOST_BYTES = 64 * 2**20
-"""Of one file."""
+"""Of one file of the page."""
 MOST_PIXELS = 100_000_000
-"""Of one picture; browsers paint on no more."""
+"""Of one picture of the page; browsers paint on no more."""
 MOST_KEPT = 2 * 2**30
-"""Of all files together; the oldest are forgotten first."""
+"""Of all files of the page together; the oldest are forgotten first."""
 
 _LONGEST_NAME = 80
+_PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"P4", b"P5", b"P6")
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file that was handed over.
+    """A file of the page.
 
     Attributes:
         key: the first digits of the SHA-256 of name and content.
@@ -65,7 +69,7 @@ class Uploads:
         """
         name = safe_name(name)
         if len(content) > MOST_BYTES:
-            raise DataError(f"{name} has {len(content):,} bytes; at most {MOST_BYTES:,} can be handed over")
+            raise DataError(f"{name} has {len(content):,} bytes; at most {MOST_BYTES:,} can be uploaded")
         key = hashlib.sha256(name.encode() + b"\0" + content).hexdigest()[:24]
         with self._lock:
             if key in self._kept:
@@ -88,7 +92,7 @@ class Uploads:
         with self._lock:
             found = self._kept.get(str(key))
         if found is None:
-            raise ConfigError("this file is no longer there; hand it over again")
+            raise ConfigError("this file is no longer there; upload it again")
         return found
 
     def _forget(self) -> None:
@@ -123,21 +127,36 @@ def _looked_at(content: bytes, name: str) -> tuple[tuple[int, int], Mapping[str,
         raise DataError(f"{name} cannot be used: {error.reason}; give a picture such as PNG or JPEG") from error
 
 
-def shown_png(file: Path) -> bytes:
-    """A picture as a browser can show it, whatever its format: upright, 8 bits, sRGB, on white.
+@contextmanager
+def as_files(
+    images: Mapping[str, bytes], most_pixels: int, pixel_format: PixelFormat = RGB
+) -> Iterator[dict[str, Path]]:
+    """The images of a request as files, for as long as the context lasts.
 
     Raises:
-        DataError: it cannot be read.
+        Refused: one is no image (415), or has too many pixels (413).
     """
+    for name, content in images.items():
+        if name != "image" or pixel_format == RGB:  # others may be arrays, whose bytes are counted
+            _check_picture(name, content, most_pixels)
+    with tempfile.TemporaryDirectory(prefix="latentflow-") as folder:
+        files = {name: Path(folder) / name for name in images}
+        for name, content in images.items():
+            files[name].write_bytes(content)
+        yield files
+
+
+def _check_picture(name: str, content: bytes, most_pixels: int) -> None:
+    """Look at the header of an image."""
     try:
-        with open_image(file) as image:
-            return png_of(np.asarray(to_rgb(image)))
+        with open_image(content, name) as image:
+            width, height = image.size
     except BrokenImage as error:
-        raise DataError(f"{file.name} cannot be shown: {error.reason}") from error
-
-
-def png_of(pixels: np.ndarray) -> bytes:
-    """[H, W] or [H, W, 3] uint8 as a PNG file."""
-    written = io.BytesIO()
-    Image.fromarray(pixels).save(written, "PNG", compress_level=1)
-    return written.getvalue()
+        status = 422 if content.startswith(_PICTURES) else 415
+        if "pixels" in error.reason:
+            status = 413
+        raise Refused(status, str(error)) from None
+    if width * height > most_pixels:
+        raise Refused(
+            413, f"{name} has {width} x {height} pixels; at most {most_pixels:,} are taken, so send a smaller one"
+        )

@@ -257,7 +257,7 @@ def download_weights() -> Path:
         except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: a wrong hash
             raise ArtifactError(
                 f"cannot download the FID Inception weights: {error}. Download {WEIGHTS_URL} elsewhere and put "
-                f"the file at {file}, or give its name"
+                f"the file at {file}, or name it by --weights"
             ) from error
     elif not sha256_file(file).startswith(WEIGHTS_HASH):
         raise ArtifactError(
