@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from latentflow.api import LatentFlow
 from latentflow.artifacts import read_tensors
 from latentflow.cli import training as cli
-from latentflow.commands.distill import distill
+from latentflow.commands.distill import distill, prepare_distillation
 from latentflow.commands.evaluate import evaluate
 from latentflow.commands.info import describe
 from latentflow.commands.train import train
@@ -29,6 +30,7 @@ from latentflow.networks import registered
 from latentflow.networks.registered import RegisteredNetwork, register_network
 from latentflow.networks.unet import UNetConfig
 from latentflow.training import student_run
+from latentflow.training.config import TrainingConfig
 from latentflow.training.memory import bytes_per_image, count_parameters, state_bytes
 from latentflow.training.student_recipe import StudentRecipe, fit_student, load_student_recipe
 from tests import tiny
@@ -238,6 +240,23 @@ def test_as_many_images_at_a_time_as_fit_next_to_the_teacher(kl, changes, share)
     fitted = fit_student(given, config, 10_000, gpu=True, memory=memory, num_processes=2)
     micro = fitted.training.micro_batch_size
     assert share % micro == 0 and micro % 4 == 0 and 16 <= micro < share
+
+
+def test_a_run_without_a_saved_step_is_fitted_again(recipe):
+    """Of one that ended before its first checkpoint nothing is left that what was chosen for it belongs to."""
+    given = [StudentRecipe.model_validate({**_open(recipe), "training": {"precision": "fp32"}})]
+    given.append(given[0].model_copy(update={"training": TrainingConfig(precision="fp32", steps=80)}))
+    begun = prepare_distillation(given[0], tiny.CPU)
+    begun.begin()
+    again = prepare_distillation(given[1], tiny.CPU).recipe
+    assert begun.recipe.training.checkpoint_every == 500 and again.training.checkpoint_every == 20
+    assert again.optimizer.warmup_steps == 4
+
+
+def _open(recipe) -> dict[str, Any]:
+    """A recipe that leaves open what can be fitted."""
+    values = recipe().model_dump(mode="json")
+    return {"fit": True, **{key: values[key] for key in ("teacher", "out", "data")}}
 
 
 def test_the_shipped_recipe_is_the_default_one():

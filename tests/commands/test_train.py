@@ -151,7 +151,9 @@ def test_own_images_are_trained_by_their_recipe(own, cache, flat, tmp_path, labe
 def test_resuming_does_not_fit_again(own, flat, cache, tmp_path, monkeypatch):
     assert own(flat, "training.steps=2").code == 0
     before = load_recipe(tmp_path / "run" / "recipe.yaml")
-    monkeypatch.setattr(velocity_run, "total_memory", lambda device: 1)  # another machine would be fitted otherwise
+    monkeypatch.setattr(
+        velocity_run, "memory_of_process", lambda runtime: 1
+    )  # another machine would be fitted otherwise
     monkeypatch.setattr(fitting, "SAFE_PER_IMAGE", 1)
     result = own(flat, "training.steps=3")
     assert result.code == 0, result.err

@@ -25,7 +25,7 @@ from latentflow.randomness import derive_seed
 from latentflow.runtime import Runtime
 from latentflow.shapes import MOST_GUIDANCE
 from latentflow.sizes import Size
-from latentflow.training.changes import RECIPE_FILE, as_begun, check_changes
+from latentflow.training.changes import RECIPE_FILE, as_begun, check_changes, trained_steps
 from latentflow.training.checkpoint import Keeping
 from latentflow.training.compiling import captures, compiles
 from latentflow.training.fitting import is_set, value_of, with_values
@@ -262,11 +262,10 @@ def student_config(recipe: StudentRecipe, config: ModelConfig, weights: str, tra
 
 
 def _fitted_before(recipe: StudentRecipe, run: Path) -> StudentRecipe:
-    """A recipe to be fitted, with what was fitted when its run began."""
-    file = run / RECIPE_FILE
-    if not recipe.fit or not file.exists():
+    """A recipe to be fitted, with what was fitted when its run began; one without a saved step begins again."""
+    if not recipe.fit or trained_steps(run) is None:
         return recipe
-    old = load_settings(StudentRecipe, file)
+    old = load_settings(StudentRecipe, run / RECIPE_FILE)
     return with_values(recipe, {"fit": False, **{key: value_of(old, key) for key in FITTED if not is_set(recipe, key)}})
 
 

@@ -21,7 +21,7 @@ from latentflow.model.flow_model import CONFIG_FILE, FlowModel, folders_of, read
 from latentflow.model.snapshots import BEST
 from latentflow.runtime import Runtime
 from latentflow.sizes import Size
-from latentflow.training.changes import RECIPE_FILE, Changes, as_begun, check_changes
+from latentflow.training.changes import RECIPE_FILE, Changes, as_begun, check_changes, trained_steps
 from latentflow.training.compiling import captures
 from latentflow.training.config import CHANGES, Recipe
 from latentflow.training.data_columns import chosen_columns
@@ -200,11 +200,10 @@ def _require_same_batches(changes: Changes | None, images: TrainingImages) -> No
 
 
 def _fitted_before(recipe: Recipe, run: Path) -> Recipe:
-    """A recipe to be fitted, with what was fitted when its run began."""
-    file = run / RECIPE_FILE
-    if not recipe.fit or not file.exists():
+    """A recipe to be fitted, with what was fitted when its run began; one without a saved step begins again."""
+    if not recipe.fit or trained_steps(run) is None:
         return recipe
-    old, keys = load_settings(Recipe, file), FITTED_TO_SOURCE if recipe.init_from else FITTED
+    old, keys = load_settings(Recipe, run / RECIPE_FILE), FITTED_TO_SOURCE if recipe.init_from else FITTED
     values = {key: value_of(old, key) for key in keys if not is_set(recipe, key)}
     return with_values(recipe, {"fit": False, **values})
 
