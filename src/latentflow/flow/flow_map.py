@@ -89,13 +89,8 @@ class JumpTimes(Record):
         TrainingTimes(distribution="logit_normal", mean=-0.2, std=1.0),
         description="Times of the images that teach the velocity of the teacher.",
     )
-    start: TrainingTimes = Field(
-        TrainingTimes(distribution="logit_normal", mean=0.2, std=0.8),
-        description="Times t of the images that teach jumps from t to s.",
-    )
-    end: TrainingTimes = Field(
-        TrainingTimes(distribution="logit_normal", mean=-1.0, std=0.8), description="Their times s, where below t."
-    )
+    start: TrainingTimes = Field(TrainingTimes(), description="Times t of the images that teach jumps from t to s.")
+    end: TrainingTimes = Field(TrainingTimes(), description="Their times s; where s is above t, the two are swapped.")
     first_share: float = Field(
         0.1, gt=0, le=1, description="Share a of a jump that is the teacher's, in the first step."
     )
@@ -132,10 +127,11 @@ class JumpTimes(Record):
         Returns:
             t and s, [B] float32 in [0, 1]; where `jumps`, t is above s by `LEAST_STEP` at least.
         """
-        time = torch.where(jumps, self.start.draw(first), self.velocity.draw(first))
-        time = torch.where(jumps, time.clamp(min=LEAST_STEP), time)
-        end = torch.minimum(self.end.draw(second), time - LEAST_STEP).clamp(min=0)
-        return time, torch.where(jumps, end, time)
+        start, end = self.start.draw(first), self.end.draw(second)
+        later = torch.maximum(start, end).clamp(min=LEAST_STEP)
+        earlier = torch.minimum(torch.minimum(start, end), later - LEAST_STEP)
+        time = self.velocity.draw(first)
+        return torch.where(jumps, later, time), torch.where(jumps, earlier, time)
 
     def share_at(self, progress: Tensor) -> Tensor:
         """a after this share of a run: [B] in [0, 1] => [B] float32."""
