@@ -218,18 +218,24 @@ def test_name_of_the_run_is_that_of_the_teacher():
     assert [cli._name_of(name) for name in names] == ["photos"] * 4
 
 
-def test_rules_of_what_is_left_open(kl, recipe):
+def test_rules_of_what_is_left_open(kl, recipe, monkeypatch):
     config = tiny.model(kl).config
     training = config.training.model_copy(update={"step": 4000})
     open_recipe = load_student_recipe("student")
     cpu = fit_student(open_recipe, config.model_copy(update={"training": training}), 1000, gpu=False)
     assert (cpu.training.steps, cpu.training.batch_size, cpu.fit) == (800, 128, False)
+    assert (cpu.optimizer.kind, cpu.optimizer.learning_rate, cpu.optimizer.schedule) == ("muon", 1e-3, "cosine")
     gpu = fit_student(open_recipe, config, 100_000, gpu=True)
     assert (gpu.training.steps, gpu.training.batch_size, gpu.training.ema_decay) == (30_000, 256, 0.9999)
+    assert gpu.optimizer.learning_rate == 3e-4
     given = load_student_recipe("student", ["training.steps=77", "optimizer.learning_rate=1e-5"])
     fixed = fit_student(given, config, 6, gpu=False)
     assert (fixed.training.steps, fixed.training.batch_size, fixed.optimizer.learning_rate) == (77, 4, 1e-5)
     assert fixed.training.micro_batch_size is None
+    plain = fit_student(load_student_recipe("student", ["optimizer.kind=adamw"]), config, 1000, gpu=False)
+    assert (plain.optimizer.kind, plain.optimizer.learning_rate) == ("adamw", 3e-4)
+    monkeypatch.setattr("latentflow.training.student_recipe.hidden_matrices", lambda network: [])
+    assert fit_student(open_recipe, config, 1000, gpu=False).optimizer == plain.optimizer
 
 
 @pytest.mark.parametrize(("changes", "share"), [((), 128), (("training.batch_size=96",), 48)])

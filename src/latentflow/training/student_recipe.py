@@ -3,7 +3,9 @@
 steps      30,000 on a GPU and 2,000 on a CPU, or a fifth of those of the teacher where that is less; at least 500
 batch      256 on a GPU; 2,048 tokens on a CPU, from 16 to 128; at most the number of images
 micro      as many images of it together as fit into memory next to the teacher
-rate       1e-4 on a GPU, 3e-4 on a CPU, after a warm-up of a twentieth of the steps, at most 500
+optimizer  Muon, or AdamW for a network that declares no matrices
+rate       of Muon 3e-4 on a GPU and 1e-3 on a CPU, of AdamW 1e-4 and 3e-4, after a warm-up of a twentieth of the steps,
+           at most 500
 average    over about 1,000 steps in runs of at most 20,000 steps, else over 10,000
 """
 
@@ -26,7 +28,14 @@ from latentflow.sizes import Size
 from latentflow.training.changes import FREE_IN_EVERY_RUN, ChangeRules
 from latentflow.training.config import RECIPES, TrainingConfig, find_recipe
 from latentflow.training.fitting import is_set, share_of, with_values
-from latentflow.training.memory import bytes_per_image, count_parameters, micro_batch_that_fits, state_bytes
+from latentflow.training.memory import (
+    bytes_per_image,
+    count_parameters,
+    micro_batch_that_fits,
+    network_in_training,
+    state_bytes,
+)
+from latentflow.training.muon import hidden_matrices
 from latentflow.training.optim import OptimizerConfig
 from latentflow.training.settings import load_settings
 
@@ -110,6 +119,7 @@ FITTED = (
     "training.ema_decay",
     "training.checkpoint_every",
     "training.preview_every",
+    "optimizer.kind",
     "optimizer.learning_rate",
     "optimizer.betas",
     "optimizer.warmup_steps",
@@ -146,6 +156,10 @@ def fit_student(
         most = 30_000 if gpu else 2000
         steps = min(most, max(teacher.training.step // 5, 500)) if teacher.training.step else most
     every = max(min(5000 if gpu else 500, steps // 4), 1)
+    kind = recipe.optimizer.kind
+    if not is_set(recipe, "optimizer.kind"):
+        kind = "muon" if hidden_matrices(network_in_training(teacher)) else "adamw"
+    rates = {"muon": (1e-3, 3e-4), "adamw": (3e-4, 1e-4)}
     together = recipe.jumps.every * num_processes
     batch = max(_batch(teacher, num_images, gpu=gpu) // together, 1) * together
     share = share_of(recipe, batch, num_processes)
@@ -156,7 +170,8 @@ def fit_student(
         "training.ema_decay": 0.9999 if steps > 20_000 else 0.999,
         "training.checkpoint_every": every,
         "training.preview_every": every,
-        "optimizer.learning_rate": 1e-4 if gpu else 3e-4,
+        "optimizer.kind": kind,
+        "optimizer.learning_rate": rates[kind][gpu],
         "optimizer.betas": (0.9, 0.99),
         "optimizer.warmup_steps": min(500, steps // 20),
     }
