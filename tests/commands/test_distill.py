@@ -144,6 +144,7 @@ def test_two_processes_equal_one(run, recipe, teacher, cache, tmp_path):
     keys = ["steps=6", "batch_size=8", "precision=fp32", "ema_decay=0.9", "log_every=1", "checkpoint_every=100"]
     options = [f"training.{key}" for key in [*keys, "preview_every=0"]]
     options += ["optimizer.learning_rate=1e-3", "optimizer.betas=0.9,0.999", "optimizer.warmup_steps=0"]
+    options += ["optimizer.kind=adamw", "optimizer.schedule=constant"]
     command = ("distill", teacher, "--data", cache, f"out={tmp_path / 'two'}", *options, "--device", "cpu")
     workers = start_processes(command, log, 2)
     assert [finish(worker, log.with_name(f"log.{rank}")) for rank, worker in enumerate(workers)] == [0, 0]
@@ -325,15 +326,15 @@ def test_no_teacher_and_no_data(refused, tmp_path):
 
 def test_batches_in_which_no_image_jumps(refused):
     words = ("jumps.every = 4", "2 images at a time", "use a multiple of 4")
-    refused(ConfigError, *words, training={"batch_size": 2})
-    refused(ConfigError, *words, training={"micro_batch_size": 2})
+    refused(ConfigError, *words, jumps={"every": 4}, training={"batch_size": 2})
+    refused(ConfigError, *words, jumps={"every": 4}, training={"micro_batch_size": 2})
 
 
 @pytest.mark.parametrize(("free", "remedy"), [(3_000_000, "micro_batch_size="), (1000, "choose a smaller network")])
 def test_a_batch_that_does_not_fit(recipe, monkeypatch, free, remedy):
     monkeypatch.setattr(student_run, "free_memory", lambda device: free)
     with pytest.raises(ConfigError, match="a student") as caught:
-        distill(recipe(training={"batch_size": 4096}), runtime=tiny.CPU)
+        distill(recipe(jumps={"every": 4}, training={"batch_size": 4096}), runtime=tiny.CPU)
     assert remedy in str(caught.value)
     if found := re.search(r"micro_batch_size=(\d+)", str(caught.value)):
         assert int(found[1]) % 4 == 0  # what is advised is not refused
@@ -411,7 +412,7 @@ def test_a_run_goes_on_with_its_teacher_alone(run, recipe, tmp_path, kl, teacher
     assert run(teacher=str(moved)) == folder
     assert read_config(folder / "model").training.step == 6
     with pytest.raises(ConfigError, match="the student has learned with the old one"):
-        distill(recipe(jumps={"every": 2}), runtime=tiny.CPU)
+        distill(recipe(jumps={"every": 4}), runtime=tiny.CPU)
 
 
 @pytest.mark.parametrize("form", ["diffusers", "onnx"])

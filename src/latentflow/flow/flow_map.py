@@ -83,7 +83,7 @@ class JumpTimes(Record):
     """From where to where a student learns to jump, and how much of a jump is the teacher's."""
 
     every: int = Field(
-        4, ge=2, le=1000, description="One image in so many teaches jumps; the others teach the velocity, s = t."
+        2, ge=2, le=1000, description="One image in so many teaches jumps; the others teach the velocity, s = t."
     )
     velocity: TrainingTimes = Field(
         TrainingTimes(distribution="logit_normal", mean=-0.2, std=1.0),
