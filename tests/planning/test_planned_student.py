@@ -70,9 +70,9 @@ def test_what_is_exact_is_what_a_run_has_and_writes(recipe):
 
 
 def test_a_step_takes_the_passes_of_the_student_and_the_calls_of_the_teacher(recipe, teacher, kl, tmp_path):
-    """In forward passes: 3 of the student, 2 of a teacher that is guided or 1 of another, and 1 in 4 once more."""
+    """In forward passes: 3 of the student, 2 of a teacher that is guided or 1 of another, and half once more."""
     tiny.model(kl, class_names=()).save_pretrained(tmp_path / "plain")
-    for name, calls in ((teacher, 2.25), (tmp_path / "plain", 1.25)):
+    for name, calls in ((teacher, 2.5), (tmp_path / "plain", 1.5)):
         found = planned(recipe(teacher=str(name)), device_memory=80, device_tflops=100)
         speed = found.speed
         passes = (
@@ -111,14 +111,14 @@ def test_data_that_are_not_there(recipe):
 @pytest.mark.usefixtures("unprobed")
 def test_what_is_advised_can_be_had(recipe):
     """A micro-batch is a multiple of the images of which one jumps."""
-    given = recipe(fit=False, training={"batch_size": 4096, "memory": "none"})
+    given = recipe(fit=False, jumps={"every": 4}, training={"batch_size": 4096, "memory": "none"})
     short = planned(given, device_memory=0.03)
     assert not short.memory.fits(short.machine.memory)
     assert short.memory.largest_micro_batch("none", short.machine.memory) % 4 == 0
     assert any("training.micro_batch_size=" in line for line in advice(short))
     assert "distil a smaller model" in advice(planned(given, device_memory=0.001))
     with pytest.raises(ConfigError, match=r"jumps\.every = 4, and a process computes 2 images"):
-        planned(recipe(training={"batch_size": 4}), processes=2)
+        planned(recipe(jumps={"every": 4}, training={"batch_size": 4}), processes=2)
 
 
 @pytest.mark.usefixtures("unprobed")
