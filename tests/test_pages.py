@@ -366,7 +366,7 @@ def test_the_tutorial_runs(place, capsys, monkeypatch):
         ("how-to/augment", {"encode", "train"}),
         ("how-to/finetune", {"encode", "finetune", "train", "sample"}),
         ("how-to/edit", {"image-to-image", "interpolate", "vary", "invert"}),
-        ("how-to/distill", {"encode", "distill", "sample", "evaluate", "sweep"}),
+        ("how-to/distill", {"plan", "encode", "distill", "sample", "evaluate", "sweep"}),
         ("how-to/evaluate", {"evaluate", "sweep", "benchmark", "diagnose"}),
         ("reference/python/index", set()),
     ],

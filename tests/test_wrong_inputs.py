@@ -106,7 +106,7 @@ CASES = {
         wrong("distill {w}/model out={out} --device cpu", "data.path is not set", advised=DISTILL),
         wrong(DISTILL.replace("{w}/cache", "{w}/nowhere"), "nowhere"),
         wrong(DISTILL.replace("model", "painter"), "map classes", "give data of"),
-        wrong(DISTILL.replace("size=4", "size=3"), "jumps.every = 4", "3 images", advised=DISTILL),
+        wrong(DISTILL.replace("size=4", "size=3"), "jumps.every = 2", "3 images", advised=DISTILL),
         wrong(DISTILL + " jumps.last_share=0.5", "last_share = 0.5", "first_share = 0.1", "swap the two"),
         wrong(DISTILL + " jumps.evry=2", "jumps.evry", "every", advised=DISTILL + " jumps.every=2"),
         wrong(DISTILL + " training.align_weight=1", "align_weight", "leave it out"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PLACES = ("chromium", "chromium-browser", "google-chrome")
-WAIT = 10_000
+WAIT = 60_000
 """Milliseconds that a test waits at most for what a page should show."""
 
 

@@ -108,6 +108,7 @@ def browser() -> Iterator[object]:
     """Chromium, started once."""
     api = pytest.importorskip("playwright.sync_api", reason="the tests of the page take playwright")
     place = chromium()
+    api.expect.set_options(timeout=WAIT)
     with api.sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=place, args=["--no-sandbox"])
         yield started
