@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import io
 
 import numpy as np
@@ -124,12 +125,12 @@ def test_refusals_stand_where_they_belong(page):
 
 
 def test_a_long_job_is_stopped(page):
-    """Stopped within a picture: its 20,000 network calls would take minutes."""
+    """Within a batch of four pictures, of 20,000 network calls each; a slow browser may find the first one drawn."""
     shown(page).get_by_label("Steps").fill("10000")
     shown(page).get_by_role("button", name="Draw", exact=True).click()
     expect(shown(page).locator(".strip progress")).to_be_visible()
     page.get_by_role("button", name="Stop").click()
-    expect(shown(page).locator(".strip .words")).to_have_text("stopped after 0 of 8")
+    expect(shown(page).locator(".strip .words")).to_have_text(re.compile("stopped after [04] of 8"))
     shown(page).get_by_label("Steps").fill("2")
     draw(page, 1)
 
