@@ -515,6 +515,9 @@ def test_what_a_killed_ladder_has_begun_keeps_others_away(ladder, tmp_path):
         (["--set", "a"], "--set a: give key=value"),
         (["--rungs", "7"], "--rungs: there is no rung '7'; there are 0, 1, 2"),
         (["--kept", "0,8"], "--kept: there is no rung '8'; there are 0, 1, 2"),
+        (["--kept", "1"], "--kept: later rungs never stand on 1; leave it out"),
+        (["--at-once", "0"], "--at-once 0: give 1 or more"),
+        (["--at-once", "2", "--device", "cuda"], "--at-once 2: .* leave it out on a GPU"),
         (["--seeds", "x"], "2"),
     ],
 )
