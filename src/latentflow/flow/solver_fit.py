@@ -5,6 +5,11 @@ so that the mean distance of its end points from those of a fine solution with t
 only called, never differentiated: with a few dozen numbers to find, Gauss-Newton steps with derivatives from
 differences are quick, and need no more memory than drawing does.
 
+The velocities of neighbouring steps are nearly equal, so their weights are nearly interchangeable, and steps in them
+would be tiny. What is fitted instead are the coefficients of their backward differences:
+
+    sum_j weights[j] v_{n-j} = v_n + sum_j c_j nabla^j v_n        nabla v_n = v_n - v_{n-1}
+
 Solvers fitted to a model: bespoke solvers (arXiv 2310.19075); times and weights of a multistep one: arXiv 2505.21114.
 
 Legend: B images of a batch, P numbers to be fitted.
@@ -12,6 +17,7 @@ Legend: B images of a batch, P numbers to be fitted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,11 +31,12 @@ from latentflow.flow.times import sampling_times
 
 MOST_PAST = 4
 """Velocities that a step uses at most."""
-_ROUNDS = 12
+_ROUNDS = 20
 _LITTLE = 0.005  # after two rounds in a row that lower the error by a smaller share, there is no other
-_LEAST_DAMPING, _MOST_DAMPING = 1e-6, 1e4
+_FIRST_DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 1e-3, 1e-9, 1e4
+_DAMPING_FACTOR = 4.0
 _LEAST_SCALE = 1e-20  # of a number that changes nothing, as no weight does for a constant velocity
-_SHIFT_OF_TIME, _SHIFT_OF_WEIGHT = 0.01, 0.01  # in the differences; of a time, in units of the shorter step next to it
+_SHIFT = 1e-3  # of a coefficient, for its derivative; of a time in units of the shorter step next to it
 _SHORTEST = 0.02  # of a step, in units of an even one
 
 
@@ -113,25 +120,39 @@ def fit_multistep(
     errors = [end_error(batches, start) for start in starts]
     error = started = min(errors)
     numbers = _Numbers.of(starts[errors.index(error)])
-    damping, rounds, slow = 1e-3, 0, 0
+    damping, rounds, slow = _FIRST_DAMPING, 0, 0
     for rounds in range(1, _ROUNDS + 1):
-        normal, slope = _normal_equations(batches, numbers)
         before = error
-        while damping <= _MOST_DAMPING:
-            # Levenberg and Marquardt: (J^T J + damping diag(J^T J)) step = -J^T r
-            scales = normal.diagonal().clamp(min=_LEAST_SCALE)
-            step = torch.linalg.solve(normal + damping * scales.diag(), -slope)
-            trial = numbers.moved(step)
-            if trial.is_valid and (found := end_error(batches, trial.solver)) < error:
-                numbers, error = trial, found
-                damping = max(damping / 10, _LEAST_DAMPING)
-                break
-            damping *= 10
+        numbers, error, damping = _gauss_newton(batches, numbers, error, damping)
         on_round(rounds, error)
         slow = slow + 1 if before - error < _LITTLE * before else 0
-        if slow == 2 or damping > _MOST_DAMPING:
+        if slow == 2 or error == before:
             break
     return SolverFit(numbers.solver, error, started, rounds)
+
+
+def _gauss_newton(
+    batches: Sequence[FitBatch], numbers: _Numbers, error: float, damping: float
+) -> tuple[_Numbers, float, float]:
+    """One round: the numbers, their error and the damping; the same if no step lowers the error.
+
+    Far from its minimum the error is not quadratic, and steps with little damping hardly lower it. Computing an error
+    costs little next to the derivatives, so the damping is raised as long as that helps.
+    """
+    normal, slope = _normal_equations(batches, numbers)
+    scales = normal.diagonal().clamp(min=_LEAST_SCALE).diag()
+    best = (numbers, error, damping)
+    tried = max(damping / _DAMPING_FACTOR**3, _LEAST_DAMPING)
+    while tried <= _MOST_DAMPING:
+        # Levenberg and Marquardt: (J^T J + damping diag(J^T J)) step = -J^T r
+        trial = numbers.moved(torch.linalg.solve(normal + tried * scales, -slope))
+        found = end_error(batches, trial.solver) if trial.is_valid else math.inf
+        if found < best[1]:
+            best = (trial, found, tried)
+        elif best[0] is not numbers:
+            break
+        tried *= _DAMPING_FACTOR
+    return best
 
 
 @dataclass(frozen=True)
@@ -140,42 +161,56 @@ class _Numbers:
 
     Attributes:
         times: [N - 1], t_1 to t_{N-1}.
-        weights: for each step those of all velocities but the newest, whose weight makes the sum 1.
+        coefficients: for each step c_1, c_2, ... of the backward differences of its velocities.
     """
 
     times: tuple[float, ...]
-    weights: tuple[tuple[float, ...], ...]
+    coefficients: tuple[tuple[float, ...], ...]
 
     @classmethod
     def of(cls, solver: FittedMultistep) -> _Numbers:
         """Those of a solver, with room for `MOST_PAST` velocities in each step."""
-        past = [row[1:] for row in solver.weights]
-        room = [min(step, MOST_PAST - 1) for step in range(len(past))]
-        padded = [(*row, *[0.0] * (wanted - len(row))) for row, wanted in zip(past, room, strict=True)]
+        room = [min(step, MOST_PAST - 1) for step in range(len(solver.weights))]
+        coefficients = [_coefficients(row) for row in solver.weights]
+        padded = [(*row, *[0.0] * (wanted - len(row))) for row, wanted in zip(coefficients, room, strict=True)]
         return cls(solver.times[1:-1], tuple(padded))
 
     @property
     def solver(self) -> FittedMultistep:
-        rows = tuple((1 - sum(row), *row) for row in self.weights)
-        return FittedMultistep((1.0, *self.times, 0.0), rows)
+        return FittedMultistep((1.0, *self.times, 0.0), tuple(_weights(row) for row in self.coefficients))
 
     @property
     def is_valid(self) -> bool:
         """Whether no step is very short, let alone backwards."""
-        shortest = _SHORTEST / len(self.weights)
+        shortest = _SHORTEST / len(self.coefficients)
         return all(t - t_next > shortest for t, t_next in pairwise((1.0, *self.times, 0.0)))
 
     def moved(self, by: Tensor) -> _Numbers:
-        """All numbers changed by `by`, [P]: the times first, then the weights step by step."""
+        """All numbers changed by `by`, [P]: the times first, then the coefficients step by step."""
         changes = iter(by.tolist())
         times = tuple(t + next(changes) for t in self.times)
-        return _Numbers(times, tuple(tuple(weight + next(changes) for weight in row) for row in self.weights))
+        return _Numbers(times, tuple(tuple(c + next(changes) for c in row) for row in self.coefficients))
 
     def shifts(self) -> list[tuple[int, float]]:
         """For each number, the first step whose end it changes, and by how much it is changed to find a derivative."""
         lengths = [t - t_next for t, t_next in pairwise((1.0, *self.times, 0.0))]
-        times = [(step, _SHIFT_OF_TIME * min(lengths[step : step + 2])) for step in range(len(self.times))]
-        return times + [(step, _SHIFT_OF_WEIGHT) for step, row in enumerate(self.weights) for _ in row]
+        times = [(step, _SHIFT * min(lengths[step : step + 2])) for step in range(len(self.times))]
+        return times + [(step, _SHIFT) for step, row in enumerate(self.coefficients) for _ in row]
+
+
+def _weights(coefficients: Sequence[float]) -> tuple[float, ...]:
+    """Of v_n, v_{n-1}, ..., from those of the backward differences: nabla^j v_n = sum_i (-1)^i (j over i) v_{n-i}."""
+    weights = [1.0] + [0.0] * len(coefficients)
+    for j, coefficient in enumerate(coefficients, 1):
+        for i in range(j + 1):
+            weights[i] += coefficient * (-1) ** i * math.comb(j, i)
+    return tuple(weights)
+
+
+def _coefficients(weights: Sequence[float]) -> tuple[float, ...]:
+    """The inverse of `_weights`: v_{n-j} = sum_i (-1)^i (j over i) nabla^i v_n."""
+    powers = range(1, len(weights))
+    return tuple((-1) ** i * sum(math.comb(j, i) * weights[j] for j in range(i, len(weights))) for i in powers)
 
 
 def _normal_equations(batches: Sequence[FitBatch], numbers: _Numbers) -> tuple[Tensor, Tensor]:
