@@ -101,6 +101,31 @@ def test_what_is_set_stays():
     assert not recipe.fit
 
 
+@pytest.mark.parametrize(
+    ("situation", "muon", "adamw"),
+    [
+        (CPU, 3e-3, 1e-3),
+        (GPU, 2e-3, 5e-4),
+        (dataclasses.replace(GPU, num_images=20_000), 1e-3, 2e-4),
+        (dataclasses.replace(GPU, num_images=10**6), 5e-4, 1e-4),
+    ],
+)
+def test_the_learning_rate_is_that_of_the_optimizer(situation, muon, adamw):
+    assert fitted(situation).optimizer.kind == "muon"
+    assert fitted(situation).optimizer.learning_rate == muon
+    given = fitted(situation, "optimizer.kind=adamw").optimizer
+    assert (given.kind, given.learning_rate) == ("adamw", adamw)
+
+
+@pytest.mark.parametrize(
+    ("network", "kind"),
+    [("{name: DiT-S/2}", "muon"), ("{kind: dit, name: DiT-B/4}", "muon"), ("{kind: unet, channels: 64, multipliers: [1, 2]}", "adamw")],
+)
+def test_muon_is_for_transformers(network, kind):
+    """It was compared with AdamW for no other network."""
+    assert fitted(GPU, f"network={network}").optimizer.kind == kind
+
+
 def test_reasons_are_few_and_true():
     recipe, why = fit(load_recipe("own_images"), dataclasses.replace(GPU, num_images=100))
     assert any(f"{recipe.training.steps:,}" in line and "memorise" in line for line in why)
