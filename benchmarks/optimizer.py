@@ -33,7 +33,7 @@ DEFAULTS = {
     "cpu": {"depth": 8, "hidden_size": 256, "patch_size": 2, "latent_size": 8, "batch_size": 128, "rounds": 6},
     "cuda": {"depth": 12, "hidden_size": 768, "patch_size": 2, "latent_size": 32, "batch_size": 128, "rounds": 30},
 }
-"""The network of the recipe cifar10_64, and DiT-B/2 at 256 pixels."""
+"""A small network for latents of 8 x 8, and DiT-B/2 at 256 pixels."""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from latentflow.training.memory import micro_batch_that_fits
 from latentflow.training.settings import keys_of
 
 GIB = 2**30
+UNET = "{kind: unet, channels: 64, multipliers: [1, 2]}"
 GPU = Situation(num_images=10_000, num_classes=10, size=Size(32, 32), gpu=True, memory=80 * GIB)
 CPU = Situation(num_images=10_000, num_classes=10, size=Size(32, 32), gpu=False, memory=16 * GIB)
 
@@ -45,6 +46,16 @@ def test_a_smaller_network_where_memory_is_short(memory, name):
 def test_networks_on_a_cpu(num_images, size):
     network = fitted(CPU, num_images=num_images).network
     assert (network.depth, network.hidden_size) == size
+
+
+@pytest.mark.parametrize(("num_images", "size"), [(1999, (6, 96, 3)), (2000, (8, 128, 4))])
+def test_half_as_many_channels_on_a_cpu_for_patches_of_one(num_images, size):
+    recipe = fitted(CPU, num_images=num_images, size=Size(8, 8))
+    network = recipe.network
+    assert network.patch_size == 1
+    assert (network.depth, network.hidden_size, network.num_heads) == size
+    assert recipe.training.batch_size == 128
+    assert fitted(CPU, num_images=num_images, size=Size(16, 16)).training.batch_size == 32
 
 
 @pytest.mark.parametrize("gpu", [True, False])
@@ -119,7 +130,11 @@ def test_the_learning_rate_is_that_of_the_optimizer(situation, muon, adamw):
 
 @pytest.mark.parametrize(
     ("network", "kind"),
-    [("{name: DiT-S/2}", "muon"), ("{kind: dit, name: DiT-B/4}", "muon"), ("{kind: unet, channels: 64, multipliers: [1, 2]}", "adamw")],
+    [
+        ("{name: DiT-S/2}", "muon"),
+        ("{kind: dit, name: DiT-B/4}", "muon"),
+        (UNET, "adamw"),
+    ],
 )
 def test_muon_is_for_transformers(network, kind):
     """It was compared with AdamW for no other network."""

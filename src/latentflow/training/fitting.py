@@ -3,12 +3,15 @@
 The rules, and where they come from:
 
     network    On a CPU at most 64 tokens and 8 blocks of 256 channels (6 of 192 below 2,000 images), which two cores
-               train in about an hour. On a GPU at most 256 tokens and DiT-S below 20,000 images, DiT-B below 200,000,
-               DiT-L above, smaller if memory requires: large networks memorise small data sets sooner.
+               train in about an hour; half as many channels with patch 1, where 64 tokens of 96 reached lower
+               distances than 16 of 192 (benchmarks/ladder). On a GPU at most 256 tokens and DiT-S below 20,000
+               images, DiT-B below 200,000, DiT-L above, smaller if memory requires: large networks memorise small
+               data sets sooner.
     steps      100,000 on a GPU, where quality converges whatever the number of images, and 4,000 on a CPU; at most 30
                per image, but at least 1,000: the first copies of training images were seen after about 40 steps per
                image (training/memorisation_onset.py).
-    batch      256 on a GPU, as in the published recipes; 2,048 tokens on a CPU; at most the number of images.
+    batch      256 on a GPU, as in the published recipes; 2,048 tokens on a CPU, 8,192 with half as many channels; at
+               most the number of images.
     optimizer  Muon for transformers, which reaches lower distances than AdamW in equal time (benchmarks/ladder).
     rate       3e-3 with cosine decay for the small networks of a CPU; on a GPU 2e-3, 1e-3 and 5e-4 for S, B and L. With
                AdamW 1e-3; 5e-4, 2e-4 and 1e-4.
@@ -84,7 +87,7 @@ def fit(recipe: Recipe, situation: Situation) -> tuple[Recipe, list[str]]:
     """The recipe with everything decided, and a few lines that explain it."""
     network, rates = _network(situation)
     tokens = situation.size.over(network.patch_size).area
-    wanted = 256 if situation.gpu else max(min(2048 // tokens, 128), 16)
+    wanted = 256 if situation.gpu else max(min(_tokens_of_a_step(network) // tokens, 128), 16)
     batch = power_of_two(min(wanted, max(situation.num_images, 1)))
     share = share_of(recipe, batch, situation.num_processes)
     target = 100_000 if situation.gpu else 4000
@@ -157,11 +160,12 @@ def _optimizer(recipe: Recipe) -> str:
 def _network(situation: Situation) -> tuple[DiTConfig, Mapping[str, float]]:
     """The network and its learning rates, by the kind of optimizer."""
     if not situation.gpu:
-        small = situation.num_images < 2000
-        shape = {"depth": 6, "hidden_size": 192} if small else {"depth": 8, "hidden_size": 256}
-        patch = _patch(situation, most_tokens=64, least=2)
-        return DiTConfig(**shape, num_heads=shape["hidden_size"] // 64, patch_size=patch, variant="modern"), _CPU_RATES
-    patch = _patch(situation, most_tokens=256, least=1)
+        depth, width = (6, 192) if situation.num_images < 2000 else (8, 256)
+        patch = _patch(situation, most_tokens=64)
+        hidden = width // 2 if patch == 1 else width
+        shape = {"depth": depth, "hidden_size": hidden, "num_heads": width // 64, "patch_size": patch}
+        return DiTConfig(**shape, variant="modern"), _CPU_RATES
+    patch = _patch(situation, most_tokens=256)
     networks = [
         (_named(f"DiT-{size}", patch), rates)
         for size, from_images, rates in _GPU_SIZES
@@ -179,10 +183,15 @@ def _named(name: str, patch: int) -> DiTConfig:
     return DiTConfig(**{**NAMES[f"{name}/1"], "patch_size": patch}, variant="modern")
 
 
-def _patch(situation: Situation, *, most_tokens: int, least: int) -> int:
+def _tokens_of_a_step(network: DiTConfig) -> int:
+    """On a CPU; with half as many channels a token takes a quarter of the time."""
+    return 8192 if network.hidden_size < 192 else 2048
+
+
+def _patch(situation: Situation, *, most_tokens: int) -> int:
     """The smallest patch size with at most `most_tokens` tokens; 1 if the sides have no such divisor."""
     size, sizes = situation.size, (situation.size, *situation.other_sizes)
-    dividing = (p for p in range(least, min(size) // 2 + 1) if all(one.is_multiple_of(p) for one in sizes))
+    dividing = (p for p in range(1, min(size) // 2 + 1) if all(one.is_multiple_of(p) for one in sizes))
     patches = [p for p in dividing if size.over(p).area <= most_tokens]
     return patches[0] if patches else 1
 
