@@ -31,7 +31,7 @@ from latentflow.flow.times import sampling_times
 
 MOST_PAST = 4
 """Velocities that a step uses at most."""
-_ROUNDS = 20
+_FIRST_ROUNDS, _ROUNDS = 4, 20  # from each start, and from the best of what they lead to
 _LITTLE = 0.005  # after two rounds in a row that lower the error by a smaller share, there is no other
 _FIRST_DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 1e-3, 1e-9, 1e4
 _DAMPING_FACTOR = 4.0
@@ -108,51 +108,69 @@ def fit_multistep(
 ) -> SolverFit:
     """Fit a solver of `evaluations` evaluations, from t = 1 to t = 0, to the end points of `batches`.
 
-    It starts from the best of a few Adams-Bashforth methods, and no step makes it worse on these images.
+    There are several minima. It starts from Adams-Bashforth of order 2, 3 and 4, goes on from what is best after a few
+    rounds, and no round makes that worse on these images.
 
     Args:
         evaluations: N >= 2.
         shift: the time shift of the grids that it starts from; half and twice of it are tried as well.
-        on_round: called after each round with its number and the error so far.
+        on_round: called after each round with its number and the least error so far.
     """
     grids = [sampling_times(evaluations, shift * factor).tolist() for factor in (0.5, 1.0, 2.0)]
-    starts = [ramped(grid, order) for grid in grids for order in (2, 3, 4)]
-    errors = [end_error(batches, start) for start in starts]
-    error = started = min(errors)
-    numbers = _Numbers.of(starts[errors.index(error)])
-    damping, rounds, slow = _FIRST_DAMPING, 0, 0
-    for rounds in range(1, _ROUNDS + 1):
-        before = error
-        numbers, error, damping = _gauss_newton(batches, numbers, error, damping)
-        on_round(rounds, error)
-        slow = slow + 1 if before - error < _LITTLE * before else 0
-        if slow == 2 or error == before:
-            break
-    return SolverFit(numbers.solver, error, started, rounds)
+    starts = [_start(batches, [ramped(grid, order) for grid in grids]) for order in (2, 3, 4)]
+    started = least = min(start.error for start in starts)
+    number = 0
+
+    def rounds(fit: _Fit, most: int) -> _Fit:
+        nonlocal number, least
+        slow = 0
+        for _ in range(most):
+            before, fit = fit.error, fit.after_a_round(batches)
+            number, least = number + 1, min(least, fit.error)
+            on_round(number, least)
+            slow = slow + 1 if before - fit.error < _LITTLE * before else 0
+            if slow == 2 or fit.error == before:
+                break
+        return fit
+
+    best = min((rounds(start, _FIRST_ROUNDS) for start in starts), key=lambda fit: fit.error)
+    best = rounds(best, _ROUNDS)
+    return SolverFit(best.numbers.solver, best.error, started, number)
 
 
-def _gauss_newton(
-    batches: Sequence[FitBatch], numbers: _Numbers, error: float, damping: float
-) -> tuple[_Numbers, float, float]:
-    """One round: the numbers, their error and the damping; the same if no step lowers the error.
+@dataclass(frozen=True)
+class _Fit:
+    """Where a fit stands: its numbers, their error, and the damping of the last step."""
 
-    Far from its minimum the error is not quadratic, and steps with little damping hardly lower it. Computing an error
-    costs little next to the derivatives, so the damping is raised as long as that helps.
-    """
-    normal, slope = _normal_equations(batches, numbers)
-    scales = normal.diagonal().clamp(min=_LEAST_SCALE).diag()
-    best = (numbers, error, damping)
-    tried = max(damping / _DAMPING_FACTOR**3, _LEAST_DAMPING)
-    while tried <= _MOST_DAMPING:
-        # Levenberg and Marquardt: (J^T J + damping diag(J^T J)) step = -J^T r
-        trial = numbers.moved(torch.linalg.solve(normal + tried * scales, -slope))
-        found = end_error(batches, trial.solver) if trial.is_valid else math.inf
-        if found < best[1]:
-            best = (trial, found, tried)
-        elif best[0] is not numbers:
-            break
-        tried *= _DAMPING_FACTOR
-    return best
+    numbers: _Numbers
+    error: float
+    damping: float = _FIRST_DAMPING
+
+    def after_a_round(self, batches: Sequence[FitBatch]) -> _Fit:
+        """The best of the Gauss-Newton steps with more and more damping; itself if none lowers the error.
+
+        Far from its minimum the error is not quadratic, and steps with little damping hardly lower it. Computing an
+        error costs little next to the derivatives, so the damping is raised as long as that helps.
+        """
+        normal, slope = _normal_equations(batches, self.numbers)
+        scales = normal.diagonal().clamp(min=_LEAST_SCALE).diag()
+        best, damping = self, max(self.damping / _DAMPING_FACTOR**3, _LEAST_DAMPING)
+        while damping <= _MOST_DAMPING:
+            # Levenberg and Marquardt: (J^T J + damping diag(J^T J)) step = -J^T r
+            trial = self.numbers.moved(torch.linalg.solve(normal + damping * scales, -slope))
+            error = end_error(batches, trial.solver) if trial.is_valid else math.inf
+            if error < best.error:
+                best = _Fit(trial, error, damping)
+            elif best is not self:
+                break
+            damping *= _DAMPING_FACTOR
+        return best
+
+
+def _start(batches: Sequence[FitBatch], solvers: Sequence[FittedMultistep]) -> _Fit:
+    """The best of some solvers."""
+    errors = [end_error(batches, solver) for solver in solvers]
+    return _Fit(_Numbers.of(solvers[errors.index(min(errors))]), min(errors))
 
 
 @dataclass(frozen=True)
