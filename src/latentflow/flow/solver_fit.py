@@ -36,7 +36,8 @@ _LITTLE = 0.005  # after two rounds in a row that lower the error by a smaller s
 _FIRST_DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 1e-3, 1e-9, 1e4
 _DAMPING_FACTOR = 4.0
 _LEAST_SCALE = 1e-20  # of a number that changes nothing, as no weight does for a constant velocity
-_SHIFT = 1e-3  # of a coefficient, for its derivative; of a time in units of the shorter step next to it
+_SHIFT_OF_TIME = 0.1  # for its derivative, in units of the shorter step next to it; networks are rough in t
+_SHIFT_OF_COEFFICIENT = 1e-3
 _SHORTEST = 0.02  # of a step, in units of an even one
 
 
@@ -212,8 +213,8 @@ class _Numbers:
     def shifts(self) -> list[tuple[int, float]]:
         """For each number, the first step whose end it changes, and by how much it is changed to find a derivative."""
         lengths = [t - t_next for t, t_next in pairwise((1.0, *self.times, 0.0))]
-        times = [(step, _SHIFT * min(lengths[step : step + 2])) for step in range(len(self.times))]
-        return times + [(step, _SHIFT) for step, row in enumerate(self.coefficients) for _ in row]
+        times = [(step, _SHIFT_OF_TIME * min(lengths[step : step + 2])) for step in range(len(self.times))]
+        return times + [(step, _SHIFT_OF_COEFFICIENT) for step, row in enumerate(self.coefficients) for _ in row]
 
 
 def _weights(coefficients: Sequence[float]) -> tuple[float, ...]:
