@@ -36,7 +36,7 @@ _LITTLE = 0.005  # after two rounds in a row that lower the error by a smaller s
 _FIRST_DAMPING, _LEAST_DAMPING, _MOST_DAMPING = 1e-3, 1e-9, 1e4
 _DAMPING_FACTOR = 4.0
 _LEAST_SCALE = 1e-20  # of a number that changes nothing, as no weight does for a constant velocity
-_SHIFT_OF_TIME = 0.1  # for its derivative, in units of the shorter step next to it; networks are rough in t
+_SHIFT_OF_TIME = 0.1  # for its derivative, in units of the shorter step next to it; trained networks are rough in t
 _SHIFT_OF_COEFFICIENT = 1e-3
 _SHORTEST = 0.02  # of a step, in units of an even one
 
