@@ -63,8 +63,9 @@ def test_beats_adams_bashforth_where_the_flow_bends(evaluations):
 
 
 def test_more_evaluations_end_nearer_with_an_order_above_that_of_the_start():
-    errors = [end_error([clusters_batch(1)], fit_multistep([clusters_batch(0)], n).solver) for n in (4, 8)]
-    assert errors[1] < errors[0] / 2**2
+    errors = [end_error([clusters_batch(1)], fit_multistep([clusters_batch(0)], n).solver) for n in (4, 6, 8, 10)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < errors[0] / 2**2
 
 
 def test_what_is_fitted_is_a_consistent_method():
@@ -101,6 +102,8 @@ def test_a_constant_velocity_leaves_nothing_to_fit():
     batch = FitBatch(lambda x, time: torch.zeros_like(x), noise(0), noise(0))
     fit = fit_multistep([batch], 4)
     assert fit.error == fit.started == 0
+    for row, start in zip(fit.solver.weights, ramped(fit.solver.times, 2).weights, strict=True):
+        assert row == pytest.approx((*start, *[0.0] * (len(row) - len(start))))
 
 
 def test_ramped_is_adams_bashforth_after_its_first_steps():
