@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from latentflow import console
+from latentflow.cli.output import show
 from latentflow.console import mute, notice, printable
 
 
@@ -55,3 +56,11 @@ def test_lines_fit_any_encoding(encoding):
     japan = "日本" if encoding == "utf-8" else r"\u65e5\u672c"
     assert done.stderr.decode(encoding).splitlines() == [rf"{japan} \xe9 [bold]x", f"note: {japan}"]
     assert done.stdout.decode(encoding) == f"{japan}\n"
+
+
+def test_a_table_has_words_for_yes_no_and_none(capsys):
+    show({"flips": True, "mirrored": False, "depth": None, "images": 1, "share": 0.0}, as_json=False)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        *(["flips", "yes"], ["mirrored", "no"], ["depth", "none"]),
+        *(["images", "1"], ["share", "0.0"]),
+    ]

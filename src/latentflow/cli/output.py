@@ -67,8 +67,14 @@ def show(rows: dict[str, Any], as_json: bool) -> None:
     table.add_column()
     table.add_column(overflow="fold")  # a path that is cut short is of no use
     for key, value in rows.items():
-        table.add_row(f"[bold]{escape(printable(key))}", escape(printable(value)))
+        table.add_row(f"[bold]{escape(printable(key))}", escape(printable(_in_words(value))))
     Console().print(table)
+
+
+def _in_words(value: Any) -> Any:
+    """A value of a table as a reader expects it; Python's own constants mean nothing to many."""
+    named = {True: "yes", False: "no", None: "none"}
+    return named[value] if value is None or isinstance(value, bool) else value
 
 
 def shortened(value: Any, most: int = 12) -> Any:
