@@ -65,6 +65,24 @@ def test_a_dropped_picture_restores_its_request(page, studio, tmp_path):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), np.asarray(Image.open(file)))
 
 
+def test_a_dropped_picture_is_drawn_with_the_guide_of_then(page, studio, kl, tmp_path):
+    """The guide is restored with the hash of its weights: one that was trained on is refused."""
+    tiny.model(kl, seed=7).save_pretrained(tmp_path / "guide")
+    model = studio.models.open(studio.all)
+    (file,) = model.sample(num=1, seed=11, guidance=2, guide=str(tmp_path / "guide")).save(tmp_path)
+    drop_file(page, file)
+    expect(shown(page).get_by_label("Seed", exact=True)).to_have_value("11")
+    shown(page).get_by_role("button", name="Draw", exact=True).click()
+    shown(page).locator(".gallery .picture").first.click()
+    content = downloaded(page, page.get_by_role("button", name="Download"))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), np.asarray(Image.open(file)))
+    page.get_by_role("button", name="Close").click()
+    tiny.model(kl, seed=8).save_pretrained(tmp_path / "guide")
+    model.guides.clear()  # as another start of the studio
+    shown(page).get_by_role("button", name="Draw", exact=True).click()
+    expect(page.locator("body")).to_contain_text("not " + read_facts(file.read_bytes())["sampling"]["guide"]["weights"])
+
+
 def test_a_picture_of_another_model_restores_its_class_by_name(page, kl, tmp_path):
     """The model is not here, and of this one the class has another place."""
     stranger = tiny.model(kl, class_names=("cherry", "date"), seed=9)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentflow import LatentFlow
+from latentflow.model.guide_reference import GuideReference
 from latentflow.sampling.picture_file import read_facts
 from latentflow.studio.page_models import PageModels
 from latentflow.studio.restored import restored_request
@@ -168,6 +170,17 @@ def test_requests_are_restored_from_metadata(studio):
     drawn = model.sample(num=1, seed=9, classes=[])
     assert request_of(drawn, 0)["request"]["classes"] == []
     assert np.array_equal(model.sample(**request_of(drawn, 0)["request"]).arrays[0], drawn.arrays[0])
+
+
+def test_a_picture_without_a_guide_stays_without_one(kl):
+    """Although the preset of its model names one."""
+    guided = tiny.model(kl, guidance=2.0)
+    preset = guided.config.sampling.model_copy(update={"guide": GuideReference(model="@1/8")})
+    config = guided.config.model_copy(update={"sampling": preset})
+    drawn = LatentFlow(config, guided.network, kl).sample(num=1, guide="none")
+    found = request_of(drawn, 0)["request"]
+    assert found["guide"] == "none"
+    assert np.array_equal(LatentFlow(config, guided.network, kl).sample(**found).arrays[0], drawn.arrays[0])
 
 
 def test_models_with_adapters_are_compared(other_model, tmp_path):

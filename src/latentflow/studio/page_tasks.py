@@ -118,7 +118,7 @@ def _typed(size: str) -> Any:
 
 def _require_local(guide: object) -> None:
     """A page draws with what is on this machine: the name of a guide may come from somebody's picture."""
-    name = str(guide)
+    name = str(guide.get("model") if isinstance(guide, Mapping) else guide)
     if name == NO_GUIDE or name.startswith("@") or Path(name).is_dir() or split_snapshot(name) is not None:
         return
     raise RequestError("guide", f" {name:.80}: there is no such folder on this machine; give a run or a snapshot")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from latentflow.errors import DataError
+from latentflow.model.guide_reference import NO_GUIDE
 from latentflow.sampling.edits import variation_seed
 
 _MOST_VARIATIONS = 1000  # among which that of a picture is looked for
@@ -39,8 +40,7 @@ def restored_request(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _common(facts: Mapping[str, Any]) -> dict[str, Any]:
     sampling = {name: value for name, value in facts["sampling"].items() if value is not None}
-    if isinstance(guide := sampling.get("guide"), dict):
-        sampling["guide"] = guide["model"]
+    sampling.setdefault("guide", NO_GUIDE)  # although the preset of the model may name one
     named = {name: values[0] for name, values in (facts.get("conditions") or {}).items()}
     return {
         "num": 1,

@@ -205,7 +205,7 @@ export class Sampling {
         take("guidance_interval", [numeric(this.from) ?? 0, numeric(this.until) ?? 1]);
         if (this.by.indices?.length) take("guided_by", this.by.indices.map((index) => this.model.can_guide[index]));
         take("guided_channels", numeric(this.channels));
-        take("guide", this.guide.value.trim() || (preset.guide ? "none" : null), preset.guide?.model ?? null);
+        take("guide", this.#guideAsked() || (preset.guide ? "none" : null), preset.guide?.model ?? null);
       }
     }
     take("solver", solver);
@@ -220,13 +220,20 @@ export class Sampling {
     return asked;
   }
 
+  /** The guide by its name; that of a restored picture with the hash of its weights, which the server compares. */
+  #guideAsked() {
+    const name = this.guide.value.trim();
+    return name && this.recorded?.model === name ? this.recorded : name;
+  }
+
   write(request) {
     const values = { ...this.model.preset, ...request };
     this.scale.value = this.slider.value = values.guidance;
     [this.from.value, this.until.value] = values.guidance_interval;
     this.by.indices = values.guided_by && values.guided_by.map((name) => this.model.can_guide.indexOf(name)).filter((index) => index >= 0);
     this.channels.value = values.guided_channels ?? "";
-    this.guide.value = values.guide?.model ?? values.guide ?? "";
+    this.recorded = request.guide?.weights ? request.guide : null;
+    this.guide.value = values.guide === "none" ? "" : values.guide?.model ?? values.guide ?? "";
     if (![...this.solver.options].some((option) => option.value === values.solver)) this.solver.append(h("option", { value: values.solver }, values.solver));
     this.solver.value = values.solver;
     this.steps.value = values.steps;
