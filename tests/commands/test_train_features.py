@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from latentflow.artifacts import read_json, read_tensors
+from latentflow.commands.evaluate import evaluate
 from latentflow.commands.train_features import train_features
 from latentflow.data.items import ImageItem, stack_pixels
 from latentflow.data.sources.images import open_images
@@ -121,6 +122,38 @@ def test_without_labels(blind, photos, tmp_path):
     both = train_features(request(photos, tmp_path / "both", without_labels=True), runtime=tiny.CPU).record
     assert (both.method, both.class_names) == ("contrastive", list(tiny.CLASSES))
     assert both.accuracy > 0.9  # whose classes are judged nevertheless
+
+
+def test_a_rare_class_is_known(tmp_path):
+    """One image in twenty is red."""
+    folder, random = tmp_path / "parts", np.random.default_rng(0)
+    for number in range(400):
+        place, colour = (folder / "defect", COLOURS[0]) if number % 20 == 0 else (folder / "good", COLOURS[2])
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = colour + random.integers(-55, 55, (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number:03d}.png")
+    for method in ({}, {"without_labels": True}):
+        record = train_features(
+            request(folder, tmp_path / str(len(method)), steps=40, **method), runtime=tiny.CPU
+        ).record
+        assert record.class_names == ["defect", "good"]
+        assert record.accuracy > 0.97
+
+
+def test_classes_that_look_alike_leave_a_judge_without_classes(photos, model_folder, tmp_path, caplog):
+    """The notice says why; its features serve all the same."""
+    folder = tmp_path / "alike"
+    for number, file in enumerate(sorted(photos.rglob("*.png"), key=lambda file: file.name)):
+        place = folder / tiny.CLASSES[number // 3 % 3]  # whatever its colour
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, place)
+    record = train_features(request(folder, tmp_path / "judge"), runtime=tiny.CPU).record
+    assert "these features do not separate the classes" in caplog.text
+    assert (record.class_names, record.accuracy, record.method) == ([], None, "labels")
+    assert record.judged == "trained on labels, which its features do not tell apart"
+    assert load_judge(tmp_path / "judge")[1].classes is None
+    given = {"data": photos, "num": 60, "features": str(tmp_path / "judge"), "out": tmp_path / "scores"}
+    assert list(evaluate(EvaluationRequest(model=model_folder, **given), tiny.CPU).report.scores) == ["fd"]
 
 
 def test_classes_may_stand_in_a_table(photos, tmp_path):
@@ -309,8 +342,6 @@ def test_evaluate_by_a_judge(command, judge, model_folder, photos, tmp_path):
 
 def test_reconstructions_are_nearer_than_an_untrained_model(judge, model_folder, photos, kl_folder):
     given = {"data": photos, "features": str(judge), "num": 60, "resamples": 0}
-    from latentflow.commands.evaluate import evaluate
-
     drawn = evaluate(EvaluationRequest(model=model_folder, **given), tiny.CPU).report.scores
     real = evaluate(EvaluationRequest(model=photos, **given), tiny.CPU).report.scores
     rebuilt = evaluate(

@@ -8,7 +8,7 @@ import torch
 
 from latentflow.data.sources.synthetic import CLASS_NAMES, SyntheticShapes
 from latentflow.errors import DataError
-from latentflow.metrics.class_judge import ClassJudge
+from latentflow.metrics.class_judge import ClassJudge, NotSeparatedError
 from latentflow.metrics.features.extractors import RandomFeatures
 
 
@@ -49,6 +49,19 @@ def test_too_few_images_and_features_that_see_nothing_are_refused():
         ClassJudge.of(*clouds(600, 0), 4)
     with pytest.raises(DataError, match="do not separate the classes"):
         ClassJudge.of(*clouds(600, 0, apart=0.0), 3)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.95, 0.05), (0.98, 0.02), (0.9, 0.05, 0.05)])
+def test_a_rare_class_is_judged_like_any_other(shares):
+    """Although always naming the frequent one would be right more often than 95 of 100 times."""
+    num, dim = 2000, 6
+    labels = torch.repeat_interleave(torch.arange(len(shares)), torch.tensor([int(share * num) for share in shares]))
+    noise = torch.randn(num, dim, generator=torch.Generator().manual_seed(0))
+    judge = ClassJudge.of(noise + 8 * torch.eye(dim)[labels], labels, len(shares))
+    assert judge.recognised == 1
+    assert judge.by_class.nanmean() > 0.85
+    with pytest.raises(NotSeparatedError, match="of 400 real images are recognised, as the mean over classes"):
+        ClassJudge.of(noise, labels, len(shares))
 
 
 def test_a_feature_that_never_varies_does_no_harm():

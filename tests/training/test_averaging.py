@@ -146,16 +146,33 @@ def test_no_other_combination_is_nearer():
 
 
 def test_more_snapshots_span_more_lengths():
-    few, some, many = (spanned(profiles(number, 1000), 1000) for number in (1, 8, 32))
+    kept = [profiles(number, 1000) for number in (1, 8, 32)]
+    few, some, many = ((spanned(one, 1000, near=0.05)[0], spanned(one, 1000, near=0.1)[1]) for one in kept)
     assert many[0] < some[0] < few[0] < 0.05 < 0.1 < few[1] < some[1] < many[1]
-    for low, high in (few, some, many):
-        kept = profiles({few: 1, some: 8, many: 32}[low, high], 1000)
-        for length in (low, high):
-            assert combine_profiles(kept, PowerProfile(length, 1000)).error <= TOLERANCE * 1.05
+    for one, ends in zip(kept, (few, some, many), strict=True):
+        for length in ends:
+            assert combine_profiles(one, PowerProfile(length, 1000)).error <= TOLERANCE * 1.05
+
+
+@pytest.mark.parametrize(
+    ("lengths", "snapshots", "wanted"),
+    [((0.01, 0.25), 16, 0.05), ((0.05, 0.28), 4, 0.12), ((0.05, 0.1), 1, 0.0707), ((0.01, 0.1, 0.28), 2, 0.03)],
+)
+def test_lengths_between_those_that_lie_far_apart_are_not_spanned(lengths, snapshots, wanted):
+    """What is spanned lies on one side of the length that is not, and all of it can be had."""
+    steps = [1000 * (n + 1) // snapshots for n in range(snapshots)]
+    kept = [PowerProfile(length, step) for step in steps for length in lengths]
+    assert combine_profiles(kept, PowerProfile(wanted, 1000)).error > TOLERANCE
+    low, high = spanned(kept, 1000, near=wanted)
+    assert not low <= wanted <= high
+    assert any(low <= length <= high for length in lengths)
+    for length in np.linspace(low, high, 50):
+        assert combine_profiles(kept, PowerProfile(float(length), 1000)).error <= TOLERANCE
+    assert spanned(kept, 1000, near=low) == (low, high)
 
 
 def test_profiles_of_another_step_span_nothing():
-    assert spanned(profiles(2, 100), 1000) is None
+    assert spanned(profiles(2, 100), 1000, near=0.07) is None
 
 
 def test_the_table_of_the_page_is_what_is_computed():
@@ -169,7 +186,7 @@ def test_the_table_of_the_page_is_what_is_computed():
     for number, low, high, *errors in rows:
         steps = 1000 * int(number)
         kept = profiles(int(number), steps)
-        assert spanned(kept, steps) == (low, high)
+        assert spanned(kept, steps, near=0.07) == (low, high)
         for length, error in zip((0.03, 0.07, 0.15), errors, strict=True):
             assert 100 * combine_profiles(kept, PowerProfile(length, steps)).error == pytest.approx(error, rel=0.06)
 

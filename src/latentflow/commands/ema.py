@@ -21,7 +21,7 @@ class EmaResult:
     Attributes:
         model: the model folder.
         combination: of the averages that the run had kept.
-        spanned: the shortest and the longest length that they make at this step.
+        spanned: the shortest and the longest length around this one that they make at this step.
     """
 
     model: Path

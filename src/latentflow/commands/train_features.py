@@ -45,8 +45,7 @@ def train_features(
         on_prepared: called once everything has been checked.
 
     Raises:
-        ArtifactError, ConfigError, DataError: before anything is written; DataError also in the end, where the features
-            do not separate the classes.
+        ArtifactError, ConfigError, DataError: before anything is written.
         NonFiniteError: during training.
     """
     assert runtime is not None  # opened by `writes`

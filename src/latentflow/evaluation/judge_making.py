@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentflow.console import notice
 from latentflow.data.batches import Batch, epoch_order
 from latentflow.evaluation.real_images import image_features
 from latentflow.evaluation.shards import Columns, Work
-from latentflow.metrics.class_judge import ClassJudge
+from latentflow.metrics.class_judge import ClassJudge, NotSeparatedError
 from latentflow.metrics.features.extractors import JudgeFeatures
-from latentflow.metrics.features.judge_folder import Judge, JudgeRecord
+from latentflow.metrics.features.judge_folder import MOST_PAIRS, Judge, JudgeRecord
 from latentflow.progress import image_progress
 from latentflow.randomness import derive_seed
 from latentflow.training.feature_run import PreparedFeatures
@@ -23,14 +24,12 @@ from latentflow.training.feature_step import feature_step
 
 _FITTED = 10_000  # images that the scale of features and the judge of classes are fitted to, about
 _LEAST_SCALE = 0.1  # of the median deviation of a feature
-_PAIRS = 256  # held-out images whose views are to be distinguished
 
 
 def make_judge(prepared: PreparedFeatures) -> JudgeRecord:
     """Standardise the features of the trained network, fit the judge of classes, measure both, and write the folder.
 
-    Raises:
-        DataError: the features do not separate the classes.
+    Where the features do not separate the classes, a notice says so, and the judge knows none.
     """
     plan, source, runtime = prepared.plan, prepared.images.source, prepared.runtime
     network = prepared.learner.network
@@ -55,13 +54,17 @@ def make_judge(prepared: PreparedFeatures) -> JudgeRecord:
         fitted, held_out = (_features(prepared, some, raw, work) for some in (rows, prepared.held_out))
     mean, std = _scaling(fitted["features"])
     judge = Judge(network, mean, std, None)
-    if not plan.class_names:
-        record = record.model_copy(update={"accuracy": _told_apart(prepared)})
-        return judge.save(prepared.request.out, record)
-    x, unseen = ((columns["features"] - mean) / std for columns in (fitted, held_out))
-    classes = ClassJudge.fitted(x, fitted["labels"], unseen, held_out["labels"], len(plan.class_names))
-    figures = {"accuracy": classes.recognised, "ceiling": classes.accuracy}
-    return replace(judge, classes=classes).save(prepared.request.out, record.model_copy(update=figures))
+    if plan.class_names:
+        x, unseen = ((columns["features"] - mean) / std for columns in (fitted, held_out))
+        try:
+            classes = ClassJudge.fitted(x, fitted["labels"], unseen, held_out["labels"], len(plan.class_names))
+        except NotSeparatedError as error:
+            notice(f"{error}; the judge knows no classes, and its features compare images all the same")
+        else:
+            figures = {"accuracy": classes.recognised, "ceiling": classes.accuracy}
+            return replace(judge, classes=classes).save(prepared.request.out, record.model_copy(update=figures))
+    accuracy = _told_apart(prepared) if plan.method == "contrastive" else None
+    return judge.save(prepared.request.out, record.model_copy(update={"accuracy": accuracy, "class_names": []}))
 
 
 def _scaling(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +99,7 @@ def _fitted_rows(prepared: PreparedFeatures) -> list[int]:
 
 def _told_apart(prepared: PreparedFeatures) -> float:
     """The share of views of held-out images whose nearest view is the other view of the same image."""
-    source, rows = prepared.images.source, prepared.held_out[:_PAIRS]
+    source, rows = prepared.images.source, prepared.held_out[:MOST_PAIRS]
     pixels = torch.from_numpy(np.stack([source[row].pixels for row in rows])).permute(0, 3, 1, 2)
     batch = Batch(positions=torch.arange(len(rows)), indices=torch.tensor(rows), pixels=pixels)
     learner, runtime = prepared.learner, replace(prepared.runtime, precision="fp32")

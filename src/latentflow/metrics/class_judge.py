@@ -20,6 +20,11 @@ from latentflow.errors import DataError
 _HELD_OUT = 5  # one in so many real images is held out, to measure the accuracy of the judge
 LEAST_HELD_OUT = 50
 _AS_NEAR = 0.95  # the share of held-out real images that count as near enough to their class
+_SHUFFLES = 999  # of the labels, none of which may agree as well with what is recognised: p = 0.001
+
+
+class NotSeparatedError(DataError):
+    """The features do not separate the classes of real images."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ class ClassJudge:
         """Fitted to four fifths of real images, features [N, D] and labels [N], and measured on the rest.
 
         Raises:
-            DataError: there are too few images, or the features do not separate these classes.
+            DataError: there are too few images.
+            NotSeparatedError: the features do not separate these classes.
         """
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
         held_out, fitted = order[::_HELD_OUT], order[torch.arange(len(order)) % _HELD_OUT != 0]
@@ -72,7 +78,7 @@ class ClassJudge:
         """Fitted to real images, [N, D] and [N], and measured on others, [M, D] and [M].
 
         Raises:
-            DataError: the features do not separate these classes.
+            NotSeparatedError: the features do not separate these classes.
         """
         counts = torch.bincount(labels, minlength=num_classes)
         x = features.double()
@@ -87,20 +93,14 @@ class ClassJudge:
         own = squares.gather(1, held_out_labels[:, None])[:, 0]
         judge = replace(judge, radius=torch.quantile(own, _AS_NEAR))
         right = judge.right(held_out, held_out_labels).double()
-        seen = torch.bincount(held_out_labels, minlength=num_classes)
-        judge = replace(
+        nearest = squares.argmin(1)
+        _require_separated(nearest, held_out_labels, num_classes)
+        return replace(
             judge,
-            by_class=torch.zeros(num_classes, dtype=x.dtype).index_add_(0, held_out_labels, right) / seen,
+            by_class=_by_class(right, held_out_labels, num_classes),
             accuracy=float(right.mean()),
-            recognised=float((squares.argmin(1) == held_out_labels).double().mean()),
+            recognised=float((nearest == held_out_labels).double().mean()),
         )
-        chance = float(counts.max() / counts.sum())
-        if judge.accuracy - chance < 3 * (chance * (1 - chance) / len(held_out)) ** 0.5:
-            raise DataError(
-                f"these features do not separate the classes: {100 * judge.accuracy:.0f} % of real images are judged "
-                f"right, and chance gives {100 * chance:.0f} %"
-            )
-        return judge
 
     def right(self, features: Tensor, labels: Tensor) -> Tensor:
         """Whether each image shows its class: [N, D] and [N] => [N] bool."""
@@ -132,6 +132,34 @@ class ClassJudge:
         """Squared Mahalanobis distances to every class, [N, K]."""
         x = ((features.double().cpu() - self.center) / self.scale) @ self.whiten
         return torch.cdist(x, self.means).square()
+
+
+def _by_class(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """The mean of the values [N] of each class, [K]; NaN: the class has none."""
+    sums = torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, values.double())
+    return sums / torch.bincount(labels, minlength=num_classes)
+
+
+def _require_separated(nearest: Tensor, labels: Tensor, num_classes: int) -> None:
+    """Refuse classes that are recognised no better than by chance, as a permutation test has it.
+
+    Every class counts the same: where one has nearly all images, always naming it is right nearly always.
+
+    Args:
+        nearest: [N], the class that each image is nearest to.
+        labels: [N], that it has.
+    """
+
+    def recognised(labels: Tensor) -> float:
+        return float(_by_class(nearest == labels, labels, num_classes).nanmean())
+
+    generator = torch.Generator().manual_seed(0)
+    by_chance = [recognised(labels[torch.randperm(len(labels), generator=generator)]) for _ in range(_SHUFFLES)]
+    if (found := recognised(labels)) <= max(by_chance):
+        raise NotSeparatedError(
+            f"these features do not separate the classes: {100 * found:.0f} % of {len(labels):,} real images are "
+            f"recognised, as the mean over classes, and shuffled labels give up to {100 * max(by_chance):.0f} %"
+        )
 
 
 def _shrunk_covariance(residuals: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 
@@ -81,18 +82,31 @@ def combine_profiles(profiles: Sequence[PowerProfile], target: PowerProfile) -> 
     return found
 
 
-def spanned(profiles: Sequence[PowerProfile], step: int) -> tuple[float, float] | None:
-    """The shortest and the longest length of an average at `step` that `profiles` reconstruct within `TOLERANCE`.
+def spanned(profiles: Sequence[PowerProfile], step: int, near: float) -> tuple[float, float] | None:
+    """Lengths of an average at `step` that `profiles` reconstruct within `TOLERANCE`: from the first to the last.
 
-    Three digits each, rounded inward; None: there is none.
+    They may lie apart, such as around each of two lengths that were kept; these are the ones around or nearest to the
+    length `near`. Three digits each, rounded inward; None: there are none.
     """
     found = _combinations(profiles, [PowerProfile(float(length), step) for length in _GRID])
-    good = [one.target.length for one in found if one.error <= TOLERANCE]
-    if not good:
+    good = [one.error <= TOLERANCE for one in found]
+    parts = [
+        [float(_GRID[n]) for n, _ in part] for is_good, part in groupby(enumerate(good), lambda one: one[1]) if is_good
+    ]
+    if not parts:
         return None
-    digits = [10.0 ** (math.floor(math.log10(length)) - 2) for length in (good[0], good[-1])]
-    low, high = math.ceil(good[0] / digits[0]) * digits[0], math.floor(good[-1] / digits[1]) * digits[1]
-    return round(low, 8), round(high, 8)
+    part = min(parts, key=lambda part: max(part[0] / near, near / part[-1]))
+    return _rounded_inward(part[0], part[-1])
+
+
+def _rounded_inward(low: float, high: float) -> tuple[float, float]:
+    """Two numbers at three digits, or at more where none of so few lies between them."""
+    for digits in range(3, 8):
+        units = [10.0 ** (math.floor(math.log10(number)) + 1 - digits) for number in (low, high)]
+        ends = math.ceil(low / units[0]) * units[0], math.floor(high / units[1]) * units[1]
+        if ends[0] <= ends[1]:
+            return round(ends[0], 8), round(ends[1], 8)
+    return low, high
 
 
 def _combinations(profiles: Sequence[PowerProfile], targets: Sequence[PowerProfile]) -> list[Combination]:

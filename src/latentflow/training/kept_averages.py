@@ -51,8 +51,9 @@ class PostHocAverage:
 
     @property
     def spanned(self) -> tuple[float, float]:
-        """The shortest and the longest length that the parts make at this step."""
-        found = spanned([part.profile for part in self.parts], self.combination.target.step)
+        """The shortest and the longest length around its own, or nearest to it, that the parts make at this step."""
+        target = self.combination.target
+        found = spanned([part.profile for part in self.parts], target.step, target.length)
         assert found  # those that are kept are among them
         return found
 

@@ -23,6 +23,8 @@ from latentflow.sizes import ImageSize
 from latentflow.weights import filled
 
 WEIGHTS_FILE = "judge.safetensors"
+MOST_PAIRS = 256
+"""Held-out images whose views are to be distinguished, at most."""
 _NETWORK, _CLASSES = "network.", "classes."
 
 
@@ -38,9 +40,10 @@ class JudgeRecord(Record):
     method: Literal["labels", "contrastive"] = Field(description="What the network learned from.")
     network: FeatureNetworkConfig
     steps: int
-    accuracy: float = Field(
+    accuracy: float | None = Field(
         description="Of held-out images: the share whose class is recognised; without classes, the share of views "
-        "whose nearest one among 256 images is the other view of the same image."
+        "whose nearest one, among at most 256 images, is the other view of the same image; null: it learned from "
+        "labels, and its features do not separate the classes."
     )
     ceiling: float | None = Field(
         None, description="The class accuracy of held-out images, which also have to be typical; null: no classes."
@@ -53,7 +56,10 @@ class JudgeRecord(Record):
         """What it is, in a few words."""
         if self.class_names:
             return f"{100 * self.accuracy:.1f} % of {self.num_held_out:,} held-out images recognised"
-        return f"{100 * self.accuracy:.1f} % of views of held-out images recognised"
+        if self.accuracy is None:
+            return "trained on labels, which its features do not tell apart"
+        most = min(self.num_held_out, MOST_PAIRS)
+        return f"{100 * self.accuracy:.1f} % of views of {most:,} held-out images recognised"
 
 
 def read_judge(folder: str | Path) -> JudgeRecord:
