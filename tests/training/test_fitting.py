@@ -129,6 +129,33 @@ def test_the_learning_rate_is_that_of_the_optimizer(situation, muon, adamw):
 
 
 @pytest.mark.parametrize(
+    ("situation", "name", "muon", "adamw"),
+    [
+        (GPU, "DiT-S/2", 2e-3, 5e-4),
+        (dataclasses.replace(GPU, num_images=10**6), "DiT-S/2", 2e-3, 5e-4),
+        (GPU, "DiT-B/4", 1e-3, 2e-4),
+        (GPU, "DiT-XL/2", 5e-4, 1e-4),
+        (CPU, "DiT-S/2", 2e-3, 5e-4),
+        (CPU, "DiT-B/2", 1e-3, 2e-4),
+    ],
+)
+def test_the_learning_rate_is_that_of_the_network_that_is_set(situation, name, muon, adamw):
+    assert fitted(situation, f"network.name={name}").optimizer.learning_rate == muon
+    assert fitted(situation, f"network.name={name}", "optimizer.kind=adamw").optimizer.learning_rate == adamw
+
+
+def test_the_batch_is_that_of_the_network_that_is_set():
+    """A large one is computed in parts, and one of few tokens takes more images on a CPU."""
+    short = dataclasses.replace(GPU, memory=24 * GIB)
+    assert fitted(short).training.micro_batch_size is None
+    assert fitted(short, "network.name=DiT-XL/2").training.micro_batch_size == 16
+    small = "network={depth: 6, hidden_size: 128, num_heads: 2, patch_size: 4}"
+    assert fitted(CPU, small).training.batch_size == 128
+    assert fitted(CPU, small.replace("128", "256")).training.batch_size == 32
+    assert fitted(CPU, small.replace("size: 4", "size: 64")).training.batch_size == 128  # refused where it is built
+
+
+@pytest.mark.parametrize(
     ("network", "kind"),
     [
         ("{name: DiT-S/2}", "muon"),

@@ -4,30 +4,35 @@ The rules, and where they come from:
 
     network    On a CPU at most 64 tokens and 8 blocks of 256 channels (6 of 192 below 2,000 images), which two cores
                train in about an hour; half as many channels with patch 1, where 64 tokens of 96 reached lower
-               distances than 16 of 192 (benchmarks/ladder). On a GPU at most 256 tokens and DiT-S below 20,000
+               distances than 16 of 192 (benchmarks/ladder). Sides without a common divisor get patch 1, too, whatever
+               the number of tokens. On a GPU at most 256 tokens and DiT-S below 20,000
                images, DiT-B below 200,000, DiT-L above, smaller if memory requires: large networks memorise small
                data sets sooner.
     steps      100,000 on a GPU, where quality converges whatever the number of images, and 4,000 on a CPU; at most 30
                per image, but at least 1,000: the first copies of training images were seen after about 40 steps per
                image (training/memorisation_onset.py).
-    batch      256 on a GPU, as in the published recipes; 2,048 tokens on a CPU, 8,192 with half as many channels; at
-               most the number of images.
+    batch      256 on a GPU, as in the published recipes; 2,048 tokens on a CPU, 8,192 up to 128 channels; at most the
+               number of images.
     optimizer  Muon for transformers, which reaches lower distances than AdamW in equal time (benchmarks/ladder).
-    rate       3e-3 with cosine decay for the small networks of a CPU; on a GPU 2e-3, 1e-3 and 5e-4 for S, B and L. With
-               AdamW 1e-3; 5e-4, 2e-4 and 1e-4.
+    rate       3e-3 with cosine decay on a CPU up to 256 channels; else 2e-3, 1e-3 and 5e-4 for as many channels as S, B
+               and L have. With AdamW 1e-3; 5e-4, 2e-4 and 1e-4.
     average    over about 1,000 steps in runs of at most 10,000 steps, else over 10,000.
     guidance   1.5 for models with labels and label dropout, else 1.
+
+Batch and rate are those of the transformer that the recipe sets, if it sets one. Other networks get those of the
+transformer that would have been chosen.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from latentflow.networks.dit import NAMES, DiTConfig
+from latentflow.networks.dit import NAMES, SIZES, DiTConfig
 from latentflow.sizes import Size
 from latentflow.training.config import Recipe
 from latentflow.training.memorisation_onset import SAFE_PER_IMAGE
@@ -52,12 +57,14 @@ FITTED = (
 )
 """Keys that are fitted if a recipe leaves them open."""
 
-_GPU_SIZES = (  # name, images from which on, learning rates
-    ("L", 200_000, {"adamw": 1e-4, "muon": 5e-4}),
-    ("B", 20_000, {"adamw": 2e-4, "muon": 1e-3}),
-    ("S", 0, {"adamw": 5e-4, "muon": 2e-3}),
+_GPU_SIZES = (("L", 200_000), ("B", 20_000), ("S", 0))  # and the images from which on they are chosen
+_RATES = (  # by the channels up to which they are used
+    (SIZES["S"]["hidden_size"], {"adamw": 5e-4, "muon": 2e-3}),
+    (SIZES["B"]["hidden_size"], {"adamw": 2e-4, "muon": 1e-3}),
+    (math.inf, {"adamw": 1e-4, "muon": 5e-4}),
 )
-_CPU_RATES = {"adamw": 1e-3, "muon": 3e-3}
+_CPU_CHANNELS = 256
+_CPU_RATES = (_CPU_CHANNELS, {"adamw": 1e-3, "muon": 3e-3})
 
 
 @dataclass(frozen=True)
@@ -85,9 +92,8 @@ class Situation:
 
 def fit(recipe: Recipe, situation: Situation) -> tuple[Recipe, list[str]]:
     """The recipe with everything decided, and a few lines that explain it."""
-    network, rates = _network(situation)
-    tokens = situation.size.over(network.patch_size).area
-    wanted = 256 if situation.gpu else max(min(_tokens_of_a_step(network) // tokens, 128), 16)
+    network = _network(recipe, situation)
+    wanted = 256 if situation.gpu else _batch_on_a_cpu(network, situation)
     batch = power_of_two(min(wanted, max(situation.num_images, 1)))
     share = share_of(recipe, batch, situation.num_processes)
     target = 100_000 if situation.gpu else 4000
@@ -107,7 +113,7 @@ def fit(recipe: Recipe, situation: Situation) -> tuple[Recipe, list[str]]:
         "training.checkpoint_every": every,
         "training.preview_every": every,
         "optimizer.kind": kind,
-        "optimizer.learning_rate": rates[kind],
+        "optimizer.learning_rate": _rates(network, situation)[kind],
         "optimizer.betas": (0.9, 0.99),
         "optimizer.warmup_steps": min(1000 if situation.gpu else 200, steps // 10),
         "optimizer.schedule": "constant" if situation.gpu else "cosine",
@@ -157,22 +163,32 @@ def _optimizer(recipe: Recipe) -> str:
     return "muon" if is_transformer else "adamw"
 
 
-def _network(situation: Situation) -> tuple[DiTConfig, Mapping[str, float]]:
-    """The network and its learning rates, by the kind of optimizer."""
+def _network(recipe: Recipe, situation: Situation) -> DiTConfig:
+    """The transformer that is set, or the one that data and machine suggest."""
+    if is_set(recipe, "network") and isinstance(recipe.network, DiTConfig):
+        return recipe.network
     if not situation.gpu:
-        depth, width = (6, 192) if situation.num_images < 2000 else (8, 256)
+        depth, width = (6, 192) if situation.num_images < 2000 else (8, _CPU_CHANNELS)
         patch = _patch(situation, most_tokens=64)
         hidden = width // 2 if patch == 1 else width
         shape = {"depth": depth, "hidden_size": hidden, "num_heads": width // 64, "patch_size": patch}
-        return DiTConfig(**shape, variant="modern"), _CPU_RATES
+        return DiTConfig(**shape, variant="modern")
     patch = _patch(situation, most_tokens=256)
-    networks = [
-        (_named(f"DiT-{size}", patch), rates)
-        for size, from_images, rates in _GPU_SIZES
-        if situation.num_images >= from_images
-    ]
-    held = (one for one in networks if _that_fits(one[0], 16, situation) == 16)
-    return next(held, networks[-1])
+    networks = [_named(f"DiT-{size}", patch) for size, from_images in _GPU_SIZES if situation.num_images >= from_images]
+    return next((one for one in networks if _that_fits(one, 16, situation) == 16), networks[-1])
+
+
+def _rates(network: DiTConfig, situation: Situation) -> Mapping[str, float]:
+    """Learning rates by the kind of optimizer."""
+    known = _RATES if situation.gpu else (_CPU_RATES, *_RATES)
+    return next(rates for most_channels, rates in known if network.hidden_size <= most_channels)
+
+
+def _batch_on_a_cpu(network: DiTConfig, situation: Situation) -> int:
+    """Images; with half as many channels a token takes a quarter of the time."""
+    tokens = 8192 if network.hidden_size <= _CPU_CHANNELS // 2 else 2048
+    of_an_image = max(situation.size.over(network.patch_size).area, 1)  # 0: larger patches are refused later
+    return max(min(tokens // of_an_image, 128), 16)
 
 
 def _named(name: str, patch: int) -> DiTConfig:
@@ -181,11 +197,6 @@ def _named(name: str, patch: int) -> DiTConfig:
     if published in NAMES:
         return DiTConfig(name=published, variant="modern")
     return DiTConfig(**{**NAMES[f"{name}/1"], "patch_size": patch}, variant="modern")
-
-
-def _tokens_of_a_step(network: DiTConfig) -> int:
-    """On a CPU; with half as many channels, as patch 1 has them, a token takes a quarter of the time."""
-    return 8192 if network.patch_size == 1 else 2048
 
 
 def _patch(situation: Situation, *, most_tokens: int) -> int:
