@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from latentflow import locks
 from latentflow.api import LatentFlow
 from latentflow.artifacts import read_json
+from latentflow.commands.fit_solver import fit_solver
 from latentflow.commands.sweep import sweep
 from latentflow.data.sources.images import open_images
 from latentflow.errors import ArtifactError, DataError
@@ -28,6 +30,7 @@ from latentflow.metrics.stored_statistics import Provenance, Reference
 from latentflow.model.config import SamplingPreset
 from latentflow.model.flow_model import read_config
 from latentflow.pages.sweep import verdict
+from latentflow.sampling.request import FitSolverRequest
 from latentflow.sizes import Size
 from tests import tiny
 from tests.processes import Result, run_here
@@ -297,6 +300,25 @@ def test_guides_are_compared_and_written(tmp_path, deterministic, images):
     with pytest.raises(ArtifactError, match="no snapshot of step 5"):
         sweep(request.model_copy(update={"guides": ["@5"], "out": tmp_path / "other"}), tiny.CPU)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("named", ["run", "run/model"])
+def test_a_model_in_training_is_swept_but_not_written(tmp_path, deterministic, images, monkeypatch, named):
+    """Its training would write its own preset over the new one; the sweep says so before it measures."""
+    monkeypatch.setattr(locks, "_WAIT_SECONDS", 0.0)
+    tiny.model(deterministic).save_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    given = {"data": images, "solvers": ["euler"], "steps": [2], "guidance": [1.0], "num": 100}
+    asked = SweepRequest(model=tmp_path / named, out=tmp_path / "out", **given)
+    with locks.only_writer(tmp_path / "run"):
+        with pytest.raises(ArtifactError, match="is being written by process"):
+            sweep(asked.model_copy(update={"write": True}), tiny.CPU)
+        with pytest.raises(ArtifactError, match="is being written by process"):
+            fit_solver(FitSolverRequest(model=str(tmp_path / named)), runtime=tiny.CPU)
+        assert not (tmp_path / "out").exists()
+        sweep(asked, tiny.CPU)
+    sweep(asked.model_copy(update={"write": True}), tiny.CPU)
+    assert read_config(tmp_path / "run" / "model").sampling.steps == 2
 
 
 def test_a_preset_with_another_guide_draws_what_was_measured(tmp_path, deterministic, images):

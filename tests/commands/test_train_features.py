@@ -153,7 +153,7 @@ def test_classes_that_look_alike_leave_a_judge_without_classes(photos, model_fol
     assert record.judged == "trained on labels, which its features do not tell apart"
     assert load_judge(tmp_path / "judge")[1].classes is None
     given = {"data": photos, "num": 60, "features": str(tmp_path / "judge"), "out": tmp_path / "scores"}
-    assert list(evaluate(EvaluationRequest(model=model_folder, **given), tiny.CPU).report.scores) == ["fd"]
+    assert list(evaluate(EvaluationRequest(model=model_folder, **given), tiny.CPU).report.scores) == ["fd", "precision", "recall"]
 
 
 def test_classes_may_stand_in_a_table(photos, tmp_path):
@@ -393,9 +393,9 @@ def stranger(judge, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "sweep"])
+@pytest.mark.parametrize("verb", ["evaluate", "sweep", "diagnose"])
 def test_a_judge_of_other_classes_is_refused_in_one_line(command, verb, stranger, model_folder, photos, tmp_path):
-    args = (verb, model_folder, "--data", photos, "--features", stranger, "--num", 20, "--device", "cpu")
+    args = (verb, model_folder, "--data", photos, "--features", stranger, "--num", 100, "--device", "cpu")
     refused = command(*args, "--out", tmp_path / "out")
     assert refused.code == 2
     assert len(refused.err.strip().splitlines()) == 1

@@ -37,6 +37,11 @@ def ema(request: EmaRequest) -> EmaResult:
         ArtifactError: no such run, it has kept no averages, a file is damaged, or the folder is not empty.
         RequestError: a length or a step that what it has kept does not span. Nothing is written.
     """
+    return write_average(request)
+
+
+def write_average(request: EmaRequest) -> EmaResult:
+    """`ema` for a caller that holds the lock."""
     run = Path(request.run)
     kept = open_averages(run)
     if request.out is not None:

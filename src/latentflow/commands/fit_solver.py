@@ -14,6 +14,7 @@ from latentflow.evaluation.encoded_images import open_images_for
 from latentflow.locks import writes
 from latentflow.model.fitted_solvers import SOLVERS_FILE, write_solvers
 from latentflow.model.flow_model import FlowModel, find_model
+from latentflow.model.snapshots import run_of
 from latentflow.progress import image_progress
 from latentflow.requests import RequestError
 from latentflow.runtime import Runtime
@@ -22,7 +23,7 @@ from latentflow.sampling.request import FitSolverRequest
 from latentflow.sampling.row_conditions import RowConditions, row_conditions
 
 
-@writes(lambda given: given["request"].model if Path(given["request"].model).exists() else None)
+@writes(lambda given: run_of(given["request"].model) if Path(given["request"].model).exists() else None)
 def fit_solver(request: FitSolverRequest, *, batch_size: int = 16, runtime: Runtime | None = None) -> list[SolverCheck]:
     """Fit solvers to a model, and store those that are better than the usual ones; see `fit_solvers`.
 

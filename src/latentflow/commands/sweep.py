@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from latentflow.artifacts import require_apart, require_writable, write_json, write_text
-from latentflow.commands.ema import ema
+from latentflow.commands.ema import write_average
 from latentflow.errors import ArtifactError
 from latentflow.evaluation.request import SweepRequest
 from latentflow.evaluation.sweep import SweepResult, measure_sweep, open_sweep
@@ -20,6 +20,7 @@ from latentflow.model.adapter import ADAPTER_FOLDER
 from latentflow.model.card import model_card
 from latentflow.model.config import SamplingPreset
 from latentflow.model.flow_model import CONFIG_FILE, find_model, read_config
+from latentflow.model.snapshots import run_of
 from latentflow.pages.sweep import summary, sweep_page, sweep_picture
 from latentflow.plans import PLAN_FILE, claim_folder, require_same_plan
 from latentflow.runtime import Runtime
@@ -28,6 +29,12 @@ from latentflow.training.request import EmaRequest
 _WHAT = "a sweep"
 
 
+def _written_model(request: SweepRequest) -> Path | None:
+    """The folder that the best preset is written into, if it is."""
+    return run_of(request.model) if request.write and Path(request.model).exists() else None
+
+
+@writes(lambda given: _written_model(given["request"]))
 @writes(lambda given: given["request"].out)
 def sweep(request: SweepRequest, runtime: Runtime | None = None) -> SweepResult:
     """Measure quality against cost for every combination of settings, and name the best preset if the numbers show it.
@@ -37,7 +44,8 @@ def sweep(request: SweepRequest, runtime: Runtime | None = None) -> SweepResult:
 
     With a budget the rounds are those of successive halving: all candidates with few images, the most informative ones
     with twice as many, and so on; distances are compared within a round only. Repeat the call to go on: what was
-    measured is kept in `out` and costs no budget. A sweep in `out` of fewer images goes on to as many.
+    measured is kept in `out` and costs no budget. A sweep in `out` of fewer images goes on to as many. Where the best
+    preset is to be written, nothing else may write the model meanwhile.
 
     Raises:
         ArtifactError, ConfigError, DataError: something does not exist, does not fit, or cannot be written.
@@ -54,7 +62,7 @@ def sweep(request: SweepRequest, runtime: Runtime | None = None) -> SweepResult:
     opened = open_sweep(request, runtime)
     result = measure_sweep(replace(opened, plan=_claim(request.out, opened.plan)))
     if result.written and result.lengths:
-        ema(EmaRequest(run=request.model, length=result.lengths[result.best], write=True))
+        write_average(EmaRequest(run=request.model, length=result.lengths[result.best], write=True))
     if result.written and folder is not None:
         write_preset(folder, result.new)
     write_json(request.out / "sweep.json", summary(result))

@@ -33,9 +33,10 @@ from latentflow.data.items import ImageSource
 from latentflow.data.pictures.shown import as_shown
 from latentflow.errors import DataError
 from latentflow.evaluation.encoded_images import ReferenceLatents, encode_reference, velocity_given
+from latentflow.evaluation.model_features import open_features_for
 from latentflow.evaluation.request import LEAST_EXAMINED, DiagnoseRequest
 from latentflow.flow.times import sampling_times
-from latentflow.metrics.features.extractors import FeatureExtractor, open_features
+from latentflow.metrics.features.extractors import FeatureExtractor
 from latentflow.metrics.resampling import interval_over_images
 from latentflow.metrics.scores import frechet_contributions, frechet_distance
 from latentflow.metrics.statistics import FeatureStatistics
@@ -117,13 +118,7 @@ def measure_diagnosis(
     """
     half, num, batch_size = request.num // 2, request.num_drawn, request.batch_size
     asked = SampleRequest(num=num, seed=request.seed, guidance=request.guidance)
-    network = open_features(
-        request.features,
-        autoencoder=flow.autoencoder,
-        image_size=flow.config.image_size,
-        device=flow.device,
-        pixel_format=flow.config.pixel_format,
-    )
+    network = open_features_for(flow, request.features)
     examined = _examine(flow, source, network, request, least=request.num, reconstruct=True)
     rows = examined.latents.for_others(request.seed)
     drawing, given = drawing_of_rows(flow, asked, rows)

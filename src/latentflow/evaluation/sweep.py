@@ -12,9 +12,10 @@ from latentflow.artifacts import sha256_file
 from latentflow.data.cache.reader import is_cache
 from latentflow.data.table_options import TableOptions
 from latentflow.errors import ConfigError, DataError, NonFiniteError
-from latentflow.evaluation.class_accuracy import class_judge, require_judged
+from latentflow.evaluation.class_accuracy import class_judge
 from latentflow.evaluation.drawn_set import plan_set
 from latentflow.evaluation.encoded_images import with_columns_of
+from latentflow.evaluation.model_features import open_features_for
 from latentflow.evaluation.painted import require_same_classes
 from latentflow.evaluation.real_images import RealFeatures, RealImages, open_real_images, reference_features
 from latentflow.evaluation.request import SweepRequest
@@ -32,7 +33,7 @@ from latentflow.evaluation.sweep_rules import (
 from latentflow.evaluation.swept_averages import SweptAverages, with_lengths
 from latentflow.flow.solvers import JUMPS, fitted_evaluations
 from latentflow.metrics.class_judge import ClassJudge
-from latentflow.metrics.features.extractors import FeatureExtractor, JudgeFeatures, open_features
+from latentflow.metrics.features.extractors import FeatureExtractor
 from latentflow.metrics.scores import require_enough
 from latentflow.model.adapter_name import split_adapted
 from latentflow.model.conditioning import ConditionName
@@ -161,16 +162,7 @@ def open_sweep(request: SweepRequest, runtime: Runtime | None) -> Sweep:
         ArtifactError, ConfigError, DataError: something does not exist or does not fit.
     """
     flow = FlowModel.from_pretrained(request.model, runtime=runtime)
-    extractor = open_features(
-        request.features,
-        weights=request.weights,
-        autoencoder=flow.autoencoder,
-        image_size=flow.config.image_size,
-        device=flow.device,
-        pixel_format=flow.config.pixel_format,
-    )
-    if isinstance(extractor, JudgeFeatures):
-        require_judged(extractor.record.class_names, flow.config.conditioning.class_names, request.features)
+    extractor = open_features_for(flow, request.features, weights=request.weights)
     if is_cache(request.data):
         raise DataError(f"{request.data} is a latent cache; give the images it was made from, or their statistics")
     real = _open_reference(flow, request.data)

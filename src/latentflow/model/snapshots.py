@@ -36,6 +36,12 @@ def snapshot_steps(run: str | Path) -> list[int]:
     return sorted(int(match[1]) for folder in folders if (match := _STEP.fullmatch(folder.name)))
 
 
+def run_of(folder: str | Path) -> Path:
+    """The run folder of the model in it; any other folder is its own."""
+    folder = Path(folder)
+    return folder.parent if folder.name == MODEL and (folder.parent / CHECKPOINTS).is_dir() else folder
+
+
 def split_snapshot(model: str | Path) -> tuple[Path, str] | None:
     """A run folder and the name of a snapshot, from RUN@SNAPSHOT; None: it is something else.
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from latentflow.model.conditioning import ColumnCondition, Conditioning, Conditi
 from latentflow.model.config import ModelConfig
 from latentflow.model.flow_model import FlowModel, config_of
 from latentflow.model.guide_reference import GuideReference
-from latentflow.model.snapshots import CHECKPOINTS, MODEL, split_snapshot
+from latentflow.model.snapshots import CHECKPOINTS, run_of, split_snapshot
 from latentflow.requests import RequestError
 from latentflow.sampling.call_cost import relative_cost
 from latentflow.shapes import Condition, send
@@ -89,10 +88,9 @@ def _full_name(model: FlowModel, name: str) -> str:
     if not name.startswith("@"):
         return name
     named = split_snapshot(model.reference)
-    own = named[0] if named else Path(model.reference)
-    for run in (own, own.parent):
-        if model.reference and (run / CHECKPOINTS).is_dir() and (run == own or own.name == MODEL):
-            return f"{run}{name}"
+    run = run_of(named[0] if named else model.reference)
+    if model.reference and (run / CHECKPOINTS).is_dir():
+        return f"{run}{name}"
     whose = f"{model.reference} is no run folder" if model.reference else "the model was not loaded from a run folder"
     raise RequestError("guide", f" {name}: {whose}, so it has no snapshots; give the whole name: RUN{name}")
 
