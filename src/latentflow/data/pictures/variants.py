@@ -50,7 +50,7 @@ def draw_variants(rows: Sequence[int], num_variants: int, aspect: float = 1.0) -
     for variant in range(num_variants):
         random = ImageRandom.at(variant, "augmented variant", list(rows))
         to_zoom, to_turn, to_x, to_y = random.uniform(len(VARIANT_NUMBERS)).unbind(1)  # [n] each, in [0, 1)
-        turn = 2 * to_turn - 1
+        turn = (2 * to_turn - 1) * _largest_turn(aspect)
         width, height = _turned_size(turn, aspect)
         least = torch.maximum(width, height).log() / math.log(_MOST_ZOOM)
         zoom = least + (1 - least).clamp(min=0) * to_zoom
@@ -58,6 +58,15 @@ def draw_variants(rows: Sequence[int], num_variants: int, aspect: float = 1.0) -
         shifts = ((2 * uniform - 1) * room for uniform, room in zip((to_x, to_y), rooms, strict=True))
         drawn.append(torch.stack([zoom, turn, *shifts], dim=1))
     return torch.stack(drawn, dim=1).float()
+
+
+def _largest_turn(aspect: float) -> float:
+    """At most 1; less for pictures of 3:1 and longer, which a turn of 10 degrees would need more than the zoom for.
+
+    With r the longer side over the shorter one, cos a + r sin a = sqrt(1 + r^2) cos(a - atan r) must not exceed it.
+    """
+    r = max(aspect, 1 / aspect)
+    return min((math.atan(r) - math.acos(min(_MOST_ZOOM / math.hypot(1, r), 1.0))) / _MOST_TURN, 1.0)
 
 
 def _turned_size(turn: Tensor, aspect: float) -> tuple[Tensor, Tensor]:
@@ -96,7 +105,7 @@ def variants_of(pixels: Tensor, numbers: Tensor) -> Tensor:
         numbers: [n, P], on the same device.
 
     Returns:
-        [n, 3, H, W] in [-1, 1]; exactly the pictures where all numbers are zero, up to rounding.
+        [n, 3, H, W] in [-1, 1]; the pictures themselves where all numbers are zero, up to rounding.
     """
     device = pixels.device
     if device.type == "mps":  # which has no bicubic interpolation
