@@ -47,7 +47,7 @@ def section(setting: Setting, steps: Sequence[Step], outcomes: Sequence[Outcome]
     changed += f" Kept by another setting: {', '.join(setting.kept)}." if setting.kept else ""
     features = sorted({one.features for one in done})
     lines = [
-        f"\n## {setting.device}, {setting.seconds:g} s",
+        f"\n## {setting.device}, {setting.seconds:g} s, on {setting.train}",
         "",
         f"{', '.join(machines)}. Trained on {setting.train} at {setting.image_size} pixels with the autoencoder "
         f"{setting.autoencoder}; {setting.num:,} samples against {setting.held_out}, guidance 1, in the features "
