@@ -3,7 +3,7 @@
     python benchmarks/ladder/run.py --train cifar10/train --held-out cifar10/held_out --autoencoder taesd \
         --features judges/cifar10 --seconds 360 --work /scratch/ladder
     python benchmarks/ladder/run.py ... --device cuda --seconds 60
-    OMP_NUM_THREADS=1 python benchmarks/ladder/run.py ... --at-once 2          # on a CPU, with a core for each training
+    OMP_NUM_THREADS=1 python benchmarks/ladder/run.py ... --at-once 3          # on a CPU: the three seeds side by side
     python benchmarks/ladder/run.py ... --rungs 00_baseline,01_lfm,10_muon     # these only
     python benchmarks/ladder/run.py --render                                   # RESULTS.md again
 
