@@ -227,6 +227,27 @@ def test_a_closed_worker_ends_its_command(ladder, tmp_path):
     assert worker._process is None
 
 
+def test_closed_workers_that_train_save_and_end(ladder, tmp_path):
+    """They do not wait for another request: it would take a minute for each."""
+    module = ladder("worker")
+    workers = module.Workers(2, 1)
+    cache = tmp_path / "cache"
+    workers(["encode", "synthetic:64", "--autoencoder", "shapes", "--image-size", 32, "--out", cache], cache, 120)
+    train = ["train", "own_images", f"data.path={cache}", "training.steps=9000", *TINY, "--device", "cpu"]
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(workers, [*train, f"out={tmp_path / name}"], tmp_path / name, 600) for name in "ab"]
+        logs = [tmp_path / name / "metrics.jsonl" for name in "ab"]
+        while not all(log.exists() and log.read_text() for log in logs):
+            time.sleep(0.1)
+        began = time.monotonic()
+        workers.close()
+        for one in running:
+            with pytest.raises(module.Stopped):
+                one.result(60)
+    assert time.monotonic() - began < 50
+    assert all(list((tmp_path / name / "checkpoints").glob("step-*")) for name in "ab")
+
+
 @pytest.mark.parametrize(("trainings", "verbs"), [(1, ("evaluate", "loss")), (2, ("train", "train"))])
 def test_trainings_and_other_commands_have_their_workers(ladder, tmp_path, monkeypatch, trainings, verbs):
     module = ladder("worker")

@@ -58,8 +58,13 @@ class Worker:
 
     def close(self) -> None:
         """End the process; a command that runs can save what it has for a minute."""
-        self._closed = True
+        self.stop()
         self._end()
+
+    def stop(self) -> None:
+        """Ask the process to end, and do not wait for it."""
+        self._closed = True
+        _ask_to_end(self._process)
 
     def _ask(self, request: str, limit: float) -> int | None:
         """The exit code of a command; None: it took too long. A process that died gives its own."""
@@ -70,7 +75,7 @@ class Worker:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, close_fds=False
             )
         process = self._process
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it has died, or `stop` has closed it
             process.stdin.write(request.encode())
             process.stdin.flush()
         if not select.select([process.stdout], [], [], limit)[0]:
@@ -80,8 +85,8 @@ class Worker:
 
     def _end(self) -> None:
         process, self._process = self._process, None
-        if process is not None and process.poll() is None:
-            process.terminate()
+        _ask_to_end(process)
+        if process is not None:
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
@@ -106,9 +111,20 @@ class Workers:
             idle.put(worker)
 
     def close(self) -> None:
-        """End all of them."""
-        for worker in (*self._train, *self._do_the_rest):
+        """End all of them, side by side."""
+        every = (*self._train, *self._do_the_rest)
+        for worker in every:
+            worker.stop()
+        for worker in every:
             worker.close()
+
+
+def _ask_to_end(process: subprocess.Popen[bytes] | None) -> None:
+    """By a signal, which ends a command early, and the end of its requests, which ends the process after it."""
+    if process is not None and process.poll() is None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        process.terminate()
 
 
 def _queue(workers: Sequence[Worker]) -> SimpleQueue[Worker]:
