@@ -57,7 +57,7 @@ class JudgeFacts(Record):
     class_names: list[str] = Field(description="Empty: it knows no classes.")
     method: str
     steps: int
-    accuracy: float | None = Field(description="Of held-out images; null: it learned from labels, in vain.")
+    accuracy: float | None = Field(description="Of held-out images; null: its features do not separate the classes.")
     num_held_out: int
     hash: str = Field(description="Of its folder's tensors.")
 

@@ -5,9 +5,8 @@ The rules, and where they come from:
     network    On a CPU at most 64 tokens and 8 blocks of 256 channels (6 of 192 below 2,000 images), which two cores
                train in about an hour; half as many channels with patch 1, where 64 tokens of 96 reached lower
                distances than 16 of 192 (benchmarks/ladder). Sides without a common divisor get patch 1, too, whatever
-               the number of tokens. On a GPU at most 256 tokens and DiT-S below 20,000
-               images, DiT-B below 200,000, DiT-L above, smaller if memory requires: large networks memorise small
-               data sets sooner.
+               the number of tokens. On a GPU at most 256 tokens and DiT-S below 20,000 images, DiT-B below 200,000,
+               DiT-L above, smaller if memory requires: large networks memorise small data sets sooner.
     steps      100,000 on a GPU, where quality converges whatever the number of images, and 4,000 on a CPU; at most 30
                per image, but at least 1,000: the first copies of training images were seen after about 40 steps per
                image (training/memorisation_onset.py).
