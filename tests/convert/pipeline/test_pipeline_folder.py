@@ -129,14 +129,14 @@ def test_the_noise_is_that_of_the_seeds_to_the_bit():
         assert torch.equal(folder_pipeline._noise(seeds, shape, "cpu"), expected)
 
 
-@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "rk4"])
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "rk4", "ab2", "ab3", "ab4"])
 def test_classes_guidance_and_steps(folders, load, solver):
     model, folder = folders("classic")
-    options = {"num_inference_steps": 3, "guidance_scale": 2.5, "solver": solver}
+    options = {"num_inference_steps": 6, "guidance_scale": 2.5, "solver": solver}
     pipe = load(folder)
     for classes in (["cherry", "apple"], [2, 0]):
         drawn = pipe(num_images=4, classes=classes, seed=7, **options, output_type="latent").images
-        expected = model.sample(num=4, classes=classes, seed=7, steps=3, guidance=2.5, solver=solver).latents
+        expected = model.sample(num=4, classes=classes, seed=7, steps=6, guidance=2.5, solver=solver).latents
         assert relative_error(drawn, expected) < 1e-5
     others = pipe(num_images=4, classes="berry", seed=7, **options, output_type="latent").images
     assert relative_error(others, expected) > 1e-2
@@ -188,7 +188,7 @@ WRONG = {
     "class 'pear': this model knows apple, berry, cherry": {"classes": "pear"},
     "class 3: this model knows": {"classes": [3]},
     "condition 'mask': this model takes labels": {"conditions": {"mask": torch.ones(1, 1, 8, 8)}},
-    "solver 'dopri5': choose one of euler, midpoint, heun, rk4": {"solver": "dopri5"},
+    "solver 'dopri5': choose one of euler, midpoint, heun, rk4, ab2, ab3, ab4": {"solver": "dopri5"},
     "must be 1 or more": {"num_inference_steps": 0},
     "no condition is given that guidance could strengthen": {"classes": [], "guidance_scale": 2.0},
 }

@@ -19,12 +19,14 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 
 # Butcher tableaus: nodes, matrix, weights.
-_SOLVERS = {
+_RUNGE_KUTTA = {
     "euler": ((0,), ((),), (1,)),
     "midpoint": ((0, 1 / 2), ((), (1 / 2,)), (0, 1)),
     "heun": ((0, 1), ((), (1,)), (1 / 2, 1 / 2)),
     "rk4": ((0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
 }
+_ADAMS_BASHFORTH = {"ab2": 2, "ab3": 3, "ab4": 4}  # and their orders
+_SOLVERS = (*_RUNGE_KUTTA, *_ADAMS_BASHFORTH)
 
 
 def _philox(counter, key):
@@ -64,6 +66,45 @@ def _times(steps, shift):
 
 def _combine(weights, slopes):
     return sum(weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight != 0)
+
+
+def _runge_kutta(velocity, x, pairs, nodes, matrix, weights):
+    """x after all steps, from t to t_next of each of the pairs, by a tableau."""
+    for t, t_next in pairs:
+        h, slopes = t_next - t, []
+        for node, row in zip(nodes, matrix, strict=True):
+            time = (1 - node) * t + node * t_next if node else t
+            slopes.append(velocity(x + h * _combine(row, slopes) if row else x, time))
+        x = x + h * _combine(weights, slopes)
+    return x
+
+
+def _quadrature(nodes, begin, end):
+    """The weights with which values at the nodes give the mean of their polynomial from begin to end."""
+    s = (torch.tensor(nodes, dtype=torch.float64) - begin) / (end - begin)
+    m = torch.arange(len(s), dtype=torch.float64)
+    return torch.linalg.solve(s ** m[:, None], 1 / (m + 1)).tolist()
+
+
+def _adams_bashforth(velocity, x, grid, pairs, order):
+    """x after all steps, by the polynomial through the last `order` velocities.
+
+    The first step is one of Heun's method. So is the second of order 3; that of order 4 begins at the start again, with
+    the velocities at all three times.
+    """
+    first, past = x, []  # velocities, newest first
+    for step, (t, t_next) in enumerate(pairs):
+        h, past = t_next - t, [velocity(x, t), *past][:order]
+        weights = _quadrature(grid[step + 1 - len(past) : step + 1][::-1], t, t_next)
+        if step >= min(order - 1, 2):
+            x = x + h * _combine(weights, past)
+        elif step and order > 3:
+            end = velocity(x + h * _combine(weights, past), t_next)
+            whole = _quadrature([t_next, t, grid[0]], grid[0], t_next)
+            x = first + (t_next - grid[0]) * _combine(whole, [end, *past])
+        else:
+            x = x + h * _combine((1 / 2, 1 / 2), [past[0], velocity(x + h * past[0], t_next)])
+    return x
 
 
 class LatentFlowPipeline(DiffusionPipeline):
@@ -106,7 +147,7 @@ class LatentFlowPipeline(DiffusionPipeline):
             seed: image i has the seed `seed` + i, whatever the batch.
             num_inference_steps: intervals of the solver.
             guidance_scale: v = v_null + s (v_cond - v_null); 1: off.
-            solver: "euler", "midpoint", "heun" or "rk4".
+            solver: "euler", "midpoint", "heun", "rk4", "ab2", "ab3" or "ab4".
             conditions: of the model besides labels, as tensors of one row for each image or one for all; see
                 `known_part` and `map_fractions`. What is left out has its null value.
             size: height and width in pixels; None: the model's.
@@ -217,15 +258,15 @@ class LatentFlowPipeline(DiffusionPipeline):
 
     def _solve(self, x, given, null, scale, steps, solver):
         """The latents at t = 0 from the noise x."""
-        nodes, matrix, weights = _SOLVERS[solver]
         grid = _times(steps, self.facts["sampling"]["shift"])
-        for t, t_next in self.progress_bar(list(pairwise(grid))):
-            h, slopes = t_next - t, []
-            for node, row in zip(nodes, matrix, strict=True):
-                time = (1 - node) * t + node * t_next if node else t
-                slopes.append(self._velocity(x + h * _combine(row, slopes) if row else x, time, given, null, scale))
-            x = x + h * _combine(weights, slopes)
-        return x
+        pairs = self.progress_bar(list(pairwise(grid)))
+
+        def velocity(x, t):
+            return self._velocity(x, t, given, null, scale)
+
+        if solver in _RUNGE_KUTTA:
+            return _runge_kutta(velocity, x, pairs, *_RUNGE_KUTTA[solver])
+        return _adams_bashforth(velocity, x, grid, pairs, _ADAMS_BASHFORTH[solver])
 
     def _velocity(self, x, t, given, null, scale):
         """v_null + scale (v_cond - v_null) inside the interval of guidance, else v_cond."""

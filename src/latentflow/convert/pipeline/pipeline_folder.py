@@ -34,7 +34,7 @@ from latentflow.model.flow_model import FlowModel
 
 _FIELDS = ("labels", "masked_latents", "mask", "class_fractions", "input", "columns")
 _OPTIONS = ("depth", "hidden_size", "num_heads", "patch_size", "mlp_ratio", "time_scale", "position", "mlp", "norm")
-_SOLVERS = ("euler", "midpoint", "heun", "rk4")
+_SOLVERS = ("euler", "midpoint", "heun", "rk4", "ab2", "ab3", "ab4")
 _NOT_NEEDED = "augmentation_embedding."
 """Weights of the numbers of variants, which are zero when images are drawn."""
 
