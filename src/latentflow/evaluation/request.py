@@ -236,9 +236,7 @@ class SweepRequest(Request):
     weights: PathText | None = Field(
         None, description="Weights of the features: of inception a file, of dinov2 a folder or hub id."
     )
-    solvers: Names = Field(
-        ["euler", "heun", "ab2", "dopri5"], description="Solvers to compare; of a student its jumps."
-    )
+    solvers: Names = Field(["heun", "ab2", "ab4", "dopri5"], description="Solvers to compare; of a student its jumps.")
     steps: WholeNumbers = Field(
         [4, 8, 16, 32], description="Steps of the fixed-step solvers; of a student 1, 2, 4 and 8."
     )
