@@ -316,7 +316,7 @@ def runs_here(words: list[str]) -> bool:
     """Whether a command can run with what `place` holds, in seconds."""
     without_data = words[1] in ("encode", "train") and "camvid" in " ".join(words)
     is_long = any(word.startswith(("training.", "network.")) for word in words)
-    is_fitted = any(word.startswith("fitted-") for word in words)  # by fit-solver
+    is_fitted = any("fitted-" in word for word in words)  # by fit-solver
     return words[1] not in NOT_HERE and not (without_data or is_long or is_fitted)
 
 
