@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import math
 import subprocess
@@ -225,6 +226,29 @@ def test_a_closed_worker_ends_its_command(ladder, tmp_path):
     with pytest.raises(module.Stopped):  # nor does it begin one that waited for its turn
         worker.run(["info"], tmp_path / "later", 60)
     assert worker._process is None
+
+
+def test_a_worker_is_asked_to_end_once(ladder):
+    """A second signal would end what it is saving because of the first."""
+    module, signals = ladder("worker"), []
+
+    class Process:
+        stdin = io.BytesIO()
+
+        def poll(self):
+            return None
+
+        def terminate(self):
+            signals.append("TERM")
+
+        def wait(self, limit):
+            return 0
+
+    workers = module.Workers(2, 1)
+    for worker in workers._train:
+        worker._process = Process()
+    workers.close()
+    assert signals == ["TERM", "TERM"]
 
 
 def test_closed_workers_that_train_save_and_end(ladder, tmp_path):

@@ -30,6 +30,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._asked: subprocess.Popen[bytes] | None = None  # to end
         self._closed = False
 
     def run(self, arguments: Sequence[object], log: Path, limit: float) -> Path:
@@ -64,7 +65,7 @@ class Worker:
     def stop(self) -> None:
         """Ask the process to end, and do not wait for it."""
         self._closed = True
-        _ask_to_end(self._process)
+        self._ask_to_end()
 
     def _ask(self, request: str, limit: float) -> int | None:
         """The exit code of a command; None: it took too long. A process that died gives its own."""
@@ -84,14 +85,26 @@ class Worker:
         return int(answer) if answer else (process.wait() or 1)
 
     def _end(self) -> None:
+        self._ask_to_end()
         process, self._process = self._process, None
-        _ask_to_end(process)
         if process is not None:
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+    def _ask_to_end(self) -> None:
+        """By a signal, which ends a command early, and the end of its requests, which ends the process after it.
+
+        Once: a second signal would end what it is saving.
+        """
+        process = self._process
+        if process is not None and process is not self._asked and process.poll() is None:
+            self._asked = process
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            process.terminate()
 
 
 class Workers:
@@ -117,14 +130,6 @@ class Workers:
             worker.stop()
         for worker in every:
             worker.close()
-
-
-def _ask_to_end(process: subprocess.Popen[bytes] | None) -> None:
-    """By a signal, which ends a command early, and the end of its requests, which ends the process after it."""
-    if process is not None and process.poll() is None:
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        process.terminate()
 
 
 def _queue(workers: Sequence[Worker]) -> SimpleQueue[Worker]:

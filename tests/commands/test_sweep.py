@@ -317,6 +317,8 @@ def test_a_model_in_training_is_swept_but_not_written(tmp_path, deterministic, i
             fit_solver(FitSolverRequest(model=str(tmp_path / named)), runtime=tiny.CPU)
         assert not (tmp_path / "out").exists()
         sweep(asked, tiny.CPU)
+    with pytest.raises(ArtifactError, match="is the folder of the model; choose another one"):
+        sweep(asked.model_copy(update={"write": True, "out": tmp_path / "run"}), tiny.CPU)
     sweep(asked.model_copy(update={"write": True}), tiny.CPU)
     assert read_config(tmp_path / "run" / "model").sampling.steps == 2
 

@@ -138,6 +138,12 @@ def test_a_rare_class_is_known(tmp_path):
         ).record
         assert record.class_names == ["defect", "good"]
         assert record.accuracy > 0.97
+    for seed in range(20):  # of 50 at random often fewer are defects
+        prepared = prepare_features(request(folder, tmp_path / "new", seed=seed), tiny.CPU)
+        source, kept = prepared.images.source, prepared.images.kept.tolist()
+        assert sum(source.label(row) == 0 for row in prepared.held_out) >= 5
+        assert 50 <= len(prepared.held_out) <= 55
+        assert sorted([*kept, *prepared.held_out]) == list(range(400))
 
 
 def test_classes_that_look_alike_leave_a_judge_without_classes(photos, model_folder, tmp_path, caplog):
@@ -148,9 +154,9 @@ def test_classes_that_look_alike_leave_a_judge_without_classes(photos, model_fol
         place.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, place)
     record = train_features(request(folder, tmp_path / "judge"), runtime=tiny.CPU).record
-    assert "these features do not separate the classes" in caplog.text
+    assert "these features are not shown to separate the classes" in caplog.text
     assert (record.class_names, record.accuracy, record.method) == ([], None, "labels")
-    assert record.judged == "trained on labels, which its features do not tell apart"
+    assert record.judged == "trained on labels, which its features are not shown to tell apart"
     assert load_judge(tmp_path / "judge")[1].classes is None
     given = {"data": photos, "num": 60, "features": str(tmp_path / "judge"), "out": tmp_path / "scores"}
     scores = evaluate(EvaluationRequest(model=model_folder, **given), tiny.CPU).report.scores

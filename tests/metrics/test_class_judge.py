@@ -47,7 +47,7 @@ def test_too_few_images_and_features_that_see_nothing_are_refused():
         ClassJudge.of(*clouds(240, 0), 3)
     with pytest.raises(DataError, match="several of each class"):
         ClassJudge.of(*clouds(600, 0), 4)
-    with pytest.raises(DataError, match="do not separate the classes"):
+    with pytest.raises(DataError, match="are not shown to separate the classes"):
         ClassJudge.of(*clouds(600, 0, apart=0.0), 3)
 
 

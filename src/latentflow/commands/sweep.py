@@ -31,7 +31,11 @@ _WHAT = "a sweep"
 
 def _written_model(request: SweepRequest) -> Path | None:
     """The folder that the best preset is written into, if it is."""
-    return run_of(request.model) if request.write and Path(request.model).exists() else None
+    if not request.write or not Path(request.model).exists():
+        return None
+    if (run := run_of(request.model)).resolve() == Path(request.out).resolve():
+        raise ArtifactError(f"--out {request.out} is the folder of the model; choose another one")
+    return run
 
 
 @writes(lambda given: _written_model(given["request"]))

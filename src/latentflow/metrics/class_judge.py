@@ -157,8 +157,8 @@ def _require_separated(nearest: Tensor, labels: Tensor, num_classes: int) -> Non
     by_chance = [recognised(labels[torch.randperm(len(labels), generator=generator)]) for _ in range(_SHUFFLES)]
     if (found := recognised(labels)) <= max(by_chance):
         raise NotSeparatedError(
-            f"these features do not separate the classes: {100 * found:.0f} % of {len(labels):,} real images are "
-            f"recognised, as the mean over classes, and shuffled labels give up to {100 * max(by_chance):.0f} %"
+            f"these features are not shown to separate the classes: {100 * found:.0f} % of {len(labels):,} real images "
+            f"are recognised, as the mean over classes, and shuffled labels give up to {100 * max(by_chance):.0f} %"
         )
 
 

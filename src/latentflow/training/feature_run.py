@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,7 @@ from latentflow.training.run_folder import environment
 _WHAT = "a judge"
 _LEAST_IMAGES = 250
 _HELD_OUT, _LEAST_HELD_OUT, _MOST_HELD_OUT = 0.1, 50, 5000
+_LEAST_OF_A_CLASS = 5  # held-out images, or a third of the class
 _PASSES, _MOST_PASSES, _ENOUGH_IMAGES = 30, 100, 50_000
 _CPU_MULTIPLY_ADDS = 1.4e13  # forward; with the backward pass about ten minutes of two cores
 _GPU_MULTIPLY_ADDS = 1e15
@@ -161,6 +163,8 @@ def prepare_features(request: TrainFeaturesRequest, runtime: Runtime) -> Prepare
     share = max(_HELD_OUT, _LEAST_HELD_OUT / len(usable))
     kept, held_out = split(usable, share, request.seed, _MOST_HELD_OUT)
     class_names = list(source.class_names) if len(source.class_names) > 1 else []
+    if class_names:
+        kept, held_out = _with_every_class(source, kept, held_out)
     _require_twice(source, class_names, kept)
     plan, reason = _decided(request, source, class_names, len(kept), runtime)
     if runtime.is_main:
@@ -285,6 +289,24 @@ def _require_same(folder: Path, plan: FeaturePlan) -> None:
     """Refuse a folder that was begun with another plan, before anything is written."""
     if found := _plan_in(folder):
         require_same_plan(folder, found.model_dump(mode="json"), plan.model_dump(mode="json"), _WHAT)
+
+
+def _with_every_class(source: ImageSource, kept: Sequence[int], held_out: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The same split with a few more held-out images of rare classes, without which nothing could be said of them."""
+    there = Counter(source.label(row) for row in held_out)
+    moved: set[int] = set()
+    for label, rows in _rows_by_class(source, kept).items():
+        wanted = min(_LEAST_OF_A_CLASS, (len(rows) + there[label]) // 3)
+        if (more := wanted - there[label]) > 0:
+            moved.update(rows[:: len(rows) // more][:more])
+    return [row for row in kept if row not in moved], sorted([*held_out, *moved])
+
+
+def _rows_by_class(source: ImageSource, rows: Sequence[int]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for row in rows:
+        found.setdefault(source.label(row), []).append(row)
+    return found
 
 
 def _require_twice(source: ImageSource, class_names: Sequence[str], kept: Sequence[int]) -> None:

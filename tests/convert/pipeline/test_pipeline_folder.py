@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from latentflow.convert.exported import LIMIT
 from latentflow.convert.pipeline import folder_pipeline
 from latentflow.convert.pipeline.pipeline_folder import export_pipeline
 from latentflow.errors import ArtifactError
+from latentflow.flow.multistep import AdamsBashforth
 from latentflow.flow.path import CosinePath
 from latentflow.model.config import ModelConfig
 from latentflow.model.student_record import StudentRecord
@@ -140,6 +142,17 @@ def test_classes_guidance_and_steps(folders, load, solver):
         assert relative_error(drawn, expected) < 1e-5
     others = pipe(num_images=4, classes="berry", seed=7, **options, output_type="latent").images
     assert relative_error(others, expected) > 1e-2
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_few_steps_and_shifted_ones(order, steps):
+    """The same states as those of the library, for dx/dt = -x t."""
+    grid = folder_pipeline._times(steps, 2.0)
+    *_, expected = AdamsBashforth(order).march(lambda x, t: -x * t, torch.ones(1, dtype=torch.float64), grid)
+    x = torch.ones(1, dtype=torch.float64)
+    found = folder_pipeline._adams_bashforth(lambda x, t: -x * t, x, grid, list(pairwise(grid)), order)
+    assert torch.allclose(found, expected, atol=1e-14, rtol=0)
 
 
 def test_a_picture_does_not_depend_on_its_batch(folders, load):

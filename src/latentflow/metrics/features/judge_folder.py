@@ -57,7 +57,7 @@ class JudgeRecord(Record):
         if self.class_names:
             return f"{100 * self.accuracy:.1f} % of {self.num_held_out:,} held-out images recognised"
         if self.accuracy is None:
-            return "trained on labels, which its features do not tell apart"
+            return "trained on labels, which its features are not shown to tell apart"
         most = min(self.num_held_out, MOST_PAIRS)
         return f"{100 * self.accuracy:.1f} % of views of {most:,} held-out images recognised"
 

@@ -163,6 +163,7 @@ export class Sampling {
     this.by.indices = preset.guided_by && preset.guided_by.map((name) => model.can_guide.indexOf(name));
     this.channels = numberInput({ min: 1, step: 1, value: preset.guided_channels ?? "" });
     this.guide = h("input", { type: "text", placeholder: "none", value: preset.guide?.model ?? "", autocomplete: "off" });
+    this.guide.addEventListener("input", () => (this.recorded = null)); // typed: whatever weights it has now
     if (this.guided) {
       const row = h("div", { class: "row" }, slider, this.scale);
       parts.push(h("div", { class: "field" }, h("label", { for: (this.scale.id = `control-${++number}`) }, "Guidance"), row, h("small", {}, "1 is off.")));
@@ -222,8 +223,9 @@ export class Sampling {
 
   /** The guide by its name; that of a restored picture with the hash of its weights, which the server compares. */
   #guideAsked() {
-    const name = this.guide.value.trim();
-    return name && this.recorded?.model === name ? this.recorded : name;
+    const name = this.guide.value.trim(), own = this.model.preset.guide;
+    if (!name || this.recorded?.model !== name) return name;
+    return own?.model === name && own.weights === this.recorded.weights ? name : this.recorded;
   }
 
   write(request) {
