@@ -81,6 +81,14 @@ def test_a_dropped_picture_is_drawn_with_the_guide_of_then(page, studio, kl, tmp
     model.guides.clear()  # as another start of the studio
     shown(page).get_by_role("button", name="Draw", exact=True).click()
     expect(page.locator("body")).to_contain_text("not " + read_facts(file.read_bytes())["sampling"]["guide"]["weights"])
+    shown(page).get_by_text("More settings").click()
+    guide = shown(page).get_by_label("Guide away from the model")
+    guide.fill("")
+    guide.fill(str(tmp_path / "guide"))  # typed again: as it is now
+    shown(page).get_by_role("button", name="Draw", exact=True).click()
+    shown(page).locator(".gallery .picture").first.click()
+    content = downloaded(page, page.get_by_role("button", name="Download"))
+    assert not np.array_equal(np.asarray(Image.open(io.BytesIO(content))), np.asarray(Image.open(file)))
 
 
 def test_a_picture_of_another_model_restores_its_class_by_name(page, kl, tmp_path):
