@@ -109,6 +109,18 @@ def test_data_that_are_not_there(recipe):
 
 
 @pytest.mark.usefixtures("unprobed")
+@pytest.mark.parametrize("kind", ["cache", "images"])
+def test_data_that_are_not_such_as_the_teachers(recipe, kl, tmp_path, kind):
+    images = tiny.write_images(tmp_path / "images", classes=("bear", "wolf"))
+    if kind == "cache":
+        write_cache(open_images(images, tiny.IMAGE_SIZE), kl, images := tmp_path / "cache")
+    given = recipe(data={"path": str(images)})
+    for command in (planned, lambda given: prepare_distillation(given, tiny.CPU)):
+        with pytest.raises(ConfigError, match=r"has the classes \['bear', 'wolf'\], but the model knows"):
+            command(given)
+
+
+@pytest.mark.usefixtures("unprobed")
 def test_what_is_advised_can_be_had(recipe):
     """A micro-batch is a multiple of the images of which one jumps."""
     given = recipe(fit=False, jumps={"every": 4}, training={"batch_size": 4096, "memory": "none"})

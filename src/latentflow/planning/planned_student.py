@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from latentflow.data.cache.reader import LatentCache, is_cache
-from latentflow.data.sources.images import open_images
+from latentflow.data.cache.reader import LatentCache
 from latentflow.errors import ConfigError
 from latentflow.model.config import AUTOENCODER_FOLDER, ModelConfig
 from latentflow.model.flow_model import folders_of
-from latentflow.model.own_images import rows_of_split
+from latentflow.model.own_images import is_own, rows_of_split
 from latentflow.planning.machine import Machine
 from latentflow.planning.planned_run import KNOWN_STAGES, DataFacts, PlannedRun, StageFacts, stage_here
 from latentflow.planning.request import PlanRequest
-from latentflow.training.held_out import is_own
+from latentflow.training.held_out import open_data
 from latentflow.training.student_recipe import StudentRecipe, fit_student
 from latentflow.training.student_run import student_config, teacher_config, with_flips
 
@@ -29,7 +28,8 @@ def plan_student(recipe: StudentRecipe, machine: Machine, request: PlanRequest) 
         request: the number of images, where the data are not here.
 
     Raises:
-        ConfigError: the teacher has no student, or the request says what the teacher decides.
+        ConfigError: the teacher has no student, the data are not such as it was trained on, or the request says what
+            the teacher decides.
         DataError, ArtifactError: what is there is damaged, or there is no such teacher.
     """
     for name in ("classes", "latents"):
@@ -49,16 +49,15 @@ def _data(path: str, teacher: ModelConfig, num_images: int | None) -> DataFacts:
     """The images of a student; if they are not here, as many as its teacher was trained on."""
     training, conditioning = teacher.training, teacher.conditioning
     facts = DataFacts(None, conditioning.num_classes, conditioning.num_map_classes)
-    if is_cache(path):
-        cache = LatentCache(path)
-        num_held_out = 0
-        if training.held_out is not None and is_own(training, cache):
-            num_held_out = len(rows_of_split(training, cache, "held-out"))
-        num_bytes = sum(shard.num_bytes for shard in cache.index.shards)
-        found = {"num_images": cache.index.num_images, "num_held_out": num_held_out}
-        return replace(facts, **found, cache=cache.plan, num_bytes=num_bytes)
     if path.startswith("synthetic:") or (path and Path(path).exists()):
-        number = len(open_images(path, teacher.image_size, pixels=teacher.pixel_format, inputs=teacher.paired))
+        source = open_data(teacher, path)
+        number = len(source)
+        if isinstance(source, LatentCache):
+            own = training.held_out is not None and is_own(training, source)
+            num_held_out = len(rows_of_split(training, source, "held-out")) if own else 0
+            num_bytes = sum(shard.num_bytes for shard in source.index.shards)
+            found = {"num_images": number, "num_held_out": num_held_out}
+            return replace(facts, **found, cache=source.plan, num_bytes=num_bytes)
         # as many as the teacher was trained with are its own: to compare them, all of them would have to be read
         held_out = training.held_out.num_images if training.held_out else 0
         return replace(

@@ -121,29 +121,25 @@ def images_for(
         batch_size: images of a step.
 
     Raises:
-        ConfigError: classes, image size or autoencoder are not those of the model.
+        ConfigError: the autoencoder is not that of the model; see also `open_data`.
     """
-    config = model.config
-    source, kept = _opened(model, data)
+    config, conditioning = model.config, model.config.conditioning
+    source = open_data(config, data)
+    if cached := isinstance(source, LatentCache):
+        source.verify()
+        source.require_autoencoder(model.autoencoder)
+    kept = None if cached else readable(source)[0]  # None: all
     if split is None:
         own = config.training.held_out is not None and is_own(config.training, source)
         split = "training" if own else "all"
     if split != "all":
         chosen = set(rows_of_split(config.training, source, split))
         kept = [row for row in (range(len(source)) if kept is None else kept) if row in chosen]
-    _require_same_classes(config, source, data)
-    if config.inputs is not None:
-        _require_same_inputs(config, source, data)
-    conditioning = config.conditioning
-    cached = conditioning.inpainting and isinstance(source, LatentCache)
-    if cached and not source.plan.mask_variants:
-        raise ConfigError(f"{data} holds no images with holes; give the images, or encode with --mask-variants 4")
-    conditioning.require_columns(source.columns, data)
     columns = [one.name for one in conditioning.columns]
     spatial = SpatialData(
         config.autoencoder.factor,
         holes=config.masks if conditioning.inpainting else None,
-        cached_holes=cached,
+        cached_holes=cached and conditioning.inpainting,
         maps=conditioning.num_map_classes > 0,
         inputs=config.inputs is not None,
     )
@@ -151,25 +147,37 @@ def images_for(
     return TrainingImages(source, seed=seed, flip=flip, **read)
 
 
-def _opened(model: FlowModel, data: str | Path) -> tuple[LatentCache | ImageSource, list[int] | None]:
-    """A cache or images as the model reads them, and which of the images can be read; None: all."""
-    config = model.config
+def open_data(config: ModelConfig, data: str | Path) -> LatentCache | ImageSource:
+    """A latent cache, or images as a model reads them. Of a cache only the index is read.
+
+    Raises:
+        ConfigError: image sizes, pixel format, classes, paired inputs, holes or columns are not those of the model.
+    """
+    conditioning = config.conditioning
     if is_cache(data):
         source = LatentCache(data)
-        source.verify()
-        source.require_autoencoder(model.autoencoder)
-        if not {*source.plan.sizes} <= {*config.sizes}:
-            held, drawn = (" and ".join(map(str, sizes)) for sizes in (source.plan.sizes, config.sizes))
-            raise ConfigError(f"{data} holds images of {held}, the model draws {drawn}")
-        if source.pixel_format != config.pixel_format:
-            held, drawn = source.pixel_format.title, config.pixel_format.title
-            raise ConfigError(f"{data} holds images of {held}, the model draws {drawn}")
-        return source, None
-    own = [one.column for one in config.conditioning.columns]
-    table = table_with(data, own, class_names=config.conditioning.class_names)
-    given = {"pixels": config.pixel_format, "inputs": config.paired, "table": table}
-    images = in_sizes(open_images(data, config.image_size, **given), config.sizes)
-    return images, readable(images)[0]
+        _require_same_plan(config, source, data)
+    else:
+        table = table_with(data, [one.column for one in conditioning.columns], class_names=conditioning.class_names)
+        given = {"pixels": config.pixel_format, "inputs": config.paired, "table": table}
+        source = in_sizes(open_images(data, config.image_size, **given), config.sizes)
+    _require_same_classes(config, source, data)
+    if config.inputs is not None:
+        _require_same_inputs(config, source, data)
+    conditioning.require_columns(source.columns, data)
+    return source
+
+
+def _require_same_plan(config: ModelConfig, cache: LatentCache, data: str | Path) -> None:
+    """Refuse a cache of other image sizes or another pixel format, or without the holes that the model fills."""
+    if not {*cache.plan.sizes} <= {*config.sizes}:
+        held, drawn = (" and ".join(map(str, sizes)) for sizes in (cache.plan.sizes, config.sizes))
+        raise ConfigError(f"{data} holds images of {held}, the model draws {drawn}")
+    if cache.pixel_format != config.pixel_format:
+        held, drawn = cache.pixel_format.title, config.pixel_format.title
+        raise ConfigError(f"{data} holds images of {held}, the model draws {drawn}")
+    if config.conditioning.inpainting and not cache.plan.mask_variants:
+        raise ConfigError(f"{data} holds no images with holes; give the images, or encode with --mask-variants 4")
 
 
 def _require_same_classes(config: ModelConfig, source: LatentCache | ImageSource, data: str | Path) -> None:
