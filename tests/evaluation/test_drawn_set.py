@@ -11,7 +11,9 @@ from latentflow.evaluation.drawn_set import plan_set
 from latentflow.evaluation.shards import Work
 from latentflow.metrics.features.extractors import RandomFeatures
 from latentflow.randomness import derive_seed
+from latentflow.sampling.captured_calls import CapturedCalls
 from tests import tiny
+from tests.dispatch import Recorder
 
 NUM = 10
 
@@ -59,6 +61,16 @@ def test_any_batch_size(model, extractor, whole, small_shards):
         again = draw_set(model, extractor, num=NUM, seed=5, work=Work(batch_size=batch_size))
         torch.testing.assert_close(again["features"], whole["features"], rtol=1e-3, atol=1e-3)
         assert torch.equal(again["labels"], whole["labels"])
+
+
+def test_a_graph_is_captured_once_for_all_shards(kl, extractor, small_shards, monkeypatch):
+    model, recorder = tiny.model(kl, time_scale=20.0), Recorder()
+    given = {"num": 8, "preset": {"solver": "ab2", "steps": 12}, "work": Work(batch_size=4)}
+    plain = draw_set(model, extractor, **given)
+    monkeypatch.setattr(drawn_set, "calls_for", lambda device, drawing: CapturedCalls(recorder))
+    captured = draw_set(model, extractor, **given)
+    assert recorder.count == 1
+    assert torch.equal(captured["features"], plain["features"])
 
 
 def test_image_i_does_not_know_how_many_there_are(model, extractor, whole):

@@ -58,7 +58,7 @@ def test_velocities_agree(device, kl, conditioning):
     torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "rk4", "ab2", "dopri5"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "rk4", "ab4", "dpmpp3m", "unipc3", "dopri5"])
 def test_pictures_agree(device, kl, solver):
     """One seed, one picture, on any device: latents to rounding, pixels to a level."""
     asked = {"num": 4, "seed": 7, "classes": [0, 1], "solver": solver, "guidance": 2.0}

@@ -35,7 +35,7 @@ def near(one: torch.Tensor, other: torch.Tensor, tolerance: float = 0.05) -> boo
     return bool((one - other).abs().max() < tolerance * other.abs().max())
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "ab3"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab4", "dpmpp3m", "unipc3"])
 def test_a_whole_batch_is_asked_for_without_waiting(cuda, model, solver):
     """From its seeds to 8-bit pixels on their way to the host. CUDA itself raises where anything synchronises."""
     request = make_drawing(model, SampleRequest(num=6, seed=3, **{**FIXED, "solver": solver}))

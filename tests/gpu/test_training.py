@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from latentflow.api import LatentFlow
 from latentflow.artifacts import read_json, read_tensors
 from latentflow.commands.train import train
-from latentflow.training import muon, velocity
+from latentflow.training import velocity
 from latentflow.training.log import read_metrics
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -23,12 +23,13 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 @contextmanager
 def after_steps(call) -> Iterator[None]:
-    """Call something with the number of updates made, after each of them."""
+    """Call something with the number of updates made, after each of them; a step of Muon is one of AdamW as well."""
     made = []
 
-    def hook(*_) -> None:
-        made.append(None)
-        call(len(made))
+    def hook(optimizer: torch.optim.Optimizer, *_) -> None:
+        if isinstance(optimizer, torch.optim.AdamW):
+            made.append(None)
+            call(len(made))
 
     handle = register_optimizer_step_post_hook(hook)
     try:
@@ -49,7 +50,7 @@ def furthest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     """The largest difference of two sets of tensors, relative to the largest value of the tensor that it is in."""
     assert ours.keys() == theirs.keys()
     gaps = ((a - theirs[name]).abs().max() / a.abs().max().clamp(min=1e-3) for name, a in ours.items() if a.numel())
-    return max(float(gap) for gap in gaps)
+    return max((float(gap) for gap in gaps), default=0.0)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -116,11 +117,7 @@ def test_an_overflow_of_fp16_halves_the_scale_and_costs_one_step(recipe, runtime
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-@pytest.mark.parametrize(
-    "given",
-    [{}, {"data": {"flip": True}}, {"optimizer": {"kind": "muon"}}],
-    ids=["plain", "mirrored", "muon"],
-)
+@pytest.mark.parametrize("given", [{}, {"data": {"flip": True}}], ids=["plain", "mirrored"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
 def test_no_step_between_log_lines_waits_for_the_gpu(recipe, runtime, cuda, precision, given):
     """CUDA itself raises where anything synchronises, from the third step to the last but one before the log line."""
@@ -151,16 +148,6 @@ def test_a_step_as_a_graph_gives_the_same_numbers(recipe, runtime, cuda, precisi
     assert furthest(checkpoint(runs["kernels"], 20)[1], checkpoint(runs["graph"], 20)[1]) < 1e-3
     losses = [[line["loss"] for line in read_metrics(run)] for run in runs.values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-@pytest.mark.parametrize("every", [1, 2])
-def test_the_update_of_muon_as_a_graph_gives_the_same_numbers(recipe, runtime, cuda, monkeypatch, caplog, every):
-    optimizer = {"kind": "muon", "orthogonalise_every": every}
-    graph = train(recipe("graph", optimizer=optimizer), runtime=runtime("fp32")).run
-    assert "kernel by kernel" not in caplog.text
-    monkeypatch.setattr(muon, "_NUMBERS_CAPTURED", 0)
-    kernels = train(recipe("kernels", optimizer=optimizer), runtime=runtime("fp32")).run
-    assert furthest(checkpoint(kernels, 20)[1], checkpoint(graph, 20)[1]) < 1e-3
 
 
 def test_a_step_that_waits_for_the_gpu_is_no_graph_and_goes_on(recipe, runtime, cuda, monkeypatch, caplog):

@@ -91,6 +91,24 @@ def test_all_shapes_are_compiled_before_drawing(model, monkeypatch):
         assert len(draw_all(model, request, batch_size=3).pixels) == 7
 
 
+def test_a_compiled_network_is_compiled_for_other_batches_before_they_are_drawn(model, kl, monkeypatch, tmp_path):
+    """Doubled by guidance, and those of a guide that comes later; announced once each, and not if nothing is new."""
+    tiny.model(kl, seed=1).save_pretrained(tmp_path / "guide")
+    reference, notices = GuideReference(model=str(tmp_path / "guide")), []
+    monkeypatch.setattr(cost, "notice", notices.append)
+    monkeypatch.setattr(cost, "_WORTH_SECONDS", 0.0)
+    presets = [{}, {"guidance": 2.0}, {"guidance": 2.0, "guide": reference}]
+    for number, preset in enumerate(presets, start=1):
+        drawing = make_drawing(model, SampleRequest(num=7, solver="heun", steps=5, **preset))
+        for _ in range(2):
+            compile_where_it_pays(model, drawing, batch_size=3, num_batches=3)
+            assert len(notices) == number
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            draw_all(model, drawing, batch_size=3)
+        monkeypatch.setattr(cost, "_WORTH_SECONDS", 1e9)  # it has paid
+    assert ["without that" in text for text in notices] == [True, False, False]
+
+
 @pytest.mark.parametrize(
     ("preset", "seconds", "num_batches"),
     [

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentflow.artifacts import sha256_tensors
 from latentflow.errors import ConfigError, nearest
 from latentflow.evaluation.request import LABEL_POLICIES
 from latentflow.evaluation.shards import SHARD_SIZE, Columns, Work, compute_in_shards, join_columns
@@ -30,6 +29,7 @@ from latentflow.metrics.statistics import require_features
 from latentflow.model.conditioning import ConditionName
 from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
+from latentflow.sampling.captured_calls import Calls, calls_for
 from latentflow.sampling.cost import compile_where_it_pays
 from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.pipeline import Given, draw
@@ -90,11 +90,12 @@ class ImageSet:
         work = replace(work, batch_size=min(work.batch_size, SHARD_SIZE))
         num_batches = math.ceil(num / work.batch_size / work.runtime.world)
         compile_where_it_pays(self.model, self.drawing, batch_size=work.batch_size, num_batches=num_batches)
+        calls = calls_for(self.model.device, self.drawing)
 
         def compute(rows: range) -> Columns:
             labels, given = self._conditions(rows)
             drawing = self.drawing.model_copy(update={"seeds": [seed + i for i in rows], "labels": labels})
-            columns = drawn_columns(self.model, drawing, given, extractor, work)
+            columns = drawn_columns(self.model, drawing, given, extractor, work, calls)
             return columns | {"labels": torch.tensor(labels or [-1] * len(rows))}
 
         plan = {**model_plan(self.model, self.drawing), "label_policy": self.policy, "features": extractor.hash}
@@ -158,6 +159,7 @@ def drawn_columns(
     given: Given,
     extractor: FeatureExtractor,
     work: Work,
+    calls: Calls,
     finish: Callable[[Samples, slice], tuple[Tensor, Columns]] | None = None,
 ) -> Columns:
     """Draw the images of a shard.
@@ -167,6 +169,7 @@ def drawn_columns(
         seconds [1, 2] float64, of solver and decoder, and of the features.
 
     Args:
+        calls: how the network is called, in all shards.
         finish: applied to each batch before its features are computed, with the places of its images in `drawing`;
             returns the uint8 images, and further tensors that are joined along their first dimension.
 
@@ -175,7 +178,7 @@ def drawn_columns(
     """
     parts: list[Columns] = []
     began, seconds, start = time.perf_counter(), 0.0, 0
-    for samples in draw(model, drawing, given, batch_size=work.batch_size):
+    for samples in draw(model, drawing, given, batch_size=work.batch_size, calls=calls):
         num, seconds = len(samples.pixels), seconds + samples.seconds
         pixels, more = finish(samples, slice(start, start + num)) if finish else (samples.pixels, {})
         parts.append({"features": extractor(pixels), "evaluations": samples.evaluations.cpu(), **more})
@@ -219,7 +222,7 @@ def model_plan(model: FlowModel, drawing: Drawing) -> dict[str, Any]:
     """What all images of one set share: weights, config, first seed and sampling preset."""
     config = model.config.model_dump(mode="json", exclude={"sampling", "training"})
     return {
-        "weights": sha256_tensors(model.network.state_dict()),
+        "weights": model.weights_hash,
         "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "request": drawing.model_dump(mode="json", exclude={"labels"}),
     }

@@ -35,6 +35,7 @@ from latentflow.metrics.pairs import PairJudge, confusion, iou
 from latentflow.model.config import require_same_format
 from latentflow.model.flow_model import FlowModel
 from latentflow.randomness import derive_seed
+from latentflow.sampling.captured_calls import calls_for
 from latentflow.sampling.drawing import Drawing, make_drawing
 from latentflow.sampling.pipeline import Given
 from latentflow.sampling.request import SampleRequest
@@ -138,6 +139,8 @@ def painted(
         the real images.
     """
 
+    calls = calls_for(model.device, painting.drawing)
+
     def compute(places: range) -> Columns:
         read = read_batches(source, [rows[place] for place in places], len(places))
         items = [require_readable(found) for batch in read for _, found in batch]
@@ -161,7 +164,7 @@ def painted(
         if "input" in painting.drawing.told:
             inputs = stack_inputs([item.input for item in items], source.input_format)
         given = _given(model, painting, real, holes, maps, inputs)
-        columns = drawn_columns(model, drawing, given, extractor, work, finish)
+        columns = drawn_columns(model, drawing, given, extractor, work, calls, finish)
         return columns | {"labels": torch.tensor(labels or [-1] * len(items))}
 
     plan = {

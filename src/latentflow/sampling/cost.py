@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from latentflow.console import notice
 from latentflow.flow.solvers import expected_evaluations, is_adaptive
@@ -12,9 +15,13 @@ from latentflow.model.flow_model import FlowModel
 from latentflow.networks.running import compile_blocks, is_compiled
 from latentflow.progress import duration
 from latentflow.sampling.drawing import Drawing, guide_of
+from latentflow.sizes import Size
 
 MANY_CALLS = 100
 """Network calls per picture above which the cost is announced."""
+
+_COMPILED_FOR: WeakKeyDictionary[nn.Module, set[tuple[int, Size | None, str]]] = WeakKeyDictionary()
+"""Networks, and the batches that they were compiled for: number of images, image size and precision."""
 
 _WORTH_SECONDS = 100.0  # of drawing without compiling, which takes up to half a minute and saves up to half of them
 
@@ -43,32 +50,43 @@ def announce_cost(model: FlowModel, drawing: Drawing, batch_size: int) -> None:
 def compile_where_it_pays(model: FlowModel, drawing: Drawing, *, batch_size: int, num_batches: int) -> None:
     """Compile the network's blocks if a GPU is going to draw for minutes, and announce how long it took.
 
-    They are compiled for batches of this size, to which `draw_batches` pads smaller ones. Nothing is compiled for
-    adaptive solvers: they call the network with fewer and fewer images, and each number would be compiled again.
+    They are compiled for batches of this size, to which `draw_batches` pads smaller ones. A network that is compiled
+    already is compiled for the batches that it has not drawn yet, and its guide as well: none of that happens while
+    pictures are drawn, and timed. Nothing is compiled for adaptive solvers: they call the network with fewer and fewer
+    images, and each number would be compiled again.
 
     Args:
         num_batches: to be drawn by this process.
     """
-    if not _can_compile(model.device) or is_adaptive(drawing.sampling.solver) or is_compiled(model.network):
+    if not _can_compile(model.device) or is_adaptive(drawing.sampling.solver):
         return
-    if num_batches < 2:
-        return
-    guide, size = guide_of(model, drawing), batch_size
-    calls = network_calls(drawing, cost_of_guide(model, drawing))
-    seconds = _seconds_of_a_call(model, drawing, size) * calls * num_batches
-    if seconds < _WORTH_SECONDS:
-        return
-    began = time.perf_counter()
-    sizes = _batch_sizes(drawing, size, doubled=model.config.student is None)
-    parts = [(model, sizes)] if guide is None else [(model, [size]), (guide.flow, [size])]
-    for part, sizes in parts:
-        compile_blocks(part.network)
-        for num_images in sizes:
-            _seconds_of_a_call(part, drawing, num_images)
-    notice(
-        f"the network was compiled in {duration(time.perf_counter() - began)}; without that, drawing would take about "
-        f"{duration(seconds)}"
-    )
+    why = ""
+    if not is_compiled(model.network):
+        if num_batches < 2:
+            return
+        calls = network_calls(drawing, cost_of_guide(model, drawing))
+        seconds = _seconds_of_a_call(model, drawing, batch_size) * calls * num_batches
+        if seconds < _WORTH_SECONDS:
+            return
+        why = f"; without that, drawing would take about {duration(seconds)}"
+    began, guide = time.perf_counter(), guide_of(model, drawing)
+    sizes = _batch_sizes(drawing, batch_size, doubled=model.config.student is None)
+    parts = [(model, sizes)] if guide is None else [(model, [batch_size]), (guide.flow, [batch_size])]
+    if sum(_compile_for(part, drawing, sizes) for part, sizes in parts):
+        notice(f"the network was compiled in {duration(time.perf_counter() - began)}{why}")
+
+
+def _compile_for(model: FlowModel, drawing: Drawing, sizes: Sequence[int]) -> int:
+    """Compile the network for batches of these sizes; returns how many of them it was not compiled for."""
+    known = _COMPILED_FOR.setdefault(model.network, set())
+    if not is_compiled(model.network):
+        known.clear()
+        compile_blocks(model.network)
+    missing = {(num_images, drawing.image_size, drawing.precision) for num_images in sizes} - known
+    for num_images, *_ in missing:
+        _seconds_of_a_call(model, drawing, num_images)
+    known |= missing
+    return len(missing)
 
 
 def cost_of_guide(model: FlowModel, drawing: Drawing) -> float:

@@ -118,6 +118,7 @@ def draw(
     given: Given = Given(),
     *,
     batch_size: int = 16,
+    calls: Calls | None = None,
     on_images: Callable[[int], None] = lambda num_images: None,
 ) -> Iterator[Samples]:
     """Compute a drawing batch by batch.
@@ -125,13 +126,16 @@ def draw(
     Args:
         given: the tensors that it is drawn from, in addition to seeds and labels.
         batch_size: images computed together; it changes speed and memory, not the pictures.
+        calls: how the network is called; None: as is fastest on the device. Graphs are captured once for all drawings
+            that share it.
         on_images: called with the number of images just finished.
     """
     check_drawing(model, drawing)
     require_count("batch size", batch_size, 1, MOST_TOGETHER, "16 are usual")
     announce_cost(model, drawing, batch_size)
     parts = [slice(start, start + batch_size) for start in range(0, len(drawing.seeds), batch_size)]
-    for samples in draw_batches(model, ((drawing.at(rows), given.at(rows)) for rows in parts), batch_size):
+    batches = ((drawing.at(rows), given.at(rows)) for rows in parts)
+    for samples in draw_batches(model, batches, batch_size, calls):
         yield samples
         on_images(len(samples.pixels))
 
