@@ -31,7 +31,7 @@ export PYTHONPATH=$root/src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 LATENT
 # Seconds that a part may take at most; all of them together may take fewer.
 limit() {
     case $1 in
-        tests) echo 140 ;;
+        tests) echo 170 ;;
         train-xl2 | bare-xl2) echo 85 ;;
         train-* | overhead) echo 75 ;;
         sample) echo 110 ;;

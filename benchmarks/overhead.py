@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "training.steps": 1_000_000_000,
         "training.batch_size": 2 if options.quick else 16,
         "training.precision": "fp32",
-        "training.compile": "false",  # parts are timed by what the loop calls, which neither would call again
+        "training.compile": "false",  # parts are timed where the loop calls them, which a graph does not
         "training.cuda_graph": "false",
         "training.log_every": min(50, rounds),
         "training.checkpoint_every": 1_000_000,
