@@ -41,6 +41,14 @@ def test_there_is_one_for_each_part_of_ones_own():
     assert all(len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 40 for name in PROGRAMS)
 
 
+def test_the_page_shows_each_of_them():
+    """By the line of pymdownx.snippets, which a formatter of Python would take for a comparison."""
+    lines = (EXAMPLES.parent / "how-to" / "programs.md").read_text(encoding="utf-8").splitlines()
+    assert sorted(line for line in lines if "docs/examples/" in line) == [
+        f'--8<-- "docs/examples/{name}"' for name in PROGRAMS
+    ]
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_learns(name, tmp_path, monkeypatch):
     printed = run(name, tmp_path, monkeypatch)

@@ -23,10 +23,12 @@ from latentflow.model.config import SamplingPreset
 from latentflow.networks.velocity_network import NoisePrediction
 from latentflow.requests import RequestError
 from latentflow.shapes import Condition
+from latentflow.sizes import Size
 from latentflow.training import held_out_watch, velocity
 from latentflow.training.checkpoint import newest_checkpoint
 from latentflow.training.config import Recipe, load_recipe
-from latentflow.training.finetuning import FEW_IMAGES, with_method
+from latentflow.training.finetuning import FEW_IMAGES, fit_to_source, with_method
+from latentflow.training.fitting import Situation
 from latentflow.training.log import read_metrics
 from latentflow.training.request import FinetuneRequest
 from tests import tiny
@@ -338,6 +340,28 @@ def test_few_images_get_lora():
     assert (asked.method, asked.rank) == ("lora", 4)
 
 
+@pytest.mark.parametrize(
+    ("num_images", "steps", "why"),
+    [
+        (20, 1000, "steps: 1,000, the minimum for small data sets"),
+        (100, 3000, "steps: 3,000, 30 per image; with more it would memorise them"),
+        (800, 24_000, "steps: 24,000, usual for finetuning"),
+        (10**6, 24_000, "steps: 24,000, usual for finetuning"),
+    ],
+)
+def test_few_images_are_trained_for_fewer_steps(source, num_images, steps, why):
+    recipe = with_method(load_recipe("finetune", [f"init_from={source}", "network.name=DiT-S/2"]), num_images)
+    situation = Situation(num_images, 0, Size.of(4), gpu=False, memory=None)
+    fitted, lines = fit_to_source(recipe, situation, num_parameters=1000)
+    assert fitted.training.steps == steps
+    assert lines[-1] == why
+    asked = with_method(
+        load_recipe("finetune", [f"init_from={source}", "network.name=DiT-S/2", "training.steps=70"]), 20
+    )
+    fitted, lines = fit_to_source(asked, situation, num_parameters=1000)
+    assert (fitted.training.steps, len(lines)) == (70, 1)
+
+
 @pytest.mark.parametrize(("method", "rate"), [("full", 1e-4), ("lora", 2e-4), ("biases", 1e-3)])
 def test_what_the_verb_asks_for(tmp_path, cache, source, method, rate):
     request = FinetuneRequest(model=source, data=cache, method=method, class_from={"apple": "plum, red"})
@@ -346,8 +370,8 @@ def test_what_the_verb_asks_for(tmp_path, cache, source, method, rate):
     request = FinetuneRequest(model=source, data=cache, method=method, class_from={"apple": "plum"})
     recipe = prepare(finetune_recipe(request, [f"out={tmp_path / 'run'}"]), tiny.CPU).recipe
     training = recipe.training
-    assert (training.steps, training.batch_size, training.ema_decay) == (24_000, 16, 0.9999)
-    assert (recipe.optimizer.learning_rate, recipe.optimizer.warmup_steps) == (rate, 500)
+    assert (training.steps, training.batch_size, training.ema_decay) == (1000, 16, 0.999)
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.warmup_steps) == (rate, 100)
     assert (recipe.fit, recipe.finetuning.method) == (False, method)
     assert recipe.finetuning.former_classes == {"apple": "plum"}
     short = prepare(finetune_recipe(request, [f"out={tmp_path / 'run'}", "training.steps=100"]), tiny.CPU).recipe

@@ -180,7 +180,7 @@ _ADAPTER_OPTIONS = [
             typer.Option(
                 "--adapter-strength",
                 metavar="NUMBER",
-                help="What these differences are multiplied by, 0 to 10; 0: MODEL itself, 1: as trained, the default.",
+                help="Strength of the adapter, 0 to 10; 0: MODEL itself, 1 (default): as trained.",
             ),
         ],
     ),

@@ -98,16 +98,14 @@ class EvaluationRequest(SamplingRequest):
         "named conditions of an image of DATA; the default for a model with named conditions) or none.",
     )
     label_column: str | None = Field(
-        None, description="Of a table DATA, the column of the class of each image, where it is not called so."
+        None, description="If DATA is a table: its column of classes, if it is not called label or class."
     )
     seed: Whole = Field(0, ge=0, le=MOST_SEED, description=_FIRST_SEED)
     batch_size: Whole = Field(32, ge=1, description="Images computed together; does not change them.")
     num_workers: Whole | None = Field(
         None, ge=0, le=256, description="Processes that read images; 0: threads; otherwise as many as speed it up."
     )
-    split: Split = Field(
-        "all", description="Of DATA that the model was trained with: held-out, training, or all images."
-    )
+    split: Split = Field("all", description="Which of the model's own images in DATA: held-out, training, or all.")
     masks: PathText | None = Field(
         None,
         description="Holes: a folder of masks, or mixed, strokes, boxes, halves, borders; otherwise as in training.",

@@ -88,10 +88,11 @@ class SamplingRequest(Request):
     )
     guided_by: Names | None = Field(
         default=None,
-        description="Conditions to guide on: label, inpainting, semantic_map, input. Default: all that are given.",
+        description="Conditions to guide on: label, inpainting, semantic_map, input or named columns. Default: all that "
+        "are given.",
     )
     guided_channels: Whole | None = Field(
-        default=None, ge=1, le=65_536, description="Guide only the first latent channels, this many."
+        default=None, ge=1, le=65_536, description="Number of leading latent channels to guide."
     )
     guide: Annotated[GuideReference, FromText(str), Option(metavar="MODEL")] | None = Field(
         default=None,

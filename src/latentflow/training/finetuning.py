@@ -3,8 +3,8 @@
 The rules, and where they come from:
 
     method     Below 500 images lora, else full: few images move all weights of a large network away from what it knows.
-    steps      24,000 of 32 images, as domain guidance finetunes DiT-XL/2 to small sets (arXiv 2504.01521). The best
-               weights by held-out loss are kept, so more steps than a small set needs cost time, not quality.
+    steps      24,000 of 32 images, as domain guidance finetunes DiT-XL/2 to small sets (arXiv 2504.01521); at most 30
+               per image, but at least 1,000, as in `fitting`: more would memorise the images.
     rate       1e-4 for all weights, 2e-4 for lora and 1e-3 for biases, which are few; 500 steps of warm-up.
     average    over about 10,000 steps, over 1,000 in runs of at most 10,000 steps.
     sampling   as the source is sampled, as far as the new model can be.
@@ -37,7 +37,16 @@ from latentflow.networks.unet import UNetConfig
 from latentflow.randomness import derive_seed
 from latentflow.training.changes import RECIPE_FILE, trained_steps
 from latentflow.training.config import FinetuningConfig, Recipe
-from latentflow.training.fitting import Situation, is_set, power_of_two, share_of, value_of, with_values
+from latentflow.training.fitting import (
+    Situation,
+    is_set,
+    power_of_two,
+    share_of,
+    steps_for,
+    value_of,
+    why_steps,
+    with_values,
+)
 from latentflow.training.memory import bytes_per_image, micro_batch_that_fits, network_in_training, state_bytes
 from latentflow.training.settings import load_settings
 from latentflow.weights import filled
@@ -270,7 +279,7 @@ def fit_to_source(recipe: Recipe, situation: Situation, num_parameters: int) -> 
     method = recipe.finetuning.method
     num_images, half, processes = situation.num_images, situation.gpu, situation.num_processes
     share = share_of(recipe, power_of_two(min(_BATCH, max(num_images, 1))), processes)
-    steps = recipe.training.steps if is_set(recipe, "training.steps") else _STEPS
+    steps = recipe.training.steps if is_set(recipe, "training.steps") else steps_for(num_images, _STEPS)
     per_image = bytes_per_image(recipe.network, situation.size, half=half)
     state = state_bytes(num_parameters, half=half, trained=num_parameters if method == "full" else 0)
     micro = micro_batch_that_fits(state, per_image, share, situation.memory)
@@ -287,7 +296,10 @@ def fit_to_source(recipe: Recipe, situation: Situation, num_parameters: int) -> 
     }
     open_keys = [key for key in FITTED_TO_SOURCE if not is_set(recipe, key)]
     done = with_values(recipe, {"fit": False, **{key: fitted[key] for key in open_keys}})
-    return done, [f"method: {method}, for {num_images:,} images"]
+    lines = [f"method: {method}, for {num_images:,} images"]
+    if "training.steps" in open_keys:
+        lines.append(why_steps(steps, _STEPS, "usual for finetuning"))
+    return done, lines
 
 
 def with_preset(recipe: Recipe, source: ModelConfig, conditioning: Conditioning) -> Recipe:

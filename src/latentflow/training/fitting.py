@@ -62,6 +62,7 @@ _RATES = (  # by the channels up to which they are used
     (SIZES["B"]["hidden_size"], {"adamw": 2e-4, "muon": 1e-3}),
     (math.inf, {"adamw": 1e-4, "muon": 5e-4}),
 )
+_FEWEST_STEPS = 1000
 _CPU_CHANNELS = 256
 _CPU_RATES = (_CPU_CHANNELS, {"adamw": 1e-3, "muon": 3e-3})
 
@@ -96,9 +97,7 @@ def fit(recipe: Recipe, situation: Situation) -> tuple[Recipe, list[str]]:
     batch = power_of_two(min(wanted, max(situation.num_images, 1)))
     share = share_of(recipe, batch, situation.num_processes)
     target = 100_000 if situation.gpu else 4000
-    steps = min(target, max(SAFE_PER_IMAGE * situation.num_images, 1000))
-    if is_set(recipe, "training.steps"):
-        steps = recipe.training.steps
+    steps = recipe.training.steps if is_set(recipe, "training.steps") else steps_for(situation.num_images, target)
     every = max(min(5000 if situation.gpu else 400, steps // 5), 1)
     kind = _optimizer(recipe)
     guided = situation.num_classes > 0 and recipe.conditioning.label_dropout > 0
@@ -120,7 +119,20 @@ def fit(recipe: Recipe, situation: Situation) -> tuple[Recipe, list[str]]:
     }
     open_keys = [key for key in FITTED if not is_set(recipe, key)]
     done = with_values(recipe, {"fit": False, **{key: fitted[key] for key in open_keys}})
-    return done, _why(done, open_keys, situation, steps == target)
+    return done, _why(done, open_keys, situation, target)
+
+
+def steps_for(num_images: int, usual: int) -> int:
+    """As many steps as usual; over few images at most 30 per image, but at least 1,000 (`memorisation_onset`)."""
+    return min(usual, max(SAFE_PER_IMAGE * num_images, _FEWEST_STEPS))
+
+
+def why_steps(steps: int, usual: int, reason: str) -> str:
+    """A line that explains `steps_for`."""
+    if steps < usual:
+        per_image = f"{SAFE_PER_IMAGE} per image; with more it would memorise them"
+        reason = per_image if steps > _FEWEST_STEPS else "the minimum for small data sets"
+    return f"steps: {steps:,}, {reason}"
 
 
 def share_of(recipe: BaseModel, batch: int, num_processes: int) -> int:
@@ -218,15 +230,14 @@ def power_of_two(number: int) -> int:
     return 1 << (number.bit_length() - 1)
 
 
-def _why(recipe: Recipe, open_keys: list[str], situation: Situation, whole: bool) -> list[str]:
+def _why(recipe: Recipe, open_keys: list[str], situation: Situation, target: int) -> list[str]:
     machine = "a GPU" if situation.gpu else "a CPU"
     lines = []
     if "network" in open_keys:
         size = f"{recipe.network.depth} blocks of {recipe.network.hidden_size}, patch {recipe.network.patch_size}"
         lines.append(f"network: {size}, for {situation.num_images:,} images on {machine}")
     if "training.steps" in open_keys:
-        reason = f"usual on {machine}" if whole else f"{SAFE_PER_IMAGE} per image; with more it would memorise them"
-        lines.append(f"steps: {recipe.training.steps:,}, {reason}")
+        lines.append(why_steps(recipe.training.steps, target, f"usual on {machine}"))
     if recipe.training.micro_batch_size and "training.micro_batch_size" in open_keys:
         lines.append(f"images at a time: {recipe.training.micro_batch_size}, which fit into memory")
     return lines
