@@ -88,8 +88,8 @@ class SamplingRequest(Request):
     )
     guided_by: Names | None = Field(
         default=None,
-        description="Conditions to guide on: label, inpainting, semantic_map, input or named columns. Default: all that "
-        "are given.",
+        description="Conditions to guide on: label, inpainting, semantic_map, input or named columns. Default: all "
+        "that are given.",
     )
     guided_channels: Whole | None = Field(
         default=None, ge=1, le=65_536, description="Number of leading latent channels to guide."
