@@ -147,6 +147,21 @@ def test_kept_rungs_are_stood_on_and_others_are_not(rules):
     assert {step.name for step in rules.climb(rungs, found, base) if step.verdict} == {"1", "3", "4"} - {"3"}
 
 
+def test_nothing_stands_on_an_autoencoder_of_its_own(rules, ladder):
+    """Its training takes seconds that the others do not have."""
+    rungs = {
+        "0": rules.Rung(title="base", role="baseline"),
+        "1": rules.Rung(title="own", autoencoder=["training.steps=3"]),
+        "2": rules.Rung(title="next", changes={"optimizer": {"warmup_steps": 3}}),
+    }
+    found = outcomes(rules, "0", rules.climb(rungs, [], {})[0].spec, [10, 10.1])
+    found += outcomes(rules, "1", rules.climb(rungs, found, {})[1].spec, [5, 5.1])
+    base, own, later = rules.climb(rungs, found, {})
+    assert own.verdict.kept and not own.kept
+    assert (later.base, later.spec.autoencoder, rules.last_kept([base, own, later])) == ("0", None, base)
+    assert ladder("table").judged(own)[1] == "better than 0"
+
+
 def test_numbers_are_multiplied_after_the_changes(rules):
     spec = rules.Spec({"training": {"batch_size": 64, "seed": 1}, "optimizer": {"learning_rate": 0.5}})
     rung = rules.Rung(

@@ -41,9 +41,16 @@ class Rung(Record):
     factors: dict[str, Any] = Field({}, description="What numbers of the recipe are multiplied by, after the changes.")
     encode: list[str] = Field([], description="Options of `latentflow encode` for the latent cache, besides --flips.")
     autoencoder: list[str] | None = Field(
-        None, description="Train one on the images, with these changes of `own_images`; null: the one that is given."
+        None,
+        description="Train one on the images, with these changes of `own_images`; null: the one that is given. Never kept "
+        "for others, which do not have the seconds that its training takes.",
     )
     ema_length: float | None = Field(None, description="Evaluate the average of this length; see `latentflow ema`.")
+
+    @property
+    def is_aside(self) -> bool:
+        """Whether nothing stands on it, however good it is."""
+        return self.role != "rung" or bool(self.against) or self.autoencoder is not None
 
 
 @dataclass(frozen=True)
@@ -198,7 +205,7 @@ def climb(
         theirs = [one for one in outcomes if below and one.rung == below and one.spec == steps[below].spec.key]
         verdict = compare(ours, [one for one in theirs if one.share == 1]) if below else None
         stands = name in kept or (verdict is not None and verdict.kept)
-        stands = rung.role == "baseline" or (rung.role == "rung" and not rung.against and stands)
+        stands = rung.role == "baseline" or (stands and not rung.is_aside)
         steps[name] = Step(name, rung, spec, below, standing_on, verdict, stands)
         last = name if stands else last
     return list(steps.values())

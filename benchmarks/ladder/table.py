@@ -103,7 +103,7 @@ def judged(step: Step) -> tuple[str, str]:
     if alone:
         return gain, "undecided: one seed has no spread"
     words = "kept" if verdict.kept else "kept by another setting" if step.kept else "not kept"
-    if verdict.kept and step.rung.against:
+    if verdict.kept and step.rung.is_aside:
         words = f"better than {step.base}"
     return gain, words + (", recall falls" if verdict.recall_falls else "")
 
