@@ -42,8 +42,8 @@ class Rung(Record):
     encode: list[str] = Field([], description="Options of `latentflow encode` for the latent cache, besides --flips.")
     autoencoder: list[str] | None = Field(
         None,
-        description="Train one on the images, with these changes of `own_images`; null: the one that is given. Never kept "
-        "for others, which do not have the seconds that its training takes.",
+        description="Train one on the images, with these changes of `own_images`; null: the one that is given. Never "
+        "kept for others, which do not have the seconds that its training takes.",
     )
     ema_length: float | None = Field(None, description="Evaluate the average of this length; see `latentflow ema`.")
 
