@@ -42,7 +42,7 @@ from latentflow.training.fitting import (
     is_set,
     power_of_two,
     share_of,
-    steps_for,
+    steps_by_images,
     value_of,
     why_steps,
     with_values,
@@ -279,7 +279,7 @@ def fit_to_source(recipe: Recipe, situation: Situation, num_parameters: int) -> 
     method = recipe.finetuning.method
     num_images, half, processes = situation.num_images, situation.gpu, situation.num_processes
     share = share_of(recipe, power_of_two(min(_BATCH, max(num_images, 1))), processes)
-    steps = recipe.training.steps if is_set(recipe, "training.steps") else steps_for(num_images, _STEPS)
+    steps = recipe.training.steps if is_set(recipe, "training.steps") else steps_by_images(num_images, _STEPS)
     per_image = bytes_per_image(recipe.network, situation.size, half=half)
     state = state_bytes(num_parameters, half=half, trained=num_parameters if method == "full" else 0)
     micro = micro_batch_that_fits(state, per_image, share, situation.memory)

@@ -97,7 +97,7 @@ def fit(recipe: Recipe, situation: Situation) -> tuple[Recipe, list[str]]:
     batch = power_of_two(min(wanted, max(situation.num_images, 1)))
     share = share_of(recipe, batch, situation.num_processes)
     target = 100_000 if situation.gpu else 4000
-    steps = recipe.training.steps if is_set(recipe, "training.steps") else steps_for(situation.num_images, target)
+    steps = recipe.training.steps if is_set(recipe, "training.steps") else steps_by_images(situation.num_images, target)
     every = max(min(5000 if situation.gpu else 400, steps // 5), 1)
     kind = _optimizer(recipe)
     guided = situation.num_classes > 0 and recipe.conditioning.label_dropout > 0
@@ -122,13 +122,13 @@ def fit(recipe: Recipe, situation: Situation) -> tuple[Recipe, list[str]]:
     return done, _why(done, open_keys, situation, target)
 
 
-def steps_for(num_images: int, usual: int) -> int:
+def steps_by_images(num_images: int, usual: int) -> int:
     """As many steps as usual; over few images at most 30 per image, but at least 1,000 (`memorisation_onset`)."""
     return min(usual, max(SAFE_PER_IMAGE * num_images, _FEWEST_STEPS))
 
 
 def why_steps(steps: int, usual: int, reason: str) -> str:
-    """A line that explains `steps_for`."""
+    """A line that explains `steps_by_images`."""
     if steps < usual:
         per_image = f"{SAFE_PER_IMAGE} per image; with more it would memorise them"
         reason = per_image if steps > _FEWEST_STEPS else "the minimum for small data sets"

@@ -164,20 +164,20 @@ def open_data(config: ModelConfig, data: str | Path) -> LatentCache | ImageSourc
     _require_same_classes(config, source, data)
     if config.inputs is not None:
         _require_same_inputs(config, source, data)
+    if conditioning.inpainting and isinstance(source, LatentCache) and not source.plan.mask_variants:
+        raise ConfigError(f"{data} holds no images with holes; give the images, or encode with --mask-variants 4")
     conditioning.require_columns(source.columns, data)
     return source
 
 
 def _require_same_plan(config: ModelConfig, cache: LatentCache, data: str | Path) -> None:
-    """Refuse a cache of other image sizes or another pixel format, or without the holes that the model fills."""
+    """Refuse a cache of other image sizes or another pixel format."""
     if not {*cache.plan.sizes} <= {*config.sizes}:
         held, drawn = (" and ".join(map(str, sizes)) for sizes in (cache.plan.sizes, config.sizes))
         raise ConfigError(f"{data} holds images of {held}, the model draws {drawn}")
     if cache.pixel_format != config.pixel_format:
         held, drawn = cache.pixel_format.title, config.pixel_format.title
         raise ConfigError(f"{data} holds images of {held}, the model draws {drawn}")
-    if config.conditioning.inpainting and not cache.plan.mask_variants:
-        raise ConfigError(f"{data} holds no images with holes; give the images, or encode with --mask-variants 4")
 
 
 def _require_same_classes(config: ModelConfig, source: LatentCache | ImageSource, data: str | Path) -> None:
