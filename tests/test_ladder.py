@@ -573,15 +573,17 @@ def test_what_a_killed_ladder_has_begun_keeps_others_away(ladder, tmp_path):
     ("given", "message"),
     [
         (["--set", "a"], "--set a: give key=value"),
-        (["--rungs", "7"], "--rungs: there is no rung '7'; there are 0, 1, 2"),
-        (["--kept", "0,8"], "--kept: there is no rung '8'; there are 0, 1, 2"),
+        (["--rungs", "7"], "--rungs: there is no rung '7'; there are 0, 1, 2, own"),
+        (["--kept", "0,8"], "--kept: there is no rung '8'; there are 0, 1, 2, own"),
         (["--kept", "1"], "--kept: later rungs never stand on 1; leave it out"),
+        (["--kept", "own"], "--kept: later rungs never stand on own; leave it out"),
         (["--at-once", "0"], "--at-once 0: give 1 or more"),
         (["--at-once", "2", "--device", "cuda"], "--at-once 2: .* leave it out on a GPU"),
         (["--seeds", "x"], "2"),
     ],
 )
 def test_wrong_options_of_a_climb(ladder, tmp_path, two_rungs, given, message):
+    (tmp_path / "rungs" / "own.yaml").write_text("{title: own, autoencoder: [training.steps=3]}", encoding="utf-8")
     with pytest.raises(SystemExit, match=message):
         ladder("run").main(arguments(tmp_path, *given))
     with pytest.raises(SystemExit, match="--train is missing"):

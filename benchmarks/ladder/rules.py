@@ -50,7 +50,7 @@ class Rung(Record):
     @property
     def is_aside(self) -> bool:
         """Whether nothing stands on it, however good it is."""
-        return self.role != "rung" or bool(self.against) or self.autoencoder is not None
+        return self.role == "reference" or bool(self.against) or self.autoencoder is not None
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for option, names in (("--rungs", chosen), ("--kept", options.kept)):
             if unknown := [name for name in names if name not in rungs]:
                 raise SystemExit(f"{option}: there is no rung {unknown[0]!r}; there are {', '.join(rungs)}")
-        if apart := [name for name in options.kept if rungs[name].role == "reference" or rungs[name].against]:
+        if apart := [name for name in options.kept if rungs[name].is_aside]:
             raise SystemExit(f"--kept: later rungs never stand on {apart[0]}; leave it out")
         if options.at_once < 1 or (options.at_once > 1 and options.device == "cuda"):
             raise SystemExit(f"--at-once {options.at_once}: give 1 or more on a CPU, and leave it out on a GPU")

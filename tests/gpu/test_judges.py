@@ -39,7 +39,7 @@ def on(device: str, precision: str = "fp32"):
 def test_a_step_as_a_graph_gives_the_same_losses(cuda, pictures, tmp_path, monkeypatch, caplog, without_labels):
     losses = {}
     for name, captures in (("graph", True), ("kernels", False)):
-        made = lambda captures=captures, **given: loop.Job(**{**given, "captures": captures})  # noqa: E731
+        made = lambda wanted=captures, **given: loop.Job(**{**given, "captures": wanted})  # noqa: E731
         monkeypatch.setattr(feature_run, "Job", made)
         request = TrainFeaturesRequest(data=pictures, out=tmp_path / name, without_labels=without_labels, **SMALL)
         prepared = prepare_features(request, on(cuda))

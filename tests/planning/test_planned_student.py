@@ -121,6 +121,15 @@ def test_data_that_are_not_such_as_the_teachers(recipe, kl, tmp_path, kind):
 
 
 @pytest.mark.usefixtures("unprobed")
+def test_latents_of_another_autoencoder(recipe, deterministic, tmp_path):
+    write_cache(open_images(tiny.write_images(tmp_path / "images"), tiny.IMAGE_SIZE), deterministic, tmp_path / "cache")
+    given = recipe(data={"path": str(tmp_path / "cache")})
+    for command in (planned, lambda given: prepare_distillation(given, tiny.CPU)):
+        with pytest.raises(ArtifactError, match=r"was encoded with .* use the former, or encode a new cache"):
+            command(given)
+
+
+@pytest.mark.usefixtures("unprobed")
 def test_what_is_advised_can_be_had(recipe):
     """A micro-batch is a multiple of the images of which one jumps."""
     given = recipe(fit=False, jumps={"every": 4}, training={"batch_size": 4096, "memory": "none"})

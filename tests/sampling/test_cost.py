@@ -106,6 +106,8 @@ def test_a_compiled_network_is_compiled_for_other_batches_before_they_are_drawn(
         with torch._dynamo.config.patch(error_on_recompile=True):
             draw_all(model, drawing, batch_size=3)
         monkeypatch.setattr(cost, "_WORTH_SECONDS", 1e9)  # it has paid
+    compile_where_it_pays(model, drawing, batch_size=2, num_batches=0)  # a folder whose pictures are all there
+    assert len(notices) == len(presets)
     assert ["without that" in text for text in notices] == [True, False, False]
 
 

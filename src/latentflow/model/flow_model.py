@@ -248,9 +248,10 @@ class FlowModel:
     def weights_hash(self) -> str:
         """The SHA-256 of the network's weights, low-rank factors merged; computed again once they have changed."""
         low_rank, weights = low_rank_of(self.network), self.network.state_dict(keep_vars=True)
-        versions = tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in weights.values())
+        untracked = any(x.is_inference() for x in weights.values())  # changed in place they stay at one version
+        versions = () if untracked else tuple((x.data_ptr(), x._version) for x in weights.values())
         hashed = self._hashed
-        if hashed is None or hashed[0] != (low_rank, versions):
+        if untracked or hashed is None or hashed[0] != (low_rank, versions):
             plain = {name: x.detach() for name, x in weights.items()}
             merged = plain if low_rank is None else merge_low_rank(plain, low_rank[1])
             hashed = self._hashed = (low_rank, versions), sha256_tensors(merged)

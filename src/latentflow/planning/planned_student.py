@@ -53,6 +53,7 @@ def _data(path: str, teacher: ModelConfig, num_images: int | None) -> DataFacts:
         source = open_data(teacher, path)
         number = len(source)
         if isinstance(source, LatentCache):
+            source.require_autoencoder(teacher.autoencoder)
             own = training.held_out is not None and is_own(training, source)
             num_held_out = len(rows_of_split(training, source, "held-out")) if own else 0
             num_bytes = sum(shard.num_bytes for shard in source.index.shards)

@@ -58,7 +58,7 @@ def compile_where_it_pays(model: FlowModel, drawing: Drawing, *, batch_size: int
     Args:
         num_batches: to be drawn by this process.
     """
-    if not _can_compile(model.device) or is_adaptive(drawing.sampling.solver):
+    if not _can_compile(model.device) or is_adaptive(drawing.sampling.solver) or not num_batches:
         return
     why = ""
     if not is_compiled(model.network):

@@ -37,13 +37,13 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from latentflow.artifacts import open_tensors, sha256_file, verifies
-from latentflow.autoencoder import Autoencoder
 from latentflow.columns import Column
 from latentflow.data.cache.schema import INDEX_FILE, CacheIndex, check_size, column_tensor, read_cache_record
 from latentflow.data.column_tensors import joined_rows
@@ -57,6 +57,16 @@ from latentflow.shapes import moved_about
 
 Indices = Sequence[int] | np.ndarray | Tensor
 Flags = Sequence[bool] | np.ndarray | Tensor
+
+
+class KnownAutoencoder(Protocol):
+    """An autoencoder, or what a model's config knows of it."""
+
+    @property
+    def reference(self) -> str: ...
+
+    @property
+    def content_hash(self) -> str: ...
 
 
 def is_cache(path: str | Path) -> bool:
@@ -226,7 +236,7 @@ class LatentCache:
                     )
                 on_images(shard.num_images)
 
-    def require_autoencoder(self, autoencoder: Autoencoder) -> None:
+    def require_autoencoder(self, autoencoder: KnownAutoencoder) -> None:
         """Refuse an autoencoder other than the one that the cache was encoded with.
 
         Raises:
