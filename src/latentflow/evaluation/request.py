@@ -98,7 +98,7 @@ class EvaluationRequest(SamplingRequest):
         "named conditions of an image of DATA; the default for a model with named conditions) or none.",
     )
     label_column: str | None = Field(
-        None, description="If DATA is a table: its column of classes, if it is not called label or class."
+        None, description="If DATA is a table: its column of classes, if it is not called label, class or category."
     )
     seed: Whole = Field(0, ge=0, le=MOST_SEED, description=_FIRST_SEED)
     batch_size: Whole = Field(32, ge=1, description="Images computed together; does not change them.")
