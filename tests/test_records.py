@@ -37,10 +37,10 @@ class Settings(Record):
     [
         ({}, "name is missing"),
         ({"name": "none"}, "none is no name"),
-        ({"name": "a", "rate": "fast"}, "rate = 'fast': Input should be a valid number"),
-        ({"name": "a", "rate": float("nan")}, "rate = nan: Input should be a finite number"),
+        ({"name": "a", "rate": "fast"}, "rate = 'fast': give a number"),
+        ({"name": "a", "rate": float("nan")}, "rate = nan: give a finite number"),
         ({"name": "a", "rat": 1}, "unknown key 'rat'; did you mean 'rate'? (valid: name, rate, network)"),
-        ({"name": "a", "network": {"kind": "large", "depth": 3}}, "network.depth = 3: Input should be greater than"),
+        ({"name": "a", "network": {"kind": "large", "depth": 3}}, "network.depth = 3: give at least 10"),
         (
             {"name": "a", "network": {"kind": "large", "dept": 3}},
             "unknown key 'network.dept'; did you mean 'depth'? (valid: kind, depth)",

@@ -9,6 +9,7 @@ from textwrap import shorten
 from typing import Any, ClassVar, Union
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from latentflow.errors import nearest
 
@@ -35,14 +36,14 @@ def explain(error: ValidationError, schema: type[BaseModel] | None = None) -> st
     ...     Training(steps="many")
     ... except ValidationError as error:
     ...     explain(error)
-    "steps = 'many': Input should be a valid integer, unable to parse string as an integer"
+    "steps = 'many': give a whole number"
 
     Args:
         schema: what was validated; with it an unknown key comes with the nearest valid one, and keys are named without
             the kinds of their sections, which pydantic adds.
     """
     first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
+    message = what_to_give(first)
     if not first["loc"]:
         return message
     *path, last = (str(part) for part in first["loc"])
@@ -54,6 +55,35 @@ def explain(error: ValidationError, schema: type[BaseModel] | None = None) -> st
         return f"{key} is missing"
     value = shorten(repr(first["input"]), _LONGEST_VALUE, placeholder=" ...")
     return f"{key} = {value}: {message}"
+
+
+def what_to_give(complaint: ErrorDetails) -> str:
+    """What a value should be, by the type of pydantic's complaint, whose own words are about its types."""
+    form = _GIVE.get(complaint["type"])
+    if form is None:
+        return complaint["msg"].removeprefix("Value error, ")
+    return form.format(**complaint.get("ctx", {}))
+
+
+_GIVE = {
+    "int_type": "give a whole number",
+    "int_parsing": "give a whole number",
+    "int_from_float": "give a whole number",
+    "float_type": "give a number",
+    "float_parsing": "give a number",
+    "finite_number": "give a finite number",
+    "greater_than_equal": "give at least {ge}",
+    "greater_than": "give more than {gt}",
+    "less_than_equal": "give at most {le}",
+    "less_than": "give less than {lt}",
+    "literal_error": "give {expected}",
+    "list_type": "give a list",
+    "missing": "a value is missing",
+    "string_type": "give a text",
+    "path_type": "give a path",
+    "bool_type": "give True or False",
+    "bool_parsing": "give True or False",
+}
 
 
 def _follow(path: Sequence[str], schema: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:

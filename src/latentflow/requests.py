@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, ConfigDict, SkipValidation, ValidationErro
 from pydantic.fields import FieldInfo
 
 from latentflow.errors import ConfigError, nearest
-from latentflow.records import Record
+from latentflow.records import Record, what_to_give
 
 Split = Literal["all", "held-out", "training"]
 """Which of the images that a model was trained with."""
@@ -138,7 +138,7 @@ def _refusal(request: type[Request], error: ValidationError) -> RequestError:
         return RequestError("", f"unknown argument {name!r}; {nearest(name, request.model_fields)}")
     if first["type"] == "missing" and len(first["loc"]) == 1:
         return RequestError(name, " is missing")
-    reason = _REASONS.get(first["type"], first["msg"].removeprefix("Value error, "))
+    reason = what_to_give(first)
     if not name:
         return RequestError("", reason)
     option, value = option_of(request.model_fields[name]), first["input"]
@@ -150,18 +150,6 @@ def _refusal(request: type[Request], error: ValidationError) -> RequestError:
         return RequestError(name, f" {shown}: {reason}" + (option.remedy and f"; {option.remedy}"), option.called)
     separator = " " if reason.startswith("is ") else ": "
     return RequestError(name, f" {shown}{separator}{reason}", option.called)
-
-
-_REASONS = {
-    "finite_number": "give a finite number",
-    "list_type": "give a list",
-    "missing": "a value is missing",
-    "string_type": "give a text",
-    "path_type": "give a path",
-    "bool_type": "give True or False",
-    "bool_parsing": "give True or False",
-}
-"""What to give instead, by the type of pydantic's error; its own words are about its types."""
 
 
 def _shown(value: object, kind: str | None) -> str:

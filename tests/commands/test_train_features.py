@@ -428,6 +428,8 @@ def test_features_that_are_no_judge(photos):
     for kind in (EvaluationRequest, SweepRequest, DiagnoseRequest):
         with pytest.raises(ConfigError, match=r"there is no judge\.json in this folder; give the folder"):
             kind(model="m", data="d", features=str(photos))
+        with pytest.raises(ConfigError, match=r"there is no such folder; give that of a judge, or one of inception"):
+            kind(model="m", data="d", features=str(photos / "judge"))
 
 
 def test_weights_are_refused_for_a_judge(judge):

@@ -11,9 +11,11 @@ from PIL import Image
 from latentflow.api import LatentFlow
 from latentflow.autoencoder import Autoencoder
 from latentflow.commands.benchmark import benchmark
+from latentflow.commands.diagnose import diagnose
 from latentflow.commands.evaluate import evaluate
+from latentflow.commands.fit_solver import fit_solver
 from latentflow.errors import ArtifactError, ConfigError
-from latentflow.evaluation.request import BenchmarkRequest, EvaluationRequest
+from latentflow.evaluation.request import BenchmarkRequest, DiagnoseRequest, EvaluationRequest
 from latentflow.flow.path import CosinePath
 from latentflow.model.conditioning import ColumnCondition
 from latentflow.model.config import SamplingPreset
@@ -23,7 +25,7 @@ from latentflow.sampling.drawing import make_drawing
 from latentflow.sampling.guides import open_guide
 from latentflow.sampling.pipeline import Given, conditioned_velocity, draw_all
 from latentflow.sampling.preview import preview_drawing
-from latentflow.sampling.request import SampleRequest
+from latentflow.sampling.request import FitSolverRequest, SampleRequest
 from latentflow.shapes import Condition
 from latentflow.sizes import Size
 from tests import tiny
@@ -352,6 +354,20 @@ def test_benchmark_and_evaluate_say_the_guide(place, images, tmp_path):
     protocol = evaluate(asked, tiny.CPU).report.protocol
     assert protocol.sampling["guide"] == {"model": str(place / "small"), "weights": guide.weights_hash[:12]}
     assert protocol.evaluations.min == protocol.evaluations.max == calls
+
+
+def test_diagnose_and_fit_solver_take_a_guide(place, images, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "run")
+    guide = {"model": str(place / "same"), "weights": LatentFlow.from_pretrained(place / "same").weights_hash[:12]}
+    how = {"model": str(tmp_path / "run"), "guidance": 2.0, "guide": str(place / "same")}
+    examined = DiagnoseRequest(**how, data=images, num=8, num_samples=4, out=tmp_path / "diagnosis")
+    diagnosis = diagnose(examined, tiny.CPU)
+    assert f"away from {guide['model']}" in diagnosis.sampling
+    fit_solver(FitSolverRequest(**how, evaluations=[4], num=8, held_out=8, reference_steps=24), runtime=tiny.CPU)
+    solvers = LatentFlow.from_pretrained(tmp_path / "run", device="cpu").fitted_solvers.solvers
+    assert solvers["fitted-4"].fitted_with["guide"] == guide
+    with pytest.raises(ConfigError, match=r"guide .*same has no effect: guidance is 1"):
+        fit_solver(FitSolverRequest(**{**how, "guidance": 1.0}), runtime=tiny.CPU)
 
 
 def test_other_images_of_the_same_model_are_inverted_with_it(model, place):

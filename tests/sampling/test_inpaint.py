@@ -641,10 +641,10 @@ def test_a_model_without_the_condition(plain):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"method": "conditon"}, "method 'conditon': Input should be 'condition' or 'replacement'"),
-        ({"method": "magic"}, "method 'magic': Input should be 'condition' or 'replacement'"),
-        ({"fit": "windows"}, "fit 'windows': Input should be 'window', 'whole' or 'native'"),
-        ({"fit": ""}, "Input should be 'window', 'whole' or 'native'"),
+        ({"method": "conditon"}, "method 'conditon': give 'condition' or 'replacement'"),
+        ({"method": "magic"}, "method 'magic': give 'condition' or 'replacement'"),
+        ({"fit": "windows"}, "fit 'windows': give 'window', 'whole' or 'native'"),
+        ({"fit": ""}, "give 'window', 'whole' or 'native'"),
         ({"feather": -1}, "feather -1"),
         ({"num": 0}, "number of images 0"),
         ({"classes": ["kiwi"]}, "kiwi"),

@@ -272,7 +272,7 @@ def test_sizes_that_do_not_fit(made, images, kl, tmp_path):
     ("key", "words"),
     [
         ("finetuning.method=bias", "did you mean 'biases'"),
-        ("finetuning.rank=0", "greater than or equal to 1"),
+        ("finetuning.rank=0", "at least 1"),
         ("finetuning.class_from=corgi", "corgi=Pembroke"),
         ("finetuning.class_from=[a=b, a=c]", "a is given twice"),
     ],

@@ -433,7 +433,7 @@ def test_a_run_folder_belongs_to_one_recipe(uninterrupted):
 def test_an_unknown_key_names_the_nearest():
     with pytest.raises(ConfigError, match=r"unknown key 'loss.kl_wieght'; did you mean 'kl_weight'"):
         load_autoencoder_recipe("shapes", ["loss.kl_wieght=1"])
-    with pytest.raises(ConfigError, match=r"loss.equivariance_weight = -1.*greater than or equal to 0"):
+    with pytest.raises(ConfigError, match=r"loss.equivariance_weight = -1.*at least 0"):
         load_autoencoder_recipe("shapes", ["loss.equivariance_weight=-1"])
     with pytest.raises(ConfigError, match=r"perceptual_weight = 1 needs loss.judge=FOLDER"):
         load_autoencoder_recipe("shapes", ["loss.perceptual_weight=1"])

@@ -117,7 +117,7 @@ def measure_diagnosis(
         NonFiniteError: the model's numbers are not finite.
     """
     half, num, batch_size = request.num // 2, request.num_drawn, request.batch_size
-    asked = SampleRequest(num=num, seed=request.seed, guidance=request.guidance)
+    asked = SampleRequest(num=num, seed=request.seed, guidance=request.guidance, guide=request.guide)
     network = open_features_for(flow, request.features)
     examined = _examine(flow, source, network, request, least=request.num, reconstruct=True)
     rows = examined.latents.for_others(request.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +32,14 @@ from latentflow.requests import (
     Whole,
     WholeNumbers,
 )
-from latentflow.sampling.request import MOST_IMAGES, MOST_SEED, SamplingRequest, require_interval
+from latentflow.sampling.request import (
+    GUIDE_DESCRIPTION,
+    MOST_IMAGES,
+    MOST_SEED,
+    GuideName,
+    SamplingRequest,
+    require_interval,
+)
 from latentflow.sizes import ImageSize, bounded, typed_size
 from latentflow.training.request import LONGEST, SHORTEST
 
@@ -311,6 +319,7 @@ class DiagnoseRequest(Request):
         description="What images are compared by: random, latents, inception, dinov2, or the folder of a judge.",
     )
     guidance: Number | None = Field(None, ge=0, le=1000, description="Guidance scale; otherwise the model's preset.")
+    guide: GuideName | None = Field(None, description=GUIDE_DESCRIPTION)
     batch_size: Whole = Field(16, ge=1, description=_BATCH_SIZE)
     seed: Whole = Field(0, ge=0, le=MOST_SEED, description=_FIRST_SEED)
 
@@ -390,6 +399,9 @@ def _require_features(request: EvaluationRequest | SweepRequest | DiagnoseReques
             else "give the folder that `latentflow train-features DATA --out FOLDER` wrote"
         )
         raise RequestError("features", f" {given!r}: there is no {JUDGE_FILE} in this folder; {advice}")
+    if given not in FEATURES and os.sep in given:
+        known = ", ".join(FEATURES)
+        raise RequestError("features", f" {given!r}: there is no such folder; give that of a judge, or one of {known}")
     _require_word(request, "features", FEATURES)
 
 

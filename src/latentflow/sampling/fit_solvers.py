@@ -113,10 +113,14 @@ def fit_solvers(
 
 def _drawing(model: FlowModel, request: FitSolverRequest, rows: RowConditions | None) -> tuple[Drawing, Given]:
     """All images, those of the fit first; in float32, since differences of small changes are taken."""
-    asked: dict[str, Any] = {"solver": REFERENCE_SOLVER, "steps": request.reference_steps}
-    if request.guidance is not None:
-        asked["guidance"] = request.guidance
-    every = SampleRequest(num=request.num + request.held_out, seed=request.seed, **asked)
+    every = SampleRequest(
+        num=request.num + request.held_out,
+        seed=request.seed,
+        guidance=request.guidance,
+        guide=request.guide,
+        solver=REFERENCE_SOLVER,
+        steps=request.reference_steps,
+    )
     drawing, given = drawing_of_rows(model, every, rows)
     return drawing.model_copy(update={"precision": "fp32"}), given
 

@@ -77,6 +77,13 @@ def _strength(value: float) -> float:
     return value
 
 
+GuideName = Annotated[GuideReference, FromText(str), Option(metavar="MODEL")]
+GUIDE_DESCRIPTION = (
+    "Guide away from this model, not from the null condition: an earlier snapshot (RUN@1/8, RUN@1000, or @1/8 of "
+    "MODEL's own run), or the model before fine-tuning; 'none': the null condition."
+)
+
+
 class SamplingRequest(Request):
     """How to draw. What is None comes from the preset in the model folder."""
 
@@ -94,11 +101,7 @@ class SamplingRequest(Request):
     guided_channels: Whole | None = Field(
         default=None, ge=1, le=65_536, description="Number of leading latent channels to guide."
     )
-    guide: Annotated[GuideReference, FromText(str), Option(metavar="MODEL")] | None = Field(
-        default=None,
-        description="Guide away from this model, not from the null condition: an earlier snapshot (RUN@1/8, RUN@1000, "
-        "or @1/8 of MODEL's own run), or the model before fine-tuning; 'none': the null condition.",
-    )
+    guide: GuideName | None = Field(default=None, description=GUIDE_DESCRIPTION)
     solver: str | None = Field(
         default=None,
         description="euler, midpoint, heun, rk4, ab2, ab3, ab4, dpmpp2m, dpmpp3m, unipc2, unipc3, bosh3 or dopri5; "
@@ -299,6 +302,7 @@ class FitSolverRequest(Request):
     guidance: Annotated[Number, Option(remedy="1 switches it off, 1.5 to 4 are usual")] | None = Field(
         default=None, ge=0, le=1000, description="Guidance scale; default: that of the preset in the model folder."
     )
+    guide: GuideName | None = Field(default=None, description=GUIDE_DESCRIPTION)
     reference_steps: Whole = Field(
         default=100, ge=4, le=MOST_STEPS, description="Steps of the solution to compare with, by ab4."
     )

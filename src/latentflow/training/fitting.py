@@ -10,8 +10,9 @@ The rules, and where they come from:
     steps      100,000 on a GPU, where quality converges whatever the number of images, and 4,000 on a CPU; at most 30
                per image, but at least 1,000: the first copies of training images were seen after about 40 steps per
                image (training/memorisation_onset.py).
-    batch      256 on a GPU, as in the published recipes; 2,048 tokens on a CPU, 8,192 up to 128 channels; at most the
-               number of images.
+    batch      256 on a GPU, as in the published recipes: 512 reached lower distances in 6 s of an H200 with 8 blocks
+               of 256 channels (benchmarks/ladder, two seeds), and is not measured at these sizes and lengths. 2,048
+               tokens on a CPU, 8,192 up to 128 channels. At most the number of images.
     optimizer  Muon for transformers, which reaches lower distances than AdamW in equal time (benchmarks/ladder).
     rate       3e-3 with cosine decay on a CPU up to 256 channels; else 2e-3, 1e-3 and 5e-4 for as many channels as S, B
                and L have. With AdamW 1e-3; 5e-4, 2e-4 and 1e-4.
