@@ -1,4 +1,4 @@
-"""How easy an autoencoder's latents are to learn: do they turn and shrink with the image, and how fine is their detail?
+"""What an autoencoder's latents are like: do they turn and shrink with the image, and how fine is their detail?
 
 Legend: N images, S their side, C latent channels, h and w latent height and width.
 """

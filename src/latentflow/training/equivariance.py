@@ -1,7 +1,7 @@
 """Equivariance of a first stage: a turned or shrunken latent should decode to the turned or shrunken image.
 
-Flows learn such latents faster, because they have less of the fine structure that only the decoder can read
-(EQ-VAE, arXiv 2502.09509, section 3).
+Flows learned such latents faster in the paper, which finds in them less of the fine structure that only the decoder can
+read (EQ-VAE, arXiv 2502.09509, section 3). On small photographs they did not (docs/how-to/autoencoder.md).
 
 Legend: B images, P channels of the pixels, H and W height and width of the training crops, C latent channels,
 h = H / factor, w = W / factor.

@@ -123,7 +123,7 @@ class AutoencoderLoss(Record):
         ge=0,
         le=1e6,
         description="Weight of the absolute error of turned and shrunken latents, decoded, against the turned and "
-        "shrunken images (EQ-VAE): latents that a flow learns faster, for 1.4 times the training time; 0: off.",
+        "shrunken images (EQ-VAE): latents that turn and shrink with the image, for 1.4 times the time; 0: off.",
     )
     perceptual_weight: float = Field(
         0.0, ge=0, le=1e6, description="Weight of the distance between features of the judge in `judge`; 0: off."
